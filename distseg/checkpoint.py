@@ -1,0 +1,184 @@
+"""Checkpoints: directories of safetensors files, published whole, loaded without running code from them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distseg.distributed import Ranks, on_main
+from shards.errors import InputError
+
+VERSION = 1
+STATE_FILE = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: save, load, prune.
+
+    checkpoints/step-00000500/<learner>.<part>.safetensors and state.json, written in a hidden directory beside
+    it and renamed when complete and on the disk: a checkpoint is there whole or not at all.
+    `identity` holds what a checkpoint must agree on with the run that loads it (key -> value).
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, identity: dict[str, Any], ranks: Ranks):
+        self.directory = run_dir / "checkpoints"
+        self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
+
+    def save(self, learners: dict[str, Any], state: dict[str, Any]) -> Path:
+        """Write and publish; called on every rank at the same step. Returns the checkpoint's directory."""
+        target = self.directory / f"step-{state['step']:08d}"
+        on_main(self._ranks, lambda: self._write(target, learners, state))
+        return target
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; the main rank looks, for all."""
+        return on_main(self._ranks, lambda: next(iter(reversed(_published(self.directory))), None))
+
+    def load(self, path: Path, learners: dict[str, Any]) -> dict[str, Any]:
+        """Copy a checkpoint into the learners; returns its state. Raises InputError when it is another run's."""
+        meta = read_state(path)
+        for key, value in self._identity.items():
+            if meta["identity"].get(key) != value:
+                got = f"{path}: {key} is {meta['identity'].get(key)!r}, this run's is {value!r}"
+                raise InputError(got, "a checkpoint of the same data and settings", "choose another run_dir")
+        for name, learner in learners.items():
+            learner.load_state_dict({part: _read(path / f"{name}.{part}.safetensors") for part in meta["parts"][name]})
+        return meta["state"]
+
+    def check_space(self, learners: dict[str, Any]) -> None:
+        """Raise InputError when the disk cannot hold the checkpoints that will be kept, and one being written."""
+        parts = [part for learner in learners.values() for part in learner.state_dict().values()]
+        size = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
+        present = len(_published(self.directory))
+        needed = size * max(1, self._keep_last + 2 - present)
+        free = shutil.disk_usage(_existing_parent(self.directory)).free
+        if free < needed:
+            action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
+            raise InputError(f"{free / 1e6:.0f} MB free for {self.directory}", f"{needed / 1e6:.0f} MB", action)
+
+    def _write(self, target: Path, learners: dict[str, Any], state: dict[str, Any]) -> None:
+        partial = self.directory / f".partial-{target.name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            parts: dict[str, list[str]] = {}
+            for name, learner in learners.items():
+                for part, tensors in learner.state_dict().items():
+                    _save(partial / f"{name}.{part}.safetensors", tensors)
+                    parts.setdefault(name, []).append(part)
+            meta = {"version": VERSION, "state": state, "identity": self._identity, "parts": parts}
+            _write_synced(partial / STATE_FILE, json.dumps(meta, indent=1).encode())
+            _sync_directory(partial)
+            shutil.rmtree(target, ignore_errors=True)  # the same step again, from a run that was set back
+            os.replace(partial, target)
+            _sync_directory(self.directory)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = shutil.disk_usage(_existing_parent(self.directory)).free
+            action = "free some space and start again: the run goes on from its last checkpoint"
+            raise InputError(f"disk full ({free / 1e6:.0f} MB free) at {target}", "space for a checkpoint", action) from None
+        self._prune(best_step=state["best_step"])
+
+    def _prune(self, best_step: int) -> None:
+        published = _published(self.directory)
+        best = self.directory / f"step-{best_step:08d}"
+        if best in published:
+            write_json(self.directory / "best.json", {"step": best_step, **read_state(best)["state"]})
+        for path in published[: -self._keep_last]:
+            if path != best:
+                shutil.rmtree(path)
+
+
+def find(run_dir: Path, which: str) -> Path:
+    """The checkpoint "last" or "best" of a run, or one by its step. Raises InputError when there is none."""
+    directory = run_dir / "checkpoints"
+    published = _published(directory)
+    steps = {path.name: path for path in published}
+    if which == "last" and published:
+        return published[-1]
+    if which == "best" and (directory / "best.json").is_file():
+        which = str(json.loads((directory / "best.json").read_text())["step"])
+    name = f"step-{int(which):08d}" if which.isdigit() else which
+    if name in steps:
+        return steps[name]
+    there = ", ".join(steps) or "none"
+    raise InputError(f"no checkpoint {which!r} in {directory}", f"last, best or a step (there: {there})", "train first")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint. Raises InputError when it is damaged or of another version."""
+    try:
+        meta = json.loads((path / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / STATE_FILE}: {error}", "a checkpoint of distseg", "choose another one") from None
+    if meta.get("version") != VERSION:
+        raise InputError(f"{path}: version {meta.get('version')}", f"version {VERSION}", "use the distseg that wrote it")
+    return meta
+
+
+def load_segmentor(path: Path, network: torch.nn.Module) -> str:
+    """Copy a checkpoint's segmentor into a network: the averaged one where there is one. Returns which."""
+    which = "ema" if "ema" in read_state(path)["parts"] else "segmentor"
+    tensors = _read(path / f"{which}.network.safetensors")
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        got = f"{path}: {str(error).splitlines()[-1].strip()}"
+        raise InputError(got, "the network that the run's config.yaml names", "restore config.yaml") from None
+    return which
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    _write_synced(partial, json.dumps(content, indent=1).encode())
+    os.replace(partial, path)
+
+
+def _published(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("step-*") if (path / STATE_FILE).is_file())
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: {error}", "a whole checkpoint", "remove its directory: the one before is used") from None
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Serialised here and written below, so that a full disk is an OSError like any other; safetensors stores no
+    # strides, hence contiguous.
+    _write_synced(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,161 @@
+"""The `distseg` command. Imports what a subcommand needs only when it runs: --help stays instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from shards.errors import InputError
+
+DESCRIPTION = "Adversarial training of semantic segmentation networks, on one machine or many."
+EPILOG = """the whole path, with generated scenes:
+  distseg prepare toy --out data/toy.h5
+  distseg pack data/toy.h5 --out data/toy
+  torchrun --standalone --nproc_per_node=2 -m distseg.train preset=toy
+  distseg evaluate runs/toy
+  distseg predict runs/toy picture.jpg --out predictions
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns its exit code. Bad input is one message on stderr and exit code 2."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.handler(options)
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or _joined():
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _joined() -> bool:
+    """Whether this process is one of a joined job; before that every rank fails alike, and one of them says so."""
+    torch_distributed = sys.modules.get("torch.distributed")
+    return torch_distributed is not None and torch_distributed.is_initialized()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser, without importing anything heavy."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("distseg", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_prepare(commands)
+    _add_pack(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    text = """Train, evaluate and draw the curves of one run; the same command resumes a run that was stopped.
+
+On several processes:  torchrun --standalone --nproc_per_node=N -m distseg.train preset=NAME key=value ...
+Later values win:      defaults < preset < command line.  `--dry-run` prints every key with its value.
+Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop."""
+    parser = _command(commands, "train", "train a segmentor with an adversary", text)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 loss.adv_weight=0.01")
+    parser.set_defaults(handler=_train)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    text = "Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix."
+    parser = _command(commands, "evaluate", "score a trained run", text)
+    _add_run(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.val_split=val evaluate.mirror=true")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    text = "Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image."
+    parser = _command(commands, "predict", "label images with a trained run", text)
+    _add_run(parser)
+    parser.add_argument("images", type=Path, metavar="IMAGE|FOLDER", help="an image, or a folder of images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
+    parser.add_argument("--probabilities", action="store_true", help="also one probability picture per class")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.set_defaults(handler=_predict)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    text = """Read a raw data set, check it, and write images and one-hot label maps into one HDF5 file.
+
+toy       generated outdoor scenes with eight classes; needs no --root
+stanford  Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/"""
+    parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
+    parser.add_argument("name", metavar="NAME", help="toy or stanford")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")
+    parser.set_defaults(handler=_prepare)
+
+
+def _add_pack(commands: argparse._SubParsersAction) -> None:
+    text = "Write HDF5 maps into checksummed WebDataset shards with a manifest; the same input gives the same bytes."
+    parser = _command(commands, "pack", "HDF5 maps -> shards", text)
+    parser.add_argument("maps", type=Path, metavar="FILE.h5", help="what `distseg prepare` wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
+    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: in this one")
+    parser.set_defaults(handler=_pack)
+
+
+def _command(commands: argparse._SubParsersAction, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, e.g. runs/stanford")
+    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last (default), best, or a step")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from distseg import train
+
+    return train.run(options.overrides, options.dry_run)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from distseg import evaluate
+
+    return evaluate.run(options.run, options.checkpoint, options.overrides)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from distseg import predict
+
+    wanted = predict.PredictOptions(probabilities=options.probabilities)
+    return predict.run(options.run, options.checkpoint, options.images, options.out, wanted, options.device)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from shards.prepare import prepare
+
+    pairs = [option.partition("=") for option in options.options]
+    for key, separator, _ in pairs:
+        if not separator:
+            raise InputError(f"argument {key!r}", "key=value", "write for example seed=1")
+    path = prepare(options.name, options.root, options.out, **{key: value for key, _, value in pairs})
+    print(f"wrote {path}\nnext: distseg pack {path} --out {path.with_suffix('')}")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from shards.pack import pack
+
+    manifest = pack(options.maps, options.out, samples_per_shard=options.samples_per_shard, num_workers=options.workers)
+    counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
+    print(f"wrote {options.out}: {counts}\nnext: distseg train data.shards={options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From packed shards to batches: the global order, the training view, the threaded stream."""

@@ -1,0 +1,191 @@
+"""Batches of training views, read, decoded and warped in threads; and the full-resolution samples of evaluation.
+
+Three calls of the standard library's thread pool do what a loader with worker processes would. webdataset's own
+DataPipeline is left out: its shard splitting gives ranks unequal numbers of samples and has no state to resume from,
+both of which the plan settles, and around a map over positions it would only add a layer. Threads suffice because the
+codecs and the warp release the interpreter's lock, and they write straight into the batch, where processes would fault
+shared pages in anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+
+from distseg.data.plan import Plan, rank_positions
+from distseg.data.transforms import TrainView
+from shards.errors import InputError
+from shards.reader import ShardReader
+from shards.sample import IGNORE_INDEX, decode_image, decode_label
+
+BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewer samples than there are threads
+
+
+@dataclass
+class Batch:
+    """One rank's slice of a global batch, on the CPU (pinned where there is a CUDA device).
+
+    image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px, crop_px) uint8, class
+    indices and 255 for void; step: the step of training that it belongs to.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    step: int
+
+
+@dataclass
+class _Pending:
+    """A batch whose samples are still being written; tasks in order of position."""
+
+    batch: Batch
+    tasks: list[Future[None]]
+
+
+class TrainStream:
+    """An endless iterator of Batch from start_step on, the same pixels whatever the number of threads and ranks.
+
+    batch_size is global; rank r gets its slice of each batch. num_threads decode, warp and stay a few batches ahead;
+    0 does the work in the caller. A sample that cannot be used raises InputError, naming sample and shard, at the step
+    that needs it, after the sound batches before it. After that, or a KeyboardInterrupt, the stream is closed.
+
+    wait_seconds: time that the caller has spent in next() so far.
+    Raises InputError at construction for an empty split or a batch size that world_size does not divide.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        view: TrainView,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_threads: int,
+        start_step: int = 0,
+    ):
+        share = len(rank_positions(start_step, batch_size, rank, world_size))
+        _check_threads(num_threads)
+        cv2.setNumThreads(0)  # OpenCV's own threads would fight with ours over the cores
+        self.wait_seconds = 0.0
+        self._reader = reader
+        self._view = view
+        self._plan = Plan(len(reader), seed)
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._next_step = start_step  # the first that has not been handed to the threads
+        self._pending: deque[_Pending] = deque()
+        self._num_pending = 1 + BATCHES_AHEAD + num_threads // share if num_threads else 1
+        self._threads = ThreadPoolExecutor(num_threads, "distseg-data") if num_threads else None
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise RuntimeError("the stream is closed")
+        start = time.perf_counter()
+        try:
+            while len(self._pending) < self._num_pending:
+                self._pending.append(self._begin(self._next_step))
+                self._next_step += 1
+            pending = self._pending.popleft()
+            for task in pending.tasks:
+                task.result()
+        except BaseException:  # KeyboardInterrupt too: no thread may outlive it
+            self.close()
+            raise
+        self.wait_seconds += time.perf_counter() - start
+        return pending.batch
+
+    def close(self) -> None:
+        """Stop the threads; returns once the samples being decoded are done, and drops the others."""
+        self._closed = True
+        self._pending.clear()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self, step: int) -> _Pending:
+        """Allocate the batch of a step and hand its samples to the threads, or fill it here if there are none."""
+        positions = rank_positions(step, self._batch_size, self._rank, self._world_size)
+        count, side = len(positions), self._view.crop_px
+        pin = torch.cuda.is_available()  # torch keeps and reuses freed pinned blocks
+        image = torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=pin)
+        label = torch.empty((count, side, side), dtype=torch.uint8, pin_memory=pin)
+        pending = _Pending(Batch(image.permute(0, 3, 1, 2), label, step), [])
+        for position, out_image, out_label in zip(positions, image.numpy(), label.numpy(), strict=True):
+            if self._threads is None:
+                self._write(position, out_image, out_label)
+            else:
+                pending.tasks.append(self._threads.submit(self._write, position, out_image, out_label))
+        return pending
+
+    def _write(self, position: int, out_image: np.ndarray, out_label: np.ndarray) -> None:
+        _, image, label = _load(self._reader, self._plan.sample_index(position))
+        self._view(image, label, self._plan.augmentation_rng(position), out_image, out_label)
+
+
+def evaluation_samples(
+    reader: ShardReader, rank: int, world_size: int, num_threads: int
+) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+    """Samples rank, rank + world_size, ... at full resolution, in order, each of the split once over all ranks.
+
+    Yields (index, key, image (H, W, 3) uint8 RGB, label (H, W) uint8). Read and decoded in num_threads threads a few
+    samples ahead; 0: in the caller. Raises InputError, naming sample and shard, for a sample that cannot be used.
+    """
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
+    _check_threads(num_threads)
+    cv2.setNumThreads(0)
+    return _in_order(reader, range(rank, len(reader), world_size), num_threads)
+
+
+def _in_order(
+    reader: ShardReader, indices: range, num_threads: int
+) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+    if num_threads == 0:
+        yield from ((index, *_load(reader, index)) for index in indices)
+        return
+    threads = ThreadPoolExecutor(num_threads, "distseg-data")
+    pending: deque[tuple[int, Future[tuple[str, np.ndarray, np.ndarray]]]] = deque()
+    try:
+        for index in indices:
+            pending.append((index, threads.submit(_load, reader, index)))
+            if len(pending) > 2 * num_threads:  # enough to keep all busy; each holds a decoded picture
+                first, task = pending.popleft()
+                yield first, *task.result()
+        for first, task in pending:
+            yield first, *task.result()
+    finally:  # also where the consumer stops early
+        threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _load(reader: ShardReader, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Key, image (H, W, 3) uint8 and label (H, W) uint8 of one sample, checked against each other and the classes."""
+    raw = reader.read(index)
+    if raw.label is None:
+        raise InputError(f"{raw.key} has no label", "a label for every sample of this split", "choose a labelled split")
+    image, label = decode_image(raw.image), decode_label(raw.label)
+    if image.shape[:2] != label.shape:
+        got = f"{raw.key}: image of {image.shape[:2]} and label of {label.shape} pixels"
+        raise InputError(got, "the same height and width", "correct the maps and run `distseg pack` again")
+    num_classes = reader.classes.num_classes
+    # 255 + 1 wraps to 0, so one maximum finds any other index that is too large
+    highest = int((label + np.uint8(1)).max()) - 1
+    if highest >= num_classes:
+        needed = f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void"
+        raise InputError(f"{raw.key}: class index {highest}", needed, "correct the maps and run `distseg pack` again")
+    return raw.key, image, label
+
+
+def _check_threads(num_threads: int) -> None:
+    if num_threads < 0:
+        raise InputError(f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads")

@@ -1,0 +1,161 @@
+"""Ranks: who am I, sums over all ranks, work that one rank does for all, and the agreed stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shards.errors import InputError
+
+Result = TypeVar("Result")
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank of world_size, local_rank on its machine, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks."""
+        return self.rank == 0
+
+
+def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
+    """(rank, world_size, local_rank) from torchrun's variables, or (0, 1, 0) when there are none.
+
+    Raises InputError when only some are set or they contradict each other: half a job would hang.
+    """
+    present = [name for name in TORCHRUN_VARIABLES if name in environment]
+    launched = [name for name in present if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not launched:
+        return 0, 1, 0
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+    if missing:
+        action = "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset " + ", ".join(launched)
+        raise InputError(f"{', '.join(launched)} set but not {', '.join(missing)}", "all of torchrun's variables", action)
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in TORCHRUN_VARIABLES[:3])
+    except ValueError:
+        got = ", ".join(f"{name}={environment[name]!r}" for name in TORCHRUN_VARIABLES[:3])
+        raise InputError(got, "whole numbers", "start with torchrun") from None
+    if not 0 <= rank < world_size:
+        raise InputError(f"RANK={rank} with WORLD_SIZE={world_size}", "0 <= RANK < WORLD_SIZE", "start with torchrun")
+    return rank, world_size, local_rank
+
+
+def setup(device: str, timeout_seconds: float) -> Ranks:
+    """Join the job: NCCL for CUDA tensors, gloo for CPU tensors (those carry the control messages too).
+
+    device: auto, cpu or cuda. Raises InputError for a device that is not there or a port that is taken.
+    """
+    rank, world_size, local_rank = resolve_ranks(dict(os.environ))
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and local_rank >= torch.cuda.device_count():
+        got = f"local rank {local_rank} with {torch.cuda.device_count()} CUDA devices"
+        raise InputError(got, "one CUDA device per process", "lower --nproc_per_node, or device=cpu")
+    where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return Ranks(0, 1, local_rank, where)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        raise _network_error(error) from None
+    return Ranks(rank, world_size, local_rank, where)
+
+
+def _network_error(error: Exception) -> InputError:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error) or "in use" in str(error):
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            free = probe.getsockname()[1]
+        action = f"set MASTER_PORT={free} (free now), or use torchrun --standalone, which finds one"
+        return InputError(f"the port of {address} is in use", "a free port for the rendezvous", action)
+    action = "check that rank 0 runs at that address and that no firewall is between"
+    return InputError(f"no rendezvous at {address}: {str(error).splitlines()[0]}", "a reachable first rank", action)
+
+
+def teardown() -> None:
+    """Leave the job; without effect when it was never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place; every rank gets the same bits."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """What `work` returns on the main rank, on every rank; its exception is raised on every rank too.
+
+    Without this, an error while one rank writes a file leaves the others waiting for it.
+    """
+    outcome: list[Any] = [None, None]
+    if ranks.is_main:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+class StopRequest:
+    """Turns a signal to any rank into a stop of all ranks at the same step boundary.
+
+    A handler may do next to nothing, so it sets a flag. `begin` starts the sum of the flags (gloo, beside the
+    step's own work), `agreed` waits for it; both are called once a step on every rank.
+    """
+
+    def __init__(self) -> None:
+        self._flag = 0
+        self._tensor = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+        self.signal_name = ""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self._flag:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self._flag = 1
+        self.signal_name = signal.Signals(number).name
+
+    def begin(self) -> None:
+        """Start to sum the flags of all ranks."""
+        self._tensor.fill_(self._flag)
+        self._work = dist.all_reduce(self._tensor, async_op=True)
+
+    def agreed(self) -> bool:
+        """True on all ranks when any rank had been signalled at `begin`."""
+        self._work.wait()
+        return bool(self._tensor.item())

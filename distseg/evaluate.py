@@ -1,0 +1,129 @@
+"""Exact evaluation: every validation image once, at full resolution, one confusion matrix over all ranks."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distseg import checkpoint
+from distseg import config as configuration
+from distseg.config import Config
+from distseg.data.stream import evaluation_samples
+from distseg.device import autocast_dtype, resolve_precision
+from distseg.distributed import Ranks, all_reduce_sum, on_main, setup, teardown
+from distseg.inference import probabilities
+from distseg.metrics import SegmentationScores, confusion_matrix, scores
+from distseg.models import build_segmentor
+from distseg.progress import Progress
+from shards.errors import InputError
+from shards.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image is looked at: softmax probabilities averaged over scales and, if asked, the mirror image."""
+
+    scales: tuple[float, ...]
+    mirror: bool
+    precision: str  # resolved: bf16, fp32 or fp64
+    device: torch.device
+
+    def __call__(self, network: nn.Module, image: np.ndarray) -> Tensor:
+        """Class probabilities (C, H, W) float32 on the device, of an image (H, W, 3) uint8 RGB."""
+        dtype = autocast_dtype(self.precision)
+        return probabilities(network, image, self.scales, self.mirror, self.device, dtype)
+
+
+@dataclass
+class Evaluator:
+    """Scores a network on a split, on all ranks together, and keeps the last result."""
+
+    network: nn.Module
+    reader: ShardReader
+    ranks: Ranks
+    view: View
+    num_threads: int = 2
+    result: SegmentationScores | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> SegmentationScores:
+        """Scores of the whole split from one confusion matrix, the same on every rank; void excluded.
+
+        Rank r looks at images r, r + world_size, ...; nothing is padded or dropped, and one all-reduce adds up.
+        """
+        was_training = self.network.training
+        self.network.eval()
+        num_classes, device = self.reader.classes.num_classes, self.ranks.device
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
+        for _, _, image, label in evaluation_samples(self.reader, *shares):
+            prediction = self.view(self.network, image).argmax(dim=0)
+            confusion += confusion_matrix(prediction, torch.from_numpy(label).to(device), num_classes)
+        self.network.train(was_training)
+        self.result = scores(all_reduce_sum(confusion))
+        return self.result
+
+    def named(self) -> dict[str, float]:
+        """The last result under its names in metrics.jsonl: val/mean_iou, val/iou/<class>, ..., in [0, 1]."""
+        assert self.result is not None
+        return {f"val/{name}": value for name, value in self.result.to_dict(self.reader.classes.names).items()}
+
+    def report(self, step: int) -> dict[str, Any]:
+        """What evaluation.json holds: the last result, and all that it depends on."""
+        about = {"step": step, "data": self.reader.manifest.name, "split": self.reader.split}
+        about |= {"num_images": len(self.reader), "scales": list(self.view.scales), "mirror": self.view.mirror}
+        return about | {"precision": self.view.precision} | self.named()
+
+
+def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:
+    """The segmentor of a run's checkpoint in evaluation mode, its configuration, and the checkpoint's path."""
+    config = configuration.from_file(run_dir / "config.yaml")
+    path = checkpoint.find(run_dir, which)
+    num_classes = len(checkpoint.read_state(path)["identity"]["classes"])
+    options = {**config.segmentor.options, "init": "random"}
+    network = build_segmentor(config.segmentor.name, num_classes, **options)
+    checkpoint.load_segmentor(path, network)
+    return network.eval(), config, path
+
+
+def run(run_dir: Path, which: str, overrides: list[str]) -> int:
+    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation.json into the run."""
+    network, config, path = trained_segmentor(run_dir, which)
+    config = configuration.override(config, overrides)
+    reader = ShardReader(Path(config.data.shards), config.data.val_split)
+    check_classes(path, reader)
+    ranks = setup(config.device, config.parallel.timeout_seconds)
+    precision = resolve_precision(config.precision, ranks.device)
+    view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    network = network.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
+    evaluator = Evaluator(network, reader, ranks, view, config.data.num_threads)
+    evaluator()
+    step = checkpoint.read_state(path)["state"]["step"]
+    on_main(ranks, lambda: checkpoint.write_json(run_dir / "evaluation.json", evaluator.report(step)))
+    progress = Progress(step, step, ranks.is_main)
+    progress.message(f"{path.name} on {len(reader)} images of {reader.split}, each once, at full resolution")
+    progress.evaluation(step, evaluator.named())
+    teardown()
+    return 0
+
+
+def check_classes(path: Path, reader: ShardReader) -> None:
+    """Raise InputError when a checkpoint was trained on other classes than the shards have."""
+    trained_on = checkpoint.read_state(path)["identity"]["classes"]
+    if trained_on != list(reader.classes.names):
+        got = f"{path} was trained on {len(trained_on)} classes ({', '.join(trained_on)})"
+        needed = f"the {reader.classes.num_classes} classes of the shards ({', '.join(reader.classes.names)})"
+        raise InputError(got, needed, "choose other shards with data.shards=DIR")
+
+
+if __name__ == "__main__":
+    from distseg.cli import main
+
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,92 @@
+"""Weights from files: what was loaded, what is missing, what was left over, and nothing executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Keys of the module that were loaded or are missing, and keys of the file that nobody took."""
+
+    source: str
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    left_over: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {len(self.loaded)} tensors loaded"
+        if self.missing:
+            text += f"; {len(self.missing)} not in the file, left as they were: {_some(self.missing)}"
+        if self.left_over:
+            text += f"; {len(self.left_over)} not used: {_some(self.left_over)}"
+        return text
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file, or from a torch file read with weights_only=True.
+
+    Raises InputError when the file is missing, unreadable, or holds anything but tensors by name.
+    """
+    path = Path(path)
+    action = "check the path after segmentor.init=, or write segmentor.init=random"
+    if not path.is_file():
+        raise InputError(f"no file of weights at {path}", "a .safetensors or .pth file", action)
+    try:
+        state = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read: {reason}", "a state dict of tensors only", action) from None
+    except Exception as error:
+        # safetensors' own error type derives from Exception alone
+        raise InputError(f"{path} cannot be read: {error}", "a .safetensors file", action) from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state dict", "tensors by name", action)
+    return dict(state)
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
+    """Copy every tensor of `state` whose key the module has; the rest of both sides goes into the report.
+
+    A fully connected weight (out, in) fits a convolution (out, C, k, k) with C * k * k = in, as when VGG's
+    classifier is made convolutional. Raises InputError when shapes differ otherwise, or no key fits.
+    """
+    own = module.state_dict()
+    loaded = tuple(key for key in own if key in state)
+    if not loaded:
+        got = f"{source}: none of its keys fits ({_some(tuple(state))})"
+        raise InputError(
+            got, f"keys like {_some(tuple(own))}", "choose the file that belongs to this encoder"
+        )
+    for key in loaded:
+        if state[key].shape != own[key].shape and not _is_flat_convolution(state[key], own[key]):
+            got = f"{source}: {key} has shape {tuple(state[key].shape)}"
+            raise InputError(
+                got, f"shape {tuple(own[key].shape)}", "choose the file that belongs to this network"
+            )
+    module.load_state_dict({key: state[key].reshape(own[key].shape) for key in loaded}, strict=False)
+    return LoadReport(
+        source=source,
+        loaded=loaded,
+        missing=tuple(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
+        left_over=tuple(key for key in state if key not in own),
+    )
+
+
+def _is_flat_convolution(given: Tensor, own: Tensor) -> bool:
+    return given.ndim == 2 and own.ndim == 4 and given.shape == own.flatten(1).shape
+
+
+def _some(keys: tuple[str, ...]) -> str:
+    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")

@@ -1,0 +1,68 @@
+"""One optimizer per network: parameter groups, eagerly made state, and a step that skips non-finite gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config import OptimizerConfig
+
+
+def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Up to four groups: encoder or head, decayed or not (biases and norms are not). No parameter twice."""
+    encoder = getattr(network, "encoder", None)
+    in_encoder = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    groups: dict[tuple[bool, bool], dict] = {}
+    for parameter in network.parameters():  # nn.Module lists a shared parameter once
+        if not parameter.requires_grad:
+            continue
+        key = (id(parameter) in in_encoder, parameter.ndim > 1)
+        lr = config.lr * (config.encoder_lr_factor if key[0] else 1.0)
+        decay = config.weight_decay if key[1] else 0.0
+        group = groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD with its state made at once, so that a checkpoint has the same keys at every step."""
+    groups = parameter_groups(network, config)
+    optimizer: torch.optim.Optimizer
+    if config.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=config.beta1, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].update(_initial_state(parameter, config))
+    return optimizer
+
+
+def _initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tensor]:
+    def zeros() -> Tensor:  # in the parameter's own memory format, as the fused kernels need
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    if config.name == "sgd":
+        return {"momentum_buffer": zeros()}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+
+
+def clip(parameters: list[Tensor], clip_norm: float) -> Tensor:
+    """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when that is > 0."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """Step unless the gradient norm is not finite; decided on the device, without a wait.
+
+    Every rank holds the same averaged gradients, so all decide alike. Returns 1.0 when skipped, else 0.0.
+    """
+    skipped = (~norm.isfinite()).to(torch.float32)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernels read it, see torch.amp.GradScaler
+    optimizer.step()
+    return skipped

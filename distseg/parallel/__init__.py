@@ -1,0 +1,39 @@
+"""Learners: a network with its optimizer and its way of being spread over the ranks, behind one small interface."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from distseg.config import Config, OptimizerConfig
+from distseg.distributed import Ranks
+from distseg.parallel.ddp import DDPLearner, backward
+
+__all__ = ["Learner", "backward", "wrap"]
+
+
+class Learner(Protocol):
+    """A network that can be trained, whatever spreads it over the ranks."""
+
+    network: nn.Module  # bare: evaluation, frozen use, parameter count
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Forward under autocast; the gradients of a later backward will be averaged over the ranks."""
+
+    def frozen(self, *inputs: Tensor) -> Any:
+        """Forward under autocast that leaves this learner's parameters and gradients alone."""
+
+    def step(self, lr_factor: float) -> dict[str, Tensor]:
+        """Clip, update unless the gradient is not finite, clear the gradients; the norm and the skip counts."""
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors by part ("network", "optimizer", "counters"), each by name; the learner's own memory."""
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copy in what `state_dict` gave."""
+
+
+def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks) -> Learner:
+    """Move a network to the rank's device and make it a learner by `config.parallel.strategy`."""
+    return {"ddp": DDPLearner}[config.parallel.strategy](network, optimizer, config, ranks)

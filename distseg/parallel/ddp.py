@@ -1,0 +1,116 @@
+"""DistributedDataParallel: every rank holds the whole network, gradients are averaged as backward goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distseg.config import Config, OptimizerConfig
+from distseg.distributed import Ranks, all_reduce_sum
+from distseg.optimizers import build_optimizer, clip, guarded_step
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
+
+
+class DDPLearner:
+    """A network under DDP with its optimizer; see distseg.parallel.Learner."""
+
+    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks):
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.network, optimizer)
+        self.clip_norm = optimizer.clip_norm
+        self.counters = {name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")}
+        self._device_type = ranks.device.type
+        self._autocast_dtype = AUTOCAST_DTYPES.get(config.precision)
+        self.trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # Running statistics are averaged below, once a forward; DDP's own broadcast would keep only rank 0's.
+        self._ddp = DistributedDataParallel(
+            self.network,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Forward through DDP under autocast, then running statistics averaged over the ranks."""
+        with autocast(self._device_type, self._autocast_dtype):
+            outputs = self._ddp(*inputs)
+        self._average_statistics()
+        return outputs
+
+    def frozen(self, *inputs: Tensor) -> Any:
+        """See Learner.frozen."""
+        with autocast(self._device_type, self._autocast_dtype):
+            return self.network(*inputs)
+
+    def _average_statistics(self) -> None:
+        """Batch norm's running statistics become the mean over the ranks, so every rank holds the same network.
+
+        They are linear in the batches' statistics: their mean is what one process with all the data would keep,
+        but for the variance between the ranks' means.
+        """
+        world_size = torch.distributed.get_world_size()
+        moving = [module for module in self._batch_norms if module.training and module.track_running_stats]
+        if world_size == 1 or not moving:
+            return
+        buffers = [buffer for module in moving for buffer in (module.running_mean, module.running_var)]
+        flat = torch.cat(buffers)
+        all_reduce_sum(flat).div_(world_size)
+        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(mean)
+
+    def step(self, lr_factor: float) -> dict[str, Tensor]:
+        """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
+        norm = clip(self.trained, self.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        skipped = guarded_step(self.optimizer, norm)
+        self.counters["skips"] += skipped
+        self.counters["skips_in_a_row"].add_(1).mul_(skipped)
+        self.optimizer.zero_grad()
+        return {"grad_norm": norm, **self.counters}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """See Learner.state_dict. Optimizer tensors are named `<kind>/<parameter>`."""
+        return {"network": self.network.state_dict(), "optimizer": self._optimizer_tensors(), "counters": self.counters}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """See Learner.load_state_dict. Copies into the existing tensors: their memory format stays."""
+        self.network.load_state_dict(state["network"])
+        for part in ("optimizer", "counters"):
+            own = self._optimizer_tensors() if part == "optimizer" else self.counters
+            if own.keys() != state[part].keys():
+                raise KeyError(f"{part} state: {sorted(own.keys() ^ state[part].keys())[:4]} on one side only")
+            for name, tensor in own.items():
+                tensor.copy_(state[part][name])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        names = {parameter: name for name, parameter in self.network.named_parameters()}
+        states = self.optimizer.state.items()
+        return {f"{kind}/{names[p]}": tensor for p, state in states for kind, tensor in state.items()}
+
+
+def autocast(device_type: str, dtype: torch.dtype | None) -> Any:
+    """torch.autocast, or nothing for dtype None (full precision)."""
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+def backward(terms: Sequence[tuple[Tensor, Tensor | None]], learners: Sequence[Any]) -> None:
+    """ONE backward from several (tensor, gradient) roots into the parameters of several learners.
+
+    Autograd runs the graph made last first: the discriminator's gradients are ready, and their all-reduce under
+    way, before the segmentor's backward begins; each DDP waits for its own only at the very end. Naming the
+    parameters leaves out every gradient that nobody asked for, such as the one to the fake label maps.
+    """
+    parameters = [parameter for learner in learners for parameter in learner.trained]
+    roots, gradients = zip(*terms, strict=True)
+    torch.autograd.backward(roots, gradients, inputs=parameters)
+

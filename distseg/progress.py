@@ -1,0 +1,143 @@
+"""How far a training run is: one line that renews itself on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from datetime import datetime, timedelta
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+_PLAIN_SECONDS = 10.0  # between lines in a log file
+_SPEED_SECONDS = 60.0  # the time left follows from the speed over this window
+_BAR_CELLS = 16
+_LOSSES = {  # metric -> name on the line; what a run does not have is left out
+    "loss/segmentor": "loss",
+    "loss/cross_entropy": "ce",
+    "loss/adversarial": "adv",
+    "loss/discriminator_real": "D real",
+    "loss/discriminator_fake": "D fake",
+}
+_SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_class_accuracy": "class accuracy"}
+
+
+class Progress:
+    """Shows how far training is, its speed and losses, and when it will end.
+
+    total_steps: the step at which training ends; start_step: the step it goes on from (0 for a new run).
+    enabled: False on every rank but 0, and then nothing is shown.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, enabled: bool, console: Console | None = None):
+        self._total_steps, self._step = total_steps, start_step
+        self._metrics: dict[str, float] = {}
+        self._mean_iou = math.nan
+        self._recent = deque([(time.monotonic(), start_step)])  # (seconds, step), oldest first
+        self._next_plain = 0.0
+        self._console = console or Console(highlight=False)
+        self._live: Live | None = None
+        self._enabled = enabled
+        if enabled and self._console.is_terminal:
+            self._live = Live(
+                console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True
+            )
+            self._live.start()
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell the step just done and the newest metrics (names as in metrics.jsonl; host floats)."""
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        self._step = step
+        self._metrics.update(metrics)
+        self._recent.append((now, step))
+        while len(self._recent) > 2 and now - self._recent[0][0] > _SPEED_SECONDS:
+            self._recent.popleft()
+        if self._live is None and now >= self._next_plain:
+            self._next_plain = now + _PLAIN_SECONDS
+            self._print_line()
+
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Print the scores of an evaluation, all in [0, 1] under their names in metrics.jsonl (val/...)."""
+        self._mean_iou = scores.get("val/mean_iou", math.nan)
+        if self._enabled:
+            self._console.print(_scores_table(step, scores))
+
+    def message(self, text: str) -> None:
+        """Print a line of text above the live line."""
+        if self._enabled:
+            self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Take the live line away and leave the last state as a plain line."""
+        if not self._enabled:
+            return
+        if self._live is not None:
+            self._live.stop()
+        self._enabled = False
+        self._print_line()
+
+    def seconds_left(self) -> float:
+        """Time until the last step at the recent speed, NaN before any step was timed."""
+        (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
+        if last_step <= first_step or last_time <= first_time:
+            return math.nan
+        return (self._total_steps - self._step) * (last_time - first_time) / (last_step - first_step)
+
+    def _print_line(self) -> None:
+        # A log line is never cut at the width of a terminal that is not there.
+        self._console.print(self._line(), soft_wrap=True)
+
+    def _line(self) -> Text:
+        share = self._step / self._total_steps if self._total_steps else 1.0
+        parts = [f"step {self._step:,}/{self._total_steps:,}  {share:6.1%}"]
+        if "images_per_second" in self._metrics:
+            parts.append(f"{self._metrics['images_per_second']:.1f} img/s")
+        left = self.seconds_left()
+        if math.isfinite(left) and self._step < self._total_steps:
+            end = datetime.now() + timedelta(seconds=left)
+            parts.append(f"left {_duration(left)} (ends {end:%H:%M}{_days_ahead(end)})")
+        losses = ((label, self._metrics.get(name)) for name, label in _LOSSES.items())
+        parts += [f"{label} {value:.3f}" for label, value in losses if value is not None]
+        if not math.isnan(self._mean_iou):
+            parts.append(f"mIoU {self._mean_iou:.1%}")
+        text = Text(no_wrap=True, overflow="ellipsis")
+        if self._live is not None and self._enabled:
+            done = round(share * _BAR_CELLS)
+            text.append("━" * done, "cyan").append("━" * (_BAR_CELLS - done), "bright_black").append(" ")
+        return text.append("  ".join(parts))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds_part = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds_part:02}"
+
+
+def _days_ahead(end: datetime) -> str:
+    days = (end.date() - datetime.now().date()).days
+    return f" +{days}d" if days else ""
+
+
+def _scores_table(step: int, scores: dict[str, float]) -> Table:
+    """One row a class; three classes a row where there are many, so that a table stays on one screen."""
+    prefix = "val/iou/"
+    classes = [(name.removeprefix(prefix), iou) for name, iou in scores.items() if name.startswith(prefix)]
+    title = [f"step {step:,}"]
+    title += [f"{label} {scores[f'val/{n}']:.1%}" for n, label in _SCORES.items() if f"val/{n}" in scores]
+    num_columns = 1 if len(classes) <= 10 else 3
+    table = Table(title="  ".join(title), title_justify="left", title_style="bold")
+    for _ in range(num_columns):
+        table.add_column("class")
+        table.add_column("IoU", justify="right")
+    num_rows = math.ceil(len(classes) / num_columns)
+    for row in range(num_rows):
+        cells: list[Text] = []  # Text, because a plain string's [brackets] would be read as markup
+        for name, iou in classes[row::num_rows]:  # down the columns, in the order of the class indices
+            cells += [Text(name), Text("absent" if math.isnan(iou) else f"{iou:.1%}")]
+        table.add_row(*cells)
+    return table

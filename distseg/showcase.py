@@ -1,0 +1,40 @@
+"""What a finished run leaves to look at: scores as JSON, curves, and pictures of validation images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distseg import pictures
+from distseg.checkpoint import write_json
+from distseg.distributed import on_main
+from distseg.engine import Trainer
+from distseg.tracking import METRICS_FILE, read_metrics
+from shards.reader import ShardReader
+from shards.sample import decode_image, decode_label
+
+
+def show(trainer: Trainer, val_set: ShardReader) -> None:
+    """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank."""
+    on_main(trainer.ranks, lambda: _show(trainer, val_set))
+
+
+def _show(trainer: Trainer, val_set: ShardReader) -> None:
+    run_dir, step = Path(trainer.config.run_dir), trainer.state.step
+    evaluator = trainer.evaluator
+    if evaluator.result is not None:
+        write_json(run_dir / "evaluation.json", evaluator.report(step))
+        class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
+        pictures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
+    curves = run_dir / "pictures" / "curves.png"
+    pictures.curves(read_metrics(run_dir / METRICS_FILE), curves)
+    trainer.tracker.image(step, "curves", curves)
+    count = min(trainer.config.evaluate.num_pictures, len(val_set))
+    for index in (i * len(val_set) // count for i in range(count)):
+        raw = val_set.read(index)
+        image = decode_image(raw.image)
+        label = None if raw.label is None else decode_label(raw.label)
+        probabilities = evaluator.view(evaluator.network, image).cpu().numpy()
+        out = run_dir / "pictures" / "samples" / f"{raw.key}.png"
+        pictures.sample_panel(image, label, probabilities, val_set.classes, out)
+        trainer.tracker.image(step, f"samples/{raw.key}", out)
+    trainer.progress.message(f"curves and pictures: {run_dir / 'pictures'}")

@@ -1,0 +1,178 @@
+"""What a run measures, written down: always to metrics.jsonl, and to W&B where that is wanted and works.
+
+metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>": float, ...}.
+JSON has no word for non-finite floats, so they are written as the strings "NaN", "Infinity" and "-Infinity";
+`read_metrics` turns them back. Rank 0 writes; every other rank gets a tracker that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from distseg.wandb_run import WandbRun, choose_mode
+from shards.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+_log = logging.getLogger(__name__)
+
+
+class TrackingSettings(Protocol):
+    """Where a run is tracked besides metrics.jsonl.
+
+    wandb: "online", "offline" (uploaded later with `wandb sync`), "disabled", or "auto": online when a login
+    is found (WANDB_API_KEY or netrc), else offline. project, entity, group, tags: where W&B files the run.
+    """
+
+    wandb: str
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+
+
+class Tracker(Protocol):
+    """What the training loop reports to; each call returns without waiting for a network."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line; values are anything `float()` takes, on the host (a device tensor would wait)."""
+
+    def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
+        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B only)."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the files and wait, for a bounded time, until W&B has what it was given."""
+
+
+class NullTracker:
+    """The tracker of every rank but 0: nothing is written."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
+        pass
+
+    def finish(self, exit_code: int = 0) -> None:
+        pass
+
+
+class RunTracker:
+    """metrics.jsonl, flushed line by line so that a killed process loses nothing, and W&B beside it."""
+
+    def __init__(self, metrics_path: Path, wandb_run: WandbRun | None):
+        self._file = metrics_path.open("a", encoding="utf-8")
+        self._wandb = wandb_run
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        line.update((name, _json_value(value)) for name, value in values.items())
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(step, values)
+
+    def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
+        if self._wandb is not None:
+            self._wandb.image(step, name, picture, caption)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code)
+
+
+def open_tracker(
+    run_dir: Path, settings: TrackingSettings, config: dict[str, Any], resume_step: int | None, enabled: bool
+) -> Tracker:
+    """Open the tracker of one process.
+
+    config: the resolved configuration, shown in W&B. resume_step: the step of the checkpoint that training
+    goes on from; later lines are taken away, because those steps will be done again. None: training starts
+    anew, so all lines are. enabled: False on every rank but 0.
+    """
+    if not enabled:
+        return NullTracker()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = run_dir / METRICS_FILE
+    _rewind(metrics_path, resume_step)
+    mode = choose_mode(settings.wandb)
+    if mode == "disabled":
+        return RunTracker(metrics_path, None)
+    options = {
+        "project": settings.project,
+        "entity": settings.entity,
+        "group": settings.group,
+        "tags": list(settings.tags),
+        "name": run_dir.resolve().name,
+    }
+    return RunTracker(metrics_path, WandbRun(run_dir, mode, options, config))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl in the order it was written, without a last line torn by a kill.
+
+    Returns one dict a line: "step" an int, everything else floats, non-finite ones included.
+    Raises InputError when the file is missing or a line before the last is unreadable.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist",
+            "the metrics.jsonl of a run",
+            "name the directory of a run that has started",
+        )
+    rows = []
+    for number, _, row, is_last in _lines(path):
+        if row is not None:
+            rows.append({name: _NON_FINITE.get(v, v) if isinstance(v, str) else v for name, v in row.items()})
+        elif not is_last:
+            raise InputError(
+                f"line {number} of {path} is not a JSON object with a step",
+                "one JSON object a line",
+                "delete that line; the others are not affected",
+            )
+    return rows
+
+
+def _json_value(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None, bool]]:
+    """Yield (line number from 1, text, row or None where unreadable, whether it is the last line)."""
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(texts, start=1):
+        try:
+            row = json.loads(text)
+        except ValueError:
+            row = None
+        readable = isinstance(row, dict) and isinstance(row.get("step"), int)
+        yield number, text, row if readable else None, number == len(texts)
+
+
+def _rewind(path: Path, resume_step: int | None) -> None:
+    """Leave the whole lines up to `resume_step`; the file is replaced at once or not at all."""
+    if not path.exists():
+        return
+    kept = []
+    for number, text, row, is_last in _lines(path):
+        if row is None and not is_last:
+            _log.warning("%s: line %d was unreadable and is removed", path, number)
+        if row is not None and resume_step is not None and row["step"] <= resume_step:
+            kept.append(text + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,217 @@
+"""One W&B run, kept at arm's length: training never waits for it and never stops because of it.
+
+Importing wandb (0.6 s), starting its service, logging in and uploading happen in one background thread behind
+a bounded queue. A failure costs one warning and the W&B curves; metrics.jsonl has every value anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import netrc
+import os
+import queue
+import re
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+
+ID_FILE = "wandb_id.txt"
+_QUEUE_LENGTH = 2000  # rows; at one row a second, half an hour without an answer
+_INIT_SECONDS = 30.0  # in the background; a compute node without network falls back to offline after this
+_FINISH_SECONDS = 60.0  # how long the end of a run may wait for uploads
+_LOGIN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+_SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|passw|credential|private_?key)")
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+_log = logging.getLogger(__name__)
+
+_Action = Callable[[Any], None]  # takes the wandb.Run
+
+
+def choose_mode(wanted: str) -> str:
+    """Resolve "auto" and missing logins to "online", "offline" or "disabled".
+
+    "auto" follows WANDB_MODE where that is set. "online" without a login would ask for one on the terminal,
+    which nobody reads in a batch job, so it becomes "offline" with a warning.
+    """
+    if wanted == "auto":
+        by_environment = os.environ.get("WANDB_MODE", "")
+        if by_environment in ("online", "offline", "disabled"):
+            wanted = by_environment
+        else:
+            return "online" if _has_login() else "offline"
+    if wanted == "online" and not _has_login():
+        _log.warning(
+            "W&B: no login found (run `wandb login`); writing offline, upload later with `wandb sync`"
+        )
+        return "offline"
+    return wanted
+
+
+class WandbRun:
+    """A W&B run that can be resumed by the id kept in `run_dir`/wandb_id.txt.
+
+    mode: "online" or "offline". options: keyword arguments of wandb.init that name the run (project, entity,
+    group, tags, name). config: nested dict of plain values; what looks like a secret is removed.
+    """
+
+    def __init__(self, run_dir: Path, mode: str, options: dict[str, Any], config: dict[str, Any]):
+        self._run_dir, self._mode, self._options = run_dir, mode, options
+        self._config = without_secrets(config)
+        self._id = _run_id(run_dir / ID_FILE)
+        self._actions: queue.Queue[_Action | None] = queue.Queue(_QUEUE_LENGTH)
+        self._failed = threading.Event()
+        self._num_dropped = 0
+        self._exit_code = 0
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Queue one row; rows of the same step become one row of the W&B history."""
+        self._queue(lambda run: _log_row(run, step, values))
+
+    def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str) -> None:
+        """Queue a picture: a file, or uint8 (H, W, 3) RGB that the caller does not write to again."""
+
+        def show(run: Any) -> None:
+            import wandb
+
+            data = str(picture) if isinstance(picture, Path) else picture
+            _log_row(run, step, {name: wandb.Image(data, caption=caption or None)})
+
+        self._queue(show)
+
+    def finish(self, exit_code: int) -> None:
+        """Let the thread write out what is queued and end the run; wait at most a minute."""
+        self._exit_code = exit_code
+        deadline = time.monotonic() + _FINISH_SECONDS
+        with contextlib.suppress(queue.Full):  # still full after a minute: told below
+            self._actions.put(None, timeout=_FINISH_SECONDS if self._thread.is_alive() else 0.01)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._num_dropped:
+            _log.warning("W&B was too slow: %d rows were not sent; metrics.jsonl has them", self._num_dropped)
+        if self._thread.is_alive():
+            _log.warning("W&B has not finished after %.0f s; leaving it", _FINISH_SECONDS)
+
+    def _queue(self, action: _Action) -> None:
+        if self._failed.is_set():
+            return
+        try:
+            self._actions.put_nowait(action)
+        except queue.Full:
+            self._num_dropped += 1
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (action := self._actions.get()) is not None:
+                action(run)
+            run.finish(exit_code=self._exit_code)
+        except Exception as error:  # whatever goes wrong over there, training goes on
+            self._failed.set()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            _log.warning("W&B stopped (%s); this run goes on with metrics.jsonl only", reason)
+
+    def _start(self) -> Any:
+        import wandb
+
+        if self._mode == "online":
+            try:
+                run = self._init("online", resume="allow")
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                _log.warning("W&B cannot be reached (%s); writing offline, upload with `wandb sync`", reason)
+                wandb.teardown(1)  # the service still holds the id of the failed run
+                run = self._init("offline", resume=None)
+            else:
+                print(f"W&B: {run.url}", flush=True)
+        else:
+            run = self._init("offline", resume=None)
+        # W&B's own counter is the training step too, but only a metric can be named as the x axis everywhere.
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _init(self, mode: Literal["online", "offline"], resume: Literal["allow"] | None) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            mode=mode,
+            root_dir=str(self._run_dir),
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+            silent=True,  # the live line owns the terminal
+            console="off",
+            x_disable_meta=True,  # the command line and the git remote can hold tokens
+            x_save_requirements=False,
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            # The stop button of the web page: a checkpoint and a clean end, as for a scheduler's signal.
+            stop_fn=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        )
+        return wandb.init(
+            **self._options,
+            id=self._id,
+            resume=resume,
+            config=self._config,
+            settings=settings,
+            reinit="create_new",  # a run that the caller's own code has open stays its own
+        )
+
+
+def without_secrets(value: Any, _name: str = "") -> Any:
+    """Copy a nested config without what must not leave the machine.
+
+    Removed: values under names such as api_key or token, logins inside URLs, and every value that the
+    environment holds under such a name (an interpolated ${oc.env:...} ends up in the resolved config).
+    """
+    if isinstance(value, dict):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item, _name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if _SECRET_NAME.search(_name):
+        return "<removed>"
+    for name, secret in os.environ.items():
+        if len(secret) >= 8 and _SECRET_NAME.search(name):
+            value = value.replace(secret, "<removed>")
+    return _URL_LOGIN.sub("<removed>@", value)
+
+
+def _log_row(run: Any, step: int, values: dict[str, Any]) -> None:
+    # A run resumed from an earlier checkpoint repeats steps that W&B has already; it takes no step twice.
+    if step >= run.step:
+        run.log({"step": step, **values}, step=step)
+
+
+def _has_login() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(server).netloc,) if server else _LOGIN_HOSTS
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC") or str(Path.home() / ".netrc"))
+    except (OSError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: a user without a home
+        return False
+    return any(host in logins.hosts for host in hosts)
+
+
+def _run_id(path: Path) -> str:
+    if path.exists() and (known := path.read_text().strip()):
+        return known
+    new = secrets.token_hex(4)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(new + "\n")
+    os.replace(temporary, path)
+    return new

@@ -1,0 +1,18 @@
+"""The one exception type for bad input: what was got, what is needed, what to do."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input that cannot be used, raised before time is spent on it.
+
+    got: what was found, with the file or key named; needed: what would be accepted; action: what the
+    user can do now, a command where there is one.
+    """
+
+    def __init__(self, got: str, needed: str, action: str):
+        self.got, self.needed, self.action = got, needed, action
+        super().__init__(got, needed, action)  # all three, so that the exception survives pickling
+
+    def __str__(self) -> str:
+        return f"{self.got}\n  needed: {self.needed}\n  to do:  {self.action}"

@@ -1,0 +1,76 @@
+"""Configuration: precedence, and one clear error for every kind of bad value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distseg import config as configuration
+from shards.errors import InputError
+
+
+def test_later_values_win() -> None:
+    defaults = configuration.load(["data.shards=x"])
+    preset = configuration.load(["preset=stanford"])
+    overridden = configuration.load(["loss.adv_weight=0.3", "preset=stanford", "loss.adv_weight=0.2"])
+    assert defaults.segmentor_optimizer.encoder_lr_factor == 1.0
+    assert preset.segmentor_optimizer.encoder_lr_factor == 0.25
+    assert overridden.loss.adv_weight == 0.2
+    assert overridden.segmentor_optimizer.encoder_lr_factor == 0.25
+
+
+def test_every_preset_loads_and_names_itself() -> None:
+    for name in configuration.preset_names():
+        assert configuration.load([f"preset={name}"]).preset == name
+
+
+def test_a_part_is_chosen_by_its_name_and_drops_the_other_ones_options() -> None:
+    config = configuration.load(["preset=stanford", "discriminator=fully_convolutional"])
+    assert config.discriminator.name == "fully_convolutional"
+    assert config.discriminator.options == {}
+    kept = configuration.load(["preset=stanford", "discriminator=two_branch"])
+    assert kept.discriminator.options == {"width": 0.5}
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = configuration.load(["preset=toy", "evaluate.scales=[0.75,1,1.25]", "segmentor.options.dropout=0.2"])
+    path = tmp_path / "config.yaml"
+    path.write_text(configuration.to_yaml(config))
+    assert configuration.from_file(path) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("loss.adv_wieght=1", "did you mean loss.adv_weight?"),
+        ("adv_weight=1", "did you mean loss.adv_weight?"),
+        ("preset=stanfrod", "did you mean stanford?"),
+        ("mode=supervized", "did you mean supervised?"),
+        ("steps=many", "steps=many"),
+        ("steps=1.5", "steps=1.5"),
+        ("steps=0", "from 1 to inf"),
+        ("steps", "key=value"),
+        ("loss.adv_weight=nan", "loss.adv_weight=nan"),
+        ("data.mirror=maybe", "data.mirror"),
+        ("data=3", "unknown key 'data'"),
+        ("evaluate.scales=[]", "at least one positive scale"),
+        ("evaluate.scales=[1,", "a YAML value"),
+        ("data.scale_min=3", "scale_min <= scale_max"),
+    ],
+)
+def test_bad_values_are_named_with_what_to_do(argument: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        configuration.load(["preset=toy", argument])
+    assert expected in str(caught.value)
+
+
+def test_differences_leave_out_what_may_change_on_resume() -> None:
+    old = configuration.load(["preset=toy"])
+    new = configuration.load(["preset=toy", "data.num_threads=7", "tracking.wandb=disabled", "loss.adv_weight=1"])
+    assert configuration.differences(old, new) == {"loss.adv_weight": (0.05, 1.0)}
+
+
+def test_without_shards_the_commands_that_make_them_are_named() -> None:
+    with pytest.raises(InputError, match="distseg pack"):
+        configuration.load(["steps=5"])

@@ -1,0 +1,77 @@
+"""Ranks: where they come from, agreed stops, errors that reach everyone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import Any
+
+import pytest
+
+from distseg.distributed import Ranks, StopRequest, on_main, resolve_ranks, setup
+from shards.errors import InputError
+from tests.ranks import run_ranks
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+
+
+def test_ranks_come_from_torchrun_or_are_one() -> None:
+    assert resolve_ranks({}) == (0, 1, 0)
+    assert resolve_ranks({"MASTER_PORT": "1"}) == (0, 1, 0)
+    assert resolve_ranks(TORCHRUN) == (1, 4, 1)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_half_set_environment_is_an_error_that_names_what_is_missing(missing: str) -> None:
+    with pytest.raises(InputError, match=f"not {missing}"):
+        resolve_ranks({key: value for key, value in TORCHRUN.items() if key != missing})
+
+
+@pytest.mark.parametrize(("key", "value"), [("RANK", "4"), ("RANK", "-1"), ("WORLD_SIZE", "two")])
+def test_contradictory_ranks_are_an_error(key: str, value: str) -> None:
+    with pytest.raises(InputError):
+        resolve_ranks(TORCHRUN | {key: value})
+
+
+def test_a_port_in_use_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for key, value in ranks.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(InputError, match=f"{port} is in use") as caught:
+            setup("cpu", 5)
+        assert "MASTER_PORT=" in str(caught.value)
+
+
+def fail_on_main(ranks: Ranks) -> Any:
+    def work() -> None:
+        raise InputError("disk full", "space", "free some")
+
+    try:
+        on_main(ranks, work)
+    except InputError as error:
+        return str(error), on_main(ranks, lambda: ranks.rank)
+    return None
+
+
+def test_what_fails_on_the_main_rank_fails_on_all_and_results_reach_all() -> None:
+    message = "disk full\n  needed: space\n  to do:  free some"
+    assert run_ranks(2, fail_on_main) == [(message, 0), (message, 0)]
+
+
+def signal_last_rank(ranks: Ranks) -> list[bool]:
+    stop, agreed = StopRequest(), []
+    for step in range(4):
+        if step == 2 and ranks.rank == ranks.world_size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        stop.begin()
+        agreed.append(stop.agreed())
+    return agreed
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
+    assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3

@@ -1,0 +1,211 @@
+"""The alternating step against a plain single-process reference, for any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distseg import config as configuration
+from distseg.config import AlternationConfig, Config
+from distseg.distributed import Ranks
+from distseg.engine import Pair, adversarial_step, supervised_step
+from distseg.models import build_discriminator
+from distseg.parallel import wrap
+from distseg.schedules import lr_factor, phase
+from tests.ranks import run_ranks
+
+NUM_CLASSES, BATCH, SIZE, STEPS = 4, 12, 32, 6
+
+
+class TinySegmentor(nn.Module):
+    """Two convolutions at stride 4, with group norm: no statistics that depend on the split of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 8, 4, stride=4)
+        self.head = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, NUM_CLASSES, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.encoder(image))
+
+
+def make_config(precision: str, alternation: str, mode: str) -> Config:
+    config = configuration.load(["data.shards=unused", f"precision={precision}", f"mode={mode}", "steps=10"])
+    config.alternation = AlternationConfig(alternation, segmentor=2, discriminator=1)
+    config.segmentor_optimizer = replace(config.segmentor_optimizer, encoder_lr_factor=0.25, clip_norm=0.5)
+    config.loss.adv_weight = 0.7
+    return config
+
+
+def make_networks(discriminator: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(3)
+    options: dict[str, Any] = {"head": "gap", "width": 0.25} if discriminator == "two_branch" else {}
+    return TinySegmentor(), build_discriminator(discriminator, NUM_CLASSES, **options)
+
+
+def make_batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    image = torch.rand(BATCH, 3, 4 * SIZE, 4 * SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    label = torch.randint(0, NUM_CLASSES, (BATCH, 4 * SIZE, 4 * SIZE), generator=generator, dtype=torch.uint8)
+    label[-3:, 5:] = 255  # void pixels on the last rank only, whatever the number of ranks
+    return image, label
+
+
+def train(ranks: Ranks, precision: str, alternation: str, discriminator: str, mode: str = "adversarial") -> Any:
+    """Six of our steps on this rank's part of each batch: final parameters, and bytes all-reduced per step."""
+    config = make_config(precision, alternation, mode)
+    segmentor, judge = make_networks(discriminator)
+    pair = Pair(wrap(segmentor, config.segmentor_optimizer, config, ranks), None, config.loss.adv_weight)
+    if mode == "adversarial":
+        pair.discriminator = wrap(judge, config.discriminator_optimizer, config, ranks)
+    payload, leaks = count_payload(pair), []
+    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    for step in range(STEPS):
+        image, label = (part[share] for part in make_batch(step, torch.float64 if precision == "fp64" else torch.float32))
+        now = phase(step, config.alternation)
+        if mode == "supervised":
+            supervised_step(pair, image, label)
+        else:
+            adversarial_step(pair, image, label, now)
+        leaks += [f"segmentor at {step}"] * (not now.segmentor and has_gradient(segmentor))
+        leaks += [f"discriminator at {step}"] * (not now.discriminator and has_gradient(judge))
+        factor = lr_factor(step, config.steps, config.schedule)
+        if now.segmentor or mode == "supervised":
+            pair.segmentor.step(factor)
+        if now.discriminator and pair.discriminator is not None:
+            pair.discriminator.step(factor)
+    return parameters_of(segmentor), parameters_of(judge), payload, leaks
+
+
+def count_payload(pair: Pair) -> list[int]:
+    """A list that grows by the number of elements of every gradient all-reduce."""
+    payload: list[int] = []
+
+    def hook(state: object, bucket: dist.GradBucket) -> Any:
+        payload.append(bucket.buffer().numel())
+        future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    for learner in (pair.segmentor, pair.discriminator):
+        if learner is not None:
+            learner._ddp.register_comm_hook(None, hook)  # type: ignore[attr-defined]
+    return payload
+
+
+def has_gradient(network: nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in network.parameters())
+
+
+def parameters_of(network: nn.Module) -> dict[str, Any]:
+    return {name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()}
+
+
+def reference(precision: str, alternation: str, discriminator: str, mode: str = "adversarial") -> Any:
+    """The same six steps written as the papers have them: one process, whole batch, plain losses and AdamW."""
+    config = make_config(precision, alternation, mode)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    segmentor, judge = (network.to(dtype) for network in make_networks(discriminator))
+    s_optimizer = torch.optim.AdamW(reference_groups(segmentor, 1e-3, 0.25), foreach=False)
+    d_optimizer = torch.optim.AdamW(reference_groups(judge, 1e-3, 1.0), foreach=False)
+    for step in range(STEPS):
+        image, label = make_batch(step, dtype)
+        now = phase(step, config.alternation)
+        logits = segmentor(image)
+        probabilities = logits.softmax(1)
+        valid, real = reference_real(label, probabilities.detach())
+        d_loss = bce(judge(image, real)[0], 1.0, valid) + bce(judge(image, probabilities.detach())[0], 0.0, valid)
+        up = F.interpolate(logits, label.shape[-2:], mode="bilinear")
+        s_loss = F.cross_entropy(up, label.long(), ignore_index=255)
+        if mode == "adversarial":
+            s_loss = s_loss + config.loss.adv_weight * bce(judge(image, probabilities)[0], 1.0, valid)
+        s_gradients = torch.autograd.grad(s_loss, list(segmentor.parameters()))
+        d_gradients = torch.autograd.grad(d_loss, list(judge.parameters()))
+        if now.segmentor or mode == "supervised":
+            reference_update(s_optimizer, segmentor, s_gradients, 0.5, (1 - step / 10) ** 0.9)
+        if now.discriminator and mode == "adversarial":
+            reference_update(d_optimizer, judge, d_gradients, 5.0, (1 - step / 10) ** 0.9)
+    return parameters_of(segmentor), parameters_of(judge)
+
+
+def reference_groups(network: nn.Module, lr: float, encoder_factor: float) -> list[dict]:
+    groups = []
+    for name, parameter in network.named_parameters():
+        rate = lr * (encoder_factor if name.startswith("encoder") else 1.0)
+        groups.append({"params": [parameter], "lr": rate, "base": rate, "weight_decay": 0.01 * (parameter.ndim > 1)})
+    return groups
+
+
+def reference_update(optimizer: Any, network: nn.Module, gradients: Any, clip_norm: float, factor: float) -> None:
+    norm = torch.sqrt(sum((gradient.double() ** 2).sum() for gradient in gradients))
+    scale = min(1.0, clip_norm / (float(norm) + 1e-6))
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        parameter.grad = gradient * scale
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
+    optimizer.step()
+
+
+def reference_real(label: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    small = label[:, 2::4, 2::4].long()  # nearest to the centre of each 4 x 4 cell, the later of the two
+    valid = small != 255
+    real = probabilities.clone().permute(0, 2, 3, 1)
+    real[valid] = F.one_hot(small[valid], NUM_CLASSES).to(real.dtype)
+    return valid, real.permute(0, 3, 1, 2)
+
+
+def bce(logits: Tensor, target: float, valid: Tensor) -> Tensor:
+    if logits.shape[-1] > 1:
+        logits = F.interpolate(logits, valid.shape[-2:], mode="bilinear")[:, 0][valid]
+    return F.softplus(logits * (1 - 2 * target)).mean()
+
+
+CASES = [
+    ("fp64", "simultaneous", "two_branch"),
+    ("fp64", "blocks", "two_branch"),
+    ("fp64", "simultaneous", "fully_convolutional"),
+    ("fp64", "blocks", "fully_convolutional"),
+    ("fp64", "simultaneous", "two_branch", "supervised"),
+    ("fp32", "simultaneous", "two_branch"),
+    ("fp32", "blocks", "fully_convolutional"),
+]
+
+
+def train_all(ranks: Ranks) -> list[Any]:
+    return [train(ranks, *case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def references() -> list[Any]:
+    torch.set_num_threads(1)
+    return [reference(*case) for case in CASES]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_six_steps_equal_the_reference_on_the_joined_batch(num_ranks: int, references: list[Any]) -> None:
+    for of_rank in run_ranks(num_ranks, train_all):
+        for case, got, expected in zip(CASES, of_rank, references, strict=True):
+            worst = max(
+                abs(mine[name] - theirs[name]).max()
+                for mine, theirs in zip(got[:2], expected, strict=True)
+                for name in theirs
+            )
+            assert worst <= (1e-12 if case[0] == "fp64" else 1e-6), f"{case} differs by {worst}"
+            assert not got[3], f"{case}: a gradient on {got[3]}"
+            check_payload(case, got[0], got[1], got[2])
+
+
+def check_payload(case: tuple[str, ...], segmentor: dict, discriminator: dict, payload: list[int]) -> None:
+    """Per step exactly the gradients of the networks that are updated, once."""
+    sizes = [sum(array.size for array in part.values()) for part in (segmentor, discriminator)]
+    alternation = make_config(case[0], case[1], "adversarial").alternation
+    phases = [phase(step, alternation) for step in range(STEPS)]
+    supervised = len(case) > 3
+    segmentor_steps = STEPS if supervised else sum(now.segmentor for now in phases)
+    discriminator_steps = 0 if supervised else sum(now.discriminator for now in phases)
+    assert sum(payload) == segmentor_steps * sizes[0] + discriminator_steps * sizes[1]

@@ -1,0 +1,109 @@
+"""Scores against loops over single pixels."""
+
+import math
+
+import pytest
+import torch
+
+from distseg.metrics import confusion_matrix, scores
+from shards.errors import InputError
+
+
+def brute_force(predictions, labels, num_classes):
+    """The formulas of Long et al. 2015 from loops over pixels, in Python floats."""
+    pixels = [
+        (int(truth), int(guess))
+        for prediction, label in zip(predictions, labels, strict=True)
+        for truth, guess in zip(label.flatten(), prediction.flatten(), strict=True)
+        if truth != 255
+    ]
+    ious, accuracies, weighted = [], [], 0.0
+    for c in range(num_classes):
+        hit = sum(truth == c and guess == c for truth, guess in pixels)
+        either = sum(truth == c or guess == c for truth, guess in pixels)
+        in_truth = sum(truth == c for truth, _ in pixels)
+        ious.append(hit / either if either else math.nan)
+        if in_truth:
+            accuracies.append(hit / in_truth)
+            weighted += in_truth * ious[-1]
+    present = [iou for iou in ious if not math.isnan(iou)]
+    return {
+        "mean_iou": sum(present) / len(present),
+        "pixel_accuracy": sum(truth == guess for truth, guess in pixels) / len(pixels),
+        "mean_class_accuracy": sum(accuracies) / len(accuracies),
+        "frequency_weighted_iou": weighted / len(pixels),
+        "num_classes_counted": len(present),
+        "num_pixels": len(pixels),
+    } | {f"iou/class {c}": iou for c, iou in enumerate(ious)}
+
+
+def mixed_images(num_classes, allowed):
+    """Predictions and labels of several sizes; truth only from the allowed classes, with void and one image all void."""
+    generator = torch.Generator().manual_seed(0)
+    predictions, labels = [], []
+    for size in ((3, 5), (17, 2), (8, 8), (1, 1), (13, 21)):
+        choice = torch.randint(len(allowed), size, generator=generator)
+        label = torch.tensor(allowed, dtype=torch.uint8)[choice]
+        prediction = torch.where(torch.rand(size, generator=generator) < 0.6, label, label.flip(0))
+        label[torch.rand(size, generator=generator) < 0.2] = 255
+        predictions.append(prediction)
+        labels.append(label)
+    labels[2].fill_(255)
+    predictions[0][0, 0] = num_classes - 1  # predicted, but never true
+    labels[0][0, 0] = allowed[0]
+    return predictions, labels
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_scores_equal_pixel_loops_for_any_number_of_ranks(world_size, dtype):
+    num_classes = 6
+    predictions, labels = mixed_images(num_classes, allowed=[0, 1, 3])  # 2 and 4 occur nowhere
+    ranks = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in range(world_size)]
+    for i, (prediction, label) in enumerate(zip(predictions, labels, strict=True)):
+        ranks[i % world_size] += confusion_matrix(prediction.to(dtype), label.to(dtype), num_classes)
+    found = scores(torch.stack(ranks).sum(0)).to_dict(tuple(f"class {c}" for c in range(num_classes)))
+    expected = brute_force(predictions, labels, num_classes)
+    assert found == pytest.approx(expected, abs=1e-14, nan_ok=True)
+    assert found["num_classes_counted"] == 4
+    assert math.isnan(found["iou/class 2"]) and found["iou/class 5"] == 0
+
+
+def test_confusion_has_truth_in_rows():
+    label = torch.tensor([[0, 0, 1, 255]], dtype=torch.uint8)
+    prediction = torch.tensor([[0, 1, 1, 1]])
+    assert confusion_matrix(prediction, label, 2).tolist() == [[1, 1], [0, 1]]
+    assert confusion_matrix(prediction, label, 2).dtype == torch.int64
+
+
+def test_what_is_predicted_in_void_counts_for_nothing():
+    label = torch.tensor([[0, 1, 255, 255]], dtype=torch.uint8)
+    first = confusion_matrix(torch.tensor([[0, 1, 0, 1]]), label, 2)
+    assert torch.equal(first, confusion_matrix(torch.tensor([[0, 1, 77, -3]]), label, 2))
+    other_void = torch.tensor([[0, 1, 9, 9]])
+    assert torch.equal(first, confusion_matrix(torch.tensor([[0, 1, 0, 1]]), other_void, 2, ignore_index=9))
+
+
+def test_a_perfect_prediction_scores_one():
+    label = torch.randint(0, 5, (20, 30), generator=torch.Generator().manual_seed(1))
+    perfect = scores(confusion_matrix(label, label, 8))
+    assert (perfect.mean_iou, perfect.pixel_accuracy, perfect.mean_class_accuracy) == (1, 1, 1)
+    assert perfect.frequency_weighted_iou == 1 and perfect.num_classes_counted == 5
+
+
+@pytest.mark.parametrize(("truth", "guess"), [(8, 0), (-1, 0), (254, 0), (0, 8), (0, -1)])
+def test_an_index_out_of_range_is_refused(truth, guess):
+    """Counted blindly, class 8 of 8 would land on another class's row."""
+    with pytest.raises(InputError, match="0 to 7"):
+        confusion_matrix(torch.tensor([[guess, 1]]), torch.tensor([[truth, 1]]), 8)
+
+
+def test_unequal_shapes_are_refused():
+    with pytest.raises(InputError, match="same shape"):
+        confusion_matrix(torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.uint8), 2)
+
+
+def test_nothing_but_void_is_refused():
+    void = torch.full((3, 3), 255, dtype=torch.uint8)
+    with pytest.raises(InputError, match="labelled pixel"):
+        scores(confusion_matrix(void, void, 4))

@@ -1,0 +1,112 @@
+"""metrics.jsonl: what is written can be read back, whatever was killed or resumed in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distseg.config import TrackingConfig
+from distseg.tracking import NullTracker, open_tracker, read_metrics
+from shards.errors import InputError
+
+OFF = TrackingConfig(wandb="disabled")
+
+
+def steps(path: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_what_was_logged_is_read_back_non_finite_values_included(tmp_path: Path) -> None:
+    tracker = open_tracker(tmp_path, OFF, {}, None, True)
+    values = {"a": 0.1, "b": math.nan, "c": math.inf, "d": -math.inf, "e": np.float32(2.5)}
+    tracker.log(3, values)
+    tracker.log(3, {"val/mean_iou": 0.25})
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    tracker.finish()
+    assert {name: first[name] for name in "acde"} == {name: values[name] for name in "acde"}
+    assert math.isnan(first["b"]) and first["step"] == 3
+    assert second["val/mean_iou"] == 0.25 and second["time"] >= first["time"] > 1.7e9
+
+
+def test_each_line_is_strict_json(tmp_path: Path) -> None:
+    tracker = open_tracker(tmp_path, OFF, {}, None, True)
+    tracker.log(1, {"x": math.nan, "y": 1e-300, "z": -math.inf})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    tracker.finish()
+
+
+def test_resume_takes_away_exactly_the_steps_that_will_be_done_again(tmp_path: Path) -> None:
+    tracker = open_tracker(tmp_path, OFF, {}, None, True)
+    for step in range(10, 60, 10):
+        tracker.log(step, {"loss": step / 7})
+    tracker.finish()
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text().splitlines()
+
+    tracker = open_tracker(tmp_path, OFF, {}, 30, True)
+    assert path.read_text().splitlines() == before[:3]
+    tracker.log(40, {"loss": 1.0})
+    tracker.finish()
+    assert steps(path) == [10, 20, 30, 40]
+
+    open_tracker(tmp_path, OFF, {}, None, True).finish()
+    assert steps(path) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 30, "lo', '{"step"', "{", "\x00\x00\x00", '{"step": 30}x'])
+def test_a_line_torn_by_a_kill_is_repaired(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "time": 1}\n{"step": 20, "time": 2}\n' + torn)
+    assert steps(path) == [10, 20]
+    tracker = open_tracker(tmp_path, OFF, {}, 20, True)
+    tracker.log(30, {})
+    tracker.finish()
+    assert steps(path) == [10, 20, 30]
+    assert path.read_text().count("\n") == 3
+
+
+def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10}\nnonsense\n{"step": 20}\n')
+    with pytest.raises(InputError, match="line 2 of"):
+        read_metrics(path)
+    with pytest.raises(InputError, match="does not exist"):
+        read_metrics(tmp_path / "other.jsonl")
+
+
+def test_every_logged_line_survives_sigkill(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from distseg.config import TrackingConfig
+from distseg.tracking import open_tracker
+tracker = open_tracker(Path({str(tmp_path)!r}), TrackingConfig(wandb="disabled"), {{}}, None, True)
+for step in range(500):
+    tracker.log(step, {{"loss": step / 3}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert result.returncode == -signal.SIGKILL
+    assert steps(tmp_path / "metrics.jsonl") == list(range(500))
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    tracker = open_tracker(tmp_path / "run", OFF, {}, None, enabled=False)
+    tracker.log(1, {"loss": 1.0})
+    tracker.image(1, "x", tmp_path / "missing.png")
+    tracker.finish()
+    assert isinstance(tracker, NullTracker) and not (tmp_path / "run").exists()

@@ -1,0 +1,230 @@
+"""The one-warp view against indexing, resizing and formulas."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distseg.data.transforms import FILL_RGB, GRAY, MAX_TRIES, TrainView, _color_matrix
+from shards.errors import InputError
+
+SIDES = st.integers(1, 70)
+
+
+def noise(height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return image, rng.integers(0, 200, (height, width), dtype=np.uint8)
+
+
+def apply(view, image, label, seed=0):
+    rng = np.random.default_rng(seed)
+    # into the middle of larger arrays: nothing beside the output may be touched
+    images = np.full((3, view.crop_px, view.crop_px, 3), 7, np.uint8)
+    labels = np.full((3, view.crop_px, view.crop_px), 7, np.uint8)
+    view(image, label, rng, images[1], labels[1])
+    assert (images[::2] == 7).all() and (labels[::2] == 7).all()
+    return images[1], labels[1]
+
+
+def drawn(view, size, seed=0):
+    """Scaled size, offset and mirror that the first draw of this seed stands for, from the documented rules."""
+    scale, row, column, mirror = np.random.default_rng(seed).random((MAX_TRIES, 7))[0, :4]
+    factor = np.exp(np.log(view.scale_min) + scale * (np.log(view.scale_max) - np.log(view.scale_min)))
+    scaled = [max(1, round(side * factor)) for side in size]
+    rooms = [side - view.crop_px for side in scaled]
+    offset = [min(room, 0) + int(u * (abs(room) + 1)) for room, u in zip(rooms, (row, column), strict=True)]
+    return scaled, offset, view.mirror and mirror < 0.5
+
+
+def nearest(source, scaled, offset, crop_px, outside):
+    """Source pixel whose area holds the centre of each view pixel, in whole numbers; `outside` beyond the image."""
+    view = np.full((crop_px, crop_px, *source.shape[2:]), outside, np.uint8)
+    index = [np.arange(crop_px) + start for start in offset]
+    inside = [(i >= 0) & (i < side) for i, side in zip(index, scaled, strict=True)]
+    rows, columns = (
+        (2 * i[keep] + 1) * side // (2 * side_scaled)
+        for i, keep, side, side_scaled in zip(index, inside, source.shape[:2], scaled, strict=True)
+    )
+    view[np.ix_(*inside)] = source[np.ix_(rows, columns)]
+    return view
+
+
+def test_at_scale_one_and_full_size_it_is_the_identity():
+    image, label = noise(64, 64)
+    seen, seen_label = apply(TrainView(64, mirror=False), image, label)
+    assert np.array_equal(seen, image) and np.array_equal(seen_label, label)
+
+
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_at_scale_one_it_only_moves_pixels(height, width, seed):
+    """Image and label move together, bit for bit, also where the image is smaller than the crop on one side."""
+    image, label = noise(height, width)
+    view = TrainView(40)
+    seen, seen_label = apply(view, image, label, seed)
+    scaled, offset, mirrored = drawn(view, label.shape, seed)
+    turn = slice(None, None, -1 if mirrored else None)
+    assert np.array_equal(seen, nearest(image, scaled, offset, 40, FILL_RGB)[:, turn])
+    assert np.array_equal(seen_label, nearest(label, scaled, offset, 40, 255)[:, turn])
+
+
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 1000), wide=st.booleans())
+@settings(deadline=None)
+def test_label_equals_the_nearest_formula_at_any_scale(height, width, seed, wide):
+    image, label = noise(height, width)
+    view = TrainView(40, 0.25, 4.0) if wide else TrainView(40, 0.5, 1.5)
+    _, seen_label = apply(view, image, label, seed)
+    scaled, offset, mirrored = drawn(view, label.shape, seed)
+    expected = nearest(label, scaled, offset, 40, 255)
+    assert np.array_equal(seen_label, expected[:, ::-1] if mirrored else expected)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.25, 1.5, 2.0])
+def test_ties_between_two_label_pixels_go_to_the_second(scale):
+    """At these scales many view pixels lie exactly between two source pixels, where a library may round either way."""
+    image, label = noise(96, 144)
+    view = TrainView(48, scale, scale)
+    for seed in range(10):
+        _, seen_label = apply(view, image, label, seed)
+        scaled, offset, mirrored = drawn(view, label.shape, seed)
+        expected = nearest(label, scaled, offset, 48, 255)
+        assert np.array_equal(seen_label, expected[:, ::-1] if mirrored else expected)
+
+
+@given(height=st.integers(20, 120), width=st.integers(20, 120), seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_image_equals_resizing_then_cropping(height, width, seed):
+    """To one level of 255, which is how far two fixed-point interpolations lie apart."""
+    image, label = noise(height, width)
+    view = TrainView(48, 0.5, 1.5)
+    seen, _ = apply(view, image, label, seed)
+    (rows, columns), offset, mirrored = drawn(view, label.shape, seed)
+    resized = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
+    expected = nearest(resized, (rows, columns), offset, 48, FILL_RGB)
+    expected = expected[:, ::-1] if mirrored else expected
+    assert np.abs(seen.astype(int) - expected).max() <= 1
+
+
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_mirror_is_exact(height, width, seed):
+    image, label = noise(height, width)
+    plain = apply(TrainView(40, 0.5, 1.5, mirror=False), image, label, seed)
+    chosen = apply(TrainView(40, 0.5, 1.5, mirror=True), image, label, seed)
+    turn = slice(None, None, -1 if np.random.default_rng(seed).random((MAX_TRIES, 7))[0, 3] < 0.5 else None)
+    for one, other in zip(plain, chosen, strict=True):
+        assert np.array_equal(one[:, turn], other)
+
+
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_the_larger_holds_the_smaller(height, width, seed):
+    """On each side either the view shows image only, or it shows the whole image."""
+    view = TrainView(40, 0.5, 1.5)
+    image, _ = noise(height, width)
+    _, seen_label = apply(view, image, np.zeros((height, width), np.uint8), seed)
+    scaled, _, _ = drawn(view, (height, width), seed)
+    shown = seen_label == 0
+    assert shown.any(1).sum() == min(40, scaled[0]) and shown.any(0).sum() == min(40, scaled[1])
+
+
+def test_every_position_and_both_mirrors_are_reached():
+    """On a 6x5 image with one marked pixel and a crop of 4, counted over many draws."""
+    label = np.arange(30, dtype=np.uint8).reshape(6, 5)
+    image = np.zeros((6, 5, 3), np.uint8)
+    views = [apply(TrainView(4), image, label, seed)[1] for seed in range(600)]
+    corners = [(int(v.min()), bool(v[0, 0] > v[0, 1])) for v in views]
+    counts = {corner: corners.count(corner) for corner in set(corners)}
+    assert set(counts) == {(5 * r + c, m) for r in range(3) for c in range(2) for m in (False, True)}
+    assert min(counts.values()) > 25  # 50 expected of each, standard deviation 6.8
+
+
+def test_scale_is_log_uniform():
+    view = TrainView(10, 0.5, 2.0)
+    scales = [drawn(view, (1000, 1000), seed)[0][0] / 1000 for seed in range(2000)]
+    assert np.mean(np.log2(scales) < 0) == pytest.approx(0.5, abs=0.05)
+    # the view itself obeys: a ramp of one class per 20 source pixels shows crop / (20 * scale) classes
+    label = np.tile(np.repeat(np.arange(10, dtype=np.uint8), 20), (200, 1))
+    for seed in range(20):
+        _, seen = apply(TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed)
+        shown = len(set(seen.flatten()) - {255})
+        scaled, offset, _ = drawn(TrainView(100, 0.5, 2.0), label.shape, seed)
+        first, last = max(offset[1], 0), min(offset[1] + 100, scaled[1]) - 1
+        step = scaled[1] / 10
+        assert shown == int((last + 0.5) // step) - int((first + 0.5) // step) + 1
+
+
+def test_a_void_crop_is_drawn_again():
+    """One labelled corner of 1/16 of the area: a single draw would miss it most of the time."""
+    image, label = noise(160, 160)
+    label[40:], label[:, 40:] = 255, 255
+    views = [apply(TrainView(40), image, label, seed)[1] for seed in range(50)]
+    assert sum((view != 255).any() for view in views) >= 25  # about 6 without
+    assert (apply(TrainView(40), image, np.full_like(label, 255))[1] == 255).all()  # and it ends where nothing helps
+
+
+@pytest.mark.parametrize("void", [False, True])
+def test_the_generator_advances_equally_for_all_options(void):
+    image, label = noise(50, 50)
+    label = np.full_like(label, 255) if void else label
+    following = set()
+    for view in (TrainView(20), TrainView(90, 0.5, 1.5, False, 0.5), TrainView(20, 2.0, 2.0, True, 1.0)):
+        rng = np.random.default_rng(0)
+        view(image, label, rng, np.empty((view.crop_px,) * 2 + (3,), np.uint8), np.empty((view.crop_px,) * 2, np.uint8))
+        following.add(rng.random())
+    assert len(following) == 1
+
+
+def test_one_option_does_not_shift_the_others():
+    """The label shows the geometry: colour jitter leaves it alone, and mirroring only mirrors."""
+    image, label = noise(60, 80)
+    for seed in range(20):
+        plain = apply(TrainView(40, 0.5, 1.5), image, label, seed)[1]
+        assert np.array_equal(plain, apply(TrainView(40, 0.5, 1.5, color_jitter=0.8), image, label, seed)[1])
+        still = apply(TrainView(40, 0.5, 1.5, mirror=False), image, label, seed)[1]
+        assert np.array_equal(plain, still) or np.array_equal(plain, still[:, ::-1])
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_color_jitter_equals_three_float_operations(strength):
+    image, label = noise(30, 30)
+    for seed in range(10):
+        seen, _ = apply(TrainView(30, mirror=False, color_jitter=strength), image, label, seed)
+        draws = np.random.default_rng(seed).random((MAX_TRIES, 7))[0, 4:]
+        brightness, contrast, saturation = 1 - strength + 2 * strength * draws
+        rgb = image.astype(np.float64)
+        gray = (rgb @ GRAY)[..., None]
+        rgb = (gray + saturation * (rgb - gray)) * brightness
+        pivot = np.dot(FILL_RGB, GRAY)
+        rgb = np.clip(pivot + contrast * (rgb - pivot), 0, 255)
+        assert np.abs(seen - rgb).max() <= 1.5
+
+
+def test_color_jitter_off_and_neutral_change_nothing():
+    image, label = noise(30, 30)
+    seen, _ = apply(TrainView(30, mirror=False), image, label)
+    assert np.array_equal(seen, image)
+    assert np.array_equal(cv2.transform(image, _color_matrix(1, 1, 1)), image)
+
+
+def test_color_jitter_leaves_the_fill_alone():
+    image, _ = noise(10, 10)
+    seen, seen_label = apply(TrainView(40, color_jitter=1.0), image, np.zeros((10, 10), np.uint8))
+    assert (seen[seen_label == 255] == FILL_RGB).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"crop_px": 0}, "crop_px"),
+        ({"scale_min": 0.0}, "scale_min"),
+        ({"scale_min": 2.0, "scale_max": 1.0}, "scale_min"),
+        ({"scale_max": float("nan")}, "scale_max"),
+        ({"color_jitter": 1.5}, "color_jitter"),
+    ],
+)
+def test_bad_options(options, named):
+    with pytest.raises(InputError, match=named):
+        TrainView(**({"crop_px": 40} | options))
