@@ -8,12 +8,13 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from shards.pack import pack
 
 from shards.maps import write_maps
-from shards.pack import pack
 from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
-# height, width: mixed, some smaller and some larger than a crop of 48; the first eight train, the last four validate
+# height, width: mixed, some smaller and some larger than a crop of 48; the first eight train, the last four
+# validate
 TOY_SIZES = ((60, 80), (80, 60), (48, 48), (40, 120), (96, 72), (64, 64), (33, 47), (110, 90))
 TOY_SIZES += ((60, 80), (75, 50), (48, 64), (90, 100))
 

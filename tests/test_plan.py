@@ -44,7 +44,28 @@ def test_ranks_share_one_sequence(num_samples, seed, world, share, start):
 def test_order_is_fixed_for_ever():
     """Stored values: a change of numpy or of this file that moves the order would break the resume of old runs."""
     plan = Plan(10, seed=3)
-    assert [plan.sample_index(p) for p in range(20)] == [6, 8, 4, 1, 3, 5, 9, 7, 0, 2, 2, 4, 0, 5, 8, 1, 3, 9, 7, 6]
+    assert [plan.sample_index(p) for p in range(20)] == [
+        6,
+        8,
+        4,
+        1,
+        3,
+        5,
+        9,
+        7,
+        0,
+        2,
+        2,
+        4,
+        0,
+        5,
+        8,
+        1,
+        3,
+        9,
+        7,
+        6,
+    ]
     expected = [0.88042035, 0.22880855, 0.78687668]
     assert plan.augmentation_rng(0).random(3).tolist() == pytest.approx(expected, abs=1e-8)
 
@@ -53,10 +74,14 @@ def test_epochs_and_seeds_differ():
     seeds = (1, 2, 2**64 - 2, 2**64 - 1)  # the last two are one number to a float
     plans = [Plan(50, seed) for seed in seeds]
     orders = {
-        tuple(plan.sample_index(50 * epoch + offset) for offset in range(50)) for plan in plans for epoch in range(20)
+        tuple(plan.sample_index(50 * epoch + offset) for offset in range(50))
+        for plan in plans
+        for epoch in range(20)
     }
     assert len(orders) == 20 * len(seeds)
-    assert len({plan.augmentation_rng(2**63 + p).random() for plan in plans for p in range(3)}) == 3 * len(seeds)
+    assert len({plan.augmentation_rng(2**63 + p).random() for plan in plans for p in range(3)}) == 3 * len(
+        seeds
+    )
 
 
 def test_only_two_orders_are_kept():
@@ -73,7 +98,8 @@ def test_augmentation_is_independent_of_the_order(seed):
     plan = Plan(5, seed)
     words = [plan.augmentation_rng(p).integers(0, 2**63, 40).tolist() for p in range(40)]
     words += [
-        np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2**63, 40).tolist() for epoch in range(40)
+        np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2**63, 40).tolist()
+        for epoch in range(40)
     ]
     flat = [word for row in words for word in row]
     assert len(set(flat)) == len(flat)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import toy_samples
+from shards.reader import ShardReader
 
 from distseg.data.plan import Plan
 from distseg.data.stream import TrainStream, evaluation_samples
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
-from shards.reader import ShardReader
 from shards.sample import decode_image, decode_label, encode_label
 
 VIEW = TrainView(48, 0.5, 1.5, mirror=True, color_jitter=0.4)
@@ -67,7 +67,11 @@ def data_threads():
 
 
 def equal(left, right):
-    return left.step == right.step and torch.equal(left.image, right.image) and torch.equal(left.label, right.label)
+    return (
+        left.step == right.step
+        and torch.equal(left.image, right.image)
+        and torch.equal(left.label, right.label)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,8 @@ def expected(reader):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_pixels_are_the_same_for_all_worlds_and_threads(reader, expected, world_size, num_threads):
     ranks = [
-        batches(reader, 8, rank=rank, world_size=world_size, num_threads=num_threads) for rank in range(world_size)
+        batches(reader, 8, rank=rank, world_size=world_size, num_threads=num_threads)
+        for rank in range(world_size)
     ]
     for step, (image, label) in enumerate(expected):
         assert [rank[step].step for rank in ranks] == [step] * world_size
@@ -111,7 +116,9 @@ def test_each_sample_once_per_epoch_over_the_ranks(reader, world_size):
 def test_resume_continues_the_same_batches(reader, expected, start_step):
     for resumed in (dict(num_threads=0), dict(num_threads=2)):
         for batch, (image, label) in zip(
-            batches(reader, 8 - start_step, start_step=start_step, **resumed), expected[start_step:], strict=True
+            batches(reader, 8 - start_step, start_step=start_step, **resumed),
+            expected[start_step:],
+            strict=True,
         ):
             assert torch.equal(batch.image, image) and torch.equal(batch.label, label)
 
@@ -153,12 +160,10 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_a_bad_sample_is_named_at_its_step_and_not_before(reader, expected, fault, num_threads):
-    bad_index = Plan(8, seed=5).sample_index(8)  # of epoch 1: position 8 is in step 1, and earlier only if in step 0
-    first = next(p for p in range(99) if Plan(8, seed=5).sample_index(p) == bad_index) // 6
+    bad_index = Plan(8, seed=5).sample_index(7)  # the last of the first epoch, in step 1
     altered = AlteredReader(reader, lambda i, raw: BAD[fault](i, raw) if i == bad_index else raw)
     source = stream(altered, num_threads=num_threads)
-    for image, _ in expected[:first]:
-        assert torch.equal(next(source).image, image)
+    assert torch.equal(next(source).image, expected[0][0])
     with pytest.raises(InputError, match=fault) as caught:
         next(source)
     assert reader.key(bad_index) in caught.value.got and ".tar" in caught.value.got
@@ -220,9 +225,7 @@ def test_prefetch_is_bounded(reader):
     with closing(source):
         next(source)
         time.sleep(0.3)
-        assert 3 * 4 <= len(read) <= 5 * 4
-        time.sleep(0.1)
-        assert len(read) <= 5 * 4
+        assert len(read) == 3 * 4  # the batch at hand and two more
 
 
 def test_waits_are_measured(reader):

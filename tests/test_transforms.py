@@ -148,7 +148,9 @@ def test_scale_is_log_uniform():
     # the view itself obeys: a ramp of one class per 20 source pixels shows crop / (20 * scale) classes
     label = np.tile(np.repeat(np.arange(10, dtype=np.uint8), 20), (200, 1))
     for seed in range(20):
-        _, seen = apply(TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed)
+        _, seen = apply(
+            TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed
+        )
         shown = len(set(seen.flatten()) - {255})
         scaled, offset, _ = drawn(TrainView(100, 0.5, 2.0), label.shape, seed)
         first, last = max(offset[1], 0), min(offset[1] + 100, scaled[1]) - 1
@@ -162,7 +164,9 @@ def test_a_void_crop_is_drawn_again():
     label[40:], label[:, 40:] = 255, 255
     views = [apply(TrainView(40), image, label, seed)[1] for seed in range(50)]
     assert sum((view != 255).any() for view in views) >= 25  # about 6 without
-    assert (apply(TrainView(40), image, np.full_like(label, 255))[1] == 255).all()  # and it ends where nothing helps
+    assert (
+        apply(TrainView(40), image, np.full_like(label, 255))[1] == 255
+    ).all()  # and it ends where nothing helps
 
 
 @pytest.mark.parametrize("void", [False, True])
@@ -172,7 +176,13 @@ def test_the_generator_advances_equally_for_all_options(void):
     following = set()
     for view in (TrainView(20), TrainView(90, 0.5, 1.5, False, 0.5), TrainView(20, 2.0, 2.0, True, 1.0)):
         rng = np.random.default_rng(0)
-        view(image, label, rng, np.empty((view.crop_px,) * 2 + (3,), np.uint8), np.empty((view.crop_px,) * 2, np.uint8))
+        view(
+            image,
+            label,
+            rng,
+            np.empty((view.crop_px,) * 2 + (3,), np.uint8),
+            np.empty((view.crop_px,) * 2, np.uint8),
+        )
         following.add(rng.random())
     assert len(following) == 1
 

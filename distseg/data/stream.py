@@ -1,10 +1,10 @@
 """Batches of training views, read, decoded and warped in threads; and the full-resolution samples of evaluation.
 
-Three calls of the standard library's thread pool do what a loader with worker processes would. webdataset's own
-DataPipeline is left out: its shard splitting gives ranks unequal numbers of samples and has no state to resume from,
-both of which the plan settles, and around a map over positions it would only add a layer. Threads suffice because the
-codecs and the warp release the interpreter's lock, and they write straight into the batch, where processes would fault
-shared pages in anew.
+Three calls of the standard library's thread pool do what a loader with worker processes would. webdataset's
+own DataPipeline is left out: its shard splitting gives ranks unequal numbers of samples and has no state to
+resume from, both of which the plan settles, and around a map over positions it would only add a layer.
+Threads suffice because the codecs and the warp release the interpreter's lock, and they write straight into
+the batch, where processes would fault shared pages in anew.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+from shards.reader import RawSample, ShardReader
 
 from distseg.data.plan import Plan, rank_positions
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
-from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, decode_image, decode_label
 
-BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewer samples than there are threads
+BATCHES_AHEAD = (
+    2  # besides the one waited for, and more where a batch has fewer samples than there are threads
+)
 
 
 @dataclass
 class Batch:
     """One rank's slice of a global batch, on the CPU (pinned where there is a CUDA device).
 
-    image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px, crop_px) uint8, class
-    indices and 255 for void; step: the step of training that it belongs to.
+    image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px, crop_px)
+    uint8, class indices and 255 for void; step: the step of training that it belongs to.
     """
 
     image: torch.Tensor
@@ -52,9 +54,10 @@ class _Pending:
 class TrainStream:
     """An endless iterator of Batch from start_step on, the same pixels whatever the number of threads and ranks.
 
-    batch_size is global; rank r gets its slice of each batch. num_threads decode, warp and stay a few batches ahead;
-    0 does the work in the caller. A sample that cannot be used raises InputError, naming sample and shard, at the step
-    that needs it, after the sound batches before it. After that, or a KeyboardInterrupt, the stream is closed.
+    batch_size is global; rank r gets its slice of each batch. num_threads decode, warp and stay a few batches
+    ahead; 0 does the work in the caller. A sample that cannot be used raises InputError, naming sample and
+    shard, at the step that needs it, after the sound batches before it. After that, or a KeyboardInterrupt,
+    the stream is closed.
 
     wait_seconds: time that the caller has spent in next() so far.
     Raises InputError at construction for an empty split or a batch size that world_size does not divide.
@@ -138,11 +141,14 @@ def evaluation_samples(
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
     """Samples rank, rank + world_size, ... at full resolution, in order, each of the split once over all ranks.
 
-    Yields (index, key, image (H, W, 3) uint8 RGB, label (H, W) uint8). Read and decoded in num_threads threads a few
-    samples ahead; 0: in the caller. Raises InputError, naming sample and shard, for a sample that cannot be used.
+    Yields (index, key, image (H, W, 3) uint8 RGB, label (H, W) uint8). Read and decoded in num_threads
+    threads a few samples ahead; 0: in the caller. Raises InputError, naming sample and shard, for a sample
+    that cannot be used.
     """
     if not 0 <= rank < world_size:
-        raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
+        raise InputError(
+            f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started"
+        )
     _check_threads(num_threads)
     cv2.setNumThreads(0)
     return _in_order(reader, range(rank, len(reader), world_size), num_threads)
@@ -171,21 +177,32 @@ def _in_order(
 def _load(reader: ShardReader, index: int) -> tuple[str, np.ndarray, np.ndarray]:
     """Key, image (H, W, 3) uint8 and label (H, W) uint8 of one sample, checked against each other and the classes."""
     raw = reader.read(index)
+    try:
+        image, label = _decode(raw, reader.classes.num_classes)
+    except InputError as error:
+        raise InputError(f"{reader.location(index)}: {error.got}", error.needed, error.action) from error
+    return raw.key, image, label
+
+
+def _decode(raw: RawSample, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    action = "correct the maps and run `distseg pack` again"
     if raw.label is None:
-        raise InputError(f"{raw.key} has no label", "a label for every sample of this split", "choose a labelled split")
+        raise InputError("no label", "a label for every sample of this split", "choose a labelled split")
     image, label = decode_image(raw.image), decode_label(raw.label)
     if image.shape[:2] != label.shape:
-        got = f"{raw.key}: image of {image.shape[:2]} and label of {label.shape} pixels"
-        raise InputError(got, "the same height and width", "correct the maps and run `distseg pack` again")
-    num_classes = reader.classes.num_classes
+        got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
+        raise InputError(got, "the same height and width", action)
     # 255 + 1 wraps to 0, so one maximum finds any other index that is too large
     highest = int((label + np.uint8(1)).max()) - 1
     if highest >= num_classes:
-        needed = f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void"
-        raise InputError(f"{raw.key}: class index {highest}", needed, "correct the maps and run `distseg pack` again")
-    return raw.key, image, label
+        raise InputError(
+            f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action
+        )
+    return image, label
 
 
 def _check_threads(num_threads: int) -> None:
     if num_threads < 0:
-        raise InputError(f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads")
+        raise InputError(
+            f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads"
+        )

@@ -11,12 +11,17 @@ import numpy as np
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
-FILL_RGB = (124, 116, 104)  # ImageNet's mean colour, so that the fill is near 0 once a network has normalised it
+FILL_RGB = (
+    124,
+    116,
+    104,
+)  # ImageNet's mean colour, so that the fill is near 0 once a network has normalised it
 GRAY = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
 MAX_TRIES = 10  # draws of a crop until one holds a labelled pixel
 DRAWS_PER_TRY = 7  # scale, two positions, mirror, brightness, contrast, saturation
-# Pixels. Where a source position falls exactly between two label pixels the warp would round as the library pleases;
-# this much to the right and below, it is always the second. Real positions differ from such a tie by 1/(2 * side).
+# Pixels. Where a source position falls exactly between two label pixels the warp would round as the library
+# pleases; this much to the right and below, it is always the second. Real positions differ from such a tie by
+# 1/(2 * side).
 TIE_BREAK = 1e-4
 
 
@@ -25,7 +30,9 @@ class _Geometry:
     """Where the scaled image lies relative to the crop: sizes and offsets in whole pixels of the scaled image."""
 
     scaled: tuple[int, int]  # height, width of the image after scaling
-    offset: tuple[int, int]  # row, column of the crop's corner in the scaled image; negative: the image lies inside
+    offset: tuple[
+        int, int
+    ]  # row, column of the crop's corner in the scaled image; negative: the image lies inside
 
     def inside(self, crop_px: int) -> tuple[slice, slice]:
         """Rows and columns of the crop that the image covers."""
@@ -40,14 +47,15 @@ class _Geometry:
 class TrainView:
     """A random square view of a sample, the same for the image and its label.
 
-    crop_px: side of the view, pixels. The scale is log-uniform in [scale_min, scale_max]; the scaled size is rounded
-    to whole pixels and the crop starts at a whole pixel of it, so the view equals resizing (half-pixel centres) and
-    then cropping. The crop lies inside the scaled image where that is larger, and the image inside the crop where it
-    is smaller. mirror: left and right are swapped with probability 1/2. color_jitter: brightness, contrast and
-    saturation are each multiplied by a factor uniform in 1 -+ color_jitter; 0 is off.
+    crop_px: side of the view, pixels. The scale is log-uniform in [scale_min, scale_max]; the scaled size is
+    rounded to whole pixels and the crop starts at a whole pixel of it, so the view equals resizing (half-
+    pixel centres) and then cropping. The crop lies inside the scaled image where that is larger, and the
+    image inside the crop where it is smaller. mirror: left and right are swapped with probability 1/2.
+    color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 -+
+    color_jitter; 0 is off.
 
-    The warp interpolates between the four nearest pixels and does not average over more, so below half size it leaves
-    source pixels out.
+    The warp interpolates between the four nearest pixels and does not average over more, so below half size
+    it leaves source pixels out.
     """
 
     crop_px: int
@@ -63,7 +71,9 @@ class TrainView:
             got = f"scale_min={self.scale_min}, scale_max={self.scale_max}"
             raise InputError(got, "0 < scale_min <= scale_max", "correct the scales")
         if not 0 <= self.color_jitter <= 1:
-            raise InputError(f"color_jitter={self.color_jitter}", "a strength from 0 to 1", "correct color_jitter")
+            raise InputError(
+                f"color_jitter={self.color_jitter}", "a strength from 0 to 1", "correct color_jitter"
+            )
 
     def __call__(
         self,
@@ -75,10 +85,10 @@ class TrainView:
     ) -> None:
         """Write one view into the two outputs, which may be slices of a batch.
 
-        image (H, W, 3) uint8 RGB and label (H, W) uint8 are read; out_image (crop_px, crop_px, 3) uint8 and out_label
-        (crop_px, crop_px) uint8 are overwritten. Outside the image the label is 255 and the image FILL_RGB. A view
-        without a labelled pixel is drawn again, up to MAX_TRIES times. The generator is advanced by the same amount
-        whatever the options and the sample.
+        image (H, W, 3) uint8 RGB and label (H, W) uint8 are read; out_image (crop_px, crop_px, 3) uint8 and
+        out_label (crop_px, crop_px) uint8 are overwritten. Outside the image the label is 255 and the image
+        FILL_RGB. A view without a labelled pixel is drawn again, up to MAX_TRIES times. The generator is
+        advanced by the same amount whatever the options and the sample.
         """
         draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
         for draw in draws:
@@ -133,8 +143,8 @@ def _warp(source: np.ndarray, geometry: _Geometry, interpolation: int, out: np.n
 def _color_matrix(brightness: float, contrast: float, saturation: float) -> np.ndarray:
     """The (3, 4) affine map of RGB 0-255 that applies the three factors in turn; 1, 1, 1 is the identity.
 
-    Brightness scales all, contrast the distance from FILL_RGB's gray, saturation the distance from a pixel's own
-    gray. One map costs half of a look-up table, and saturation comes free.
+    Brightness scales all, contrast the distance from FILL_RGB's gray, saturation the distance from a pixel's
+    own gray. One map costs half of a look-up table, and saturation comes free.
     """
     gray = np.tile(GRAY, (3, 1))
     pivot = float(np.dot(GRAY, FILL_RGB))

@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all, and progress that says when it will end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shards.errors import InputError
+
+Item = TypeVar("Item")
+PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; synced and moved to `path` when the block ends without an error.
+
+    Raises InputError for a full disk or a folder that cannot be written; `path` is then as it was.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise InputError(f"{path}: {error.strerror}", "a folder that can be written", "choose another --out") from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def disk_full(path: Path) -> InputError:
+    """The error for a full disk at `path`."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    return InputError(f"disk full at {path} ({free / 1e6:.0f} MB free)", "more space", "free some, then run this again")
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raise InputError when the disk that `path` will be on has less than `num_bytes` free."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < num_bytes:
+        got = f"{free / 1e6:.1f} MB free for {path}"
+        raise InputError(got, f"{num_bytes / 1e6:.1f} MB", "free some space or choose another --out")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path`, or itself, that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """The items, with a bar and the time left on a terminal, or a line every few seconds elsewhere (stderr)."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield from progress.track(items, total=total)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= PLAIN_SECONDS:
+            said = now
+            left = (now - start) / done * (total - done)
+            console.print(f"{what}: {done} of {total}, {left:.0f} s left", highlight=False)

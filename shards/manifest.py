@@ -1,0 +1,121 @@
+"""manifest.json: what a directory of shards holds, with checksums. It is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+from shards.files import published
+from shards.sample import ClassSet
+
+VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: its file name, samples, bytes, and the sha256 of the tar and of its member index."""
+
+    file: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_file(self) -> str:
+        """Name of the member index beside the tar."""
+        return str(Path(self.file).with_suffix(".index.json"))
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """The shards of one split in order, and how its pixels are shared among the classes."""
+
+    shards: tuple[ShardInfo, ...]
+    num_samples: int
+    class_pixels: tuple[int, ...]
+    void_pixels: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A packed data set: its name, classes, and splits by name."""
+
+    version: int
+    name: str
+    classes: ClassSet
+    splits: dict[str, SplitInfo]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the data: of the canonical JSON, which names the sha256 of every shard."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, the same bytes for the same content."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    def save(self, directory: Path) -> None:
+        """Write manifest.json, whole or not at all."""
+        with published(directory / FILE_NAME) as partial:
+            partial.write_text(self.to_json())
+
+    @staticmethod
+    def load(directory: Path) -> Manifest:
+        """Read manifest.json. Raises InputError when it is missing, damaged or of another version."""
+        path = directory / FILE_NAME
+        action = f"make it with `distseg pack FILE.h5 --out {directory}` (FILE.h5: from `distseg prepare`)"
+        if not path.is_file():
+            raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
+        try:
+            content = json.loads(path.read_text())
+            if content["version"] != VERSION:
+                raise InputError(f"{path}: version {content['version']}", f"version {VERSION}", action)
+            return _from_json(content)
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action) from None
+
+    def verify(self, directory: Path) -> None:
+        """Read every shard and index; raises InputError naming the first that is missing or not as packed."""
+        for shard in self.shards():
+            for file, expected in ((shard.file, shard.sha256), (shard.index_file, shard.index_sha256)):
+                path = directory / file
+                if not path.is_file():
+                    raise InputError(f"no {path}", "every shard that the manifest names", "pack again")
+                if sha256_of(path) != expected:
+                    raise InputError(f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again")
+
+    def shards(self) -> list[ShardInfo]:
+        """All shards of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    palette = tuple((int(r), int(g), int(b)) for r, g, b in content["classes"]["palette"])
+    splits = {
+        name: SplitInfo(
+            tuple(ShardInfo(**shard) for shard in split["shards"]),
+            split["num_samples"],
+            tuple(split["class_pixels"]),
+            split["void_pixels"],
+        )
+        for name, split in content["splits"].items()
+    }
+    classes = ClassSet(tuple(content["classes"]["names"]), palette)
+    return Manifest(content["version"], content["name"], classes, splits)

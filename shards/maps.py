@@ -1,0 +1,112 @@
+"""HDF5 maps: original image bytes and compressed one-hot label maps, one group per sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin
+import numpy as np
+
+from shards.errors import InputError
+from shards.files import published, tracked
+from shards.sample import ClassSet, Sample, check_sample, from_one_hot, to_one_hot
+
+VERSION = 1
+
+
+def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sample], total: int) -> int:
+    """Write samples into one HDF5 file, which appears when it is complete; returns how many there were.
+
+    Group <key>: `image`, the original file's bytes; `label_map`, one-hot (C, H, W) uint8, void = all-zero column, one
+    chunk, Zstd; absent for an unlabelled image. Raises InputError for a sample that does not fit the classes, a key
+    given twice, no sample at all, or a full disk.
+    """
+    splits: dict[str, list[str]] = {}
+    with published(path) as partial, h5py.File(partial, "w") as file:
+        file.attrs.update(version=VERSION, name=name)
+        file.attrs["class_names"] = list(classes.names)
+        file.attrs["palette"] = np.array(classes.palette, np.uint8)
+        for sample in tracked(samples, total, f"writing {path.name}"):
+            check_sample(sample, classes.num_classes)
+            if sample.key in file:
+                raise InputError(f"two samples with the key {sample.key!r}", "unique keys", "rename one of them")
+            _write_sample(file.create_group(sample.key), sample, classes.num_classes)
+            splits.setdefault(sample.split, []).append(sample.key)
+        if not splits:
+            raise InputError(f"no samples for {path}", "at least one image", "check the data set's folder")
+        file.attrs["splits"] = json.dumps(splits)
+    return sum(len(keys) for keys in splits.values())
+
+
+def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
+    group.attrs.update(split=sample.split, source_id=sample.source_id)
+    group.create_dataset("image", data=np.frombuffer(sample.image, np.uint8))
+    if sample.label is not None:
+        label_map = to_one_hot(sample.label, num_classes)
+        # one chunk a sample: every other chunking reads 8 to 24 times slower
+        group.create_dataset("label_map", data=label_map, chunks=label_map.shape, **hdf5plugin.Zstd(clevel=3))
+
+
+class MapsReader:
+    """Reads what `write_maps` wrote. Opens the file when first used, so that it can be sent to other processes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: h5py.File | None = None
+        if not path.is_file():
+            raise InputError(f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`")
+        try:
+            attributes: dict[str, Any] = dict(self._open().attrs)
+        except OSError as error:
+            raise InputError(f"{path}: {error}", "an HDF5 file", "make it again with `distseg prepare`") from None
+        if attributes.get("version") != VERSION:
+            got = f"{path}: version {attributes.get('version')}"
+            raise InputError(got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`")
+        self.name = str(attributes["name"])
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
+        self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
+        self.splits: dict[str, list[str]] = json.loads(attributes["splits"])  # keys in the order they were written
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys in self.splits.values())
+
+    def __enter__(self) -> MapsReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}  # handles cannot be shared between processes
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def read(self, key: str) -> Sample:
+        """The sample of a key, its label map turned back into indices. Raises InputError for a map not one-hot."""
+        group = self._open()[key]
+        label = None
+        if "label_map" in group:
+            try:
+                label = from_one_hot(group["label_map"][()])
+            except (InputError, OSError) as error:
+                got = f"{self.path}: {key}: {error.got if isinstance(error, InputError) else error}"
+                raise InputError(got, "one-hot columns", "make the maps again with `distseg prepare`") from None
+        attributes = group.attrs
+        return Sample(key, group["image"][()].tobytes(), label, str(attributes["split"]), str(attributes["source_id"]))
+
+    def label_map(self, key: str) -> np.ndarray:
+        """The stored one-hot map (C, H, W) uint8 of a labelled sample."""
+        return self._open()[key]["label_map"][()]
+
+    def _open(self) -> h5py.File:
+        if self._file is None:
+            self._file = h5py.File(self.path, "r")
+        return self._file

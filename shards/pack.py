@@ -1,0 +1,161 @@
+"""HDF5 maps into WebDataset shards: deterministic, checksummed, in parallel, the manifest last."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from shards.errors import InputError
+from shards.files import check_space, published, tracked
+from shards.manifest import FILE_NAME, VERSION, Manifest, ShardInfo, SplitInfo, sha256_of
+from shards.maps import MapsReader
+from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard to write."""
+
+    file: str
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a written shard adds to the manifest."""
+
+    info: ShardInfo
+    pixels: np.ndarray  # (256,) int64, by index
+
+
+def pack(maps: Path, out: Path, *, samples_per_shard: int = 256, num_workers: int = 0) -> Manifest:
+    """Write <split>-<number>.tar shards with their member indices, then manifest.json; returns the manifest.
+
+    The bytes depend on the maps and samples_per_shard alone, not on the number of worker processes (0: none). Members
+    of a sample: .jpg (original bytes; .image.png for a PNG original), .png (label, see sample.encode_label; absent when
+    unlabelled), .json. Until the manifest appears the directory is not a data set. Raises InputError for a damaged
+    map, an unreadable image, too little disk space, or a directory that holds another data set.
+    """
+    if samples_per_shard < 1 or num_workers < 0:
+        got = f"samples_per_shard={samples_per_shard}, workers={num_workers}"
+        raise InputError(got, "at least one sample per shard, and no negative number of workers", "correct them")
+    reader = MapsReader(maps)
+    _check_target(out, reader.name)
+    check_space(out, maps.stat().st_size)  # shards are smaller than the maps; so this is ample
+    (out / FILE_NAME).unlink(missing_ok=True)  # from here until it is written anew, the shards are not a whole
+    tasks = {name: list(_tasks(name, keys, samples_per_shard)) for name, keys in sorted(reader.splits.items())}
+    flat = [task for of_split in tasks.values() for task in of_split]
+    reader.close()
+    written = dict(zip((task.file for task in flat), _write_all(reader, out, flat, num_workers), strict=True))
+    splits = {name: _split([written[task.file] for task in of_split], reader) for name, of_split in tasks.items()}
+    manifest = Manifest(VERSION, reader.name, reader.classes, splits)
+    _remove_stale(out, manifest)
+    manifest.save(out)
+    return manifest
+
+
+def _check_target(out: Path, name: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "a directory", "choose another --out")
+    if (out / FILE_NAME).is_file() and (there := Manifest.load(out).name) != name:
+        got = f"{out} holds the data set {there!r}, the maps are {name!r}"
+        raise InputError(got, "an empty directory, or an earlier pack of the same data", "choose another --out")
+
+
+def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
+    for number, start in enumerate(range(0, len(keys), samples_per_shard)):
+        yield _Task(f"{split}-{number:06d}.tar", keys[start : start + samples_per_shard])
+
+
+def _write_all(reader: MapsReader, out: Path, tasks: list[_Task], num_workers: int) -> list[_Written]:
+    what = f"packing {out.name}"
+    if num_workers == 0:
+        return list(tracked((_write_shard(reader, out, task) for task in tasks), len(tasks), what))
+    spawn = multiprocessing.get_context("spawn")  # HDF5 handles and threads do not survive a fork
+    with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
+        try:
+            return list(tracked(pool.map(_write_shard, repeat(reader), repeat(out), tasks), len(tasks), what))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
+    """Write one tar and its member index, each whole or not at all."""
+    pixels = np.zeros(256, np.int64)
+    sizes: dict[str, tuple[int, int]] = {}
+    with published(out / task.file) as partial:
+        # a fixed mtime, user and mode: the same samples give the same bytes
+        with webdataset.TarWriter(str(partial), encoder=False, mtime=0, compress=False) as tar:
+            for key in task.keys:
+                sample = reader.read(key)
+                sizes[key] = _check(sample, reader.classes.num_classes)
+                if sample.label is not None:
+                    pixels += np.bincount(sample.label.ravel(), minlength=256)
+                tar.write(_members(sample))
+        index = _index(partial, sizes)
+    with published(out / Path(task.file).with_suffix(".index.json")) as partial:
+        partial.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
+    path = out / task.file
+    index_path = path.with_suffix(".index.json")
+    checksums = (sha256_of(path), sha256_of(index_path))
+    return _Written(ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums), pixels)
+
+
+def _check(sample: Sample, num_classes: int) -> tuple[int, int]:
+    """Height and width of a sound sample: the image is decoded whole here, rather than failing in training."""
+    check_sample(sample, num_classes)
+    try:
+        return decode_image(sample.image).shape[:2]
+    except InputError as error:
+        raise InputError(f"{sample.key}: {error.got}", error.needed, error.action) from None
+
+
+def _members(sample: Sample) -> dict[str, Any]:
+    extension = image_extension(sample.image)
+    members: dict[str, Any] = {"__key__": sample.key, "image.png" if extension == "png" else extension: sample.image}
+    if sample.label is not None:
+        members["png"] = encode_label(sample.label)
+    members["json"] = json.dumps({"source_id": sample.source_id, "split": sample.split}, sort_keys=True).encode()
+    return members
+
+
+def _index(path: Path, sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Per sample: key, height, width, and [offset, bytes, crc32] of each of its members."""
+    samples: dict[str, dict[str, Any]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, kind = member.name.partition(".")
+            content = tar.extractfile(member)
+            assert content is not None  # every member is a file
+            height, width = sizes[key]
+            entry = samples.setdefault(key, {"key": key, "height": int(height), "width": int(width), "members": {}})
+            entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
+    return list(samples.values())
+
+
+def _split(written: list[_Written], reader: MapsReader) -> SplitInfo:
+    pixels = sum((shard.pixels for shard in written), np.zeros(256, np.int64)).tolist()
+    infos = tuple(shard.info for shard in written)
+    num_samples = sum(info.num_samples for info in infos)
+    return SplitInfo(infos, num_samples, tuple(pixels[: reader.classes.num_classes]), pixels[IGNORE_INDEX])
+
+
+def _remove_stale(out: Path, manifest: Manifest) -> None:
+    """Shards of an earlier pack that the new manifest does not name would be found by plain webdataset globs."""
+    named = {name for shard in manifest.shards() for name in (shard.file, shard.index_file)}
+    for pattern in ("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar", "*-[0-9][0-9][0-9][0-9][0-9][0-9].index.json"):
+        for path in out.glob(pattern):
+            if path.name not in named:
+                path.unlink()
