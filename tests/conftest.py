@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from shards.pack import pack
 
 from shards.maps import write_maps
+from shards.pack import pack
 from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
 # height, width: mixed, some smaller and some larger than a crop of 48; the first eight train, the last four
@@ -20,7 +20,7 @@ TOY_SIZES += ((60, 80), (75, 50), (48, 64), (90, 100))
 
 
 def toy_samples() -> list[Sample]:
-    """Twelve samples of random blobs in their classes' colours, with void ones among them; the same at every call."""
+    """Twelve samples of random blobs in their classes' colours, some void; the same at every call."""
     samples = []
     for index, (height, width) in enumerate(TOY_SIZES):
         rng = np.random.default_rng(index)

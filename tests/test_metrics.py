@@ -38,7 +38,7 @@ def brute_force(predictions, labels, num_classes):
 
 
 def mixed_images(num_classes, allowed):
-    """Predictions and labels of several sizes; truth only from the allowed classes, with void and one image all void."""
+    """Predictions and labels of several sizes; truth of the allowed classes and void, one image all void."""
     generator = torch.Generator().manual_seed(0)
     predictions, labels = [], []
     for size in ((3, 5), (17, 2), (8, 8), (1, 1), (13, 21)):

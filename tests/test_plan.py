@@ -27,7 +27,7 @@ def test_every_sample_once_per_epoch(num_samples, seed, epoch):
 )
 @settings(deadline=None)
 def test_ranks_share_one_sequence(num_samples, seed, world, share, start):
-    """The ranks' slices, joined, are the positions one rank would have; so is any other split of the same batch."""
+    """The ranks' slices, joined, are the positions that one rank would have."""
     batch = 24 * share
     steps = range(start, start + 3)
     joined = [p for step in steps for rank in range(world) for p in rank_positions(step, batch, rank, world)]
@@ -42,7 +42,7 @@ def test_ranks_share_one_sequence(num_samples, seed, world, share, start):
 
 
 def test_order_is_fixed_for_ever():
-    """Stored values: a change of numpy or of this file that moves the order would break the resume of old runs."""
+    """Stored values: a change of numpy or of this file that moves the order breaks the resume of old runs."""
     plan = Plan(10, seed=3)
     assert [plan.sample_index(p) for p in range(20)] == [
         6,
@@ -94,7 +94,7 @@ def test_only_two_orders_are_kept():
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1])
 def test_augmentation_is_independent_of_the_order(seed):
-    """No shared numbers with the stream that the order of any nearby epoch is drawn from, nor between positions."""
+    """No shared numbers with the stream that an order is drawn from, nor between positions."""
     plan = Plan(5, seed)
     words = [plan.augmentation_rng(p).integers(0, 2**63, 40).tolist() for p in range(40)]
     words += [

@@ -29,7 +29,7 @@ def apply(view, image, label, seed=0):
 
 
 def drawn(view, size, seed=0):
-    """Scaled size, offset and mirror that the first draw of this seed stands for, from the documented rules."""
+    """Scaled size, offset and mirror that the first draw of this seed stands for, by the documented rules."""
     scale, row, column, mirror = np.random.default_rng(seed).random((MAX_TRIES, 7))[0, :4]
     factor = np.exp(np.log(view.scale_min) + scale * (np.log(view.scale_max) - np.log(view.scale_min)))
     scaled = [max(1, round(side * factor)) for side in size]
@@ -39,7 +39,7 @@ def drawn(view, size, seed=0):
 
 
 def nearest(source, scaled, offset, crop_px, outside):
-    """Source pixel whose area holds the centre of each view pixel, in whole numbers; `outside` beyond the image."""
+    """Source pixel whose area holds the centre of each view pixel, in whole numbers; else `outside`."""
     view = np.full((crop_px, crop_px, *source.shape[2:]), outside, np.uint8)
     index = [np.arange(crop_px) + start for start in offset]
     inside = [(i >= 0) & (i < side) for i, side in zip(index, scaled, strict=True)]
@@ -60,7 +60,7 @@ def test_at_scale_one_and_full_size_it_is_the_identity():
 @given(height=SIDES, width=SIDES, seed=st.integers(0, 1000))
 @settings(deadline=None)
 def test_at_scale_one_it_only_moves_pixels(height, width, seed):
-    """Image and label move together, bit for bit, also where the image is smaller than the crop on one side."""
+    """Image and label move together, bit for bit, also where the image is smaller than the crop."""
     image, label = noise(height, width)
     view = TrainView(40)
     seen, seen_label = apply(view, image, label, seed)
@@ -83,7 +83,7 @@ def test_label_equals_the_nearest_formula_at_any_scale(height, width, seed, wide
 
 @pytest.mark.parametrize("scale", [0.5, 0.75, 1.25, 1.5, 2.0])
 def test_ties_between_two_label_pixels_go_to_the_second(scale):
-    """At these scales many view pixels lie exactly between two source pixels, where a library may round either way."""
+    """Here many view pixels lie exactly between two source pixels, where a library may round either way."""
     image, label = noise(96, 144)
     view = TrainView(48, scale, scale)
     for seed in range(10):

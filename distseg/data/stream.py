@@ -1,4 +1,4 @@
-"""Batches of training views, read, decoded and warped in threads; and the full-resolution samples of evaluation.
+"""Batches of training views, decoded and warped in threads; full-resolution samples for evaluation.
 
 Three calls of the standard library's thread pool do what a loader with worker processes would. webdataset's
 own DataPipeline is left out: its shard splitting gives ranks unequal numbers of samples and has no state to
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from shards.reader import RawSample, ShardReader
 
 from distseg.data.plan import Plan, rank_positions
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
+from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, decode_image, decode_label
 
 BATCHES_AHEAD = (
@@ -52,7 +52,7 @@ class _Pending:
 
 
 class TrainStream:
-    """An endless iterator of Batch from start_step on, the same pixels whatever the number of threads and ranks.
+    """An endless iterator of Batch from start_step on, the same pixels for any number of threads and ranks.
 
     batch_size is global; rank r gets its slice of each batch. num_threads decode, warp and stay a few batches
     ahead; 0 does the work in the caller. A sample that cannot be used raises InputError, naming sample and
@@ -117,7 +117,7 @@ class TrainStream:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _begin(self, step: int) -> _Pending:
-        """Allocate the batch of a step and hand its samples to the threads, or fill it here if there are none."""
+        """Allocate the batch of a step and hand its samples to the threads, or fill it here without any."""
         positions = rank_positions(step, self._batch_size, self._rank, self._world_size)
         count, side = len(positions), self._view.crop_px
         pin = torch.cuda.is_available()  # torch keeps and reuses freed pinned blocks
@@ -139,7 +139,7 @@ class TrainStream:
 def evaluation_samples(
     reader: ShardReader, rank: int, world_size: int, num_threads: int
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
-    """Samples rank, rank + world_size, ... at full resolution, in order, each of the split once over all ranks.
+    """Samples rank, rank + world_size, ... at full resolution, in order: over all ranks each comes once.
 
     Yields (index, key, image (H, W, 3) uint8 RGB, label (H, W) uint8). Read and decoded in num_threads
     threads a few samples ahead; 0: in the caller. Raises InputError, naming sample and shard, for a sample
@@ -175,12 +175,12 @@ def _in_order(
 
 
 def _load(reader: ShardReader, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Key, image (H, W, 3) uint8 and label (H, W) uint8 of one sample, checked against each other and the classes."""
+    """Key, image (H, W, 3) uint8 and label (H, W) uint8 of one sample, found to be usable."""
     raw = reader.read(index)
     try:
         image, label = _decode(raw, reader.classes.num_classes)
     except InputError as error:
-        raise InputError(f"{reader.location(index)}: {error.got}", error.needed, error.action) from error
+        raise InputError(f"{_place(reader, index)}: {error.got}", error.needed, error.action) from None
     return raw.key, image, label
 
 
@@ -199,6 +199,16 @@ def _decode(raw: RawSample, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
             f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action
         )
     return image, label
+
+
+def _place(reader: ShardReader, index: int) -> str:
+    """Name of a sample and of the shard it lies in, in the reader's own words for damaged bytes."""
+    first = 0
+    for shard in reader.manifest.splits[reader.split].shards:
+        first += shard.num_samples
+        if index < first:
+            break
+    return f"sample {reader.key(index)} in {reader.directory / shard.file}"
 
 
 def _check_threads(num_threads: int) -> None:

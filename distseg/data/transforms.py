@@ -27,7 +27,7 @@ TIE_BREAK = 1e-4
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Where the scaled image lies relative to the crop: sizes and offsets in whole pixels of the scaled image."""
+    """Where the crop lies on the scaled image, in whole pixels of the scaled image."""
 
     scaled: tuple[int, int]  # height, width of the image after scaling
     offset: tuple[
@@ -100,7 +100,8 @@ class TrainView:
                 break
         inside = out_image[rows, columns]
         if inside.shape != out_image.shape:
-            out_image[:] = FILL_RGB
+            # whole rows at a time: pixel by pixel the assignment takes longer than the warp
+            out_image[:] = np.full((self.crop_px, 3), FILL_RGB, np.uint8)
         _warp(image, geometry, cv2.INTER_LINEAR, inside)
         if self.color_jitter:
             factors = 1 + self.color_jitter * (2 * draw[4:] - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +16,10 @@ from distseg.distributed import Ranks, all_reduce_sum
 from distseg.optimizers import build_optimizer, clip, guarded_step
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
+
+# torch 2.13 renamed the argument
+_BROADCAST = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_BROADCAST: dict[str, Any] = {"forward_sync_buffers" if _BROADCAST else "broadcast_buffers": False}
 
 
 class DDPLearner:
@@ -35,7 +40,7 @@ class DDPLearner:
         self._ddp = DistributedDataParallel(
             self.network,
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **_NO_BUFFER_BROADCAST,
             gradient_as_bucket_view=True,
         )
 
