@@ -7,6 +7,10 @@ import platform
 
 import torch
 
+# glibc's malloc.h and Linux's madvise
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _MADV_HUGEPAGE = -1, -2, -4, 14
+_HUGE_PAGE = 2 << 20
+
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
 
 
@@ -28,3 +32,23 @@ def _cpu_has_bf16() -> bool:
     """Whether oneDNN has bf16 dot products here; emulated ones are slower than fp32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so absent from some releases
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def reuse_memory(heap_bytes: int = 1 << 30) -> bool:
+    """Let glibc keep freed memory, in huge pages, for the next step of a training on the CPU; True where it did.
+
+    By default every tensor above 32 MB is mapped anew and its pages are faulted in at each step. Affects this process
+    only; the heap grows by `heap_bytes` of address space, which costs memory only where it is touched.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, heap_bytes))
+    kept = all(libc.mallopt(name, value) == 1 for name, value in settings)
+    start = libc.sbrk(0)
+    libc.free(libc.malloc(2 * _HUGE_PAGE))  # more than the heap has free, so that it grows by the padding now
+    end, aligned = libc.sbrk(0), -(-start // _HUGE_PAGE) * _HUGE_PAGE
+    return kept and end > aligned and libc.madvise(aligned, end - aligned, _MADV_HUGEPAGE) == 0

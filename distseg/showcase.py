@@ -15,16 +15,18 @@ from shards.sample import decode_image, decode_label
 
 def show(trainer: Trainer, val_set: ShardReader) -> None:
     """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank."""
+    if trainer.evaluator.result is None:  # the run had been complete before this process began
+        trainer.evaluator()
     on_main(trainer.ranks, lambda: _show(trainer, val_set))
 
 
 def _show(trainer: Trainer, val_set: ShardReader) -> None:
     run_dir, step = Path(trainer.config.run_dir), trainer.state.step
     evaluator = trainer.evaluator
-    if evaluator.result is not None:
-        write_json(run_dir / "evaluation.json", evaluator.report(step))
-        class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
-        pictures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
+    assert evaluator.result is not None
+    write_json(run_dir / "evaluation.json", evaluator.report(step))
+    class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
+    pictures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
     curves = run_dir / "pictures" / "curves.png"
     pictures.curves(read_metrics(run_dir / METRICS_FILE), curves)
     trainer.tracker.image(step, "curves", curves)

@@ -252,6 +252,7 @@ def test_evaluation_gives_each_original_once_in_order(toy_shards, world_size, nu
             seen[index] = key
             assert np.array_equal(image, decode_image(originals[index].image))
             assert np.array_equal(label, originals[index].label)
+            assert all(array.flags.c_contiguous and array.flags.writeable for array in (image, label))
         assert indices == list(range(rank, 4, world_size))
     assert [seen[i] for i in range(4)] == [sample.key for sample in originals]
 

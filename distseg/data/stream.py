@@ -181,7 +181,8 @@ def _load(reader: ShardReader, index: int) -> tuple[str, np.ndarray, np.ndarray]
         image, label = _decode(raw, reader.classes.num_classes)
     except InputError as error:
         raise InputError(f"{_place(reader, index)}: {error.got}", error.needed, error.action) from None
-    return raw.key, image, label
+    # decoders may hand out read-only views of their buffers, which torch cannot wrap
+    return raw.key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
 
 
 def _decode(raw: RawSample, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,9 @@ from shards.errors import InputError
 
 __all__ = ["BatchNorm2d", "LoadReport", "build_discriminator", "build_segmentor", "set_batch_norm"]
 
-SEGMENTORS: dict[str, type[nn.Module]] = {
+Segmentor = DeepLabV3Plus | FCN8s
+
+SEGMENTORS: dict[str, type[Segmentor]] = {
     "deeplabv3plus_efficientnet_lite0": DeepLabV3Plus,
     "fcn8s_vgg16": FCN8s,
 }
@@ -28,32 +31,33 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "two_branch": TwoBranch,
     "fully_convolutional": FullyConvolutional,
 }
-IMAGENET: dict[type[nn.Module], Callable] = {
-    DeepLabV3Plus: imagenet_weights_file,
-    FCN8s: vgg_weights_file,
+# where the encoder's published weights lie
+IMAGENET: dict[str, Callable[[], Path]] = {
+    "deeplabv3plus_efficientnet_lite0": imagenet_weights_file,
+    "fcn8s_vgg16": vgg_weights_file,
 }
 
 log = logging.getLogger(__name__)
 
 
-def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **options: Any) -> nn.Module:
+def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **options: Any) -> Segmentor:
     """A segmentor: image (N, 3, H, W) float in [0, 1], RGB -> logits (N, C, H/s, W/s), s its output_stride.
 
-    init: "imagenet" (the encoder's published weights), "random", or a .safetensors or .pth file of the
-    encoder's weights. What was loaded is logged and kept as `init_report` (None for random).
+    init: "imagenet" (the encoder's published weights), "random", or a .safetensors or .pth file with weights
+    of the encoder or of the whole segmentor. What was loaded is logged and kept as `init_report` (None for
+    random).
     Raises InputError for an unknown name or option, a bad value, and weights that are absent or do not fit.
     """
-    network = SEGMENTORS[_known("segmentor", name, SEGMENTORS)]
-    _check_options("segmentor", name, network, options)
+    _check("segmentor", name, SEGMENTORS, num_classes, options)
+    if init == "random":
+        return SEGMENTORS[name](num_classes, **options)
     # the file first: building a network only to find no weights would waste the user's time
-    path = None if init == "random" else IMAGENET[network]() if init == "imagenet" else init
-    state = None if path is None else read_weights(path)
-    segmentor = network(_checked(num_classes), **options)
-    segmentor.init_report = None
-    if state is not None:
-        report = load_into(segmentor.encoder, state, str(path))
-        log.info("%s", report)
-        segmentor.init_report = report
+    path = IMAGENET[name]() if init == "imagenet" else Path(init)
+    state = read_weights(path)
+    segmentor = SEGMENTORS[name](num_classes, **options)
+    is_whole = any(key.startswith("encoder.") for key in state)
+    segmentor.init_report = load_into(segmentor if is_whole else segmentor.encoder, state, str(path))
+    log.info("%s", segmentor.init_report)
     return segmentor
 
 
@@ -62,26 +66,19 @@ def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Modul
 
     Raises InputError for an unknown name or option, and for a bad value.
     """
-    network = DISCRIMINATORS[_known("discriminator", name, DISCRIMINATORS)]
-    _check_options("discriminator", name, network, options)
-    return network(_checked(num_classes), **options)
+    _check("discriminator", name, DISCRIMINATORS, num_classes, options)
+    return DISCRIMINATORS[name](num_classes, **options)
 
 
-def _known(kind: str, name: str, choices: dict[str, type[nn.Module]]) -> str:
+def _check(
+    kind: str, name: str, choices: Mapping[str, Callable], num_classes: int, options: Mapping[str, Any]
+) -> None:
     if name not in choices:
         raise InputError(f"{kind}={name}", f"one of: {', '.join(choices)}", f"correct {kind}.name")
-    return name
-
-
-def _check_options(kind: str, name: str, network: type[nn.Module], options: dict[str, Any]) -> None:
-    accepted = [key for key in inspect.signature(network).parameters if key != "num_classes"]
+    accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]
     for key in options:
         if key not in accepted:
             got = f"{kind}.options.{key}, which {name} does not have"
             raise InputError(got, f"among: {', '.join(accepted)}", f"remove {kind}.options.{key}")
-
-
-def _checked(num_classes: int) -> int:
     if not 1 <= num_classes <= 255:
         raise InputError(f"num_classes={num_classes}", "1 to 255", "check the classes of the shards")
-    return num_classes

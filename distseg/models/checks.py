@@ -1,6 +1,8 @@
-"""The one check that every network makes of its input."""
+"""What every network checks: its options and its input."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -13,3 +15,9 @@ def require_size(x: Tensor, min_size_px: int, what: str = "image") -> None:
     if min(height, width) < min_size_px:
         got = f"{what} of {height}x{width} px"
         raise InputError(got, f"at least {min_size_px} px on each side", "leave it out, enlarge it or pad it")
+
+
+def require_number(key: str, value: Any, low: float, high: float) -> None:
+    """Raise InputError when an option is not a number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InputError(f"{key}={value}", f"a number from {low} to {high}", f"correct {key}")

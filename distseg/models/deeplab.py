@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.batch_norm import BatchNorm2d
-from distseg.models.checks import require_size
+from distseg.models.checks import require_number, require_size
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.efficientnet import TAPS, EfficientNetLite0
+from distseg.models.weights import LoadReport
 
 RATES = (3, 6, 9)  # of the atrous branches: half the paper's, for crops about half as large
 CHANNELS = 128
@@ -25,9 +26,11 @@ class DeepLabV3Plus(nn.Module):
 
     output_stride = 4
     min_size_px = 32
+    init_report: LoadReport | None = None  # what the encoder took from a file of weights
 
     def __init__(self, num_classes: int, *, dropout: float = 0.1):
         super().__init__()
+        require_number("segmentor.options.dropout", dropout, 0, 0.9)
         self.num_classes = num_classes
         self.encoder = EfficientNetLite0()
         quarter, eighth, sixteenth = TAPS.values()
@@ -84,6 +87,6 @@ def _join(coarse: Tensor, skip: Tensor) -> Tensor:
     """`coarse` upsampled to the grid of `skip`, and `skip`, side by side."""
     up = F.interpolate(coarse, skip.shape[-2:], mode="bilinear", align_corners=False)
     if up.requires_grad:
-        # the gradient arrives as a slice of a wider tensor, for which the upsampling's backward is 8 times slower
+        # it arrives as a slice of a wider tensor, for which the backward of upsampling is 8 times slower
         up.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
     return torch.cat([up, skip], 1)

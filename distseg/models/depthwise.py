@@ -85,7 +85,8 @@ class _Depthwise(torch.autograd.Function):
             if wants_x:
                 grad_x = _input_gradient(grad, weight, ctx.size, ctx.geometry)
             if wants_weight:
-                grad_weight = _weight_gradient(grad, x, weight, ctx.padding, (stride, dilation))
+                grad_weight = torch.empty_like(weight)  # in its strides, which DDP compares with the parameter's
+                grad_weight.copy_(_weight_gradient(grad, x, weight, ctx.padding, (stride, dilation)))
         return grad_x, grad_weight, None
 
 
@@ -105,14 +106,16 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
         taps = weight[:, :, row::stride, column::stride].flip(2, 3)
         y, above, height = _reach(size[2], taps.shape[2], row - top, stride)
         x, before, width = _reach(size[3], taps.shape[3], column - left, stride)
-        if y < size[2] and x < size[3]:
+        if taps.numel() == 0:
+            grad_x[:, :, y::stride, x::stride] = 0  # a filter shorter than its stride steps over these
+        elif y < size[2] and x < size[3]:
             seen = _fit(grad, above, before, height, width)
             grad_x[:, :, y::stride, x::stride] = F.conv2d(seen, taps, groups=weight.shape[0])
     return grad_x
 
 
 def _reach(size: int, num_taps: int, offset: int, stride: int) -> tuple[int, int, int]:
-    """For the inputs that a set of taps saw: the first, and zeros before and length of the gradient they need."""
+    """First input that a set of taps saw, zeros needed before the gradient, its length with them."""
     first = offset % stride
     output = (first - offset) // stride  # the one whose first tap lies on `first`
     return first, num_taps - 1 - output, num_taps - 1 + len(range(first, size, stride))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.models.checks import require_size
+from distseg.models.checks import require_number, require_size
 from shards.errors import InputError
 
 HEADS = ("gap", "patch")
@@ -27,9 +27,7 @@ class TwoBranch(nn.Module):
     def __init__(self, num_classes: int, *, width: float = 1.0, head: str = "gap"):
         super().__init__()
         _check_head(head)
-        if not 0.05 <= width <= 8:
-            got = f"discriminator.options.width={width}"
-            raise InputError(got, "a number from 0.05 to 8", "correct the width (1: as in the paper)")
+        require_number("discriminator.options.width", width, 0.05, 8)
         thin, branch, *trunk = (round(width * channels) or 1 for channels in (16, 64, 128, 256, 512))
         self.num_classes, self.head = num_classes, head
         self.label_conv = nn.Conv2d(num_classes, branch, 5, padding=2)

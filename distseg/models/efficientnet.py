@@ -45,7 +45,10 @@ class EfficientNetLite0(nn.Module):
     (N, 320, H/16, W/16), sizes rounded up. State-dict keys are those of the published PyTorch checkpoint.
     """
 
-    def __init__(self):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
         self._bn0 = _batch_norm(32)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.models.checks import require_size
+from distseg.models.checks import require_number, require_size
 from distseg.models.vgg import VGG16
+from distseg.models.weights import LoadReport
 
 
 class FCN8s(nn.Module):
@@ -21,9 +22,11 @@ class FCN8s(nn.Module):
 
     output_stride = 8
     min_size_px = 32
+    init_report: LoadReport | None = None  # what the encoder took from a file of weights
 
     def __init__(self, num_classes: int, *, fc_channels: int = 4096):
         super().__init__()
+        require_number("segmentor.options.fc_channels", fc_channels, 1, 4096)
         self.num_classes = num_classes
         self.encoder = VGG16(fc_channels)
         self.score_fr = _score(fc_channels, num_classes)
@@ -34,8 +37,7 @@ class FCN8s(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        image = _to_multiple(image, self.output_stride)
-        pool3, pool4, fc7 = self.encoder(image)
+        pool3, pool4, fc7 = self.encoder(_to_multiple(image, self.output_stride))
         score = self.score_fr(fc7)  # (N, C, H/32, W/32)
         score = self.upscore2(score, pool4) + self.score_pool4(pool4)  # (N, C, H/16, W/16)
         return self.upscore_pool4(score, pool3) + self.score_pool3(pool3)  # (N, C, H/8, W/8)

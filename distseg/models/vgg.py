@@ -23,6 +23,9 @@ class VGG16(nn.Module):
     of a stride-s map covers exactly the pixels i*s to (i+1)*s - 1.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, fc_channels: int = 4096):
         super().__init__()
         layers: list[nn.Module] = []
@@ -35,9 +38,8 @@ class VGG16(nn.Module):
                 layers.append(nn.MaxPool2d(2, 2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Conv2d(
-                channels, fc_channels, 7, padding=3
-            ),  # padding keeps the grid, instead of pad 100 in conv1_1
+            # this padding keeps the grid, where the reference pads the image by 100 px
+            nn.Conv2d(channels, fc_channels, 7, padding=3),
             nn.ReLU(inplace=True),
             nn.Dropout(0.5),
             nn.Conv2d(fc_channels, fc_channels, 1),
@@ -61,7 +63,5 @@ class VGG16(nn.Module):
 
 def imagenet_weights_file() -> NoReturn:
     """Raises InputError: nobody publishes VGG16's weights as a package, so the file has to be named."""
-    action = (
-        "download vgg16-397923af.pth from torchvision and write segmentor.init=PATH, or segmentor.init=random"
-    )
+    action = "write segmentor.init=PATH of torchvision's vgg16-397923af.pth, or segmentor.init=random"
     raise InputError("segmentor.init=imagenet for VGG16", "a file of weights", action)

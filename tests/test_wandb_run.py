@@ -1,0 +1,250 @@
+"""W&B: the offline file holds the run's curves and pictures but no secret, and no failure stops training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distseg import wandb_run
+from distseg.config import TrackingConfig
+from distseg.tracking import Tracker, open_tracker, read_metrics
+from distseg.wandb_run import WandbRun, choose_mode, without_secrets
+
+SECRET = "planted-secret-value-0123456789"
+OPTIONS: dict[str, Any] = {"project": "distseg", "entity": None, "group": None, "tags": [], "name": "a"}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No login, no W&B settings of the machine, and two secrets that must show up nowhere."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("PLANTED_TOKEN", SECRET)
+    monkeypatch.setenv("PLANTED_PLAIN", SECRET + "-plain")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--password={SECRET}"])
+
+
+def records(path: Path) -> list[Any]:
+    """Parse a .wandb file: a 7-byte header, then a LevelDB log in blocks of 32 KiB, its records protobuf."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, found, pending, position = path.read_bytes(), [], b"", 7
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # a record header never crosses a block
+            position += 32768 - position % 32768
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        if kind == 0:
+            break
+        body = data[position + 7 : position + 7 + length]
+        assert checksum == zlib.crc32(bytes([kind]) + body)
+        position += 7 + length
+        pending = body if kind in (1, 2) else pending + body  # 1 whole, 2 first, 3 middle, 4 last
+        if kind in (1, 4):
+            found.append(wandb_internal_pb2.Record.FromString(pending))
+    return found
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """One dict a row; what was logged as a picture is a dict in it, stored as (name, field) pairs."""
+    rows: list[dict[str, Any]] = []
+    for record in records(path):
+        if record.WhichOneof("record_type") != "history":
+            continue
+        rows.append({})
+        for item in record.history.item:
+            name, *field = item.nested_key or [item.key]
+            value = json.loads(item.value_json)
+            if field:
+                rows[-1].setdefault(name, {})[field[0]] = value
+            else:
+                rows[-1][name] = value
+    return rows
+
+
+def offline_files(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+
+
+def write_run(run_dir: Path, steps: range, resume_step: int | None = None) -> Tracker:
+    config = {"seed": 1, "loss": {"adv_weight": 0.01}, "api_key": SECRET, "note": f"from {SECRET} on"}
+    tracker = open_tracker(run_dir, TrackingConfig(wandb="offline", tags=["t"]), config, resume_step, True)
+    for step in steps:
+        tracker.log(step, {"loss/segmentor": 1 / step, "loss/discriminator_real": step / 3})
+        if step % 20 == 0:
+            tracker.log(step, {"val/mean_iou": step / 100})
+            tracker.image(step, "samples/a", np.full((8, 12, 3), step, np.uint8), "a scene")
+    return tracker
+
+
+def test_offline_file_holds_curves_pictures_and_config_but_no_secret(tmp_path: Path) -> None:
+    run_dir = tmp_path / "voc_1"
+    write_run(run_dir, range(10, 60, 10)).finish(0)
+    (file,) = offline_files(run_dir)
+    rows = history(file)
+
+    assert [row["_step"] for row in rows] == [row["step"] for row in rows] == [10, 20, 30, 40, 50]
+    assert [row["loss/segmentor"] for row in rows] == [1 / step for step in range(10, 60, 10)]
+    assert [row.get("val/mean_iou") for row in rows] == [None, 0.2, None, 0.4, None]
+    pictures = [row["samples/a"] for row in rows if "samples/a" in row]
+    assert [(p["width"], p["height"], p["caption"]) for p in pictures] == [(12, 8, "a scene")] * 2
+    for picture in pictures:
+        assert (file.parent / "files" / picture["path"]).stat().st_size == picture["size"]
+
+    (run,) = [record.run for record in records(file) if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name, list(run.tags)) == ("distseg", "voc_1", ["t"])
+    assert run.run_id == (run_dir / "wandb_id.txt").read_text().strip()
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["seed"] == 1 and config["loss"] == {"adv_weight": 0.01}
+
+    axes = [record.metric for record in records(file) if record.WhichOneof("record_type") == "metric"]
+    assert "step" in {metric.name for metric in axes} and ("*", "step") in {
+        (m.glob_name, m.step_metric) for m in axes
+    }
+    for path in run_dir.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert not list(run_dir.rglob("wandb-metadata.json")) and not list(run_dir.rglob("requirements.txt"))
+
+
+def test_a_resumed_run_keeps_its_id_and_goes_on_at_its_step(tmp_path: Path) -> None:
+    write_run(tmp_path, range(10, 60, 10)).finish(1)
+    write_run(tmp_path, range(40, 80, 10), resume_step=30).finish(0)
+    first, second = offline_files(tmp_path)
+    assert first.name == second.name  # run-<id>.wandb
+    assert [row["_step"] for row in history(second)] == [40, 50, 60, 70]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss/segmentor" in row] == [
+        *range(10, 80, 10)
+    ]
+
+
+def test_training_does_not_wait_while_wandb_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: WandbRun) -> Any:
+        time.sleep(1.5)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(WandbRun, "_start", slow)
+    started = time.perf_counter()
+    tracker = write_run(tmp_path, range(1, 100))
+    assert time.perf_counter() - started < 0.5
+    tracker.finish(0)
+
+
+def test_a_failure_is_one_warning_and_the_disk_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def fail(*args: object, **options: object) -> None:
+        raise wandb.errors.UsageError("the server said\nno")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with caplog.at_level(logging.WARNING):
+        tracker = write_run(tmp_path, range(1, 10))
+        tracker.finish(0)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+    assert [record.getMessage() for record in caplog.records] == [
+        "W&B stopped (UsageError: the server said no); this run goes on with metrics.jsonl only"
+    ]
+
+
+def test_without_a_network_an_online_run_is_written_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # refuses every connection
+    monkeypatch.setattr(wandb_run, "_INIT_SECONDS", 2.0)
+    with caplog.at_level(logging.WARNING):
+        tracker = open_tracker(tmp_path, TrackingConfig(), {}, None, True)
+        tracker.log(7, {"loss/segmentor": 0.5})
+        tracker.finish(0)
+    (file,) = offline_files(tmp_path)
+    assert [(row["step"], row["loss/segmentor"]) for row in history(file)] == [(7, 0.5)]
+    assert sum("writing offline" in record.getMessage() for record in caplog.records) == 1
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"a" * 40 not in path.read_bytes(), path
+
+
+def test_a_full_queue_drops_rows_and_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(WandbRun, "_work", lambda self: None)
+    monkeypatch.setattr(wandb_run, "_QUEUE_LENGTH", 5)
+    run = WandbRun(tmp_path, "offline", OPTIONS, {})
+    with caplog.at_level(logging.WARNING):
+        for step in range(8):
+            run.log(step, {"x": 1.0})
+        run.finish(0)
+    assert "3 rows were not sent" in caplog.text
+
+
+def test_rows_that_wandb_has_already_are_not_sent_again() -> None:
+    class Resumed:
+        step = 40
+        sent: list[int] = []  # noqa: RUF012
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            self.sent.append(step)
+            self.step = step
+
+    run = Resumed()
+    for step in (20, 30, 40, 40, 50):
+        wandb_run._log_row(run, step, {})
+    assert run.sent == [40, 40, 50]
+
+
+def test_auto_is_online_exactly_when_there_is_a_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_mode("auto") == choose_mode("online") == "offline"
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine example.org login user password x\n")
+    assert choose_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert choose_mode("auto") == choose_mode("online") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert choose_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert choose_mode("auto") == "online" and choose_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode("auto") == "disabled" and choose_mode("offline") == "offline"
+
+
+def test_secrets_are_taken_out_of_a_nested_config() -> None:
+    config = {
+        "data": {"url": "https://user:pass@host/x", "paths": ["a/b", f"{SECRET}/c"]},
+        "auth_token": "x",
+        "num_tokens": 5,
+        "seed": 3,
+        "none": None,
+    }
+    assert without_secrets(config) == {
+        "data": {"url": "https://<removed>@host/x", "paths": ["a/b", "<removed>/c"]},
+        "auth_token": "<removed>",
+        "num_tokens": 5,
+        "seed": 3,
+        "none": None,
+    }
+
+
+def test_a_stuck_thread_is_left_after_the_time_for_finishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WandbRun, "_work", lambda self: time.sleep(5))
+    monkeypatch.setattr(wandb_run, "_FINISH_SECONDS", 0.3)
+    run = WandbRun(tmp_path, "offline", OPTIONS, {})
+    started = time.perf_counter()
+    run.finish(0)
+    assert time.perf_counter() - started < 1.5
