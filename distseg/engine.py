@@ -141,7 +141,7 @@ class Trainer:
         """Train from state.step to config.steps; True when done, False when stopped by a signal before."""
         if self.state.step >= self.config.steps:
             return True
-        clock = _Clock(self.config.batch_size)
+        clock = _Clock(self.config.batch_size, self.state.step)
         for batch in stream:
             stop.begin()
             metrics = self.train_step(batch)
@@ -210,14 +210,13 @@ class Trainer:
 class _Clock:
     """Speed between two laps."""
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, start_step: int):
+        self._batch_size, self._step = batch_size, start_step
         self._time, self._wait = time.perf_counter(), 0.0
-        self._step: int | None = None
 
     def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
         now = time.perf_counter()
-        steps = step - self._step if self._step is not None else 1
+        steps = step - self._step
         seconds = max(now - self._time, 1e-9) / steps
         values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
         values |= {"data_wait_seconds": (wait_seconds - self._wait) / steps, "images": float(step * self._batch_size)}

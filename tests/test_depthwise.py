@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distseg.models.depthwise import DepthwiseConv2d, SameConv2d, _Depthwise, same_padding, same_pads
 
+# kernel, stride, dilation
 GEOMETRIES = [
     (3, 1, 1),
     (3, 2, 1),
@@ -21,7 +22,7 @@ GEOMETRIES = [
     (3, 1, 2),
     (3, 1, 9),
     (3, 3, 1),
-    (1, 1, 1),
+    (1, 2, 1),
 ]
 
 
@@ -58,7 +59,10 @@ def test_own_backward_equals_the_librarys_in_float64(geometry, size):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    kernel=st.integers(1, 7), stride=st.integers(1, 3), height=st.integers(1, 20), width=st.integers(1, 20)
+    kernel=st.sampled_from((1, 3, 5, 7)),
+    stride=st.integers(1, 3),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
 )
 def test_own_backward_holds_for_any_kernel_stride_and_size(kernel, stride, height, width):
     conv = DepthwiseConv2d(2, kernel, stride).double()

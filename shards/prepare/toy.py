@@ -1,0 +1,67 @@
+"""The toy set: generated outdoor scenes, for a first run in minutes and for tests; needs no input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import simplejpeg
+
+from shards.errors import InputError
+from shards.sample import STANFORD, ClassSet, Sample
+from shards.synthetic import render_scene
+
+JPEG_QUALITY = 92
+VAL_START = 2**32  # index of the first validation scene: more training scenes never run into it
+# 30 sizes (height, width), landscape and portrait, around 160 x 120 to 224 x 168; none is a multiple of 32 both ways
+LANDSCAPE = (
+    (
+        (120, 160),
+        (123, 164),
+        (126, 168),
+        (129, 172),
+        (132, 176),
+        (135, 180),
+        (138, 184),
+        (141, 188),
+        (144, 194),
+    )
+    + ((147, 196), (150, 200), (153, 204), (156, 208), (159, 212), (162, 216), (165, 220), (168, 224))
+    + ((120, 180), (132, 198), (144, 216))
+)
+PORTRAIT = (
+    (160, 120),
+    (168, 126),
+    (176, 132),
+    (184, 138),
+    (190, 143),
+    (200, 150),
+    (208, 156),
+    (216, 162),
+    (224, 168),
+)
+SIZES = (*LANDSCAPE, *PORTRAIT, (150, 150))
+
+
+def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> tuple[ClassSet, Iterator[Sample], int]:
+    """(classes, samples, how many): `num_train` training scenes, then `num_val` validation scenes of the set `seed`.
+
+    Keys are train-00000 and val-00000 onwards. A scene depends on seed, split and its number only, so a larger set
+    begins with the smaller one. Labels and pixels are the same on every machine (see shards.synthetic); the JPEG
+    files are, too, for one version of simplejpeg. Raises InputError unless both splits have a scene and seed >= 0.
+    """
+    if num_train < 1 or num_val < 1:
+        raise InputError(
+            f"{num_train} training and {num_val} validation scenes", "1 or more of each", "ask for more"
+        )
+    if seed < 0:
+        raise InputError(f"seed {seed}", "a whole number from 0", "choose another")
+    return STANFORD, _scenes(num_train, num_val, seed), num_train + num_val
+
+
+def _scenes(num_train: int, num_val: int, seed: int) -> Iterator[Sample]:
+    for split, start, count in (("train", 0, num_train), ("val", VAL_START, num_val)):
+        for number in range(count):
+            index = start + number
+            image, label = render_scene(seed, index, SIZES[number % len(SIZES)])
+            jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY)
+            yield Sample(f"{split}-{number:05d}", jpeg, label, split, f"toy seed={seed} index={index}")

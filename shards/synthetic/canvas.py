@@ -36,7 +36,12 @@ class Canvas:
         self.noise = _noises(self.camera, rng)
 
     def fill(
-        self, polygons: Sequence[Sequence[Point]], label: int | None, brush: Brush, depth_m: float = 0.0, shade: float = 1.0
+        self,
+        polygons: Sequence[Sequence[Point]],
+        label: int | None,
+        brush: Brush,
+        depth_m: float = 0.0,
+        shade: float = 1.0,
     ) -> None:
         """Paint the union of polygons, (column, row) points; `label` None leaves the label as it is.
 
@@ -50,7 +55,7 @@ class Canvas:
         mix = self.noise[brush.noise][where][..., None]
         self.blend(where, alpha, first + (second - first) * mix)
         if label is not None:
-            self.label[where][alpha[..., 0] >= 0.5] = label
+            self.label[where][alpha[..., 0] > 0.5] = label
 
     def darken(self, polygon: Sequence[Point], strength: float) -> None:
         """A shadow: takes `strength` (0 to 1) of the light, by the scene's contrast, and changes no label."""
@@ -66,25 +71,30 @@ class Canvas:
 
     def mask(self, polygons: Sequence[Sequence[Point]]) -> tuple[tuple[slice, slice], np.ndarray] | None:
         """The window that polygons touch and their alpha there, (h, w, 1) float32 in [0, 1]; None when outside."""
-        arrays = [np.clip(np.array(polygon, np.float64), -FAR_PX, FAR_PX) for polygon in polygons]
-        low = np.floor(np.min([array.min(axis=0) for array in arrays], axis=0)).astype(int).clip(0)
-        high = np.ceil(np.max([array.max(axis=0) for array in arrays], axis=0)).astype(int)
-        high = np.minimum(high, self.label.shape[::-1])
-        width, height = (high - low).tolist()
+        points = np.array([point for polygon in polygons for point in polygon]).clip(-FAR_PX, FAR_PX)
+        low = np.floor(points.min(axis=0)).clip(0)
+        left, top = low.astype(int).tolist()
+        right, bottom = np.ceil(points.max(axis=0)).astype(int).tolist()
+        width, height = min(right, self.label.shape[1]) - left, min(bottom, self.label.shape[0]) - top
         if width <= 0 or height <= 0:
             return None
         mask = np.zeros((height * SUBPIXELS, width * SUBPIXELS), np.uint8)
-        for array in arrays:  # one at a time: together, overlaps would cancel
-            cv2.fillPoly(mask, [np.rint((array - low) * (SUBPIXELS * 16)).astype(np.int32)], 255, shift=4)
-        alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / np.float32(255)
-        return (slice(low[1], high[1]), slice(low[0], high[0])), alpha[..., None]
+        fixed = np.rint((points - low) * (SUBPIXELS * 16)).astype(np.int32)
+        start = 0
+        for polygon in polygons:  # one at a time: together, overlaps would cancel
+            cv2.fillPoly(mask, [fixed[start : start + len(polygon)]], 255, shift=4)
+            start += len(polygon)
+        alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
+        return (slice(top, top + height), slice(left, left + width)), alpha[..., None]
 
 
 def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.ndarray:
     """(3,) float32: a colour under the scene's light, seen through the haze of `depth_m`."""
     haze = depth_m / (depth_m + light.haze_m)
     lit = [part * tint * shade for part, tint in zip(color, light.tint, strict=True)]
-    return np.array([part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)], np.float32)
+    return np.array(
+        [part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)], np.float32
+    )
 
 
 def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
@@ -99,7 +109,9 @@ def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
     kernel = np.ones((3, 3), np.uint8)
     border = (cv2.dilate(label, kernel) != cv2.erode(label, kernel)) & (specks == 0)
     rows, columns = np.nonzero(border)
-    order = fractal(rng, label.shape, (24, 24), 2)[rows, columns]  # smooth: whole stretches go, not single pixels
+    order = fractal(rng, label.shape, (24, 24), 2)[
+        rows, columns
+    ]  # smooth: whole stretches go, not single pixels
     chosen = np.argsort(order, kind="stable")[: target - np.count_nonzero(specks)]
     label[specks > 0] = IGNORE_INDEX
     label[rows[chosen], columns[chosen]] = IGNORE_INDEX

@@ -50,9 +50,11 @@ def paint_sky(canvas: Canvas, rng: np.random.Generator) -> None:
 def paint_far(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
     """Mountains, then what stands on the horizon: a line of trees, or a town. All above the horizon."""
     if layout.has_mountains:
-        peak = uniform(rng, 0.35, 0.85)
+        peak = uniform(rng, 0.4, 0.9)
         for part in (1.0, uniform(rng, 0.45, 0.75))[: 1 + chance(rng, 0.6)]:
-            _paint_ridge(canvas, rng, peak * part, depth_m=layout.light.haze_m * uniform(rng, 0.25, 0.9) * part)
+            _paint_ridge(
+                canvas, rng, peak * part, depth_m=layout.light.haze_m * uniform(rng, 0.25, 0.9) * part
+            )
     if chance(rng, 0.35):
         _paint_town(canvas, rng)
     if chance(rng, 0.6):
@@ -63,7 +65,9 @@ def paint_far(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
         line = [(x, base - rise * top) for x, top in tops if left * width <= x <= right * width]
         if line:
             brush = Brush((24, 44, 26), (74, 96, 54), "fine")
-            canvas.fill([[(line[0][0], base), *line, (line[-1][0], base)]], TREE, brush, uniform(rng, 60, 220))
+            canvas.fill(
+                [[(line[0][0], base), *line, (line[-1][0], base)]], TREE, brush, uniform(rng, 60, 220)
+            )
 
 
 def paint_ground(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
@@ -82,10 +86,15 @@ def paint_ground(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
         for _ in range(pick_index(rng, 4)):
             _paint_field(canvas, rng)
     if layout.place == "lake":
-        _paint_water(canvas, rng, _lake(canvas, rng))
+        shore = _lake(canvas, rng)
+        wide, horizon = uniform(rng, 1.02, 1.10), canvas.camera.horizon_px
+        _paint_water(canvas, rng, shore, [(x, horizon + (y - horizon) * wide) for x, y in shore])
     if layout.place == "river":
         half_m = uniform(rng, 2.5, 6)
-        _paint_water(canvas, rng, _strip(canvas, _bends(rng, 250, uniform(rng, 10, 40), uniform(rng, -5, 5)), half_m))
+        line = _bends(rng, 250, uniform(rng, 10, 40), uniform(rng, -5, 5))
+        _paint_water(
+            canvas, rng, _strip(canvas, line, half_m), _strip(canvas, line, half_m + uniform(rng, 0.3, 1.5))
+        )
     if layout.has_road:
         _paint_roads(canvas, layout, rng)
 
@@ -176,25 +185,26 @@ def _lake(canvas: Canvas, rng: np.random.Generator) -> list[Point]:
     return [*upper, *reversed(lower)]
 
 
-def _paint_water(canvas: Canvas, rng: np.random.Generator, outline: list[Point]) -> None:
+def _paint_water(canvas: Canvas, rng: np.random.Generator, outline: list[Point], bank: list[Point]) -> None:
     """Water that mirrors what stands behind it, broken by ripples, inside a bank of bare earth."""
     horizon = canvas.camera.horizon_px
-    bank = uniform(rng, 0.8, 3.5)
-    canvas.fill([[(x, y + bank * (y - horizon) / 40) for x, y in outline], outline], GRASS, BANK, 20)
+    canvas.fill([bank], GRASS, BANK, 20)
     found = canvas.mask([outline])
     if found is None:
         return
     where, alpha = found
     ripple = canvas.noise["ripple"][where]
     rows = np.arange(where[0].start, where[0].stop)[:, None]
-    shaken = (2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)).clip(0, horizon - 1)
+    shaken = (2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)).clip(
+        0, horizon - 1
+    )
     mirrored = canvas.image[shaken, np.arange(where[1].start, where[1].stop)[None]]
     body = tone(canvas.light, WATERS[pick_index(rng, len(WATERS))], 0)
     clear = np.float32(uniform(rng, 0.45, 0.85))
     color = body + (mirrored - body) * clear
     color *= 1 + (ripple[..., None] - 0.5) * np.float32(uniform(rng, 0.15, 0.5))
     canvas.blend(where, alpha, color)
-    canvas.label[where][alpha[..., 0] >= 0.5] = WATER
+    canvas.label[where][alpha[..., 0] > 0.5] = WATER
 
 
 def _bends(rng: np.random.Generator, far_m: float, swing_m: float, x_m: float) -> list[tuple[float, float]]:
@@ -202,10 +212,15 @@ def _bends(rng: np.random.Generator, far_m: float, swing_m: float, x_m: float) -
     line = ridge(rng, 5, 0.4)
     steps = [i / 32 for i in range(33)]
     depths = [2.0 + (far_m - 2.0) * t * t * t for t in steps]
-    return [(d, x_m + swing_m * t * (line[i] - line[0])) for i, (d, t) in enumerate(zip(depths, steps, strict=True))]
+    return [
+        (d, x_m + swing_m * t * (line[i] - line[0]))
+        for i, (d, t) in enumerate(zip(depths, steps, strict=True))
+    ]
 
 
-def _strip(canvas: Canvas, line: list[tuple[float, float]], half_m: float, offset_m: float = 0.0) -> list[Point]:
+def _strip(
+    canvas: Canvas, line: list[tuple[float, float]], half_m: float, offset_m: float = 0.0
+) -> list[Point]:
     """Outline of a band of constant width on the ground along a centre line, moved sideways by offset_m."""
     left = [canvas.camera.point(x_m + offset_m - half_m, 0, depth_m) for depth_m, x_m in line]
     right = [canvas.camera.point(x_m + offset_m + half_m, 0, depth_m) for depth_m, x_m in line]
@@ -216,13 +231,15 @@ def _paint_roads(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
     """A road towards the vanishing point; in a street with pavements; elsewhere it may cross the view instead."""
     street = layout.place == "street"
     surface = (ASPHALT, PALE_ROAD, WET_ROAD, DIRT)[pick_index(rng, 3 if street else 4)]
-    if not street and chance(rng, 0.3):
+    if layout.has_water or (not street and chance(rng, 0.3)):
         near_m = canvas.camera.nearest_m * uniform(rng, 1.05, 1.9)
         far_m = near_m * uniform(rng, 1.4, 2.2)
         slant = uniform(rng, 0.9, 1.1)
         wide = 4 * far_m
         corners = ((-wide, near_m), (-wide, far_m), (wide, far_m * slant), (wide, near_m * slant))
-        canvas.fill([[canvas.camera.point(x_m, 0, depth_m) for x_m, depth_m in corners]], ROAD, surface, near_m)
+        canvas.fill(
+            [[canvas.camera.point(x_m, 0, depth_m) for x_m, depth_m in corners]], ROAD, surface, near_m
+        )
         return
     half_m = uniform(rng, 3.2, 6.0) if street else uniform(rng, 1.6, 4.0)
     swing_m = 0.0 if street else uniform(rng, 0, 60)
@@ -235,7 +252,11 @@ def _paint_roads(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
     elif chance(rng, 0.75):
         dashes = [canvas.camera.nearest_m * 0.7 + 6.0 * i for i in range(14)]
         marks = [_strip(canvas, [(d, _at(line, d)), (d + 2.5, _at(line, d + 2.5))], 0.09) for d in dashes]
-        edges = [_strip(canvas, line, 0.07, side * (half_m - 0.3)) for side in (-1, 1)] if chance(rng, 0.5) else []
+        edges = (
+            [_strip(canvas, line, 0.07, side * (half_m - 0.3)) for side in (-1, 1)]
+            if chance(rng, 0.5)
+            else []
+        )
         canvas.fill([*marks, *edges], None, PAINT, 20)
 
 

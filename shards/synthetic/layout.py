@@ -76,7 +76,12 @@ class Layout:
 
 
 # chance of each place, then of mountains and of a road there
-PLACES = {"street": (0.30, 0.30, 1.0), "country": (0.26, 0.65, 0.85), "lake": (0.26, 0.65, 0.35), "river": (0.18, 0.6, 0.6)}
+PLACES = {
+    "street": (0.28, 0.40, 1.0),
+    "country": (0.24, 0.75, 0.9),
+    "lake": (0.26, 0.75, 0.4),
+    "river": (0.22, 0.7, 0.6),
+}
 
 # zenith, low sky, tint, haze_m, contrast, cloud: clear, overcast, evening, dusk, morning haze, before rain, dust
 WEATHERS: tuple[tuple[RGB, RGB, RGB, float, float, RGB], ...] = (

@@ -10,7 +10,9 @@ import cv2
 import numpy as np
 
 
-def fractal(rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int) -> np.ndarray:
+def fractal(
+    rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int
+) -> np.ndarray:
     """(H, W) float32 in [0, 1], mean about 0.5: `octaves` layers of smooth noise, each half as wide and half as strong.
 
     cell_px: height and width of the widest layer's cells.
@@ -33,7 +35,9 @@ def ridge(rng: np.random.Generator, levels: int, roughness: float) -> list[float
     line = [rng.random() * 2 - 1, rng.random() * 2 - 1]
     strength = 0.6
     for _ in range(levels):
-        middles = [(a + b) / 2 + (rng.random() * 2 - 1) * strength for a, b in zip(line, line[1:], strict=False)]
+        middles = [
+            (a + b) / 2 + (rng.random() * 2 - 1) * strength for a, b in zip(line, line[1:], strict=False)
+        ]
         line = [value for pair in zip(line, middles, strict=False) for value in pair] + [line[-1]]
         strength *= roughness
     return line

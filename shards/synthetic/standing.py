@@ -9,7 +9,6 @@ import numpy as np
 
 from shards.synthetic.canvas import BUILDING, TREE, Brush, Canvas
 from shards.synthetic.layout import RGB, Point, chance, pick_index, uniform
-from shards.synthetic.noise import ridge
 
 WALLS: tuple[RGB, ...] = (
     (128, 126, 122),
@@ -54,7 +53,11 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     """A building: the front, the side that faces the camera, a gabled roof, windows and a door, its shadow."""
     wall = WALLS[pick_index(rng, len(WALLS))]
     factor = uniform(rng, 0.85, 1.1)
-    brush = Brush(_scaled(wall, factor), _scaled(wall, factor * uniform(rng, 0.75, 0.95)), ("fine", "coarse")[chance(rng, 0.5)])
+    brush = Brush(
+        _scaled(wall, factor),
+        _scaled(wall, factor * uniform(rng, 0.75, 0.95)),
+        ("fine", "coarse")[chance(rng, 0.5)],
+    )
     pane = PANES[pick_index(rng, len(PANES))]
     roof_color = ROOFS[pick_index(rng, len(ROOFS))]
     roof = Brush(roof_color, _scaled(roof_color, 0.75))
@@ -68,7 +71,13 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     rise = block.height + block.gable
     if has_side:
         corners = ((block.near, 0.0), (block.near, block.height), (block.far, block.height), (block.far, 0.0))
-        canvas.fill([[camera.point(side_x, up, deep) for deep, up in corners]], BUILDING, brush, block.near, side_shade)
+        canvas.fill(
+            [[camera.point(side_x, up, deep) for deep, up in corners]],
+            BUILDING,
+            brush,
+            block.near,
+            side_shade,
+        )
     if block.gable:
         middle = (block.left + block.right) / 2
         slope = [camera.point(side_x, block.height, deep) for deep in (block.near, block.far)]
@@ -77,7 +86,9 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     front = [(block.left, 0.0), (block.left, block.height), (block.right, block.height), (block.right, 0.0)]
     if block.gable:
         front.insert(2, ((block.left + block.right) / 2, rise))
-    canvas.fill([[camera.point(x, up, block.near) for x, up in front]], BUILDING, brush, block.near, front_shade)
+    canvas.fill(
+        [[camera.point(x, up, block.near) for x, up in front]], BUILDING, brush, block.near, front_shade
+    )
     storey = uniform(rng, 2.8, 3.8)
     span = uniform(rng, 2.2, 4.0)
     glass = Brush(pane, _scaled(pane, 0.7), "coarse")
@@ -94,41 +105,51 @@ def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Genera
     tall = uniform(rng, 1.0, 2.4) if kind == "bush" else uniform(rng, 4.5, 13)
     broad = tall * {"round": uniform(rng, 0.28, 0.45), "conifer": uniform(rng, 0.16, 0.24), "bush": 0.7}[kind]
     bare = {"round": uniform(rng, 0.22, 0.42), "conifer": 0.1, "bush": 0.0}[kind] * tall
-    dark, bright = LEAVES[pick_index(rng, len(LEAVES) - (kind == "conifer"))] if kind != "conifer" else LEAVES[4]
+    dark, bright = (
+        LEAVES[pick_index(rng, len(LEAVES) - (kind == "conifer"))] if kind != "conifer" else LEAVES[4]
+    )
 
     def at(x: float, up: float) -> Point:
         return canvas.camera.point(x_m + x, up, depth_m)
 
-    _shadow_ellipse(canvas, x_m, depth_m, broad * 1.1)
+    shadow_ellipse(canvas, x_m, depth_m, broad * 1.1)
     bark = Brush((58, 44, 34), (104, 86, 70), "fine")
     lean, thick = uniform(rng, -0.04, 0.04) * tall, 0.035 * tall
-    trunk = [at(-thick, 0), at(lean - thick * 0.6, bare + tall * 0.2), at(lean + thick * 0.6, bare + tall * 0.2), at(thick, 0)]
+    trunk = [
+        at(-thick, 0),
+        at(lean - thick * 0.6, bare + tall * 0.2),
+        at(lean + thick * 0.6, bare + tall * 0.2),
+        at(thick, 0),
+    ]
     canvas.fill([trunk], TREE, bark, depth_m)
     if kind == "conifer":
-        lobes = [_tier(at, broad, bare + (tall - bare) * t, (tall - bare) * 0.42, 1 - t * 0.9, rng) for t in (0, 0.2, 0.4, 0.6)]
+        lobes = [
+            _tier(at, broad, bare + (tall - bare) * t, (tall - bare) * 0.42, 1 - t * 0.9, rng)
+            for t in (0, 0.2, 0.4, 0.6)
+        ]
     else:
         middle, half = (tall + bare) / 2, (tall - bare) / 2
-        centers = [(uniform(rng, -0.5, 0.5) * broad, middle + uniform(rng, -0.45, 0.45) * half) for _ in range(5)]
+        centers = [
+            (uniform(rng, -0.5, 0.5) * broad, middle + uniform(rng, -0.45, 0.45) * half) for _ in range(5)
+        ]
         lobes = [_lobe(at, (lean, middle), (broad * 0.8, half * 0.85), rng)]
         lobes += [_lobe(at, (lean + x, up), (broad * 0.55, half * 0.5), rng) for x, up in centers]
     canvas.fill(lobes, TREE, Brush(dark, bright, "fine"), depth_m, 0.8)
-    _light_crown(canvas, lobes, Brush(dark, _scaled(bright, 1.25)), depth_m)
+    lit = Brush(_scaled(dark, 1.3), _scaled(bright, 1.0 + 0.3 * canvas.light.contrast), "fine")
+    canvas.fill([_sunny(lobe, canvas.light.sun) for lobe in lobes], TREE, lit, depth_m)
 
 
-def _light_crown(canvas: Canvas, lobes: list[list[Point]], brush: Brush, depth_m: float) -> None:
-    """Paint the sunny upper part of each lobe brighter, inside the crown: colours only."""
-    columns, rows = zip(*[point for lobe in lobes for point in lobe], strict=True)
-    width, height = max(columns) - min(columns), max(rows) - min(rows)
-    slide_x, slide_y = canvas.light.sun * width * 0.07, -height * 0.07
-    lit = [[(_mid(lobe, 0) + (x - _mid(lobe, 0)) * 0.72 + slide_x, _mid(lobe, 1) + (y - _mid(lobe, 1)) * 0.72 + slide_y) for x, y in lobe] for lobe in lobes]
-    canvas.fill_inside(lit, lobes, brush, depth_m)
+def _sunny(lobe: list[Point], sun: int) -> list[Point]:
+    """The lit part of a lobe: the same shape, smaller, moved up and towards the sun."""
+    columns, rows = zip(*lobe, strict=True)
+    x, y = sum(columns) / len(lobe), sum(rows) / len(lobe)
+    slide_x, slide_y = sun * (max(columns) - min(columns)) * 0.16, -(max(rows) - min(rows)) * 0.14
+    return [(x + (u - x) * 0.68 + slide_x, y + (v - y) * 0.68 + slide_y) for u, v in lobe]
 
 
-def _mid(lobe: list[Point], axis: int) -> float:
-    return sum(point[axis] for point in lobe) / len(lobe)
-
-
-def _lobe(at: Callable[[float, float], Point], center: Point, radii: Point, rng: np.random.Generator) -> list[Point]:
+def _lobe(
+    at: Callable[[float, float], Point], center: Point, radii: Point, rng: np.random.Generator
+) -> list[Point]:
     """A circle with a leafy edge around (x, up), in metres."""
     rough = [1 + 0.16 * (2 * rng.random() - 1) for _ in CIRCLE]
     return [
@@ -138,14 +159,23 @@ def _lobe(at: Callable[[float, float], Point], center: Point, radii: Point, rng:
 
 
 def _tier(
-    at: Callable[[float, float], Point], broad: float, base: float, tall: float, part: float, rng: np.random.Generator
+    at: Callable[[float, float], Point],
+    broad: float,
+    base: float,
+    tall: float,
+    part: float,
+    rng: np.random.Generator,
 ) -> list[Point]:
     """One skirt of a conifer's branches."""
-    hem = [at(broad * part * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random())) for i in range(9)]
+    hem = [
+        at(broad * part * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random())) for i in range(9)
+    ]
     return [*hem, at(0.0, base + tall)]
 
 
-def _windows(length: float, height: float, storey: float, span: float) -> list[tuple[float, float, float, float]]:
+def _windows(
+    length: float, height: float, storey: float, span: float
+) -> list[tuple[float, float, float, float]]:
     """(left, right, lower, upper) of the windows on a wall, in metres; few where the wall is small or far."""
     columns, storeys = min(int(length / span), 12), min(int(height / storey), 10)
     cell = length / columns if columns else 0.0
@@ -176,10 +206,13 @@ def _cast_shadow(canvas: Canvas, block: Block) -> None:
     canvas.darken([canvas.camera.point(x_m, 0, depth_m) for x_m, depth_m in corners], 0.45)
 
 
-def _shadow_ellipse(canvas: Canvas, x_m: float, depth_m: float, half_m: float) -> None:
+def shadow_ellipse(canvas: Canvas, x_m: float, depth_m: float, half_m: float) -> None:
+    """The shadow of something round, `half_m` wide to each side, on the ground under it."""
     shift = -canvas.light.sun * half_m * 0.4
     deep = min(half_m * 0.6, depth_m * 0.3)
-    canvas.darken([canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE], 0.5)
+    canvas.darken(
+        [canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE], 0.5
+    )
 
 
 def _scaled(color: RGB, factor: float) -> RGB:
