@@ -39,13 +39,8 @@ class Progress:
         self._recent = deque([(time.monotonic(), start_step)])  # (seconds, step), oldest first
         self._next_plain = 0.0
         self._console = console or Console(highlight=False)
-        self._live: Live | None = None
+        self._live: Live | None = None  # started by the first update, so that a mere table needs no close()
         self._enabled = enabled
-        if enabled and self._console.is_terminal:
-            self._live = Live(
-                console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True
-            )
-            self._live.start()
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Tell the step just done and the newest metrics (names as in metrics.jsonl; host floats)."""
@@ -57,7 +52,9 @@ class Progress:
         self._recent.append((now, step))
         while len(self._recent) > 2 and now - self._recent[0][0] > _SPEED_SECONDS:
             self._recent.popleft()
-        if self._live is None and now >= self._next_plain:
+        if self._console.is_terminal:
+            self._show_live()
+        elif now >= self._next_plain:
             self._next_plain = now + _PLAIN_SECONDS
             self._print_line()
 
@@ -65,7 +62,10 @@ class Progress:
         """Print the scores of an evaluation, all in [0, 1] under their names in metrics.jsonl (val/...)."""
         self._mean_iou = scores.get("val/mean_iou", math.nan)
         if self._enabled:
-            self._console.print(_scores_table(step, scores))
+            known = [(f"val/{name}", label) for name, label in _SCORES.items() if f"val/{name}" in scores]
+            title = [f"step {step:,}"] + [f"{label} {scores[name]:.1%}" for name, label in known]
+            self._console.print("  ".join(title), style="bold")
+            self._console.print(_class_table(scores))
 
     def message(self, text: str) -> None:
         """Print a line of text above the live line."""
@@ -76,10 +76,12 @@ class Progress:
         """Take the live line away and leave the last state as a plain line."""
         if not self._enabled:
             return
+        self._enabled = False
         if self._live is not None:
             self._live.stop()
-        self._enabled = False
-        self._print_line()
+            self._live = None
+        if len(self._recent) > 1:
+            self._print_line()
 
     def seconds_left(self) -> float:
         """Time until the last step at the recent speed, NaN before any step was timed."""
@@ -87,6 +89,13 @@ class Progress:
         if last_step <= first_step or last_time <= first_time:
             return math.nan
         return (self._total_steps - self._step) * (last_time - first_time) / (last_step - first_step)
+
+    def _show_live(self) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True
+            )
+            self._live.start()
 
     def _print_line(self) -> None:
         # A log line is never cut at the width of a terminal that is not there.
@@ -106,7 +115,7 @@ class Progress:
         if not math.isnan(self._mean_iou):
             parts.append(f"mIoU {self._mean_iou:.1%}")
         text = Text(no_wrap=True, overflow="ellipsis")
-        if self._live is not None and self._enabled:
+        if self._live is not None:
             done = round(share * _BAR_CELLS)
             text.append("━" * done, "cyan").append("━" * (_BAR_CELLS - done), "bright_black").append(" ")
         return text.append("  ".join(parts))
@@ -123,14 +132,12 @@ def _days_ahead(end: datetime) -> str:
     return f" +{days}d" if days else ""
 
 
-def _scores_table(step: int, scores: dict[str, float]) -> Table:
+def _class_table(scores: dict[str, float]) -> Table:
     """One row a class; three classes a row where there are many, so that a table stays on one screen."""
     prefix = "val/iou/"
     classes = [(name.removeprefix(prefix), iou) for name, iou in scores.items() if name.startswith(prefix)]
-    title = [f"step {step:,}"]
-    title += [f"{label} {scores[f'val/{n}']:.1%}" for n, label in _SCORES.items() if f"val/{n}" in scores]
     num_columns = 1 if len(classes) <= 10 else 3
-    table = Table(title="  ".join(title), title_justify="left", title_style="bold")
+    table = Table()
     for _ in range(num_columns):
         table.add_column("class")
         table.add_column("IoU", justify="right")

@@ -78,8 +78,8 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def offline_files(run_dir: Path) -> list[Path]:
-    """The run's offline files, oldest first, whole: W&B's service writes their ends just after finish() returns."""
-    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    """Whole offline files, oldest first; the service writes a file's end just after finish() returns."""
+    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.parent.name)
     deadline = time.monotonic() + 10
     while not all(records(file)[-1:] and records(file)[-1].HasField("exit") for file in files):
         assert time.monotonic() < deadline, "W&B has not written the end of the run"

@@ -27,7 +27,7 @@ class Brush:
 
 
 class Canvas:
-    """image: (H, W, 3) float32, 0 to 255; label: (H, W) uint8; noise: (H, W) float32 fields in [0, 1] by name."""
+    """image: (H, W, 3) float32, 0 to 255; label: (H, W) uint8; noise: (H, W) float32 in [0, 1] by name."""
 
     def __init__(self, layout: Layout, rng: np.random.Generator):
         self.camera, self.light = layout.camera, layout.light
@@ -70,7 +70,7 @@ class Canvas:
         region += alpha * (color - region)
 
     def mask(self, polygons: Sequence[Sequence[Point]]) -> tuple[tuple[slice, slice], np.ndarray] | None:
-        """The window that polygons touch and their alpha there, (h, w, 1) float32 in [0, 1]; None when outside."""
+        """The window that polygons touch and their alpha there, (h, w, 1) in [0, 1]; None when outside."""
         points = np.array([point for polygon in polygons for point in polygon]).clip(-FAR_PX, FAR_PX)
         low = np.floor(points.min(axis=0)).clip(0)
         left, top = low.astype(int).tolist()
@@ -98,7 +98,7 @@ def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.nda
 
 
 def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
-    """Set `share` of the pixels to 255, in place: a few specks, the rest on stretches of the classes' borders."""
+    """Set `share` of the pixels to 255, in place: a few specks, the rest on stretches of borders."""
     height, width = label.shape
     target = round(share * label.size)
     specks = np.zeros_like(label)

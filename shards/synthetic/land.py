@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 
 from shards.synthetic.canvas import BUILDING, GRASS, MOUNTAIN, ROAD, TREE, WATER, Brush, Canvas, tone
@@ -58,22 +61,12 @@ def paint_far(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
     if chance(rng, 0.35):
         _paint_town(canvas, rng)
     if chance(rng, 0.6):
-        tops = [(x, uniform(rng, 0.7, 1.3)) for x in range(-4, canvas.camera.size[1] + 8, 4)]
-        left, right = sorted((uniform(rng, -0.6, 1.0), uniform(rng, 0.2, 1.6)))
-        rise = canvas.camera.size[0] * uniform(rng, 0.03, 0.10)
-        width, base = canvas.camera.size[1], canvas.camera.horizon_px
-        line = [(x, base - rise * top) for x, top in tops if left * width <= x <= right * width]
-        if line:
-            brush = Brush((24, 44, 26), (74, 96, 54), "fine")
-            canvas.fill(
-                [[(line[0][0], base), *line, (line[-1][0], base)]], TREE, brush, uniform(rng, 60, 220)
-            )
+        _paint_far_trees(canvas, rng)
 
 
 def paint_ground(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
     """Grass from the horizon down, fields on it, then water with its banks, then roads."""
-    height, width = canvas.camera.size
-    horizon = canvas.camera.horizon_px
+    height, horizon = canvas.camera.size[0], canvas.camera.horizon_px
     meadow = MEADOWS[pick_index(rng, len(MEADOWS))]
     near, far = (tone(canvas.light, color, 0) for color in (meadow.first, meadow.second))
     rows = np.arange(1, height - horizon + 1, dtype=np.float32)[:, None, None]
@@ -87,14 +80,13 @@ def paint_ground(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
             _paint_field(canvas, rng)
     if layout.place == "lake":
         shore = _lake(canvas, rng)
-        wide, horizon = uniform(rng, 1.02, 1.10), canvas.camera.horizon_px
+        wide = uniform(rng, 1.02, 1.10)
         _paint_water(canvas, rng, shore, [(x, horizon + (y - horizon) * wide) for x, y in shore])
     if layout.place == "river":
         half_m = uniform(rng, 2.5, 6)
         line = _bends(rng, 250, uniform(rng, 10, 40), uniform(rng, -5, 5))
-        _paint_water(
-            canvas, rng, _strip(canvas, line, half_m), _strip(canvas, line, half_m + uniform(rng, 0.3, 1.5))
-        )
+        bank = _strip(canvas, line, half_m + uniform(rng, 0.3, 1.5))
+        _paint_water(canvas, rng, _strip(canvas, line, half_m), bank)
     if layout.has_road:
         _paint_roads(canvas, layout, rng)
 
@@ -139,6 +131,19 @@ def _under(faces: list[list[Point]], top: list[Point]) -> list[list[Point]]:
     return [[below(point) for point in face] for face in faces]
 
 
+def _paint_far_trees(canvas: Canvas, rng: np.random.Generator) -> None:
+    """The edge of a wood along a stretch of the horizon."""
+    height, width = canvas.camera.size
+    base, rise = canvas.camera.horizon_px, height * uniform(rng, 0.03, 0.10)
+    left, right = sorted((uniform(rng, -0.6, 1.0), uniform(rng, 0.2, 1.6)))
+    columns = range(int(left * width), int(right * width), 4)
+    tops = [(float(x), base - rise * uniform(rng, 0.7, 1.3)) for x in columns]
+    if tops:
+        outline = [(tops[0][0], base), *tops, (tops[-1][0], base)]
+        brush = Brush((24, 44, 26), (74, 96, 54), "fine")
+        canvas.fill([outline], TREE, brush, depth_m=uniform(rng, 60, 220))
+
+
 def _paint_town(canvas: Canvas, rng: np.random.Generator) -> None:
     """Far houses or towers side by side on a stretch of the horizon."""
     height, width = canvas.camera.size
@@ -167,7 +172,7 @@ def _paint_field(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _lake(canvas: Canvas, rng: np.random.Generator) -> list[Point]:
-    """Outline of a lake: a far shore some pixels below the horizon, a near one with coves, ends in or out of view."""
+    """Outline of a lake: a far shore just below the horizon, a near one with coves, ends in or out of view."""
     height, width = canvas.camera.size
     below = height - canvas.camera.horizon_px
     top = canvas.camera.horizon_px + below * uniform(rng, 0.03, 0.14)
@@ -178,7 +183,7 @@ def _lake(canvas: Canvas, rng: np.random.Generator) -> list[Point]:
     upper, lower = [], []
     for i in range(33):
         t = i / 32
-        taper = (4 * t * (1 - t)) ** 0.5
+        taper = math.sqrt(4 * t * (1 - t))
         x = left + (right - left) * t
         upper.append((x, middle + (top - middle) * taper * (1 + 0.1 * far[i])))
         lower.append((x, middle + (bottom - middle) * taper * (1 + 0.15 * near[i])))
@@ -228,18 +233,11 @@ def _strip(
 
 
 def _paint_roads(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
-    """A road towards the vanishing point; in a street with pavements; elsewhere it may cross the view instead."""
+    """A road across the view, as beside water, or one to the horizon, in a street between pavements."""
     street = layout.place == "street"
     surface = (ASPHALT, PALE_ROAD, WET_ROAD, DIRT)[pick_index(rng, 3 if street else 4)]
     if layout.has_water or (not street and chance(rng, 0.3)):
-        near_m = canvas.camera.nearest_m * uniform(rng, 1.05, 1.9)
-        far_m = near_m * uniform(rng, 1.4, 2.2)
-        slant = uniform(rng, 0.9, 1.1)
-        wide = 4 * far_m
-        corners = ((-wide, near_m), (-wide, far_m), (wide, far_m * slant), (wide, near_m * slant))
-        canvas.fill(
-            [[canvas.camera.point(x_m, 0, depth_m) for x_m, depth_m in corners]], ROAD, surface, near_m
-        )
+        _paint_crossing(canvas, rng, surface)
         return
     half_m = uniform(rng, 3.2, 6.0) if street else uniform(rng, 1.6, 4.0)
     swing_m = 0.0 if street else uniform(rng, 0, 60)
@@ -252,16 +250,24 @@ def _paint_roads(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
     elif chance(rng, 0.75):
         dashes = [canvas.camera.nearest_m * 0.7 + 6.0 * i for i in range(14)]
         marks = [_strip(canvas, [(d, _at(line, d)), (d + 2.5, _at(line, d + 2.5))], 0.09) for d in dashes]
-        edges = (
-            [_strip(canvas, line, 0.07, side * (half_m - 0.3)) for side in (-1, 1)]
-            if chance(rng, 0.5)
-            else []
-        )
+        sides = (-1, 1) if chance(rng, 0.5) else ()
+        edges = [_strip(canvas, line, 0.07, side * (half_m - 0.3)) for side in sides]
         canvas.fill([*marks, *edges], None, PAINT, 20)
 
 
+def _paint_crossing(canvas: Canvas, rng: np.random.Generator, surface: Brush) -> None:
+    """A road from the left edge to the right one, slightly slanted; over water it is a bridge or a dam."""
+    near_m = canvas.camera.nearest_m * uniform(rng, 1.05, 1.9)
+    far_m = near_m * uniform(rng, 1.4, 2.2)
+    slant = uniform(rng, 0.9, 1.1)
+    wide_m = 4 * far_m
+    corners = ((-wide_m, near_m), (-wide_m, far_m), (wide_m, far_m * slant), (wide_m, near_m * slant))
+    canvas.fill([[canvas.camera.point(x_m, 0, deep) for x_m, deep in corners]], ROAD, surface, near_m)
+
+
 def _at(line: list[tuple[float, float]], depth_m: float) -> float:
-    for (near_m, x0), (far_m, x1) in zip(line, line[1:], strict=False):
+    """x of a centre line at a depth, straight between its points."""
+    for (near_m, x0), (far_m, x1) in pairwise(line):
         if depth_m <= far_m:
             return x0 + (x1 - x0) * (depth_m - near_m) / (far_m - near_m)
     return line[-1][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ Point = tuple[float, float]
 class Camera:
     """A level pinhole camera: everything on the ground obeys one perspective.
 
-    horizon_px: row of the horizon; vanishing_px: column where lines along the view meet; height_m: above the ground.
+    horizon_px: row of the horizon; vanishing_px: column where lines along the view meet; height_m: above ground.
     """
 
     size: tuple[int, int]
@@ -75,20 +76,28 @@ class Layout:
         return self.place in ("lake", "river")
 
 
-# chance of each place, then of mountains and of a road there
+@dataclass(frozen=True)
+class PlaceKind:
+    """up_to: a draw in [0, 1) below this, and not below the one before, means this place; then two chances."""
+
+    up_to: float
+    mountains: float
+    road: float
+
+
 PLACES = {
-    "street": (0.28, 0.40, 1.0),
-    "country": (0.24, 0.75, 0.9),
-    "lake": (0.26, 0.75, 0.4),
-    "river": (0.22, 0.7, 0.6),
+    "street": PlaceKind(0.28, mountains=0.40, road=1.0),
+    "country": PlaceKind(0.52, mountains=0.75, road=0.9),
+    "lake": PlaceKind(0.78, mountains=0.75, road=0.4),
+    "river": PlaceKind(1.0, mountains=0.7, road=0.6),
 }
 
-# zenith, low sky, tint, haze_m, contrast, cloud: clear, overcast, evening, dusk, morning haze, before rain, dust
+# zenith, low sky, tint, haze_m, contrast, cloud: clear, overcast, evening, dusk, morning haze, rain, dust
 WEATHERS: tuple[tuple[RGB, RGB, RGB, float, float, RGB], ...] = (
     ((82, 140, 208), (188, 212, 232), (1.0, 0.99, 0.95), 700, 1.0, (240, 242, 245)),
     ((152, 158, 166), (198, 201, 204), (0.82, 0.84, 0.86), 350, 0.2, (128, 132, 138)),
     ((96, 108, 150), (236, 172, 118), (1.02, 0.80, 0.64), 450, 0.9, (226, 150, 122)),
-    ((58, 72, 108), (158, 142, 152), (0.56, 0.58, 0.70), 400, 0.25, (98, 92, 116)),
+    ((58, 72, 108), (158, 142, 152), (0.62, 0.64, 0.74), 400, 0.25, (98, 92, 116)),
     ((172, 186, 200), (224, 220, 210), (0.95, 0.92, 0.86), 130, 0.4, (232, 230, 226)),
     ((92, 98, 106), (154, 158, 160), (0.68, 0.71, 0.74), 300, 0.15, (72, 77, 84)),
     ((176, 160, 134), (214, 200, 174), (0.96, 0.88, 0.76), 220, 0.5, (200, 186, 160)),
@@ -119,18 +128,16 @@ def plan_layout(rng: np.random.Generator, size: tuple[int, int]) -> Layout:
     """Draw place, camera and light; uses the first numbers of the scene's generator."""
     height, width = size
     draw = rng.random()
-    for place, (probability, mountains, road) in PLACES.items():  # noqa: B007  (the last place takes the rest)
-        if draw < probability:
-            break
-        draw -= probability
+    place = next(name for name, kind in PLACES.items() if draw < kind.up_to)
     camera = Camera(
         size=size,
         horizon_px=int(height * uniform(rng, 0.34, 0.60)),
         vanishing_px=width * uniform(rng, 0.25, 0.75),
-        focal_px=(height * width) ** 0.5 * uniform(rng, 0.85, 1.25),
+        focal_px=math.sqrt(height * width) * uniform(rng, 0.85, 1.25),
         height_m=uniform(rng, 1.7, 3.4) if place == "street" else uniform(rng, 1.8, 5.5),
     )
-    return Layout(place, camera, _light(rng), chance(rng, mountains), chance(rng, road))
+    kind = PLACES[place]
+    return Layout(place, camera, _light(rng), chance(rng, kind.mountains), chance(rng, kind.road))
 
 
 def _light(rng: np.random.Generator) -> Light:

@@ -1,10 +1,12 @@
 """Random fields and lines that come out the same, bit for bit, on every machine.
 
-Only operations whose result is fixed are used: integers and uniform doubles of a NumPy generator, one arithmetic
-operation at a time, and OpenCV's INTER_LINEAR_EXACT on bytes (its other interpolations depend on the processor).
+Only operations whose result is fixed are used: integers and uniform doubles of a NumPy generator, single
+arithmetic operations, and OpenCV's INTER_LINEAR_EXACT on bytes (other interpolations depend on the processor).
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -13,9 +15,9 @@ import numpy as np
 def fractal(
     rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int
 ) -> np.ndarray:
-    """(H, W) float32 in [0, 1], mean about 0.5: `octaves` layers of smooth noise, each half as wide and half as strong.
+    """Smooth noise, (H, W) float32 in [0, 1], mean about 0.5.
 
-    cell_px: height and width of the widest layer's cells.
+    octaves: layers, each half as wide and half as strong as the one before; cell_px: height and width of the widest layer's cells.
     """
     height, width = size
     total = np.zeros(size, np.float32)
@@ -35,9 +37,7 @@ def ridge(rng: np.random.Generator, levels: int, roughness: float) -> list[float
     line = [rng.random() * 2 - 1, rng.random() * 2 - 1]
     strength = 0.6
     for _ in range(levels):
-        middles = [
-            (a + b) / 2 + (rng.random() * 2 - 1) * strength for a, b in zip(line, line[1:], strict=False)
-        ]
+        middles = [(a + b) / 2 + (rng.random() * 2 - 1) * strength for a, b in pairwise(line)]
         line = [value for pair in zip(line, middles, strict=False) for value in pair] + [line[-1]]
         strength *= roughness
     return line
@@ -46,7 +46,7 @@ def ridge(rng: np.random.Generator, levels: int, roughness: float) -> list[float
 def on_ground(texture: np.ndarray, depth: np.ndarray, across: np.ndarray) -> np.ndarray:
     """A (T, T) texture laid on the ground and seen in perspective: (rows, W) of the same dtype.
 
-    depth: (rows, 1), across: (rows, W), where each pixel meets the ground, in texels. The texture repeats mirrored.
+    depth: (rows, 1), across: (rows, W), where each pixel meets the ground, in texels. It repeats mirrored.
     """
     return texture[_mirrored(depth, len(texture)), _mirrored(across, len(texture))]
 

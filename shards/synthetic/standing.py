@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.synthetic.canvas import BUILDING, TREE, Brush, Canvas
-from shards.synthetic.layout import RGB, Point, chance, pick_index, uniform
+from shards.synthetic.layout import RGB, Point, pick_index, uniform
 
 WALLS: tuple[RGB, ...] = (
     (128, 126, 122),
@@ -28,9 +28,9 @@ LEAVES: tuple[tuple[RGB, RGB], ...] = (
     ((28, 56, 30), (98, 130, 72)),
     ((34, 40, 20), (112, 112, 50)),
     ((86, 52, 20), (188, 128, 54)),  # autumn
-    ((18, 34, 26), (58, 82, 56)),
     ((58, 62, 34), (140, 146, 84)),
 )
+NEEDLES: tuple[RGB, RGB] = ((18, 34, 26), (58, 82, 56))
 # one circle, to four decimals: the library's sine may differ in the last bit from machine to machine
 CIRCLE: tuple[Point, ...] = tuple(
     (round(float(np.cos(i * np.pi / 10)), 4), round(float(np.sin(i * np.pi / 10)), 4)) for i in range(20)
@@ -39,7 +39,7 @@ CIRCLE: tuple[Point, ...] = tuple(
 
 @dataclass(frozen=True)
 class Block:
-    """A box on the ground, in metres: left, right, near and far edge, eaves, and the ridge above them (0: flat)."""
+    """A box on the ground, in metres: left, right, near and far edge, eaves, and the ridge above (0: flat)."""
 
     left: float
     right: float
@@ -49,65 +49,50 @@ class Block:
     gable: float = 0.0
 
 
+@dataclass(frozen=True)
+class Wall:
+    """A rectangle in space: `at(along, up)`, in metres, is its point in the picture."""
+
+    at: Callable[[float, float], Point]
+    length: float
+    height: float
+
+
 def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
-    """A building: the front, the side that faces the camera, a gabled roof, windows and a door, its shadow."""
-    wall = WALLS[pick_index(rng, len(WALLS))]
-    factor = uniform(rng, 0.85, 1.1)
-    brush = Brush(
-        _scaled(wall, factor),
-        _scaled(wall, factor * uniform(rng, 0.75, 0.95)),
-        ("fine", "coarse")[chance(rng, 0.5)],
-    )
+    """A building with its shadow: the side that faces the camera, a gabled roof, the front, windows."""
+    wall = _scaled(WALLS[pick_index(rng, len(WALLS))], uniform(rng, 0.85, 1.1))
+    brush = Brush(wall, _scaled(wall, uniform(rng, 0.75, 0.95)), ("fine", "coarse")[pick_index(rng, 2)])
     pane = PANES[pick_index(rng, len(PANES))]
-    roof_color = ROOFS[pick_index(rng, len(ROOFS))]
-    roof = Brush(roof_color, _scaled(roof_color, 0.75))
-    camera, sun, contrast = canvas.camera, canvas.light.sun, canvas.light.contrast
-    _cast_shadow(canvas, block)
-    side_x = block.left if block.left > 0 else block.right
-    has_side = block.left > 0 or block.right < 0
-    # a side wall on the left of the view looks to the right, and is lit when the sun is there
-    side_shade = 1 + (0.08 if (side_x < 0) == (sun > 0) else -0.35) * contrast
-    front_shade = 1 - 0.15 * contrast
-    rise = block.height + block.gable
-    if has_side:
-        corners = ((block.near, 0.0), (block.near, block.height), (block.far, block.height), (block.far, 0.0))
-        canvas.fill(
-            [[camera.point(side_x, up, deep) for deep, up in corners]],
-            BUILDING,
-            brush,
-            block.near,
-            side_shade,
-        )
-    if block.gable:
-        middle = (block.left + block.right) / 2
-        slope = [camera.point(side_x, block.height, deep) for deep in (block.near, block.far)]
-        top = [camera.point(middle, rise, deep) for deep in (block.far, block.near)]
-        canvas.fill([[*slope, *top]], BUILDING, roof, block.near, side_shade)
-    front = [(block.left, 0.0), (block.left, block.height), (block.right, block.height), (block.right, 0.0)]
-    if block.gable:
-        front.insert(2, ((block.left + block.right) / 2, rise))
-    canvas.fill(
-        [[camera.point(x, up, block.near) for x, up in front]], BUILDING, brush, block.near, front_shade
-    )
-    storey = uniform(rng, 2.8, 3.8)
-    span = uniform(rng, 2.2, 4.0)
     glass = Brush(pane, _scaled(pane, 0.7), "coarse")
-    grid = _windows(block.right - block.left, block.height, storey, span)
-    _paint_panes(canvas, grid, lambda u, up: camera.point(block.left + u, up, block.near), glass, block.near)
-    if has_side:
-        grid = _windows(block.far - block.near, block.height, storey, span)
-        _paint_panes(canvas, grid, lambda u, up: camera.point(side_x, up, block.near + u), glass, block.near)
+    roof = ROOFS[pick_index(rng, len(ROOFS))]
+    grid_m = uniform(rng, 2.2, 4.0), uniform(rng, 2.8, 3.8)
+    _cast_shadow(canvas, block)
+    x_m = block.left if block.left > 0 else block.right
+    # a side wall on the left of the view looks to the right, and is lit when the sun is there
+    shade = 1 + (0.08 if (x_m < 0) == (canvas.light.sun > 0) else -0.35) * canvas.light.contrast
+    point, middle, rise = canvas.camera.point, (block.left + block.right) / 2, block.height + block.gable
+    if block.gable:
+        eaves = [point(x_m, block.height, block.near), point(x_m, block.height, block.far)]
+        top = [point(middle, rise, block.far), point(middle, rise, block.near)]
+        canvas.fill([[*eaves, *top]], BUILDING, Brush(roof, _scaled(roof, 0.75)), block.near, shade)
+    if block.left > 0 or block.right < 0:
+        side = Wall(lambda u, up: point(x_m, up, block.near + u), block.far - block.near, block.height)
+        _paint_wall(canvas, side, (brush, glass), grid_m, (block.near, shade))
+    front = Wall(lambda u, up: point(block.left + u, up, block.near), block.right - block.left, block.height)
+    _paint_wall(canvas, front, (brush, glass), grid_m, (block.near, 1 - 0.15 * canvas.light.contrast))
+    if block.gable:
+        corners = ((block.left, block.height), (middle, rise), (block.right, block.height))
+        outline = [point(x, up, block.near) for x, up in corners]
+        canvas.fill([outline], BUILDING, brush, block.near, 1 - 0.15 * canvas.light.contrast)
 
 
 def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Generator) -> None:
-    """A tree on its trunk: a round crown of several lobes, a conifer, or a bush. All of it is labelled tree."""
+    """A tree on its trunk: a round crown of several lobes, a conifer, or a bush; all labelled tree."""
     kind = ("round", "round", "round", "conifer", "bush")[pick_index(rng, 5)]
     tall = uniform(rng, 1.0, 2.4) if kind == "bush" else uniform(rng, 4.5, 13)
     broad = tall * {"round": uniform(rng, 0.28, 0.45), "conifer": uniform(rng, 0.16, 0.24), "bush": 0.7}[kind]
     bare = {"round": uniform(rng, 0.22, 0.42), "conifer": 0.1, "bush": 0.0}[kind] * tall
-    dark, bright = (
-        LEAVES[pick_index(rng, len(LEAVES) - (kind == "conifer"))] if kind != "conifer" else LEAVES[4]
-    )
+    dark, bright = NEEDLES if kind == "conifer" else LEAVES[pick_index(rng, len(LEAVES))]
 
     def at(x: float, up: float) -> Point:
         return canvas.camera.point(x_m + x, up, depth_m)
@@ -124,7 +109,7 @@ def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Genera
     canvas.fill([trunk], TREE, bark, depth_m)
     if kind == "conifer":
         lobes = [
-            _tier(at, broad, bare + (tall - bare) * t, (tall - bare) * 0.42, 1 - t * 0.9, rng)
+            _tier(at, broad * (1 - t * 0.9), bare + (tall - bare) * t, (tall - bare) * 0.42, rng)
             for t in (0, 0.2, 0.4, 0.6)
         ]
     else:
@@ -167,35 +152,32 @@ def _tier(
     rng: np.random.Generator,
 ) -> list[Point]:
     """One skirt of a conifer's branches."""
-    hem = [
-        at(broad * part * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random())) for i in range(9)
-    ]
+    hem = [at(half_m * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random())) for i in range(9)]
     return [*hem, at(0.0, base + tall)]
 
 
-def _windows(
-    length: float, height: float, storey: float, span: float
-) -> list[tuple[float, float, float, float]]:
-    """(left, right, lower, upper) of the windows on a wall, in metres; few where the wall is small or far."""
-    columns, storeys = min(int(length / span), 12), min(int(height / storey), 10)
-    cell = length / columns if columns else 0.0
-    return [
-        (cell * (i + 0.25), cell * (i + 0.75), storey * (k + 0.3), storey * (k + 0.8))
-        for k in range(storeys)
-        for i in range(columns)
-    ]
-
-
-def _paint_panes(
+def _paint_wall(
     canvas: Canvas,
-    windows: list[tuple[float, float, float, float]],
-    at: Callable[[float, float], Point],
-    brush: Brush,
-    depth_m: float,
+    wall: Wall,
+    brushes: tuple[Brush, Brush],
+    grid_m: tuple[float, float],
+    seen: tuple[float, float],
 ) -> None:
-    panes = [[at(u0, v0), at(u0, v1), at(u1, v1), at(u1, v0)] for u0, u1, v0, v1 in windows]
+    """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in metres, share of light."""
+    depth_m, shade = seen
+    outline = [
+        wall.at(u, up) for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))
+    ]
+    canvas.fill([outline], BUILDING, brushes[0], depth_m, shade)
+    columns, storeys = min(int(wall.length / grid_m[0]), 12), min(int(wall.height / grid_m[1]), 10)
+    panes = []
+    for column in range(columns):
+        u0, u1 = ((column + part) * wall.length / columns for part in (0.25, 0.75))
+        for storey in range(storeys):
+            low, high = ((storey + part) * grid_m[1] for part in (0.3, 0.8))
+            panes.append([wall.at(u0, low), wall.at(u0, high), wall.at(u1, high), wall.at(u1, low)])
     if panes:
-        canvas.fill(panes, None, brush, depth_m, 0.9)
+        canvas.fill(panes, None, brushes[1], depth_m, 0.9 * shade)
 
 
 def _cast_shadow(canvas: Canvas, block: Block) -> None:

@@ -1,0 +1,182 @@
+"""Whole runs from the command line: killed and resumed, stopped by a signal, and refused for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distseg.cli import main
+from distseg.tracking import read_metrics
+from shards.manifest import Manifest
+from tests.ranks import free_port
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["segmentor.init=random", "data.crop_px=48", "batch_size=4", "steps=12", "checkpoint.every_steps=3"]
+SMALL += ["discriminator=two_branch", "discriminator.options.width=0.125", "ema_decay=0.9", "tracking.log_every=1"]
+SMALL += ["tracking.wandb=disabled", "evaluate.num_pictures=1", "evaluate.every_steps=6", "precision=fp32"]
+
+
+def command(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+    arguments = ["distseg.train", *SMALL, f"data.shards={shards}", f"run_dir={run_dir}", *overrides]
+    if num_ranks == 1:
+        return [sys.executable, "-m", *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
+    return [*launcher, f"--master_port={free_port()}", "-m", *arguments]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    # a session of its own, so that all its processes can be killed together
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, expected_code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == expected_code, output
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.01)
+
+
+def checkpoint_bytes(run_dir: Path) -> dict[str, bytes]:
+    """All tensors of the last checkpoint."""
+    files = sorted((run_dir / "checkpoints" / "step-00000012").glob("*.safetensors"))
+    assert len(files) == 8  # segmentor and discriminator: network, optimizer, counters; ema: network, counters
+    return {file.name: file.read_bytes() for file in files}
+
+
+def curve(run_dir: Path) -> list[tuple]:
+    """(step, losses) of each line of metrics.jsonl, without what depends on the clock."""
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [
+        (line["step"], {key: value for key, value in line.items() if key.startswith(("loss/", "val/", "grad_norm/"))})
+        for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Finished runs on one and on two ranks."""
+    runs = {n: tmp_path_factory.mktemp("uninterrupted") / f"ranks{n}" for n in (1, 2)}
+    for num_ranks, run_dir in runs.items():
+        finish(start(command(num_ranks, toy_shards, run_dir)))
+    return runs
+
+
+def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
+    run_dir = tmp_path / "killed"
+    for kill_after in ("step-00000003", "step-00000006"):
+        process = start(command(2, toy_shards, run_dir))
+        wait_for(run_dir / "checkpoints" / kill_after, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert "resumed at step" in finish(start(command(2, toy_shards, run_dir)))
+    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
+    assert curve(run_dir) == curve(uninterrupted[2])  # each step once, in order, with the same losses
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
+    number: int, toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "signalled"
+    process = start(command(1, toy_shards, run_dir))
+    wait_for(run_dir / "checkpoints" / "step-00000003", process)
+    process.send_signal(number)
+    output = finish(process)
+    assert f"{signal.Signals(number).name} here" in output and "checkpoint saved" in output
+    saved = sorted((run_dir / "checkpoints").glob("step-*"))[-1].name
+    assert f"stopped at step {int(saved.removeprefix('step-'))} of 12" in output
+    assert saved != "step-00000012"
+    finish(start(command(1, toy_shards, run_dir)))
+    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])
+    assert curve(run_dir) == curve(uninterrupted[1])
+
+
+def test_a_finished_run_leaves_scores_curves_and_pictures(toy_shards: Path, uninterrupted: dict[int, Path]) -> None:
+    run_dir = uninterrupted[2]
+    scores = json.loads((run_dir / "evaluation.json").read_text())
+    label_pixels = sum(Manifest.load(toy_shards).splits["val"].class_pixels)
+    assert scores["num_images"] == 4 and scores["val/num_pixels"] == label_pixels
+    assert scores["val/mean_iou"] == curve(run_dir)[-1][1]["val/mean_iou"]
+    for name in ("curves.png", "iou.png"):
+        assert (run_dir / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list((run_dir / "pictures" / "samples").glob("*.png"))) == 1
+
+
+def test_evaluate_gives_the_training_runs_score_at_any_world_size(
+    uninterrupted: dict[int, Path], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    expected = json.loads((uninterrupted[2] / "evaluation.json").read_text())
+    run_dir = tmp_path / "copy"
+    shutil.copytree(uninterrupted[2], run_dir)
+    for num_ranks in (1, 3):
+        (run_dir / "evaluation.json").unlink()
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
+        arguments = [f"--master_port={free_port()}", "-m", "distseg.evaluate", str(run_dir)]
+        finish(start(launcher + arguments))
+        assert json.loads((run_dir / "evaluation.json").read_text()) == expected
+
+
+def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    assert main(["train", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "needed: " in message and "to do: " in message
+    return message
+
+
+def test_bad_input_is_refused_before_training(
+    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [*SMALL, f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]
+    assert "distseg pack" in refusal(capsys, *good, f"data.shards={tmp_path}")
+    assert "did you mean batch_size?" in refusal(capsys, *good, "batchsize=4")
+    assert "has 8 classes (sky, tree" in refusal(capsys, *good, "data.num_classes=21")
+    assert "one of: train, val" in refusal(capsys, *good, "data.val_split=test")
+    assert "two_branch" in refusal(capsys, *good, "discriminator=patchgan")
+    assert "width" in refusal(capsys, *good, "discriminator.options.depth=3")
+    ranks = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, value in ranks.items():
+        monkeypatch.setenv(key, value)
+    assert "3" in refusal(capsys, *good)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_of_another_configuration_is_left_alone(
+    toy_shards: Path, uninterrupted: dict[int, Path]
+) -> None:
+    run_dir = uninterrupted[1]
+    before = checkpoint_bytes(run_dir)
+    output = finish(start(command(1, toy_shards, run_dir, "loss.adv_weight=0.5")), expected_code=2)
+    assert "loss.adv_weight: 0.05 there, 0.5 now" in output
+    assert checkpoint_bytes(run_dir) == before
+
+
+def test_an_unreadable_shard_stops_all_ranks_and_names_the_sample(toy_shards: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(toy_shards, shards)
+    for tar in shards.glob("train-*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[900] ^= 1  # inside the first image of each shard
+        tar.write_bytes(content)
+    process = start(command(2, shards, tmp_path / "run"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "toy_" in output and ".tar" in output and "needed: " in output
