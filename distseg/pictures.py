@@ -27,6 +27,7 @@ _VOID_COLOR = (255, 255, 255)
 _ERROR_COLORS = np.array([[222, 222, 222], [213, 17, 17], [255, 255, 255]], np.uint8)  # right, wrong, void
 _SMOOTHING = 0.03  # the smoothed line's window, as a share of the run
 _CELL_INCHES = 2.6  # the longer side of one picture in a panel
+_TITLE_INCHES, _GAP_INCHES, _BAR_INCHES, _ENTRY_INCHES = 0.28, 0.08, 0.85, (0.19, 1.2)
 _NUM_COLUMNS = 4
 
 _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the legend, colour, line style)
@@ -43,7 +44,7 @@ _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the lege
     ),
     (
         "Validation",
-        "share of 1",
+        "score",
         (("val/mean_iou", "mean IoU", BLUE, "-"), ("val/pixel_accuracy", "pixel accuracy", ORANGE, "--")),
     ),
 )
@@ -53,8 +54,8 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     """Draw the losses and validation scores of a run over its steps: `out` is a PNG.
 
     metrics: rows of metrics.jsonl. One panel each for the discriminator's loss on real and on predicted label
-    maps (if the run has a discriminator), the segmentor's losses, and the validation scores (if there are any);
-    of noisy losses the single values are thin and a running mean is thick.
+    maps (if the run has a discriminator), the segmentor's losses, and the validation scores (if there are
+    any); of noisy losses the single values are thin and a running mean is thick.
     """
     panels = []
     for title, unit, lines in _CURVES:
@@ -75,14 +76,15 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def iou_bars(per_class: dict[str, float], out: Path) -> None:
-    """Draw the IoU of each class, in [0, 1], as horizontal bars with their mean; NaN marks an absent class."""
+    """Draw the IoU of each class, in [0, 1], as a horizontal bar, and their mean; NaN is an absent class."""
     names, values = list(per_class), np.array(list(per_class.values()), float)
     figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     axes.barh(names, np.nan_to_num(values), color=BLUE, height=0.7)
     for row, value in enumerate(values):
         text = "absent" if math.isnan(value) else f"{value:.1%}"
-        axes.text((0 if math.isnan(value) else value) + 0.01, row, text, va="center", fontsize=9)
+        place = (0 if math.isnan(value) else value) + 0.01
+        axes.text(place, row, text, va="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1})
     if not np.isnan(values).all():
         mean = float(np.nanmean(values))
         axes.axvline(mean, color=ORANGE, linestyle="--", label=f"mean IoU {mean:.1%}", zorder=0)
@@ -109,23 +111,51 @@ def sample_panel(
     if label is not None:
         top.insert(1, ("label", colourise(label, classes)))
         top.append((_error_title(prediction, label), error_map(prediction, label)))
-    height, width = image.shape[:2]
-    cell = np.array([width, height]) / max(width, height) * _CELL_INCHES
-    num_rows = 1 + math.ceil(classes.num_classes / _NUM_COLUMNS)
-    size = ((cell[0] + 0.12) * _NUM_COLUMNS + 0.8, (cell[1] + 0.3) * num_rows + 0.7)
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    grid = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False)
-    for axes in grid.flat:
+    legend = _legend_entries(classes, with_void=label is not None and bool((label == IGNORE_INDEX).any()))
+    grid = _Grid(image.shape[:2], 1 + math.ceil(classes.num_classes / _NUM_COLUMNS), len(legend))
+    for column, (title, picture) in enumerate(top):
+        grid.axes(0, column, title).imshow(picture, interpolation="nearest")
+    for index, (name, plane) in enumerate(zip(classes.names, probabilities, strict=True)):
+        axes = grid.axes(1 + index // _NUM_COLUMNS, index % _NUM_COLUMNS, name)
+        scale = axes.imshow(plane, cmap="viridis", vmin=0, vmax=1)
+    bar = grid.figure.colorbar(scale, cax=grid.bar_axes(), ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.set_label("probability", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    grid.figure.legend(
+        handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False
+    )
+    _save(grid.figure, out)
+
+
+class _Grid:
+    """A figure of equal pictures in the image's shape, placed by hand: faster than a layout engine."""
+
+    def __init__(self, image_size: tuple[int, int], num_rows: int, num_legend_entries: int):
+        self._cell = np.array(image_size) / max(image_size) * _CELL_INCHES  # height, width
+        self._width = _NUM_COLUMNS * (self._cell[1] + _GAP_INCHES) + _BAR_INCHES
+        self.legend_columns = max(1, int(self._width / _ENTRY_INCHES[1]))
+        num_legend_rows = math.ceil(num_legend_entries / self.legend_columns)
+        self._height = num_rows * (self._cell[0] + _TITLE_INCHES) + (num_legend_rows + 1) * _ENTRY_INCHES[0]
+        self.figure = Figure(figsize=(self._width, self._height), dpi=_DPI)
+
+    def axes(self, row: int, column: int, title: str) -> Axes:
+        """The place of one picture, without ticks, under its title."""
+        height, width = self._cell
+        left = _GAP_INCHES + column * (width + _GAP_INCHES)
+        axes = self._at(left, (row + 1) * (height + _TITLE_INCHES), width, height)
         axes.set_axis_off()
-    for axes, (title, picture) in zip(grid[0], top, strict=False):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title, fontsize=9)
-    for axes, name, plane in zip(grid[1:].flat, classes.names, probabilities, strict=False):
-        shown = axes.imshow(plane, cmap="viridis", vmin=0, vmax=1)
-        axes.set_title(name, fontsize=9)
-    figure.colorbar(shown, ax=grid[1:].ravel().tolist(), label="probability", fraction=0.03, pad=0.01)
-    _legend(figure, classes, label)
-    _save(figure, out)
+        axes.set_title(title, fontsize=9, pad=3)
+        return axes
+
+    def bar_axes(self) -> Axes:
+        """A narrow place right of the second row."""
+        left = self._width - _BAR_INCHES + 2 * _GAP_INCHES
+        return self._at(left, 2 * (self._cell[0] + _TITLE_INCHES), 0.18, self._cell[0])
+
+    def _at(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """left, and bottom counted downwards from the top edge: inches."""
+        across, up = self._width, self._height
+        return self.figure.add_axes((left / across, 1 - bottom / up, width / across, height / up))
 
 
 def colourise(label: np.ndarray, classes: ClassSet) -> np.ndarray:
@@ -136,13 +166,13 @@ def colourise(label: np.ndarray, classes: ClassSet) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, label: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> np.ndarray:
-    """The picture (H, W, 3) uint8 under its class colours with opacity alpha in [0, 1]; void stays uncovered."""
+    """The picture (H, W, 3) uint8 under class colours of opacity alpha in [0, 1]; void stays uncovered."""
     mixed = np.rint(image * (1 - alpha) + colourise(label, classes) * np.float32(alpha)).astype(np.uint8)
     return np.where((label == IGNORE_INDEX)[..., None], image, mixed)
 
 
 def error_map(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: red where the prediction differs from the label, gray where not, white for void."""
+    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, white for void."""
     return _ERROR_COLORS[np.where(label == IGNORE_INDEX, 2, prediction != label)]
 
 
@@ -162,15 +192,23 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, noisy: bool, **sty
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values among the last `window` ones at each place; NaN where there is none."""
+    """Mean of the finite ones among the values at most window // 2 places away; NaN where there is none."""
     finite = np.isfinite(values)
-    sums = np.cumsum(np.where(finite, values, 0.0))
-    counts = np.cumsum(finite)
-    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    places = np.arange(len(values))
+    first, end = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
+    found = counts[end] - counts[first]
+    return np.divide(sums[end] - sums[first], found, out=np.full(len(values), np.nan), where=found > 0)
 
 
 def _dress(axes: Axes, title: str, unit: str) -> None:
+    if title.startswith("Discriminator"):  # what a discriminator that cannot tell has on either
+        axes.axhline(math.log(2), color="black", linewidth=0.9, linestyle=":", label="undecided (ln 2)")
+    if unit == "score":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_ylabel(unit)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -187,18 +225,12 @@ def _error_title(prediction: np.ndarray, label: np.ndarray) -> str:
     return f"errors: {(prediction != label)[counted].mean():.1%} of pixels"
 
 
-def _legend(figure: Figure, classes: ClassSet, label: np.ndarray | None) -> None:
-    colors = [*classes.palette]
-    names = [*classes.names]
-    if label is not None and (label == IGNORE_INDEX).any():
-        colors.append(_VOID_COLOR)
-        names.append("void")
-    patches = [
-        Patch(facecolor=np.array(color) / 255, edgecolor="black", linewidth=0.4, label=name)
-        for color, name in zip(colors, names, strict=True)
+def _legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
+    entries = [*zip(classes.names, classes.palette, strict=True)] + [("void", _VOID_COLOR)] * with_void
+    return [
+        Patch(facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=name)
+        for name, color in entries
     ]
-    num_columns = max(1, int(figure.get_figwidth() / 1.2))
-    figure.legend(handles=patches, loc="outside lower center", ncols=num_columns, fontsize=8, frameon=False)
 
 
 def _save(figure: Figure, out: Path) -> None:

@@ -22,7 +22,7 @@ PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; synced and moved to `path` when the block ends without an error.
+    """A temporary path beside `path` to write to; moved to `path` when the block ends without an error.
 
     Raises InputError for a full disk or a folder that cannot be written; `path` is then as it was.
     """
@@ -33,20 +33,34 @@ def published(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise InputError(f"{path}: {error.strerror}", "a folder that can be written", "choose another --out") from None
+            raise InputError(
+                f"{path}: {error.strerror}", "a folder that can be written", "choose another --out"
+            ) from None
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def disk_full(path: Path) -> InputError:
     """The error for a full disk at `path`."""
     free = shutil.disk_usage(existing_parent(path)).free
-    return InputError(f"disk full at {path} ({free / 1e6:.0f} MB free)", "more space", "free some, then run this again")
+    return InputError(
+        f"disk full at {path} ({free / 1e6:.0f} MB free)", "more space", "free some, then run this again"
+    )
 
 
 def check_space(path: Path, num_bytes: int) -> None:
@@ -66,7 +80,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, with a bar and the time left on a terminal, or a line every few seconds elsewhere (stderr)."""
+    """The items, with a bar and the time left on a terminal, elsewhere a line every few seconds."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -61,9 +61,10 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     def save(self, directory: Path) -> None:
-        """Write manifest.json, whole or not at all."""
+        """Write manifest.json, whole or not at all, with its own sha256 so that damage to it is seen too."""
+        content = asdict(self) | {"sha256": self.sha256}
         with published(directory / FILE_NAME) as partial:
-            partial.write_text(self.to_json())
+            partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
     @staticmethod
     def load(directory: Path) -> Manifest:
@@ -76,11 +77,16 @@ class Manifest:
             content = json.loads(path.read_text())
             if content["version"] != VERSION:
                 raise InputError(f"{path}: version {content['version']}", f"version {VERSION}", action)
-            return _from_json(content)
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            if isinstance(error, InputError):
+            manifest = _from_json(content)
+            if manifest.sha256 != content["sha256"]:
+                raise ValueError("its content is not what its sha256 was taken of")
+            return manifest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError) and str(path) in error.got:
                 raise
-            raise InputError(f"{path}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action) from None
+            raise InputError(
+                f"{path}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action
+            ) from None
 
     def verify(self, directory: Path) -> None:
         """Read every shard and index; raises InputError naming the first that is missing or not as packed."""
@@ -90,7 +96,9 @@ class Manifest:
                 if not path.is_file():
                     raise InputError(f"no {path}", "every shard that the manifest names", "pack again")
                 if sha256_of(path) != expected:
-                    raise InputError(f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again")
+                    raise InputError(
+                        f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again"
+                    )
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""

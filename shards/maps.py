@@ -16,14 +16,15 @@ from shards.files import published, tracked
 from shards.sample import ClassSet, Sample, check_sample, from_one_hot, to_one_hot
 
 VERSION = 1
+OLDER_ACTION = "convert it with `distseg prepare ohe --root FOLDER --out FILE.h5`"
 
 
 def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sample], total: int) -> int:
     """Write samples into one HDF5 file, which appears when it is complete; returns how many there were.
 
-    Group <key>: `image`, the original file's bytes; `label_map`, one-hot (C, H, W) uint8, void = all-zero column, one
-    chunk, Zstd; absent for an unlabelled image. Raises InputError for a sample that does not fit the classes, a key
-    given twice, no sample at all, or a full disk.
+    Group <key>: `image`, the original file's bytes; `label_map`, one-hot (C, H, W) uint8, void = all-zero
+    column, one chunk, Zstd; absent for an unlabelled image. HDF5 keeps a checksum of both. Raises InputError
+    for a sample that does not fit the classes, a key given twice, no sample at all, or a full disk.
     """
     splits: dict[str, list[str]] = {}
     with published(path) as partial, h5py.File(partial, "w") as file:
@@ -33,7 +34,9 @@ def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sampl
         for sample in tracked(samples, total, f"writing {path.name}"):
             check_sample(sample, classes.num_classes)
             if sample.key in file:
-                raise InputError(f"two samples with the key {sample.key!r}", "unique keys", "rename one of them")
+                raise InputError(
+                    f"two samples with the key {sample.key!r}", "unique keys", "rename one of them"
+                )
             _write_sample(file.create_group(sample.key), sample, classes.num_classes)
             splits.setdefault(sample.split, []).append(sample.key)
         if not splits:
@@ -44,32 +47,50 @@ def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sampl
 
 def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
     group.attrs.update(split=sample.split, source_id=sample.source_id)
-    group.create_dataset("image", data=np.frombuffer(sample.image, np.uint8))
+    image = np.frombuffer(sample.image, np.uint8)
+    group.create_dataset("image", data=image, chunks=image.shape, fletcher32=True)
     if sample.label is not None:
         label_map = to_one_hot(sample.label, num_classes)
         # one chunk a sample: every other chunking reads 8 to 24 times slower
-        group.create_dataset("label_map", data=label_map, chunks=label_map.shape, **hdf5plugin.Zstd(clevel=3))
+        zstd = hdf5plugin.Zstd(clevel=3)
+        group.create_dataset("label_map", data=label_map, chunks=label_map.shape, fletcher32=True, **zstd)
 
 
 class MapsReader:
-    """Reads what `write_maps` wrote. Opens the file when first used, so that it can be sent to other processes."""
+    """Reads what `write_maps` wrote; opens the file when first used, so it can be sent to other processes."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file: h5py.File | None = None
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}"
+            )
         if not path.is_file():
-            raise InputError(f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`")
+            raise InputError(
+                f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`"
+            )
         try:
-            attributes: dict[str, Any] = dict(self._open().attrs)
-        except OSError as error:
-            raise InputError(f"{path}: {error}", "an HDF5 file", "make it again with `distseg prepare`") from None
-        if attributes.get("version") != VERSION:
-            got = f"{path}: version {attributes.get('version')}"
-            raise InputError(got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`")
-        self.name = str(attributes["name"])
-        palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
-        self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
-        self.splits: dict[str, list[str]] = json.loads(attributes["splits"])  # keys in the order they were written
+            attributes = dict(self._open().attrs)
+            if "OHE" in self._open():
+                raise InputError(f"{path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION)
+            if attributes.get("version") != VERSION:
+                got = f"{path}: version {attributes.get('version')}"
+                raise InputError(
+                    got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`"
+                )
+            self.name = str(attributes["name"])
+            palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
+            self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
+            self.splits: dict[str, list[str]] = json.loads(attributes["splits"])  # keys in the order written
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            self.close()
+            if isinstance(error, InputError):
+                raise
+            got = f"{path}: {error}"
+            raise InputError(
+                got, "a sound file of HDF5 maps", "make it again with `distseg prepare`"
+            ) from None
 
     def __len__(self) -> int:
         return sum(len(keys) for keys in self.splits.values())
@@ -90,17 +111,19 @@ class MapsReader:
             self._file = None
 
     def read(self, key: str) -> Sample:
-        """The sample of a key, its label map turned back into indices. Raises InputError for a map not one-hot."""
-        group = self._open()[key]
-        label = None
-        if "label_map" in group:
-            try:
-                label = from_one_hot(group["label_map"][()])
-            except (InputError, OSError) as error:
-                got = f"{self.path}: {key}: {error.got if isinstance(error, InputError) else error}"
-                raise InputError(got, "one-hot columns", "make the maps again with `distseg prepare`") from None
-        attributes = group.attrs
-        return Sample(key, group["image"][()].tobytes(), label, str(attributes["split"]), str(attributes["source_id"]))
+        """The sample of a key, its label map turned back into indices.
+
+        Raises InputError, naming file and key, for an absent key, damaged data, or a map not one-hot.
+        """
+        try:
+            group = self._open()[key]
+            label = from_one_hot(group["label_map"][()]) if "label_map" in group else None
+            split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
+            return Sample(key, group["image"][()].tobytes(), label, split, source_id)
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            got = error.got if isinstance(error, InputError) else f"not readable ({error})"
+            action = "make the maps again with `distseg prepare`"
+            raise InputError(f"{self.path}: {key}: {got}", "a sound sample", action) from None
 
     def label_map(self, key: str) -> np.ndarray:
         """The stored one-hot map (C, H, W) uint8 of a labelled sample."""
@@ -110,3 +133,29 @@ class MapsReader:
         if self._file is None:
             self._file = h5py.File(self.path, "r")
         return self._file
+
+
+def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """(label (H, W) uint8, number of classes) of one file of the older layout: a one-hot data set "OHE".
+
+    It may be (C, H, W) or (H, W, C), of any number type and compression; size: the image's (H, W), by which
+    the two are told apart. Raises InputError for another shape, or when a column holds anything but zeros and
+    at most a single 1.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            stored = file["OHE"][()]
+    except (OSError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"{path}: {error}", 'an HDF5 file with a data set "OHE"', "replace the file"
+        ) from None
+    shape = stored.shape
+    views = [stored] if len(shape) == 3 and shape[1:] == size else []
+    views += [np.moveaxis(stored, 2, 0)] if len(shape) == 3 and shape[:2] == size else []
+    for view in views:  # two for a cube: C == H == W
+        try:
+            return from_one_hot(view), len(view)
+        except InputError:
+            continue
+    got = f"{path}: {'a map that is not one-hot' if views else f'shape {shape} for an image of {size}'}"
+    raise InputError(got, "one-hot (C, H, W) or (H, W, C)", "correct the file or remove it with its image")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import re
+import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -22,6 +25,11 @@ from shards.manifest import FILE_NAME, VERSION, Manifest, ShardInfo, SplitInfo, 
 from shards.maps import MapsReader
 from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
 
+STAGING = ".packing"
+SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
+# bytes, at most: three tar headers with padding and a line of the index; a tar's end and its manifest entry
+MEMBER_OVERHEAD, TAR_OVERHEAD = 4096, 16384
+
 
 @dataclass(frozen=True)
 class _Task:
@@ -39,38 +47,77 @@ class _Written:
     pixels: np.ndarray  # (256,) int64, by index
 
 
-def pack(maps: Path, out: Path, *, samples_per_shard: int = 256, num_workers: int = 0) -> Manifest:
+def pack(
+    maps: Path, out: Path, *, samples_per_shard: int = 256, num_workers: int = 0, overwrite: bool = False
+) -> Manifest:
     """Write <split>-<number>.tar shards with their member indices, then manifest.json; returns the manifest.
 
-    The bytes depend on the maps and samples_per_shard alone, not on the number of worker processes (0: none). Members
-    of a sample: .jpg (original bytes; .image.png for a PNG original), .png (label, see sample.encode_label; absent when
-    unlabelled), .json. Until the manifest appears the directory is not a data set. Raises InputError for a damaged
-    map, an unreadable image, too little disk space, or a directory that holds another data set.
+    The bytes depend on the maps and samples_per_shard alone, not on the number of worker processes (0: none).
+    Members of a sample: .jpg (original bytes; .image.png for a PNG original), .png (label, see
+    sample.encode_label; absent when unlabelled), .json. Everything is written in a folder beside the old
+    shards and moved into place when it is complete, so that a pack that fails leaves an earlier one as it
+    was. Raises InputError for a damaged map, an unreadable image, too little disk space, or, unless
+    `overwrite`, a directory that holds other shards.
     """
     if samples_per_shard < 1 or num_workers < 0:
         got = f"samples_per_shard={samples_per_shard}, workers={num_workers}"
-        raise InputError(got, "at least one sample per shard, and no negative number of workers", "correct them")
+        raise InputError(
+            got, "at least one sample per shard, and no negative number of workers", "correct them"
+        )
     reader = MapsReader(maps)
-    _check_target(out, reader.name)
-    check_space(out, maps.stat().st_size)  # shards are smaller than the maps; so this is ample
-    (out / FILE_NAME).unlink(missing_ok=True)  # from here until it is written anew, the shards are not a whole
-    tasks = {name: list(_tasks(name, keys, samples_per_shard)) for name, keys in sorted(reader.splits.items())}
+    earlier = _earlier_shards(out, reader.name, overwrite)
+    tasks = {
+        name: list(_tasks(name, keys, samples_per_shard)) for name, keys in sorted(reader.splits.items())
+    }
     flat = [task for of_split in tasks.values() for task in of_split]
+    check_space(out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(flat) * TAR_OVERHEAD)
     reader.close()
-    written = dict(zip((task.file for task in flat), _write_all(reader, out, flat, num_workers), strict=True))
-    splits = {name: _split([written[task.file] for task in of_split], reader) for name, of_split in tasks.items()}
-    manifest = Manifest(VERSION, reader.name, reader.classes, splits)
-    _remove_stale(out, manifest)
-    manifest.save(out)
+    staging = out / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # of a pack that was killed
+    try:
+        written = dict(
+            zip((task.file for task in flat), _write_all(reader, staging, flat, num_workers), strict=True)
+        )
+        splits = {
+            name: _split([written[task.file] for task in of_split], reader)
+            for name, of_split in tasks.items()
+        }
+        manifest = Manifest(VERSION, reader.name, reader.classes, splits)
+        _publish(staging, out, manifest, earlier)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
-def _check_target(out: Path, name: str) -> None:
+def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
+    """Files in `out` that this pack replaces. Raises InputError for shards that are not a pack of `name`."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "a directory", "choose another --out")
-    if (out / FILE_NAME).is_file() and (there := Manifest.load(out).name) != name:
-        got = f"{out} holds the data set {there!r}, the maps are {name!r}"
-        raise InputError(got, "an empty directory, or an earlier pack of the same data", "choose another --out")
+    needed = "an empty directory, or an earlier pack of the same data"
+    if overwrite:
+        return {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
+    named: set[str] = set()
+    if (out / FILE_NAME).is_file():
+        there = Manifest.load(out)
+        if there.name != name:
+            got = f"{out} holds the data set {there.name!r}, the maps are {name!r}"
+            raise InputError(got, needed, "choose another --out, or empty it first")
+        named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
+    foreign = sorted(path.name for path in out.glob("*.tar") if path.name not in named)
+    if foreign:
+        got = f"{out} holds {foreign[0]}, which no manifest there names"
+        raise InputError(got, needed, "choose another --out, or empty it first")
+    return named
+
+
+def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str]) -> None:
+    """Move the shards into place. An old manifest does not fit them: whole only with the new one."""
+    named = {file for shard in manifest.shards() for file in (shard.file, shard.index_file)}
+    for file in sorted(named):
+        os.replace(staging / file, out / file)
+    for file in earlier - named:  # plain webdataset globs would find them
+        (out / file).unlink(missing_ok=True)
+    manifest.save(out)
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
@@ -105,16 +152,16 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
                     pixels += np.bincount(sample.label.ravel(), minlength=256)
                 tar.write(_members(sample))
         index = _index(partial, sizes)
-    with published(out / Path(task.file).with_suffix(".index.json")) as partial:
-        partial.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
     path = out / task.file
     index_path = path.with_suffix(".index.json")
+    with published(index_path) as partial:
+        partial.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
     checksums = (sha256_of(path), sha256_of(index_path))
     return _Written(ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums), pixels)
 
 
 def _check(sample: Sample, num_classes: int) -> tuple[int, int]:
-    """Height and width of a sound sample: the image is decoded whole here, rather than failing in training."""
+    """Height and width of a sound sample; decodes the whole image, which would else fail in training."""
     check_sample(sample, num_classes)
     try:
         return decode_image(sample.image).shape[:2]
@@ -124,10 +171,15 @@ def _check(sample: Sample, num_classes: int) -> tuple[int, int]:
 
 def _members(sample: Sample) -> dict[str, Any]:
     extension = image_extension(sample.image)
-    members: dict[str, Any] = {"__key__": sample.key, "image.png" if extension == "png" else extension: sample.image}
+    members: dict[str, Any] = {
+        "__key__": sample.key,
+        "image.png" if extension == "png" else extension: sample.image,
+    }
     if sample.label is not None:
         members["png"] = encode_label(sample.label)
-    members["json"] = json.dumps({"source_id": sample.source_id, "split": sample.split}, sort_keys=True).encode()
+    members["json"] = json.dumps(
+        {"source_id": sample.source_id, "split": sample.split}, sort_keys=True
+    ).encode()
     return members
 
 
@@ -140,7 +192,9 @@ def _index(path: Path, sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]
             content = tar.extractfile(member)
             assert content is not None  # every member is a file
             height, width = sizes[key]
-            entry = samples.setdefault(key, {"key": key, "height": int(height), "width": int(width), "members": {}})
+            entry = samples.setdefault(
+                key, {"key": key, "height": int(height), "width": int(width), "members": {}}
+            )
             entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
     return list(samples.values())
 
@@ -150,12 +204,3 @@ def _split(written: list[_Written], reader: MapsReader) -> SplitInfo:
     infos = tuple(shard.info for shard in written)
     num_samples = sum(info.num_samples for info in infos)
     return SplitInfo(infos, num_samples, tuple(pixels[: reader.classes.num_classes]), pixels[IGNORE_INDEX])
-
-
-def _remove_stale(out: Path, manifest: Manifest) -> None:
-    """Shards of an earlier pack that the new manifest does not name would be found by plain webdataset globs."""
-    named = {name for shard in manifest.shards() for name in (shard.file, shard.index_file)}
-    for pattern in ("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar", "*-[0-9][0-9][0-9][0-9][0-9][0-9].index.json"):
-        for path in out.glob(pattern):
-            if path.name not in named:
-                path.unlink()

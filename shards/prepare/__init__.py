@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
-from shards.maps import write_maps
-from shards.prepare import stanford, toy
+from shards.maps import MapsReader, write_maps
 from shards.sample import ClassSet, Sample
 
-PREPARERS: dict[str, Callable[..., tuple[ClassSet, Iterable[Sample], int]]] = {
-    "stanford": stanford.samples,
-    "toy": toy.samples,
-}
+Preparer = Callable[..., tuple[ClassSet, Iterable[Sample], int]]
 
 
-def prepare(name: str, root: Path | None, out: Path, **options: str) -> Path:
+def _toy() -> Preparer:
+    from shards.prepare.toy import samples
+
+    return samples
+
+
+def _stanford() -> Preparer:
+    from shards.prepare.stanford import samples
+
+    return samples
+
+
+def _ohe() -> Preparer:
+    from shards.prepare.ohe import samples
+
+    return samples
+
+
+# functions that import, so that a data set's own dependencies are paid for by those who use it
+PREPARERS: dict[str, Callable[[], Preparer]] = {"toy": _toy, "stanford": _stanford, "ohe": _ohe}
+
+
+def prepare(name: str, root: Path | None, out: Path, /, **options: str | int) -> Path:
     """Write the maps of a data set; returns `out`.
 
-    root: the unpacked data set (not for generated ones); options: the preparer's keyword arguments, as text. Raises
-    InputError for an unknown name or option, a folder that is not the data set, or anything in it that is missing.
+    root: the unpacked data set (None for a generated one); options: the preparer's keyword arguments, which
+    are whole numbers, also as text. Raises InputError for an unknown name or option, a folder that is not the
+    data set, anything in it that is missing, or an `out` that holds something else.
     """
     if name not in PREPARERS:
         raise InputError(f"data set {name!r}", f"one of: {', '.join(PREPARERS)}", "choose one of them")
-    preparer = PREPARERS[name]
+    _check_out(out, name)
+    preparer = PREPARERS[name]()
     parameters = inspect.signature(preparer).parameters
     arguments: dict[str, Any] = {key: _parse(name, key, value, parameters) for key, value in options.items()}
     if "root" in parameters:
@@ -41,11 +61,25 @@ def prepare(name: str, root: Path | None, out: Path, **options: str) -> Path:
     return out
 
 
-def _parse(name: str, key: str, value: str, parameters: Any) -> int:
+def _check_out(out: Path, name: str) -> None:
+    """Only maps of the same data set are replaced, and only when the new ones are complete."""
+    if not out.exists():
+        return
+    try:
+        there = f"the data set {MapsReader(out).name!r}"
+    except InputError as error:
+        there = error.got
+    if there != f"the data set {name!r}":
+        raise InputError(f"{out} exists: {there}", f"a new file, or one of {name!r}", "choose another --out")
+
+
+def _parse(name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]) -> int:
     options = [option for option in parameters if option != "root"]
     if key not in options:
-        raise InputError(f"option {key!r} of {name}", f"one of: {', '.join(options) or 'none'}", "correct the option")
+        raise InputError(
+            f"option {key!r} of {name}", f"one of: {', '.join(options) or 'none'}", "correct the option"
+        )
     try:
-        return int(value)  # every option so far is a whole number
+        return int(value)
     except ValueError:
         raise InputError(f"{key}={value}", "a whole number", f"correct {key}") from None

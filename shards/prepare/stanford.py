@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from shards.errors import InputError
-from shards.sample import IGNORE_INDEX, STANFORD, ClassSet, Sample, image_size
+from shards.prepare.pairing import check_pairs, read_image, seeded_splits
+from shards.sample import IGNORE_INDEX, STANFORD, ClassSet, Sample
 
 UNKNOWN = -1
-VAL_SHARE = 5  # one image in five validates where the data set comes without lists: 143 of 715
 
 
-def samples(root: Path, seed: int = 0) -> tuple[ClassSet, Iterator[Sample], int]:
+def samples(root: Path, seed: int | None = None) -> tuple[ClassSet, Iterator[Sample], int]:
     """(classes, samples, how many) of a folder with images/<id>.jpg and labels/<id>.regions.txt.
 
-    The splits are those of splits/*train*.txt and splits/*val*.txt (an id a line); without that folder, as in the
-    original archive, every fifth id of a permutation by `seed` validates. Pairs are made by id. Raises InputError when
-    an image has no label, a label no image, or the lists do not name each image once.
+    The splits are those of splits/*train*.txt and splits/*val*.txt (an id a line); without that folder, as in
+    the original archive, a fifth of a permutation by `seed` (default 0) validates. Pairs are made by id.
+    Raises InputError when an image has no label, a label no image, or the lists do not name each image once;
+    and, while the samples are drawn, for an unreadable image, or a label of another size or with other values
+    than -1 to 7.
     """
-    images = {path.stem: path for path in sorted((root / "images").glob("*.jpg"))}
-    labels = {path.name.removesuffix(".regions.txt"): path for path in (root / "labels").glob("*.regions.txt")}
-    if not images:
-        raise InputError(f"no images/*.jpg in {root}", "the unpacked iccv09Data", "correct --root")
-    unpaired = sorted(images.keys() ^ labels.keys())
-    if unpaired:
-        side = "label" if unpaired[0] in images else "image"
-        got = f"{len(unpaired)} ids without a pair, the first: {unpaired[0]} has no {side}"
-        raise InputError(f"{root}: {got}", "an image and a label for every id", "unpack the data set again")
+    images = {path.stem: path for path in (root / "images").glob("*.jpg")}
+    labels = {
+        path.name.removesuffix(".regions.txt"): path for path in (root / "labels").glob("*.regions.txt")
+    }
+    check_pairs(root, images, labels)
     splits = _splits(root, sorted(images), seed)
     pairs = [(images[key], labels[key], split) for split, keys in splits.items() for key in keys]
     return STANFORD, (_sample(*pair) for pair in pairs), len(pairs)
 
 
-def _splits(root: Path, keys: list[str], seed: int) -> dict[str, list[str]]:
+def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str]]:
     folder = root / "splits"
     if not folder.is_dir():
-        order = np.random.Generator(np.random.Philox(seed)).permutation(len(keys))
-        val = {keys[index] for index in order[: len(keys) // VAL_SHARE]}
-        return {"train": [key for key in keys if key not in val], "val": [key for key in keys if key in val]}
+        return seeded_splits(keys, seed or 0)
+    if seed is not None:
+        got = f"seed={seed} where {folder} lists the splits"
+        raise InputError(got, "either lists or a seed", "leave out seed, or remove splits/")
     splits = {name: _list(folder, name) for name in ("train", "val")}
     listed = splits["train"] + splits["val"]
     if sorted(listed) != keys:
         wrong = sorted(set(keys) ^ set(listed)) or sorted({key for key in listed if listed.count(key) > 1})
         got = f"{folder}: {len(wrong)} ids not listed exactly once or without an image, the first: {wrong[0]}"
-        raise InputError(got, "each image in one list, once", "correct the lists, or remove splits/ for a seeded split")
+        raise InputError(
+            got, "each image in one list, once", "correct the lists, or remove splits/ for a seeded split"
+        )
     return splits
 
 
@@ -58,27 +60,30 @@ def _list(folder: Path, name: str) -> list[str]:
 
 
 def _sample(image_path: Path, label_path: Path, split: str) -> Sample:
-    image = image_path.read_bytes()
-    try:
-        size = image_size(image)
-    except InputError as error:
-        raise InputError(f"{image_path}: {error.got}", error.needed, error.action) from None
-    return Sample(image_path.stem, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}")
+    image, size = read_image(image_path)
+    return Sample(
+        image_path.stem, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}"
+    )
 
 
 def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(H, W) uint8 with 255 for unknown, from rows of whole numbers."""
     try:
-        rows = [line for line in path.read_text().splitlines() if line.strip()]
-        values = np.array(" ".join(rows).split(), dtype=np.int64)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}", "whole numbers", "unpack the data set again") from None
-    if len(rows) != size[0] or values.size != size[0] * size[1]:
-        got = f"{path}: {values.size} numbers in {len(rows)} rows for an image of {size[0]} x {size[1]}"
-        raise InputError(got, "one number for every pixel", "unpack the data set again")
-    if values.min() < UNKNOWN or values.max() >= STANFORD.num_classes:
-        wrong = values.min() if values.min() < UNKNOWN else values.max()
-        got = f"{path}: label {wrong}"
-        raise InputError(got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # loadtxt only warns of an empty file
+            values = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
+    except (ValueError, Warning) as error:
+        raise InputError(f"{path}: {error}", "rows of whole numbers", "unpack the data set again") from None
+    if values.shape != size:
+        got = (
+            f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers for an image {size[0]} x {size[1]}"
+        )
+        raise InputError(got, "one number for every pixel (height x width)", "unpack the data set again")
+    wrong = values[(values < UNKNOWN) | (values >= STANFORD.num_classes)]
+    if wrong.size:
+        got = f"{path}: label {wrong[0]} where there are {STANFORD.num_classes} classes"
+        raise InputError(
+            got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file"
+        )
     values[values == UNKNOWN] = IGNORE_INDEX
-    return values.astype(np.uint8).reshape(size)
+    return values.astype(np.uint8)

@@ -1,9 +1,9 @@
-"""Generated outdoor scenes with the classes of Stanford Background: an image and its label, from numbers alone.
+"""Generated outdoor scenes with the classes of Stanford Background: image and label, from numbers alone.
 
 FIGURES
-Every operation on the way is exact in IEEE arithmetic (noise.py says which are used), so a scene is the same on
-every machine; the numbers come from NumPy's Philox, `random` and `integers`, and edges from OpenCV's `fillPoly`: a
-version of either that changes these changes the scenes. Made and compared with NumPy 2.4 and OpenCV 5.0.
+Every operation on the way is exact in IEEE arithmetic (noise.py says which are used), so that a scene is the
+same on every machine and for any number of threads. What could change it is another version of NumPy's Philox
+streams (`random`, `integers`) or of OpenCV's `fillPoly`, `ellipse` and `resize`; VERSIONS
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOID_SHARE = (0.006, 0.018)  # least and greatest share of void pixels in a scen
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Paint scene `index` of set `seed`: image (H, W, 3) uint8 RGB, label (H, W) uint8, 0 to 7 or 255 for void.
+    """Paint scene `index` of set `seed`: image (H, W, 3) uint8 RGB, label (H, W) uint8, 0 to 7 or 255 (void).
 
     size: (height, width), each at least 32 pixels. A pure function of its arguments.
     Raises InputError for a negative seed or index and for smaller sizes.

@@ -109,10 +109,9 @@ def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
     kernel = np.ones((3, 3), np.uint8)
     border = (cv2.dilate(label, kernel) != cv2.erode(label, kernel)) & (specks == 0)
     rows, columns = np.nonzero(border)
-    order = fractal(rng, label.shape, (24, 24), 2)[
-        rows, columns
-    ]  # smooth: whole stretches go, not single pixels
-    chosen = np.argsort(order, kind="stable")[: target - np.count_nonzero(specks)]
+    # smooth noise: whole stretches of a border go, not single pixels
+    order = fractal(rng, label.shape, (24, 24), 2)[rows, columns]
+    chosen = np.argsort(order, kind="stable")[: max(target - np.count_nonzero(specks), 0)]
     label[specks > 0] = IGNORE_INDEX
     label[rows[chosen], columns[chosen]] = IGNORE_INDEX
 

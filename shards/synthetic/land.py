@@ -172,7 +172,7 @@ def _paint_field(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _lake(canvas: Canvas, rng: np.random.Generator) -> list[Point]:
-    """Outline of a lake: a far shore just below the horizon, a near one with coves, ends in or out of view."""
+    """Outline of a lake: a far shore just below the horizon, a near one with coves."""
     height, width = canvas.camera.size
     below = height - canvas.camera.horizon_px
     top = canvas.camera.horizon_px + below * uniform(rng, 0.03, 0.14)
@@ -266,6 +266,7 @@ def _paint_crossing(canvas: Canvas, rng: np.random.Generator, surface: Brush) ->
 
 
 def _at(line: list[tuple[float, float]], depth_m: float) -> float:
+    """x of a centre line at a depth."""
     """x of a centre line at a depth, straight between its points."""
     for (near_m, x0), (far_m, x1) in pairwise(line):
         if depth_m <= far_m:

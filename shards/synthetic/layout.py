@@ -15,7 +15,7 @@ Point = tuple[float, float]
 class Camera:
     """A level pinhole camera: everything on the ground obeys one perspective.
 
-    horizon_px: row of the horizon; vanishing_px: column where lines along the view meet; height_m: above ground.
+    horizon_px: row of the horizon; vanishing_px: column where lines along the view meet; height_m: its own.
     """
 
     size: tuple[int, int]
@@ -78,7 +78,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlaceKind:
-    """up_to: a draw in [0, 1) below this, and not below the one before, means this place; then two chances."""
+    """up_to: a draw in [0, 1) below this, and not below the one before, means this place; then chances."""
 
     up_to: float
     mountains: float
@@ -92,7 +92,7 @@ PLACES = {
     "river": PlaceKind(1.0, mountains=0.7, road=0.6),
 }
 
-# zenith, low sky, tint, haze_m, contrast, cloud: clear, overcast, evening, dusk, morning haze, rain, dust
+# zenith, low sky, tint, haze_m, contrast, cloud: clear, overcast, evening, dusk, haze, rain, dust
 WEATHERS: tuple[tuple[RGB, RGB, RGB, float, float, RGB], ...] = (
     ((82, 140, 208), (188, 212, 232), (1.0, 0.99, 0.95), 700, 1.0, (240, 242, 245)),
     ((152, 158, 166), (198, 201, 204), (0.82, 0.84, 0.86), 350, 0.2, (128, 132, 138)),

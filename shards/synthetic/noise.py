@@ -1,7 +1,7 @@
 """Random fields and lines that come out the same, bit for bit, on every machine.
 
 Only operations whose result is fixed are used: integers and uniform doubles of a NumPy generator, single
-arithmetic operations, and OpenCV's INTER_LINEAR_EXACT on bytes (other interpolations depend on the processor).
+arithmetic operations, and OpenCV's INTER_LINEAR_EXACT on bytes (its others depend on the processor).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def fractal(
 ) -> np.ndarray:
     """Smooth noise, (H, W) float32 in [0, 1], mean about 0.5.
 
-    octaves: layers, each half as wide and half as strong as the one before; cell_px: height and width of the widest layer's cells.
+    octaves: layers, each half as wide and half as strong as the one before; cell_px: height and width of the
+    widest layer's cells.
     """
     height, width = size
     total = np.zeros(size, np.float32)

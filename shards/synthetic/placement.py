@@ -91,7 +91,7 @@ class Site:
     ) -> tuple[float, float] | None:
         """(x, depth) in metres of a place in view on ground of `classes`, `half_m` to each side too; or None.
 
-        reach: least and greatest depth, in depths of the lowest row. Rows are drawn alike: near and far occur.
+        reach: least and greatest depth, in depths of the lowest row. Rows are drawn alike: near and far.
         """
         camera = self.layout.camera
         height, width = camera.size

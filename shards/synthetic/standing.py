@@ -39,7 +39,7 @@ CIRCLE: tuple[Point, ...] = tuple(
 
 @dataclass(frozen=True)
 class Block:
-    """A box on the ground, in metres: left, right, near and far edge, eaves, and the ridge above (0: flat)."""
+    """A box on the ground, in metres: left, right, near and far edge, eaves, ridge above them (0: flat)."""
 
     left: float
     right: float
@@ -108,10 +108,8 @@ def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Genera
     ]
     canvas.fill([trunk], TREE, bark, depth_m)
     if kind == "conifer":
-        lobes = [
-            _tier(at, broad * (1 - t * 0.9), bare + (tall - bare) * t, (tall - bare) * 0.42, rng)
-            for t in (0, 0.2, 0.4, 0.6)
-        ]
+        skirts = [(broad * (1 - t * 0.9), bare + (tall - bare) * t) for t in (0, 0.2, 0.4, 0.6)]
+        lobes = [_tier(at, half_m, base, (tall - bare) * 0.42, rng) for half_m, base in skirts]
     else:
         middle, half = (tall + bare) / 2, (tall - bare) / 2
         centers = [
@@ -144,12 +142,7 @@ def _lobe(
 
 
 def _tier(
-    at: Callable[[float, float], Point],
-    broad: float,
-    base: float,
-    tall: float,
-    part: float,
-    rng: np.random.Generator,
+    at: Callable[[float, float], Point], half_m: float, base: float, tall: float, rng: np.random.Generator
 ) -> list[Point]:
     """One skirt of a conifer's branches."""
     hem = [at(half_m * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random())) for i in range(9)]
@@ -163,7 +156,7 @@ def _paint_wall(
     grid_m: tuple[float, float],
     seen: tuple[float, float],
 ) -> None:
-    """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in metres, share of light."""
+    """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in m, light."""
     depth_m, shade = seen
     outline = [
         wall.at(u, up) for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))
