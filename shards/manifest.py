@@ -61,10 +61,9 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     def save(self, directory: Path) -> None:
-        """Write manifest.json, whole or not at all, with its own sha256 so that damage to it is seen too."""
-        content = asdict(self) | {"sha256": self.sha256}
+        """Write manifest.json, whole or not at all, with its own sha256."""
         with published(directory / FILE_NAME) as partial:
-            partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+            partial.write_text(self._file_text())
 
     @staticmethod
     def load(directory: Path) -> Manifest:
@@ -74,12 +73,13 @@ class Manifest:
         if not path.is_file():
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
         try:
-            content = json.loads(path.read_text())
+            text = path.read_text()
+            content = json.loads(text)
             if content["version"] != VERSION:
                 raise InputError(f"{path}: version {content['version']}", f"version {VERSION}", action)
             manifest = _from_json(content)
-            if manifest.sha256 != content["sha256"]:
-                raise ValueError("its content is not what its sha256 was taken of")
+            if manifest._file_text() != text:
+                raise ValueError("not the bytes that were written")
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError) and str(path) in error.got:
@@ -99,6 +99,9 @@ class Manifest:
                     raise InputError(
                         f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again"
                     )
+
+    def _file_text(self) -> str:
+        return json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""

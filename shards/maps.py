@@ -72,7 +72,7 @@ class MapsReader:
             )
         try:
             attributes = dict(self._open().attrs)
-            if "OHE" in self._open():
+            if isinstance(self._open().get("OHE"), h5py.Dataset):
                 raise InputError(f"{path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION)
             if attributes.get("version") != VERSION:
                 got = f"{path}: version {attributes.get('version')}"

@@ -35,6 +35,7 @@ MEMBER_OVERHEAD, TAR_OVERHEAD = 4096, 16384
 class _Task:
     """One shard to write."""
 
+    split: str
     file: str
     keys: list[str]
 
@@ -66,21 +67,19 @@ def pack(
         )
     reader = MapsReader(maps)
     earlier = _earlier_shards(out, reader.name, overwrite)
-    tasks = {
-        name: list(_tasks(name, keys, samples_per_shard)) for name, keys in sorted(reader.splits.items())
-    }
-    flat = [task for of_split in tasks.values() for task in of_split]
-    check_space(out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(flat) * TAR_OVERHEAD)
+    tasks = [
+        task for name, keys in sorted(reader.splits.items()) for task in _tasks(name, keys, samples_per_shard)
+    ]
+    check_space(out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD)
     reader.close()
     staging = out / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # of a pack that was killed
     try:
-        written = dict(
-            zip((task.file for task in flat), _write_all(reader, staging, flat, num_workers), strict=True)
-        )
+        written = _write_all(reader, staging, tasks, num_workers)
+        shards = list(zip(tasks, written, strict=True))
         splits = {
-            name: _split([written[task.file] for task in of_split], reader)
-            for name, of_split in tasks.items()
+            name: _split([shard for task, shard in shards if task.split == name], reader)
+            for name in sorted(reader.splits)
         }
         manifest = Manifest(VERSION, reader.name, reader.classes, splits)
         _publish(staging, out, manifest, earlier)
@@ -93,20 +92,28 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
     """Files in `out` that this pack replaces. Raises InputError for shards that are not a pack of `name`."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "a directory", "choose another --out")
-    needed = "an empty directory, or an earlier pack of the same data"
-    if overwrite:
-        return {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
+    needed, action = (
+        "an empty directory, or an earlier pack of the same data",
+        "choose another --out, or empty it first",
+    )
     named: set[str] = set()
-    if (out / FILE_NAME).is_file():
-        there = Manifest.load(out)
+    if (out / FILE_NAME).is_file() and not overwrite:
+        try:
+            there = Manifest.load(out)
+        except InputError as error:
+            raise InputError(error.got, needed, action) from None
         if there.name != name:
             got = f"{out} holds the data set {there.name!r}, the maps are {name!r}"
-            raise InputError(got, needed, "choose another --out, or empty it first")
+            raise InputError(got, needed, action)
         named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
+    present = {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
+    if (
+        overwrite or (out / STAGING).is_dir()
+    ):  # a pack was killed, perhaps while it moved its shards into place
+        return present
     foreign = sorted(path.name for path in out.glob("*.tar") if path.name not in named)
     if foreign:
-        got = f"{out} holds {foreign[0]}, which no manifest there names"
-        raise InputError(got, needed, "choose another --out, or empty it first")
+        raise InputError(f"{out} holds {foreign[0]}, which no manifest there names", needed, action)
     return named
 
 
@@ -122,11 +129,11 @@ def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str]) ->
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
     for number, start in enumerate(range(0, len(keys), samples_per_shard)):
-        yield _Task(f"{split}-{number:06d}.tar", keys[start : start + samples_per_shard])
+        yield _Task(split, f"{split}-{number:06d}.tar", keys[start : start + samples_per_shard])
 
 
 def _write_all(reader: MapsReader, out: Path, tasks: list[_Task], num_workers: int) -> list[_Written]:
-    what = f"packing {out.name}"
+    what = f"packing {out.parent.name}"
     if num_workers == 0:
         return list(tracked((_write_shard(reader, out, task) for task in tasks), len(tasks), what))
     spawn = multiprocessing.get_context("spawn")  # HDF5 handles and threads do not survive a fork
@@ -177,9 +184,8 @@ def _members(sample: Sample) -> dict[str, Any]:
     }
     if sample.label is not None:
         members["png"] = encode_label(sample.label)
-    members["json"] = json.dumps(
-        {"source_id": sample.source_id, "split": sample.split}, sort_keys=True
-    ).encode()
+    about = {"source_id": sample.source_id, "split": sample.split}
+    members["json"] = json.dumps(about, sort_keys=True).encode()
     return members
 
 

@@ -177,7 +177,7 @@ def to_one_hot(label: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def from_one_hot(label_map: np.ndarray) -> np.ndarray:
-    """One-hot (C, H, W) of any dtype -> (H, W) uint8, all-zero columns to 255. Raises InputError otherwise."""
+    """One-hot (C, H, W) of any dtype -> (H, W) uint8, void columns to 255. InputError for other values."""
     binary = label_map.astype(np.uint8)
     if not np.array_equal(binary, label_map) or (binary.sum(axis=0, dtype=np.uint16) > 1).any():
         raise InputError(

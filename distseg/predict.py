@@ -1,0 +1,253 @@
+"""Label images with a trained segmentor: class indices, colours, an overlay, and probabilities on request."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from distseg.inference import blend_tiles, probabilities
+from distseg.pictures import overlay
+from shards.errors import InputError
+from shards.files import published, tracked
+from shards.sample import ClassSet, encode_label
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+_NUM_THREADS = 4  # read and write pictures while the network works
+_NUM_AHEAD = 8  # pictures in memory on either side of the network
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How images are looked at and what is written.
+
+    probabilities: also one picture per class. scales, mirror: views that are averaged (see `inference`).
+    max_px: an image with a longer side is labelled in overlapping tiles of this side. overlay_alpha: opacity of
+    the class colours in [0, 1]. autocast_dtype: None for the model's own precision.
+    """
+
+    probabilities: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    mirror: bool = False
+    max_px: int = 2048
+    overlay_alpha: float = 0.5
+    device: str = "cpu"
+    autocast_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_px < 128:
+            raise InputError(f"max_px={self.max_px}", "at least 128 pixels", "keep the default of 2048")
+        if not 0 <= self.overlay_alpha <= 1:
+            raise InputError(f"overlay_alpha={self.overlay_alpha}", "0 to 1", "keep the default of 0.5")
+
+
+def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOptions, device: str) -> int:
+    """`distseg predict RUN IMAGES --out DIR`: label images with a run's checkpoint as its evaluation looks at them.
+
+    which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
+    """
+    from distseg import checkpoint
+    from distseg.device import autocast_dtype, resolve_precision
+    from distseg.evaluate import trained_segmentor
+
+    images = collect_images(path)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu")
+    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    model, config, checkpoint_path = trained_segmentor(run_dir, which)
+    identity = checkpoint.read_state(checkpoint_path)["identity"]
+    classes = ClassSet(tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"]))
+    options = replace(
+        options,
+        scales=tuple(config.evaluate.scales),
+        mirror=config.evaluate.mirror,
+        device=str(where),
+        autocast_dtype=autocast_dtype(resolve_precision(config.precision, where)),
+    )
+    predict(model, images, out, classes, options)
+    return 0
+
+
+def collect_images(path: Path) -> list[Path]:
+    """The image itself, or the images directly in a folder, in order of their names. Raises InputError for none."""
+    suffixes = ", ".join(IMAGE_SUFFIXES)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist", "an image or a folder of images", "check the path")
+    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not images:
+        deeper = next((p.parent for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
+        action = f"name the folder itself, for example {deeper}" if deeper else "check the path"
+        raise InputError(f"no image in {path}", f"files ending in {suffixes}", action)
+    return images
+
+
+def predict(
+    model: nn.Module, images: list[Path], out: Path, classes: ClassSet, options: PredictOptions
+) -> list[Path]:
+    """Write the label of every image into the folder `out`, and print the speed.
+
+    model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size and turned
+    upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray), NAME_color.png (the same indices
+    with the palette), NAME_overlay.jpg, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1).
+    Returns the paths of the index pictures, in the order of `images`. Raises InputError that lists all
+    unreadable images before anything is computed.
+    """
+    if out.resolve() in {image.resolve().parent for image in images}:
+        raise InputError(f"{out} holds the images themselves", "another folder", "choose another --out")
+    names = _output_names(images, classes)
+    started = time.perf_counter()
+    written: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        _check(images, pool)
+        model = model.to(options.device).eval()
+        pictures = _ahead(pool, load_image, images)
+        for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
+            result = _probabilities(model, image, options)
+            if result.shape[0] != classes.num_classes:
+                got = f"a network with {result.shape[0]} classes and {classes.num_classes} class names"
+                raise InputError(got, "as many names as classes", "use the classes it was trained on")
+            label = result.argmax(0).to(torch.uint8).cpu().numpy()
+            planes = (result * 255).round().to(torch.uint8).cpu().numpy() if options.probabilities else None
+            files = _Files(out, name, classes, options.overlay_alpha)
+            written.append(pool.submit(files.write, image, label, planes))
+            if len(written) > _NUM_AHEAD:
+                written.popleft().result()
+        for future in written:
+            future.result()
+    seconds = time.perf_counter() - started
+    print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s): {out}")
+    return [out / f"{name}.png" for name in names]
+
+
+def load_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, upright: turned as the EXIF orientation says.
+
+    Gray is repeated, transparency dropped, 16-bit values are divided by 257 and rounded. Raises OSError,
+    ValueError or another of Pillow's errors for a file that is not such an image.
+    """
+    with Image.open(path) as opened:
+        image: Image.Image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits, some of them in 32
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("values beyond 16 bits")
+            return np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, axis=2)
+        if image.mode == "F":
+            raise ValueError("floating-point values of unknown range")
+        return np.asarray(image.convert("RGB"))
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The pictures written for one image."""
+
+    folder: Path
+    name: str
+    classes: ClassSet
+    alpha: float
+
+    def write(self, image: np.ndarray, label: np.ndarray, planes: np.ndarray | None) -> None:
+        self._put(f"{self.name}.png", encode_label(label))
+        color = Image.fromarray(label)
+        color.putpalette([part for color in self.classes.palette for part in color])
+        self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
+        mixed = overlay(image, label, self.classes, self.alpha)
+        self._put(f"{self.name}_overlay.jpg", _encoded(Image.fromarray(mixed), "JPEG", quality=90))
+        for suffix, plane in zip(
+            _class_suffixes(self.classes), () if planes is None else planes, strict=False
+        ):
+            self._put(f"{self.name}{suffix}", _encoded(Image.fromarray(plane), "PNG"))
+
+    def _put(self, name: str, content: bytes) -> None:
+        with published(self.folder / name) as partial:
+            partial.write_bytes(content)
+
+
+def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, form, **options)
+    return content.getvalue()
+
+
+def _probabilities(model: nn.Module, image: np.ndarray, options: PredictOptions) -> torch.Tensor:
+    def whole(part: np.ndarray) -> torch.Tensor:
+        views = (options.scales, options.mirror, options.device, options.autocast_dtype)
+        return probabilities(model, part, *views)
+
+    if max(image.shape[:2]) <= options.max_px:
+        return whole(image)
+    tile_px = options.max_px // 32 * 32
+    return blend_tiles(whole, image, tile_px, overlap_px=min(256, tile_px // 128 * 32))
+
+
+def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:
+    """Raise one InputError that names every image that cannot be read."""
+    problems = [problem for problem in pool.map(_problem, images) if problem]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if problems[20:] else "")
+        got = f"{len(problems)} of {len(images)} images cannot be read:\n  {shown}"
+        raise InputError(got, "8-bit or 16-bit images that are whole", "replace or remove these files")
+
+
+def _problem(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                image.draft(
+                    "L", (image.width // 8, image.height // 8)
+                )  # reads the whole file, decodes 1/64 of it
+                image.load()
+                return ""
+        load_image(path)
+    except Exception as error:  # Pillow's plugins raise more kinds than they document
+        return f"{path}: {error}"
+    return ""
+
+
+def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
+    """One name per image, its stem where that is free: a.jpg, a.png -> a, a_png. No two ever share a file."""
+    endings = [".png", "_color.png", "_overlay.jpg", *_class_suffixes(classes)]
+    taken: set[str] = set()
+    names = []
+    for image in images:
+        base = f"{image.stem}_{image.suffix.lower().lstrip('.')}"
+        for name in (image.stem, base, *(f"{base}_{number}" for number in range(2, len(images) + 2))):
+            files = {(name + ending).casefold() for ending in endings}  # some file systems ignore case
+            if not files & taken:
+                break
+        taken |= files
+        names.append(name)
+    return names
+
+
+def _class_suffixes(classes: ClassSet) -> list[str]:
+    """The ends of the probability pictures' names; the index keeps apart names that differ in signs only."""
+    cleaned = [re.sub(r"[^\w-]+", "_", name) for name in classes.names]
+    unique = len({name.casefold() for name in cleaned}) == len(cleaned)
+    return [f"_prob_{name}.png" if unique else f"_prob_{i:03}_{name}.png" for i, name in enumerate(cleaned)]
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Iterable[Path]
+) -> Iterator[np.ndarray]:
+    """The results of `read` in order, a few of them computed ahead."""
+    waiting: deque[Future[np.ndarray]] = deque()
+    for path in paths:
+        waiting.append(pool.submit(read, path))
+        if len(waiting) > _NUM_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -1,0 +1,163 @@
+"""What goes into HDF5 maps comes out again; a file that is not whole is never taken for one."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import toy_samples
+
+from shards.errors import InputError
+from shards.maps import MapsReader, read_older_label, write_maps
+from shards.sample import IGNORE_INDEX, STANFORD, Sample, to_one_hot
+
+
+def equal(first: Sample, second: Sample) -> bool:
+    same_label = (first.label is None) == (second.label is None)
+    if first.label is not None and second.label is not None:
+        same_label = np.array_equal(first.label, second.label)
+    return same_label and replace(first, label=None) == replace(second, label=None)
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> Path:
+    samples = toy_samples()
+    samples.append(replace(samples[0], key="without_label", label=None))
+    assert write_maps(tmp_path / "maps.h5", "toy blobs", STANFORD, samples, len(samples)) == 13
+    return tmp_path / "maps.h5"
+
+
+def test_samples_come_back(maps: Path) -> None:
+    with MapsReader(maps) as reader:
+        assert (reader.name, reader.classes, len(reader)) == ("toy blobs", STANFORD, 13)
+        expected = [sample.key for sample in toy_samples()]
+        assert reader.splits == {"train": [*expected[:8], "without_label"], "val": expected[8:]}
+        for sample in toy_samples():
+            assert equal(reader.read(sample.key), sample)
+        assert reader.read("without_label").label is None
+
+
+def test_label_map_is_one_hot_in_one_compressed_chunk(maps: Path) -> None:
+    sample = toy_samples()[2]
+    with MapsReader(maps) as reader:
+        label_map = reader.label_map(sample.key)
+    np.testing.assert_array_equal(label_map, to_one_hot(sample.label, 8))
+    np.testing.assert_array_equal(label_map.sum(axis=0) == 0, sample.label == IGNORE_INDEX)
+    with h5py.File(maps) as file:
+        stored = file[sample.key]["label_map"]
+        assert stored.dtype == np.uint8 and stored.chunks == stored.shape
+        assert stored.id.get_storage_size() < stored.nbytes / 4
+
+
+def test_an_open_reader_can_be_sent_to_another_process(maps: Path) -> None:
+    reader = MapsReader(maps)
+    key = reader.splits["val"][0]
+    first = reader.read(key)
+    assert equal(pickle.loads(pickle.dumps(reader)).read(key), first)
+
+
+def test_damaged_bytes_are_found(maps: Path) -> None:
+    """Every flipped bit in an image or a label map is an InputError that names the sample."""
+    key, whole, rng = toy_samples()[0].key, maps.read_bytes(), np.random.default_rng(2)
+    with h5py.File(maps) as file:
+        stored = [file[key][name].id.get_chunk_info(0) for name in ("image", "label_map")]
+    for trial in range(60):
+        damaged, info = bytearray(whole), stored[trial % 2]
+        damaged[info.byte_offset + rng.integers(info.size)] ^= 1 << rng.integers(8)
+        maps.write_bytes(damaged)
+        with MapsReader(maps) as reader, pytest.raises(InputError, match=key):
+            reader.read(key)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.999])
+def test_truncated_file_is_refused(maps: Path, share: float) -> None:
+    maps.write_bytes(maps.read_bytes()[: int(share * maps.stat().st_size)])
+    with pytest.raises(InputError, match=r"maps\.h5"):
+        MapsReader(maps)
+
+
+def test_map_that_is_not_one_hot_is_refused(maps: Path) -> None:
+    key = toy_samples()[0].key
+    with h5py.File(maps, "r+") as file:
+        file[key]["label_map"][:, 0, 0] = 1
+    with MapsReader(maps) as reader, pytest.raises(InputError, match=f"{key}: a label map that is not one-hot"):
+        reader.read(key)
+
+
+def test_what_is_not_maps_is_refused(tmp_path: Path, maps: Path) -> None:
+    with pytest.raises(InputError, match="distseg prepare"):
+        MapsReader(tmp_path / "absent.h5")
+    with pytest.raises(InputError, match="distseg prepare ohe"):
+        MapsReader(tmp_path)
+    with MapsReader(maps) as reader, pytest.raises(InputError, match="no_such_key"):
+        reader.read("no_such_key")
+    with h5py.File(maps, "r+") as file:
+        file.attrs["version"] = 0
+    with pytest.raises(InputError, match="version 0"):
+        MapsReader(maps)
+    with h5py.File(tmp_path / "older.h5", "w") as file:
+        file["OHE"] = np.zeros((8, 4, 4))
+    with pytest.raises(InputError, match="distseg prepare ohe"):
+        MapsReader(tmp_path / "older.h5")
+
+
+def test_failed_write_leaves_the_earlier_file(maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, samples = maps.read_bytes(), toy_samples()
+    bad = replace(samples[3], label=np.full_like(samples[3].label, 8))
+    for content, message in (
+        ([*samples[:3], bad], f"{bad.key}: label 8"),
+        ([*samples, samples[0]], f"two samples with the key '{samples[0].key}'"),
+        ([], "no samples"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_maps(maps, "toy blobs", STANFORD, content, len(content))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", full)
+    with pytest.raises(InputError, match="disk full"):
+        write_maps(maps, "toy blobs", STANFORD, samples, len(samples))
+    assert maps.read_bytes() == before
+    assert list(maps.parent.iterdir()) == [maps]  # nothing half-written beside it
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.int32, bool])
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_older_layout_in_either_order_and_any_type(tmp_path: Path, dtype: type, channels_first: bool) -> None:
+    label = toy_samples()[0].label
+    label_map = to_one_hot(label, 8).astype(dtype)
+    with h5py.File(tmp_path / "h5py_0000047.regions.txt", "w") as file:
+        stored = label_map if channels_first else np.moveaxis(label_map, 0, 2)
+        file.create_dataset("OHE", data=stored, compression="gzip", compression_opts=9)
+    found, num_classes = read_older_label(tmp_path / "h5py_0000047.regions.txt", label.shape)
+    np.testing.assert_array_equal(found, label)
+    assert num_classes == 8
+
+
+def test_older_cube_is_read_in_the_order_that_is_one_hot(tmp_path: Path) -> None:
+    label = np.random.default_rng(0).integers(0, 8, (8, 8)).astype(np.uint8)
+    with h5py.File(tmp_path / "cube.h5", "w") as file:
+        file["OHE"] = np.moveaxis(to_one_hot(label, 8), 0, 2)
+    np.testing.assert_array_equal(read_older_label(tmp_path / "cube.h5", (8, 8))[0], label)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.ones((8, 4, 5)), "not one-hot"),
+        (np.full((8, 4, 5), 0.5), "not one-hot"),
+        (np.zeros((8, 5, 4)), r"shape \(8, 5, 4\) for an image of \(4, 5\)"),
+        (np.zeros((4, 5)), r"shape \(4, 5\)"),
+    ],
+)
+def test_older_map_that_does_not_fit(tmp_path: Path, content: np.ndarray, message: str) -> None:
+    with h5py.File(tmp_path / "map.h5", "w") as file:
+        file["OHE"] = content
+    with pytest.raises(InputError, match=message):
+        read_older_label(tmp_path / "map.h5", (4, 5))
