@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distseg.distributed import Ranks, on_main
 from shards.errors import InputError
+from shards.files import check_space, disk_full, published, sync_folder
 
 VERSION = 1
 STATE_FILE = "state.json"
@@ -60,10 +61,7 @@ class Checkpoints:
         size = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
         present = len(_published(self.directory))
         needed = size * max(1, self._keep_last + 2 - present)
-        free = shutil.disk_usage(_existing_parent(self.directory)).free
-        if free < needed:
-            action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
-            raise InputError(f"{free / 1e6:.0f} MB free for {self.directory}", f"{needed / 1e6:.0f} MB", action)
+        check_space(self.directory, needed, "free some space, choose another run_dir, or lower checkpoint.keep_last")
 
     def _write(self, target: Path, learners: dict[str, Any], state: dict[str, Any]) -> None:
         partial = self.directory / f".partial-{target.name}"
@@ -77,17 +75,15 @@ class Checkpoints:
                     parts.setdefault(name, []).append(part)
             meta = {"version": VERSION, "state": state, "identity": self._identity, "parts": parts}
             _write_synced(partial / STATE_FILE, json.dumps(meta, indent=1).encode())
-            _sync_directory(partial)
+            sync_folder(partial)
             shutil.rmtree(target, ignore_errors=True)  # the same step again, from a run that was set back
             os.replace(partial, target)
-            _sync_directory(self.directory)
+            sync_folder(self.directory)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            free = shutil.disk_usage(_existing_parent(self.directory)).free
-            action = "free some space and start again: the run goes on from its last checkpoint"
-            raise InputError(f"disk full ({free / 1e6:.0f} MB free) at {target}", "space for a checkpoint", action) from None
+            raise disk_full(target) from None
         self._prune(best_step=state["best_step"])
 
     def _prune(self, best_step: int) -> None:
@@ -123,7 +119,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path / STATE_FILE}: {error}", "a checkpoint of distseg", "choose another one") from None
     if meta.get("version") != VERSION:
-        raise InputError(f"{path}: version {meta.get('version')}", f"version {VERSION}", "use the distseg that wrote it")
+        got = f"{path}: version {meta.get('version')}"
+        raise InputError(got, f"version {VERSION}", "use the distseg that wrote it")
     return meta
 
 
@@ -141,9 +138,8 @@ def load_segmentor(path: Path, network: torch.nn.Module) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    _write_synced(partial, json.dumps(content, indent=1).encode())
-    os.replace(partial, path)
+    with published(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _published(directory: Path) -> list[Path]:
@@ -154,7 +150,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {error}", "a whole checkpoint", "remove its directory: the one before is used") from None
+        action = f"remove {path.parent}: the checkpoint before it is then used"
+        raise InputError(f"{path}: {error}", "a whole checkpoint", action) from None
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -168,17 +165,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _existing_parent(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.handler(options)
     except InputError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or _joined():
+        if rank == "0" or (_joined() and not hasattr(error, "raised_on_all_ranks")):
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -61,7 +61,9 @@ Later values win:      defaults < preset < command line.  `--dry-run` prints eve
 Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop."""
     parser = _command(commands, "train", "train a segmentor with an adversary", text)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 loss.adv_weight=0.01")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ..."
+    )
     parser.set_defaults(handler=_train)
 
 

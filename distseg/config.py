@@ -264,7 +264,9 @@ def from_file(path: Path) -> Config:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {_first_line(error)}", "a configuration of this version", "start a new run") from None
+        raise InputError(
+            f"{path}: {_first_line(error)}", "a configuration of this version", "start a new run"
+        ) from None
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

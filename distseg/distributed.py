@@ -48,7 +48,9 @@ def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
     missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
     if missing:
         action = "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset " + ", ".join(launched)
-        raise InputError(f"{', '.join(launched)} set but not {', '.join(missing)}", "all of torchrun's variables", action)
+        raise InputError(
+            f"{', '.join(launched)} set but not {', '.join(missing)}", "all of torchrun's variables", action
+        )
     try:
         rank, world_size, local_rank = (int(environment[name]) for name in TORCHRUN_VARIABLES[:3])
     except ValueError:
@@ -125,6 +127,7 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
+        outcome[1].raised_on_all_ranks = True  # so that one of them tells the user
         raise outcome[1]
     return outcome[0]
 

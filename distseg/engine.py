@@ -155,7 +155,9 @@ class Trainer:
                 self.checkpoints.save(self.learners(), asdict(self.state))
             if stopping and not done:
                 why = f"{stop.signal_name} here" if stop.signal_name else "a signal to another rank"
-                self.progress.message(f"stopped at step {self.state.step} of {self.config.steps} ({why}), checkpoint saved")
+                self.progress.message(
+                    f"stopped at step {self.state.step} of {self.config.steps} ({why}), checkpoint saved"
+                )
             if done or stopping:
                 return done
         raise AssertionError("the stream is endless")

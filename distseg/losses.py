@@ -64,7 +64,11 @@ def adversarial_sum(logits: Tensor, valid: Tensor, real: bool) -> Tensor:
 def adversarial_count(logits: Tensor, valid: Tensor) -> Tensor:
     """How many outputs `adversarial_sum` sums over: a float64 scalar."""
     scores, weight = _scores(logits.detach(), valid)
-    return torch.tensor(scores.numel(), dtype=torch.float64, device=scores.device) if weight is None else weight.double().sum()
+    return (
+        torch.tensor(scores.numel(), dtype=torch.float64, device=scores.device)
+        if weight is None
+        else weight.double().sum()
+    )
 
 
 def correct_sum(logits: Tensor, valid: Tensor, real: bool) -> Tensor:

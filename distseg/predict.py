@@ -33,8 +33,8 @@ class PredictOptions:
     """How images are looked at and what is written.
 
     probabilities: also one picture per class. scales, mirror: views that are averaged (see `inference`).
-    max_px: an image with a longer side is labelled in overlapping tiles of this side. overlay_alpha: opacity of
-    the class colours in [0, 1]. autocast_dtype: None for the model's own precision.
+    max_px: an image with a longer side is labelled in overlapping tiles of this side. overlay_alpha: opacity
+    of the class colours in [0, 1]. autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
@@ -53,7 +53,7 @@ class PredictOptions:
 
 
 def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOptions, device: str) -> int:
-    """`distseg predict RUN IMAGES --out DIR`: label images with a run's checkpoint as its evaluation looks at them.
+    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run evaluates.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
     """
@@ -80,7 +80,7 @@ def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOption
 
 
 def collect_images(path: Path) -> list[Path]:
-    """The image itself, or the images directly in a folder, in order of their names. Raises InputError for none."""
+    """The image itself, or those directly in a folder, by name. Raises InputError where there is none."""
     suffixes = ", ".join(IMAGE_SUFFIXES)
     if path.is_file():
         return [path]
@@ -100,13 +100,16 @@ def predict(
     """Write the label of every image into the folder `out`, and print the speed.
 
     model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size and turned
-    upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray), NAME_color.png (the same indices
-    with the palette), NAME_overlay.jpg, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1).
+    upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray), NAME_color.png (the same with
+    the palette), NAME_overlay.jpg, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1).
     Returns the paths of the index pictures, in the order of `images`. Raises InputError that lists all
     unreadable images before anything is computed.
     """
     if out.resolve() in {image.resolve().parent for image in images}:
         raise InputError(f"{out} holds the images themselves", "another folder", "choose another --out")
+    if model.num_classes != classes.num_classes:
+        got = f"a network with {model.num_classes} classes and {classes.num_classes} class names"
+        raise InputError(got, "as many names as classes", "use the classes it was trained on")
     names = _output_names(images, classes)
     started = time.perf_counter()
     written: deque[Future[None]] = deque()
@@ -116,9 +119,6 @@ def predict(
         pictures = _ahead(pool, load_image, images)
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
             result = _probabilities(model, image, options)
-            if result.shape[0] != classes.num_classes:
-                got = f"a network with {result.shape[0]} classes and {classes.num_classes} class names"
-                raise InputError(got, "as many names as classes", "use the classes it was trained on")
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
             planes = (result * 255).round().to(torch.uint8).cpu().numpy() if options.probabilities else None
             files = _Files(out, name, classes, options.overlay_alpha)
@@ -166,10 +166,9 @@ class _Files:
         self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
         mixed = overlay(image, label, self.classes, self.alpha)
         self._put(f"{self.name}_overlay.jpg", _encoded(Image.fromarray(mixed), "JPEG", quality=90))
-        for suffix, plane in zip(
-            _class_suffixes(self.classes), () if planes is None else planes, strict=False
-        ):
-            self._put(f"{self.name}{suffix}", _encoded(Image.fromarray(plane), "PNG"))
+        if planes is not None:
+            for suffix, plane in zip(_class_suffixes(self.classes), planes, strict=True):
+                self._put(f"{self.name}{suffix}", _encoded(Image.fromarray(plane), "PNG"))
 
     def _put(self, name: str, content: bytes) -> None:
         with published(self.folder / name) as partial:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from distseg import config as configuration
 from distseg.config import Config
 from distseg.distributed import Ranks, on_main
 from shards.errors import InputError
+from shards.files import published
 
 CONFIG_FILE = "config.yaml"
 
@@ -32,10 +32,5 @@ def _claim(run_dir: Path, config: Config) -> None:
                 "the same configuration to resume it, or another directory",
                 f"write run_dir=DIR to start a new run, or remove {run_dir}",
             )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / f".partial-{CONFIG_FILE}"
+    with published(path) as partial:
         partial.write_text(configuration.to_yaml(config))
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{run_dir}: {error.strerror}", "a directory that can be written", "write run_dir=DIR") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ def published(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -39,11 +41,22 @@ def published(path: Path) -> Iterator[Path]:
             raise disk_full(path) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(
-                f"{path}: {error.strerror}", "a folder that can be written", "choose another --out"
+                f"{path}: {error.strerror}", "a folder that can be written", "choose another place"
             ) from None
+        if error.errno == errno.ENOENT and not partial.exists():
+            got = f"{path} is being written by another process too"
+            raise InputError(got, "one writer at a time", "wait for it, or choose another place") from None
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Temporary files for `path` whose writers were killed; one that is alive after all fails, loudly."""
+    name = re.compile(rf"\.partial-\d+-{re.escape(path.name)}")
+    for other in path.parent.iterdir():
+        if name.fullmatch(other.name):
+            other.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -59,16 +72,16 @@ def disk_full(path: Path) -> InputError:
     """The error for a full disk at `path`."""
     free = shutil.disk_usage(existing_parent(path)).free
     return InputError(
-        f"disk full at {path} ({free / 1e6:.0f} MB free)", "more space", "free some, then run this again"
+        f"disk full at {path} ({free / 1e6:.0f} MB free)", "more space", "free some, then run the same command again"
     )
 
 
-def check_space(path: Path, num_bytes: int) -> None:
+def check_space(path: Path, num_bytes: int, action: str = "free some space or choose another --out") -> None:
     """Raise InputError when the disk that `path` will be on has less than `num_bytes` free."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < num_bytes:
         got = f"{free / 1e6:.1f} MB free for {path}"
-        raise InputError(got, f"{num_bytes / 1e6:.1f} MB", "free some space or choose another --out")
+        raise InputError(got, f"{num_bytes / 1e6:.1f} MB", action)
 
 
 def existing_parent(path: Path) -> Path:

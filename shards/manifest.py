@@ -84,9 +84,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError) and str(path) in error.got:
                 raise
-            raise InputError(
-                f"{path}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action
-            ) from None
+            raise InputError(f"{path}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action) from None
 
     def verify(self, directory: Path) -> None:
         """Read every shard and index; raises InputError naming the first that is missing or not as packed."""
@@ -96,9 +94,7 @@ class Manifest:
                 if not path.is_file():
                     raise InputError(f"no {path}", "every shard that the manifest names", "pack again")
                 if sha256_of(path) != expected:
-                    raise InputError(
-                        f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again"
-                    )
+                    raise InputError(f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again")
 
     def _file_text(self) -> str:
         return json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"

@@ -34,9 +34,7 @@ def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sampl
         for sample in tracked(samples, total, f"writing {path.name}"):
             check_sample(sample, classes.num_classes)
             if sample.key in file:
-                raise InputError(
-                    f"two samples with the key {sample.key!r}", "unique keys", "rename one of them"
-                )
+                raise InputError(f"two samples with the key {sample.key!r}", "unique keys", "rename one of them")
             _write_sample(file.create_group(sample.key), sample, classes.num_classes)
             splits.setdefault(sample.split, []).append(sample.key)
         if not splits:
@@ -63,22 +61,16 @@ class MapsReader:
         self.path = path
         self._file: h5py.File | None = None
         if path.is_dir():
-            raise InputError(
-                f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}"
-            )
+            raise InputError(f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}")
         if not path.is_file():
-            raise InputError(
-                f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`"
-            )
+            raise InputError(f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`")
         try:
             attributes = dict(self._open().attrs)
             if isinstance(self._open().get("OHE"), h5py.Dataset):
                 raise InputError(f"{path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION)
             if attributes.get("version") != VERSION:
                 got = f"{path}: version {attributes.get('version')}"
-                raise InputError(
-                    got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`"
-                )
+                raise InputError(got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`")
             self.name = str(attributes["name"])
             palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
             self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
@@ -88,9 +80,7 @@ class MapsReader:
             if isinstance(error, InputError):
                 raise
             got = f"{path}: {error}"
-            raise InputError(
-                got, "a sound file of HDF5 maps", "make it again with `distseg prepare`"
-            ) from None
+            raise InputError(got, "a sound file of HDF5 maps", "make it again with `distseg prepare`") from None
 
     def __len__(self) -> int:
         return sum(len(keys) for keys in self.splits.values())
@@ -146,9 +136,7 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
         with h5py.File(path, "r") as file:
             stored = file["OHE"][()]
     except (OSError, RuntimeError, KeyError) as error:
-        raise InputError(
-            f"{path}: {error}", 'an HDF5 file with a data set "OHE"', "replace the file"
-        ) from None
+        raise InputError(f"{path}: {error}", 'an HDF5 file with a data set "OHE"', "replace the file") from None
     shape = stored.shape
     views = [stored] if len(shape) == 3 and shape[1:] == size else []
     views += [np.moveaxis(stored, 2, 0)] if len(shape) == 3 and shape[:2] == size else []

@@ -20,7 +20,7 @@ import numpy as np
 import webdataset
 
 from shards.errors import InputError
-from shards.files import check_space, published, tracked
+from shards.files import check_space, published, sync_folder, tracked
 from shards.manifest import FILE_NAME, VERSION, Manifest, ShardInfo, SplitInfo, sha256_of
 from shards.maps import MapsReader
 from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
@@ -62,14 +62,10 @@ def pack(
     """
     if samples_per_shard < 1 or num_workers < 0:
         got = f"samples_per_shard={samples_per_shard}, workers={num_workers}"
-        raise InputError(
-            got, "at least one sample per shard, and no negative number of workers", "correct them"
-        )
+        raise InputError(got, "at least one sample per shard, and no negative number of workers", "correct them")
     reader = MapsReader(maps)
     earlier = _earlier_shards(out, reader.name, overwrite)
-    tasks = [
-        task for name, keys in sorted(reader.splits.items()) for task in _tasks(name, keys, samples_per_shard)
-    ]
+    tasks = [task for name, keys in sorted(reader.splits.items()) for task in _tasks(name, keys, samples_per_shard)]
     check_space(out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD)
     reader.close()
     staging = out / STAGING
@@ -107,9 +103,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
             raise InputError(got, needed, action)
         named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
     present = {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
-    if (
-        overwrite or (out / STAGING).is_dir()
-    ):  # a pack was killed, perhaps while it moved its shards into place
+    if overwrite or (out / STAGING).is_dir():  # a pack was killed, perhaps while it moved its shards into place
         return present
     foreign = sorted(path.name for path in out.glob("*.tar") if path.name not in named)
     if foreign:
@@ -119,12 +113,14 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
 
 def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str]) -> None:
     """Move the shards into place. An old manifest does not fit them: whole only with the new one."""
+    manifest.save(staging)
     named = {file for shard in manifest.shards() for file in (shard.file, shard.index_file)}
     for file in sorted(named):
         os.replace(staging / file, out / file)
     for file in earlier - named:  # plain webdataset globs would find them
         (out / file).unlink(missing_ok=True)
-    manifest.save(out)
+    os.replace(staging / FILE_NAME, out / FILE_NAME)
+    sync_folder(out)
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
@@ -198,9 +194,7 @@ def _index(path: Path, sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]
             content = tar.extractfile(member)
             assert content is not None  # every member is a file
             height, width = sizes[key]
-            entry = samples.setdefault(
-                key, {"key": key, "height": int(height), "width": int(width), "members": {}}
-            )
+            entry = samples.setdefault(key, {"key": key, "height": int(height), "width": int(width), "members": {}})
             entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
     return list(samples.values())
 

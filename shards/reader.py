@@ -47,13 +47,9 @@ class ShardReader:
         self.classes = self.manifest.classes
         if split not in self.manifest.splits:
             there = ", ".join(self.manifest.splits)
-            raise InputError(
-                f"no split {split!r} in {self.directory}", f"one of: {there}", "correct the split's name"
-            )
+            raise InputError(f"no split {split!r} in {self.directory}", f"one of: {there}", "correct the split's name")
         self._shards = self.manifest.splits[split].shards
-        self._entries = [
-            entry for number, info in enumerate(self._shards) for entry in self._load_index(number, info)
-        ]
+        self._entries = [entry for number, info in enumerate(self._shards) for entry in self._load_index(number, info)]
         self._descriptors: dict[int, int] = {}
         self._owner, self._lock = os.getpid(), threading.Lock()
 
@@ -75,11 +71,7 @@ class ShardReader:
         return RawSample(entry.key, self._member(entry, entry.image), label)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_descriptors", "_owner", "_lock")
-        }
+        return {name: value for name, value in self.__dict__.items() if name not in ("_descriptors", "_owner", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -108,22 +100,16 @@ class ShardReader:
 
     def _damaged(self, entry: _Entry, why: str) -> InputError:
         path = self.directory / self._shards[entry.shard].file
-        return InputError(
-            f"sample {entry.key} in {path}: {why}", "the shard as packed", "copy or pack it again"
-        )
+        return InputError(f"sample {entry.key} in {path}: {why}", "the shard as packed", "copy or pack it again")
 
     def _load_index(self, number: int, info: ShardInfo) -> list[_Entry]:
         path = self.directory / info.file
         if not path.is_file() or path.stat().st_size != info.num_bytes:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-            raise InputError(
-                f"{path}: {found}", f"{info.num_bytes} bytes, as packed", "copy or pack it again"
-            )
+            raise InputError(f"{path}: {found}", f"{info.num_bytes} bytes, as packed", "copy or pack it again")
         index = self.directory / info.index_file
         if not index.is_file() or sha256_of(index) != info.index_sha256:
-            raise InputError(
-                f"{index}: missing or not as packed", "the index of the shard", "copy or pack it again"
-            )
+            raise InputError(f"{index}: missing or not as packed", "the index of the shard", "copy or pack it again")
         return [_entry(number, sample) for sample in json.loads(index.read_bytes())]
 
 

@@ -29,9 +29,7 @@ class ClassSet:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= IGNORE_INDEX:
-            raise InputError(
-                f"{len(self.names)} classes", "1 to 255 (index 255 is void)", "merge some classes"
-            )
+            raise InputError(f"{len(self.names)} classes", "1 to 255 (index 255 is void)", "merge some classes")
         if len(set(self.names)) != len(self.names):
             raise InputError(f"class names {self.names}", "each name once", "rename the classes")
         if len(self.palette) != len(self.names):
@@ -39,9 +37,7 @@ class ClassSet:
             raise InputError(got, "one colour per class", "correct the palette")
         for name, color in zip(self.names, self.palette, strict=True):
             if len(color) != 3 or not all(0 <= value <= 255 for value in color):
-                raise InputError(
-                    f"colour {color} of {name}", "red, green, blue from 0 to 255", "correct the palette"
-                )
+                raise InputError(f"colour {color} of {name}", "red, green, blue from 0 to 255", "correct the palette")
 
     @property
     def num_classes(self) -> int:
@@ -120,9 +116,7 @@ def image_size(image: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(image)) as opened:
             return opened.height, opened.width
     except UNREADABLE as error:
-        raise InputError(
-            f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file"
-        ) from None
+        raise InputError(f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file") from None
 
 
 def decode_image(image: bytes) -> np.ndarray:
@@ -135,9 +129,7 @@ def decode_image(image: bytes) -> np.ndarray:
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(
-            f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file"
-        ) from None
+        raise InputError(f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file") from None
 
 
 def encode_label(label: np.ndarray) -> bytes:
@@ -156,18 +148,11 @@ def decode_label(png: bytes) -> np.ndarray:
         width, height, *form = struct.unpack(">IIBBBBB", png[16:29])
         length = struct.unpack(">I", png[33:37])[0]
         rows = np.frombuffer(zlib.decompress(png[41 : 41 + length]), np.uint8).reshape(height, width + 1)
-        whole = (
-            png[:8] == PNG_SIGNATURE
-            and png[12:16] == b"IHDR"
-            and png[37:41] == b"IDAT"
-            and len(png) == length + 57
-        )
+        whole = png[:8] == PNG_SIGNATURE and png[12:16] == b"IHDR" and png[37:41] == b"IDAT" and len(png) == length + 57
     except (struct.error, zlib.error, ValueError):
         whole = False
     if not whole or form != [8, 0, 0, 0, 0] or rows[:, 0].any():
-        raise InputError(
-            "a label that is not distseg's gray PNG", "shards written by `distseg pack`", "pack again"
-        )
+        raise InputError("a label that is not distseg's gray PNG", "shards written by `distseg pack`", "pack again")
     return rows[:, 1:]
 
 
@@ -178,11 +163,9 @@ def to_one_hot(label: np.ndarray, num_classes: int) -> np.ndarray:
 
 def from_one_hot(label_map: np.ndarray) -> np.ndarray:
     """One-hot (C, H, W) of any dtype -> (H, W) uint8, void columns to 255. InputError for other values."""
-    binary = label_map.astype(np.uint8)
+    binary = label_map == 1
     if not np.array_equal(binary, label_map) or (binary.sum(axis=0, dtype=np.uint16) > 1).any():
-        raise InputError(
-            "a label map that is not one-hot", "columns of zeros with at most a single 1", "make it anew"
-        )
+        raise InputError("a label map that is not one-hot", "columns of zeros with at most a single 1", "make it anew")
     # sum of x_c (c + 1) - 1 in uint8: several times faster than argmax; an all-zero column wraps to 255
     label = np.full(binary.shape[1:], IGNORE_INDEX, np.uint8)
     for index, plane in enumerate(binary):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,9 +112,8 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkey
 
 
 def test_too_little_space_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match="0 MB free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(InputError, match="0.0 MB free"):
         Checkpoints(tmp_path / "not" / "yet", 2, {}, RANKS).check_space({"segmentor": Holder(1)})
 
 

@@ -85,7 +85,10 @@ def test_map_that_is_not_one_hot_is_refused(maps: Path) -> None:
     key = toy_samples()[0].key
     with h5py.File(maps, "r+") as file:
         file[key]["label_map"][:, 0, 0] = 1
-    with MapsReader(maps) as reader, pytest.raises(InputError, match=f"{key}: a label map that is not one-hot"):
+    with (
+        MapsReader(maps) as reader,
+        pytest.raises(InputError, match=f"{key}: a label map that is not one-hot"),
+    ):
         reader.read(key)
 
 

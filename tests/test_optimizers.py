@@ -47,7 +47,11 @@ def test_steps_equal_the_plain_optimizer_and_bad_gradients_change_nothing(name: 
         gradients = [torch.randn_like(parameter) for parameter in plain.parameters()]
         for theirs, ours, gradient in zip(plain.parameters(), mine.parameters(), gradients, strict=True):
             theirs.grad = gradient / max(1.0, float(sum((g**2).sum() for g in gradients)) ** 0.5 + 1e-6)
-            ours.grad = gradient.clone(memory_format=torch.preserve_format).to(memory_format=layout) if gradient.ndim == 4 else gradient.clone()
+            ours.grad = (
+                gradient.clone(memory_format=torch.preserve_format).to(memory_format=layout)
+                if gradient.ndim == 4
+                else gradient.clone()
+            )
         if step == 2:  # the same step with one bad number is left out
             before = [p.detach().clone() for p in [*mine.parameters(), *optimizer.state[mine.weight].values()]]
             kept = [p.grad.clone() for p in mine.parameters()]

@@ -91,9 +91,7 @@ def test_one_hot_refuses_two_classes_in_a_pixel() -> None:
         from_one_hot(label_map)
 
 
-@pytest.mark.parametrize(
-    ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "L")]
-)
+@pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "L")])
 def test_image_decodes_as_pillow_does(form: str, mode: str) -> None:
     content = image_file(form, mode)
     reference = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))

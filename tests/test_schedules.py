@@ -28,6 +28,4 @@ def test_blocks_update_one_network_at_a_time_in_blocks() -> None:
     alternation = AlternationConfig("blocks", segmentor=3, discriminator=2)
     turns = ["S" if phase(step, alternation).segmentor else "D" for step in range(12)]
     assert "".join(turns) == "SSSDDSSSDDSS"
-    assert all(
-        phase(step, alternation).segmentor != phase(step, alternation).discriminator for step in range(12)
-    )
+    assert all(phase(step, alternation).segmentor != phase(step, alternation).discriminator for step in range(12))

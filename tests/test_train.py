@@ -80,7 +80,9 @@ def uninterrupted(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return runs
 
 
-def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "killed"
     for kill_after in ("step-00000003", "step-00000006"):
         process = start(command(2, toy_shards, run_dir))

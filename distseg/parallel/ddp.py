@@ -63,10 +63,10 @@ class DDPLearner:
         but for the variance between the ranks' means.
         """
         world_size = torch.distributed.get_world_size()
-        moving = [module for module in self._batch_norms if module.training and module.track_running_stats]
+        moving = [module for module in self._batch_norms if module.training]
         if world_size == 1 or not moving:
             return
-        buffers = [buffer for module in moving for buffer in (module.running_mean, module.running_var)]
+        buffers = [b for module in moving for b in (module.running_mean, module.running_var) if b is not None]
         flat = torch.cat(buffers)
         all_reduce_sum(flat).div_(world_size)
         for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
@@ -119,4 +119,3 @@ def backward(terms: Sequence[tuple[Tensor, Tensor | None]], learners: Sequence[A
     parameters = [parameter for learner in learners for parameter in learner.trained]
     roots, gradients = zip(*terms, strict=True)
     torch.autograd.backward(roots, gradients, inputs=parameters)
-

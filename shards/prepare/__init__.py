@@ -76,9 +76,7 @@ def _check_out(out: Path, name: str) -> None:
 def _parse(name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]) -> int:
     options = [option for option in parameters if option != "root"]
     if key not in options:
-        raise InputError(
-            f"option {key!r} of {name}", f"one of: {', '.join(options) or 'none'}", "correct the option"
-        )
+        raise InputError(f"option {key!r} of {name}", f"one of: {', '.join(options) or 'none'}", "correct the option")
     try:
         return int(value)
     except ValueError:

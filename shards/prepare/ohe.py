@@ -37,9 +37,7 @@ def _key(path: Path) -> str:
     for suffix in SUFFIXES:
         if path.name.endswith(suffix):
             return path.name.removesuffix(suffix).removeprefix(LABEL_PREFIX)
-    raise InputError(
-        f"{path}", f"label maps named <id> and one of {', '.join(SUFFIXES)}", "move it elsewhere"
-    )
+    raise InputError(f"{path}", f"label maps named <id> and one of {', '.join(SUFFIXES)}", "move it elsewhere")
 
 
 def _classes(num_classes: int) -> ClassSet:

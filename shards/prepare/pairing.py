@@ -15,9 +15,7 @@ VAL_SHARE = 5  # one image in five validates: 143 of Stanford Background's 715
 def check_pairs(root: Path, images: dict[str, Path], labels: dict[str, Path]) -> None:
     """Raise InputError, naming the first id, unless the two dicts by id are the same ids, and some."""
     if not images:
-        raise InputError(
-            f"no images/*.jpg in {root}", "the folder that the data set was unpacked to", "correct --root"
-        )
+        raise InputError(f"no images/*.jpg in {root}", "the folder that the data set was unpacked to", "correct --root")
     unpaired = sorted(images.keys() ^ labels.keys())
     if unpaired:
         side = "label" if unpaired[0] in images else "image"
@@ -28,9 +26,7 @@ def check_pairs(root: Path, images: dict[str, Path], labels: dict[str, Path]) ->
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
     """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates; needs two keys."""
     if len(keys) < 2 or seed < 0:
-        raise InputError(
-            f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them"
-        )
+        raise InputError(f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them")
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(keys))
     val = {keys[index] for index in order[: max(1, len(keys) // VAL_SHARE)]}
     return {"train": [key for key in keys if key not in val], "val": [key for key in keys if key in val]}

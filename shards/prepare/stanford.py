@@ -25,9 +25,7 @@ def samples(root: Path, seed: int | None = None) -> tuple[ClassSet, Iterator[Sam
     than -1 to 7.
     """
     images = {path.stem: path for path in (root / "images").glob("*.jpg")}
-    labels = {
-        path.name.removesuffix(".regions.txt"): path for path in (root / "labels").glob("*.regions.txt")
-    }
+    labels = {path.name.removesuffix(".regions.txt"): path for path in (root / "labels").glob("*.regions.txt")}
     check_pairs(root, images, labels)
     splits = _splits(root, sorted(images), seed)
     pairs = [(images[key], labels[key], split) for split, keys in splits.items() for key in keys]
@@ -46,9 +44,7 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
     if sorted(listed) != keys:
         wrong = sorted(set(keys) ^ set(listed)) or sorted({key for key in listed if listed.count(key) > 1})
         got = f"{folder}: {len(wrong)} ids not listed exactly once or without an image, the first: {wrong[0]}"
-        raise InputError(
-            got, "each image in one list, once", "correct the lists, or remove splits/ for a seeded split"
-        )
+        raise InputError(got, "each image in one list, once", "correct the lists, or remove splits/ for a seeded split")
     return splits
 
 
@@ -61,9 +57,7 @@ def _list(folder: Path, name: str) -> list[str]:
 
 def _sample(image_path: Path, label_path: Path, split: str) -> Sample:
     image, size = read_image(image_path)
-    return Sample(
-        image_path.stem, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}"
-    )
+    return Sample(image_path.stem, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}")
 
 
 def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -75,15 +69,11 @@ def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
     except (ValueError, Warning) as error:
         raise InputError(f"{path}: {error}", "rows of whole numbers", "unpack the data set again") from None
     if values.shape != size:
-        got = (
-            f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers for an image {size[0]} x {size[1]}"
-        )
+        got = f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers for an image {size[0]} x {size[1]}"
         raise InputError(got, "one number for every pixel (height x width)", "unpack the data set again")
     wrong = values[(values < UNKNOWN) | (values >= STANFORD.num_classes)]
     if wrong.size:
         got = f"{path}: label {wrong[0]} where there are {STANFORD.num_classes} classes"
-        raise InputError(
-            got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file"
-        )
+        raise InputError(got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file")
     values[values == UNKNOWN] = IGNORE_INDEX
     return values.astype(np.uint8)

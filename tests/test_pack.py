@@ -1,0 +1,211 @@
+"""Shards have the same bytes whoever writes them, plain webdataset reads them, and damage is always seen."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import toy_samples
+from PIL import Image
+
+import shards.pack
+from shards.errors import InputError
+from shards.manifest import Manifest
+from shards.maps import write_maps
+from shards.pack import pack
+from shards.reader import ShardReader
+from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image
+
+
+def mixed_samples() -> list[Sample]:
+    """The toy samples, one of them a PNG original, one without a label."""
+    samples = toy_samples()
+    file = io.BytesIO()
+    Image.fromarray(decode_image(samples[1].image)).save(file, "PNG")
+    samples[1] = replace(samples[1], image=file.getvalue())
+    samples[4] = replace(samples[4], label=None)
+    return samples
+
+
+def write(path: Path, samples: list[Sample], name: str = "toy blobs") -> Path:
+    write_maps(path, name, STANFORD, samples, len(samples))
+    return path
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("maps") / "maps.h5", mixed_samples())
+
+
+@pytest.fixture(scope="module")
+def packed(maps: Path) -> Path:
+    """Three training shards and two validation shards."""
+    pack(maps, maps.parent / "packed", samples_per_shard=3)
+    return maps.parent / "packed"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    maps: Path, packed: Path, tmp_path: Path, num_workers: int
+) -> None:
+    pack(maps, tmp_path, samples_per_shard=3, num_workers=num_workers)
+    assert contents(tmp_path) == contents(packed)
+
+
+def test_plain_webdataset_reads_the_shards(packed: Path) -> None:
+    shards_of = {name: sorted(map(str, packed.glob(f"{name}-*.tar"))) for name in ("train", "val")}
+    assert {name: len(found) for name, found in shards_of.items()} == {"train": 3, "val": 2}
+    read = [row for found in shards_of.values() for row in webdataset.WebDataset(found, shardshuffle=False)]
+    for row, sample in zip(read, mixed_samples(), strict=True):
+        kind = "image.png" if sample.key == "toy_01" else "jpg"
+        assert row["__key__"] == sample.key
+        assert row[kind] == sample.image
+        assert json.loads(row["json"]) == {"source_id": sample.source_id, "split": sample.split}
+        if sample.label is None:
+            assert "png" not in row
+        else:
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["png"]))), sample.label)
+
+
+def test_manifest_counts_every_pixel(packed: Path) -> None:
+    manifest = Manifest.load(packed)
+    assert (manifest.name, manifest.classes) == ("toy blobs", STANFORD)
+    for name, split in manifest.splits.items():
+        samples = [sample for sample in mixed_samples() if sample.split == name]
+        labels = [sample.label.ravel() for sample in samples if sample.label is not None]
+        counts = np.bincount(np.concatenate(labels), minlength=256)
+        assert split.num_samples == len(samples) == sum(shard.num_samples for shard in split.shards)
+        assert (list(split.class_pixels), split.void_pixels) == (list(counts[:8]), counts[IGNORE_INDEX])
+    manifest.verify(packed)
+
+
+def test_packing_again_leaves_no_stale_shard(maps: Path, packed: Path, tmp_path: Path) -> None:
+    pack(maps, tmp_path, samples_per_shard=1)
+    (tmp_path / "notes.txt").write_text("mine")
+    pack(maps, tmp_path, samples_per_shard=3)
+    assert contents(tmp_path) == contents(packed) | {"notes.txt": b"mine"}
+
+
+def test_shards_of_something_else_are_not_touched(maps: Path, packed: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.h5", toy_samples(), name="other")
+    for case in ("another data set", "no manifest", "damaged manifest"):
+        out = tmp_path / case
+        shutil.copytree(packed, out)
+        if case == "no manifest":
+            (out / "manifest.json").unlink()
+        if case == "damaged manifest":
+            (out / "manifest.json").write_text("{}")
+        before = contents(out)
+        with pytest.raises(InputError, match="empty it first"):
+            pack(other, out)
+        assert contents(out) == before
+        pack(other, out, overwrite=True)
+        assert Manifest.load(out).name == "other"
+        assert {path.name for path in out.glob("*.tar")} == {"train-000000.tar", "val-000000.tar"}
+    with pytest.raises(InputError, match="is a file"):
+        pack(maps, other)
+
+
+def broken(sample: Sample) -> Sample:
+    """The header is sound, so only a whole decode sees it."""
+    middle = len(sample.image) // 2
+    return replace(sample, image=sample.image[:middle] + sample.image[-2:])
+
+
+def test_failed_pack_leaves_the_earlier_one(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    samples = mixed_samples()
+    bad = write(tmp_path / "bad.h5", [*samples[:9], broken(samples[9]), *samples[10:]])
+    with pytest.raises(InputError, match="toy_09: an unreadable image") as caught:
+        pack(bad, out)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # the way it leaves a worker
+    assert contents(out) == contents(packed)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(webdataset.TarWriter, "write", full)
+    with pytest.raises(InputError, match="disk full"):
+        pack(bad, out)
+    assert contents(out) == contents(packed)
+
+
+def test_too_little_space_is_seen_before_anything_is_written(
+    maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=maps.stat().st_size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="MB free"):
+        pack(maps, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_take_less_space_than_was_asked_for(maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(shards.pack, "check_space", lambda _, num_bytes: asked.append(num_bytes))
+    pack(maps, tmp_path, samples_per_shard=1)
+    assert sum(map(len, contents(tmp_path).values())) <= asked[0]
+
+
+def pack_killed(maps: Path, out: Path, at: int) -> bool:
+    """Pack in a child process that is killed at its `at`-th rename; False when there were fewer."""
+    child = os.fork()
+    if child == 0:
+        left, rename = [at], os.replace
+
+        def replace_or_die(source: object, target: object) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        os.replace = replace_or_die
+        pack(maps, out, samples_per_shard=4)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def read_all(directory: Path) -> list[tuple[str, bytes, bytes | None]]:
+    """Everything in every split, by all the checks that there are."""
+    manifest = Manifest.load(directory)
+    manifest.verify(directory)
+    readers = [ShardReader(directory, split) for split in manifest.splits]
+    raws = [reader.read(index) for reader in readers for index in range(len(reader))]
+    return [(raw.key, raw.image, raw.label) for raw in raws]
+
+
+def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(maps: Path, tmp_path: Path) -> None:
+    """Killed at every rename: readers see the earlier pack, the new one, or an InputError."""
+    earlier = write(tmp_path / "earlier.h5", toy_samples()[::-1])
+    pack(maps, tmp_path / "new", samples_per_shard=4)
+    pack(earlier, tmp_path / "old", samples_per_shard=3)
+    wholes = [read_all(tmp_path / "new"), read_all(tmp_path / "old")]
+    out, at, refused = tmp_path / "out", 1, 0
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out)
+        if not pack_killed(maps, out, at):
+            break
+        try:
+            assert read_all(out) in wholes
+        except InputError:
+            refused += 1
+        pack(maps, out, samples_per_shard=4)
+        assert contents(out) == contents(tmp_path / "new")
+        at += 1
+    assert at > 14 and refused > 0  # 3 shards, 3 indices and a manifest, each written and moved

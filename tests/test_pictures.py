@@ -1,0 +1,172 @@
+"""Pictures of a run: the colours mean what the legend says, and each curve and class is in its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from distseg import pictures
+from shards.sample import STANFORD, ClassSet
+
+TRAIN = ("loss/segmentor", "loss/cross_entropy")
+ADVERSARIAL = ("loss/adversarial", "loss/discriminator_real", "loss/discriminator_fake")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is saved, for a look at what is in it."""
+    saved: list[Figure] = []
+    original = pictures._save
+    monkeypatch.setattr(
+        pictures, "_save", lambda figure, out: (saved.append(figure), original(figure, out))[1]
+    )
+    return saved
+
+
+def rows(names: tuple[str, ...], num_steps: int = 200) -> list[dict[str, Any]]:
+    values = np.random.default_rng(0).random((num_steps, len(names)))
+    return [
+        {"step": 10 * s, "time": 0.0, **dict(zip(names, row, strict=True))} for s, row in enumerate(values)
+    ]
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title(loc) for axes in figure.axes for loc in ("left", "center") if axes.get_title(loc)]
+
+
+def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    metrics = rows(TRAIN + ADVERSARIAL)
+    metrics[50]["loss/discriminator_real"] = float("nan")
+    metrics += [{"step": 500, "val/mean_iou": 0.5, "val/pixel_accuracy": 0.8}]
+    pictures.curves(metrics, tmp_path / "pictures" / "curves.png")
+    (figure,) = figures
+    assert titles(figure) == [
+        "Discriminator on real label maps",
+        "Discriminator on predictions",
+        "Segmentor",
+        "Validation",
+    ]
+    raw, smooth, undecided = figure.axes[0].lines
+    values = np.array([row["loss/discriminator_real"] for row in metrics[:200]])
+    np.testing.assert_array_equal(raw.get_ydata(), values)
+    np.testing.assert_array_equal(smooth.get_xdata(), np.arange(0, 2000, 10))
+    np.testing.assert_allclose(np.asarray(smooth.get_ydata())[100], values[97:104].mean())
+    assert np.isfinite(np.asarray(smooth.get_ydata())).all()
+    np.testing.assert_allclose(undecided.get_ydata(), np.log(2))
+    assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy", "adversarial"]
+    with Image.open(tmp_path / "pictures" / "curves.png") as png:
+        assert png.format == "PNG" and min(png.size) > 600
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
+
+
+def test_curves_of_a_supervised_run_have_no_discriminator(tmp_path: Path, figures: list[Figure]) -> None:
+    pictures.curves(rows(TRAIN), tmp_path / "curves.png")
+    assert titles(figures[0]) == ["Segmentor"]
+    assert (
+        figures[0].axes[-1].get_xlabel() == "training step"
+        and figures[0].axes[0].get_ylabel() == "loss (nats)"
+    )
+
+
+@pytest.mark.parametrize("metrics", [[], rows(TRAIN, 1), [{"step": 0, "loss/segmentor": float("nan")}]])
+def test_curves_of_hardly_anything_are_still_a_picture(tmp_path: Path, metrics: list[dict[str, Any]]) -> None:
+    pictures.curves(metrics, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as png:
+        assert png.format == "PNG"
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 10, 99])
+def test_running_mean_equals_the_mean_of_each_window(window: int) -> None:
+    values = np.random.default_rng(window).normal(size=40)
+    values[[3, 4, 5, 20]] = np.nan, np.inf, -np.inf, np.nan
+    half = window // 2
+    for place, mean in enumerate(pictures.running_mean(values, window)):
+        part = values[max(0, place - half) : place + half + 1]
+        part = part[np.isfinite(part)]
+        np.testing.assert_allclose(mean, part.mean() if len(part) else np.nan)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 40), (20, 90), (1, 1)])
+@pytest.mark.parametrize("num_classes", [1, 8, 21])
+def test_the_panel_shows_each_class_from_0_to_1(
+    tmp_path: Path, figures: list[Figure], size: tuple[int, int], num_classes: int
+) -> None:
+    rng = np.random.default_rng(0)
+    classes = ClassSet(tuple(f"class {c}" for c in range(num_classes)), ((10, 20, 30),) * num_classes)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    label = rng.integers(0, num_classes, size, dtype=np.uint8)
+    planes = rng.dirichlet(np.ones(num_classes), size).transpose(2, 0, 1).astype(np.float32)
+    pictures.sample_panel(image, label, planes, classes, tmp_path / "a.png")
+    figure = figures[0]
+    errors = (planes.argmax(0) != label).mean()
+    top = ["picture", "label", "prediction", f"errors: {errors:.1%} of pixels"]
+    assert titles(figure) == top + list(classes.names)
+    shown = [axes.images[0] for axes in figure.axes if axes.images]
+    np.testing.assert_array_equal(shown[0].get_array(), image)
+    for plane, picture in zip(planes, shown[4:], strict=True):
+        np.testing.assert_array_equal(picture.get_array(), plane)
+        assert picture.get_clim() == (0, 1)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(classes.names)
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(
+        box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes
+    )
+
+
+def test_the_panel_without_a_label_has_picture_and_prediction(tmp_path: Path, figures: list[Figure]) -> None:
+    planes = np.full((8, 30, 40), 0.125, np.float32)
+    pictures.sample_panel(np.zeros((30, 40, 3), np.uint8), None, planes, STANFORD, tmp_path / "a.png")
+    assert titles(figures[0]) == ["picture", "prediction", *STANFORD.names]
+
+
+def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: list[Figure]) -> None:
+    label = np.full((30, 40), 255, np.uint8)
+    planes = np.full((8, 30, 40), 0.125, np.float32)
+    pictures.sample_panel(np.zeros((30, 40, 3), np.uint8), label, planes, STANFORD, tmp_path / "a.png")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [*STANFORD.names, "void"]
+    assert "errors (label is all void)" in titles(figures[0])
+
+
+def test_colours_are_the_palettes_and_void_is_white() -> None:
+    label = np.array([[0, 7, 255], [3, 3, 1]], np.uint8)
+    result = pictures.colourise(label, STANFORD)
+    assert result.dtype == np.uint8
+    for value, color in zip(label.ravel(), result.reshape(-1, 3), strict=True):
+        assert tuple(color) == ((255, 255, 255) if value == 255 else STANFORD.palette[value])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_overlay_mixes_by_alpha_and_leaves_void_alone(alpha: float) -> None:
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    label = rng.integers(0, 8, (9, 11), dtype=np.uint8)
+    label[2] = 255
+    result = pictures.overlay(image, label, STANFORD, alpha).astype(float)
+    mixed = (1 - alpha) * image + alpha * pictures.colourise(label, STANFORD)
+    mixed[2] = image[2]
+    assert np.abs(result - mixed).max() <= 0.51
+
+
+def test_error_map_separates_right_wrong_and_void() -> None:
+    colors = pictures.error_map(np.array([[1, 2, 3]], np.uint8), np.array([[1, 0, 255]], np.uint8))
+    right, wrong, void = (tuple(color) for color in colors[0])
+    assert len({right, wrong, void}) == 3 and void == (255, 255, 255)
+    assert wrong[0] > 200 and max(wrong[1:]) < 50 and len(set(right)) == 1
+
+
+def test_bars_have_the_length_of_the_iou(tmp_path: Path, figures: list[Figure]) -> None:
+    per_class = {"sky": 0.9, "tree": 0.5, "road": float("nan"), "grass": 0.0}
+    pictures.iou_bars(per_class, tmp_path / "iou.png")
+    axes = figures[0].axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.9, 0.5, 0.0, 0.0]
+    assert [text.get_text() for text in axes.texts] == ["90.0%", "50.0%", "absent", "0.0%"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == list(per_class)
+    assert figures[0].legends[0].get_texts()[0].get_text() == "mean IoU 46.7%"

@@ -1,0 +1,199 @@
+"""Predictions on files: every kind of image at its own size, bad input first, and no picture overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from distseg import predict as predict_module
+from distseg.inference import probabilities
+from distseg.predict import PredictOptions, collect_images, load_image, predict
+from shards.errors import InputError
+from shards.sample import ClassSet
+
+CLASSES = ClassSet(
+    ("dark", "red", "green things", "blue"), ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+)
+
+
+class Colors(nn.Module):
+    """Calls each pixel by its strongest colour channel, or dark: an exact stand-in for a segmentor."""
+
+    num_classes = 4
+
+    def forward(self, image: Tensor) -> Tensor:
+        dark = torch.full_like(image[:, :1], 0.25)
+        return torch.cat([dark, image], 1) * 20
+
+
+def colored(height: int, width: int) -> np.ndarray:
+    """Blocks of dark, red, green and blue, 8 pixels each."""
+    rows, columns = np.mgrid[:height, :width] // 8
+    return np.array([(0, 0, 0), (200, 0, 0), (0, 200, 0), (0, 0, 200)], np.uint8)[(rows + 2 * columns) % 4]
+
+
+def expected(image: np.ndarray) -> np.ndarray:
+    return np.where(image.max(2) > 64, image.argmax(2) + 1, 0).astype(np.uint8)
+
+
+def save(path: Path, image: np.ndarray, **options: object) -> Path:
+    Image.fromarray(image).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("size", [(48, 64), (33, 71), (7, 5), (1, 1), (300, 410)])
+def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    image = colored(*size)
+    path = save(tmp_path / "a.png", image)
+    (index_path,) = predict(Colors(), [path], tmp_path / "out", CLASSES, PredictOptions(probabilities=True))
+    assert index_path == tmp_path / "out" / "a.png"
+    with Image.open(index_path) as index:
+        assert index.mode == "L"
+        assert np.array_equal(index, expected(image))
+    with Image.open(tmp_path / "out" / "a_color.png") as color:
+        assert color.mode == "P" and np.array_equal(color, expected(image))
+        assert np.array_equal(color.convert("RGB"), np.array(CLASSES.palette, np.uint8)[expected(image)])
+    with Image.open(tmp_path / "out" / "a_overlay.jpg") as mixed:
+        assert mixed.size == size[::-1]
+    planes = probabilities(Colors(), image).numpy()
+    for name, plane in zip(("dark", "red", "green_things", "blue"), planes, strict=True):
+        with Image.open(tmp_path / "out" / f"a_prob_{name}.png") as picture:
+            np.testing.assert_array_equal(picture, np.rint(plane * 255))
+    assert len(list((tmp_path / "out").iterdir())) == 3 + 4
+
+
+def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = colored(300, 410)
+    path = save(tmp_path / "a.png", image)
+    sides = []
+
+    def counted(model: nn.Module, part: np.ndarray, *options: Any) -> Tensor:
+        sides.append(max(part.shape))
+        return probabilities(model, part, *options)
+
+    monkeypatch.setattr(predict_module, "probabilities", counted)
+    (index,) = predict(Colors(), [path], tmp_path / "out", CLASSES, PredictOptions(max_px=128))
+    assert np.array_equal(Image.open(index), expected(image))
+    assert max(sides) == 128 and len(sides) > 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_the_picture_upright(tmp_path: Path, orientation: int) -> None:
+    upright = colored(40, 56)
+    upright[:8, :8] = (200, 0, 0)
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", np.ascontiguousarray(turned), exif=exif)
+    (index,) = predict(Colors(), [path], tmp_path / "out", CLASSES, PredictOptions())
+    assert np.array_equal(Image.open(index), expected(upright))
+
+
+def test_gray_transparent_palette_and_16_bit_images_become_8_bit_rgb(tmp_path: Path) -> None:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    rgb = np.repeat(gray[..., None], 3, 2)
+    rgba = np.concatenate([colored(16, 16), gray[..., None]], 2)
+    assert np.array_equal(load_image(save(tmp_path / "gray.png", gray)), rgb)
+    assert np.array_equal(load_image(save(tmp_path / "deep.png", gray.astype(np.uint16) * 257)), rgb)
+    between = np.minimum(gray.astype(int) * 257 + 100, 65535).astype(np.uint16)
+    assert np.array_equal(load_image(save(tmp_path / "deep.tif", between)), rgb)
+    assert np.array_equal(load_image(save(tmp_path / "alpha.png", rgba)), rgba[..., :3])
+    Image.fromarray(colored(16, 16)).convert("P").save(tmp_path / "palette.png")
+    assert np.array_equal(
+        load_image(tmp_path / "palette.png"), np.array(Image.open(tmp_path / "palette.png").convert("RGB"))
+    )
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "print.jpg")
+    assert load_image(tmp_path / "print.jpg").shape == (16, 16, 3)
+
+
+def test_all_unreadable_images_are_listed_before_anything_is_computed(tmp_path: Path) -> None:
+    class Never(Colors):
+        def forward(self, image: Tensor) -> Tensor:
+            raise AssertionError("computed before the check")
+
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    good = save(tmp_path / "good.png", noise)
+    for name in ("cut.jpg", "cut.png"):
+        whole = save(tmp_path / name, noise).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    save(tmp_path / "float.tif", noise[..., 0].astype(np.float32))
+    bad = [tmp_path / name for name in ("cut.jpg", "cut.png", "text.jpg", "float.tif", "missing.jpg")]
+    with pytest.raises(InputError) as caught:
+        predict(Never(), [good, *bad], tmp_path / "out", CLASSES, PredictOptions())
+    assert caught.value.got.startswith("5 of 6 images cannot be read")
+    assert all(str(path) in caught.value.got for path in bad) and str(good) not in caught.value.got
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    names = [
+        "a.png",
+        "a.bmp",
+        "A.ppm",
+        "a_color.png",
+        "b_overlay.bmp",
+        "b.png",
+        "deeper/a.png",
+        "deeper/a.bmp",
+    ]
+    images = []
+    for number, name in enumerate(names):
+        images.append(save(tmp_path / name, colored(32 + number, 40)))
+    written = predict(Colors(), images, tmp_path / "out", CLASSES, PredictOptions())
+    assert written[0].name == "a.png" and written[1].name == "a_bmp.png"
+    assert [Image.open(path).height for path in written] == [32 + number for number in range(len(names))]
+    assert len(list((tmp_path / "out").iterdir())) == 3 * len(names)
+    assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == 3 * len(names)
+
+
+def test_class_names_that_differ_in_signs_only_get_pictures_of_their_own(tmp_path: Path) -> None:
+    classes = ClassSet(("a/b", "a b", "c", "d"), CLASSES.palette)
+    path = save(tmp_path / "x.png", colored(40, 40))
+    predict(Colors(), [path], tmp_path / "out", classes, PredictOptions(probabilities=True))
+    assert len(list((tmp_path / "out").glob("x_prob_*.png"))) == 4
+
+
+def test_a_folder_gives_its_images_in_order(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "c.tiff"):
+        save(tmp_path / name, colored(8, 8), format="PNG")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in collect_images(tmp_path)] == ["a.png", "b.JPG", "c.tiff"]
+    assert collect_images(tmp_path / "a.png") == [tmp_path / "a.png"]
+
+
+def test_wrong_paths_and_options_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        collect_images(tmp_path / "missing")
+    (tmp_path / "x" / "deep").mkdir(parents=True)
+    with pytest.raises(InputError, match="no image in"):
+        collect_images(tmp_path / "x")
+    path = save(tmp_path / "x" / "deep" / "a.png", colored(8, 8))
+    with pytest.raises(InputError, match=f"for example {path.parent}"):
+        collect_images(tmp_path / "x")
+    with pytest.raises(InputError, match="holds the images themselves"):
+        predict(Colors(), [path], path.parent, CLASSES, PredictOptions())
+    with pytest.raises(InputError, match="4 classes and 1 class names"):
+        predict(Colors(), [path], tmp_path / "out", ClassSet(("a",), ((0, 0, 0),)), PredictOptions())
+    for options in ({"max_px": 64}, {"overlay_alpha": 1.5}):
+        with pytest.raises(InputError):
+            PredictOptions(**options)

@@ -1,0 +1,129 @@
+"""The reader gives exactly the packed bytes or an InputError that names what is damaged."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import toy_samples
+
+from shards.errors import InputError
+from shards.manifest import Manifest
+from shards.reader import RawSample, ShardReader
+from shards.sample import decode_label
+
+
+@pytest.fixture
+def directory(toy_shards: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(toy_shards, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def read_all(directory: Path) -> list[RawSample]:
+    readers = [ShardReader(directory, split) for split in ("train", "val")]
+    return [reader.read(index) for reader in readers for index in range(len(reader))]
+
+
+def test_gives_what_was_packed(toy_shards: Path) -> None:
+    for split in ("train", "val"):
+        reader = ShardReader(toy_shards, split)
+        samples = [sample for sample in toy_samples() if sample.split == split]
+        assert len(reader) == len(samples)
+        for index, sample in enumerate(samples):
+            raw = reader.read(index)
+            assert (raw.key, raw.image) == (sample.key, sample.image) and reader.key(index) == sample.key
+            np.testing.assert_array_equal(decode_label(raw.label), sample.label)
+            assert reader.size(index) == sample.label.shape
+
+
+def test_threads_and_processes_read_the_same(toy_shards: Path) -> None:
+    reader = ShardReader(toy_shards, "train")
+    expected = [reader.read(index) for index in range(8)]
+    order = np.random.default_rng(0).integers(0, 8, 400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(reader.read, order)) == [expected[index] for index in order]
+    assert pickle.loads(pickle.dumps(reader)).read(5) == expected[5]
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # descriptors are open already
+        assert pool.map(reader.read, order[:50]) == [expected[index] for index in order[:50]]
+
+
+def test_no_damage_goes_unseen(toy_shards: Path, directory: Path) -> None:
+    """Flipped bits and truncations in all files: verify sees each, the reader never gives other bytes."""
+    expected, rng = read_all(toy_shards), np.random.default_rng(3)
+    files = sorted(path.name for path in toy_shards.iterdir())
+    unread = 0
+    for trial in range(300):
+        name = files[trial % len(files)]
+        whole = (toy_shards / name).read_bytes()
+        damaged = bytearray(whole)
+        if trial % 4 == 0:
+            del damaged[rng.integers(len(whole)) :]
+        else:
+            damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        (directory / name).write_bytes(damaged)
+        with pytest.raises(InputError):
+            Manifest.load(directory).verify(directory)
+        try:
+            assert read_all(directory) == expected
+        except InputError as error:
+            assert name.split(".")[0] in str(error)
+        else:
+            unread += 1
+            assert name.endswith(".tar")  # a bit in a tar header or its padding, which the reader never reads
+        (directory / name).write_bytes(whole)
+    assert read_all(directory) == expected
+    assert unread < 100
+
+
+def test_damage_names_sample_and_shard(directory: Path) -> None:
+    reader = ShardReader(directory, "train")
+    path = directory / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[content.index(reader.read(4).image) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"sample toy_04 in .*train-000001\.tar"):
+        ShardReader(directory, "train").read(4)
+    path.write_bytes(content[:2000])  # cut while it is open: no stale length is trusted
+    with pytest.raises(InputError, match=r"train-000001\.tar"):
+        reader.read(4)
+
+
+@pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.index.json"])
+def test_missing_file_is_named(directory: Path, name: str) -> None:
+    (directory / name).unlink()
+    with pytest.raises(InputError, match=f"(?s){name}.*missing"):
+        ShardReader(directory, "train")
+    with pytest.raises(InputError, match=name):
+        Manifest.load(directory).verify(directory)
+
+
+def test_no_manifest_gives_the_command(directory: Path) -> None:
+    (directory / "manifest.json").unlink()
+    with pytest.raises(InputError, match=rf"distseg pack FILE\.h5 --out {directory}"):
+        ShardReader(directory, "train")
+
+
+def test_manifest_of_another_version(directory: Path) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    with pytest.raises(InputError, match=r"version 2\n  needed: version 1"):
+        ShardReader(directory, "train")
+
+
+def test_absent_split_names_the_others(toy_shards: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)no split 'test'.*train, val"):
+        ShardReader(toy_shards, "test")
+
+
+def test_manifest_keeps_its_identity(directory: Path) -> None:
+    manifest = Manifest.load(directory)
+    manifest.save(directory)
+    assert Manifest.load(directory) == manifest
+    assert Manifest.load(directory).sha256 == manifest.sha256
