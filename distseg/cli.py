@@ -61,9 +61,7 @@ Later values win:      defaults < preset < command line.  `--dry-run` prints eve
 Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop."""
     parser = _command(commands, "train", "train a segmentor with an adversary", text)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ..."
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ...")
     parser.set_defaults(handler=_train)
 
 

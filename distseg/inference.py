@@ -35,9 +35,7 @@ def probabilities(
         got = f"an image of shape {image.shape} and type {image.dtype}"
         raise InputError(got, "(H, W, 3) uint8", "convert it to 8-bit RGB")
     if not scales or min(scales) <= 0:
-        raise InputError(
-            f"scales={scales}", "at least one factor above 0", "scales=(1.0,) is the plain image"
-        )
+        raise InputError(f"scales={scales}", "at least one factor above 0", "scales=(1.0,) is the plain image")
     device = torch.device(device)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     # HWC bytes seen as NCHW are channels_last already, and are copied to the device as bytes.
@@ -101,9 +99,7 @@ def _softmax_at(model: nn.Module, view: Tensor, height: int, width: int) -> Tens
 def _spans(length: int, tile_px: int, overlap_px: int) -> list[tuple[int, int, Tensor]]:
     """Cut 0..length into tiles: (start, end, weights of its pixels); the weights of a pixel sum to 1."""
     fade_px, blind_px = overlap_px // 2, overlap_px // 4
-    fade_in = torch.cat(
-        [torch.zeros(blind_px), (torch.arange(fade_px) + 0.5) / fade_px, torch.ones(blind_px)]
-    )
+    fade_in = torch.cat([torch.zeros(blind_px), (torch.arange(fade_px) + 0.5) / fade_px, torch.ones(blind_px)])
     spans = []
     start = 0
     while True:

@@ -21,9 +21,7 @@ def confusion_matrix(
     """
     if prediction.shape != label.shape:
         got = f"prediction of {tuple(prediction.shape)} and label of {tuple(label.shape)}"
-        raise InputError(
-            got, "the same shape", "resize the logits to the label's size before taking the class"
-        )
+        raise InputError(got, "the same shape", "resize the logits to the label's size before taking the class")
     valid = label != ignore_index
     truth, guess = label[valid].long(), prediction[valid].long()
     for name, classes in (("label", truth), ("prediction", guess)):
@@ -31,9 +29,7 @@ def confusion_matrix(
             low, high = (int(bound) for bound in classes.aminmax())
             if low < 0 or high >= num_classes:
                 got = f"{name} with class indices {low} to {high}"
-                raise InputError(
-                    got, f"0 to {num_classes - 1}", "check the number of classes of data and network"
-                )
+                raise InputError(got, f"0 to {num_classes - 1}", "check the number of classes of data and network")
     counts = torch.bincount(truth * num_classes + guess, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
@@ -68,9 +64,7 @@ class SegmentationScores:
             "num_classes_counted": self.num_classes_counted,
             "num_pixels": self.num_pixels,
         }
-        return values | {
-            f"iou/{name}": iou for name, iou in zip(class_names, self.per_class_iou, strict=True)
-        }
+        return values | {f"iou/{name}": iou for name, iou in zip(class_names, self.per_class_iou, strict=True)}
 
 
 def scores(confusion: torch.Tensor) -> SegmentationScores:

@@ -67,9 +67,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, unit, drawn) in zip(all_axes, panels, strict=True):
         for (steps, values), (name, label, color, style) in drawn:
-            _curve(
-                axes, steps, values, noisy=name.startswith("loss/"), label=label, color=color, linestyle=style
-            )
+            _curve(axes, steps, values, noisy=name.startswith("loss/"), label=label, color=color, linestyle=style)
         _dress(axes, title, unit)
     all_axes[-1].set_xlabel("training step")
     _save(figure, out)
@@ -121,9 +119,7 @@ def sample_panel(
     bar = grid.figure.colorbar(scale, cax=grid.bar_axes(), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.set_label("probability", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    grid.figure.legend(
-        handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False
-    )
+    grid.figure.legend(handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False)
     _save(grid.figure, out)
 
 

@@ -94,9 +94,7 @@ def collect_images(path: Path) -> list[Path]:
     return images
 
 
-def predict(
-    model: nn.Module, images: list[Path], out: Path, classes: ClassSet, options: PredictOptions
-) -> list[Path]:
+def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, options: PredictOptions) -> list[Path]:
     """Write the label of every image into the folder `out`, and print the speed.
 
     model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size and turned
@@ -205,9 +203,7 @@ def _problem(path: Path) -> str:
     try:
         with Image.open(path) as image:
             if image.format == "JPEG":
-                image.draft(
-                    "L", (image.width // 8, image.height // 8)
-                )  # reads the whole file, decodes 1/64 of it
+                image.draft("L", (image.width // 8, image.height // 8))  # reads the whole file, decodes 1/64 of it
                 image.load()
                 return ""
         load_image(path)
@@ -239,9 +235,7 @@ def _class_suffixes(classes: ClassSet) -> list[str]:
     return [f"_prob_{name}.png" if unique else f"_prob_{i:03}_{name}.png" for i, name in enumerate(cleaned)]
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Iterable[Path]
-) -> Iterator[np.ndarray]:
+def _ahead(pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Iterable[Path]) -> Iterator[np.ndarray]:
     """The results of `read` in order, a few of them computed ahead."""
     waiting: deque[Future[np.ndarray]] = deque()
     for path in paths:

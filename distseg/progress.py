@@ -92,9 +92,7 @@ class Progress:
 
     def _show_live(self) -> None:
         if self._live is None:
-            self._live = Live(
-                console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True
-            )
+            self._live = Live(console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True)
             self._live.start()
 
     def _print_line(self) -> None:

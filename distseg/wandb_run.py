@@ -49,9 +49,7 @@ def choose_mode(wanted: str) -> str:
         else:
             return "online" if _has_login() else "offline"
     if wanted == "online" and not _has_login():
-        _log.warning(
-            "W&B: no login found (run `wandb login`); writing offline, upload later with `wandb sync`"
-        )
+        _log.warning("W&B: no login found (run `wandb login`); writing offline, upload later with `wandb sync`")
         return "offline"
     return wanted
 

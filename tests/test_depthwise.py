@@ -51,9 +51,7 @@ def test_own_backward_equals_the_librarys_in_float64(geometry, size):
     expected = by_hand(x, conv.weight, stride, dilation)
     own = _Depthwise.apply(x, conv.weight, (same_pads(x, conv), stride, dilation))
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-12)
-    for ours, reference in zip(
-        gradients(own, (x, conv.weight)), gradients(expected, (x, conv.weight)), strict=True
-    ):
+    for ours, reference in zip(gradients(own, (x, conv.weight)), gradients(expected, (x, conv.weight)), strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
 
 

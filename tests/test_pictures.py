@@ -22,17 +22,13 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, for a look at what is in it."""
     saved: list[Figure] = []
     original = pictures._save
-    monkeypatch.setattr(
-        pictures, "_save", lambda figure, out: (saved.append(figure), original(figure, out))[1]
-    )
+    monkeypatch.setattr(pictures, "_save", lambda figure, out: (saved.append(figure), original(figure, out))[1])
     return saved
 
 
 def rows(names: tuple[str, ...], num_steps: int = 200) -> list[dict[str, Any]]:
     values = np.random.default_rng(0).random((num_steps, len(names)))
-    return [
-        {"step": 10 * s, "time": 0.0, **dict(zip(names, row, strict=True))} for s, row in enumerate(values)
-    ]
+    return [{"step": 10 * s, "time": 0.0, **dict(zip(names, row, strict=True))} for s, row in enumerate(values)]
 
 
 def titles(figure: Figure) -> list[str]:
@@ -69,10 +65,7 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
 def test_curves_of_a_supervised_run_have_no_discriminator(tmp_path: Path, figures: list[Figure]) -> None:
     pictures.curves(rows(TRAIN), tmp_path / "curves.png")
     assert titles(figures[0]) == ["Segmentor"]
-    assert (
-        figures[0].axes[-1].get_xlabel() == "training step"
-        and figures[0].axes[0].get_ylabel() == "loss (nats)"
-    )
+    assert figures[0].axes[-1].get_xlabel() == "training step" and figures[0].axes[0].get_ylabel() == "loss (nats)"
 
 
 @pytest.mark.parametrize("metrics", [[], rows(TRAIN, 1), [{"step": 0, "loss/segmentor": float("nan")}]])
@@ -116,9 +109,7 @@ def test_the_panel_shows_each_class_from_0_to_1(
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(classes.names)
     boxes = [axes.get_window_extent() for axes in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(
-        box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes
-    )
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
 
 
 def test_the_panel_without_a_label_has_picture_and_prediction(tmp_path: Path, figures: list[Figure]) -> None:

@@ -74,14 +74,10 @@ def test_epochs_and_seeds_differ():
     seeds = (1, 2, 2**64 - 2, 2**64 - 1)  # the last two are one number to a float
     plans = [Plan(50, seed) for seed in seeds]
     orders = {
-        tuple(plan.sample_index(50 * epoch + offset) for offset in range(50))
-        for plan in plans
-        for epoch in range(20)
+        tuple(plan.sample_index(50 * epoch + offset) for offset in range(50)) for plan in plans for epoch in range(20)
     }
     assert len(orders) == 20 * len(seeds)
-    assert len({plan.augmentation_rng(2**63 + p).random() for plan in plans for p in range(3)}) == 3 * len(
-        seeds
-    )
+    assert len({plan.augmentation_rng(2**63 + p).random() for plan in plans for p in range(3)}) == 3 * len(seeds)
 
 
 def test_only_two_orders_are_kept():
@@ -98,8 +94,7 @@ def test_augmentation_is_independent_of_the_order(seed):
     plan = Plan(5, seed)
     words = [plan.augmentation_rng(p).integers(0, 2**63, 40).tolist() for p in range(40)]
     words += [
-        np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2**63, 40).tolist()
-        for epoch in range(40)
+        np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2**63, 40).tolist() for epoch in range(40)
     ]
     flat = [word for row in words for word in row]
     assert len(set(flat)) == len(flat)

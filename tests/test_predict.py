@@ -17,9 +17,7 @@ from distseg.predict import PredictOptions, collect_images, load_image, predict
 from shards.errors import InputError
 from shards.sample import ClassSet
 
-CLASSES = ClassSet(
-    ("dark", "red", "green things", "blue"), ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
-)
+CLASSES = ClassSet(("dark", "red", "green things", "blue"), ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)))
 
 
 class Colors(nn.Module):
@@ -68,9 +66,7 @@ def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[
     assert len(list((tmp_path / "out").iterdir())) == 3 + 4
 
 
-def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = colored(300, 410)
     path = save(tmp_path / "a.png", image)
     sides = []

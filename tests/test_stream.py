@@ -86,8 +86,7 @@ def expected(reader):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_pixels_are_the_same_for_all_worlds_and_threads(reader, expected, world_size, num_threads):
     ranks = [
-        batches(reader, 8, rank=rank, world_size=world_size, num_threads=num_threads)
-        for rank in range(world_size)
+        batches(reader, 8, rank=rank, world_size=world_size, num_threads=num_threads) for rank in range(world_size)
     ]
     for step, (image, label) in enumerate(expected):
         assert [rank[step].step for rank in ranks] == [step] * world_size
@@ -218,9 +217,7 @@ def test_close_drops_what_is_queued(reader, interrupted):
 def test_prefetch_is_bounded(reader):
     """However long the caller takes, the threads stay a few batches ahead."""
     read = []
-    source = stream(
-        AlteredReader(reader, lambda index, raw: (read.append(index), raw)[1]), num_threads=2, batch_size=4
-    )
+    source = stream(AlteredReader(reader, lambda index, raw: (read.append(index), raw)[1]), num_threads=2, batch_size=4)
     with closing(source):
         next(source)
         time.sleep(0.3)

@@ -135,9 +135,7 @@ def test_borders_of_the_label_are_edges_of_the_picture(scenes):
         step = np.abs(np.diff(image.astype(np.int16), axis=1)).sum(axis=2)
         known = (label[:, 1:] != IGNORE_INDEX) & (label[:, :-1] != IGNORE_INDEX)
         border = known & (label[:, 1:] != label[:, :-1])
-        ratios.append(
-            [step[border].mean(), step[known & ~border].mean(), np.roll(step, 4, axis=1)[border].mean()]
-        )
+        ratios.append([step[border].mean(), step[known & ~border].mean(), np.roll(step, 4, axis=1)[border].mean()])
     across, inside, shifted = np.mean(ratios, axis=0)
     assert across > 3 * inside
     assert across > 2 * shifted
@@ -174,8 +172,7 @@ def test_toy_samples_are_valid_and_named_by_split():
 def test_smaller_toy_set_begins_the_larger_one():
     small, large = ({s.key: s for s in toy.samples(n, 2)[1]} for n in (2, 5))
     assert all(
-        s.image == large[key].image and np.array_equal(label_of(s), label_of(large[key]))
-        for key, s in small.items()
+        s.image == large[key].image and np.array_equal(label_of(s), label_of(large[key])) for key, s in small.items()
     )
 
 

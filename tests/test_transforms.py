@@ -148,9 +148,7 @@ def test_scale_is_log_uniform():
     # the view itself obeys: a ramp of one class per 20 source pixels shows crop / (20 * scale) classes
     label = np.tile(np.repeat(np.arange(10, dtype=np.uint8), 20), (200, 1))
     for seed in range(20):
-        _, seen = apply(
-            TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed
-        )
+        _, seen = apply(TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed)
         shown = len(set(seen.flatten()) - {255})
         scaled, offset, _ = drawn(TrainView(100, 0.5, 2.0), label.shape, seed)
         first, last = max(offset[1], 0), min(offset[1] + 100, scaled[1]) - 1
@@ -164,9 +162,7 @@ def test_a_void_crop_is_drawn_again():
     label[40:], label[:, 40:] = 255, 255
     views = [apply(TrainView(40), image, label, seed)[1] for seed in range(50)]
     assert sum((view != 255).any() for view in views) >= 25  # about 6 without
-    assert (
-        apply(TrainView(40), image, np.full_like(label, 255))[1] == 255
-    ).all()  # and it ends where nothing helps
+    assert (apply(TrainView(40), image, np.full_like(label, 255))[1] == 255).all()  # and it ends where nothing helps
 
 
 @pytest.mark.parametrize("void", [False, True])

@@ -119,9 +119,7 @@ def test_offline_file_holds_curves_pictures_and_config_but_no_secret(tmp_path: P
     assert config["seed"] == 1 and config["loss"] == {"adv_weight": 0.01}
 
     axes = [record.metric for record in records(file) if record.WhichOneof("record_type") == "metric"]
-    assert "step" in {metric.name for metric in axes} and ("*", "step") in {
-        (m.glob_name, m.step_metric) for m in axes
-    }
+    assert "step" in {metric.name for metric in axes} and ("*", "step") in {(m.glob_name, m.step_metric) for m in axes}
     for path in run_dir.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     assert not list(run_dir.rglob("wandb-metadata.json")) and not list(run_dir.rglob("requirements.txt"))
@@ -216,9 +214,7 @@ def test_rows_that_wandb_has_already_are_not_sent_again() -> None:
     assert run.sent == [40, 40, 50]
 
 
-def test_auto_is_online_exactly_when_there_is_a_login(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_online_exactly_when_there_is_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_mode("auto") == choose_mode("online") == "offline"
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine example.org login user password x\n")
@@ -250,9 +246,7 @@ def test_secrets_are_taken_out_of_a_nested_config() -> None:
     }
 
 
-def test_a_stuck_thread_is_left_after_the_time_for_finishing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stuck_thread_is_left_after_the_time_for_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WandbRun, "_work", lambda self: time.sleep(5))
     monkeypatch.setattr(wandb_run, "_FINISH_SECONDS", 0.3)
     run = WandbRun(tmp_path, "offline", OPTIONS, {})

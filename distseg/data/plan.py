@@ -22,9 +22,7 @@ class Plan:
 
     def __init__(self, num_samples: int, seed: int):
         if num_samples < 1:
-            raise InputError(
-                f"{num_samples} samples", "at least one sample", "choose a split that holds samples"
-            )
+            raise InputError(f"{num_samples} samples", "at least one sample", "choose a split that holds samples")
         if not 0 <= seed < MAX_POSITION:
             raise InputError(f"seed={seed}", "an integer from 0 to 2^64-1", "choose another seed")
         self.num_samples = num_samples
@@ -48,9 +46,7 @@ class Plan:
         return np.random.Generator(np.random.Philox(key=self._key(epoch))).permutation(self.num_samples)
 
     def _key(self, word: int) -> np.ndarray:
-        return np.array(
-            [self.seed, word], dtype=np.uint64
-        )  # a plain list with a large word turns into floats
+        return np.array([self.seed, word], dtype=np.uint64)  # a plain list with a large word turns into floats
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> range:
@@ -60,16 +56,12 @@ def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> ra
     world_size does not divide batch_size, and for a rank outside 0..world_size-1.
     """
     if not 0 <= rank < world_size:
-        raise InputError(
-            f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started"
-        )
+        raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
     if batch_size < 1 or batch_size % world_size:
         below = max(batch_size, 0) // world_size * world_size
         nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
         got = f"batch_size={batch_size} on {world_size} ranks"
-        raise InputError(
-            got, f"a multiple of {world_size}, so that every rank gets as much", f"batch_size={nearest}"
-        )
+        raise InputError(got, f"a multiple of {world_size}, so that every rank gets as much", f"batch_size={nearest}")
     share = batch_size // world_size
     first = step * batch_size + rank * share
     return range(first, first + share)

@@ -25,9 +25,7 @@ from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, decode_image, decode_label
 
-BATCHES_AHEAD = (
-    2  # besides the one waited for, and more where a batch has fewer samples than there are threads
-)
+BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewer samples than there are threads
 
 
 @dataclass
@@ -146,9 +144,7 @@ def evaluation_samples(
     that cannot be used.
     """
     if not 0 <= rank < world_size:
-        raise InputError(
-            f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started"
-        )
+        raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
     _check_threads(num_threads)
     cv2.setNumThreads(0)
     return _in_order(reader, range(rank, len(reader), world_size), num_threads)
@@ -196,9 +192,7 @@ def _decode(raw: RawSample, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     # 255 + 1 wraps to 0, so one maximum finds any other index that is too large
     highest = int((label + np.uint8(1)).max()) - 1
     if highest >= num_classes:
-        raise InputError(
-            f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action
-        )
+        raise InputError(f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action)
     return image, label
 
 
@@ -214,6 +208,4 @@ def _place(reader: ShardReader, index: int) -> str:
 
 def _check_threads(num_threads: int) -> None:
     if num_threads < 0:
-        raise InputError(
-            f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads"
-        )
+        raise InputError(f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads")

@@ -30,9 +30,7 @@ class _Geometry:
     """Where the crop lies on the scaled image, in whole pixels of the scaled image."""
 
     scaled: tuple[int, int]  # height, width of the image after scaling
-    offset: tuple[
-        int, int
-    ]  # row, column of the crop's corner in the scaled image; negative: the image lies inside
+    offset: tuple[int, int]  # row, column of the crop's corner in the scaled image; negative: the image lies inside
 
     def inside(self, crop_px: int) -> tuple[slice, slice]:
         """Rows and columns of the crop that the image covers."""
@@ -71,9 +69,7 @@ class TrainView:
             got = f"scale_min={self.scale_min}, scale_max={self.scale_max}"
             raise InputError(got, "0 < scale_min <= scale_max", "correct the scales")
         if not 0 <= self.color_jitter <= 1:
-            raise InputError(
-                f"color_jitter={self.color_jitter}", "a strength from 0 to 1", "correct color_jitter"
-            )
+            raise InputError(f"color_jitter={self.color_jitter}", "a strength from 0 to 1", "correct color_jitter")
 
     def __call__(
         self,

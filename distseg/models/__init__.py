@@ -70,9 +70,7 @@ def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Modul
     return DISCRIMINATORS[name](num_classes, **options)
 
 
-def _check(
-    kind: str, name: str, choices: Mapping[str, Callable], num_classes: int, options: Mapping[str, Any]
-) -> None:
+def _check(kind: str, name: str, choices: Mapping[str, Callable], num_classes: int, options: Mapping[str, Any]) -> None:
     if name not in choices:
         raise InputError(f"{kind}={name}", f"one of: {', '.join(choices)}", f"correct {kind}.name")
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]

@@ -66,16 +66,12 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.mean(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
-        return self.dropout(
-            self.mix(torch.cat([self.point(x), *(branch(x) for branch in self.atrous), mean], 1))
-        )
+        return self.dropout(self.mix(torch.cat([self.point(x), *(branch(x) for branch in self.atrous), mean], 1)))
 
 
 def conv_bn_relu(in_channels: int, channels: int) -> nn.Sequential:
     """1x1 convolution, batch norm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 1, bias=False), BatchNorm2d(channels), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:

@@ -45,9 +45,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(self, channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: an even filter has no middle; use an odd one")
-        super().__init__(
-            channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=False
-        )
+        super().__init__(channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         pads = same_pads(x, self)

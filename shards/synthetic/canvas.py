@@ -92,9 +92,7 @@ def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.nda
     """(3,) float32: a colour under the scene's light, seen through the haze of `depth_m`."""
     haze = depth_m / (depth_m + light.haze_m)
     lit = [part * tint * shade for part, tint in zip(color, light.tint, strict=True)]
-    return np.array(
-        [part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)], np.float32
-    )
+    return np.array([part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)], np.float32)
 
 
 def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:

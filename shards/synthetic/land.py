@@ -55,9 +55,7 @@ def paint_far(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
     if layout.has_mountains:
         peak = uniform(rng, 0.4, 0.9)
         for part in (1.0, uniform(rng, 0.45, 0.75))[: 1 + chance(rng, 0.6)]:
-            _paint_ridge(
-                canvas, rng, peak * part, depth_m=layout.light.haze_m * uniform(rng, 0.25, 0.9) * part
-            )
+            _paint_ridge(canvas, rng, peak * part, depth_m=layout.light.haze_m * uniform(rng, 0.25, 0.9) * part)
     if chance(rng, 0.35):
         _paint_town(canvas, rng)
     if chance(rng, 0.6):
@@ -200,9 +198,7 @@ def _paint_water(canvas: Canvas, rng: np.random.Generator, outline: list[Point],
     where, alpha = found
     ripple = canvas.noise["ripple"][where]
     rows = np.arange(where[0].start, where[0].stop)[:, None]
-    shaken = (2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)).clip(
-        0, horizon - 1
-    )
+    shaken = (2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)).clip(0, horizon - 1)
     mirrored = canvas.image[shaken, np.arange(where[1].start, where[1].stop)[None]]
     body = tone(canvas.light, WATERS[pick_index(rng, len(WATERS))], 0)
     clear = np.float32(uniform(rng, 0.45, 0.85))
@@ -217,15 +213,10 @@ def _bends(rng: np.random.Generator, far_m: float, swing_m: float, x_m: float) -
     line = ridge(rng, 5, 0.4)
     steps = [i / 32 for i in range(33)]
     depths = [2.0 + (far_m - 2.0) * t * t * t for t in steps]
-    return [
-        (d, x_m + swing_m * t * (line[i] - line[0]))
-        for i, (d, t) in enumerate(zip(depths, steps, strict=True))
-    ]
+    return [(d, x_m + swing_m * t * (line[i] - line[0])) for i, (d, t) in enumerate(zip(depths, steps, strict=True))]
 
 
-def _strip(
-    canvas: Canvas, line: list[tuple[float, float]], half_m: float, offset_m: float = 0.0
-) -> list[Point]:
+def _strip(canvas: Canvas, line: list[tuple[float, float]], half_m: float, offset_m: float = 0.0) -> list[Point]:
     """Outline of a band of constant width on the ground along a centre line, moved sideways by offset_m."""
     left = [canvas.camera.point(x_m + offset_m - half_m, 0, depth_m) for depth_m, x_m in line]
     right = [canvas.camera.point(x_m + offset_m + half_m, 0, depth_m) for depth_m, x_m in line]

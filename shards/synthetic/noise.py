@@ -12,9 +12,7 @@ import cv2
 import numpy as np
 
 
-def fractal(
-    rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int
-) -> np.ndarray:
+def fractal(rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int) -> np.ndarray:
     """Smooth noise, (H, W) float32 in [0, 1], mean about 0.5.
 
     octaves: layers, each half as wide and half as strong as the one before; cell_px: height and width of the

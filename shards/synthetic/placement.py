@@ -86,9 +86,7 @@ class Site:
                 items.append((spot[1], partial(paint_thing, self.canvas, thing, *spot, self.rng)))
         return items
 
-    def _spot(
-        self, classes: tuple[int, ...], reach: tuple[float, float], half_m: float
-    ) -> tuple[float, float] | None:
+    def _spot(self, classes: tuple[int, ...], reach: tuple[float, float], half_m: float) -> tuple[float, float] | None:
         """(x, depth) in metres of a place in view on ground of `classes`, `half_m` to each side too; or None.
 
         reach: least and greatest depth, in depths of the lowest row. Rows are drawn alike: near and far.

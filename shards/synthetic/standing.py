@@ -112,9 +112,7 @@ def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Genera
         lobes = [_tier(at, half_m, base, (tall - bare) * 0.42, rng) for half_m, base in skirts]
     else:
         middle, half = (tall + bare) / 2, (tall - bare) / 2
-        centers = [
-            (uniform(rng, -0.5, 0.5) * broad, middle + uniform(rng, -0.45, 0.45) * half) for _ in range(5)
-        ]
+        centers = [(uniform(rng, -0.5, 0.5) * broad, middle + uniform(rng, -0.45, 0.45) * half) for _ in range(5)]
         lobes = [_lobe(at, (lean, middle), (broad * 0.8, half * 0.85), rng)]
         lobes += [_lobe(at, (lean + x, up), (broad * 0.55, half * 0.5), rng) for x, up in centers]
     canvas.fill(lobes, TREE, Brush(dark, bright, "fine"), depth_m, 0.8)
@@ -130,9 +128,7 @@ def _sunny(lobe: list[Point], sun: int) -> list[Point]:
     return [(x + (u - x) * 0.68 + slide_x, y + (v - y) * 0.68 + slide_y) for u, v in lobe]
 
 
-def _lobe(
-    at: Callable[[float, float], Point], center: Point, radii: Point, rng: np.random.Generator
-) -> list[Point]:
+def _lobe(at: Callable[[float, float], Point], center: Point, radii: Point, rng: np.random.Generator) -> list[Point]:
     """A circle with a leafy edge around (x, up), in metres."""
     rough = [1 + 0.16 * (2 * rng.random() - 1) for _ in CIRCLE]
     return [
@@ -158,9 +154,7 @@ def _paint_wall(
 ) -> None:
     """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in m, light."""
     depth_m, shade = seen
-    outline = [
-        wall.at(u, up) for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))
-    ]
+    outline = [wall.at(u, up) for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))]
     canvas.fill([outline], BUILDING, brushes[0], depth_m, shade)
     columns, storeys = min(int(wall.length / grid_m[0]), 12), min(int(wall.height / grid_m[1]), 10)
     panes = []
@@ -185,9 +179,7 @@ def shadow_ellipse(canvas: Canvas, x_m: float, depth_m: float, half_m: float) ->
     """The shadow of something round, `half_m` wide to each side, on the ground under it."""
     shift = -canvas.light.sun * half_m * 0.4
     deep = min(half_m * 0.6, depth_m * 0.3)
-    canvas.darken(
-        [canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE], 0.5
-    )
+    canvas.darken([canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE], 0.5)
 
 
 def _scaled(color: RGB, factor: float) -> RGB:
