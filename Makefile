@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench    each sets up .venv by itself
+# make demo | make test | make lint    each sets up .venv by itself
 PYTHON ?= python3
 BIN := .venv/bin
 # one process per GPU (a power of two, so that it divides the batch of 16), or two on the CPU
@@ -6,12 +6,14 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: .venv/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
 	$(BIN)/distseg pack data/toy.h5 --out data/toy --workers 2
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m distseg.train preset=toy run_dir=$(DEMO)
+	mkdir -p data/toy-pictures  # shards are plain tars
+	tar -xf data/toy/val-000000.tar -C data/toy-pictures --wildcards 'val-0000[0-5].jpg'
 	$(BIN)/distseg predict $(DEMO) data/toy-pictures --out $(DEMO)/predictions
 	@echo "look at $(DEMO)/pictures, $(DEMO)/predictions and $(DEMO)/evaluation.json"
 
@@ -34,4 +36,4 @@ lint: .venv/.developer
 	@touch $@
 
 clean:
-	rm -rf .venv runs/toy data/toy data/toy.h5
+	rm -rf .venv $(DEMO) data/toy data/toy.h5 data/toy-pictures

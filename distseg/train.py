@@ -100,7 +100,9 @@ def build_trainer(config: Config, ranks: Ranks, pair: Pair, splits: tuple[ShardR
     ema = MovingAverage(pair.segmentor.network, config.ema_decay) if config.ema_decay > 0 else None
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
     evaluator = Evaluator(pair.segmentor.network if ema is None else ema.network, val_set, ranks, view)
-    identity: dict[str, Any] = {"manifest_sha256": train_set.manifest.sha256, "classes": list(train_set.classes.names)}
+    classes = train_set.classes
+    identity: dict[str, Any] = {"manifest_sha256": train_set.manifest.sha256, "classes": list(classes.names)}
+    identity |= {"palette": [list(color) for color in classes.palette]}
     identity |= {"batch_size": config.batch_size, "seed": config.seed, "precision": config.precision}
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity, ranks)
 
