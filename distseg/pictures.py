@@ -39,7 +39,7 @@ _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the lege
         (
             ("loss/segmentor", "total", GREEN, "-"),
             ("loss/cross_entropy", "cross entropy", GRAY, "--"),
-            ("loss/adversarial", "adversarial", PURPLE, ":"),
+            ("loss/adversarial", "adversarial, unweighted", PURPLE, ":"),
         ),
     ),
     (

@@ -56,7 +56,7 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
     np.testing.assert_allclose(np.asarray(smooth.get_ydata())[100], values[97:104].mean())
     assert np.isfinite(np.asarray(smooth.get_ydata())).all()
     np.testing.assert_allclose(undecided.get_ydata(), np.log(2))
-    assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy", "adversarial"]
+    assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy", "adversarial, unweighted"]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
