@@ -1,8 +1,10 @@
-"""The run directory: one run, one configuration."""
+"""The run directory: one run, one configuration, one job at a time."""
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
+from typing import TextIO
 
 from distseg import config as configuration
 from distseg.config import Config
@@ -11,26 +13,44 @@ from shards.errors import InputError
 from shards.files import published
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = "lock"
 
 
-def claim(run_dir: Path, config: Config, ranks: Ranks) -> None:
-    """Make the run directory and save the configuration in it, or check that it is the one saved there.
+class RunDirectory:
+    """A run directory that this job has to itself, with the configuration saved in it.
 
-    Raises InputError, on every rank, when the directory holds a run of another configuration or cannot be made.
+    The lock is the main rank's and ends with its process, however that ends. Raises InputError, on every rank, when
+    another job trains there, when the directory holds a run of another configuration, or when it cannot be written.
     """
-    on_main(ranks, lambda: _claim(run_dir, config))
 
+    def __init__(self, path: Path, config: Config, ranks: Ranks):
+        self.path = path
+        self._lock: TextIO | None = None
+        on_main(ranks, lambda: self._claim(config))
 
-def _claim(run_dir: Path, config: Config) -> None:
-    path = run_dir / CONFIG_FILE
-    if path.exists():
-        changed = configuration.differences(configuration.from_file(path), config)
+    def _claim(self, config: Config) -> None:
+        saved = self.path / CONFIG_FILE
+        if saved.exists():
+            self._check_same(configuration.from_file(saved), config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK_FILE).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            got = f"another job is training in {self.path}"
+            raise InputError(got, "one job per run directory", "wait for it, or write run_dir=DIR") from None
+        except OSError as error:
+            got = f"{self.path}: {error.strerror}"
+            raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
+        with published(saved) as partial:
+            partial.write_text(configuration.to_yaml(config))
+
+    def _check_same(self, old: Config, new: Config) -> None:
+        changed = configuration.differences(old, new)
         if changed:
-            got = ", ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changed.items())
+            values = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
             raise InputError(
-                f"{run_dir} holds a run of another configuration ({got})",
+                f"{self.path} holds a run of another configuration ({values})",
                 "the same configuration to resume it, or another directory",
-                f"write run_dir=DIR to start a new run, or remove {run_dir}",
+                f"write run_dir=DIR to start a new run, or remove {self.path}",
             )
-    with published(path) as partial:
-        partial.write_text(configuration.to_yaml(config))

@@ -78,8 +78,12 @@ class RunTracker:
         values = {name: float(value) for name, value in metrics.items()}
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line.update((name, _json_value(value)) for name, value in values.items())
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            action = "free some space, then run the same command again: it goes on from the last checkpoint"
+            raise InputError(f"{self._file.name}: {error.strerror}", "a disk that can be written", action) from None
         if self._wandb is not None:
             self._wandb.log(step, values)
 

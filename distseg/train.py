@@ -24,7 +24,7 @@ from distseg.evaluate import Evaluator, View
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
 from distseg.progress import Progress
-from distseg.rundir import claim
+from distseg.rundir import RunDirectory
 from distseg.showcase import show
 from distseg.tracking import open_tracker
 from shards.errors import InputError
@@ -40,22 +40,23 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if dry_run:
         print(configuration.to_yaml(config), end="")
         return 0
-    reuse_memory()
     rank, world_size, _ = resolve_ranks(dict(os.environ))
     rank_positions(0, config.batch_size, rank, world_size)  # raises when the ranks do not divide the batch
     train_set, val_set = open_shards(config)
     segmentor, discriminator = build_networks(config, train_set.classes.num_classes)
 
     ranks = setup(config.device, config.parallel.timeout_seconds)
+    if ranks.device.type == "cpu":
+        reuse_memory()
     stop = StopRequest()
-    claim(Path(config.run_dir), config, ranks)
+    run_directory = RunDirectory(Path(config.run_dir), config, ranks)
     config = replace(config, precision=resolve_precision(config.precision, ranks.device))
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         None if discriminator is None else wrap(discriminator, config.discriminator_optimizer, config, ranks),
         config.loss.adv_weight,
     )
-    trainer = build_trainer(config, ranks, pair, (train_set, val_set))
+    trainer = build_trainer(config, ranks, pair, (train_set, val_set), run_directory.path)
     stream = open_stream(config, ranks, train_set, trainer.state.step)
     exit_code = 1
     try:
@@ -90,13 +91,21 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
     set_batch_norm(segmentor, config.segmentor.batch_norm)
     if config.mode == "supervised":
         return segmentor, None
-    return segmentor, build_discriminator(config.discriminator.name, num_classes, **config.discriminator.options)
+    discriminator = build_discriminator(config.discriminator.name, num_classes, **config.discriminator.options)
+    label_map_px = -(-config.data.crop_px // segmentor.output_stride)
+    if label_map_px < discriminator.min_size_px:
+        got = f"data.crop_px={config.data.crop_px}: label maps of {label_map_px} pixels at stride {segmentor.output_stride}"
+        needed = f"at least {discriminator.min_size_px} pixels for the discriminator {config.discriminator.name}"
+        smallest = discriminator.min_size_px * segmentor.output_stride
+        raise InputError(got, needed, f"write data.crop_px={smallest} or more")
+    return segmentor, discriminator
 
 
-def build_trainer(config: Config, ranks: Ranks, pair: Pair, splits: tuple[ShardReader, ShardReader]) -> Trainer:
+def build_trainer(
+    config: Config, ranks: Ranks, pair: Pair, splits: tuple[ShardReader, ShardReader], run_dir: Path
+) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
     train_set, val_set = splits
-    run_dir = Path(config.run_dir)
     ema = MovingAverage(pair.segmentor.network, config.ema_decay) if config.ema_decay > 0 else None
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
     evaluator = Evaluator(pair.segmentor.network if ema is None else ema.network, val_set, ranks, view)

@@ -154,6 +154,7 @@ def test_bad_input_is_refused_before_training(
     assert "one of: train, val" in refusal(capsys, *good, "data.val_split=test")
     assert "two_branch" in refusal(capsys, *good, "discriminator=patchgan")
     assert "width" in refusal(capsys, *good, "discriminator.options.depth=3")
+    assert "data.crop_px=128" in refusal(capsys, *good, "discriminator=fully_convolutional")
     ranks = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for key, value in ranks.items():
         monkeypatch.setenv(key, value)
