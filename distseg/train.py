@@ -92,12 +92,12 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
     if config.mode == "supervised":
         return segmentor, None
     discriminator = build_discriminator(config.discriminator.name, num_classes, **config.discriminator.options)
-    label_map_px = -(-config.data.crop_px // segmentor.output_stride)
-    if label_map_px < discriminator.min_size_px:
-        got = f"data.crop_px={config.data.crop_px}: label maps of {label_map_px} pixels at stride {segmentor.output_stride}"
-        needed = f"at least {discriminator.min_size_px} pixels for the discriminator {config.discriminator.name}"
-        smallest = discriminator.min_size_px * segmentor.output_stride
-        raise InputError(got, needed, f"write data.crop_px={smallest} or more")
+    stride, min_size_px = int(segmentor.output_stride), int(discriminator.min_size_px)  # type: ignore[arg-type]
+    label_map_px = -(-config.data.crop_px // stride)
+    if label_map_px < min_size_px:
+        got = f"data.crop_px={config.data.crop_px}: label maps of {label_map_px} pixels at stride {stride}"
+        needed = f"at least {min_size_px} pixels for the discriminator {config.discriminator.name}"
+        raise InputError(got, needed, f"write data.crop_px={min_size_px * stride} or more")
     return segmentor, discriminator
 
 
