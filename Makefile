@@ -10,7 +10,7 @@ DEMO := runs/toy
 
 demo: .venv/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
-	$(BIN)/distseg pack data/toy.h5 --out data/toy --workers 2
+	$(BIN)/distseg pack data/toy.h5 --out data/toy
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m distseg.train preset=toy run_dir=$(DEMO)
 	mkdir -p data/toy-pictures  # shards are plain tars
 	tar -xf data/toy/val-000000.tar -C data/toy-pictures --wildcards 'val-0000[0-5].jpg'

@@ -88,9 +88,10 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     text = """Read a raw data set, check it, and write images and one-hot label maps into one HDF5 file.
 
 toy       generated outdoor scenes with eight classes; needs no --root
-stanford  Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/"""
+stanford  Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
+ohe       the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of images"""
     parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
-    parser.add_argument("name", metavar="NAME", help="toy or stanford")
+    parser.add_argument("name", metavar="NAME", help="toy, stanford or ohe")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")
@@ -104,6 +105,7 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: in this one")
+    parser.add_argument("--overwrite", action="store_true", help="replace another data set that is in the directory")
     parser.set_defaults(handler=_pack)
 
 
@@ -151,7 +153,8 @@ def _prepare(options: argparse.Namespace) -> int:
 def _pack(options: argparse.Namespace) -> int:
     from shards.pack import pack
 
-    manifest = pack(options.maps, options.out, samples_per_shard=options.samples_per_shard, num_workers=options.workers)
+    how = {"samples_per_shard": options.samples_per_shard, "num_workers": options.workers}
+    manifest = pack(options.maps, options.out, overwrite=options.overwrite, **how)
     counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
     print(f"wrote {options.out}: {counts}\nnext: distseg train data.shards={options.out}")
     return 0
