@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sampl
     for a sample that does not fit the classes, a key given twice, no sample at all, or a full disk.
     """
     splits: dict[str, list[str]] = {}
-    with published(path) as partial, h5py.File(partial, "w") as file:
+    with published(path) as partial, _Output(partial) as output, h5py.File(output, "w") as file:
         file.attrs.update(version=VERSION, name=name)
         file.attrs["class_names"] = list(classes.names)
         file.attrs["palette"] = np.array(classes.palette, np.uint8)
@@ -37,6 +39,7 @@ def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sampl
                 raise InputError(f"two samples with the key {sample.key!r}", "unique keys", "rename one of them")
             _write_sample(file.create_group(sample.key), sample, classes.num_classes)
             splits.setdefault(sample.split, []).append(sample.key)
+            output.check()
         if not splits:
             raise InputError(f"no samples for {path}", "at least one image", "check the data set's folder")
         file.attrs["splits"] = json.dumps(splits)
@@ -52,6 +55,36 @@ def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
         # one chunk a sample: every other chunking reads 8 to 24 times slower
         zstd = hdf5plugin.Zstd(clevel=3)
         group.create_dataset("label_map", data=label_map, chunks=label_map.shape, fletcher32=True, **zstd)
+
+
+class _Output(io.FileIO):
+    """A new file that HDF5 writes to; a full disk is told by `check` and on leaving, not to HDF5.
+
+    HDF5 does not survive a failed write: closing the file then ends in a segmentation fault.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, "w+")
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        left = memoryview(content).cast("B")
+        size = len(left)
+        while left and self.error is None:
+            try:
+                left = left[os.write(self.fileno(), left) :]  # may be short
+            except OSError as error:
+                self.error = error
+        return size
+
+    def check(self) -> None:
+        """Raise the first error of a write."""
+        if self.error is not None:
+            raise self.error
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        self.check()
 
 
 class MapsReader:

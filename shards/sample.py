@@ -65,9 +65,9 @@ STANFORD = ClassSet(
 class Sample:
     """One image with its label.
 
-    key: unique name without "." and "/"; image: the original file's bytes (JPEG or PNG); label: (H, W) uint8,
-    class indices and 255 for void, None for an unlabelled image; split: for example "train", named as a key
-    is; source_id: where it came from.
+    key: unique printable name without "." and "/"; image: the original file's bytes (JPEG or PNG);
+    label: (H, W) uint8, class indices and 255 for void, None for an unlabelled image; split: for example
+    "train", named as a key is; source_id: where it came from.
     """
 
     key: str
@@ -81,8 +81,8 @@ def check_sample(sample: Sample, num_classes: int) -> None:
     """Raise InputError unless key, image and label fit each other and the classes; reads the header only."""
     for what, name in (("key", sample.key), ("split", sample.split)):
         # both become file names in a tar, where everything after the first "." tells a sample's members apart
-        if not name or "." in name or "/" in name:
-            raise InputError(f"{what} {name!r}", 'a name without "." and "/"', f"rename the {what}")
+        if not name or not name.isprintable() or "." in name or "/" in name:
+            raise InputError(f"{what} {name!r}", 'a printable name without "." and "/"', f"rename the {what}")
     try:
         size = image_size(sample.image)
     except InputError as error:
@@ -120,11 +120,13 @@ def image_size(image: bytes) -> tuple[int, int]:
 
 
 def decode_image(image: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 RGB. Raises InputError for an unreadable or truncated image."""
+    """(H, W, 3) uint8 RGB. Raises InputError for an unreadable, truncated or 16-bit gray image."""
     try:
         if image_extension(image) == "jpg":
             return simplejpeg.decode_jpeg(image, colorspace="RGB")
         with Image.open(io.BytesIO(image)) as opened:
+            if opened.mode.startswith("I"):  # Pillow would cut every value above 255 to 255
+                raise InputError("an image of 16-bit gray values", "8 bits a channel", "convert it")
             return np.asarray(opened.convert("RGB"))
     except UNREADABLE as error:
         if isinstance(error, InputError):

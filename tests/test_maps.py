@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from conftest import toy_samples
 from shards.errors import InputError
 from shards.maps import MapsReader, read_older_label, write_maps
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, to_one_hot
+
+ZSTD = 32015  # its number among HDF5's registered filters
 
 
 def equal(first: Sample, second: Sample) -> bool:
@@ -52,6 +55,20 @@ def test_label_map_is_one_hot_in_one_compressed_chunk(maps: Path) -> None:
         stored = file[sample.key]["label_map"]
         assert stored.dtype == np.uint8 and stored.chunks == stored.shape
         assert stored.id.get_storage_size() < stored.nbytes / 4
+        assert ZSTD in [stored.id.get_create_plist().get_filter(index)[0] for index in range(2)]
+
+
+def test_layout_is_plain_hdf5(maps: Path) -> None:
+    """Everything is there for a reader that knows nothing of this package."""
+    sample = toy_samples()[9]
+    with h5py.File(maps) as file:
+        assert len(file) == 13 and (file.attrs["version"], file.attrs["name"]) == (1, "toy blobs")
+        assert tuple(file.attrs["class_names"]) == STANFORD.names
+        np.testing.assert_array_equal(file.attrs["palette"], STANFORD.palette)
+        group = file[sample.key]
+        assert dict(group.attrs) == {"split": "val", "source_id": sample.source_id}
+        assert group["image"].dtype == np.uint8 and group["image"][()].tobytes() == sample.image
+        assert sorted(file["without_label"]) == ["image"]
 
 
 def test_an_open_reader_can_be_sent_to_another_process(maps: Path) -> None:
@@ -119,15 +136,38 @@ def test_failed_write_leaves_the_earlier_file(maps: Path, monkeypatch: pytest.Mo
     ):
         with pytest.raises(InputError, match=message):
             write_maps(maps, "toy blobs", STANFORD, content, len(content))
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(h5py.Group, "create_dataset", full)
-    with pytest.raises(InputError, match="disk full"):
-        write_maps(maps, "toy blobs", STANFORD, samples, len(samples))
     assert maps.read_bytes() == before
     assert list(maps.parent.iterdir()) == [maps]  # nothing half-written beside it
+
+
+def test_full_disk_is_one_error_wherever_it_strikes(maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HDF5 itself ends in a segmentation fault when it cannot write what it still holds at closing."""
+    before, samples, write = maps.read_bytes(), toy_samples(), os.write
+    left = 0
+
+    def limited(descriptor: int, content: memoryview) -> int:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(descriptor, content[:left])
+        left -= written
+        return written
+
+    monkeypatch.setattr(os, "write", limited)
+    for free in (*range(0, len(before) // 2, 9973), len(before) // 2):
+        left = free
+        with pytest.raises(InputError, match="disk full"):
+            write_maps(maps, "toy blobs", STANFORD, samples, len(samples))
+        assert maps.read_bytes() == before
+        assert list(maps.parent.iterdir()) == [maps]
+
+
+def test_leftover_of_a_killed_writer_is_removed(maps: Path) -> None:
+    before = maps.read_bytes()
+    leftover = maps.with_name(f".partial-4194305-{maps.name}")
+    leftover.write_bytes(before[:1000])
+    write_maps(maps, "toy blobs", STANFORD, toy_samples(), 12)
+    assert list(maps.parent.iterdir()) == [maps]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.int32, bool])

@@ -100,6 +100,13 @@ def test_image_decodes_as_pillow_does(form: str, mode: str) -> None:
     assert image_extension(content) == ("jpg" if form == "JPEG" else "png")
 
 
+def test_gray_of_16_bits_is_refused() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(0, 60000, 1000, np.uint16).reshape(6, 10)).save(file, "PNG")
+    with pytest.raises(InputError, match="16-bit"):
+        decode_image(file.getvalue())
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_damaged_image_is_an_input_error_or_an_image(form: str) -> None:
     """No other exception, whatever the damage; a JPEG cut short is always refused."""
@@ -149,6 +156,9 @@ LABEL = np.zeros((24, 35), np.uint8)
         (Sample("a.b", JPEG, LABEL, "train", ""), "key 'a.b'"),
         (Sample("", JPEG, LABEL, "train", ""), "key ''"),
         (Sample("a/b", JPEG, LABEL, "train", ""), "key 'a/b'"),
+        (Sample("a\0b", JPEG, LABEL, "train", ""), "key 'a.x00b'"),  # HDF5 would cut it there
+        (Sample("\udcff", JPEG, LABEL, "train", ""), "key '.udcff'"),  # how Python names an undecodable file
+        (Sample("a", JPEG, LABEL, "x\ny", ""), "split 'x.ny'"),
         (Sample("a", JPEG, LABEL, "../x", ""), "split '../x'"),
         (Sample("a", b"text", LABEL, "train", ""), "a: an image that begins with b'text'"),
         (Sample("a", JPEG, LABEL.T, "train", ""), r"a: image of \(24, 35\) pixels with .*\(35, 24\)"),

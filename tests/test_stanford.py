@@ -51,25 +51,29 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def check_every_pixel(root: Path, directory: Path) -> int:
-    """Compare all shards with the raw files; returns the number of samples."""
+def check_every_pixel(root: Path, maps: Path, directory: Path) -> int:
+    """Compare maps and shards with the raw files; returns the number of samples."""
     count = 0
-    for split in ("train", "val"):
-        reader = ShardReader(directory, split)
-        for index in range(len(reader)):
-            raw = reader.read(index)
-            assert raw.image == (root / "images" / f"{raw.key}.jpg").read_bytes()
-            label = decode_label(raw.label).astype(int)
-            label[label == IGNORE_INDEX] = -1
-            np.testing.assert_array_equal(label, text_label(root / "labels" / f"{raw.key}.regions.txt"))
-            count += 1
+    with MapsReader(maps) as maps_reader:
+        for split, keys in maps_reader.splits.items():
+            reader = ShardReader(directory, split)
+            for index, key in enumerate(keys):
+                raw, sample = reader.read(index), maps_reader.read(key)
+                assert (raw.key, sample.split) == (key, split)
+                assert raw.image == sample.image == (root / "images" / f"{key}.jpg").read_bytes()
+                expected = text_label(root / "labels" / f"{key}.regions.txt")
+                expected[expected == -1] = IGNORE_INDEX
+                np.testing.assert_array_equal(decode_label(raw.label), expected)
+                np.testing.assert_array_equal(sample.label, expected)
+                count += 1
+            assert len(reader) == len(keys)
     return count
 
 
 def test_every_pixel_through_maps_and_shards(root: Path, tmp_path: Path) -> None:
     prepare("stanford", root, tmp_path / "maps.h5")
     pack(tmp_path / "maps.h5", tmp_path / "shards")
-    assert check_every_pixel(root, tmp_path / "shards") == 5
+    assert check_every_pixel(root, tmp_path / "maps.h5", tmp_path / "shards") == 5
     with MapsReader(tmp_path / "maps.h5") as reader:
         assert reader.splits == {"train": ["0000051", "6000324", "0000059", "0000047"], "val": ["9005273"]}
         assert (reader.name, reader.classes) == ("stanford", STANFORD)
@@ -152,7 +156,7 @@ def test_real_data(tmp_path: Path) -> None:
     root = Path(os.environ["DISTSEG_STANFORD_ROOT"])
     prepare("stanford", root, tmp_path / "maps.h5")
     manifest = pack(tmp_path / "maps.h5", tmp_path / "shards", num_workers=2)
-    assert check_every_pixel(root, tmp_path / "shards") == 715
+    assert check_every_pixel(root, tmp_path / "maps.h5", tmp_path / "shards") == 715
     splits = manifest.splits
     assert {name: split.num_samples for name, split in splits.items()} == {"train": 572, "val": 143}
     pixels = sum(np.array((split.void_pixels, *split.class_pixels)) for split in splits.values())
