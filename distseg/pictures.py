@@ -23,8 +23,7 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 BLUE, ORANGE, GREEN, PURPLE, GRAY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#555555"
 _DPI = 120
-_VOID_COLOR = (255, 255, 255)
-_ERROR_COLORS = np.array([[222, 222, 222], [213, 17, 17], [255, 255, 255]], np.uint8)  # right, wrong, void
+_ERROR_COLORS = np.array([[222, 222, 222], [213, 17, 17], [0, 0, 0]], np.uint8)  # right, wrong, void
 _SMOOTHING = 0.03  # the smoothed line's window, as a share of the run
 _CELL_INCHES = 2.6  # the longer side of one picture in a panel
 _TITLE_INCHES, _GAP_INCHES, _BAR_INCHES, _ENTRY_INCHES = 0.28, 0.08, 0.85, (0.19, 1.2)
@@ -67,6 +66,8 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, unit, drawn) in zip(all_axes, panels, strict=True):
         for (steps, values), (name, label, color, style) in drawn:
+            if unit == "score":  # by default there is one evaluation, the last: its numbers say more than its dots
+                label = f"{label}, last {values[-1]:.1%}"
             _curve(axes, steps, values, noisy=name.startswith("loss/"), label=label, color=color, linestyle=style)
         _dress(axes, title, unit)
     all_axes[-1].set_xlabel("training step")
@@ -92,6 +93,7 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_bounds(0, 1)  # right of it is room for the numbers only
     _save(figure, out)
 
 
@@ -155,10 +157,14 @@ class _Grid:
 
 
 def colourise(label: np.ndarray, classes: ClassSet) -> np.ndarray:
-    """Class indices (H, W) uint8 in the colours of their classes, (H, W, 3) uint8 RGB; void is white."""
-    colors = np.full((256, 3), _VOID_COLOR, np.uint8)
+    """Class indices (H, W) uint8 in the colours of their classes, (H, W, 3) uint8 RGB; void is black (white beside a black class)."""
+    colors = np.full((256, 3), _void_color(classes), np.uint8)
     colors[: classes.num_classes] = classes.palette
     return colors[label]
+
+
+def _void_color(classes: ClassSet) -> tuple[int, int, int]:
+    return (255, 255, 255) if (0, 0, 0) in classes.palette else (0, 0, 0)
 
 
 def overlay(image: np.ndarray, label: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> np.ndarray:
@@ -168,7 +174,7 @@ def overlay(image: np.ndarray, label: np.ndarray, classes: ClassSet, alpha: floa
 
 
 def error_map(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, white for void."""
+    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, black for void."""
     return _ERROR_COLORS[np.where(label == IGNORE_INDEX, 2, prediction != label)]
 
 
@@ -203,6 +209,7 @@ def _dress(axes: Axes, title: str, unit: str) -> None:
         axes.axhline(math.log(2), color="black", linewidth=0.9, linestyle=":", label="undecided (ln 2)")
     if unit == "score":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(0, 1)
     else:
         axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontsize=10)
@@ -222,7 +229,7 @@ def _error_title(prediction: np.ndarray, label: np.ndarray) -> str:
 
 
 def _legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
-    entries = [*zip(classes.names, classes.palette, strict=True)] + [("void", _VOID_COLOR)] * with_void
+    entries = [*zip(classes.names, classes.palette, strict=True)] + [("void", _void_color(classes))] * with_void
     return [
         Patch(facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=name)
         for name, color in entries

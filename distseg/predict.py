@@ -99,7 +99,7 @@ def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, 
 
     model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size and turned
     upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray), NAME_color.png (the same with
-    the palette), NAME_overlay.jpg, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1).
+    the palette), NAME_overlay.png, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1).
     Returns the paths of the index pictures, in the order of `images`. Raises InputError that lists all
     unreadable images before anything is computed.
     """
@@ -163,7 +163,7 @@ class _Files:
         color.putpalette([part for color in self.classes.palette for part in color])
         self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
         mixed = overlay(image, label, self.classes, self.alpha)
-        self._put(f"{self.name}_overlay.jpg", _encoded(Image.fromarray(mixed), "JPEG", quality=90))
+        self._put(f"{self.name}_overlay.png", _encoded(Image.fromarray(mixed), "PNG", compress_level=3))
         if planes is not None:
             for suffix, plane in zip(_class_suffixes(self.classes), planes, strict=True):
                 self._put(f"{self.name}{suffix}", _encoded(Image.fromarray(plane), "PNG"))
@@ -214,7 +214,7 @@ def _problem(path: Path) -> str:
 
 def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
     """One name per image, its stem where that is free: a.jpg, a.png -> a, a_png. No two ever share a file."""
-    endings = [".png", "_color.png", "_overlay.jpg", *_class_suffixes(classes)]
+    endings = [".png", "_color.png", "_overlay.png", *_class_suffixes(classes)]
     taken: set[str] = set()
     names = []
     for image in images:

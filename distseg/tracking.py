@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from distseg.config import TrackingConfig
 from distseg.wandb_run import WandbRun, choose_mode
 from shards.errors import InputError
 
@@ -25,20 +26,6 @@ METRICS_FILE = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _log = logging.getLogger(__name__)
-
-
-class TrackingSettings(Protocol):
-    """Where a run is tracked besides metrics.jsonl.
-
-    wandb: "online", "offline" (uploaded later with `wandb sync`), "disabled", or "auto": online when a login
-    is found (WANDB_API_KEY or netrc), else offline. project, entity, group, tags: where W&B files the run.
-    """
-
-    wandb: str
-    project: str
-    entity: str | None
-    group: str | None
-    tags: list[str]
 
 
 class Tracker(Protocol):
@@ -98,13 +85,14 @@ class RunTracker:
 
 
 def open_tracker(
-    run_dir: Path, settings: TrackingSettings, config: dict[str, Any], resume_step: int | None, enabled: bool
+    run_dir: Path, settings: TrackingConfig, config: dict[str, Any], resume_step: int | None, enabled: bool
 ) -> Tracker:
     """Open the tracker of one process.
 
-    config: the resolved configuration, shown in W&B. resume_step: the step of the checkpoint that training
-    goes on from; later lines are taken away, because those steps will be done again. None: training starts
-    anew, so all lines are. enabled: False on every rank but 0.
+    settings: where W&B files the run, under the directory's name. config: the resolved configuration, shown
+    in W&B. resume_step: the step of the checkpoint that training goes on from; later lines are taken away,
+    because those steps will be done again. None: training starts anew, so all lines are. enabled: False on
+    every rank but 0.
     """
     if not enabled:
         return NullTracker()

@@ -56,6 +56,9 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
     np.testing.assert_allclose(np.asarray(smooth.get_ydata())[100], values[97:104].mean())
     assert np.isfinite(np.asarray(smooth.get_ydata())).all()
     np.testing.assert_allclose(undecided.get_ydata(), np.log(2))
+    scores = figure.axes[3]
+    assert scores.get_ylim() == (0, 1)
+    assert scores.get_legend_handles_labels()[1] == ["mean IoU, last 50.0%", "pixel accuracy, last 80.0%"]
     assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy", "adversarial, unweighted"]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
@@ -126,12 +129,16 @@ def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: li
     assert "errors (label is all void)" in titles(figures[0])
 
 
-def test_colours_are_the_palettes_and_void_is_white() -> None:
+BLACK_FIRST = ClassSet(STANFORD.names, ((0, 0, 0), *STANFORD.palette[1:]))
+
+
+@pytest.mark.parametrize(("classes", "void"), [(STANFORD, (0, 0, 0)), (BLACK_FIRST, (255, 255, 255))])
+def test_colours_are_the_palettes_and_void_has_none_of_them(classes: ClassSet, void: tuple[int, int, int]) -> None:
     label = np.array([[0, 7, 255], [3, 3, 1]], np.uint8)
-    result = pictures.colourise(label, STANFORD)
+    result = pictures.colourise(label, classes)
     assert result.dtype == np.uint8
     for value, color in zip(label.ravel(), result.reshape(-1, 3), strict=True):
-        assert tuple(color) == ((255, 255, 255) if value == 255 else STANFORD.palette[value])
+        assert tuple(color) == (void if value == 255 else classes.palette[value])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -149,7 +156,7 @@ def test_overlay_mixes_by_alpha_and_leaves_void_alone(alpha: float) -> None:
 def test_error_map_separates_right_wrong_and_void() -> None:
     colors = pictures.error_map(np.array([[1, 2, 3]], np.uint8), np.array([[1, 0, 255]], np.uint8))
     right, wrong, void = (tuple(color) for color in colors[0])
-    assert len({right, wrong, void}) == 3 and void == (255, 255, 255)
+    assert len({right, wrong, void}) == 3 and void == (0, 0, 0)
     assert wrong[0] > 200 and max(wrong[1:]) < 50 and len(set(right)) == 1
 
 

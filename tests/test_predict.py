@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distseg import predict as predict_module
 from distseg.inference import probabilities
+from distseg.pictures import overlay
 from distseg.predict import PredictOptions, collect_images, load_image, predict
 from shards.errors import InputError
 from shards.sample import ClassSet
@@ -57,8 +58,8 @@ def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[
     with Image.open(tmp_path / "out" / "a_color.png") as color:
         assert color.mode == "P" and np.array_equal(color, expected(image))
         assert np.array_equal(color.convert("RGB"), np.array(CLASSES.palette, np.uint8)[expected(image)])
-    with Image.open(tmp_path / "out" / "a_overlay.jpg") as mixed:
-        assert mixed.size == size[::-1]
+    with Image.open(tmp_path / "out" / "a_overlay.png") as mixed:
+        assert np.array_equal(mixed, overlay(image, expected(image), CLASSES, 0.5))
     planes = probabilities(Colors(), image).numpy()
     for name, plane in zip(("dark", "red", "green_things", "blue"), planes, strict=True):
         with Image.open(tmp_path / "out" / f"a_prob_{name}.png") as picture:

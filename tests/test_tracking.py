@@ -104,6 +104,21 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert steps(tmp_path / "metrics.jsonl") == list(range(500))
 
 
+def test_wandb_is_not_even_imported_where_it_is_disabled(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from distseg.config import TrackingConfig
+from distseg.tracking import open_tracker
+tracker = open_tracker(Path({str(tmp_path)!r}), TrackingConfig(wandb="disabled"), {{}}, None, True)
+tracker.log(1, {{"loss": 1.0}})
+tracker.finish()
+assert "wandb" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path / "run", OFF, {}, None, enabled=False)
     tracker.log(1, {"loss": 1.0})
