@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distseg import checkpoint
-from distseg import config as configuration
+from distseg import checkpoint, configuration
 from distseg.config import Config
 from distseg.data.stream import evaluation_samples
 from distseg.device import autocast_dtype, resolve_precision

@@ -6,7 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import TextIO
 
-from distseg import config as configuration
+from distseg import configuration
 from distseg.config import Config
 from distseg.distributed import Ranks, on_main
 from shards.errors import InputError

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distseg import config as configuration
+from distseg import configuration
 from distseg.checkpoint import Checkpoints
 from distseg.config import Config
 from distseg.data.plan import rank_positions

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg import config as configuration
+from distseg import configuration
 from distseg.config import AlternationConfig, Config
 from distseg.distributed import Ranks
 from distseg.engine import Pair, adversarial_step, supervised_step

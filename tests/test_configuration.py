@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distseg import config as configuration
+from distseg import configuration
 from shards.errors import InputError
 
 

@@ -1,0 +1,178 @@
+"""Presets, command-line overrides, files, and every check of a configuration that needs no data."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from distseg.config import BOUNDS, CHOICES, Config
+from shards.errors import InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+# These may change when a run is resumed: they alter neither the networks nor the order of samples.
+FREE_ON_RESUME = frozenset(
+    {"run_dir", "device", "data.shards", "data.num_threads", "max_skips"}
+    | {"evaluate", "checkpoint", "tracking", "parallel"}
+)
+
+
+def preset_names() -> list[str]:
+    """Names that `preset=` accepts."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load(overrides: list[str]) -> Config:
+    """Defaults, then the preset, then `key=value` overrides; checked, so that what comes back can be run.
+
+    Raises InputError for an unknown preset or key (naming the nearest), a value of the wrong type or outside
+    its choices or bounds.
+    """
+    pairs = [_split(item) for item in overrides]
+    presets = [value for key, value in pairs if key == "preset"]
+    merged = OmegaConf.structured(Config)
+    if presets:
+        merged = _merge(merged, _preset_values(presets[-1]))
+    return _override(merged, pairs)
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """A configuration with `key=value` overrides on top. Raises InputError as `load` does."""
+    return _override(OmegaConf.structured(config), [_split(item) for item in overrides])
+
+
+def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
+    for key, value in pairs:
+        key = _full_key(key)
+        if key in ("segmentor.name", "discriminator.name") and value != OmegaConf.select(merged, key):
+            OmegaConf.update(merged, key.replace(".name", ".options"), {}, merge=False)  # they were the other's
+        merged = _merge(merged, {key: _parse(key, value)})
+    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
+    _check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the classes above."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain nested dictionaries."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def from_file(path: Path) -> Config:
+    """The configuration that a run saved. Raises InputError when it is not one of this version."""
+    if not path.is_file():
+        raise InputError(f"no {path}", "a run directory of distseg (with config.yaml)", "check the path of the run")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise InputError(
+            f"{path}: {_first_line(error)}", "a configuration of this version", "start a new run"
+        ) from None
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two configurations and must not when a run is resumed."""
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return {key: (before.get(key), after.get(key)) for key in keys if not _is_free(key)}
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+
+
+def _split(item: str) -> tuple[str, str]:
+    key, separator, value = item.partition("=")
+    if not separator or not key:
+        raise InputError(f"argument {item!r}", "key=value", "write for example steps=500 or loss.adv_weight=0.01")
+    return key, value
+
+
+def _parse(key: str, value: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index, call-overload]
+    except YAMLError:
+        raise InputError(f"{key}={value}", "a YAML value", f"correct {key}") from None
+
+
+def _preset_values(name: str) -> dict[str, Any]:
+    path = PRESETS / f"{name}.yaml"
+    if name not in preset_names():
+        raise InputError(f"preset={name}", f"one of: {', '.join(preset_names())}", _nearest(name, preset_names()))
+    return _flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+
+
+def _full_key(key: str) -> str:
+    """`segmentor=NAME` is short for `segmentor.name=NAME`, for every part that has a name."""
+    sections = {section for section in _flat(to_dict(Config())) if section.endswith(".name")}
+    return f"{key}.name" if f"{key}.name" in sections else key
+
+
+def _merge(config: Any, values: dict[str, Any]) -> Any:
+    known = list(_flat(to_dict(Config())))
+    for key, value in values.items():
+        is_option = any(key.startswith(f"{part}.options.") for part in ("segmentor", "discriminator"))
+        if not is_option and key not in known:
+            raise InputError(f"unknown key {key!r}", "a key of the configuration", _nearest(key, known))
+        try:
+            OmegaConf.update(config, key, value, merge=True)
+        except (OmegaConfBaseException, ValueError) as error:
+            needed = OmegaConf.select(OmegaConf.structured(Config), key)
+            kind = "a value of the field's type" if needed is None else f"a value like {needed!r}"
+            raise InputError(f"{key}={value}: {_first_line(error)}", kind, f"correct {key}") from None
+    return config
+
+
+def _check(config: Config) -> None:
+    values = _flat(to_dict(config))
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise InputError(f"{key}={values[key]}", f"one of: {', '.join(choices)}", _nearest(values[key], choices))
+    for key, (low, high) in BOUNDS.items():
+        value = values[key]
+        # written so that NaN fails too
+        if not ((low is None or value >= low) and (high is None or value <= high) and value < float("inf")):
+            bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+            raise InputError(f"{key}={value}", f"a number from {bounds}", f"correct {key}")
+    if config.data.scale_min > config.data.scale_max:
+        got = f"data.scale_min={config.data.scale_min} above data.scale_max={config.data.scale_max}"
+        raise InputError(got, "scale_min <= scale_max", "swap them")
+    if not config.evaluate.scales or min(config.evaluate.scales) <= 0:
+        got = f"evaluate.scales={config.evaluate.scales}"
+        raise InputError(got, "at least one positive scale", "write for example evaluate.scales=[0.75,1,1.25]")
+    if not config.data.shards:
+        action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
+        raise InputError("no data.shards", "a directory of packed shards", action)
+
+
+def _nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
+    names = difflib.get_close_matches(word, choices, n=1, cutoff=0.3)
+    last = word.rsplit(".", 1)[-1]
+    same_field = [choice for choice in choices if choice.rsplit(".", 1)[-1] == last]
+    nearest = same_field[:1] or names
+    return f"did you mean {nearest[0]}?" if nearest else f"choose one of: {', '.join(choices)}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keyed by dotted names; empty dictionaries are kept as values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
