@@ -157,7 +157,10 @@ class _Grid:
 
 
 def colourise(label: np.ndarray, classes: ClassSet) -> np.ndarray:
-    """Class indices (H, W) uint8 in the colours of their classes, (H, W, 3) uint8 RGB; void is black (white beside a black class)."""
+    """Class indices (H, W) uint8 in the colours of their classes, (H, W, 3) uint8 RGB.
+
+    Void is black, or white where a class is black.
+    """
     colors = np.full((256, 3), _void_color(classes), np.uint8)
     colors[: classes.num_classes] = classes.palette
     return colors[label]
