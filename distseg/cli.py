@@ -21,7 +21,7 @@ EPILOG = """the whole path, with generated scenes:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code. Bad input is one message on stderr and exit code 2."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         return options.handler(options)
     except InputError as error:
@@ -32,6 +32,19 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; key=value arguments may stand before, between and after the options."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes optional positionals only where it meets the required ones
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _joined() -> bool:
@@ -94,7 +107,7 @@ ohe       the older layout: one HDF5 file per image with a one-hot data set "OHE
     parser.add_argument("name", metavar="NAME", help="toy, stanford or ohe")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")
     parser.set_defaults(handler=_prepare)
 
 
@@ -141,7 +154,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     from shards.prepare import prepare
 
-    pairs = [option.partition("=") for option in options.options]
+    pairs = [option.partition("=") for option in options.overrides]
     for key, separator, _ in pairs:
         if not separator:
             raise InputError(f"argument {key!r}", "key=value", "write for example seed=1")

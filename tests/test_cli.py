@@ -1,0 +1,58 @@
+"""The command line: key=value arguments anywhere, bad input as one message and an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distseg.cli import main, parse
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prepare", "toy", "--out", "x.h5", "seed=1", "num_val=2"],
+        ["prepare", "toy", "seed=1", "num_val=2", "--out", "x.h5"],
+        ["prepare", "--out", "x.h5", "toy", "seed=1", "num_val=2"],
+    ],
+)
+def test_key_value_arguments_may_stand_anywhere(arguments: list[str]) -> None:
+    options = parse(arguments)
+    assert options.name == "toy" and options.out == Path("x.h5") and options.overrides == ["seed=1", "num_val=2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "run", "--checkpiont=best"],
+        ["pack", "x.h5", "--out", "y", "seed=1"],
+        ["train", "--verbose"],
+        ["predict", "run", "image.jpg", "--out", "x", "stray"],
+    ],
+)
+def test_what_is_no_option_is_refused_by_name(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse(arguments)
+    assert exit_.value.code == 2 and arguments[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["prepare", "cityscape", "--out", "x.h5"], "one of: toy, stanford"),
+        (["prepare", "stanford", "--out", "x.h5"], "write --root DIR"),
+        (["prepare", "toy", "--out", "x.h5", "sede=1"], "seed"),
+        (["pack", "missing.h5", "--out", "y"], "distseg prepare"),
+        (["evaluate", "missing"], "check the path of the run"),
+        (["predict", "missing", "missing.jpg", "--out", "y"], "missing.jpg does not exist"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and expected in message and "Traceback" not in message
+    assert not list(tmp_path.iterdir())
