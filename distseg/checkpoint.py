@@ -19,7 +19,7 @@ from shards.errors import InputError
 from shards.files import check_space, disk_full, published, sync_folder
 
 VERSION = 1
-STATE_FILE = "state.json"
+STATE_FILE, BEST_FILE = "state.json", "best.json"
 
 
 class Checkpoints:
@@ -40,6 +40,10 @@ class Checkpoints:
         on_main(self._ranks, lambda: self._write(target, learners, state))
         return target
 
+    def mark_best(self, step: int, mean_iou: float) -> None:
+        """Tell the score of the checkpoint just saved; it is kept for as long as none is better. On every rank."""
+        on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
+
     def latest(self) -> Path | None:
         """The newest complete checkpoint; the main rank looks, for all."""
         return on_main(self._ranks, lambda: next(iter(reversed(_published(self.directory))), None))
@@ -56,12 +60,13 @@ class Checkpoints:
         return meta["state"]
 
     def check_space(self, learners: dict[str, Any]) -> None:
-        """Raise InputError when the disk cannot hold the checkpoints that will be kept, and one being written."""
+        """Raise InputError, on every rank, when the disk cannot hold what will be kept and one being written."""
         parts = [part for learner in learners.values() for part in learner.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
         present = len(_published(self.directory))
         needed = size * max(1, self._keep_last + 2 - present)
-        check_space(self.directory, needed, "free some space, choose another run_dir, or lower checkpoint.keep_last")
+        action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
+        on_main(self._ranks, lambda: check_space(self.directory, needed, action))
 
     def _write(self, target: Path, learners: dict[str, Any], state: dict[str, Any]) -> None:
         partial = self.directory / f".partial-{target.name}"
@@ -84,15 +89,17 @@ class Checkpoints:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise disk_full(target) from None
-        self._prune(best_step=state["best_step"])
+        self._prune()
 
-    def _prune(self, best_step: int) -> None:
-        published = _published(self.directory)
-        best = self.directory / f"step-{best_step:08d}"
-        if best in published:
-            write_json(self.directory / "best.json", {"step": best_step, **read_state(best)["state"]})
-        for path in published[: -self._keep_last]:
-            if path != best:
+    def _mark_best(self, step: int, mean_iou: float) -> None:
+        if mean_iou > read_best(self.directory).get("mean_iou", -1.0):
+            write_json(self.directory / BEST_FILE, {"step": step, "mean_iou": mean_iou})
+        self._prune()
+
+    def _prune(self) -> None:
+        best_step = read_best(self.directory).get("step")
+        for path in _published(self.directory)[: -self._keep_last]:
+            if int(path.name.removeprefix("step-")) != best_step:
                 shutil.rmtree(path)
 
 
@@ -103,21 +110,37 @@ def find(run_dir: Path, which: str) -> Path:
     steps = {path.name: path for path in published}
     if which == "last" and published:
         return published[-1]
-    if which == "best" and (directory / "best.json").is_file():
-        which = str(json.loads((directory / "best.json").read_text())["step"])
-    name = f"step-{int(which):08d}" if which.isdigit() else which
+    if which == "best":
+        which = str(read_best(directory).get("step", which))
+    name = f"step-{int(which):08d}" if which.isdecimal() else which
     if name in steps:
         return steps[name]
     there = ", ".join(steps) or "none"
     raise InputError(f"no checkpoint {which!r} in {directory}", f"last, best or a step (there: {there})", "train first")
 
 
+def read_best(directory: Path) -> dict[str, Any]:
+    """{"step", "mean_iou"} of the best checkpoint in checkpoints/, or {} when none was scored yet."""
+    path = directory / BEST_FILE
+    if not path.is_file():
+        return {}
+    try:
+        best = json.loads(path.read_text())
+        return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error})", "the file that training wrote", "remove it") from None
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint. Raises InputError when it is damaged or of another version."""
     try:
         meta = json.loads((path / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / STATE_FILE}: {error}", "a checkpoint of distseg", "choose another one") from None
+        whole = isinstance(meta, dict) and ("version" not in meta or {"state", "identity", "parts"} <= meta.keys())
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        action = f"remove {path}: the checkpoint before it is then used"
+        raise InputError(f"{path / STATE_FILE}: damaged", "a checkpoint of distseg", action)
     if meta.get("version") != VERSION:
         got = f"{path}: version {meta.get('version')}"
         raise InputError(got, f"version {VERSION}", "use the distseg that wrote it")
@@ -143,7 +166,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _published(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("step-*") if (path / STATE_FILE).is_file())
+    return sorted(path for path in directory.glob("step-" + 8 * "[0-9]") if (path / STATE_FILE).is_file())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

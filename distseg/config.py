@@ -164,11 +164,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # inclusive bounds; None: open
 BOUNDS: dict[str, tuple[float | None, float | None]] = {
-    "steps": (1, None),
-    "batch_size": (1, None),
+    "steps": (1, 10**9),
+    "batch_size": (1, 10**6),
     "seed": (0, 2**31 - 1),
     "ema_decay": (0, 0.99999),
     "max_skips": (1, None),
+    "data.num_classes": (1, 255),
     "data.crop_px": (32, 4096),
     "data.scale_min": (0.05, 20),
     "data.scale_max": (0.05, 20),
@@ -176,9 +177,13 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.num_threads": (0, 256),
     "segmentor_optimizer.lr": (0, None),
     "segmentor_optimizer.encoder_lr_factor": (0, None),
+    "segmentor_optimizer.beta1": (0, 0.99999),
+    "segmentor_optimizer.beta2": (0, 0.99999),
     "segmentor_optimizer.clip_norm": (0, None),
     "segmentor_optimizer.weight_decay": (0, None),
     "discriminator_optimizer.lr": (0, None),
+    "discriminator_optimizer.beta1": (0, 0.99999),
+    "discriminator_optimizer.beta2": (0, 0.99999),
     "discriminator_optimizer.clip_norm": (0, None),
     "discriminator_optimizer.weight_decay": (0, None),
     "schedule.power": (0, None),
@@ -191,5 +196,5 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.every_steps": (1, None),
     "checkpoint.keep_last": (1, None),
     "tracking.log_every": (1, None),
-    "parallel.timeout_seconds": (1, None),
+    "parallel.timeout_seconds": (1, 10**6),
 }

@@ -52,7 +52,11 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
         if key in ("segmentor.name", "discriminator.name") and value != OmegaConf.select(merged, key):
             OmegaConf.update(merged, key.replace(".name", ".options"), {}, merge=False)  # they were the other's
         merged = _merge(merged, {key: _parse(key, value)})
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # an interpolation of nothing, or a missing value
+        action = "write the value itself"
+        raise InputError(f"a value that cannot be resolved: {_first_line(error)}", "plain values", action) from None
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
     _check(config)
     return config
@@ -74,10 +78,9 @@ def from_file(path: Path) -> Config:
         raise InputError(f"no {path}", "a run directory of distseg (with config.yaml)", "check the path of the run")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise InputError(
-            f"{path}: {_first_line(error)}", "a configuration of this version", "start a new run"
-        ) from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
+        got = f"{path}: {_first_line(error)}"
+        raise InputError(got, "a configuration of this version", "restore it, or start a new run") from None
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -140,16 +143,19 @@ def _check(config: Config) -> None:
             raise InputError(f"{key}={values[key]}", f"one of: {', '.join(choices)}", _nearest(values[key], choices))
     for key, (low, high) in BOUNDS.items():
         value = values[key]
-        # written so that NaN fails too
-        if not ((low is None or value >= low) and (high is None or value <= high) and value < float("inf")):
+        # written so that NaN fails too; None is a default to be filled in
+        if value is not None and not (
+            (low is None or value >= low) and (high is None or value <= high) and value < float("inf")
+        ):
             bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
             raise InputError(f"{key}={value}", f"a number from {bounds}", f"correct {key}")
     if config.data.scale_min > config.data.scale_max:
         got = f"data.scale_min={config.data.scale_min} above data.scale_max={config.data.scale_max}"
         raise InputError(got, "scale_min <= scale_max", "swap them")
-    if not config.evaluate.scales or min(config.evaluate.scales) <= 0:
+    if not config.evaluate.scales or not all(0.1 <= scale <= 8 for scale in config.evaluate.scales):
         got = f"evaluate.scales={config.evaluate.scales}"
-        raise InputError(got, "at least one positive scale", "write for example evaluate.scales=[0.75,1,1.25]")
+        needed = "at least one scale, each from 0.1 to 8"
+        raise InputError(got, needed, "write for example evaluate.scales=[0.75,1,1.25]")
     if not config.data.shards:
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,8 @@ from torch import Tensor
 from shards.errors import InputError
 
 Result = TypeVar("Result")
+
+SECOND_SIGNAL_SECONDS = 2.0  # one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -56,6 +59,8 @@ def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
     except ValueError:
         got = ", ".join(f"{name}={environment[name]!r}" for name in TORCHRUN_VARIABLES[:3])
         raise InputError(got, "whole numbers", "start with torchrun") from None
+    if not environment["MASTER_PORT"].isdecimal() or int(environment["MASTER_PORT"]) > 65535:
+        raise InputError(f"MASTER_PORT={environment['MASTER_PORT']}", "a port from 0 to 65535", "start with torchrun")
     if not 0 <= rank < world_size:
         raise InputError(f"RANK={rank} with WORLD_SIZE={world_size}", "0 <= RANK < WORLD_SIZE", "start with torchrun")
     return rank, world_size, local_rank
@@ -83,7 +88,7 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
         return Ranks(0, 1, local_rank, where)
     try:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _network_error(error) from None
     return Ranks(rank, world_size, local_rank, where)
 
@@ -140,7 +145,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._flag = 0
+        self._flag, self._signalled = 0, 0.0
         self._tensor = torch.zeros(1, dtype=torch.int32)
         self._work: Any = None
         self.signal_name = ""
@@ -148,8 +153,10 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self._flag:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._flag and now - self._signalled > SECOND_SIGNAL_SECONDS:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self._signalled = now if not self._flag else self._signalled
         self._flag = 1
         self.signal_name = signal.Signals(number).name
 

@@ -114,8 +114,6 @@ class TrainState:
     """What survives a restart besides the learners. Progress is counted in steps; all ranks hold the same."""
 
     step: int = 0  # steps done, so also the position in the order of samples / batch_size
-    best_step: int = -1
-    best_mean_iou: float = -1.0
 
 
 @dataclass
@@ -149,10 +147,11 @@ class Trainer:
             done, stopping = self.state.step == self.config.steps, stop.agreed()
             if self.state.step % self.config.tracking.log_every == 0 or done:
                 self._log(metrics, clock.lap(self.state.step, stream.wait_seconds))
-            if done or _due(self.state.step, self.config.evaluate.every_steps):
-                self._evaluate()
-            if done or stopping or _due(self.state.step, self.config.checkpoint.every_steps):
+            evaluating = done or _due(self.state.step, self.config.evaluate.every_steps)
+            if evaluating or stopping or _due(self.state.step, self.config.checkpoint.every_steps):
                 self.checkpoints.save(self.learners(), asdict(self.state))
+            if evaluating:  # after saving, so that nothing that goes wrong here costs a step
+                self._evaluate()
             if stopping and not done:
                 why = f"{stop.signal_name} here" if stop.signal_name else "a signal to another rank"
                 self.progress.message(
@@ -202,9 +201,7 @@ class Trainer:
                 raise InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
 
     def _evaluate(self) -> None:
-        scores = self.evaluator()
-        if scores.mean_iou > self.state.best_mean_iou:
-            self.state.best_mean_iou, self.state.best_step = scores.mean_iou, self.state.step
+        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         self.tracker.log(self.state.step, self.evaluator.named())
         self.progress.evaluation(self.state.step, self.evaluator.named())
 

@@ -23,6 +23,8 @@ from distseg.progress import Progress
 from shards.errors import InputError
 from shards.reader import ShardReader
 
+FREE = ("evaluate.", "data.shards=", "data.val_split=", "data.num_threads=", "device=", "precision=", "parallel.")
+
 
 @dataclass(frozen=True)
 class View:
@@ -94,6 +96,10 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Pat
 def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation.json into the run."""
     network, config, path = trained_segmentor(run_dir, which)
+    fixed = [item for item in overrides if not item.startswith(FREE)]
+    if fixed:
+        needed = f"a key that begins with {', '.join(FREE)}"
+        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     config = configuration.override(config, overrides)
     reader = ShardReader(Path(config.data.shards), config.data.val_split)
     check_classes(path, reader)
@@ -101,7 +107,8 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     precision = resolve_precision(config.precision, ranks.device)
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    network = network.to(ranks.device, memory_format=layout)  # type: ignore[call-overload]
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
     evaluator = Evaluator(network, reader, ranks, view, config.data.num_threads)
     evaluator()
     step = checkpoint.read_state(path)["state"]["step"]

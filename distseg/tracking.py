@@ -7,6 +7,7 @@ JSON has no word for non-finite floats, so they are written as the strings "NaN"
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -79,7 +80,8 @@ class RunTracker:
             self._wandb.image(step, name, picture, caption)
 
     def finish(self, exit_code: int = 0) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was told by log()
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code)
 

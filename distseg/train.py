@@ -75,6 +75,11 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
 def open_shards(config: Config) -> tuple[ShardReader, ShardReader]:
     """The training and validation splits; InputError when they are not there or have other classes."""
     splits = [ShardReader(Path(config.data.shards), name) for name in (config.data.train_split, config.data.val_split)]
+    for split in splits:
+        if split.unlabelled:
+            some = f"{len(split.unlabelled)} samples, {split.unlabelled[0]} for one,"
+            got = f"{some} have no label in the split {split.split}"
+            raise InputError(got, "a label for every sample", "prepare and pack the data with labels")
     there, asked = splits[0].classes.num_classes, config.data.num_classes
     if asked not in (None, there):
         names = ", ".join(splits[0].classes.names)
@@ -108,7 +113,8 @@ def build_trainer(
     train_set, val_set = splits
     ema = MovingAverage(pair.segmentor.network, config.ema_decay) if config.ema_decay > 0 else None
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
-    evaluator = Evaluator(pair.segmentor.network if ema is None else ema.network, val_set, ranks, view)
+    network = pair.segmentor.network if ema is None else ema.network
+    evaluator = Evaluator(network, val_set, ranks, view, config.data.num_threads)
     classes = train_set.classes
     identity: dict[str, Any] = {"manifest_sha256": train_set.manifest.sha256, "classes": list(classes.names)}
     identity |= {"palette": [list(color) for color in classes.palette]}

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,7 +48,8 @@ def published(path: Path) -> Iterator[Path]:
             raise InputError(got, "one writer at a time", "wait for it, or choose another place") from None
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it may have no folder to be in
+            partial.unlink(missing_ok=True)
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -64,6 +64,11 @@ class ShardReader:
         """(height, width) of a sample, without reading it."""
         return self._entries[index].size
 
+    @property
+    def unlabelled(self) -> list[str]:
+        """Keys of the samples without a label."""
+        return [entry.key for entry in self._entries if entry.label is None]
+
     def read(self, index: int) -> RawSample:
         """The bytes of a sample. Raises InputError, naming sample and shard, where their crc32 differs."""
         entry = self._entries[index]

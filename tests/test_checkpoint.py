@@ -35,8 +35,8 @@ class Holder:
             tensor.copy_(state["network"][name])
 
 
-def state(step: int, best_step: int = -1) -> dict:
-    return {"step": step, "best_step": best_step, "best_mean_iou": 0.5}
+def state(step: int) -> dict:
+    return {"step": step}
 
 
 def names(run_dir: Path) -> list[str]:
@@ -58,9 +58,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2, {}, RANKS)
-    for step in (10, 20, 30, 40, 50):
-        checkpoints.save({"segmentor": Holder(step)}, state(step, best_step=20))
-    assert names(tmp_path) == ["step-00000020", "step-00000040", "step-00000050"]
+    for step, mean_iou in ((10, 0.2), (20, 0.5), (30, 0.3), (40, 0.5), (50, 0.4)):
+        checkpoints.save({"segmentor": Holder(step)}, state(step))
+        checkpoints.mark_best(step, mean_iou)
+    (tmp_path / "checkpoints" / "step-00000007-backup").mkdir()  # a user's own, not ours to remove
+    assert names(tmp_path) == ["step-00000007-backup", "step-00000020", "step-00000040", "step-00000050"]
     assert checkpoint.find(tmp_path, "best").name == "step-00000020"
     assert checkpoint.find(tmp_path, "last").name == "step-00000050"
     assert checkpoint.find(tmp_path, "40").name == "step-00000040"

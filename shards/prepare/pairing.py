@@ -34,8 +34,10 @@ def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
 
 def read_image(path: Path) -> tuple[bytes, tuple[int, int]]:
     """(the file's bytes, (height, width) from its header). Raises InputError naming an unreadable file."""
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         return content, image_size(content)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", "a readable image file", "unpack the data set again") from None
     except InputError as error:
         raise InputError(f"{path}: {error.got}", error.needed, error.action) from None
