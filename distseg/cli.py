@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.handler(options)
     except InputError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or (_joined() and not hasattr(error, "raised_on_all_ranks")):
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one per machine: machines can differ, their ranks do not
+        if rank == "0" or (speaks and not _joined()) or (_joined() and not hasattr(error, "raised_on_all_ranks")):
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -53,7 +53,8 @@ def adversarial_step(pair: Pair, image: Tensor, label: Tensor, now: Phase) -> Me
     with torch.set_grad_enabled(now.segmentor):
         logits = segmentor(image)  # (n, C, h, w)
         probabilities = losses.at_least_float32(logits).softmax(dim=1)
-    real, valid = losses.real_label_map(label, probabilities)
+    real, pixels = losses.real_label_map(label, probabilities)
+    valid = pixels if discriminator.network.head == "patch" else None  # one score per image has no void
     fake = probabilities.detach().requires_grad_(now.segmentor)
     if now.discriminator:
         on_real, on_fake = discriminator(image, real, fake)
@@ -95,7 +96,7 @@ def _segmentor_metrics(cross_entropy: Tensor, adversarial: Tensor, adv_weight: f
     return {"loss/segmentor": total, "loss/cross_entropy": cross_entropy, "loss/adversarial": adversarial}
 
 
-def _global_counts(label: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+def _global_counts(label: Tensor, scores: Tensor, valid: Tensor | None) -> Tensor:
     """Valid pixels and valid discriminator outputs of the batch on all ranks: (2,) float64, one all-reduce."""
     pixels = (label != IGNORE_INDEX).sum().double()
     return all_reduce_sum(torch.stack([pixels, losses.adversarial_count(scores, valid)]))

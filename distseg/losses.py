@@ -50,10 +50,10 @@ def real_label_map(label: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor
     return torch.where(valid[:, None], one_hot, probabilities.detach()), valid
 
 
-def adversarial_sum(logits: Tensor, valid: Tensor, real: bool) -> Tensor:
+def adversarial_sum(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:
     """Sum of the binary cross entropy of the discriminator's outputs against "real" or "fake".
 
-    logits: (N, 1, 1, 1) for one score per image, which is summed over the images; otherwise (N, 1, h', w'),
+    valid None: one score per image, logits (N, 1, 1, 1), summed over the images. Otherwise logits (N, 1, h', w') are
     upsampled to the valid mask (N, h, w) and summed over valid pixels (Hung et al. 2018, eq. 1).
     """
     scores, weight = _scores(logits, valid)
@@ -61,7 +61,7 @@ def adversarial_sum(logits: Tensor, valid: Tensor, real: bool) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, target, weight=weight, reduction="sum")
 
 
-def adversarial_count(logits: Tensor, valid: Tensor) -> Tensor:
+def adversarial_count(logits: Tensor, valid: Tensor | None) -> Tensor:
     """How many outputs `adversarial_sum` sums over: a float64 scalar."""
     scores, weight = _scores(logits.detach(), valid)
     return (
@@ -71,16 +71,16 @@ def adversarial_count(logits: Tensor, valid: Tensor) -> Tensor:
     )
 
 
-def correct_sum(logits: Tensor, valid: Tensor, real: bool) -> Tensor:
+def correct_sum(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:
     """How many of the (valid) outputs are on the right side of 0: a float64 scalar."""
     scores, weight = _scores(logits.detach(), valid)
     correct = (scores > 0) == real
     return (correct if weight is None else correct & (weight > 0)).double().sum()
 
 
-def _scores(logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
+def _scores(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scores in at least fp32, and their weights: 1 at valid pixels, None when there is one score per image."""
     logits = at_least_float32(logits)
-    if logits.shape[-2:] == (1, 1):
+    if valid is None:
         return logits, None
     return upsample(logits, valid.shape[-2:]), valid[:, None].to(logits.dtype)

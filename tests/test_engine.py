@@ -124,6 +124,8 @@ def reference(precision: str, alternation: str, discriminator: str, mode: str = 
         logits = segmentor(image)
         probabilities = logits.softmax(1)
         valid, real = reference_real(label, probabilities.detach())
+        if discriminator == "two_branch":
+            valid = None  # one score per image
         d_loss = bce(judge(image, real)[0], 1.0, valid) + bce(judge(image, probabilities.detach())[0], 0.0, valid)
         up = F.interpolate(logits, label.shape[-2:], mode="bilinear")
         s_loss = F.cross_entropy(up, label.long(), ignore_index=255)
@@ -170,8 +172,8 @@ def reference_real(label: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor
     return valid, real.permute(0, 3, 1, 2)
 
 
-def bce(logits: Tensor, target: float, valid: Tensor) -> Tensor:
-    if logits.shape[-1] > 1:
+def bce(logits: Tensor, target: float, valid: Tensor | None) -> Tensor:
+    if valid is not None:
         logits = F.interpolate(logits, valid.shape[-2:], mode="bilinear")[:, 0][valid]
     return F.softplus(logits * (1 - 2 * target)).mean()
 

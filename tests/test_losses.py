@@ -43,14 +43,13 @@ def test_cross_entropy_of_void_alone_is_zero_with_a_live_graph() -> None:
 @pytest.mark.parametrize("real", [True, False])
 def test_adversarial_loss_per_image_is_its_formula(real: bool) -> None:
     logits = rand(3, 1, 1, 1).requires_grad_()
-    valid = torch.zeros(3, 8, 8, dtype=torch.bool)
-    total = losses.adversarial_sum(logits, valid, real)
+    total = losses.adversarial_sum(logits, None, real)
     chance = torch.sigmoid(logits)
     expected = -(chance if real else 1 - chance).log().sum()
     assert abs(total - expected) < 1e-12
     (gradient,) = torch.autograd.grad(total, logits)
     assert (gradient - (chance - float(real))).abs().max() < 1e-12  # d/dz BCE = sigmoid(z) - target
-    assert losses.adversarial_count(logits, valid) == 3
+    assert losses.adversarial_count(logits, None) == 3
 
 
 @pytest.mark.parametrize("real", [True, False])

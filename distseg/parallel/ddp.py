@@ -46,9 +46,12 @@ class DDPLearner:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward through DDP under autocast, then running statistics averaged over the ranks."""
+        statistics = self._statistics()
+        before = torch.cat(statistics) if statistics else None
         with autocast(self._device_type, self._autocast_dtype):
             outputs = self._ddp(*inputs)
-        self._average_statistics()
+        if before is not None:
+            self._average_statistics(statistics, before)
         return outputs
 
     def frozen(self, *inputs: Tensor) -> Any:
@@ -56,22 +59,22 @@ class DDPLearner:
         with autocast(self._device_type, self._autocast_dtype):
             return self.network(*inputs)
 
-    def _average_statistics(self) -> None:
+    def _statistics(self) -> list[Tensor]:
+        """The running statistics that a forward moves."""
+        moving = [module for module in self._batch_norms if module.training]
+        return [b for module in moving for b in (module.running_mean, module.running_var) if b is not None]
+
+    def _average_statistics(self, statistics: list[Tensor], before: Tensor) -> None:
         """Batch norm's running statistics become the mean over the ranks, so every rank holds the same network.
 
         They are linear in the batches' statistics: their mean is what one process with all the data would keep,
-        but for the variance between the ranks' means.
+        but for the variance between the ranks' means. Not finite on any rank: all keep those `before` the forward.
         """
-        world_size = torch.distributed.get_world_size()
-        moving = [module for module in self._batch_norms if module.training]
-        if world_size == 1 or not moving:
-            return
-        buffers = [b for module in moving for b in (module.running_mean, module.running_var) if b is not None]
-        flat = torch.cat(buffers)
-        all_reduce_sum(flat).div_(world_size)
-        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        mean = all_reduce_sum(torch.cat(statistics)).div_(torch.distributed.get_world_size())
+        kept = torch.where(mean.isfinite().all(), mean, before)
+        for buffer, values in zip(statistics, kept.split([b.numel() for b in statistics]), strict=True):
             # .data: autograd kept the buffer for the backward, which in training reads the batch's statistics instead
-            buffer.data.copy_(mean)
+            buffer.data.copy_(values)
 
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
