@@ -147,6 +147,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return meta
 
 
+def saved_precision(run_dir: Path) -> str | None:
+    """The precision of a run's last checkpoint; None before there is one."""
+    published = _published(run_dir / "checkpoints")
+    return read_state(published[-1])["identity"].get("precision") if published else None
+
+
 def load_segmentor(path: Path, network: torch.nn.Module) -> str:
     """Copy a checkpoint's segmentor into a network: the averaged one where there is one. Returns which."""
     which = "ema" if "ema" in read_state(path)["parts"] else "segmentor"
@@ -162,7 +168,7 @@ def load_segmentor(path: Path, network: torch.nn.Module) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     with published(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _published(directory: Path) -> list[Path]:

@@ -170,7 +170,9 @@ def _pack(options: argparse.Namespace) -> int:
     how = {"samples_per_shard": options.samples_per_shard, "num_workers": options.workers}
     manifest = pack(options.maps, options.out, overwrite=options.overwrite, **how)
     counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
-    print(f"wrote {options.out}: {counts}\nnext: distseg train data.shards={options.out}")
+    print(f"wrote {options.out}: {counts}")
+    if {"train", "val"} <= manifest.splits.keys():
+        print(f"next: distseg train data.shards={options.out}")
     return 0
 
 

@@ -59,7 +59,7 @@ class ScheduleConfig:
 
     name: str = "poly"  # poly: (1 - step/steps)^power; constant
     power: float = 0.9  # Chen et al. 2016 (DeepLab), section 4.1
-    warmup_steps: int = 0  # linear from 0, before and on top of the above
+    warmup_steps: int = 0  # linear from 1/warmup_steps, on top of the above
 
 
 @dataclass

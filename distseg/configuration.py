@@ -152,6 +152,9 @@ def _check(config: Config) -> None:
     if config.data.scale_min > config.data.scale_max:
         got = f"data.scale_min={config.data.scale_min} above data.scale_max={config.data.scale_max}"
         raise InputError(got, "scale_min <= scale_max", "swap them")
+    if config.discriminator_optimizer.encoder_lr_factor != 1:
+        got = f"discriminator_optimizer.encoder_lr_factor={config.discriminator_optimizer.encoder_lr_factor}"
+        raise InputError(got, "1: a discriminator has no encoder", "set discriminator_optimizer.lr alone")
     if not config.evaluate.scales or not all(0.1 <= scale <= 8 for scale in config.evaluate.scales):
         got = f"evaluate.scales={config.evaluate.scales}"
         needed = "at least one scale, each from 0.1 to 8"

@@ -7,25 +7,34 @@ import platform
 
 import torch
 
+from distseg.distributed import Ranks, on_all
+
 # glibc's malloc.h and Linux's madvise
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _MADV_HUGEPAGE = -1, -2, -4, 14
 _HUGE_PAGE = 2 << 20
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """ "auto" becomes bf16 where the device multiplies in it (not merely emulates it), else fp32."""
+def resolve_precision(precision: str, ranks: Ranks) -> str:
+    """The precision for a job: "auto" becomes bf16 where EVERY rank's device multiplies in it, else fp32.
+
+    Emulated bf16 does not count: it is slower than fp32. Called on every rank.
+    """
     if precision != "auto":
         return precision
+    return "bf16" if all(on_all(ranks, _has_bf16(ranks.device))) else "fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _cpu_has_bf16() else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _cpu_has_bf16()
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """The dtype of torch.autocast for a resolved precision; None for full precision."""
-    return AUTOCAST_DTYPES.get(precision)
+    return _AUTOCAST_DTYPES.get(precision)
 
 
 def _cpu_has_bf16() -> bool:

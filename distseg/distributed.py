@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import time
@@ -73,24 +74,37 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     """
     rank, world_size, local_rank = resolve_ranks(dict(os.environ))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and local_rank >= torch.cuda.device_count():
-        got = f"local rank {local_rank} with {torch.cuda.device_count()} CUDA devices"
-        raise InputError(got, "one CUDA device per process", "lower --nproc_per_node, or device=cpu")
-    where = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    where = _cuda_device(local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
     elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(_usable_cores())
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    options: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=timeout_seconds)}
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return Ranks(0, 1, local_rank, where)
+        options["store"] = dist.HashStore()  # no port is needed
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        dist.init_process_group(backend, **options)
+    except dist.DistError as error:
         raise _network_error(error) from None
     return Ranks(rank, world_size, local_rank, where)
+
+
+def _cuda_device(local_rank: int) -> torch.device:
+    """This process's GPU. Raises InputError on all processes of the machine alike when they outnumber its GPUs."""
+    there = torch.cuda.device_count()
+    if there == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return torch.device("cuda", 0)  # a launcher that shows each process its own GPU
+    asked = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if asked > there:
+        got = f"{asked} processes on a machine with {there} CUDA devices"
+        raise InputError(got, "one CUDA device per process", "lower --nproc_per_node, or write device=cpu")
+    return torch.device("cuda", local_rank)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, which a cluster's job can have fewer of than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _network_error(error: Exception) -> InputError:
@@ -129,12 +143,25 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
             outcome[0] = work()
         except Exception as error:
             outcome[1] = error
+        try:
+            pickle.dumps(outcome)
+        except Exception as error:  # then nothing would be sent, and the others would wait for it
+            failed = outcome[1] or error
+            outcome = [None, RuntimeError(f"{type(failed).__name__}: {failed}")]
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
         outcome[1].raised_on_all_ranks = True  # so that one of them tells the user
         raise outcome[1]
     return outcome[0]
+
+
+def on_all(ranks: Ranks, value: Result) -> list[Result]:
+    """[the `value` of rank 0, of rank 1, ...], on every rank."""
+    values: list[Any] = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 class StopRequest:
@@ -159,6 +186,16 @@ class StopRequest:
         self._signalled = now if not self._flag else self._signalled
         self._flag = 1
         self.signal_name = signal.Signals(number).name
+
+    def release(self) -> None:
+        """Give the signals back their usual effect, which is to end the process."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def reason(self) -> str:
+        """Which signal it was, for people."""
+        return f"{self.signal_name} here" if self.signal_name else "a signal to another rank"
 
     def begin(self) -> None:
         """Start to sum the flags of all ranks."""

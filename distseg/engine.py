@@ -15,7 +15,7 @@ from distseg import losses
 from distseg.checkpoint import Checkpoints
 from distseg.config import Config
 from distseg.data.stream import Batch, TrainStream
-from distseg.distributed import Ranks, StopRequest, all_reduce_sum
+from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_main
 from distseg.ema import MovingAverage
 from distseg.evaluate import Evaluator
 from distseg.parallel import Learner, backward
@@ -35,6 +35,12 @@ class Pair:
     segmentor: Learner
     discriminator: Learner | None
     adv_weight: float
+
+
+def memory_of(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
+    """Everything with a state_dict, by its name in a checkpoint."""
+    named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
+    return {name: learner for name, learner in named.items() if learner is not None}
 
 
 def adversarial_step(pair: Pair, image: Tensor, label: Tensor, now: Phase) -> Metrics:
@@ -131,36 +137,48 @@ class Trainer:
     progress: Progress
     state: TrainState = field(default_factory=TrainState)
 
-    def learners(self) -> dict[str, Any]:
-        """Everything with a state_dict, by the name of its folder in a checkpoint."""
-        named = {"segmentor": self.pair.segmentor, "discriminator": self.pair.discriminator, "ema": self.ema}
-        return {name: learner for name, learner in named.items() if learner is not None}
-
     def fit(self, stream: TrainStream, stop: StopRequest) -> bool:
         """Train from state.step to config.steps; True when done, False when stopped by a signal before."""
+        if self._owes_evaluation():
+            self.evaluate()
         if self.state.step >= self.config.steps:
             return True
         clock = _Clock(self.config.batch_size, self.state.step)
         for batch in stream:
             stop.begin()
             metrics = self.train_step(batch)
+            if logged(self.state.step, self.config):
+                self._log(self.state.step + 1, metrics, clock.lap(self.state.step + 1, stream.wait_seconds))
             self.state.step += 1
             done, stopping = self.state.step == self.config.steps, stop.agreed()
-            if self.state.step % self.config.tracking.log_every == 0 or done:
-                self._log(metrics, clock.lap(self.state.step, stream.wait_seconds))
-            evaluating = done or _due(self.state.step, self.config.evaluate.every_steps)
-            if evaluating or stopping or _due(self.state.step, self.config.checkpoint.every_steps):
-                self.checkpoints.save(self.learners(), asdict(self.state))
-            if evaluating:  # after saving, so that nothing that goes wrong here costs a step
-                self._evaluate()
-            if stopping and not done:
-                why = f"{stop.signal_name} here" if stop.signal_name else "a signal to another rank"
+            if done or stopping or self._evaluation_due() or _due(self.state.step, self.config.checkpoint.every_steps):
+                self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
+            if done:
+                stop.release()  # nothing is left that a signal could lose
+            elif stopping:  # within the time that a signal leaves; an evaluation due now is made up on resuming
                 self.progress.message(
-                    f"stopped at step {self.state.step} of {self.config.steps} ({why}), checkpoint saved"
+                    f"stopped at step {self.state.step} of {self.config.steps} ({stop.reason()}), checkpoint saved"
                 )
-            if done or stopping:
-                return done
+                return False
+            if self._evaluation_due():  # after saving, so that nothing that goes wrong here costs a step
+                self.evaluate()
+            if done:
+                return True
         raise AssertionError("the stream is endless")
+
+    def evaluate(self) -> None:
+        """Score the segmentor on the validation split; note the score, and whether it is the best."""
+        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
+        self.tracker.log(self.state.step, self.evaluator.named())
+        self.progress.evaluation(self.state.step, self.evaluator.named())
+
+    def _evaluation_due(self) -> bool:
+        return self.state.step == self.config.steps or _due(self.state.step, self.config.evaluate.every_steps)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the run was stopped between a checkpoint and the evaluation that belongs to it."""
+        due = self.state.step > 0 and self._evaluation_due()
+        return due and not on_main(self.ranks, lambda: self.tracker.has(self.state.step, "val/mean_iou"))
 
     def train_step(self, batch: Batch) -> Metrics:
         """One step on this rank's part of a batch: gradients, then the updates that the phase asks for."""
@@ -187,24 +205,30 @@ class Trainer:
         both = [("segmentor", self.pair.segmentor, now.segmentor)]
         return [*both, ("discriminator", self.pair.discriminator, now.discriminator)]
 
-    def _log(self, metrics: Metrics, speed: dict[str, float]) -> None:
+    def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
         """The only wait for the device: all scalars at once, averaged over the ranks."""
         packed = torch.stack([value.double().to(self.ranks.device) for value in metrics.values()])
         means = (all_reduce_sum(packed) / self.ranks.world_size).tolist()
         values = dict(zip(metrics, means, strict=True)) | speed
-        self.tracker.log(self.state.step, values)
-        self.progress.update(self.state.step, values)
+        self.tracker.log(step, values)
+        self.progress.update(step, values)
         for name in ("segmentor", "discriminator"):
             in_a_row = values.get(f"skips_in_a_row/{name}", 0)
             if in_a_row >= self.config.max_skips:
-                got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {self.state.step}"
-                action = f"lower {name}_optimizer.lr, or go back with precision=fp32; the last checkpoint is intact"
+                got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
+                action = f"start again in another run_dir with a lower {name}_optimizer.lr, or with precision=fp32"
                 raise InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
 
-    def _evaluate(self) -> None:
-        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
-        self.tracker.log(self.state.step, self.evaluator.named())
-        self.progress.evaluation(self.state.step, self.evaluator.named())
+
+def logged(step: int, config: Config) -> bool:
+    """Whether step `step` (from 0) is the last of its phase in an interval of `tracking.log_every` steps.
+
+    So under `blocks` the curves of both networks go on, whichever of them the interval ends with.
+    """
+    every = config.tracking.log_every
+    end = min((step // every + 1) * every, config.steps)
+    now = phase(step, config.alternation)
+    return all(phase(later, config.alternation) != now for later in range(step + 1, end))
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class View:
         dtype = autocast_dtype(self.precision)
         return probabilities(network, image, self.scales, self.mirror, self.device, dtype)
 
+    def suffix(self) -> str:
+        """For file names: nothing for the plain view, for example "-scales-0.75-1-mirror" for another."""
+        scales = "" if self.scales == (1.0,) else "-scales-" + "-".join(f"{scale:g}" for scale in self.scales)
+        return scales + ("-mirror" if self.mirror else "")
+
 
 @dataclass
 class Evaluator:
@@ -76,10 +82,11 @@ class Evaluator:
         return {f"val/{name}": value for name, value in self.result.to_dict(self.reader.classes.names).items()}
 
     def report(self, step: int) -> dict[str, Any]:
-        """What evaluation.json holds: the last result, and all that it depends on."""
+        """What evaluation.json holds: the last result (None for an absent class), and all that it depends on."""
         about = {"step": step, "data": self.reader.manifest.name, "split": self.reader.split}
         about |= {"num_images": len(self.reader), "scales": list(self.view.scales), "mirror": self.view.mirror}
-        return about | {"precision": self.view.precision} | self.named()
+        scores = {name: None if math.isnan(value) else value for name, value in self.named().items()}
+        return about | {"precision": self.view.precision} | scores
 
 
 def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:
@@ -94,7 +101,7 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Pat
 
 
 def run(run_dir: Path, which: str, overrides: list[str]) -> int:
-    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation.json into the run."""
+    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation-step-<step>-<split>.json."""
     network, config, path = trained_segmentor(run_dir, which)
     fixed = [item for item in overrides if not item.startswith(FREE)]
     if fixed:
@@ -104,7 +111,7 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     reader = ShardReader(Path(config.data.shards), config.data.val_split)
     check_classes(path, reader)
     ranks = setup(config.device, config.parallel.timeout_seconds)
-    precision = resolve_precision(config.precision, ranks.device)
+    precision = resolve_precision(config.precision, ranks)
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -112,10 +119,12 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     evaluator = Evaluator(network, reader, ranks, view, config.data.num_threads)
     evaluator()
     step = checkpoint.read_state(path)["state"]["step"]
-    on_main(ranks, lambda: checkpoint.write_json(run_dir / "evaluation.json", evaluator.report(step)))
+    out = run_dir / f"evaluation-step-{step:08d}-{reader.split}{view.suffix()}.json"  # evaluation.json is training's
+    on_main(ranks, lambda: checkpoint.write_json(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
     progress.message(f"{path.name} on {len(reader)} images of {reader.split}, each once, at full resolution")
     progress.evaluation(step, evaluator.named())
+    progress.message(f"wrote {out}")
     teardown()
     return 0
 

@@ -59,6 +59,7 @@ def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOption
     """
     from distseg import checkpoint
     from distseg.device import autocast_dtype, resolve_precision
+    from distseg.distributed import Ranks
     from distseg.evaluate import trained_segmentor
 
     images = collect_images(path)
@@ -73,7 +74,7 @@ def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOption
         scales=tuple(config.evaluate.scales),
         mirror=config.evaluate.mirror,
         device=str(where),
-        autocast_dtype=autocast_dtype(resolve_precision(config.precision, where)),
+        autocast_dtype=autocast_dtype(resolve_precision(config.precision, Ranks(0, 1, 0, where))),
     )
     predict(model, images, out, classes, options)
     return 0

@@ -70,7 +70,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line of text above the live line."""
         if self._enabled:
-            self._console.print(text, markup=False)
+            self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def close(self) -> None:
         """Take the live line away and leave the last state as a plain line."""

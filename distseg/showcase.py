@@ -6,7 +6,6 @@ from pathlib import Path
 
 from distseg import pictures
 from distseg.checkpoint import write_json
-from distseg.distributed import on_main
 from distseg.engine import Trainer
 from distseg.tracking import METRICS_FILE, read_metrics
 from shards.reader import ShardReader
@@ -17,7 +16,8 @@ def show(trainer: Trainer, val_set: ShardReader) -> None:
     """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank."""
     if trainer.evaluator.result is None:  # the run had been complete before this process began
         trainer.evaluator()
-    on_main(trainer.ranks, lambda: _show(trainer, val_set))
+    if trainer.ranks.is_main:  # the others need not wait, so no time limit of theirs ends the drawing
+        _show(trainer, val_set)
 
 
 def _show(trainer: Trainer, val_set: ShardReader) -> None:

@@ -35,6 +35,9 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line; values are anything `float()` takes, on the host (a device tensor would wait)."""
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a line of `step` with the value `name` has been written, now or before a restart."""
+
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B only)."""
 
@@ -48,6 +51,9 @@ class NullTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
+    def has(self, step: int, name: str) -> bool:
+        return False
+
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         pass
 
@@ -59,6 +65,7 @@ class RunTracker:
     """metrics.jsonl, flushed line by line so that a killed process loses nothing, and W&B beside it."""
 
     def __init__(self, metrics_path: Path, wandb_run: WandbRun | None):
+        self._path = metrics_path
         self._file = metrics_path.open("a", encoding="utf-8")
         self._wandb = wandb_run
 
@@ -74,6 +81,9 @@ class RunTracker:
             raise InputError(f"{self._file.name}: {error.strerror}", "a disk that can be written", action) from None
         if self._wandb is not None:
             self._wandb.log(step, values)
+
+    def has(self, step: int, name: str) -> bool:
+        return any(row["step"] == step and name in row for row in read_metrics(self._path))
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         if self._wandb is not None:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from distseg import configuration
-from distseg.checkpoint import Checkpoints
+from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
 from distseg.data.plan import rank_positions
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import resolve_precision, reuse_memory
-from distseg.distributed import Ranks, StopRequest, resolve_ranks, setup, teardown
+from distseg.distributed import Ranks, StopRequest, on_main, resolve_ranks, setup, teardown
 from distseg.ema import MovingAverage
-from distseg.engine import Pair, Trainer, TrainState
+from distseg.engine import Pair, Trainer, TrainState, memory_of
 from distseg.evaluate import Evaluator, View
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
@@ -50,7 +50,9 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         reuse_memory()
     stop = StopRequest()
     run_directory = RunDirectory(Path(config.run_dir), config, ranks)
-    config = replace(config, precision=resolve_precision(config.precision, ranks.device))
+    kept = on_main(ranks, lambda: saved_precision(run_directory.path))  # "auto" may differ on another machine
+    precision = kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
+    config = replace(config, precision=precision)
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         None if discriminator is None else wrap(discriminator, config.discriminator_optimizer, config, ranks),
@@ -121,8 +123,7 @@ def build_trainer(
     identity |= {"batch_size": config.batch_size, "seed": config.seed, "precision": config.precision}
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity, ranks)
 
-    state, learners = TrainState(), {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
-    learners = {name: learner for name, learner in learners.items() if learner is not None}
+    state, learners = TrainState(), memory_of(pair, ema)
     checkpoints.check_space(learners)
     latest = checkpoints.latest()
     if latest is not None:
@@ -138,9 +139,16 @@ def open_stream(config: Config, ranks: Ranks, train_set: ShardReader, start_step
     """This rank's part of the endless sequence of batches, from `start_step` on."""
     data = config.data
     view = TrainView(data.crop_px, data.scale_min, data.scale_max, data.mirror, data.color_jitter)
-    where = {"rank": ranks.rank, "world_size": ranks.world_size, "start_step": start_step}
     return TrainStream(
-        train_set, view, seed=config.seed, batch_size=config.batch_size, num_threads=data.num_threads, **where
+        train_set,
+        view,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_threads=data.num_threads,
+        start_step=start_step,
+        pin_memory=ranks.device.type == "cuda",
     )
 
 

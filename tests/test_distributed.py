@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distseg.distributed import Ranks, StopRequest, on_main, resolve_ranks, setup
+from distseg.distributed import Ranks, StopRequest, on_all, on_main, resolve_ranks, setup
 from shards.errors import InputError
 from tests.ranks import run_ranks
 
@@ -61,6 +61,34 @@ def fail_on_main(ranks: Ranks) -> Any:
 def test_what_fails_on_the_main_rank_fails_on_all_and_results_reach_all() -> None:
     message = "disk full\n  needed: space\n  to do:  free some"
     assert run_ranks(2, fail_on_main) == [(message, 0), (message, 0)]
+
+
+class Unpicklable(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("not for sending")
+
+
+def fail_unpicklably(ranks: Ranks) -> str:
+    def work() -> None:
+        raise Unpicklable("no such thing")
+
+    try:
+        on_main(ranks, work)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_an_error_that_cannot_be_sent_reaches_all_ranks_by_name() -> None:
+    assert run_ranks(2, fail_unpicklably) == ["Unpicklable: no such thing"] * 2
+
+
+def collect(ranks: Ranks) -> list[int]:
+    return on_all(ranks, 10 * ranks.rank)
+
+
+def test_every_rank_learns_the_value_of_every_other() -> None:
+    assert run_ranks(3, collect) == [[0, 10, 20]] * 3
 
 
 def signal_last_rank(ranks: Ranks) -> list[bool]:

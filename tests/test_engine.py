@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distseg import configuration
 from distseg.config import AlternationConfig, Config
 from distseg.distributed import Ranks
-from distseg.engine import Pair, adversarial_step, supervised_step
+from distseg.engine import Pair, adversarial_step, logged, supervised_step
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.schedules import lr_factor, phase
@@ -176,6 +176,56 @@ def bce(logits: Tensor, target: float, valid: Tensor | None) -> Tensor:
     if valid is not None:
         logits = F.interpolate(logits, valid.shape[-2:], mode="bilinear")[:, 0][valid]
     return F.softplus(logits * (1 - 2 * target)).mean()
+
+
+def bad_batch_on_one_rank(ranks: Ranks) -> Any:
+    """Three steps of a network with batch norm; in the second, the last rank's image has a NaN."""
+    config = make_config("fp32", "simultaneous", "adversarial")
+    torch.manual_seed(5)
+    conv = nn.Conv2d(3, NUM_CLASSES, 4, stride=4)
+    segmentor = nn.Sequential(conv, nn.BatchNorm2d(NUM_CLASSES))
+    judge = build_discriminator("two_branch", NUM_CLASSES, width=0.25)
+    pair = Pair(
+        wrap(segmentor, config.segmentor_optimizer, config, ranks),
+        wrap(judge, config.discriminator_optimizer, config, ranks),
+        0.7,
+    )
+    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    history = []
+    for step in range(3):
+        image, label = (part[share] for part in make_batch(step, torch.float32, 48))
+        if step == 1 and ranks.rank == ranks.world_size - 1:
+            image[0, 0, 0, 0] = float("nan")
+        own = conv(image).detach()
+        adversarial_step(pair, image, label, phase(step, config.alternation))
+        counts = {name: learner.step(1.0) for name, learner in (("S", pair.segmentor), ("D", pair.discriminator))}
+        skips = {name: (float(c["skips"]), float(c["skips_in_a_row"])) for name, c in counts.items()}
+        state = {name: tensor.clone().numpy() for name, tensor in segmentor.state_dict().items()}
+        history.append((own.mean((0, 2, 3)).numpy(), skips, state))
+    return history
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_bad_batch_on_one_rank_is_left_out_by_all(num_ranks: int) -> None:
+    ranks = run_ranks(num_ranks, bad_batch_on_one_rank)
+    for history in ranks:
+        assert [skips["S"] for _, skips, _ in history] == [(0, 0), (1, 1), (1, 0)]
+        before, after = history[0][2], history[1][2]
+        for name, array in before.items():
+            assert name.endswith("num_batches_tracked") or (array == after[name]).all(), name
+        for step in range(3):  # and all hold the same network
+            for name, array in ranks[0][step][2].items():
+                assert (array == history[step][2][name]).all(), name
+    mean = sum(history[0][0] for history in ranks) / num_ranks  # of the ranks' batch means, after one step from 0
+    assert abs(ranks[0][0][2]["1.running_mean"] - 0.1 * mean).max() < 1e-6
+
+
+def test_under_blocks_the_curves_of_both_networks_go_on() -> None:
+    config = make_config("fp32", "blocks", "adversarial")  # two steps of the segmentor, one of the discriminator
+    config.tracking.log_every, config.steps = 4, 10
+    assert [step for step in range(10) if logged(step, config)] == [2, 3, 5, 7, 8, 9]
+    config.alternation.name = "simultaneous"
+    assert [step for step in range(10) if logged(step, config)] == [3, 7, 9]
 
 
 CASES = [

@@ -32,13 +32,19 @@ def command(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> lis
     return [*launcher, f"--master_port={free_port()}", "-m", *arguments]
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(arguments: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
     pipe = subprocess.PIPE
-    # a session of its own, so that all its processes can be killed together
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def start_ranks(num_ranks: int, shards: Path, run_dir: Path) -> list[subprocess.Popen]:
+    """The ranks without a launcher, so that a signal reaches them and nothing outlives it."""
+    port = str(free_port())
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(num_ranks)} for r in range(num_ranks)]
+    return [
+        start(command(1, shards, run_dir), rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in ranks
+    ]
 
 
 def finish(process: subprocess.Popen, expected_code: int = 0) -> str:
@@ -84,14 +90,40 @@ def test_a_killed_run_resumes_to_the_same_bits(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    for kill_after in ("step-00000003", "step-00000006"):
-        process = start(command(2, toy_shards, run_dir))
-        wait_for(run_dir / "checkpoints" / kill_after, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    for kill_after in ("step-00000003", "step-00000006"):  # after the second, most likely in the evaluation
+        processes = start_ranks(2, toy_shards, run_dir)
+        wait_for(run_dir / "checkpoints" / kill_after, processes[0])
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+        assert not (run_dir / "checkpoints" / "step-00000012").exists()
     assert "resumed at step" in finish(start(command(2, toy_shards, run_dir)))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
     assert curve(run_dir) == curve(uninterrupted[2])  # each step once, in order, with the same losses
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted[1], run_dir)  # as a kill between the last checkpoint and its evaluation leaves it
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "val/mean_iou" in lines[-1]
+    (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    for left_later in ("evaluation.json", "checkpoints/best.json"):
+        (run_dir / left_later).unlink()
+    finish(start(command(1, toy_shards, run_dir)))
+    assert curve(run_dir) == curve(uninterrupted[1])
+    assert (run_dir / "evaluation.json").read_text() == (uninterrupted[1] / "evaluation.json").read_text()
+    assert json.loads((run_dir / "checkpoints" / "best.json").read_text())["step"] == 12
+
+
+def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(toy_shards: Path, tmp_path: Path) -> None:
+    settings = ["segmentor_optimizer.lr=1e30", "segmentor_optimizer.weight_decay=0", "max_skips=5"]
+    output = finish(start(command(1, toy_shards, tmp_path / "run", *settings)), expected_code=2)
+    assert "segmentor: 5 non-finite gradients in a row" in output and "max_skips=5" in output
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -129,12 +161,13 @@ def test_evaluate_gives_the_training_runs_score_at_any_world_size(
     expected = json.loads((uninterrupted[2] / "evaluation.json").read_text())
     run_dir = tmp_path / "copy"
     shutil.copytree(uninterrupted[2], run_dir)
+    name = "evaluation-step-00000012-val.json"
     for num_ranks in (1, 3):
-        (run_dir / "evaluation.json").unlink()
+        (run_dir / name).unlink(missing_ok=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
         arguments = [f"--master_port={free_port()}", "-m", "distseg.evaluate", str(run_dir)]
         finish(start(launcher + arguments))
-        assert json.loads((run_dir / "evaluation.json").read_text()) == expected
+        assert json.loads((run_dir / name).read_text()) == expected
 
 
 def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:

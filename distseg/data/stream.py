@@ -30,7 +30,7 @@ BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewe
 
 @dataclass
 class Batch:
-    """One rank's slice of a global batch, on the CPU (pinned where there is a CUDA device).
+    """One rank's slice of a global batch, on the CPU (pinned where the stream was told so).
 
     image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px, crop_px)
     uint8, class indices and 255 for void; step: the step of training that it belongs to.
@@ -72,6 +72,7 @@ class TrainStream:
         world_size: int,
         num_threads: int,
         start_step: int = 0,
+        pin_memory: bool = False,
     ):
         share = len(rank_positions(start_step, batch_size, rank, world_size))
         _check_threads(num_threads)
@@ -85,6 +86,7 @@ class TrainStream:
         self._pending: deque[_Pending] = deque()
         self._num_pending = 1 + BATCHES_AHEAD + num_threads // share if num_threads else 1
         self._threads = ThreadPoolExecutor(num_threads, "distseg-data") if num_threads else None
+        self._pin_memory = pin_memory  # for a copy to a GPU that goes on beside its work
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -118,9 +120,9 @@ class TrainStream:
         """Allocate the batch of a step and hand its samples to the threads, or fill it here without any."""
         positions = rank_positions(step, self._batch_size, self._rank, self._world_size)
         count, side = len(positions), self._view.crop_px
-        pin = torch.cuda.is_available()  # torch keeps and reuses freed pinned blocks
-        image = torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=pin)
-        label = torch.empty((count, side, side), dtype=torch.uint8, pin_memory=pin)
+        # torch keeps and reuses freed pinned blocks
+        image = torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+        label = torch.empty((count, side, side), dtype=torch.uint8, pin_memory=self._pin_memory)
         pending = _Pending(Batch(image.permute(0, 3, 1, 2), label, step), [])
         for position, out_image, out_label in zip(positions, image.numpy(), label.numpy(), strict=True):
             if self._threads is None:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distseg.config import Config, OptimizerConfig
+from distseg.device import autocast_dtype
 from distseg.distributed import Ranks, all_reduce_sum
 from distseg.optimizers import build_optimizer, clip, guarded_step
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
 
 # torch 2.13 renamed the argument
 _BROADCAST = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -33,7 +32,7 @@ class DDPLearner:
         self.clip_norm = optimizer.clip_norm
         self.counters = {name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")}
         self._device_type = ranks.device.type
-        self._autocast_dtype = AUTOCAST_DTYPES.get(config.precision)
+        self._autocast_dtype = autocast_dtype(config.precision)
         self.trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self._batch_norms = [m for m in self.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         # Running statistics are averaged below, once a forward; DDP's own broadcast would keep only rank 0's.

@@ -31,13 +31,13 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> tuple[Cla
     Keys are train-00000 and val-00000 onwards. A scene depends on seed, split and its number only, so that
     each split of a larger set begins with the smaller one. Labels and pixels are the same on every machine
     (see shards.synthetic); so are the JPEG files with one version of simplejpeg.
-    Raises InputError unless both splits have a scene and seed is not negative.
+    Raises InputError unless both splits have a scene and seed is within 0..2^63-1.
     """
     if num_train < 1 or num_val < 1:
         got = f"num_train {num_train} and num_val {num_val}"
         raise InputError(got, "1 or more of each", "ask for more scenes")
-    if seed < 0:
-        raise InputError(f"seed {seed}", "a whole number from 0", "choose another")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed {seed}", "a whole number from 0 to 2^63 - 1", "choose another")
     return STANFORD, _scenes(num_train, num_val, seed), num_train + num_val
 
 
