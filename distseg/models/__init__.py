@@ -15,17 +15,19 @@ from distseg.models.deeplab import DeepLabV3Plus
 from distseg.models.discriminators import FullyConvolutional, TwoBranch
 from distseg.models.efficientnet import imagenet_weights_file
 from distseg.models.fcn import FCN8s
+from distseg.models.multiscale import MultiScale
 from distseg.models.vgg import imagenet_weights_file as vgg_weights_file
 from distseg.models.weights import LoadReport, load_into, read_weights
 from shards.errors import InputError
 
 __all__ = ["BatchNorm2d", "LoadReport", "build_discriminator", "build_segmentor", "set_batch_norm"]
 
-Segmentor = DeepLabV3Plus | FCN8s
+Segmentor = DeepLabV3Plus | FCN8s | MultiScale
 
 SEGMENTORS: dict[str, type[Segmentor]] = {
     "deeplabv3plus_efficientnet_lite0": DeepLabV3Plus,
     "fcn8s_vgg16": FCN8s,
+    "multiscale": MultiScale,
 }
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "two_branch": TwoBranch,
@@ -51,6 +53,9 @@ def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **op
     _check("segmentor", name, SEGMENTORS, num_classes, options)
     if init == "random":
         return SEGMENTORS[name](num_classes, **options)
+    if init == "imagenet" and name not in IMAGENET:
+        action = "write segmentor.init=random, or a file of its weights"
+        raise InputError(f"segmentor.init=imagenet for {name}", "a network with published weights", action)
     # the file first: building a network only to find no weights would waste the user's time
     path = IMAGENET[name]() if init == "imagenet" else Path(init)
     state = read_weights(path)

@@ -17,6 +17,12 @@ def require_size(x: Tensor, min_size_px: int, what: str = "image") -> None:
         raise InputError(got, f"at least {min_size_px} px on each side", "leave it out, enlarge it or pad it")
 
 
+def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise InputError when an option is not one of `choices`."""
+    if value not in choices:
+        raise InputError(f"{key}={value}", f"one of: {', '.join(choices)}", f"correct {key}")
+
+
 def require_number(key: str, value: Any, low: float, high: float) -> None:
     """Raise InputError when an option is not a number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:

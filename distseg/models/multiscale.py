@@ -1,0 +1,118 @@
+"""The multi-scale network of Farabet et al. (PAMI 2013), as Luc et al. 2016 use it on Stanford Background."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distseg.models.batch_norm import BatchNorm2d
+from distseg.models.checks import require_choice, require_number, require_size
+from distseg.models.weights import LoadReport
+
+SCALES = 3  # 1, 1/2, 1/4
+CHANNELS = (16, 64, 256)  # of the three 7x7 convolutions
+WINDOW_PX = 15  # of the local normalisation
+# BT.601, luma and the two colour differences of RGB in [0, 1]
+YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.10001))
+
+
+class MultiScale(nn.Module):
+    """One small encoder, with the same weights, over three scales of the image; their features side by side.
+
+    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/4), ceil(W/4)).
+    pyramid: "laplacian", locally normalised YUV band-pass images as in Farabet et al.; "gaussian", the image itself
+    at three scales, which keeps colours as they are. norm: "none" as published, or "batch" after each convolution.
+    activation: "tanh" as published, or "relu". hidden: channels of the classifier's hidden layer.
+    Luc et al. leave out the superpixels, so does this. Raises InputError for a bad option or a smaller image.
+    """
+
+    output_stride = 4
+    min_size_px = 32
+    init_report: LoadReport | None = None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        pyramid: str = "laplacian",
+        norm: str = "none",
+        activation: str = "tanh",
+        hidden: int = 1024,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        require_choice("segmentor.options.pyramid", pyramid, ("laplacian", "gaussian"))
+        require_choice("segmentor.options.norm", norm, ("none", "batch"))
+        require_choice("segmentor.options.activation", activation, ("tanh", "relu"))
+        require_number("segmentor.options.hidden", hidden, 1, 8192)
+        require_number("segmentor.options.dropout", dropout, 0, 0.9)
+        self.num_classes, self.pyramid = num_classes, pyramid
+        self.encoder = _encoder(norm, activation)
+        self.classifier = nn.Sequential(
+            *_layer(SCALES * CHANNELS[-1], hidden, 1, norm, activation),
+            nn.Dropout(dropout),
+            nn.Conv2d(hidden, num_classes, 1),
+        )
+        gain = nn.init.calculate_gain(activation)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_normal_(layer.weight, gain)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.classifier[-1].weight, std=0.01)  # type: ignore[arg-type]
+        self.register_buffer("yuv", torch.tensor(YUV).view(3, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        require_size(image, self.min_size_px)
+        grid = tuple(-(-side // self.output_stride) for side in image.shape[-2:])  # (h, w) of the logits
+        features = []
+        for level in self._levels(image, grid):
+            x = self.encoder(level)  # (N, 256, h / 2^k, w / 2^k), rounded up
+            features.append(F.interpolate(x, grid, mode="bilinear", align_corners=False) if x.shape[-2:] != grid else x)
+        return self.classifier(torch.cat(features, 1))  # (N, C, h, w)
+
+    def _levels(self, image: Tensor, grid: tuple[int, ...]) -> list[Tensor]:
+        """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the same image."""
+        sizes = [tuple(4 * -(-side // 2**k) for side in grid) for k in range(SCALES)]
+        levels = [image if image.shape[-2:] == sizes[0] else _resize(image, sizes[0])]
+        for size in sizes[1:]:
+            levels.append(_resize(levels[-1], size))
+        if self.pyramid == "gaussian":
+            return [2 * level - 1 for level in levels]
+        levels = [F.conv2d(level, self.yuv.to(level)) for level in levels]
+        bands = [fine - _resize(coarse, fine.shape[-2:]) for fine, coarse in zip(levels, levels[1:], strict=False)]
+        return [_locally_normalised(band) for band in [*bands, levels[-1]]]
+
+
+def _encoder(norm: str, activation: str) -> nn.Sequential:
+    first, second, third = CHANNELS
+    return nn.Sequential(
+        *_layer(3, first, 7, norm, activation),
+        nn.MaxPool2d(2),
+        *_layer(first, second, 7, norm, activation),
+        nn.MaxPool2d(2),
+        *_layer(second, third, 7, norm, activation),
+    )
+
+
+def _layer(in_channels: int, channels: int, kernel: int, norm: str, activation: str) -> list[nn.Module]:
+    batch_norm = norm == "batch"
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=not batch_norm)]
+    layers += [BatchNorm2d(channels)] if batch_norm else []
+    return [*layers, nn.Tanh() if activation == "tanh" else nn.ReLU(inplace=True)]
+
+
+def _resize(x: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _locally_normalised(x: Tensor) -> Tensor:
+    """Zero mean and unit deviation in a window around each pixel; the deviation at least the image's mean one."""
+
+    def mean(y: Tensor) -> Tensor:
+        return F.avg_pool2d(y, WINDOW_PX, stride=1, padding=WINDOW_PX // 2, count_include_pad=False)
+
+    centred = x - mean(x)
+    deviation = mean(centred.square()).clamp(min=0).sqrt()
+    return centred / deviation.clamp(min=1e-3).maximum(deviation.mean((2, 3), keepdim=True))
