@@ -66,8 +66,10 @@ class MultiScale(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
         grid = tuple(-(-side // self.output_stride) for side in image.shape[-2:])  # (h, w) of the logits
+        with torch.autocast(image.device.type, enabled=False):  # small differences of pixels
+            levels = self._levels(image, grid)
         features = []
-        for level in self._levels(image, grid):
+        for level in levels:
             x = self.encoder(level)  # (N, 256, h / 2^k, w / 2^k), rounded up
             features.append(F.interpolate(x, grid, mode="bilinear", align_corners=False) if x.shape[-2:] != grid else x)
         return self.classifier(torch.cat(features, 1))  # (N, C, h, w)
