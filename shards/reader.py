@@ -69,10 +69,10 @@ class ShardReader:
         """Keys of the samples without a label."""
         return [entry.key for entry in self._entries if entry.label is None]
 
-    def read(self, index: int) -> RawSample:
+    def read(self, index: int, *, with_label: bool = True) -> RawSample:
         """The bytes of a sample. Raises InputError, naming sample and shard, where their crc32 differs."""
         entry = self._entries[index]
-        label = None if entry.label is None else self._member(entry, entry.label)
+        label = self._member(entry, entry.label) if with_label and entry.label is not None else None
         return RawSample(entry.key, self._member(entry, entry.image), label)
 
     def __getstate__(self) -> dict[str, Any]:

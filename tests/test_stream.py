@@ -15,6 +15,7 @@ import torch
 from conftest import toy_samples
 
 from distseg.data.plan import Plan
+from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream, evaluation_samples
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
@@ -41,13 +42,13 @@ class AlteredReader:
     def __getattr__(self, name):
         return getattr(self.reader, name)
 
-    def read(self, index):
+    def read(self, index, with_label=True):
         return self.alter(index, self.reader.read(index))
 
 
 def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW):
     return TrainStream(
-        reader,
+        SampleSet(reader),
         view,
         seed=5,
         batch_size=batch_size,
@@ -169,7 +170,7 @@ def test_a_bad_sample_is_named_at_its_step_and_not_before(reader, expected, faul
     with pytest.raises(RuntimeError, match="closed"):
         next(source)
     with pytest.raises(InputError, match=fault):
-        list(evaluation_samples(altered, 0, 1, num_threads))
+        list(evaluation_samples(SampleSet(altered), 0, 1, num_threads))
     assert not data_threads()
 
 
@@ -244,7 +245,7 @@ def test_evaluation_gives_each_original_once_in_order(toy_shards, world_size, nu
     seen = {}
     for rank in range(world_size):
         indices = []
-        for index, key, image, label in evaluation_samples(reader, rank, world_size, num_threads):
+        for index, key, image, label in evaluation_samples(SampleSet(reader), rank, world_size, num_threads):
             indices.append(index)
             seen[index] = key
             assert np.array_equal(image, decode_image(originals[index].image))
@@ -255,7 +256,7 @@ def test_evaluation_gives_each_original_once_in_order(toy_shards, world_size, nu
 
 
 def test_evaluation_that_stops_early_leaves_no_thread(reader):
-    samples = evaluation_samples(reader, 0, 1, num_threads=3)
+    samples = evaluation_samples(SampleSet(reader), 0, 1, num_threads=3)
     next(samples)
     samples.close()
     assert not data_threads()
@@ -267,5 +268,5 @@ def test_bad_arguments_are_refused_before_any_thread_starts(reader):
     with pytest.raises(InputError, match="num_threads"):
         stream(reader, num_threads=-1)
     with pytest.raises(InputError, match="rank"):
-        evaluation_samples(reader, 2, 2, 0)
+        evaluation_samples(SampleSet(reader), 2, 2, 0)
     assert not data_threads()

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 from distseg.data.plan import Plan, rank_positions
+from distseg.data.samples import SampleSet
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
-from shards.reader import RawSample, ShardReader
-from shards.sample import IGNORE_INDEX, decode_image, decode_label
 
 BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewer samples than there are threads
 
@@ -63,7 +62,7 @@ class TrainStream:
 
     def __init__(
         self,
-        reader: ShardReader,
+        samples: SampleSet,
         view: TrainView,
         *,
         seed: int,
@@ -78,9 +77,9 @@ class TrainStream:
         _check_threads(num_threads)
         cv2.setNumThreads(0)  # OpenCV's own threads would fight with ours over the cores
         self.wait_seconds = 0.0
-        self._reader = reader
+        self._samples = samples
         self._view = view
-        self._plan = Plan(len(reader), seed)
+        self._plan = Plan(len(samples), seed)
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._next_step = start_step  # the first that has not been handed to the threads
         self._pending: deque[_Pending] = deque()
@@ -132,12 +131,12 @@ class TrainStream:
         return pending
 
     def _write(self, position: int, out_image: np.ndarray, out_label: np.ndarray) -> None:
-        _, image, label = _load(self._reader, self._plan.sample_index(position))
+        _, image, label = self._samples.load(self._plan.sample_index(position))
         self._view(image, label, self._plan.augmentation_rng(position), out_image, out_label)
 
 
 def evaluation_samples(
-    reader: ShardReader, rank: int, world_size: int, num_threads: int
+    samples: SampleSet, rank: int, world_size: int, num_threads: int
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
     """Samples rank, rank + world_size, ... at full resolution, in order: over all ranks each comes once.
 
@@ -149,20 +148,20 @@ def evaluation_samples(
         raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
     _check_threads(num_threads)
     cv2.setNumThreads(0)
-    return _in_order(reader, range(rank, len(reader), world_size), num_threads)
+    return _in_order(samples, range(rank, len(samples), world_size), num_threads)
 
 
 def _in_order(
-    reader: ShardReader, indices: range, num_threads: int
+    samples: SampleSet, indices: range, num_threads: int
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
     if num_threads == 0:
-        yield from ((index, *_load(reader, index)) for index in indices)
+        yield from ((index, *samples.load(index)) for index in indices)
         return
     threads = ThreadPoolExecutor(num_threads, "distseg-data")
     pending: deque[tuple[int, Future[tuple[str, np.ndarray, np.ndarray]]]] = deque()
     try:
         for index in indices:
-            pending.append((index, threads.submit(_load, reader, index)))
+            pending.append((index, threads.submit(samples.load, index)))
             if len(pending) > 2 * num_threads:  # enough to keep all busy; each holds a decoded picture
                 first, task = pending.popleft()
                 yield first, *task.result()
@@ -170,42 +169,6 @@ def _in_order(
             yield first, *task.result()
     finally:  # also where the consumer stops early
         threads.shutdown(wait=True, cancel_futures=True)
-
-
-def _load(reader: ShardReader, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """Key, image (H, W, 3) uint8 and label (H, W) uint8 of one sample, found to be usable."""
-    raw = reader.read(index)
-    try:
-        image, label = _decode(raw, reader.classes.num_classes)
-    except InputError as error:
-        raise InputError(f"{_place(reader, index)}: {error.got}", error.needed, error.action) from None
-    # decoders may hand out read-only views of their buffers, which torch cannot wrap
-    return raw.key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
-
-
-def _decode(raw: RawSample, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    action = "correct the maps and run `distseg pack` again"
-    if raw.label is None:
-        raise InputError("no label", "a label for every sample of this split", "choose a labelled split")
-    image, label = decode_image(raw.image), decode_label(raw.label)
-    if image.shape[:2] != label.shape:
-        got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
-        raise InputError(got, "the same height and width", action)
-    # 255 + 1 wraps to 0, so one maximum finds any other index that is too large
-    highest = int((label + np.uint8(1)).max()) - 1
-    if highest >= num_classes:
-        raise InputError(f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action)
-    return image, label
-
-
-def _place(reader: ShardReader, index: int) -> str:
-    """Name of a sample and of the shard it lies in, in the reader's own words for damaged bytes."""
-    first = 0
-    for shard in reader.manifest.splits[reader.split].shards:
-        first += shard.num_samples
-        if index < first:
-            break
-    return f"sample {reader.key(index)} in {reader.directory / shard.file}"
 
 
 def _check_threads(num_threads: int) -> None:

@@ -1,0 +1,161 @@
+"""The samples that a run trains or is scored on: which of a split, with or without labels, and which classes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from distseg.data.plan import Plan
+from shards.errors import InputError
+from shards.reader import RawSample, ShardReader
+from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
+
+OTHER, OTHER_COLOR = "other", (110, 110, 110)
+
+
+class SampleSet:
+    """Some samples of a split as arrays, addressed by 0, 1, 2, ...; safe to share between threads.
+
+    indices: which of the reader's samples (None: all). labelled: False leaves their labels unread; `load` then
+    gives 0 for every pixel, so that what a view fills in around the image still reads as void. keep: class names
+    that stay apart; all the others become one class "other" with index 0 (none: the classes as they are).
+    Raises InputError for a class that is not there and, when labels are wanted, for a sample that has none.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        indices: Sequence[int] | None = None,
+        *,
+        labelled: bool = True,
+        keep: Sequence[str] = (),
+    ):
+        self.reader, self.labelled = reader, labelled
+        self._indices = list(range(len(reader))) if indices is None else list(indices)
+        self.classes, self._table = _kept(reader.classes, keep)
+        without = {reader.key(i) for i in self._indices} & set(reader.unlabelled) if labelled else set()
+        if without:
+            some = f"{len(without)} samples, {min(without)} for one,"
+            action = "prepare and pack the data with labels, or list the labelled ones: data.labelled=FILE"
+            raise InputError(f"{some} have no label in the split {reader.split}", "a label for every sample", action)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the samples, in order."""
+        return [self.reader.key(index) for index in self._indices]
+
+    def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """Key, image (H, W, 3) uint8 RGB and label (H, W) uint8 (255 = void) of one sample.
+
+        Raises InputError, naming sample and shard, when it cannot be used.
+        """
+        raw = self.reader.read(self._indices[index], with_label=self.labelled)
+        try:
+            image, label = self._decode(raw)
+        except InputError as error:
+            raise InputError(f"{self._place(index)}: {error.got}", error.needed, error.action) from None
+        # decoders may hand out read-only views of their buffers, which torch cannot wrap
+        return raw.key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
+
+    def _decode(self, raw: RawSample) -> tuple[np.ndarray, np.ndarray]:
+        action = "correct the maps and run `distseg pack` again"
+        image = decode_image(raw.image)
+        if not self.labelled:
+            return image, np.zeros(image.shape[:2], np.uint8)
+        if raw.label is None:
+            raise InputError("no label", "a label for every sample of this split", "choose a labelled split")
+        label = decode_label(raw.label)
+        if image.shape[:2] != label.shape:
+            got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
+            raise InputError(got, "the same height and width", action)
+        # 255 + 1 wraps to 0, so one maximum finds any other index that is too large
+        highest = int((label + np.uint8(1)).max()) - 1
+        num_classes = self.reader.classes.num_classes
+        if highest >= num_classes:
+            raise InputError(f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action)
+        return image, label if self._table is None else self._table[label]
+
+    def _place(self, index: int) -> str:
+        """Name of a sample and of the shard it lies in, in the reader's own words for damaged bytes."""
+        inner, first = self._indices[index], 0
+        for shard in self.reader.manifest.splits[self.reader.split].shards:
+            first += shard.num_samples
+            if inner < first:
+                break
+        return f"sample {self.reader.key(inner)} in {self.reader.directory / shard.file}"
+
+
+def split_labelled(reader: ShardReader, labelled: str, seed: int) -> tuple[list[int], list[int]]:
+    """(indices of the samples whose labels are used, of all the others), each in packed order.
+
+    labelled: "all"; a share of the samples that have a label, as "1/8" or "0.125", drawn by `seed` (the first of
+    the same random order for every share, so that a larger share contains a smaller one); or a file with one key
+    a line. Raises InputError for anything else, unknown keys, and when no sample is left.
+    """
+    without = set(reader.unlabelled)
+    candidates = [index for index in range(len(reader)) if reader.key(index) not in without]
+    if labelled == "all":
+        chosen = set(candidates)
+    elif Path(labelled).is_file():
+        chosen = _listed(reader, Path(labelled), set(candidates))
+    else:
+        share = _share(labelled)
+        order = Plan(max(1, len(candidates)), seed)
+        chosen = {candidates[order.sample_index(p)] for p in range(int(share * len(candidates)))}
+    if not chosen:
+        got = f"data.labelled={labelled} leaves none of the {len(candidates)} labelled samples of {reader.split}"
+        raise InputError(got, "at least one labelled sample", "ask for a larger share")
+    return sorted(chosen), sorted(set(range(len(reader))) - chosen)
+
+
+def sha256_of_keys(keys: Sequence[str]) -> str:
+    """Identity of a list of samples."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def _share(text: str) -> Fraction:
+    try:
+        share = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        needed = "all, a share above 0 and at most 1 (1/8 or 0.125), or a file with one key a line"
+        raise InputError(f"data.labelled={text}", needed, "correct data.labelled")
+    return share
+
+
+def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
+    index_of = {reader.key(index): index for index in range(len(reader))}
+    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    unknown = [key for key in keys if key not in index_of]
+    if unknown:
+        got = f"{path}: {len(unknown)} keys are not in the split {reader.split}, {unknown[0]!r} for one"
+        raise InputError(got, f"keys such as {reader.key(0)!r}, one a line", "correct the list")
+    without = [key for key in keys if index_of[key] not in candidates]
+    if without:
+        got = f"{path}: {len(without)} of its samples have no label, {without[0]!r} for one"
+        raise InputError(got, "samples with a label", "take them out of the list")
+    return {index_of[key] for key in keys}
+
+
+def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray | None]:
+    """The classes that stay, and a table from the old index to the new one (None: nothing changes)."""
+    if not keep:
+        return classes, None
+    unknown = [name for name in keep if name not in classes.names]
+    if unknown or len(set(keep)) != len(keep):
+        needed = f"some of: {', '.join(classes.names)}, each once"
+        raise InputError(f"data.keep_classes={list(keep)}", needed, "correct data.keep_classes")
+    table = np.zeros(256, np.uint8)
+    table[IGNORE_INDEX] = IGNORE_INDEX
+    for new, name in enumerate(keep, start=1):
+        table[classes.names.index(name)] = new
+    colors = [classes.palette[classes.names.index(name)] for name in keep]
+    return ClassSet((OTHER, *keep), (OTHER_COLOR, *colors)), table
