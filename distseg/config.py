@@ -13,7 +13,10 @@ class DataConfig:
     shards: str = ""  # directory written by `distseg pack` (manifest.json and *.tar)
     train_split: str = "train"
     val_split: str = "val"
-    num_classes: int | None = None  # None: the manifest's; a number must agree with it
+    labelled: str = "all"  # whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line
+    labelled_seed: int = 0  # draws the share; the list is saved in the run directory
+    keep_classes: list[str] = field(default_factory=list)  # all others become "other" (index 0); []: all stay
+    num_classes: int | None = None  # None: as many as there are; a number must agree with that
     crop_px: int = 240  # side of the square training view, pixels
     scale_min: float = 0.5  # the view's scale is log-uniform between these two
     scale_max: float = 1.5
@@ -47,6 +50,8 @@ class OptimizerConfig:
     name: str = "adamw"  # adamw or sgd
     lr: float = 1e-3
     encoder_lr_factor: float = 1.0  # the encoder's rate is lr times this (segmentor only)
+    bias_lr_factor: float = 1.0  # biases' rate is the layer's times this (Long et al. 2015: 2)
+    nesterov: bool = False  # sgd only
     weight_decay: float = 0.01
     beta1: float = 0.9  # adamw's first moment, sgd's momentum
     beta2: float = 0.999
@@ -57,9 +62,12 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate's course over the steps of the run, for both networks."""
 
-    name: str = "poly"  # poly: (1 - step/steps)^power; constant
+    name: str = "poly"  # poly: (1 - step/steps)^power; constant; plateau: see below
     power: float = 0.9  # Chen et al. 2016 (DeepLab), section 4.1
     warmup_steps: int = 0  # linear from 1/warmup_steps, on top of the above
+    plateau_factor: float = 0.5  # plateau: the rate is multiplied by this ...
+    plateau_patience: int = 3  # ... after so many evaluations in a row without a lower val/loss
+    early_stop_patience: int = 0  # the run ends after so many such evaluations, under any schedule; 0: never
 
 
 @dataclass
@@ -76,8 +84,28 @@ class LossConfig:
     """Weights and reductions; a weight means nothing without the reductions, so both are named."""
 
     adv_weight: float = 0.05  # lambda on the adversarial term; 0: the discriminator only watches
-    ce_reduction: str = "mean_valid"  # mean over the valid pixels of the global batch, the only choice so far
-    adv_reduction: str = "mean"  # mean over the discriminator's (valid) outputs of the global batch
+    adv_form: str = "non_saturating"  # + BCE(D(fake), real); saturating: - BCE(D(fake), fake), Luc et al. 2016 eq. 3
+    adv_start_step: int = 0  # before it there is no adversary: plain supervised steps, the discriminator untouched
+    adv_warmup_steps: int = 0  # adv_weight rises linearly over so many steps from adv_start_step on
+    real_target: float = 1.0  # the discriminator's target for real label maps; 0.9: one-sided label smoothing
+    real_map: str = "one_hot"  # ground truth as the discriminator sees it; scaling: softened, Luc et al. 2016
+    scaling_tau: float = 0.9  # scaling: at least this mass stays on the true class
+    map_resolution: str = "output"  # label maps at the segmentor's output resolution (Luc et al.); image: at the view's
+    ce_reduction: str = "mean_valid"  # mean over the valid pixels of the global batch; sum: their sum per image
+    adv_reduction: str = "mean"  # mean over the discriminator's (valid) outputs of the global batch; sum: per image
+
+
+@dataclass
+class SemiConfig:
+    """The terms on unlabelled images, in mode=semi_supervised (Hung et al. 2018, eq. 4 and 5)."""
+
+    batch_size: int = 0  # GLOBAL: unlabelled images a step; 0: as many as labelled ones
+    weight: float = 0.1  # lambda_semi on the masked cross entropy
+    threshold: float = 0.2  # T_semi: a pixel is believed where D(fake) is above it
+    start_step: int = 5000  # of the masked cross entropy
+    adv_weight: float = 0.001  # on the adversarial term
+    adv_start_step: int = 0  # of that term, not before loss.adv_start_step
+    discriminate: bool = True  # the discriminator learns from their label maps too
 
 
 @dataclass
@@ -124,7 +152,7 @@ class Config:
 
     preset: str | None = None
     run_dir: str = ""  # default: runs/<preset>
-    mode: str = "adversarial"  # adversarial or supervised
+    mode: str = "adversarial"  # adversarial, supervised or semi_supervised
     steps: int = 1000  # updates in all (each of batch_size images)
     batch_size: int = 16  # GLOBAL: images per step over all ranks
     seed: int = 0
@@ -141,6 +169,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     alternation: AlternationConfig = field(default_factory=AlternationConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    semi: SemiConfig = field(default_factory=SemiConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -148,16 +177,19 @@ class Config:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("adversarial", "supervised"),
+    "mode": ("adversarial", "supervised", "semi_supervised"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "bf16", "fp32", "fp64"),
     "segmentor.batch_norm": ("per_rank", "frozen"),
     "segmentor_optimizer.name": ("adamw", "sgd"),
     "discriminator_optimizer.name": ("adamw", "sgd"),
-    "schedule.name": ("poly", "constant"),
+    "schedule.name": ("poly", "constant", "plateau"),
     "alternation.name": ("simultaneous", "blocks"),
-    "loss.ce_reduction": ("mean_valid",),
-    "loss.adv_reduction": ("mean",),
+    "loss.adv_form": ("non_saturating", "saturating"),
+    "loss.real_map": ("one_hot", "scaling"),
+    "loss.map_resolution": ("output", "image"),
+    "loss.ce_reduction": ("mean_valid", "sum"),
+    "loss.adv_reduction": ("mean", "sum"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
     "parallel.strategy": ("ddp",),
 }
@@ -175,8 +207,11 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.scale_max": (0.05, 20),
     "data.color_jitter": (0, 1),
     "data.num_threads": (0, 256),
+    "data.labelled_seed": (0, 2**31 - 1),
     "segmentor_optimizer.lr": (0, None),
     "segmentor_optimizer.encoder_lr_factor": (0, None),
+    "segmentor_optimizer.bias_lr_factor": (0, None),
+    "discriminator_optimizer.bias_lr_factor": (0, None),
     "segmentor_optimizer.beta1": (0, 0.99999),
     "segmentor_optimizer.beta2": (0, 0.99999),
     "segmentor_optimizer.clip_norm": (0, None),
@@ -188,9 +223,22 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "discriminator_optimizer.weight_decay": (0, None),
     "schedule.power": (0, None),
     "schedule.warmup_steps": (0, None),
+    "schedule.plateau_factor": (0, 1),
+    "schedule.plateau_patience": (1, None),
+    "schedule.early_stop_patience": (0, None),
     "alternation.segmentor": (1, None),
     "alternation.discriminator": (1, None),
     "loss.adv_weight": (0, None),
+    "loss.adv_start_step": (0, None),
+    "loss.adv_warmup_steps": (0, None),
+    "loss.real_target": (0.5, 1),
+    "loss.scaling_tau": (0, 1),
+    "semi.batch_size": (0, 10**6),
+    "semi.weight": (0, None),
+    "semi.threshold": (0, 1),
+    "semi.start_step": (0, None),
+    "semi.adv_weight": (0, None),
+    "semi.adv_start_step": (0, None),
     "evaluate.every_steps": (0, None),
     "evaluate.num_pictures": (0, 64),
     "checkpoint.every_steps": (1, None),

@@ -15,6 +15,8 @@ from shards.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
 
+ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
+
 # These may change when a run is resumed: they alter neither the networks nor the order of samples.
 FREE_ON_RESUME = frozenset(
     {"run_dir", "device", "data.shards", "data.num_threads", "max_skips"}
@@ -57,6 +59,13 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     except OmegaConfBaseException as error:  # an interpolation of nothing, or a missing value
         action = "write the value itself"
         raise InputError(f"a value that cannot be resolved: {_first_line(error)}", "plain values", action) from None
+    if config.mode == "supervised":
+        weighted = [
+            f"{key}={value}" for key, value in pairs if key in ADVERSARIAL_WEIGHTS and value not in ("0", "0.0")
+        ]
+        if weighted:
+            action = "write mode=adversarial (or semi_supervised), or leave it out"
+            raise InputError(f"{weighted[0]} with mode=supervised", "an adversary for its weight", action)
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
     _check(config)
     return config
@@ -159,6 +168,17 @@ def _check(config: Config) -> None:
         got = f"evaluate.scales={config.evaluate.scales}"
         needed = "at least one scale, each from 0.1 to 8"
         raise InputError(got, needed, "write for example evaluate.scales=[0.75,1,1.25]")
+    for part in ("segmentor_optimizer", "discriminator_optimizer"):
+        if values[f"{part}.nesterov"] and not (values[f"{part}.name"] == "sgd" and values[f"{part}.beta1"] > 0):
+            needed = f"{part}.name=sgd with a momentum ({part}.beta1) above 0"
+            raise InputError(f"{part}.nesterov=true", needed, f"correct {part}")
+    if config.schedule.name == "plateau" or config.schedule.early_stop_patience:
+        needed = "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
+        if not config.evaluate.every_steps:
+            raise InputError("evaluate.every_steps=0", needed, "write for example evaluate.every_steps=100")
+    if config.mode == "semi_supervised" and not config.loss.adv_weight + config.semi.adv_weight + config.semi.weight:
+        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
+        raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
     if not config.data.shards:
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)

@@ -1,28 +1,18 @@
-"""The alternating step of a segmentor and a discriminator, and the loop that repeats it."""
+"""The alternating step of a segmentor and a discriminator: what is computed, in which order, and the means."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distseg import losses
-from distseg.checkpoint import Checkpoints
-from distseg.config import Config
-from distseg.data.stream import Batch, TrainStream
-from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_main
-from distseg.ema import MovingAverage
-from distseg.evaluate import Evaluator
+from distseg.config import LossConfig, SemiConfig
+from distseg.distributed import all_reduce_sum
 from distseg.parallel import Learner, backward
-from distseg.progress import Progress
-from distseg.schedules import Phase, lr_factor, phase
-from distseg.tracking import Tracker
-from shards.errors import InputError
+from distseg.schedules import Phase
 from shards.sample import IGNORE_INDEX
 
 Metrics = dict[str, Tensor]
@@ -30,231 +20,185 @@ Metrics = dict[str, Tensor]
 
 @dataclass
 class Pair:
-    """The two networks of a run; the discriminator is None in supervised mode."""
+    """The two networks of a run and how they are held against each other; no discriminator in supervised mode."""
 
     segmentor: Learner
     discriminator: Learner | None
-    adv_weight: float
+    loss: LossConfig
+    semi: SemiConfig
 
 
-def memory_of(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
-    """Everything with a state_dict, by its name in a checkpoint."""
-    named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
-    return {name: learner for name, learner in named.items() if learner is not None}
+@dataclass
+class Images:
+    """This rank's part of a batch, on its device.
+
+    pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images the label says
+    only where they are: 0 inside, 255 outside.
+    """
+
+    pixels: Tensor
+    label: Tensor
 
 
-def adversarial_step(pair: Pair, image: Tensor, label: Tensor, now: Phase) -> Metrics:
+def adversarial_step(pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None = None) -> Metrics:
     """Gradients of one alternating step: predict; discriminator on real and fake; segmentor. No update yet.
 
-    image: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void; this rank's part of the batch.
-    Luc et al. 2016 with the non-saturating term: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real),
-    the discriminator BCE(D(y), real) + BCE(D(s(x)), fake). Every loss is a mean over the GLOBAL batch.
+    Luc et al. 2016: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real), the discriminator
+    BCE(D(y), real) + BCE(D(s(x)), fake). Hung et al. 2018 add, on unlabelled images, the same adversarial term with
+    a weight of its own and the cross entropy against the segmentor's own classes where the discriminator believes
+    them. Every loss is a mean over the GLOBAL batch.
 
     The adversary's gradient enters the segmentor through a proxy, the gradient at its probabilities. So one
     D(fake) forward serves both losses, the discriminator's parameters see nothing of the segmentor's loss, and
     no network needs to be frozen, under any parallel strategy.
     """
     segmentor, discriminator = pair.segmentor, pair.discriminator
-    assert discriminator is not None  # the caller chose adversarial mode
+    assert discriminator is not None  # the caller chose a mode with one
+    num_labelled = len(labelled.label)
+    images = labelled if unlabelled is None else _joined(labelled, unlabelled)
     with torch.set_grad_enabled(now.segmentor):
-        logits = segmentor(image)  # (n, C, h, w)
+        logits = segmentor(images.pixels)  # (n, C, h, w)
+        if pair.loss.map_resolution == "image":
+            logits = losses.upsample(losses.at_least_float32(logits), images.pixels.shape[-2:])
         probabilities = losses.at_least_float32(logits).softmax(dim=1)
-    real, pixels = losses.real_label_map(label, probabilities)
-    valid = pixels if discriminator.network.head == "patch" else None  # one score per image has no void
+    index, valid = losses.label_at(images.label, probabilities.shape[-2:])
+    tau = pair.loss.scaling_tau if pair.loss.real_map == "scaling" else None
+    real = losses.real_label_map(index[:num_labelled], valid[:num_labelled], probabilities[:num_labelled], tau)
     fake = probabilities.detach().requires_grad_(now.segmentor)
     if now.discriminator:
-        on_real, on_fake = discriminator(image, real, fake)
+        on_real, on_fake = discriminator(images.pixels, real, fake)
     else:
-        (on_fake,) = discriminator.frozen(image, fake)
-    num_pixels, num_scores = _global_counts(label, on_fake, valid)
+        on_real, (on_fake,) = None, discriminator.frozen(images.pixels, fake)
+    maps = Judged(pair, num_labelled, logits, probabilities, valid, fake, on_real, on_fake)
 
+    terms = maps.segmentor_terms(labelled.label, now) if now.segmentor else {}
+    terms |= maps.discriminator_terms() if now.discriminator else {}
+    metrics = _global_means(terms)
     roots: list[tuple[Tensor, Tensor | None]] = []
-    metrics: Metrics = {}
     if now.segmentor:
-        adversarial = _global_mean(losses.adversarial_sum(on_fake, valid, real=True), num_scores)
-        (proxy,) = torch.autograd.grad(pair.adv_weight * adversarial, fake, retain_graph=now.discriminator)
-        cross_entropy = _global_mean(losses.cross_entropy_sum(logits, label), num_pixels)
-        roots += [(cross_entropy, None), (probabilities, proxy)]
-        metrics |= _segmentor_metrics(cross_entropy, adversarial, pair.adv_weight)
+        roots += maps.segmentor_roots(metrics, now)
     if now.discriminator:
-        loss_real = _global_mean(losses.adversarial_sum(on_real, valid, real=True), num_scores)
-        loss_fake = _global_mean(losses.adversarial_sum(on_fake, valid, real=False), num_scores)
-        roots += [(loss_real + loss_fake, None)]
-        correct = losses.correct_sum(on_real, valid, real=True) + losses.correct_sum(on_fake, valid, real=False)
-        metrics |= {"loss/discriminator_real": loss_real, "loss/discriminator_fake": loss_fake}
-        metrics["discriminator/accuracy"] = _global_mean(correct, 2 * num_scores)
-    updated = [learner for learner, on in ((segmentor, now.segmentor), (discriminator, now.discriminator)) if on]
-    backward(roots, updated)
+        roots += [(metrics["loss/discriminator_real"] + metrics["loss/discriminator_fake"], None)]
+    backward(roots, [learner for learner, on in ((segmentor, now.segmentor), (discriminator, now.discriminator)) if on])
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def supervised_step(pair: Pair, image: Tensor, label: Tensor) -> Metrics:
-    """Gradients of one plain step: cross entropy alone. Arguments as `adversarial_step`."""
-    logits = pair.segmentor(image)
-    num_pixels = all_reduce_sum((label != IGNORE_INDEX).sum().double())
-    cross_entropy = _global_mean(losses.cross_entropy_sum(logits, label), num_pixels)
-    backward([(cross_entropy, None)], [pair.segmentor])
-    return {"loss/segmentor": cross_entropy.detach(), "loss/cross_entropy": cross_entropy.detach()}
+Terms = dict[str, tuple[Tensor, Tensor]]  # metric -> this rank's sum, and the count that the global sum is divided by
 
 
-def _segmentor_metrics(cross_entropy: Tensor, adversarial: Tensor, adv_weight: float) -> Metrics:
-    total = cross_entropy + adv_weight * adversarial
-    return {"loss/segmentor": total, "loss/cross_entropy": cross_entropy, "loss/adversarial": adversarial}
+@dataclass
+class Judged:
+    """What both networks said of this rank's images, the labelled ones first; and the losses made of it.
 
-
-def _global_counts(label: Tensor, scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Valid pixels and valid discriminator outputs of the batch on all ranks: (2,) float64, one all-reduce."""
-    pixels = (label != IGNORE_INDEX).sum().double()
-    return all_reduce_sum(torch.stack([pixels, losses.adversarial_count(scores, valid)]))
-
-
-def _global_mean(local_sum: Tensor, global_count: Tensor) -> Tensor:
-    """A loss whose gradient, averaged over the ranks, is that of (sum over ranks) / count.
-
-    A count of 0 gives 0 with a live graph: a rank that skipped its backward would leave the others waiting.
+    logits, probabilities: (n, C, h, w); valid: (n, h, w) bool; fake: the probabilities as a leaf, which receives
+    the adversary's gradient; on_real (labelled only; None when the discriminator is not updated), on_fake: its logits.
     """
-    return local_sum * (dist.get_world_size() / global_count.clamp(min=1)).to(local_sum.dtype)
 
-
-@dataclass
-class TrainState:
-    """What survives a restart besides the learners. Progress is counted in steps; all ranks hold the same."""
-
-    step: int = 0  # steps done, so also the position in the order of samples / batch_size
-
-
-@dataclass
-class Trainer:
-    """The loop: steps, logging, evaluation, checkpoints, and the agreed stop."""
-
-    config: Config
-    ranks: Ranks
     pair: Pair
-    ema: MovingAverage | None
-    evaluator: Evaluator
-    checkpoints: Checkpoints
-    tracker: Tracker
-    progress: Progress
-    state: TrainState = field(default_factory=TrainState)
+    num_labelled: int
+    logits: Tensor
+    probabilities: Tensor
+    valid: Tensor
+    fake: Tensor
+    on_real: Tensor | None
+    on_fake: Tensor
 
-    def fit(self, stream: TrainStream, stop: StopRequest) -> bool:
-        """Train from state.step to config.steps; True when done, False when stopped by a signal before."""
-        if self._owes_evaluation():
-            self.evaluate()
-        if self.state.step >= self.config.steps:
-            return True
-        clock = _Clock(self.config.batch_size, self.state.step)
-        for batch in stream:
-            stop.begin()
-            metrics = self.train_step(batch)
-            if logged(self.state.step, self.config):
-                self._log(self.state.step + 1, metrics, clock.lap(self.state.step + 1, stream.wait_seconds))
-            self.state.step += 1
-            done, stopping = self.state.step == self.config.steps, stop.agreed()
-            if done or stopping or self._evaluation_due() or _due(self.state.step, self.config.checkpoint.every_steps):
-                self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
-            if done:
-                stop.release()  # nothing is left that a signal could lose
-            elif stopping:  # within the time that a signal leaves; an evaluation due now is made up on resuming
-                self.progress.message(
-                    f"stopped at step {self.state.step} of {self.config.steps} ({stop.reason()}), checkpoint saved"
-                )
-                return False
-            if self._evaluation_due():  # after saving, so that nothing that goes wrong here costs a step
-                self.evaluate()
-            if done:
-                return True
-        raise AssertionError("the stream is endless")
+    def segmentor_terms(self, label: Tensor, now: Phase) -> Terms:
+        """Cross entropy, adversarial term, and what the phase asks for on unlabelled images."""
+        n = self.num_labelled
+        pixels = (label != IGNORE_INDEX).sum().double()
+        count = _num_images(label) if self.pair.loss.ce_reduction == "sum" else pixels
+        terms = {"loss/cross_entropy": (losses.cross_entropy_sum(self.logits[:n], label), count)}
+        terms["loss/adversarial"] = self._fooling(slice(0, n))
+        if now.semi_adv_weight:
+            terms["loss/adversarial_unlabelled"] = self._fooling(slice(n, None))
+        if now.semi_weight:
+            inside = self.valid[n:]
+            pseudo = losses.pseudo_label(self.probabilities[n:], self.on_fake[n:], inside, self.pair.semi.threshold)
+            kept = (pseudo != IGNORE_INDEX).sum().double()
+            count = _num_images(pseudo) if self.pair.loss.ce_reduction == "sum" else kept
+            terms["loss/semi"] = (losses.cross_entropy_sum(self.logits[n:], pseudo), count)
+            terms["semi/mask_share"] = (kept, inside.double().sum())
+        return terms
 
-    def evaluate(self) -> None:
-        """Score the segmentor on the validation split; note the score, and whether it is the best."""
-        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
-        self.tracker.log(self.state.step, self.evaluator.named())
-        self.progress.evaluation(self.state.step, self.evaluator.named())
+    def discriminator_terms(self) -> Terms:
+        """Real and fake losses, and the share of outputs on the right side."""
+        assert self.on_real is not None
+        seen = slice(0, None if self.pair.semi.discriminate else self.num_labelled)
+        on_fake, real_part, fake_part = self.on_fake[seen], self._part(slice(0, self.num_labelled)), self._part(seen)
+        real_count, fake_count = self._count(self.on_real, real_part), self._count(on_fake, fake_part)
+        loss_real = losses.adversarial_sum(self.on_real, real_part, self.pair.loss.real_target)
+        loss_fake = losses.adversarial_sum(on_fake, fake_part, 0.0)
+        correct = losses.correct_sum(self.on_real, real_part, real=True)
+        correct = correct + losses.correct_sum(on_fake, fake_part, real=False)
+        outputs = losses.adversarial_count(self.on_real, real_part) + losses.adversarial_count(on_fake, fake_part)
+        return {
+            "loss/discriminator_real": (loss_real, real_count),
+            "loss/discriminator_fake": (loss_fake, fake_count),
+            "discriminator/accuracy": (correct, outputs),
+        }
 
-    def _evaluation_due(self) -> bool:
-        return self.state.step == self.config.steps or _due(self.state.step, self.config.evaluate.every_steps)
+    def segmentor_roots(self, means: Metrics, now: Phase) -> list[tuple[Tensor, Tensor | None]]:
+        """Where the segmentor's backward begins: its own losses, and the adversary's gradient at the label maps."""
+        own = means["loss/cross_entropy"]
+        if now.semi_weight:
+            own = own + now.semi_weight * means["loss/semi"]
+        adversarial = now.adv_weight * means["loss/adversarial"]
+        if now.semi_adv_weight:
+            adversarial = adversarial + now.semi_adv_weight * means["loss/adversarial_unlabelled"]
+        (proxy,) = torch.autograd.grad(adversarial, self.fake, retain_graph=now.discriminator)
+        means["loss/segmentor"] = own + adversarial
+        return [(own, None), (self.probabilities, proxy)]
 
-    def _owes_evaluation(self) -> bool:
-        """Whether the run was stopped between a checkpoint and the evaluation that belongs to it."""
-        due = self.state.step > 0 and self._evaluation_due()
-        return due and not on_main(self.ranks, lambda: self.tracker.has(self.state.step, "val/mean_iou"))
-
-    def train_step(self, batch: Batch) -> Metrics:
-        """One step on this rank's part of a batch: gradients, then the updates that the phase asks for."""
-        config, step = self.config, self.state.step
-        # A pure function of the step, so that there is no random state to save
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]))
-        image, label = to_device(batch, self.ranks.device, config)
-        now = phase(step, config.alternation)
-        if self.pair.discriminator is None:
-            now = Phase(segmentor=True, discriminator=False)
-            metrics = supervised_step(self.pair, image, label)
+    def _fooling(self, part: slice) -> tuple[Tensor, Tensor]:
+        """The segmentor's adversarial term on some images: sum and count."""
+        on_fake, valid = self.on_fake[part], self._part(part)
+        if self.pair.loss.adv_form == "saturating":
+            total = -losses.adversarial_sum(on_fake, valid, 0.0)
         else:
-            metrics = adversarial_step(self.pair, image, label, now)
-        factor = lr_factor(step, config.steps, config.schedule)
-        for name, learner, on in self._phases(now):
-            if on:
-                metrics |= {f"{key}/{name}": value for key, value in learner.step(factor).items()}
-                metrics[f"lr/{name}"] = torch.tensor(factor * getattr(config, f"{name}_optimizer").lr)
-        if self.ema is not None and now.segmentor:
-            self.ema.update()
-        return metrics
+            total = losses.adversarial_sum(on_fake, valid, 1.0)
+        return total, self._count(on_fake, valid)
 
-    def _phases(self, now: Phase) -> list[tuple[str, Any, bool]]:
-        both = [("segmentor", self.pair.segmentor, now.segmentor)]
-        return [*both, ("discriminator", self.pair.discriminator, now.discriminator)]
+    def _part(self, part: slice) -> Tensor | None:
+        """The valid mask of some images for the discriminator's outputs; one score per image has no void."""
+        discriminator = self.pair.discriminator
+        assert discriminator is not None
+        return self.valid[part] if discriminator.network.head == "patch" else None
 
-    def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
-        """The only wait for the device: all scalars at once, averaged over the ranks."""
-        packed = torch.stack([value.double().to(self.ranks.device) for value in metrics.values()])
-        means = (all_reduce_sum(packed) / self.ranks.world_size).tolist()
-        values = dict(zip(metrics, means, strict=True)) | speed
-        self.tracker.log(step, values)
-        self.progress.update(step, values)
-        for name in ("segmentor", "discriminator"):
-            in_a_row = values.get(f"skips_in_a_row/{name}", 0)
-            if in_a_row >= self.config.max_skips:
-                got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
-                action = f"start again in another run_dir with a lower {name}_optimizer.lr, or with precision=fp32"
-                raise InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
+    def _count(self, scores: Tensor, valid: Tensor | None) -> Tensor:
+        return _num_images(scores) if self.pair.loss.adv_reduction == "sum" else losses.adversarial_count(scores, valid)
 
 
-def logged(step: int, config: Config) -> bool:
-    """Whether step `step` (from 0) is the last of its phase in an interval of `tracking.log_every` steps.
+def supervised_step(pair: Pair, labelled: Images) -> Metrics:
+    """Gradients of one plain step: cross entropy alone, reduced as in `adversarial_step`."""
+    logits, label = pair.segmentor(labelled.pixels), labelled.label
+    count = _num_images(label) if pair.loss.ce_reduction == "sum" else (label != IGNORE_INDEX).sum().double()
+    means = _global_means({"loss/cross_entropy": (losses.cross_entropy_sum(logits, label), count)})
+    backward([(means["loss/cross_entropy"], None)], [pair.segmentor])
+    cross_entropy = means["loss/cross_entropy"].detach()
+    return {"loss/segmentor": cross_entropy, "loss/cross_entropy": cross_entropy}
 
-    So under `blocks` the curves of both networks go on, whichever of them the interval ends with.
+
+def _joined(one: Images, other: Images) -> Images:
+    layout = torch.channels_last if one.pixels.is_contiguous(memory_format=torch.channels_last) else None
+    pixels = torch.cat([one.pixels, other.pixels])
+    if layout is not None:
+        pixels = pixels.contiguous(memory_format=layout)
+    return Images(pixels, torch.cat([one.label, other.label]))
+
+
+def _num_images(tensor: Tensor) -> Tensor:
+    return torch.tensor(len(tensor), dtype=torch.float64, device=tensor.device)
+
+
+def _global_means(terms: Terms) -> Metrics:
+    """Means whose gradients, averaged over the ranks, are those of (sum over ranks) / (count over ranks).
+
+    One all-reduce for all counts. A count of 0 gives 0 with a live graph: a rank that skipped its backward would
+    leave the others waiting.
     """
-    every = config.tracking.log_every
-    end = min((step // every + 1) * every, config.steps)
-    now = phase(step, config.alternation)
-    return all(phase(later, config.alternation) != now for later in range(step + 1, end))
-
-
-class _Clock:
-    """Speed between two laps."""
-
-    def __init__(self, batch_size: int, start_step: int):
-        self._batch_size, self._step = batch_size, start_step
-        self._time, self._wait = time.perf_counter(), 0.0
-
-    def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
-        now = time.perf_counter()
-        steps = step - self._step
-        seconds = max(now - self._time, 1e-9) / steps
-        values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
-        values |= {"data_wait_seconds": (wait_seconds - self._wait) / steps, "images": float(step * self._batch_size)}
-        self._time, self._wait, self._step = now, wait_seconds, step
-        return values
-
-
-def to_device(batch: Batch, device: torch.device, config: Config) -> tuple[Tensor, Tensor]:
-    """(image in [0, 1], in the run's precision and memory format; label uint8), on the device."""
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    image = batch.image.to(device, non_blocking=True).to(dtype).div_(255)
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return image.contiguous(memory_format=layout), batch.label.to(device, non_blocking=True)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    counts = all_reduce_sum(torch.stack([count for _, count in terms.values()]))
+    factors = dist.get_world_size() / counts.clamp(min=1)
+    return {
+        name: part * factor.to(part.dtype) for (name, (part, _)), factor in zip(terms.items(), factors, strict=True)
+    }

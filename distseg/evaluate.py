@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,20 @@ from torch import Tensor, nn
 
 from distseg import checkpoint, configuration
 from distseg.config import Config
+from distseg.data.samples import SampleSet
 from distseg.data.stream import evaluation_samples
 from distseg.device import autocast_dtype, resolve_precision
 from distseg.distributed import Ranks, all_reduce_sum, on_main, setup, teardown
 from distseg.inference import probabilities
-from distseg.metrics import SegmentationScores, confusion_matrix, scores
+from distseg.metrics import (
+    NUM_THRESHOLDS,
+    SegmentationScores,
+    confusion_matrix,
+    log_loss_sum,
+    max_f1,
+    scores,
+    threshold_counts,
+)
 from distseg.models import build_segmentor
 from distseg.progress import Progress
 from shards.errors import InputError
@@ -52,11 +61,12 @@ class Evaluator:
     """Scores a network on a split, on all ranks together, and keeps the last result."""
 
     network: nn.Module
-    reader: ShardReader
+    samples: SampleSet
     ranks: Ranks
     view: View
     num_threads: int = 2
     result: SegmentationScores | None = None
+    extra: dict[str, float] = field(default_factory=dict)  # loss; max_f1 and its threshold where there are two classes
 
     @torch.no_grad()
     def __call__(self) -> SegmentationScores:
@@ -66,25 +76,35 @@ class Evaluator:
         """
         was_training = self.network.training
         self.network.eval()
-        num_classes, device = self.reader.classes.num_classes, self.ranks.device
+        num_classes, device = self.samples.classes.num_classes, self.ranks.device
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        log_loss = torch.zeros((), dtype=torch.float64, device=device)
+        at_thresholds = torch.zeros(2, NUM_THRESHOLDS, dtype=torch.int64, device=device)
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
-        for _, _, image, label in evaluation_samples(self.reader, *shares):
-            prediction = self.view(self.network, image).argmax(dim=0)
-            confusion += confusion_matrix(prediction, torch.from_numpy(label).to(device), num_classes)
+        for _, _, image, array in evaluation_samples(self.samples, *shares):
+            chances, label = self.view(self.network, image), torch.from_numpy(array).to(device)
+            confusion += confusion_matrix(chances.argmax(dim=0), label, num_classes)
+            log_loss += log_loss_sum(chances, label)
+            if num_classes == 2:
+                at_thresholds += threshold_counts(chances[1], label)
         self.network.train(was_training)
         self.result = scores(all_reduce_sum(confusion))
+        self.extra = {"loss": float(all_reduce_sum(log_loss)) / self.result.num_pixels}
+        if num_classes == 2:
+            self.extra["max_f1"], self.extra["max_f1_threshold"] = max_f1(all_reduce_sum(at_thresholds))
         return self.result
 
     def named(self) -> dict[str, float]:
         """The last result under its names in metrics.jsonl: val/mean_iou, val/iou/<class>, ..., in [0, 1]."""
         assert self.result is not None
-        return {f"val/{name}": value for name, value in self.result.to_dict(self.reader.classes.names).items()}
+        values = self.result.to_dict(self.samples.classes.names) | self.extra
+        return {f"val/{name}": value for name, value in values.items()}
 
     def report(self, step: int) -> dict[str, Any]:
         """What evaluation.json holds: the last result (None for an absent class), and all that it depends on."""
-        about = {"step": step, "data": self.reader.manifest.name, "split": self.reader.split}
-        about |= {"num_images": len(self.reader), "scales": list(self.view.scales), "mirror": self.view.mirror}
+        reader = self.samples.reader
+        about = {"step": step, "data": reader.manifest.name, "split": reader.split}
+        about |= {"num_images": len(self.samples), "scales": list(self.view.scales), "mirror": self.view.mirror}
         scores = {name: None if math.isnan(value) else value for name, value in self.named().items()}
         return about | {"precision": self.view.precision} | scores
 
@@ -109,32 +129,34 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
         raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     config = configuration.override(config, overrides)
     reader = ShardReader(Path(config.data.shards), config.data.val_split)
-    check_classes(path, reader)
+    samples = SampleSet(reader, keep=config.data.keep_classes)
+    check_classes(path, samples)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     precision = resolve_precision(config.precision, ranks)
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-    evaluator = Evaluator(network, reader, ranks, view, config.data.num_threads)
+    evaluator = Evaluator(network, samples, ranks, view, config.data.num_threads)
     evaluator()
     step = checkpoint.read_state(path)["state"]["step"]
     out = run_dir / f"evaluation-step-{step:08d}-{reader.split}{view.suffix()}.json"  # evaluation.json is training's
     on_main(ranks, lambda: checkpoint.write_json(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
-    progress.message(f"{path.name} on {len(reader)} images of {reader.split}, each once, at full resolution")
+    progress.message(f"{path.name} on {len(samples)} images of {reader.split}, each once, at full resolution")
     progress.evaluation(step, evaluator.named())
     progress.message(f"wrote {out}")
     teardown()
     return 0
 
 
-def check_classes(path: Path, reader: ShardReader) -> None:
+def check_classes(path: Path, samples: SampleSet) -> None:
     """Raise InputError when a checkpoint was trained on other classes than the shards have."""
     trained_on = checkpoint.read_state(path)["identity"]["classes"]
-    if trained_on != list(reader.classes.names):
+    classes = samples.classes
+    if trained_on != list(classes.names):
         got = f"{path} was trained on {len(trained_on)} classes ({', '.join(trained_on)})"
-        needed = f"the {reader.classes.num_classes} classes of the shards ({', '.join(reader.classes.names)})"
+        needed = f"the {classes.num_classes} classes of the shards ({', '.join(classes.names)})"
         raise InputError(got, needed, "choose other shards with data.shards=DIR")
 
 

@@ -35,40 +35,64 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def real_label_map(label: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """The ground truth as the discriminator sees it, at the segmentor's resolution, and where it is valid.
+def label_at(label: Tensor, size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:
+    """The label at another resolution, nearest pixel: index map (N, h, w) int64 with 0 at void, valid mask bool.
 
-    label: (N, H, W) uint8, 255 = void; probabilities: (N, C, h, w), each pixel summing to 1.
-    Returns the label map (N, C, h, w), one-hot at valid pixels and equal to `probabilities` (detached) at void
-    ones, so that void is no tell between real and fake; and the valid mask (N, h, w) bool.
+    label: (N, H, W) uint8, 255 = void.
     """
-    small = F.interpolate(label[:, None].float(), size=probabilities.shape[-2:], mode="nearest-exact")
-    index = small[:, 0].long()  # (N, h, w)
+    small = F.interpolate(label[:, None].float(), size=tuple(size), mode="nearest-exact")
+    index = small[:, 0].long()
     valid = index != IGNORE_INDEX
-    one_hot = torch.zeros_like(probabilities.detach())
-    one_hot.scatter_(1, index.where(valid, 0)[:, None], 1.0)
-    return torch.where(valid[:, None], one_hot, probabilities.detach()), valid
+    return index.where(valid, 0), valid
 
 
-def adversarial_sum(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:
-    """Sum of the binary cross entropy of the discriminator's outputs against "real" or "fake".
+def real_label_map(index: Tensor, valid: Tensor, probabilities: Tensor, tau: float | None = None) -> Tensor:
+    """The ground truth as the discriminator sees it, (N, C, h, w); equal to the prediction where it is void.
+
+    index, valid: from `label_at`; probabilities: (N, C, h, w), each pixel summing to 1, taken as constants. So void
+    is no tell between real and fake. tau None: one-hot. A number: "Scaling" of Luc et al. 2016, the distribution
+    nearest to the prediction with at least that mass on the true class: max(tau, s_l) there, and the other
+    classes share the rest in the prediction's proportions (evenly where it leaves them nothing).
+    """
+    predicted = probabilities.detach()
+    one_hot = torch.zeros_like(predicted).scatter_(1, index[:, None], 1.0)
+    if tau is None:
+        return torch.where(valid[:, None], one_hot, predicted)
+    on_truth = (predicted * one_hot).sum(1, keepdim=True)
+    others = predicted * (1 - one_hot)
+    rest = others.sum(1, keepdim=True)  # 1 - on_truth, without its rounding
+    even = (1 - one_hot) / max(1, predicted.shape[1] - 1)
+    shares = torch.where(rest > 1e-6, others / rest.clamp(min=1e-6), even)
+    mass = on_truth.clamp(min=tau, max=1.0)
+    return torch.where(valid[:, None], one_hot * mass + shares * (1 - mass), predicted)
+
+
+def pseudo_label(probabilities: Tensor, on_fake: Tensor, inside: Tensor, threshold: float) -> Tensor:
+    """Hung et al. 2018, eq. 5: the predicted class where the discriminator believes it, (N, h, w) uint8, else 255.
+
+    probabilities: (N, C, h, w); on_fake: the discriminator's logits on them, (N, 1, h', w'), brought to (h, w);
+    inside: (N, h, w) bool, pixels of the image proper. Believed: sigmoid above `threshold`. All are constants here.
+    """
+    confidence = upsample(at_least_float32(on_fake.detach()), inside.shape[-2:]).sigmoid()[:, 0]  # (N, h, w)
+    believed = inside & (confidence > threshold)
+    return probabilities.detach().argmax(1).where(believed, IGNORE_INDEX).to(torch.uint8)
+
+
+def adversarial_sum(logits: Tensor, valid: Tensor | None, target: float) -> Tensor:
+    """Sum of the binary cross entropy of the discriminator's outputs against a target: 1 is real, 0 is fake.
 
     valid None: one score per image, logits (N, 1, 1, 1), summed over the images. Otherwise logits (N, 1, h', w') are
-    upsampled to the valid mask (N, h, w) and summed over valid pixels (Hung et al. 2018, eq. 1).
+    upsampled to the valid mask (N, h, w) and summed over valid pixels (Hung et al. 2018, eq. 1). A target between
+    is one-sided label smoothing (Salimans et al. 2016, section 3.4).
     """
     scores, weight = _scores(logits, valid)
-    target = torch.ones_like(scores) if real else torch.zeros_like(scores)
-    return F.binary_cross_entropy_with_logits(scores, target, weight=weight, reduction="sum")
+    return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target), weight=weight, reduction="sum")
 
 
 def adversarial_count(logits: Tensor, valid: Tensor | None) -> Tensor:
     """How many outputs `adversarial_sum` sums over: a float64 scalar."""
-    scores, weight = _scores(logits.detach(), valid)
-    return (
-        torch.tensor(scores.numel(), dtype=torch.float64, device=scores.device)
-        if weight is None
-        else weight.double().sum()
-    )
+    counted = valid if valid is not None else torch.ones_like(logits)
+    return counted.double().sum()
 
 
 def correct_sum(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:

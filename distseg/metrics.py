@@ -1,4 +1,4 @@
-"""Segmentation scores from one confusion matrix over a whole split (Long et al. 2015, section 5)."""
+"""Segmentation scores from sums over a whole split: one confusion matrix (Long et al. 2015, section 5), and more."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from shards.errors import InputError
+from shards.sample import IGNORE_INDEX
 
 
 def confusion_matrix(
-    prediction: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_index: int = 255
+    prediction: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX
 ) -> torch.Tensor:
     """Count the pixels of each true class that were predicted as each class.
 
@@ -32,6 +33,17 @@ def confusion_matrix(
                 raise InputError(got, f"0 to {num_classes - 1}", "check the number of classes of data and network")
     counts = torch.bincount(truth * num_classes + guess, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
+
+
+def log_loss_sum(probabilities: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
+    """Sum over valid pixels of -ln p(label), in nats, a float64 scalar; a chance of 0 counts as float32's smallest.
+
+    probabilities: (C, H, W) float32 summing to 1 over C; label: (H, W), 0..C-1 or ignore_index.
+    """
+    valid = label != ignore_index
+    index = label.long().where(valid, 0)
+    chances = probabilities.gather(0, index[None])[0].clamp(min=torch.finfo(torch.float32).tiny)
+    return -(chances[valid].double().log().sum())
 
 
 @dataclass(frozen=True)
@@ -88,3 +100,33 @@ def scores(confusion: torch.Tensor) -> SegmentationScores:
         num_classes_counted=int((union > 0).sum()),
         num_pixels=int(total),
     )
+
+
+NUM_THRESHOLDS = 256  # k / 255, as the KITTI road devkit counts
+
+
+def threshold_counts(probability: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
+    """How many pixels of class 0 and of class 1 have a probability of class 1 in [k/255, (k+1)/255): (2, 256) int64.
+
+    probability: (H, W) float in [0, 1]; label: (H, W), 0, 1 or ignore_index. Counts of several images or ranks are
+    added.
+    """
+    valid = label != ignore_index
+    bins = (probability[valid].double() * (NUM_THRESHOLDS - 1)).floor().long().clamp(0, NUM_THRESHOLDS - 1)
+    counts = torch.bincount(label[valid].long() * NUM_THRESHOLDS + bins, minlength=2 * NUM_THRESHOLDS)
+    return counts.reshape(2, NUM_THRESHOLDS)
+
+
+def max_f1(counts: torch.Tensor) -> tuple[float, float]:
+    """The largest F1 of class 1 over all thresholds, and its threshold, from `threshold_counts`; (NaN, NaN) without it.
+
+    F1 = 2PR / (P + R) with precision and recall pooled over all pixels (KITTI road's MaxF, in the image plane).
+    """
+    at_least = counts.to("cpu", torch.float64).flip(1).cumsum(1).flip(1)  # (2, 256): pixels at or above k / 255
+    false_positives, true_positives = at_least
+    positives = true_positives[0]
+    if positives == 0:
+        return float("nan"), float("nan")
+    f1 = 2 * true_positives / (true_positives + false_positives + positives)
+    best = int(f1.argmax())
+    return float(f1[best]), best / (NUM_THRESHOLDS - 1)

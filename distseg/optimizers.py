@@ -9,16 +9,17 @@ from distseg.config import OptimizerConfig
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Up to four groups: encoder or head, decayed or not (biases and norms are not). No parameter twice."""
+    """Groups by encoder or head, decayed or not (biases and norms are not), bias or not. No parameter twice."""
     encoder = getattr(network, "encoder", None)
     in_encoder = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
-    groups: dict[tuple[bool, bool], dict] = {}
-    for parameter in network.parameters():  # nn.Module lists a shared parameter once
+    groups: dict[tuple[bool, bool, bool], dict] = {}
+    for name, parameter in network.named_parameters():  # lists a shared parameter once
         if not parameter.requires_grad:
             continue
-        key = (id(parameter) in in_encoder, parameter.ndim > 1)
-        lr = config.lr * (config.encoder_lr_factor if key[0] else 1.0)
-        decay = config.weight_decay if key[1] else 0.0
+        is_encoder, is_bias = id(parameter) in in_encoder, name.endswith("bias") and config.bias_lr_factor != 1
+        key = (is_encoder, parameter.ndim > 1, is_bias)
+        lr = config.lr * (config.encoder_lr_factor if is_encoder else 1.0) * (config.bias_lr_factor if is_bias else 1.0)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
@@ -31,7 +32,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, momentum=config.beta1, fused=True)
+        optimizer = torch.optim.SGD(groups, momentum=config.beta1, nesterov=config.nesterov, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter].update(_initial_state(parameter, config))

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from distseg import pictures
 from distseg.checkpoint import write_json
-from distseg.engine import Trainer
+from distseg.data.samples import SampleSet
 from distseg.tracking import METRICS_FILE, read_metrics
-from shards.reader import ShardReader
-from shards.sample import decode_image, decode_label
+from distseg.trainer import Trainer
 
 
-def show(trainer: Trainer, val_set: ShardReader) -> None:
+def show(trainer: Trainer, val_set: SampleSet) -> None:
     """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank."""
     if trainer.evaluator.result is None:  # the run had been complete before this process began
         trainer.evaluator()
@@ -20,7 +19,7 @@ def show(trainer: Trainer, val_set: ShardReader) -> None:
         _show(trainer, val_set)
 
 
-def _show(trainer: Trainer, val_set: ShardReader) -> None:
+def _show(trainer: Trainer, val_set: SampleSet) -> None:
     run_dir, step = Path(trainer.config.run_dir), trainer.state.step
     evaluator = trainer.evaluator
     assert evaluator.result is not None
@@ -32,11 +31,9 @@ def _show(trainer: Trainer, val_set: ShardReader) -> None:
     trainer.tracker.image(step, "curves", curves)
     count = min(trainer.config.evaluate.num_pictures, len(val_set))
     for index in (i * len(val_set) // count for i in range(count)):
-        raw = val_set.read(index)
-        image = decode_image(raw.image)
-        label = None if raw.label is None else decode_label(raw.label)
+        key, image, label = val_set.load(index)
         probabilities = evaluator.view(evaluator.network, image).cpu().numpy()
-        out = run_dir / "pictures" / "samples" / f"{raw.key}.png"
+        out = run_dir / "pictures" / "samples" / f"{key}.png"
         pictures.sample_panel(image, label, probabilities, val_set.classes, out)
-        trainer.tracker.image(step, f"samples/{raw.key}", out)
+        trainer.tracker.image(step, f"samples/{key}", out)
     trainer.progress.message(f"curves and pictures: {run_dir / 'pictures'}")

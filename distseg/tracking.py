@@ -35,8 +35,8 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line; values are anything `float()` takes, on the host (a device tensor would wait)."""
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether a line of `step` with the value `name` has been written, now or before a restart."""
+    def history(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every line with the value `name`, now or before a restart, in order."""
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B only)."""
@@ -51,8 +51,8 @@ class NullTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
-    def has(self, step: int, name: str) -> bool:
-        return False
+    def history(self, name: str) -> list[tuple[int, float]]:
+        return []
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         pass
@@ -82,8 +82,8 @@ class RunTracker:
         if self._wandb is not None:
             self._wandb.log(step, values)
 
-    def has(self, step: int, name: str) -> bool:
-        return any(row["step"] == step and name in row for row in read_metrics(self._path))
+    def history(self, name: str) -> list[tuple[int, float]]:
+        return [(row["step"], row[name]) for row in read_metrics(self._path) if name in row]
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         if self._wandb is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from distseg import configuration
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
 from distseg.data.plan import rank_positions
-from distseg.data.stream import TrainStream
+from distseg.data.samples import SampleSet, sha256_of_keys, split_labelled
+from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import resolve_precision, reuse_memory
 from distseg.distributed import Ranks, StopRequest, on_main, resolve_ranks, setup, teardown
 from distseg.ema import MovingAverage
-from distseg.engine import Pair, Trainer, TrainState, memory_of
+from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
@@ -27,8 +28,12 @@ from distseg.progress import Progress
 from distseg.rundir import RunDirectory
 from distseg.showcase import show
 from distseg.tracking import open_tracker
+from distseg.trainer import Trainer, TrainState, memory_of
 from shards.errors import InputError
+from shards.files import published
 from shards.reader import ShardReader
+
+LABELLED_FILE = "labelled.txt"
 
 
 def run(overrides: list[str], dry_run: bool = False) -> int:
@@ -42,29 +47,31 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         return 0
     rank, world_size, _ = resolve_ranks(dict(os.environ))
     rank_positions(0, config.batch_size, rank, world_size)  # raises when the ranks do not divide the batch
-    train_set, val_set = open_shards(config)
-    segmentor, discriminator = build_networks(config, train_set.classes.num_classes)
+    data = open_data(config, rank, world_size)
+    segmentor, discriminator = build_networks(config, data.train.classes.num_classes)
 
     ranks = setup(config.device, config.parallel.timeout_seconds)
     if ranks.device.type == "cpu":
         reuse_memory()
     stop = StopRequest()
     run_directory = RunDirectory(Path(config.run_dir), config, ranks)
+    on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
     kept = on_main(ranks, lambda: saved_precision(run_directory.path))  # "auto" may differ on another machine
     precision = kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
     config = replace(config, precision=precision)
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         None if discriminator is None else wrap(discriminator, config.discriminator_optimizer, config, ranks),
-        config.loss.adv_weight,
+        config.loss,
+        config.semi,
     )
-    trainer = build_trainer(config, ranks, pair, (train_set, val_set), run_directory.path)
-    stream = open_stream(config, ranks, train_set, trainer.state.step)
+    trainer = build_trainer(config, ranks, pair, data, run_directory.path)
+    stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code = 1
     try:
         done = trainer.fit(stream, stop)
         if done:
-            show(trainer, val_set)
+            show(trainer, data.val)
         exit_code = 0
     finally:
         stream.close()
@@ -74,20 +81,44 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     return exit_code
 
 
-def open_shards(config: Config) -> tuple[ShardReader, ShardReader]:
-    """The training and validation splits; InputError when they are not there or have other classes."""
-    splits = [ShardReader(Path(config.data.shards), name) for name in (config.data.train_split, config.data.val_split)]
-    for split in splits:
-        if split.unlabelled:
-            some = f"{len(split.unlabelled)} samples, {split.unlabelled[0]} for one,"
-            got = f"{some} have no label in the split {split.split}"
-            raise InputError(got, "a label for every sample", "prepare and pack the data with labels")
-    there, asked = splits[0].classes.num_classes, config.data.num_classes
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode, and validation samples."""
+
+    train: SampleSet
+    unlabelled: SampleSet | None
+    val: SampleSet
+
+
+def open_data(config: Config, rank: int, world_size: int) -> Data:
+    """The sample sets of a run; InputError when they are not there or do not fit the configuration."""
+    options = config.data
+    train, val = (ShardReader(Path(options.shards), name) for name in (options.train_split, options.val_split))
+    saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
+    wanted = str(saved) if options.labelled != "all" and saved.is_file() else options.labelled
+    labelled, rest = split_labelled(train, wanted, options.labelled_seed)
+    train_set = SampleSet(train, labelled, keep=options.keep_classes)
+    there, asked = train_set.classes.num_classes, options.num_classes
     if asked not in (None, there):
-        names = ", ".join(splits[0].classes.names)
-        got = f"data.num_classes={asked}, but {config.data.shards} has {there} classes ({names})"
+        names = ", ".join(train_set.classes.names)
+        got = f"data.num_classes={asked}, but {options.shards} has {there} classes ({names})"
         raise InputError(got, "the same number", f"write data.num_classes={there}, or choose other shards")
-    return splits[0], splits[1]
+    unlabelled_set = None
+    if config.mode == "semi_supervised":
+        if not rest:
+            got = f"mode=semi_supervised, but all {len(labelled)} samples of {train.split} are used with their labels"
+            raise InputError(got, "unlabelled samples", "write for example data.labelled=1/8, or mode=adversarial")
+        rank_positions(0, config.semi.batch_size or config.batch_size, rank, world_size)
+        unlabelled_set = SampleSet(train, rest, labelled=False, keep=options.keep_classes)
+    return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
+
+
+def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
+    """Write which samples are labelled, where that is a choice; a list that is there stays."""
+    path = run_dir / LABELLED_FILE
+    if config.data.labelled != "all" and not path.is_file():
+        with published(path) as partial:
+            partial.write_text("\n".join(data.train.keys) + "\n", encoding="utf-8")
 
 
 def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, torch.nn.Module | None]:
@@ -100,25 +131,25 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
         return segmentor, None
     discriminator = build_discriminator(config.discriminator.name, num_classes, **config.discriminator.options)
     stride, min_size_px = int(segmentor.output_stride), int(discriminator.min_size_px)  # type: ignore[arg-type]
+    stride = 1 if config.loss.map_resolution == "image" else stride
     label_map_px = -(-config.data.crop_px // stride)
     if label_map_px < min_size_px:
         got = f"data.crop_px={config.data.crop_px}: label maps of {label_map_px} pixels at stride {stride}"
         needed = f"at least {min_size_px} pixels for the discriminator {config.discriminator.name}"
-        raise InputError(got, needed, f"write data.crop_px={min_size_px * stride} or more")
+        action = f"write data.crop_px={min_size_px * stride} or more, or loss.map_resolution=image"
+        raise InputError(got, needed, action)
     return segmentor, discriminator
 
 
-def build_trainer(
-    config: Config, ranks: Ranks, pair: Pair, splits: tuple[ShardReader, ShardReader], run_dir: Path
-) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
-    train_set, val_set = splits
     ema = MovingAverage(pair.segmentor.network, config.ema_decay) if config.ema_decay > 0 else None
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
     network = pair.segmentor.network if ema is None else ema.network
-    evaluator = Evaluator(network, val_set, ranks, view, config.data.num_threads)
-    classes = train_set.classes
-    identity: dict[str, Any] = {"manifest_sha256": train_set.manifest.sha256, "classes": list(classes.names)}
+    evaluator = Evaluator(network, data.val, ranks, view, config.data.num_threads)
+    classes, manifest = data.train.classes, data.train.reader.manifest
+    identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
+    identity |= {"labelled_sha256": sha256_of_keys(data.train.keys)}
     identity |= {"palette": [list(color) for color in classes.palette]}
     identity |= {"batch_size": config.batch_size, "seed": config.seed, "precision": config.precision}
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity, ranks)
@@ -131,19 +162,31 @@ def build_trainer(
     content = configuration.to_dict(config)
     tracker = open_tracker(run_dir, config.tracking, content, state.step if latest else None, ranks.is_main)
     progress = Progress(config.steps, state.step, ranks.is_main)
-    progress.message(headline(config, ranks, pair, state.step))
+    progress.message(headline(config, ranks, pair, data, state.step))
     return Trainer(config, ranks, pair, ema, evaluator, checkpoints, tracker, progress, state)
 
 
-def open_stream(config: Config, ranks: Ranks, train_set: ShardReader, start_step: int) -> TrainStream:
+def open_streams(config: Config, ranks: Ranks, data: Data, start_step: int) -> TrainStream | PairedStream:
     """This rank's part of the endless sequence of batches, from `start_step` on."""
+    labelled = open_stream(config, ranks, data.train, start_step, config.batch_size, config.seed)
+    if data.unlabelled is None:
+        return labelled
+    batch_size = config.semi.batch_size or config.batch_size
+    seed = config.seed + 2**32  # beyond every seed that a user can choose: another order, other views
+    return PairedStream(labelled, open_stream(config, ranks, data.unlabelled, start_step, batch_size, seed))
+
+
+def open_stream(
+    config: Config, ranks: Ranks, samples: SampleSet, start_step: int, batch_size: int, seed: int
+) -> TrainStream:
+    """One stream of training views."""
     data = config.data
     view = TrainView(data.crop_px, data.scale_min, data.scale_max, data.mirror, data.color_jitter)
     return TrainStream(
-        train_set,
+        samples,
         view,
-        seed=config.seed,
-        batch_size=config.batch_size,
+        seed=seed,
+        batch_size=batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
         num_threads=data.num_threads,
@@ -152,21 +195,37 @@ def open_stream(config: Config, ranks: Ranks, train_set: ShardReader, start_step
     )
 
 
-def headline(config: Config, ranks: Ranks, pair: Pair, step: int) -> str:
+def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
     """What is about to run, in a few lines: networks, ranks, losses with their reductions, where it goes."""
     networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.network)}"]
     if pair.discriminator is not None:
         networks += [f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"]
-    terms = f"cross entropy ({config.loss.ce_reduction})"
-    if pair.discriminator is not None:
-        terms += f" + {config.loss.adv_weight} x adversarial ({config.loss.adv_reduction}), {config.alternation.name}"
-    lines = [" | ".join(networks)]
-    lines += [f"loss: {terms}"]
+    images = f"{len(data.train)} labelled"
     batch = f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
+    if data.unlabelled is not None:
+        images += f" and {len(data.unlabelled)} unlabelled"
+        batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
+    lines = [" | ".join(networks), f"loss: {' + '.join(_terms(config))}"]
+    lines += [f"images: {images} for training, {len(data.val)} for validation"]
     lines += [f"{ranks.world_size} x {ranks.device.type} | {config.precision} | {batch} | {config.run_dir}"]
     if step:
         lines += [f"resumed at step {step} of {config.steps}"]
     return "\n".join(lines)
+
+
+def _terms(config: Config) -> list[str]:
+    """The segmentor's loss, each term with its weight and reduction: a weight means nothing without it."""
+    loss, semi = config.loss, config.semi
+    terms = [f"cross entropy ({loss.ce_reduction})"]
+    if config.mode != "supervised":
+        late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
+        how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
+        terms += [f"{loss.adv_weight} x adversarial ({how})"]
+    if config.mode == "semi_supervised":
+        terms += [f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})"]
+        where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
+        terms += [f"{semi.weight} x semi-supervised cross entropy ({where})"]
+    return terms
 
 
 def _millions(network: torch.nn.Module) -> str:

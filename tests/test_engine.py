@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from distseg import configuration
 from distseg.config import AlternationConfig, Config
 from distseg.distributed import Ranks
-from distseg.engine import Pair, adversarial_step, logged, supervised_step
+from distseg.engine import Images, Pair, adversarial_step, supervised_step
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.schedules import lr_factor, phase
+from distseg.trainer import logged
 from tests.ranks import run_ranks
 
 NUM_CLASSES, BATCH, STEPS = 4, 12, 6
@@ -65,7 +66,7 @@ def train(ranks: Ranks, precision: str, alternation: str, discriminator: str, mo
     """Six of our steps on this rank's part of each batch: final parameters, and bytes all-reduced per step."""
     config = make_config(precision, alternation, mode)
     segmentor, judge = make_networks(discriminator)
-    pair = Pair(wrap(segmentor, config.segmentor_optimizer, config, ranks), None, config.loss.adv_weight)
+    pair = Pair(wrap(segmentor, config.segmentor_optimizer, config, ranks), None, config.loss, config.semi)
     if mode == "adversarial":
         pair.discriminator = wrap(judge, config.discriminator_optimizer, config, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -73,11 +74,11 @@ def train(ranks: Ranks, precision: str, alternation: str, discriminator: str, mo
     share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
     for step in range(STEPS):
         image, label = (part[share] for part in make_batch(step, dtype, IMAGE_PX[discriminator]))
-        now = phase(step, config.alternation)
+        now = phase(step, config)
         if mode == "supervised":
-            supervised_step(pair, image, label)
+            supervised_step(pair, Images(image, label))
         else:
-            adversarial_step(pair, image, label, now)
+            adversarial_step(pair, now, Images(image, label))
         leaks += [f"segmentor at {step}"] * (not now.segmentor and has_gradient(segmentor))
         leaks += [f"discriminator at {step}"] * (not now.discriminator and has_gradient(judge))
         factor = lr_factor(step, config.steps, config.schedule)
@@ -120,7 +121,7 @@ def reference(precision: str, alternation: str, discriminator: str, mode: str = 
     d_optimizer = reference_optimizer(reference_groups(judge, 1e-3, 1.0), precision)
     for step in range(STEPS):
         image, label = make_batch(step, dtype, IMAGE_PX[discriminator])
-        now = phase(step, config.alternation)
+        now = phase(step, config)
         logits = segmentor(image)
         probabilities = logits.softmax(1)
         valid, real = reference_real(label, probabilities.detach())
@@ -188,7 +189,8 @@ def bad_batch_on_one_rank(ranks: Ranks) -> Any:
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         wrap(judge, config.discriminator_optimizer, config, ranks),
-        0.7,
+        config.loss,
+        config.semi,
     )
     share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
     history = []
@@ -197,7 +199,7 @@ def bad_batch_on_one_rank(ranks: Ranks) -> Any:
         if step == 1 and ranks.rank == ranks.world_size - 1:
             image[0, 0, 0, 0] = float("nan")
         own = conv(image).detach()
-        adversarial_step(pair, image, label, phase(step, config.alternation))
+        adversarial_step(pair, phase(step, config), Images(image, label))
         counts = {name: learner.step(1.0) for name, learner in (("S", pair.segmentor), ("D", pair.discriminator))}
         skips = {name: (float(c["skips"]), float(c["skips_in_a_row"])) for name, c in counts.items()}
         state = {name: tensor.clone().numpy() for name, tensor in segmentor.state_dict().items()}
@@ -265,8 +267,8 @@ def test_six_steps_equal_the_reference_on_the_joined_batch(num_ranks: int, refer
 def check_payload(case: tuple[str, ...], segmentor: dict, discriminator: dict, payload: list[int]) -> None:
     """Per step exactly the gradients of the networks that are updated, once."""
     sizes = [sum(array.size for array in part.values()) for part in (segmentor, discriminator)]
-    alternation = make_config(case[0], case[1], "adversarial").alternation
-    phases = [phase(step, alternation) for step in range(STEPS)]
+    config = make_config(case[0], case[1], "adversarial")
+    phases = [phase(step, config) for step in range(STEPS)]
     supervised = len(case) > 3
     segmentor_steps = STEPS if supervised else sum(now.segmentor for now in phases)
     discriminator_steps = 0 if supervised else sum(now.discriminator for now in phases)

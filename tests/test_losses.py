@@ -40,15 +40,15 @@ def test_cross_entropy_of_void_alone_is_zero_with_a_live_graph() -> None:
     assert total == 0 and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("real", [True, False])
-def test_adversarial_loss_per_image_is_its_formula(real: bool) -> None:
+@pytest.mark.parametrize("target", [1.0, 0.9, 0.0])
+def test_adversarial_loss_per_image_is_its_formula(target: float) -> None:
     logits = rand(3, 1, 1, 1).requires_grad_()
-    total = losses.adversarial_sum(logits, None, real)
+    total = losses.adversarial_sum(logits, None, target)
     chance = torch.sigmoid(logits)
-    expected = -(chance if real else 1 - chance).log().sum()
+    expected = -(target * chance.log() + (1 - target) * (1 - chance).log()).sum()
     assert abs(total - expected) < 1e-12
     (gradient,) = torch.autograd.grad(total, logits)
-    assert (gradient - (chance - float(real))).abs().max() < 1e-12  # d/dz BCE = sigmoid(z) - target
+    assert (gradient - (chance - target)).abs().max() < 1e-12  # d/dz BCE = sigmoid(z) - target
     assert losses.adversarial_count(logits, None) == 3
 
 
@@ -67,10 +67,71 @@ def test_void_looks_the_same_in_the_real_and_the_fake_label_map() -> None:
     probabilities = rand(2, 4, 6, 6).softmax(1).requires_grad_()
     label = torch.randint(0, 4, (2, 24, 24), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     label[:, 8:16, 4:] = 255
-    real, valid = losses.real_label_map(label, probabilities)
+    index, valid = losses.label_at(label, probabilities.shape[-2:])
+    real = losses.real_label_map(index, valid, probabilities)
     centre = label[:, 2::4, 2::4]  # the pixel nearest to the centre of each 4 x 4 cell
     assert torch.equal(valid, centre != 255)
     assert torch.equal(real.argmax(1)[valid], centre[valid].long())
     assert torch.equal(real.permute(0, 2, 3, 1)[~valid], probabilities.detach().permute(0, 2, 3, 1)[~valid])
     assert (real.sum(1) - 1).abs().max() < 1e-12
     assert not real.requires_grad
+
+
+def test_scaling_is_the_formula_of_the_paper() -> None:
+    probabilities = (3 * rand(2, 4, 5, 5)).softmax(1).requires_grad_()
+    index = torch.randint(0, 4, (2, 5, 5), generator=torch.Generator().manual_seed(4))
+    valid = torch.ones(2, 5, 5, dtype=torch.bool)
+    valid[:, 2] = False
+    scaled = losses.real_label_map(index, valid, probabilities, tau=0.9)
+    for n, y, x in ((n, y, x) for n in range(2) for y in range(5) for x in range(5)):
+        s, truth = probabilities[n, :, y, x].detach(), int(index[n, y, x])
+        expected = s.clone()
+        if valid[n, y, x]:
+            mass = max(0.9, float(s[truth]))
+            expected = s * (1 - mass) / (1 - s[truth])
+            expected[truth] = mass
+        assert (scaled[n, :, y, x] - expected).abs().max() < 1e-12
+    assert (scaled.sum(1) - 1).abs().max() < 1e-12
+    on_truth = scaled.gather(1, index[:, None])[:, 0]
+    assert (on_truth[valid] >= 0.9 - 1e-12).all() and not scaled.requires_grad
+
+
+def test_scaling_of_a_certain_prediction_stays_a_distribution() -> None:
+    certain = torch.zeros(1, 3, 1, 2, dtype=torch.float64)
+    certain[0, 1] = 1.0  # right in the first pixel, wrong in the second
+    index = torch.tensor([[[1, 0]]])
+    scaled = losses.real_label_map(index, torch.ones(1, 1, 2, dtype=torch.bool), certain, tau=0.9)
+    assert torch.equal(scaled[0, :, 0, 0], torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
+    assert (scaled[0, :, 0, 1] - torch.tensor([0.9, 0.1, 0.0], dtype=torch.float64)).abs().max() < 1e-12
+
+
+def test_pseudo_labels_are_the_own_classes_where_the_discriminator_believes() -> None:
+    probabilities = rand(2, 3, 4, 4).softmax(1)
+    on_fake = rand(2, 1, 2, 2, seed=5)
+    inside = torch.ones(2, 4, 4, dtype=torch.bool)
+    inside[1, :, 3] = False
+    pseudo = losses.pseudo_label(probabilities, on_fake, inside, threshold=0.4)
+    up = torch.nn.functional.interpolate(on_fake, (4, 4), mode="bilinear", align_corners=False)[:, 0]
+    for n, y, x in ((n, y, x) for n in range(2) for y in range(4) for x in range(4)):
+        believed = inside[n, y, x] and 1 / (1 + math.exp(-float(up[n, y, x]))) > 0.4
+        assert pseudo[n, y, x] == (int(probabilities[n, :, y, x].argmax()) if believed else 255)
+    assert 0 < int((pseudo != 255).sum()) < int(inside.sum())
+
+
+def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_and_an_empty_mask_gives_zero() -> None:
+    logits = rand(1, 3, 4, 4).requires_grad_()
+    probabilities, inside = logits.softmax(1), torch.ones(1, 4, 4, dtype=torch.bool)
+    on_fake = torch.full((1, 1, 4, 4), -9.0, dtype=torch.float64)
+    on_fake[..., 1, 2] = 9.0
+    pseudo = losses.pseudo_label(probabilities, on_fake, inside, threshold=0.2)
+    (gradient,) = torch.autograd.grad(losses.cross_entropy_sum(logits, pseudo), logits, retain_graph=True)
+    touched = gradient[0].abs().sum(0) > 0
+    assert touched[1, 2] and int(touched.sum()) == 1
+    chances = probabilities[0, :, 1, 2].detach()
+    expected = chances - torch.nn.functional.one_hot(chances.argmax(), 3)  # d CE / d logits
+    assert (gradient[0, :, 1, 2] - expected).abs().max() < 1e-12
+
+    empty = losses.pseudo_label(probabilities, on_fake - 99, inside, threshold=0.2)
+    total = losses.cross_entropy_sum(logits, empty)
+    (gradient,) = torch.autograd.grad(total, logits)
+    assert total == 0 and (gradient == 0).all()

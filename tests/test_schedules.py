@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from distseg.config import AlternationConfig, ScheduleConfig
-from distseg.schedules import Phase, lr_factor, phase
+from distseg import configuration
+from distseg.config import Config, ScheduleConfig
+from distseg.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
+
+
+def config_of(*overrides: str) -> Config:
+    return configuration.load(["data.shards=unused", "loss.adv_weight=0.5", *overrides])
 
 
 def test_poly_is_its_formula_and_ends_at_zero() -> None:
@@ -20,12 +27,51 @@ def test_warmup_rises_linearly_and_reaches_the_schedule() -> None:
     assert [lr_factor(step, 100, schedule) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_plateau_halves_after_so_many_evaluations_without_a_lower_loss() -> None:
+    schedule = ScheduleConfig("plateau", plateau_factor=0.5, plateau_patience=2)
+    losses = [3.0, 2.0, 2.5, 2.0, 2.1, 1.0, 1.5, math.nan, 1.5, 1.5]
+    #                        ^ 2nd without   ^ new best   ^ 2nd      ^ 2nd again
+    factors = [lr_factor(0, 100, schedule, losses[:n]) for n in range(len(losses) + 1)]
+    assert factors == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
+    assert num_plateaus(losses, 100) == 0
+
+
+def test_early_stopping_counts_evaluations_since_the_best() -> None:
+    schedule = ScheduleConfig("constant", early_stop_patience=3)
+    losses = [3.0, 2.0, 2.5, 2.0, math.nan, 1.9]
+    assert [stops_early(losses[:n], schedule) for n in range(7)] == [False] * 5 + [True, False]
+    assert not stops_early([1.0] * 50, ScheduleConfig("constant"))
+
+
 def test_simultaneous_updates_both_at_every_step() -> None:
-    assert {phase(step, AlternationConfig()) for step in range(50)} == {Phase(True, True)}
+    assert {phase(step, config_of()) for step in range(50)} == {Phase(True, True, adv_weight=0.5)}
 
 
 def test_blocks_update_one_network_at_a_time_in_blocks() -> None:
-    alternation = AlternationConfig("blocks", segmentor=3, discriminator=2)
-    turns = ["S" if phase(step, alternation).segmentor else "D" for step in range(12)]
-    assert "".join(turns) == "SSSDDSSSDDSS"
-    assert all(phase(step, alternation).segmentor != phase(step, alternation).discriminator for step in range(12))
+    config = config_of("alternation=blocks", "alternation.segmentor=3", "alternation.discriminator=2")
+    phases = [phase(step, config) for step in range(12)]
+    assert "".join("S" if now.segmentor else "D" for now in phases) == "SSSDDSSSDDSS"
+    assert all(now.segmentor != now.discriminator for now in phases)
+    assert all(now.adv_weight == (0.5 if now.segmentor else 0.0) for now in phases)
+
+
+def test_the_adversary_starts_late_and_warms_up() -> None:
+    config = config_of("loss.adv_start_step=3", "loss.adv_warmup_steps=4", "alternation=blocks")
+    config.alternation.segmentor, config.alternation.discriminator = 5, 1
+    weights = [phase(step, config).adv_weight for step in range(9)]
+    assert weights == [0, 0, 0, 0.125, 0.25, 0.375, 0.5, 0.5, 0]
+    assert [phase(step, config).is_supervised for step in range(4)] == [True, True, True, False]
+    assert phase(8, config) == Phase(segmentor=False, discriminator=True)
+
+
+def test_terms_on_unlabelled_images_begin_at_their_steps() -> None:
+    config = config_of("mode=semi_supervised", "semi.start_step=4", "semi.adv_start_step=2")
+    weights = [(phase(step, config).semi_adv_weight, phase(step, config).semi_weight) for step in range(6)]
+    assert weights == [(0, 0), (0, 0), (0.001, 0), (0.001, 0), (0.001, 0.1), (0.001, 0.1)]
+    assert phase(9, config_of("semi.start_step=0")).semi_weight == 0  # of another mode
+
+
+def test_supervised_mode_never_has_an_adversary() -> None:
+    config = configuration.load(["data.shards=unused", "mode=supervised"])
+    assert phase(7, config) == Phase(segmentor=True, discriminator=False)
+    assert phase(7, config).is_supervised

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -32,12 +32,14 @@ class Batch:
     """One rank's slice of a global batch, on the CPU (pinned where the stream was told so).
 
     image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px, crop_px)
-    uint8, class indices and 255 for void; step: the step of training that it belongs to.
+    uint8, class indices and 255 for void; step: the step of training that it belongs to; unlabelled: in
+    semi-supervised training, the images without labels of the same step, whose label is 0 inside the image.
     """
 
     image: torch.Tensor
     label: torch.Tensor
     step: int
+    unlabelled: Batch | None = None
 
 
 @dataclass
@@ -133,6 +135,29 @@ class TrainStream:
     def _write(self, position: int, out_image: np.ndarray, out_label: np.ndarray) -> None:
         _, image, label = self._samples.load(self._plan.sample_index(position))
         self._view(image, label, self._plan.augmentation_rng(position), out_image, out_label)
+
+
+class PairedStream:
+    """Two streams in step: labelled batches, each with its batch of unlabelled images."""
+
+    def __init__(self, labelled: TrainStream, unlabelled: TrainStream):
+        self._labelled, self._unlabelled = labelled, unlabelled
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that the caller has spent in next() so far."""
+        return self._labelled.wait_seconds + self._unlabelled.wait_seconds
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return replace(next(self._labelled), unlabelled=next(self._unlabelled))
+
+    def close(self) -> None:
+        """Close both."""
+        self._labelled.close()
+        self._unlabelled.close()
 
 
 def evaluation_samples(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class MultiScale(nn.Module):
     Luc et al. leave out the superpixels, so does this. Raises InputError for a bad option or a smaller image.
     """
 
+    yuv: Tensor
     output_stride = 4
     min_size_px = 32
     init_report: LoadReport | None = None
@@ -54,7 +57,7 @@ class MultiScale(nn.Module):
             nn.Dropout(dropout),
             nn.Conv2d(hidden, num_classes, 1),
         )
-        gain = nn.init.calculate_gain(activation)
+        gain = nn.init.calculate_gain(activation)  # type: ignore[arg-type]
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_normal_(layer.weight, gain)
@@ -83,7 +86,7 @@ class MultiScale(nn.Module):
         if self.pyramid == "gaussian":
             return [2 * level - 1 for level in levels]
         levels = [F.conv2d(level, self.yuv.to(level)) for level in levels]
-        bands = [fine - _resize(coarse, fine.shape[-2:]) for fine, coarse in zip(levels, levels[1:], strict=False)]
+        bands = [fine - _resize(coarse, fine.shape[-2:]) for fine, coarse in itertools.pairwise(levels)]
         return [_locally_normalised(band) for band in [*bands, levels[-1]]]
 
 

@@ -1,0 +1,215 @@
+"""Every term of the losses, on labelled and unlabelled images and any number of ranks, against plain formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distseg import configuration
+from distseg.config import Config
+from distseg.distributed import Ranks
+from distseg.engine import Images, Pair, adversarial_step
+from distseg.models import build_discriminator
+from distseg.parallel import wrap
+from distseg.schedules import phase
+from tests.ranks import run_ranks
+from tests.test_engine import NUM_CLASSES, TinySegmentor
+
+BATCH, STEPS, SIZE = 6, 4, 48
+SEMI = ["mode=semi_supervised", "semi.weight=0.6", "semi.adv_weight=0.4", "semi.threshold=0.5", "semi.start_step=1"]
+CASES: dict[str, list[str]] = {
+    "semi, a score per cell": [*SEMI, "discriminator.options.head=patch"],
+    "semi, a score per image": [*SEMI, "semi.discriminate=false"],
+    "semi, blocks": [*SEMI, "discriminator.options.head=patch", "alternation=blocks"],
+    "scaling, smoothing, sums": [
+        "loss.real_map=scaling",
+        "loss.scaling_tau=0.7",
+        "loss.real_target=0.9",
+        "loss.ce_reduction=sum",
+        "loss.adv_reduction=sum",
+        "discriminator.options.head=patch",
+        "segmentor_optimizer.lr=1e-5",
+    ],
+    "saturating, at the image's resolution": [
+        *SEMI,
+        "loss.adv_form=saturating",
+        "loss.map_resolution=image",
+        "discriminator.options.head=patch",
+        "loss.adv_warmup_steps=4",
+    ],
+}
+
+
+def make_config(overrides: list[str]) -> Config:
+    common = ["data.shards=unused", "precision=fp64", "steps=10", "loss.adv_weight=0.7", "schedule=constant"]
+    common += ["discriminator_optimizer.lr=1e-5", "segmentor_optimizer.lr=1e-4"]
+    common += ["alternation.segmentor=2", "alternation.discriminator=1", "segmentor_optimizer.clip_norm=0"]
+    common += ["discriminator_optimizer.clip_norm=0", "discriminator.options.width=0.1"]
+    common += ["segmentor_optimizer.name=sgd", "discriminator_optimizer.name=sgd"]
+    common += ["segmentor_optimizer.weight_decay=0", "discriminator_optimizer.weight_decay=0"]
+    return configuration.load([*common, *overrides])
+
+
+def make_networks(config: Config) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(3)
+    judge = build_discriminator(config.discriminator.name, NUM_CLASSES, **config.discriminator.options)
+    segmentor = TinySegmentor()
+    with torch.no_grad():  # verdicts around 0 and far apart, for a mask that is neither full nor empty
+        pixels = make_images(0, False).pixels.float()
+        (z,) = judge(pixels, segmentor(pixels).softmax(1))
+        judge.verdict.weight *= 3 / z.std()
+        (z,) = judge(pixels, segmentor(pixels).softmax(1))
+        judge.verdict.bias[1] -= z.mean()
+    return segmentor, judge
+
+
+def make_images(step: int, labelled: bool) -> Images:
+    generator = torch.Generator().manual_seed(2 * step + labelled)
+    pixels = torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    label = torch.randint(0, NUM_CLASSES, (BATCH, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    if not labelled:
+        label.zero_()
+    label[-2:, 9:] = 255  # void in the last images, so on the last rank only
+    label[-1] = 255  # and one has nothing else: with six ranks its rank's mask would be empty
+    return Images(pixels, label)
+
+
+def train(ranks: Ranks, overrides: list[str]) -> tuple[dict, dict]:
+    """Our steps on this rank's part of each batch: final parameters of both networks."""
+    config = make_config(overrides)
+    segmentor, judge = make_networks(config)
+    learners = [
+        wrap(network, optimizer, config, ranks)
+        for network, optimizer in (
+            (segmentor, config.segmentor_optimizer),
+            (judge, config.discriminator_optimizer),
+        )
+    ]
+    pair = Pair(*learners, config.loss, config.semi)
+    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    for step in range(STEPS):
+        parts = [make_images(step, labelled) for labelled in (True, False)]
+        labelled, unlabelled = (Images(part.pixels[share], part.label[share]) for part in parts)
+        now = phase(step, config)
+        adversarial_step(pair, now, labelled, unlabelled if config.mode == "semi_supervised" else None)
+        if now.segmentor:
+            learners[0].step(1.0)
+        if now.discriminator:
+            learners[1].step(1.0)
+    return values_of(segmentor), values_of(judge)
+
+
+def values_of(network: nn.Module) -> dict[str, Any]:
+    return {name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()}
+
+
+def reference(overrides: list[str]) -> tuple[dict, dict]:
+    """The same steps by the papers' formulas, in one process on the whole batch."""
+    config = make_config(overrides)
+    segmentor, judge = (network.double() for network in make_networks(config))
+    optimizers = [
+        torch.optim.SGD(network.parameters(), lr=part.lr, momentum=part.beta1, foreach=False)
+        for network, part in ((segmentor, config.segmentor_optimizer), (judge, config.discriminator_optimizer))
+    ]
+    for step in range(STEPS):
+        losses = reference_losses(config, step, segmentor, judge)
+        now = phase(step, config)
+        networks = [(segmentor, now.segmentor), (judge, now.discriminator)]
+        gradients = [
+            torch.autograd.grad(loss, list(n.parameters()), retain_graph=True) for loss, (n, _) in zip(losses, networks)
+        ]
+        for (network, updated), optimizer, grads in zip(networks, optimizers, gradients, strict=True):
+            for parameter, gradient in zip(network.parameters(), grads, strict=True):
+                parameter.grad = gradient
+            if updated:
+                optimizer.step()
+    return values_of(segmentor), values_of(judge)
+
+
+def reference_losses(config: Config, step: int, segmentor: nn.Module, judge: nn.Module) -> tuple[Tensor, Tensor]:
+    loss, semi = config.loss, config.semi
+    labelled, unlabelled = make_images(step, True), make_images(step, False)
+    at_image = loss.map_resolution == "image"
+
+    def predict(images: Images) -> Tensor:
+        logits = segmentor(images.pixels)
+        return F.interpolate(logits, (SIZE, SIZE), mode="bilinear") if at_image else logits
+
+    def smaller(label: Tensor) -> Tensor:
+        return label.long() if at_image else label[:, 2::4, 2::4].long()
+
+    def mean(values: Tensor, by_image: bool) -> Tensor:
+        """The mean of a flat list, or its sum over the number of images."""
+        return values.sum() / (BATCH if by_image else max(1, values.numel()))
+
+    def scores(images: Images, maps: Tensor, valid: Tensor) -> Tensor:
+        z = judge(images.pixels, maps)[0]
+        if judge.head == "gap":
+            return z.flatten()
+        return F.interpolate(z, valid.shape[-2:], mode="bilinear")[:, 0][valid]
+
+    def bce(z: Tensor, target: float) -> Tensor:
+        return -(target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
+
+    logits = predict(labelled)
+    chances = logits.softmax(1)
+    index, inside = smaller(labelled.label), smaller(unlabelled.label) == 0
+    valid = index != 255
+    real = chances.detach().clone().permute(0, 2, 3, 1)
+    truth = F.one_hot(index[valid], NUM_CLASSES).double()
+    if loss.real_map == "scaling":
+        for row, predicted in enumerate(real[valid]):
+            on_truth = int(truth[row].argmax())
+            mass = max(loss.scaling_tau, float(predicted[on_truth]))
+            softened = predicted * (1 - mass) / (1 - predicted[on_truth])
+            softened[on_truth] = mass
+            truth[row] = softened
+    real[valid] = truth
+    sums = loss.adv_reduction == "sum"
+    on_fake = scores(labelled, chances, valid)
+    on_fake_constant = scores(labelled, chances.detach(), valid)
+    d_loss = mean(bce(scores(labelled, real.permute(0, 3, 1, 2), valid), loss.real_target), sums)
+
+    sign, target = (-1, 0.0) if loss.adv_form == "saturating" else (1, 1.0)
+    rise = min(1, (step + 1) / loss.adv_warmup_steps) if loss.adv_warmup_steps else 1
+    up = F.interpolate(logits, (SIZE, SIZE), mode="bilinear")
+    pixels = F.cross_entropy(up, labelled.label.long(), ignore_index=255, reduction="none")[labelled.label != 255]
+    s_loss = mean(pixels, loss.ce_reduction == "sum") + loss.adv_weight * rise * sign * mean(bce(on_fake, target), sums)
+    if config.mode == "semi_supervised":
+        logits_u = predict(unlabelled)
+        chances_u = logits_u.softmax(1)
+        s_loss = s_loss + semi.adv_weight * rise * sign * mean(bce(scores(unlabelled, chances_u, inside), target), sums)
+        on_unlabelled = scores(unlabelled, chances_u.detach(), inside)
+        if semi.discriminate:
+            on_fake_constant = torch.cat([on_fake_constant, on_unlabelled])
+        if step >= semi.start_step:
+            z = F.interpolate(judge(unlabelled.pixels, chances_u.detach())[0], inside.shape[-2:], mode="bilinear")
+            believed = inside & (torch.sigmoid(z[:, 0]) > semi.threshold).detach()
+            assert 0 < believed.sum() < inside.sum()  # a mask worth testing
+            own = F.cross_entropy(logits_u, chances_u.detach().argmax(1), reduction="none")[believed]
+            s_loss = s_loss + semi.weight * mean(own, loss.ce_reduction == "sum")
+    d_loss = d_loss + mean(bce(on_fake_constant, 0.0), sums)
+    return s_loss, d_loss
+
+
+def train_all(ranks: Ranks) -> list[Any]:
+    return [train(ranks, overrides) for overrides in CASES.values()]
+
+
+@pytest.fixture(scope="module")
+def references() -> list[Any]:
+    torch.set_num_threads(1)
+    return [reference(overrides) for overrides in CASES.values()]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 6])
+def test_steps_equal_the_formulas_on_the_joined_batch(num_ranks: int, references: list[Any]) -> None:
+    for of_rank in run_ranks(num_ranks, train_all):
+        for case, got, expected in zip(CASES, of_rank, references, strict=True):
+            for mine, theirs in zip(got, expected, strict=True):
+                worst = max(abs(mine[name] - theirs[name]).max() for name in theirs)
+                assert worst <= 1e-12, f"{case} differs by {worst}"
