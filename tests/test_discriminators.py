@@ -6,8 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distseg.models import build_discriminator
+from distseg.models import DISCRIMINATORS, build_discriminator
 from shards.errors import InputError
+
+FOV = ("large_fov", "large_fov_light", "small_fov", "small_fov_light")
+NAMES = tuple(DISCRIMINATORS)
+# what needs the image, and what does not; thin where the network can be
+VARIANTS = [
+    ("two_branch", {"width": 0.25}),
+    ("two_branch", {"width": 0.25, "image_pool": False}),
+    ("fully_convolutional", {}),
+    *((name, {"width": 0.25, "inputs": inputs}) for name in FOV for inputs in ("basic", "product")),
+]
 
 
 def num_parameters(network):
@@ -22,6 +32,13 @@ def label_maps(num, num_classes, height, width):
 def test_parameter_counts_of_the_papers():
     assert num_parameters(build_discriminator("two_branch", 8)) == 1_671_874
     assert num_parameters(build_discriminator("fully_convolutional", 21)) == 2_783_169
+    basic, product = {}, {}
+    with torch.device("meta"):
+        for name in FOV:
+            basic[name] = num_parameters(build_discriminator(name, 21))
+            product[name] = num_parameters(build_discriminator(name, 21, inputs="product"))
+    assert basic == dict(zip(FOV, (2_351_170, 871_490, 1_572_802, 490_434), strict=True))
+    assert product == dict(zip(FOV, (2_387_458, 907_778, 1_609_090, 526_722), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +47,8 @@ def test_parameter_counts_of_the_papers():
         ("two_branch", "gap", (33, 47), (1, 1)),
         ("two_branch", "patch", (33, 47), (8, 11)),
         ("two_branch", "patch", (60, 60), (15, 15)),
+        *((name, "patch", (66, 66), (16, 16)) for name in FOV),
+        ("large_fov", "gap", (66, 66), (1, 1)),
         ("fully_convolutional", "gap", (54, 80), (1, 1)),
         ("fully_convolutional", "patch", (321, 321), (10, 10)),
         ("fully_convolutional", "patch", (512, 1024), (16, 32)),
@@ -43,7 +62,7 @@ def test_one_logit_an_image_or_a_cell(name, head, size, shape):
 
 
 def test_gap_is_the_mean_of_the_patch_logits():
-    for name in ("two_branch", "fully_convolutional"):
+    for name in NAMES:
         patch, gap = (build_discriminator(name, 4, head=head) for head in ("patch", "gap"))
         gap.load_state_dict(patch.state_dict())
         image, maps = torch.rand(2, 3, 160, 160), label_maps(2, 4, 40, 40)
@@ -64,6 +83,100 @@ def test_two_branch_equals_the_figure_layer_by_layer():
     torch.testing.assert_close(network(image, maps)[0], log_odds)
 
 
+def test_two_branch_without_image_pooling_sees_the_image_at_the_label_maps_size():
+    pooled, network = (
+        build_discriminator("two_branch", 6, width=0.25, head="patch", image_pool=p) for p in (True, False)
+    )
+    network.load_state_dict(pooled.state_dict())  # one architecture: the same keys and shapes
+    image, maps = torch.rand(2, 3, 45, 64), label_maps(2, 6, 12, 16)
+
+    small = F.interpolate(image, (12, 16), mode="bilinear", align_corners=False, antialias=True)
+    x = F.relu(network.image_conv2(F.relu(network.image_conv1(2 * small - 1))))
+    both = torch.cat([F.relu(network.label_conv(maps)), x], 1)
+    z = network.verdict(network.trunk(network.meet(both)))
+
+    torch.testing.assert_close(network(image, maps)[0], z[:, 1:] - z[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "channels"),
+    [
+        ("large_fov", (3, 3, 3, 3, 3, 3, 3), (96, 128, 128, 256, 256, 512, 2)),
+        ("large_fov_light", (3, 3, 3, 3, 3, 3, 3), (96, 128, 128, 128, 128, 256, 2)),
+        ("small_fov", (3, 1, 3, 1, 3, 1), (96, 128, 256, 256, 512, 2)),
+        ("small_fov_light", (3, 1, 3, 1, 3, 1), (96, 128, 128, 128, 256, 2)),
+    ],
+)
+def test_single_branch_equals_the_layer_lists(name, kernels, channels):
+    """The parameters in order, as plain convolutions, with two poolings."""
+    network = build_discriminator(name, 3, head="patch")
+    weights = list(network.parameters())
+    assert [(w.shape[-1], w.shape[0]) for w in weights[::2]] == list(zip(kernels, channels, strict=True))
+    maps = label_maps(2, 3, 18, 22)
+    x, pooled_after = maps, (2, 4) if name.startswith("large") else (1, 3)
+    for index, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+        x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        x = x if index == len(kernels) - 1 else F.relu(x)
+        x = F.max_pool2d(x, 2) if index in pooled_after else x
+    log_odds = x.log_softmax(1)[:, 1:] - x.log_softmax(1)[:, :1]
+    torch.testing.assert_close(network(torch.rand(2, 3, 8, 8), maps)[0], log_odds)
+
+
+@pytest.mark.parametrize(("image_range", "low", "high"), [("unit", 0, 1), ("centred", -1, 1)])
+def test_product_is_every_colour_times_every_class(image_range, low, high):
+    options = {"width": 0.25, "head": "patch"}
+    network = build_discriminator("small_fov_light", 4, inputs="product", image_range=image_range, **options)
+    image, maps = torch.rand(2, 3, 12, 16), label_maps(2, 4, 12, 16)
+    channels = [(low + (high - low) * image[:, rgb]) * maps[:, c] for rgb in range(3) for c in range(4)]
+    z = network.layers(torch.stack(channels, 1))
+    torch.testing.assert_close(network(image, maps)[0], z[:, 1:] - z[:, :1])
+
+
+def test_product_averages_the_image_over_the_cells_of_the_label_map():
+    network = build_discriminator("small_fov_light", 4, inputs="product", width=0.25)
+    cells, maps = torch.rand(1, 3, 12, 16), label_maps(1, 4, 12, 16)
+    fine = cells.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    # stripes that two pixels in the middle of a cell, all that plain interpolation reads, do not cancel
+    striped = fine + 0.5 * torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(32)
+    torch.testing.assert_close(network(striped, maps)[0], network(fine, maps)[0], rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("num_labelled", [1, 2, 3])
+def test_fewer_label_maps_than_images_belong_to_the_first(name, options, num_labelled):
+    network = build_discriminator(name, 4, **options)
+    image, predicted = torch.rand(3, 3, 64, 80), label_maps(3, 4, 32, 40)
+    truth = label_maps(num_labelled, 4, 32, 40).round()
+    on_truth, on_predicted = network(image, truth, predicted)
+    assert on_truth.shape[0] == num_labelled and on_predicted.shape[0] == 3
+    torch.testing.assert_close(on_truth, network(image[:num_labelled], truth)[0])
+    torch.testing.assert_close(on_predicted, network(image, predicted)[0])
+    torch.testing.assert_close(network(image, truth)[0], on_truth)  # no map for the last images at all
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_gradients_of_one_call_equal_those_of_separate_calls(name, options):
+    network = build_discriminator(name, 4, **options).double()
+    image, predicted = torch.rand(3, 3, 64, 80).double(), label_maps(3, 4, 32, 40).double()
+    truth = label_maps(2, 4, 32, 40).double()
+    parameters = list(network.parameters())
+    on_truth, on_predicted = network(image, truth, predicted)
+    together = torch.autograd.grad(on_truth.sum() - 2 * on_predicted.sum(), parameters)
+    apart = network(image[:2], truth)[0].sum() - 2 * network(image, predicted)[0].sum()
+    for ours, reference in zip(together, torch.autograd.grad(apart, parameters), strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_label_maps_that_do_not_fit_the_images_or_each_other_are_refused(name):
+    network = build_discriminator(name, 4)
+    image = torch.rand(2, 3, 64, 64)
+    with pytest.raises(InputError, match="3 label maps for 2 images"):
+        network(image, label_maps(2, 4, 32, 32), label_maps(3, 4, 32, 32))
+    with pytest.raises(InputError, match="32x32 and 32x40 px"):
+        network(image, label_maps(2, 4, 32, 32), label_maps(2, 4, 32, 40))
+
+
 def test_the_image_is_brought_to_four_times_the_label_map():
     network = build_discriminator("two_branch", 3, width=0.25)
     maps = label_maps(1, 3, 13, 9)
@@ -74,13 +187,13 @@ def test_the_image_is_brought_to_four_times_the_label_map():
 
 def test_image_branch_runs_once_for_all_label_maps():
     network = build_discriminator("two_branch", 4, width=0.25)
-    calls = []
-    network.image_conv2.register_forward_hook(lambda *_: calls.append(1))
-    network(torch.rand(2, 3, 32, 32), *label_maps(6, 4, 8, 8).split(2))
-    assert len(calls) == 1
+    batches = []
+    network.image_conv2.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    network(torch.rand(5, 3, 32, 32), *label_maps(6, 4, 8, 8).split((1, 3, 2)))
+    assert batches == [3]  # and not for images without a label map
 
 
-@pytest.mark.parametrize("name", ["two_branch", "fully_convolutional"])
+@pytest.mark.parametrize("name", NAMES)
 def test_label_maps_do_not_touch_each_other(name):
     network = build_discriminator(name, 4)
     image = torch.rand(2, 3, 160, 160)
@@ -110,13 +223,24 @@ def test_fields_of_view_measured_from_gradients():
     assert field_of_view(two_branch, 64) == (30, 30)
 
 
-def test_fully_convolutional_ignores_the_image():
-    network = build_discriminator("fully_convolutional", 3)
+@pytest.mark.parametrize(("name", "pixels"), list(zip(FOV, (34, 34, 18, 18), strict=True)))
+@pytest.mark.parametrize("inputs", ["basic", "product"])
+def test_fields_of_view_of_the_paper(name, pixels, inputs):
+    network = build_discriminator(name, 2, width=0.1, head="patch", inputs=inputs)
+    for index, layer in enumerate(network.layers):
+        if isinstance(layer, torch.nn.MaxPool2d):
+            network.layers[index] = torch.nn.AvgPool2d(2)  # a maximum passes one gradient of four
+    assert field_of_view(network, 66) == (pixels, pixels)
+
+
+@pytest.mark.parametrize("name", ["fully_convolutional", *FOV])
+def test_what_takes_the_label_map_alone_ignores_the_image(name):
+    network = build_discriminator(name, 3)
     maps = label_maps(1, 3, 40, 40)
     assert torch.equal(network(torch.zeros(1, 3, 8, 8), maps)[0], network(torch.ones(1, 3, 9, 9), maps)[0])
 
 
-@pytest.mark.parametrize(("name", "size"), [("fully_convolutional", 31), ("two_branch", 3)])
+@pytest.mark.parametrize(("name", "size"), [("fully_convolutional", 31), ("two_branch", 3), *((n, 3) for n in FOV)])
 def test_a_label_map_too_small_is_refused(name, size):
     network = build_discriminator(name, 3)
     assert network.min_size_px == size + 1
@@ -137,6 +261,22 @@ def test_a_label_map_too_small_is_refused(name, size):
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         build_discriminator("two_branch", 8, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("two_branch", {"image_pool": "no"}, "image_pool=no.*true or false"),
+        ("large_fov", {"inputs": "scaling"}, "inputs=scaling.*basic, product"),
+        ("small_fov", {"image_range": 255}, "image_range=255.*unit, centred"),
+        ("small_fov", {"head": "mean"}, "gap, patch"),
+        ("large_fov_light", {"width": 9}, "0.05 to 8"),
+        ("fully_convolutional", {"width": 1}, "width.*does not have"),
+    ],
+)
+def test_bad_options_of_the_others_are_named(name, options, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        build_discriminator(name, 8, **options)
 
 
 def test_unknown_name_lists_the_choices():

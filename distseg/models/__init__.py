@@ -12,7 +12,14 @@ from torch import nn
 
 from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
 from distseg.models.deeplab import DeepLabV3Plus
-from distseg.models.discriminators import FullyConvolutional, TwoBranch
+from distseg.models.discriminators import (
+    FullyConvolutional,
+    LargeFOV,
+    LargeFOVLight,
+    SmallFOV,
+    SmallFOVLight,
+    TwoBranch,
+)
 from distseg.models.efficientnet import imagenet_weights_file
 from distseg.models.fcn import FCN8s
 from distseg.models.multiscale import MultiScale
@@ -32,6 +39,10 @@ SEGMENTORS: dict[str, type[Segmentor]] = {
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "two_branch": TwoBranch,
     "fully_convolutional": FullyConvolutional,
+    "large_fov": LargeFOV,
+    "large_fov_light": LargeFOVLight,
+    "small_fov": SmallFOV,
+    "small_fov_light": SmallFOVLight,
 }
 # where the encoder's published weights lie
 IMAGENET: dict[str, Callable[[], Path]] = {
@@ -67,7 +78,7 @@ def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **op
 
 
 def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """A discriminator: image and label maps (N, C, h, w) float -> a tuple of logits, > 0 = real, one per map.
+    """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real, one per map.
 
     Raises InputError for an unknown name or option, and for a bad value.
     """

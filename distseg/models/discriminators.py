@@ -1,35 +1,52 @@
-"""Networks that tell label maps of ground truth from predicted ones."""
+"""Networks that tell label maps of ground truth from predicted ones.
+
+All are called as discriminator(image, *label_maps), image (N, 3, H, W) float in [0, 1], RGB, each label map
+(k, C, h, w) float, summing to 1 over C, with k <= N: it belongs to the first k images, and h, w are the same for
+all. So one call judges the ground truth of the labelled images and the predictions for all images, which come
+after them in the batch, and what is computed of the image is computed once. The answer is one tensor of k rows
+of logits per label map, > 0 = real. InputError: more label maps than images, sizes that differ or are too small.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.models.checks import require_number, require_size
+from distseg.models.checks import require_choice, require_number, require_size
 from shards.errors import InputError
 
 HEADS = ("gap", "patch")
+INPUTS = ("basic", "product")
+RANGES = {"unit": (0.0, 1.0), "centred": (-1.0, 1.0)}  # of RGB where it multiplies a label map
+POOL = None  # 2x2
+Layout = tuple[tuple[int, int] | None, ...]  # kernel size and channels of each hidden convolution, or POOL
 
 
 class TwoBranch(nn.Module):
     """Luc et al. 2016, figure 1: image and label map get the same number of channels before they meet.
 
-    forward: image (N, 3, H, W) float in [0, 1], RGB; each label map (N, C, h, w) float, summing to 1 over C,
-    h and w >= 4 -> one tensor of logits per label map, > 0 = real: (N, 1, 1, 1) for head "gap" (mean over the
-    image), (N, 1, h/4, w/4) for "patch". The image is brought to 4h x 4w; its branch runs once for all maps.
+    forward: image and label maps (k, C, h, w) with h and w >= 4 -> logits (k, 1, 1, 1) for head "gap" (mean over
+    the image), (k, 1, h/4, w/4) for "patch".
+    image_pool: True, the image is brought to 4h x 4w and halved after each of its convolutions; False, it is
+    brought to h x w and keeps that size, a quarter of the work.
     width: factor on every hidden layer's channels (1: the paper's, 1,671,874 parameters at 8 classes).
-    Raises InputError for a bad option or a smaller label map.
+    Raises InputError for a bad option.
     """
 
     min_size_px = 4
 
-    def __init__(self, num_classes: int, *, width: float = 1.0, head: str = "gap"):
+    def __init__(self, num_classes: int, *, width: float = 1.0, head: str = "gap", image_pool: bool = True):
         super().__init__()
         _check_head(head)
         require_number("discriminator.options.width", width, 0.05, 8)
+        if not isinstance(image_pool, bool):
+            got = f"discriminator.options.image_pool={image_pool}"
+            raise InputError(got, "true or false", "true: the label map is at a quarter of the image or so")
         thin, branch, *trunk = (round(width * channels) or 1 for channels in (16, 64, 128, 256, 512))
-        self.num_classes, self.head = num_classes, head
+        self.num_classes, self.head, self.image_pool = num_classes, head, image_pool
         self.label_conv = nn.Conv2d(num_classes, branch, 5, padding=2)
         self.image_conv1 = nn.Conv2d(3, thin, 5, padding=2)
         self.image_conv2 = nn.Conv2d(thin, branch, 5, padding=2)
@@ -44,39 +61,119 @@ class TwoBranch(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.verdict = nn.Conv2d(trunk[2], 2, 3, padding=1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d) and layer is not self.verdict:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        _init_hidden(self, self.verdict)
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        for label_map in label_maps:
-            require_size(label_map, self.min_size_px, "label map")
-        image_part = self._image_part(image, label_maps[0].shape[-2:])
-        return tuple(self._judge(label_map, image_part) for label_map in label_maps)
+        image_part = self._image_part(_images_with_maps(image, label_maps, self.min_size_px), label_maps[0].shape[-2:])
+        return tuple(self._judge(label_map, image_part[: len(label_map)]) for label_map in label_maps)
 
     def _image_part(self, image: Tensor, label_size: torch.Size) -> Tensor:
         """What the image adds to `meet`: the convolution of a concatenation is the sum over its halves."""
-        size = (4 * label_size[0], 4 * label_size[1])
-        if tuple(image.shape[-2:]) != size:
-            image = F.interpolate(image, size, mode="bilinear", align_corners=False)
-        x = F.max_pool2d(self.image_conv1(2 * image - 1).relu_(), 2)  # (N, 16, 2h, 2w)
-        x = F.max_pool2d(self.image_conv2(x).relu_(), 2)  # (N, 64, h, w)
+        if self.image_pool:
+            size = (4 * label_size[0], 4 * label_size[1])
+            if tuple(image.shape[-2:]) != size:
+                image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        else:
+            image = _shrunk(image, label_size)
+        x = self._halved(self.image_conv1(2 * image - 1).relu_())  # (N, 16, 2h, 2w)
+        x = self._halved(self.image_conv2(x).relu_())  # (N, 64, h, w)
         return F.conv2d(x, self.meet.weight[:, x.shape[1] :], self.meet.bias, padding=1)
 
+    def _halved(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2) if self.image_pool else x
+
     def _judge(self, label_map: Tensor, image_part: Tensor) -> Tensor:
-        x = self.label_conv(label_map).relu_()  # (N, 64, h, w)
-        x = F.conv2d(x, self.meet.weight[:, : x.shape[1]], padding=1) + image_part  # (N, 128, h, w)
-        z = self.verdict(self.trunk(x))  # (N, 2, h/4, w/4)
-        return _pool(z[:, 1:] - z[:, :1], self.head)  # log-odds of a softmax over both
+        x = self.label_conv(label_map).relu_()  # (k, 64, h, w)
+        x = F.conv2d(x, self.meet.weight[:, : x.shape[1]], padding=1) + image_part  # (k, 128, h, w)
+        z = self.verdict(self.trunk(x))  # (k, 2, h/4, w/4)
+        return _log_odds(z, self.head)
+
+
+class SingleBranch(nn.Module):
+    """Luc et al. 2016, on PASCAL VOC: convolutions over the label map, or over its products with the image.
+
+    forward: image and label maps (k, C, h, w) with h and w >= 4 -> logits (k, 1, 1, 1) for head "gap" (mean over
+    the image), (k, 1, h/4, w/4) for "patch".
+    inputs: "basic", the label map alone; "product", each RGB channel, brought to h x w, times each map: 3C channels.
+    image_range: of RGB in the products, "unit" [0, 1] or "centred" [-1, 1]; the paper's is not known to us.
+    width: factor on every hidden layer's channels. Raises InputError for a bad option.
+    """
+
+    min_size_px = 4
+    layout: ClassVar[Layout]
+    last_kernel: ClassVar[int]  # of the convolution that gives the scores of fake and real
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        inputs: str = "basic",
+        head: str = "gap",
+        width: float = 1.0,
+        image_range: str = "unit",
+    ):
+        super().__init__()
+        _check_head(head)
+        require_choice("discriminator.options.inputs", inputs, INPUTS)
+        require_choice("discriminator.options.image_range", image_range, tuple(RANGES))
+        require_number("discriminator.options.width", width, 0.05, 8)
+        self.num_classes, self.head, self.inputs, self.image_range = num_classes, head, inputs, image_range
+        layers: list[nn.Module] = []
+        channels = num_classes * (3 if inputs == "product" else 1)
+        for step in self.layout:
+            if step is POOL:
+                layers.append(nn.MaxPool2d(2))
+                continue
+            kernel, hidden = step[0], round(width * step[1]) or 1
+            layers += [nn.Conv2d(channels, hidden, kernel, padding=kernel // 2), nn.ReLU(inplace=True)]
+            channels = hidden
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2))
+        _init_hidden(self, self.layers[-1])
+
+    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
+        image = _images_with_maps(image, label_maps, self.min_size_px)
+        if self.inputs == "basic":
+            return tuple(_log_odds(self.layers(label_map), self.head) for label_map in label_maps)
+        low, high = RANGES[self.image_range]
+        colors = low + (high - low) * _shrunk(image, label_maps[0].shape[-2:])  # (N, 3, h, w)
+        products = (_product(colors[: len(label_map)], label_map) for label_map in label_maps)
+        return tuple(_log_odds(self.layers(product), self.head) for product in products)
+
+
+class LargeFOV(SingleBranch):
+    """Field of view 34 x 34 of the label map; 2,351,170 parameters at 21 classes, 2,387,458 with products."""
+
+    layout = ((3, 96), (3, 128), (3, 128), POOL, (3, 256), (3, 256), POOL, (3, 512))
+    last_kernel = 3
+
+
+class LargeFOVLight(SingleBranch):
+    """Field of view 34 x 34 of the label map; 871,490 parameters at 21 classes, 907,778 with products."""
+
+    layout = ((3, 96), (3, 128), (3, 128), POOL, (3, 128), (3, 128), POOL, (3, 256))
+    last_kernel = 3
+
+
+class SmallFOV(SingleBranch):
+    """Field of view 18 x 18 of the label map; 1,572,802 parameters at 21 classes, 1,609,090 with products."""
+
+    layout = ((3, 96), (1, 128), POOL, (3, 256), (1, 256), POOL, (3, 512))
+    last_kernel = 1
+
+
+class SmallFOVLight(SingleBranch):
+    """Field of view 18 x 18 of the label map; 490,434 parameters at 21 classes, 526,722 with products."""
+
+    layout = ((3, 96), (1, 128), POOL, (3, 128), (1, 128), POOL, (3, 256))
+    last_kernel = 1
 
 
 class FullyConvolutional(nn.Module):
     """Hung et al. 2018: five convolutions over the label map alone, a logit per 32 x 32 px cell.
 
-    forward: image (ignored); each label map (N, C, h, w) float, summing to 1 over C, h and w >= 32 -> one
-    tensor of logits per label map, > 0 = real: (N, 1, h/32, w/32) for head "patch", (N, 1, 1, 1) for "gap"
-    (their mean). 2,783,169 parameters at 21 classes. Raises InputError for a bad head or a smaller label map.
+    forward: image (only counted) and label maps (k, C, h, w) with h and w >= 32 -> logits (k, 1, h/32, w/32) for
+    head "patch", (k, 1, 1, 1) for "gap" (their mean). 2,783,169 parameters at 21 classes. Raises InputError for a
+    bad head.
     """
 
     min_size_px = 32
@@ -93,9 +190,47 @@ class FullyConvolutional(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        for label_map in label_maps:
-            require_size(label_map, self.min_size_px, "label map")
+        _images_with_maps(image, label_maps, self.min_size_px)
         return tuple(_pool(self.layers(label_map), self.head) for label_map in label_maps)
+
+
+def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px: int) -> Tensor:
+    """The images that have at least one label map; raises InputError when images and maps do not fit together."""
+    size = tuple(label_maps[0].shape[-2:])
+    for label_map in label_maps:
+        require_size(label_map, min_size_px, "label map")
+        if tuple(label_map.shape[-2:]) != size:
+            got = f"label maps of {size[0]}x{size[1]} and {label_map.shape[-2]}x{label_map.shape[-1]} px in one call"
+            raise InputError(got, "one size", "bring them to one size, or call once for each")
+        if len(label_map) > len(image):
+            got = f"{len(label_map)} label maps for {len(image)} images"
+            raise InputError(got, "at most one per image", "pass the image of every label map, in the same order")
+    return image[: max(len(label_map) for label_map in label_maps)]
+
+
+def _shrunk(image: Tensor, size: torch.Size) -> Tensor:
+    """The image at `size`. Averaged over what each pixel now covers: at an eighth, four pixels of 64 would be noise."""
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image, tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _product(colors: Tensor, label_map: Tensor) -> Tensor:
+    """colors: (k, 3, h, w), label_map: (k, C, h, w) -> (k, 3C, h, w): red times each map, then green, then blue."""
+    return (colors.unsqueeze(2) * label_map.unsqueeze(1)).flatten(1, 2)
+
+
+def _log_odds(scores: Tensor, head: str) -> Tensor:
+    """scores: (k, 2, h, w), fake and real -> (k, 1, h, w) or (k, 1, 1, 1), the log-odds of a softmax over both."""
+    return _pool(scores[:, 1:] - scores[:, :1], head)
+
+
+def _init_hidden(network: nn.Module, last: nn.Module) -> None:
+    """He initialisation of all convolutions but the last, whose default keeps the first verdicts near 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer is not last:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 def _pool(logits: Tensor, head: str) -> Tensor:
