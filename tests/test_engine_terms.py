@@ -120,7 +120,8 @@ def reference(overrides: list[str]) -> tuple[dict, dict]:
         now = phase(step, config)
         networks = [(segmentor, now.segmentor), (judge, now.discriminator)]
         gradients = [
-            torch.autograd.grad(loss, list(n.parameters()), retain_graph=True) for loss, (n, _) in zip(losses, networks)
+            torch.autograd.grad(loss, list(n.parameters()), retain_graph=True)
+            for loss, (n, _) in zip(losses, networks, strict=True)
         ]
         for (network, updated), optimizer, grads in zip(networks, optimizers, gradients, strict=True):
             for parameter, gradient in zip(network.parameters(), grads, strict=True):

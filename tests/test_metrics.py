@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from distseg.metrics import confusion_matrix, scores
+from distseg.metrics import confusion_matrix, log_loss_sum, max_f1, scores, threshold_counts
 from shards.errors import InputError
 
 
@@ -107,3 +108,33 @@ def test_nothing_but_void_is_refused():
     void = torch.full((3, 3), 255, dtype=torch.uint8)
     with pytest.raises(InputError, match="labelled pixel"):
         scores(confusion_matrix(void, void, 4))
+
+
+def test_max_f1_equals_brute_force_over_all_thresholds() -> None:
+    rng = np.random.default_rng(0)
+    counts, chances, truths = torch.zeros(2, 256, dtype=torch.int64), [], []
+    for height, width in ((7, 9), (20, 5)):
+        label = rng.choice([0, 1, 255], size=(height, width), p=[0.6, 0.3, 0.1])
+        chance = np.clip(0.25 * label.clip(0, 1) + rng.random((height, width)) * 0.8, 0, 1)
+        counts += threshold_counts(torch.from_numpy(chance), torch.from_numpy(label.astype(np.uint8)))
+        chances.append(chance[label != 255])
+        truths.append(label[label != 255] == 1)
+    chance, truth = np.concatenate(chances), np.concatenate(truths)
+    best = 0.0
+    for k in range(256):
+        guess = chance >= k / 255
+        hits = (guess & truth).sum()
+        best = max(best, 2 * hits / (guess.sum() + truth.sum()))
+    f1, threshold = max_f1(counts)
+    assert f1 == pytest.approx(best, abs=1e-12)
+    guess = chance >= threshold
+    assert 2 * (guess & truth).sum() / (guess.sum() + truth.sum()) == pytest.approx(best, abs=1e-12)
+    assert math.isnan(max_f1(torch.zeros(2, 256, dtype=torch.int64))[0])
+
+
+def test_log_loss_is_its_formula_and_finite_for_a_chance_of_zero() -> None:
+    chances = torch.tensor([[[0.25, 1.0]], [[0.75, 0.0]]])
+    label = torch.tensor([[1, 255]], dtype=torch.uint8)
+    assert float(log_loss_sum(chances, label)) == pytest.approx(-math.log(0.75), abs=1e-7)
+    label[0, 1] = 1
+    assert math.isfinite(log_loss_sum(chances, label))

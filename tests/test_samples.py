@@ -1,0 +1,103 @@
+"""Which samples are labelled, which classes stay apart, and labels that are never read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distseg.data.samples import SampleSet, split_labelled
+from shards.errors import InputError
+from shards.reader import RawSample, ShardReader
+from shards.sample import decode_label
+
+
+@pytest.fixture(scope="module")
+def reader(toy_shards: Path) -> ShardReader:
+    return ShardReader(toy_shards, "train")
+
+
+class WithoutLabels:
+    """A reader some of whose samples have no label, and which fails when a label is asked for in vain."""
+
+    def __init__(self, reader: ShardReader, unlabelled: set[int]):
+        self._reader, self._without = reader, unlabelled
+        self.unlabelled = [reader.key(index) for index in sorted(unlabelled)]
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getattr__(self, name: str):
+        return getattr(self._reader, name)
+
+    def read(self, index: int, *, with_label: bool = True) -> RawSample:
+        assert not with_label or index not in self._without
+        return self._reader.read(index, with_label=with_label)
+
+
+def test_a_share_is_seeded_exact_and_nested(reader: ShardReader) -> None:
+    eighth, rest = split_labelled(reader, "1/8", seed=3)
+    half, other_half = split_labelled(reader, "0.5", seed=3)
+    assert len(eighth) == 1 and len(half) == 4
+    assert set(eighth) < set(half)
+    for chosen, left in ((eighth, rest), (half, other_half)):
+        assert sorted(chosen + left) == list(range(8))
+    assert split_labelled(reader, "1/2", seed=3) == (half, other_half)
+    assert len({tuple(split_labelled(reader, "1/2", seed)[0]) for seed in range(20)}) > 5
+    assert split_labelled(reader, "all", 0) == (list(range(8)), [])
+
+
+def test_a_list_file_names_the_labelled_samples(reader: ShardReader, tmp_path: Path) -> None:
+    path = tmp_path / "labelled.txt"
+    path.write_text(f"{reader.key(5)}\n\n{reader.key(2)}\n")
+    assert split_labelled(reader, str(path), 0) == ([2, 5], [0, 1, 3, 4, 6, 7])
+    path.write_text("nobody\n")
+    with pytest.raises(InputError, match="'nobody'"):
+        split_labelled(reader, str(path), 0)
+
+
+@pytest.mark.parametrize("labelled", ["0", "1.5", "-1/8", "1/0", "some", "1/9"])
+def test_a_bad_share_is_refused(reader: ShardReader, labelled: str) -> None:
+    with pytest.raises(InputError, match=r"data\.labelled"):
+        split_labelled(reader, labelled, 0)
+
+
+def test_samples_without_a_label_are_never_in_a_share(reader: ShardReader, tmp_path: Path) -> None:
+    partly = WithoutLabels(reader, {0, 3, 6})
+    assert split_labelled(partly, "all", 0) == ([1, 2, 4, 5, 7], [0, 3, 6])
+    labelled, rest = split_labelled(partly, "0.5", 1)
+    assert len(labelled) == 2 and not set(labelled) & {0, 3, 6} and {0, 3, 6} < set(rest)
+    path = tmp_path / "list.txt"
+    path.write_text(reader.key(3))
+    with pytest.raises(InputError, match="no label"):
+        split_labelled(partly, str(path), 0)
+    with pytest.raises(InputError, match="no label"):
+        SampleSet(partly)
+
+
+def test_an_unlabelled_images_label_is_not_read(reader: ShardReader) -> None:
+    samples = SampleSet(WithoutLabels(reader, set(range(8))), [1, 4], labelled=False)
+    assert samples.keys == [reader.key(1), reader.key(4)]
+    for place, index in enumerate((1, 4)):
+        key, image, label = samples.load(place)
+        assert key == reader.key(index)
+        assert image.shape[:2] == label.shape == reader.size(index)
+        assert (label == 0).all()
+
+
+def test_kept_classes_stay_apart_and_the_rest_is_one(reader: ShardReader) -> None:
+    samples = SampleSet(reader, keep=["road", "sky"])
+    assert samples.classes.names == ("other", "road", "sky")
+    assert samples.classes.palette[1:] == (reader.classes.palette[2], reader.classes.palette[0])
+    for index in range(len(reader)):
+        before = decode_label(reader.read(index).label)
+        after = samples.load(index)[2]
+        expected = np.where(before == 255, 255, np.where(before == 2, 1, np.where(before == 0, 2, 0)))
+        assert np.array_equal(after, expected)
+
+
+@pytest.mark.parametrize("keep", [["rood"], ["road", "road"]])
+def test_unknown_or_repeated_classes_are_refused(reader: ShardReader, keep: list[str]) -> None:
+    with pytest.raises(InputError, match="keep_classes"):
+        SampleSet(reader, keep=keep)
