@@ -121,7 +121,9 @@ def _preset_values(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.yaml"
     if name not in preset_names():
         raise InputError(f"preset={name}", f"one of: {', '.join(preset_names())}", _nearest(name, preset_names()))
-    return _flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    base = values.pop("base", None)  # another preset, which this one changes
+    return (_preset_values(base) if base else {}) | _flat(values)
 
 
 def _full_key(key: str) -> str:

@@ -19,6 +19,8 @@ _LOSSES = {  # metric -> name on the line; what a run does not have is left out
     "loss/segmentor": "loss",
     "loss/cross_entropy": "ce",
     "loss/adversarial": "adv",
+    "loss/semi": "semi",
+    "semi/mask_share": "mask",
     "loss/discriminator_real": "D real",
     "loss/discriminator_fake": "D fake",
 }

@@ -38,12 +38,13 @@ def start(arguments: list[str], variables: dict[str, str] | None = None) -> subp
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def start_ranks(num_ranks: int, shards: Path, run_dir: Path) -> list[subprocess.Popen]:
+def start_ranks(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> list[subprocess.Popen]:
     """The ranks without a launcher, so that a signal reaches them and nothing outlives it."""
     port = str(free_port())
     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(num_ranks)} for r in range(num_ranks)]
     return [
-        start(command(1, shards, run_dir), rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in ranks
+        start(command(1, shards, run_dir, *overrides), rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for rank in ranks
     ]
 
 
@@ -126,6 +127,56 @@ def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(toy_sha
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+SEMI = ["mode=semi_supervised", "data.labelled=1/2", "semi.batch_size=2", "semi.start_step=4", "semi.threshold=0.4"]
+SEMI += ["discriminator.options.head=patch"]
+
+
+def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_unlabelled_label(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    finish(start(command(2, toy_shards, tmp_path / "whole", *SEMI)))
+    labelled = (tmp_path / "whole" / "labelled.txt").read_text().split()
+    assert len(labelled) == 4
+    damaged = tmp_path / "shards"
+    shutil.copytree(toy_shards, damaged)
+    damage_labels(damaged, keep=labelled)
+    processes = start_ranks(2, damaged, tmp_path / "killed", *SEMI)
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000006", processes[0])
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(start(command(2, damaged, tmp_path / "killed", *SEMI)))
+    assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "semi/mask_share" in line] == list(range(5, 13))
+    assert all("loss/adversarial_unlabelled" in line for line in lines if "loss/segmentor" in line)
+
+
+def damage_labels(shards: Path, keep: list[str]) -> None:
+    """Change a byte of every label in the training shards but those of some samples."""
+    for index in shards.glob("train-*.index.json"):
+        tar = shards / index.name.replace(".index.json", ".tar")
+        content = bytearray(tar.read_bytes())
+        for sample in json.loads(index.read_text()):
+            if sample["key"] not in keep:
+                content[sample["members"]["png"][0] + 40] ^= 1
+        tar.write_bytes(content)
+
+
+def test_training_stops_early_when_validation_no_longer_improves(toy_shards: Path, tmp_path: Path) -> None:
+    rules = ["evaluate.every_steps=2", "schedule=plateau", "schedule.plateau_patience=1"]
+    rules += ["schedule.early_stop_patience=2", "segmentor_optimizer.lr=0", "ema_decay=0", "mode=supervised"]
+    rules += ["segmentor.batch_norm=frozen"]  # so that nothing can improve
+    run = tmp_path / "run"
+    output = finish(start(command(2, toy_shards, run, *rules)))
+    val_losses = [line["val/loss"] for line in read_metrics(run / "metrics.jsonl") if "val/loss" in line]
+    assert len(val_losses) == 3, "stops at the second evaluation without a lower loss"
+    assert "plateau at step 4" in output and "training ends at step 6" in output
+    assert "resumed at step" in finish(start(command(1, toy_shards, run, *rules)))  # and does not go on
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 6
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     number: int, toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
@@ -187,6 +238,12 @@ def test_bad_input_is_refused_before_training(
     assert "one of: train, val" in refusal(capsys, *good, "data.val_split=test")
     assert "two_branch" in refusal(capsys, *good, "discriminator=patchgan")
     assert "width" in refusal(capsys, *good, "discriminator.options.depth=3")
+    assert "unlabelled samples" in refusal(capsys, *good, "mode=semi_supervised")
+    assert "with mode=supervised" in refusal(capsys, *good, "mode=supervised", "loss.adv_weight=0.1")
+    assert "data.labelled=2" in refusal(capsys, *good, "data.labelled=2")
+    assert "some of: sky" in refusal(capsys, *good, "data.keep_classes=[street]")
+    assert "evaluate.every_steps" in refusal(capsys, *good, "schedule=plateau", "evaluate.every_steps=0")
+    assert "momentum" in refusal(capsys, *good, "segmentor_optimizer.nesterov=true")
     assert "data.crop_px=128" in refusal(capsys, *good, "discriminator=fully_convolutional")
     ranks = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for key, value in ranks.items():
