@@ -39,7 +39,13 @@ _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the lege
             ("loss/segmentor", "total", GREEN, "-"),
             ("loss/cross_entropy", "cross entropy", GRAY, "--"),
             ("loss/adversarial", "adversarial, unweighted", PURPLE, ":"),
+            ("loss/semi", "semi-supervised, unweighted", GREEN, "-."),
         ),
+    ),
+    (
+        "Unlabelled pixels that the discriminator believes",
+        "score",
+        (("semi/mask_share", "share", GREEN, "-"),),
     ),
     (
         "Validation",
@@ -68,7 +74,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
         for (steps, values), (name, label, color, style) in drawn:
             if unit == "score":  # by default there is one evaluation, the last: its numbers say more than its dots
                 label = f"{label}, last {values[-1]:.1%}"
-            _curve(axes, steps, values, noisy=name.startswith("loss/"), label=label, color=color, linestyle=style)
+            _curve(axes, steps, values, noisy=not name.startswith("val/"), label=label, color=color, linestyle=style)
         _dress(axes, title, unit)
     all_axes[-1].set_xlabel("training step")
     _save(figure, out)

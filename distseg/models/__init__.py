@@ -12,6 +12,7 @@ from torch import nn
 
 from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
 from distseg.models.deeplab import DeepLabV3Plus
+from distseg.models.dilated import Dilated8
 from distseg.models.discriminators import (
     FullyConvolutional,
     LargeFOV,
@@ -29,11 +30,12 @@ from shards.errors import InputError
 
 __all__ = ["BatchNorm2d", "LoadReport", "build_discriminator", "build_segmentor", "set_batch_norm"]
 
-Segmentor = DeepLabV3Plus | FCN8s | MultiScale
+Segmentor = DeepLabV3Plus | Dilated8 | FCN8s | MultiScale
 
 SEGMENTORS: dict[str, type[Segmentor]] = {
     "deeplabv3plus_efficientnet_lite0": DeepLabV3Plus,
     "fcn8s_vgg16": FCN8s,
+    "dilated8_vgg16": Dilated8,
     "multiscale": MultiScale,
 }
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
@@ -48,6 +50,7 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
 IMAGENET: dict[str, Callable[[], Path]] = {
     "deeplabv3plus_efficientnet_lite0": imagenet_weights_file,
     "fcn8s_vgg16": vgg_weights_file,
+    "dilated8_vgg16": vgg_weights_file,
 }
 
 log = logging.getLogger(__name__)
