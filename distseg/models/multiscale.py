@@ -116,7 +116,10 @@ def _locally_normalised(x: Tensor) -> Tensor:
     """Zero mean and unit deviation in a window around each pixel; the deviation at least the image's mean one."""
 
     def mean(y: Tensor) -> Tensor:
-        return F.avg_pool2d(y, WINDOW_PX, stride=1, padding=WINDOW_PX // 2, count_include_pad=False)
+        # a box is separable, and so is the count of its pixels inside the image
+        for window, padding in (((WINDOW_PX, 1), (WINDOW_PX // 2, 0)), ((1, WINDOW_PX), (0, WINDOW_PX // 2))):
+            y = F.avg_pool2d(y, window, stride=1, padding=padding, count_include_pad=False)
+        return y
 
     centred = x - mean(x)
     deviation = mean(centred.square()).clamp(min=0).sqrt()
