@@ -5,13 +5,22 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
-from distseg.models.deeplab import DeepLabV3Plus
+from distseg.models.deeplab import (
+    DeepLabV2ResNet101,
+    DeepLabV3Lite0,
+    DeepLabV3Plus,
+    DeepLabV3PlusResNet50,
+    DeepLabV3PlusResNet101,
+    DeepLabV3ResNet50,
+    DeepLabV3ResNet101,
+)
 from distseg.models.dilated import Dilated8
 from distseg.models.discriminators import (
     FullyConvolutional,
@@ -21,20 +30,43 @@ from distseg.models.discriminators import (
     SmallFOVLight,
     TwoBranch,
 )
-from distseg.models.efficientnet import imagenet_weights_file
-from distseg.models.fcn import FCN8s
+from distseg.models.efficientnet import imagenet_weights_file as lite0_weights_file
+from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
 from distseg.models.multiscale import MultiScale
+from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
 from distseg.models.vgg import imagenet_weights_file as vgg_weights_file
-from distseg.models.weights import LoadReport, load_into, read_weights
+from distseg.models.weights import LoadReport, load_segmentor, read_weights
 from shards.errors import InputError
 
 __all__ = ["BatchNorm2d", "LoadReport", "build_discriminator", "build_segmentor", "set_batch_norm"]
 
-Segmentor = DeepLabV3Plus | Dilated8 | FCN8s | MultiScale
+Segmentor = (
+    DeepLabV2ResNet101
+    | DeepLabV3ResNet50
+    | DeepLabV3ResNet101
+    | DeepLabV3Lite0
+    | DeepLabV3PlusResNet50
+    | DeepLabV3PlusResNet101
+    | DeepLabV3Plus
+    | FCN32s
+    | FCN16s
+    | FCN8s
+    | Dilated8
+    | MultiScale
+)
 
 SEGMENTORS: dict[str, type[Segmentor]] = {
+    "deeplabv2_resnet101": DeepLabV2ResNet101,
+    "deeplabv3_resnet50": DeepLabV3ResNet50,
+    "deeplabv3_resnet101": DeepLabV3ResNet101,
+    "deeplabv3_efficientnet_lite0": DeepLabV3Lite0,
+    "deeplabv3plus_resnet50": DeepLabV3PlusResNet50,
+    "deeplabv3plus_resnet101": DeepLabV3PlusResNet101,
     "deeplabv3plus_efficientnet_lite0": DeepLabV3Plus,
+    "fcn32s_vgg16": FCN32s,
+    "fcn16s_vgg16": FCN16s,
     "fcn8s_vgg16": FCN8s,
+    "fcn8s_atonce_vgg16": FCN8sAtOnce,
     "dilated8_vgg16": Dilated8,
     "multiscale": MultiScale,
 }
@@ -48,8 +80,17 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
 }
 # where the encoder's published weights lie
 IMAGENET: dict[str, Callable[[], Path]] = {
-    "deeplabv3plus_efficientnet_lite0": imagenet_weights_file,
+    "deeplabv2_resnet101": partial(resnet_weights_file, 101),
+    "deeplabv3_resnet50": partial(resnet_weights_file, 50),
+    "deeplabv3_resnet101": partial(resnet_weights_file, 101),
+    "deeplabv3_efficientnet_lite0": lite0_weights_file,
+    "deeplabv3plus_resnet50": partial(resnet_weights_file, 50),
+    "deeplabv3plus_resnet101": partial(resnet_weights_file, 101),
+    "deeplabv3plus_efficientnet_lite0": lite0_weights_file,
+    "fcn32s_vgg16": vgg_weights_file,
+    "fcn16s_vgg16": vgg_weights_file,
     "fcn8s_vgg16": vgg_weights_file,
+    "fcn8s_atonce_vgg16": vgg_weights_file,
     "dilated8_vgg16": vgg_weights_file,
 }
 
@@ -74,8 +115,7 @@ def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **op
     path = IMAGENET[name]() if init == "imagenet" else Path(init)
     state = read_weights(path)
     segmentor = SEGMENTORS[name](num_classes, **options)
-    is_whole = any(key.startswith("encoder.") for key in state)
-    segmentor.init_report = load_into(segmentor if is_whole else segmentor.encoder, state, str(path))
+    segmentor.init_report = load_segmentor(segmentor, state, str(path))
     log.info("%s", segmentor.init_report)
     return segmentor
 

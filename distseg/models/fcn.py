@@ -1,4 +1,4 @@
-"""FCN-8s on VGG16 (Long, Shelhamer, Darrell, CVPR 2015)."""
+"""FCN-32s, -16s and -8s on VGG16 (Long, Shelhamer, Darrell, CVPR 2015), and FCN-8s trained at once."""
 
 from __future__ import annotations
 
@@ -6,41 +6,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.models.checks import require_number, require_size
+from distseg.models.checks import require_choice, require_number, require_size
+from distseg.models.grids import to_multiple
 from distseg.models.vgg import VGG16
 from distseg.models.weights import LoadReport
+from shards.errors import InputError
 
 
-class FCN8s(nn.Module):
-    """Scores from fc7, pool4 and pool3, each twice as fine as the one before, summed.
+class _FCN(nn.Module):
+    """Scores from fc7, then from pool4 and pool3 where the stride asks for them, each upsampled and summed.
 
-    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/8), ceil(W/8)).
+    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/s), ceil(W/s)), s = 32,
+    16 or 8. The fixed bilinear upsampling of the reference's last layer is left to the loss and to inference.
     Where the reference pads the image by 100 px and crops by hand-counted offsets, every grid here starts at
     the image's corner, so bilinear upsampling (align_corners=False) puts each score where it belongs.
-    Raises InputError for a smaller image.
+    A finer network starts from a coarser one's weights with segmentor.init=FILE: its new scores are zero.
+    fc_channels: width of fc6 and fc7 (published weights need 4096). binary_head, for 2 classes: "two_classes", a
+    score each, or "sigmoid", one score z whose logits are (0, z), since softmax((0, z)) = (1 - sigmoid(z), sigmoid(z)).
+    Raises InputError for a bad option or a smaller image.
     """
 
-    output_stride = 8
+    output_stride: int
+    pool4_scale = pool3_scale = 1.0  # what the maps are multiplied by before they are scored
     min_size_px = 32
-    init_report: LoadReport | None = None  # what the encoder took from a file of weights
+    init_report: LoadReport | None = None  # what was taken from a file of weights
 
-    def __init__(self, num_classes: int, *, fc_channels: int = 4096):
+    def __init__(self, num_classes: int, *, fc_channels: int = 4096, binary_head: str = "two_classes"):
         super().__init__()
         require_number("segmentor.options.fc_channels", fc_channels, 1, 4096)
-        self.num_classes = num_classes
+        require_choice("segmentor.options.binary_head", binary_head, ("two_classes", "sigmoid"))
+        self.num_classes, self.is_sigmoid = num_classes, binary_head == "sigmoid"
+        if self.is_sigmoid and num_classes != 2:
+            got = f"segmentor.options.binary_head=sigmoid for {num_classes} classes"
+            raise InputError(got, "2 classes", "write segmentor.options.binary_head=two_classes, or merge classes")
+        num_scores = 1 if self.is_sigmoid else num_classes
         self.encoder = VGG16(fc_channels)
-        self.score_fr = _score(fc_channels, num_classes)
-        self.score_pool4 = _score(512, num_classes)
-        self.score_pool3 = _score(256, num_classes)
-        self.upscore2 = Upscore(num_classes)
-        self.upscore_pool4 = Upscore(num_classes)
+        self.score_fr = _score(fc_channels, num_scores)
+        if self.output_stride <= 16:
+            self.score_pool4 = _score(512, num_scores)
+        if self.output_stride <= 8:
+            self.score_pool3 = _score(256, num_scores)
+        if self.output_stride <= 16:
+            self.upscore2 = Upscore(num_scores)
+        if self.output_stride <= 8:
+            self.upscore_pool4 = Upscore(num_scores)
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        pool3, pool4, fc7 = self.encoder(_to_multiple(image, self.output_stride))
+        pool3, pool4, fc7 = self.encoder(to_multiple(image, self.output_stride))
         score = self.score_fr(fc7)  # (N, C, H/32, W/32)
-        score = self.upscore2(score, pool4) + self.score_pool4(pool4)  # (N, C, H/16, W/16)
-        return self.upscore_pool4(score, pool3) + self.score_pool3(pool3)  # (N, C, H/8, W/8)
+        if self.output_stride <= 16:  # (N, C, H/16, W/16)
+            score = self.upscore2(score, pool4) + self.score_pool4(_scaled(pool4, self.pool4_scale))
+        if self.output_stride <= 8:  # (N, C, H/8, W/8)
+            score = self.upscore_pool4(score, pool3) + self.score_pool3(_scaled(pool3, self.pool3_scale))
+        return torch.cat([torch.zeros_like(score), score], 1) if self.is_sigmoid else score
+
+
+class FCN32s(_FCN):
+    """FCN-32s: logits at stride 32."""
+
+    output_stride = 32
+
+
+class FCN16s(_FCN):
+    """FCN-16s: logits at stride 16."""
+
+    output_stride = 16
+
+
+class FCN8s(_FCN):
+    """FCN-8s: logits at stride 8."""
+
+    output_stride = 8
+
+
+class FCN8sAtOnce(FCN8s):
+    """FCN-8s for training in one go: scaled down, pool4 and pool3 score on a level with fc7 from the first step."""
+
+    pool4_scale, pool3_scale = 0.01, 0.0001  # the reference's voc-fcn8s-atonce
 
 
 class Upscore(nn.ConvTranspose2d):
@@ -60,20 +103,13 @@ class Upscore(nn.ConvTranspose2d):
         return up[..., : finer.shape[-2], : finer.shape[-1]]
 
 
-def _score(channels: int, num_classes: int) -> nn.Conv2d:
+def _score(channels: int, num_scores: int) -> nn.Conv2d:
     """Zero at first, so that each finer net starts from the coarser one (section 4.2 of the paper)."""
-    layer = nn.Conv2d(channels, num_classes, 1)
+    layer = nn.Conv2d(channels, num_scores, 1)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
 
 
-def _to_multiple(image: Tensor, stride: int) -> Tensor:
-    """The image stretched to the next multiple of `stride`.
-
-    A last cell that hangs over the image would shift all logits when they are upsampled to the image's size.
-    """
-    height, width = (-(-side // stride) * stride for side in image.shape[-2:])
-    if (height, width) == tuple(image.shape[-2:]):
-        return image
-    return F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x * scale

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from shards.errors import InputError
+from distseg.models.weights import torchvision_file
 
 # output channels of the 3x3 convolutions, "P" = 2x2 pooling; the positions give torchvision's features.N
 LAYOUT = (64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P")
@@ -61,7 +61,6 @@ class VGG16(nn.Module):
         return pool3, pool4, self.classifier(pool5)  # fc7: (N, fc_channels, H/32, W/32)
 
 
-def imagenet_weights_file() -> NoReturn:
-    """Raises InputError: nobody publishes VGG16's weights as a package, so the file has to be named."""
-    action = "write segmentor.init=PATH of torchvision's vgg16-397923af.pth, or segmentor.init=random"
-    raise InputError("segmentor.init=imagenet for VGG16", "a file of weights", action)
+def imagenet_weights_file() -> Path:
+    """torchvision's file. Raises InputError where there is none."""
+    return torchvision_file("VGG16", ("vgg16-397923af.pth",))

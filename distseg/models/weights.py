@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -33,6 +33,20 @@ class LoadReport:
         return text
 
 
+def torchvision_file(network: str, files: Sequence[str]) -> Path:
+    """The first of torchvision's published `files` that lies where torchvision itself downloads them to.
+
+    Nothing is downloaded here: compute nodes often have no network. Raises InputError when there is none.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for file in files:
+        if (folder / file).is_file():
+            return folder / file
+    needed = f"{' or '.join(files)} of https://download.pytorch.org/models/"
+    action = "put the file there, write segmentor.init=PATH of it, or segmentor.init=random"
+    raise InputError(f"no ImageNet weights of {network} in {folder}", needed, action)
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors file, or from a torch file read with weights_only=True.
 
@@ -51,6 +65,32 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state dict", "tensors by name", action)
     return dict(state)
+
+
+def load_segmentor(segmentor: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
+    """Load a whole segmentor's weights, its encoder's, or those of AdvSemiSeg's DeepLabV2; see load_into.
+
+    Of the latter, atrous classifiers for another number of classes are left out and reported: its COCO start has
+    them. Raises InputError, too, when an encoder's `layout` is not the one that the weights were trained with.
+    """
+    own = segmentor.state_dict()
+    names = _advsemiseg_names(state)
+    layout = getattr(segmentor.encoder, "layout", None)
+    origin = "caffe" if names else "torchvision" if "fc.weight" in state else None
+    if layout and origin and layout != origin:
+        got = f"{source}: weights trained in the {origin} layout, for a network in the {layout} layout"
+        action = f"choose another file, or deeplabv2_resnet101 with segmentor.options.layout={origin}"
+        raise InputError(got, "one layout (where a bottleneck has its stride)", action)
+    if not names:
+        is_whole = any(key.startswith("encoder.") for key in state)
+        return load_into(segmentor if is_whole else segmentor.encoder, state, source)  # type: ignore[arg-type]
+    renamed = {new: state[old] for new, old in names.items()}
+    for key in [key for key in renamed if key.startswith("aspp.") and key in own]:
+        if renamed[key].shape[:1] != own[key].shape[:1] and renamed[key].shape[1:] == own[key].shape[1:]:
+            del renamed[key]
+    report = load_into(segmentor, renamed, source)
+    taken = {names[key] for key in report.loaded}
+    return replace(report, left_over=tuple(key for key in state if key not in taken))
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
@@ -75,6 +115,19 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> Lo
         missing=tuple(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
         left_over=tuple(key for key in state if key not in own),
     )
+
+
+def _advsemiseg_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """DeepLabV2's keys -> the keys of a file in the layout of AdvSemiSeg and its forebears; empty for other files.
+
+    Their atrous classifiers are called layer5; files converted from Caffe have "Scale." before every key.
+    """
+    names = {}
+    for key in state:
+        name = key.removeprefix("Scale.")
+        is_classifier = name.startswith("layer5.conv2d_list.")
+        names[name.replace("layer5.conv2d_list", "aspp") if is_classifier else f"encoder.{name}"] = key
+    return names if any(key.startswith("aspp.") for key in names) else {}
 
 
 def _is_flat_convolution(given: Tensor, own: Tensor) -> bool:
