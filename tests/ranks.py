@@ -44,6 +44,10 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
             environment = os.environ | {key: str(value) for key, value in variables.items()}
             environment["PYTHONPATH"] = os.pathsep.join(sys.path)
             processes.append(subprocess.Popen([sys.executable, "-c", PROGRAM, str(task)], env=environment))
-        codes = [process.wait(timeout=180) for process in processes]
+        try:
+            codes = [process.wait(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
         assert codes == [0] * num_ranks, f"exit codes of the ranks: {codes}"
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_ranks)]

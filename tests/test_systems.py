@@ -1,0 +1,138 @@
+"""Every segmentor with every discriminator: trains on two ranks, and every segmentor can learn four images by heart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distseg import configuration
+from distseg.config import Config
+from distseg.data.samples import SampleSet
+from distseg.data.stream import TrainStream
+from distseg.data.transforms import TrainView
+from distseg.distributed import Ranks
+from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.metrics import confusion_matrix, scores
+from distseg.models import DISCRIMINATORS, SEGMENTORS, build_discriminator, build_segmentor, resnet
+from distseg.parallel import wrap
+from distseg.schedules import phase
+from distseg.trainer import to_device
+from shards.reader import ShardReader
+from tests.ranks import run_ranks
+
+CROP = 48
+
+
+def small_options(name: str) -> dict[str, Any]:
+    """Options that make the widest layers narrow; what is left is the network itself."""
+    return {"fc_channels": 32} if "vgg16" in name else {"hidden": 64} if name == "multiscale" else {}
+
+
+def make_config(*overrides: str) -> Config:
+    common = ["data.shards=unused", "precision=fp32", "loss.map_resolution=image", "loss.adv_weight=0.1"]
+    return configuration.load([*common, "segmentor_optimizer.lr=1e-3", "discriminator_optimizer.lr=1e-4", *overrides])
+
+
+def batches(ranks: Ranks, shards: Path, config: Config, count: int) -> list[Images]:
+    stream = TrainStream(
+        SampleSet(ShardReader(shards, "train")),
+        TrainView(CROP, 0.7, 1.4),
+        seed=1,
+        batch_size=4,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_threads=0,
+    )
+    return [to_device(next(stream), ranks.device, config) for _ in range(count)]
+
+
+def train_every_pair(ranks: Ranks, shards: Path) -> dict[tuple[str, str], tuple[float, bool, bytes]]:
+    """For each pair: its last loss, whether both networks moved, and what they hold at the end."""
+    config, found = make_config(), {}
+    resnet.NUM_BLOCKS = dict.fromkeys(
+        resnet.NUM_BLOCKS, (1, 1, 1, 1)
+    )  # in this process: the depth changes nothing here
+    images = batches(ranks, shards, config, 1)
+    for name in SEGMENTORS:
+        torch.manual_seed(0)
+        network = build_segmentor(name, 8, init="random", **small_options(name))
+        segmentor = wrap(network, config.segmentor_optimizer, config, ranks)
+        for other in DISCRIMINATORS:
+            narrow = {} if other == "fully_convolutional" else {"width": 0.125}
+            judge = build_discriminator(other, 8, **narrow)
+            pair = Pair(segmentor, wrap(judge, config.discriminator_optimizer, config, ranks), config.loss, config.semi)
+            before = fingerprint(network), fingerprint(judge)
+            for step, part in enumerate(images):
+                metrics = adversarial_step(pair, phase(step, config), part)
+                for learner in (segmentor, pair.discriminator):
+                    learner.step(1.0)
+            after = fingerprint(network), fingerprint(judge)
+            moved = all(one != other for one, other in zip(before, after, strict=True))
+            found[name, other] = (float(metrics["loss/segmentor"]), moved, after[0] + after[1])
+    return found
+
+
+def fingerprint(network: torch.nn.Module) -> bytes:
+    sums = [parameter.detach().double().sum() for parameter in network.parameters()]
+    return torch.stack(sums).numpy().tobytes()
+
+
+def test_every_segmentor_trains_with_every_discriminator_on_two_ranks(toy_shards: Path) -> None:
+    one, other = run_ranks(2, train_every_pair, toy_shards)
+    assert len(one) == len(SEGMENTORS) * len(DISCRIMINATORS)
+    for pair, (loss, moved, content) in one.items():
+        assert math.isfinite(loss) and math.isfinite(other[pair][0]), pair
+        assert moved, f"{pair}: a network was not updated"
+        assert content == other[pair][2], f"{pair}: the ranks hold different networks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SEGMENTORS))
+def test_every_segmentor_learns_four_images_by_heart(name: str, toy_shards: Path) -> None:
+    (score,) = run_ranks(1, learn_by_heart, toy_shards, name)
+    assert score > 0.95
+
+
+def learn_by_heart(ranks: Ranks, shards: Path, name: str) -> float:
+    """mIoU on four fixed images after training on nothing else, at the network's own resolution of decision."""
+    config = make_config("mode=supervised", "segmentor_optimizer.lr=2e-3")
+    torch.manual_seed(0)
+    learner = wrap(
+        build_segmentor(name, 8, init="random", **small_options(name)), config.segmentor_optimizer, config, ranks
+    )
+    images = blocks_of_colour()
+    pair = Pair(learner, None, config.loss, config.semi)
+    score = 0.0
+    for step in range(600):
+        supervised_step(pair, images)
+        learner.step(1.0)
+        if step % 25 == 24:
+            score = miou(learner, images)
+            if score > 0.95:
+                break
+    return score
+
+
+def miou(learner: Any, images: Images) -> float:
+    learner.network.eval()
+    with torch.no_grad():
+        logits = torch.nn.functional.interpolate(
+            learner.network(images.pixels), images.label.shape[-2:], mode="bilinear"
+        )
+    learner.network.train()
+    return scores(confusion_matrix(logits.argmax(1), images.label, 8)).mean_iou
+
+
+def blocks_of_colour() -> Images:
+    """Four images of 128 x 128 px, each of four squares: coarse enough for an output stride of 32."""
+    rng = np.random.default_rng(0)
+    label = rng.permutation(np.repeat(np.arange(8), 2)).reshape(4, 2, 2).repeat(64, 1).repeat(64, 2)
+    colors = rng.random((8, 3))
+    pixels = colors[label] + rng.normal(scale=0.05, size=(4, 128, 128, 3))
+    image = torch.from_numpy(pixels.clip(0, 1).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
+    return Images(image, torch.from_numpy(label.astype(np.uint8)))
