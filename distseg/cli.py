@@ -72,7 +72,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 On several processes:  torchrun --standalone --nproc_per_node=N -m distseg.train preset=NAME key=value ...
 Later values win:      defaults < preset < command line.  `--dry-run` prints every key with its value.
-Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop."""
+Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop; what is left to do
+                       after the last checkpoint (evaluation, pictures) is made up by the same command."""
     parser = _command(commands, "train", "train a segmentor with an adversary", text)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ...")

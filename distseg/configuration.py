@@ -170,6 +170,10 @@ def _check(config: Config) -> None:
         got = f"evaluate.scales={config.evaluate.scales}"
         needed = "at least one scale, each from 0.1 to 8"
         raise InputError(got, needed, "write for example evaluate.scales=[0.75,1,1.25]")
+    if config.segmentor.batch_norm == "frozen" and config.segmentor.init == "random":
+        action = "write segmentor.batch_norm=per_rank, or segmentor.init=FILE"
+        got = "segmentor.batch_norm=frozen with segmentor.init=random"
+        raise InputError(got, "stored statistics; those of random weights let deep networks explode", action)
     for part in ("segmentor_optimizer", "discriminator_optimizer"):
         if values[f"{part}.nesterov"] and not (values[f"{part}.name"] == "sgd" and values[f"{part}.beta1"] > 0):
             needed = f"{part}.name=sgd with a momentum ({part}.beta1) above 0"

@@ -87,19 +87,34 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
         dist.init_process_group(backend, **options)
     except dist.DistError as error:
         raise _network_error(error) from None
-    return Ranks(rank, world_size, local_rank, where)
+    ranks = Ranks(rank, world_size, local_rank, where)
+    if cuda:
+        _check_own_gpus(ranks)
+    return ranks
 
 
 def _cuda_device(local_rank: int) -> torch.device:
-    """This process's GPU. Raises InputError on all processes of the machine alike when they outnumber its GPUs."""
+    """This process's GPU: the one of its local rank, or the only one, where a launcher shows each process its own."""
     there = torch.cuda.device_count()
-    if there == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
-        return torch.device("cuda", 0)  # a launcher that shows each process its own GPU
-    asked = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    if asked > there:
-        got = f"{asked} processes on a machine with {there} CUDA devices"
-        raise InputError(got, "one CUDA device per process", "lower --nproc_per_node, or write device=cpu")
-    return torch.device("cuda", local_rank)
+    if not there:
+        action = "write device=cpu, or check the driver"
+        raise InputError("device=cuda, and no CUDA device is visible", "a CUDA device", action)
+    return torch.device("cuda", local_rank % there)  # one GPU twice is found once all have joined
+
+
+def _check_own_gpus(ranks: Ranks) -> None:
+    """Raise InputError, on every rank, when two processes of a machine have the same GPU."""
+    uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
+    owners = on_all(ranks, (socket.gethostname(), uuid))
+    shared = [rank for rank, owner in enumerate(owners) if owners.index(owner) != rank]
+    if shared:
+        error = InputError(
+            f"rank {shared[0]} has the same GPU as rank {owners.index(owners[shared[0]])}",
+            "one CUDA device per process",
+            "lower --nproc_per_node, or write device=cpu",
+        )
+        error.raised_on_all_ranks = True  # type: ignore[attr-defined]
+        raise error
 
 
 def _usable_cores() -> int:
@@ -188,9 +203,8 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
 
     def release(self) -> None:
-        """Give the signals back their usual effect, which is to end the process."""
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        """Let SIGTERM and Ctrl-C end the process again; SIGUSR1, a mere warning, still does not."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reason(self) -> str:

@@ -132,7 +132,8 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(path, samples)
     ranks = setup(config.device, config.parallel.timeout_seconds)
-    precision = resolve_precision(config.precision, ranks)
+    identity = checkpoint.read_state(path)["identity"]
+    precision = identity["precision"] if config.precision == "auto" else resolve_precision(config.precision, ranks)
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -140,7 +141,10 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     evaluator = Evaluator(network, samples, ranks, view, config.data.num_threads)
     evaluator()
     step = checkpoint.read_state(path)["state"]["step"]
-    out = run_dir / f"evaluation-step-{step:08d}-{reader.split}{view.suffix()}.json"  # evaluation.json is training's
+    other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
+    other += "" if identity["precision"] == precision else f"-{precision}"
+    # evaluation.json is training's
+    out = run_dir / f"evaluation-step-{step:08d}-{reader.split}{other}{view.suffix()}.json"
     on_main(ranks, lambda: checkpoint.write_json(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
     progress.message(f"{path.name} on {len(samples)} images of {reader.split}, each once, at full resolution")

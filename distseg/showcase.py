@@ -23,6 +23,7 @@ def _show(trainer: Trainer, val_set: SampleSet) -> None:
     run_dir, step = Path(trainer.config.run_dir), trainer.state.step
     evaluator = trainer.evaluator
     assert evaluator.result is not None
+    evaluator.network.eval()  # training is over
     write_json(run_dir / "evaluation.json", evaluator.report(step))
     class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
     pictures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")

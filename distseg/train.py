@@ -149,7 +149,8 @@ def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir:
     evaluator = Evaluator(network, data.val, ranks, view, config.data.num_threads)
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
-    identity |= {"labelled_sha256": sha256_of_keys(data.train.keys)}
+    if config.data.labelled != "all":
+        identity |= {"labelled_sha256": sha256_of_keys(data.train.keys)}
     identity |= {"palette": [list(color) for color in classes.palette]}
     identity |= {"batch_size": config.batch_size, "seed": config.seed, "precision": config.precision}
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity, ranks)

@@ -54,35 +54,31 @@ class Trainer:
     def fit(self, stream: TrainStream | PairedStream, stop: StopRequest) -> bool:
         """Train from state.step to config.steps; True when done, False when stopped by a signal before."""
         self._val_losses = on_main(self.ranks, lambda: self.tracker.history("val/loss"))
+        if self._is_done():
+            stop.release()
         if self._owes_evaluation():
             self.evaluate()
-        if self._is_done():
-            return True
         clock = _Clock(self.config.batch_size, self.state.step)
-        for batch in stream:
+        while not self._is_done():
+            batch = next(stream)
             stop.begin()
             metrics = self.train_step(batch)
             if logged(self.state.step, self.config):
                 self._log(self.state.step + 1, metrics, clock.lap(self.state.step + 1, stream.wait_seconds))
             self.state.step += 1
-            done, stopping = self._is_done(), stop.agreed()
-            if done or stopping or self._evaluation_due() or _due(self.state.step, self.config.checkpoint.every_steps):
+            stopping = stop.agreed() and not self._is_done()
+            if stopping or self._evaluation_due() or _due(self.state.step, self.config.checkpoint.every_steps):
                 self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
-            if (
-                stopping and not done
-            ):  # within the time that a signal leaves; an evaluation due now is made up on resuming
-                self.progress.message(
-                    f"stopped at step {self.state.step} of {self.config.steps} ({stop.reason()}), checkpoint saved"
-                )
+            if stopping:  # within the time that a signal leaves; an evaluation due now is made up on resuming
+                where = f"step {self.state.step} of {self.config.steps}"
+                self.progress.message(f"stopped at {where} ({stop.reason()}), checkpoint saved")
                 return False
-            if done:
+            if self._is_done():
                 stop.release()  # nothing is left that a signal could lose
             if self._evaluation_due():  # after saving, so that nothing that goes wrong here costs a step
                 self.evaluate()
-            if self._is_done():
-                stop.release()
-                return True
-        raise AssertionError("the stream is endless")
+        stop.release()
+        return True
 
     def evaluate(self) -> None:
         """Score the segmentor on the validation split; note the score, and whether it is the best."""
@@ -159,7 +155,9 @@ class Trainer:
             if in_a_row >= self.config.max_skips:
                 got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
                 action = f"start again in another run_dir with a lower {name}_optimizer.lr, or with precision=fp32"
-                raise InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
+                error = InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
+                error.raised_on_all_ranks = True  # type: ignore[attr-defined]  # by the same means: one tells the user
+                raise error
 
 
 def logged(step: int, config: Config) -> bool:

@@ -54,6 +54,9 @@ def choose_mode(wanted: str) -> str:
     return wanted
 
 
+MADE_UP = ("val/", "samples/", "curves")  # what a run can owe to a step that it was stopped at
+
+
 class WandbRun:
     """A W&B run that can be resumed by the id kept in `run_dir`/wandb_id.txt.
 
@@ -188,9 +191,11 @@ def without_secrets(value: Any, _name: str = "") -> Any:
 
 
 def _log_row(run: Any, step: int, values: dict[str, Any]) -> None:
-    # A run resumed from an earlier checkpoint repeats steps that W&B has already; it takes no step twice.
-    if step >= run.step:
-        run.log({"step": step, **values}, step=step)
+    # A run resumed from an earlier checkpoint repeats steps that W&B has already; it takes no step twice. Pictures and
+    # scores of the last checkpoint that were still missing go into the next row: the x axis is "step" all the same.
+    is_made_up = all(name.startswith(MADE_UP) for name in values)
+    if step >= run.step or is_made_up:
+        run.log({"step": step, **values}, step=max(step, run.step))
 
 
 def _has_login() -> bool:

@@ -8,7 +8,9 @@ import socket
 from typing import Any
 
 import pytest
+import torch
 
+from distseg import device, distributed
 from distseg.distributed import Ranks, StopRequest, on_all, on_main, resolve_ranks, setup
 from shards.errors import InputError
 from tests.ranks import run_ranks
@@ -89,6 +91,42 @@ def collect(ranks: Ranks) -> list[int]:
 
 def test_every_rank_learns_the_value_of_every_other() -> None:
     assert run_ranks(3, collect) == [[0, 10, 20]] * 3
+
+
+def precision_with_an_old_rank(ranks: Ranks) -> list[str]:
+    device._has_bf16 = lambda where: ranks.rank != 1
+    return [device.resolve_precision(name, ranks) for name in ("auto", "bf16", "fp32")]
+
+
+def test_bf16_is_chosen_only_where_every_rank_has_it() -> None:
+    assert run_ranks(2, precision_with_an_old_rank) == [["fp32", "bf16", "fp32"]] * 2
+
+
+def same_gpu(ranks: Ranks) -> str:
+    class Properties:
+        uuid = "one GPU for both"
+
+    torch.cuda.get_device_properties = lambda where: Properties()
+    try:
+        distributed._check_own_gpus(ranks)
+    except InputError as error:
+        return error.got
+    return ""
+
+
+def test_one_gpu_for_two_processes_is_refused_on_both() -> None:
+    assert run_ranks(2, same_gpu) == ["rank 1 has the same GPU as rank 0"] * 2
+
+
+@pytest.mark.parametrize(("local_rank", "there", "expected"), [(0, 8, 0), (5, 8, 5), (5, 1, 0)])
+def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one(
+    local_rank: int, there: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    assert distributed._cuda_device(local_rank).index == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="no CUDA device"):
+        distributed._cuda_device(local_rank)
 
 
 def signal_last_rank(ranks: Ranks) -> list[bool]:

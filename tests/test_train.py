@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from distseg import device, train
 from distseg.cli import main
+from distseg.evaluate import View
 from distseg.tracking import read_metrics
 from shards.manifest import Manifest
 from tests.ranks import free_port
@@ -127,6 +129,37 @@ def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(toy_sha
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    automatic = [*SMALL, f"data.shards={toy_shards}", f"run_dir={run_dir}", "precision=auto", "steps=2", "ema_decay=0"]
+    monkeypatch.setattr(device, "_has_bf16", lambda where: True)
+    seen = []
+    monkeypatch.setattr(train, "show", lambda trainer, val_set: seen.append(trainer.config.precision))
+    assert main(["train", *automatic]) == 0
+    monkeypatch.setattr(device, "_has_bf16", lambda where: False)
+    monkeypatch.setattr(
+        train,
+        "show",
+        lambda trainer, val_set: seen.append((trainer.config.precision, signal.getsignal(signal.SIGTERM))),
+    )
+    assert main(["train", *automatic]) == 0
+    assert seen == ["bf16", ("bf16", signal.SIG_DFL)]
+
+
+def test_pictures_are_drawn_by_the_network_that_was_scored(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    plain = View.__call__
+    monkeypatch.setattr(
+        View, "__call__", lambda view, network, image: modes.append(network.training) or plain(view, network, image)
+    )
+    assert main(["train", *SMALL, f"data.shards={toy_shards}", f"run_dir={tmp_path}", "steps=1", "ema_decay=0"]) == 0
+    assert modes == [False] * 5  # four validation images scored, one drawn
+
+
 SEMI = ["mode=semi_supervised", "data.labelled=1/2", "semi.batch_size=2", "semi.start_step=4", "semi.threshold=0.4"]
 SEMI += ["discriminator.options.head=patch"]
 
@@ -167,7 +200,7 @@ def damage_labels(shards: Path, keep: list[str]) -> None:
 def test_training_stops_early_when_validation_no_longer_improves(toy_shards: Path, tmp_path: Path) -> None:
     rules = ["evaluate.every_steps=2", "schedule=plateau", "schedule.plateau_patience=1"]
     rules += ["schedule.early_stop_patience=2", "segmentor_optimizer.lr=0", "ema_decay=0", "mode=supervised"]
-    rules += ["segmentor.batch_norm=frozen"]  # so that nothing can improve
+    rules += ["segmentor=fcn8s_vgg16", "segmentor.options.fc_channels=8"]  # no batch norm: nothing can improve
     run = tmp_path / "run"
     output = finish(start(command(2, toy_shards, run, *rules)))
     val_losses = [line["val/loss"] for line in read_metrics(run / "metrics.jsonl") if "val/loss" in line]

@@ -210,8 +210,22 @@ def test_rows_that_wandb_has_already_are_not_sent_again() -> None:
 
     run = Resumed()
     for step in (20, 30, 40, 40, 50):
-        wandb_run._log_row(run, step, {})
+        wandb_run._log_row(run, step, {"loss/segmentor": 1.0})
     assert run.sent == [40, 40, 50]
+
+
+def test_scores_and_pictures_made_up_after_a_restart_are_sent_with_their_own_step() -> None:
+    class Resumed:
+        step = 13
+        sent: list[tuple[int, dict[str, Any]]] = []  # noqa: RUF012
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            self.sent.append((step, values))
+
+    run = Resumed()
+    wandb_run._log_row(run, 12, {"val/mean_iou": 0.5})
+    wandb_run._log_row(run, 12, {"samples/a": "picture"})
+    assert run.sent == [(13, {"step": 12, "val/mean_iou": 0.5}), (13, {"step": 12, "samples/a": "picture"})]
 
 
 def test_auto_is_online_exactly_when_there_is_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
