@@ -11,7 +11,7 @@ from torch import Tensor
 from distseg import losses
 from distseg.config import LossConfig, SemiConfig
 from distseg.distributed import all_reduce_sum
-from distseg.parallel import Learner, backward
+from distseg.parallel import Learner, Root, backward
 from distseg.schedules import Phase
 from shards.sample import IGNORE_INDEX
 
@@ -74,12 +74,12 @@ def adversarial_step(pair: Pair, now: Phase, labelled: Images, unlabelled: Image
     terms = maps.segmentor_terms(labelled.label, now) if now.segmentor else {}
     terms |= maps.discriminator_terms() if now.discriminator else {}
     metrics = _global_means(terms)
-    roots: list[tuple[Tensor, Tensor | None]] = []
+    work: list[tuple[Learner, list[Root]]] = []
     if now.segmentor:
-        roots += maps.segmentor_roots(metrics, now)
+        work += [(segmentor, maps.segmentor_roots(metrics, now))]
     if now.discriminator:
-        roots += [(metrics["loss/discriminator_real"] + metrics["loss/discriminator_fake"], None)]
-    backward(roots, [learner for learner, on in ((segmentor, now.segmentor), (discriminator, now.discriminator)) if on])
+        work += [(discriminator, [(metrics["loss/discriminator_real"] + metrics["loss/discriminator_fake"], None)])]
+    backward(work)
     return {name: value.detach() for name, value in metrics.items()}
 
 
@@ -138,7 +138,7 @@ class Judged:
             "discriminator/accuracy": (correct, outputs),
         }
 
-    def segmentor_roots(self, means: Metrics, now: Phase) -> list[tuple[Tensor, Tensor | None]]:
+    def segmentor_roots(self, means: Metrics, now: Phase) -> list[Root]:
         """Where the segmentor's backward begins: its own losses, and the adversary's gradient at the label maps."""
         own = means["loss/cross_entropy"]
         if now.semi_weight:
@@ -174,7 +174,7 @@ def supervised_step(pair: Pair, labelled: Images) -> Metrics:
     logits, label = pair.segmentor(labelled.pixels), labelled.label
     count = _num_images(label) if pair.loss.ce_reduction == "sum" else (label != IGNORE_INDEX).sum().double()
     means = _global_means({"loss/cross_entropy": (losses.cross_entropy_sum(logits, label), count)})
-    backward([(means["loss/cross_entropy"], None)], [pair.segmentor])
+    backward([(pair.segmentor, [(means["loss/cross_entropy"], None)])])
     cross_entropy = means["loss/cross_entropy"].detach()
     return {"loss/segmentor": cross_entropy, "loss/cross_entropy": cross_entropy}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from distseg.config import Config, OptimizerConfig
 from distseg.distributed import Ranks
-from distseg.parallel.ddp import DDPLearner, backward
+from distseg.parallel.ddp import DDPLearner
 
-__all__ = ["Learner", "backward", "wrap"]
+__all__ = ["Learner", "Root", "backward", "wrap"]
+
+Root = tuple[Tensor, Tensor | None]  # where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
 
 
 class Learner(Protocol):
@@ -24,6 +27,10 @@ class Learner(Protocol):
     def frozen(self, *inputs: Tensor) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
 
+    @staticmethod
+    def backward(work: Sequence[tuple[Any, Sequence[Root]]]) -> None:
+        """Gradients of several learners of this kind, each from its own roots; see `backward` below."""
+
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """Clip, update unless the gradient is not finite, clear the gradients; the norm and the skip counts."""
 
@@ -32,6 +39,14 @@ class Learner(Protocol):
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Copy in what `state_dict` gave."""
+
+
+def backward(work: Sequence[tuple[Learner, Sequence[Root]]]) -> None:
+    """Gradients of all learners of a step, each from its own roots, averaged over the ranks when this returns.
+
+    The learners are of one kind, and the roots of one lead to no parameter of another.
+    """
+    type(work[0][0]).backward(work)
 
 
 def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks) -> Learner:

@@ -75,6 +75,18 @@ class DDPLearner:
             # .data: autograd kept the buffer for the backward, which in training reads the batch's statistics instead
             buffer.data.copy_(values)
 
+    @staticmethod
+    def backward(work: Sequence[tuple[DDPLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
+        """See distseg.parallel.backward: ONE backward into the parameters of all learners.
+
+        Autograd runs the graph made last first: the discriminator's gradients are ready, and their all-reduce under
+        way, before the segmentor's backward begins; each DDP waits for its own only at the very end. Naming the
+        parameters leaves out every gradient that nobody asked for, such as the one to the fake label maps.
+        """
+        parameters = [parameter for learner, _ in work for parameter in learner.trained]
+        roots, gradients = zip(*(root for _, roots in work for root in roots), strict=True)
+        torch.autograd.backward(roots, gradients, inputs=parameters)
+
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
         norm = clip(self.trained, self.clip_norm)
@@ -109,15 +121,3 @@ class DDPLearner:
 def autocast(device_type: str, dtype: torch.dtype | None) -> Any:
     """torch.autocast, or nothing for dtype None (full precision)."""
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
-
-
-def backward(terms: Sequence[tuple[Tensor, Tensor | None]], learners: Sequence[Any]) -> None:
-    """ONE backward from several (tensor, gradient) roots into the parameters of several learners.
-
-    Autograd runs the graph made last first: the discriminator's gradients are ready, and their all-reduce under
-    way, before the segmentor's backward begins; each DDP waits for its own only at the very end. Naming the
-    parameters leaves out every gradient that nobody asked for, such as the one to the fake label maps.
-    """
-    parameters = [parameter for learner in learners for parameter in learner.trained]
-    roots, gradients = zip(*terms, strict=True)
-    torch.autograd.backward(roots, gradients, inputs=parameters)
