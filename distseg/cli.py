@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_prepare(commands)
     _add_pack(commands)
+    _add_models(commands)
     return parser
 
 
@@ -124,6 +125,15 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(handler=_pack)
 
 
+def _add_models(commands: argparse._SubParsersAction) -> None:
+    text = "Measure segmentors and discriminators: parameters, output stride, field of view, work at 321x321 px."
+    parser = _command(commands, "models", "list the networks to choose from, with their sizes", text)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these; none: all")
+    parser.add_argument("--classes", type=int, default=21, metavar="N", help="number of classes (21)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(handler=_models)
+
+
 def _command(commands: argparse._SubParsersAction, name: str, summary: str, text: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
@@ -175,6 +185,12 @@ def _pack(options: argparse.Namespace) -> int:
     if {"train", "val"} <= manifest.splits.keys():
         print(f"next: distseg train data.shards={options.out}")
     return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from distseg.models import catalogue
+
+    return catalogue.run(options.names, options.classes, options.json)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class SegmentorConfig:
 
     name: str = "deeplabv3plus_efficientnet_lite0"
     init: str = "imagenet"  # imagenet, random, or a file of weights
-    batch_norm: str = "per_rank"  # per_rank: each rank's own batch statistics; frozen: the stored ones
+    batch_norm: str = "per_rank"  # statistics of the rank's images; synchronised: of all; frozen: the stored
     options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the network
 
 
@@ -157,7 +157,10 @@ class Config:
     batch_size: int = 16  # GLOBAL: images per step over all ranks
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one; cpu; cuda
-    precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32; bf16; fp32; fp64
+    precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32; bf16; fp16; fp32; fp64
+    tf32: bool = True  # fp32 products on a GPU in TF32: a mantissa of 10 bits, several times as fast
+    compile: bool = False  # torch.compile for both networks: slow to start, worth it on a GPU
+    accumulate_steps: int = 1  # a step's images are taken in so many parts, one after the other, to save memory
     channels_last: bool = True
     ema_decay: float = 0.0  # moving average of the segmentor, used for evaluation; 0: off
     max_skips: int = 20  # stop after so many non-finite gradients in a row
@@ -179,8 +182,8 @@ class Config:
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("adversarial", "supervised", "semi_supervised"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "bf16", "fp32", "fp64"),
-    "segmentor.batch_norm": ("per_rank", "frozen"),
+    "precision": ("auto", "bf16", "fp16", "fp32", "fp64"),
+    "segmentor.batch_norm": ("per_rank", "frozen", "synchronised"),
     "segmentor_optimizer.name": ("adamw", "sgd"),
     "discriminator_optimizer.name": ("adamw", "sgd"),
     "schedule.name": ("poly", "constant", "plateau"),
@@ -199,6 +202,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "steps": (1, 10**9),
     "batch_size": (1, 10**6),
     "seed": (0, 2**31 - 1),
+    "accumulate_steps": (1, 10**4),
     "ema_decay": (0, 0.99999),
     "max_skips": (1, None),
     "data.num_classes": (1, 255),

@@ -13,7 +13,7 @@ from distseg.distributed import Ranks, on_all
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _MADV_HUGEPAGE = -1, -2, -4, 14
 _HUGE_PAGE = 2 << 20
 
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16}
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: str, ranks: Ranks) -> str:
@@ -41,6 +41,12 @@ def _cpu_has_bf16() -> bool:
     """Whether oneDNN has bf16 dot products here; emulated ones are slower than fp32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so absent from some releases
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let a GPU round the factors of fp32 products to TF32, in convolutions and matrix products alike, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def reuse_memory(heap_bytes: int = 1 << 30) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -40,21 +41,112 @@ class Images:
     label: Tensor
 
 
-def adversarial_step(pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None = None) -> Metrics:
+def adversarial_step(
+    pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None = None, num_parts: int = 1
+) -> Metrics:
     """Gradients of one alternating step: predict; discriminator on real and fake; segmentor. No update yet.
 
     Luc et al. 2016: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real), the discriminator
     BCE(D(y), real) + BCE(D(s(x)), fake). Hung et al. 2018 add, on unlabelled images, the same adversarial term with
     a weight of its own and the cross entropy against the segmentor's own classes where the discriminator believes
-    them. Every loss is a mean over the GLOBAL batch.
+    them. Every loss is a mean over the GLOBAL batch; that of the believed pixels, whose number is only known when a
+    part has been predicted, is the mean over the parts of their global means.
 
-    The adversary's gradient enters the segmentor through a proxy, the gradient at its probabilities. So one
-    D(fake) forward serves both losses, the discriminator's parameters see nothing of the segmentor's loss, and
-    no network needs to be frozen, under any parallel strategy.
+    num_parts: how many times as little memory: the images are taken in so many parts, one after the other, whose
+    gradients add up and are exchanged once. Returns the metrics, scalars without graph.
     """
-    segmentor, discriminator = pair.segmentor, pair.discriminator
-    assert discriminator is not None  # the caller chose a mode with one
-    num_labelled = len(labelled.label)
+    assert pair.discriminator is not None  # the caller chose a mode with one
+    counts = _global_counts(pair, labelled, unlabelled)
+    learners = [pair.segmentor] * now.segmentor + [pair.discriminator] * now.discriminator
+    metrics: Metrics = {}
+    for part in range(num_parts):
+        some = _part(labelled, part, num_parts)
+        more = None if unlabelled is None else _part(unlabelled, part, num_parts)
+        with ExitStack() as later:
+            for learner in learners if part < num_parts - 1 else []:
+                later.enter_context(learner.no_sync())
+            judged = _judge(pair, now, some, more, replace(counts, num_parts=num_parts))
+            values = judged.backward(some.label, now)
+        metrics = {name: value.detach() + metrics.get(name, 0) for name, value in values.items()}
+    return metrics
+
+
+def supervised_step(pair: Pair, labelled: Images, num_parts: int = 1) -> Metrics:
+    """Gradients of one plain step: cross entropy alone, reduced as in `adversarial_step`."""
+    counts, total = _global_counts(pair, labelled, None), torch.zeros((), device=labelled.label.device)
+    for part in range(num_parts):
+        some = _part(labelled, part, num_parts)
+        with pair.segmentor.no_sync() if part < num_parts - 1 else nullcontext():
+            loss = counts.mean(losses.cross_entropy_sum(pair.segmentor(some.pixels), some.label), counts.ce)
+            backward([(pair.segmentor, [(pair.segmentor.scaled(loss), None)])])
+        total = total + loss.detach()
+    return {"loss/segmentor": total, "loss/cross_entropy": total}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the sums over the global batch are divided by, each a float64 scalar, the same on every rank."""
+
+    ce: Tensor  # labelled pixels; with reduction "sum", labelled images
+    adv: Tensor  # the discriminator's (valid) outputs on labelled images; or those images
+    adv_unlabelled: Tensor  # the same on unlabelled images
+    semi_images: Tensor  # unlabelled images
+    inside: Tensor  # label map cells inside unlabelled images
+    outputs: Tensor  # the discriminator's valid outputs on labelled images, whatever the reduction
+    outputs_unlabelled: Tensor
+    num_parts: int = 1
+
+    @staticmethod
+    def mean(local_sum: Tensor, count: Tensor) -> Tensor:
+        """A mean whose gradient, averaged over the ranks, is that of (sum over ranks) / count.
+
+        A count of 0 gives 0 with a live graph: a rank that skipped its backward would leave the others waiting.
+        """
+        return local_sum * (dist.get_world_size() / count.clamp(min=1)).to(local_sum.dtype)
+
+
+def _global_counts(pair: Pair, labelled: Images, unlabelled: Images | None) -> Counts:
+    """The counts follow from the labels alone, so one all-reduce before the first forward gives them all."""
+    label = labelled.label
+    is_patch = pair.discriminator is not None and pair.discriminator.network.head == "patch"
+
+    def of(images: Images | None) -> list[Tensor]:
+        if images is None:
+            return [torch.zeros((), dtype=torch.float64, device=label.device)] * 3
+        number = torch.tensor(len(images.label), dtype=torch.float64, device=label.device)
+        if pair.discriminator is None:
+            return [number, number, number]
+        cells = losses.label_at(images.label, _map_size(pair, images))[1].sum().double()
+        return [number, cells, cells if is_patch else number]
+
+    pixels = (label != IGNORE_INDEX).sum().double()
+    sums = all_reduce_sum(torch.stack([pixels, *of(labelled), *of(unlabelled)]))
+    num_pixels, num_images, _, outputs, num_unlabelled, inside, outputs_unlabelled = sums
+    ce_sum, adv_sum = pair.loss.ce_reduction == "sum", pair.loss.adv_reduction == "sum"
+    return Counts(
+        ce=num_images if ce_sum else num_pixels,
+        adv=num_images if adv_sum else outputs,
+        adv_unlabelled=num_unlabelled if adv_sum else outputs_unlabelled,
+        semi_images=num_unlabelled,
+        inside=inside,
+        outputs=outputs,
+        outputs_unlabelled=outputs_unlabelled,
+    )
+
+
+def _map_size(pair: Pair, images: Images) -> tuple[int, int]:
+    """Height and width of the label maps that the discriminator sees."""
+    height, width = images.pixels.shape[-2:]
+    if pair.loss.map_resolution == "image":
+        return height, width
+    stride = int(pair.segmentor.network.output_stride)  # type: ignore[arg-type]
+    return -(-height // stride), -(-width // stride)
+
+
+def _judge(pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None, counts: Counts) -> Judged:
+    """Both forwards: the segmentor on all images, the discriminator on the ground truth and on all predictions."""
+    segmentor, discriminator, n = pair.segmentor, pair.discriminator, len(labelled.label)
+    assert discriminator is not None
     images = labelled if unlabelled is None else _joined(labelled, unlabelled)
     with torch.set_grad_enabled(now.segmentor):
         logits = segmentor(images.pixels)  # (n, C, h, w)
@@ -63,27 +155,13 @@ def adversarial_step(pair: Pair, now: Phase, labelled: Images, unlabelled: Image
         probabilities = losses.at_least_float32(logits).softmax(dim=1)
     index, valid = losses.label_at(images.label, probabilities.shape[-2:])
     tau = pair.loss.scaling_tau if pair.loss.real_map == "scaling" else None
-    real = losses.real_label_map(index[:num_labelled], valid[:num_labelled], probabilities[:num_labelled], tau)
+    real = losses.real_label_map(index[:n], valid[:n], probabilities[:n], tau)
     fake = probabilities.detach().requires_grad_(now.segmentor)
     if now.discriminator:
         on_real, on_fake = discriminator(images.pixels, real, fake)
     else:
         on_real, (on_fake,) = None, discriminator.frozen(images.pixels, fake)
-    maps = Judged(pair, num_labelled, logits, probabilities, valid, fake, on_real, on_fake)
-
-    terms = maps.segmentor_terms(labelled.label, now) if now.segmentor else {}
-    terms |= maps.discriminator_terms() if now.discriminator else {}
-    metrics = _global_means(terms)
-    work: list[tuple[Learner, list[Root]]] = []
-    if now.segmentor:
-        work += [(segmentor, maps.segmentor_roots(metrics, now))]
-    if now.discriminator:
-        work += [(discriminator, [(metrics["loss/discriminator_real"] + metrics["loss/discriminator_fake"], None)])]
-    backward(work)
-    return {name: value.detach() for name, value in metrics.items()}
-
-
-Terms = dict[str, tuple[Tensor, Tensor]]  # metric -> this rank's sum, and the count that the global sum is divided by
+    return Judged(pair, counts, n, logits, probabilities, valid, fake, on_real, on_fake)
 
 
 @dataclass
@@ -95,6 +173,7 @@ class Judged:
     """
 
     pair: Pair
+    counts: Counts
     num_labelled: int
     logits: Tensor
     probabilities: Tensor
@@ -103,102 +182,99 @@ class Judged:
     on_real: Tensor | None
     on_fake: Tensor
 
-    def segmentor_terms(self, label: Tensor, now: Phase) -> Terms:
-        """Cross entropy, adversarial term, and what the phase asks for on unlabelled images."""
-        n = self.num_labelled
-        pixels = (label != IGNORE_INDEX).sum().double()
-        count = _num_images(label) if self.pair.loss.ce_reduction == "sum" else pixels
-        terms = {"loss/cross_entropy": (losses.cross_entropy_sum(self.logits[:n], label), count)}
-        terms["loss/adversarial"] = self._fooling(slice(0, n))
-        if now.semi_adv_weight:
-            terms["loss/adversarial_unlabelled"] = self._fooling(slice(n, None))
-        if now.semi_weight:
-            inside = self.valid[n:]
-            pseudo = losses.pseudo_label(self.probabilities[n:], self.on_fake[n:], inside, self.pair.semi.threshold)
-            kept = (pseudo != IGNORE_INDEX).sum().double()
-            count = _num_images(pseudo) if self.pair.loss.ce_reduction == "sum" else kept
-            terms["loss/semi"] = (losses.cross_entropy_sum(self.logits[n:], pseudo), count)
-            terms["semi/mask_share"] = (kept, inside.double().sum())
-        return terms
+    def backward(self, label: Tensor, now: Phase) -> Metrics:
+        """Gradients of the networks that the phase updates.
 
-    def discriminator_terms(self) -> Terms:
+        The adversary's gradient enters the segmentor through a proxy, the gradient at its probabilities. So one
+        D(fake) forward serves both losses, the discriminator's parameters see nothing of the segmentor's loss, and
+        no network needs to be frozen, under any parallel strategy.
+        """
+        segmentor, discriminator = self.pair.segmentor, self.pair.discriminator
+        assert discriminator is not None
+        metrics: Metrics = {}
+        work: list[tuple[Learner, list[Root]]] = []
+        if now.segmentor:
+            own, adversarial, metrics = self._segmentor_losses(label, now)
+            scaled = segmentor.scaled(adversarial)
+            (proxy,) = torch.autograd.grad(scaled, self.fake, retain_graph=now.discriminator)
+            work += [(segmentor, [(segmentor.scaled(own), None), (self.probabilities, proxy)])]
+        if now.discriminator:
+            metrics |= self._discriminator_losses()
+            loss = metrics["loss/discriminator_real"] + metrics["loss/discriminator_fake"]
+            work += [(discriminator, [(discriminator.scaled(loss), None)])]
+        backward(work)
+        return metrics
+
+    def _segmentor_losses(self, label: Tensor, now: Phase) -> tuple[Tensor, Tensor, Metrics]:
+        """(what depends on the logits alone, what goes through the discriminator, single terms as metrics)."""
+        n, mean = self.num_labelled, self.counts.mean
+        own = mean(losses.cross_entropy_sum(self.logits[:n], label), self.counts.ce)
+        fooling = mean(self._fooling_sum(slice(0, n)), self.counts.adv)
+        metrics = {"loss/cross_entropy": own, "loss/adversarial": fooling}
+        adversarial = now.adv_weight * fooling
+        if now.semi_adv_weight:
+            fooling = mean(self._fooling_sum(slice(n, None)), self.counts.adv_unlabelled)
+            metrics["loss/adversarial_unlabelled"] = fooling
+            adversarial = adversarial + now.semi_adv_weight * fooling
+        if now.semi_weight:
+            metrics |= self._semi_loss(slice(n, None))
+            own = own + now.semi_weight * metrics["loss/semi"]
+        return own, adversarial, metrics | {"loss/segmentor": own + adversarial}
+
+    def _semi_loss(self, part: slice) -> Metrics:
+        """The masked cross entropy on unlabelled images, and the share of their cells that is believed."""
+        inside, threshold = self.valid[part], self.pair.semi.threshold
+        pseudo = losses.pseudo_label(self.probabilities[part], self.on_fake[part], inside, threshold)
+        kept = (pseudo != IGNORE_INDEX).sum().double()
+        count = self.counts.semi_images
+        if self.pair.loss.ce_reduction != "sum":
+            count = all_reduce_sum(kept.clone()) * self.counts.num_parts
+        loss = self.counts.mean(losses.cross_entropy_sum(self.logits[part], pseudo), count)
+        return {"loss/semi": loss, "semi/mask_share": self.counts.mean(kept, self.counts.inside)}
+
+    def _discriminator_losses(self) -> Metrics:
         """Real and fake losses, and the share of outputs on the right side."""
         assert self.on_real is not None
-        seen = slice(0, None if self.pair.semi.discriminate else self.num_labelled)
-        on_fake, real_part, fake_part = self.on_fake[seen], self._part(slice(0, self.num_labelled)), self._part(seen)
-        real_count, fake_count = self._count(self.on_real, real_part), self._count(on_fake, fake_part)
+        counts, n, everywhere = self.counts, self.num_labelled, self.pair.semi.discriminate
+        seen = slice(0, None if everywhere else n)
+        on_fake, real_part, fake_part = self.on_fake[seen], self._valid(slice(0, n)), self._valid(seen)
         loss_real = losses.adversarial_sum(self.on_real, real_part, self.pair.loss.real_target)
         loss_fake = losses.adversarial_sum(on_fake, fake_part, 0.0)
         correct = losses.correct_sum(self.on_real, real_part, real=True)
         correct = correct + losses.correct_sum(on_fake, fake_part, real=False)
-        outputs = losses.adversarial_count(self.on_real, real_part) + losses.adversarial_count(on_fake, fake_part)
+        outputs = 2 * counts.outputs + (counts.outputs_unlabelled if everywhere else 0)
         return {
-            "loss/discriminator_real": (loss_real, real_count),
-            "loss/discriminator_fake": (loss_fake, fake_count),
-            "discriminator/accuracy": (correct, outputs),
+            "loss/discriminator_real": counts.mean(loss_real, counts.adv),
+            "loss/discriminator_fake": counts.mean(
+                loss_fake, counts.adv + (counts.adv_unlabelled if everywhere else 0)
+            ),
+            "discriminator/accuracy": counts.mean(correct, outputs),
         }
 
-    def segmentor_roots(self, means: Metrics, now: Phase) -> list[Root]:
-        """Where the segmentor's backward begins: its own losses, and the adversary's gradient at the label maps."""
-        own = means["loss/cross_entropy"]
-        if now.semi_weight:
-            own = own + now.semi_weight * means["loss/semi"]
-        adversarial = now.adv_weight * means["loss/adversarial"]
-        if now.semi_adv_weight:
-            adversarial = adversarial + now.semi_adv_weight * means["loss/adversarial_unlabelled"]
-        (proxy,) = torch.autograd.grad(adversarial, self.fake, retain_graph=now.discriminator)
-        means["loss/segmentor"] = own + adversarial
-        return [(own, None), (self.probabilities, proxy)]
-
-    def _fooling(self, part: slice) -> tuple[Tensor, Tensor]:
-        """The segmentor's adversarial term on some images: sum and count."""
-        on_fake, valid = self.on_fake[part], self._part(part)
+    def _fooling_sum(self, part: slice) -> Tensor:
+        """The segmentor's adversarial term on some images."""
+        on_fake, valid = self.on_fake[part], self._valid(part)
         if self.pair.loss.adv_form == "saturating":
-            total = -losses.adversarial_sum(on_fake, valid, 0.0)
-        else:
-            total = losses.adversarial_sum(on_fake, valid, 1.0)
-        return total, self._count(on_fake, valid)
+            return -losses.adversarial_sum(on_fake, valid, 0.0)
+        return losses.adversarial_sum(on_fake, valid, 1.0)
 
-    def _part(self, part: slice) -> Tensor | None:
+    def _valid(self, part: slice) -> Tensor | None:
         """The valid mask of some images for the discriminator's outputs; one score per image has no void."""
         discriminator = self.pair.discriminator
         assert discriminator is not None
         return self.valid[part] if discriminator.network.head == "patch" else None
 
-    def _count(self, scores: Tensor, valid: Tensor | None) -> Tensor:
-        return _num_images(scores) if self.pair.loss.adv_reduction == "sum" else losses.adversarial_count(scores, valid)
 
-
-def supervised_step(pair: Pair, labelled: Images) -> Metrics:
-    """Gradients of one plain step: cross entropy alone, reduced as in `adversarial_step`."""
-    logits, label = pair.segmentor(labelled.pixels), labelled.label
-    count = _num_images(label) if pair.loss.ce_reduction == "sum" else (label != IGNORE_INDEX).sum().double()
-    means = _global_means({"loss/cross_entropy": (losses.cross_entropy_sum(logits, label), count)})
-    backward([(pair.segmentor, [(means["loss/cross_entropy"], None)])])
-    cross_entropy = means["loss/cross_entropy"].detach()
-    return {"loss/segmentor": cross_entropy, "loss/cross_entropy": cross_entropy}
+def _part(images: Images, part: int, num_parts: int) -> Images:
+    if num_parts == 1:
+        return images
+    size = len(images.label) // num_parts  # the configuration makes sure that it divides
+    chosen = slice(part * size, (part + 1) * size)
+    return Images(images.pixels[chosen], images.label[chosen])
 
 
 def _joined(one: Images, other: Images) -> Images:
-    layout = torch.channels_last if one.pixels.is_contiguous(memory_format=torch.channels_last) else None
-    pixels = torch.cat([one.pixels, other.pixels])
-    if layout is not None:
-        pixels = pixels.contiguous(memory_format=layout)
+    channels_last = one.pixels.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    pixels = torch.cat([one.pixels, other.pixels]).contiguous(memory_format=layout)
     return Images(pixels, torch.cat([one.label, other.label]))
-
-
-def _num_images(tensor: Tensor) -> Tensor:
-    return torch.tensor(len(tensor), dtype=torch.float64, device=tensor.device)
-
-
-def _global_means(terms: Terms) -> Metrics:
-    """Means whose gradients, averaged over the ranks, are those of (sum over ranks) / (count over ranks).
-
-    One all-reduce for all counts. A count of 0 gives 0 with a live graph: a rank that skipped its backward would
-    leave the others waiting.
-    """
-    counts = all_reduce_sum(torch.stack([count for _, count in terms.values()]))
-    factors = dist.get_world_size() / counts.clamp(min=1)
-    return {
-        name: part * factor.to(part.dtype) for (name, (part, _)), factor in zip(terms.items(), factors, strict=True)
-    }

@@ -89,12 +89,6 @@ def adversarial_sum(logits: Tensor, valid: Tensor | None, target: float) -> Tens
     return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target), weight=weight, reduction="sum")
 
 
-def adversarial_count(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """How many outputs `adversarial_sum` sums over: a float64 scalar."""
-    counted = valid if valid is not None else torch.ones_like(logits)
-    return counted.double().sum()
-
-
 def correct_sum(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:
     """How many of the (valid) outputs are on the right side of 0: a float64 scalar."""
     scores, weight = _scores(logits.detach(), valid)

@@ -67,3 +67,33 @@ def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernels read it, see torch.amp.GradScaler
     optimizer.step()
     return skipped
+
+
+class LossScale:
+    """The factor that keeps one network's fp16 gradients above the smallest number; one for each network.
+
+    Halved when a gradient is not finite, doubled after `INTERVAL` updates in a row that were (Micikevicius et al.
+    2018, section 3.2; the numbers are torch.amp.GradScaler's). Everything stays on the device, without a wait.
+    """
+
+    START, INTERVAL = 2.0**16, 2000
+
+    def __init__(self, device: torch.device):
+        self.scale = torch.full((), self.START, device=device)
+        self._good = torch.zeros((), device=device)
+
+    def unscale(self, parameters: list[Tensor]) -> None:
+        """Divide the gradients by the scale, in place."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / self.scale)
+
+    def update(self, skipped: Tensor) -> None:
+        """Take in whether the update was skipped (1.0) or made (0.0)."""
+        self._good.add_(1).mul_(1 - skipped)
+        doubled = (self._good >= self.INTERVAL).to(torch.float32)
+        self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled))
+        self._good.mul_(1 - doubled)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold; the tensors themselves."""
+        return {"loss_scale": self.scale, "good_updates": self._good}

@@ -13,11 +13,10 @@ import torch
 from distseg import configuration
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
-from distseg.data.plan import rank_positions
 from distseg.data.samples import SampleSet, sha256_of_keys, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
-from distseg.device import resolve_precision, reuse_memory
+from distseg.device import allow_tf32, resolve_precision, reuse_memory
 from distseg.distributed import Ranks, StopRequest, on_main, resolve_ranks, setup, teardown
 from distseg.ema import MovingAverage
 from distseg.engine import Pair
@@ -45,14 +44,15 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if dry_run:
         print(configuration.to_yaml(config), end="")
         return 0
-    rank, world_size, _ = resolve_ranks(dict(os.environ))
-    rank_positions(0, config.batch_size, rank, world_size)  # raises when the ranks do not divide the batch
-    data = open_data(config, rank, world_size)
+    _, world_size, _ = resolve_ranks(dict(os.environ))
+    check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
+    data = open_data(config, world_size)
     segmentor, discriminator = build_networks(config, data.train.classes.num_classes)
 
     ranks = setup(config.device, config.parallel.timeout_seconds)
     if ranks.device.type == "cpu":
         reuse_memory()
+    allow_tf32(config.tf32)
     stop = StopRequest()
     run_directory = RunDirectory(Path(config.run_dir), config, ranks)
     on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
@@ -81,6 +81,16 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     return exit_code
 
 
+def check_batch(key: str, batch_size: int, world_size: int, num_parts: int) -> None:
+    """Raise InputError unless ranks and parts divide the images of a step evenly."""
+    if batch_size % (world_size * num_parts):
+        divisor = world_size * num_parts
+        below, above = batch_size // divisor * divisor, -(-batch_size // divisor) * divisor
+        got = f"{key}={batch_size} for {world_size} ranks" + (f" and {num_parts} parts" if num_parts > 1 else "")
+        nearest = f"{below} or {above}" if below else str(above)
+        raise InputError(got, f"a multiple of {divisor}", f"write {key}={nearest}, or start other ranks")
+
+
 @dataclass(frozen=True)
 class Data:
     """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode, and validation samples."""
@@ -90,7 +100,7 @@ class Data:
     val: SampleSet
 
 
-def open_data(config: Config, rank: int, world_size: int) -> Data:
+def open_data(config: Config, world_size: int) -> Data:
     """The sample sets of a run; InputError when they are not there or do not fit the configuration."""
     options = config.data
     train, val = (ShardReader(Path(options.shards), name) for name in (options.train_split, options.val_split))
@@ -108,7 +118,8 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         if not rest:
             got = f"mode=semi_supervised, but all {len(labelled)} samples of {train.split} are used with their labels"
             raise InputError(got, "unlabelled samples", "write for example data.labelled=1/8, or mode=adversarial")
-        rank_positions(0, config.semi.batch_size or config.batch_size, rank, world_size)
+        size = config.semi.batch_size or config.batch_size
+        check_batch("semi.batch_size", size, world_size, config.accumulate_steps)
         unlabelled_set = SampleSet(train, rest, labelled=False, keep=options.keep_classes)
     return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
 

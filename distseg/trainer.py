@@ -127,9 +127,9 @@ class Trainer:
         ):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
         if now.is_supervised:
-            metrics = supervised_step(self.pair, labelled)
+            metrics = supervised_step(self.pair, labelled, config.accumulate_steps)
         else:
-            metrics = adversarial_step(self.pair, now, labelled, unlabelled)
+            metrics = adversarial_step(self.pair, now, labelled, unlabelled, config.accumulate_steps)
         factor = lr_factor(step, config.steps, config.schedule, self._losses())
         for name, learner, on in self._phases(now):
             if on:

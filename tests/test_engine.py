@@ -28,6 +28,8 @@ IMAGE_PX = {"two_branch": 48, "fully_convolutional": 128}  # its label maps, a q
 class TinySegmentor(nn.Module):
     """Two convolutions at stride 4, with group norm: no statistics that depend on the split of the batch."""
 
+    output_stride = 4
+
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Conv2d(3, 8, 4, stride=4)
@@ -185,6 +187,7 @@ def bad_batch_on_one_rank(ranks: Ranks) -> Any:
     torch.manual_seed(5)
     conv = nn.Conv2d(3, NUM_CLASSES, 4, stride=4)
     segmentor = nn.Sequential(conv, nn.BatchNorm2d(NUM_CLASSES))
+    segmentor.output_stride = 4
     judge = build_discriminator("two_branch", NUM_CLASSES, width=0.25)
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),

@@ -49,7 +49,6 @@ def test_adversarial_loss_per_image_is_its_formula(target: float) -> None:
     assert abs(total - expected) < 1e-12
     (gradient,) = torch.autograd.grad(total, logits)
     assert (gradient - (chance - target)).abs().max() < 1e-12  # d/dz BCE = sigmoid(z) - target
-    assert losses.adversarial_count(logits, None) == 3
 
 
 @pytest.mark.parametrize("real", [True, False])
@@ -59,7 +58,6 @@ def test_adversarial_loss_per_cell_sums_over_valid_pixels(real: bool) -> None:
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)[:, 0]
     expected = sum(math.log1p(math.exp(-z if real else z)) for z in up[valid].tolist())
     assert abs(losses.adversarial_sum(logits, valid, real) - expected) < 1e-10
-    assert losses.adversarial_count(logits, valid) == int(valid.sum())
     assert losses.correct_sum(logits, valid, real) == int(((up[valid] > 0) == real).sum())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distseg.config import OptimizerConfig
-from distseg.optimizers import build_optimizer, clip, guarded_step, parameter_groups
+from distseg.optimizers import LossScale, build_optimizer, clip, guarded_step, parameter_groups
 
 
 class Net(nn.Module):
@@ -75,3 +75,27 @@ def test_clip_returns_the_norm_before_and_leaves_the_bound_after() -> None:
     parameter.grad = torch.tensor([3.0, 4.0])
     clip([parameter], 0.0)
     assert parameter.grad.norm() == 5.0
+
+
+def test_the_loss_scale_follows_torchs_grad_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "INTERVAL", 3)
+    ours = LossScale(torch.device("cpu"))
+    theirs = torch.amp.GradScaler("cpu", init_scale=LossScale.START, growth_interval=3)
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for bad in (0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0):
+        theirs.scale(parameter.sum() * (float("inf") if bad else 1.0)).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        parameter.grad = torch.full((2,), 3.0) * ours.scale
+        ours.unscale([parameter])
+        assert torch.equal(parameter.grad, torch.full((2,), 3.0))
+        ours.update(torch.tensor(float(bad)))
+        assert float(ours.scale) == theirs.get_scale()
+        parameter.grad = None
+
+
+def test_biases_have_a_rate_of_their_own() -> None:
+    groups = parameter_groups(Net(), OptimizerConfig(lr=1.0, encoder_lr_factor=0.5, bias_lr_factor=2.0))
+    assert sorted(group["lr"] for group in groups) == [0.5, 1.0, 1.0, 2.0]
+    assert [group["weight_decay"] for group in groups if group["params"][0].ndim == 1] == [0.0, 0.0]

@@ -148,6 +148,24 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
     assert seen == ["bf16", ("bf16", signal.SIG_DFL)]
 
 
+def test_fp16_trains_with_a_loss_scale_of_its_own_for_each_network_and_resumes(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    half = ["precision=fp16", "accumulate_steps=2"]
+    finish(start(command(2, toy_shards, tmp_path / "whole", *half)))
+    processes = start_ranks(2, toy_shards, tmp_path / "killed", *half)
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000006", processes[0])
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(start(command(2, toy_shards, tmp_path / "killed", *half)))
+    assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
+    lines = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss/segmentor" in line]
+    for name in ("segmentor", "discriminator"):  # an update that was left out has halved the scale
+        assert all(line[f"loss_scale/{name}"] == 2 ** (16 - line[f"skips/{name}"]) for line in lines)
+    assert lines[-1]["loss/cross_entropy"] < lines[0]["loss/cross_entropy"]
+
+
 def test_pictures_are_drawn_by_the_network_that_was_scored(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class Learner(Protocol):
 
     def frozen(self, *inputs: Tensor) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times this learner's loss scale (fp16), as every root of `backward` must be; else itself."""
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within it, a forward and its backward add up gradients that are not yet exchanged."""
 
     @staticmethod
     def backward(work: Sequence[tuple[Any, Sequence[Root]]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distseg.config import Config, OptimizerConfig
 from distseg.device import autocast_dtype
 from distseg.distributed import Ranks, all_reduce_sum
-from distseg.optimizers import build_optimizer, clip, guarded_step
+from distseg.optimizers import LossScale, build_optimizer, clip, guarded_step
 
 # torch 2.13 renamed the argument
 _BROADCAST = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -31,6 +31,7 @@ class DDPLearner:
         self.optimizer = build_optimizer(self.network, optimizer)
         self.clip_norm = optimizer.clip_norm
         self.counters = {name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")}
+        self._loss_scale = LossScale(ranks.device) if config.precision == "fp16" else None
         self._device_type = ranks.device.type
         self._autocast_dtype = autocast_dtype(config.precision)
         self.trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -42,6 +43,8 @@ class DDPLearner:
             **_NO_BUFFER_BROADCAST,
             gradient_as_bucket_view=True,
         )
+        if config.compile:
+            self.network.compile()  # in place: the names in a checkpoint stay
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward through DDP under autocast, then running statistics averaged over the ranks."""
@@ -75,6 +78,14 @@ class DDPLearner:
             # .data: autograd kept the buffer for the backward, which in training reads the batch's statistics instead
             buffer.data.copy_(values)
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """See Learner.scaled."""
+        return loss if self._loss_scale is None else loss * self._loss_scale.scale.to(loss.dtype)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """See Learner.no_sync."""
+        return self._ddp.no_sync()
+
     @staticmethod
     def backward(work: Sequence[tuple[DDPLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
         """See distseg.parallel.backward: ONE backward into the parameters of all learners.
@@ -89,6 +100,8 @@ class DDPLearner:
 
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
+        if self._loss_scale is not None:
+            self._loss_scale.unscale(self.trained)
         norm = clip(self.trained, self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
@@ -96,21 +109,31 @@ class DDPLearner:
         self.counters["skips"] += skipped
         self.counters["skips_in_a_row"].add_(1).mul_(skipped)
         self.optimizer.zero_grad()
-        return {"grad_norm": norm, **self.counters}
+        if self._loss_scale is None:
+            return {"grad_norm": norm, **self.counters}
+        self._loss_scale.update(skipped)
+        return {"grad_norm": norm, "loss_scale": self._loss_scale.scale, **self.counters}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """See Learner.state_dict. Optimizer tensors are named `<kind>/<parameter>`."""
-        return {"network": self.network.state_dict(), "optimizer": self._optimizer_tensors(), "counters": self.counters}
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer_tensors(),
+            "counters": self._counts(),
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """See Learner.load_state_dict. Copies into the existing tensors: their memory format stays."""
         self.network.load_state_dict(state["network"])
         for part in ("optimizer", "counters"):
-            own = self._optimizer_tensors() if part == "optimizer" else self.counters
+            own = self._optimizer_tensors() if part == "optimizer" else self._counts()
             if own.keys() != state[part].keys():
                 raise KeyError(f"{part} state: {sorted(own.keys() ^ state[part].keys())[:4]} on one side only")
             for name, tensor in own.items():
                 tensor.copy_(state[part][name])
+
+    def _counts(self) -> dict[str, Tensor]:
+        return self.counters | ({} if self._loss_scale is None else self._loss_scale.state())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         names = {parameter: name for name, parameter in self.network.named_parameters()}
