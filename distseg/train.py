@@ -23,6 +23,7 @@ from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
+from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
 from distseg.progress import Progress
 from distseg.rundir import RunDirectory
 from distseg.showcase import show
@@ -137,7 +138,10 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
     torch.manual_seed(config.seed)
     options = config.segmentor.options
     segmentor = build_segmentor(config.segmentor.name, num_classes, init=config.segmentor.init, **options)
-    set_batch_norm(segmentor, config.segmentor.batch_norm)
+    if config.segmentor.batch_norm == "synchronised":
+        synchronise(segmentor)
+    else:
+        set_batch_norm(segmentor, config.segmentor.batch_norm)
     if config.mode == "supervised":
         return segmentor, None
     discriminator = build_discriminator(config.discriminator.name, num_classes, **config.discriminator.options)
@@ -218,6 +222,9 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
     lines = [" | ".join(networks), f"loss: {' + '.join(_terms(config))}"]
+    num_layers = sum(isinstance(m, SynchronisedBatchNorm2d) for m in pair.segmentor.network.modules())
+    if num_layers and ranks.world_size > 1:
+        lines += [f"batch norm: synchronised, {num_layers} layers that wait for all ranks in forward and backward"]
     lines += [f"images: {images} for training, {len(data.val)} for validation"]
     lines += [f"{ranks.world_size} x {ranks.device.type} | {config.precision} | {batch} | {config.run_dir}"]
     if step:

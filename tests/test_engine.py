@@ -15,8 +15,9 @@ from distseg import configuration
 from distseg.config import AlternationConfig, Config
 from distseg.distributed import Ranks
 from distseg.engine import Images, Pair, adversarial_step, supervised_step
-from distseg.models import build_discriminator
+from distseg.models import BatchNorm2d, build_discriminator
 from distseg.parallel import wrap
+from distseg.parallel.sync_batch_norm import synchronise
 from distseg.schedules import lr_factor, phase
 from distseg.trainer import logged
 from tests.ranks import run_ranks
@@ -223,6 +224,44 @@ def test_a_bad_batch_on_one_rank_is_left_out_by_all(num_ranks: int) -> None:
                 assert (array == history[step][2][name]).all(), name
     mean = sum(history[0][0] for history in ranks) / num_ranks  # of the ranks' batch means, after one step from 0
     assert abs(ranks[0][0][2]["1.running_mean"] - 0.1 * mean).max() < 1e-6
+
+
+class WithBatchNorm(nn.Module):
+    """Two convolutions at stride 4 with batch norm between."""
+
+    output_stride = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 4, stride=4, bias=False), BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, NUM_CLASSES, 1)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image)
+
+
+def train_synchronised(ranks: Ranks) -> dict[str, Any]:
+    config = make_config("fp64", "simultaneous", "adversarial")
+    torch.manual_seed(5)
+    segmentor, judge = WithBatchNorm(), build_discriminator("two_branch", NUM_CLASSES, width=0.25)
+    assert synchronise(segmentor) == 1
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    learners = [wrap(*both, config, ranks) for both in zip((segmentor, judge), optimizers, strict=True)]
+    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    for step in range(STEPS):
+        image, label = (part[share] for part in make_batch(step, torch.float64, 48))
+        adversarial_step(Pair(*learners, config.loss, config.semi), phase(step, config), Images(image, label))
+        for learner in learners:
+            learner.step(1.0)
+    return {name: tensor.clone().numpy() for name, tensor in segmentor.state_dict().items()}
+
+
+def test_synchronised_batch_norm_on_any_number_of_ranks_is_that_of_one() -> None:
+    (one,) = run_ranks(1, train_synchronised)  # torch's own batch norm
+    for num_ranks in (2, 3):
+        for of_rank in run_ranks(num_ranks, train_synchronised):
+            assert max(abs(of_rank[name] - one[name]).max() for name in one) < 1e-12
 
 
 def test_under_blocks_the_curves_of_both_networks_go_on() -> None:

@@ -1,0 +1,65 @@
+"""Batch normalisation over the images of all ranks, on CPUs and GPUs."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
+
+from distseg.distributed import all_reduce_sum
+from distseg.models.batch_norm import BatchNorm2d
+
+
+class SynchronisedBatchNorm2d(BatchNorm2d):
+    """A BatchNorm2d whose statistics in training are those of all ranks' images, with the gradients that follow.
+
+    Every rank must hold as many values, as equal shares of a batch do. On a GPU this is torch's own kernel; torch has
+    none for the CPU, so there it is written out: mean and variance in two all-reduces, and two more in the backward.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or dist.get_world_size() == 1:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if x.is_cuda:
+            statistics = (self.running_mean, self.running_var)
+            group = (dist.group.WORLD, dist.get_world_size())
+            return TorchFunction.apply(x, self.weight, self.bias, *statistics, self.eps, self.momentum, *group)
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = _over_ranks(wide.mean((0, 2, 3)))
+        centred = wide - mean[:, None, None]
+        variance = _over_ranks(centred.square().mean((0, 2, 3)))
+        self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * dist.get_world_size())
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        unbiased = variance * (count / max(1, count - 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
+
+
+def synchronise(network: nn.Module) -> int:
+    """Make every batch normalisation of a network one over all ranks; returns how many there are."""
+    layers = [layer for layer in network.modules() if type(layer) is BatchNorm2d]
+    for layer in layers:
+        layer.__class__ = SynchronisedBatchNorm2d  # the same parameters, buffers and names
+    return len(layers)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks; the gradient is the sum of all ranks' gradients, which all depend on it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce_sum(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.clone())
+
+
+def _over_ranks(local_mean: Tensor) -> Tensor:
+    return _Sum.apply(local_mean) / dist.get_world_size()
