@@ -1,0 +1,192 @@
+"""Where a network looks, measured on its own forward: output stride and field of view, without its weights.
+
+Nothing is known of the network but that it is called. It is built on the meta device, run with every layer replaced by
+the simplest one that has the same connections, and the gradient of one output is followed back to the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from shards.errors import InputError
+
+# strips long enough for any field of view that ends at all; the second only where the first is seen to its ends.
+# Multiples of any stride, or a last cell would hang over
+PROBES_PX = (512, 4096)
+
+Forward = Callable[[nn.Module, Tensor], Tensor]  # the network, what it is to see -> logits (N, C', h, w)
+
+
+def geometry(network: nn.Module, forward: Forward, channels: int) -> tuple[int, tuple[int, int] | None]:
+    """Output stride, and height and width of the input that the middle logit depends on; None if that is all of it.
+
+    `network` is on the meta device, in eval mode. Along each axis a strip is sent through with every layer replaced
+    by the simplest one that has its connections (see `Connections`), and the gradient of one logit is followed back.
+    The stride is the quotient of the strip's length and the output's.
+    """
+    stride, sides = 0, []
+    for axis in (2, 3):
+        for length in PROBES_PX:
+            shape = [1, channels] + [getattr(network, "min_size_px", 32)] * 2
+            shape[axis] = length
+            num_logits, gradient = _middle_gradient(network, forward, shape, axis)
+            stride = round(length / num_logits)
+            seen = (gradient != 0).any(3 - axis).nonzero().ravel()
+            if len(seen) == 0:
+                got = f"{type(network).__name__}: its output does not depend on its input"
+                raise InputError(got, "a network", "look for a detached tensor, or mend distseg/models/connections.py")
+            first, last = int(seen[0]), int(seen[-1])
+            if first > 0 and last < length - 1:
+                sides.append(last - first + 1)
+                break
+        else:
+            return stride, None
+    return stride, (sides[0], sides[1])
+
+
+def _middle_gradient(network: nn.Module, forward: Forward, shape: list[int], axis: int) -> tuple[int, Tensor]:
+    """Logits along `axis` for an input of `shape`, and the gradient (H, W) of the middle one, summed over channels."""
+    probe = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+    with Connections():
+        logits = forward(Filled(network, _ones), probe)
+    (gradient,) = torch.autograd.grad(logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2], probe)
+    return logits.shape[axis], gradient[0].sum(0)
+
+
+class Filled(nn.Module):
+    """A network on the meta device, called with values that `fill` makes of a shape and a dtype."""
+
+    def __init__(self, network: nn.Module, fill: Callable[..., Tensor]):
+        super().__init__()
+        self.network = network
+        self.values: dict[str, Tensor] = {}
+        # each module by one of its names: functional_call would not restore what it replaces by two
+        for path, module in network.named_modules():
+            own = [*module.named_parameters(path, recurse=False), *module.named_buffers(path, recurse=False)]
+            self.values |= {name: fill(value.shape, dtype=value.dtype) for name, value in own}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return torch.func.functional_call(self.network, self.values, inputs, tie_weights=False)
+
+
+def _ones(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """All 1, float64 if they are floats: one number in memory, whatever the shape."""
+    return torch.ones((), dtype=torch.float64 if dtype.is_floating_point else dtype).expand(shape)
+
+
+class Connections(TorchFunctionMode):
+    """Runs a network's forward with its connections alone: which input reaches which output, and nothing else.
+
+    Convolutions become means over their window and all channels, poolings means, differences sums, activations and
+    normalisations nothing. So no gradient is lost to a dead unit, a maximum, saturation or cancellation; and since
+    all channels of a layer then see the same, one is computed where a layer has hundreds, and shown that many times.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        stand_in = STAND_INS.get(getattr(func, "__name__", ""), func)
+        return stand_in(*args, **(kwargs or {}))
+
+
+def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _whole(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x + x.mean((1, 2, 3), keepdim=True)  # normalised by the statistics of the image
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    y = F.conv2d(_one_channel(x), _window(weight), None, stride, padding, dilation)
+    return y.expand(-1, weight.shape[0], -1, -1)
+
+
+def _transposed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    y = F.conv_transpose2d(_one_channel(x), _window(weight), None, stride, padding, output_padding, 1, dilation)
+    return y.expand(-1, weight.shape[1] * groups, -1, -1)
+
+
+def _pooling(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    if return_indices or dilation not in (1, (1, 1)):
+        got = f"max_pool2d with dilation={dilation}, return_indices={return_indices}"
+        raise InputError(got, "a plain one", "teach distseg/models/connections.py this pooling")
+    return _each_channel(F.avg_pool2d)(x, kernel_size, stride, padding, ceil_mode)
+
+
+def _sum(x: Any, y: Any, **_: Any) -> Any:
+    if _is_shared(x) and _is_shared(y) and x.shape == y.shape:
+        return (x[:, :1] + y[:, :1]).expand_as(x)
+    return x + y
+
+
+def _sum_in_place(x: Tensor, y: Any, **_: Any) -> Tensor:
+    if not _is_shared(x):
+        return x.add_(y)
+    x[:, :1].add_(_one_channel(y) if isinstance(y, Tensor) and y.ndim == 4 else y)  # their memory is one
+    return x
+
+
+def _each_channel(function: Callable) -> Callable:
+    """`function` of (x, ...), which treats all channels alike, computed once where they are the same."""
+
+    def once(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not _is_shared(x):
+            return function(x, *args, **kwargs)
+        return function(x[:, :1], *args, **kwargs).expand(-1, x.shape[1], -1, -1)
+
+    return once
+
+
+def _is_shared(x: Any) -> bool:
+    """Whether all channels of x (N, C, H, W) are one in memory."""
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 0
+
+
+def _one_channel(x: Tensor) -> Tensor:
+    return x[:, :1] if _is_shared(x) else x.mean(1, keepdim=True)
+
+
+def _window(weight: Tensor) -> Tensor:
+    height, width = weight.shape[-2:]
+    return torch.full((1, 1, height, width), 1 / (height * width), dtype=torch.float64)
+
+
+_PER_PIXEL = "relu relu6 leaky_relu hardtanh elu gelu silu hardswish mish tanh sigmoid hardsigmoid softplus clamp"
+_PER_PIXEL += " softmax log_softmax batch_norm layer_norm dropout"
+# by the names under which torch's functions and methods are intercepted; a last "_" means in place
+STAND_INS: dict[str, Callable] = {
+    **{name + suffix: _same for name in _PER_PIXEL.split() for suffix in ("", "_")},
+    **dict.fromkeys(("group_norm", "instance_norm"), _whole),
+    "conv2d": _convolution,
+    "conv_transpose2d": _transposed_convolution,
+    "max_pool2d": _pooling,
+    **{name: _each_channel(getattr(F, name)) for name in ("interpolate", "avg_pool2d", "adaptive_avg_pool2d")},
+    **dict.fromkeys(("add", "sub"), _sum),
+    **dict.fromkeys(("add_", "sub_"), _sum_in_place),
+}
