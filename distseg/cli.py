@@ -30,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == "0" or (speaks and not _joined()) or (_joined() and not hasattr(error, "raised_on_all_ranks")):
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "LostRankError":  # its module imports torch
+            raise
+        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -143,7 +143,8 @@ class ParallelConfig:
     """How the networks are spread over the ranks."""
 
     strategy: str = "ddp"
-    timeout_seconds: float = 300.0  # a rank waits no longer than this for the others
+    timeout_seconds: float = 300.0  # a rank that gives no sign for so long ends the job, and is named
+    check_every: int = 500  # steps between two comparisons of the networks over the ranks; 0: never
 
 
 @dataclass
@@ -249,4 +250,5 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.keep_last": (1, None),
     "tracking.log_every": (1, None),
     "parallel.timeout_seconds": (1, 10**6),
+    "parallel.check_every": (0, None),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Evaluator:
     ranks: Ranks
     view: View
     num_threads: int = 2
+    mark: Callable[[str], None] = lambda what: None  # told of every image, so that slow ones are no stall
     result: SegmentationScores | None = None
     extra: dict[str, float] = field(default_factory=dict)  # loss; max_f1 and its threshold where there are two classes
 
@@ -82,6 +84,7 @@ class Evaluator:
         at_thresholds = torch.zeros(2, NUM_THRESHOLDS, dtype=torch.int64, device=device)
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
         for _, _, image, array in evaluation_samples(self.samples, *shares):
+            self.mark("evaluation")
             chances, label = self.view(self.network, image), torch.from_numpy(array).to(device)
             confusion += confusion_matrix(chances.argmax(dim=0), label, num_classes)
             log_loss += log_loss_sum(chances, label)

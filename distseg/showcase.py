@@ -11,10 +11,14 @@ from distseg.tracking import METRICS_FILE, read_metrics
 from distseg.trainer import Trainer
 
 
+def score_again(trainer: Trainer) -> None:
+    """Evaluate, on all ranks, when the run had been complete before this process began."""
+    if trainer.evaluator.result is None:
+        trainer.evaluator()
+
+
 def show(trainer: Trainer, val_set: SampleSet) -> None:
     """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank."""
-    if trainer.evaluator.result is None:  # the run had been complete before this process began
-        trainer.evaluator()
     if trainer.ranks.is_main:  # the others need not wait, so no time limit of theirs ends the drawing
         _show(trainer, val_set)
 

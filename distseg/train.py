@@ -26,9 +26,10 @@ from distseg.parallel import wrap
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
 from distseg.progress import Progress
 from distseg.rundir import RunDirectory
-from distseg.showcase import show
+from distseg.showcase import score_again, show
 from distseg.tracking import open_tracker
 from distseg.trainer import Trainer, TrainState, memory_of
+from distseg.watchdog import Watchdog
 from shards.errors import InputError
 from shards.files import published
 from shards.reader import ShardReader
@@ -54,7 +55,30 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if ranks.device.type == "cpu":
         reuse_memory()
     allow_tf32(config.tf32)
-    stop = StopRequest()
+    watchdog, stop = Watchdog(ranks, config.parallel.timeout_seconds), StopRequest()
+    try:
+        train_and_show(config, ranks, data, (segmentor, discriminator), watchdog, stop)
+    except RuntimeError as error:
+        cause = watchdog.explain(error)
+        if cause is error:
+            raise
+        raise cause from None
+    finally:
+        watchdog.close()
+    teardown()
+    return 0
+
+
+def train_and_show(
+    config: Config,
+    ranks: Ranks,
+    data: Data,
+    networks: tuple[torch.nn.Module, torch.nn.Module | None],
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> None:
+    """From the networks to the finished run, on every rank alike."""
+    segmentor, discriminator = networks
     run_directory = RunDirectory(Path(config.run_dir), config, ranks)
     on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
     kept = on_main(ranks, lambda: saved_precision(run_directory.path))  # "auto" may differ on another machine
@@ -66,20 +90,20 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         config.loss,
         config.semi,
     )
-    trainer = build_trainer(config, ranks, pair, data, run_directory.path)
+    trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
     stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code = 1
     try:
         done = trainer.fit(stream, stop)
         if done:
+            score_again(trainer)
+            watchdog.close()  # what is left is the main rank's alone
             show(trainer, data.val)
         exit_code = 0
     finally:
         stream.close()
         trainer.progress.close()
         trainer.tracker.finish(exit_code)
-    teardown()
-    return exit_code
 
 
 def check_batch(key: str, batch_size: int, world_size: int, num_parts: int) -> None:
@@ -156,12 +180,12 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
     return segmentor, discriminator
 
 
-def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path) -> Trainer:
+def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path, watchdog: Watchdog) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
     ema = MovingAverage(pair.segmentor.network, config.ema_decay) if config.ema_decay > 0 else None
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
     network = pair.segmentor.network if ema is None else ema.network
-    evaluator = Evaluator(network, data.val, ranks, view, config.data.num_threads)
+    evaluator = Evaluator(network, data.val, ranks, view, config.data.num_threads, watchdog.mark)
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
     if config.data.labelled != "all":
@@ -179,7 +203,7 @@ def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir:
     tracker = open_tracker(run_dir, config.tracking, content, state.step if latest else None, ranks.is_main)
     progress = Progress(config.steps, state.step, ranks.is_main)
     progress.message(headline(config, ranks, pair, data, state.step))
-    return Trainer(config, ranks, pair, ema, evaluator, checkpoints, tracker, progress, state)
+    return Trainer(config, ranks, pair, ema, evaluator, checkpoints, tracker, progress, watchdog, state)
 
 
 def open_streams(config: Config, ranks: Ranks, data: Data, start_step: int) -> TrainStream | PairedStream:

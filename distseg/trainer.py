@@ -12,13 +12,14 @@ import torch
 from distseg.checkpoint import Checkpoints
 from distseg.config import Config
 from distseg.data.stream import Batch, PairedStream, TrainStream
-from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_main
+from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_all, on_main
 from distseg.ema import MovingAverage
 from distseg.engine import Images, Metrics, Pair, adversarial_step, supervised_step
 from distseg.evaluate import Evaluator
 from distseg.progress import Progress
 from distseg.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
 from distseg.tracking import Tracker
+from distseg.watchdog import Watchdog
 from shards.errors import InputError
 
 
@@ -47,6 +48,7 @@ class Trainer:
     checkpoints: Checkpoints
     tracker: Tracker
     progress: Progress
+    watchdog: Watchdog
     state: TrainState = field(default_factory=TrainState)
     # (step, val/loss) of every evaluation so far, from metrics.jsonl: what plateaus and early stopping go by
     _val_losses: list[tuple[int, float]] = field(default_factory=list)
@@ -60,14 +62,19 @@ class Trainer:
             self.evaluate()
         clock = _Clock(self.config.batch_size, self.state.step)
         while not self._is_done():
+            self.watchdog.mark(f"step {self.state.step + 1}, waiting for data")
             batch = next(stream)
+            self.watchdog.mark(f"step {self.state.step + 1}")
             stop.begin()
             metrics = self.train_step(batch)
             if logged(self.state.step, self.config):
                 self._log(self.state.step + 1, metrics, clock.lap(self.state.step + 1, stream.wait_seconds))
             self.state.step += 1
+            if _due(self.state.step, self.config.parallel.check_every):
+                check_equal(self.ranks, self.pair, self.state.step)
             stopping = stop.agreed() and not self._is_done()
             if stopping or self._evaluation_due() or _due(self.state.step, self.config.checkpoint.every_steps):
+                self.watchdog.mark(f"step {self.state.step}, saving")
                 self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
             if stopping:  # within the time that a signal leaves; an evaluation due now is made up on resuming
                 where = f"step {self.state.step} of {self.config.steps}"
@@ -158,6 +165,28 @@ class Trainer:
                 error = InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
                 error.raised_on_all_ranks = True  # type: ignore[attr-defined]  # by the same means: one tells the user
                 raise error
+
+
+def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
+    """Raise RuntimeError, on every rank, unless all ranks hold the same networks, bit by bit."""
+    learners = [learner for learner in (pair.segmentor, pair.discriminator) if learner is not None]
+    sums = on_all(ranks, [_fingerprint(learner.network) for learner in learners])
+    different = [rank for rank, of_rank in enumerate(sums) if of_rank != sums[0]]
+    if different:
+        name = "segmentor" if sums[different[0]][0] != sums[0][0] else "discriminator"
+        others = ", ".join(str(rank) for rank in different)
+        text = f"step {step}: the {name} of rank {others} differs from rank 0's; the last checkpoint is rank 0's"
+        raise RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
+
+
+@torch.no_grad()
+def _fingerprint(network: torch.nn.Module) -> int:
+    """A sum over the bits of all parameters and buffers, each tensor with a weight of its own."""
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    tensors = network.state_dict().values()
+    sums = [tensor.contiguous().view(integers[tensor.element_size()]).sum() for tensor in tensors]
+    flat = torch.stack(sums)
+    return int((flat * (2 * torch.arange(len(flat), device=flat.device) + 1)).sum())
 
 
 def logged(step: int, config: Config) -> bool:

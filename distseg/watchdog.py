@@ -1,0 +1,150 @@
+"""A rank that dies or stalls ends the job on all ranks, by name, instead of leaving them in a barrier."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from distseg.distributed import Ranks
+
+LOST_RANK_EXIT_CODE = 75  # sysexits.h: a temporary failure, so that a scheduler may start the same command again
+VERDICT = "verdict"
+# what the backends say when a peer is gone; they have no type of their own for it
+_LOST_PEER = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout", "pair closure", "peer", "recvvalue")
+
+
+class LostRankError(RuntimeError):
+    """Another rank died or stalled; the text says which, and where it was last seen."""
+
+
+class Watchdog:
+    """A thread that tells the others that this process lives, and looks after the rank before its own.
+
+    Two things are published in the job's store a few times per timeout: a beat of the thread, which ends when the
+    process dies or is stopped, and what the main thread marked last. A beat that is missing for `timeout_seconds`, or
+    a mark that does not move for as long, is written into the store as the verdict; every rank reads it, prints it and
+    leaves with LOST_RANK_EXIT_CODE. Cost: three small messages per rank and interval, none from the main thread.
+    """
+
+    def __init__(self, ranks: Ranks, timeout_seconds: float, leave: Callable[[int], Any] = os._exit):
+        self._ranks, self._timeout, self._leave = ranks, timeout_seconds, leave
+        self._interval = min(5.0, timeout_seconds / 8)
+        self._marks, self._what, self._marked_at = 0, "starting", time.monotonic()
+        self._beats, self._neighbour, self._heard_at = 0, b"", time.monotonic()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if ranks.world_size > 1:
+            self._store = _own_connection()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def mark(self, what: str) -> None:
+        """Tell, from the main thread, what it does now ("step 120"); two marks may be as far apart as the timeout."""
+        self._marks, self._what, self._marked_at = self._marks + 1, what, time.monotonic()
+
+    def close(self) -> None:
+        """Stop watching and being watched; called by every rank when nothing is left that needs the others."""
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._interval)
+            self._say(f"done {self._what}")
+
+    def explain(self, error: BaseException) -> BaseException:
+        """LostRankError, naming the silent ranks, for an error that a vanished peer caused; else the error itself."""
+        text = str(error).lower()
+        if self._thread is None or not any(word in text for word in _LOST_PEER):
+            return error
+        before = self._all_beats()
+        time.sleep(2.5 * self._interval)
+        after = self._all_beats()
+        if not after:
+            return LostRankError("the job's store is gone, and with it the process that keeps it (rank 0 or torchrun)")
+        silent = [rank for rank in range(self._ranks.world_size) if before.get(rank) == after.get(rank)]
+        silent = [rank for rank in silent if rank != self._ranks.rank]
+        if not silent:
+            return error
+        verdict = "; ".join(f"{_named(rank, after.get(rank, ''))} is gone" for rank in silent)
+        self._tell(verdict)
+        return LostRankError(verdict)
+
+    def _watch(self) -> None:
+        try:
+            while not self._closed.wait(self._interval):
+                self._beats += 1
+                self._say(self._what)
+                if self._store.check([VERDICT]):
+                    self._end(self._store.get(VERDICT).decode())
+                problem = self._problem()
+                if problem:
+                    self._tell(problem)
+        except (RuntimeError, OSError) as error:  # the store went with its process
+            if not self._closed.is_set():
+                self._end(f"the job's store is gone, and with it rank 0 or torchrun ({str(error).splitlines()[0]})")
+
+    def _problem(self) -> str:
+        now, rank = time.monotonic(), (self._ranks.rank - 1) % self._ranks.world_size
+        key = f"beat/{rank}"
+        said = self._store.get(key) if self._store.check([key]) else b""
+        if said != self._neighbour or said.startswith(b"done"):
+            self._neighbour, self._heard_at = said, now
+        if now - self._heard_at > self._timeout:
+            return f"{_named(rank, said.decode())} has not answered for {self._timeout:.0f} s"
+        if now - self._marked_at > self._timeout + 3 * self._interval:  # later, so that a silent rank is named first
+            return self._stalled()
+        return ""
+
+    def _stalled(self) -> str:
+        """Who holds the others up: the ranks with the fewest marks, where they differ."""
+        beats = self._all_beats()
+        marks = {rank: int(text.split()[1]) for rank, text in beats.items() if not text.startswith("done")}
+        behind = [rank for rank, count in marks.items() if count < max(marks.values())]
+        if not behind:
+            return f"no rank has moved on for {self._timeout:.0f} s; all are at {self._what}"
+        return f"{_named(behind[0], beats[behind[0]])} has not moved on for {self._timeout:.0f} s"
+
+    def _tell(self, verdict: str) -> None:
+        """Write the verdict for all ranks; rank 0, which may keep the store, stays until they have read it."""
+        self._store.set(VERDICT, verdict)
+        if self._ranks.is_main:
+            time.sleep(2 * self._interval)
+
+    def _say(self, what: str) -> None:
+        try:
+            text = what if what.startswith("done") else f"{self._beats} {self._marks} {socket.gethostname()} {what}"
+            self._store.set(f"beat/{self._ranks.rank}", text)
+        except (RuntimeError, OSError):
+            if not self._closed.is_set():
+                raise
+
+    def _all_beats(self) -> dict[int, str]:
+        try:
+            keys = {rank: f"beat/{rank}" for rank in range(self._ranks.world_size)}
+            return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._store.check([key])}
+        except (RuntimeError, OSError):
+            return {}
+
+    def _end(self, verdict: str) -> None:
+        print(f"error on rank {self._ranks.rank}: {verdict}", file=sys.stderr, flush=True)
+        if self._ranks.is_main:
+            time.sleep(2 * self._interval)
+        self._leave(LOST_RANK_EXIT_CODE)
+        self._closed.set()
+
+
+def _named(rank: int, said: str) -> str:
+    words = said.split(maxsplit=3)
+    return f"rank {rank} on {words[2]} (last at {words[3]})" if len(words) == 4 else f"rank {rank}"
+
+
+def _own_connection() -> Any:
+    """The job's store under a prefix, over a connection of its own: a call that waits must not hold up the beats."""
+    store = dist.distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)  # absent from older releases, which then share the connection
+    return dist.PrefixStore("watchdog", clone() if clone is not None else store)

@@ -1,0 +1,62 @@
+"""A rank that is killed, stopped or stuck ends the job on all ranks within the timeout, and is named."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distseg.distributed import Ranks
+from distseg.engine import Pair
+from distseg.trainer import check_equal
+from distseg.watchdog import LOST_RANK_EXIT_CODE
+from tests.ranks import run_ranks
+from tests.test_train import start_ranks, wait_for
+
+TIMEOUT = 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tmp_path: Path) -> None:
+    settings = [f"parallel.timeout_seconds={TIMEOUT}", "steps=100000", "checkpoint.every_steps=3"]
+    processes = start_ranks(3, toy_shards, tmp_path / "run", *settings, "batch_size=6", "evaluate.every_steps=0")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000006", processes[0])
+    processes[1].send_signal(number)
+    start = time.monotonic()
+    outputs = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
+    assert time.monotonic() - start < 4 * TIMEOUT
+    processes[1].kill()
+    processes[1].communicate()
+    for rank, output in zip((0, 2), outputs, strict=True):
+        assert processes[rank].returncode == LOST_RANK_EXIT_CODE, output
+        assert f"error on rank {rank}: rank 1 on " in output and "(last at step " in output, output
+        assert "Traceback" not in output
+
+
+def differ(ranks: Ranks, wrong: str) -> str:
+    class Learner:
+        def __init__(self, network: torch.nn.Module):
+            self.network = network
+
+    networks = {name: torch.nn.Linear(3, 2) for name in ("segmentor", "discriminator")}
+    for network in networks.values():
+        torch.nn.init.constant_(network.weight, 0.5)
+        torch.nn.init.zeros_(network.bias)
+    if ranks.rank == 2 and wrong:
+        networks[wrong].bias.data[1] = 1e-30
+    pair: Any = Pair(Learner(networks["segmentor"]), Learner(networks["discriminator"]), None, None)
+    try:
+        check_equal(ranks, pair, 7)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("wrong", ["segmentor", "discriminator", ""])
+def test_ranks_that_hold_different_networks_are_found(wrong: str) -> None:
+    for text in run_ranks(3, differ, wrong):
+        assert (f"step 7: the {wrong} of rank 2 differs" in text) if wrong else text == ""
