@@ -25,15 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.handler(options)
     except InputError as error:
-        rank = os.environ.get("RANK", "0")
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one per machine: machines can differ, their ranks do not
+        rank, speaks = _rank(), _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"  # one per machine: machines can differ
         if rank == "0" or (speaks and not _joined()) or (_joined() and not hasattr(error, "raised_on_all_ranks")):
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if type(error).__name__ != "LostRankError":  # its module imports torch
             raise
-        print(f"error on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return 75
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,6 +50,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if rest:
         options.overrides += rest
     return options
+
+
+def _rank(of_torchrun: str = "RANK", of_srun: str = "SLURM_PROCID") -> str:
+    in_step = "SLURM_STEP_ID" in os.environ
+    return os.environ.get(of_torchrun, os.environ.get(of_srun, "0") if in_step else "0")
 
 
 def _joined() -> bool:

@@ -16,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distseg.launch import rendezvous_of_srun, resolve_ranks
 from shards.errors import InputError
 
 Result = TypeVar("Result")
 
 SECOND_SIGNAL_SECONDS = 2.0  # one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
-
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,14 @@ class Ranks:
         return self.rank == 0
 
 
-def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
-    """(rank, world_size, local_rank) from torchrun's variables, or (0, 1, 0) when there are none.
-
-    Raises InputError when only some are set or they contradict each other: half a job would hang.
-    """
-    present = [name for name in TORCHRUN_VARIABLES if name in environment]
-    launched = [name for name in present if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    if not launched:
-        return 0, 1, 0
-    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
-    if missing:
-        action = "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset " + ", ".join(launched)
-        raise InputError(
-            f"{', '.join(launched)} set but not {', '.join(missing)}", "all of torchrun's variables", action
-        )
-    try:
-        rank, world_size, local_rank = (int(environment[name]) for name in TORCHRUN_VARIABLES[:3])
-    except ValueError:
-        got = ", ".join(f"{name}={environment[name]!r}" for name in TORCHRUN_VARIABLES[:3])
-        raise InputError(got, "whole numbers", "start with torchrun") from None
-    if not environment["MASTER_PORT"].isdecimal() or int(environment["MASTER_PORT"]) > 65535:
-        raise InputError(f"MASTER_PORT={environment['MASTER_PORT']}", "a port from 0 to 65535", "start with torchrun")
-    if not 0 <= rank < world_size:
-        raise InputError(f"RANK={rank} with WORLD_SIZE={world_size}", "0 <= RANK < WORLD_SIZE", "start with torchrun")
-    return rank, world_size, local_rank
-
-
 def setup(device: str, timeout_seconds: float) -> Ranks:
     """Join the job: NCCL for CUDA tensors, gloo for CPU tensors (those carry the control messages too).
 
     device: auto, cpu or cuda. Raises InputError for a device that is not there or a port that is taken.
     """
     rank, world_size, local_rank = resolve_ranks(dict(os.environ))
+    if world_size > 1:
+        os.environ.update(rendezvous_of_srun(dict(os.environ)) if "RANK" not in os.environ else {})
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     where = _cuda_device(local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -17,10 +17,11 @@ from distseg.data.samples import SampleSet, sha256_of_keys, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import allow_tf32, resolve_precision, reuse_memory
-from distseg.distributed import Ranks, StopRequest, on_main, resolve_ranks, setup, teardown
+from distseg.distributed import Ranks, StopRequest, on_main, setup, teardown
 from distseg.ema import MovingAverage
 from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
+from distseg.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d, synchronise

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from distseg import device, distributed
-from distseg.distributed import Ranks, StopRequest, on_all, on_main, resolve_ranks, setup
+from distseg.distributed import Ranks, StopRequest, on_all, on_main, setup
+from distseg.launch import first_host, rendezvous_of_srun, resolve_ranks
 from shards.errors import InputError
 from tests.ranks import run_ranks
 
@@ -22,6 +23,34 @@ def test_ranks_come_from_torchrun_or_are_one() -> None:
     assert resolve_ranks({}) == (0, 1, 0)
     assert resolve_ranks({"MASTER_PORT": "1"}) == (0, 1, 0)
     assert resolve_ranks(TORCHRUN) == (1, 4, 1)
+
+
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "71234",
+}
+
+
+def test_ranks_come_from_srun_where_torchrun_has_set_none() -> None:
+    assert resolve_ranks(SRUN) == (3, 8, 1)
+    assert resolve_ranks(SRUN | TORCHRUN) == (1, 4, 1)
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    assert resolve_ranks(batch_script) == (0, 1, 0)
+    with pytest.raises(InputError, match="not SLURM_PROCID"):
+        resolve_ranks({key: value for key, value in SRUN.items() if key != "SLURM_PROCID"})
+    with pytest.raises(InputError, match="0 <= SLURM_PROCID"):
+        resolve_ranks(SRUN | {"SLURM_PROCID": "8"})
+
+
+def test_a_step_of_srun_meets_at_its_first_host() -> None:
+    nodes = {"SLURM_STEP_NODELIST": "gpu[003-007,12],login1", "SLURM_RESTART_COUNT": "2"}
+    assert rendezvous_of_srun(SRUN | nodes) == {"MASTER_ADDR": "gpu003", "MASTER_PORT": "21236"}
+    assert rendezvous_of_srun(SRUN | nodes | {"MASTER_PORT": "5"})["MASTER_PORT"] == "5"
+    for text, host in (("node1", "node1"), ("a-b,c", "a-b"), ("n[1-4]", "n1"), ("rack2n[09,11]", "rack2n09")):
+        assert first_host(text) == host
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])

@@ -1,0 +1,78 @@
+"""Which process of a job this is, from what its launcher left in the environment. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from shards.errors import InputError
+
+SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
+    """(rank, world_size, local_rank): torchrun's variables, else those of a step of srun, else (0, 1, 0).
+
+    Raises InputError when only some are set or they contradict each other: half a job would hang.
+    """
+    launched = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment]
+    if launched:
+        return _ranks_of_torchrun(environment, launched)
+    # a batch script has SLURM's variables too, but no step: what it starts by itself is one process
+    if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        missing = [name for name in SRUN_VARIABLES if name not in environment]
+        if missing:
+            action = "start with srun or torchrun, or unset SLURM_STEP_ID for a single process"
+            raise InputError(f"SLURM_STEP_ID set but not {', '.join(missing)}", "all of srun's variables", action)
+        values = _whole_numbers(environment, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun")
+        return values[0], values[1], values[2]
+    return 0, 1, 0
+
+
+def _ranks_of_torchrun(environment: dict[str, str], launched: Sequence[str]) -> tuple[int, int, int]:
+    missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
+    if missing:
+        action = "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset " + ", ".join(launched)
+        raise InputError(
+            f"{', '.join(launched)} set but not {', '.join(missing)}", "all of torchrun's variables", action
+        )
+    rank, world_size, local_rank = _whole_numbers(environment, TORCHRUN_VARIABLES[:3], "torchrun")
+    if not environment["MASTER_PORT"].isdecimal() or int(environment["MASTER_PORT"]) > 65535:
+        raise InputError(f"MASTER_PORT={environment['MASTER_PORT']}", "a port from 0 to 65535", "start with torchrun")
+    return rank, world_size, local_rank
+
+
+def _whole_numbers(environment: dict[str, str], names: tuple[str, ...], launcher: str) -> tuple[int, ...]:
+    """The values of rank, world size and local rank, found to be numbers that agree."""
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in names)
+    except ValueError:
+        got = ", ".join(f"{name}={environment[name]!r}" for name in names)
+        raise InputError(got, "whole numbers", f"start with {launcher}") from None
+    if not 0 <= rank < world_size:
+        got = f"{names[0]}={rank} with {names[1]}={world_size}"
+        raise InputError(got, f"0 <= {names[0]} < {names[1]}", f"start with {launcher}")
+    return rank, world_size, local_rank
+
+
+def rendezvous_of_srun(environment: dict[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for a step of srun: its first host, and a port that follows from the job.
+
+    The port differs from that of other jobs on the host and of an earlier start of this job (20000 to 29999,
+    below the ephemeral ports). Values that are set already stay.
+    """
+    job, restart = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_RESTART_COUNT", "0"))
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
+    found = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(20000 + (job + restart) % 10000)}
+    return {name: environment.get(name, value) for name, value in found.items()}
+
+
+def first_host(nodes: str) -> str:
+    """The first name of SLURM's host list: "gpu[003-007,12],login1" gives "gpu003"."""
+    first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    if first is None:
+        raise InputError(
+            f"a host list of {nodes!r}", "for example node1 or node[1-4]", "set MASTER_ADDR and MASTER_PORT"
+        )
+    return first.group(1) + (first.group(2) or "")
