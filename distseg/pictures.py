@@ -39,12 +39,12 @@ _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the lege
             ("loss/segmentor", "total", GREEN, "-"),
             ("loss/cross_entropy", "cross entropy", GRAY, "--"),
             ("loss/adversarial", "adversarial, unweighted", PURPLE, ":"),
-            ("loss/semi", "semi-supervised, unweighted", GREEN, "-."),
+            ("loss/semi", "semi-supervised, unweighted", BLUE, "-."),
         ),
     ),
     (
         "Unlabelled pixels that the discriminator believes",
-        "score",
+        "share",
         (("semi/mask_share", "share", GREEN, "-"),),
     ),
     (
@@ -72,7 +72,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, unit, drawn) in zip(all_axes, panels, strict=True):
         for (steps, values), (name, label, color, style) in drawn:
-            if unit == "score":  # by default there is one evaluation, the last: its numbers say more than its dots
+            if unit in ("score", "share"):  # by default there is one evaluation, the last: its numbers say more than its dots
                 label = f"{label}, last {values[-1]:.1%}"
             _curve(axes, steps, values, noisy=not name.startswith("val/"), label=label, color=color, linestyle=style)
         _dress(axes, title, unit)
@@ -216,7 +216,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def _dress(axes: Axes, title: str, unit: str) -> None:
     if title.startswith("Discriminator"):  # what a discriminator that cannot tell has on either
         axes.axhline(math.log(2), color="black", linewidth=0.9, linestyle=":", label="undecided (ln 2)")
-    if unit == "score":
+    if unit in ("score", "share"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1)
     else:
