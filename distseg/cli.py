@@ -114,9 +114,10 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
 
 toy       generated outdoor scenes with eight classes; needs no --root
 stanford  Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
+voc       PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE, labels=SegmentationClassAug for train_aug
 ohe       the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of images"""
     parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
-    parser.add_argument("name", metavar="NAME", help="toy, stanford or ohe")
+    parser.add_argument("name", metavar="NAME", help="toy, stanford, voc or ohe")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")

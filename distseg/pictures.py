@@ -72,7 +72,10 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (title, unit, drawn) in zip(all_axes, panels, strict=True):
         for (steps, values), (name, label, color, style) in drawn:
-            if unit in ("score", "share"):  # by default there is one evaluation, the last: its numbers say more than its dots
+            if unit in (
+                "score",
+                "share",
+            ):  # often one evaluation, whose number says more than a dot
                 label = f"{label}, last {values[-1]:.1%}"
             _curve(axes, steps, values, noisy=not name.startswith("val/"), label=label, color=color, linestyle=style)
         _dress(axes, title, unit)

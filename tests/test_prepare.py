@@ -16,7 +16,7 @@ from shards.sample import STANFORD
 @pytest.mark.parametrize(
     ("name", "root", "options", "message"),
     [
-        ("stanfrod", ".", {}, "(?s)'stanfrod'.*toy, stanford, ohe"),
+        ("stanfrod", ".", {}, "(?s)'stanfrod'.*toy, stanford, voc, ohe"),
         ("stanford", None, {}, "(?s)no --root.*the folder that stanford was unpacked to"),
         ("stanford", "absent", {}, "--root .*absent"),
         ("stanford", ".", {"sed": "1"}, "(?s)option 'sed' of stanford.*one of: seed"),

@@ -26,6 +26,12 @@ def _stanford() -> Preparer:
     return samples
 
 
+def _voc() -> Preparer:
+    from shards.prepare.voc import samples
+
+    return samples
+
+
 def _ohe() -> Preparer:
     from shards.prepare.ohe import samples
 
@@ -33,15 +39,15 @@ def _ohe() -> Preparer:
 
 
 # functions that import, so that a data set's own dependencies are paid for by those who use it
-PREPARERS: dict[str, Callable[[], Preparer]] = {"toy": _toy, "stanford": _stanford, "ohe": _ohe}
+PREPARERS: dict[str, Callable[[], Preparer]] = {"toy": _toy, "stanford": _stanford, "voc": _voc, "ohe": _ohe}
 
 
 def prepare(name: str, root: Path | None, out: Path, /, **options: str | int) -> Path:
     """Write the maps of a data set; returns `out`.
 
-    root: the unpacked data set (None for a generated one); options: the preparer's keyword arguments, which
-    are whole numbers, also as text. Raises InputError for an unknown name or option, a folder that is not the
-    data set, anything in it that is missing, or an `out` that holds something else.
+    root: the unpacked data set (None for a generated one); options: the preparer's keyword arguments, also as text.
+    Raises InputError for an unknown name or option, a folder that is not the data set, anything in it that is missing,
+    or an `out` that holds something else.
     """
     if name not in PREPARERS:
         raise InputError(f"data set {name!r}", f"one of: {', '.join(PREPARERS)}", "choose one of them")
@@ -73,10 +79,12 @@ def _check_out(out: Path, name: str) -> None:
         raise InputError(f"{out} exists: {there}", f"a new file, or one of {name!r}", "choose another --out")
 
 
-def _parse(name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]) -> int:
+def _parse(name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]) -> str | int:
     options = [option for option in parameters if option != "root"]
     if key not in options:
         raise InputError(f"option {key!r} of {name}", f"one of: {', '.join(options) or 'none'}", "correct the option")
+    if isinstance(parameters[key].default, str):
+        return str(value)
     try:
         return int(value)
     except ValueError:

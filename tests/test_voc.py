@@ -1,0 +1,106 @@
+"""PASCAL VOC: palette masks read as indices, lists, pairs by id, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from shards.errors import InputError
+from shards.maps import MapsReader
+from shards.prepare import prepare
+from shards.prepare.voc import VOC, samples, voc_palette
+
+
+def write(root: Path, key: str, mask: np.ndarray, mode: str = "P", labels: str = "SegmentationClass") -> None:
+    for folder in ("JPEGImages", labels):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    image = np.full((*mask.shape[:2], 3), 90, np.uint8)
+    (root / "JPEGImages" / f"{key}.jpg").write_bytes(simplejpeg.encode_jpeg(image))
+    picture = Image.fromarray(mask, mode="RGB" if mode == "RGB" else "L")
+    if mode == "P":
+        picture = Image.fromarray(mask, mode="P")
+        picture.putpalette([value for color in voc_palette(256) for value in color])
+    picture.save(root / labels / f"{key}.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        mask = rng.choice([0, 3, 20, 255], size=(20 + index, 30)).astype(np.uint8)
+        write(folder, f"2007_{index:06d}", mask)
+    lists = folder / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000003\n2007_000000\n2007_000001\n")
+    (lists / "val.txt").write_text("2007_000002\n")  # 2007_000004 is in no list, as most of VOC's images are
+    return tmp_path
+
+
+def masks(root: Path) -> dict[str, np.ndarray]:
+    folder = root / "VOCdevkit" / "VOC2012" / "SegmentationClass"
+    return {path.stem: np.asarray(Image.open(path)) for path in folder.glob("*.png")}
+
+
+def test_the_palette_is_the_development_kits() -> None:
+    assert voc_palette(3) == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+    assert voc_palette(256)[255] == (224, 224, 192)  # the void border
+    assert VOC.palette[15] == (192, 128, 128) and VOC.names[15] == "person"
+    assert len(VOC.names) == 21
+
+
+def test_masks_keep_their_indices_and_lists_give_the_splits(root: Path, tmp_path: Path) -> None:
+    classes, found, total = samples(root)
+    read = list(found)
+    assert classes == VOC and total == len(read) == 4
+    assert [(s.key, s.split) for s in read] == [
+        ("2007_000003", "train"),
+        ("2007_000000", "train"),
+        ("2007_000001", "train"),
+        ("2007_000002", "val"),
+    ]
+    expected = masks(root)
+    assert all(np.array_equal(sample.label, expected[sample.key]) for sample in read)
+    prepare("voc", root, tmp_path / "voc.h5")
+    assert MapsReader(tmp_path / "voc.h5").name == "voc"
+
+
+def test_other_lists_and_gray_masks(root: Path, tmp_path: Path) -> None:
+    folder = root / "VOCdevkit" / "VOC2012"
+    write(folder, "2007_000004", np.full((9, 8), 7, np.uint8), mode="L", labels="SegmentationClassAug")
+    write(folder, "2007_000000", np.full((9, 8), 255, np.uint8), mode="L", labels="SegmentationClassAug")
+    (tmp_path / "aug.txt").write_text("2007_000004")
+    (tmp_path / "val.txt").write_text("2007_000000")
+    options = {"train_list": str(tmp_path / "aug.txt"), "val_list": str(tmp_path / "val.txt")}
+    (train, val) = list(samples(folder, **options, labels="SegmentationClassAug")[1])
+    assert (train.label == 7).all() and (val.label == 255).all()
+
+
+def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
+    folder = root / "VOCdevkit" / "VOC2012"
+    lists = folder / "ImageSets" / "Segmentation"
+    with pytest.raises(InputError, match="no JPEGImages"):
+        samples(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="nowhere"):
+        samples(root, train_list=str(tmp_path / "nowhere.txt"))
+    (lists / "val.txt").write_text("2007_000000")
+    with pytest.raises(InputError, match="2007_000000 is listed twice"):
+        samples(root)
+    (lists / "val.txt").write_text("2007_000099")
+    with pytest.raises(InputError, match=r"2 of the 8 files are not there, the first: .*2007_000099\.jpg"):
+        samples(root)
+    for mask, mode, message in (
+        (np.full((9, 8), 21, np.uint8), "P", "class index 21"),
+        (np.zeros((9, 8, 3), np.uint8), "RGB", "mode RGB"),
+    ):
+        write(folder, "2007_000002", mask, mode)
+        (lists / "val.txt").write_text("2007_000002")
+        with pytest.raises(InputError, match=message):
+            list(samples(root)[1])
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "SegmentationClass" / "2007_000002.png")
+    with pytest.raises(InputError, match="5 x 5 pixels for an image 9 x 8"):
+        list(samples(root)[1])
