@@ -259,9 +259,8 @@ def train_synchronised(ranks: Ranks) -> dict[str, Any]:
 
 def test_synchronised_batch_norm_on_any_number_of_ranks_is_that_of_one() -> None:
     (one,) = run_ranks(1, train_synchronised)  # torch's own batch norm
-    for num_ranks in (2, 3):
-        for of_rank in run_ranks(num_ranks, train_synchronised):
-            assert max(abs(of_rank[name] - one[name]).max() for name in one) < 1e-12
+    for of_rank in run_ranks(3, train_synchronised):
+        assert max(abs(of_rank[name] - one[name]).max() for name in one) < 1e-12
 
 
 def test_under_blocks_the_curves_of_both_networks_go_on() -> None:

@@ -73,8 +73,8 @@ def make_images(step: int, labelled: bool) -> Images:
     label = torch.randint(0, NUM_CLASSES, (BATCH, SIZE, SIZE), generator=generator, dtype=torch.uint8)
     if not labelled:
         label.zero_()
-    label[-2:, 9:] = 255  # void in the last images, so on the last rank only
-    label[-1] = 255  # and one has nothing else: with six ranks its rank's mask would be empty
+    label[-3, 9:] = 255
+    label[-2:] = 255  # void alone: of three ranks the last has nothing to learn from, and an empty mask
     return Images(pixels, label)
 
 
@@ -207,7 +207,7 @@ def references() -> list[Any]:
     return [reference(overrides) for overrides in CASES.values()]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 6])
+@pytest.mark.parametrize("num_ranks", [1, 3])
 def test_steps_equal_the_formulas_on_the_joined_batch(num_ranks: int, references: list[Any]) -> None:
     for of_rank in run_ranks(num_ranks, train_all):
         for case, got, expected in zip(CASES, of_rank, references, strict=True):
@@ -223,7 +223,7 @@ def train_in_parts(ranks: Ranks, num_parts: int) -> list[Any]:
     return [train(ranks, overrides, num_parts) for overrides in IN_PARTS]
 
 
-@pytest.mark.parametrize(("num_ranks", "num_parts"), [(1, 3), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("num_ranks", "num_parts"), [(1, 3), (3, 2)])
 def test_images_taken_in_parts_give_the_same_steps(num_ranks: int, num_parts: int) -> None:
     expected = [reference(overrides) for overrides in IN_PARTS]
     for of_rank in run_ranks(num_ranks, train_in_parts, num_parts):
