@@ -123,7 +123,9 @@ def _preset_values(name: str) -> dict[str, Any]:
         raise InputError(f"preset={name}", f"one of: {', '.join(preset_names())}", _nearest(name, preset_names()))
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     base = values.pop("base", None)  # another preset, which this one changes
-    return (_preset_values(base) if base else {}) | _flat(values)
+    own, inherited = _flat(values), _preset_values(base) if base else {}
+    named = tuple(f"{part}.options." for part in ("segmentor", "discriminator") if f"{part}.name" in own)
+    return {key: value for key, value in inherited.items() if not key.startswith(named)} | own
 
 
 def _full_key(key: str) -> str:

@@ -78,3 +78,10 @@ def test_differences_leave_out_what_may_change_on_resume() -> None:
 def test_without_shards_the_commands_that_make_them_are_named() -> None:
     with pytest.raises(InputError, match="distseg pack"):
         configuration.load(["steps=5"])
+
+
+def test_a_preset_with_another_network_leaves_its_bases_options_behind() -> None:
+    base, semi = (configuration.load([f"preset={name}"]) for name in ("stanford", "stanford_semi"))
+    assert (base.discriminator.name, base.discriminator.options) == ("two_branch", {"width": 0.5})
+    assert (semi.discriminator.name, semi.discriminator.options) == ("fully_convolutional", {})
+    assert semi.segmentor == base.segmentor
