@@ -131,6 +131,25 @@ def test_encoder_equals_the_formulas(depth, output_stride, layout):
         torch.testing.assert_close(network(image)[1], expected, rtol=1e-5, atol=1e-6 * expected.max().item())
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_through_stored_statistics_equal_the_formulas(frozen):
+    network = narrow(50, 16)
+    if frozen:
+        set_batch_norm(network, "frozen")
+        network.train()
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    image = torch.rand(2, 3, 66, 79, dtype=torch.float64)
+    network(image)[1].square().mean().backward()
+    for name in names:
+        state[name].requires_grad_()
+    plain_resnet(state, image, 50, 16, "torchvision").square().mean().backward()
+    assert len(names) == (53 if frozen else 159)
+    for name in names:
+        got, expected = network.get_parameter(name).grad, state[name].grad
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("layout", ["torchvision", "caffe"])
 @pytest.mark.parametrize("size", [(64, 64), (97, 130)])
 def test_dilation_gives_the_strided_network_at_every_second_cell(layout, size):

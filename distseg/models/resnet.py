@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distseg.models.batch_norm import BatchNorm2d
+from distseg.models.batch_norm import BatchNorm2d, conv_norm
 from distseg.models.checks import require_choice, require_number
 from distseg.models.vgg import MEAN, STD
 from distseg.models.weights import torchvision_file
@@ -72,7 +72,7 @@ class ResNet(nn.Module):
         x = (image - self.mean) / self.std  # (N, 3, H, W)
         if self.is_bgr:
             x = x.flip(1)
-        x = self.relu(self.bn1(self.conv1(x)))  # (N, 64, H/2, W/2)
+        x = self.relu(conv_norm(x, self.conv1, self.bn1))  # (N, 64, H/2, W/2)
         quarter = self.layer1(self.maxpool(x))  # (N, 256, H/4, W/4)
         return quarter, self.layer4(self.layer3(self.layer2(quarter)))  # (N, 2048, H/s, W/s)
 
@@ -91,16 +91,17 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Sequential | None = None
+        self.downsample: nn.Sequential | None = None  # for its names; see forward
         if is_first:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, strides[0] * strides[1], bias=False)
             self.downsample = nn.Sequential(shortcut, BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = self.relu(conv_norm(x, self.conv1, self.bn1))
+        y = self.relu(conv_norm(y, self.conv2, self.bn2))
+        y = conv_norm(y, self.conv3, self.bn3)
+        # in place: no gradient needs the convolution's own output
+        return self.relu(y.add_(x if self.downsample is None else conv_norm(x, *self.downsample)))
 
 
 def imagenet_weights_file(depth: int) -> Path:
