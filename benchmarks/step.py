@@ -44,11 +44,11 @@ def networks(batch_norm: str) -> tuple[nn.Module, nn.Module]:
     return segmentor, build_discriminator("fully_convolutional", NUM_CLASSES)
 
 
-def images(size: int, labelled: bool) -> Images:
+def images(size: int, labelled: bool, batch: int = BATCH) -> Images:
     """A batch of noise with blocks of labels."""
     generator = torch.Generator().manual_seed(int(labelled))
-    pixels = torch.rand(BATCH, 3, size, size, generator=generator)
-    coarse = torch.randint(0, NUM_CLASSES, (BATCH, 1, 6, 6), generator=generator).float()
+    pixels = torch.rand(batch, 3, size, size, generator=generator)
+    coarse = torch.randint(0, NUM_CLASSES, (batch, 1, 6, 6), generator=generator).float()
     label = F.interpolate(coarse, (size, size))[:, 0].to(torch.uint8)
     return Images(pixels, label if labelled else torch.zeros_like(label))
 

@@ -1,0 +1,109 @@
+"""What the training loop adds to the bare alternating step: data, logging, watchdog, agreed stop, checkpoints.
+
+Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates, on the batch at
+hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in every interval, and its cost also
+given apart, as runs save far less often.
+Run: python -m benchmarks.loop [--intervals 6] [--steps 10] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+
+from distseg import train
+from distseg.data.stream import Batch
+from distseg.engine import Metrics, adversarial_step
+from distseg.schedules import phase
+from distseg.trainer import Trainer, to_device
+from shards.pack import pack
+from shards.prepare import prepare
+
+SEMI_STEP = 1000  # by which every term is on
+SETTINGS = [
+    *("preset=voc_hung_semi", "segmentor.init=random", "segmentor.batch_norm=per_rank", "data.num_classes=8"),
+    *("data.crop_px=161", "batch_size=2", "semi.batch_size=2", "semi.start_step=0", "evaluate.num_pictures=0"),
+    *("tracking.wandb=offline", "evaluate.every_steps=0"),
+]
+
+
+class TimedTrainer(Trainer):
+    """A Trainer that interrupts itself for bare steps."""
+
+    every = 10
+    bare: ClassVar[list[float]] = []
+    looped: ClassVar[list[float]] = []
+    saving: ClassVar[list[float]] = []
+    _count, _resumed = 0, 0.0
+
+    def train_step(self, batch: Batch) -> Metrics:
+        if self._count % self.every == 0:
+            now = time.perf_counter()
+            if self._count:
+                self.looped.append((now - self._resumed) / self.every)
+            self.bare.append(self._bare(batch))
+            self._resumed = time.perf_counter()
+        self._count += 1
+        return super().train_step(batch)
+
+    def _bare(self, batch: Batch) -> float:
+        """Seconds of a bare step, over as many as an interval has."""
+        assert batch.unlabelled is not None and self.pair.discriminator is not None
+        parts = [to_device(part, self.ranks.device, self.config) for part in (batch, batch.unlabelled)]
+        before = time.perf_counter()
+        for _ in range(self.every):
+            adversarial_step(self.pair, phase(SEMI_STEP, self.config), *parts)
+            self.pair.segmentor.step(0.0)
+            self.pair.discriminator.step(0.0)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+        return (time.perf_counter() - before) / self.every
+
+
+def timed(method: Any, seconds: list[float]) -> Any:
+    """A method that notes how long it takes."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        before = time.perf_counter()
+        result = method(*arguments, **options)
+        seconds.append(time.perf_counter() - before)
+        return result
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--intervals", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=10, help="of an interval")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", help="further key=value for the run")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    TimedTrainer.every = options.steps
+    with tempfile.TemporaryDirectory() as folder:
+        prepare("toy", None, Path(folder) / "toy.h5")
+        pack(Path(folder) / "toy.h5", Path(folder) / "shards")
+        steps = (options.intervals + 1) * options.steps + 1  # the first interval warms up
+        settings = [*SETTINGS, f"steps={steps}", f"checkpoint.every_steps={options.steps}", *options.overrides]
+        save = timed(train.Checkpoints.save, TimedTrainer.saving)
+        with patch.object(train, "Trainer", TimedTrainer), patch.object(train.Checkpoints, "save", save):
+            train.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
+    bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
+    saving = statistics.median(TimedTrainer.saving[1:-1])
+    ratios = [(loop - saving / options.steps) / step for loop, step in zip(looped, bare, strict=True)]
+    step = statistics.median(bare)
+    print(f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (", end="")
+    print(", ".join(f"{ratio - 1:+.1%}" for ratio in ratios), end=")\n")
+    print(f"a checkpoint keeps the loop for {saving:.2f} s: every 1000 steps {saving / 1000 / step:+.2%}")
+
+
+if __name__ == "__main__":
+    main()
