@@ -1,4 +1,7 @@
-"""Checkpoints: directories of safetensors files, published whole, loaded without running code from them."""
+"""Checkpoints: directories of safetensors files, published whole, loaded without running code from them.
+
+Not torch.distributed.checkpoint's: its metadata is pickled, and unpickling runs whatever code a file contains.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import errno
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from distseg.distributed import Ranks, on_main
+from distseg.reports import Problem, Reports
+from distseg.tensor_files import TensorFile, read, to_host
 from shards.errors import InputError
 from shards.files import check_space, disk_full, published, sync_folder
 
@@ -25,27 +30,87 @@ STATE_FILE, BEST_FILE = "state.json", "best.json"
 class Checkpoints:
     """The checkpoints of one run: save, load, prune.
 
-    checkpoints/step-00000500/<learner>.<part>.safetensors and state.json, written in a hidden directory beside
-    it and renamed when complete and on the disk: a checkpoint is there whole or not at all.
+    checkpoints/step-00000500/<learner>.<part>.safetensors and state.json, written by all ranks in a hidden directory
+    beside it and renamed when complete and on the disk: a checkpoint is there whole or not at all. Of slices (FSDP),
+    <part>.1-of-8 and so on; any number of ranks, under any strategy, reads either.
     `identity` holds what a checkpoint must agree on with the run that loads it (key -> value).
+    async_save: the files are written while training goes on. What goes wrong then is raised by the next call of
+    `save`, `mark_best` or `wait`, on every rank; `failed` tells before.
+    timeout_seconds: how much longer than the main rank another may write.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int, identity: dict[str, Any], ranks: Ranks):
+    def __init__(
+        self,
+        run_dir: Path,
+        keep_last: int,
+        identity: dict[str, Any],
+        ranks: Ranks,
+        *,
+        async_save: bool = False,
+        timeout_seconds: float = 300.0,
+    ):
         self.directory = run_dir / "checkpoints"
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
+        self._async, self._timeout = async_save, timeout_seconds
+        self._reports = Reports(ranks)
+        self._round = 0  # saves so far
+        self._thread: threading.Thread | None = None
+        self._is_pending = False  # a save whose outcome nobody has asked for
+        self._problem: Problem | None = None  # what went wrong in it, as far as this rank knows: the main one all
 
     def save(self, learners: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Write and publish; called on every rank at the same step. Returns the checkpoint's directory."""
+        """Write and publish; called on every rank at the same step. Returns the checkpoint's directory.
+
+        The tensors may change when this returns. Waits for the save before.
+        """
+        self.wait()
         target = self.directory / f"step-{state['step']:08d}"
-        on_main(self._ranks, lambda: self._write(target, learners, state))
+        parts = {name: learner.state_dict() for name, learner in learners.items()}
+        named = {f"{name}.{part}": tensors for name, of_it in parts.items() for part, tensors in of_it.items()}
+        files, copied = to_host(named, self._ranks.rank, self._ranks.world_size)
+        meta = {"version": VERSION, "state": state, "identity": self._identity}
+        meta["parts"] = {name: list(of_it) for name, of_it in parts.items()}
+        on_main(self._ranks, lambda: _raise(_problem(target, lambda: _clear(_partial(target)))))
+        self._round += 1
+        if self._async:
+            # not a daemon: the interpreter waits for it before it ends
+            self._thread = threading.Thread(target=self._write, args=(target, files, copied, meta), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(target, files, copied, meta)
+        self._is_pending = True
+        if not self._async:
+            self.wait()
         return target
+
+    def wait(self) -> None:
+        """Until the last save is published; raises what went wrong, on every rank. Called on every rank."""
+        if not self._is_pending:
+            return
+        self.close()
+        problem = on_main(self._ranks, lambda: self._problem)
+        self._is_pending, self._problem = False, None
+        _raise(problem)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows already that the last save went wrong."""
+        return self._problem is not None
+
+    def close(self) -> None:
+        """Let this rank's writing end, for better or worse."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def mark_best(self, step: int, mean_iou: float) -> None:
         """Tell the score of the checkpoint just saved; it is kept for as long as none is better. On every rank."""
+        self.wait()
         on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; the main rank looks, for all."""
+        self.wait()
         return on_main(self._ranks, lambda: next(iter(reversed(_published(self.directory))), None))
 
     def load(self, path: Path, learners: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +121,9 @@ class Checkpoints:
                 got = f"{path}: {key} is {meta['identity'].get(key)!r}, this run's is {value!r}"
                 raise InputError(got, "a checkpoint of the same data and settings", "choose another run_dir")
         for name, learner in learners.items():
-            learner.load_state_dict({part: _read(path / f"{name}.{part}.safetensors") for part in meta["parts"][name]})
+            own = learner.state_dict()
+            parts = {part: read(path, f"{name}.{part}", own.get(part)) for part in meta["parts"][name]}
+            learner.load_state_dict(parts)
         return meta["state"]
 
     def check_space(self, learners: dict[str, Any]) -> None:
@@ -68,27 +135,26 @@ class Checkpoints:
         action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
         on_main(self._ranks, lambda: check_space(self.directory, needed, action))
 
-    def _write(self, target: Path, learners: dict[str, Any], state: dict[str, Any]) -> None:
-        partial = self.directory / f".partial-{target.name}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            parts: dict[str, list[str]] = {}
-            for name, learner in learners.items():
-                for part, tensors in learner.state_dict().items():
-                    _save(partial / f"{name}.{part}.safetensors", tensors)
-                    parts.setdefault(name, []).append(part)
-            meta = {"version": VERSION, "state": state, "identity": self._identity, "parts": parts}
-            _write_synced(partial / STATE_FILE, json.dumps(meta, indent=1).encode())
-            sync_folder(partial)
-            shutil.rmtree(target, ignore_errors=True)  # the same step again, from a run that was set back
-            os.replace(partial, target)
-            sync_folder(self.directory)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise disk_full(target) from None
+    def _write(self, target: Path, files: list[TensorFile], copied: Callable[[], None], meta: dict[str, Any]) -> None:
+        """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
+        problem = _problem(target, lambda: _write_files(_partial(target), files, copied))
+        if self._ranks.is_main:
+            reports = [problem, *self._reports.of_others(self._round, self._timeout)]
+            problem = next((report for report in reports if report is not None), None)
+            problem = problem or _problem(target, lambda: self._publish(target, meta))
+            if problem is not None:
+                shutil.rmtree(_partial(target), ignore_errors=True)
+        else:
+            self._reports.send(self._round, problem)
+        self._problem = problem
+
+    def _publish(self, target: Path, meta: dict[str, Any]) -> None:
+        partial = _partial(target)
+        _write_synced(partial / STATE_FILE, json.dumps(meta, indent=1).encode())
+        sync_folder(partial)
+        shutil.rmtree(target, ignore_errors=True)  # the same step again, from a run that was set back
+        os.replace(partial, target)
+        sync_folder(self.directory)
         self._prune()
 
     def _mark_best(self, step: int, mean_iou: float) -> None:
@@ -101,6 +167,42 @@ class Checkpoints:
         for path in _published(self.directory)[: -self._keep_last]:
             if int(path.name.removeprefix("step-")) != best_step:
                 shutil.rmtree(path)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".partial-{target.name}")
+
+
+def _clear(partial: Path) -> None:
+    for left in partial.parent.glob(".partial-step-*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_files(partial: Path, files: list[TensorFile], copied: Callable[[], None]) -> None:
+    copied()
+    for file in files:
+        file.write(partial)
+
+
+def _problem(target: Path, work: Callable[[], None]) -> Problem | None:
+    """What went wrong in `work`; None: nothing."""
+    try:
+        work()
+    except InputError as error:
+        return {"got": error.got, "needed": error.needed, "action": error.action}
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors gives the system's error as text
+        is_full = is_full or any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+        if is_full:
+            full = disk_full(target)
+            return {"got": full.got, "needed": full.needed, "action": full.action}
+        if isinstance(error, OSError | SafetensorError):
+            got = f"{target} could not be written: {error}"
+            return {"got": got, "needed": "a disk that takes files", "action": "then run the same command again"}
+        return {"text": f"saving {target}: {type(error).__name__}: {error}"}
+    return None
 
 
 def find(run_dir: Path, which: str) -> Path:
@@ -156,7 +258,7 @@ def saved_precision(run_dir: Path) -> str | None:
 def load_segmentor(path: Path, network: torch.nn.Module) -> str:
     """Copy a checkpoint's segmentor into a network: the averaged one where there is one. Returns which."""
     which = "ema" if "ema" in read_state(path)["parts"] else "segmentor"
-    tensors = _read(path / f"{which}.network.safetensors")
+    tensors = read(path, f"{which}.network")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -175,18 +277,12 @@ def _published(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-" + 8 * "[0-9]") if (path / STATE_FILE).is_file())
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        action = f"remove {path.parent}: the checkpoint before it is then used"
-        raise InputError(f"{path}: {error}", "a whole checkpoint", action) from None
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    # Serialised here and written below, so that a full disk is an OSError like any other; safetensors stores no
-    # strides, hence contiguous.
-    _write_synced(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+def _raise(problem: Problem | None) -> None:
+    """Raise the error of a problem that all ranks were told of; of None, nothing."""
+    if problem is not None:
+        error: Exception = InputError(**problem) if "got" in problem else RuntimeError(problem["text"])
+        error.raised_on_all_ranks = True  # type: ignore[attr-defined]
+        raise error
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -124,6 +124,7 @@ class CheckpointConfig:
 
     every_steps: int = 200
     keep_last: int = 2  # besides the best by validation mIoU
+    async_save: bool = True  # copied to host memory at once, written to the disk while training goes on
 
 
 @dataclass
@@ -142,7 +143,8 @@ class TrackingConfig:
 class ParallelConfig:
     """How the networks are spread over the ranks."""
 
-    strategy: str = "ddp"
+    strategy: str = "ddp"  # ddp: every rank holds all; fsdp: a slice of parameters, gradients, optimizer state
+    shard_size: int = 0  # fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one
     timeout_seconds: float = 300.0  # a rank that gives no sign for so long ends the job, and is named
     check_every: int = 500  # steps between two comparisons of the networks over the ranks; 0: never
 
@@ -195,7 +197,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.ce_reduction": ("mean_valid", "sum"),
     "loss.adv_reduction": ("mean", "sum"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
-    "parallel.strategy": ("ddp",),
+    "parallel.strategy": ("ddp", "fsdp"),
 }
 
 # inclusive bounds; None: open
@@ -249,6 +251,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.every_steps": (1, None),
     "checkpoint.keep_last": (1, None),
     "tracking.log_every": (1, None),
+    "parallel.shard_size": (0, 10**6),
     "parallel.timeout_seconds": (1, 10**6),
     "parallel.check_every": (0, None),
 }

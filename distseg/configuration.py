@@ -184,6 +184,9 @@ def _check(config: Config) -> None:
         needed = "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
         if not config.evaluate.every_steps:
             raise InputError("evaluate.every_steps=0", needed, "write for example evaluate.every_steps=100")
+    if config.parallel.shard_size and config.parallel.strategy != "fsdp":
+        got = f"parallel.shard_size={config.parallel.shard_size} with parallel.strategy={config.parallel.strategy}"
+        raise InputError(got, "networks in slices", "write parallel.strategy=fsdp, or parallel.shard_size=0")
     if config.mode == "semi_supervised" and not config.loss.adv_weight + config.semi.adv_weight + config.semi.weight:
         got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")

@@ -7,6 +7,7 @@ import pickle
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,6 +154,18 @@ def on_all(ranks: Ranks, value: Result) -> list[Result]:
     return values
 
 
+def own_store(ranks: Ranks) -> Any:
+    """A part of the job's key-value store, over a connection of its own: a call that waits holds up no other.
+
+    Called on every rank at once; every call gives another part, so that what ranks wrote that torchrun has started
+    again since is not read.
+    """
+    name = on_main(ranks, lambda: uuid.uuid4().hex)
+    store = dist.distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)  # absent from older releases, which then share the connection
+    return dist.PrefixStore(name, clone() if clone is not None else store)
+
+
 class StopRequest:
     """Turns a signal to any rank into a stop of all ranks at the same step boundary.
 
@@ -185,9 +198,9 @@ class StopRequest:
         """Which signal it was, for people."""
         return f"{self.signal_name} here" if self.signal_name else "a signal to another rank"
 
-    def begin(self) -> None:
-        """Start to sum the flags of all ranks."""
-        self._tensor.fill_(self._flag)
+    def begin(self, is_wanted: bool = False) -> None:
+        """Start to sum the flags of all ranks; `is_wanted` asks for a stop as a signal does."""
+        self._tensor.fill_(self._flag or is_wanted)
         self._work = dist.all_reduce(self._tensor, async_op=True)
 
     def agreed(self) -> bool:

@@ -7,19 +7,38 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from distseg.parallel import Learner
+from distseg.parallel.slices import fill, is_sliced, slice_of
+
 
 class MovingAverage:
     """average = decay * average + (1 - decay) * network after every update; whole-number buffers are copied.
 
-    `network` is the averaged copy, in evaluation mode. The decay warms up as (1 + n) / (10 + n) after n
-    updates, so that the initial weights are soon forgotten (the rule of TensorFlow's ExponentialMovingAverage).
+    Where this rank holds slices of the network's parameters, it averages those. The decay warms up as
+    (1 + n) / (10 + n) after n updates, so that the initial weights are soon forgotten (the rule of TensorFlow's
+    ExponentialMovingAverage).
     """
 
-    def __init__(self, source: nn.Module, decay: float):
+    def __init__(self, source: Learner, decay: float):
         self.decay = decay
-        self.network = copy.deepcopy(source).eval().requires_grad_(False)
-        self._source = source
+        self._source, new = source, source.network.state_dict()
+        self._network: nn.Module | None = None
+        if any(is_sliced(tensor) for tensor in new.values()):
+            self._average = {name: tensor.clone() for name, tensor in new.items()}
+        else:
+            self._network = copy.deepcopy(source.network).eval().requires_grad_(False)
+            self._average = self._network.state_dict()
+        # Looked up once: the learner's tensors stay the same memory, and to list those of FSDP takes long
+        self._pairs = list(zip(_held(self._average), _held(new), strict=True))
         self.num_updates = torch.zeros((), dtype=torch.int64)
+
+    def whole(self) -> nn.Module:
+        """The averaged network with all its parameters, in evaluation mode; called on every rank."""
+        if self._network is not None:
+            return self._network
+        network = self._source.whole().eval()
+        fill(network, self._average)
+        return network
 
     @torch.no_grad()
     def update(self) -> None:
@@ -27,22 +46,25 @@ class MovingAverage:
         self.num_updates += 1
         n = int(self.num_updates)
         decay = min(self.decay, (1 + n) / (10 + n))
-        own, new = _tensors(self.network), _tensors(self._source)
-        floating = [(a, b) for a, b in zip(own, new, strict=True) if a.is_floating_point()]
+        floating = [(a, b) for a, b in self._pairs if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1.0 - decay)
-        for a, b in zip(own, new, strict=True):
+        for a, b in self._pairs:
             if not a.is_floating_point():
                 a.copy_(b)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The averaged network's tensors and the number of updates."""
-        return {"network": self.network.state_dict(), "counters": {"num_updates": self.num_updates}}
+        return {"network": self._average, "counters": {"num_updates": self.num_updates}}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Copy in what `state_dict` gave."""
-        self.network.load_state_dict(state["network"])
+        if self._average.keys() != state["network"].keys():
+            different = sorted(self._average.keys() ^ state["network"].keys())
+            raise KeyError(f"averaged network: {different[:4]} on one side only")
+        for name, tensor in self._average.items():
+            tensor.copy_(state["network"][name])
         self.num_updates.copy_(state["counters"]["num_updates"])
 
 
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return list(network.state_dict(keep_vars=False).values())
+def _held(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [slice_of(tensor).rows for tensor in tensors.values()]

@@ -61,7 +61,7 @@ class View:
 class Evaluator:
     """Scores a network on a split, on all ranks together, and keeps the last result."""
 
-    network: nn.Module
+    whole: Callable[[], nn.Module]  # the network to score with all its parameters, called on every rank
     samples: SampleSet
     ranks: Ranks
     view: View
@@ -76,8 +76,9 @@ class Evaluator:
 
         Rank r looks at images r, r + world_size, ...; nothing is padded or dropped, and one all-reduce adds up.
         """
-        was_training = self.network.training
-        self.network.eval()
+        network = self.whole()
+        was_training = network.training
+        network.eval()
         num_classes, device = self.samples.classes.num_classes, self.ranks.device
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         log_loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -85,12 +86,12 @@ class Evaluator:
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
         for _, _, image, array in evaluation_samples(self.samples, *shares):
             self.mark("evaluation")
-            chances, label = self.view(self.network, image), torch.from_numpy(array).to(device)
+            chances, label = self.view(network, image), torch.from_numpy(array).to(device)
             confusion += confusion_matrix(chances.argmax(dim=0), label, num_classes)
             log_loss += log_loss_sum(chances, label)
             if num_classes == 2:
                 at_thresholds += threshold_counts(chances[1], label)
-        self.network.train(was_training)
+        network.train(was_training)
         self.result = scores(all_reduce_sum(confusion))
         self.extra = {"loss": float(all_reduce_sum(log_loss)) / self.result.num_pixels}
         if num_classes == 2:
@@ -141,7 +142,7 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-    evaluator = Evaluator(network, samples, ranks, view, config.data.num_threads)
+    evaluator = Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
     evaluator()
     step = checkpoint.read_state(path)["state"]["step"]
     other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,16 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
     return list(groups.values())
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with its state made at once, so that a checkpoint has the same keys at every step."""
+def build_optimizer(
+    network: nn.Module, config: OptimizerConfig, held: Mapping[Tensor, Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or SGD with its state made at once, so that a checkpoint has the same keys at every step.
+
+    held: what the optimizer shall work on in place of each parameter, such as this rank's shard of it.
+    """
     groups = parameter_groups(network, config)
+    if held is not None:
+        groups = [group | {"params": [held[parameter] for parameter in group["params"]]} for group in groups]
     optimizer: torch.optim.Optimizer
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
@@ -49,10 +58,13 @@ def _initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tens
     return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
 
 
-def clip(parameters: list[Tensor], clip_norm: float) -> Tensor:
-    """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when that is > 0."""
+def clip(parameters: list[Tensor], clip_norm: float, of_all: Callable[[Tensor], Tensor] = lambda norm: norm) -> Tensor:
+    """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when that is > 0.
+
+    of_all: from the norm of these gradients to that of all, where other ranks hold the rest.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = of_all(nn.utils.get_total_norm(gradients))
     if clip_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm

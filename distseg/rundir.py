@@ -8,7 +8,7 @@ from typing import TextIO
 
 from distseg import configuration
 from distseg.config import Config
-from distseg.distributed import Ranks, on_main
+from distseg.distributed import Ranks, on_all, on_main
 from shards.errors import InputError
 from shards.files import published
 
@@ -20,13 +20,20 @@ class RunDirectory:
     """A run directory that this job has to itself, with the configuration saved in it.
 
     The lock is the main rank's and ends with its process, however that ends. Raises InputError, on every rank, when
-    another job trains there, when the directory holds a run of another configuration, or when it cannot be written.
+    another job trains there, when the directory holds a run of another configuration, when it cannot be written, or
+    when a rank does not see it: every rank writes its part of a checkpoint there.
     """
 
     def __init__(self, path: Path, config: Config, ranks: Ranks):
         self.path = path
         self._lock: TextIO | None = None
         on_main(ranks, lambda: self._claim(config))
+        blind = [rank for rank, sees in enumerate(on_all(ranks, (path / CONFIG_FILE).is_file())) if not sees]
+        if blind:
+            got = f"rank {blind[0]} does not see {path.absolute()}, which rank 0 has just written to"
+            error = InputError(got, "a directory that all machines share", "write run_dir=DIR on a shared file system")
+            error.raised_on_all_ranks = True  # type: ignore[attr-defined]
+            raise error
 
     def _claim(self, config: Config) -> None:
         saved = self.path / CONFIG_FILE

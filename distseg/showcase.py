@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from distseg import pictures
 from distseg.checkpoint import write_json
 from distseg.data.samples import SampleSet
@@ -17,17 +19,20 @@ def score_again(trainer: Trainer) -> None:
         trainer.evaluator()
 
 
-def show(trainer: Trainer, val_set: SampleSet) -> None:
-    """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank."""
+def show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
+    """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank.
+
+    network: the one that was scored, with all its parameters.
+    """
     if trainer.ranks.is_main:  # the others need not wait, so no time limit of theirs ends the drawing
-        _show(trainer, val_set)
+        _show(trainer, network, val_set)
 
 
-def _show(trainer: Trainer, val_set: SampleSet) -> None:
+def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     run_dir, step = Path(trainer.config.run_dir), trainer.state.step
     evaluator = trainer.evaluator
     assert evaluator.result is not None
-    evaluator.network.eval()  # training is over
+    network.eval()  # training is over
     write_json(run_dir / "evaluation.json", evaluator.report(step))
     class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
     pictures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
@@ -37,7 +42,7 @@ def _show(trainer: Trainer, val_set: SampleSet) -> None:
     count = min(trainer.config.evaluate.num_pictures, len(val_set))
     for index in (i * len(val_set) // count for i in range(count)):
         key, image, label = val_set.load(index)
-        probabilities = evaluator.view(evaluator.network, image).cpu().numpy()
+        probabilities = evaluator.view(network, image).cpu().numpy()
         out = run_dir / "pictures" / "samples" / f"{key}.png"
         pictures.sample_panel(image, label, probabilities, val_set.classes, out)
         trainer.tracker.image(step, f"samples/{key}", out)

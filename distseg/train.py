@@ -23,7 +23,7 @@ from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
 from distseg.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
-from distseg.parallel import wrap
+from distseg.parallel import check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
 from distseg.progress import Progress
 from distseg.rundir import RunDirectory
@@ -49,6 +49,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         return 0
     _, world_size, _ = resolve_ranks(dict(os.environ))
     check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
+    check_shard_size(config.parallel.shard_size, world_size)
     data = open_data(config, world_size)
     segmentor, discriminator = build_networks(config, data.train.classes.num_classes)
 
@@ -98,10 +99,12 @@ def train_and_show(
         done = trainer.fit(stream, stop)
         if done:
             score_again(trainer)
+            network = trainer.evaluator.whole()
             watchdog.close()  # what is left is the main rank's alone
-            show(trainer, data.val)
+            show(trainer, network, data.val)
         exit_code = 0
     finally:
+        trainer.checkpoints.close()
         stream.close()
         trainer.progress.close()
         trainer.tracker.finish(exit_code)
@@ -183,17 +186,24 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
 
 def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path, watchdog: Watchdog) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
-    ema = MovingAverage(pair.segmentor.network, config.ema_decay) if config.ema_decay > 0 else None
+    ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
-    network = pair.segmentor.network if ema is None else ema.network
-    evaluator = Evaluator(network, data.val, ranks, view, config.data.num_threads, watchdog.mark)
+    scored = pair.segmentor if ema is None else ema
+    evaluator = Evaluator(scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark)
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
     if config.data.labelled != "all":
         identity |= {"labelled_sha256": sha256_of_keys(data.train.keys)}
     identity |= {"palette": [list(color) for color in classes.palette]}
     identity |= {"batch_size": config.batch_size, "seed": config.seed, "precision": config.precision}
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last, identity, ranks)
+    checkpoints = Checkpoints(
+        run_dir,
+        config.checkpoint.keep_last,
+        identity,
+        ranks,
+        async_save=config.checkpoint.async_save,
+        timeout_seconds=config.parallel.timeout_seconds,
+    )
 
     state, learners = TrainState(), memory_of(pair, ema)
     checkpoints.check_space(learners)
@@ -251,7 +261,8 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     if num_layers and ranks.world_size > 1:
         lines += [f"batch norm: synchronised, {num_layers} layers that wait for all ranks in forward and backward"]
     lines += [f"images: {images} for training, {len(data.val)} for validation"]
-    lines += [f"{ranks.world_size} x {ranks.device.type} | {config.precision} | {batch} | {config.run_dir}"]
+    where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
+    lines += [f"{where} | {config.precision} | {batch} | {config.run_dir}"]
     if step:
         lines += [f"resumed at step {step} of {config.steps}"]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_all, on_m
 from distseg.ema import MovingAverage
 from distseg.engine import Images, Metrics, Pair, adversarial_step, supervised_step
 from distseg.evaluate import Evaluator
+from distseg.parallel.slices import slice_of
 from distseg.progress import Progress
 from distseg.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
 from distseg.tracking import Tracker
@@ -65,7 +66,7 @@ class Trainer:
             self.watchdog.mark(f"step {self.state.step + 1}, waiting for data")
             batch = next(stream)
             self.watchdog.mark(f"step {self.state.step + 1}")
-            stop.begin()
+            stop.begin(self.checkpoints.failed)
             metrics = self.train_step(batch)
             if logged(self.state.step, self.config):
                 self._log(self.state.step + 1, metrics, clock.lap(self.state.step + 1, stream.wait_seconds))
@@ -77,10 +78,12 @@ class Trainer:
                 self.watchdog.mark(f"step {self.state.step}, saving")
                 self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
             if stopping:  # within the time that a signal leaves; an evaluation due now is made up on resuming
+                self.checkpoints.wait()
                 where = f"step {self.state.step} of {self.config.steps}"
                 self.progress.message(f"stopped at {where} ({stop.reason()}), checkpoint saved")
                 return False
             if self._is_done():
+                self.checkpoints.wait()
                 stop.release()  # nothing is left that a signal could lose
             if self._evaluation_due():  # after saving, so that nothing that goes wrong here costs a step
                 self.evaluate()
@@ -169,24 +172,35 @@ class Trainer:
 
 def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
     """Raise RuntimeError, on every rank, unless all ranks hold the same networks, bit by bit."""
-    learners = [learner for learner in (pair.segmentor, pair.discriminator) if learner is not None]
-    sums = on_all(ranks, [_fingerprint(learner.network) for learner in learners])
-    different = [rank for rank, of_rank in enumerate(sums) if of_rank != sums[0]]
-    if different:
-        name = "segmentor" if sums[different[0]][0] != sums[0][0] else "discriminator"
-        others = ", ".join(str(rank) for rank in different)
-        text = f"step {step}: the {name} of rank {others} differs from rank 0's; the last checkpoint is rank 0's"
-        raise RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
+    named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
+    sums = on_all(ranks, {name: _fingerprint(it.network) for name, it in named.items() if it is not None})
+    for name in sums[0]:
+        of_ranks = [of_rank[name] for of_rank in sums]
+        # a rank's slices are compared with those of the first rank that holds the same ones
+        first = {which: of_slices for (which, of_slices), _ in reversed(of_ranks)}
+        expected = [(first[which], of_ranks[0][1]) for (which, _), _ in of_ranks]
+        found = [(of_slices, of_whole) for (_, of_slices), of_whole in of_ranks]
+        others = ", ".join(str(rank) for rank in range(len(found)) if found[rank] != expected[rank])
+        if others:
+            text = f"step {step}: the {name} of rank {others} differs from rank 0's; the last checkpoint is rank 0's"
+            raise RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
 
 
 @torch.no_grad()
-def _fingerprint(network: torch.nn.Module) -> int:
-    """A sum over the bits of all parameters and buffers, each tensor with a weight of its own."""
+def _fingerprint(network: torch.nn.Module) -> tuple[tuple[int, int], int]:
+    """((which slices, a sum over their bits), the same sum over parameters and buffers that are whole)."""
+    held = [slice_of(tensor) for tensor in network.state_dict().values()]
+    slices = [part.rows for part in held if part.count > 1]
+    which = max(part.index for part in held)
+    return (which, _bit_sum(slices)), _bit_sum([part.rows for part in held if part.count == 1])
+
+
+def _bit_sum(tensors: list[torch.Tensor]) -> int:
+    """A sum over the bits of tensors, each with a weight of its own."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    tensors = network.state_dict().values()
     sums = [tensor.contiguous().view(integers[tensor.element_size()]).sum() for tensor in tensors]
-    flat = torch.stack(sums)
-    return int((flat * (2 * torch.arange(len(flat), device=flat.device) + 1)).sum())
+    weighted = [(2 * place + 1) * value for place, value in enumerate(sums)]
+    return int(torch.stack(weighted).sum()) if weighted else 0
 
 
 def logged(step: int, config: Config) -> bool:

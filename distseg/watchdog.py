@@ -10,9 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
-from distseg.distributed import Ranks
+from distseg.distributed import Ranks, own_store
 
 LOST_RANK_EXIT_CODE = 75  # sysexits.h: a temporary failure, so that a scheduler may start the same command again
 VERDICT = "verdict"
@@ -41,7 +39,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if ranks.world_size > 1:
-            self._store = _own_connection()
+            self._store = own_store(ranks)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
@@ -141,10 +139,3 @@ class Watchdog:
 def _named(rank: int, said: str) -> str:
     words = said.split(maxsplit=3)
     return f"rank {rank} on {words[2]} (last at {words[3]})" if len(words) == 4 else f"rank {rank}"
-
-
-def _own_connection() -> Any:
-    """The job's store under a prefix, over a connection of its own: a call that waits must not hold up the beats."""
-    store = dist.distributed_c10d._get_default_store()
-    clone = getattr(store, "clone", None)  # absent from older releases, which then share the connection
-    return dist.PrefixStore("watchdog", clone() if clone is not None else store)

@@ -15,7 +15,7 @@ from typing import Any
 
 # Forked from one process that has imported torch, which takes longer than most of what is run here
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["distseg.train"])
+CONTEXT.set_forkserver_preload(["distseg.train", "distseg.parallel.fsdp"])
 TIMEOUT_SECONDS = 240
 
 

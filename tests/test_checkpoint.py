@@ -5,17 +5,27 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from distseg import checkpoint
 from distseg.checkpoint import Checkpoints
 from distseg.distributed import Ranks
+from distseg.ema import MovingAverage
+from distseg.parallel import fsdp
+from distseg.tensor_files import TensorFile, read
 from shards.errors import InputError
+from tests.ranks import CONTEXT, run_ranks
+from tests.test_fsdp import FSDP, HYBRID, gradients, make_pair
 
 RANKS = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -56,8 +66,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         assert torch.equal(tensor, loaded.tensors["network"][name])
 
 
-def test_keeps_the_last_ones_and_the_best(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS)
+@pytest.mark.parametrize("async_save", [False, True])
+def test_keeps_the_last_ones_and_the_best(tmp_path: Path, async_save: bool) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS, async_save=async_save)
     for step, mean_iou in ((10, 0.2), (20, 0.5), (30, 0.3), (40, 0.5), (50, 0.4)):
         checkpoints.save({"segmentor": Holder(step)}, state(step))
         checkpoints.mark_best(step, mean_iou)
@@ -135,3 +146,141 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (path / "state.json").write_text(json.dumps(meta | {"version": 99}))
     with pytest.raises(InputError, match="version 99"):
         checkpoint.read_state(path)
+
+
+def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: Path) -> None:
+    """Load a checkpoint, or train three steps, with one update left out; then save."""
+    fsdp.BLOCK_PARAMETERS = 10_000
+    pair, config = make_pair(ranks, overrides)
+    ema = MovingAverage(pair.segmentor, 0.9)
+    learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
+    checkpoints = Checkpoints(target, 2, {}, ranks, async_save=True)
+    if start is not None:
+        for learner in learners.values():  # nothing that is not loaded may pass for it
+            for tensors in learner.state_dict().values():
+                for tensor in tensors.values():
+                    tensor.zero_()
+        assert checkpoints.load(checkpoint.find(start, "last"), learners) == state(3)
+    for step in range(0 if start is not None else 3):
+        gradients(ranks, pair, config, step)
+        if step == 2:
+            next(pair.discriminator.network.parameters()).grad.fill_(float("nan"))
+        pair.segmentor.step(1.0)
+        pair.discriminator.step(1.0)
+        ema.update()
+    checkpoints.save(learners, state(3))
+    checkpoints.wait()
+
+
+def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path: Path) -> None:
+    links = [(2, ()), (3, FSDP), (4, HYBRID), (1, FSDP), (2, FSDP), (4, ())]
+    for index, (num_ranks, overrides) in enumerate(links):
+        run_ranks(num_ranks, chain, overrides, tmp_path / str(index - 1) if index else None, tmp_path / str(index))
+    first, last = (sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "5"))
+    assert len(first) == 8 and [path.name for path in first] == [path.name for path in last]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in last]
+    assert float(read(first[0].parent, "discriminator.counters")["skips"]) == 1
+    sliced = checkpoint.find(tmp_path / "1", "last")
+    assert len(list(sliced.glob("segmentor.optimizer.*-of-3.safetensors"))) == 3
+    pieces = read(sliced, "segmentor.optimizer")
+    assert all(
+        torch.equal(tensor, pieces[name]) for name, tensor in read(first[0].parent, "segmentor.optimizer").items()
+    )
+    (sliced / "segmentor.optimizer.2-of-3.safetensors").unlink()
+    with pytest.raises(InputError, match=r"segmentor\.optimizer: file 2 is missing"):
+        read(sliced, "segmentor.optimizer")
+
+
+def test_writing_goes_on_beside_training_with_the_values_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS, async_save=True)
+    go, write = threading.Event(), TensorFile.write
+
+    def slowly(file: TensorFile, folder: Path) -> None:
+        assert go.wait(60)
+        write(file, folder)
+
+    monkeypatch.setattr(TensorFile, "write", slowly)
+    holder = Holder(1)
+    checkpoints.save({"segmentor": holder}, state(1))
+    holder.tensors["network"]["weight"].fill_(7)  # the next steps
+    assert names(tmp_path) == []
+    go.set()
+    latest = checkpoints.latest()  # waits
+    assert latest is not None and latest.name == "step-00000001"
+    checkpoints.load(latest, {"segmentor": holder})
+    assert (holder.tensors["network"]["weight"] == 1).all()
+
+
+def save_badly(ranks: Ranks, run_dir: Path, fault: str) -> tuple[str, bool]:
+    """Two saves, the second of which fails on the last rank: what is raised by the third, and whether it was known."""
+    checkpoints = Checkpoints(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=1.0)
+    learners = {"segmentor": Holder(1), "discriminator": Holder(2)}
+    checkpoints.save(learners, state(1))
+    checkpoints.wait()
+
+    def write(file: TensorFile, folder: Path) -> None:
+        if fault == "full":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        time.sleep(3)
+
+    if ranks.rank == ranks.world_size - 1:
+        TensorFile.write = write  # type: ignore[method-assign]
+    checkpoints.save(learners, state(2))
+    while ranks.is_main and not checkpoints.failed:
+        time.sleep(0.01)
+    try:
+        checkpoints.save(learners, state(3))
+    except InputError as error:
+        return str(error), hasattr(error, "raised_on_all_ranks")
+    except RuntimeError as error:
+        return str(error), hasattr(error, "raised_on_all_ranks")
+    return "", False
+
+
+@pytest.mark.parametrize(("fault", "text"), [("full", "disk full at"), ("slow", "rank 1 has not written its part")])
+def test_a_failure_on_one_rank_reaches_all_and_harms_no_checkpoint(fault: str, text: str, tmp_path: Path) -> None:
+    for said, is_known_to_all in run_ranks(2, save_badly, tmp_path, fault):
+        assert text in said and is_known_to_all
+    assert names(tmp_path) == ["step-00000001"]
+    holder = Holder(0)
+    Checkpoints(tmp_path, 2, {}, RANKS).load(checkpoint.find(tmp_path, "last"), {"segmentor": holder})
+    assert (holder.tensors["network"]["weight"] == 1).all()
+
+
+def die_writing(run_dir: Path) -> None:
+    checkpoints = Checkpoints(run_dir, 2, {}, RANKS, async_save=True)
+    checkpoints.save({"segmentor": Holder(1)}, state(1))
+    checkpoints.wait()
+    write = TensorFile.write
+
+    def die(file: TensorFile, folder: Path) -> None:
+        write(file, folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    TensorFile.write = die  # type: ignore[method-assign]
+    checkpoints.save({"segmentor": Holder(2)}, state(2))
+    checkpoints.wait()
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=die_writing, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == ["step-00000001"]
+    assert (tmp_path / "checkpoints" / ".partial-step-00000002" / "segmentor.network.safetensors").is_file()
+    checkpoints, holder = Checkpoints(tmp_path, 2, {}, RANKS), Holder(0)
+    checkpoints.load(checkpoint.find(tmp_path, "last"), {"segmentor": holder})
+    assert (holder.tensors["network"]["weight"] == 1).all()
+    checkpoints.save({"segmentor": holder}, state(3))  # which clears the leftovers away
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    other: Any = Holder(0)
+    other.tensors["network"]["weight"] = torch.zeros(4, 1, 2, 2)  # to which the saved one could be broadcast
+    with pytest.raises(InputError, match=r"weight of shape \(4, 3, 2, 2\)"):
+        Checkpoints(tmp_path, 2, {}, RANKS).load(path, {"segmentor": other})

@@ -100,7 +100,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
             learners[0].step(1.0)
         if now.discriminator:
             learners[1].step(1.0)
-    return values_of(segmentor), values_of(judge)
+    return values_of(learners[0].whole()), values_of(learners[1].whole())
 
 
 def values_of(network: nn.Module) -> dict[str, Any]:
@@ -211,9 +211,13 @@ def references() -> list[Any]:
 def test_steps_equal_the_formulas_on_the_joined_batch(num_ranks: int, references: list[Any]) -> None:
     for of_rank in run_ranks(num_ranks, train_all):
         for case, got, expected in zip(CASES, of_rank, references, strict=True):
-            for mine, theirs in zip(got, expected, strict=True):
-                worst = max(abs(mine[name] - theirs[name]).max() for name in theirs)
-                assert worst <= 1e-12, f"{case} differs by {worst}"
+            check_equal(case, got, expected)
+
+
+def check_equal(case: str, got: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        worst = max(abs(mine[name] - theirs[name]).max() for name in theirs)
+        assert worst <= 1e-12, f"{case} differs by {worst}"
 
 
 IN_PARTS = [CASES["scaling, smoothing, sums"], [*CASES["semi, a score per cell"], "semi.weight=0"]]
@@ -228,5 +232,4 @@ def test_images_taken_in_parts_give_the_same_steps(num_ranks: int, num_parts: in
     expected = [reference(overrides) for overrides in IN_PARTS]
     for of_rank in run_ranks(num_ranks, train_in_parts, num_parts):
         for got, wanted in zip(of_rank, expected, strict=True):
-            for mine, theirs in zip(got, wanted, strict=True):
-                assert max(abs(mine[name] - theirs[name]).max() for name in theirs) <= 1e-12
+            check_equal("in parts", got, wanted)

@@ -136,13 +136,13 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
     automatic = [*SMALL, f"data.shards={toy_shards}", f"run_dir={run_dir}", "precision=auto", "steps=2", "ema_decay=0"]
     monkeypatch.setattr(device, "_has_bf16", lambda where: True)
     seen = []
-    monkeypatch.setattr(train, "show", lambda trainer, val_set: seen.append(trainer.config.precision))
+    monkeypatch.setattr(train, "show", lambda trainer, *_: seen.append(trainer.config.precision))
     assert main(["train", *automatic]) == 0
     monkeypatch.setattr(device, "_has_bf16", lambda where: False)
     monkeypatch.setattr(
         train,
         "show",
-        lambda trainer, val_set: seen.append((trainer.config.precision, signal.getsignal(signal.SIGTERM))),
+        lambda trainer, *_: seen.append((trainer.config.precision, signal.getsignal(signal.SIGTERM))),
     )
     assert main(["train", *automatic]) == 0
     assert seen == ["bf16", ("bf16", signal.SIG_DFL)]
@@ -296,10 +296,13 @@ def test_bad_input_is_refused_before_training(
     assert "evaluate.every_steps" in refusal(capsys, *good, "schedule=plateau", "evaluate.every_steps=0")
     assert "momentum" in refusal(capsys, *good, "segmentor_optimizer.nesterov=true")
     assert "data.crop_px=128" in refusal(capsys, *good, "discriminator=fully_convolutional")
+    assert "parallel.strategy=fsdp" in refusal(capsys, *good, "parallel.shard_size=2")
     ranks = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for key, value in ranks.items():
         monkeypatch.setenv(key, value)
-    assert "3" in refusal(capsys, *good)
+    assert "batch_size=4 for 3 ranks" in refusal(capsys, *good)
+    sliced = ["batch_size=3", "parallel.strategy=fsdp", "parallel.shard_size=2"]
+    assert "parallel.shard_size=2 for 3 ranks" in refusal(capsys, *good, *sliced)
     assert not (tmp_path / "run").exists()
 
 

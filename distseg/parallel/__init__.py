@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from distseg.config import Config, OptimizerConfig
 from distseg.distributed import Ranks
 from distseg.parallel.ddp import DDPLearner
+from shards.errors import InputError
 
-__all__ = ["Learner", "Root", "backward", "wrap"]
+__all__ = ["Learner", "Root", "backward", "check_shard_size", "wrap"]
 
 Root = tuple[Tensor, Tensor | None]  # where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
 
@@ -20,7 +21,10 @@ Root = tuple[Tensor, Tensor | None]  # where a backward begins: a tensor, and it
 class Learner(Protocol):
     """A network that can be trained, whatever spreads it over the ranks."""
 
-    network: nn.Module  # bare: evaluation, frozen use, parameter count
+    network: nn.Module  # bare: its attributes and parameter count; its parameters may be slices
+
+    def whole(self) -> nn.Module:
+        """The network with all its parameters on this rank, for evaluation; called on every rank."""
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast; the gradients of a later backward will be averaged over the ranks."""
@@ -58,4 +62,17 @@ def backward(work: Sequence[tuple[Learner, Sequence[Root]]]) -> None:
 
 def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks) -> Learner:
     """Move a network to the rank's device and make it a learner by `config.parallel.strategy`."""
-    return {"ddp": DDPLearner}[config.parallel.strategy](network, optimizer, config, ranks)
+    return {"ddp": DDPLearner, "fsdp": _fsdp}[config.parallel.strategy](network, optimizer, config, ranks)
+
+
+def check_shard_size(shard_size: int, world_size: int) -> None:
+    """Raise InputError unless the ranks divide into groups of `shard_size` (0: one group)."""
+    if shard_size and world_size % shard_size:
+        got = f"parallel.shard_size={shard_size} for {world_size} ranks"
+        raise InputError(got, "a divisor of the number of ranks", "write parallel.shard_size=0 for one group of all")
+
+
+def _fsdp(*arguments: Any) -> Learner:
+    from distseg.parallel.fsdp import FSDPLearner  # takes seconds that other runs need not wait
+
+    return FSDPLearner(*arguments)

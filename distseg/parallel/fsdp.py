@@ -1,0 +1,107 @@
+"""FSDP2: every rank holds a slice of each parameter, its gradient and its optimizer state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from distseg.config import Config, OptimizerConfig
+from distseg.distributed import Ranks, all_reduce_sum
+from distseg.parallel.slices import fill, of_same_slice, slice_of
+from distseg.parallel.torch_learner import TorchLearner, dtype_of
+
+BLOCK_PARAMETERS = 2**20  # a layer with so many is gathered by itself, when it is its turn; the rest all at once
+
+
+class FSDPLearner(TorchLearner):
+    """A network under FSDP2 with its optimizer; see distseg.parallel.Learner.
+
+    Parameters stay in full precision and autocast chooses the kernels' types, so the numbers are DDP's. The optimizer
+    works on the plain tensors behind the DTensors: its fused kernels, with `found_inf`, as everywhere else.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks):
+        # FSDP shards contiguous parameters only; channels_last is then a matter of the images
+        network = network.to(ranks.device, dtype_of(config)).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self._plain = copy.deepcopy(network).to("meta").requires_grad_(False)  # what `whole` fills; no memory
+        mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
+        for block in blocks(network):
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
+        held: dict[Tensor, Tensor] = {p: nn.Parameter(slice_of(p).rows, p.requires_grad) for p in network.parameters()}
+        super().__init__(network, network, optimizer, config, ranks, held)
+
+    def whole(self) -> nn.Module:
+        """See Learner.whole: a copy, as of this call."""
+        network = copy.deepcopy(self._plain).to_empty(device=self._device_type)
+        fill(network, self.network.state_dict())
+        for own, new in zip(network.buffers(), self.network.buffers(), strict=True):
+            own.copy_(new)  # those too that a state dict leaves out
+        return network
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """See Learner.no_sync."""
+        self.network.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    @staticmethod
+    def backward(work: Sequence[tuple[FSDPLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
+        """See distseg.parallel.backward: ONE backward, the discriminator's graph first, as it was made last.
+
+        No parameters are named, as under DDP: FSDP reduces what its hooks on the way find, and a backward towards
+        named tensors goes past them. The gradient that reaches the fake label maps, a leaf, is lost with them.
+        """
+        roots, gradients = zip(*(root for _, roots in work for root in roots), strict=True)
+        torch.autograd.backward(roots, gradients)
+
+    def _take_gradients(self) -> None:
+        for parameter, tensor in self._held.items():
+            if parameter.grad is not None:
+                tensor.grad, parameter.grad = slice_of(parameter.grad).rows, None
+
+    def _norm_of_all(self, norm: Tensor) -> Tensor:
+        # Over ALL ranks, so that all get the same bits and decide alike; each replica adds the same
+        squares = all_reduce_sum(norm.double().square()) / self._num_replicas
+        return squares.sqrt().to(norm.dtype)
+
+    def _as_part_of(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        counts_steps = tensor.ndim == 0  # AdamW's; no parameter is a single number
+        return tensor if counts_steps else of_same_slice(tensor, parameter)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The layers that are gathered one at a time: the large ones in a Sequential or ModuleList, none within another.
+
+    Others are used through more than their forward, such as a weight that is read by the layer around it.
+    """
+    found: list[nn.Module] = []
+    for child in network.children():
+        is_layer = isinstance(network, nn.Sequential | nn.ModuleList)
+        is_layer = is_layer and not isinstance(child, nn.Sequential | nn.ModuleList)
+        if is_layer and sum(parameter.numel() for parameter in child.parameters()) >= BLOCK_PARAMETERS:
+            found.append(child)
+        else:
+            found += blocks(child)
+    return found
+
+
+@lru_cache(maxsize=1)  # both networks on one mesh, and so on the same communicators
+def _mesh(world: dist.ProcessGroup, ranks: Ranks, shard_size: int) -> DeviceMesh:
+    """All ranks in a row; or (replicas, shards), the ranks of a row next to each other."""
+    if shard_size in (0, ranks.world_size):
+        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    shape = (ranks.world_size // shard_size, shard_size)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replica", "shard"))

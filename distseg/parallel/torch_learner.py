@@ -1,0 +1,127 @@
+"""What the learners of DDP and FSDP share: torch's optimizers, each on the tensors that this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config import Config, OptimizerConfig
+from distseg.device import autocast_dtype
+from distseg.distributed import Ranks
+from distseg.optimizers import LossScale, build_optimizer, clip, guarded_step
+from distseg.parallel.running_statistics import RunningStatistics
+
+
+class TorchLearner:
+    """A network already spread over the ranks, with its optimizer; see distseg.parallel.Learner.
+
+    forward: the network with whatever exchanges its gradients. held: the tensor that this rank holds of a parameter,
+    which the optimizer works on; the parameter itself, where it is whole.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        forward: Callable[..., Any],
+        optimizer: OptimizerConfig,
+        config: Config,
+        ranks: Ranks,
+        held: dict[Tensor, Tensor] | None = None,
+    ):
+        self.network, self._forward = network, forward
+        self._named = dict(network.named_parameters())  # now: under FSDP a forward puts whole ones in their place
+        self._held = held or {parameter: parameter for parameter in self._named.values()}
+        self.optimizer = build_optimizer(network, optimizer, self._held)
+        self.clip_norm = optimizer.clip_norm
+        self.trained = [self._held[parameter] for parameter in self._named.values() if parameter.requires_grad]
+        self.counters = {name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")}
+        self._loss_scale = LossScale(ranks.device) if config.precision == "fp16" else None
+        self._device_type = ranks.device.type
+        self._autocast_dtype = autocast_dtype(config.precision)
+        self._statistics = RunningStatistics(network)
+        if config.compile:
+            network.compile()  # in place: the names in a checkpoint stay
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Forward under autocast, then running statistics averaged over the ranks."""
+        with self._statistics.averaged(), autocast(self._device_type, self._autocast_dtype):
+            return self._forward(*inputs)
+
+    def frozen(self, *inputs: Tensor) -> Any:
+        """See Learner.frozen."""
+        with autocast(self._device_type, self._autocast_dtype):
+            return self.network(*inputs)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """See Learner.scaled."""
+        return loss if self._loss_scale is None else loss * self._loss_scale.scale.to(loss.dtype)
+
+    def step(self, lr_factor: float) -> dict[str, Tensor]:
+        """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
+        self._take_gradients()
+        if self._loss_scale is not None:
+            self._loss_scale.unscale(self.trained)
+        norm = clip(self.trained, self.clip_norm, self._norm_of_all)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        skipped = guarded_step(self.optimizer, norm)
+        self.counters["skips"] += skipped
+        self.counters["skips_in_a_row"].add_(1).mul_(skipped)
+        self.optimizer.zero_grad()
+        if self._loss_scale is None:
+            return {"grad_norm": norm, **self.counters}
+        self._loss_scale.update(skipped)
+        return {"grad_norm": norm, "loss_scale": self._loss_scale.scale, **self.counters}
+
+    def _take_gradients(self) -> None:
+        """Give the gradients of this step to the tensors in `trained`; where parameters are whole, they have them."""
+
+    def _norm_of_all(self, norm: Tensor) -> Tensor:
+        """The norm of the whole gradient from that of this rank's part."""
+        return norm
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """See Learner.state_dict. Optimizer tensors are named `<kind>/<parameter>`."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self._optimizer_tensors(),
+            "counters": self._counts(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """See Learner.load_state_dict. Copies into the existing tensors: their memory format stays."""
+        self.network.load_state_dict(state["network"])
+        for part in ("optimizer", "counters"):
+            own = self._optimizer_tensors() if part == "optimizer" else self._counts()
+            if own.keys() != state[part].keys():
+                raise KeyError(f"{part} state: {sorted(own.keys() ^ state[part].keys())[:4]} on one side only")
+            for name, tensor in own.items():
+                tensor.copy_(state[part][name])
+
+    def _counts(self) -> dict[str, Tensor]:
+        return self.counters | ({} if self._loss_scale is None else self._loss_scale.state())
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{kind}/{name}": self._as_part_of(parameter, tensor)
+            for name, parameter in self._named.items()
+            for kind, tensor in self.optimizer.state.get(self._held[parameter], {}).items()
+        }
+
+    def _as_part_of(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """An optimizer's tensor, as a slice where its parameter is one."""
+        return tensor
+
+
+def autocast(device_type: str, dtype: torch.dtype | None) -> Any:
+    """torch.autocast, or nothing for dtype None (full precision)."""
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The type of the parameters."""
+    return torch.float64 if config.precision == "fp64" else torch.float32

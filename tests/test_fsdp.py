@@ -1,0 +1,247 @@
+"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold slices of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distseg.cli import main
+from distseg.distributed import Ranks
+from distseg.ema import MovingAverage
+from distseg.engine import Images, Pair, adversarial_step
+from distseg.models import build_discriminator, build_segmentor
+from distseg.parallel import check_shard_size, fsdp, wrap
+from distseg.parallel.slices import slice_of
+from distseg.schedules import phase
+from distseg.trainer import check_equal
+from shards.errors import InputError
+from tests import test_engine, test_engine_terms
+from tests.ranks import run_ranks
+from tests.test_engine import BATCH, NUM_CLASSES, make_batch, make_config, make_networks
+from tests.test_train import command, curve, finish, start, start_ranks, wait_for
+
+FSDP = ("parallel.strategy=fsdp",)
+HYBRID = (*FSDP, "parallel.shard_size=2")
+STEPS = [case for case in test_engine.CASES if case[2] == "two_branch"]
+TERMS = ["semi, a score per cell", "semi, blocks"]
+
+
+def train_steps(ranks: Ranks, overrides: tuple[str, ...]) -> list[Any]:
+    fsdp.BLOCK_PARAMETERS = ranks.world_size - 1  # on one rank nothing but the whole, on more each layer by itself
+    return [test_engine.train(ranks, case, overrides) for case in STEPS]
+
+
+@pytest.fixture(scope="module")
+def references() -> list[Any]:
+    torch.set_num_threads(1)
+    return [test_engine.reference(*case) for case in STEPS]
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides"), [(1, FSDP), (2, FSDP), (4, HYBRID)])
+def test_six_steps_equal_the_reference(num_ranks: int, overrides: tuple[str, ...], references: list[Any]) -> None:
+    for of_rank in run_ranks(num_ranks, train_steps, overrides):
+        for case, got, expected in zip(STEPS, of_rank, references, strict=True):
+            test_engine.check_equal(case, got, expected)
+
+
+def train_terms(ranks: Ranks) -> list[Any]:
+    fsdp.BLOCK_PARAMETERS = 10_000
+    whole = [test_engine_terms.train(ranks, [*test_engine_terms.CASES[name], *FSDP]) for name in TERMS]
+    return [*whole, test_engine_terms.train(ranks, [*test_engine_terms.IN_PARTS[0], *FSDP], 2)]
+
+
+def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas() -> None:
+    """Three ranks, by which few parameters can be divided; the last one's images are void, its mask is empty."""
+    cases = [*(test_engine_terms.CASES[name] for name in TERMS), test_engine_terms.IN_PARTS[0]]
+    expected = [test_engine_terms.reference(case) for case in cases]
+    for of_rank in run_ranks(3, train_terms):
+        for case, got, wanted in zip(cases, of_rank, expected, strict=True):
+            test_engine_terms.check_equal(str(case), got, wanted)
+
+
+def test_a_bad_batch_on_one_rank_is_left_out_by_all() -> None:
+    test_engine.check_bad_batch(run_ranks(2, test_engine.bad_batch_on_one_rank, FSDP))
+
+
+def test_synchronised_batch_norm_is_that_of_one_rank() -> None:
+    (one,) = run_ranks(1, test_engine.train_synchronised)
+    for of_rank in run_ranks(2, test_engine.train_synchronised, FSDP):
+        assert max(abs(of_rank[name] - one[name]).max() for name in one) < 1e-12
+
+
+def make_pair(ranks: Ranks, overrides: tuple[str, ...]) -> Any:
+    config = make_config("fp64", "simultaneous", "adversarial", overrides)
+    config.segmentor_optimizer.clip_norm = 0.05  # below every norm
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    learners = [wrap(*both, config, ranks) for both in zip(make_networks("two_branch"), optimizers, strict=True)]
+    return Pair(*learners, config.loss, config.semi), config
+
+
+def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
+    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    image, label = (part[share] for part in make_batch(step, torch.float64, 48))
+    adversarial_step(pair, phase(step, config), Images(image, label))
+
+
+def values(network: nn.Module) -> dict[str, Any]:
+    return {name: tensor.detach().clone().numpy() for name, tensor in network.state_dict().items()}
+
+
+def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
+    """Three steps; in the second, one number of the last rank's gradient of one network is infinite."""
+    pair, config = make_pair(ranks, overrides)
+    history = []
+    for step in range(3):
+        gradients(ranks, pair, config, step)
+        learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
+        if step == 1 and spoiled and ranks.rank == ranks.world_size - 1:
+            some = [p for p in learners[spoiled].network.parameters() if slice_of(p.grad).rows.numel()]
+            slice_of(some[-1].grad).rows.view(-1)[0] = float("inf")
+        metrics = {name: {k: float(v) for k, v in learner.step(1.0).items()} for name, learner in learners.items()}
+        history.append((metrics, {name: values(learner.whole()) for name, learner in learners.items()}))
+    return history
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides"), [(2, FSDP), (4, HYBRID)])
+@pytest.mark.parametrize("spoiled", ["segmentor", "discriminator"])
+def test_an_infinity_on_one_rank_skips_that_network_on_all(
+    num_ranks: int, overrides: tuple[str, ...], spoiled: str
+) -> None:
+    of_ranks = run_ranks(num_ranks, spoil, overrides, spoiled)
+    good = run_ranks(num_ranks, spoil, overrides, "")[0]
+    (other,) = {"segmentor", "discriminator"} - {spoiled}
+    for history in of_ranks:
+        metrics = [metrics for metrics, _ in history]
+        assert [(m[spoiled]["skips"], m[spoiled]["skips_in_a_row"]) for m in metrics] == [(0, 0), (1, 1), (1, 0)]
+        assert [m[other]["skips"] for m in metrics] == [0, 0, 0]
+        assert metrics == [metrics for metrics, _ in of_ranks[0]] or metrics[1][spoiled]["grad_norm"] == np.inf
+        before, after = history[0][1], history[1][1]
+        assert all((before[spoiled][name] == after[spoiled][name]).all() for name in before[spoiled])
+        assert all((good[1][1][other][name] == after[other][name]).all() for name in after[other])
+        assert any((before[other][name] != after[other][name]).any() for name in before[other])
+
+
+def test_norms_are_those_of_the_whole_gradient() -> None:
+    ddp = run_ranks(2, spoil, (), "")
+    for num_ranks, overrides in ((2, FSDP), (3, FSDP), (4, HYBRID)):
+        for history in run_ranks(num_ranks, spoil, overrides, ""):
+            for (got, _), (expected, _) in zip(history, ddp[0], strict=True):
+                for name in ("segmentor", "discriminator"):
+                    assert got[name]["grad_norm"] == pytest.approx(expected[name]["grad_norm"], rel=1e-9)
+
+
+def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The average and the network after each of three steps; then, the average alone is looked at in between."""
+    pair, config = make_pair(ranks, overrides)
+    ema = MovingAverage(pair.segmentor, decay=0.5)
+    seen = []
+    for step in range(3):
+        gradients(ranks, pair, config, step)
+        pair.segmentor.step(1.0)
+        pair.discriminator.step(1.0)
+        ema.update()
+        seen.append(values(ema.whole()))
+        check_equal(ranks, pair, step)
+    size = sum(slice_of(tensor).rows.numel() for tensor in ema.state_dict()["network"].values())
+    return [*seen, {"held": np.array(size)}]
+
+
+def test_the_moving_average_is_that_of_ddp_from_slices() -> None:
+    (expected,) = run_ranks(1, average, ())
+    for num_ranks, overrides in ((2, FSDP), (4, HYBRID)):
+        for got in run_ranks(num_ranks, average, overrides):
+            for mine, theirs in zip(got[:-1], expected[:-1], strict=True):
+                assert max(abs(mine[name] - theirs[name]).max() for name in theirs) < 1e-12
+            assert got[-1]["held"] == expected[-1]["held"] / 2  # every dimension is even
+
+
+def find_difference(ranks: Ranks, overrides: tuple[str, ...], wrong: int) -> str:
+    pair, _ = make_pair(ranks, overrides)
+    if ranks.rank == wrong:
+        slice_of(next(pair.discriminator.network.parameters())).rows.view(-1)[0] += 1
+    try:
+        check_equal(ranks, pair, 7)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_that_hold_different_slices_are_found() -> None:
+    for text in run_ranks(4, find_difference, HYBRID, 3):
+        assert "the discriminator of rank 3 differs" in text
+    assert run_ranks(4, find_difference, HYBRID, -1) == [""] * 4
+
+
+def run_large(ranks: Ranks) -> list[float]:
+    """Networks of every kind with their large layers by themselves: how far from the plain network, all in all."""
+    fsdp.BLOCK_PARAMETERS = 20_000
+    config = make_config("fp64", "simultaneous", "adversarial", FSDP)
+    judge: dict[str, Any] = {"width": 0.5, "head": "patch"}
+    networks: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+    torch.manual_seed(1)
+    image = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    maps = torch.rand(2, NUM_CLASSES, 16, 16, dtype=torch.float64).softmax(1).requires_grad_()
+    for name in ("deeplabv3plus_efficientnet_lite0", "multiscale"):
+        networks.append((build_segmentor(name, NUM_CLASSES, init="random"), (image,)))
+    networks.append((build_discriminator("two_branch", NUM_CLASSES, **judge), (image, maps, maps.detach().flip(0))))
+    far = []
+    for network, inputs in networks:
+        learner = wrap(network, config.segmentor_optimizer, config, ranks)
+        assert len(fsdp.blocks(network)) > 1
+        plain = learner.whole()
+        plain.requires_grad_().train()
+        results = []
+        for forward in (learner, plain):
+            torch.manual_seed(2)  # dropout
+            outputs = forward(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.grad(outputs[0].square().mean(), maps, retain_graph=True, allow_unused=True)  # the proxy
+            sum((output.square().mean() for output in outputs), start=torch.zeros(())).backward()
+            results.append([output.detach() for output in outputs])
+        far += [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
+        for mine, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+            far.append(float((mine.grad.full_tensor() - theirs.grad).abs().max()))  # type: ignore[union-attr]
+    return far
+
+
+def test_layers_gathered_one_at_a_time_give_the_plain_networks_gradients() -> None:
+    for far in run_ranks(2, run_large):
+        assert max(far) < 1e-12
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
+    check_shard_size(0, 6)
+    check_shard_size(3, 6)
+    with pytest.raises(InputError, match="shard_size=4 for 6 ranks"):
+        check_shard_size(4, 6)
+
+
+def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(toy_shards: Path, tmp_path: Path) -> None:
+    settings = ["parallel.strategy=fsdp", "segmentor.batch_norm=synchronised"]
+    finish(start(command(2, toy_shards, tmp_path / "whole", *settings)))
+    processes = start_ranks(2, toy_shards, tmp_path / "killed", *settings)
+    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000003", processes[0])
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(start(command(2, toy_shards, tmp_path / "killed", *settings)))
+    files = [
+        sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors")) for run in ("whole", "killed")
+    ]
+    assert len(files[0]) == 13  # five of them in two slices, and the counters of both networks and the average
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert main(["evaluate", str(tmp_path / "whole")]) == 0  # from the slices, on one rank
+    names = ("evaluation.json", "evaluation-step-00000012-val.json")
+    scores = [json.loads((tmp_path / "whole" / name).read_text()) for name in names]
+    losses = [of_run.pop("val/loss") for of_run in scores]  # a sum of floats: one rank's order is not that of two
+    assert scores[0] == scores[1] and losses[0] == pytest.approx(losses[1], rel=1e-9)
+    finish(start(command(1, toy_shards, tmp_path / "ddp", "segmentor.batch_norm=synchronised")))
+    for name, value in curve(tmp_path / "ddp")[-1][1].items():
+        assert curve(tmp_path / "whole")[-1][1][name] == pytest.approx(value, rel=0.02, abs=0.01), name
