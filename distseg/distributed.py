@@ -59,6 +59,11 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     if world_size == 1:
         options["store"] = dist.HashStore()  # no port is needed
     try:
+        if world_size > 1 and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On one machine torchrun keeps its store when it starts lost ranks again, and their addresses in it, where
+            # nobody is any more. (On several its machines may count the restarts differently.)
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=options["timeout"]))
+            options["store"] = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, **options)
     except dist.DistError as error:
         raise _network_error(error) from None

@@ -9,16 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from distseg import device, train
+from distseg import device, train, trainer
 from distseg.cli import main
+from distseg.data.stream import Batch
+from distseg.distributed import Ranks
 from distseg.evaluate import View
 from distseg.tracking import read_metrics
 from shards.manifest import Manifest
-from tests.ranks import free_port
+from tests.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["segmentor.init=random", "data.crop_px=48", "batch_size=4", "steps=12", "checkpoint.every_steps=3"]
@@ -104,6 +109,73 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert "resumed at step" in finish(start(command(2, toy_shards, run_dir)))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
     assert curve(run_dir) == curve(uninterrupted[2])  # each step once, in order, with the same losses
+
+
+def rank_processes(launcher: subprocess.Popen) -> dict[int, int]:
+    """{rank: process id} of torchrun's children."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    variables = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    ranks = {pid: [v for v in of_pid if v.startswith(b"RANK=")] for pid, of_pid in variables.items()}
+    return {int(of_pid[0].removeprefix(b"RANK=")): pid for pid, of_pid in ranks.items() if of_pid}
+
+
+def test_torchrun_brings_a_run_back_that_lost_a_rank(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    alone = command(1, toy_shards, run_dir, "parallel.timeout_seconds=20")
+    process = start([*launcher, "--max-restarts=1", *alone[1:]])
+    wait_for(run_dir / "checkpoints" / "step-00000003", process)
+    os.kill(rank_processes(process)[1], signal.SIGKILL)
+    assert "resumed at step" in finish(process)
+    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
+    assert curve(run_dir) == curve(uninterrupted[2])
+
+
+def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
+    """A run in this process: a checksum of every image that this rank is trained on, by step."""
+    seen, to_device = {}, trainer.to_device
+
+    def record(batch: Batch, *others: Any) -> Any:
+        seen[batch.step] = [zlib.crc32(image.numpy().tobytes()) for image in batch.image]
+        return to_device(batch, *others)
+
+    changed: dict[Any, dict[str, Any]] = {trainer: {"to_device": record}}
+    changed[train] = {"setup": lambda *_: ranks, "teardown": lambda: None, "show": lambda *_: None}
+    for module, functions in changed.items():
+        for name, function in functions.items():
+            setattr(module, name, function)
+    train.run([*SMALL, *overrides])
+    return seen
+
+
+def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(toy_shards: Path, tmp_path: Path) -> None:
+    overrides = [f"data.shards={toy_shards}", "batch_size=12", "steps=4", "checkpoint.every_steps=2"]
+    overrides += ["evaluate.every_steps=0", "segmentor.batch_norm=synchronised"]
+    # Not a deep network of random weights nor AdamW: both make much of fp32's rounding
+    overrides += ["segmentor=multiscale", "segmentor.options.norm=batch", "segmentor.options.hidden=32"]
+    overrides += [
+        f"{network}_optimizer.{key}" for network in ("segmentor", "discriminator") for key in ("name=sgd", "lr=0.03")
+    ]
+    runs = {n: tmp_path / f"ranks{n}" for n in (2, 1, 3, 4)}
+    seen, last = {}, {}
+    for num_ranks, run_dir in runs.items():
+        if num_ranks != 2:
+            shutil.copytree(runs[2], run_dir)
+            shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
+        of_ranks = run_ranks(num_ranks, train_recorded, *overrides, f"run_dir={run_dir}")
+        seen[num_ranks] = {step: [image for of_rank in of_ranks for image in of_rank[step]] for step in of_ranks[0]}
+        files = (run_dir / "checkpoints" / "step-00000004").glob("*.network.safetensors")
+        last[num_ranks] = {file.name: load_file(file) for file in files}
+    for num_ranks in (1, 3, 4):
+        assert seen[num_ranks] == {step: seen[2][step] for step in (2, 3)}
+        far = {
+            (file, name): float((tensor.double() - last[2][file][name].double()).abs().max())
+            for file, tensors in last[num_ranks].items()
+            for name, tensor in tensors.items()
+        }
+        assert len(far) > 20 and max(far.values()) < 1e-5, max(far.items(), key=lambda item: item[1])
 
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up(
