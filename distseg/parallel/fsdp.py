@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,8 +14,9 @@ from torch.distributed.fsdp import fully_shard
 
 from distseg.config import Config, OptimizerConfig
 from distseg.distributed import Ranks, all_reduce_sum
-from distseg.parallel.slices import fill, of_same_slice, slice_of
+from distseg.parallel.slices import of_same_slice, slice_of
 from distseg.parallel.torch_learner import TorchLearner, dtype_of
+from distseg.parallel.whole_copy import WholeCopy
 
 BLOCK_PARAMETERS = 2**20  # a layer with so many is gathered by itself, when it is its turn; the rest all at once
 
@@ -31,7 +31,7 @@ class FSDPLearner(TorchLearner):
     def __init__(self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks):
         # FSDP shards contiguous parameters only; channels_last is then a matter of the images
         network = network.to(ranks.device, dtype_of(config)).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        self._plain = copy.deepcopy(network).to("meta").requires_grad_(False)  # what `whole` fills; no memory
+        self._copy = WholeCopy(network)
         mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
         for block in blocks(network):
             fully_shard(block, mesh=mesh)
@@ -42,11 +42,7 @@ class FSDPLearner(TorchLearner):
 
     def whole(self) -> nn.Module:
         """See Learner.whole: a copy, as of this call."""
-        network = copy.deepcopy(self._plain).to_empty(device=self._device_type)
-        fill(network, self.network.state_dict())
-        for own, new in zip(network.buffers(), self.network.buffers(), strict=True):
-            own.copy_(new)  # those too that a state dict leaves out
-        return network
+        return self._copy(self.network, self.network.state_dict())
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
