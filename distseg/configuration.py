@@ -190,6 +190,10 @@ def _check(config: Config) -> None:
     if config.mode == "semi_supervised" and not config.loss.adv_weight + config.semi.adv_weight + config.semi.weight:
         got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
+    if config.parallel.strategy == "deepspeed":
+        from distseg.parallel.deepspeed_config import check  # imports torch
+
+        check(config)
     if not config.data.shards:
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)

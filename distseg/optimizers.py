@@ -44,11 +44,13 @@ def build_optimizer(
         optimizer = torch.optim.SGD(groups, momentum=config.beta1, nesterov=config.nesterov, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter].update(_initial_state(parameter, config))
+            optimizer.state[parameter].update(initial_state(parameter, config))
     return optimizer
 
 
-def _initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tensor]:
+def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tensor]:
+    """What the optimizer remembers of a parameter before its first update, by kind ("exp_avg", ...)."""
+
     def zeros() -> Tensor:  # in the parameter's own memory format, as the fused kernels need
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 

@@ -23,7 +23,7 @@ from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
 from distseg.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
-from distseg.parallel import check_shard_size, wrap
+from distseg.parallel import check_installed, check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
 from distseg.progress import Progress
 from distseg.rundir import RunDirectory
@@ -50,6 +50,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     _, world_size, _ = resolve_ranks(dict(os.environ))
     check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
     check_shard_size(config.parallel.shard_size, world_size)
+    check_installed(config.parallel.strategy)
     data = open_data(config, world_size)
     segmentor, discriminator = build_networks(config, data.train.classes.num_classes)
 
@@ -248,9 +249,9 @@ def open_stream(
 
 def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
     """What is about to run, in a few lines: networks, ranks, losses with their reductions, where it goes."""
-    networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.network)}"]
+    networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.whole())}"]
     if pair.discriminator is not None:
-        networks += [f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"]
+        networks += [f"discriminator {config.discriminator.name} {_millions(pair.discriminator.whole())}"]
     images = f"{len(data.train)} labelled"
     batch = f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
     if data.unlabelled is not None:

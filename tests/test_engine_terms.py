@@ -15,6 +15,7 @@ from distseg.distributed import Ranks
 from distseg.engine import Images, Pair, adversarial_step
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
+from distseg.parallel.torch_learner import dtype_of
 from distseg.schedules import phase
 from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
@@ -93,7 +94,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
     share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
     for step in range(STEPS):
         parts = [make_images(step, labelled) for labelled in (True, False)]
-        labelled, unlabelled = (Images(part.pixels[share], part.label[share]) for part in parts)
+        labelled, unlabelled = (Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts)
         now = phase(step, config)
         adversarial_step(pair, now, labelled, unlabelled if config.mode == "semi_supervised" else None, num_parts)
         if now.segmentor:

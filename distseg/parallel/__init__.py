@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from distseg.distributed import Ranks
 from distseg.parallel.ddp import DDPLearner
 from shards.errors import InputError
 
-__all__ = ["Learner", "Root", "backward", "check_shard_size", "wrap"]
+__all__ = ["Learner", "Root", "backward", "check_installed", "check_shard_size", "wrap"]
 
 Root = tuple[Tensor, Tensor | None]  # where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
 
@@ -62,7 +63,15 @@ def backward(work: Sequence[tuple[Learner, Sequence[Root]]]) -> None:
 
 def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks) -> Learner:
     """Move a network to the rank's device and make it a learner by `config.parallel.strategy`."""
-    return {"ddp": DDPLearner, "fsdp": _fsdp}[config.parallel.strategy](network, optimizer, config, ranks)
+    strategies = {"ddp": DDPLearner, "fsdp": _fsdp, "deepspeed": _deepspeed}
+    return strategies[config.parallel.strategy](network, optimizer, config, ranks)
+
+
+def check_installed(strategy: str) -> None:
+    """Raise InputError when a strategy's package is not there."""
+    if strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        action = "pip install 'distseg[deepspeed]', or write parallel.strategy=ddp"
+        raise InputError("parallel.strategy=deepspeed, and DeepSpeed is not installed", "the package deepspeed", action)
 
 
 def check_shard_size(shard_size: int, world_size: int) -> None:
@@ -76,3 +85,9 @@ def _fsdp(*arguments: Any) -> Learner:
     from distseg.parallel.fsdp import FSDPLearner  # takes seconds that other runs need not wait
 
     return FSDPLearner(*arguments)
+
+
+def _deepspeed(*arguments: Any) -> Learner:
+    from distseg.parallel.deepspeed import DeepSpeedLearner  # as above, and it need not be installed
+
+    return DeepSpeedLearner(*arguments)

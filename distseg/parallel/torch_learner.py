@@ -1,4 +1,4 @@
-"""What the learners of DDP and FSDP share: torch's optimizers, each on the tensors that this rank holds."""
+"""What all learners share: torch's optimizers, each on the tensors that this rank holds."""
 
 from __future__ import annotations
 
@@ -62,20 +62,25 @@ class TorchLearner:
 
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
-        self._take_gradients()
-        if self._loss_scale is not None:
-            self._loss_scale.unscale(self.trained)
-        norm = clip(self.trained, self.clip_norm, self._norm_of_all)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
-        skipped = guarded_step(self.optimizer, norm)
+        norm, skipped = self._update()
         self.counters["skips"] += skipped
         self.counters["skips_in_a_row"].add_(1).mul_(skipped)
-        self.optimizer.zero_grad()
         if self._loss_scale is None:
             return {"grad_norm": norm, **self.counters}
         self._loss_scale.update(skipped)
         return {"grad_norm": norm, "loss_scale": self._loss_scale.scale, **self.counters}
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Clip, update, clear the gradients: their norm, and 1.0 when the update was skipped, else 0.0."""
+        self._take_gradients()
+        if self._loss_scale is not None:
+            self._loss_scale.unscale(self.trained)
+        norm = clip(self.trained, self.clip_norm, self._norm_of_all)
+        skipped = guarded_step(self.optimizer, norm)
+        self.optimizer.zero_grad()
+        return norm, skipped
 
     def _take_gradients(self) -> None:
         """Give the gradients of this step to the tensors in `trained`; where parameters are whole, they have them."""

@@ -1,0 +1,104 @@
+"""DeepSpeed: optimizer states, gradients and parameters of a network split over the ranks, by ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config import Config, OptimizerConfig
+from distseg.distributed import Ranks
+from distseg.optimizers import initial_state
+from distseg.parallel.deepspeed_config import generate, initialize
+from distseg.parallel.deepspeed_state import OptimizerState, gathered, whole_tensors
+from distseg.parallel.torch_learner import TorchLearner
+from distseg.parallel.whole_copy import WholeCopy
+
+
+class DeepSpeedLearner(TorchLearner):
+    """A network in a DeepSpeed engine of its own, with its optimizer; see distseg.parallel.Learner.
+
+    The forward is that of the bare network, which the engine's hooks (ZeRO-3's gathers) are on, and not the engine's:
+    that one prepares a reduction for the first gradient to reach its output, which in an adversarial step is the
+    proxy's, and it would switch our autocast off. Stage 0 leaves all but the gradients' exchange to TorchLearner: by
+    itself it would take in gradients that are not finite.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks):
+        self.stage = config.parallel.zero_stage
+        network = network.to(ranks.device)
+        super().__init__(network, network, optimizer, config, ranks)
+        if self.stage > 0:
+            self.optimizer.state.clear()  # ZeRO updates flat parts of parameters: the state is theirs, below
+        self._copy = WholeCopy(network) if self.stage == 3 else None
+        self.engine = initialize(network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks)
+        if self.stage == 0 and config.channels_last:  # DeepSpeed's first broadcast cannot; and ZeRO flattens anyway
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for parameter, state in self.optimizer.state.items():  # in the format that parameters have now
+                state.update(initial_state(parameter, optimizer))
+        if self.stage < 3:  # timers and profiles, which a copy of the network for a moving average would keep
+            self.engine.module_forward_pre_hook.remove()
+            self.engine.module_forward_post_hook.remove()
+        self._split = OptimizerState(self.engine, self.optimizer, optimizer, self.stage) if self.stage > 0 else None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Forward under autocast, then running statistics averaged over the ranks."""
+        if self.stage > 0:
+            self.engine.optimizer.clear_backward_seen_flag()  # a part of the images begins
+        return super().__call__(*inputs)
+
+    def whole(self) -> nn.Module:
+        """See Learner.whole. At stage 3 a copy, as of this call."""
+        return self.network if self._copy is None else self._copy(self.network, whole_tensors(self.network))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """See Learner.no_sync. From stage 2 on gradients are exchanged all the same: no rank has room for all."""
+        self.engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.engine.set_gradient_accumulation_boundary(True)
+
+    @staticmethod
+    def backward(work: Sequence[tuple[DeepSpeedLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
+        """See distseg.parallel.backward: one backward of each engine, from the one scalar that it takes."""
+        for learner, roots in reversed(work):
+            terms = [root if gradient is None else (root * gradient).sum() for root, gradient in roots]
+            learner._backward(torch.stack(terms).sum())
+
+    def _backward(self, total: Tensor) -> None:
+        if self.stage > 0:  # what the engine's own forward would have prepared
+            self.engine.optimizer.backward_prologue()
+            self.engine.optimizer.enter_backward()
+            if self._loss_scale is not None:
+                scale = float(self._loss_scale.scale)
+                self.engine.optimizer.override_loss_scale(scale)
+                total = total / scale  # the engine multiplies by it again; exactly, as it is a power of two
+        self.engine.backward(total)
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        if self.stage == 0:
+            return super()._update()
+        self.engine.step()  # which unscales, clips, and skips on all ranks together
+        device = self.counters["skips"].device
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+        return norm, torch.tensor(float(self.engine.optimizer.overflow), device=device)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """See Learner.state_dict: whole tensors on every rank, named as under DDP, whatever the stage."""
+        return super().state_dict() | {"network": whole_tensors(self.network)}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """See Learner.load_state_dict. Called on every rank, with the same tensors."""
+        with gathered(list(self.network.parameters()), changed=True):
+            super().load_state_dict(state)
+        if self._split is not None:
+            self.engine.optimizer.refresh_fp32_params()
+            self._split.set(self._named, state["optimizer"])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return super()._optimizer_tensors() if self._split is None else self._split.get(self._named)
