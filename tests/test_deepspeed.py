@@ -157,13 +157,18 @@ def refusal(ranks: Ranks, file: Path) -> str:
     return ""
 
 
-def run_two(ranks: Ranks, folder: Path) -> dict[str, Any]:
+def run_steps(ranks: Ranks) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for stage in STAGES:
         results["steps", stage] = [test_engine.train(ranks, case, deepspeed(stage)) for case in CASES]
         results["skips", stage] = skip(ranks, stage)
     for stage in (1, 3):
         results["bad batch", stage] = test_engine.bad_batch_on_one_rank(ranks, deepspeed(stage))
+    return results
+
+
+def run_two(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
     for name in ("fsdp", "stage 3"):
         results["buffer", name] = copied_buffer(ranks, STRATEGIES[name])
     results["refusal"] = refusal(ranks, folder / "own.json")
@@ -198,8 +203,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def steps() -> list[Any]:
+    """Of every stage, on two ranks: starting them takes longer than what they do for one test."""
+    return run_ranks(2, run_steps)
+
+
+@pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> list[Any]:
-    """All that two ranks do for the tests below, as starting them takes as long as most of it."""
     return run_ranks(2, run_two, folder)
 
 
@@ -217,8 +227,8 @@ def references() -> tuple[list[Any], list[Any]]:
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", STAGES)
-def test_six_steps_equal_the_reference(stage: int, two_ranks: list[Any], references: Any) -> None:
-    for of_rank in two_ranks:
+def test_six_steps_equal_the_reference(stage: int, steps: list[Any], references: Any) -> None:
+    for of_rank in steps:
         for case, got, expected in zip(CASES, of_rank["steps", stage], references[0], strict=True):
             test_engine.check_equal(case, got, expected)
 
@@ -237,9 +247,9 @@ def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas(
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_infinity_on_one_rank_skips_that_network_on_all(stage: int, two_ranks: list[Any]) -> None:
+def test_an_infinity_on_one_rank_skips_that_network_on_all(stage: int, steps: list[Any]) -> None:
     expected = {"segmentor": [(0, 0), (1, 1), (1, 0), (1, 0)], "discriminator": [(0, 0), (0, 0), (1, 1), (1, 0)]}
-    for of_rank in two_ranks:
+    for of_rank in steps:
         history = of_rank["skips", stage]
         for name, counts in expected.items():
             said = [said[name] for said, _ in history]
@@ -249,14 +259,14 @@ def test_an_infinity_on_one_rank_skips_that_network_on_all(stage: int, two_ranks
             values = [values[name] for _, values in history]
             stayed = [distance(values[step - 1], values[step]) == 0 for step in range(1, 4)]
             assert stayed == skipped[1:]
-            on_main = [values[name] for _, values in two_ranks[0]["skips", stage]]
+            on_main = [values[name] for _, values in steps[0]["skips", stage]]
             assert all(distance(*both) == 0 for both in zip(values, on_main, strict=True))
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_bad_batch_on_one_rank_is_left_out_by_all(stage: int, two_ranks: list[Any]) -> None:
-    test_engine.check_bad_batch([of_rank["bad batch", stage] for of_rank in two_ranks])
+def test_a_bad_batch_on_one_rank_is_left_out_by_all(stage: int, steps: list[Any]) -> None:
+    test_engine.check_bad_batch([of_rank["bad batch", stage] for of_rank in steps])
 
 
 @needs_deepspeed
