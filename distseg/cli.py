@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from shards.errors import InputError
 
@@ -112,14 +113,23 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
     text = """Read a raw data set, check it, and write images and one-hot label maps into one HDF5 file.
 
-toy       generated outdoor scenes with eight classes; needs no --root
-stanford  Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
-voc       PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE, labels=SegmentationClassAug for train_aug
-ohe       the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of images"""
+toy         generated outdoor scenes with eight classes; needs no --root
+stanford    Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
+voc         PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE, labels=SegmentationClassAug: train_aug
+cityscapes  leftImg8bit/ and gtFine/, 19 classes; labels=labelTrainIds, test=1 for the unlabelled test images
+camvid      SegNet's layout: train/, trainannot/, ... or train.txt, ...; 11 classes
+kitti_road  data_road: road, not road, the rest void; task=lane
+ade20k      ADEChallengeData2016: images/, annotations/; 150 classes
+folder      your images and masks, matched by name; layout=FILE.yaml (default: distseg.yaml in --root) names the classes
+ohe         the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of images
+
+An interrupted run goes on where it was, by the same command. Neither that nor --workers changes the file."""
     parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
-    parser.add_argument("name", metavar="NAME", help="toy, stanford, voc or ohe")
+    parser.add_argument("name", metavar="NAME", help="one of the above")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: in this one")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what is missing or unreadable, and list it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")
     parser.set_defaults(handler=_prepare)
 
@@ -180,8 +190,19 @@ def _prepare(options: argparse.Namespace) -> int:
     for key, separator, _ in pairs:
         if not separator:
             raise InputError(f"argument {key!r}", "key=value", "write for example seed=1")
-    path = prepare(options.name, options.root, options.out, **{key: value for key, _, value in pairs})
-    print(f"wrote {path}\nnext: distseg pack {path} --out {path.with_suffix('')}")
+    settings: dict[str, Any] = {key: value for key, _, value in pairs}
+    if settings.keys() & {"workers", "skip_bad"}:
+        raise InputError("workers or skip_bad as key=value", "an option", "write --workers N, --skip-bad")
+    how = {"workers": options.workers, "skip_bad": options.skip_bad}
+    made = prepare(options.name, options.root, options.out, **how, **settings)
+    print(f"wrote {made.path}: {', '.join(f'{count} {split}' for split, count in made.num_samples.items())}")
+    for note in made.notes:
+        print(f"note: {note}")
+    if made.left_out:
+        print(f"left out, because they are bad: {len(made.left_out)}")
+    for key, why in made.left_out.items():
+        print(f"  {key}: {why}")
+    print(f"next: distseg pack {made.path} --out {made.path.with_suffix('')}")
     return 0
 
 

@@ -93,6 +93,11 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
+def say(text: str) -> None:
+    """A line for the person at the terminal, beside the bars of `tracked`."""
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """The items, with a bar and the time left on a terminal, elsewhere a line every few seconds."""
     console = Console(stderr=True)

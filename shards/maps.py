@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,62 @@ def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sampl
     column, one chunk, Zstd; absent for an unlabelled image. HDF5 keeps a checksum of both. Raises InputError
     for a sample that does not fit the classes, a key given twice, no sample at all, or a full disk.
     """
-    splits: dict[str, list[str]] = {}
-    with published(path) as partial, _Output(partial) as output, h5py.File(output, "w") as file:
-        file.attrs.update(version=VERSION, name=name)
-        file.attrs["class_names"] = list(classes.names)
-        file.attrs["palette"] = np.array(classes.palette, np.uint8)
+    with MapsWriter.publishing(path, name, classes) as writer:
         for sample in tracked(samples, total, f"writing {path.name}"):
-            check_sample(sample, classes.num_classes)
-            if sample.key in file:
-                raise InputError(f"two samples with the key {sample.key!r}", "unique keys", "rename one of them")
-            _write_sample(file.create_group(sample.key), sample, classes.num_classes)
-            splits.setdefault(sample.split, []).append(sample.key)
-            output.check()
-        if not splits:
+            writer.add(sample)
+        if not writer.splits:
             raise InputError(f"no samples for {path}", "at least one image", "check the data set's folder")
-        file.attrs["splits"] = json.dumps(splits)
-    return sum(len(keys) for keys in splits.values())
+    return sum(len(keys) for keys in writer.splits.values())
+
+
+class MapsWriter:
+    """A file of HDF5 maps while it is written: `add` and `copy` samples, all errors as in `write_maps`.
+
+    left_out: why, for each sample that was not written because it is bad; kept in the file.
+    """
+
+    def __init__(self, file: h5py.File, output: _Output, classes: ClassSet):
+        self._file, self._output, self._classes = file, output, classes
+        self.splits: dict[str, list[str]] = {}
+        self.left_out: dict[str, str] = {}
+        self.pixels = np.zeros(256, np.int64)  # of all labels, by index
+
+    @staticmethod
+    @contextmanager
+    def publishing(path: Path, name: str, classes: ClassSet) -> Iterator[MapsWriter]:
+        """A writer for `path`, which appears, whole, when the block ends without an error."""
+        with published(path) as partial, _Output(partial) as output, h5py.File(output, "w") as file:
+            writer = MapsWriter(file, output, classes)
+            file.attrs.update(version=VERSION, name=name)
+            file.attrs["class_names"] = list(classes.names)
+            file.attrs["palette"] = np.array(classes.palette, np.uint8)
+            yield writer
+            file.attrs["splits"] = json.dumps(writer.splits)
+            file.attrs["pixels"] = writer.pixels
+            file.attrs["left_out"] = json.dumps(writer.left_out)
+
+    def add(self, sample: Sample) -> None:
+        """Write a sample."""
+        check_sample(sample, self._classes.num_classes)
+        _write_sample(self._new(sample.key, sample.split), sample, self._classes.num_classes)
+        if sample.label is not None:
+            self.pixels += np.bincount(sample.label.ravel(), minlength=256)
+        self._output.check()
+
+    def copy(self, maps: MapsReader) -> None:
+        """Write all samples of other maps of the same classes, as they are stored; what they left out comes along."""
+        for split, keys in maps.splits.items():
+            for key in keys:
+                maps.copy_to(self._new(key, split), key)
+                self._output.check()
+        self.pixels += maps.pixels
+        self.left_out |= maps.left_out
+
+    def _new(self, key: str, split: str) -> h5py.Group:
+        if key in self._file:
+            raise InputError(f"two samples with the key {key!r}", "unique keys", "rename one of them")
+        self.splits.setdefault(split, []).append(key)
+        return self._file.create_group(key)
 
 
 def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
@@ -108,6 +149,8 @@ class MapsReader:
             palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
             self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
             self.splits: dict[str, list[str]] = json.loads(attributes["splits"])  # keys in the order written
+            self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))  # bad samples: key, why
+            self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))  # of all labels, by index
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             self.close()
             if isinstance(error, InputError):
@@ -147,6 +190,13 @@ class MapsReader:
             got = error.got if isinstance(error, InputError) else f"not readable ({error})"
             action = "make the maps again with `distseg prepare`"
             raise InputError(f"{self.path}: {key}: {got}", "a sound sample", action) from None
+
+    def copy_to(self, group: h5py.Group, key: str) -> None:
+        """Copy what is stored of a sample into an empty group of another file, bytes as they are."""
+        stored = self._open()[key]
+        group.attrs.update(stored.attrs)
+        for name in sorted(stored):
+            stored.copy(name, group)  # chunks are neither unpacked nor packed again
 
     def label_map(self, key: str) -> np.ndarray:
         """The stored one-hot map (C, H, W) uint8 of a labelled sample."""

@@ -54,9 +54,9 @@ def test_the_palette_is_the_development_kits() -> None:
 
 
 def test_masks_keep_their_indices_and_lists_give_the_splits(root: Path, tmp_path: Path) -> None:
-    classes, found, total = samples(root)
-    read = list(found)
-    assert classes == VOC and total == len(read) == 4
+    dataset = samples(root)
+    read = [task.run() for task in dataset.tasks]
+    assert dataset.classes == VOC and dataset.notes == ("1 images of JPEGImages are in no list",)
     assert [(s.key, s.split) for s in read] == [
         ("2007_000003", "train"),
         ("2007_000000", "train"),
@@ -76,7 +76,7 @@ def test_other_lists_and_gray_masks(root: Path, tmp_path: Path) -> None:
     (tmp_path / "aug.txt").write_text("2007_000004")
     (tmp_path / "val.txt").write_text("2007_000000")
     options = {"train_list": str(tmp_path / "aug.txt"), "val_list": str(tmp_path / "val.txt")}
-    (train, val) = list(samples(folder, **options, labels="SegmentationClassAug")[1])
+    (train, val) = [task.run() for task in samples(folder, **options, labels="SegmentationClassAug").tasks]
     assert (train.label == 7).all() and (val.label == 255).all()
 
 
@@ -91,16 +91,16 @@ def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2007_000000 is listed twice"):
         samples(root)
     (lists / "val.txt").write_text("2007_000099")
-    with pytest.raises(InputError, match=r"2 of the 8 files are not there, the first: .*2007_000099\.jpg"):
-        samples(root)
+    with pytest.raises(InputError, match=r"1 of 4 samples are not whole, the first: 2007_000099: no .*2007_000099\.jpg"):
+        prepare("voc", root, tmp_path / "voc.h5")
     for mask, mode, message in (
-        (np.full((9, 8), 21, np.uint8), "P", "class index 21"),
+        (np.full((9, 8), 21, np.uint8), "P", r"2007_000002\.png: value 21 in 72 pixels"),
         (np.zeros((9, 8, 3), np.uint8), "RGB", "mode RGB"),
     ):
         write(folder, "2007_000002", mask, mode)
         (lists / "val.txt").write_text("2007_000002")
         with pytest.raises(InputError, match=message):
-            list(samples(root)[1])
+            [task.run() for task in samples(root).tasks]
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "SegmentationClass" / "2007_000002.png")
     with pytest.raises(InputError, match="5 x 5 pixels for an image 9 x 8"):
-        list(samples(root)[1])
+        [task.run() for task in samples(root).tasks]

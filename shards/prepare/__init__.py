@@ -1,58 +1,43 @@
-"""Raw data sets into HDF5 maps: one module per data set, each giving its classes and samples."""
+"""Raw data sets into HDF5 maps: one module per data set, each giving its classes and samples still to be read."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
-from shards.maps import MapsReader, write_maps
-from shards.sample import ClassSet, Sample
+from shards.maps import MapsReader
+from shards.prepare.dataset import DataSet
+from shards.prepare.parts import Prepared, write_dataset
+from shards.processes import check_workers
 
-Preparer = Callable[..., tuple[ClassSet, Iterable[Sample], int]]
-
-
-def _toy() -> Preparer:
-    from shards.prepare.toy import samples
-
-    return samples
+NAMES = ("toy", "stanford", "voc", "cityscapes", "camvid", "kitti_road", "ade20k", "folder", "ohe")
+Preparer = Callable[..., DataSet]
 
 
-def _stanford() -> Preparer:
-    from shards.prepare.stanford import samples
-
-    return samples
-
-
-def _voc() -> Preparer:
-    from shards.prepare.voc import samples
-
-    return samples
+def preparer_of(name: str) -> Preparer:
+    """`samples` of the data set's module. Raises InputError for an unknown name."""
+    if name not in NAMES:
+        raise InputError(f"data set {name!r}", f"one of: {', '.join(NAMES)}", "choose one of them")
+    # imported here, so that a data set's own dependencies are paid for by those who use it
+    return importlib.import_module(f"shards.prepare.{name}").samples
 
 
-def _ohe() -> Preparer:
-    from shards.prepare.ohe import samples
+def prepare(
+    name: str, root: Path | None, out: Path, /, *, workers: int = 0, skip_bad: bool = False, **options: str | int
+) -> Prepared:
+    """Write the maps of a data set to `out`; returns what was written and what was left out.
 
-    return samples
-
-
-# functions that import, so that a data set's own dependencies are paid for by those who use it
-PREPARERS: dict[str, Callable[[], Preparer]] = {"toy": _toy, "stanford": _stanford, "voc": _voc, "ohe": _ohe}
-
-
-def prepare(name: str, root: Path | None, out: Path, /, **options: str | int) -> Path:
-    """Write the maps of a data set; returns `out`.
-
-    root: the unpacked data set (None for a generated one); options: the preparer's keyword arguments, also as text.
-    Raises InputError for an unknown name or option, a folder that is not the data set, anything in it that is missing,
-    or an `out` that holds something else.
+    root: the unpacked data set (None for a generated one); workers: processes (0: this one), which change nothing in
+    `out`; skip_bad: leave out samples that are missing or unreadable instead of failing; options: the preparer's
+    keyword arguments, also as text. Raises InputError for an unknown name or option, a folder that is not the data
+    set, anything in it that is missing or bad, or an `out` that holds something else.
     """
-    if name not in PREPARERS:
-        raise InputError(f"data set {name!r}", f"one of: {', '.join(PREPARERS)}", "choose one of them")
-    _check_out(out, name)
-    preparer = PREPARERS[name]()
+    preparer = preparer_of(name)
+    check_workers(workers)
     parameters = inspect.signature(preparer).parameters
     arguments: dict[str, Any] = {key: _parse(name, key, value, parameters) for key, value in options.items()}
     if "root" in parameters:
@@ -62,9 +47,24 @@ def prepare(name: str, root: Path | None, out: Path, /, **options: str | int) ->
         arguments["root"] = root
     elif root is not None:
         raise InputError(f"--root {root}", f"no --root: {name} is generated", "leave it out")
-    classes, samples, total = preparer(**arguments)
-    write_maps(out, name, classes, samples, total)
-    return out
+    dataset = preparer(**arguments)
+    name = dataset.name or name
+    _check_out(out, name)
+    _check_whole(dataset, skip_bad)
+    return write_dataset(out, name, dataset, workers, skip_bad)
+
+
+def _check_whole(dataset: DataSet, skip_bad: bool) -> None:
+    if dataset.missing and not skip_bad:
+        key, why = next(iter(dataset.missing.items()))
+        got = (
+            f"{len(dataset.missing)} of {len(dataset.tasks) + len(dataset.missing)} samples are not whole, the first: "
+        )
+        needed = "an image and a label for every id of the data set"
+        action = "unpack all of it, correct the lists, or leave such samples out with --skip-bad"
+        raise InputError(f"{got}{key}: {why}", needed, action)
+    if not dataset.tasks:
+        raise InputError("no sample is whole", "at least one", "unpack the data set again")
 
 
 def _check_out(out: Path, name: str) -> None:

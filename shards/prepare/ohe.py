@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator
 from pathlib import Path
 
 from shards.errors import InputError
 from shards.maps import read_older_label
-from shards.prepare.pairing import check_pairs, read_image, seeded_splits
+from shards.prepare.dataset import DataSet
+from shards.prepare.pairing import Pair, pair_tasks, read_image, seeded_splits
 from shards.sample import STANFORD, ClassSet, Sample
 
 LABEL_PREFIX = "h5py_"  # as in h5py_0000047.regions.txt, which is HDF5 whatever its name says
 SUFFIXES = (".regions.txt", ".h5", ".hdf5")
 
 
-def samples(root: Path, seed: int = 0) -> tuple[ClassSet, Iterator[Sample], int]:
-    """(classes, samples, how many) of images/<id>.jpg and h5py/[h5py_]<id>.(regions.txt|h5|hdf5).
+def samples(root: Path, seed: int = 0) -> DataSet:
+    """A folder of images/<id>.jpg and h5py/[h5py_]<id>.(regions.txt|h5|hdf5).
 
-    That layout keeps neither splits nor class names: a fifth of a permutation by `seed` validates; eight
-    classes are Stanford's, any other number is called class-0 onwards. Raises InputError for an image without
-    a label map or the reverse, and, while the samples are drawn, for maps that are not one-hot or differ in
-    their number of classes.
+    That layout keeps neither splits nor class names: a fifth of a permutation by `seed` validates; eight classes are
+    Stanford's, any other number is called class-0 onwards. Missing: an image without a label map or the reverse. Raises
+    InputError for files of other names; a sample, when it is read, for a map that is not one-hot or has another number
+    of classes than the first readable one.
     """
     images = {path.stem: path for path in (root / "images").glob("*.jpg")}
-    labels = {_key(path): path for path in (root / "h5py").iterdir()} if (root / "h5py").is_dir() else {}
-    check_pairs(root, images, labels)
-    splits = seeded_splits(sorted(images), seed)
-    pairs = [(images[key], labels[key], split) for split, keys in splits.items() for key in keys]
-    first_image, first_label, _ = pairs[0]
-    num_classes = read_older_label(first_label, read_image(first_image)[1])[1]
-    return _classes(num_classes), (_sample(*pair, num_classes) for pair in pairs), len(pairs)
+    labels = {_key(path): path for path in sorted((root / "h5py").glob("[!.]*"))}
+    if not images or not labels:
+        side = "h5py/*" if images else "images/*.jpg"
+        raise InputError(f"no {side} in {root}", "images/ and h5py/ with a file for each id", "correct --root")
+    splits = seeded_splits(sorted(images.keys() | labels.keys()), seed)
+    pairs = [
+        Pair(id_, split, root / "images" / f"{id_}.jpg", labels.get(id_, root / "h5py" / f"{id_}.h5"))
+        for split, ids in splits.items()
+        for id_ in ids
+    ]
+    num_classes = _num_classes([pair for pair in pairs if pair.id in images.keys() & labels.keys()])
+    return DataSet(classes_by_number(num_classes), *pair_tasks(root, pairs, _sample, num_classes))
+
+
+def _num_classes(pairs: list[Pair]) -> int:
+    """Of the first map that can be read, so that --skip-bad can leave out one that cannot."""
+    first: InputError | None = None
+    for pair in pairs:
+        assert pair.label is not None  # ids of both folders
+        try:
+            return read_older_label(pair.label, read_image(pair.image)[1])[1]
+        except InputError as error:
+            first = first or error
+    raise first or InputError("no id with both an image and a map", "one", "correct --root")
 
 
 def _key(path: Path) -> str:
@@ -40,18 +57,23 @@ def _key(path: Path) -> str:
     raise InputError(f"{path}", f"label maps named <id> and one of {', '.join(SUFFIXES)}", "move it elsewhere")
 
 
-def _classes(num_classes: int) -> ClassSet:
+def classes_by_number(num_classes: int) -> ClassSet:
+    """Stanford's classes when there are eight, else class-0 onwards in the colours of the rainbow."""
     if num_classes == STANFORD.num_classes:
         return STANFORD
-    colors = [colorsys.hsv_to_rgb(index / num_classes, 1.0, 0.9) for index in range(num_classes)]
-    palette = tuple((int(255 * r), int(255 * g), int(255 * b)) for r, g, b in colors)
-    return ClassSet(tuple(f"class-{index}" for index in range(num_classes)), palette)
+    return ClassSet(tuple(f"class-{index}" for index in range(num_classes)), rainbow(num_classes))
 
 
-def _sample(image_path: Path, label_path: Path, split: str, num_classes: int) -> Sample:
+def rainbow(num_colors: int) -> tuple[tuple[int, int, int], ...]:
+    """Colours of equal distance around the circle of hues."""
+    colors = [colorsys.hsv_to_rgb(index / num_colors, 1.0, 0.9) for index in range(num_colors)]
+    return tuple((int(255 * r), int(255 * g), int(255 * b)) for r, g, b in colors)
+
+
+def _sample(key: str, split: str, image_path: Path, label_path: Path, num_classes: int) -> Sample:
     image, size = read_image(image_path)
     label, found = read_older_label(label_path, size)
     if found != num_classes:
         got = f"{label_path}: {found} classes, the first map has {num_classes}"
         raise InputError(got, "the same classes in every map", "correct the file")
-    return Sample(image_path.stem, image, label, split, f"{label_path.parent.name}/{label_path.name}")
+    return Sample(key, image, label, split, f"{label_path.parent.name}/{label_path.name}")

@@ -2,25 +2,121 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shards.errors import InputError
-from shards.sample import image_size
+from shards.prepare.dataset import Task
+from shards.sample import Sample, decode_image
 
 VAL_SHARE = 5  # one image in five validates: 143 of Stanford Background's 715
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def check_pairs(root: Path, images: dict[str, Path], labels: dict[str, Path]) -> None:
-    """Raise InputError, naming the first id, unless the two dicts by id are the same ids, and some."""
-    if not images:
-        raise InputError(f"no images/*.jpg in {root}", "the folder that the data set was unpacked to", "correct --root")
-    unpaired = sorted(images.keys() ^ labels.keys())
-    if unpaired:
-        side = "label" if unpaired[0] in images else "image"
-        got = f"{root}: {len(unpaired)} ids without a pair, the first: {unpaired[0]} has no {side}"
-        raise InputError(got, "an image and a label for every id", "unpack the data set again")
+@dataclass(frozen=True)
+class Pair:
+    """An image with its label (None: unlabelled) under the id that the data set gives it."""
+
+    id: str
+    split: str
+    image: Path
+    label: Path | None
+
+
+def pair_tasks(
+    root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *more: Any
+) -> tuple[list[Task], dict[str, str]]:
+    """(tasks, what is missing by key): read(key, split, image, label, *more) for each pair whose files are there.
+
+    A key is the id with "_" for "." and "/", which cannot be in names within a tar. Raises InputError for a file
+    outside of `root`, links followed, and for two pairs of one key.
+    """
+    tasks: list[Task] = []
+    missing: dict[str, str] = {}
+    named: dict[str, Pair] = {}
+    for pair in pairs:
+        key = pair.id.replace("/", "_").replace(".", "_")
+        if key in named:
+            got = f"{pair.image} and {named[key].image} would both be called {key!r}"
+            raise InputError(got, "each id once, and different with '_' for '.' and '/'", "correct the list, or rename")
+        named[key] = pair
+        files = [path for path in (pair.image, pair.label) if path is not None]
+        for path in files:
+            check_inside(root, path)
+        absent = [path for path in files if not path.is_file()]
+        if absent:
+            missing[key] = f"no {absent[0]}"
+        else:
+            tasks.append(Task(key, pair.split, read, (pair.image, pair.label, *more)))
+    if not named:
+        raise InputError(f"no images in {root}", "at least one", "correct --root")
+    return tasks, missing
+
+
+def check_inside(root: Path, path: Path) -> None:
+    """Raise InputError when a path, links followed, leads out of `root`: a list's "../x", or a link."""
+    real = path.resolve() if path.is_symlink() else _resolved(path.parent) / path.name
+    if not real.is_relative_to(_resolved(root)):
+        action = "copy it there, or give a folder that holds both as --root"
+        raise InputError(f"{path} leads to {real}", f"files inside {root}", action)
+
+
+@lru_cache(maxsize=4096)
+def _resolved(folder: Path) -> Path:
+    return folder.resolve()
+
+
+def locate(root: Path, marker: str, *inside: str) -> Path:
+    """The first of root and root/<inside> that has a folder `marker`. Raises InputError when none has."""
+    for folder in (root, *(root / name for name in inside)):
+        if (folder / marker).is_dir():
+            return folder
+    needed = " or ".join(f"{name}/{marker}" for name in (".", *inside))
+    raise InputError(f"no {marker} in {root}", f"the data set as unpacked, with {needed}", "correct --root")
+
+
+def files_by_id(folder: Path, suffix: str = "", suffixes: Iterable[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """The files below `folder` whose names end in `suffix` and an extension, sorted, by relative path without both.
+
+    Hidden files are passed over. Raises InputError for two files of one id.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.*")):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not stem.endswith(suffix):
+            continue
+        key = stem.removesuffix(suffix)
+        if key in found:
+            raise InputError(f"{found[key]} and {path}", "one file for each id", "remove one of them")
+        found[key] = path
+    return found
+
+
+def ids_in_list(path: Path) -> list[str]:
+    """The words of a list, an id a line. Raises InputError for an empty or unreadable one."""
+    try:
+        ids = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}", "a list with an id a line", "put it there, or name another") from None
+    if not ids:
+        raise InputError(f"{path} is empty", "an id a line", "choose another list")
+    return ids
+
+
+def check_listed_once(splits: Mapping[str, Iterable[str]]) -> None:
+    """Raise InputError for an id that is in two splits, or in one twice."""
+    seen: dict[str, str] = {}
+    for split, ids in splits.items():
+        for id_ in ids:
+            if id_ in seen:
+                got = f"{id_} is listed twice ({seen[id_]} and {split})"
+                raise InputError(got, "each id in one list, once", "correct the lists")
+            seen[id_] = split
 
 
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
@@ -33,10 +129,10 @@ def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
 
 
 def read_image(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """(the file's bytes, (height, width) from its header). Raises InputError naming an unreadable file."""
+    """(the file's bytes, (height, width)). Decodes all of it: raises InputError naming a file that cannot be used."""
     try:
         content = path.read_bytes()
-        return content, image_size(content)
+        return content, decode_image(content).shape[:2]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}", "a readable image file", "unpack the data set again") from None
     except InputError as error:

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from shards.errors import InputError
-from shards.prepare.pairing import check_pairs, read_image, seeded_splits
-from shards.sample import IGNORE_INDEX, STANFORD, ClassSet, Sample
+from shards.prepare.dataset import DataSet
+from shards.prepare.pairing import Pair, ids_in_list, pair_tasks, read_image, seeded_splits
+from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
 UNKNOWN = -1
 
 
-def samples(root: Path, seed: int | None = None) -> tuple[ClassSet, Iterator[Sample], int]:
-    """(classes, samples, how many) of a folder with images/<id>.jpg and labels/<id>.regions.txt.
+def samples(root: Path, seed: int | None = None) -> DataSet:
+    """A folder with images/<id>.jpg and labels/<id>.regions.txt.
 
     The splits are those of splits/*train*.txt and splits/*val*.txt (an id a line); without that folder, as in
     the original archive, a fifth of a permutation by `seed` (default 0) validates. Pairs are made by id.
-    Raises InputError when an image has no label, a label no image, or the lists do not name each image once;
-    and, while the samples are drawn, for an unreadable image, or a label of another size or with other values
-    than -1 to 7.
+    Missing: an image without a label, a label without an image. Raises InputError when the lists do not name each image
+    once; a sample, when it is read, for an unreadable image, or a label of another size or with values not -1 to 7.
     """
-    images = {path.stem: path for path in (root / "images").glob("*.jpg")}
-    labels = {path.name.removesuffix(".regions.txt"): path for path in (root / "labels").glob("*.regions.txt")}
-    check_pairs(root, images, labels)
-    splits = _splits(root, sorted(images), seed)
-    pairs = [(images[key], labels[key], split) for split, keys in splits.items() for key in keys]
-    return STANFORD, (_sample(*pair) for pair in pairs), len(pairs)
+    folders = root / "images", root / "labels"
+    images = {path.stem: path for path in folders[0].glob("*.jpg")}
+    labels = {path.name.removesuffix(".regions.txt"): path for path in folders[1].glob("*.regions.txt")}
+    if not images:
+        raise InputError(f"no images/*.jpg in {root}", "the folder that the data set was unpacked to", "correct --root")
+    splits = _splits(root, sorted(images.keys() | labels.keys()), seed)
+    pairs = [
+        Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.regions.txt")
+        for split, ids in splits.items()
+        for id_ in ids
+    ]
+    return DataSet(STANFORD, *pair_tasks(root, pairs, _sample))
 
 
 def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str]]:
@@ -52,12 +57,12 @@ def _list(folder: Path, name: str) -> list[str]:
     paths = sorted(folder.glob(f"*{name}*.txt"))
     if len(paths) != 1:
         raise InputError(f"{len(paths)} files {folder}/*{name}*.txt", "one", "keep one list for each split")
-    return paths[0].read_text().split()
+    return ids_in_list(paths[0])
 
 
-def _sample(image_path: Path, label_path: Path, split: str) -> Sample:
+def _sample(key: str, split: str, image_path: Path, label_path: Path) -> Sample:
     image, size = read_image(image_path)
-    return Sample(image_path.stem, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}")
+    return Sample(key, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}")
 
 
 def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:

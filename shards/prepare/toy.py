@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import simplejpeg
 
 from shards.errors import InputError
-from shards.sample import STANFORD, ClassSet, Sample
+from shards.prepare.dataset import DataSet, Task
+from shards.sample import STANFORD, Sample
 from shards.synthetic import render_scene
 
 JPEG_QUALITY = 92
@@ -25,8 +24,8 @@ PORTRAIT = (
 SIZES = (*LANDSCAPE, *PORTRAIT)
 
 
-def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> tuple[ClassSet, Iterator[Sample], int]:
-    """(classes, samples, how many): `num_train` training scenes, then `num_val` validation scenes.
+def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
+    """`num_train` training scenes, then `num_val` validation scenes.
 
     Keys are train-00000 and val-00000 onwards. A scene depends on seed, split and its number only, so that
     each split of a larger set begins with the smaller one. Labels and pixels are the same on every machine
@@ -38,13 +37,16 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> tuple[Cla
         raise InputError(got, "1 or more of each", "ask for more scenes")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed}", "a whole number from 0 to 2^63 - 1", "choose another")
-    return STANFORD, _scenes(num_train, num_val, seed), num_train + num_val
+    splits = (("train", 0, num_train), ("val", VAL_START, num_val))
+    tasks = [
+        Task(f"{split}-{number:05d}", split, _scene, (seed, start + number, number))
+        for split, start, count in splits
+        for number in range(count)
+    ]
+    return DataSet(STANFORD, tasks)
 
 
-def _scenes(num_train: int, num_val: int, seed: int) -> Iterator[Sample]:
-    for split, start, count in (("train", 0, num_train), ("val", VAL_START, num_val)):
-        for number in range(count):
-            index = start + number
-            image, label = render_scene(seed, index, SIZES[number % len(SIZES)])
-            jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY)
-            yield Sample(f"{split}-{number:05d}", jpeg, label, split, f"toy seed={seed} index={index}")
+def _scene(key: str, split: str, seed: int, index: int, number: int) -> Sample:
+    image, label = render_scene(seed, index, SIZES[number % len(SIZES)])
+    jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY)
+    return Sample(key, jpeg, label, split, f"toy seed={seed} index={index}")

@@ -1,0 +1,45 @@
+"""What a preparer gives: the classes of a data set, and its samples as tasks still to be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.sample import ClassSet, Sample
+
+
+@dataclass(frozen=True)
+class Task:
+    """A sample that is still to be read: read(key, split, *arguments) gives it, in any process.
+
+    read: a module's function; arguments: plain values whose repr tells them apart. The paths among them are the files
+    that are read: with their sizes and times they say whether work that was done before an interruption still holds.
+    """
+
+    key: str
+    split: str
+    read: Callable[..., Sample]
+    arguments: tuple[Any, ...]
+
+    def run(self) -> Sample:
+        """Read the sample. Raises InputError, naming the file, when it cannot be used."""
+        return self.read(self.key, self.split, *self.arguments)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that `run` reads."""
+        return [argument for argument in self.arguments if isinstance(argument, Path)]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """classes; tasks, in the order that the samples are stored in; missing: for a key, what it lacks; notes: what was
+    left out on purpose, and why, a line each; name: what the maps are called, when it is not the preparer's name."""
+
+    classes: ClassSet
+    tasks: Sequence[Task]
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    name: str = ""

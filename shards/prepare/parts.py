@@ -1,0 +1,144 @@
+"""A data set into HDF5 maps: in parts, by several processes, going on where an interrupted run was."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.errors import InputError
+from shards.files import check_space, say, tracked
+from shards.maps import MapsReader, MapsWriter
+from shards.prepare.dataset import DataSet, Task
+from shards.processes import mapped
+from shards.sample import ClassSet
+
+PART_SAMPLES = 32  # what a kill costs at most, for each worker
+VERSION = 1  # of parts: another one is never gone on from
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was written to `path`: samples for each split, why each bad sample was left out, notes of the preparer."""
+
+    path: Path
+    num_samples: dict[str, int]
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of a data set's samples, stored as maps of their own until all are there."""
+
+    path: Path
+    name: str
+    classes: ClassSet
+    tasks: tuple[Task, ...]
+    skip_bad: bool
+
+
+def write_dataset(out: Path, name: str, dataset: DataSet, num_workers: int, skip_bad: bool) -> Prepared:
+    """Write a data set's maps to `out`, which appears when it is complete.
+
+    Every part is kept beside `out`, under a name made from its samples, their files' sizes and times, until then: the
+    same command goes on after an interruption, and after a bad file was replaced. What is written does not depend on
+    the number of worker processes (0: none), nor on interruptions. skip_bad: leave out samples that are missing or
+    cannot be read, and say so in the maps. Raises InputError for the first bad sample otherwise, a split without
+    samples, too little space.
+    """
+    folder = out.with_name(f".{out.name}.parts")
+    parts = _parts(folder, name, dataset, skip_bad)
+    todo = [part for part in parts if not _done(part)]
+    sizes = [_bytes(part) for part in parts]
+    waiting = sum(_bytes(part) for part in todo)
+    check_space(out, sum(sizes) + waiting)  # the images alone, in the parts and in the file
+    num_done = sum(len(part.tasks) for part in parts) - sum(len(part.tasks) for part in todo)
+    if num_done:
+        say(f"going on: {num_done} of {len(dataset.tasks)} samples are done")
+    _remove_others(folder, parts)
+    try:
+        keys = (key for written in mapped(_write_part, todo, num_workers) for key in written)
+        for _ in tracked(keys, len(dataset.tasks) - num_done, f"preparing {name}"):
+            pass
+        prepared = _join(out, name, dataset, parts)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # when nothing is in it to go on from
+    shutil.rmtree(folder, ignore_errors=True)
+    return prepared
+
+
+def _parts(folder: Path, name: str, dataset: DataSet, skip_bad: bool) -> list[_Part]:
+    parts = []
+    for start in range(0, len(dataset.tasks), PART_SAMPLES):
+        tasks = tuple(dataset.tasks[start : start + PART_SAMPLES])
+        path = folder / f"{_identity(name, dataset.classes, tasks)}.h5"
+        parts.append(_Part(path, name, dataset.classes, tasks, skip_bad))
+    return parts
+
+
+def _identity(name: str, classes: ClassSet, tasks: Sequence[Task]) -> str:
+    """Hex digits that change with everything a part is made from."""
+    digest = hashlib.sha256(repr((VERSION, name, classes)).encode())
+    for task in tasks:
+        times = [(path.stat().st_size, path.stat().st_mtime_ns) for path in task.files]
+        read = f"{task.read.__module__}.{task.read.__qualname__}"
+        digest.update(repr((task.key, task.split, read, task.arguments, times)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _bytes(part: _Part) -> int:
+    return sum(path.stat().st_size for task in part.tasks for path in task.files)
+
+
+def _done(part: _Part) -> bool:
+    """Whether an earlier run wrote it; one that left samples out will not do where that is an error."""
+    if not part.path.is_file():
+        return False
+    with MapsReader(part.path) as reader:
+        return part.skip_bad or not reader.left_out
+
+
+def _remove_others(folder: Path, parts: list[_Part]) -> None:
+    wanted = {part.path for part in parts}
+    for path in folder.glob("*.h5"):
+        if path not in wanted:
+            path.unlink()
+
+
+def _write_part(part: _Part) -> list[str]:
+    """Write the part's samples; returns the keys of its tasks."""
+    with MapsWriter.publishing(part.path, part.name, part.classes) as writer:
+        for task in part.tasks:
+            try:
+                writer.add(task.run())
+            except InputError as error:
+                if not part.skip_bad:
+                    raise
+                writer.left_out[task.key] = error.got
+    return [task.key for task in part.tasks]
+
+
+def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepared:
+    with MapsWriter.publishing(out, name, dataset.classes) as writer:
+        for part in tracked(parts, len(parts), f"writing {out.name}"):
+            with MapsReader(part.path) as reader:
+                writer.copy(reader)
+        writer.left_out |= dataset.missing
+        for split in _splits(dataset):
+            if split not in writer.splits:
+                raise InputError(f"split {split!r}: all of its samples are bad", "a good one", "replace the files")
+    notes = [*dataset.notes]
+    labelled = zip(dataset.classes.names, writer.pixels, strict=False)
+    absent = [class_name for class_name, count in labelled if count == 0] if writer.pixels.any() else []
+    if absent:
+        notes.append(f"no pixel in any label of: {', '.join(absent)}")
+    return Prepared(out, {split: len(keys) for split, keys in writer.splits.items()}, writer.left_out, tuple(notes))
+
+
+def _splits(dataset: DataSet) -> Iterator[str]:
+    yield from dict.fromkeys(task.split for task in dataset.tasks)
