@@ -91,7 +91,9 @@ def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2007_000000 is listed twice"):
         samples(root)
     (lists / "val.txt").write_text("2007_000099")
-    with pytest.raises(InputError, match=r"1 of 4 samples are not whole, the first: 2007_000099: no .*2007_000099\.jpg"):
+    with pytest.raises(
+        InputError, match=r"1 of 4 samples are not whole, the first: 2007_000099: no .*2007_000099\.jpg"
+    ):
         prepare("voc", root, tmp_path / "voc.h5")
     for mask, mode, message in (
         (np.full((9, 8), 21, np.uint8), "P", r"2007_000002\.png: value 21 in 72 pixels"),

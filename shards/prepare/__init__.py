@@ -10,7 +10,7 @@ from typing import Any
 
 from shards.errors import InputError
 from shards.maps import MapsReader
-from shards.prepare.dataset import DataSet
+from shards.prepare.dataset import DataSet, absent
 from shards.prepare.parts import Prepared, write_dataset
 from shards.processes import check_workers
 
@@ -50,21 +50,20 @@ def prepare(
     dataset = preparer(**arguments)
     name = dataset.name or name
     _check_out(out, name)
-    _check_whole(dataset, skip_bad)
+    if not skip_bad:
+        _check_whole(dataset)
     return write_dataset(out, name, dataset, workers, skip_bad)
 
 
-def _check_whole(dataset: DataSet, skip_bad: bool) -> None:
-    if dataset.missing and not skip_bad:
-        key, why = next(iter(dataset.missing.items()))
-        got = (
-            f"{len(dataset.missing)} of {len(dataset.tasks) + len(dataset.missing)} samples are not whole, the first: "
-        )
-        needed = "an image and a label for every id of the data set"
-        action = "unpack all of it, correct the lists, or leave such samples out with --skip-bad"
-        raise InputError(f"{got}{key}: {why}", needed, action)
-    if not dataset.tasks:
-        raise InputError("no sample is whole", "at least one", "unpack the data set again")
+def _check_whole(dataset: DataSet) -> None:
+    """Raise the InputError of missing files, before time is spent on those that are there."""
+    lost = [task for task in dataset.tasks if task.read is absent]
+    try:
+        for task in lost:
+            task.run()
+    except InputError as error:
+        got = f"{len(lost)} of {len(dataset.tasks)} samples are not whole, the first: {error.got}"
+        raise InputError(got, error.needed, error.action) from None
 
 
 def _check_out(out: Path, name: str) -> None:

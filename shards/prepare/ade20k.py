@@ -63,4 +63,4 @@ def samples(root: Path) -> DataSet:
             raise InputError(f"no images in {folders[0]}", "<id>.jpg", "unpack all of ADEChallengeData2016")
         for id_ in sorted(images.keys() | masks.keys()):
             pairs.append(Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.png"))
-    return DataSet(ADE20K, *pair_tasks(root, pairs, masked_sample, CODING, "ade20k"))
+    return DataSet(ADE20K, pair_tasks(root, pairs, masked_sample, CODING, "ade20k"))

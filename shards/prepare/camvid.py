@@ -45,9 +45,9 @@ def samples(root: Path) -> DataSet:
     root = locate(root, "train", "CamVid")
     there = [split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()]
     pairs = [pair for split in there for pair in _pairs(root, split)]
-    tasks, missing = pair_tasks(root, pairs, masked_sample, CODING, "CamVid")
+    tasks = pair_tasks(root, pairs, masked_sample, CODING, "CamVid")
     notes = tuple(f"there is no {split}" for split in SPLITS if split not in there)
-    return DataSet(CAMVID, tasks, missing, notes)
+    return DataSet(CAMVID, tasks, notes)
 
 
 def _pairs(root: Path, split: str) -> list[Pair]:

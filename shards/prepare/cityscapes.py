@@ -67,13 +67,13 @@ def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
         for id_ in sorted(images if split == "test" else images.keys() | masks.keys()):
             mask = None if split == "test" else folders[1] / f"{id_}_gtFine_{labels}.png"
             pairs.append(Pair(id_.rpartition("/")[2], split, folders[0] / f"{id_}_leftImg8bit.png", mask))
-    tasks, missing = pair_tasks(root, pairs, masked_sample, CODINGS[labels], "cityscapes")
+    tasks = pair_tasks(root, pairs, masked_sample, CODINGS[labels], "cityscapes")
     extra = [
         name
         for name in ("test", "train_extra")
         if (root / "leftImg8bit" / name).is_dir() and not (test and name == "test")
     ]
-    return DataSet(CITYSCAPES, tasks, missing, tuple(f"leftImg8bit/{name} has no fine labels" for name in extra))
+    return DataSet(CITYSCAPES, tasks, tuple(f"leftImg8bit/{name} has no fine labels" for name in extra))
 
 
 def _other(labels: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.errors import InputError
 from shards.sample import ClassSet, Sample
 
 
@@ -33,13 +34,18 @@ class Task:
         return [argument for argument in self.arguments if isinstance(argument, Path)]
 
 
+def absent(key: str, split: str, file: str) -> Sample:
+    """The `read` of a sample whose file is not there. Raises InputError, and nothing else."""
+    action = "unpack all of it, correct the lists, or leave such samples out with --skip-bad"
+    raise InputError(f"{key}: no {file}", "an image and a label for every id of the data set", action)
+
+
 @dataclass(frozen=True)
 class DataSet:
-    """classes; tasks, in the order that the samples are stored in; missing: for a key, what it lacks; notes: what was
-    left out on purpose, and why, a line each; name: what the maps are called, when it is not the preparer's name."""
+    """classes; tasks, in the order that the samples are stored in; notes: what was left out on purpose, and why, a line
+    each; name: what the maps are called, when it is not the preparer's name."""
 
     classes: ClassSet
     tasks: Sequence[Task]
-    missing: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     name: str = ""

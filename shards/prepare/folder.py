@@ -65,11 +65,11 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
         pairs = _unlike([pair for split in what.splits for pair in _pairs(root, what, split)])
     else:
         pairs = _distributed(root, what, seed or 0, notes)
-    tasks, missing = pair_tasks(root, pairs, masked_sample, what.coding, what.name)
+    tasks = pair_tasks(root, pairs, masked_sample, what.coding, what.name)
     unlabelled = sum(pair.label is None for pair in pairs)
     if unlabelled:
         notes.append(f"{unlabelled} images have no mask and stay unlabelled")
-    return DataSet(what.classes, tasks, missing, tuple(notes), what.name)
+    return DataSet(what.classes, tasks, tuple(notes), what.name)
 
 
 def _unlike(pairs: list[Pair]) -> list[Pair]:

@@ -54,7 +54,7 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     notes: tuple[str, ...] = (f"{others} training images are not of the scenes with lanes",) if others else ()
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
-    return DataSet(KITTI_ROAD, *pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)
+    return DataSet(KITTI_ROAD, pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)
 
 
 def _mask_name(id_: str, task: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shards.errors import InputError
-from shards.prepare.dataset import Task
+from shards.prepare.dataset import Task, absent
 from shards.sample import Sample, decode_image
 
 VAL_SHARE = 5  # one image in five validates: 143 of Stanford Background's 715
@@ -28,16 +28,13 @@ class Pair:
     label: Path | None
 
 
-def pair_tasks(
-    root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *more: Any
-) -> tuple[list[Task], dict[str, str]]:
-    """(tasks, what is missing by key): read(key, split, image, label, *more) for each pair whose files are there.
+def pair_tasks(root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *more: Any) -> list[Task]:
+    """Tasks of read(key, split, image, label, *more) for each pair; of `absent` where a file is not there.
 
     A key is the id with "_" for "." and "/", which cannot be in names within a tar. Raises InputError for a file
     outside of `root`, links followed, and for two pairs of one key.
     """
     tasks: list[Task] = []
-    missing: dict[str, str] = {}
     named: dict[str, Pair] = {}
     for pair in pairs:
         key = pair.id.replace("/", "_").replace(".", "_")
@@ -48,14 +45,12 @@ def pair_tasks(
         files = [path for path in (pair.image, pair.label) if path is not None]
         for path in files:
             check_inside(root, path)
-        absent = [path for path in files if not path.is_file()]
-        if absent:
-            missing[key] = f"no {absent[0]}"
-        else:
-            tasks.append(Task(key, pair.split, read, (pair.image, pair.label, *more)))
+        lost = [str(path) for path in files if not path.is_file()]
+        what = (absent, (lost[0],)) if lost else (read, (pair.image, pair.label, *more))
+        tasks.append(Task(key, pair.split, *what))
     if not named:
         raise InputError(f"no images in {root}", "at least one", "correct --root")
-    return tasks, missing
+    return tasks
 
 
 def check_inside(root: Path, path: Path) -> None:

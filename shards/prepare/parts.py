@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,17 +128,12 @@ def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepare
         for part in tracked(parts, len(parts), f"writing {out.name}"):
             with MapsReader(part.path) as reader:
                 writer.copy(reader)
-        writer.left_out |= dataset.missing
-        for split in _splits(dataset):
-            if split not in writer.splits:
-                raise InputError(f"split {split!r}: all of its samples are bad", "a good one", "replace the files")
+        empty = {task.split for task in dataset.tasks} - writer.splits.keys()
+        if empty:
+            raise InputError(f"split {min(empty)!r}: all samples are bad", "a good one", "replace the files")
     notes = [*dataset.notes]
     labelled = zip(dataset.classes.names, writer.pixels, strict=False)
     absent = [class_name for class_name, count in labelled if count == 0] if writer.pixels.any() else []
     if absent:
         notes.append(f"no pixel in any label of: {', '.join(absent)}")
     return Prepared(out, {split: len(keys) for split, keys in writer.splits.items()}, writer.left_out, tuple(notes))
-
-
-def _splits(dataset: DataSet) -> Iterator[str]:
-    yield from dict.fromkeys(task.split for task in dataset.tasks)

@@ -34,7 +34,7 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
         for split, ids in splits.items()
         for id_ in ids
     ]
-    return DataSet(STANFORD, *pair_tasks(root, pairs, _sample))
+    return DataSet(STANFORD, pair_tasks(root, pairs, _sample))
 
 
 def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str]]:

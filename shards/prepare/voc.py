@@ -62,4 +62,4 @@ def samples(root: Path, train_list: str = "", val_list: str = "", labels: str = 
     ]
     unlisted = len(files_by_id(folder / "JPEGImages").keys() - {pair.id for pair in pairs})
     notes = (f"{unlisted} images of JPEGImages are in no list",) if unlisted else ()
-    return DataSet(VOC, *pair_tasks(root, pairs, masked_sample, CODING, "VOC2012"), notes)
+    return DataSet(VOC, pair_tasks(root, pairs, masked_sample, CODING, "VOC2012"), notes)
