@@ -135,13 +135,16 @@ An interrupted run goes on where it was, by the same command. Neither that nor -
 
 
 def _add_pack(commands: argparse._SubParsersAction) -> None:
-    text = "Write HDF5 maps into checksummed WebDataset shards with a manifest; the same input gives the same bytes."
+    text = """Write HDF5 maps into checksummed WebDataset shards with a manifest.
+
+The same input gives the same bytes, for any number of workers; where they are there already, nothing is done."""
     parser = _command(commands, "pack", "HDF5 maps -> shards", text)
     parser.add_argument("maps", type=Path, metavar="FILE.h5", help="what `distseg prepare` wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: in this one")
     parser.add_argument("--overwrite", action="store_true", help="replace another data set that is in the directory")
+    parser.add_argument("--append", action="store_true", help="add the maps' splits to the shards that are there")
     parser.set_defaults(handler=_pack)
 
 
@@ -210,9 +213,11 @@ def _pack(options: argparse.Namespace) -> int:
     from shards.pack import pack
 
     how = {"samples_per_shard": options.samples_per_shard, "num_workers": options.workers}
-    manifest = pack(options.maps, options.out, overwrite=options.overwrite, **how)
+    manifest = pack(options.maps, options.out, overwrite=options.overwrite, append=options.append, **how)
     counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
-    print(f"wrote {options.out}: {counts}")
+    print(f"{options.out}: {counts}")
+    if manifest.left_out:
+        print(f"left out when the maps were prepared, because they are bad: {manifest.left_out}")
     if {"train", "val"} <= manifest.splits.keys():
         print(f"next: distseg train data.shards={options.out}")
     return 0

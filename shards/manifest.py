@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,18 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A packed data set: its name, classes, and splits by name."""
+    """A packed data set: its name, classes, and splits by name.
+
+    left_out: samples that `distseg prepare --skip-bad` left out; sources: for each split, what it was packed from
+    (see pack.source_of), which says whether packing again would change anything.
+    """
 
     version: int
     name: str
     classes: ClassSet
     splits: dict[str, SplitInfo]
+    left_out: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -57,8 +63,8 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, the same bytes for the same content."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        """Canonical JSON: sorted keys, the same bytes for the same content; the sources are none of it."""
+        return json.dumps(self._content(), indent=1, sort_keys=True) + "\n"
 
     def save(self, directory: Path) -> None:
         """Write manifest.json, whole or not at all, with its own sha256."""
@@ -97,7 +103,19 @@ class Manifest:
                     raise InputError(f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again")
 
     def _file_text(self) -> str:
-        return json.dumps(asdict(self) | {"sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+        content = self._content() | {"sha256": self.sha256}
+        if self.sources:
+            sealed = hashlib.sha256((self.sha256 + repr(sorted(self.sources.items()))).encode()).hexdigest()
+            content |= {"sources": self.sources, "sources_sha256": sealed}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        """What makes the data; maps of other bytes can hold the same. A count of 0 is not written, as it never was."""
+        content = asdict(self)
+        del content["sources"]
+        if not self.left_out:
+            del content["left_out"]
+        return content
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""
@@ -125,4 +143,5 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         for name, split in content["splits"].items()
     }
     classes = ClassSet(tuple(content["classes"]["names"]), palette)
-    return Manifest(content["version"], content["name"], classes, splits)
+    extra = content.get("left_out", 0), content.get("sources", {})
+    return Manifest(content["version"], content["name"], classes, splits, *extra)

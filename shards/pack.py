@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ import numpy as np
 import webdataset
 
 from shards.errors import InputError
-from shards.files import check_space, published, sync_folder, tracked
+from shards.files import check_space, published, say, sync_folder, tracked
 from shards.manifest import FILE_NAME, VERSION, Manifest, ShardInfo, SplitInfo, sha256_of
 from shards.maps import MapsReader
+from shards.processes import check_workers, mapped
+from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
 
 STAGING = ".packing"
@@ -49,7 +50,13 @@ class _Written:
 
 
 def pack(
-    maps: Path, out: Path, *, samples_per_shard: int = 256, num_workers: int = 0, overwrite: bool = False
+    maps: Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 256,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    append: bool = False,
 ) -> Manifest:
     """Write <split>-<number>.tar shards with their member indices, then manifest.json; returns the manifest.
 
@@ -57,14 +64,22 @@ def pack(
     Members of a sample: .jpg (original bytes; .image.png for a PNG original), .png (label, see
     sample.encode_label; absent when unlabelled), .json. Everything is written in a folder beside the old
     shards and moved into place when it is complete, so that a pack that fails leaves an earlier one as it
-    was. Raises InputError for a damaged map, an unreadable image, too little disk space, or, unless
-    `overwrite`, a directory that holds other shards.
+    was. Where `out` holds just that already, whole, nothing is done. append: add the maps' splits to the shards there.
+    Raises InputError for a damaged map, an unreadable image, too little disk space, or, unless
+    `overwrite`, a directory that holds other shards; to append, for other classes, a split or a key that is there.
     """
-    if samples_per_shard < 1 or num_workers < 0:
-        got = f"samples_per_shard={samples_per_shard}, workers={num_workers}"
-        raise InputError(got, "at least one sample per shard, and no negative number of workers", "correct them")
+    check_workers(num_workers)
+    if samples_per_shard < 1 or (overwrite and append):
+        got = f"samples_per_shard={samples_per_shard}, overwrite={overwrite}, append={append}"
+        raise InputError(got, "at least one sample per shard, and not both of the others", "correct them")
     reader = MapsReader(maps)
-    earlier = _earlier_shards(out, reader.name, overwrite)
+    sources = dict.fromkeys(sorted(reader.splits), source_of(maps, samples_per_shard))
+    unchanged = _unchanged(out, sources)
+    if unchanged is not None:
+        say(f"{out} holds these maps already: nothing to do")
+        return unchanged
+    there = _extended(out, reader) if append else None
+    earlier = set() if append else _earlier_shards(out, reader.name, overwrite)
     tasks = [task for name, keys in sorted(reader.splits.items()) for task in _tasks(name, keys, samples_per_shard)]
     check_space(out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD)
     reader.close()
@@ -77,11 +92,48 @@ def pack(
             name: _split([shard for task, shard in shards if task.split == name], reader)
             for name in sorted(reader.splits)
         }
-        manifest = Manifest(VERSION, reader.name, reader.classes, splits)
-        _publish(staging, out, manifest, earlier)
+        manifest = Manifest(VERSION, reader.name, reader.classes, splits, len(reader.left_out), sources)
+        _publish(staging, out, manifest, earlier, there)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return manifest
+    return Manifest.load(out)
+
+
+def source_of(maps: Path, samples_per_shard: int) -> str:
+    """Hex digits that are the same when packing gives the same bytes."""
+    return hashlib.sha256(f"{sha256_of(maps)} {samples_per_shard} {VERSION}".encode()).hexdigest()
+
+
+def _unchanged(out: Path, sources: dict[str, str]) -> Manifest | None:
+    """The manifest in `out` when all of these splits are there, from the same sources and with every byte."""
+    if not (out / FILE_NAME).is_file() or (out / STAGING).is_dir():
+        return None
+    try:
+        there = Manifest.load(out)
+        if any(there.sources.get(split) != source for split, source in sources.items()):
+            return None
+        there.verify(out)
+    except InputError:
+        return None  # damaged: packing again is the way to mend it
+    return there
+
+
+def _extended(out: Path, reader: MapsReader) -> Manifest:
+    """The manifest in `out`, to which the splits of these maps can be added. Raises InputError when they cannot."""
+    there = Manifest.load(out)
+    if there.classes != reader.classes:
+        got = f"{out} has the classes {', '.join(there.classes.names)}; the maps {', '.join(reader.classes.names)}"
+        raise InputError(got, "the same names and colours, in the same order", "prepare the maps with those")
+    twice = sorted(there.splits.keys() & reader.splits.keys())
+    if twice:
+        raise InputError(f"split {twice[0]!r} is in {out} already", "a new split", "pack both into another --out")
+    new = {key for keys in reader.splits.values() for key in keys}
+    for split in there.splits:
+        shared = sorted(new & set(ShardReader(out, split).keys))
+        if shared:
+            got = f"{len(shared)} keys are in {out} already, the first: {shared[0]} in {split}"
+            raise InputError(got, "each key in one split", "leave these samples out, or rename them")
+    return there
 
 
 def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
@@ -101,6 +153,9 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
         if there.name != name:
             got = f"{out} holds the data set {there.name!r}, the maps are {name!r}"
             raise InputError(got, needed, action)
+        if len(set(there.sources.values())) > 1:
+            got = f"{out} holds splits from several maps: {', '.join(there.splits)}"
+            raise InputError(got, needed, "choose another --out, or replace all of them with --overwrite")
         named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
     present = {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
     if overwrite or (out / STAGING).is_dir():  # a pack was killed, perhaps while it moved its shards into place
@@ -111,10 +166,16 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
     return named
 
 
-def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str]) -> None:
-    """Move the shards into place. An old manifest does not fit them: whole only with the new one."""
-    manifest.save(staging)
+def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str], there: Manifest | None) -> None:
+    """Move the shards into place. An old manifest does not fit them: whole only with the new one.
+
+    there: the manifest that these shards are appended to; it stays true until the new one replaces it.
+    """
     named = {file for shard in manifest.shards() for file in (shard.file, shard.index_file)}
+    if there is not None:
+        splits, sources = there.splits | manifest.splits, there.sources | manifest.sources
+        manifest = replace(there, splits=splits, sources=sources, left_out=there.left_out + manifest.left_out)
+    manifest.save(staging)
     for file in sorted(named):
         os.replace(staging / file, out / file)
     for file in earlier - named:  # plain webdataset globs would find them
@@ -129,16 +190,8 @@ def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Tas
 
 
 def _write_all(reader: MapsReader, out: Path, tasks: list[_Task], num_workers: int) -> list[_Written]:
-    what = f"packing {out.parent.name}"
-    if num_workers == 0:
-        return list(tracked((_write_shard(reader, out, task) for task in tasks), len(tasks), what))
-    spawn = multiprocessing.get_context("spawn")  # HDF5 handles and threads do not survive a fork
-    with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
-        try:
-            return list(tracked(pool.map(_write_shard, repeat(reader), repeat(out), tasks), len(tasks), what))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    written = mapped(partial(_write_shard, reader, out), tasks, num_workers)
+    return list(tracked(written, len(tasks), f"packing {out.parent.name}"))
 
 
 def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:

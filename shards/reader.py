@@ -56,6 +56,11 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def keys(self) -> list[str]:
+        """Names of the samples, in packed order."""
+        return [entry.key for entry in self._entries]
+
     def key(self, index: int) -> str:
         """Name of a sample."""
         return self._entries[index].key

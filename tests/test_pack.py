@@ -21,7 +21,7 @@ from PIL import Image
 import shards.pack
 from shards.errors import InputError
 from shards.manifest import Manifest
-from shards.maps import write_maps
+from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image
@@ -209,3 +209,80 @@ def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(maps: Path
         assert contents(out) == contents(tmp_path / "new")
         at += 1
     assert at > 14 and refused > 0  # 3 shards, 3 indices and a manifest, each written and moved
+
+
+def times(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+
+
+def test_packing_unchanged_maps_does_nothing_and_mends_what_is_damaged(
+    packed: Path, maps: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    before = times(out)
+    assert pack(maps, out, samples_per_shard=3) == Manifest.load(out)
+    assert times(out) == before
+    damaged = bytearray((out / "train-000001.tar").read_bytes())
+    damaged[700] ^= 4
+    (out / "train-000001.tar").write_bytes(damaged)
+    pack(maps, out, samples_per_shard=3)
+    assert contents(out) == contents(packed)
+    manifest = json.loads((out / "manifest.json").read_text())
+    for source in manifest["sources"].values():  # as guarded as all the rest
+        (out / "manifest.json").write_text(json.dumps(manifest).replace(source, source[::-1]))
+        with pytest.raises(InputError, match="damaged"):
+            Manifest.load(out)
+
+
+def test_a_manifest_from_before_sources_keeps_its_identity(packed: Path, maps: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    whole = Manifest.load(packed)
+    earlier = replace(whole, sources={})
+    earlier.save(tmp_path / "out")
+    assert earlier.sha256 == whole.sha256 == Manifest.load(tmp_path / "out").sha256
+    assert "left_out" not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def more(path: Path, split: str, keys: str = "more") -> Path:
+    samples = [replace(sample, key=f"{keys}_{index:02d}", split=split) for index, sample in enumerate(toy_samples())]
+    return write(path, samples)
+
+
+def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Path, tmp_path: Path) -> None:
+    out, extra = tmp_path / "out", more(tmp_path / "extra.h5", "test")
+    shutil.copytree(packed, out)
+    there = times(out)
+    pack(extra, out, samples_per_shard=5, append=True)
+    assert {name: time for name, time in times(out).items() if name in there and name != "manifest.json"} == {
+        name: time for name, time in there.items() if name != "manifest.json"
+    }
+    read_all(out)
+    reader, expected = ShardReader(out, "test"), toy_samples()
+    assert [reader.read(index).image for index in range(len(reader))] == [sample.image for sample in expected]
+    assert Manifest.load(out).splits["train"] == Manifest.load(packed).splits["train"]
+    after = times(out)
+    pack(extra, out, samples_per_shard=5, append=True)  # the same commands again
+    pack(maps, out, samples_per_shard=3)
+    assert times(out) == after
+    with pytest.raises(InputError, match=r"splits from several maps: .*test"):
+        pack(maps, out, samples_per_shard=2)  # would lose the split
+
+
+@pytest.mark.parametrize(
+    ("split", "keys", "classes", "message"),
+    [
+        ("val", "more", STANFORD, "split 'val' is in"),
+        ("test", "toy", STANFORD, "8 keys are in .* toy_00 in train"),
+        ("test", "more", replace(STANFORD, names=tuple(reversed(STANFORD.names))), "has the classes sky, tree"),
+    ],
+)
+def test_what_cannot_be_appended(packed: Path, tmp_path: Path, split: str, keys: str, classes, message: str) -> None:
+    extra, out = more(tmp_path / "extra.h5", split, keys), tmp_path / "out"
+    with MapsReader(extra) as reader:
+        samples = [reader.read(key) for key in reader.splits[split]]
+    write_maps(extra, "toy blobs", classes, samples, len(samples))
+    shutil.copytree(packed, out)
+    with pytest.raises(InputError, match=message):
+        pack(extra, out, append=True)
+    assert contents(out) == contents(packed)
