@@ -154,7 +154,7 @@ def test_a_seed_where_lists_decide_is_refused(root: Path, tmp_path: Path) -> Non
 def test_real_data(tmp_path: Path) -> None:
     """All 715 images: byte-identical, every label pixel as in its text file, pixel shares as published."""
     root = Path(os.environ["DISTSEG_STANFORD_ROOT"])
-    prepare("stanford", root, tmp_path / "maps.h5")
+    prepare("stanford", root, tmp_path / "maps.h5", workers=2)
     manifest = pack(tmp_path / "maps.h5", tmp_path / "shards", num_workers=2)
     assert check_every_pixel(root, tmp_path / "maps.h5", tmp_path / "shards") == 715
     splits = manifest.splits

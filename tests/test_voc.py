@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -11,8 +13,11 @@ from PIL import Image
 
 from shards.errors import InputError
 from shards.maps import MapsReader
+from shards.pack import pack
 from shards.prepare import prepare
 from shards.prepare.voc import VOC, samples, voc_palette
+from shards.reader import ShardReader
+from shards.sample import decode_label
 
 
 def write(root: Path, key: str, mask: np.ndarray, mode: str = "P", labels: str = "SegmentationClass") -> None:
@@ -106,3 +111,46 @@ def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "SegmentationClass" / "2007_000002.png")
     with pytest.raises(InputError, match="5 x 5 pixels for an image 9 x 8"):
         [task.run() for task in samples(root).tasks]
+
+
+REAL_VOID_SHARE = 5.34  # % of the pixels of the 676 pairs whose lists are lists/*_here.txt
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("DISTSEG_VOC_ROOT" not in os.environ, reason="set DISTSEG_VOC_ROOT to a VOC2012 folder")
+def test_real_data(tmp_path: Path) -> None:
+    """Every pair of the lists (lists/*_here.txt where there are such): byte-identical, every pixel as in the PNG."""
+    root = Path(os.environ["DISTSEG_VOC_ROOT"])
+    lists = {f"{split}_list": str(root / "lists" / f"{split}_here.txt") for split in ("train", "val")}
+    made = prepare("voc", root, tmp_path / "maps.h5", **lists if (root / "lists").is_dir() else {}, workers=2)
+    manifest = pack(tmp_path / "maps.h5", tmp_path / "shards", num_workers=2)
+    pixels = np.zeros(256, np.int64)
+    with MapsReader(tmp_path / "maps.h5") as maps_reader:
+        for split, keys in maps_reader.splits.items():
+            reader = ShardReader(tmp_path / "shards", split)
+            assert len(reader) == len(keys) == made.num_samples[split]
+            for index, key in enumerate(keys):
+                raw, sample = reader.read(index), maps_reader.read(key)
+                assert raw.key == key
+                assert raw.image == sample.image == (root / "JPEGImages" / f"{key}.jpg").read_bytes()
+                # OpenCV gives the colours; the palette is one to one, so that they give the index again
+                expected = _index_of(cv2.imread(str(root / "SegmentationClass" / f"{key}.png")))
+                np.testing.assert_array_equal(decode_label(raw.label), expected)
+                np.testing.assert_array_equal(sample.label, expected)
+                total = maps_reader.label_map(key).sum(axis=0, dtype=int)
+                np.testing.assert_array_equal(total, expected != 255)  # one-hot, void all zeros
+                pixels += np.bincount(expected.ravel(), minlength=256)
+    counts = np.zeros(256, np.int64)
+    for info in manifest.splits.values():
+        counts[:21] += info.class_pixels
+        counts[255] += info.void_pixels
+    np.testing.assert_array_equal(counts, pixels)
+    if (root / "lists").is_dir():
+        assert made.num_samples == {"train": 330, "val": 346}
+        assert round(100 * pixels[255] / pixels.sum(), 2) == REAL_VOID_SHARE
+
+
+def _index_of(colors: np.ndarray) -> np.ndarray:
+    table = {red << 16 | green << 8 | blue: index for index, (red, green, blue) in enumerate(voc_palette(256))}
+    blue, green, red = np.moveaxis(colors.astype(np.int64), 2, 0)
+    return np.vectorize(table.__getitem__)(red << 16 | green << 8 | blue)

@@ -1,7 +1,7 @@
 """ADE20K's scene parsing benchmark (Zhou et al. 2017): 150 classes, 0 for all other things, which is void.
 
-Names: the first of the names that the benchmark's objectInfo150 gives each class. Colours: the
-benchmark's color150, as segmentation toolboxes list them; road and skyscraper share one.
+Names: of those that the benchmark's objectInfo150 gives each class, the one that segmentation toolboxes list. Colours:
+the benchmark's color150, as they list it; road and skyscraper share one.
 """
 
 from __future__ import annotations
