@@ -151,6 +151,7 @@ def test_real_data(tmp_path: Path) -> None:
 
 
 def _index_of(colors: np.ndarray) -> np.ndarray:
-    table = {red << 16 | green << 8 | blue: index for index, (red, green, blue) in enumerate(voc_palette(256))}
-    blue, green, red = np.moveaxis(colors.astype(np.int64), 2, 0)
-    return np.vectorize(table.__getitem__)(red << 16 | green << 8 | blue)
+    label = np.full(colors.shape[:2], 254, np.uint8)  # no index of VOC's
+    for index in (*range(21), 255):
+        label[(colors == voc_palette(256)[index][::-1]).all(axis=2)] = index
+    return label
