@@ -11,6 +11,7 @@ class DataConfig:
     """Which samples, and how a training view is cut from them."""
 
     shards: str = ""  # directory written by `distseg pack` (manifest.json and *.tar)
+    allow_unverified: bool = False  # train on shards that neither `distseg pack` nor `distseg inspect` vouches for
     train_split: str = "train"
     val_split: str = "val"
     labelled: str = "all"  # whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line

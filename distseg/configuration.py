@@ -19,7 +19,7 @@ ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 
 # These may change when a run is resumed: they alter neither the networks nor the order of samples.
 FREE_ON_RESUME = frozenset(
-    {"run_dir", "device", "data.shards", "data.num_threads", "max_skips"}
+    {"run_dir", "device", "data.shards", "data.allow_unverified", "data.num_threads", "max_skips"}
     | {"evaluate", "checkpoint", "tracking", "parallel"}
 )
 

@@ -34,6 +34,7 @@ from distseg.watchdog import Watchdog
 from shards.errors import InputError
 from shards.files import published
 from shards.reader import ShardReader
+from shards.verified import check_verified
 
 LABELLED_FILE = "labelled.txt"
 
@@ -134,6 +135,8 @@ def open_data(config: Config, world_size: int) -> Data:
     """The sample sets of a run; InputError when they are not there or do not fit the configuration."""
     options = config.data
     train, val = (ShardReader(Path(options.shards), name) for name in (options.train_split, options.val_split))
+    if not options.allow_unverified:
+        check_verified(train.directory, train.manifest)
     saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
     wanted = str(saved) if options.labelled != "all" and saved.is_file() else options.labelled
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)

@@ -25,6 +25,7 @@ from shards.maps import MapsReader
 from shards.processes import check_workers, mapped
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
+from shards.verified import mark_verified
 
 STAGING = ".packing"
 SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
@@ -182,6 +183,7 @@ def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str], th
         (out / file).unlink(missing_ok=True)
     os.replace(staging / FILE_NAME, out / FILE_NAME)
     sync_folder(out)
+    mark_verified(out, manifest)  # every image was decoded and every label checked on the way
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:

@@ -9,6 +9,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image
+from shards.verified import is_verified
 
 
 def mixed_samples() -> list[Sample]:
@@ -162,6 +165,36 @@ def test_shards_take_less_space_than_was_asked_for(maps: Path, tmp_path: Path, m
     assert sum(map(len, contents(tmp_path).values())) <= asked[0]
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB: the earlier pack fits, with less than another beside it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk, and not in every container")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_full_disk_leaves_the_earlier_pack(
+    packed: Path, maps: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one, that fills up while shards are written: another process took what check_space had found free."""
+    out = small_disk / "out"
+    shutil.copytree(packed, out)
+    monkeypatch.setattr(shards.pack, "check_space", lambda *_: None)
+    for num_workers in (0, 2):
+        with pytest.raises(InputError, match="disk full"):
+            pack(maps, out, samples_per_shard=4, num_workers=num_workers)
+        assert contents(out) == contents(packed)
+    shutil.rmtree(out)
+    (small_disk / "other").write_bytes(bytes(150_000))
+    with pytest.raises(InputError, match="disk full"):
+        pack(maps, out, samples_per_shard=4)
+    assert not out.exists() or not list(out.iterdir())
+
+
 def pack_killed(maps: Path, out: Path, at: int) -> bool:
     """Pack in a child process that is killed at its `at`-th rename; False when there were fewer."""
     child = os.fork()
@@ -195,7 +228,7 @@ def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(maps: Path
     pack(maps, tmp_path / "new", samples_per_shard=4)
     pack(earlier, tmp_path / "old", samples_per_shard=3)
     wholes = [read_all(tmp_path / "new"), read_all(tmp_path / "old")]
-    out, at, refused = tmp_path / "out", 1, 0
+    out, at, refused, unrecorded = tmp_path / "out", 1, 0, 0
     while True:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "old", out)
@@ -205,9 +238,12 @@ def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(maps: Path
             assert read_all(out) in wholes
         except InputError:
             refused += 1
+        else:  # between the manifest and its record the pack is whole, but training asks for an inspection
+            unrecorded += not is_verified(out, Manifest.load(out))
         pack(maps, out, samples_per_shard=4)
         assert contents(out) == contents(tmp_path / "new")
         at += 1
+    assert unrecorded == 1
     assert at > 14 and refused > 0  # 3 shards, 3 indices and a manifest, each written and moved
 
 
