@@ -14,6 +14,7 @@ DESCRIPTION = "Adversarial training of semantic segmentation networks, on one ma
 EPILOG = """the whole path, with generated scenes:
   distseg prepare toy --out data/toy.h5
   distseg pack data/toy.h5 --out data/toy
+  distseg inspect data/toy
   torchrun --standalone --nproc_per_node=2 -m distseg.train preset=toy
   distseg evaluate runs/toy
   distseg predict runs/toy picture.jpg --out predictions
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_prepare(commands)
     _add_pack(commands)
+    _add_inspect(commands)
     _add_models(commands)
     return parser
 
@@ -146,6 +148,20 @@ The same input gives the same bytes, for any number of workers; where they are t
     parser.add_argument("--overwrite", action="store_true", help="replace another data set that is in the directory")
     parser.add_argument("--append", action="store_true", help="add the maps' splits to the shards that are there")
     parser.set_defaults(handler=_pack)
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    text = """Look at packed shards before time is spent on them, and let training accept them when they are sound.
+
+errors    (exit code 1)  damaged or missing files, unreadable images, labels of another size, form or range
+warnings  (exit code 0)  classes that a split lacks, void, pictures that are in two splits, frayed labels, ..."""
+    parser = _command(commands, "inspect", "find what is wrong with shards", text)
+    parser.add_argument("shards", type=Path, metavar="DIR", help="what `distseg pack` wrote")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for inspection.json and contact_sheet.png; else the same"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="decoding threads; else one for each core")
+    parser.set_defaults(handler=_inspect)
 
 
 def _add_models(commands: argparse._SubParsersAction) -> None:
@@ -221,6 +237,14 @@ def _pack(options: argparse.Namespace) -> int:
     if {"train", "val"} <= manifest.splits.keys():
         print(f"next: distseg train data.shards={options.out}")
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from distseg import inspection
+
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads {options.threads}", "at least 1", "correct it, or leave it out")
+    return inspection.run(options.shards, options.out, options.threads)
 
 
 def _models(options: argparse.Namespace) -> int:

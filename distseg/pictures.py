@@ -80,7 +80,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
             _curve(axes, steps, values, noisy=not name.startswith("val/"), label=label, color=color, linestyle=style)
         _dress(axes, title, unit)
     all_axes[-1].set_xlabel("training step")
-    _save(figure, out)
+    save(figure, out)
 
 
 def iou_bars(per_class: dict[str, float], out: Path) -> None:
@@ -103,7 +103,7 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["bottom"].set_bounds(0, 1)  # right of it is room for the numbers only
-    _save(figure, out)
+    save(figure, out)
 
 
 def sample_panel(
@@ -120,7 +120,7 @@ def sample_panel(
     if label is not None:
         top.insert(1, ("label", colourise(label, classes)))
         top.append((_error_title(prediction, label), error_map(prediction, label)))
-    legend = _legend_entries(classes, with_void=label is not None and bool((label == IGNORE_INDEX).any()))
+    legend = legend_entries(classes, with_void=label is not None and bool((label == IGNORE_INDEX).any()))
     grid = _Grid(image.shape[:2], 1 + math.ceil(classes.num_classes / _NUM_COLUMNS), len(legend))
     for column, (title, picture) in enumerate(top):
         grid.axes(0, column, title).imshow(picture, interpolation="nearest")
@@ -131,7 +131,7 @@ def sample_panel(
     bar.set_label("probability", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     grid.figure.legend(handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False)
-    _save(grid.figure, out)
+    save(grid.figure, out)
 
 
 class _Grid:
@@ -240,7 +240,8 @@ def _error_title(prediction: np.ndarray, label: np.ndarray) -> str:
     return f"errors: {(prediction != label)[counted].mean():.1%} of pixels"
 
 
-def _legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
+def legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
+    """A patch of each class's colour with its name, for a figure's legend; void's last."""
     entries = [*zip(classes.names, classes.palette, strict=True)] + [("void", _void_color(classes))] * with_void
     return [
         Patch(facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=name)
@@ -248,7 +249,8 @@ def _legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
     ]
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     FigureCanvasAgg(figure)
     with published(out) as partial:
         figure.savefig(partial, format="png")

@@ -21,8 +21,8 @@ ADVERSARIAL = ("loss/adversarial", "loss/discriminator_real", "loss/discriminato
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, for a look at what is in it."""
     saved: list[Figure] = []
-    original = pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, out: (saved.append(figure), original(figure, out))[1])
+    original = pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, out: (saved.append(figure), original(figure, out))[1])
     return saved
 
 

@@ -1,0 +1,196 @@
+"""`distseg inspect`: the findings as a table, the samples as a contact sheet, both as JSON; then the verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from distseg.pictures import legend_entries, overlay, save
+from shards.files import published
+from shards.inspect import Inspection, inspect, record
+from shards.look import ERROR, Look, read_members
+from shards.sample import ClassSet, decode_image, decode_label
+from shards.similar import BITS, MAX_BITS
+
+JSON_FILE, SHEET_FILE = "inspection.json", "contact_sheet.png"
+MIN_WIDTH, SHOWN = 100, 8  # columns of the terminal; findings of one kind in the table
+NUM_COLUMNS, NUM_CELLS, NUM_FLAGGED = 4, 32, 8  # of the sheet, each with a picture and its label; at most
+CELL_PX, DPI = (240, 520), 100  # height and width of a cell
+
+
+def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
+    """Inspect `directory`, write inspection.json and contact_sheet.png into `out` (None: the directory itself).
+
+    Returns 1 when there are errors, else 0, and then training accepts the shards. Raises InputError for a
+    directory without a manifest, and for an `out` that cannot be written.
+    """
+    inspection = inspect(directory, num_threads)
+    console = Console()
+    console.width = max(console.width, MIN_WIDTH)
+    for table in tables(inspection):
+        console.print(table)
+    writable = os.access(directory, os.W_OK)
+    if writable:
+        record(directory, inspection)
+    out = out or directory
+    with published(out / JSON_FILE) as partial:
+        partial.write_text(json.dumps(document(inspection), indent=1) + "\n")
+    contact_sheet(directory, inspection, out / SHEET_FILE)
+    console.print(_verdict(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"wrote {out / JSON_FILE} and {out / SHEET_FILE}: look at it", highlight=False, soft_wrap=True)
+    return 1 if inspection.errors else 0
+
+
+def document(inspection: Inspection) -> dict[str, Any]:
+    """What inspection.json holds: plain values."""
+    return {
+        "data": inspection.manifest.name,
+        "manifest_sha256": inspection.manifest.sha256,
+        "sound": not inspection.errors,
+        "near_duplicate_bits": [MAX_BITS, BITS],
+        "splits": inspection.splits(),
+        "findings": [asdict(finding) for finding in inspection.findings],
+    }
+
+
+def _verdict(directory: Path, inspection: Inspection, writable: bool) -> str:
+    num_errors = len(inspection.errors)
+    num_warnings = len(inspection.findings) - num_errors
+    said = f"{directory}: {num_errors} errors, {num_warnings} warnings in {len(inspection.looks)} samples; "
+    if num_errors:
+        return said + "training refuses these shards until they are sound"
+    if not writable:
+        return said + "sound, but that cannot be recorded there: train with data.allow_unverified=true"
+    return said + "sound, and training accepts them"
+
+
+def tables(inspection: Inspection) -> Iterator[Table]:
+    """The splits side by side, their classes, and the findings if there are any."""
+    splits = inspection.splits()
+    about = _table(f"{inspection.manifest.name}: splits", "split", right=("samples", "unlabelled", "shards", "MB"))
+    for column in ("void", "smallest", "median", "largest px"):
+        about.add_column(column, justify="right")
+    for name, split in splits.items():
+        counts = (f"{split['samples']:,}", f"{split['unlabelled']:,}", f"{split['shards']:,}")
+        sizes = ("x".join(map(str, split[size] or ("-",))) for size in ("smallest", "median", "largest"))
+        about.add_row(name, *counts, f"{split['bytes'] / 1e6:,.0f}", f"{split['void_share']:.1%}", *sizes)
+    yield about
+    columns = [f"{name} {what}" for name in splits for what in ("pixels", "images")]
+    histogram = _table("classes: share of the pixels that are not void, and images", "class", right=columns)
+    for index, name in enumerate(inspection.manifest.classes.names):
+        of_class = [split["classes"][name] for split in splits.values()]
+        cells = [cell for count in of_class for cell in (f"{count['share']:.2%}", f"{count['images']:,}")]
+        histogram.add_row(f"{index} {name}", *cells)
+    yield histogram
+    if inspection.findings:
+        yield _findings(inspection)
+
+
+def _findings(inspection: Inspection) -> Table:
+    table = Table(title="findings", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("", "where", "what", "to do"):
+        table.add_column(column, overflow="fold")
+    of_kind = Counter((finding.level, finding.check) for finding in inspection.findings)
+    shown: Counter[tuple[str, str]] = Counter()
+    for finding in inspection.findings:
+        kind = (finding.level, finding.check)
+        shown[kind] += 1
+        style = "bold red" if finding.level == ERROR else "yellow"
+        if shown[kind] <= SHOWN:
+            where = f"{finding.sample}\n{finding.shard}".strip()
+            table.add_row(f"[{style}]{finding.level}", where, f"{finding.check}: {finding.what}", finding.action)
+        elif shown[kind] == of_kind[kind]:
+            rest = f"{of_kind[kind] - SHOWN} more of {finding.check}"
+            table.add_row(f"[{style}]{finding.level}", "", rest, f"see {JSON_FILE}")
+    return table
+
+
+def _table(title: str, left: str, right: list[str] | tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(left, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
+
+
+def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
+    """Draw samples, each beside its label over it: `out` is a PNG.
+
+    First some with findings, then for each split and class the image that shows most of it, then others, evenly.
+    Where the label is void the picture is left as it is.
+    """
+    classes = inspection.manifest.classes
+    cells = [(look, cell) for look in _chosen(inspection) if (cell := _cell(directory, look, classes)) is not None]
+    num_rows = max(1, -(-len(cells) // NUM_COLUMNS))
+    height, width = (side / DPI for side in CELL_PX)
+    legend = legend_entries(classes, with_void=False)  # void is left uncovered
+    legend_columns = int(NUM_COLUMNS * width / 1.4)
+    below = 0.25 * -(-len(legend) // legend_columns) + 0.2
+    figure = Figure(figsize=(NUM_COLUMNS * width, num_rows * (height + 0.25) + below), dpi=DPI)
+    grid = {"left": 0.005, "right": 0.995, "top": 1 - 0.25 / figure.get_figheight()}
+    grid |= {"bottom": below / figure.get_figheight(), "wspace": 0.02, "hspace": 0.25 / height}
+    axes = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False, gridspec_kw=grid).ravel()
+    for one in axes:
+        one.set_axis_off()
+    for one, (look, cell) in zip(axes, cells, strict=False):
+        one.imshow(cell, interpolation="nearest")
+        checks = ", ".join(sorted({finding.check for finding in inspection.findings if finding.sample == look.key}))
+        one.set_title(f"{look.split} {look.key[-28:]}" + (f": {checks}" if checks else ""), fontsize=8, pad=3)
+        one.title.set_color("#B00000" if checks else "black")
+    figure.legend(handles=legend, loc="lower center", ncols=legend_columns, fontsize=9, frameon=False)
+    save(figure, out)
+
+
+def _chosen(inspection: Inspection) -> list[Look]:
+    looks = [look for look in inspection.looks if look.size is not None]
+    flagged = {finding.sample for finding in inspection.findings if finding.sample}
+    chosen = {id(look): look for look in [look for look in looks if look.key in flagged][:NUM_FLAGGED]}
+    labelled = [look for look in looks if look.pixels is not None]
+    for split in inspection.manifest.splits:
+        of_split = [look for look in labelled if look.split == split]
+        for index in range(inspection.manifest.classes.num_classes if of_split else 0):
+            best = max(of_split, key=lambda look: _share(look, index))
+            if _share(best, index) > 0 and len(chosen) < NUM_CELLS:
+                chosen[id(best)] = best
+    for index in np.linspace(0, len(looks) - 1, min(len(looks), NUM_CELLS)).astype(int).tolist():
+        if len(chosen) < NUM_CELLS:
+            chosen[id(looks[index])] = looks[index]
+    return list(chosen.values())
+
+
+def _share(look: Look, index: int) -> float:
+    return 0.0 if look.pixels is None else float(look.pixels[index] / look.pixels.sum())
+
+
+def _cell(directory: Path, look: Look, classes: ClassSet) -> np.ndarray | None:
+    """Picture and overlay side by side, (240, 520, 3) uint8 on white; an index out of range in void's colour."""
+    members = read_members(directory, look)
+    content = members.get("jpg", members.get("image.png"))
+    if content is None:
+        return None
+    image = decode_image(content)
+    height, width = CELL_PX[0], CELL_PX[1] // 2 - 2
+    scale = min(height / image.shape[0], width / image.shape[1])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    pair = [image]
+    if look.pixels is not None:
+        label = cv2.resize(decode_label(members["png"]), size, interpolation=cv2.INTER_NEAREST)
+        pair.append(overlay(image, label, classes, alpha=0.6))
+    cell = np.full((*CELL_PX, 3), 255, np.uint8)
+    for place, picture in enumerate(pair):
+        top, left = (height - size[1]) // 2, place * (CELL_PX[1] // 2) + (width - size[0]) // 2
+        cell[top : top + size[1], left : left + size[0]] = picture
+    return cell

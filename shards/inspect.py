@@ -1,0 +1,322 @@
+"""Packed shards, looked at before time is spent on them: every byte, every image, every label, and the set as a whole.
+
+Errors are what `distseg pack` refuses too, and damage since: training must not start. Warnings are what may be meant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from shards.files import tracked
+from shards.look import ERROR, PACK_AGAIN, WARNING, Finding, Look, look_at, wrong_frame
+from shards.manifest import Manifest, ShardInfo, sha256_of
+from shards.sample import IGNORE_INDEX
+from shards.similar import BITS, MAX_BITS, close_pairs
+from shards.verified import mark_verified, withdraw
+
+CHUNK = 16  # samples a task
+MAX_COMPARED = 100_000  # pictures; more take minutes
+VOID_SHARE, ONE_CLASS_SHARE, THIN_SHARE = 0.3, 0.5, 0.14  # of a split, above which it is mentioned
+SIZE_RATIO, CLASS_RATIO, NOTICEABLE = 4.0, 10.0, 0.001
+SMALL_SHARD, LARGE_SHARD, MANY_SHARDS = 1e6, 4e9, 100  # bytes, bytes, files
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a directory of shards."""
+
+    manifest: Manifest
+    findings: list[Finding]  # errors first
+    looks: list[Look]  # every sample that could be located, in packed order
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings for which training must not start."""
+        return [finding for finding in self.findings if finding.level == ERROR]
+
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """Per split, plain values: samples, unlabelled, void share, sizes (height, width), pixels and images per class.
+
+        share: of the pixels that are not void, in [0, 1].
+        """
+        return {name: self._split(name) for name in self.manifest.splits}
+
+    def _split(self, name: str) -> dict[str, Any]:
+        looks = [look for look in self.looks if look.split == name]
+        pixels, images = _histogram(looks)
+        classes = self.manifest.classes.names
+        valid, every = int(pixels[: len(classes)].sum()), int(pixels.sum())
+        sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1])
+        return {
+            "samples": len(looks),
+            "unlabelled": sum("png" not in look.entry["members"] for look in looks),
+            "shards": len(self.manifest.splits[name].shards),
+            "bytes": sum(shard.num_bytes for shard in self.manifest.splits[name].shards),
+            "void_share": int(pixels[IGNORE_INDEX]) / max(1, every),
+            "smallest": sizes[0] if sizes else None,
+            "median": sizes[len(sizes) // 2] if sizes else None,
+            "largest": sizes[-1] if sizes else None,
+            "classes": {
+                name: {"pixels": int(pixels[i]), "share": int(pixels[i]) / max(1, valid), "images": int(images[i])}
+                for i, name in enumerate(classes)
+            },
+        }
+
+
+def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
+    """Read and check all shards; nothing is written. num_threads: None, as many as there are cores.
+
+    Raises InputError when there is no manifest, or one that is damaged or of another version; everything else
+    that is wrong is a finding.
+    """
+    manifest = Manifest.load(directory)
+    shards = [(split, shard) for split, info in manifest.splits.items() for shard in info.shards]
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+        checked = _parallel(pool, lambda pair: _check_shard(directory, pair[1]), shards, "checksums of shards")
+        located = list(zip(shards, checked, strict=True))
+        chunks = [
+            (split, shard, entries[start : start + CHUNK])
+            for (split, shard), (_, entries) in located
+            for start in range(0, len(entries), CHUNK)
+        ]
+        looked = _parallel(
+            pool,
+            lambda chunk: [look_at(directory, chunk[0], chunk[1], entry, manifest.classes) for entry in chunk[2]],
+            chunks,
+            f"images and labels, {CHUNK} at a time",
+        )
+    looks = [look for chunk in looked for look in chunk]
+    findings = [finding for found, _ in checked for finding in found]
+    findings += [finding for look in looks for finding in look.findings]
+    damaged = any(finding.level == ERROR for finding in findings)
+    inspection = Inspection(manifest, findings, looks)
+    findings += _keys(looks)
+    findings += [] if damaged else _counts(inspection)
+    findings += [*_classes(inspection), *_labels(inspection), *_sizes(inspection), *_files(directory, manifest)]
+    findings += _duplicates(looks)
+    findings.sort(key=lambda finding: finding.level != ERROR)
+    return inspection
+
+
+def record(directory: Path, inspection: Inspection) -> None:
+    """Make training accept the shards, or refuse them when there are errors."""
+    if inspection.errors:
+        withdraw(directory)
+    else:
+        mark_verified(directory, inspection.manifest)
+
+
+def _parallel(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item], what: str
+) -> list[Result]:
+    """Results in order, with progress; what has not begun is dropped at the first exception, Ctrl-C among them."""
+    futures: list[Future[Result]] = [pool.submit(function, item) for item in items]
+    try:
+        return list(tracked((future.result() for future in futures), len(futures), what))
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
+def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Checksums of a tar and its index; its samples as far as they can be located."""
+    findings, entries = [], []
+
+    def find(file: str, what: str) -> None:
+        findings.append(Finding(ERROR, "checksum", file, "", what, PACK_AGAIN))
+
+    path, index = directory / info.file, directory / info.index_file
+    try:
+        content = json.loads(index.read_bytes()) if index.is_file() else None
+        if content is None:
+            find(info.index_file, "missing, so that the shard's samples cannot be located")
+        elif sha256_of(index) != info.index_sha256:
+            find(info.index_file, "its sha256 is not the manifest's, so that no sample of the shard was looked at")
+        else:
+            entries = [entry for entry in content if _understood(entry)]
+            if len(entries) != info.num_samples or len(content) != len(entries):
+                what = f"{len(entries)} samples with key, size and an image; the manifest says {info.num_samples}"
+                find(info.index_file, what)
+    except ValueError:
+        find(info.index_file, "is not JSON, so that no sample of the shard was looked at")
+    if not path.is_file():
+        find(info.file, f"missing, with {info.num_samples} samples")
+        return findings, []
+    if sha256_of(path) != info.sha256:
+        find(info.file, f"its sha256 is not the manifest's ({path.stat().st_size} bytes, {info.num_bytes} as packed)")
+        findings += wrong_frame(directory, info, entries)
+    return findings, entries
+
+
+def _understood(entry: Any) -> bool:
+    try:
+        spans = entry["members"]
+        numbers = [entry["height"], entry["width"], *(number for span in spans.values() for number in span)]
+        kinds = {"jpg", "image.png"} & spans.keys()
+        return isinstance(entry["key"], str) and bool(kinds) and all(isinstance(number, int) for number in numbers)
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _histogram(looks: Sequence[Look]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and images by index, (256,) int64 each."""
+    pixels, images = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    for look in looks:
+        if look.pixels is not None:
+            pixels += look.pixels
+            images += look.pixels > 0
+    return pixels, images
+
+
+def _keys(looks: list[Look]) -> list[Finding]:
+    times, findings = Counter(look.key for look in looks), []
+    for look in looks:
+        if times[look.key] > 1:
+            what = f"{times[look.key]} samples have this key"
+            findings.append(Finding(ERROR, "key", look.shard, look.key, what, "give each its own, and pack again"))
+    return findings
+
+
+def _counts(inspection: Inspection) -> Iterator[Finding]:
+    """The manifest's pixel counts against the labels'."""
+    for name, split in inspection.manifest.splits.items():
+        pixels, _ = _histogram([look for look in inspection.looks if look.split == name])
+        counted = (tuple(pixels[: len(split.class_pixels)].tolist()), int(pixels[IGNORE_INDEX]))
+        if counted != (split.class_pixels, split.void_pixels):
+            what = f"split {name}: the manifest's pixels per class are not its labels'"
+            yield Finding(ERROR, "manifest", "", "", what, "pack again")
+
+
+def _classes(inspection: Inspection) -> Iterator[Finding]:
+    """Classes that are nowhere, in one split only, or in very different shares; colours that look alike."""
+
+    def warn(check: str, what: str, action: str) -> Finding:
+        return Finding(WARNING, check, "", "", what, action)
+
+    classes, splits = inspection.manifest.classes, inspection.splits()
+    labelled = {name: split["classes"] for name, split in splits.items() if split["samples"] > split["unlabelled"]}
+    for index, name in enumerate(classes.names):
+        counts = {split: about[name] for split, about in labelled.items()}
+        absent = [split for split, count in counts.items() if not count["pixels"]]
+        if absent and absent == list(counts):
+            reason = "do the labels begin at 1, or" if index == 0 else "is the list of classes too long, or"
+            action = f"{reason} is it void everywhere? its IoU will be empty"
+            yield warn("class absent", f"{name!r} ({index}) is in no label", action)
+            continue
+        for split in absent:
+            if split == "train":
+                others = ", ".join(f"{count['images']} images of {o}" for o, count in counts.items() if count["pixels"])
+                what = f"{name!r} ({index}) is never in train, but in {others}"
+                yield warn("class never trained", what, "split anew, or take it out: its IoU will be 0")
+            else:
+                what = f"{name!r} ({index}) is in no label of {split}"
+                yield warn("class absent", what, f"split anew: {split} cannot say how well it is learned")
+        for split, count in counts.items():
+            low, high = sorted((count["share"], counts.get("train", count)["share"]))
+            if low and high > NOTICEABLE and high > CLASS_RATIO * low:
+                shares = f"{counts['train']['share']:.3%} of train and {count['share']:.3%} of {split}"
+                yield warn("class shares", f"{name!r} ({index}) is {shares}", "is the split random?")
+    for color, times in Counter(classes.palette).items():
+        if times > 1:
+            names = [name for name, other in zip(classes.names, classes.palette, strict=True) if other == color]
+            yield warn("colours", f"{', '.join(names)} have the same colour {color}", "give them different ones")
+
+
+def _labels(inspection: Inspection) -> Iterator[Finding]:
+    """What labels look like that were made by a wrong conversion, split by split."""
+    for name, split in inspection.splits().items():
+        labels = [look for look in inspection.looks if look.split == name and look.pixels is not None]
+        pixels = [look.pixels for look in labels if look.pixels is not None]
+
+        def warn(check: str, what: str, action: str, name: str = name) -> Finding:
+            return Finding(WARNING, check, "", "", f"split {name}: {what}", action)
+
+        if split["unlabelled"] and (name != "train" or not labels):
+            what = f"{split['unlabelled']} of {split['samples']} samples have no label"
+            yield warn("unlabelled", what, "label them, or move them into train for mode=semi_supervised")
+        if not labels or inspection.manifest.classes.num_classes == 1:
+            continue
+        if split["void_share"] > VOID_SHARE:
+            action = "is 255 in the masks a class? it is void here"
+            yield warn("void", f"{split['void_share']:.1%} of the pixels are void", action)
+        used = np.flatnonzero(sum(pixels))
+        single = sum(int((counts[:IGNORE_INDEX] > 0).sum() == 1) for counts in pixels)
+        if len(used) == 2 and used[1] == IGNORE_INDEX:
+            what = f"only {used[0]} and 255 occur"
+            yield warn("0/255 mask", what, "is it a black and white mask? white must be an index: 1")
+        elif single > ONE_CLASS_SHARE * len(labels):
+            what = f"{single} of {len(labels)} labels have one class only"
+            yield warn("one class", what, "was the conversion to indices right? see the contact sheet")
+        thin = float(np.median([look.thin for look in labels]))
+        if thin > THIN_SHARE:
+            what = f"{thin:.0%} of the border pixels of the median label are unlike both neighbours"
+            action = "were labels resized with interpolation, or kept as JPEG? resize them with nearest sampling"
+            yield warn("frayed labels", what, action)
+
+
+def _sizes(inspection: Inspection) -> Iterator[Finding]:
+    for name in inspection.manifest.splits:
+        sized = [(max(look.size), look) for look in inspection.looks if look.split == name and look.size]
+        if not sized:
+            continue
+        (short, small), (long, large) = (pick(sized, key=lambda pair: pair[0]) for pick in (min, max))
+        if long > SIZE_RATIO * short:
+            what = f"split {name}: longer sides from {short} to {long} px ({large.key})"
+            action = "one crop cannot suit both: resize them, or take the odd ones out"
+            yield Finding(WARNING, "image sizes", small.shard, small.key, what, action)
+
+
+def _files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
+    shards = manifest.shards()
+    for shard in shards:
+        if shard.num_bytes > LARGE_SHARD:
+            what = f"{shard.num_bytes / 1e9:.1f} GB: slow to copy, and again when it is damaged"
+            yield Finding(WARNING, "shard size", shard.file, "", what, "pack with fewer --samples-per-shard")
+    mean = sum(shard.num_bytes for shard in shards) / max(1, len(shards))
+    if len(shards) > MANY_SHARDS and mean < SMALL_SHARD:
+        what = f"{len(shards)} shards of {mean / 1e6:.2f} MB: every rank opens them all"
+        yield Finding(WARNING, "shard size", "", "", what, "pack with more --samples-per-shard")
+    for path in sorted(directory.glob("*.tar")):
+        if path.name not in {shard.file for shard in shards}:
+            what = "the manifest does not name it; a plain webdataset glob would read it"
+            yield Finding(WARNING, "stray shard", path.name, "", what, "move it away")
+
+
+def _duplicates(looks: list[Look]) -> Iterator[Finding]:
+    """The same picture twice: by its pixels, or nearly, by its fingerprint."""
+    first: dict[bytes, Look] = {}
+    for look in looks:
+        if look.image_digest:
+            one = first.setdefault(look.image_digest, look)
+            if one is not look:
+                yield _twice(one, look, 0, same_pixels=True)
+    kept = [look for look in first.values() if look.fingerprint is not None]
+    if len(kept) > MAX_COMPARED:
+        what = f"{len(kept)} pictures: only the first {MAX_COMPARED} were compared for near-duplicates"
+        yield Finding(WARNING, "not compared", "", "", what, "inspect parts of the set")
+        kept = kept[:MAX_COMPARED]
+    if len(kept) > 1:
+        for a, b, bits in close_pairs(np.stack([look.fingerprint for look in kept if look.fingerprint is not None])):
+            yield _twice(kept[a], kept[b], bits, same_pixels=False)
+
+
+def _twice(one: Look, other: Look, bits: int, same_pixels: bool) -> Finding:
+    across = one.split != other.split
+    check = ("same" if same_pixels else "nearly same") + " picture in " + ("two splits" if across else "a split")
+    what = f"in {one.split}, is {other.key} in {other.split} ({other.shard})"
+    what += "" if same_pixels else f" within {bits} of {BITS} bits (up to {MAX_BITS} count)"
+    if same_pixels and one.label_digest != other.label_digest:
+        what += ", with another label"
+    action = f"take one out: {other.split} then measures memory" if across else "take one out, or let it count twice"
+    return Finding(WARNING, check, one.shard, one.key, what, action)

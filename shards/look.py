@@ -1,0 +1,202 @@
+"""One sample of a shard, looked at closely: what is wrong with it, and what the whole set's checks need to know."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shards.errors import InputError
+from shards.manifest import ShardInfo
+from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image, decode_label
+from shards.similar import fingerprint
+
+ERROR, WARNING = "error", "warning"
+EXIF_ORIENTATION = 274
+BLOCK = 512  # a tar's unit
+PACK_AGAIN = "copy the shard again, or pack again"
+CORRECT = "correct the source, then `distseg prepare` and `distseg pack` again"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong where, and what to do. shard, sample: "" where it concerns all of them."""
+
+    level: str  # error: training must not start; warning: it may be meant
+    check: str
+    shard: str
+    sample: str
+    what: str
+    action: str
+
+
+@dataclass
+class Look:
+    """One sample, looked at."""
+
+    split: str
+    shard: str
+    key: str
+    entry: dict[str, Any]  # its line of the member index
+    findings: list[Finding] = field(default_factory=list)
+    size: tuple[int, int] | None = None  # height, width; None: unreadable
+    pixels: np.ndarray | None = None  # (256,) int64, by index; None: unlabelled or unreadable
+    thin: float = 0.0  # see thin_share
+    image_digest: bytes = b""  # of the decoded pixels: the same picture in another file is found too
+    label_digest: bytes = b""
+    fingerprint: np.ndarray | None = None
+
+    def find(self, level: str, check: str, what: str, action: str) -> None:
+        """Add a finding about this sample."""
+        self.findings.append(Finding(level, check, self.shard, self.key, what, action))
+
+
+def look_at(directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], classes: ClassSet) -> Look:
+    """Read, check and decode one sample; never raises for what is in it."""
+    look = Look(split, info.file, entry["key"], entry)
+    members = read_members(directory, look)
+    kinds = [kind for kind in ("jpg", "image.png") if kind in members]
+    if kinds and (image := _image(look, members[kinds[0]])) is not None:
+        look.fingerprint = fingerprint(image)
+        if image.min() == image.max():
+            look.find(WARNING, "blank image", f"every pixel is {image[0, 0].tolist()}", "look at the source file")
+    if "png" in members:
+        _label(look, members["png"], classes)
+    return look
+
+
+def read_members(directory: Path, look: Look) -> dict[str, bytes]:
+    """The sample's members with the bytes that were packed, by kind; findings for the others."""
+    members = {}
+    try:
+        with (directory / look.shard).open("rb") as file:
+            for kind, (offset, length, crc32) in look.entry["members"].items():
+                file.seek(offset)
+                content = file.read(length)
+                if len(content) == length and zlib.crc32(content) == crc32:
+                    members[kind] = content
+                else:
+                    why = "is cut off" if len(content) < length else "is not the bytes that were packed (crc32)"
+                    look.find(ERROR, "checksum", f"its .{kind} {why}", PACK_AGAIN)
+    except OSError as error:
+        look.find(ERROR, "checksum", str(error), PACK_AGAIN)
+    return members
+
+
+def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]]) -> list[Finding]:
+    """Damage between the members of a shard: in a tar header, in the padding, behind the last member.
+
+    Training never reads these bytes; plain webdataset does, and silently drops what follows.
+    """
+    findings, end, key = [], 0, ""
+    with (directory / info.file).open("rb") as file:
+        for entry in entries:
+            for kind, (offset, length, _) in sorted(entry["members"].items(), key=lambda item: item[1][0]):
+                key = entry["key"]
+                file.seek(end)
+                between = file.read(offset - end)
+                padding, header = between[: -end % BLOCK], between[-end % BLOCK :]
+                try:
+                    with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+                        member = tar.next()
+                    assert member is not None  # or opening it had failed
+                    whole = not any(padding) and (member.name, member.size) == (f"{key}.{kind}", length)
+                    # a long name is in blocks of its own, without a checksum
+                    whole &= len(header) == BLOCK or member.tobuf(tarfile.PAX_FORMAT) == header
+                except (tarfile.TarError, ValueError):
+                    whole = False
+                if not whole:
+                    what = f"the tar header of its .{kind}, or the padding before it, is damaged"
+                    findings.append(Finding(ERROR, "checksum", info.file, key, what, PACK_AGAIN))
+                end = offset + length
+        file.seek(end)
+        rest = file.read()
+    if any(rest) or end + len(rest) != info.num_bytes:
+        what = "the bytes behind this sample, the shard's last, are damaged"
+        findings.append(Finding(ERROR, "checksum", info.file, key, what, PACK_AGAIN))
+    return findings
+
+
+def _image(look: Look, content: bytes) -> np.ndarray | None:
+    try:
+        image = decode_image(content)
+        with Image.open(io.BytesIO(content)) as opened:
+            turned = opened.getexif().get(EXIF_ORIENTATION, 1)
+            mode = opened.mode
+    except (InputError, *UNREADABLE) as error:
+        got = error.got if isinstance(error, InputError) else f"an unreadable image ({error})"
+        look.find(ERROR, "unreadable image", got, CORRECT)
+        return None
+    look.size, expected = image.shape[:2], (look.entry["height"], look.entry["width"])
+    if look.size != expected:
+        look.find(ERROR, "size", f"image of {look.size} pixels (rows, columns), {expected} in the index", "pack again")
+    if turned not in (0, 1):
+        what = f"EXIF says that viewers turn it (orientation {turned}); training does not"
+        look.find(WARNING, "turned image", what, "see in the contact sheet whether its label is turned too")
+    if "A" in mode:
+        what = f"{mode} image: training drops its transparency, whatever is underneath shows"
+        look.find(WARNING, "transparent image", what, "put it on a background of your choice")
+    look.image_digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+    return image
+
+
+def _label(look: Look, content: bytes, classes: ClassSet) -> None:
+    try:
+        label = decode_label(content)
+    except InputError as error:
+        look.find(ERROR, "label format", _other_png(content) or error.got, CORRECT)
+        return
+    if look.size not in (None, label.shape):
+        turned = ", which is the image turned" if look.size == label.shape[::-1] else ""
+        look.find(ERROR, "size", f"image of {look.size} pixels, label of {label.shape}{turned}", CORRECT)
+    look.pixels = np.bincount(label.ravel(), minlength=256)
+    look.label_digest = hashlib.blake2b(label.tobytes(), digest_size=16).digest()
+    look.thin = thin_share(label)
+    used = np.flatnonzero(look.pixels)
+    wrong = used[(used >= classes.num_classes) & (used != IGNORE_INDEX)]
+    if wrong.size:
+        shown = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")
+        what = f"{look.pixels[wrong].sum()} pixels of {shown}: indices end at {classes.num_classes - 1}, void is 255"
+        if set(wrong.tolist()) <= _grays(classes):
+            what += "; these are gray levels of the classes' colours, so a colour mask was read as indices"
+        look.find(ERROR, "label range", what, CORRECT)
+    elif look.pixels[IGNORE_INDEX] == label.size:
+        look.find(WARNING, "all void", "no pixel of its label counts", "label it, or leave it out")
+
+
+def thin_share(label: np.ndarray) -> float:
+    """Share of the border pixels of (H, W) uint8 that differ from both neighbours in their row, or in their column.
+
+    Interpolation and JPEG write indices between two classes along their border. Median over Stanford Background, VOC
+    and the toy scenes: 0.01 to 0.035; resized with bilinear sampling 0.15 to 0.59, kept as JPEG 0.45 to 0.65. Void
+    does not count: thin outlines of it are common.
+    """
+    across, down = label[:, 1:] != label[:, :-1], label[1:] != label[:-1]
+    left, right, above, below = across[1:-1, :-1], across[1:-1, 1:], down[:-1, 1:-1], down[1:, 1:-1]
+    border = (left | right | above | below) & (label[1:-1, 1:-1] != IGNORE_INDEX)
+    thin = border & ((left & right) | (above & below))
+    return float(thin.sum() / max(1, border.sum()))
+
+
+def _grays(classes: ClassSet) -> set[int]:
+    """Gray levels of the palette, as Pillow and OpenCV compute them, with their rounding."""
+    levels = {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in classes.palette}
+    return {level + step for level in levels for step in (-1, 0, 1)}
+
+
+def _other_png(content: bytes) -> str | None:
+    """What kind of picture is in the label's place."""
+    kinds = {"P": "a palette PNG", "RGB": "a colour mask", "RGBA": "a colour mask", "L": "a gray PNG of another form"}
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            kind = kinds.get(opened.mode, f"a PNG of mode {opened.mode}")
+        return f"{kind} in the label's place, not distseg's gray PNG of class indices"
+    except UNREADABLE:
+        return None
