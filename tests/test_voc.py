@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -151,7 +152,15 @@ def test_real_data(tmp_path: Path) -> None:
 
 
 def _index_of(colors: np.ndarray) -> np.ndarray:
-    label = np.full(colors.shape[:2], 254, np.uint8)  # no index of VOC's
+    """(H, W, 3) uint8 BGR -> (H, W) uint8; 254, which is no index of VOC's, for another colour."""
+    blue, green, red = np.moveaxis(colors.astype(np.int64), 2, 0)
+    return _table()[red << 16 | green << 8 | blue]
+
+
+@cache
+def _table() -> np.ndarray:
+    table = np.full(2**24, 254, np.uint8)
     for index in (*range(21), 255):
-        label[(colors == voc_palette(256)[index][::-1]).all(axis=2)] = index
-    return label
+        red, green, blue = voc_palette(256)[index]
+        table[red << 16 | green << 8 | blue] = index
+    return table
