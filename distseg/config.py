@@ -10,8 +10,10 @@ from typing import Any
 class DataConfig:
     """Which samples, and how a training view is cut from them."""
 
-    shards: str = ""  # directory written by `distseg pack` (manifest.json and *.tar)
+    shards: str = ""  # directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL
     allow_unverified: bool = False  # train on shards that neither `distseg pack` nor `distseg inspect` vouches for
+    cache_dir: str = ""  # for shards behind a URL; "": $SLURM_TMPDIR, $TMPDIR or the user's cache directory
+    cache_bytes: float = 0  # bound of that folder, 200e9 for example; 0: 80 % of what is free on its disk
     train_split: str = "train"
     val_split: str = "val"
     labelled: str = "all"  # whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line
@@ -218,6 +220,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.scale_max": (0.05, 20),
     "data.color_jitter": (0, 1),
     "data.num_threads": (0, 256),
+    "data.cache_bytes": (0, None),
     "data.labelled_seed": (0, 2**31 - 1),
     "segmentor_optimizer.lr": (0, None),
     "segmentor_optimizer.encoder_lr_factor": (0, None),

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shards.errors import InputError
 from shards.files import published
@@ -78,19 +78,26 @@ class Manifest:
         action = f"make it with `distseg pack FILE.h5 --out {directory}` (FILE.h5: from `distseg prepare`)"
         if not path.is_file():
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
+        return Manifest.parse(path.read_bytes(), str(path), action)
+
+    @staticmethod
+    def parse(content: bytes, place: str, action: str) -> Manifest:
+        """The manifest in a file's bytes. Raises InputError, with place and action, as `load` does."""
         try:
-            text = path.read_text()
-            content = json.loads(text)
-            if content["version"] != VERSION:
-                raise InputError(f"{path}: version {content['version']}", f"version {VERSION}", action)
-            manifest = _from_json(content)
+            text = content.decode()
+            values = json.loads(text)
+            if values["version"] != VERSION:
+                raise InputError(f"{place}: version {values['version']}", f"version {VERSION}", action)
+            manifest = _from_json(values)
             if manifest._file_text() != text:
                 raise ValueError("not the bytes that were written")
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError) and str(path) in error.got:
+            if isinstance(error, InputError) and place in error.got:
                 raise
-            raise InputError(f"{path}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action) from None
+            raise InputError(
+                f"{place}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action
+            ) from None
 
     def verify(self, directory: Path) -> None:
         """Read every shard and index; raises InputError naming the first that is missing or not as packed."""
@@ -125,10 +132,15 @@ class Manifest:
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashed(file).hexdigest()
+
+
+def hashed(file: BinaryIO) -> hashlib._Hash:
+    """The running sha256 of a file, from where it stands to its end."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:

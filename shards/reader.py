@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
-from shards.manifest import Manifest, ShardInfo, sha256_of
+from shards.source import DamageError, open_source
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,23 @@ class _Entry:
 class ShardReader:
     """The samples of one split in packed order; safe to share between threads and to send to other processes.
 
-    Raises InputError at construction when the directory has no manifest, the split is not there, or a shard
-    is missing or of another length; at `read` when a member's bytes are not the ones that were packed.
+    location: a folder, or a URL (http, https, s3, gs), whose shards are kept in cache_dir, at most cache_bytes of
+    them (shards.cache has the defaults). Raises InputError at construction when there is no manifest, the split is
+    not there, or a local shard is missing or of another length; at `read` when a member's bytes are not the ones
+    that were packed, or a remote shard cannot be had.
     """
 
-    def __init__(self, directory: Path, split: str):
-        self.directory, self.split = Path(directory), split
-        self.manifest = Manifest.load(self.directory)
+    def __init__(self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0):
+        self.split = split
+        self._source = open_source(location, cache_dir, cache_bytes)
+        self.manifest = self._source.manifest()
         self.classes = self.manifest.classes
         if split not in self.manifest.splits:
             there = ", ".join(self.manifest.splits)
-            raise InputError(f"no split {split!r} in {self.directory}", f"one of: {there}", "correct the split's name")
+            raise InputError(f"no split {split!r} in {location}", f"one of: {there}", "correct the split's name")
         self._shards = self.manifest.splits[split].shards
-        self._entries = [entry for number, info in enumerate(self._shards) for entry in self._load_index(number, info)]
-        self._descriptors: dict[int, int] = {}
-        self._owner, self._lock = os.getpid(), threading.Lock()
+        indices = enumerate(self._source.indices(self._shards))
+        self._entries = [_entry(number, sample) for number, index in indices for sample in json.loads(index)]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -76,51 +78,38 @@ class ShardReader:
 
     def read(self, index: int, *, with_label: bool = True) -> RawSample:
         """The bytes of a sample. Raises InputError, naming sample and shard, where their crc32 differs."""
+        for again in (True, False):
+            try:
+                return self._read(self._entries[index], with_label)
+            except (OSError, DamageError) as error:
+                # a cached copy that is damaged has been thrown away, and comes anew
+                if not (again and isinstance(error, DamageError)):
+                    got = f"{self.place(index)}: {error}"
+                    raise InputError(got, "the shard as packed", "copy or pack it again") from None
+        raise AssertionError("unreachable")
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Say that these samples will be read soon, in this order: shards that are far away are fetched ahead."""
+        self._source.expect([self._shards[number] for number in dict.fromkeys(self._entries[i].shard for i in indices)])
+
+    def place(self, index: int) -> str:
+        """Name of a sample and of the shard it lies in, for messages."""
         entry = self._entries[index]
-        label = self._member(entry, entry.label) if with_label and entry.label is not None else None
-        return RawSample(entry.key, self._member(entry, entry.image), label)
+        return f"sample {entry.key} in {self._source.place(self._shards[entry.shard].file)}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_descriptors", "_owner", "_lock")}
+    def _read(self, entry: _Entry, with_label: bool) -> RawSample:
+        with self._source.open(self._shards[entry.shard]) as descriptor:
+            image = _member(descriptor, entry.image)
+            label = _member(descriptor, entry.label) if with_label and entry.label is not None else None
+        return RawSample(entry.key, image, label)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._descriptors, self._owner, self._lock = {}, os.getpid(), threading.Lock()
 
-    def __del__(self) -> None:
-        if getattr(self, "_owner", None) == os.getpid():
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-
-    def _member(self, entry: _Entry, where: tuple[int, int, int]) -> bytes:
-        offset, length, crc32 = where
-        try:
-            content = os.pread(self._descriptor(entry.shard), length, offset)
-        except OSError as error:
-            raise self._damaged(entry, str(error)) from None
-        if len(content) != length or zlib.crc32(content) != crc32:
-            raise self._damaged(entry, "its bytes are not the ones that were packed")
-        return content
-
-    def _descriptor(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(self.directory / self._shards[shard].file, os.O_RDONLY)
-            return self._descriptors[shard]
-
-    def _damaged(self, entry: _Entry, why: str) -> InputError:
-        path = self.directory / self._shards[entry.shard].file
-        return InputError(f"sample {entry.key} in {path}: {why}", "the shard as packed", "copy or pack it again")
-
-    def _load_index(self, number: int, info: ShardInfo) -> list[_Entry]:
-        path = self.directory / info.file
-        if not path.is_file() or path.stat().st_size != info.num_bytes:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-            raise InputError(f"{path}: {found}", f"{info.num_bytes} bytes, as packed", "copy or pack it again")
-        index = self.directory / info.index_file
-        if not index.is_file() or sha256_of(index) != info.index_sha256:
-            raise InputError(f"{index}: missing or not as packed", "the index of the shard", "copy or pack it again")
-        return [_entry(number, sample) for sample in json.loads(index.read_bytes())]
+def _member(descriptor: int, where: tuple[int, int, int]) -> bytes:
+    offset, length, crc32 = where
+    content = os.pread(descriptor, length, offset)
+    if len(content) != length or zlib.crc32(content) != crc32:
+        raise DamageError("its bytes are not the ones that were packed")
+    return content
 
 
 def _entry(shard: int, sample: dict[str, Any]) -> _Entry:

@@ -157,14 +157,14 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_a_bad_sample_is_named_at_its_step_and_not_before(reader, expected, fault, num_threads):
+def test_a_bad_sample_is_named_at_its_step_and_not_before(toy_shards, reader, expected, fault, num_threads):
     bad_index = Plan(8, seed=5).sample_index(7)  # the last of the first epoch, in step 1
     altered = AlteredReader(reader, lambda i, raw: BAD[fault](i, raw) if i == bad_index else raw)
     source = stream(altered, num_threads=num_threads)
     assert torch.equal(next(source).image, expected[0][0])
     with pytest.raises(InputError, match=fault) as caught:
         next(source)
-    [shard] = {path.name for path in reader.directory.glob("*.tar") if key_in(path, reader.key(bad_index))}
+    [shard] = {path.name for path in toy_shards.glob("*.tar") if key_in(path, reader.key(bad_index))}
     assert reader.key(bad_index) in caught.value.got and shard in caught.value.got
     assert not data_threads()
     with pytest.raises(RuntimeError, match="closed"):

@@ -9,12 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
+from distseg.config import DataConfig
 from distseg.data.plan import Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
 
 OTHER, OTHER_COLOR = "other", (110, 110, 110)
+
+
+def open_reader(options: DataConfig, split: str) -> ShardReader:
+    """The reader of a split as configured. Raises InputError as ShardReader does."""
+    return ShardReader(options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
 
 
 class SampleSet:
@@ -51,6 +57,10 @@ class SampleSet:
         """Names of the samples, in order."""
         return [self.reader.key(index) for index in self._indices]
 
+    def expect(self, indices: Sequence[int]) -> None:
+        """Say which samples will be loaded soon, in this order."""
+        self.reader.expect([self._indices[index] for index in indices])
+
     def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
         """Key, image (H, W, 3) uint8 RGB and label (H, W) uint8 (255 = void) of one sample.
 
@@ -60,7 +70,8 @@ class SampleSet:
         try:
             image, label = self._decode(raw)
         except InputError as error:
-            raise InputError(f"{self._place(index)}: {error.got}", error.needed, error.action) from None
+            place = self.reader.place(self._indices[index])
+            raise InputError(f"{place}: {error.got}", error.needed, error.action) from None
         # decoders may hand out read-only views of their buffers, which torch cannot wrap
         return raw.key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
 
@@ -81,15 +92,6 @@ class SampleSet:
         if highest >= num_classes:
             raise InputError(f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action)
         return image, label if self._table is None else self._table[label]
-
-    def _place(self, index: int) -> str:
-        """Name of a sample and of the shard it lies in, in the reader's own words for damaged bytes."""
-        inner, first = self._indices[index], 0
-        for shard in self.reader.manifest.splits[self.reader.split].shards:
-            first += shard.num_samples
-            if inner < first:
-                break
-        return f"sample {self.reader.key(inner)} in {self.reader.directory / shard.file}"
 
 
 def split_labelled(reader: ShardReader, labelled: str, seed: int) -> tuple[list[int], list[int]]:

@@ -1,0 +1,242 @@
+"""Shards from far away, kept on the disk of this machine and shared by all its processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from shards.errors import InputError
+from shards.files import disk_full, sync_folder
+from shards.manifest import ShardInfo
+
+DISK_SHARE = 0.8  # of what is free, where no bound is given
+POLL_SECONDS = 0.02
+LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+def default_cache_dir() -> Path:
+    """The node's own scratch folder where the job has one, else the user's cache directory."""
+    for variable in ("SLURM_TMPDIR", "TMPDIR"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]) / f"distseg-{os.getuid()}"  # these folders may be everybody's
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distseg" / "shards"
+
+
+class ShardCache:
+    """A folder of whole shards, each under its sha256, and of partial ones that can be gone on with.
+
+    The locks are flocks on the files themselves, so that they end with the process that holds them: whoever reads a
+    shard shares it, whoever fetches or removes one has it alone. A fetched file gets its final name only when it is
+    whole, verified and on the disk. max_bytes bounds all files together (partial ones count in full, by their name);
+    0: DISK_SHARE of what is free or already the cache's. Room is made by removing what was read longest ago and is
+    not being read at this moment. Raises InputError for a folder that cannot be written or has no locks.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int = 0):
+        self.directory, self._max_bytes = directory, max_bytes
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self._alone():
+                pass
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                needed = "a file system with file locks (flock), by which the processes of a machine share the cache"
+                action = "write data.cache_dir=DIR with a folder on a local disk"
+                raise InputError(f"{directory}: {error.strerror}", needed, action) from None
+            action = "choose another with data.cache_dir=DIR"
+            raise InputError(f"{directory}: {error.strerror}", "a cache folder that can be written", action) from None
+
+    @contextmanager
+    def open(self, shard: ShardInfo, fetch: Callable[[int], None]) -> Iterator[int]:
+        """A descriptor of the whole shard, which stays in the cache until the block ends.
+
+        fetch: called where the shard is not there, in one process at a time; appends to the file behind a
+        descriptor, which may hold a first part already, until it is whole and verified. Raises what `fetch` does,
+        and InputError for a full disk or a bound below the size of the shard.
+        """
+        descriptor = self._whole(shard)
+        if descriptor is None:
+            descriptor = self._fetched(shard, fetch)
+        try:
+            yield descriptor
+        finally:
+            _release(descriptor)
+
+    def has(self, shard: ShardInfo) -> bool:
+        """Whether the shard is there, whole, at this moment."""
+        return self._path(shard).exists()
+
+    def remove(self, shard: ShardInfo) -> None:
+        """Take a shard out; those who have it open keep what they have."""
+        self._path(shard).unlink(missing_ok=True)
+
+    def small(self, sha256: str, fetch: Callable[[], bytes]) -> bytes:
+        """A file small enough to be fetched without locks, perhaps by several processes; `fetch` verifies it."""
+        path = self.directory / f"{_checked(sha256)}.small"
+        with suppress(FileNotFoundError):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+        content = fetch()
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        return content
+
+    def limit(self) -> int:
+        """Bytes that all files together may take."""
+        if self._max_bytes:
+            return self._max_bytes
+        return int(DISK_SHARE * (shutil.disk_usage(self.directory).free + sum(size for _, size, _ in self._files())))
+
+    def _path(self, shard: ShardInfo) -> Path:
+        return self.directory / f"{_checked(shard.sha256)}.tar"
+
+    def _partial(self, shard: ShardInfo) -> Path:
+        return self.directory / f"{_checked(shard.sha256)}.{shard.num_bytes}.partial"
+
+    def _whole(self, shard: ShardInfo) -> int | None:
+        """A descriptor of the shard, locked against removal; None where it is not there."""
+        path = self._path(shard)
+        descriptor = _locked(path, os.O_RDONLY, fcntl.LOCK_SH)
+        if descriptor is None:
+            return None
+        if os.fstat(descriptor).st_size != shard.num_bytes:  # cut by something else: not ours to trust
+            path.unlink(missing_ok=True)
+            _release(descriptor)
+            return None
+        with suppress(PermissionError):
+            os.utime(descriptor)  # read now: what `_make_room` goes by
+        return descriptor
+
+    def _fetched(self, shard: ShardInfo, fetch: Callable[[int], None]) -> int:
+        whole, partial = self._path(shard), self._partial(shard)
+        while True:
+            descriptor = self._reserve(shard)
+            if descriptor is None:  # no room yet, or another process fetches it: wait for that one's lock
+                other = _locked(partial, os.O_RDWR, fcntl.LOCK_EX)
+                if other is None:
+                    time.sleep(POLL_SECONDS)
+                else:
+                    _release(other)
+            elif not whole.exists():
+                break
+            else:
+                partial.unlink()
+                _release(descriptor)
+            found = self._whole(shard)
+            if found is not None:
+                return found
+        try:
+            fetch(descriptor)
+            os.fsync(descriptor)
+            os.replace(partial, whole)
+            sync_folder(self.directory)
+        except BaseException as error:  # what has arrived stays, to be gone on with
+            _release(descriptor)
+            if isinstance(error, OSError):
+                raise self._cannot_write(error) from None
+            raise
+        return descriptor  # still locked: nobody can remove the shard before the caller has read from it
+
+    def _reserve(self, shard: ShardInfo) -> int | None:
+        """The partial file of a shard, locked, once there is room for the whole; None: not now."""
+        partial = self._partial(shard)
+        with self._alone():
+            if not self._make_room(shard.num_bytes, keep=partial.name):
+                return None
+            return _locked(partial, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _make_room(self, num_bytes: int, keep: str) -> bool:
+        """Remove what was used longest ago and nobody uses now, until num_bytes more would fit."""
+        limit = self.limit()
+        if num_bytes > limit:
+            got = f"room for {limit / 1e6:.1f} MB in the cache {self.directory}"
+            action = "raise data.cache_bytes, or choose a larger disk with data.cache_dir"
+            raise InputError(got, f"{num_bytes / 1e6:.1f} MB for one shard, better several", action)
+        files = sorted(file for file in self._files() if file[2] != keep)
+        excess = sum(size for _, size, _ in files) + num_bytes - limit
+        for _, size, name in files:
+            if excess <= 0:
+                break
+            descriptor = _locked(self.directory / name, os.O_RDWR, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if descriptor is not None:
+                (self.directory / name).unlink(missing_ok=True)
+                _release(descriptor)
+                excess -= size
+        return excess <= 0
+
+    def _files(self) -> list[tuple[float, int, str]]:
+        """(time of last use, bytes, name) of every file."""
+        files = []
+        for entry in os.scandir(self.directory):
+            with suppress(FileNotFoundError):
+                reserved = re.fullmatch(r"\w+\.(\d+)\.partial", entry.name)
+                status = entry.stat()
+                if entry.name != LOCK_FILE:
+                    files.append((status.st_mtime, int(reserved[1]) if reserved else status.st_size, entry.name))
+        return files
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Among all processes, only this thread counts, reserves and removes."""
+        descriptor = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            _release(descriptor)
+
+    def _cannot_write(self, error: OSError) -> InputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return disk_full(self.directory)
+        action = "correct its permissions, or choose another with data.cache_dir=DIR"
+        return InputError(f"{self.directory}: {error}", "a cache folder that can be written", action)
+
+
+def _locked(path: Path, flags: int, operation: int) -> int | None:
+    """A descriptor of the file at `path`, with a lock; None where there is no such file or the lock is taken."""
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, operation)
+        # while this process waited, the file may have been removed, or got its final name
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return descriptor
+    except (FileNotFoundError, BlockingIOError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _release(descriptor)
+    return None
+
+
+def _release(descriptor: int) -> None:
+    # unlocked by name: a child that was forked meanwhile holds the same lock, and may live for long
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _checked(sha256: str) -> str:
+    """A sha256 that is one: it comes from a file of others, and becomes a name in our folder."""
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        action = "pack the data again"
+        raise InputError(f"sha256 {sha256[:80]!r} in a manifest", "64 digits from 0 to f", action)
+    return sha256

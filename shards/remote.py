@@ -1,0 +1,312 @@
+"""Shards behind a URL: fetched in ranges, with patience, verified, and kept in the machine's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import random
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from shards.cache import ShardCache, default_cache_dir
+from shards.errors import InputError
+from shards.manifest import FILE_NAME, Manifest, ShardInfo, hashed
+from shards.source import DamageError
+
+Result = TypeVar("Result")
+# scheme: (module that fsspec needs, extra that brings it)
+PACKAGES = {"http": ("aiohttp", "http"), "https": ("aiohttp", "http"), "s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+
+CHUNK_BYTES = 8 << 20  # one request: long enough to fill a line, short enough to lose
+STALL_SECONDS = 20.0  # without a byte: the request has failed
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; all in all below a rank's time limit of 300 s
+MAX_DAMAGED = 3  # whole transfers that end in another sha256
+SHARDS_AHEAD = 8  # fetched and not read yet; also never more than a quarter of the cache
+FETCHERS = 4
+INDEX_FETCHERS = 16
+
+
+def check_url(url: str) -> None:
+    """Raise InputError, without repeating it, for a URL that cannot be used or holds credentials."""
+    parts = urlsplit(url)
+    if parts.scheme not in PACKAGES:
+        known = ", ".join(f"{scheme}://" for scheme in PACKAGES)
+        action = "choose one of these, or copy the shards to a local folder"
+        raise InputError(f"data.shards with {parts.scheme}://", f"a local folder, or {known}", action)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        needed = "a plain URL: this one would be written to config.yaml, logs and W&B"
+        action = "put the credentials where the tools of the store look: ~/.netrc, AWS_* variables, gcloud's login"
+        raise InputError(f"data.shards with credentials or a query ({parts.scheme}://)", needed, action)
+    if not parts.netloc:
+        raise InputError(f"data.shards={url}", "a host or a bucket after ://", "correct data.shards")
+
+
+class Remote:
+    """The files below a URL. A request is tried again after each of PAUSES, unless the answer is final.
+
+    Raises InputError at construction for a URL that cannot be used or a missing package; the requests raise it when
+    they fail for good, naming the URL.
+    """
+
+    _filesystem: Any
+    _owner: int
+
+    def __init__(self, url: str):
+        check_url(url)
+        self._url, self._scheme = url.rstrip("/"), urlsplit(url).scheme
+        module, extra = PACKAGES[self._scheme]
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            action = f"pip install 'distseg[{extra}]'"
+            raise InputError(f"{self._scheme}:// without the package {module}", "it, to read that", action) from None
+        self._forget()
+
+    def url(self, name: str) -> str:
+        """Of one file."""
+        return f"{self._url}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """All of a small file."""
+        return self._insist(name, lambda: self._files().cat_file(self.url(name)))
+
+    def download(self, name: str, descriptor: int, num_bytes: int, sha256: str) -> None:
+        """Append to the file behind a descriptor what is missing of num_bytes, and verify it.
+
+        What is there already is not asked for again. A file that is not as packed is fetched anew, at most
+        MAX_DAMAGED times, since a transfer may damage it too. Raises OSError where the disk does.
+        """
+        for _ in range(MAX_DAMAGED):
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                digest = hashed(file)
+            position = os.lseek(descriptor, 0, os.SEEK_END)
+            while position < num_bytes:
+                chunk = self._insist(name, partial(self._chunk, name, position, num_bytes))
+                _write(descriptor, chunk)
+                digest.update(chunk)
+                position += len(chunk)
+            if digest.hexdigest() == sha256:
+                return
+            os.ftruncate(descriptor, 0)
+        got = f"{self.url(name)}: its sha256 is not the manifest's, {MAX_DAMAGED} times in a row"
+        raise InputError(got, "the bytes as packed", "copy the shard there again, and manifest.json last")
+
+    def _chunk(self, name: str, start: int, num_bytes: int) -> bytes:
+        stop = min(start + CHUNK_BYTES, num_bytes)
+        content = self._files().cat_file(self.url(name), start=start, end=stop)
+        if len(content) == num_bytes:  # from a server that knows no ranges
+            return content[start:]
+        if not 0 < len(content) <= stop - start:
+            raise OSError(f"{len(content)} bytes came for {stop - start} asked")
+        return content  # fewer are fine: the rest is asked for next
+
+    def _insist(self, name: str, request: Callable[[], Result]) -> Result:
+        for pause in (*PAUSES, None):
+            try:
+                return request()
+            except Exception as error:  # each library has its own kinds; none of them is known without it
+                if pause is None or _is_final(error):
+                    raise self._failure(name, error) from None
+            time.sleep(pause * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+        raise AssertionError("unreachable")
+
+    def _failure(self, name: str, error: Exception) -> InputError:
+        if isinstance(error, FileNotFoundError):
+            action = "correct data.shards, or copy all of the packed folder there, manifest.json last"
+            return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
+        times = "" if _is_final(error) else f" ({len(PAUSES) + 1} attempts)"
+        needed = f"the file, with no more than {STALL_SECONDS:g} s between two bytes"
+        action = "check the address, the network and this machine's credentials, then run the same command again"
+        return InputError(f"{self.url(name)}: {_described(error)}{times}", needed, action)
+
+    def _files(self) -> Any:
+        """fsspec's file system for this scheme, one a process: its event loop does not survive a fork."""
+        with self._lock:
+            if self._filesystem is None or self._owner != os.getpid():
+                self._owner, self._filesystem = os.getpid(), _filesystem(self._scheme, STALL_SECONDS)
+            return self._filesystem
+
+    def _forget(self) -> None:
+        self._filesystem = None
+        self._owner, self._lock = os.getpid(), threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_filesystem", "_owner", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class RemoteSource:
+    """As Source, behind a URL; shards come when they are opened or expected, into the cache of this machine.
+
+    cache_dir, cache_bytes: as in ShardCache; "" for its default folder. A shard that is removed while it is expected
+    comes again when it is opened.
+    """
+
+    _prefetching: Prefetch | None
+    _owner: int
+
+    def __init__(self, url: str, cache_dir: str = "", cache_bytes: float = 0):
+        self._remote = Remote(url)
+        self._cache = ShardCache(Path(cache_dir).expanduser() if cache_dir else default_cache_dir(), int(cache_bytes))
+        self._forget()
+
+    def manifest(self) -> Manifest:
+        """As Source."""
+        action = "copy the packed folder there again, manifest.json last"
+        return Manifest.parse(self._remote.read(FILE_NAME), self.place(FILE_NAME), action)
+
+    def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
+        """As Source, many at a time."""
+        with ThreadPoolExecutor(INDEX_FETCHERS) as pool:
+            yield from pool.map(self._index, shards)
+
+    @contextmanager
+    def open(self, shard: ShardInfo) -> Iterator[int]:
+        """As Source; waits until the shard is here. Not kept open, so that the cache can tell what is being read."""
+        self._prefetch().used(shard)
+        with self._cache.open(shard, self._fetcher(shard)) as descriptor:
+            try:
+                yield descriptor
+            except DamageError:  # this disk's doing, since it was sound when it came: the next to open it gets another
+                self._cache.remove(shard)
+                raise
+
+    def expect(self, shards: Sequence[ShardInfo]) -> None:
+        """As Source: some of those that are not here are fetched now, in threads."""
+        self._prefetch().expect([shard for shard in shards if not self._cache.has(shard)])
+
+    def place(self, file: str) -> str:
+        """As Source."""
+        return self._remote.url(file)
+
+    def _index(self, shard: ShardInfo) -> bytes:
+        return self._cache.small(shard.index_sha256, lambda: self._fetch_index(shard))
+
+    def _fetch_index(self, shard: ShardInfo) -> bytes:
+        content = self._remote.read(shard.index_file)
+        if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+            got = f"{self.place(shard.index_file)}: its sha256 is not the manifest's"
+            raise InputError(got, "the index of the shard", "copy it there again, and manifest.json last")
+        return content
+
+    def _fetcher(self, shard: ShardInfo) -> Callable[[int], None]:
+        return lambda descriptor: self._remote.download(shard.file, descriptor, shard.num_bytes, shard.sha256)
+
+    def _bring(self, shard: ShardInfo) -> None:
+        with self._cache.open(shard, self._fetcher(shard)):
+            pass
+
+    def _prefetch(self) -> Prefetch:
+        with self._lock:
+            if self._prefetching is None or self._owner != os.getpid():  # threads do not survive a fork
+                self._owner, self._prefetching = os.getpid(), Prefetch(self._bring, self._cache.limit() // 4)
+            return self._prefetching
+
+    def _forget(self) -> None:
+        self._prefetching = None
+        self._owner, self._lock = os.getpid(), threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_remote": self._remote, "_cache": self._cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+class Prefetch:
+    """Brings expected shards in their order, in threads, a few ahead of what is read.
+
+    bring: fetches one; its errors are left to the reader that needs the shard. At most SHARDS_AHEAD shards and
+    max_bytes (but always one) are ahead, so that they do not push each other out of the cache.
+    """
+
+    def __init__(self, bring: Callable[[ShardInfo], None], max_bytes: int):
+        self._bring, self._max_bytes = bring, max_bytes
+        self._wanted: OrderedDict[str, ShardInfo] = OrderedDict()  # in the order of need, by sha256
+        self._ahead: dict[str, int] = {}  # bytes of shards that are under way, or here and not read yet
+        self._lock, self._queue, self._threads = threading.Lock(), SimpleQueue[ShardInfo](), 0
+
+    def expect(self, shards: Sequence[ShardInfo]) -> None:
+        """These are needed soon, after those that are expected already."""
+        with self._lock:
+            for shard in shards:
+                if shard.sha256 not in self._ahead:
+                    self._wanted.setdefault(shard.sha256, shard)
+            self._begin()
+
+    def used(self, shard: ShardInfo) -> None:
+        """This one is being read."""
+        with self._lock:
+            self._ahead.pop(shard.sha256, None)
+            self._wanted.pop(shard.sha256, None)  # overtaken: the reader fetches it itself
+            self._begin()
+
+    def _begin(self) -> None:
+        while self._wanted and len(self._ahead) < SHARDS_AHEAD:
+            shard = next(iter(self._wanted.values()))
+            if self._ahead and sum(self._ahead.values()) + shard.num_bytes > self._max_bytes:
+                break
+            del self._wanted[shard.sha256]
+            self._ahead[shard.sha256] = shard.num_bytes
+            self._queue.put(shard)
+            if self._threads < FETCHERS:  # daemons: a partial shard keeps, so none has to be waited for at the end
+                self._threads += 1
+                threading.Thread(target=self._work, name="distseg-prefetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with suppress(InputError, OSError):
+                self._bring(self._queue.get())
+
+
+def _filesystem(scheme: str, stall_seconds: float) -> Any:
+    import fsspec
+
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme == "s3":
+        limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds}
+        files = fsspec.filesystem("s3", config_kwargs={**limits, "retries": {"total_max_attempts": 1}}, **options)
+        files.retries = 1  # attempts are counted here, not three times over
+        return files
+    import aiohttp
+
+    limit = aiohttp.ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=stall_seconds)
+    if scheme == "gs":
+        return fsspec.filesystem("gs", requests_timeout=limit, **options)
+    # trust_env: proxies and ~/.netrc
+    return fsspec.filesystem("http", client_kwargs={"timeout": limit, "trust_env": True}, **options)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would get the same answer."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    return refused or isinstance(error, FileNotFoundError | PermissionError) or "Credentials" in type(error).__name__
+
+
+def _described(error: Exception) -> str:
+    """Kind and text of an error; URLs inside it are left out, since redirects may carry signatures."""
+    text = re.sub(r"\w+://[^\s'\"]*", "(URL)", str(error).partition("\n")[0])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,126 @@
+"""Where the shards of a data set lie: in a folder, or behind a URL. The reader sees no difference."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from shards.errors import InputError
+from shards.manifest import Manifest, ShardInfo, sha256_of
+
+MAX_OPEN = 128  # shards kept open: opening costs milliseconds on a network file system, and descriptors are few
+
+
+class DamageError(Exception):
+    """Bytes that are not the ones that were packed."""
+
+
+class Source(Protocol):
+    """A place that shards are read from; safe to share between threads, to fork with and to pickle."""
+
+    def manifest(self) -> Manifest:
+        """What is there. Raises InputError when there is none, or a damaged one."""
+
+    def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
+        """The shards' member indices, in order. Raises InputError for one that is not as packed."""
+
+    def open(self, shard: ShardInfo) -> AbstractContextManager[int]:
+        """A descriptor to pread from, good until the block ends, which raises DamageError for what it does not like."""
+
+    def expect(self, shards: Sequence[ShardInfo]) -> None:
+        """These will be opened soon, in this order: what takes time may begin."""
+
+    def place(self, file: str) -> str:
+        """Path or URL of a file, for messages."""
+
+
+def open_source(location: str | Path, cache_dir: str = "", cache_bytes: float = 0) -> Source:
+    """The source for a folder or an http(s)://, s3:// or gs:// URL; cache_*: as in shards.cache.ShardCache."""
+    if "://" not in str(location):
+        return LocalSource(Path(location))
+    from shards.remote import RemoteSource  # its packages are extras, and asyncio takes a moment to import
+
+    return RemoteSource(str(location), cache_dir, cache_bytes)
+
+
+@dataclass
+class _Opened:
+    descriptor: int
+    users: int = 0
+
+
+class LocalSource:
+    """A folder of shards, of which the max_open used last stay open (more only while more are being read)."""
+
+    def __init__(self, directory: Path, max_open: int = MAX_OPEN):
+        self._directory, self._max_open = directory, max_open
+        self._forget()
+
+    def manifest(self) -> Manifest:
+        """As Source."""
+        return Manifest.load(self._directory)
+
+    def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
+        """As Source; a shard that is missing or of another length is found here too, before time is spent."""
+        for shard in shards:
+            path, index = self._directory / shard.file, self._directory / shard.index_file
+            if not path.is_file() or path.stat().st_size != shard.num_bytes:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+                raise InputError(f"{path}: {found}", f"{shard.num_bytes} bytes, as packed", "copy or pack it again")
+            if not index.is_file() or sha256_of(index) != shard.index_sha256:
+                action = "copy or pack it again"
+                raise InputError(f"{index}: missing or not as packed", "the index of the shard", action)
+            yield index.read_bytes()
+
+    @contextmanager
+    def open(self, shard: ShardInfo) -> Iterator[int]:
+        """As Source. Raises OSError when the file cannot be opened."""
+        with self._lock:
+            if shard.file not in self._opened:
+                self._opened[shard.file] = _Opened(os.open(self._directory / shard.file, os.O_RDONLY))
+            opened = self._opened[shard.file]
+            opened.users += 1
+            self._opened.move_to_end(shard.file)
+            self._close_surplus()
+        try:
+            yield opened.descriptor
+        finally:
+            with self._lock:
+                opened.users -= 1
+
+    def expect(self, shards: Sequence[ShardInfo]) -> None:
+        """Nothing to do: the shards are here."""
+
+    def place(self, file: str) -> str:
+        """As Source."""
+        return str(self._directory / file)
+
+    def _close_surplus(self) -> None:
+        surplus = len(self._opened) - self._max_open
+        if surplus <= 0:
+            return
+        idle = [file for file, opened in self._opened.items() if not opened.users]
+        for file in idle[:surplus]:
+            os.close(self._opened.pop(file).descriptor)
+
+    def _forget(self) -> None:
+        self._opened: OrderedDict[str, _Opened] = OrderedDict()  # least recently used first
+        self._owner, self._lock = os.getpid(), threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_directory": self._directory, "_max_open": self._max_open}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __del__(self) -> None:
+        if getattr(self, "_owner", None) == os.getpid():  # a forked child's are the parent's to close
+            for opened in self._opened.values():
+                os.close(opened.descriptor)
