@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from distseg.config import BOUNDS, CHOICES, Config
 from shards.errors import InputError
+from shards.remote import check_url
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -19,7 +20,8 @@ ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 
 # These may change when a run is resumed: they alter neither the networks nor the order of samples.
 FREE_ON_RESUME = frozenset(
-    {"run_dir", "device", "data.shards", "data.allow_unverified", "data.num_threads", "max_skips"}
+    {"run_dir", "device", "data.shards", "data.allow_unverified", "data.cache_dir", "data.cache_bytes"}
+    | {"data.num_threads", "max_skips"}
     | {"evaluate", "checkpoint", "tracking", "parallel"}
 )
 
@@ -197,6 +199,8 @@ def _check(config: Config) -> None:
     if not config.data.shards:
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)
+    if "://" in config.data.shards:
+        check_url(config.data.shards)
 
 
 def _nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distseg import checkpoint, configuration
 from distseg.config import Config
-from distseg.data.samples import SampleSet
+from distseg.data.samples import SampleSet, open_reader
 from distseg.data.stream import evaluation_samples
 from distseg.device import autocast_dtype, resolve_precision
 from distseg.distributed import Ranks, all_reduce_sum, on_main, setup, teardown
@@ -32,9 +32,17 @@ from distseg.metrics import (
 from distseg.models import build_segmentor
 from distseg.progress import Progress
 from shards.errors import InputError
-from shards.reader import ShardReader
 
-FREE = ("evaluate.", "data.shards=", "data.val_split=", "data.num_threads=", "device=", "precision=", "parallel.")
+FREE = (
+    "evaluate.",
+    "data.shards=",
+    "data.cache_",
+    "data.val_split=",
+    "data.num_threads=",
+    "device=",
+    "precision=",
+    "parallel.",
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
         needed = f"a key that begins with {', '.join(FREE)}"
         raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     config = configuration.override(config, overrides)
-    reader = ShardReader(Path(config.data.shards), config.data.val_split)
+    reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(path, samples)
     ranks = setup(config.device, config.parallel.timeout_seconds)

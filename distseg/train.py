@@ -13,7 +13,7 @@ import torch
 from distseg import configuration
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
-from distseg.data.samples import SampleSet, sha256_of_keys, split_labelled
+from distseg.data.samples import SampleSet, open_reader, sha256_of_keys, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import allow_tf32, resolve_precision, reuse_memory
@@ -33,7 +33,6 @@ from distseg.trainer import Trainer, TrainState, memory_of
 from distseg.watchdog import Watchdog
 from shards.errors import InputError
 from shards.files import published
-from shards.reader import ShardReader
 from shards.verified import check_verified
 
 LABELLED_FILE = "labelled.txt"
@@ -134,9 +133,9 @@ class Data:
 def open_data(config: Config, world_size: int) -> Data:
     """The sample sets of a run; InputError when they are not there or do not fit the configuration."""
     options = config.data
-    train, val = (ShardReader(Path(options.shards), name) for name in (options.train_split, options.val_split))
+    train, val = (open_reader(options, name) for name in (options.train_split, options.val_split))
     if not options.allow_unverified:
-        check_verified(train.directory, train.manifest)
+        check_verified(train)
     saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
     wanted = str(saved) if options.labelled != "all" and saved.is_file() else options.labelled
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)

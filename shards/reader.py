@@ -44,7 +44,7 @@ class ShardReader:
     """
 
     def __init__(self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0):
-        self.split = split
+        self.location, self.split = location, split
         self._source = open_source(location, cache_dir, cache_bytes)
         self.manifest = self._source.manifest()
         self.classes = self.manifest.classes
@@ -87,6 +87,10 @@ class ShardReader:
                     got = f"{self.place(index)}: {error}"
                     raise InputError(got, "the shard as packed", "copy or pack it again") from None
         raise AssertionError("unreachable")
+
+    def find(self, file: str) -> bytes | None:
+        """All of a small file beside the manifest, where there is one."""
+        return self._source.find(file)
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say that these samples will be read soon, in this order: shards that are far away are fetched ahead."""

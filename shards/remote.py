@@ -81,6 +81,17 @@ class Remote:
         """All of a small file."""
         return self._insist(name, lambda: self._files().cat_file(self.url(name)))
 
+    def find(self, name: str) -> bytes | None:
+        """All of a small file, where there is one."""
+
+        def request() -> bytes | None:
+            try:
+                return self._files().cat_file(self.url(name))
+            except FileNotFoundError:
+                return None
+
+        return self._insist(name, request)
+
     def download(self, name: str, descriptor: int, num_bytes: int, sha256: str) -> None:
         """Append to the file behind a descriptor what is missing of num_bytes, and verify it.
 
@@ -169,6 +180,10 @@ class RemoteSource:
         """As Source."""
         action = "copy the packed folder there again, manifest.json last"
         return Manifest.parse(self._remote.read(FILE_NAME), self.place(FILE_NAME), action)
+
+    def find(self, file: str) -> bytes | None:
+        """As Source."""
+        return self._remote.find(file)
 
     def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
         """As Source, many at a time."""

@@ -27,6 +27,9 @@ class Source(Protocol):
     def manifest(self) -> Manifest:
         """What is there. Raises InputError when there is none, or a damaged one."""
 
+    def find(self, file: str) -> bytes | None:
+        """All of a small file, where there is one."""
+
     def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
         """The shards' member indices, in order. Raises InputError for one that is not as packed."""
 
@@ -65,6 +68,11 @@ class LocalSource:
     def manifest(self) -> Manifest:
         """As Source."""
         return Manifest.load(self._directory)
+
+    def find(self, file: str) -> bytes | None:
+        """As Source."""
+        path = self._directory / file
+        return path.read_bytes() if path.is_file() else None
 
     def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
         """As Source; a shard that is missing or of another length is found here too, before time is spent."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shards.errors import InputError
 from shards.files import published
 from shards.manifest import Manifest
+
+if TYPE_CHECKING:
+    from shards.reader import ShardReader
 
 FILE_NAME = "verified.json"
 CHECKS = 1  # a later version that finds more errors raises it, and asks for another inspection
@@ -35,11 +39,12 @@ def is_verified(directory: Path, manifest: Manifest) -> bool:
     return path.is_file() and path.read_bytes() == _record(manifest).encode()
 
 
-def check_verified(directory: Path, manifest: Manifest) -> None:
-    """Raise InputError, with the command to run, unless `is_verified`."""
-    if not is_verified(directory, manifest):
-        got = f"{directory}: shards that were not verified, or not since their manifest was written"
-        action = f"run `distseg inspect {directory}`, which takes about as long as an epoch's reading, or write "
+def check_verified(reader: ShardReader) -> None:
+    """Raise InputError, with the command to run, unless the record beside a reader's manifest is that manifest's."""
+    if reader.find(FILE_NAME) != _record(reader.manifest).encode():
+        got = f"{reader.location}: shards that were not verified, or not since their manifest was written"
+        where = "DIR` there, where they are a folder" if "://" in str(reader.location) else f"{reader.location}`"
+        action = f"run `distseg inspect {where}, which takes about as long as an epoch's reading, or write "
         raise InputError(got, "shards that were looked at", action + "data.allow_unverified=true")
 
 

@@ -24,6 +24,7 @@ from distseg.data.samples import SampleSet
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
 
+STEPS_EXPECTED = 64  # so many steps ahead the reader hears what will be read, for shards that are far away
 BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewer samples than there are threads
 
 
@@ -84,6 +85,7 @@ class TrainStream:
         self._plan = Plan(len(samples), seed)
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._next_step = start_step  # the first that has not been handed to the threads
+        self._next_expected = start_step  # the first that the samples have not heard of
         self._pending: deque[_Pending] = deque()
         self._num_pending = 1 + BATCHES_AHEAD + num_threads // share if num_threads else 1
         self._threads = ThreadPoolExecutor(num_threads, "distseg-data") if num_threads else None
@@ -119,7 +121,10 @@ class TrainStream:
 
     def _begin(self, step: int) -> _Pending:
         """Allocate the batch of a step and hand its samples to the threads, or fill it here without any."""
-        positions = rank_positions(step, self._batch_size, self._rank, self._world_size)
+        positions = self._positions(step)
+        while self._next_expected <= step + STEPS_EXPECTED:
+            self._samples.expect([self._plan.sample_index(p) for p in self._positions(self._next_expected)])
+            self._next_expected += 1
         count, side = len(positions), self._view.crop_px
         # torch keeps and reuses freed pinned blocks
         image = torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
@@ -131,6 +136,9 @@ class TrainStream:
             else:
                 pending.tasks.append(self._threads.submit(self._write, position, out_image, out_label))
         return pending
+
+    def _positions(self, step: int) -> range:
+        return rank_positions(step, self._batch_size, self._rank, self._world_size)
 
     def _write(self, position: int, out_image: np.ndarray, out_label: np.ndarray) -> None:
         _, image, label = self._samples.load(self._plan.sample_index(position))
@@ -179,6 +187,7 @@ def evaluation_samples(
 def _in_order(
     samples: SampleSet, indices: range, num_threads: int
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+    samples.expect(indices)
     if num_threads == 0:
         yield from ((index, *samples.load(index)) for index in indices)
         return
