@@ -25,7 +25,7 @@ from shards.maps import MapsReader
 from shards.processes import check_workers, mapped
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
-from shards.verified import mark_verified
+from shards.verified import is_verified, mark_verified
 
 STAGING = ".packing"
 SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
@@ -154,7 +154,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
         if there.name != name:
             got = f"{out} holds the data set {there.name!r}, the maps are {name!r}"
             raise InputError(got, needed, action)
-        if len(set(there.sources.values())) > 1:
+        if len({there.sources.get(split) for split in there.splits}) > 1:  # none: of a pack before there were sources
             got = f"{out} holds splits from several maps: {', '.join(there.splits)}"
             raise InputError(got, needed, "choose another --out, or replace all of them with --overwrite")
         named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
@@ -170,8 +170,10 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
 def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str], there: Manifest | None) -> None:
     """Move the shards into place. An old manifest does not fit them: whole only with the new one.
 
-    there: the manifest that these shards are appended to; it stays true until the new one replaces it.
+    there: the manifest that these shards are appended to; it stays true until the new one replaces it. Its shards are
+    not looked at again: all together are verified where they were.
     """
+    is_sound = there is None or is_verified(out, there)
     named = {file for shard in manifest.shards() for file in (shard.file, shard.index_file)}
     if there is not None:
         splits, sources = there.splits | manifest.splits, there.sources | manifest.sources
@@ -183,7 +185,10 @@ def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str], th
         (out / file).unlink(missing_ok=True)
     os.replace(staging / FILE_NAME, out / FILE_NAME)
     sync_folder(out)
-    mark_verified(out, manifest)  # every image was decoded and every label checked on the way
+    if is_sound:
+        mark_verified(out, manifest)  # every image was decoded and every label checked on the way
+    else:
+        say(f"the shards that were in {out} are not verified: training will ask for `distseg inspect {out}`")
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:

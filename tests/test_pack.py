@@ -27,7 +27,7 @@ from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image
-from shards.verified import is_verified
+from shards.verified import is_verified, withdraw
 
 
 def mixed_samples() -> list[Sample]:
@@ -288,11 +288,10 @@ def more(path: Path, split: str, keys: str = "more") -> Path:
 def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Path, tmp_path: Path) -> None:
     out, extra = tmp_path / "out", more(tmp_path / "extra.h5", "test")
     shutil.copytree(packed, out)
-    there = times(out)
+    about_all = {"manifest.json", "verified.json"}
+    there = {name: time for name, time in times(out).items() if name not in about_all}
     pack(extra, out, samples_per_shard=5, append=True)
-    assert {name: time for name, time in times(out).items() if name in there and name != "manifest.json"} == {
-        name: time for name, time in there.items() if name != "manifest.json"
-    }
+    assert {name: time for name, time in times(out).items() if name in there} == there
     read_all(out)
     reader, expected = ShardReader(out, "test"), toy_samples()
     assert [reader.read(index).image for index in range(len(reader))] == [sample.image for sample in expected]
@@ -303,6 +302,20 @@ def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Pa
     assert times(out) == after
     with pytest.raises(InputError, match=r"splits from several maps: .*test"):
         pack(maps, out, samples_per_shard=2)  # would lose the split
+    manifest = Manifest.load(out)  # likewise where the first pack was one without sources
+    replace(manifest, sources={"test": manifest.sources["test"]}).save(out)
+    with pytest.raises(InputError, match=r"splits from several maps: .*test"):
+        pack(maps, out, samples_per_shard=3)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_appending_vouches_for_its_own_shards_only(packed: Path, tmp_path: Path, verified: bool) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(packed, out)
+    if not verified:  # `distseg inspect` found damage, say
+        withdraw(out)
+    pack(more(tmp_path / "extra.h5", "test"), out, append=True)
+    assert is_verified(out, Manifest.load(out)) == verified
 
 
 @pytest.mark.parametrize(
