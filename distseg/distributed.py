@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and talks."""
+        """True on the one rank that talks, and writes all files but the other ranks' parts of checkpoints."""
         return self.rank == 0
 
 

@@ -182,7 +182,7 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
         found = [(of_slices, of_whole) for (_, of_slices), of_whole in of_ranks]
         others = ", ".join(str(rank) for rank in range(len(found)) if found[rank] != expected[rank])
         if others:
-            text = f"step {step}: the {name} of rank {others} differs from rank 0's; the last checkpoint is rank 0's"
+            text = f"step {step}: the {name} of rank {others} differs from rank 0's, perhaps in the last checkpoint too"
             raise RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
 
 
