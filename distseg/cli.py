@@ -156,7 +156,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 errors    (exit code 1)  damaged or missing files, unreadable images, labels of another size, form or range
 warnings  (exit code 0)  classes that a split lacks, void, pictures that are in two splits, frayed labels, ..."""
     parser = _command(commands, "inspect", "find what is wrong with shards", text)
-    parser.add_argument("shards", type=Path, metavar="DIR", help="what `distseg pack` wrote")
+    parser.add_argument("shards", metavar="DIR", help="what `distseg pack` wrote")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="for inspection.json and contact_sheet.png; else the same"
     )
@@ -244,7 +244,10 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads {options.threads}", "at least 1", "correct it, or leave it out")
-    return inspection.run(options.shards, options.out, options.threads)
+    if "://" in options.shards:
+        action = "run it where they are a folder, and copy verified.json there too; or copy them here"
+        raise InputError(f"inspect {options.shards}", "a folder of packed shards", action)
+    return inspection.run(Path(options.shards), options.out, options.threads)
 
 
 def _models(options: argparse.Namespace) -> int:

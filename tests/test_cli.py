@@ -44,6 +44,7 @@ def test_what_is_no_option_is_refused_by_name(arguments: list[str], capsys: pyte
         (["prepare", "stanford", "--out", "x.h5"], "write --root DIR"),
         (["prepare", "toy", "--out", "x.h5", "sede=1"], "seed"),
         (["pack", "missing.h5", "--out", "y"], "distseg prepare"),
+        (["inspect", "https://example.org/shards"], "where they are a folder"),
         (["evaluate", "missing"], "check the path of the run"),
         (["predict", "missing", "missing.jpg", "--out", "y"], "missing.jpg does not exist"),
     ],
