@@ -27,7 +27,7 @@ from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import run_ranks
 from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networks
-from tests.test_train import command, finish, start
+from tests.test_train import command, finish, start, start_ranks
 
 MISSING = importlib.util.find_spec("deepspeed") is None
 needs_deepspeed = pytest.mark.skipif(MISSING, reason="no deepspeed here: pip install 'distseg[deepspeed]'")
@@ -346,6 +346,17 @@ def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(toy_shards: P
     scores = json.loads((tmp_path / "evaluation.json").read_text())
     again = json.loads(next(tmp_path.glob("evaluation-step-00000012*")).read_text())
     assert again["val/mean_iou"] == pytest.approx(scores["val/mean_iou"], abs=1e-3)
+
+
+@needs_deepspeed
+def test_one_process_needs_no_launcher(toy_shards: Path, tmp_path: Path) -> None:
+    """DeepSpeed reads LOCAL_RANK, at stage 3 in every forward."""
+    settings = [*deepspeed(3), "ema_decay=0", "steps=1"]
+    finish(start(command(1, toy_shards, tmp_path / "alone", *settings)))
+    (launched,) = start_ranks(1, toy_shards, tmp_path / "launched", *settings)
+    finish(launched)
+    files = [sorted(find(tmp_path / name, "last").glob("*.safetensors")) for name in ("alone", "launched")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
 COMMON = ["data.shards=unused", "parallel.strategy=deepspeed", "parallel.zero_stage=3"]

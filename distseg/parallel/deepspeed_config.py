@@ -122,8 +122,9 @@ def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     )  # its own calls
     # An all-reduce for inference on CPUs, which nobody calls here: made with a C++ compiler and ninja at every start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(ranks.local_rank)  # it insists on it, even where nobody launched us
+    # It insists on it, even where nobody launched us; stage 3 reads it again in every forward.
+    was_launched = "LOCAL_RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     try:
         engine, *_ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=ranks.device.index or 0),  # ours, which need not be the local rank
@@ -136,8 +137,6 @@ def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: d
         got = f"DeepSpeed's settings: {error}"
         raise InputError(got, "values of DeepSpeed's types", "correct the file parallel.deepspeed_config") from None
     finally:
-        if local_rank is None:
+        if not was_launched and settings["zero_optimization"]["stage"] < 3:
             del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = local_rank
     return engine
