@@ -100,7 +100,11 @@ class ShardCache:
         """Bytes that all files together may take."""
         if self._max_bytes:
             return self._max_bytes
-        return int(DISK_SHARE * (shutil.disk_usage(self.directory).free + sum(size for _, size, _ in self._files())))
+        written = 0  # of partial files too, whose rest is among what is free
+        for entry in os.scandir(self.directory):
+            with suppress(FileNotFoundError):
+                written += entry.stat().st_size
+        return int(DISK_SHARE * (shutil.disk_usage(self.directory).free + written))
 
     def _path(self, shard: ShardInfo) -> Path:
         return self.directory / f"{_checked(shard.sha256)}.tar"

@@ -348,6 +348,12 @@ def test_a_manifest_cannot_name_files_outside_the_cache(toy_shards: Path, tmp_pa
         cache.ShardCache(tmp_path).has(shard)
 
 
+def test_room_that_a_download_has_reserved_is_not_counted_as_more_disk(tmp_path: Path) -> None:
+    one, before = cache.ShardCache(tmp_path), cache.ShardCache(tmp_path).limit()
+    (tmp_path / f"{64 * 'a'}.{10**15}.partial").write_bytes(bytes(1000))
+    assert one.limit() < before + 10**12
+
+
 def test_few_shards_stay_open(toy_shards: Path) -> None:
     source, shards = LocalSource(toy_shards, max_open=2), shards_of(toy_shards)
     before = len(os.listdir("/proc/self/fd"))
