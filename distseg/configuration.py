@@ -63,7 +63,9 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
         raise InputError(f"a value that cannot be resolved: {_first_line(error)}", "plain values", action) from None
     if config.mode == "supervised":
         weighted = [
-            f"{key}={value}" for key, value in pairs if key in ADVERSARIAL_WEIGHTS and value not in ("0", "0.0")
+            f"{key}={value}"
+            for key, value in dict(pairs).items()  # the last of a key counts
+            if key in ADVERSARIAL_WEIGHTS and value not in ("0", "0.0")
         ]
         if weighted:
             action = "write mode=adversarial (or semi_supervised), or leave it out"
