@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,8 @@ def test_kept_classes_stay_apart_and_the_rest_is_one(reader: ShardReader) -> Non
     samples = SampleSet(reader, keep=["road", "sky"])
     assert samples.classes.names == ("other", "road", "sky")
     assert samples.classes.palette[1:] == (reader.classes.palette[2], reader.classes.palette[0])
+    other, *kept = samples.classes.palette
+    assert min(math.dist(other, color) for color in kept) > 60  # a picture shows which is which
     for index in range(len(reader)):
         before = decode_label(reader.read(index).label)
         after = samples.load(index)[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
 
-OTHER, OTHER_COLOR = "other", (110, 110, 110)
+OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # the one that is less like the classes that stay
 
 
 def open_reader(options: DataConfig, split: str) -> ShardReader:
@@ -160,4 +161,5 @@ def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray 
     for new, name in enumerate(keep, start=1):
         table[classes.names.index(name)] = new
     colors = [classes.palette[classes.names.index(name)] for name in keep]
-    return ClassSet((OTHER, *keep), (OTHER_COLOR, *colors)), table
+    other = max(OTHER_COLORS, key=lambda candidate: min(math.dist(candidate, color) for color in colors))
+    return ClassSet((OTHER, *keep), (other, *colors)), table
