@@ -6,6 +6,7 @@ Not torch.distributed.checkpoint's: its metadata is pickled, and unpickling runs
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from distseg.distributed import Ranks, on_main
+from distseg.distributed import Ranks, on_each, on_main, shared_error
 from distseg.reports import Problem, Reports
 from distseg.tensor_files import TensorFile, read, to_host
 from shards.errors import InputError
@@ -97,6 +99,10 @@ class Checkpoints:
         """Whether this rank knows already that the last save went wrong."""
         return self._problem is not None
 
+    def give_up(self) -> None:
+        """Wait for no other rank: it may be gone. What it has not written by now leaves the save incomplete."""
+        self._reports.give_up()
+
     def close(self) -> None:
         """Let this rank's writing end, for better or worse."""
         if self._thread is not None:
@@ -114,17 +120,25 @@ class Checkpoints:
         return on_main(self._ranks, lambda: next(iter(reversed(_published(self.directory))), None))
 
     def load(self, path: Path, learners: dict[str, Any]) -> dict[str, Any]:
-        """Copy a checkpoint into the learners; returns its state. Raises InputError when it is another run's."""
+        """Copy a checkpoint into the learners; returns its state. Called on every rank.
+
+        Raises InputError, on all of them, when it is another run's, or damaged for any rank.
+        """
+        meta = on_each(self._ranks, lambda: self._own_state(path))
+        for name, learner in learners.items():
+            own = learner.state_dict()
+            reading = functools.partial(_read_parts, path, name, meta["parts"][name], own)
+            learner.load_state_dict(on_each(self._ranks, reading))
+        return meta["state"]
+
+    def _own_state(self, path: Path) -> dict[str, Any]:
+        """The state.json of a checkpoint of this run. Raises InputError when it is another's."""
         meta = read_state(path)
         for key, value in self._identity.items():
             if meta["identity"].get(key) != value:
                 got = f"{path}: {key} is {meta['identity'].get(key)!r}, this run's is {value!r}"
                 raise InputError(got, "a checkpoint of the same data and settings", "choose another run_dir")
-        for name, learner in learners.items():
-            own = learner.state_dict()
-            parts = {part: read(path, f"{name}.{part}", own.get(part)) for part in meta["parts"][name]}
-            learner.load_state_dict(parts)
-        return meta["state"]
+        return meta
 
     def check_space(self, learners: dict[str, Any]) -> None:
         """Raise InputError, on every rank, when the disk cannot hold what will be kept and one being written."""
@@ -167,6 +181,10 @@ class Checkpoints:
         for path in _published(self.directory)[: -self._keep_last]:
             if int(path.name.removeprefix("step-")) != best_step:
                 shutil.rmtree(path)
+
+
+def _read_parts(path: Path, name: str, parts: list[str], own: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    return {part: read(path, f"{name}.{part}", own.get(part)) for part in parts}
 
 
 def _partial(target: Path) -> Path:
@@ -280,9 +298,7 @@ def _published(directory: Path) -> list[Path]:
 def _raise(problem: Problem | None) -> None:
     """Raise the error of a problem that all ranks were told of; of None, nothing."""
     if problem is not None:
-        error: Exception = InputError(**problem) if "got" in problem else RuntimeError(problem["text"])
-        error.raised_on_all_ranks = True  # type: ignore[attr-defined]
-        raise error
+        raise shared_error(InputError(**problem) if "got" in problem else RuntimeError(problem["text"]))
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -88,13 +88,9 @@ def _check_own_gpus(ranks: Ranks) -> None:
     owners = on_all(ranks, (socket.gethostname(), uuid))
     shared = [rank for rank, owner in enumerate(owners) if owners.index(owner) != rank]
     if shared:
-        error = InputError(
-            f"rank {shared[0]} has the same GPU as rank {owners.index(owners[shared[0]])}",
-            "one CUDA device per process",
-            "lower --nproc_per_node, or write device=cpu",
-        )
-        error.raised_on_all_ranks = True  # type: ignore[attr-defined]
-        raise error
+        got = f"rank {shared[0]} has the same GPU as rank {owners.index(owners[shared[0]])}"
+        action = "lower --nproc_per_node, or write device=cpu"
+        raise shared_error(InputError(got, "one CUDA device per process", action))
 
 
 def _usable_cores() -> int:
@@ -136,19 +132,49 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
     if ranks.is_main:
         try:
             outcome[0] = work()
+            pickle.dumps(outcome)  # or nothing would be sent, and the others would wait for it
         except Exception as error:
-            outcome[1] = error
-        try:
-            pickle.dumps(outcome)
-        except Exception as error:  # then nothing would be sent, and the others would wait for it
-            failed = outcome[1] or error
-            outcome = [None, RuntimeError(f"{type(failed).__name__}: {failed}")]
+            outcome = [None, _sendable(error)]
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
-        outcome[1].raised_on_all_ranks = True  # so that one of them tells the user
-        raise outcome[1]
+        raise shared_error(outcome[1])
     return outcome[0]
+
+
+def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank, once it has succeeded on all of them; the first that fails, fails on every one.
+
+    `work` must not communicate: a rank that fails in it would leave the others waiting.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = _sendable(error)
+    failures = [of_rank for of_rank in on_all(ranks, failure) if of_rank is not None]
+    if failures:
+        raise shared_error(failures[0])
+    return result  # type: ignore[return-value]
+
+
+def shared_error(error: Exception) -> Exception:
+    """An error that every rank raises at this place, marked as such, so that one of them tells the user."""
+    error.raised_on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank raises it."""
+    return hasattr(error, "raised_on_all_ranks")
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def on_all(ranks: Ranks, value: Result) -> list[Result]:
@@ -169,6 +195,12 @@ def own_store(ranks: Ranks) -> Any:
     store = dist.distributed_c10d._get_default_store()
     clone = getattr(store, "clone", None)  # absent from older releases, which then share the connection
     return dist.PrefixStore(name, clone() if clone is not None else store)
+
+
+def wait_longer(seconds: float) -> None:
+    """Give the job's collectives so much time; after the first ones, from which on something else finds lost ranks."""
+    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):  # has been there for years, but promises nothing
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 class StopRequest:

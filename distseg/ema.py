@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from distseg.parallel import Learner
-from distseg.parallel.slices import fill, is_sliced, slice_of
+from distseg.parallel.slices import slice_of
 
 
 class MovingAverage:
@@ -22,23 +20,14 @@ class MovingAverage:
     def __init__(self, source: Learner, decay: float):
         self.decay = decay
         self._source, new = source, source.network.state_dict()
-        self._network: nn.Module | None = None
-        if any(is_sliced(tensor) for tensor in new.values()):
-            self._average = {name: tensor.clone() for name, tensor in new.items()}
-        else:
-            self._network = copy.deepcopy(source.network).eval().requires_grad_(False)
-            self._average = self._network.state_dict()
+        self._average = {name: tensor.clone() for name, tensor in new.items()}
         # Looked up once: the learner's tensors stay the same memory, and to list those of FSDP takes long
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))
         self.num_updates = torch.zeros((), dtype=torch.int64)
 
     def whole(self) -> nn.Module:
-        """The averaged network with all its parameters, in evaluation mode; called on every rank."""
-        if self._network is not None:
-            return self._network
-        network = self._source.whole().eval()
-        fill(network, self._average)
-        return network
+        """A copy of the averaged network with all its parameters, in evaluation mode; called on every rank."""
+        return self._source.whole(self._average).eval()
 
     @torch.no_grad()
     def update(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,7 @@ class Reports:
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
         self._store: Any = None if ranks.world_size == 1 else own_store(ranks)
+        self._given_up = threading.Event()
 
     def send(self, round_number: int, problem: Problem | None) -> None:
         """Tell the main rank; on every other one."""
@@ -34,13 +36,16 @@ class Reports:
         deadline = time.monotonic() + timeout_seconds
         return [self._of(rank, round_number, deadline) for rank in range(1, self._ranks.world_size)]
 
+    def give_up(self) -> None:
+        """Wait for no report any more: those who are to send them may be gone."""
+        self._given_up.set()
+
     def _of(self, rank: int, round_number: int, deadline: float) -> Problem | None:
         key = f"{round_number}/{rank}"
         with suppress(RuntimeError):
             while not self._store.check([key]):
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._given_up.wait(POLL_SECONDS):
                     break
-                time.sleep(POLL_SECONDS)
             else:
                 report = json.loads(self._store.get(key))
                 self._store.delete_key(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from distseg.data.samples import SampleSet, open_reader, sha256_of_keys, split_l
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import allow_tf32, resolve_precision, reuse_memory
-from distseg.distributed import Ranks, StopRequest, on_main, setup, teardown
+from distseg.distributed import Ranks, StopRequest, is_shared, on_main, setup, teardown
 from distseg.ema import MovingAverage
 from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
 from distseg.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import check_installed, check_shard_size, wrap
+from distseg.parallel.slices import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d, synchronise
 from distseg.progress import Progress
 from distseg.rundir import RunDirectory
@@ -58,16 +60,9 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if ranks.device.type == "cpu":
         reuse_memory()
     allow_tf32(config.tf32)
-    watchdog, stop = Watchdog(ranks, config.parallel.timeout_seconds), StopRequest()
-    try:
-        train_and_show(config, ranks, data, (segmentor, discriminator), watchdog, stop)
-    except RuntimeError as error:
-        cause = watchdog.explain(error)
-        if cause is error:
-            raise
-        raise cause from None
-    finally:
-        watchdog.close()
+    with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
+        data.tell(watchdog.alive)
+        train_and_show(config, ranks, data, (segmentor, discriminator), watchdog, StopRequest())
     teardown()
     return 0
 
@@ -104,6 +99,10 @@ def train_and_show(
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
         exit_code = 0
+    except BaseException as error:
+        if not is_shared(error):
+            trainer.checkpoints.give_up()
+        raise
     finally:
         trainer.checkpoints.close()
         stream.close()
@@ -128,6 +127,11 @@ class Data:
     train: SampleSet
     unlabelled: SampleSet | None
     val: SampleSet
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call `moved` whenever bytes of shards that are far away arrive."""
+        for samples in (self.train, self.val):  # the unlabelled ones come from the reader of the labelled
+            samples.reader.tell(moved)
 
 
 def open_data(config: Config, world_size: int) -> Data:
@@ -251,9 +255,9 @@ def open_stream(
 
 def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
     """What is about to run, in a few lines: networks, ranks, losses with their reductions, where it goes."""
-    networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.whole())}"]
+    networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.network)}"]
     if pair.discriminator is not None:
-        networks += [f"discriminator {config.discriminator.name} {_millions(pair.discriminator.whole())}"]
+        networks += [f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"]
     images = f"{len(data.train)} labelled"
     batch = f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
     if data.unlabelled is not None:
@@ -287,7 +291,7 @@ def _terms(config: Config) -> list[str]:
 
 
 def _millions(network: torch.nn.Module) -> str:
-    return f"({sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f} M)"
+    return f"({sum(num_elements(parameter) for parameter in network.parameters()) / 1e6:.2f} M)"
 
 
 if __name__ == "__main__":

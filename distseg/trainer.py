@@ -12,7 +12,7 @@ import torch
 from distseg.checkpoint import Checkpoints
 from distseg.config import Config
 from distseg.data.stream import Batch, PairedStream, TrainStream
-from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_all, on_main
+from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_all, on_main, shared_error
 from distseg.ema import MovingAverage
 from distseg.engine import Images, Metrics, Pair, adversarial_step, supervised_step
 from distseg.evaluate import Evaluator
@@ -165,13 +165,16 @@ class Trainer:
             if in_a_row >= self.config.max_skips:
                 got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
                 action = f"start again in another run_dir with a lower {name}_optimizer.lr, or with precision=fp32"
-                error = InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
-                error.raised_on_all_ranks = True  # type: ignore[attr-defined]  # by the same means: one tells the user
-                raise error
+                raise shared_error(InputError(got, f"fewer than max_skips={self.config.max_skips}", action))
 
 
 def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
-    """Raise RuntimeError, on every rank, unless all ranks hold the same networks, bit by bit."""
+    """Raise RuntimeError, on every rank, unless all ranks hold the same networks, bit by bit.
+
+    Compared is what more than one rank holds: everything under DDP and ZeRO stages 0 to 2; under FSDP the slices of
+    ranks with the same ones (`shard_size`) and whatever is whole, such as buffers; at ZeRO stage 3, which has a part
+    on one rank only, what is whole: buffers, the discriminator, parameters below DeepSpeed's threshold.
+    """
     named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
     sums = on_all(ranks, {name: _fingerprint(it.network) for name, it in named.items() if it is not None})
     for name in sums[0]:
@@ -183,7 +186,8 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
         others = ", ".join(str(rank) for rank in range(len(found)) if found[rank] != expected[rank])
         if others:
             text = f"step {step}: the {name} of rank {others} differs from rank 0's, perhaps in the last checkpoint too"
-            raise RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
+            error = RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
+            raise shared_error(error)
 
 
 @torch.no_grad()

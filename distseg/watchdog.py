@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from distseg.distributed import Ranks, own_store
+from distseg.distributed import Ranks, is_shared, own_store, wait_longer
 
 LOST_RANK_EXIT_CODE = 75  # sysexits.h: a temporary failure, so that a scheduler may start the same command again
-VERDICT = "verdict"
+VERDICT, LIFE = "verdict", "life"
+COLLECTIVE_SECONDS = 7 * 86400.0  # no limit of theirs comes before the watchdog, which knows who downloads
 # what the backends say when a peer is gone; they have no type of their own for it
 _LOST_PEER = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout", "pair closure", "peer", "recvvalue")
 
@@ -25,27 +27,47 @@ class LostRankError(RuntimeError):
 class Watchdog:
     """A thread that tells the others that this process lives, and looks after the rank before its own.
 
-    Two things are published in the job's store a few times per timeout: a beat of the thread, which ends when the
-    process dies or is stopped, and what the main thread marked last. A beat that is missing for `timeout_seconds`, or
-    a mark that does not move for as long, is written into the store as the verdict; every rank reads it, prints it and
-    leaves with LOST_RANK_EXIT_CODE. Cost: three small messages per rank and interval, none from the main thread.
+    Published in the job's store a few times per timeout: a beat of the thread, which ends when the process dies or is
+    stopped, what the main thread marked last, and whether anything has moved since. A beat that is missing for
+    `timeout_seconds`, or as long a time in which nothing moves on any rank (one that waits is waiting for one that
+    does not), is written into the store as the verdict; every rank reads it, prints it and leaves with
+    LOST_RANK_EXIT_CODE. Cost: four small messages per rank and interval, none from the main thread.
+
+    A context: what ends it with an error on this rank alone is told to the others, so that none waits for it.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float, leave: Callable[[int], Any] = os._exit):
         self._ranks, self._timeout, self._leave = ranks, timeout_seconds, leave
         self._interval = min(5.0, timeout_seconds / 8)
-        self._marks, self._what, self._marked_at = 0, "starting", time.monotonic()
+        self._marks, self._what = 0, "starting"
+        self._moves, self._told_moves, self._life, self._life_at = 0, 0, 0, time.monotonic()
         self._beats, self._neighbour, self._heard_at = 0, b"", time.monotonic()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         if ranks.world_size > 1:
             self._store = own_store(ranks)
+            wait_longer(COLLECTIVE_SECONDS)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def mark(self, what: str) -> None:
         """Tell, from the main thread, what it does now ("step 120"); two marks may be as far apart as the timeout."""
-        self._marks, self._what, self._marked_at = self._marks + 1, what, time.monotonic()
+        self._marks, self._moves, self._what = self._marks + 1, self._moves + 1, what
+
+    def alive(self) -> None:
+        """Tell, from any thread, that what is waited for comes nearer, such as bytes of a long download."""
+        self._moves += 1
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            cause = error if error is None else self.explain(error)
+            if cause is not error:
+                raise cause from None  # type: ignore[misc]
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop watching and being watched; called by every rank when nothing is left that needs the others."""
@@ -55,9 +77,14 @@ class Watchdog:
             self._say(f"done {self._what}")
 
     def explain(self, error: BaseException) -> BaseException:
-        """LostRankError, naming the silent ranks, for an error that a vanished peer caused; else the error itself."""
-        text = str(error).lower()
-        if self._thread is None or not any(word in text for word in _LOST_PEER):
+        """LostRankError, naming the silent ranks, for an error that a vanished peer caused; else the error itself.
+
+        Of one that is this rank's alone, the others are told.
+        """
+        if self._thread is None or self._closed.is_set() or is_shared(error) or isinstance(error, SystemExit):
+            return error
+        if not (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST_PEER)):
+            self._tell_own(error)
             return error
         before = self._all_beats()
         time.sleep(2.5 * self._interval)
@@ -67,6 +94,7 @@ class Watchdog:
         silent = [rank for rank in range(self._ranks.world_size) if before.get(rank) == after.get(rank)]
         silent = [rank for rank in silent if rank != self._ranks.rank]
         if not silent:
+            self._tell_own(error)
             return error
         verdict = "; ".join(f"{_named(rank, after.get(rank, ''))} is gone" for rank in silent)
         self._tell(verdict)
@@ -77,6 +105,7 @@ class Watchdog:
             while not self._closed.wait(self._interval):
                 self._beats += 1
                 self._say(self._what)
+                self._live()
                 if self._store.check([VERDICT]):
                     self._end(self._store.get(VERDICT).decode())
                 problem = self._problem()
@@ -94,9 +123,17 @@ class Watchdog:
             self._neighbour, self._heard_at = said, now
         if now - self._heard_at > self._timeout:
             return f"{_named(rank, said.decode())} has not answered for {self._timeout:.0f} s"
-        if now - self._marked_at > self._timeout + 3 * self._interval:  # later, so that a silent rank is named first
+        if now - self._life_at > self._timeout + 3 * self._interval:  # later, so that a silent rank is named first
             return self._stalled()
         return ""
+
+    def _live(self) -> None:
+        """Take part in the count of intervals in which a rank has moved, and note when it grows."""
+        moves = self._moves
+        life = self._store.add(LIFE, int(moves != self._told_moves))
+        self._told_moves = moves
+        if life != self._life:
+            self._life, self._life_at = life, time.monotonic()
 
     def _stalled(self) -> str:
         """Who holds the others up: the ranks with the fewest marks, where they differ."""
@@ -106,6 +143,14 @@ class Watchdog:
         if not behind:
             return f"no rank has moved on for {self._timeout:.0f} s; all are at {self._what}"
         return f"{_named(behind[0], beats[behind[0]])} has not moved on for {self._timeout:.0f} s"
+
+    def _tell_own(self, error: BaseException) -> None:
+        """Tell the others what ended this rank; its own thread, which would end it too, and say less, is stopped."""
+        self._closed.set()
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        with suppress(RuntimeError, OSError):  # the store may be gone
+            if not self._store.check([VERDICT]):
+                self._tell(f"rank {self._ranks.rank} on {socket.gethostname()} (at {self._what}) has failed: {what}")
 
     def _tell(self, verdict: str) -> None:
         """Write the verdict for all ranks; rank 0, which may keep the store, stays until they have read it."""

@@ -19,7 +19,7 @@ from shards.files import disk_full, sync_folder
 from shards.manifest import ShardInfo
 
 DISK_SHARE = 0.8  # of what is free, where no bound is given
-POLL_SECONDS = 0.02
+POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.2
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -57,16 +57,19 @@ class ShardCache:
             raise InputError(f"{directory}: {error.strerror}", "a cache folder that can be written", action) from None
 
     @contextmanager
-    def open(self, shard: ShardInfo, fetch: Callable[[int], None]) -> Iterator[int]:
+    def open(
+        self, shard: ShardInfo, fetch: Callable[[int], None], moved: Callable[[], None] = lambda: None
+    ) -> Iterator[int]:
         """A descriptor of the whole shard, which stays in the cache until the block ends.
 
         fetch: called where the shard is not there, in one process at a time; appends to the file behind a
-        descriptor, which may hold a first part already, until it is whole and verified. Raises what `fetch` does,
+        descriptor, which may hold a first part already, until it is whole and verified. moved: called as a shard
+        grows that another process fetches and this one waits for. Raises what `fetch` does,
         and InputError for a full disk or a bound below the size of the shard.
         """
         descriptor = self._whole(shard)
         if descriptor is None:
-            descriptor = self._fetched(shard, fetch)
+            descriptor = self._fetched(shard, fetch, moved)
         try:
             yield descriptor
         finally:
@@ -126,16 +129,12 @@ class ShardCache:
             os.utime(descriptor)  # read now: what `_make_room` goes by
         return descriptor
 
-    def _fetched(self, shard: ShardInfo, fetch: Callable[[int], None]) -> int:
+    def _fetched(self, shard: ShardInfo, fetch: Callable[[int], None], moved: Callable[[], None]) -> int:
         whole, partial = self._path(shard), self._partial(shard)
         while True:
             descriptor = self._reserve(shard)
-            if descriptor is None:  # no room yet, or another process fetches it: wait for that one's lock
-                other = _locked(partial, os.O_RDWR, fcntl.LOCK_EX)
-                if other is None:
-                    time.sleep(POLL_SECONDS)
-                else:
-                    _release(other)
+            if descriptor is None:  # no room yet, or another process fetches it
+                _wait_for(partial, moved)
             elif not whole.exists():
                 break
             else:
@@ -209,6 +208,23 @@ class ShardCache:
             return disk_full(self.directory)
         action = "correct its permissions, or choose another with data.cache_dir=DIR"
         return InputError(f"{self.directory}: {error}", "a cache folder that can be written", action)
+
+
+def _wait_for(partial: Path, moved: Callable[[], None]) -> None:
+    """For a moment, and until no other process has this file locked; tells when it has grown."""
+    size, pause = -1, POLL_SECONDS
+    while True:
+        time.sleep(pause)
+        descriptor = _locked(partial, os.O_RDWR, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if descriptor is not None:
+            return _release(descriptor)
+        try:
+            before, size = size, partial.stat().st_size
+        except FileNotFoundError:
+            return None
+        if size != before:
+            moved()
+        pause = min(2 * pause, MAX_POLL_SECONDS)
 
 
 def _locked(path: Path, flags: int, operation: int) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,10 @@ class ShardReader:
     def expect(self, indices: Sequence[int]) -> None:
         """Say that these samples will be read soon, in this order: shards that are far away are fetched ahead."""
         self._source.expect([self._shards[number] for number in dict.fromkeys(self._entries[i].shard for i in indices)])
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
+        self._source.tell(moved)
 
     def place(self, index: int) -> str:
         """Name of a sample and of the shard it lies in, for messages."""

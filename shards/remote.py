@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -92,12 +92,13 @@ class Remote:
 
         return self._insist(name, request)
 
-    def download(self, name: str, descriptor: int, num_bytes: int, sha256: str) -> None:
-        """Append to the file behind a descriptor what is missing of num_bytes, and verify it.
+    def download(self, shard: ShardInfo, descriptor: int, moved: Callable[[], None] = lambda: None) -> None:
+        """Append to the file behind a descriptor what is missing of a shard, and verify it; `moved` hears of each part.
 
         What is there already is not asked for again. A file that is not as packed is fetched anew, at most
         MAX_DAMAGED times, since a transfer may damage it too. Raises OSError where the disk does.
         """
+        name, num_bytes = shard.file, shard.num_bytes
         for _ in range(MAX_DAMAGED):
             os.lseek(descriptor, 0, os.SEEK_SET)
             with os.fdopen(descriptor, "rb", closefd=False) as file:
@@ -108,7 +109,8 @@ class Remote:
                 _write(descriptor, chunk)
                 digest.update(chunk)
                 position += len(chunk)
-            if digest.hexdigest() == sha256:
+                moved()
+            if digest.hexdigest() == shard.sha256:
                 return
             os.ftruncate(descriptor, 0)
         got = f"{self.url(name)}: its sha256 is not the manifest's, {MAX_DAMAGED} times in a row"
@@ -169,6 +171,7 @@ class RemoteSource:
     """
 
     _prefetching: Prefetch | None
+    _moved: Callable[[], None]
     _owner: int
 
     def __init__(self, url: str, cache_dir: str = "", cache_bytes: float = 0):
@@ -194,7 +197,7 @@ class RemoteSource:
     def open(self, shard: ShardInfo) -> Iterator[int]:
         """As Source; waits until the shard is here. Not kept open, so that the cache can tell what is being read."""
         self._prefetch().used(shard)
-        with self._cache.open(shard, self._fetcher(shard)) as descriptor:
+        with self._opened(shard) as descriptor:
             try:
                 yield descriptor
             except DamageError:  # this disk's doing, since it was sound when it came: the next to open it gets another
@@ -204,6 +207,10 @@ class RemoteSource:
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """As Source: some of those that are not here are fetched now, in threads."""
         self._prefetch().expect([shard for shard in shards if not self._cache.has(shard)])
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """As Source."""
+        self._moved = moved
 
     def place(self, file: str) -> str:
         """As Source."""
@@ -219,11 +226,12 @@ class RemoteSource:
             raise InputError(got, "the index of the shard", "copy it there again, and manifest.json last")
         return content
 
-    def _fetcher(self, shard: ShardInfo) -> Callable[[int], None]:
-        return lambda descriptor: self._remote.download(shard.file, descriptor, shard.num_bytes, shard.sha256)
+    def _opened(self, shard: ShardInfo) -> AbstractContextManager[int]:
+        moved = self._moved
+        return self._cache.open(shard, lambda descriptor: self._remote.download(shard, descriptor, moved), moved)
 
     def _bring(self, shard: ShardInfo) -> None:
-        with self._cache.open(shard, self._fetcher(shard)):
+        with self._opened(shard):
             pass
 
     def _prefetch(self) -> Prefetch:
@@ -233,7 +241,7 @@ class RemoteSource:
             return self._prefetching
 
     def _forget(self) -> None:
-        self._prefetching = None
+        self._prefetching, self._moved = None, _nothing
         self._owner, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,6 +296,10 @@ class Prefetch:
         while True:
             with suppress(InputError, OSError):
                 self._bring(self._queue.get())
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _filesystem(scheme: str, stall_seconds: float) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,9 @@ class Source(Protocol):
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """These will be opened soon, in this order: what takes time may begin."""
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
 
     def place(self, file: str) -> str:
         """Path or URL of a file, for messages."""
@@ -104,6 +107,9 @@ class LocalSource:
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """Nothing to do: the shards are here."""
+
+    def tell(self, moved: Callable[[], None]) -> None:
+        """Nothing to tell."""
 
     def place(self, file: str) -> str:
         """As Source."""

@@ -249,6 +249,52 @@ def test_a_failure_on_one_rank_reaches_all_and_harms_no_checkpoint(fault: str, t
     assert (holder.tensors["network"]["weight"] == 1).all()
 
 
+def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
+    """What is said of a checkpoint that one rank cannot read, which then none may have begun to load."""
+    checkpoints, holder = Checkpoints(run_dir, 2, {}, ranks), Holder(0)
+
+    def damaged(*arguments: Any) -> Any:
+        raise InputError("segmentor.network: damaged here", "a whole checkpoint", "remove it")
+
+    if ranks.rank == 1:
+        checkpoint.read = damaged
+    try:
+        checkpoints.load(checkpoint.find(run_dir, "last"), {"segmentor": holder})
+    except InputError as error:
+        assert (holder.tensors["network"]["weight"] == 0).all()
+        return error.got, hasattr(error, "raised_on_all_ranks")
+    return "", False
+
+
+def test_what_one_rank_cannot_load_no_rank_loads(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    assert run_ranks(2, load_badly, tmp_path) == [("segmentor.network: damaged here", True)] * 2
+
+
+def close_without_the_other(ranks: Ranks, run_dir: Path) -> float:
+    """Seconds that closing takes while another rank, as if it were lost, has not written its part."""
+    checkpoints = Checkpoints(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=60.0)
+    write = TensorFile.write
+
+    def slowly(file: TensorFile, folder: Path) -> None:
+        time.sleep(5)
+        write(file, folder)
+
+    if ranks.rank == 1:
+        TensorFile.write = slowly  # type: ignore[method-assign]
+    checkpoints.save({"segmentor": Holder(1), "discriminator": Holder(2)}, state(1))
+    start = time.monotonic()
+    checkpoints.give_up()
+    checkpoints.close()
+    return time.monotonic() - start
+
+
+def test_closing_does_not_wait_for_a_lost_rank(tmp_path: Path) -> None:
+    on_main, on_other = run_ranks(2, close_without_the_other, tmp_path)
+    assert on_main < 4 < on_other
+    assert names(tmp_path) == []
+
+
 def die_writing(run_dir: Path) -> None:
     checkpoints = Checkpoints(run_dir, 2, {}, RANKS, async_save=True)
     checkpoints.save({"segmentor": Holder(1)}, state(1))

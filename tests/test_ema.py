@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from distseg.ema import MovingAverage
+from distseg.parallel.whole_copy import with_values
 
 
 def learner(network: nn.Module) -> Any:
     """As much of a learner as an average looks at."""
-    return SimpleNamespace(network=network, whole=lambda: network)
+    return SimpleNamespace(network=network, whole=lambda tensors: with_values(network, tensors))
 
 
 def test_the_average_follows_its_formula_and_copies_whole_numbers() -> None:

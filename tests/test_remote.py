@@ -272,6 +272,27 @@ def test_the_cache_is_bounded_and_keeps_what_is_being_read(server: Server, toy_s
         pass
 
 
+def test_a_download_is_heard_of_as_it_comes_also_by_who_waits_for_another(
+    server: Server, toy_shards: Path, tmp_path: Path
+) -> None:
+    server.pause, shard = 0.05, shards_of(toy_shards)[0]
+    sources = [RemoteSource(server.url, str(tmp_path)) for _ in range(2)]
+    heard: list[list[float]] = [[], []]
+
+    def fetch(number: int) -> None:
+        sources[number].tell(lambda: heard[number].append(time.monotonic()))
+        with sources[number].open(shard) as descriptor:
+            assert os.fstat(descriptor).st_size == shard.num_bytes
+
+    threads = [threading.Thread(target=fetch, args=(number,)) for number in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    chunks = -(-shard.num_bytes // CHUNK)
+    assert sorted(map(len, heard))[1] == chunks  # the one that fetched
+    assert len(min(heard, key=len)) >= 3  # the other, which only looked now and then
+    assert server.counts()[shard.file] == chunks
+
+
 def test_readers_that_fight_for_a_small_cache_still_get_the_right_bytes(
     server: Server, toy_shards: Path, tmp_path: Path
 ) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import torch
 from distseg.distributed import Ranks
 from distseg.engine import Pair
 from distseg.trainer import check_equal
-from distseg.watchdog import LOST_RANK_EXIT_CODE
+from distseg.watchdog import LOST_RANK_EXIT_CODE, Watchdog
+from shards.errors import InputError
 from tests.ranks import run_ranks
 from tests.test_train import start_ranks, wait_for
 
@@ -35,6 +39,50 @@ def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tm
         assert processes[rank].returncode == LOST_RANK_EXIT_CODE, output
         assert f"error on rank {rank}: rank 1 on " in output and "(last at step " in output, output
         assert "Traceback" not in output
+
+
+def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
+    """All wait for rank 1, which is busy, stuck or fails: how they leave, what is said, and after how many seconds."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT))  # as a collective's limit would be
+    left, said, start = [], io.StringIO(), time.monotonic()
+    quiet = contextlib.redirect_stderr(said), contextlib.suppress(InputError)
+    with quiet[0], quiet[1], Watchdog(ranks, SHORT, left.append) as watchdog:
+        watchdog.mark("step 7")
+        while ranks.rank == 1 and case == "busy" and time.monotonic() < start + 3 * SHORT:
+            watchdog.alive()  # as a download's chunks do
+            time.sleep(0.05)
+        if case == "busy":
+            torch.distributed.all_reduce(torch.zeros(1))
+        if case == "fails" and ranks.rank == 1:
+            raise InputError("damaged", "a whole one", "copy it again")
+        if ranks.rank != 1:
+            watchdog.mark("step 8")
+        while case != "busy" and not left and time.monotonic() < start + 8 * SHORT:
+            time.sleep(0.01)
+    seconds = time.monotonic() - start
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=60))
+    torch.distributed.barrier()  # none goes before all have heard
+    return left, said.getvalue(), seconds
+
+
+SHORT = 2.0
+
+
+def wait_for_rank_1(ranks: Ranks) -> dict[str, Any]:
+    return {case: wait_in_vain(ranks, case) for case in ("busy", "stuck", "fails")}
+
+
+def test_a_rank_that_downloads_for_long_is_no_stall_and_one_that_fails_or_hangs_is() -> None:
+    found = run_ranks(3, wait_for_rank_1)
+    for rank, of_rank in enumerate(found):
+        left, said, seconds = of_rank["busy"]
+        assert (left, said) == ([], "") and seconds > 3 * SHORT
+        left, said, seconds = of_rank["stuck"]
+        assert left == [LOST_RANK_EXIT_CODE] and "rank 1 on " in said and "has not moved on for 2 s" in said
+        assert SHORT < seconds < 4 * SHORT
+        left, said, seconds = of_rank["fails"]
+        assert left == ([] if rank == 1 else [LOST_RANK_EXIT_CODE])  # that one prints its own error
+        assert seconds < SHORT and (rank == 1 or "(at step 7) has failed: damaged" in said)
 
 
 def differ(ranks: Ranks, wrong: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -24,8 +24,11 @@ class Learner(Protocol):
 
     network: nn.Module  # bare: its attributes and parameter count; its parameters may be slices
 
-    def whole(self) -> nn.Module:
-        """The network with all its parameters on this rank, for evaluation; called on every rank."""
+    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The network with all its parameters on this rank, for evaluation; called on every rank.
+
+        tensors: values to copy in instead of its own, named and sliced as in its state_dict.
+        """
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast; the gradients of a later backward will be averaged over the ranks."""

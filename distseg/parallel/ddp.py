@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distseg.config import Config, OptimizerConfig
 from distseg.distributed import Ranks
 from distseg.parallel.torch_learner import TorchLearner, dtype_of
+from distseg.parallel.whole_copy import with_values
 
 # torch 2.13 renamed the argument
 _BROADCAST = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -35,9 +36,9 @@ class DDPLearner(TorchLearner):
         )
         super().__init__(network, self._ddp, optimizer, config, ranks)
 
-    def whole(self) -> nn.Module:
+    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """See Learner.whole: it always is."""
-        return self.network
+        return self.network if tensors is None else with_values(self.network, tensors)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See Learner.no_sync."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from distseg.optimizers import initial_state
 from distseg.parallel.deepspeed_config import generate, initialize
 from distseg.parallel.deepspeed_state import OptimizerState, gathered, whole_tensors
 from distseg.parallel.torch_learner import TorchLearner
-from distseg.parallel.whole_copy import WholeCopy
+from distseg.parallel.whole_copy import WholeCopy, with_values
 
 
 class DeepSpeedLearner(TorchLearner):
@@ -50,9 +50,11 @@ class DeepSpeedLearner(TorchLearner):
             self.engine.optimizer.clear_backward_seen_flag()  # a part of the images begins
         return super().__call__(*inputs)
 
-    def whole(self) -> nn.Module:
+    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """See Learner.whole. At stage 3 a copy, as of this call."""
-        return self.network if self._copy is None else self._copy(self.network, whole_tensors(self.network))
+        if self._copy is None:
+            return self.network if tensors is None else with_values(self.network, tensors)
+        return self._copy(self.network, whole_tensors(self.network) if tensors is None else tensors)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -122,12 +122,14 @@ def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     )  # its own calls
     # An all-reduce for inference on CPUs, which nobody calls here: made with a C++ compiler and ninja at every start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It insists on it, even where nobody launched us; stage 3 reads it again in every forward.
-    was_launched = "LOCAL_RANK" in os.environ
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    # It insists on it, and takes it for the number of the GPU, which need not be the local rank: a launcher may show
+    # each process its own GPU alone. Stage 3 reads it again in every forward.
+    launched_with = os.environ.get("LOCAL_RANK")
+    number = ranks.local_rank if ranks.device.index is None else ranks.device.index
+    os.environ["LOCAL_RANK"] = str(number)
     try:
         engine, *_ = deepspeed.initialize(
-            args=SimpleNamespace(device_rank=ranks.device.index or 0),  # ours, which need not be the local rank
+            args=SimpleNamespace(device_rank=number),
             model=network,
             optimizer=optimizer,
             config=settings,
@@ -137,6 +139,8 @@ def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: d
         got = f"DeepSpeed's settings: {error}"
         raise InputError(got, "values of DeepSpeed's types", "correct the file parallel.deepspeed_config") from None
     finally:
-        if not was_launched and settings["zero_optimization"]["stage"] < 3:
+        if settings["zero_optimization"]["stage"] < 3:
             del os.environ["LOCAL_RANK"]
+            if launched_with is not None:
+                os.environ["LOCAL_RANK"] = launched_with
     return engine

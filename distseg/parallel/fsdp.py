@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -40,9 +40,9 @@ class FSDPLearner(TorchLearner):
         held: dict[Tensor, Tensor] = {p: nn.Parameter(slice_of(p).rows, p.requires_grad) for p in network.parameters()}
         super().__init__(network, network, optimizer, config, ranks, held)
 
-    def whole(self) -> nn.Module:
+    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """See Learner.whole: a copy, as of this call."""
-        return self._copy(self.network, self.network.state_dict())
+        return self._copy(self.network, self.network.state_dict() if tensors is None else tensors)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

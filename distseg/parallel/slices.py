@@ -42,6 +42,11 @@ def is_sliced(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh")
 
 
+def num_elements(parameter: Tensor) -> int:
+    """Of the whole parameter, whatever this rank holds of it: none of those that ZeRO-3 has split."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def of_same_slice(rows: Tensor, like: Tensor) -> Tensor:
     """A rank's rows as a part of a tensor that is cut like `like`."""
     if not is_sliced(like):

@@ -27,3 +27,10 @@ class WholeCopy:
             own.copy_(buffer)
         fill(whole, tensors)
         return whole
+
+
+def with_values(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network whose parameters are whole, with these values of its state_dict."""
+    copied = copy.deepcopy(network)
+    copied.load_state_dict(tensors)
+    return copied
