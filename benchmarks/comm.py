@@ -10,7 +10,9 @@ import argparse
 import importlib.util
 from typing import Any
 
+from benchmarks.conditions import conditions
 from benchmarks.worker import start
+from shards.files import say, tracked
 
 STRATEGIES = {
     "ddp": [],
@@ -29,15 +31,19 @@ def main() -> None:
     options = parser.parse_args()
     common = [f"--{name}={getattr(options, name)}" for name in ("size", "batch", "repetitions")]
     found: dict[str, dict[str, Any]] = {}
-    for name, overrides in STRATEGIES.items():
-        if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-            print(f"{name}: left out, as there is no package deepspeed", flush=True)
-            continue
-        print(f"{name} ...", flush=True)
+    chosen = dict(STRATEGIES)
+    if importlib.util.find_spec("deepspeed") is None:
+        say("deepspeed is left out, as there is no package of that name")
+        chosen = {name: overrides for name, overrides in chosen.items() if not name.startswith("deepspeed")}
+    for name, overrides in tracked(chosen.items(), len(chosen), "strategies"):
         found[name] = start(options.ranks, [*common, "precision=fp32", *overrides])
     sizes, alone = found["ddp"]["sizes"], found["ddp"]["alone_seconds"]
     ideal = sizes["segmentor"] + sizes["discriminator"]
-    print(f"\n{options.ranks} x {found['ddp']['device']}, fp32; |S| + |D| = {ideal:,} parameters that are trained")
+    print(conditions(threads=1))
+    images = f"{options.batch} + {options.batch} images of {options.size} px a rank"
+    print(f"{options.ranks} x {found['ddp']['device']}, fp32, {images}")
+    trained = f"|S| + |D| = {sizes['segmentor']:,} + {sizes['discriminator']:,} = {ideal:,}"
+    print(f"{trained} parameters that are trained")
     print(f"{'':20}{'all-reduced':>14}{'reduced and cut':>17}{'gathered':>14}{'exposed':>9}{'peak memory':>13}")
     for name, of_it in found.items():
         sent = [f"{of_it['elements'].get(kind, 0) / ideal:.4f}" for kind in KINDS]

@@ -3,7 +3,7 @@
 Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates, on the batch at
 hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in every interval, and its cost also
 given apart, as runs save far less often.
-Run: python -m benchmarks.loop [--intervals 6] [--steps 10] [key=value ...]
+Run: python -m benchmarks.loop [--intervals 5] [--steps 8] [key=value ...]    two to three minutes on two CPU cores
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.conditions import conditions
 from distseg import train
 from distseg.data.stream import Batch
 from distseg.engine import Metrics, adversarial_step
 from distseg.schedules import phase
 from distseg.trainer import Trainer, to_device
+from shards.files import say
 from shards.pack import pack
 from shards.prepare import prepare
 
@@ -37,7 +39,7 @@ SETTINGS = [
 class TimedTrainer(Trainer):
     """A Trainer that interrupts itself for bare steps."""
 
-    every = 10
+    every, intervals = 8, 6
     bare: ClassVar[list[float]] = []
     looped: ClassVar[list[float]] = []
     saving: ClassVar[list[float]] = []
@@ -48,6 +50,8 @@ class TimedTrainer(Trainer):
             now = time.perf_counter()
             if self._count:
                 self.looped.append((now - self._resumed) / self.every)
+                left = (self.intervals - len(self.looped)) * self.every * (self.looped[-1] + self.bare[-1])
+                say(f"interval {len(self.looped)} of {self.intervals}, {left:.0f} s left")
             self.bare.append(self._bare(batch))
             self._resumed = time.perf_counter()
         self._count += 1
@@ -81,17 +85,18 @@ def timed(method: Any, seconds: list[float]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--intervals", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=10, help="of an interval")
+    parser.add_argument("--intervals", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="of an interval")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="further key=value for the run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    TimedTrainer.every = options.steps
+    TimedTrainer.every, TimedTrainer.intervals = options.steps, options.intervals + 1  # the first one warms up
+    say("drawing scenes, building networks, two intervals until the time left is known")
     with tempfile.TemporaryDirectory() as folder:
-        prepare("toy", None, Path(folder) / "toy.h5")
+        prepare("toy", None, Path(folder) / "toy.h5", num_train="40", num_val="1")
         pack(Path(folder) / "toy.h5", Path(folder) / "shards")
-        steps = (options.intervals + 1) * options.steps + 1  # the first interval warms up
+        steps = TimedTrainer.intervals * options.steps + 1
         settings = [*SETTINGS, f"steps={steps}", f"checkpoint.every_steps={options.steps}", *options.overrides]
         save = timed(train.Checkpoints.save, TimedTrainer.saving)
         with patch.object(train, "Trainer", TimedTrainer), patch.object(train.Checkpoints, "save", save):
@@ -100,6 +105,7 @@ def main() -> None:
     saving = statistics.median(TimedTrainer.saving[1:-1])
     ratios = [(loop - saving / options.steps) / step for loop, step in zip(looped, bare, strict=True)]
     step = statistics.median(bare)
+    print(conditions(options.threads))
     print(f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (", end="")
     print(", ".join(f"{ratio - 1:+.1%}" for ratio in ratios), end=")\n")
     print(f"a checkpoint keeps the loop for {saving:.2f} s: every 1000 steps {saving / 1000 / step:+.2%}")

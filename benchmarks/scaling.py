@@ -15,7 +15,9 @@ import argparse
 import math
 import statistics
 
+from benchmarks.conditions import conditions
 from benchmarks.worker import start
+from shards.files import tracked
 
 GPUS = (1, 8, 16, 64, 256, 1024)
 GPUS_PER_NODE = 8
@@ -50,11 +52,12 @@ def main() -> None:
     options = parser.parse_args()
     arguments = [f"--size={options.size}", f"--repetitions={options.repetitions}", "--device=cpu"]
     ratios, sizes = [], {}
-    for number in range(options.rounds):
+    for number in tracked(range(options.rounds), options.rounds, "rounds"):
         one, two = (start(ranks, arguments) for ranks in (1, 2))
         ratios.append(one["step_seconds"] / two["step_seconds"])
         sizes = one["sizes"]
         print(f"round {number + 1} of {options.rounds}: efficiency of 2 ranks {ratios[-1]:.3f}", flush=True)
+    print(conditions(threads=1))
     print(f"measured, 2 ranks of 1 thread against 1 of 1: {statistics.median(ratios):.3f}\n")
     print(f"modelled: {options.compute_ms:g} ms a step, {options.gradient_bytes} bytes a gradient,")
     within = f"{BYTES_PER_SECOND_IN_NODE / 1e9:.0f} GB/s and {LATENCY_IN_NODE * 1e6:.0f} us"

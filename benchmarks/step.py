@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.conditions import conditions
 from distseg import configuration
 from distseg.config import Config
 from distseg.distributed import Ranks, setup, teardown
@@ -26,6 +27,7 @@ from distseg.engine import Images, Pair, adversarial_step
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
 from distseg.schedules import phase
+from shards.files import say, tracked
 
 NUM_CLASSES, BATCH = 21, 2
 SEMI_STEP = 6000  # after semi.start_step, when every term is on
@@ -149,13 +151,12 @@ def convolution_peak(dtype: torch.dtype, repetitions: int = 20) -> float:
 def medians(steps: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
     """Median seconds of each, in alternating repetitions after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(repetitions + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-        print(f"repetition {repetition} of {repetitions}", flush=True)
+    turns = [(repetition, name) for repetition in range(repetitions + 1) for name in steps]
+    for repetition, name in tracked(turns, len(turns), "steps"):
+        start = time.perf_counter()
+        steps[name]()
+        if repetition:
+            seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -167,12 +168,14 @@ def main() -> None:
     options = parser.parse_args()
     ranks = setup("cpu", 60)
     torch.set_num_threads(options.threads)
+    say("building the networks and counting their operations: half a minute")
     steps = {"reference, fp32": reference_step(options.size)}
     steps |= {f"ours, {name}": our_step(ranks, options.size, name) for name in ("fp32", "bf16")}
     flops = {name: flops_of(step) for name, step in steps.items()}
     peaks = {name: convolution_peak(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     found = medians(steps, options.repetitions)
     base = found["reference, fp32"]
+    print(conditions(options.threads))
     for name, value in found.items():
         share = flops[name] / value / peaks[name[-4:]]
         work = f"{flops[name] / 1e9:6.0f} GFLOP, {share:4.0%} of the convolution peak"

@@ -31,6 +31,7 @@ from distseg.metrics import (
 )
 from distseg.models import build_segmentor
 from distseg.progress import Progress
+from distseg.watchdog import Watchdog
 from shards.errors import InputError
 
 FREE = (
@@ -133,7 +134,11 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Pat
 
 
 def run(run_dir: Path, which: str, overrides: list[str]) -> int:
-    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation-step-<step>-<split>.json."""
+    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation-step-<step>-<split>.json.
+
+    The shards need not have been verified, as training's must: scoring reads each sample once and soon, and ends at
+    the first damaged or impossible one with its name.
+    """
     network, config, path = trained_segmentor(run_dir, which)
     fixed = [item for item in overrides if not item.startswith(FREE)]
     if fixed:
@@ -144,26 +149,41 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(path, samples)
     ranks = setup(config.device, config.parallel.timeout_seconds)
-    identity = checkpoint.read_state(path)["identity"]
-    precision = identity["precision"] if config.precision == "auto" else resolve_precision(config.precision, ranks)
+    with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
+        reader.tell(watchdog.alive)
+        evaluator = _evaluator(network, config, path, samples, ranks)
+        evaluator.mark = watchdog.mark
+        evaluator()
+        _publish(evaluator, path)
+    teardown()
+    return 0
+
+
+def _evaluator(network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks) -> Evaluator:
+    """Of a checkpoint's network as configured; called on every rank."""
+    trained_in = checkpoint.read_state(path)["identity"]["precision"]
+    precision = trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
     view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-    evaluator = Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
-    evaluator()
-    step = checkpoint.read_state(path)["state"]["step"]
+    return Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
+
+
+def _publish(evaluator: Evaluator, path: Path) -> None:
+    """Write and print the scores of a checkpoint; called on every rank."""
+    state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
+    step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
     other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     other += "" if identity["precision"] == precision else f"-{precision}"
     # evaluation.json is training's
-    out = run_dir / f"evaluation-step-{step:08d}-{reader.split}{other}{view.suffix()}.json"
+    name = f"evaluation-step-{step:08d}-{reader.split}{other}{evaluator.view.suffix()}.json"
+    out = path.parent.parent / name
     on_main(ranks, lambda: checkpoint.write_json(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
-    progress.message(f"{path.name} on {len(samples)} images of {reader.split}, each once, at full resolution")
+    progress.message(f"{path.name} on {len(evaluator.samples)} images of {reader.split}, each once, at full resolution")
     progress.evaluation(step, evaluator.named())
     progress.message(f"wrote {out}")
-    teardown()
-    return 0
 
 
 def check_classes(path: Path, samples: SampleSet) -> None:

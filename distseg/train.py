@@ -82,12 +82,14 @@ def train_and_show(
     kept = on_main(ranks, lambda: saved_precision(run_directory.path))  # "auto" may differ on another machine
     precision = kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
     config = replace(config, precision=precision)
+    watchdog.mark("spreading the networks")
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         None if discriminator is None else wrap(discriminator, config.discriminator_optimizer, config, ranks),
         config.loss,
         config.semi,
     )
+    watchdog.mark("looking for checkpoints")
     trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
     stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each in a process of its own, joined by gloo."""
+"""Functions and whole commands on several ranks, each in a process of its own, joined by gloo."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,13 +29,9 @@ def free_port() -> int:
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """[function(ranks, *arguments) of rank 0, of rank 1, ...]; the function must be importable."""
-    port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
         processes = []
-        for rank in range(num_ranks):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in variables.items()}
+        for rank, environment in enumerate(environments(num_ranks)):
             target = (environment, sys.path, function, arguments, Path(folder) / str(rank))
             processes.append(CONTEXT.Process(target=_run_rank, args=target))
             processes[-1].start()
@@ -46,6 +43,94 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
             process.kill()
         assert codes == [0] * num_ranks, f"exit codes of the ranks: {codes}"
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_ranks)]
+
+
+def environments(num_ranks: int) -> list[dict[str, str]]:
+    """What torchrun would set for each rank, but with a port of this call's own."""
+    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | common for rank in range(num_ranks)]
+
+
+class Program:
+    """`distseg` with some arguments, as a subprocess.Popen whose process has imported torch already."""
+
+    def __init__(self, arguments: list[str], variables: dict[str, str] | None = None):
+        descriptor, name = tempfile.mkstemp(prefix="output-of-a-program-")
+        os.close(descriptor)
+        self._output = Path(name)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
+        target = (arguments, dict(environment), sys.path, self._output)
+        self._process = CONTEXT.Process(target=_run_program, args=target)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float = TIMEOUT_SECONDS) -> tuple[str, None]:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout, self._output.read_text())
+        return self._output.read_text(), None
+
+    def __del__(self) -> None:
+        self._output.unlink(missing_ok=True)
+
+
+class Job:
+    """A Program on several ranks, as one Popen: it ends when all have, and badly when one has."""
+
+    def __init__(self, num_ranks: int, arguments: list[str]):
+        variables = environments(num_ranks) if num_ranks > 1 else [{}]
+        self.ranks = [Program(arguments, of_rank) for of_rank in variables]
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        codes = [rank.poll() for rank in self.ranks]
+        return next((code for code in codes if code), None if None in codes else 0)
+
+    def send_signal(self, number: int) -> None:
+        for rank in self.ranks:
+            rank.send_signal(number)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    def communicate(self, timeout: float = TIMEOUT_SECONDS) -> tuple[str, None]:
+        return "".join(rank.communicate(timeout)[0] for rank in self.ranks), None
+
+
+def _run_program(arguments: list[str], environment: dict[str, str], path: list[str], out: Path) -> None:
+    import torch
+
+    from distseg.cli import main
+
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:] = path
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
 
 
 def _run_rank(

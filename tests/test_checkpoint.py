@@ -21,6 +21,7 @@ from distseg import checkpoint
 from distseg.checkpoint import Checkpoints
 from distseg.distributed import Ranks
 from distseg.ema import MovingAverage
+from distseg.models.weights import read_weights
 from distseg.parallel import fsdp
 from distseg.tensor_files import TensorFile, read
 from shards.errors import InputError
@@ -172,6 +173,10 @@ def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: 
     checkpoints.wait()
 
 
+def _slice_of_network(folder: Path) -> Path:
+    return folder / "segmentor.network.2-of-3.safetensors"
+
+
 def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path: Path) -> None:
     links = [(2, ()), (3, FSDP), (4, HYBRID), (1, FSDP), (2, FSDP), (4, ())]
     for index, (num_ranks, overrides) in enumerate(links):
@@ -186,6 +191,11 @@ def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path
     assert all(
         torch.equal(tensor, pieces[name]) for name, tensor in read(first[0].parent, "segmentor.optimizer").items()
     )
+    whole, joined = read(first[0].parent, "segmentor.network"), read_weights(_slice_of_network(sliced))
+    assert all(torch.equal(tensor, joined[name]) for name, tensor in whole.items())  # as segmentor.init reads it
+    (sliced / "segmentor.network.3-of-3.safetensors").unlink()
+    with pytest.raises(InputError, match=r"segmentor\.network\.3-of-3"):
+        read_weights(_slice_of_network(sliced))
     (sliced / "segmentor.optimizer.2-of-3.safetensors").unlink()
     with pytest.raises(InputError, match=r"segmentor\.optimizer: file 2 is missing"):
         read(sliced, "segmentor.optimizer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +20,15 @@ from distseg.config import Config
 from distseg.distributed import Ranks
 from distseg.ema import MovingAverage
 from distseg.engine import Images, Pair, adversarial_step
-from distseg.parallel import check_installed, wrap
-from distseg.parallel.slices import is_sliced
+from distseg.parallel import check_installed, deepspeed_config, wrap
+from distseg.parallel.slices import is_sliced, num_elements
 from distseg.schedules import phase
 from distseg.trainer import check_equal
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
-from tests.ranks import run_ranks
+from tests.ranks import Program, environments, run_ranks
 from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networks
-from tests.test_train import command, finish, start, start_ranks
+from tests.test_train import finish, small, start
 
 MISSING = importlib.util.find_spec("deepspeed") is None
 needs_deepspeed = pytest.mark.skipif(MISSING, reason="no deepspeed here: pip install 'distseg[deepspeed]'")
@@ -140,7 +141,10 @@ def copied_buffer(ranks: Ranks, overrides: Sequence[str]) -> Any:
     """Of a whole copy: a buffer that no state_dict holds, such as an encoder's mean of the pixels."""
     config, (network, _) = make_config("fp32", "simultaneous", "adversarial", overrides), make_networks("two_branch")
     network.register_buffer("mean", torch.full((3,), 0.25), persistent=False)
-    whole: Any = wrap(network, config.segmentor_optimizer, config, ranks).whole()
+    size = sum(parameter.numel() for parameter in network.parameters())
+    learner = wrap(network, config.segmentor_optimizer, config, ranks)
+    assert sum(num_elements(parameter) for parameter in learner.network.parameters()) == size
+    whole: Any = learner.whole()
     return whole.mean.tolist()
 
 
@@ -327,11 +331,11 @@ def test_one_rank_takes_the_steps_and_the_checkpoints_of_two(
 @needs_deepspeed
 def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(toy_shards: Path, tmp_path: Path) -> None:
     settings = [*deepspeed(2), "ema_decay=0.9", "segmentor.batch_norm=synchronised"]
-    finish(start(command(2, toy_shards, tmp_path / "one", *settings)))
+    finish(start(2, toy_shards, tmp_path / "one", *settings))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for step in ("step-00000009", "step-00000012"):
         shutil.rmtree(tmp_path / "two" / "checkpoints" / step)
-    assert "resumed at step 6" in finish(start(command(2, toy_shards, tmp_path / "two", *settings)))
+    assert "resumed at step 6" in finish(start(2, toy_shards, tmp_path / "two", *settings))
     files = [sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors")) for run in ("one", "two")]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert len(files[0]) == 8  # three parts of each network, two of the average
@@ -341,7 +345,7 @@ def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(toy_shards: Path, t
 
 @needs_deepspeed
 def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(toy_shards: Path, tmp_path: Path) -> None:
-    finish(start(command(2, toy_shards, tmp_path, *deepspeed(3), "ema_decay=0")))
+    finish(start(2, toy_shards, tmp_path, *deepspeed(3), "ema_decay=0"))
     assert main(["evaluate", str(tmp_path), "device=cpu"]) == 0  # in plain torch, on one rank
     scores = json.loads((tmp_path / "evaluation.json").read_text())
     again = json.loads(next(tmp_path.glob("evaluation-step-00000012*")).read_text())
@@ -352,11 +356,31 @@ def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(toy_shards: P
 def test_one_process_needs_no_launcher(toy_shards: Path, tmp_path: Path) -> None:
     """DeepSpeed reads LOCAL_RANK, at stage 3 in every forward."""
     settings = [*deepspeed(3), "ema_decay=0", "steps=1"]
-    finish(start(command(1, toy_shards, tmp_path / "alone", *settings)))
-    (launched,) = start_ranks(1, toy_shards, tmp_path / "launched", *settings)
-    finish(launched)
+    finish(start(1, toy_shards, tmp_path / "alone", *settings))
+    (variables,) = environments(1)
+    finish(Program(["train", *small(toy_shards, tmp_path / "launched", *settings)], variables))
     files = [sorted(find(tmp_path / name, "last").glob("*.safetensors")) for name in ("alone", "launched")]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_process_that_sees_one_gpu_of_several_uses_that_one(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As srun and others arrange it: the fourth process of the machine has the fourth GPU, and calls it 0."""
+    import deepspeed as package
+
+    def start_engine(**arguments: Any) -> tuple[str, int]:
+        return os.environ["LOCAL_RANK"], arguments["args"].device_rank
+
+    monkeypatch.setattr(package, "initialize", start_engine)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    network = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters())
+    seen = deepspeed_config.initialize(network, optimizer, settings, Ranks(3, 4, 3, torch.device("cuda", 0)))
+    assert seen == "0"
+    assert os.environ["LOCAL_RANK"] == ("0" if stage == 3 else "3")  # stage 3 goes on reading it
 
 
 COMMON = ["data.shards=unused", "parallel.strategy=deepspeed", "parallel.zero_stage=3"]

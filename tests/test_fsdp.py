@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, make_batch, make_config, make_networks
-from tests.test_train import command, curve, finish, start, start_ranks, wait_for
+from tests.test_train import curve, finish, kill_after_checkpoint, start
 
 FSDP = ("parallel.strategy=fsdp",)
 HYBRID = (*FSDP, "parallel.shard_size=2")
@@ -94,27 +95,43 @@ def values(network: nn.Module) -> dict[str, Any]:
 
 
 def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
-    """Three steps; in the second, one number of the last rank's gradient of one network is infinite."""
+    """Three steps; in the second, a part of the last rank's gradient of one network is infinite.
+
+    Under DDP before gradients are averaged; under FSDP after it, in the slices of one rank alone.
+    """
     pair, config = make_pair(ranks, overrides)
+    learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
     history = []
     for step in range(3):
+        bad = list(learners[spoiled].network.parameters()) if spoiled and step == 1 else []
+        bad = bad if ranks.rank == ranks.world_size - 1 else []
+        hooks = [p.register_hook(lambda g: torch.full_like(g, float("inf"))) for p in bad[-1:] if not overrides]
         gradients(ranks, pair, config, step)
-        learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
-        if step == 1 and spoiled and ranks.rank == ranks.world_size - 1:
-            some = [p for p in learners[spoiled].network.parameters() if slice_of(p.grad).rows.numel()]
+        [hook.remove() for hook in hooks]
+        if bad and overrides:
+            some = [p for p in bad if slice_of(p.grad).rows.numel()]
             slice_of(some[-1].grad).rows.view(-1)[0] = float("inf")
         metrics = {name: {k: float(v) for k, v in learner.step(1.0).items()} for name, learner in learners.items()}
         history.append((metrics, {name: values(learner.whole()) for name, learner in learners.items()}))
     return history
 
 
-@pytest.mark.parametrize(("num_ranks", "overrides"), [(2, FSDP), (4, HYBRID)])
+def spoil_each(ranks: Ranks, overrides: tuple[str, ...]) -> dict[str, list[Any]]:
+    return {spoiled: spoil(ranks, overrides, spoiled) for spoiled in ("", "segmentor", "discriminator")}
+
+
+@cache  # two tests look at them
+def spoiled_runs(num_ranks: int, overrides: tuple[str, ...]) -> list[dict[str, list[Any]]]:
+    return run_ranks(num_ranks, spoil_each, overrides)
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides"), [(2, ()), (2, FSDP), (4, HYBRID)])
 @pytest.mark.parametrize("spoiled", ["segmentor", "discriminator"])
 def test_an_infinity_on_one_rank_skips_that_network_on_all(
     num_ranks: int, overrides: tuple[str, ...], spoiled: str
 ) -> None:
-    of_ranks = run_ranks(num_ranks, spoil, overrides, spoiled)
-    good = run_ranks(num_ranks, spoil, overrides, "")[0]
+    of_ranks = [found[spoiled] for found in spoiled_runs(num_ranks, overrides)]
+    good = spoiled_runs(num_ranks, overrides)[0][""]
     (other,) = {"segmentor", "discriminator"} - {spoiled}
     for history in of_ranks:
         metrics = [metrics for metrics, _ in history]
@@ -128,12 +145,38 @@ def test_an_infinity_on_one_rank_skips_that_network_on_all(
 
 
 def test_norms_are_those_of_the_whole_gradient() -> None:
-    ddp = run_ranks(2, spoil, (), "")
+    ddp = spoiled_runs(2, ())[0][""]
     for num_ranks, overrides in ((2, FSDP), (3, FSDP), (4, HYBRID)):
-        for history in run_ranks(num_ranks, spoil, overrides, ""):
-            for (got, _), (expected, _) in zip(history, ddp[0], strict=True):
+        for found in spoiled_runs(num_ranks, overrides):
+            for (got, _), (expected, _) in zip(found[""], ddp, strict=True):
                 for name in ("segmentor", "discriminator"):
                     assert got[name]["grad_norm"] == pytest.approx(expected[name]["grad_norm"], rel=1e-9)
+
+
+def train_in_half(ranks: Ranks) -> list[Any]:
+    """Under DDP and under FSDP six steps in fp16: loss scales and skips of every step, and the last networks."""
+    found = []
+    for overrides in ((), FSDP):
+        config = make_config("fp32", "simultaneous", "adversarial", overrides)
+        config.precision = "fp16"
+        optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+        learners = [wrap(*both, config, ranks) for both in zip(make_networks("two_branch"), optimizers, strict=True)]
+        pair, counts = Pair(*learners, config.loss, config.semi), []
+        share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+        for step in range(6):
+            image, label = (part[share] for part in make_batch(step, torch.float32, 48))
+            adversarial_step(pair, phase(step, config), Images(image, label))
+            said = [learner.step(1.0) for learner in learners]
+            counts += [(float(of_it["loss_scale"]), float(of_it["skips"])) for of_it in said]
+        found.append((counts, [values(learner.whole()) for learner in learners]))
+    return found
+
+
+def test_fp16_has_the_loss_scales_and_the_steps_of_ddp() -> None:
+    for (ddp_counts, ddp_networks), (counts, networks) in run_ranks(2, train_in_half):
+        assert counts == ddp_counts and any(skips == 0 for _, skips in counts[-2:])
+        for mine, theirs in zip(networks, ddp_networks, strict=True):
+            assert max(abs(mine[name] - theirs[name]).max() for name in theirs) <= 1e-5
 
 
 def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -224,13 +267,9 @@ def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
 
 def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(toy_shards: Path, tmp_path: Path) -> None:
     settings = ["parallel.strategy=fsdp", "segmentor.batch_norm=synchronised"]
-    finish(start(command(2, toy_shards, tmp_path / "whole", *settings)))
-    processes = start_ranks(2, toy_shards, tmp_path / "killed", *settings)
-    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000003", processes[0])
-    for process in processes:
-        process.kill()
-        process.communicate()
-    finish(start(command(2, toy_shards, tmp_path / "killed", *settings)))
+    finish(start(2, toy_shards, tmp_path / "whole", *settings))
+    kill_after_checkpoint(start(2, toy_shards, tmp_path / "killed", *settings), tmp_path / "killed", "step-00000003")
+    finish(start(2, toy_shards, tmp_path / "killed", *settings))
     files = [
         sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors")) for run in ("whole", "killed")
     ]
@@ -242,6 +281,6 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(toy_shards:
     scores = [json.loads((tmp_path / "whole" / name).read_text()) for name in names]
     losses = [of_run.pop("val/loss") for of_run in scores]  # a sum of floats: one rank's order is not that of two
     assert scores[0] == scores[1] and losses[0] == pytest.approx(losses[1], rel=1e-9)
-    finish(start(command(1, toy_shards, tmp_path / "ddp", "segmentor.batch_norm=synchronised")))
+    finish(start(1, toy_shards, tmp_path / "ddp", "segmentor.batch_norm=synchronised"))
     for name, value in curve(tmp_path / "ddp")[-1][1].items():
         assert curve(tmp_path / "whole")[-1][1][name] == pytest.approx(value, rel=0.02, abs=0.01), name

@@ -23,7 +23,7 @@ from distseg.distributed import Ranks
 from distseg.evaluate import View
 from distseg.tracking import read_metrics
 from shards.manifest import Manifest
-from tests.ranks import free_port, run_ranks
+from tests.ranks import Job, Program, free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["segmentor.init=random", "data.crop_px=48", "batch_size=4", "steps=12", "checkpoint.every_steps=3"]
@@ -31,42 +31,40 @@ SMALL += ["discriminator=two_branch", "discriminator.options.width=0.125", "ema_
 SMALL += ["tracking.wandb=disabled", "evaluate.num_pictures=1", "evaluate.every_steps=6", "precision=fp32"]
 
 
-def command(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> list[str]:
-    arguments = ["distseg.train", *SMALL, f"data.shards={shards}", f"run_dir={run_dir}", *overrides]
-    if num_ranks == 1:
-        return [sys.executable, "-m", *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
-    return [*launcher, f"--master_port={free_port()}", "-m", *arguments]
+def small(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [*SMALL, f"data.shards={shards}", f"run_dir={run_dir}", *overrides]
 
 
-def start(arguments: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
-    pipe = subprocess.PIPE
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+def start(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> Job:
+    return Job(num_ranks, ["train", *small(shards, run_dir, *overrides)])
 
 
-def start_ranks(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> list[subprocess.Popen]:
-    """The ranks without a launcher, so that a signal reaches them and nothing outlives it."""
-    port = str(free_port())
-    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(num_ranks)} for r in range(num_ranks)]
-    return [
-        start(command(1, shards, run_dir, *overrides), rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for rank in ranks
-    ]
+def launch(launcher: list[str], arguments: list[str]) -> subprocess.Popen:
+    """As a user does: `python -m` the launcher, if any, and distseg.train."""
+    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "distseg.train", *arguments]
+    pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen, expected_code: int = 0) -> str:
+def finish(process: subprocess.Popen | Program | Job, expected_code: int = 0) -> str:
     output, _ = process.communicate(timeout=240)
     assert process.returncode == expected_code, output
     return output
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: subprocess.Popen | Program | Job) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.01)
+
+
+def kill_after_checkpoint(job: Job, run_dir: Path, checkpoint: str) -> None:
+    """SIGKILL to all ranks as soon as a checkpoint is there."""
+    wait_for(run_dir / "checkpoints" / checkpoint, job)
+    job.kill()
+    job.communicate()
 
 
 def checkpoint_bytes(run_dir: Path) -> dict[str, bytes]:
@@ -89,8 +87,9 @@ def curve(run_dir: Path) -> list[tuple]:
 def uninterrupted(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Finished runs on one and on two ranks."""
     runs = {n: tmp_path_factory.mktemp("uninterrupted") / f"ranks{n}" for n in (1, 2)}
-    for num_ranks, run_dir in runs.items():
-        finish(start(command(num_ranks, toy_shards, run_dir)))
+    torchrun = ["torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node=2"]
+    processes = [launch([] if n == 1 else torchrun, small(toy_shards, run_dir)) for n, run_dir in runs.items()]
+    [finish(process) for process in processes]
     return runs
 
 
@@ -99,14 +98,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
 ) -> None:
     run_dir = tmp_path / "killed"
     for kill_after in ("step-00000003", "step-00000006"):  # after the second, most likely in the evaluation
-        processes = start_ranks(2, toy_shards, run_dir)
-        wait_for(run_dir / "checkpoints" / kill_after, processes[0])
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.communicate()
+        kill_after_checkpoint(start(2, toy_shards, run_dir), run_dir, kill_after)
         assert not (run_dir / "checkpoints" / "step-00000012").exists()
-    assert "resumed at step" in finish(start(command(2, toy_shards, run_dir)))
+    assert "resumed at step" in finish(start(2, toy_shards, run_dir))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
     assert curve(run_dir) == curve(uninterrupted[2])  # each step once, in order, with the same losses
 
@@ -123,14 +117,26 @@ def test_torchrun_brings_a_run_back_that_lost_a_rank(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    alone = command(1, toy_shards, run_dir, "parallel.timeout_seconds=20")
-    process = start([*launcher, "--max-restarts=1", *alone[1:]])
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    process = launch(torchrun, small(toy_shards, run_dir, "parallel.timeout_seconds=20"))
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     os.kill(rank_processes(process)[1], signal.SIGKILL)
     assert "resumed at step" in finish(process)
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
     assert curve(run_dir) == curve(uninterrupted[2])
+
+
+def test_two_launchers_of_one_rank_are_a_launcher_of_two(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
+    """As on two machines, by hand."""
+    where = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    arguments = small(toy_shards, tmp_path / "run")
+    machines = [launch([*where, f"--node_rank={number}"], arguments) for number in range(2)]
+    assert "step" in finish(machines[0])
+    finish(machines[1])
+    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(uninterrupted[2])
+    assert curve(tmp_path / "run") == curve(uninterrupted[2])
 
 
 def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
@@ -188,7 +194,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up(
     (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))
     for left_later in ("evaluation.json", "checkpoints/best.json"):
         (run_dir / left_later).unlink()
-    finish(start(command(1, toy_shards, run_dir)))
+    finish(start(1, toy_shards, run_dir))
     assert curve(run_dir) == curve(uninterrupted[1])
     assert (run_dir / "evaluation.json").read_text() == (uninterrupted[1] / "evaluation.json").read_text()
     assert json.loads((run_dir / "checkpoints" / "best.json").read_text())["step"] == 12
@@ -196,7 +202,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up(
 
 def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(toy_shards: Path, tmp_path: Path) -> None:
     settings = ["segmentor_optimizer.lr=1e30", "segmentor_optimizer.weight_decay=0", "max_skips=5"]
-    output = finish(start(command(1, toy_shards, tmp_path / "run", *settings)), expected_code=2)
+    output = finish(start(1, toy_shards, tmp_path / "run", *settings), expected_code=2)
     assert "segmentor: 5 non-finite gradients in a row" in output and "max_skips=5" in output
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
@@ -224,13 +230,9 @@ def test_fp16_trains_with_a_loss_scale_of_its_own_for_each_network_and_resumes(
     toy_shards: Path, tmp_path: Path
 ) -> None:
     half = ["precision=fp16", "accumulate_steps=2"]
-    finish(start(command(2, toy_shards, tmp_path / "whole", *half)))
-    processes = start_ranks(2, toy_shards, tmp_path / "killed", *half)
-    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000006", processes[0])
-    for process in processes:
-        process.kill()
-        process.communicate()
-    finish(start(command(2, toy_shards, tmp_path / "killed", *half)))
+    finish(start(2, toy_shards, tmp_path / "whole", *half))
+    kill_after_checkpoint(start(2, toy_shards, tmp_path / "killed", *half), tmp_path / "killed", "step-00000006")
+    finish(start(2, toy_shards, tmp_path / "killed", *half))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     lines = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss/segmentor" in line]
     for name in ("segmentor", "discriminator"):  # an update that was left out has halved the scale
@@ -257,18 +259,14 @@ SEMI += ["discriminator.options.head=patch"]
 def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_unlabelled_label(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    finish(start(command(2, toy_shards, tmp_path / "whole", *SEMI)))
+    finish(start(2, toy_shards, tmp_path / "whole", *SEMI))
     labelled = (tmp_path / "whole" / "labelled.txt").read_text().split()
     assert len(labelled) == 4
     damaged = tmp_path / "shards"
     shutil.copytree(toy_shards, damaged)
     damage_labels(damaged, keep=labelled)
-    processes = start_ranks(2, damaged, tmp_path / "killed", *SEMI)
-    wait_for(tmp_path / "killed" / "checkpoints" / "step-00000006", processes[0])
-    for process in processes:
-        process.kill()
-        process.communicate()
-    finish(start(command(2, damaged, tmp_path / "killed", *SEMI)))
+    kill_after_checkpoint(start(2, damaged, tmp_path / "killed", *SEMI), tmp_path / "killed", "step-00000006")
+    finish(start(2, damaged, tmp_path / "killed", *SEMI))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
@@ -292,11 +290,11 @@ def test_training_stops_early_when_validation_no_longer_improves(toy_shards: Pat
     rules += ["schedule.early_stop_patience=2", "segmentor_optimizer.lr=0", "ema_decay=0", "mode=supervised"]
     rules += ["segmentor=fcn8s_vgg16", "segmentor.options.fc_channels=8"]  # no batch norm: nothing can improve
     run = tmp_path / "run"
-    output = finish(start(command(2, toy_shards, run, *rules)))
+    output = finish(start(2, toy_shards, run, *rules))
     val_losses = [line["val/loss"] for line in read_metrics(run / "metrics.jsonl") if "val/loss" in line]
     assert len(val_losses) == 3, "stops at the second evaluation without a lower loss"
     assert "plateau at step 4" in output and "training ends at step 6" in output
-    assert "resumed at step" in finish(start(command(1, toy_shards, run, *rules)))  # and does not go on
+    assert "resumed at step" in finish(start(1, toy_shards, run, *rules))  # and does not go on
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 6
 
 
@@ -305,7 +303,7 @@ def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     number: int, toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "signalled"
-    process = start(command(1, toy_shards, run_dir))
+    process = start(1, toy_shards, run_dir)
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     process.send_signal(number)
     output = finish(process)
@@ -313,7 +311,7 @@ def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     saved = sorted((run_dir / "checkpoints").glob("step-*"))[-1].name
     assert f"stopped at step {int(saved.removeprefix('step-'))} of 12" in output
     assert saved != "step-00000012"
-    finish(start(command(1, toy_shards, run_dir)))
+    finish(start(1, toy_shards, run_dir))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])
     assert curve(run_dir) == curve(uninterrupted[1])
 
@@ -338,9 +336,7 @@ def test_evaluate_gives_the_training_runs_score_at_any_world_size(
     name = "evaluation-step-00000012-val.json"
     for num_ranks in (1, 3):
         (run_dir / name).unlink(missing_ok=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
-        arguments = [f"--master_port={free_port()}", "-m", "distseg.evaluate", str(run_dir)]
-        finish(start(launcher + arguments))
+        finish(Job(num_ranks, ["evaluate", str(run_dir)]))
         assert json.loads((run_dir / name).read_text()) == expected
 
 
@@ -383,7 +379,7 @@ def test_a_run_directory_of_another_configuration_is_left_alone(
 ) -> None:
     run_dir = uninterrupted[1]
     before = checkpoint_bytes(run_dir)
-    output = finish(start(command(1, toy_shards, run_dir, "loss.adv_weight=0.5")), expected_code=2)
+    output = finish(start(1, toy_shards, run_dir, "loss.adv_weight=0.5"), expected_code=2)
     assert "loss.adv_weight: 0.05 there, 0.5 now" in output
     assert checkpoint_bytes(run_dir) == before
 
@@ -395,7 +391,7 @@ def test_an_unreadable_shard_stops_all_ranks_and_names_the_sample(toy_shards: Pa
         content = bytearray(tar.read_bytes())
         content[900] ^= 1  # inside the first image of each shard
         tar.write_bytes(content)
-    process = start(command(2, shards, tmp_path / "run"))
+    process = start(2, shards, tmp_path / "run")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "toy_" in output and ".tar" in output and "needed: " in output

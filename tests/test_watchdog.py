@@ -19,7 +19,7 @@ from distseg.trainer import check_equal
 from distseg.watchdog import LOST_RANK_EXIT_CODE, Watchdog
 from shards.errors import InputError
 from tests.ranks import run_ranks
-from tests.test_train import start_ranks, wait_for
+from tests.test_train import start, wait_for
 
 TIMEOUT = 16  # seconds; starting takes several where the machine is busy
 
@@ -27,12 +27,13 @@ TIMEOUT = 16  # seconds; starting takes several where the machine is busy
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tmp_path: Path) -> None:
     settings = [f"parallel.timeout_seconds={TIMEOUT}", "steps=100000", "checkpoint.every_steps=3"]
-    processes = start_ranks(3, toy_shards, tmp_path / "run", *settings, "batch_size=6", "evaluate.every_steps=0")
-    wait_for(tmp_path / "run" / "checkpoints" / "step-00000006", processes[0])
+    job = start(3, toy_shards, tmp_path / "run", *settings, "batch_size=6", "evaluate.every_steps=0")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000006", job)
+    processes = job.ranks
     processes[1].send_signal(number)
-    start = time.monotonic()
+    before = time.monotonic()
     outputs = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
-    assert time.monotonic() - start < 4 * TIMEOUT
+    assert time.monotonic() - before < 4 * TIMEOUT
     processes[1].kill()
     processes[1].communicate()
     for rank, output in zip((0, 2), outputs, strict=True):

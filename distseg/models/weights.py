@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ def torchvision_file(network: str, files: Sequence[str]) -> Path:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors file, or from a torch file read with weights_only=True.
 
+    A file of slices, as a sharded run's checkpoints have them (NAME.1-of-8.safetensors), is joined with its like.
     Raises InputError when the file is missing, unreadable, or holds anything but tensors by name.
     """
     path = Path(path)
@@ -58,13 +60,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"no file of weights at {path}", "a .safetensors or .pth file", action)
     is_safetensors = path.suffix == ".safetensors"
     try:
-        state = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+        state = _joined(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read: {reason}", "a state dict of tensors only", action) from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state dict", "tensors by name", action)
     return dict(state)
+
+
+def _joined(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; where it is one of several with their rows, those of all, in order."""
+    sliced = re.fullmatch(r"(.+)\.\d+-of-(\d+)\.safetensors", path.name)
+    names = [path.name]
+    if sliced:
+        names = [f"{sliced[1]}.{number}-of-{sliced[2]}.safetensors" for number in range(1, int(sliced[2]) + 1)]
+    pieces: dict[str, list[Tensor]] = {}
+    for name in names:
+        for key, tensor in load_file(path.with_name(name)).items():
+            pieces.setdefault(key, []).append(tensor)
+    return {key: torch.cat(rows) if len(rows) > 1 else rows[0] for key, rows in pieces.items()}
 
 
 def load_segmentor(segmentor: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
