@@ -147,6 +147,8 @@ class Watchdog:
     def _tell_own(self, error: BaseException) -> None:
         """Tell the others what ended this rank; its own thread, which would end it too, and say less, is stopped."""
         self._closed.set()
+        assert self._thread is not None  # the caller has looked
+        self._thread.join(self._interval)
         what = (str(error) or type(error).__name__).splitlines()[0]
         with suppress(RuntimeError, OSError):  # the store may be gone
             if not self._store.check([VERDICT]):

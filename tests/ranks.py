@@ -17,7 +17,9 @@ from typing import Any
 # Forked from one process that has imported torch, which takes longer than most of what is run here
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["distseg.train", "distseg.parallel.fsdp"])
-TIMEOUT_SECONDS = 240
+# How many times as long as on two idle cores everything may take, before a test gives it up as hanging
+PATIENCE = float(os.environ.get("DISTSEG_TEST_PATIENCE", "1"))
+TIMEOUT_SECONDS = 240 * PATIENCE
 
 
 def free_port() -> int:
@@ -143,6 +145,6 @@ def _run_rank(
     os.environ.update(environment)
     sys.path[:] = path
     torch.set_num_threads(1)
-    ranks = setup("cpu", 60)
+    ranks = setup("cpu", 60 * PATIENCE)
     out.write_bytes(pickle.dumps(function(ranks, *arguments)))
     teardown()

@@ -23,7 +23,7 @@ from distseg.distributed import Ranks
 from distseg.evaluate import View
 from distseg.tracking import read_metrics
 from shards.manifest import Manifest
-from tests.ranks import Job, Program, free_port, run_ranks
+from tests.ranks import PATIENCE, TIMEOUT_SECONDS, Job, Program, free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["segmentor.init=random", "data.crop_px=48", "batch_size=4", "steps=12", "checkpoint.every_steps=3"]
@@ -47,13 +47,13 @@ def launch(launcher: list[str], arguments: list[str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen | Program | Job, expected_code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == expected_code, output
     return output
 
 
 def wait_for(path: Path, process: subprocess.Popen | Program | Job) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_SECONDS / 2
     while not path.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no {path}"
@@ -118,7 +118,7 @@ def test_torchrun_brings_a_run_back_that_lost_a_rank(
 ) -> None:
     run_dir = tmp_path / "run"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    process = launch(torchrun, small(toy_shards, run_dir, "parallel.timeout_seconds=20"))
+    process = launch(torchrun, small(toy_shards, run_dir, f"parallel.timeout_seconds={20 * PATIENCE}"))
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     os.kill(rank_processes(process)[1], signal.SIGKILL)
     assert "resumed at step" in finish(process)
@@ -392,6 +392,6 @@ def test_an_unreadable_shard_stops_all_ranks_and_names_the_sample(toy_shards: Pa
         content[900] ^= 1  # inside the first image of each shard
         tar.write_bytes(content)
     process = start(2, shards, tmp_path / "run")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode != 0
     assert "toy_" in output and ".tar" in output and "needed: " in output

@@ -18,10 +18,10 @@ from distseg.engine import Pair
 from distseg.trainer import check_equal
 from distseg.watchdog import LOST_RANK_EXIT_CODE, Watchdog
 from shards.errors import InputError
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.test_train import start, wait_for
 
-TIMEOUT = 16  # seconds; starting takes several where the machine is busy
+TIMEOUT = 16 * PATIENCE  # seconds; starting takes several where the machine is busy
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -32,7 +32,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tm
     processes = job.ranks
     processes[1].send_signal(number)
     before = time.monotonic()
-    outputs = [processes[rank].communicate(timeout=120)[0] for rank in (0, 2)]
+    outputs = [processes[rank].communicate()[0] for rank in (0, 2)]
     assert time.monotonic() - before < 4 * TIMEOUT
     processes[1].kill()
     processes[1].communicate()
@@ -61,12 +61,12 @@ def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
         while case != "busy" and not left and time.monotonic() < start + 8 * SHORT:
             time.sleep(0.01)
     seconds = time.monotonic() - start
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=60))
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=60 * PATIENCE))
     torch.distributed.barrier()  # none goes before all have heard
     return left, said.getvalue(), seconds
 
 
-SHORT = 2.0
+SHORT = 2.0 * min(PATIENCE, 5)
 
 
 def wait_for_rank_1(ranks: Ranks) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_a_rank_that_downloads_for_long_is_no_stall_and_one_that_fails_or_hangs_
         left, said, seconds = of_rank["busy"]
         assert (left, said) == ([], "") and seconds > 3 * SHORT
         left, said, seconds = of_rank["stuck"]
-        assert left == [LOST_RANK_EXIT_CODE] and "rank 1 on " in said and "has not moved on for 2 s" in said
+        assert left == [LOST_RANK_EXIT_CODE] and "rank 1 on " in said and "has not moved on for" in said
         assert SHORT < seconds < 4 * SHORT
         left, said, seconds = of_rank["fails"]
         assert left == ([] if rank == 1 else [LOST_RANK_EXIT_CODE])  # that one prints its own error
