@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distseg import losses
+from distseg import losses, signals
 from distseg.config import LossConfig, SemiConfig
 from distseg.distributed import all_reduce_sum
 from distseg.parallel import Learner, Root, backward
@@ -152,6 +152,7 @@ def _judge(pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None, 
         logits = segmentor(images.pixels)  # (n, C, h, w)
         if pair.loss.map_resolution == "image":
             logits = losses.upsample(losses.at_least_float32(logits), images.pixels.shape[-2:])
+        logits = logits.view_as(logits)  # a gradient asked for here passes no hook on the network's own output
         probabilities = losses.at_least_float32(logits).softmax(dim=1)
     index, valid = losses.label_at(images.label, probabilities.shape[-2:])
     tau = pair.loss.scaling_tau if pair.loss.real_map == "scaling" else None
@@ -197,9 +198,12 @@ class Judged:
             own, adversarial, metrics = self._segmentor_losses(label, now)
             scaled = segmentor.scaled(adversarial)
             (proxy,) = torch.autograd.grad(scaled, self.fake, retain_graph=now.discriminator)
+            if now.watched:
+                ce = segmentor.scaled(metrics["loss/cross_entropy"])
+                metrics |= signals.gradients_at_output(ce, self.logits, proxy, self.probabilities)
             work += [(segmentor, [(segmentor.scaled(own), None), (self.probabilities, proxy)])]
         if now.discriminator:
-            metrics |= self._discriminator_losses()
+            metrics |= self._discriminator_losses(now.watched)
             loss = metrics["loss/discriminator_real"] + metrics["loss/discriminator_fake"]
             work += [(discriminator, [(discriminator.scaled(loss), None)])]
         backward(work)
@@ -232,23 +236,32 @@ class Judged:
         loss = self.counts.mean(losses.cross_entropy_sum(self.logits[part], pseudo), count)
         return {"loss/semi": loss, "semi/mask_share": self.counts.mean(kept, self.counts.inside)}
 
-    def _discriminator_losses(self) -> Metrics:
-        """Real and fake losses, and the share of outputs on the right side."""
+    def _discriminator_losses(self, watched: bool) -> Metrics:
+        """Real and fake losses; when watched, its probabilities, its accuracy, and the gap between its logits."""
         assert self.on_real is not None
         counts, n, everywhere = self.counts, self.num_labelled, self.pair.semi.discriminate
         seen = slice(0, None if everywhere else n)
         on_fake, real_part, fake_part = self.on_fake[seen], self._valid(slice(0, n)), self._valid(seen)
         loss_real = losses.adversarial_sum(self.on_real, real_part, self.pair.loss.real_target)
         loss_fake = losses.adversarial_sum(on_fake, fake_part, 0.0)
-        correct = losses.correct_sum(self.on_real, real_part, real=True)
-        correct = correct + losses.correct_sum(on_fake, fake_part, real=False)
-        outputs = 2 * counts.outputs + (counts.outputs_unlabelled if everywhere else 0)
-        return {
+        num_fake = counts.adv + (counts.adv_unlabelled if everywhere else 0)
+        metrics = {
             "loss/discriminator_real": counts.mean(loss_real, counts.adv),
-            "loss/discriminator_fake": counts.mean(
-                loss_fake, counts.adv + (counts.adv_unlabelled if everywhere else 0)
-            ),
-            "discriminator/accuracy": counts.mean(correct, outputs),
+            "loss/discriminator_fake": counts.mean(loss_fake, num_fake),
+        }
+        if not watched:
+            return metrics
+        outputs, outputs_fake = counts.outputs, counts.outputs + (counts.outputs_unlabelled if everywhere else 0)
+        real, fake = (
+            losses.verdict_sums(logits, valid, real=is_real)
+            for logits, valid, is_real in ((self.on_real, real_part, True), (on_fake, fake_part, False))
+        )
+        on_real, on_fake_mean = counts.mean(real, outputs), counts.mean(fake, outputs_fake)
+        return metrics | {
+            "discriminator/accuracy": counts.mean(real[0] + fake[0], outputs + outputs_fake),
+            "discriminator/on_real": on_real[1],
+            "discriminator/on_fake": on_fake_mean[1],
+            "discriminator/logit_gap": on_real[2] - on_fake_mean[2],
         }
 
     def _fooling_sum(self, part: slice) -> Tensor:

@@ -89,11 +89,15 @@ def adversarial_sum(logits: Tensor, valid: Tensor | None, target: float) -> Tens
     return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target), weight=weight, reduction="sum")
 
 
-def correct_sum(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:
-    """How many of the (valid) outputs are on the right side of 0: a float64 scalar."""
+def verdict_sums(logits: Tensor, valid: Tensor | None, real: bool) -> Tensor:
+    """Sums over the (valid) outputs, (3,) float64: how many are on the right side of 0, their sigmoids, their logits.
+
+    logits, valid: as of `adversarial_sum`; real: whether the label maps were.
+    """
     scores, weight = _scores(logits.detach(), valid)
-    correct = (scores > 0) == real
-    return (correct if weight is None else correct & (weight > 0)).double().sum()
+    scores = scores.double()
+    sums = torch.stack([((scores > 0) == real).double(), scores.sigmoid(), scores])
+    return (sums if weight is None else sums * weight).flatten(1).sum(1)
 
 
 def _scores(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:

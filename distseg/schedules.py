@@ -11,13 +11,17 @@ from distseg.config import Config, ScheduleConfig
 
 @dataclass(frozen=True)
 class Phase:
-    """Which networks are updated in one step, and the weights of the terms that the adversary brings."""
+    """Which networks are updated in one step, and the weights of the terms that the adversary brings.
+
+    watched: whether the step is logged, so that signals are measured which no loss needs.
+    """
 
     segmentor: bool
     discriminator: bool
     adv_weight: float = 0.0  # on labelled images
     semi_adv_weight: float = 0.0  # on unlabelled images
     semi_weight: float = 0.0  # of the masked cross entropy on unlabelled images
+    watched: bool = False
 
     @property
     def is_supervised(self) -> bool:

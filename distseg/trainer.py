@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from distseg import signals
 from distseg.checkpoint import Checkpoints
 from distseg.config import Config
 from distseg.data.stream import Batch, PairedStream, TrainStream
-from distseg.distributed import Ranks, StopRequest, all_reduce_sum, on_all, on_main, shared_error
+from distseg.distributed import Ranks, StopRequest, on_all, on_main, shared_error
 from distseg.ema import MovingAverage
 from distseg.engine import Images, Metrics, Pair, adversarial_step, supervised_step
 from distseg.evaluate import Evaluator
@@ -87,6 +88,7 @@ class Trainer:
                 stop.release()  # nothing is left that a signal could lose
             if self._evaluation_due():  # after saving, so that nothing that goes wrong here costs a step
                 self.evaluate()
+                clock.restart(self.state.step, stream.wait_seconds)
         stop.release()
         return True
 
@@ -130,7 +132,7 @@ class Trainer:
         config, step = self.config, self.state.step
         # A pure function of the step, so that there is no random state to save
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]))
-        now = phase(step, config)
+        now = replace(phase(step, config), watched=logged(step, config))
         labelled, unlabelled = to_device(batch, self.ranks.device, config), None
         if batch.unlabelled is not None and (
             now.has_unlabelled_terms or (now.discriminator and config.semi.discriminate)
@@ -154,10 +156,14 @@ class Trainer:
         return [*both, ("discriminator", self.pair.discriminator, now.discriminator)]
 
     def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
-        """The only wait for the device: all scalars at once, averaged over the ranks."""
-        packed = torch.stack([value.double().to(self.ranks.device) for value in metrics.values()])
-        means = (all_reduce_sum(packed) / self.ranks.world_size).tolist()
-        values = dict(zip(metrics, means, strict=True)) | speed
+        """All scalars at once: the means over the ranks, what each tells of itself, the weights of the terms."""
+        own = {
+            "forward_seconds": self.pair.segmentor.stopwatch.seconds(),
+            "data_wait_seconds": speed.pop("data_wait_seconds"),
+            "memory_bytes": signals.memory_bytes(self.ranks.device),
+        }
+        values = signals.gather(metrics, own, self.ranks) | speed
+        values |= signals.weights_of(phase(step - 1, self.config), self.config.mode == "semi_supervised")
         self.tracker.log(step, values)
         self.progress.update(step, values)
         for name in ("segmentor", "discriminator"):
@@ -226,8 +232,12 @@ class _Clock:
     """Speed between two laps."""
 
     def __init__(self, batch_size: int, start_step: int):
-        self._batch_size, self._step = batch_size, start_step
-        self._time, self._wait = time.perf_counter(), 0.0
+        self._batch_size = batch_size
+        self.restart(start_step, 0.0)
+
+    def restart(self, step: int, wait_seconds: float) -> None:
+        """Begin a lap now: what came before, such as an evaluation, is no part of a step's time."""
+        self._time, self._wait, self._step = time.perf_counter(), wait_seconds, step
 
     def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
         now = time.perf_counter()
@@ -235,7 +245,7 @@ class _Clock:
         seconds = max(now - self._time, 1e-9) / steps
         values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
         values |= {"data_wait_seconds": (wait_seconds - self._wait) / steps, "images": float(step * self._batch_size)}
-        self._time, self._wait, self._step = now, wait_seconds, step
+        self.restart(step, wait_seconds)
         return values
 
 

@@ -58,7 +58,10 @@ def test_adversarial_loss_per_cell_sums_over_valid_pixels(real: bool) -> None:
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)[:, 0]
     expected = sum(math.log1p(math.exp(-z if real else z)) for z in up[valid].tolist())
     assert abs(losses.adversarial_sum(logits, valid, real) - expected) < 1e-10
-    assert losses.correct_sum(logits, valid, real) == int(((up[valid] > 0) == real).sum())
+    correct, chances, scores = losses.verdict_sums(logits, valid, real).tolist()
+    assert correct == int(((up[valid] > 0) == real).sum())
+    assert abs(chances - sum(1 / (1 + math.exp(-z)) for z in up[valid].tolist())) < 1e-10
+    assert abs(scores - up[valid].sum()) < 1e-10
 
 
 def test_void_looks_the_same_in_the_real_and_the_fake_label_map() -> None:

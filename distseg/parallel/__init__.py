@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distseg.config import Config, OptimizerConfig
 from distseg.distributed import Ranks
 from distseg.parallel.ddp import DDPLearner
+from distseg.signals import Stopwatch
 from shards.errors import InputError
 
 __all__ = ["Learner", "Root", "backward", "check_installed", "check_shard_size", "wrap"]
@@ -23,6 +24,7 @@ class Learner(Protocol):
     """A network that can be trained, whatever spreads it over the ranks."""
 
     network: nn.Module  # bare: its attributes and parameter count; its parameters may be slices
+    stopwatch: Stopwatch  # of this rank's last forward
 
     def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The network with all its parameters on this rank, for evaluation; called on every rank.

@@ -14,6 +14,7 @@ from distseg.device import autocast_dtype
 from distseg.distributed import Ranks
 from distseg.optimizers import LossScale, build_optimizer, clip, guarded_step
 from distseg.parallel.running_statistics import RunningStatistics
+from distseg.signals import Stopwatch
 
 
 class TorchLearner:
@@ -43,12 +44,14 @@ class TorchLearner:
         self._device_type = ranks.device.type
         self._autocast_dtype = autocast_dtype(config.precision)
         self._statistics = RunningStatistics(network)
+        self.stopwatch = Stopwatch(ranks.device)
         if config.compile:
             network.compile()  # in place: the names in a checkpoint stay
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
-        with self._statistics.averaged(), autocast(self._device_type, self._autocast_dtype):
+        # timed without the averaging, in which a rank waits for the others
+        with self._statistics.averaged(), autocast(self._device_type, self._autocast_dtype), self.stopwatch.running():
             return self._forward(*inputs)
 
     def frozen(self, *inputs: Tensor) -> Any:

@@ -1,0 +1,185 @@
+"""Signals of a logged step against plain formulas on the joined batch, under every parallel strategy."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distseg import signals
+from distseg.distributed import Ranks
+from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.parallel import wrap
+from distseg.parallel.torch_learner import dtype_of
+from distseg.schedules import phase
+from tests.ranks import run_ranks
+from tests.test_engine_terms import BATCH, CASES, SIZE, make_config, make_images, make_networks
+
+STEP = 2  # by which the semi-supervised term is on
+SEMI = CASES["semi, a score per cell"]
+AT_IMAGE = [*SEMI, "loss.map_resolution=image"]
+GAP = ["discriminator.options.head=gap"]
+STRATEGIES: dict[str, list[str]] = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
+if importlib.util.find_spec("deepspeed") is not None:
+    STRATEGIES |= {f"stage {n}": ["parallel.strategy=deepspeed", f"parallel.zero_stage={n}"] for n in (0, 3)}
+OWN = {"forward_seconds": 1.0, "data_wait_seconds": 0.0, "memory_bytes": 0.0}
+
+
+def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) -> dict[str, float]:
+    """The logged values of one step on this rank's part of the batch."""
+    precision = "fp32" if strategy.startswith("stage") else "fp64"
+    config = make_config([*case, *STRATEGIES[strategy], f"precision={precision}"])
+    networks, optimizers = make_networks(config), (config.segmentor_optimizer, config.discriminator_optimizer)
+    pair = Pair(
+        *(wrap(*both, config, ranks) for both in zip(networks, optimizers, strict=True)), config.loss, config.semi
+    )
+    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    parts = [make_images(STEP, labelled) for labelled in (True, False)]
+    labelled, unlabelled = (Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts)
+    now = replace(phase(STEP, config), watched=True)
+    rest = unlabelled if config.mode == "semi_supervised" else None
+    metrics = adversarial_step(pair, now, labelled, rest, num_parts)
+    grad_norm = {f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)}
+    return signals.gather(metrics | grad_norm, OWN, ranks)
+
+
+def named(pair: Pair) -> list[tuple[str, Any]]:
+    return [("segmentor", pair.segmentor), ("discriminator", pair.discriminator)]
+
+
+def reference(case: list[str]) -> dict[str, float]:
+    """By the definitions, in one process on the whole batch, in float64."""
+    config = make_config(case)
+    segmentor, judge = (network.double() for network in make_networks(config))
+    labelled, unlabelled = make_images(STEP, True), make_images(STEP, False)
+    kinds = [labelled, unlabelled] if config.mode == "semi_supervised" else [labelled]
+    logits = [segmentor(images.pixels) for images in kinds]
+    if config.loss.map_resolution == "image":
+        logits = [F.interpolate(z, (SIZE, SIZE), mode="bilinear") for z in logits]
+    stride = SIZE // logits[0].shape[-1]
+    small = [images.label[:, stride // 2 :: stride, stride // 2 :: stride].long() for images in kinds]
+
+    def outputs(images: Images, maps: Tensor, label: Tensor) -> Tensor:
+        z = judge(images.pixels, maps)[0]
+        return (
+            z.flatten()
+            if judge.head == "gap"
+            else F.interpolate(z, label.shape[-2:], mode="bilinear")[:, 0][label != 255]
+        )
+
+    weights = (config.loss.adv_weight, config.semi.adv_weight)
+    fakes = [outputs(i, z.softmax(1), s) for i, z, s in zip(kinds, logits, small, strict=True)]
+    adversarial = sum(w * F.softplus(-z).mean() for w, z in zip(weights, fakes, strict=False))
+    up = F.interpolate(logits[0], (SIZE, SIZE), mode="bilinear")
+    cross_entropy = F.cross_entropy(up, labelled.label.long(), ignore_index=255)
+    from_adversary = torch.autograd.grad(adversarial, logits, retain_graph=True)
+    (own,) = torch.autograd.grad(cross_entropy, logits[:1])
+    chances = logits[0].softmax(1).detach().permute(0, 2, 3, 1).clone()
+    chances[small[0] != 255] = F.one_hot(small[0][small[0] != 255], chances.shape[-1]).double()
+    on_real, on_fake = outputs(labelled, chances.permute(0, 3, 1, 2), small[0]), torch.cat(fakes)
+    right = (on_real > 0).sum() + (on_fake <= 0).sum()
+    norm = torch.stack([g.square().sum() for g in from_adversary]).sum().sqrt()
+    return {
+        signals.RATIO: float((norm / own.norm()).detach()),
+        "discriminator/accuracy": float(right / (on_real.numel() + on_fake.numel())),
+        "discriminator/on_real": float(on_real.detach().sigmoid().mean()),
+        "discriminator/on_fake": float(on_fake.detach().sigmoid().mean()),
+        "discriminator/logit_gap": float((on_real.mean() - on_fake.mean()).detach()),
+    }
+
+
+def measure_all(ranks: Ranks) -> dict[str, dict[str, float]]:
+    values = {strategy: measure(ranks, SEMI, strategy) for strategy in STRATEGIES}
+    values |= {"at image": measure(ranks, AT_IMAGE, "ddp"), "gap": measure(ranks, GAP, "ddp")}
+    return values | ({"in parts": measure(ranks, GAP, "ddp", 2)} if BATCH // ranks.world_size % 2 == 0 else {})
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_signals_are_those_of_the_joined_batch_under_every_strategy(num_ranks: int) -> None:
+    torch.set_num_threads(1)
+    expected = {strategy: reference(SEMI) for strategy in STRATEGIES}
+    expected |= {"at image": reference(AT_IMAGE), "gap": reference(GAP), "in parts": reference(GAP)}
+    norms = []
+    for of_rank in run_ranks(num_ranks, measure_all):
+        for case, values in of_rank.items():
+            tolerance = 1e-5 if case.startswith("stage") else 1e-9
+            for name, wanted in expected[case].items():
+                assert values[name] == pytest.approx(wanted, rel=tolerance, abs=tolerance), (case, name)
+        norms += [[of_rank[s][f"grad_norm/{n}"] for n in ("segmentor", "discriminator")] for s in STRATEGIES]
+    for of_strategy in norms:  # one and the same on all ranks, under all strategies
+        assert of_strategy == pytest.approx(norms[0], rel=1e-4)
+
+
+def passes(ranks: Ranks) -> list[tuple[int, int]]:
+    """How often the networks' forwards and the all-reduces run in a watched and in an unwatched step."""
+    config = make_config(SEMI)
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    learners = [wrap(*both, config, ranks) for both in zip(make_networks(config), optimizers, strict=True)]
+    counts = [0, 0]
+    for learner in learners:
+        for module in learner.network.modules():
+            module.register_forward_hook(lambda *_: counts.__setitem__(0, counts[0] + 1))
+    original = torch.distributed.all_reduce
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        counts[1] += 1
+        return original(*arguments, **options)
+
+    torch.distributed.all_reduce, found = counted, []
+    share = slice(ranks.rank * 3, ranks.rank * 3 + 3)
+    images = [Images(i.pixels[share], i.label[share]) for i in (make_images(STEP, True), make_images(STEP, False))]
+    for watched in (False, True):
+        counts[:] = [0, 0]
+        adversarial_step(
+            Pair(*learners, config.loss, config.semi), replace(phase(STEP, config), watched=watched), *images
+        )
+        found.append((counts[0], counts[1]))
+        for learner in learners:
+            learner.step(1.0)
+    torch.distributed.all_reduce = original
+    return found
+
+
+def test_watching_costs_no_pass_and_no_message() -> None:
+    for unwatched, watched in run_ranks(2, passes):
+        assert unwatched == watched and min(watched) > 0
+
+
+def two_paces(ranks: Ranks) -> tuple[dict[str, float], float]:
+    """Rank 1's segmentor takes 30 ms longer; and it waits longest for data."""
+    config = make_config(GAP)
+    segmentor, _ = make_networks(config)
+    learner = wrap(segmentor, config.segmentor_optimizer, config, ranks)
+    if ranks.rank == 1:
+        segmentor.register_forward_hook(lambda *_: time.sleep(0.03))
+    images = make_images(STEP, True)
+    metrics = supervised_step(
+        Pair(learner, None, config.loss, config.semi), Images(images.pixels[:2], images.label[:2])
+    )
+    seconds = learner.stopwatch.seconds()
+    own = {"forward_seconds": seconds, "data_wait_seconds": 0.001 * ranks.rank, "memory_bytes": 5.0 - ranks.rank}
+    return signals.gather(metrics, own, ranks), seconds
+
+
+def test_the_slowest_rank_is_named_and_the_worst_wait_and_memory_kept() -> None:
+    ranks = run_ranks(3, two_paces)
+    assert ranks[1][1] >= 0.03
+    values = ranks[0][0]
+    assert all(of_rank[0] == values for of_rank in ranks)
+    assert values["ranks/slowest"] == 1 and values["ranks/slowest_ratio"] > 2
+    assert values["data_wait_seconds"] == pytest.approx(0.002) and values["memory_bytes"] == 5.0
+
+
+def test_pace_of_one_rank_has_no_slowest_and_no_ratio_is_made_of_nothing() -> None:
+    assert signals.pace([[0.5, 0.1, 7.0]]) == {"data_wait_seconds": 0.1, "memory_bytes": 7.0}
+    assert signals.pace([[1.0, 0.0, 1.0], [1.5, 0.5, 1.0]])["ranks/slowest_ratio"] == 2.0
+    squares = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
+    assert signals.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {"a": 1.0, signals.RATIO: 1.5}
+    assert signals.summary(dict(zip(squares, (0.0, 0.0), strict=True))) == {}
+    assert signals.memory_bytes(torch.device("cpu")) > 5e7
