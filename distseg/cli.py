@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_report(commands)
     _add_prepare(commands)
     _add_pack(commands)
     _add_inspect(commands)
@@ -110,6 +111,16 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--probabilities", action="store_true", help="also one probability picture per class")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.set_defaults(handler=_predict)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    text = """Write one HTML page about one or several runs: curves, health, IoU and confusion of classes, predictions,
+what differs between the configurations, and means over seeds. It needs neither a network nor another file."""
+    parser = _command(commands, "report", "an HTML page about runs, to look at or to send", text)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="else report.html in the run's directory")
+    parser.add_argument("--wandb", action="store_true", help="also a W&B report with the same panels")
+    parser.set_defaults(handler=_report)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -200,6 +211,12 @@ def _predict(options: argparse.Namespace) -> int:
 
     wanted = predict.PredictOptions(probabilities=options.probabilities)
     return predict.run(options.run, options.checkpoint, options.images, options.out, wanted, options.device)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from distseg import report
+
+    return report.run(options.runs, options.out, options.wandb)
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -138,7 +138,9 @@ class TrackingConfig:
     project: str = "distseg"
     entity: str | None = None
     group: str | None = None
+    job_type: str | None = None
     tags: list[str] = field(default_factory=list)
+    tensorboard: bool = False  # event files in the run directory's tensorboard/ too
     log_every: int = 10  # steps between two lines of metrics
 
 

@@ -74,6 +74,12 @@ class Progress:
         if self._enabled:
             self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
+    def warning(self, text: str) -> None:
+        """Print a line of text above the live line that should not be overlooked."""
+        if self._enabled:
+            soft_wrap = not self._console.is_terminal
+            self._console.print(text, style="yellow", markup=False, soft_wrap=soft_wrap)
+
     def close(self) -> None:
         """Take the live line away and leave the last state as a plain line."""
         if not self._enabled:

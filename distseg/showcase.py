@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from distseg import pictures
@@ -46,4 +47,6 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
         out = run_dir / "pictures" / "samples" / f"{key}.png"
         pictures.sample_panel(image, label, probabilities, val_set.classes, out)
         trainer.tracker.image(step, f"samples/{key}", out)
+        masks = {"label": label, "prediction": probabilities.argmax(0).astype(np.uint8)}
+        trainer.tracker.masks(step, f"masks/{key}", image, masks, val_set.classes.names)
     trainer.progress.message(f"curves and pictures: {run_dir / 'pictures'}")

@@ -1,13 +1,15 @@
-"""What a run measures, written down: always to metrics.jsonl, and to W&B where that is wanted and works.
+"""What a run measures, written down: always to metrics.jsonl, and to W&B and TensorBoard where they are wanted.
 
 metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>": float, ...}.
 JSON has no word for non-finite floats, so they are written as the strings "NaN", "Infinity" and "-Infinity";
-`read_metrics` turns them back. Rank 0 writes; every other rank gets a tracker that does nothing.
+`read_metrics` turns them back. Every line of training goes through `distseg.health`, whose verdicts are written beside.
+Rank 0 writes; every other rank gets a tracker that does nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import logging
 import math
@@ -20,8 +22,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from distseg.config import TrackingConfig
-from distseg.wandb_run import WandbRun, choose_mode
+from distseg.health import HEALTH_FILE, NAMED, Event, Health
+from distseg.tensorboard import TensorBoard
+from distseg.wandb_run import Names, WandbRun, choose_mode
 from shards.errors import InputError
+from shards.files import published
 
 METRICS_FILE = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -32,14 +37,20 @@ _log = logging.getLogger(__name__)
 class Tracker(Protocol):
     """What the training loop reports to; each call returns without waiting for a network."""
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line; values are anything `float()` takes, on the host (a device tensor would wait)."""
+    def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
+        """Write one line; values are anything `float()` takes, on the host. Returns the verdicts that it changed."""
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every line with the value `name`, now or before a restart, in order."""
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
-        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B only)."""
+        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B and TensorBoard)."""
+
+    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
+        """Show masks, (H, W) uint8 indices of the classes `names`, over a uint8 (H, W, 3) picture (W&B only)."""
+
+    def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
+        """Write a table: tables/<name>-step-<step>.csv, and W&B's tables/<name>."""
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the files and wait, for a bounded time, until W&B has what it was given."""
@@ -48,8 +59,8 @@ class Tracker(Protocol):
 class NullTracker:
     """The tracker of every rank but 0: nothing is written."""
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        pass
+    def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
+        return []
 
     def history(self, name: str) -> list[tuple[int, float]]:
         return []
@@ -57,43 +68,75 @@ class NullTracker:
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         pass
 
+    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
+        pass
+
+    def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
+        pass
+
     def finish(self, exit_code: int = 0) -> None:
         pass
 
 
 class RunTracker:
-    """metrics.jsonl, flushed line by line so that a killed process loses nothing, and W&B beside it."""
+    """metrics.jsonl, flushed line by line so that a killed process loses nothing; others beside it."""
 
-    def __init__(self, metrics_path: Path, wandb_run: WandbRun | None):
-        self._path = metrics_path
-        self._file = metrics_path.open("a", encoding="utf-8")
-        self._wandb = wandb_run
+    def __init__(self, run_dir: Path, wandb_run: WandbRun | None, tensorboard: TensorBoard | None):
+        self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
+        self._health = Health(read_metrics(self._path) if self._path.is_file() else ())
+        self._file = self._path.open("a", encoding="utf-8")
+        self._wandb, self._tensorboard = wandb_run, tensorboard
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
         values = {name: float(value) for name, value in metrics.items()}
+        events = self._health.update({"step": step, **values})
+        if any(name.startswith("loss/") for name in values):  # no scores of an evaluation
+            values |= self._health.flags()
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line.update((name, _json_value(value)) for name, value in values.items())
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
+            if events:
+                self._health.save(self._run_dir / HEALTH_FILE)
         except OSError as error:
             action = "free some space, then run the same command again: it goes on from the last checkpoint"
             raise InputError(f"{self._file.name}: {error.strerror}", "a disk that can be written", action) from None
-        if self._wandb is not None:
-            self._wandb.log(step, values)
+        for writer in self._writers():
+            writer.log(step, values)
+        for event in events:
+            if event.raised and self._wandb is not None:
+                self._wandb.alert(NAMED[event.name].title, event.text(), is_error=event.name == "not_finite")
+        return events
 
     def history(self, name: str) -> list[tuple[int, float]]:
         return [(row["step"], row[name]) for row in read_metrics(self._path) if name in row]
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
+        for writer in self._writers():
+            writer.image(step, name, picture, caption)
+
+    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
         if self._wandb is not None:
-            self._wandb.image(step, name, picture, caption)
+            self._wandb.masks(step, name, picture, masks, names)
+
+    def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
+        path = self._run_dir / "tables" / f"{name}-step-{step:08d}.csv"
+        with published(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+        if self._wandb is not None:
+            self._wandb.table(step, f"tables/{name}", columns, rows)
 
     def finish(self, exit_code: int = 0) -> None:
         with contextlib.suppress(OSError):  # a full disk was told by log()
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code)
+        if exit_code == 0:
+            self._health.save(self._run_dir / HEALTH_FILE)
+        for writer in self._writers():
+            writer.finish(exit_code)
+
+    def _writers(self) -> list[WandbRun | TensorBoard]:
+        return [writer for writer in (self._wandb, self._tensorboard) if writer is not None]
 
 
 def open_tracker(
@@ -111,17 +154,19 @@ def open_tracker(
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics_path = run_dir / METRICS_FILE
     _rewind(metrics_path, resume_step)
+    tensorboard = TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
     mode = choose_mode(settings.wandb)
     if mode == "disabled":
-        return RunTracker(metrics_path, None)
+        return RunTracker(run_dir, None, tensorboard)
     options = {
         "project": settings.project,
         "entity": settings.entity,
         "group": settings.group,
+        "job_type": settings.job_type,
         "tags": list(settings.tags),
         "name": run_dir.resolve().name,
     }
-    return RunTracker(metrics_path, WandbRun(run_dir, mode, options, config))
+    return RunTracker(run_dir, WandbRun(run_dir, mode, options, config), tensorboard)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

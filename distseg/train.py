@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distseg import configuration
+from distseg import configuration, tensorboard
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
 from distseg.data.samples import SampleSet, open_reader, sha256_of_keys, split_labelled
@@ -53,6 +53,8 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
+    if config.tracking.tensorboard:
+        tensorboard.check_installed()
     data = open_data(config, world_size)
     segmentor, discriminator = build_networks(config, data.train.classes.num_classes)
 

@@ -97,6 +97,9 @@ class Trainer:
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         named = self.evaluator.named()
         self.tracker.log(self.state.step, named)
+        prefix = "val/iou/"
+        rows = [(name.removeprefix(prefix), iou) for name, iou in named.items() if name.startswith(prefix)]
+        self.tracker.table(self.state.step, "classes", ("class", "IoU"), rows)
         self.progress.evaluation(self.state.step, named)
         before = stops_early(self._losses(), self.config.schedule), self._num_plateaus()
         self._val_losses.append((self.state.step, named["val/loss"]))
@@ -164,7 +167,8 @@ class Trainer:
         }
         values = signals.gather(metrics, own, self.ranks) | speed
         values |= signals.weights_of(phase(step - 1, self.config), self.config.mode == "semi_supervised")
-        self.tracker.log(step, values)
+        for event in self.tracker.log(step, values):
+            self.progress.warning(event.text())
         self.progress.update(step, values)
         for name in ("segmentor", "discriminator"):
             in_a_row = values.get(f"skips_in_a_row/{name}", 0)

@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from shards.sample import IGNORE_INDEX
+
 ID_FILE = "wandb_id.txt"
 _QUEUE_LENGTH = 2000  # rows; at one row a second, half an hour without an answer
 _INIT_SECONDS = 30.0  # in the background; a compute node without network falls back to offline after this
@@ -34,6 +36,7 @@ _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _log = logging.getLogger(__name__)
 
 _Action = Callable[[Any], None]  # takes the wandb.Run
+Names = tuple[str, ...]
 
 
 def choose_mode(wanted: str) -> str:
@@ -54,7 +57,7 @@ def choose_mode(wanted: str) -> str:
     return wanted
 
 
-MADE_UP = ("val/", "samples/", "curves")  # what a run can owe to a step that it was stopped at
+MADE_UP = ("val/", "samples/", "masks/", "tables/", "curves")  # what a run can owe to a step that it was stopped at
 
 
 class WandbRun:
@@ -89,6 +92,32 @@ class WandbRun:
             _log_row(run, step, {name: wandb.Image(data, caption=caption or None)})
 
         self._queue(show)
+
+    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
+        """Queue a uint8 (H, W, 3) picture with masks, (H, W) uint8 class indices by name, to be laid over it there."""
+
+        def show(run: Any) -> None:
+            import wandb
+
+            labels = {**dict(enumerate(names)), IGNORE_INDEX: "void"}
+            layers = {key: {"mask_data": mask, "class_labels": labels} for key, mask in masks.items()}
+            _log_row(run, step, {name: wandb.Image(picture, masks=layers)})
+
+        self._queue(show)
+
+    def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
+        """Queue a table."""
+
+        def show(run: Any) -> None:
+            import wandb
+
+            _log_row(run, step, {name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+        self._queue(show)
+
+    def alert(self, title: str, text: str, is_error: bool) -> None:
+        """Queue an alert, which W&B sends by mail or chat where the user asked for that."""
+        self._queue(lambda run: run.alert(title=title, text=text, level="ERROR" if is_error else "WARN"))
 
     def finish(self, exit_code: int) -> None:
         """Let the thread write out what is queued and end the run; wait at most a minute."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from distseg import signals
 from distseg.distributed import Ranks
 from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.health import RATIO
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
 from distseg.schedules import phase
@@ -86,7 +87,7 @@ def reference(case: list[str]) -> dict[str, float]:
     right = (on_real > 0).sum() + (on_fake <= 0).sum()
     norm = torch.stack([g.square().sum() for g in from_adversary]).sum().sqrt()
     return {
-        signals.RATIO: float((norm / own.norm()).detach()),
+        RATIO: float((norm / own.norm()).detach()),
         "discriminator/accuracy": float(right / (on_real.numel() + on_fake.numel())),
         "discriminator/on_real": float(on_real.detach().sigmoid().mean()),
         "discriminator/on_fake": float(on_fake.detach().sigmoid().mean()),
@@ -180,6 +181,6 @@ def test_pace_of_one_rank_has_no_slowest_and_no_ratio_is_made_of_nothing() -> No
     assert signals.pace([[0.5, 0.1, 7.0]]) == {"data_wait_seconds": 0.1, "memory_bytes": 7.0}
     assert signals.pace([[1.0, 0.0, 1.0], [1.5, 0.5, 1.0]])["ranks/slowest_ratio"] == 2.0
     squares = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
-    assert signals.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {"a": 1.0, signals.RATIO: 1.5}
+    assert signals.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {"a": 1.0, RATIO: 1.5}
     assert signals.summary(dict(zip(squares, (0.0, 0.0), strict=True))) == {}
     assert signals.memory_bytes(torch.device("cpu")) > 5e7
