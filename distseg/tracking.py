@@ -29,6 +29,7 @@ from shards.errors import InputError
 from shards.files import published
 
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"  # of the last attempt
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _log = logging.getLogger(__name__)
@@ -145,15 +146,18 @@ def open_tracker(
     """Open the tracker of one process.
 
     settings: where W&B files the run, under the directory's name. config: the resolved configuration, shown
-    in W&B. resume_step: the step of the checkpoint that training goes on from; later lines are taken away,
-    because those steps will be done again. None: training starts anew, so all lines are. enabled: False on
-    every rank but 0.
+    in W&B; its "environment", if any, is written to environment.json too. resume_step: the step of the checkpoint
+    that training goes on from; later lines are taken away, because those steps will be done again. None: training
+    starts anew, so all lines are. enabled: False on every rank but 0.
     """
     if not enabled:
         return NullTracker()
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics_path = run_dir / METRICS_FILE
     _rewind(metrics_path, resume_step)
+    if "environment" in config:
+        with published(run_dir / ENVIRONMENT_FILE) as partial:
+            partial.write_text(json.dumps(config["environment"], indent=2) + "\n", encoding="utf-8")
     tensorboard = TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
     mode = choose_mode(settings.wandb)
     if mode == "disabled":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distseg import configuration, tensorboard
+from distseg import configuration, environment, tensorboard
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
 from distseg.data.samples import SampleSet, open_reader, sha256_of_keys, split_labelled
@@ -221,7 +221,7 @@ def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir:
     latest = checkpoints.latest()
     if latest is not None:
         state = TrainState(**checkpoints.load(latest, learners))
-    content = configuration.to_dict(config)
+    content = configuration.to_dict(config) | {"environment": environment.facts(ranks)}
     tracker = open_tracker(run_dir, config.tracking, content, state.step if latest else None, ranks.is_main)
     progress = Progress(config.steps, state.step, ranks.is_main)
     progress.message(headline(config, ranks, pair, data, state.step))

@@ -88,7 +88,7 @@ def reference(case: list[str]) -> dict[str, float]:
     norm = torch.stack([g.square().sum() for g in from_adversary]).sum().sqrt()
     return {
         RATIO: float((norm / own.norm()).detach()),
-        "discriminator/accuracy": float(right / (on_real.numel() + on_fake.numel())),
+        "discriminator/accuracy": int(right) / (on_real.numel() + on_fake.numel()),
         "discriminator/on_real": float(on_real.detach().sigmoid().mean()),
         "discriminator/on_fake": float(on_fake.detach().sigmoid().mean()),
         "discriminator/logit_gap": float((on_real.mean() - on_fake.mean()).detach()),

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from distseg.health import NAMED, Health
-from distseg.tracking import METRICS_FILE, read_metrics
+from distseg.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 
 MAX_POINTS = 1200  # of a curve: more than a screen has; longer ones become means of neighbours
 PANEL_PX, PANEL_QUALITY = 1400, 82  # of the pictures in the page, which have text in them
@@ -75,6 +75,7 @@ def collect(run_dir: Path) -> Run:
         "samples": samples(run_dir / "pictures" / "samples"),
         "health": lanes(rows),
         "attempts": _lines(run_dir / "attempts.jsonl"),
+        "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
         "config": config,
     }
 

@@ -419,6 +419,13 @@
       table([["key"], ...runs.map((run) => [run.name, "text"])], rows)));
   };
 
+  const environmentSection = () => {
+    const keys = [...new Set(runs.flatMap((run) => Object.keys(run.environment)))];
+    if (!keys.length) return;
+    const rows = keys.map((key) => ({ cells: [key, ...runs.map((run) => run.environment[key] === undefined ? null : String(run.environment[key]))] }));
+    section("environment", "Environment", "Of each run's last attempt.", table([["fact"], ...runs.map((run) => [run.name, "text"])], rows));
+  };
+
   const attemptsSection = () => {
     const having = runs.map((_, i) => i).filter((i) => runs[i].attempts.length);
     if (!having.length) return;
@@ -450,6 +457,7 @@
   gallerySection();
   attemptsSection();
   configSection();
+  environmentSection();
   redraw();
   let pending = 0;
   addEventListener("resize", () => { cancelAnimationFrame(pending); pending = requestAnimationFrame(redraw); });

@@ -1,0 +1,93 @@
+"""The report as a W&B Report with the page's panels: published where there is a login, else left as its JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distseg.report.panels import PANELS, Panel
+from distseg.wandb_run import ID_FILE, choose_mode
+from shards.errors import InputError
+from shards.files import published
+
+_COLUMNS, _PANEL_SIZE = 3, (8, 6)  # W&B's grid is 24 wide
+
+
+def publish(run_dirs: Sequence[Path], collected: dict[str, Any], spec_path: Path) -> str:
+    """Build the report, write its JSON to `spec_path`, and save it in W&B where it can be reached; what to tell.
+
+    Raises InputError when wandb-workspaces is not installed, and for runs that W&B never had.
+    """
+    report = build(run_dirs, collected)
+    with published(spec_path) as partial:
+        partial.write_text(json.dumps(spec(report), indent=1) + "\n", encoding="utf-8")
+    if choose_mode("auto") != "online":
+        return f"wrote {spec_path}; no W&B login (`wandb login`), so the report is not published"
+    try:
+        report.save()
+    except Exception as error:  # no network, a server that refuses: the page and the JSON are there
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return f"wrote {spec_path}; the report could not be published ({reason})"
+    return f"W&B report: {report.url}"
+
+
+def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
+    """A wandb_workspaces Report of these runs alone, with a panel for every one of the page's that has data."""
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError:
+        action = "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
+        raise InputError("--wandb, and wandb-workspaces is not installed", "wandb-workspaces", action) from None
+    ids = [_run_id(path) for path in run_dirs]
+    config = collected["runs"][0]["config"]
+    place = {"project": config.get("tracking.project") or "distseg", "entity": config.get("tracking.entity") or ""}
+    names = [run["name"] for run in collected["runs"]]
+    chosen = f"Metric('ID') in {ids!r}"
+    runset = wr.Runset(**place, name="runs", filters=chosen)
+    has = {metric for run in collected["runs"] for metric in run["series"]}
+    curves = [_line_plot(wr, panel, has) for panel in PANELS if has & {name for name, _ in panel.metrics}]
+    classes = sorted({name for run in collected["runs"] for name in run["classes"]})
+    iou = [wr.BarPlot(title="IoU of each class, last evaluation", metrics=[f"val/iou/{name}" for name in classes])]
+    keys = sorted({sample["key"] for run in collected["runs"] for sample in run["samples"]})
+    media = [wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys]) for kind in ("samples", "masks")]
+    blocks = [
+        wr.H2("Curves"),
+        wr.PanelGrid(runsets=[runset], panels=_placed(wr, curves)),
+        *([wr.H2("Classes"), wr.PanelGrid(runsets=[runset], panels=_placed(wr, iou, wide=True))] if classes else []),
+        *([wr.H2("Predictions"), wr.PanelGrid(runsets=[runset], panels=_placed(wr, media, wide=True))] if keys else []),
+        wr.H2("Configurations"),
+        wr.PanelGrid(runsets=[runset], panels=_placed(wr, [wr.RunComparer(diff_only="split")], wide=True)),
+    ]
+    title = names[0] if len(names) == 1 else f"{len(names)} runs"
+    return wr.Report(**place, title=title, description=", ".join(names), blocks=blocks, width="fluid")
+
+
+def spec(report: Any) -> dict[str, Any]:
+    """The report's JSON, as W&B stores it."""
+    model = report._to_model()
+    return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+
+
+def _line_plot(wr: Any, panel: Panel, has: set[str]) -> Any:
+    metrics = [name for name, _ in panel.metrics if name in has]
+    bounds = {"range_y": (0.0, 1.0)} if panel.is_share else {}
+    return wr.LinePlot(title=panel.title, x="step", y=metrics, title_y=panel.unit, log_y=panel.is_log, **bounds)
+
+
+def _placed(wr: Any, panels: list[Any], wide: bool = False) -> list[Any]:
+    """The panels side by side, or each as wide as the page."""
+    columns, (width, height) = (1, (24, 12)) if wide else (_COLUMNS, _PANEL_SIZE)
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, columns)
+        panel.layout = wr.Layout(x=column * width, y=row * height, w=width, h=height)
+    return panels
+
+
+def _run_id(run_dir: Path) -> str:
+    path = run_dir / ID_FILE
+    if not path.is_file():
+        action = "leave --wandb out, or report runs made with tracking.wandb=online (or offline, and `wandb sync`)"
+        raise InputError(f"{run_dir} has no {ID_FILE}", "runs that W&B has", action)
+    return path.read_text(encoding="utf-8").strip()
