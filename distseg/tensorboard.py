@@ -29,7 +29,8 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         purge_step = 0 if resume_step is None else resume_step + 1
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step)
+        # files are named by the second; a restart must not write into the file of the attempt before
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".from-{purge_step}")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One point for every value."""

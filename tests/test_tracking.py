@@ -6,14 +6,19 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from distseg import environment
 from distseg.config import TrackingConfig
+from distseg.distributed import Ranks
 from distseg.tracking import NullTracker, open_tracker, read_metrics
 from shards.errors import InputError
 
@@ -64,7 +69,7 @@ def test_resume_takes_away_exactly_the_steps_that_will_be_done_again(tmp_path: P
 
     open_tracker(tmp_path, OFF, {}, None, True).finish()
     assert steps(path) == []
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["health.json", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 30, "lo', '{"step"', "{", "\x00\x00\x00", '{"step": 30}x'])
@@ -116,7 +121,7 @@ tracker.finish()
 assert "wandb" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["health.json", "metrics.jsonl"]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -125,3 +130,61 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     tracker.image(1, "x", tmp_path / "missing.png")
     tracker.finish()
     assert isinstance(tracker, NullTracker) and not (tmp_path / "run").exists()
+
+
+def test_event_files_hold_each_step_once_after_a_restart(tmp_path: Path) -> None:
+    loader = pytest.importorskip("tensorboardX.proto.event_pb2", reason="pip install 'distseg[tensorboard]'")
+    settings = TrackingConfig(wandb="disabled", tensorboard=True)
+    for steps, resume_step in ((range(10, 60, 10), None), (range(40, 70, 10), 30)):
+        tracker = open_tracker(tmp_path, settings, {}, resume_step, True)
+        for step in steps:
+            tracker.log(step, {"loss/segmentor": step / 8})
+        tracker.image(step, "samples/a", np.full((4, 6, 3), 7, np.uint8))
+        tracker.finish()
+    seen: dict[int, float] = {}
+    pictures = 0
+    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        for event in events(path.read_bytes(), loader.Event):
+            if event.session_log.status == 1:  # START: a reader drops what is at this step or later
+                seen = {step: value for step, value in seen.items() if step < event.step}
+            for value in event.summary.value:
+                pictures += value.HasField("image")
+                if value.tag == "loss/segmentor":
+                    seen[event.step] = value.simple_value
+    assert seen == {step: step / 8 for step in range(10, 70, 10)} and pictures == 2
+
+
+def events(data: bytes, kind: Any) -> list[Any]:
+    """TFRecord: length (8 bytes) and its checksum (4), the record and its checksum (4)."""
+    found, position = [], 0
+    while position < len(data):
+        (length,) = struct.unpack_from("<Q", data, position)
+        found.append(kind.FromString(data[position + 12 : position + 12 + length]))
+        position += length + 16
+    return found
+
+
+def test_facts_of_the_environment_are_written_and_nothing_else_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_JWT", "planted-secret-value")
+    monkeypatch.setenv("MY_SETTING", "planted-secret-value")
+    found = environment.facts(Ranks(0, 3, 0, torch.device("cpu")))
+    open_tracker(tmp_path, OFF, {"environment": found}, None, True).finish()
+    written = (tmp_path / "environment.json").read_text()
+    assert json.loads(written) == found and "planted-secret-value" not in written
+    assert found["slurm"] == {"job_id": "4711"} and found["world_size"] == 3
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_the_code_version_is_the_commit_of_a_checkout(tmp_path: Path) -> None:
+    assert environment.code_version(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a").write_text("1")
+    for command in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert environment.code_version(tmp_path) == commit[:12]
+    (tmp_path / "a").write_text("2")
+    assert environment.code_version(tmp_path) == commit[:12] + "-dirty"

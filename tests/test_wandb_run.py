@@ -70,10 +70,10 @@ def history(path: Path) -> list[dict[str, Any]]:
         for item in record.history.item:
             name, *field = item.nested_key or [item.key]
             value = json.loads(item.value_json)
-            if field:
-                rows[-1].setdefault(name, {})[field[0]] = value
-            else:
-                rows[-1][name] = value
+            place = rows[-1]
+            for part in (name, *field)[:-1]:
+                place = place.setdefault(part, {})
+            place[(name, *field)[-1]] = value
     return rows
 
 
@@ -134,6 +134,40 @@ def test_a_resumed_run_keeps_its_id_and_goes_on_at_its_step(tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss/segmentor" in row] == [
         *range(10, 80, 10)
     ]
+
+
+def test_two_requeues_leave_one_id_steps_that_never_go_back_and_every_picture_and_table(tmp_path: Path) -> None:
+    """Killed after a checkpoint, requeued, killed, requeued."""
+    picture, mask = np.full((8, 12, 3), 9, np.uint8), np.eye(8, 12, dtype=np.uint8)
+    for steps, resume_step in ((range(10, 60, 10), None), (range(40, 90, 10), 30), (range(80, 110, 10), 70)):
+        tracker = open_tracker(
+            tmp_path, TrackingConfig(wandb="offline", group="g", job_type="sweep"), {}, resume_step, True
+        )
+        for step in steps:
+            bad = {"loss/segmentor": float("nan") if step == 90 else 1 / step}
+            tracker.log(step, {"loss/cross_entropy": 1 / step, **bad})
+            tracker.masks(step, "masks/a", picture, {"label": mask, "prediction": 1 - mask}, ("sky", "road"))
+            tracker.table(step, "classes", ("class", "IoU"), [("sky", step / 100), ("road", float("nan"))])
+        tracker.finish(1 if step < 100 else 0)
+    files = offline_files(tmp_path)
+    runs = [record.run for file in files for record in records(file) if record.WhichOneof("record_type") == "run"]
+    assert {run.run_id for run in runs} == {(tmp_path / "wandb_id.txt").read_text().strip()} and len(files) == 3
+    assert {(run.run_group, run.job_type) for run in runs} == {("g", "sweep")}
+    for file, expected in zip(files, (range(10, 60, 10), range(40, 90, 10), range(80, 110, 10)), strict=True):
+        rows = history(file)
+        assert [row["_step"] for row in rows] == [row["step"] for row in rows] == list(expected)
+        for row in rows:
+            shown, table = row["masks/a"], row["tables/classes"]
+            assert set(shown["masks"]) == {"label", "prediction"}
+            for path in (shown["path"], shown["masks"]["label"]["path"], table["path"]):
+                assert (file.parent / "files" / path).is_file(), path
+            content = json.loads((file.parent / "files" / table["path"]).read_text())
+            assert content["columns"] == ["class", "IoU"] and content["data"][0] == ["sky", row["step"] / 100]
+    alerts = [record.alert for file in files for record in records(file) if record.WhichOneof("record_type") == "alert"]
+    assert [(alert.level, alert.title) for alert in alerts] == [("ERROR", "a loss or gradient is not finite")]
+    table = (tmp_path / "tables" / "classes-step-00000100.csv").read_text().splitlines()
+    assert table == ["class,IoU", "sky,1.0", "road,nan"]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10, 110, 10))
 
 
 def test_training_does_not_wait_while_wandb_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
