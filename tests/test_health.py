@@ -149,6 +149,28 @@ def test_what_holds_now_is_on_disk_with_what_to_try(tmp_path: Path) -> None:
     assert now["meaning"] and now["advice"] and now["title"] == NAMED["not_finite"].title
 
 
+PLANTED = {
+    "dead": {"discriminator_is_blind", "no_influence"},
+    "wins": {"discriminator_has_won", "mask_is_empty"},  # one that has won believes nothing
+    "empty_mask": {"mask_is_empty"},
+    "healthy": set(),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_real_runs_with_a_planted_fault_get_its_verdict_and_no_other(name: str) -> None:
+    health = Health(read_metrics(RECORDED / f"{name}.jsonl"))
+    assert names(health) == PLANTED[name] == {event.name for event in health.events}
+
+
+def test_nothing_is_found_in_real_runs_that_ended_well() -> None:
+    paths = sorted(RECORDED.glob("preset_*.jsonl"))
+    assert len(paths) == 6
+    for path in paths:
+        health = Health(read_metrics(path))
+        assert not health.events and len(health.flags()) >= 4, path.name
+
+
 def test_bounds_leave_room_between_them() -> None:
     for check in CHECKS:
         assert check.raise_at != check.clear_at and check.meaning.endswith((".", ")")) and check.advice.endswith(".")
