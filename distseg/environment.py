@@ -17,8 +17,10 @@ import torch
 from distseg.distributed import Ranks
 
 PACKAGES = ("distseg", "torch", "numpy", "deepspeed", "wandb", "webdataset")
-SLURM_FACTS = ("JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_NODELIST", "JOB_NUM_NODES", "NTASKS", "RESTART_COUNT")
-SLURM_FACTS += ("ARRAY_JOB_ID", "ARRAY_TASK_ID", "CLUSTER_NAME")
+SLURM_FACTS = (
+    *("JOB_ID", "JOB_NAME", "JOB_PARTITION", "JOB_NODELIST", "JOB_NUM_NODES", "NTASKS", "RESTART_COUNT"),
+    *("ARRAY_JOB_ID", "ARRAY_TASK_ID", "CLUSTER_NAME"),
+)
 _GIT_SECONDS = 5.0
 
 

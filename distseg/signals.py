@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from distseg.distributed import Ranks, all_reduce_sum
-from distseg.health import RATIO
 from distseg.losses import at_least_float32
+from distseg.verdicts import RATIO
 
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
 _OF_A_RANK = ("forward_seconds", "data_wait_seconds", "memory_bytes")  # what every rank tells of itself

@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from distseg.config import TrackingConfig
-from distseg.health import HEALTH_FILE, NAMED, Event, Health
+from distseg.health import HEALTH_FILE, Event, Health
 from distseg.tensorboard import TensorBoard
+from distseg.verdicts import NAMED
 from distseg.wandb_run import Names, WandbRun, choose_mode
 from shards.errors import InputError
 from shards.files import published

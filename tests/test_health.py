@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from distseg.config import TrackingConfig
-from distseg.health import CHECKS, NAMED, RATIO, Health
+from distseg.health import Health
 from distseg.tracking import open_tracker, read_metrics
+from distseg.verdicts import CHECKS, NAMED, RATIO
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from distseg import signals
 from distseg.distributed import Ranks
 from distseg.engine import Images, Pair, adversarial_step, supervised_step
-from distseg.health import RATIO
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
 from distseg.schedules import phase
+from distseg.verdicts import RATIO
 from tests.ranks import run_ranks
 from tests.test_engine_terms import BATCH, CASES, SIZE, make_config, make_images, make_networks
 

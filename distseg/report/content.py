@@ -14,15 +14,18 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from distseg.health import NAMED, Health
+from distseg.health import Health
 from distseg.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
+from distseg.verdicts import NAMED
 
 MAX_POINTS = 1200  # of a curve: more than a screen has; longer ones become means of neighbours
 PANEL_PX, PANEL_QUALITY = 1400, 82  # of the pictures in the page, which have text in them
 _NO_SERIES = ("step", "time", "images")
 # keys in which the runs of one group, whose mean is taken, may differ
-_OF_ONE_GROUP = ("seed", "run_dir", "device", "max_skips", "data.shards", "data.cache_", "data.num_threads")
-_OF_ONE_GROUP += ("tracking.", "checkpoint.", "parallel.", "evaluate.num_pictures", "data.allow_unverified")
+_OF_ONE_GROUP = (
+    *("seed", "run_dir", "device", "max_skips", "data.shards", "data.cache_", "data.num_threads"),
+    *("tracking.", "checkpoint.", "parallel.", "evaluate.num_pictures", "data.allow_unverified"),
+)
 SCORES = ("mean_iou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou")
 _IOU = "val/iou/"
 

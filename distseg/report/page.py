@@ -35,7 +35,8 @@ def render(collected: dict[str, Any]) -> str:
     document = collected | {"panels": [panel.to_dict() for panel in PANELS], "made": made}
     data = json.dumps(document, allow_nan=False, default=str).replace("<", "\\u003c")
     title = f"distseg: {names}".replace("&", "&amp;").replace("<", "&lt;")
-    return _PAGE.format(title=title, style=_file("page.css"), script=_file("page.js"), data=data)
+    script = '"use strict";\n(() => {\n' + _file("curves.js") + _file("sections.js") + "})();\n"
+    return _PAGE.format(title=title, style=_file("page.css"), script=script, data=data)
 
 
 def _file(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def publish(run_dirs: Sequence[Path], collected: dict[str, Any], spec_path: Path
 def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     """A wandb_workspaces Report of these runs alone, with a panel for every one of the page's that has data."""
     try:
-        import wandb_workspaces.reports.v2 as wr
+        wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     except ImportError:
         action = "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
         raise InputError("--wandb, and wandb-workspaces is not installed", "wandb-workspaces", action) from None
