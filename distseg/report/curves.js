@@ -40,9 +40,11 @@ const short = (value) => {
 
 // ---- groups of lines: single runs, or means over the runs of a group ----
 const lines = () => state.grouped
-  ? data.groups.map((group, index) => ({ index, name: group.name, runs: group.runs.filter((r) => state.shown[r]) }))
+  ? data.groups.map((group) => ({ index: group.runs[0], name: group.name, runs: group.runs.filter((r) => state.shown[r]) }))
     .filter((line) => line.runs.length)
   : runs.map((run, index) => ({ index, name: run.name, runs: [index] })).filter((line) => state.shown[line.index]);
+// the run whose colour a run has: its own, or its group's first
+const colorOf = (index) => (state.grouped ? data.groups.find((group) => group.runs.includes(index)).runs[0] : index);
 
 const smooth = (values) => {
   const half = Math.floor(state.smoothing * values.length / 2);

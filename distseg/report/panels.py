@@ -96,7 +96,6 @@ PANELS = (
     ),
     Panel("Speed", "images per second", (("images_per_second", "speed"),)),
     Panel("Time of a step", "seconds", (("step_seconds", "step"), ("data_wait_seconds", "waiting for data"))),
-    Panel("Share of the device's peak", "share", (("peak_share", "share"),), is_share=True),
     Panel("Slowest rank over the median rank", "ratio", (("ranks/slowest_ratio", "ratio"),), (1.0, "equal")),
     Panel("Memory, the largest rank's peak", "bytes", (("memory_bytes", "memory"),)),
 )

@@ -7,7 +7,7 @@ const table = (head, rows) => make("div", { class: "scroll" }, make("table", {},
   make("tr", {}, ...head.map(([text, kind]) => make("th", kind ? { class: kind } : {}, text))),
   ...rows.map(({ cells, kind }) => make("tr", kind ? { class: kind } : {}, ...cells.map((cell, i) =>
     make("td", { class: head[i][1] || "" }, cell === null || cell === undefined ? "–" : cell))))));
-const named = (index) => make("span", { style: "display:inline-flex;gap:8px;align-items:center" }, swatch(index), runs[index].name);
+const named = (index) => make("span", { class: "run" }, swatch(index), runs[index].name);
 const spread = (score) => score.spread === null ? percent(score.mean) : `${percent(score.mean)} ± ${percent(score.spread)}`;
 
 const SCORES = [["mean_iou", "mIoU"], ["pixel_accuracy", "pixel acc."], ["mean_class_accuracy", "class acc."],
@@ -19,7 +19,7 @@ const runsTable = () => {
     run.steps ? `${run.step} of ${run.steps}` : run.step, ...SCORES.map(([key]) => percent(run.scores[key])),
     run.minutes === null ? null : run.minutes.toFixed(1), verdictOf(run)] }));
   for (const group of data.groups.filter((g) => g.runs.length > 1)) {
-    rows.push({ kind: "mean", cells: [`mean: ${group.name}`, runs[group.runs[0]].mode, null, null,
+    rows.push({ kind: "mean", cells: [make("span", { class: "run" }, swatch(group.runs[0]), `mean: ${group.name}`), runs[group.runs[0]].mode, null, null,
       ...SCORES.map(([key]) => spread(group.scores[key])), null, null] });
   }
   return table(head, rows);
@@ -236,6 +236,7 @@ section("runs", "Runs", hasGroups
 document.body.append(bar);
 if (runs.length > 1) runs.forEach((run, index) => bar.append(make("label", {}, make("input", { type: "checkbox", checked: "",
   onchange: (event) => { state.shown[index] = event.target.checked; redraw(); } }), swatch(index), run.name)));
+redraws.push(() => [...bar.querySelectorAll(".swatch")].forEach((node, index) => { node.style.borderTopColor = color(colorOf(index)); }));
 if (hasGroups) bar.append(make("label", {}, make("input", { type: "checkbox", id: "means", ...(state.grouped ? { checked: "" } : {}),
   onchange: (event) => { state.grouped = event.target.checked; redraw(); } }), "means over seeds"));
 bar.append(make("label", {}, "smoothing", make("input", { type: "range", min: 0, max: 0.2, step: 0.01, value: state.smoothing,
