@@ -116,10 +116,10 @@ class Progress:
         if math.isfinite(left) and self._step < self._total_steps:
             end = datetime.now() + timedelta(seconds=left)
             parts.append(f"left {_duration(left)} (ends {end:%H:%M}{_days_ahead(end)})")
+        if not math.isnan(self._mean_iou):  # before the losses, whose last ones a narrow terminal cuts off
+            parts.append(f"mIoU {self._mean_iou:.1%}")
         losses = ((label, self._metrics.get(name)) for name, label in _LOSSES.items())
         parts += [f"{label} {value:.3f}" for label, value in losses if value is not None]
-        if not math.isnan(self._mean_iou):
-            parts.append(f"mIoU {self._mean_iou:.1%}")
         text = Text(no_wrap=True, overflow="ellipsis")
         if self._live is not None:
             done = round(share * _BAR_CELLS)

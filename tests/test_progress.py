@@ -61,7 +61,7 @@ def test_a_log_gets_a_line_every_ten_seconds_with_all_numbers_uncut(clock: Clock
     lines = [line for line in out.getvalue().splitlines() if line.startswith("step") and "/12,000" in line]
     assert len(lines) == 3  # 30 seconds
     numbers = r"step 201/12,000    1.7%  84.2 img/s  left 0:19:40 \(ends \d\d:\d\d( \+1d)?\)  "
-    numbers += r"loss 0.812  ce 0.750  adv 0.062  D real 0.500  D fake 0.375  mIoU 71.2%"
+    numbers += r"mIoU 71.2%  loss 0.812  ce 0.750  adv 0.062  D real 0.500  D fake 0.375"
     assert re.fullmatch(numbers, lines[2].rstrip()), lines[2]
     progress.close()
     assert out.getvalue().splitlines()[-1].startswith("step 300/12,000")
@@ -105,11 +105,20 @@ def test_the_table_holds_every_class_once_with_its_iou(num_classes: int) -> None
     assert max(len(line) for line in text.splitlines()) <= 80
 
 
+def test_a_warning_is_one_whole_line_of_a_log(clock: Clock) -> None:
+    console, out = log_console()
+    progress = Progress(10, 0, True, console)
+    text = "health: the [mask] is empty, since step 40. " + "What it means and what to try. " * 6
+    progress.warning(text)
+    assert out.getvalue().splitlines() == [text]
+
+
 def test_other_ranks_are_silent() -> None:
     out = io.StringIO()
     progress = Progress(10, 0, False, Console(file=out, force_terminal=True))
     progress.update(1, {"loss/segmentor": 1.0})
     progress.evaluation(1, {"val/mean_iou": 0.5})
     progress.message("text")
+    progress.warning("text")
     progress.close()
     assert out.getvalue() == ""
