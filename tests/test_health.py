@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from distseg.cli import main
 from distseg.config import TrackingConfig
 from distseg.health import Health
 from distseg.tracking import open_tracker, read_metrics
 from distseg.verdicts import CHECKS, NAMED, RATIO
+from tests.test_train import SEMI, SMALL
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README
 
@@ -175,3 +177,22 @@ def test_nothing_is_found_in_real_runs_that_ended_well() -> None:
 def test_bounds_leave_room_between_them() -> None:
     for check in CHECKS:
         assert check.raise_at != check.clear_at and check.meaning.endswith((".", ")")) and check.advice.endswith(".")
+
+
+def test_a_toy_run_with_an_empty_mask_says_so_in_the_terminal_and_on_the_disk(
+    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, *SEMI, "semi.threshold=1", "semi.start_step=0", "evaluate.every_steps=0", "ema_decay=0"]
+    arguments += ["discriminator.options.head=patch", "evaluate.num_pictures=0", "steps=9"]
+    assert main(["train", *arguments, f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("health: the confidence mask is empty, since step 1.") == 1
+    assert "Lower semi.threshold" in printed
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/segmentor" in row]
+    assert [row["health/mask_is_empty"] for row in rows] == [0.0] * 4 + [1.0] * 5
+    (now,) = json.loads((tmp_path / "run" / "health.json").read_text())["now"]
+    assert (now["name"], now["step"], now["since"]) == ("mask_is_empty", 5, 1)
+    for name in (RATIO, "discriminator/on_real", "discriminator/logit_gap", "weight/semi", "memory_bytes"):
+        assert all(name in row for row in rows), name
+    assert (tmp_path / "run" / "tables" / "classes-step-00000009.csv").is_file()
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 1
