@@ -164,7 +164,7 @@ const confusionSection = () => {
         draw(box, "title", {}, `${name} taken for ${run.classes[j]}: ${percent(share)} % (${count} pixels)`);
         if (cell >= 30 && total) {
           const text = draw(svg, "text", { x: left + cell * (j + 0.5), y: top + cell * (i + 0.5) + 4, "text-anchor": "middle", "font-size": Math.min(12, cell / 3), "pointer-events": "none" }, (100 * share).toFixed(cell >= 40 ? 1 : 0));
-          if (share > 0.5) text.style.fill = "#fff";
+          if (share > 0.3) text.style.fill = "#fff";
         }
       });
     });
