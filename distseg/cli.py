@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
+    _add_summarize(commands)
     _add_predict(commands)
     _add_report(commands)
     _add_prepare(commands)
@@ -95,11 +96,29 @@ Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next 
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    text = "Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix."
+    text = """Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix.
+
+Several views of an image are averaged: evaluate.scales=[0.75,1,1.25] evaluate.mirror=true
+Large images in blended windows:        evaluate.window_px=512 evaluate.overlap_px=128
+On several processes:                   torchrun --standalone --nproc_per_node=N -m distseg.evaluate RUN
+The scores are written beside the run's config.yaml; `distseg summarize` makes tables of them."""
     parser = _command(commands, "evaluate", "score a trained run", text)
     _add_run(parser)
+    parser.add_argument("--quick", action="store_true", help="without outlines, calibration and intervals")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.val_split=val evaluate.mirror=true")
     parser.set_defaults(handler=_evaluate)
+
+
+def _add_summarize(commands: argparse._SubParsersAction) -> None:
+    text = """Tables of evaluated runs; of runs that differ in their seed only, mean and spread.
+
+A run stands for its evaluation.json, what training's last evaluation found; name the file of another evaluation:
+  distseg summarize runs/*/evaluation-step-00000900-val-scales-0.75-1-1.25-mirror.json --format latex
+The spread is the sample standard deviation over seeds. Only like is compared: data, split, classes, views."""
+    parser = _command(commands, "summarize", "tables of runs, mean and spread over seeds", text)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN|FILE", help="run directories or evaluation*.json")
+    parser.add_argument("--format", default="markdown", choices=("markdown", "latex", "json"))
+    parser.set_defaults(handler=_summarize)
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -203,7 +222,13 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from distseg import evaluate
 
-    return evaluate.run(options.run, options.checkpoint, options.overrides)
+    return evaluate.run(options.run, options.checkpoint, options.overrides, options.quick)
+
+
+def _summarize(options: argparse.Namespace) -> int:
+    from distseg import summary
+
+    return summary.run(options.runs, options.format)
 
 
 def _predict(options: argparse.Namespace) -> int:

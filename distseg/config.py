@@ -118,6 +118,8 @@ class EvaluateConfig:
     every_steps: int = 0  # 0: only after the last step
     scales: list[float] = field(default_factory=lambda: [1.0])  # probabilities averaged over these
     mirror: bool = False  # and over the mirrored image
+    window_px: int = 0  # an image with a longer side is scored in blended windows of this side; 0: in one piece
+    overlap_px: int = 128  # of two windows; both are multiples of 32, the overlap at most half the window
     num_pictures: int = 6  # validation images shown in pictures/ after the run
 
 
@@ -256,6 +258,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "semi.adv_weight": (0, None),
     "semi.adv_start_step": (0, None),
     "evaluate.every_steps": (0, None),
+    "evaluate.window_px": (0, 10**5),
+    "evaluate.overlap_px": (32, 10**5),
     "evaluate.num_pictures": (0, 64),
     "checkpoint.every_steps": (1, None),
     "checkpoint.keep_last": (1, None),

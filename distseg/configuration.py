@@ -98,7 +98,7 @@ def from_file(path: Path) -> Config:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two configurations and must not when a run is resumed."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flattened(to_dict(old)), flattened(to_dict(new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return {key: (before.get(key), after.get(key)) for key in keys if not _is_free(key)}
 
@@ -127,19 +127,19 @@ def _preset_values(name: str) -> dict[str, Any]:
         raise InputError(f"preset={name}", f"one of: {', '.join(preset_names())}", _nearest(name, preset_names()))
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     base = values.pop("base", None)  # another preset, which this one changes
-    own, inherited = _flat(values), _preset_values(base) if base else {}
+    own, inherited = flattened(values), _preset_values(base) if base else {}
     named = tuple(f"{part}.options." for part in ("segmentor", "discriminator") if f"{part}.name" in own)
     return {key: value for key, value in inherited.items() if not key.startswith(named)} | own
 
 
 def _full_key(key: str) -> str:
     """`segmentor=NAME` is short for `segmentor.name=NAME`, for every part that has a name."""
-    sections = {section for section in _flat(to_dict(Config())) if section.endswith(".name")}
+    sections = {section for section in flattened(to_dict(Config())) if section.endswith(".name")}
     return f"{key}.name" if f"{key}.name" in sections else key
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:
-    known = list(_flat(to_dict(Config())))
+    known = list(flattened(to_dict(Config())))
     for key, value in values.items():
         is_option = any(key.startswith(f"{part}.options.") for part in ("segmentor", "discriminator"))
         if not is_option and key not in known:
@@ -154,7 +154,7 @@ def _merge(config: Any, values: dict[str, Any]) -> Any:
 
 
 def _check(config: Config) -> None:
-    values = _flat(to_dict(config))
+    values = flattened(to_dict(config))
     for key, choices in CHOICES.items():
         if values[key] not in choices:
             raise InputError(f"{key}={values[key]}", f"one of: {', '.join(choices)}", _nearest(values[key], choices))
@@ -176,6 +176,11 @@ def _check(config: Config) -> None:
         got = f"evaluate.scales={config.evaluate.scales}"
         needed = "at least one scale, each from 0.1 to 8"
         raise InputError(got, needed, "write for example evaluate.scales=[0.75,1,1.25]")
+    window_px, overlap_px = config.evaluate.window_px, config.evaluate.overlap_px
+    if window_px and (window_px % 32 or overlap_px % 32 or 2 * overlap_px > window_px):
+        got = f"evaluate.window_px={window_px} with evaluate.overlap_px={overlap_px}"
+        needed = "multiples of 32, the overlap at most half the window"
+        raise InputError(got, needed, "write for example evaluate.window_px=512 evaluate.overlap_px=128")
     if config.segmentor.batch_norm == "frozen" and config.segmentor.init == "random":
         action = "write segmentor.batch_norm=per_rank, or segmentor.init=FILE"
         got = "segmentor.batch_norm=frozen with segmentor.init=random"
@@ -213,12 +218,12 @@ def _nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else f"choose one of: {', '.join(choices)}"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, keyed by dotted names; empty dictionaries are kept as values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flattened(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from distseg import checkpoint, configuration
-from distseg.config import Config
+from distseg.config import Config, EvaluateConfig
 from distseg.data.samples import SampleSet, open_reader
 from distseg.data.stream import evaluation_samples
 from distseg.device import autocast_dtype, resolve_precision
-from distseg.distributed import Ranks, all_reduce_sum, on_main, setup, teardown
-from distseg.inference import probabilities
-from distseg.metrics import (
-    NUM_THRESHOLDS,
-    SegmentationScores,
-    confusion_matrix,
-    log_loss_sum,
-    max_f1,
-    scores,
-    threshold_counts,
-)
+from distseg.distributed import Ranks, on_main, setup, teardown
+from distseg.inference import blend_tiles, probabilities
+from distseg.metrics import SegmentationScores
 from distseg.models import build_segmentor
 from distseg.progress import Progress
+from distseg.summary import overview
+from distseg.tally import Tally
 from distseg.watchdog import Watchdog
 from shards.errors import InputError
 
@@ -48,22 +43,45 @@ FREE = (
 
 @dataclass(frozen=True)
 class View:
-    """How an image is looked at: softmax probabilities averaged over scales and, if asked, the mirror image."""
+    """How an image is looked at: softmax probabilities averaged over scales and, if asked, the mirror image.
+
+    window_px: an image with a longer side is cut into windows that overlap by overlap_px and are blended (see
+    `inference.blend_tiles`); 0: never.
+    """
 
     scales: tuple[float, ...]
     mirror: bool
     precision: str  # resolved: bf16, fp32 or fp64
     device: torch.device
+    window_px: int = 0
+    overlap_px: int = 128
+
+    @classmethod
+    def of(cls, options: EvaluateConfig, precision: str, device: torch.device) -> View:
+        """The view of a configuration."""
+        return cls(tuple(options.scales), options.mirror, precision, device, options.window_px, options.overlap_px)
 
     def __call__(self, network: nn.Module, image: np.ndarray) -> Tensor:
         """Class probabilities (C, H, W) float32 on the device, of an image (H, W, 3) uint8 RGB."""
         dtype = autocast_dtype(self.precision)
-        return probabilities(network, image, self.scales, self.mirror, self.device, dtype)
+
+        def whole(part: np.ndarray) -> Tensor:
+            return probabilities(network, part, self.scales, self.mirror, self.device, dtype)
+
+        if not 0 < self.window_px < max(image.shape[:2]):
+            return whole(image)
+        return blend_tiles(whole, image, self.window_px, self.overlap_px).to(self.device)
 
     def suffix(self) -> str:
         """For file names: nothing for the plain view, for example "-scales-0.75-1-mirror" for another."""
         scales = "" if self.scales == (1.0,) else "-scales-" + "-".join(f"{scale:g}" for scale in self.scales)
-        return scales + ("-mirror" if self.mirror else "")
+        window = f"-window-{self.window_px}-{self.overlap_px}" if self.window_px else ""
+        return scales + ("-mirror" if self.mirror else "") + window
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a score depends on."""
+        window = {"window_px": self.window_px, "overlap_px": self.overlap_px} if self.window_px else {}
+        return {"scales": list(self.scales), "mirror": self.mirror} | window | {"precision": self.precision}
 
 
 @dataclass
@@ -76,35 +94,30 @@ class Evaluator:
     view: View
     num_threads: int = 2
     mark: Callable[[str], None] = lambda what: None  # told of every image, so that slow ones are no stall
+    details: bool = False  # outlines, calibration and intervals too, which take longer
     result: SegmentationScores | None = None
-    extra: dict[str, float] = field(default_factory=dict)  # loss; max_f1 and its threshold where there are two classes
+    tally: Tally | None = None  # what the result was made from
+    extra: dict[str, float] = field(default_factory=dict)  # scores that no confusion matrix gives: Tally.others
 
     @torch.no_grad()
     def __call__(self) -> SegmentationScores:
-        """Scores of the whole split from one confusion matrix, the same on every rank; void excluded.
+        """Scores of the whole split from one confusion matrix, the same bits for any number of ranks; void excluded.
 
-        Rank r looks at images r, r + world_size, ...; nothing is padded or dropped, and one all-reduce adds up.
+        Rank r looks at images r, r + world_size, ...; nothing is padded or dropped: every image is counted once, or
+        RuntimeError is raised.
         """
         network = self.whole()
         was_training = network.training
         network.eval()
         num_classes, device = self.samples.classes.num_classes, self.ranks.device
-        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        log_loss = torch.zeros((), dtype=torch.float64, device=device)
-        at_thresholds = torch.zeros(2, NUM_THRESHOLDS, dtype=torch.int64, device=device)
+        tally = Tally(len(self.samples), num_classes, device, self.details)
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
-        for _, _, image, array in evaluation_samples(self.samples, *shares):
+        for index, _, image, array in evaluation_samples(self.samples, *shares):
             self.mark("evaluation")
-            chances, label = self.view(network, image), torch.from_numpy(array).to(device)
-            confusion += confusion_matrix(chances.argmax(dim=0), label, num_classes)
-            log_loss += log_loss_sum(chances, label)
-            if num_classes == 2:
-                at_thresholds += threshold_counts(chances[1], label)
+            tally.add(index, self.view(network, image), torch.from_numpy(array).to(device))
         network.train(was_training)
-        self.result = scores(all_reduce_sum(confusion))
-        self.extra = {"loss": float(all_reduce_sum(log_loss)) / self.result.num_pixels}
-        if num_classes == 2:
-            self.extra["max_f1"], self.extra["max_f1_threshold"] = max_f1(all_reduce_sum(at_thresholds))
+        tally.sum_over_ranks()
+        self.tally, self.result, self.extra = tally, tally.scores(), tally.others()
         return self.result
 
     def named(self) -> dict[str, float]:
@@ -115,11 +128,14 @@ class Evaluator:
 
     def report(self, step: int) -> dict[str, Any]:
         """What evaluation.json holds: the last result (None for an absent class), and all that it depends on."""
+        assert self.tally is not None
         reader = self.samples.reader
         about = {"step": step, "data": reader.manifest.name, "split": reader.split}
-        about |= {"num_images": len(self.samples), "scales": list(self.view.scales), "mirror": self.view.mirror}
+        about |= {"num_images": self.tally.num_images} | self.view.to_dict()
         scores = {name: None if math.isnan(value) else value for name, value in self.named().items()}
-        return about | {"precision": self.view.precision} | scores
+        if self.details:
+            about["intervals_95"] = {f"val/{name}": list(pair) for name, pair in self.tally.intervals().items()}
+        return about | scores | {"confusion": self.tally.confusion.tolist()}
 
 
 def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:
@@ -133,11 +149,11 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Pat
     return network.eval(), config, path
 
 
-def run(run_dir: Path, which: str, overrides: list[str]) -> int:
+def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation-step-<step>-<split>.json.
 
-    The shards need not have been verified, as training's must: scoring reads each sample once and soon, and ends at
-    the first damaged or impossible one with its name.
+    quick: leave out outlines, calibration and intervals. The shards need not have been verified, as training's must:
+    scoring reads each sample once and soon, and ends at the first damaged or impossible one with its name.
     """
     network, config, path = trained_segmentor(run_dir, which)
     fixed = [item for item in overrides if not item.startswith(FREE)]
@@ -152,9 +168,10 @@ def run(run_dir: Path, which: str, overrides: list[str]) -> int:
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         reader.tell(watchdog.alive)
         evaluator = _evaluator(network, config, path, samples, ranks)
-        evaluator.mark = watchdog.mark
+        evaluator.details, evaluator.mark = not quick, watchdog.mark
+        started = time.perf_counter()
         evaluator()
-        _publish(evaluator, path)
+        _publish(evaluator, path, time.perf_counter() - started)
     teardown()
     return 0
 
@@ -163,27 +180,32 @@ def _evaluator(network: nn.Module, config: Config, path: Path, samples: SampleSe
     """Of a checkpoint's network as configured; called on every rank."""
     trained_in = checkpoint.read_state(path)["identity"]["precision"]
     precision = trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
-    view = View(tuple(config.evaluate.scales), config.evaluate.mirror, precision, ranks.device)
+    view = View.of(config.evaluate, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
     return Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
 
 
-def _publish(evaluator: Evaluator, path: Path) -> None:
+def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     """Write and print the scores of a checkpoint; called on every rank."""
     state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
     step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
     other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     other += "" if identity["precision"] == precision else f"-{precision}"
     # evaluation.json is training's
-    name = f"evaluation-step-{step:08d}-{reader.split}{other}{evaluator.view.suffix()}.json"
-    out = path.parent.parent / name
-    on_main(ranks, lambda: checkpoint.write_json(out, evaluator.report(step)))
+    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}{evaluator.view.suffix()}.json"
+    report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
-    progress.message(f"{path.name} on {len(evaluator.samples)} images of {reader.split}, each once, at full resolution")
+    counted = f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once, at full resolution"
+    progress.message(f"{path.name}: {counted}, by {ranks.world_size} rank(s), {seconds:.1f} s")
     progress.evaluation(step, evaluator.named())
-    progress.message(f"wrote {out}")
+    progress.message("\n".join([*overview(report), f"wrote {out}"]))
+
+
+def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    checkpoint.write_json(path, report)
+    return report
 
 
 def check_classes(path: Path, samples: SampleSet) -> None:

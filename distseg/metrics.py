@@ -130,3 +130,29 @@ def max_f1(counts: torch.Tensor) -> tuple[float, float]:
     f1 = 2 * true_positives / (true_positives + false_positives + positives)
     best = int(f1.argmax())
     return float(f1[best]), best / (NUM_THRESHOLDS - 1)
+
+
+NUM_BINS = 15  # of equal width: Guo et al. 2017, section 2
+
+
+def calibration_counts(
+    probabilities: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """Per bin of the confidence, in (k/15, (k+1)/15]: pixels, right ones, summed confidence: (3, 15) float64.
+
+    probabilities: (C, H, W) float summing to 1 over C, the largest one is the confidence; label: (H, W), 0..C-1 or
+    ignore_index. Counts of several images or ranks are added.
+    """
+    valid = label != ignore_index
+    confidence, prediction = (part[valid] for part in probabilities.max(dim=0))
+    confidence = confidence.double()
+    bins = ((confidence * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
+    right = (prediction == label[valid]).double()
+    kinds = (torch.ones_like(confidence), right, confidence)
+    return torch.stack([torch.bincount(bins, weights, minlength=NUM_BINS) for weights in kinds])
+
+
+def calibration_error(counts: torch.Tensor) -> float:
+    """Expected calibration error of `calibration_counts`: sum over bins of |right pixels - confidence| / all pixels."""
+    pixels, right, confidence = counts.to("cpu", torch.float64)
+    return float((right - confidence).abs().sum() / pixels.sum())

@@ -198,7 +198,7 @@ def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, t
 def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path, watchdog: Watchdog) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
-    view = View(tuple(config.evaluate.scales), config.evaluate.mirror, config.precision, ranks.device)
+    view = View.of(config.evaluate, config.precision, ranks.device)
     scored = pair.segmentor if ema is None else ema
     evaluator = Evaluator(scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark)
     classes, manifest = data.train.classes, data.train.reader.manifest

@@ -58,6 +58,8 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("evaluate.scales=[]", "at least one scale"),
         ("evaluate.scales=[1,", "a YAML value"),
         ("evaluate.scales=[nan]", "from 0.1 to 8"),
+        ("evaluate.window_px=500", "multiples of 32"),
+        ("evaluate.window_px=224", "at most half the window"),
         ("steps=${nothing}", "plain values"),
         ("run_dir=???", "plain values"),
         ("segmentor_optimizer.beta1=2", "from 0 to 0.99999"),

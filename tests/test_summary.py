@@ -1,0 +1,107 @@
+"""Tables of evaluations: mean and spread by hand, rows by configuration, and only like with like."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from distseg import configuration
+from distseg.cli import main
+from distseg.summary import overview, read, rows, to_json, to_latex, to_markdown
+from shards.errors import InputError
+
+SCORES = {"step": 900, "data": "toy", "split": "val", "num_images": 4, "scales": [1.0], "mirror": False}
+
+
+def finished(folder: Path, mean_iou: float, *overrides: str, **more: object) -> Path:
+    """A run directory with what a table is made of."""
+    folder.mkdir()
+    config = configuration.load(["data.shards=shards", f"run_dir={folder}", *overrides])
+    (folder / "config.yaml").write_text(configuration.to_yaml(config))
+    scores = {"val/mean_iou": mean_iou, "val/pixel_accuracy": 0.5, "val/iou/sky": mean_iou, "val/iou/a&b": None}
+    (folder / "evaluation.json").write_text(json.dumps({**SCORES, **scores, **more}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Three seeds of one setting and one of another, at other places, with other amounts of checkpoints."""
+    plain = ["mode=supervised", "checkpoint.keep_last=1"]
+    made = [
+        finished(tmp_path / f"plain{seed}", iou, *plain, f"seed={seed}") for seed, iou in enumerate((0.7, 0.74, 0.72))
+    ]
+    return [*made, finished(tmp_path / "adversary", 0.731, "loss.adv_weight=0.01")]
+
+
+def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(runs: list[Path]) -> None:
+    plain, adversary = rows([read(path) for path in runs])
+    assert plain.seeds == (0, 1, 2) and adversary.seeds == (0,)
+    assert (plain.name, adversary.name) == (
+        "loss.adv_weight=0.05, mode=supervised",
+        "loss.adv_weight=0.01, mode=adversarial",
+    )
+    content = json.loads(to_json([plain, adversary]))
+    scores = content[0]["scores"]["val/mean_iou"]
+    assert scores["mean"] == pytest.approx(0.72) and scores["spread"] == pytest.approx(
+        statistics.stdev((0.7, 0.74, 0.72))
+    )
+    assert scores["values"] == [0.7, 0.74, 0.72] and content[1]["scores"]["val/mean_iou"]["spread"] is None
+    assert content[0]["scores"]["val/iou/sky"]["values"] == [0.7, 0.74, 0.72]
+    assert "val/iou/a&b" not in content[0]["scores"], "absent from a run, so no mean is defined"
+
+
+def test_markdown_and_latex_hold_the_same_figures(runs: list[Path]) -> None:
+    table = rows([read(path) for path in runs])
+    assert to_markdown(table).splitlines() == [
+        "| runs | seeds | mIoU | pixel accuracy |",
+        "|---|---:|---:|---:|",
+        "| loss.adv_weight=0.05, mode=supervised | 3 | 72.0 ± 2.0 | 50.0 ± 0.0 |",
+        "| loss.adv_weight=0.01, mode=adversarial | 1 | 73.1 | 50.0 |",
+    ]
+    assert to_latex(table).splitlines() == [
+        "% runs & seeds & mIoU & pixel accuracy",
+        r"loss.adv\_weight=0.05, mode=supervised & 3 & $72.0 \pm 2.0$ & $50.0 \pm 0.0$ \\",
+        r"loss.adv\_weight=0.01, mode=adversarial & 1 & $73.1$ & $50.0$ \\",
+    ]
+
+
+def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
+    runs: list[Path], capsys: pytest.CaptureFixture
+) -> None:
+    other = runs[0] / "evaluation-step-00000900-val-mirror.json"
+    other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "mirror": True}))
+    assert main(["summarize", str(other), "--format", "latex"]) == 0
+    assert r"& 1 & $90.0$ \\" in capsys.readouterr().out
+    assert main(["summarize", *map(str, runs)]) == 0
+    assert "72.0 ± 2.0" in capsys.readouterr().out
+
+
+def test_only_like_is_compared(runs: list[Path], tmp_path: Path) -> None:
+    first = read(runs[0])
+    for number, (key, value) in enumerate({"split": "test", "num_images": 5, "mirror": True, "val/iou/x": 1.0}.items()):
+        other = read(finished(tmp_path / f"other{number}", 0.5, **{key: value}))
+        with pytest.raises(InputError, match=key if not key.startswith("val") else "classes"):
+            rows([first, other])
+    with pytest.raises(InputError, match="twice"):
+        rows([first, read(runs[1]), read(runs[0] / "evaluation.json")])
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path: Path, runs: list[Path]) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "cut.json").write_text('{"val/mean')
+    for path in (tmp_path, tmp_path / "none", tmp_path / "list.json", tmp_path / "cut.json"):
+        with pytest.raises(InputError, match="no evaluation in"):
+            read(path)
+    (runs[0] / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        read(runs[0])
+
+
+def test_an_overview_says_how_many_classes_count() -> None:
+    report = {"val/mean_iou": 0.5, "val/num_classes_counted": 2, "confusion": [[1, 0, 0]] * 3, "val/boundary_iou": None}
+    assert overview(report) == ["mIoU                     50.0%  mean over 2 of 3 classes in labels or predictions"]
+    report["intervals_95"] = {"val/mean_iou": [0.4, 0.625]}
+    assert "50.0%  (40.0% to 62.5%)" in overview(report)[0]
