@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_summarize(commands)
     _add_predict(commands)
     _add_report(commands)
+    _add_export(commands)
     _add_prepare(commands)
     _add_pack(commands)
     _add_inspect(commands)
@@ -140,6 +141,23 @@ what differs between the configurations, and means over seeds. It needs neither 
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="else report.html in the run's directory")
     parser.add_argument("--wandb", action="store_true", help="also a W&B report with the same panels")
     parser.set_defaults(handler=_report)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    text = """Write a run's segmentor as one file: image (N, 3, H, W) in [0, 1] -> logits (N, C, H, W), any N, H and W.
+
+onnx          runs anywhere, see distseg/predict_onnx.py; needs pip install 'distseg[export]'
+torch-export  runs with torch alone: torch.export.load(FILE).module()
+safetensors   the weights, and what to build the network from; also segmentor.init=FILE
+Classes, colours and preprocessing are in the file's metadata. What is written is compared with the original on random
+images of several sizes; a file that differs is not kept."""
+    parser = _command(commands, "export", "a trained run as ONNX, torch.export or safetensors", text)
+    _add_run(parser)
+    parser.add_argument("--format", default="onnx", choices=("onnx", "torch-export", "safetensors"))
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--out", type=Path, metavar="FILE", help="the file to write; else RUN/export/model.*")
+    place.add_argument("--hub-folder", type=Path, metavar="DIR", help="weights, config.json and a model card")
+    parser.set_defaults(handler=_export)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -242,6 +260,12 @@ def _report(options: argparse.Namespace) -> int:
     from distseg import report
 
     return report.run(options.runs, options.out, options.wandb)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from distseg import export
+
+    return export.run(options.run, options.checkpoint, options.format, options.out, options.hub_folder)
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 
 from distseg.boundary import compare_outlines
 from distseg.distributed import Ranks
 from distseg.metrics import calibration_counts, calibration_error
 from distseg.tally import NUM_RESAMPLES, Tally, bootstrap
 from shards.errors import InputError
+from tests.ranks import run_ranks
 
 NUM_CLASSES = 6
 SIZES = ((24, 40), (17, 65), (32, 32), (9, 11), (60, 41), (50, 33), (40, 24))  # fewer than two a rank of five

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_exporting
 
 Pads = tuple[int, int, int, int]  # left, right, top, bottom: the order of F.pad
 Geometry = tuple[Pads, int, int]  # padding, stride, dilation
@@ -16,8 +17,10 @@ Geometry = tuple[Pads, int, int]  # padding, stride, dilation
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Zeros before and after `size` inputs that make ceil(size / stride) outputs; the odd one goes after."""
-    outputs = -(-size // stride)
-    total = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    reach = (kernel - 1) * dilation
+    total = reach - (size - 1) % stride  # what the last output's filter needs beyond the last input
+    if reach < stride - 1:  # a filter shorter than its stride may need none
+        total = max(total, 0)
     return total // 2, total - total // 2
 
 
@@ -182,7 +185,7 @@ def _empty(like: Tensor, num: int, height: int, width: int) -> Tensor:
 def _pad(x: Tensor, pads: Pads) -> tuple[Tensor, tuple[int, int]]:
     """`x` and the padding left to the convolution: all of it where it is even, else none of it."""
     left, right, top, bottom = pads
-    if left == right and top == bottom:
+    if not is_exporting() and left == right and top == bottom:  # exporting: which it is may depend on the size
         return x, (top, left)
     return F.pad(x, pads), (0, 0)
 

@@ -137,7 +137,8 @@ def mirrored(image: Tensor, margin: int) -> Tensor:
     for dim in (-2, -1):
         size = image.shape[dim]
         period = max(2 * (size - 1), 1)
-        index = torch.arange(-margin, size + margin, device=image.device) % period
+        index = torch.arange(-margin, size + margin, device=image.device)
+        index = index.remainder(torch.full_like(index, period))  # a tensor: ONNX takes no number yet unknown
         image = image.index_select(dim, torch.minimum(index, period - index) if size > 1 else index)
     return image
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.checks import require_choice, require_number, require_size
-from distseg.models.grids import to_multiple
+from distseg.models.grids import cropped, to_multiple
 from distseg.models.vgg import VGG16
 from distseg.models.weights import LoadReport
 from shards.errors import InputError
@@ -100,7 +100,7 @@ class Upscore(nn.ConvTranspose2d):
         """score: (N, C, h, w) -> (N, C, H, W), the size of `finer`, which is 2h or 2h - 1."""
         # the border repeated: without it the outermost row would be three quarters of its value
         up = super().forward(F.pad(score, (1, 1, 1, 1), mode="replicate"))  # (N, C, 2h, 2w)
-        return up[..., : finer.shape[-2], : finer.shape[-1]]
+        return cropped(up, (finer.shape[-2], finer.shape[-1]))
 
 
 def _score(channels: int, num_scores: int) -> nn.Conv2d:

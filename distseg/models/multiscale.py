@@ -7,9 +7,11 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from distseg.models.batch_norm import BatchNorm2d
 from distseg.models.checks import require_choice, require_number, require_size
+from distseg.models.grids import num_cells
 from distseg.models.weights import LoadReport
 
 SCALES = 3  # 1, 1/2, 1/4
@@ -68,19 +70,22 @@ class MultiScale(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        grid = tuple(-(-side // self.output_stride) for side in image.shape[-2:])  # (h, w) of the logits
+        grid = tuple(num_cells(side, self.output_stride) for side in image.shape[-2:])  # (h, w) of the logits
         with torch.autocast(image.device.type, enabled=False):  # small differences of pixels
             levels = self._levels(image, grid)
         features = []
         for level in levels:
             x = self.encoder(level)  # (N, 256, h / 2^k, w / 2^k), rounded up
-            features.append(F.interpolate(x, grid, mode="bilinear", align_corners=False) if x.shape[-2:] != grid else x)
+            if is_exporting() or x.shape[-2:] != grid:  # see grids.py
+                x = F.interpolate(x, grid, mode="bilinear", align_corners=False)
+            features.append(x)
         return self.classifier(torch.cat(features, 1))  # (N, C, h, w)
 
     def _levels(self, image: Tensor, grid: tuple[int, ...]) -> list[Tensor]:
         """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the same image."""
-        sizes = [tuple(4 * -(-side // 2**k) for side in grid) for k in range(SCALES)]
-        levels = [image if image.shape[-2:] == sizes[0] else _resize(image, sizes[0])]
+        sizes = [tuple(4 * num_cells(side, 2**k) for side in grid) for k in range(SCALES)]
+        whole = not is_exporting() and image.shape[-2:] == sizes[0]
+        levels = [image if whole else _resize(image, sizes[0])]
         for size in sizes[1:]:
             levels.append(_resize(levels[-1], size))
         if self.pyramid == "gaussian":

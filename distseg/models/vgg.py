@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from distseg.models.weights import torchvision_file
 
@@ -35,7 +37,7 @@ class VGG16(nn.Module):
                 layers += [nn.Conv2d(channels, step, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = step
             else:
-                layers.append(nn.MaxPool2d(2, 2, ceil_mode=True))
+                layers.append(Halve(2, 2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             # this padding keeps the grid, where the reference pads the image by 100 px
@@ -59,6 +61,16 @@ class VGG16(nn.Module):
         pool4 = self.features[POOL3 + 1 : POOL4 + 1](pool3)  # (N, 512, H/16, W/16)
         pool5 = self.features[POOL4 + 1 :](pool4)  # (N, 512, H/32, W/32)
         return pool3, pool4, self.classifier(pool5)  # fc7: (N, fc_channels, H/32, W/32)
+
+
+class Halve(nn.MaxPool2d):
+    """2x2 max pooling that rounds sizes up: (N, C, H, W) -> (N, C, ceil(H/2), ceil(W/2))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_exporting():
+            return super().forward(x)
+        # the rule of ceil mode asks about the size, see grids.py; the last row twice has the same maximum
+        return F.max_pool2d(F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate"), 2, 2)
 
 
 def imagenet_weights_file() -> Path:
