@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pack(commands)
     _add_inspect(commands)
     _add_models(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -123,13 +124,17 @@ The spread is the sample standard deviation over seeds. Only like is compared: d
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
-    text = "Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image."
+    text = """Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image.
+
+Images are viewed as the run evaluates, or as evaluate.scales=[0.75,1,1.25] evaluate.mirror=true say. Those with a side
+above 2048 px are labelled in blended tiles; evaluate.window_px=N evaluate.overlap_px=M choose others."""
     parser = _command(commands, "predict", "label images with a trained run", text)
     _add_run(parser)
     parser.add_argument("images", type=Path, metavar="IMAGE|FOLDER", help="an image, or a folder of images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--probabilities", action="store_true", help="also one probability picture per class")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="evaluate.mirror=true precision=fp32")
     parser.set_defaults(handler=_predict)
 
 
@@ -221,6 +226,20 @@ def _add_models(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(handler=_models)
 
 
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    text = """Look at machine, disk, network and data before a run is started on them, in some seconds.
+
+On all processes of a job:  torchrun --standalone --nproc_per_node=N -m distseg.doctor --run-dir runs/x --shards DIR
+                            srun distseg doctor --run-dir runs/x --shards DIR
+Exit code 1 for what would end or break a run; warnings and measurements leave it 0."""
+    parser = _command(commands, "doctor", "check machine, disk, network and data", text)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are written")
+    parser.add_argument("--shards", metavar="DIR|URL", help="packed shards to read")
+    parser.add_argument("--split", default="train", help="of the shards (train)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.set_defaults(handler=_doctor)
+
+
 def _command(commands: argparse._SubParsersAction, name: str, summary: str, text: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
@@ -253,7 +272,8 @@ def _predict(options: argparse.Namespace) -> int:
     from distseg import predict
 
     wanted = predict.PredictOptions(probabilities=options.probabilities)
-    return predict.run(options.run, options.checkpoint, options.images, options.out, wanted, options.device)
+    where = (options.images, options.out)
+    return predict.run(options.run, options.checkpoint, *where, wanted, options.device, options.overrides)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -314,6 +334,12 @@ def _inspect(options: argparse.Namespace) -> int:
         action = "run it where they are a folder, and copy verified.json there too; or copy them here"
         raise InputError(f"inspect {options.shards}", "a folder of packed shards", action)
     return inspection.run(Path(options.shards), options.out, options.threads)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from distseg import doctor
+
+    return doctor.run(options.run_dir, options.shards, options.split, options.device)
 
 
 def _models(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A trained segmentor as one file that others can run: ONNX, torch.export or safetensors, checked before it is there."""
+"""A trained segmentor as a file for others: ONNX, torch.export or safetensors, checked before it is there."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
 from collections import deque
@@ -24,6 +25,9 @@ from shards.files import published, tracked
 from shards.sample import ClassSet, encode_label
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+CLASSES_FILE = "classes.json"
+MAX_PX = 2048  # larger images take tiles, as their maps would take gigabytes
+FREE = ("evaluate.", "precision=")  # what may differ from the run
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
 
@@ -33,14 +37,16 @@ class PredictOptions:
     """How images are looked at and what is written.
 
     probabilities: also one picture per class. scales, mirror: views that are averaged (see `inference`).
-    max_px: an image with a longer side is labelled in overlapping tiles of this side. overlay_alpha: opacity
-    of the class colours in [0, 1]. autocast_dtype: None for the model's own precision.
+    max_px: an image with a longer side is labelled in blended tiles of this side, which overlap by overlap_px (0: by
+    256 or less). overlay_alpha: opacity of the class colours in [0, 1]. autocast_dtype: None for the model's own
+    precision.
     """
 
     probabilities: bool = False
     scales: tuple[float, ...] = (1.0,)
     mirror: bool = False
-    max_px: int = 2048
+    max_px: int = MAX_PX
+    overlap_px: int = 0
     overlay_alpha: float = 0.5
     device: str = "cpu"
     autocast_dtype: torch.dtype | None = None
@@ -52,12 +58,15 @@ class PredictOptions:
             raise InputError(f"overlay_alpha={self.overlay_alpha}", "0 to 1", "keep the default of 0.5")
 
 
-def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOptions, device: str) -> int:
+def run(
+    run_dir: Path, which: str, path: Path, out: Path, options: PredictOptions, device: str, overrides: Sequence[str]
+) -> int:
     """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run evaluates.
 
-    which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
+    which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda. overrides: key=value of
+    the keys that begin with FREE.
     """
-    from distseg import checkpoint
+    from distseg import checkpoint, configuration
     from distseg.device import autocast_dtype, resolve_precision
     from distseg.distributed import Ranks
     from distseg.evaluate import trained_segmentor
@@ -66,13 +75,20 @@ def run(run_dir: Path, which: str, path: Path, out: Path, options: PredictOption
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    fixed = [item for item in overrides if not item.startswith(FREE)]
+    if fixed:
+        needed = f"a key that begins with {' or '.join(FREE)}"
+        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
+    config = configuration.override(config, list(overrides))
     identity = checkpoint.read_state(checkpoint_path)["identity"]
     classes = ClassSet(tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"]))
     options = replace(
         options,
         scales=tuple(config.evaluate.scales),
         mirror=config.evaluate.mirror,
+        max_px=config.evaluate.window_px or MAX_PX,
+        overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
         device=str(where),
         autocast_dtype=autocast_dtype(resolve_precision(config.precision, Ranks(0, 1, 0, where))),
     )
@@ -100,9 +116,9 @@ def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, 
 
     model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size and turned
     upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray), NAME_color.png (the same with
-    the palette), NAME_overlay.png, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1).
-    Returns the paths of the index pictures, in the order of `images`. Raises InputError that lists all
-    unreadable images before anything is computed.
+    the palette), NAME_overlay.png, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1); classes.json
+    names the indices. Returns the paths of the index pictures, in the order of `images`. Raises InputError that lists
+    all unreadable images before anything is computed.
     """
     if out.resolve() in {image.resolve().parent for image in images}:
         raise InputError(f"{out} holds the images themselves", "another folder", "choose another --out")
@@ -126,8 +142,16 @@ def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, 
                 written.popleft().result()
         for future in written:
             future.result()
+    key = [
+        {"index": i, "name": n, "color": c} for i, (n, c) in enumerate(zip(classes.names, classes.palette, strict=True))
+    ]
+    with published(out / CLASSES_FILE) as partial:
+        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     seconds = time.perf_counter() - started
-    print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s): {out}")
+    each = (
+        f"{len(images) / seconds:.1f} images/s" if seconds < len(images) else f"{seconds / len(images):.1f} s an image"
+    )
+    print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
 
 
@@ -188,7 +212,7 @@ def _probabilities(model: nn.Module, image: np.ndarray, options: PredictOptions)
     if max(image.shape[:2]) <= options.max_px:
         return whole(image)
     tile_px = options.max_px // 32 * 32
-    return blend_tiles(whole, image, tile_px, overlap_px=min(256, tile_px // 128 * 32))
+    return blend_tiles(whole, image, tile_px, options.overlap_px or min(256, tile_px // 128 * 32))
 
 
 def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[
     for name, plane in zip(("dark", "red", "green_things", "blue"), planes, strict=True):
         with Image.open(tmp_path / "out" / f"a_prob_{name}.png") as picture:
             np.testing.assert_array_equal(picture, np.rint(plane * 255))
-    assert len(list((tmp_path / "out").iterdir())) == 3 + 4
+    assert len(list((tmp_path / "out").iterdir())) == 3 + 4 + 1
 
 
 def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +159,10 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
     written = predict(Colors(), images, tmp_path / "out", CLASSES, PredictOptions())
     assert written[0].name == "a.png" and written[1].name == "a_bmp.png"
     assert [Image.open(path).height for path in written] == [32 + number for number in range(len(names))]
-    assert len(list((tmp_path / "out").iterdir())) == 3 * len(names)
-    assert len({path.name.lower() for path in (tmp_path / "out").iterdir()}) == 3 * len(names)
+    assert len({path.name.lower() for path in (tmp_path / "out").glob("*.png")}) == 3 * len(names)
+    key = json.loads((tmp_path / "out" / "classes.json").read_text())
+    assert [(c["index"], c["name"]) for c in key] == list(enumerate(CLASSES.names))
+    assert key[1]["color"] == [255, 0, 0]
 
 
 def test_class_names_that_differ_in_signs_only_get_pictures_of_their_own(tmp_path: Path) -> None:
