@@ -166,10 +166,9 @@ def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of onnxscript's own internals
-            names = {"input_names": ["image"], "output_names": ["logits"]}
-            program = torch.onnx.export(
-                _program(original), (), dynamo=True, verbose=False, opset_version=_OPSET, **names
-            )
+            options: dict[str, Any] = {"dynamo": True, "verbose": False, "opset_version": _OPSET}
+            names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
+            program = torch.onnx.export(_program(original), (), **options, **names)
     finally:
         log.setLevel(level)
     assert program is not None

@@ -44,7 +44,7 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
 
 def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The run's evaluations of a step, without the confusion matrices; details first, training's own last."""
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(run_dir.glob("evaluation*.json"), key=lambda path: (path.name == "evaluation.json", path.name)):
         content = json.loads(path.read_text())
         views = [{key: of.get(key) for key in _OUTLINE} for of in (content, *found)]

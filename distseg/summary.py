@@ -25,6 +25,7 @@ TITLES = {  # name in evaluation.json, all in [0, 1]: title
     "val/max_f1": "maximum F1",
 }
 _SAME = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px")  # else scores do not compare
+_OF_THE_ADVERSARY = ("discriminator", "alternation.", "semi.", "loss.adv_", "loss.real_", "loss.scaling_", "loss.map_")
 _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -124,7 +125,11 @@ def _row(group: list[Evaluation], groups: list[list[Evaluation]], names: list[st
 
 
 def _differences(one: Evaluation, other: Evaluation) -> dict[str, Any]:
-    return configuration.differences(one.config, replace(other.config, seed=one.config.seed))
+    """Keys, other than the seed, that made the runs different; an adversary's say nothing of a supervised run."""
+    found = configuration.differences(one.config, replace(other.config, seed=one.config.seed))
+    if "supervised" in (one.config.mode, other.config.mode):
+        return {key: values for key, values in found.items() if not key.startswith(_OF_THE_ADVERSARY)}
+    return found
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:

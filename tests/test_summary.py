@@ -40,8 +40,8 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(r
     plain, adversary = rows([read(path) for path in runs])
     assert plain.seeds == (0, 1, 2) and adversary.seeds == (0,)
     assert (plain.name, adversary.name) == (
-        "loss.adv_weight=0.05, mode=supervised",
-        "loss.adv_weight=0.01, mode=adversarial",
+        "mode=supervised",
+        "mode=adversarial",
     )
     content = json.loads(to_json([plain, adversary]))
     scores = content[0]["scores"]["val/mean_iou"]
@@ -53,18 +53,33 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(r
     assert "val/iou/a&b" not in content[0]["scores"], "absent from a run, so no mean is defined"
 
 
+def test_what_a_row_differs_in_is_its_name(runs: list[Path], tmp_path: Path) -> None:
+    other = finished(tmp_path / "other", 0.5, "loss.adv_weight=0.3", "segmentor_optimizer.lr=0.1", "run_dir=x_y")
+    same = finished(
+        tmp_path / "same", 0.5, "mode=supervised", "semi.threshold=0.1", "discriminator_optimizer.lr=1", "seed=9"
+    )
+    table = rows([read(path) for path in (*runs, other, same)])
+    assert [row.name for row in table] == [
+        "mode=supervised, segmentor_optimizer.lr=0.001",
+        "loss.adv_weight=0.01, mode=adversarial, segmentor_optimizer.lr=0.001",
+        "loss.adv_weight=0.3, mode=adversarial, segmentor_optimizer.lr=0.1",
+    ]
+    assert table[0].seeds == (0, 1, 2, 9), "a supervised run has no use for what was said of an adversary"
+    assert r"segmentor\_optimizer.lr=0.1" in to_latex(table)
+
+
 def test_markdown_and_latex_hold_the_same_figures(runs: list[Path]) -> None:
     table = rows([read(path) for path in runs])
     assert to_markdown(table).splitlines() == [
         "| runs | seeds | mIoU | pixel accuracy |",
         "|---|---:|---:|---:|",
-        "| loss.adv_weight=0.05, mode=supervised | 3 | 72.0 ± 2.0 | 50.0 ± 0.0 |",
-        "| loss.adv_weight=0.01, mode=adversarial | 1 | 73.1 | 50.0 |",
+        "| mode=supervised | 3 | 72.0 ± 2.0 | 50.0 ± 0.0 |",
+        "| mode=adversarial | 1 | 73.1 | 50.0 |",
     ]
     assert to_latex(table).splitlines() == [
         "% runs & seeds & mIoU & pixel accuracy",
-        r"loss.adv\_weight=0.05, mode=supervised & 3 & $72.0 \pm 2.0$ & $50.0 \pm 0.0$ \\",
-        r"loss.adv\_weight=0.01, mode=adversarial & 1 & $73.1$ & $50.0$ \\",
+        r"mode=supervised & 3 & $72.0 \pm 2.0$ & $50.0 \pm 0.0$ \\",
+        r"mode=adversarial & 1 & $73.1$ & $50.0$ \\",
     ]
 
 
