@@ -197,8 +197,8 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}{evaluator.view.suffix()}.json"
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
-    counted = f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once, at full resolution"
-    progress.message(f"{path.name}: {counted}, by {ranks.world_size} rank(s), {seconds:.1f} s")
+    counted = f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
+    progress.message(f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s")
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))
 

@@ -197,7 +197,8 @@ def _read_torch_export(path: Path) -> Runner:
 
 def _write_safetensors(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in original.segmentor.state_dict().items()}
-    safetensors.torch.save_file(tensors, path, {"format": "pt", METADATA: json.dumps(metadata)})
+    # not save_file, whose files only their owner can read
+    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", METADATA: json.dumps(metadata)}))
 
 
 def _read_safetensors(path: Path) -> Runner:

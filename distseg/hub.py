@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distseg import checkpoint, configuration
-from distseg.config import Config
+from distseg.config import Config, TrackingConfig
 from distseg.export import SUFFIXES, Trained, export
 from distseg.summary import TITLES
 from shards.errors import InputError
@@ -34,12 +35,26 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
     evaluations = _evaluations(run_dir, trained.step)
     checkpoint.write_json(folder / "config.json", trained.metadata | {"step": trained.step, "evaluations": evaluations})
     texts = {"README.md": model_card(run_dir.name, trained, form, evaluations)}
-    texts |= {"training.yaml": configuration.to_yaml(trained.config)}
+    texts |= {"training.yaml": configuration.to_yaml(_without_places(trained.config))}
     texts |= {EXAMPLE.name: EXAMPLE.read_text()} if form == "onnx" else {}
     for name, text in texts.items():
         with published(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
     return [*written, folder / "config.json", *(folder / name for name in texts)]
+
+
+def _without_places(config: Config) -> Config:
+    """The configuration without what names places of the machine or the account, which are nobody's concern."""
+    data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
+    segmentor = replace(config.segmentor, init=_last_part(config.segmentor.init))
+    parallel = replace(config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config))
+    own = {"data": data, "segmentor": segmentor, "parallel": parallel, "tracking": TrackingConfig()}
+    return replace(config, run_dir="", **own)  # type: ignore[arg-type]
+
+
+def _last_part(path: str) -> str:
+    """The name of a file, and any other value as it is (1/8)."""
+    return Path(path).name if Path(path).suffix or Path(path).is_absolute() else path
 
 
 def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
@@ -133,7 +148,7 @@ def _view(scores: dict[str, Any]) -> str:
 
 def _training(config: Config) -> str:
     default = configuration.flattened(configuration.to_dict(Config()))
-    own = configuration.flattened(configuration.to_dict(config))
+    own = configuration.flattened(configuration.to_dict(_without_places(config)))
     named = (
         "mode",
         "steps",
