@@ -149,16 +149,8 @@ def _view(scores: dict[str, Any]) -> str:
 def _training(config: Config) -> str:
     default = configuration.flattened(configuration.to_dict(Config()))
     own = configuration.flattened(configuration.to_dict(_without_places(config)))
-    named = (
-        "mode",
-        "steps",
-        "batch_size",
-        "seed",
-        "data.labelled",
-        "data.crop_px",
-        "segmentor.init",
-        "loss.adv_weight",
-    )
+    named = ["mode", "steps", "batch_size", "seed", "data.labelled", "data.crop_px", "segmentor.init"]
+    named += ["loss.adv_weight"] if config.mode != "supervised" else []
     shown = [f"{key}={own[key]}" for key in named if key in ("mode", "steps", "batch_size") or own[key] != default[key]]
     return f"By distseg: {', '.join(shown)}. Every key: `training.yaml`."
 

@@ -103,7 +103,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "small"
     options = [f"segmentor.options.{key}={value}" for key, value in MULTISCALE.items()]
     start = ["data.shards=shards", "mode=supervised", "segmentor=multiscale", "segmentor.init=random", "steps=7"]
-    config = configuration.load([*start, *options, f"run_dir={run_dir}"])
+    places = [f"data.labelled={run_dir}/some.txt", f"data.cache_dir={run_dir}", "tracking.entity=me"]
+    config = configuration.load([*start, *options, *places, f"run_dir={run_dir}"])
     identity = {"classes": CLASSES, "palette": PALETTE, "precision": "fp32"}
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     learner = Learner(network=lively("multiscale", **MULTISCALE))
@@ -131,6 +132,13 @@ def test_a_hub_folder_is_all_that_is_needed(finished: Path, tmp_path: Path, caps
     assert [metric["value"] for metric in metrics] == [0.725, 0.9], "of this step only, and only those there are"
     assert "| 72.5 (70.0 to 75.0) | 90.0 |" in card and r"| 1 | a\|b | 0, 110, 70 |" in card and "hidden=16" in card
     content = json.loads((folder / "config.json").read_text())
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o044, f"{path.name} can be read by others"
+        assert str(finished.parent).encode() not in path.read_bytes(), f"{path.name} names a place of this machine"
+    saved = configuration.from_file(folder / "training.yaml")
+    assert (
+        saved.data.labelled == "some.txt" and saved.data.shards == saved.run_dir == "" and saved.tracking.entity is None
+    )
     assert content["classes"] == CLASSES and len(content["evaluations"]) == 1
     image = np.random.default_rng(0).integers(0, 256, (71, 90, 3), dtype=np.uint8)
     expected = probabilities(trained_segmentor(finished, "last")[0], image).argmax(0).numpy()
