@@ -24,7 +24,10 @@ class DataConfig:
     scale_min: float = 0.5  # the view's scale is log-uniform between these two
     scale_max: float = 1.5
     mirror: bool = True  # horizontal, with probability 1/2
+    rotate_degrees: float = 0.0  # turned by an angle uniform in -+ this, 0 to 180; 0: off
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation changes, 0 to 1
+    blur_probability: float = 0.0  # of a Gaussian blur; SimCLR (Chen et al. 2020, appendix A): 0.5
+    blur_max_px: float = 2.0  # its standard deviation, in pixels of the view, is uniform from 0.1 to this (the same)
     num_threads: int = 2  # decoding threads a rank; 0: in the training thread
 
 
@@ -222,7 +225,10 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.crop_px": (32, 4096),
     "data.scale_min": (0.05, 20),
     "data.scale_max": (0.05, 20),
+    "data.rotate_degrees": (0, 180),
     "data.color_jitter": (0, 1),
+    "data.blur_probability": (0, 1),
+    "data.blur_max_px": (0.1, 100),
     "data.num_threads": (0, 256),
     "data.cache_bytes": (0, None),
     "data.labelled_seed": (0, 2**31 - 1),

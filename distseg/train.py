@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def open_stream(
 ) -> TrainStream:
     """One stream of training views."""
     data = config.data
-    view = TrainView(data.crop_px, data.scale_min, data.scale_max, data.mirror, data.color_jitter)
+    view = TrainView(**{field.name: getattr(data, field.name) for field in fields(TrainView)})
     return TrainStream(
         samples,
         view,

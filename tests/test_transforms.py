@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distseg.data.transforms import FILL_RGB, GRAY, MAX_TRIES, TrainView, _color_matrix
+from distseg.data.transforms import BLUR_MIN_PX, FILL_RGB, GRAY, MAX_TRIES, TrainView, _color_matrix
 from shards.errors import InputError
 
 SIDES = st.integers(1, 70)
@@ -26,6 +26,25 @@ def apply(view, image, label, seed=0):
     view(image, label, rng, images[1], labels[1])
     assert (images[::2] == 7).all() and (labels[::2] == 7).all()
     return images[1], labels[1]
+
+
+class Chosen:
+    """A generator whose draws are chosen: 0.5 but for those named by their place among a try's ten."""
+
+    def __init__(self, **places):
+        self._left = np.full((MAX_TRIES, 10), 0.5)
+        for place, value in places.items():
+            self._left[:, int(place[1:])] = value
+
+    def random(self, shape):
+        part, self._left = self._left[:, : shape[1]], self._left[:, shape[1] :]
+        return part
+
+
+def seen_with(view, image, label, **places):
+    out = np.empty((view.crop_px, view.crop_px, 3), np.uint8), np.empty((view.crop_px, view.crop_px), np.uint8)
+    view(image, label, Chosen(**places), *out)
+    return out
 
 
 def drawn(view, size, seed=0):
@@ -130,6 +149,73 @@ def test_the_larger_holds_the_smaller(height, width, seed):
     assert shown.any(1).sum() == min(40, scaled[0]) and shown.any(0).sum() == min(40, scaled[1])
 
 
+@given(height=SIDES, width=SIDES, seed=st.integers(0, 1000), degrees=st.floats(1, 180))
+@settings(deadline=None)
+def test_a_turned_label_equals_its_formula(height, width, seed, degrees):
+    """Every view pixel's centre, turned back about the view's middle in complex numbers, and the pixel it falls in."""
+    _, label = noise(height, width)
+    view = TrainView(40, 0.5, 1.5, mirror=False, rotate_degrees=degrees)
+    _, seen = apply(view, np.zeros((height, width, 3), np.uint8), label, seed)
+    rng = np.random.default_rng(seed)
+    rng.random((MAX_TRIES, 7))
+    turn = np.exp(1j * np.radians(degrees) * (2 * rng.random((MAX_TRIES, 3))[0, 0] - 1))
+    scaled, offset, _ = drawn(view, (height, width), seed)
+    grid = np.arange(40) + 0.5 - 20
+    there = (grid[None, :] + 1j * grid[:, None]) * turn + complex(offset[1] + 20, offset[0] + 20)
+    x, y = there.real * width / scaled[1], there.imag * height / scaled[0]
+    columns, rows = np.floor(x).astype(int), np.floor(y).astype(int)
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    expected = np.full((40, 40), 255, np.uint8)
+    expected[inside] = label[rows[inside], columns[inside]]
+    if not inside.any():
+        return  # drawn again
+    tie = 2e-3  # the library rounds positions to 1/1024 of a pixel
+    clear = (np.abs(x - np.round(x)) > tie) & (np.abs(y - np.round(y)) > tie)
+    assert (seen == expected)[clear].all()
+
+
+@pytest.mark.parametrize(("draw", "quarters"), [(0.0, -1), (1.0, 1)])
+def test_a_quarter_turn_is_exact(draw, quarters):
+    image, label = noise(64, 64)
+    seen, seen_label = seen_with(TrainView(64, mirror=False, rotate_degrees=90), image, label, _7=draw)
+    assert np.array_equal(seen_label, np.rot90(label, quarters))
+    assert np.array_equal(seen, np.rot90(image, quarters))
+
+
+def test_image_and_label_turn_together_and_the_fill_stays_as_it_is():
+    """A label that is the image's red: they agree to the half pixel of the border, and beyond it the fill is whole."""
+    label = np.tile(np.repeat(np.arange(8, dtype=np.uint8) * 30, 10), (60, 1))
+    image = np.dstack([label, label, label])
+    for seed in range(30):
+        plain = TrainView(50, 0.7, 1.3, rotate_degrees=180)
+        seen, seen_label = apply(plain, image, label, seed)
+        inside = seen_label != 255
+        smooth = cv2.erode(seen_label, np.ones((3, 3))) == cv2.dilate(seen_label, np.ones((3, 3)))  # inside a stripe
+        smooth[[0, -1]], smooth[:, [0, -1]] = False, False  # where the neighbours are not seen
+        assert np.abs(seen[..., 0].astype(int) - seen_label)[inside & smooth].max() <= 1
+        colorful = TrainView(50, 0.7, 1.3, True, 0.9, rotate_degrees=180, blur_probability=1.0)
+        changed, same_label = apply(colorful, image, label, seed)
+        assert np.array_equal(seen_label, same_label)
+        assert (changed[~inside] == FILL_RGB).all() and (seen[~inside] == FILL_RGB).all()
+
+
+@pytest.mark.parametrize("draw", [0.2, 1.0])
+def test_blur_equals_a_gaussian_sum(draw):
+    image, label = noise(40, 40)
+    view = TrainView(40, mirror=False, blur_probability=0.5, blur_max_px=2.0)
+    seen, seen_label = seen_with(view, image, label, _8=0.49, _9=draw)
+    sigma = BLUR_MIN_PX + (2.0 - BLUR_MIN_PX) * draw
+    kernel = np.exp(-0.5 * (np.arange(-8, 9) / sigma) ** 2)
+    kernel /= kernel.sum()
+    expected = image.astype(np.float64)
+    for axis in (0, 1):
+        expected = np.apply_along_axis(np.convolve, axis, expected, kernel, "same")
+    middle = (slice(8, -8), slice(8, -8))
+    assert np.abs(seen[middle] - expected[middle]).max() <= 2  # the library cuts its kernel at three sigma
+    assert np.array_equal(seen_label, label)
+    assert np.array_equal(seen_with(view, image, label, _8=0.51, _9=draw)[0], image)
+
+
 def test_every_position_and_both_mirrors_are_reached():
     """On a 6x5 image with one marked pixel and a crop of 4, counted over many draws."""
     label = np.arange(30, dtype=np.uint8).reshape(6, 5)
@@ -170,7 +256,8 @@ def test_the_generator_advances_equally_for_all_options(void):
     image, label = noise(50, 50)
     label = np.full_like(label, 255) if void else label
     following = set()
-    for view in (TrainView(20), TrainView(90, 0.5, 1.5, False, 0.5), TrainView(20, 2.0, 2.0, True, 1.0)):
+    everything = TrainView(20, 2.0, 2.0, True, 1.0, rotate_degrees=40, blur_probability=0.5)
+    for view in (TrainView(20), TrainView(90, 0.5, 1.5, False, 0.5), everything):
         rng = np.random.default_rng(0)
         view(
             image,
@@ -184,11 +271,12 @@ def test_the_generator_advances_equally_for_all_options(void):
 
 
 def test_one_option_does_not_shift_the_others():
-    """The label shows the geometry: colour jitter leaves it alone, and mirroring only mirrors."""
+    """The label shows the geometry: colour and blur leave it alone, and mirroring only mirrors."""
     image, label = noise(60, 80)
     for seed in range(20):
         plain = apply(TrainView(40, 0.5, 1.5), image, label, seed)[1]
-        assert np.array_equal(plain, apply(TrainView(40, 0.5, 1.5, color_jitter=0.8), image, label, seed)[1])
+        recolored = TrainView(40, 0.5, 1.5, color_jitter=0.8, blur_probability=0.5)
+        assert np.array_equal(plain, apply(recolored, image, label, seed)[1])
         still = apply(TrainView(40, 0.5, 1.5, mirror=False), image, label, seed)[1]
         assert np.array_equal(plain, still) or np.array_equal(plain, still[:, ::-1])
 
@@ -229,6 +317,9 @@ def test_color_jitter_leaves_the_fill_alone():
         ({"scale_min": 2.0, "scale_max": 1.0}, "scale_min"),
         ({"scale_max": float("nan")}, "scale_max"),
         ({"color_jitter": 1.5}, "color_jitter"),
+        ({"rotate_degrees": -1}, "rotate_degrees"),
+        ({"blur_probability": 2}, "blur_probability"),
+        ({"blur_max_px": float("nan")}, "blur_max_px"),
     ],
 )
 def test_bad_options(options, named):
