@@ -28,6 +28,11 @@ class DataConfig:
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation changes, 0 to 1
     blur_probability: float = 0.0  # of a Gaussian blur; SimCLR (Chen et al. 2020, appendix A): 0.5
     blur_max_px: float = 2.0  # its standard deviation, in pixels of the view, is uniform from 0.1 to this (the same)
+    # each_once: every sample once per epoch; class_balanced: a random class, then one of the samples that show it;
+    # rare_class: likewise, and the fewer pixels a class has, the likelier it is (Hoyer et al. 2022, section 3.2)
+    sampling: str = "each_once"
+    rare_class_temperature: float = 0.01  # the lower, the more of the rarest (the same: 0.01 on Cityscapes)
+    shuffle_block: int = 0  # shards whose samples are shuffled together, the shards in random order; 0: all of them
     num_threads: int = 2  # decoding threads a rank; 0: in the training thread
 
 
@@ -199,6 +204,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("adversarial", "supervised", "semi_supervised"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "bf16", "fp16", "fp32", "fp64"),
+    "data.sampling": ("each_once", "class_balanced", "rare_class"),
     "segmentor.batch_norm": ("per_rank", "frozen", "synchronised"),
     "segmentor_optimizer.name": ("adamw", "sgd"),
     "discriminator_optimizer.name": ("adamw", "sgd"),
@@ -229,6 +235,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.color_jitter": (0, 1),
     "data.blur_probability": (0, 1),
     "data.blur_max_px": (0.1, 100),
+    "data.rare_class_temperature": (1e-4, None),
+    "data.shuffle_block": (0, 10**6),
     "data.num_threads": (0, 256),
     "data.cache_bytes": (0, None),
     "data.labelled_seed": (0, 2**31 - 1),

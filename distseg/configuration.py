@@ -169,6 +169,9 @@ def _check(config: Config) -> None:
     if config.data.scale_min > config.data.scale_max:
         got = f"data.scale_min={config.data.scale_min} above data.scale_max={config.data.scale_max}"
         raise InputError(got, "scale_min <= scale_max", "swap them")
+    if config.data.sampling != "each_once" and config.data.shuffle_block:
+        got = f"data.sampling={config.data.sampling} with data.shuffle_block={config.data.shuffle_block}"
+        raise InputError(got, "one of them: classes are drawn from all shards", "write data.shuffle_block=0")
     if config.discriminator_optimizer.encoder_lr_factor != 1:
         got = f"discriminator_optimizer.encoder_lr_factor={config.discriminator_optimizer.encoder_lr_factor}"
         raise InputError(got, "1: a discriminator has no encoder", "set discriminator_optimizer.lr alone")

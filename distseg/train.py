@@ -14,7 +14,7 @@ import torch
 from distseg import configuration, environment, tensorboard
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
-from distseg.data.samples import SampleSet, open_reader, sha256_of_keys, split_labelled
+from distseg.data.samples import SampleSet, open_reader, plan_for, sha256_of_keys, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import allow_tf32, resolve_precision, reuse_memory
@@ -246,8 +246,8 @@ def open_stream(
     view = TrainView(**{field.name: getattr(data, field.name) for field in fields(TrainView)})
     return TrainStream(
         samples,
+        plan_for(samples, data, seed),
         view,
-        seed=seed,
         batch_size=batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,

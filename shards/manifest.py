@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,13 +19,17 @@ FILE_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar: its file name, samples, bytes, and the sha256 of the tar and of its member index."""
+    """One tar: its file name, samples, bytes, and the sha256 of the tar and of its member index.
+
+    num_unlabelled: samples without a label; None: of a pack that did not count them.
+    """
 
     file: str
     num_samples: int
     num_bytes: int
     sha256: str
     index_sha256: str
+    num_unlabelled: int | None = None
 
     @property
     def index_file(self) -> str:
@@ -57,7 +62,7 @@ class Manifest:
     left_out: int = 0
     sources: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Identity of the data: of the canonical JSON, which names the sha256 of every shard."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -117,16 +122,21 @@ class Manifest:
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     def _content(self) -> dict[str, Any]:
-        """What makes the data; maps of other bytes can hold the same. A count of 0 is not written, as it never was."""
-        content = asdict(self)
-        del content["sources"]
-        if not self.left_out:
-            del content["left_out"]
-        return content
+        """What makes the data; maps of other bytes can hold the same. What older packs did not know is not written."""
+        splits = {
+            name: vars(split) | {"shards": [_without_none(vars(shard)) for shard in split.shards]}
+            for name, split in self.splits.items()
+        }
+        content = {"version": self.version, "name": self.name, "classes": asdict(self.classes), "splits": splits}
+        return content | ({"left_out": self.left_out} if self.left_out else {})
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""
         return [shard for split in self.splits.values() for shard in split.shards]
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def sha256_of(path: Path) -> str:

@@ -28,9 +28,10 @@ from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, enco
 from shards.verified import is_verified, mark_verified
 
 STAGING = ".packing"
+LAYOUT = 2  # of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
 SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
-# bytes, at most: three tar headers with padding and a line of the index; a tar's end and its manifest entry
-MEMBER_OVERHEAD, TAR_OVERHEAD = 4096, 16384
+# bytes, at most: three tar headers with padding and a sample's lines of the index; a tar's end and its manifest entry
+MEMBER_OVERHEAD, TAR_OVERHEAD = 8192, 16384
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def pack(
 
 def source_of(maps: Path, samples_per_shard: int) -> str:
     """Hex digits that are the same when packing gives the same bytes."""
-    return hashlib.sha256(f"{sha256_of(maps)} {samples_per_shard} {VERSION}".encode()).hexdigest()
+    return hashlib.sha256(f"{sha256_of(maps)} {samples_per_shard} {VERSION}.{LAYOUT}".encode()).hexdigest()
 
 
 def _unchanged(out: Path, sources: dict[str, str]) -> Manifest | None:
@@ -203,24 +204,29 @@ def _write_all(reader: MapsReader, out: Path, tasks: list[_Task], num_workers: i
 
 def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
     """Write one tar and its member index, each whole or not at all."""
-    pixels = np.zeros(256, np.int64)
-    sizes: dict[str, tuple[int, int]] = {}
+    pixels, num_unlabelled = np.zeros(256, np.int64), 0
+    about: dict[str, dict[str, Any]] = {}
     with published(out / task.file) as partial:
         # a fixed mtime, user and mode: the same samples give the same bytes
         with webdataset.TarWriter(str(partial), encoder=False, mtime=0, compress=False) as tar:
             for key in task.keys:
                 sample = reader.read(key)
-                sizes[key] = _check(sample, reader.classes.num_classes)
-                if sample.label is not None:
-                    pixels += np.bincount(sample.label.ravel(), minlength=256)
+                height, width = _check(sample, reader.classes.num_classes)
+                about[key] = {"height": int(height), "width": int(width)}
+                if sample.label is None:
+                    num_unlabelled += 1
+                else:
+                    counts = np.bincount(sample.label.ravel(), minlength=256)
+                    about[key]["pixels"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
+                    pixels += counts
                 tar.write(_members(sample))
-        index = _index(partial, sizes)
+        index = _index(partial, about)
     path = out / task.file
     index_path = path.with_suffix(".index.json")
     with published(index_path) as partial:
         partial.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
     checksums = (sha256_of(path), sha256_of(index_path))
-    return _Written(ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums), pixels)
+    return _Written(ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums, num_unlabelled), pixels)
 
 
 def _check(sample: Sample, num_classes: int) -> tuple[int, int]:
@@ -245,16 +251,15 @@ def _members(sample: Sample) -> dict[str, Any]:
     return members
 
 
-def _index(path: Path, sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
-    """Per sample: key, height, width, and [offset, bytes, crc32] of each of its members."""
+def _index(path: Path, about: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per sample: key, what is told about it, and [offset, bytes, crc32] of each of its members."""
     samples: dict[str, dict[str, Any]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, kind = member.name.partition(".")
             content = tar.extractfile(member)
             assert content is not None  # every member is a file
-            height, width = sizes[key]
-            entry = samples.setdefault(key, {"key": key, "height": int(height), "width": int(width), "members": {}})
+            entry = samples.setdefault(key, {"key": key, **about[key], "members": {}})
             entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
     return list(samples.values())
 

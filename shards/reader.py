@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from shards.errors import InputError
+from shards.index import Entry, Indices
 from shards.source import DamageError, open_source
 
 
@@ -23,24 +24,13 @@ class RawSample:
     label: bytes | None
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a sample's members are: [offset, bytes, crc32] each."""
-
-    shard: int
-    key: str
-    size: tuple[int, int]
-    image: tuple[int, int, int]
-    label: tuple[int, int, int] | None
-
-
 class ShardReader:
     """The samples of one split in packed order; safe to share between threads and to send to other processes.
 
     location: a folder, or a URL (http, https, s3, gs), whose shards are kept in cache_dir, at most cache_bytes of
     them (shards.cache has the defaults). Raises InputError at construction when there is no manifest, the split is
-    not there, or a local shard is missing or of another length; at `read` when a member's bytes are not the ones
-    that were packed, or a remote shard cannot be had.
+    not there, or (of a split that is not too large to look, see shards.index) a local shard is missing or of another
+    length; at `read` when a member's bytes are not the ones that were packed, or a remote shard cannot be had.
     """
 
     def __init__(self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0):
@@ -52,8 +42,7 @@ class ShardReader:
             there = ", ".join(self.manifest.splits)
             raise InputError(f"no split {split!r} in {location}", f"one of: {there}", "correct the split's name")
         self._shards = self.manifest.splits[split].shards
-        indices = enumerate(self._source.indices(self._shards))
-        self._entries = [_entry(number, sample) for number, index in indices for sample in json.loads(index)]
+        self._entries = Indices(self._source, self._shards)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -74,7 +63,30 @@ class ShardReader:
     @property
     def unlabelled(self) -> list[str]:
         """Keys of the samples without a label."""
+        if all(shard.num_unlabelled == 0 for shard in self._shards):
+            return []  # without a look at the indices
         return [entry.key for entry in self._entries if entry.label is None]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Number of samples in each shard of the split, in packed order."""
+        return [shard.num_samples for shard in self._shards]
+
+    def shard_of(self, indices: Sequence[int]) -> np.ndarray:
+        """Number of the shard that each of these samples lies in."""
+        return self._entries.shard_of(indices)
+
+    def class_pixels(self) -> np.ndarray:
+        """(samples, classes) int64: pixels of each class in each sample, 0 where it has no label. Reads no label.
+
+        Raises InputError for shards of a pack that did not count them.
+        """
+        counts = np.zeros((len(self), self.classes.num_classes), np.int64)
+        for index, pixels in enumerate(self._entries.pixels()):
+            for value, count in (pixels or {}).items():
+                if int(value) < self.classes.num_classes:  # the other one is void
+                    counts[index, int(value)] = count
+        return counts
 
     def read(self, index: int, *, with_label: bool = True) -> RawSample:
         """The bytes of a sample. Raises InputError, naming sample and shard, where their crc32 differs."""
@@ -94,7 +106,7 @@ class ShardReader:
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say that these samples will be read soon, in this order: shards that are far away are fetched ahead."""
-        self._source.expect([self._shards[number] for number in dict.fromkeys(self._entries[i].shard for i in indices)])
+        self._source.expect([self._shards[number] for number in dict.fromkeys(self.shard_of(indices).tolist())])
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
@@ -105,7 +117,7 @@ class ShardReader:
         entry = self._entries[index]
         return f"sample {entry.key} in {self._source.place(self._shards[entry.shard].file)}"
 
-    def _read(self, entry: _Entry, with_label: bool) -> RawSample:
+    def _read(self, entry: Entry, with_label: bool) -> RawSample:
         with self._source.open(self._shards[entry.shard]) as descriptor:
             image = _member(descriptor, entry.image)
             label = _member(descriptor, entry.label) if with_label and entry.label is not None else None
@@ -118,10 +130,3 @@ def _member(descriptor: int, where: tuple[int, int, int]) -> bytes:
     if len(content) != length or zlib.crc32(content) != crc32:
         raise DamageError("its bytes are not the ones that were packed")
     return content
-
-
-def _entry(shard: int, sample: dict[str, Any]) -> _Entry:
-    members = sample["members"]
-    image = next(members[kind] for kind in ("jpg", "image.png") if kind in members)
-    label = tuple(members["png"]) if "png" in members else None
-    return _Entry(shard, sample["key"], (sample["height"], sample["width"]), tuple(image), label)

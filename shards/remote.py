@@ -231,6 +231,7 @@ class RemoteSource:
         return self._cache.open(shard, lambda descriptor: self._remote.download(shard, descriptor, moved), moved)
 
     def _bring(self, shard: ShardInfo) -> None:
+        self._index(shard)  # of a large set it was not read at the start
         with self._opened(shard):
             pass
 

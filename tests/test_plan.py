@@ -1,12 +1,17 @@
 """The order of samples is a function of seed and position alone."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distseg.data.plan import Plan, rank_positions
+from distseg.data.plan import BalancedPlan, BlockPlan, Plan, rank_positions
 from shards.errors import InputError
+from shards.manifest import Manifest, ShardInfo, SplitInfo
+from shards.sample import STANFORD
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -118,6 +123,108 @@ def test_a_batch_that_the_world_does_not_divide_names_those_that_work(batch, wor
 def test_a_rank_outside_the_world(rank, world):
     with pytest.raises(InputError, match="rank"):
         rank_positions(0, 4, rank, world)
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+@given(sizes=SIZES, per_block=st.integers(1, 14), seed=SEEDS, epoch=st.integers(0, 2**40))
+@settings(deadline=None)
+def test_blocks_give_every_sample_once_and_use_few_shards_at_a_time(sizes, per_block, seed, epoch):
+    """From its first sample to its last a shard is in use: never more than `per_block` of them."""
+    plan, num_samples = BlockPlan(sizes, per_block, seed), sum(sizes)
+    indices = [plan.sample_index(epoch * num_samples + offset) for offset in range(num_samples)]
+    assert sorted(indices) == list(range(num_samples))
+    shards = np.repeat(np.arange(len(sizes)), sizes)[indices]
+    spans = [np.flatnonzero(shards == shard)[[0, -1]] for shard in range(len(sizes))]
+    in_use = [sum(first <= offset <= last for first, last in spans) for offset in range(num_samples)]
+    assert max(in_use) <= per_block
+
+
+@given(
+    sizes=SIZES,
+    per_block=st.integers(1, 5),
+    seed=SEEDS,
+    asked=st.lists(st.integers(0, 80), min_size=1, max_size=10),
+)
+@settings(deadline=None)
+def test_blocks_carry_nothing_along(sizes, per_block, seed, asked):
+    """Any positions in any order, by plans that have seen other things, as from the beginning."""
+    plan = BlockPlan(sizes, per_block, seed)
+    order = [plan.sample_index(position) for position in range(81)]
+    assert [BlockPlan(sizes, per_block, seed).sample_index(position) for position in asked] == [order[p] for p in asked]
+
+
+def test_blocks_are_shuffled_within_and_over_epochs():
+    """One block of all shards is any order of all samples; each pair of shards meets in some epoch's block."""
+    plan = BlockPlan([4] * 6, 2, seed=1)
+    epochs = [[plan.sample_index(24 * epoch + offset) for offset in range(24)] for epoch in range(60)]
+    assert len({tuple(epoch) for epoch in epochs}) == 60
+    pairs = {frozenset(i // 4 for i in epoch[8 * b : 8 * b + 8]) for epoch in epochs for b in range(3)}
+    assert len(pairs) == 15  # of six shards
+    assert len({epoch[0] for epoch in epochs}) > 15  # of 24; 22 expected
+    mixed = sum(len({i // 4 for i in epoch[:4]}) == 2 for epoch in epochs)
+    assert mixed > 50  # two shards joined in one block alternate; 58 expected of 60
+
+
+def test_the_order_in_blocks_is_fixed_for_ever():
+    plan = BlockPlan([3, 2, 4, 1], 2, seed=3)
+    assert [plan.sample_index(p) for p in range(20)] == [
+        *(2, 0, 1, 4, 3, 9, 6, 8, 7, 5),
+        *(7, 3, 5, 8, 4, 6, 1, 0, 9, 2),
+    ]
+    balanced = BalancedPlan(np.eye(5, dtype=np.int64), seed=3)
+    assert [balanced.sample_index(p) for p in range(10)] == [1, 2, 1, 3, 1, 0, 1, 4, 1, 3]
+
+
+@pytest.mark.parametrize("temperature", [None, 0.1, 1.0])
+def test_classes_are_drawn_as_the_formula_says(temperature):
+    """Over 20,000 positions: the frequency of each sample is the sum over its classes of P(class) / samples with it."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 100, (12, 5)) * (rng.random((12, 5)) < [0.9, 0.5, 0.3, 0.1, 0.0])
+    pixels[3] = 0  # void all over
+    pixels[7, 3] = 5  # the rarest, whatever was drawn
+    share = pixels.sum(0) / pixels.sum()
+    weight = (pixels.sum(0) > 0) * (1.0 if temperature is None else np.exp((1 - share) / temperature))
+    weight = weight / weight.sum()
+    shows = pixels > 0
+    expected = sum(weight[c] * shows[:, c] / max(1, shows[:, c].sum()) for c in range(5))
+    plan = BalancedPlan(pixels, seed=5, temperature=temperature)
+    order = [plan.sample_index(position) for position in range(20_000)]
+    counts = np.bincount(order, minlength=12)
+    assert counts[3] == 0
+    assert np.abs(counts / 20_000 - expected).max() < 5 * np.sqrt(0.25 / 20_000)
+    assert [BalancedPlan(pixels, 5, temperature).sample_index(p) for p in (777, 5)] == [order[777], order[5]]
+    with pytest.raises(InputError, match="without a pixel"):
+        BalancedPlan(np.zeros((3, 2), np.int64), 0)
+
+
+STARTUP = """
+import resource, sys, time
+from distseg.config import DataConfig
+from distseg.data.samples import SampleSet, open_reader, plan_for, split_labelled
+before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+options = DataConfig(shards=sys.argv[1], shuffle_block=16)
+reader = open_reader(options, "train")
+samples = SampleSet(reader, split_labelled(reader, "all", 0)[0])
+plan = plan_for(samples, options, seed=1)
+ahead = [plan.sample_index(position) for position in range(10**12, 10**12 + 1000)]
+samples.expect(ahead)
+assert len(samples) == plan.num_samples == 10_000_128 and len(set(ahead)) == 1000
+seconds = time.process_time() - before[0]
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[1]) / 1e6)
+"""
+
+
+def test_ten_million_samples_start_within_two_seconds_and_a_gigabyte(tmp_path):
+    """39,063 shards of 256, of which only the manifest is there: nothing else is looked at before the first sample."""
+    infos = tuple(ShardInfo(f"train-{i:06d}.tar", 256, 10**7, f"{i:064x}", f"{i:064x}", 0) for i in range(39_063))
+    split = SplitInfo(infos, 256 * len(infos), (1,) * 8, 0)
+    Manifest(1, "synthetic", STANFORD, {"train": split}).save(tmp_path)
+    child = subprocess.run([sys.executable, "-c", STARTUP, str(tmp_path)], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    seconds, gigabytes = map(float, child.stdout.split())
+    assert seconds < 2 and gigabytes < 1  # of processor time, so that a busy machine does not matter
 
 
 def test_bad_plans():

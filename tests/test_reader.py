@@ -7,14 +7,16 @@ import multiprocessing
 import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import toy_samples
 
+import shards.index
 from shards.errors import InputError
-from shards.manifest import Manifest
+from shards.manifest import Manifest, sha256_of
 from shards.reader import RawSample, ShardReader
 from shards.sample import decode_label
 from shards.verified import check_verified
@@ -131,3 +133,49 @@ def test_manifest_keeps_its_identity(directory: Path) -> None:
     manifest.save(directory)
     assert Manifest.load(directory) == manifest
     assert Manifest.load(directory).sha256 == manifest.sha256
+
+
+def older(directory: Path) -> Path:
+    """The shards as a pack wrote them that did not count pixels and unlabelled samples."""
+    manifest = Manifest.load(directory)
+    splits = {}
+    for name, split in manifest.splits.items():
+        infos = []
+        for info in split.shards:
+            path = directory / info.index_file
+            entries = json.loads(path.read_text())
+            path.write_text(json.dumps([{key: entry[key] for key in entry if key != "pixels"} for entry in entries]))
+            infos.append(replace(info, index_sha256=sha256_of(path), num_unlabelled=None))
+        splits[name] = replace(split, shards=tuple(infos))
+    replace(manifest, splits=splits).save(directory)
+    assert "num_unlabelled" not in (directory / "manifest.json").read_text()
+    return directory
+
+
+def test_older_shards_are_read_but_cannot_balance_classes(toy_shards: Path, directory: Path) -> None:
+    assert read_all(older(directory)) == read_all(toy_shards)
+    reader = ShardReader(directory, "train")
+    assert reader.unlabelled == []
+    with pytest.raises(InputError, match=r"(?s)train-000000\.index\.json.*distseg pack"):
+        reader.class_pixels()
+
+
+def test_of_a_large_split_only_some_indices_are_held(
+    toy_shards: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read_all(toy_shards)
+    monkeypatch.setattr(shards.index, "MAX_INDEXED", 5)
+    assert read_all(directory) == expected
+    reader = ShardReader(directory, "train")
+    assert not reader._entries._held  # nothing is read at the start
+    order = np.random.default_rng(0).integers(0, 8, 300).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(reader.read, order)) == [expected[index] for index in order]
+    held = reader._entries._held
+    assert sum(len(index.keys) for index in held.values()) == reader._entries._num_held <= 5
+    content = (directory / "train-000002.index.json").read_text()
+    (directory / "train-000002.index.json").write_text(content.replace("toy_07", "toy_70"))
+    with pytest.raises(InputError, match=r"train-000002\.index\.json"):
+        ShardReader(directory, "train").read(7)
+    with pytest.raises(IndexError):
+        reader.read(8)

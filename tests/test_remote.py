@@ -13,20 +13,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import toy_samples
 
 from distseg import configuration
+from distseg.data.plan import BlockPlan, Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
 from shards import cache, remote
 from shards.errors import InputError
 from shards.manifest import Manifest, ShardInfo
+from shards.maps import write_maps
+from shards.pack import pack
 from shards.reader import RawSample, ShardReader
 from shards.remote import Remote, RemoteSource
+from shards.sample import STANFORD
 from shards.source import LocalSource
 
 FILE = "train-000000.tar"
@@ -308,7 +314,9 @@ def test_readers_that_fight_for_a_small_cache_still_get_the_right_bytes(
 def test_shards_come_before_they_are_needed_in_their_order(server: Server, toy_shards: Path, tmp_path: Path) -> None:
     reader, local = (ShardReader(where, "train", cache_dir=str(tmp_path)) for where in (server.url, toy_shards))
     streams = [
-        TrainStream(SampleSet(r), TrainView(48, 0.5, 1.5), seed=1, batch_size=2, rank=0, world_size=1, num_threads=1)
+        TrainStream(
+            SampleSet(r), Plan(8, 1), TrainView(48, 0.5, 1.5), batch_size=2, rank=0, world_size=1, num_threads=1
+        )
         for r in (reader, local)
     ]
     first = [next(stream) for stream in streams]
@@ -319,6 +327,30 @@ def test_shards_come_before_they_are_needed_in_their_order(server: Server, toy_s
     assert bytes(first[0].image.numpy()) == bytes(first[1].image.numpy())
     [stream.close() for stream in streams]
 
+
+@pytest.mark.parametrize("per_block", [0, 1])
+def test_blocks_fetch_a_shard_once_an_epoch_into_a_cache_that_holds_a_quarter(tmp_path: Path, per_block: int) -> None:
+    """Eight shards of five samples and room for two and a half; all samples shuffled together need far more."""
+    needs("fsspec", "aiohttp")
+    samples = [replace(toy, key=f"{toy.key}_{i}", split="train") for i in range(4) for toy in toy_samples()[:10]]
+    write_maps(tmp_path / "maps.h5", "many", STANFORD, samples, len(samples))
+    shards = pack(tmp_path / "maps.h5", tmp_path / "shards", samples_per_shard=5).shards()
+    index_bytes = sum((tmp_path / "shards" / shard.index_file).stat().st_size for shard in shards)
+    room = int(2.5 * max(shard.num_bytes for shard in shards)) + index_bytes
+    server = Server(tmp_path / "shards")
+    reader = ShardReader(server.url, "train", cache_dir=str(tmp_path / "cache"), cache_bytes=room)
+    plan = BlockPlan(reader.shard_sizes, per_block, 1) if per_block else Plan(40, 1)
+    options = {"batch_size": 5, "rank": 0, "world_size": 1, "num_threads": 1}
+    stream = TrainStream(SampleSet(reader), plan, TrainView(48), **options)
+    for _ in range(16):  # two epochs
+        next(stream)
+    stream.close()
+    server.close()
+    fetched = sum(tar_requests(server).values()) / sum(num_chunks(tmp_path / "shards").values())
+    assert (fetched <= 2.8) if per_block else (fetched > 4)  # times each shard; batches ahead count too
+
+
+def test_what_is_expected_is_fetched_once_for_each_use_and_never_too_far_ahead() -> None:
     begun, gate = [], threading.Event()
     shards = [ShardInfo(f"{i}.tar", 1, 10, f"{i:064d}", "") for i in range(40)]
     ahead = remote.Prefetch(lambda shard: (begun.append(shard), gate.wait(10)), max_bytes=50)

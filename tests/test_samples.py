@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distseg.data.samples import SampleSet, split_labelled
+from distseg.config import DataConfig
+from distseg.data.plan import BalancedPlan, Plan
+from distseg.data.samples import SampleSet, plan_for, split_labelled
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import decode_label
@@ -46,7 +48,8 @@ def test_a_share_is_seeded_exact_and_nested(reader: ShardReader) -> None:
         assert sorted(chosen + left) == list(range(8))
     assert split_labelled(reader, "1/2", seed=3) == (half, other_half)
     assert len({tuple(split_labelled(reader, "1/2", seed)[0]) for seed in range(20)}) > 5
-    assert split_labelled(reader, "all", 0) == (list(range(8)), [])
+    chosen, left = split_labelled(reader, "all", 0)
+    assert [*chosen] == list(range(8)) and not left
 
 
 def test_a_list_file_names_the_labelled_samples(reader: ShardReader, tmp_path: Path) -> None:
@@ -104,3 +107,34 @@ def test_kept_classes_stay_apart_and_the_rest_is_one(reader: ShardReader) -> Non
 def test_unknown_or_repeated_classes_are_refused(reader: ShardReader, keep: list[str]) -> None:
     with pytest.raises(InputError, match="keep_classes"):
         SampleSet(reader, keep=keep)
+
+
+def class_counts(reader: ShardReader) -> np.ndarray:
+    """By decoding every label."""
+    labels = [decode_label(reader.read(index).label) for index in range(len(reader))]
+    return np.array([np.bincount(label.ravel(), minlength=256)[:8] for label in labels])
+
+
+def test_class_pixels_are_the_labels_without_reading_any(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = class_counts(reader)
+    monkeypatch.setattr(ShardReader, "read", None)
+    assert np.array_equal(SampleSet(reader).class_pixels(), counts)
+    kept = SampleSet(reader, [1, 3, 6], keep=["road", "sky"]).class_pixels()
+    others = [1, 3, 4, 5, 6, 7]
+    expected = np.column_stack([counts[:, others].sum(1), counts[:, 2], counts[:, 0]])
+    assert np.array_equal(kept, expected[[1, 3, 6]])
+
+
+def test_plans_are_as_configured(reader: ShardReader) -> None:
+    samples, some = SampleSet(reader), SampleSet(reader, [0, 4, 5, 7])
+    assert type(plan_for(samples, DataConfig(), 1)) is Plan
+    in_blocks = plan_for(some, DataConfig(shuffle_block=1), 1)
+    firsts = [[in_blocks.sample_index(4 * epoch + i) for i in range(4)] for epoch in range(30)]
+    assert all(abs(epoch.index(1) - epoch.index(2)) == 1 for epoch in firsts)  # 4 and 5 share a shard
+    assert len({tuple(epoch) for epoch in firsts}) > 6  # of 12
+    for sampling, temperature in (("class_balanced", None), ("rare_class", 0.5)):
+        options = DataConfig(sampling=sampling, rare_class_temperature=0.5)
+        plan, expected = plan_for(samples, options, 1), BalancedPlan(class_counts(reader), 1, temperature)
+        assert [plan.sample_index(p) for p in range(50)] == [expected.sample_index(p) for p in range(50)]
+        unlabelled = SampleSet(reader, [0, 4, 5, 7], labelled=False)
+        assert type(plan_for(unlabelled, options, 1)) is Plan

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import toy_samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from distseg.data.plan import Plan
+from distseg.data.plan import BalancedPlan, BlockPlan, Plan, augmentation_rng
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream, evaluation_samples
 from distseg.data.transforms import TrainView
@@ -46,11 +48,11 @@ class AlteredReader:
         return self.alter(index, self.reader.read(index))
 
 
-def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW):
+def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW, plan=None):
     return TrainStream(
         SampleSet(reader),
+        Plan(8, seed=5) if plan is None else plan,
         view,
-        seed=5,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -114,6 +116,35 @@ def test_resume_continues_the_same_batches(reader, expected, start_step):
             strict=True,
         ):
             assert torch.equal(batch.image, image) and torch.equal(batch.label, label)
+
+
+PLANS = {
+    "blocks": lambda reader: BlockPlan(reader.shard_sizes, 2, seed=5),
+    "balanced": lambda reader: BalancedPlan(reader.class_pixels(), seed=5),
+}
+
+
+@given(
+    kind=st.sampled_from(sorted(PLANS)),
+    worlds=st.tuples(st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2, 3, 6])),
+    num_threads=st.integers(0, 3),
+    start=st.integers(0, 40),
+    steps=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=40)
+def test_any_order_goes_on_anywhere_on_another_world(reader, kind, worlds, num_threads, start, steps):
+    """From `start` on one world, then on another, against one plan walked from 0 and views put together by hand."""
+    plan, seen = PLANS[kind](reader), []
+    for first, world_size in ((start, worlds[0]), (start + steps, worlds[1])):
+        options = {"num_threads": num_threads, "start_step": first, "world_size": world_size}
+        ranks = [batches(reader, steps, rank=rank, plan=PLANS[kind](reader), **options) for rank in range(world_size)]
+        seen += [torch.cat([rank[step].image for rank in ranks]) for step in range(steps)]
+    order = [plan.sample_index(position) for position in range(6 * (start + 2 * steps))]
+    for position, image in enumerate(torch.cat(seen), start=6 * start):
+        raw, expected = reader.read(order[position]), np.empty((48, 48, 3), np.uint8)
+        rng, label = augmentation_rng(5, position), np.empty((48, 48), np.uint8)
+        VIEW(decode_image(raw.image), decode_label(raw.label), rng, expected, label)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 def test_resume_on_another_world_size(reader, expected):

@@ -12,6 +12,7 @@ import torch
 
 from distseg import configuration
 from distseg.config import Config
+from distseg.data.plan import Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
@@ -39,10 +40,11 @@ def make_config(*overrides: str) -> Config:
 
 
 def batches(ranks: Ranks, shards: Path, config: Config, count: int) -> list[Images]:
+    samples = SampleSet(ShardReader(shards, "train"))
     stream = TrainStream(
-        SampleSet(ShardReader(shards, "train")),
+        samples,
+        Plan(len(samples), seed=1),
         TrainView(CROP, 0.7, 1.4),
-        seed=1,
         batch_size=4,
         rank=ranks.rank,
         world_size=ranks.world_size,

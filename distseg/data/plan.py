@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from shards.errors import InputError
 
 MAX_POSITION = 2**64  # positions and seeds are the two 64-bit words of a Philox key
+# Where on the sequence of a key each use of it begins, in units of 2^192 draws: never the same numbers twice
+ORDER, AUGMENTATION, SHARD_ORDER, BLOCK, CHOICE = range(5)
 
 
 class Plan:
@@ -38,15 +41,83 @@ class Plan:
 
     def augmentation_rng(self, position: int) -> np.random.Generator:
         """A fresh generator for the augmentation at this position, independent of the order of samples."""
-        # The same key as an epoch's order where position == epoch, but 2^192 draws further on: never the same
-        # numbers.
-        return np.random.Generator(np.random.Philox(key=self._key(position), counter=[0, 0, 0, 1]))
+        return augmentation_rng(self.seed, position)
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=self._key(epoch))).permutation(self.num_samples)
+        return _generator(self.seed, epoch, ORDER).permutation(self.num_samples)
 
-    def _key(self, word: int) -> np.ndarray:
-        return np.array([self.seed, word], dtype=np.uint64)  # a plain list with a large word turns into floats
+
+class BlockPlan(Plan):
+    """As Plan, with few shards in use at a time: for sets behind a URL that a cache does not hold, or very large ones.
+
+    An epoch takes the shards in the order of a permutation, shards_per_block at a time, and shuffles the samples of
+    those together. So a batch reads from one block, seldom two, and memory and start-up do not grow with the number
+    of samples. shard_sizes: how many consecutive samples lie in each shard.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], shards_per_block: int, seed: int):
+        super().__init__(sum(shard_sizes), seed)
+        if shards_per_block < 1:
+            raise InputError(f"{shards_per_block} shards a block", "at least one", "correct data.shuffle_block")
+        self._starts = np.cumsum([0, *shard_sizes])
+        self._per_block = shards_per_block
+        self._shard_order = functools.lru_cache(maxsize=2)(self._draw_shard_order)
+        self._block = functools.lru_cache(maxsize=8)(self._draw_block)  # drawn anew costs a millisecond
+
+    def sample_index(self, position: int) -> int:
+        """As Plan."""
+        epoch, offset = divmod(position, self.num_samples)
+        _, block_starts = self._shard_order(epoch)
+        block = int(np.searchsorted(block_starts, offset, side="right")) - 1
+        return int(self._block(epoch, block)[offset - block_starts[block]])
+
+    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's permutation of the shards, and the offset at which each block begins."""
+        order = _generator(self.seed, epoch, SHARD_ORDER).permutation(len(self._starts) - 1)
+        ends = np.cumsum(np.diff(self._starts)[order])
+        return order, np.concatenate([[0], ends[self._per_block - 1 : -1 : self._per_block]])
+
+    def _draw_block(self, epoch: int, block: int) -> np.ndarray:
+        shards = self._shard_order(epoch)[0][block * self._per_block :][: self._per_block]
+        samples = np.concatenate([np.arange(*self._starts[shard : shard + 2]) for shard in shards])
+        return _generator(self.seed, epoch, BLOCK, block).permutation(samples)
+
+
+class BalancedPlan(Plan):
+    """Each position draws a class, then one of the samples that show it: no epochs, samples of rare classes more often.
+
+    class_pixels: (samples, classes) pixel counts. temperature: None, every class is as likely as the others; else
+    class c has probability softmax((1 - f_c) / temperature) with its share of pixels f_c (Hoyer et al. 2022, DAFormer,
+    section 3.2, "rare class sampling", there 0.01). Classes that no sample shows are left out.
+    """
+
+    def __init__(self, class_pixels: np.ndarray, seed: int, temperature: float | None = None):
+        super().__init__(len(class_pixels), seed)
+        shown = np.flatnonzero(class_pixels.any(axis=0))
+        if not len(shown):
+            got = f"{len(class_pixels)} samples without a pixel of any class"
+            raise InputError(got, "labels, to balance the classes", "write data.sampling=each_once")
+        self._samples = [np.flatnonzero(class_pixels[:, index]) for index in shown]
+        share = class_pixels.sum(axis=0)[shown] / class_pixels.sum()
+        weights = np.ones(len(shown)) if temperature is None else np.exp((share.min() - share) / temperature)
+        self._ends = np.cumsum(weights / weights.sum())
+        self._ends[-1] = 1.0  # whatever the sum was rounded to: a draw is below it
+
+    def sample_index(self, position: int) -> int:
+        """As Plan."""
+        draw = _generator(self.seed, position, CHOICE).random(2)
+        samples = self._samples[int(np.searchsorted(self._ends, draw[0], side="right"))]
+        return int(samples[int(draw[1] * len(samples))])
+
+
+def augmentation_rng(seed: int, position: int) -> np.random.Generator:
+    """As Plan.augmentation_rng, for those that have no plan."""
+    return _generator(seed, position, AUGMENTATION)
+
+
+def _generator(seed: int, word: int, use: int, part: int = 0) -> np.random.Generator:
+    key = np.array([seed, word], dtype=np.uint64)  # a plain list with a large word turns into floats
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, part, 0, use]))
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> range:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distseg.config import DataConfig
-from distseg.data.plan import Plan
+from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
@@ -27,9 +27,9 @@ def open_reader(options: DataConfig, split: str) -> ShardReader:
 class SampleSet:
     """Some samples of a split as arrays, addressed by 0, 1, 2, ...; safe to share between threads.
 
-    indices: which of the reader's samples (None: all). labelled: False leaves their labels unread; `load` then
-    gives 0 for every pixel, so that what a view fills in around the image still reads as void. keep: class names
-    that stay apart; all the others become one class "other" with index 0 (none: the classes as they are).
+    indices: which of the reader's samples, in their order (None: all). labelled: False leaves their labels unread;
+    `load` then gives 0 for every pixel, so that what a view fills in around the image still reads as void. keep:
+    class names that stay apart; all the others become one class "other" with index 0 (none: the classes as they are).
     Raises InputError for a class that is not there and, when labels are wanted, for a sample that has none.
     """
 
@@ -42,9 +42,10 @@ class SampleSet:
         keep: Sequence[str] = (),
     ):
         self.reader, self.labelled = reader, labelled
-        self._indices = list(range(len(reader))) if indices is None else list(indices)
+        self._indices = range(len(reader)) if indices is None else indices
         self.classes, self._table = _kept(reader.classes, keep)
-        without = {reader.key(i) for i in self._indices} & set(reader.unlabelled) if labelled else set()
+        unlabelled = set(reader.unlabelled) if labelled else set()
+        without = {reader.key(i) for i in self._indices} & unlabelled if unlabelled else set()
         if without:
             some = f"{len(without)} samples, {min(without)} for one,"
             action = "prepare and pack the data with labels, or list the labelled ones: data.labelled=FILE"
@@ -57,6 +58,21 @@ class SampleSet:
     def keys(self) -> list[str]:
         """Names of the samples, in order."""
         return [self.reader.key(index) for index in self._indices]
+
+    def shard_sizes(self) -> list[int]:
+        """How many of the samples lie in each of the shards that hold any, in packed order."""
+        if len(self) == len(self.reader):
+            return self.reader.shard_sizes
+        return np.unique(self.reader.shard_of(self._indices), return_counts=True)[1].tolist()
+
+    def class_pixels(self) -> np.ndarray:
+        """(samples, classes) int64: pixels of each class in each sample. Reads no label; InputError as the reader's."""
+        counts = self.reader.class_pixels()[list(self._indices)]
+        if self._table is None:
+            return counts
+        kept = np.zeros((len(counts), self.classes.num_classes), np.int64)
+        np.add.at(kept.T, self._table[: counts.shape[1]], counts.T)
+        return kept
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say which samples will be loaded soon, in this order."""
@@ -95,7 +111,20 @@ class SampleSet:
         return image, label if self._table is None else self._table[label]
 
 
-def split_labelled(reader: ShardReader, labelled: str, seed: int) -> tuple[list[int], list[int]]:
+def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:
+    """The order of training samples as configured; unlabelled ones have no classes to balance: each comes once.
+
+    Raises InputError as SampleSet.class_pixels does.
+    """
+    if options.sampling != "each_once" and samples.labelled:
+        temperature = options.rare_class_temperature if options.sampling == "rare_class" else None
+        return BalancedPlan(samples.class_pixels(), seed, temperature)
+    if options.shuffle_block:
+        return BlockPlan(samples.shard_sizes(), options.shuffle_block, seed)
+    return Plan(len(samples), seed)
+
+
+def split_labelled(reader: ShardReader, labelled: str, seed: int) -> tuple[Sequence[int], Sequence[int]]:
     """(indices of the samples whose labels are used, of all the others), each in packed order.
 
     labelled: "all"; a share of the samples that have a label, as "1/8" or "0.125", drawn by `seed` (the first of
@@ -103,6 +132,8 @@ def split_labelled(reader: ShardReader, labelled: str, seed: int) -> tuple[list[
     a line. Raises InputError for anything else, unknown keys, and when no sample is left.
     """
     without = set(reader.unlabelled)
+    if labelled == "all" and not without and len(reader):
+        return range(len(reader)), []
     candidates = [index for index in range(len(reader)) if reader.key(index) not in without]
     if labelled == "all":
         chosen = set(candidates)

@@ -54,21 +54,21 @@ class _Pending:
 class TrainStream:
     """An endless iterator of Batch from start_step on, the same pixels for any number of threads and ranks.
 
-    batch_size is global; rank r gets its slice of each batch. num_threads decode, warp and stay a few batches
-    ahead; 0 does the work in the caller. A sample that cannot be used raises InputError, naming sample and
-    shard, at the step that needs it, after the sound batches before it. After that, or a KeyboardInterrupt,
-    the stream is closed.
+    plan: the order of the samples. batch_size is global; rank r gets its slice of each batch. num_threads decode,
+    warp and stay a few batches ahead; 0 does the work in the caller. A sample that cannot be used raises InputError,
+    naming sample and shard, at the step that needs it, after the sound batches before it. After that, or a
+    KeyboardInterrupt, the stream is closed.
 
     wait_seconds: time that the caller has spent in next() so far.
-    Raises InputError at construction for an empty split or a batch size that world_size does not divide.
+    Raises InputError at construction for a batch size that world_size does not divide.
     """
 
     def __init__(
         self,
         samples: SampleSet,
+        plan: Plan,
         view: TrainView,
         *,
-        seed: int,
         batch_size: int,
         rank: int,
         world_size: int,
@@ -82,7 +82,7 @@ class TrainStream:
         self.wait_seconds = 0.0
         self._samples = samples
         self._view = view
-        self._plan = Plan(len(samples), seed)
+        self._plan = plan
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._next_step = start_step  # the first that has not been handed to the threads
         self._next_expected = start_step  # the first that the samples have not heard of

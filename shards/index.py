@@ -1,0 +1,128 @@
+"""The member indices of a split: where every sample lies. Read at the start, or of large sets when they are needed."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.errors import InputError
+from shards.manifest import ShardInfo
+from shards.source import Source
+
+MAX_INDEXED = 1_000_000  # samples whose places are held, at about 150 bytes each
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sample's members are: [offset, bytes, crc32] each."""
+
+    shard: int
+    key: str
+    size: tuple[int, int]
+    image: tuple[int, int, int]
+    label: tuple[int, int, int] | None
+
+
+class _ShardIndex:
+    """A member index as one array: Python objects for every sample would take four times as much."""
+
+    def __init__(self, content: bytes):
+        samples = json.loads(content)
+        self.keys = [sample["key"] for sample in samples]
+        self.numbers = np.array([_numbers(sample) for sample in samples], np.int64).reshape(-1, 8)
+
+    def entry(self, shard: int, place: int) -> Entry:
+        height, width, *members = self.numbers[place].tolist()
+        label = tuple(members[3:]) if members[3] else None  # no member begins at 0, where a tar's first header is
+        return Entry(shard, self.keys[place], (height, width), tuple(members[:3]), label)
+
+
+class Indices:
+    """Entries of the samples of a split in packed order, addressed by 0, 1, 2, ...; safe to share between threads.
+
+    Up to max_indexed samples all indices are read at once, so that one that is missing or damaged is found before
+    time is spent; of a larger split only when a sample of the shard is asked for, and those used last are kept.
+    Raises InputError, naming the index, for one that is not as packed.
+    """
+
+    def __init__(self, source: Source, shards: Sequence[ShardInfo], max_indexed: int | None = None):
+        self._source, self._shards = source, shards
+        self._max_indexed = MAX_INDEXED if max_indexed is None else max_indexed
+        self.starts = np.cumsum([0, *(shard.num_samples for shard in shards)])  # of each shard, and the end
+        self._forget()
+        if len(self) <= self._max_indexed:
+            for shard, content in enumerate(source.indices(shards)):
+                self._keep(shard, _ShardIndex(content))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def shard_of(self, indices: Sequence[int]) -> np.ndarray:
+        """Number of the shard that each sample lies in."""
+        return np.searchsorted(self.starts, np.asarray(indices), side="right") - 1
+
+    def __getitem__(self, index: int) -> Entry:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(self.starts.searchsorted(index, side="right")) - 1
+        return self._of(shard).entry(shard, index - int(self.starts[shard]))
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (self[index] for index in range(len(self)))
+
+    def pixels(self) -> Iterator[dict[str, int] | None]:
+        """Pixels per label value of every sample, in order; None: unlabelled. From the indices, no label is read.
+
+        Raises InputError for shards of a pack that did not count them.
+        """
+        for shard, content in zip(self._shards, self._source.indices(self._shards), strict=True):
+            for sample in json.loads(content):
+                if "png" in sample["members"] and "pixels" not in sample:
+                    got = f"{self._source.place(shard.index_file)}: no pixels per class and sample, as older packs have"
+                    raise InputError(got, "them, to balance the classes", "run `distseg pack` again on the same maps")
+                yield sample.get("pixels")
+
+    def _of(self, shard: int) -> _ShardIndex:
+        with self._lock:
+            found = self._held.get(shard)
+            if found is not None:
+                self._held.move_to_end(shard)
+                return found
+        (content,) = self._source.indices([self._shards[shard]])
+        found = _ShardIndex(content)
+        self._keep(shard, found)
+        return found
+
+    def _keep(self, shard: int, index: _ShardIndex) -> None:
+        if len(index.keys) != self._shards[shard].num_samples:
+            got = f"{self._source.place(self._shards[shard].index_file)}: {len(index.keys)} samples"
+            raise InputError(got, f"the manifest's {self._shards[shard].num_samples}", "pack the data again")
+        with self._lock:
+            if shard not in self._held:
+                self._held[shard] = index
+                self._num_held += len(index.keys)
+            while self._num_held > self._max_indexed and len(self._held) > 1:
+                self._num_held -= len(self._held.popitem(last=False)[1].keys)
+
+    def _forget(self) -> None:
+        self._held: OrderedDict[int, _ShardIndex] = OrderedDict()  # least recently used first
+        self._num_held, self._lock = 0, threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_num_held", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def _numbers(sample: dict[str, Any]) -> tuple[int, ...]:
+    members = sample["members"]
+    image = next(members[kind] for kind in ("jpg", "image.png") if kind in members)
+    return (sample["height"], sample["width"], *image, *members.get("png", (0, 0, 0)))
