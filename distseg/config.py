@@ -33,7 +33,8 @@ class DataConfig:
     sampling: str = "each_once"
     rare_class_temperature: float = 0.01  # the lower, the more of the rarest (the same: 0.01 on Cityscapes)
     shuffle_block: int = 0  # shards whose samples are shuffled together, the shards in random order; 0: all of them
-    num_threads: int = 2  # decoding threads a rank; 0: in the training thread
+    num_threads: int = 2  # decoding workers a rank; 0: in the training thread
+    worker_type: str = "thread"  # thread; process: where one interpreter's lock is too narrow for many workers
 
 
 @dataclass
@@ -205,6 +206,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "bf16", "fp16", "fp32", "fp64"),
     "data.sampling": ("each_once", "class_balanced", "rare_class"),
+    "data.worker_type": ("thread", "process"),
     "segmentor.batch_norm": ("per_rank", "frozen", "synchronised"),
     "segmentor_optimizer.name": ("adamw", "sgd"),
     "discriminator_optimizer.name": ("adamw", "sgd"),

@@ -252,6 +252,7 @@ def open_stream(
         rank=ranks.rank,
         world_size=ranks.world_size,
         num_threads=data.num_threads,
+        worker_type=data.worker_type,
         start_step=start_step,
         pin_memory=ranks.device.type == "cuda",
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.index import Entry, Indices
+from shards.manifest import ShardInfo
 from shards.source import DamageError, open_source
 
 
@@ -106,7 +107,11 @@ class ShardReader:
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say that these samples will be read soon, in this order: shards that are far away are fetched ahead."""
-        self._source.expect([self._shards[number] for number in dict.fromkeys(self.shard_of(indices).tolist())])
+        self._source.expect(self._shards_of(indices))
+
+    def used(self, indices: Sequence[int]) -> None:
+        """Say that another process has read these, so that what was expected after them may be fetched."""
+        self._source.used(self._shards_of(indices))
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
@@ -116,6 +121,10 @@ class ShardReader:
         """Name of a sample and of the shard it lies in, for messages."""
         entry = self._entries[index]
         return f"sample {entry.key} in {self._source.place(self._shards[entry.shard].file)}"
+
+    def _shards_of(self, indices: Sequence[int]) -> list[ShardInfo]:
+        """Each once, in the order of first use."""
+        return [self._shards[number] for number in dict.fromkeys(self.shard_of(indices).tolist())]
 
     def _read(self, entry: Entry, with_label: bool) -> RawSample:
         with self._source.open(self._shards[entry.shard]) as descriptor:

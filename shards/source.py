@@ -42,6 +42,9 @@ class Source(Protocol):
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
 
+    def used(self, shards: Sequence[ShardInfo]) -> None:
+        """These were opened, by another process."""
+
     def place(self, file: str) -> str:
         """Path or URL of a file, for messages."""
 
@@ -110,6 +113,9 @@ class LocalSource:
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Nothing to tell."""
+
+    def used(self, shards: Sequence[ShardInfo]) -> None:
+        """As Source."""
 
     def place(self, file: str) -> str:
         """As Source."""

@@ -78,19 +78,28 @@ class SampleSet:
         """Say which samples will be loaded soon, in this order."""
         self.reader.expect([self._indices[index] for index in indices])
 
+    def used(self, indices: Sequence[int]) -> None:
+        """Say which of the expected samples another process has loaded."""
+        self.reader.used([self._indices[index] for index in indices])
+
     def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
         """Key, image (H, W, 3) uint8 RGB and label (H, W) uint8 (255 = void) of one sample.
 
         Raises InputError, naming sample and shard, when it cannot be used.
         """
+        key, image, label = self.peek(index)
+        # torch cannot wrap views that are read-only
+        return key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
+
+    def peek(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+        """As load, without a copy: the arrays may be read-only views of a decoder's buffer."""
         raw = self.reader.read(self._indices[index], with_label=self.labelled)
         try:
             image, label = self._decode(raw)
         except InputError as error:
             place = self.reader.place(self._indices[index])
             raise InputError(f"{place}: {error.got}", error.needed, error.action) from None
-        # decoders may hand out read-only views of their buffers, which torch cannot wrap
-        return raw.key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
+        return raw.key, image, label
 
     def _decode(self, raw: RawSample) -> tuple[np.ndarray, np.ndarray]:
         action = "correct the maps and run `distseg pack` again"

@@ -1,17 +1,15 @@
-"""Batches of training views, decoded and warped in threads; full-resolution samples for evaluation.
+"""Batches of training views, decoded and warped by workers; full-resolution samples for evaluation.
 
-Three calls of the standard library's thread pool do what a loader with worker processes would. webdataset's
-own DataPipeline is left out: its shard splitting gives ranks unequal numbers of samples and has no state to
-resume from, both of which the plan settles, and around a map over positions it would only add a layer.
-Threads suffice because the codecs and the warp release the interpreter's lock, and they write straight into
-the batch, where processes would fault shared pages in anew.
+A few calls of the standard library's pools do what a loader would. webdataset's own DataPipeline is left out: its
+shard splitting gives ranks unequal numbers of samples and has no state to resume from, both of which the plan
+settles, and around a map over positions it would only add a layer.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -22,6 +20,7 @@ import torch
 from distseg.data.plan import Plan, rank_positions
 from distseg.data.samples import SampleSet
 from distseg.data.transforms import TrainView
+from distseg.data.workers import Caller, Processes, SampleWriter, Threads, Workers
 from shards.errors import InputError
 
 STEPS_EXPECTED = 64  # so many steps ahead the reader hears what will be read, for shards that are far away
@@ -45,19 +44,19 @@ class Batch:
 
 @dataclass
 class _Pending:
-    """A batch whose samples are still being written; tasks in order of position."""
+    """A batch whose samples are still being written; finish waits for them."""
 
     batch: Batch
-    tasks: list[Future[None]]
+    finish: Callable[[], None]
 
 
 class TrainStream:
-    """An endless iterator of Batch from start_step on, the same pixels for any number of threads and ranks.
+    """An endless iterator of Batch from start_step on, the same pixels for any number of workers and ranks.
 
-    plan: the order of the samples. batch_size is global; rank r gets its slice of each batch. num_threads decode,
-    warp and stay a few batches ahead; 0 does the work in the caller. A sample that cannot be used raises InputError,
-    naming sample and shard, at the step that needs it, after the sound batches before it. After that, or a
-    KeyboardInterrupt, the stream is closed.
+    plan: the order of the samples. batch_size is global; rank r gets its slice of each batch. num_threads workers,
+    threads or processes, decode, warp and stay a few batches ahead; 0 does the work in the caller. A sample that
+    cannot be used raises InputError, naming sample and shard, at the step that needs it, after the sound batches
+    before it. After that, or a KeyboardInterrupt, the stream is closed.
 
     wait_seconds: time that the caller has spent in next() so far.
     Raises InputError at construction for a batch size that world_size does not divide.
@@ -73,6 +72,7 @@ class TrainStream:
         rank: int,
         world_size: int,
         num_threads: int,
+        worker_type: str = "thread",
         start_step: int = 0,
         pin_memory: bool = False,
     ):
@@ -84,11 +84,16 @@ class TrainStream:
         self._view = view
         self._plan = plan
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._next_step = start_step  # the first that has not been handed to the threads
+        self._next_step = start_step  # the first that has not been handed to the workers
         self._next_expected = start_step  # the first that the samples have not heard of
         self._pending: deque[_Pending] = deque()
         self._num_pending = 1 + BATCHES_AHEAD + num_threads // share if num_threads else 1
-        self._threads = ThreadPoolExecutor(num_threads, "distseg-data") if num_threads else None
+        write = SampleWriter(samples, view, plan.seed)
+        self._workers: Workers = Caller(write)
+        if num_threads and worker_type == "process":
+            self._workers = Processes(write, num_threads, share, self._num_pending)
+        elif num_threads:
+            self._workers = Threads(write, num_threads)
         self._pin_memory = pin_memory  # for a copy to a GPU that goes on beside its work
         self._closed = False
 
@@ -104,45 +109,34 @@ class TrainStream:
                 self._pending.append(self._begin(self._next_step))
                 self._next_step += 1
             pending = self._pending.popleft()
-            for task in pending.tasks:
-                task.result()
-        except BaseException:  # KeyboardInterrupt too: no thread may outlive it
+            pending.finish()
+        except BaseException:  # KeyboardInterrupt too: no worker may outlive it
             self.close()
             raise
         self.wait_seconds += time.perf_counter() - start
         return pending.batch
 
     def close(self) -> None:
-        """Stop the threads; returns once the samples being decoded are done, and drops the others."""
+        """Stop the workers, and drop what they have not finished."""
         self._closed = True
         self._pending.clear()
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
 
     def _begin(self, step: int) -> _Pending:
-        """Allocate the batch of a step and hand its samples to the threads, or fill it here without any."""
-        positions = self._positions(step)
+        """Allocate the batch of a step and hand its samples to the workers."""
         while self._next_expected <= step + STEPS_EXPECTED:
             self._samples.expect([self._plan.sample_index(p) for p in self._positions(self._next_expected)])
             self._next_expected += 1
-        count, side = len(positions), self._view.crop_px
+        places = [(self._plan.sample_index(position), position) for position in self._positions(step)]
+        shape = (len(places), self._view.crop_px, self._view.crop_px)
         # torch keeps and reuses freed pinned blocks
-        image = torch.empty((count, side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
-        label = torch.empty((count, side, side), dtype=torch.uint8, pin_memory=self._pin_memory)
-        pending = _Pending(Batch(image.permute(0, 3, 1, 2), label, step), [])
-        for position, out_image, out_label in zip(positions, image.numpy(), label.numpy(), strict=True):
-            if self._threads is None:
-                self._write(position, out_image, out_label)
-            else:
-                pending.tasks.append(self._threads.submit(self._write, position, out_image, out_label))
-        return pending
+        image = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
+        label = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        batch = Batch(image.permute(0, 3, 1, 2), label, step)
+        return _Pending(batch, self._workers.begin(places, image.numpy(), label.numpy()))
 
     def _positions(self, step: int) -> range:
         return rank_positions(step, self._batch_size, self._rank, self._world_size)
-
-    def _write(self, position: int, out_image: np.ndarray, out_label: np.ndarray) -> None:
-        _, image, label = self._samples.load(self._plan.sample_index(position))
-        self._view(image, label, self._plan.augmentation_rng(position), out_image, out_label)
 
 
 class PairedStream:
