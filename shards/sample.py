@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
+from isal import isal_zlib
 from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
@@ -16,6 +17,7 @@ from shards.errors import InputError
 IGNORE_INDEX = 255  # void: not counted, not trained on
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
+ISAL_ERROR: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # its stubs say an instance
 # what Pillow raises for damaged files: SyntaxError for a broken PNG chunk, a bomb for an absurd size
 UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError)
 
@@ -145,13 +147,13 @@ def encode_label(label: np.ndarray) -> bytes:
 
 
 def decode_label(png: bytes) -> np.ndarray:
-    """(H, W) uint8 from `encode_label`'s bytes. Raises InputError for anything that is not such a PNG."""
+    """(H, W) uint8, perhaps read-only, from `encode_label`'s bytes. Raises InputError for any other PNG."""
     try:
         width, height, *form = struct.unpack(">IIBBBBB", png[16:29])
         length = struct.unpack(">I", png[33:37])[0]
-        rows = np.frombuffer(zlib.decompress(png[41 : 41 + length]), np.uint8).reshape(height, width + 1)
+        rows = np.frombuffer(isal_zlib.decompress(png[41 : 41 + length]), np.uint8).reshape(height, width + 1)
         whole = png[:8] == PNG_SIGNATURE and png[12:16] == b"IHDR" and png[37:41] == b"IDAT" and len(png) == length + 57
-    except (struct.error, zlib.error, ValueError):
+    except (struct.error, ISAL_ERROR, ValueError):
         whole = False
     if not whole or form != [8, 0, 0, 0, 0] or rows[:, 0].any():
         raise InputError("a label that is not distseg's gray PNG", "shards written by `distseg pack`", "pack again")
