@@ -38,6 +38,7 @@ lint: .venv/.developer
 bench: .venv/.developer  # about 20 minutes on two CPU cores; what came out where: benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.comm
 	$(BIN)/python -m benchmarks.scaling
 
