@@ -166,6 +166,7 @@ class Trainer:
             "memory_bytes": signals.memory_bytes(self.ranks.device),
         }
         values = signals.gather(metrics, own, self.ranks) | speed
+        values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]  # of the rank that waits most
         values |= signals.weights_of(phase(step - 1, self.config), self.config.mode == "semi_supervised")
         for event in self.tracker.log(step, values):
             self.progress.warning(event.text())

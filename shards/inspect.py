@@ -250,7 +250,7 @@ def _labels(inspection: Inspection) -> Iterator[Finding]:
         if split["void_share"] > VOID_SHARE:
             action = "is 255 in the masks a class? it is void here"
             yield warn("void", f"{split['void_share']:.1%} of the pixels are void", action)
-        used = np.flatnonzero(sum(pixels))
+        used = np.flatnonzero(sum(pixels, np.zeros(256, np.int64)))
         single = sum(int((counts[:IGNORE_INDEX] > 0).sum() == 1) for counts in pixels)
         if len(used) == 2 and used[1] == IGNORE_INDEX:
             what = f"only {used[0]} and 255 occur"

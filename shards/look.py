@@ -47,7 +47,7 @@ class Look:
     entry: dict[str, Any]  # its line of the member index
     findings: list[Finding] = field(default_factory=list)
     size: tuple[int, int] | None = None  # height, width; None: unreadable
-    pixels: np.ndarray | None = None  # (256,) int64, by index; None: unlabelled or unreadable
+    pixels: np.ndarray | None = None  # (256,) uint32, by index; None: unlabelled or unreadable
     thin: float = 0.0  # see thin_share
     image_digest: bytes = b""  # of the decoded pixels: the same picture in another file is found too
     label_digest: bytes = b""
@@ -156,7 +156,7 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
     if look.size not in (None, label.shape):
         turned = ", which is the image turned" if look.size == label.shape[::-1] else ""
         look.find(ERROR, "size", f"image of {look.size} pixels, label of {label.shape}{turned}", CORRECT)
-    look.pixels = np.bincount(label.ravel(), minlength=256)
+    look.pixels = np.bincount(label.ravel(), minlength=256).astype(np.uint32)  # most of a Look's memory
     look.label_digest = hashlib.blake2b(label.tobytes(), digest_size=16).digest()
     look.thin = thin_share(label)
     used = np.flatnonzero(look.pixels)

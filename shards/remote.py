@@ -140,6 +140,8 @@ class Remote:
             action = "correct data.shards, or copy all of the packed folder there, manifest.json last"
             return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
         times = "" if _is_final(error) else f" ({len(PAUSES) + 1} attempts)"
+        if _is_forbidden(error):
+            times += "; S3 says so of a file that is not there, too, to those who may not list the bucket"
         needed = f"the file, with no more than {STALL_SECONDS:g} s between two bytes"
         action = "check the address, the network and this machine's credentials, then run the same command again"
         return InputError(f"{self.url(name)}: {_described(error)}{times}", needed, action)
@@ -211,6 +213,11 @@ class RemoteSource:
     def tell(self, moved: Callable[[], None]) -> None:
         """As Source."""
         self._moved = moved
+
+    def used(self, shards: Sequence[ShardInfo]) -> None:
+        """As Source."""
+        for shard in shards:
+            self._prefetch().used(shard)
 
     def place(self, file: str) -> str:
         """As Source."""
@@ -326,6 +333,10 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None) or getattr(error, "code", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
     return refused or isinstance(error, FileNotFoundError | PermissionError) or "Credentials" in type(error).__name__
+
+
+def _is_forbidden(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or getattr(error, "status", None) == 403
 
 
 def _described(error: Exception) -> str:

@@ -128,7 +128,8 @@ def forged(directory: Path, change: Callable[[str, dict[str, bytes]], None]) -> 
                 for member in tar:
                     key, _, kind = member.name.partition(".")
                     samples.setdefault(key, {})[kind] = tar.extractfile(member).read()
-            sizes = {key: decode_image(members["jpg"]).shape[:2] for key, members in samples.items()}
+            shapes = {key: decode_image(members["jpg"]).shape for key, members in samples.items()}
+            sizes = {key: {"height": shape[0], "width": shape[1]} for key, shape in shapes.items()}
             with webdataset.TarWriter(str(path), encoder=False, mtime=0, compress=False) as tar:
                 for key, members in samples.items():
                     change(key, members)

@@ -259,6 +259,9 @@ def test_packing_unchanged_maps_does_nothing_and_mends_what_is_damaged(
     before = times(out)
     assert pack(maps, out, samples_per_shard=3) == Manifest.load(out)
     assert times(out) == before
+    withdraw(out)  # lost while copying, say
+    pack(maps, out, samples_per_shard=3)
+    assert contents(out) == contents(packed)
     damaged = bytearray((out / "train-000001.tar").read_bytes())
     damaged[700] ^= 4
     (out / "train-000001.tar").write_bytes(damaged)
@@ -300,6 +303,9 @@ def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Pa
     pack(extra, out, samples_per_shard=5, append=True)  # the same commands again
     pack(maps, out, samples_per_shard=3)
     assert times(out) == after
+    withdraw(out)
+    pack(maps, out, samples_per_shard=3)
+    assert not is_verified(out, Manifest.load(out))  # these maps say nothing of the other split
     with pytest.raises(InputError, match=r"splits from several maps: .*test"):
         pack(maps, out, samples_per_shard=2)  # would lose the split
     manifest = Manifest.load(out)  # likewise where the first pack was one without sources

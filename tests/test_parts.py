@@ -188,3 +188,18 @@ def test_a_split_of_bad_samples_only_is_refused(root: Path, tmp_path: Path) -> N
     (root / "images" / "toy_05.jpg").unlink()
     with pytest.raises(InputError, match="split 'val'"):
         prepare("folder", root, tmp_path / "maps.h5", skip_bad=True)
+
+
+@pytest.mark.parametrize("when", ["_parts", "check_space"])  # before its size is asked for, and before it is read
+def test_a_file_that_vanishes_meanwhile_is_named(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    original, mask = getattr(parts, when), root / "masks" / "toy_05.png"
+
+    def lose(*arguments: object) -> object:
+        mask.unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(parts, when, lose)
+    with pytest.raises(InputError, match=rf"(?s){mask} has vanished.*run the same command again"):
+        prepare("folder", root, tmp_path / "maps.h5")

@@ -34,6 +34,7 @@ from shards.reader import RawSample, ShardReader
 from shards.remote import Remote, RemoteSource
 from shards.sample import STANFORD
 from shards.source import LocalSource
+from shards.verified import check_verified
 
 FILE = "train-000000.tar"
 CHUNK = 4096  # several requests a shard
@@ -378,6 +379,15 @@ def test_urls_with_secrets_or_unknown_schemes_are_refused_early(url: str) -> Non
 def test_no_message_repeats_what_a_redirect_carried() -> None:
     for text in ("403, url='https://host/a?X-Amz-Signature=hunter2'", "at http://u:hunter2@proxy:1/ (x)"):
         assert "hunter2" not in remote._described(OSError(text))
+
+
+@pytest.mark.parametrize("fault", ["403", "404"])
+def test_a_forbidden_record_may_be_a_missing_one(server: Server, tmp_path: Path, fault: str) -> None:
+    reader = ShardReader(server.url, "train", cache_dir=str(tmp_path))
+    server.fault = lambda name, nth: fault if name == "verified.json" else ""
+    expected = "verified.json.*may not list the bucket" if fault == "403" else "shards that were not verified"
+    with pytest.raises(InputError, match=expected):
+        check_verified(reader)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,6 +272,8 @@ def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_un
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert [line["step"] for line in lines if "semi/mask_share" in line] == list(range(5, 13))
     assert all("loss/adversarial_unlabelled" in line for line in lines if "loss/segmentor" in line)
+    for line in (line for line in lines if "loss/segmentor" in line):
+        assert 0 < line["data_wait_share"] == line["data_wait_seconds"] / line["step_seconds"] < 1
 
 
 def damage_labels(shards: Path, keep: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from shards.errors import InputError
 from shards.files import check_space, say, tracked
 from shards.maps import MapsReader, MapsWriter
-from shards.prepare.dataset import DataSet, Task
+from shards.prepare.dataset import DataSet, Task, vanished
 from shards.processes import mapped
 from shards.sample import ClassSet
 
@@ -85,14 +86,21 @@ def _identity(name: str, classes: ClassSet, tasks: Sequence[Task]) -> str:
     """Hex digits that change with everything a part is made from."""
     digest = hashlib.sha256(repr((VERSION, name, classes)).encode())
     for task in tasks:
-        times = [(path.stat().st_size, path.stat().st_mtime_ns) for path in task.files]
+        times = [(status.st_size, status.st_mtime_ns) for status in map(_status, task.files)]
         read = f"{task.read.__module__}.{task.read.__qualname__}"
         digest.update(repr((task.key, task.split, read, task.arguments, times)).encode())
     return digest.hexdigest()[:32]
 
 
 def _bytes(part: _Part) -> int:
-    return sum(path.stat().st_size for task in part.tasks for path in task.files)
+    return sum(_status(path).st_size for task in part.tasks for path in task.files)
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise vanished(path) from None
 
 
 def _done(part: _Part) -> bool:
