@@ -100,6 +100,11 @@ def test_what_lies_deep_in_void_does_not_count() -> None:
     prediction[60:, 60:] = 0
     assert compare_outlines(prediction, label).f1_sum == border.f1_sum
     assert border.num_classes == 2
+    label[:, :50], label[:, 50:] = 0, 1
+    label[30:] = 255  # the nearest labelled pixels would let the outline go on through all of it
+    prediction = np.tile(np.repeat(np.array([0, 1], np.uint8), 50), (100, 1))
+    prediction[40:] = 1
+    assert compare_outlines(prediction, label).f1_sum == 2
 
 
 def test_an_image_of_void_or_of_one_class_has_no_outline() -> None:
