@@ -81,6 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_models(commands)
     _add_doctor(commands)
+    from launchers.commands import add_commands  # light: submit and sweep import what they need when they run
+
+    add_commands(commands)
     return parser
 
 

@@ -59,13 +59,20 @@ def _whole_numbers(environment: dict[str, str], names: tuple[str, ...], launcher
 def rendezvous_of_srun(environment: dict[str, str]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT for a step of srun: its first host, and a port that follows from the job.
 
-    The port differs from that of other jobs on the host and of an earlier start of this job (20000 to 29999,
-    below the ephemeral ports). Values that are set already stay.
+    Values that are set already stay.
     """
-    job, restart = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_RESTART_COUNT", "0"))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
-    found = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(20000 + (job + restart) % 10000)}
+    found = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(port_of_job(environment))}
     return {name: environment.get(name, value) for name, value in found.items()}
+
+
+def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
+    """A port that other jobs of the host, and other starts of this one, are unlikely to choose.
+
+    From 20000 to 29999: below the ephemeral ports, which any connection may hold. attempt: within this start, from 0.
+    """
+    job, restart = (int(environment.get(name) or "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    return 20000 + (61 * job + 8 * restart + attempt) % 10000  # jobs that follow each other are 61 apart
 
 
 def first_host(nodes: str) -> str:

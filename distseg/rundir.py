@@ -59,9 +59,7 @@ class RunDirectory:
 
     def _claim(self, config: Config) -> str:
         """Lock, and save the configuration; returns what is now in the lock file, unlike any other."""
-        saved = self.path / CONFIG_FILE
-        if saved.exists():
-            self._check_same(configuration.from_file(saved), config)
+        check_same(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK_FILE).open("a")  # not emptied: it may be another job's
@@ -78,16 +76,21 @@ class RunDirectory:
         except OSError as error:
             got = f"{self.path}: {error.strerror}"
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
-        with published(saved) as partial:
+        with published(self.path / CONFIG_FILE) as partial:
             partial.write_text(configuration.to_yaml(config))
         return owner
 
-    def _check_same(self, old: Config, new: Config) -> None:
-        changed = configuration.differences(old, new)
-        if changed:
-            values = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
-            raise InputError(
-                f"{self.path} holds a run of another configuration ({values})",
-                "the same configuration to resume it, or another directory",
-                f"write run_dir=DIR to start a new run, or remove {self.path}",
-            )
+
+def check_same(path: Path, config: Config) -> None:
+    """Raise InputError when `path` holds a run of another configuration."""
+    saved = path / CONFIG_FILE
+    if not saved.exists():
+        return
+    changed = configuration.differences(configuration.from_file(saved), config)
+    if changed:
+        values = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
+        raise InputError(
+            f"{path} holds a run of another configuration ({values})",
+            "the same configuration to resume it, or another directory",
+            f"write run_dir=DIR to start a new run, or remove {path}",
+        )

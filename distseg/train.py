@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -11,14 +12,14 @@ from typing import Any
 
 import torch
 
-from distseg import configuration, environment, tensorboard
+from distseg import attempts, configuration, environment, tensorboard
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
 from distseg.data.samples import SampleSet, open_reader, plan_for, sha256_of_keys, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import allow_tf32, resolve_precision, reuse_memory
-from distseg.distributed import Ranks, StopRequest, is_shared, on_main, setup, teardown
+from distseg.distributed import Ranks, StopRequest, is_shared, on_all, on_main, setup, teardown
 from distseg.ema import MovingAverage
 from distseg.engine import Pair
 from distseg.evaluate import Evaluator, View
@@ -38,6 +39,7 @@ from shards.files import published
 from shards.verified import check_verified
 
 LABELLED_FILE = "labelled.txt"
+Networks = tuple[torch.nn.Module, torch.nn.Module | None]  # segmentor, discriminator
 
 
 def run(overrides: list[str], dry_run: bool = False) -> int:
@@ -50,13 +52,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         print(configuration.to_yaml(config), end="")
         return 0
     _, world_size, _ = resolve_ranks(dict(os.environ))
-    check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
-    check_shard_size(config.parallel.shard_size, world_size)
-    check_installed(config.parallel.strategy)
-    if config.tracking.tensorboard:
-        tensorboard.check_installed()
-    data = open_data(config, world_size)
-    segmentor, discriminator = build_networks(config, data.train.classes.num_classes)
+    data, networks = check(config, world_size)
 
     ranks = setup(config.device, config.parallel.timeout_seconds)
     if ranks.device.type == "cpu":
@@ -64,18 +60,24 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         data.tell(watchdog.alive)
-        train_and_show(config, ranks, data, (segmentor, discriminator), watchdog, StopRequest())
+        train_and_show(config, ranks, data, networks, watchdog, StopRequest())
     teardown()
     return 0
 
 
+def check(config: Config, world_size: int) -> tuple[Data, Networks]:
+    """Data and networks of a run on so many ranks; InputError for what could not be trained. Touches no GPU."""
+    check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
+    check_shard_size(config.parallel.shard_size, world_size)
+    check_installed(config.parallel.strategy)
+    if config.tracking.tensorboard:
+        tensorboard.check_installed()
+    data = open_data(config, world_size)
+    return data, build_networks(config, data.train.classes.num_classes)
+
+
 def train_and_show(
-    config: Config,
-    ranks: Ranks,
-    data: Data,
-    networks: tuple[torch.nn.Module, torch.nn.Module | None],
-    watchdog: Watchdog,
-    stop: StopRequest,
+    config: Config, ranks: Ranks, data: Data, networks: Networks, watchdog: Watchdog, stop: StopRequest
 ) -> None:
     """From the networks to the finished run, on every rank alike."""
     segmentor, discriminator = networks
@@ -94,7 +96,8 @@ def train_and_show(
     watchdog.mark("looking for checkpoints")
     trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
     stream = open_streams(config, ranks, data, trainer.state.step)
-    exit_code = 1
+    exit_code, hosts = 1, on_all(ranks, socket.gethostname())
+    note = attempts.Note(run_directory.path if ranks.is_main else None, hosts, trainer.state.step)
     try:
         done = trainer.fit(stream, stop)
         if done:
@@ -102,10 +105,13 @@ def train_and_show(
             network = trainer.evaluator.whole()
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
+        note.finish(trainer.state.step, "done" if done else "stopped", "" if done else stop.reason())
         exit_code = 0
     except BaseException as error:
         if not is_shared(error):
             trainer.checkpoints.give_up()
+        if isinstance(error, Exception):
+            note.fail(trainer.state.step, error)
         raise
     finally:
         trainer.checkpoints.close()
@@ -172,7 +178,7 @@ def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
             partial.write_text("\n".join(data.train.keys) + "\n", encoding="utf-8")
 
 
-def build_networks(config: Config, num_classes: int) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+def build_networks(config: Config, num_classes: int) -> Networks:
     """The segmentor and, unless the mode is supervised, the discriminator, initialised from the seed."""
     torch.manual_seed(config.seed)
     options = config.segmentor.options

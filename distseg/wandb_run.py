@@ -26,6 +26,7 @@ import numpy as np
 from shards.sample import IGNORE_INDEX
 
 ID_FILE = "wandb_id.txt"
+URL_FILE = "wandb_url.txt"  # of a run that is online
 _QUEUE_LENGTH = 2000  # rows; at one row a second, half an hour without an answer
 _INIT_SECONDS = 30.0  # in the background; a compute node without network falls back to offline after this
 _FINISH_SECONDS = 60.0  # how long the end of a run may wait for uploads
@@ -163,6 +164,7 @@ class WandbRun:
                 run = self._init("offline", resume=None)
             else:
                 print(f"W&B: {run.url}", flush=True)
+                (self._run_dir / URL_FILE).write_text(f"{run.url}\n")
         else:
             run = self._init("offline", resume=None)
         # W&B's own counter is the training step too, but only a metric can be named as the x axis everywhere.
@@ -186,8 +188,9 @@ class WandbRun:
             disable_code=True,
             disable_git=True,
             disable_job_creation=True,
-            # The stop button of the web page: a checkpoint and a clean end, as for a scheduler's signal.
-            stop_fn=lambda: os.kill(os.getpid(), signal.SIGTERM),
+            # The stop button of the web page: a checkpoint and a clean end, as for Ctrl-C. Not SIGTERM: it is a
+            # person's wish, after which a job must not come back as it does after a scheduler's signal.
+            stop_fn=_StopOnce(),
         )
         return wandb.init(
             **self._options,
@@ -197,6 +200,18 @@ class WandbRun:
             settings=settings,
             reinit="create_new",  # a run that the caller's own code has open stays its own
         )
+
+
+class _StopOnce:
+    """Sends this process SIGINT, once: a second one would not wait for the step."""
+
+    def __init__(self) -> None:
+        self._sent = False
+
+    def __call__(self) -> None:
+        if not self._sent:
+            self._sent = True
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def without_secrets(value: Any, _name: str = "") -> Any:

@@ -47,7 +47,7 @@ def test_ranks_come_from_srun_where_torchrun_has_set_none() -> None:
 
 def test_a_step_of_srun_meets_at_its_first_host() -> None:
     nodes = {"SLURM_STEP_NODELIST": "gpu[003-007,12],login1", "SLURM_RESTART_COUNT": "2"}
-    assert rendezvous_of_srun(SRUN | nodes) == {"MASTER_ADDR": "gpu003", "MASTER_PORT": "21236"}
+    assert rendezvous_of_srun(SRUN | nodes) == {"MASTER_ADDR": "gpu003", "MASTER_PORT": "25290"}
     assert rendezvous_of_srun(SRUN | nodes | {"MASTER_PORT": "5"})["MASTER_PORT"] == "5"
     for text, host in (("node1", "node1"), ("a-b,c", "a-b"), ("n[1-4]", "n1"), ("rack2n[09,11]", "rack2n09")):
         assert first_host(text) == host

@@ -1,0 +1,100 @@
+"""attempts.jsonl: how often a run was started, where, from which step, and how each attempt ended.
+
+One JSON object a line, only ever appended. The main rank writes "start" and "end"; the launcher of a machine writes
+"failure" for a rank that ended badly, since a killed rank cannot say so itself. What a kill tore is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+
+FILE_NAME = "attempts.jsonl"
+LABEL_VARIABLE = "DISTSEG_ATTEMPT"  # set by a launcher that wants to find its attempt again: "job 12, restart 1, try 2"
+
+
+@dataclass
+class Attempt:
+    """One start of a run. Steps are steps done; None: not known, for example because all ranks were killed."""
+
+    label: str
+    hosts: list[str] = field(default_factory=list)
+    world_size: int = 0
+    started: float = 0.0  # Unix seconds
+    ended: float | None = None
+    first_step: int | None = None  # None: it did not get as far as to know
+    last_step: int | None = None
+    outcome: str = "killed"  # or done, stopped, refused (bad input), failed
+    reason: str = ""
+    exit_codes: list[int] = field(default_factory=list)  # of ranks that ended badly; -9: killed by signal 9
+
+
+class Note:
+    """The main rank's notes on the attempt that it is part of; with run_dir None, on the other ranks, nothing."""
+
+    def __init__(self, run_dir: Path | None, hosts: list[str], step: int):
+        """Note that it goes on from `step`. hosts: of every rank, in order."""
+        self._run_dir = run_dir
+        self._write("start", step=step, hosts=list(dict.fromkeys(hosts)), world_size=len(hosts))
+
+    def finish(self, step: int, outcome: str, reason: str = "") -> None:
+        """Note how it ended; outcome and reason as in Attempt."""
+        self._write("end", step=step, outcome=outcome, reason=reason)
+
+    def fail(self, step: int, error: Exception) -> None:
+        """Note that it ended by an exception."""
+        text = error.got if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        self.finish(step, "refused" if isinstance(error, InputError) else "failed", (text.splitlines() or [""])[0])
+
+    def _write(self, event: str, **values: Any) -> None:
+        if self._run_dir is not None:
+            _append(self._run_dir, event, **values)
+
+
+def note_failure(run_dir: Path, host: str, rank: int, exit_code: int) -> None:
+    """Note that a rank ended badly; on its machine's launcher."""
+    _append(run_dir, "failure", host=host, rank=rank, exit_code=exit_code)
+
+
+def read(run_dir: Path) -> list[Attempt]:
+    """All attempts in order; [] where there were none."""
+    path = run_dir / FILE_NAME
+    found: list[Attempt] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError):  # torn by a kill
+            _take(found, json.loads(line))
+    return found
+
+
+def _take(found: list[Attempt], line: dict[str, Any]) -> None:
+    label, event = line["label"], line["event"]
+    if event == "start" or not found or (label and found[-1].label != label):
+        found.append(Attempt(label, started=line["time"]))
+    attempt = found[-1]
+    if event == "start":
+        attempt.hosts, attempt.world_size, attempt.first_step = line["hosts"], line["world_size"], line["step"]
+    elif event == "end":
+        attempt.ended, attempt.last_step = line["time"], line["step"]
+        attempt.outcome, attempt.reason = line["outcome"], line["reason"]
+    elif event == "failure":
+        attempt.exit_codes.append(line["exit_code"])
+        if attempt.ended is None:
+            code = line["exit_code"]
+            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            attempt.outcome, attempt.reason = "failed", f"rank {line['rank']} on {line['host']}: {how}"
+            attempt.ended = line["time"]
+
+
+def _append(run_dir: Path, event: str, **values: Any) -> None:
+    line = {"event": event, "time": round(time.time(), 3), "label": os.environ.get(LABEL_VARIABLE, ""), **values}
+    with suppress(OSError):  # a full disk was told by what could not be saved
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,52 @@
+"""What can be known to be wrong with a run before it waits in a queue. Needs no GPU and starts none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from distseg import configuration
+from distseg.config import Config
+from distseg.rundir import check_same
+from shards.errors import InputError
+from shards.manifest import FILE_NAME as MANIFEST
+from shards.prepare import NAMES
+
+
+def check_run(overrides: list[str], world_size: int) -> Config:
+    """The configuration of a run on so many ranks. Raises InputError for what training would refuse.
+
+    Looked at: keys and values, the shards' manifest, the networks (they are built, on the CPU), the batch size, and
+    whether the run directory can be written and is this run's.
+    """
+    config = configuration.load(overrides)
+    _check_run_dir(config)
+    _check_shards(config.data.shards)
+    from distseg import train  # imports torch, which takes seconds; most mistakes are found by now
+
+    train.check(config, world_size)
+    return config
+
+
+def _check_run_dir(config: Config) -> None:
+    path = Path(config.run_dir).absolute()
+    check_same(path, config)
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        got = f"run_dir={config.run_dir}: {there} cannot be written"
+        raise InputError(got, "a directory that can be written", "write run_dir=DIR")
+
+
+def _check_shards(shards: str) -> None:
+    """Raise InputError, with the commands that make them, for shards that are not there."""
+    folder = Path(shards)
+    if "://" in shards or (folder / MANIFEST).is_file():
+        return
+    name = folder.name if folder.name in NAMES else "NAME"
+    root = "" if name == "toy" else " --root ROOT"
+    prepare = f"distseg prepare {name}{root} --out {folder}.h5"
+    action = f"`{prepare} && distseg pack {folder}.h5 --out {folder}`, or as a job: "
+    action += f"`sbatch slurm/pack_shards.sh {name}{root} --out {folder}.h5`"
+    if root:
+        action += "; ROOT is the unpacked data set" + (", NAME one of: " + ", ".join(NAMES) if name == "NAME" else "")
+    raise InputError(f"no {folder / MANIFEST}", "packed shards", action)

@@ -1,0 +1,80 @@
+"""A run as a submitit job: what is pickled, what it returns, and what its checkpoint() does.
+
+submitit runs it in one process, on the first node, which starts one torchrun per node as slurm/*.sh do. With one
+submitit task per GPU instead, checkpoint() would be called inside one training process, in a signal handler, in the
+middle of a step, while the others are killed; here it runs beside the ranks, tells them to save at a step boundary and
+waits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.helpers import DelayedSubmission
+
+from launchers.places import RANKS_VARIABLE
+from launchers.supervisor import Supervisor, Verdict, requeue
+from shards.errors import InputError
+
+
+class RunError(RuntimeError):
+    """A run ended before it was done; the text says how."""
+
+
+@dataclass
+class Job:
+    """One run of `distseg train` with these overrides, by as many jobs as it takes."""
+
+    overrides: tuple[str, ...]
+    run_dir: str
+    folder: str  # relative paths in the overrides start here
+    with_srun: bool  # on SLURM; else on this machine alone
+    ranks_per_node: int | None = None
+
+    def __call__(self) -> dict[str, Any]:
+        """Train to the end; returns {"run_dir": ..., and what evaluation.json holds}. Raises RunError."""
+        os.chdir(self.folder)
+        if self.ranks_per_node is not None:
+            os.environ[RANKS_VARIABLE] = str(self.ranks_per_node)
+        _supervisors[self.run_dir] = supervisor = Supervisor(
+            "distseg.train", self.overrides, Path(self.run_dir), self.with_srun
+        )
+        before = signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())  # preempted: SLURM may say only this
+        try:
+            return self._outcome(supervisor.run())
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def checkpoint(self, *_: Any) -> DelayedSubmission:
+        """Called by submitit at the time limit or a preemption: when the ranks have saved, the same job again."""
+        supervisor = _supervisors.get(self.run_dir)
+        if supervisor is not None:
+            supervisor.stop()
+            supervisor.wait()
+        return DelayedSubmission(self)
+
+    def _outcome(self, verdict: Verdict) -> dict[str, Any]:
+        if verdict.action == "requeue" and self.with_srun:
+            requeue()
+        if verdict.action != "done":
+            raise RunError(f"{self.run_dir}: {verdict.reason} (exit code {verdict.exit_code})")
+        return {"run_dir": self.run_dir} | evaluation(Path(self.run_dir))
+
+
+_supervisors: dict[str, Supervisor] = {}  # of this process; a Job is pickled, and they are not
+
+
+def evaluation(run_dir: Path) -> dict[str, Any]:
+    """What evaluation.json holds; {} where there is none yet."""
+    path = run_dir / "evaluation.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path}: not JSON", "the file that a run wrote", "train or evaluate again") from None

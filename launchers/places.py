@@ -1,0 +1,53 @@
+"""Where a part of a job runs: which node of how many, with how many ranks, and where they meet."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from distseg.launch import first_host, port_of_job
+from shards.errors import InputError
+
+RANKS_VARIABLE = "DISTSEG_RANKS_PER_NODE"
+TRY_VARIABLE = "DISTSEG_TRY"  # how often the job has started its nodes before, in this allocation
+
+
+@dataclass(frozen=True)
+class Place:
+    """One node of a job; first_host and port: where its nodes meet."""
+
+    num_nodes: int
+    node: int
+    num_ranks: int
+    first_host: str
+    port: int
+
+    @staticmethod
+    def of_step(environment: dict[str, str]) -> Place:
+        """This task of a step of srun that has one task per node."""
+        try:
+            num_nodes, node = int(environment["SLURM_STEP_NUM_NODES"]), int(environment["SLURM_NODEID"])
+            nodes = environment["SLURM_STEP_NODELIST"]
+        except (KeyError, ValueError) as error:
+            action = "start it with srun, or with --alone for one machine"
+            raise InputError(f"SLURM's variables: {error}", "those of a step of srun", action) from None
+        port = port_of_job(environment, int(environment.get(TRY_VARIABLE, "0")))
+        return Place(num_nodes, node, ranks_per_node(environment), first_host(nodes), port)
+
+    @staticmethod
+    def alone(environment: dict[str, str]) -> Place:
+        """This machine, as the only one."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return Place(1, 0, ranks_per_node(environment), "127.0.0.1", probe.getsockname()[1])
+
+
+def ranks_per_node(environment: dict[str, str]) -> int:
+    """DISTSEG_RANKS_PER_NODE where that is set, else a rank for each GPU that the job has on this node, else one."""
+    for name in (RANKS_VARIABLE, "SLURM_GPUS_ON_NODE"):
+        text = environment.get(name, "")
+        if text:
+            if not text.isdecimal() or int(text) < 1:
+                raise InputError(f"{name}={text}", "a number of ranks, at least 1", f"correct {name}, or unset it")
+            return int(text)
+    return 1

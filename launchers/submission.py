@@ -1,0 +1,126 @@
+"""Runs handed to SLURM, or to processes here, through submitit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launchers.check import check_run
+from launchers.job import Job
+from launchers.places import RANKS_VARIABLE
+from shards.errors import InputError
+
+EXECUTORS = ("slurm", "local", "debug")
+SITE_FILE = Path("slurm/cluster.sh")
+NO_LIMIT = 10**6  # submitit gives up after so many time limits; a run of ours has its own end
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job gets. executor: slurm; local (a process in the background, here); debug (this process waits)."""
+
+    executor: str = "slurm"
+    nodes: int = 1
+    gpus_per_node: int | None = None  # None: whole nodes, with all their GPUs
+    ranks_per_node: int | None = None  # None: one for each GPU, one without GPUs
+    minutes: int = 240  # of one turn; the job comes back until its run is done
+    signal_seconds: int = 300  # before the time limit, when it saves
+    folder: str = "runs/jobs"  # of submitit's files and the jobs' output; all nodes must see it
+    slurm: dict[str, Any] = field(default_factory=dict)  # further options of sbatch: {"partition": "gpu"}
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise InputError(f"executor {self.executor!r}", f"one of: {', '.join(EXECUTORS)}", "choose one of them")
+        if self.executor != "slurm" and self.nodes != 1:
+            raise InputError(f"{self.nodes} nodes with executor {self.executor}", "1", "choose the executor slurm")
+        for name in ("nodes", "minutes", "gpus_per_node", "ranks_per_node"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}", "at least 1", f"correct {name}, or leave it out")
+        if not 0 < self.signal_seconds < 60 * self.minutes:
+            got = f"signal_seconds={self.signal_seconds} in {self.minutes} minutes"
+            raise InputError(got, "less than the time limit", "correct signal_seconds")
+
+
+def submit(*overrides: str, **resources: Any) -> submitit.Job:
+    """Submit one run; returns submitit's job, whose result() is what evaluation.json holds, with run_dir.
+
+    overrides: "preset=voc", "steps=500", ...; resources: the fields of Resources. Raises InputError, at once, for what
+    training would refuse, and for what SLURM does.
+    """
+    return submit_all([list(overrides)], Resources(**resources))[0]
+
+
+def submit_all(runs: list[list[str]], resources: Resources, parallelism: int = 16) -> list[submitit.Job]:
+    """Submit runs, on SLURM as one array of which `parallelism` jobs run at a time. Every run is checked first."""
+    if resources.executor == "slurm":
+        if shutil.which("sbatch") is None:
+            action = "log in to a machine that has it, or choose the executor local, or torchrun"
+            raise InputError("no sbatch here", "a login node of SLURM", action)
+        _adopt_site()
+    ranks_per_node = resources.ranks_per_node or resources.gpus_per_node or _ranks_here()
+    jobs = []
+    for overrides in runs:
+        config = check_run(overrides, resources.nodes * ranks_per_node)
+        with_srun = resources.executor == "slurm"
+        jobs.append(Job(tuple(overrides), config.run_dir, os.getcwd(), with_srun, resources.ranks_per_node))
+    executor = _executor(resources, parallelism)
+    try:
+        if len(jobs) == 1 or resources.executor != "slurm":
+            return [executor.submit(job) for job in jobs]
+        with executor.batch():  # one array
+            return [executor.submit(job) for job in jobs]
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
+        action = "correct nodes, gpus_per_node, minutes or slurm; `sinfo` shows what there is"
+        raise InputError(f"sbatch: {text[-1].strip()}", "resources that the cluster has", action) from None
+
+
+def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
+    options: dict[str, Any] = {}
+    if resources.executor == "slurm":
+        options["slurm_max_num_timeout"] = NO_LIMIT
+    executor = submitit.AutoExecutor(resources.folder, cluster=resources.executor, **options)
+    executor.update_parameters(name="distseg", timeout_min=resources.minutes)
+    if resources.gpus_per_node is not None:
+        executor.update_parameters(gpus_per_node=resources.gpus_per_node)
+    if resources.executor == "slurm":
+        # submitit believes in one task on one node: that is its process, which starts the nodes
+        extra: dict[str, Any] = {"nodes": resources.nodes, "ntasks-per-node": 1, "requeue": True}
+        extra |= {"signal": f"B:USR2@{resources.signal_seconds}"}
+        if resources.gpus_per_node is None:
+            extra |= {"exclusive": True, "mem": 0}
+        setup = [f"source {SITE_FILE.absolute()}"] if SITE_FILE.is_file() else []
+        executor.update_parameters(
+            slurm_additional_parameters=extra | resources.slurm,
+            slurm_use_srun=False,
+            slurm_setup=setup,
+            slurm_stderr_to_stdout=True,
+            slurm_array_parallelism=parallelism,
+        )
+    return executor
+
+
+def _ranks_here() -> int:
+    text = os.environ.get(RANKS_VARIABLE, "1")
+    return int(text) if text.isdecimal() else 1
+
+
+def _adopt_site() -> None:
+    """Take over sbatch's variables (SBATCH_PARTITION, ...) from slurm/cluster.sh, where they are not set here."""
+    if not SITE_FILE.is_file():
+        return
+    script = f"source {SITE_FILE} >&2 && env -0"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{SITE_FILE}: {done.stderr.strip()}", "a file that bash can source", f"correct {SITE_FILE}")
+    for item in done.stdout.split("\0"):
+        name, _, value = item.partition("=")
+        if name.startswith("SBATCH_"):
+            os.environ.setdefault(name, value)

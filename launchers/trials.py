@@ -1,0 +1,128 @@
+"""The trials of a sweep: overrides from grids, zipped and listed values, and random draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shards.errors import InputError
+
+Trial = dict[str, Any]  # key of the configuration -> value
+
+EXAMPLE = """base: [preset=stanford, steps=500]        # of every trial
+grid: {loss.adv_weight: [0, 0.01], seed: [0, 1]}          # every combination
+zip: {segmentor_optimizer.lr: [1e-3, 1e-2], segmentor_optimizer.name: [adamw, sgd]}       # first with first, ...
+list: [{mode: supervised}, {loss.adv_weight: 0.1}]        # as they are
+random: {count: 8, seed: 0, values: {discriminator_optimizer.lr: {low: 1e-5, high: 1e-3, log: true}, seed: [0, 1]}}
+"""
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """The plan in a YAML file. Raises InputError when it is none."""
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}", "a YAML file", "correct it") from None
+    if not isinstance(plan, dict):
+        raise InputError(f"{path}: {type(plan).__name__}", f"a mapping, for example\n{EXAMPLE}", "correct it")
+    return plan
+
+
+def expand(plan: dict[str, Any]) -> list[list[str]]:
+    """The overrides of every trial of a plan with the parts of EXAMPLE; several parts are combined, each with each.
+
+    The same plan gives the same trials in the same order. Raises InputError for a plan that cannot be read.
+    """
+    parts: dict[str, Callable[[Any], list[Trial]]] = {"grid": _grid, "zip": _zip, "list": _list, "random": _random}
+    unknown = plan.keys() - parts.keys() - {"base"}
+    if unknown:
+        raise _bad(f"{sorted(unknown)[0]!r} in the plan", f"some of: base, {', '.join(parts)}")
+    base = plan.get("base", [])
+    if not isinstance(base, list) or not all(isinstance(word, str) and "=" in word for word in base):
+        raise _bad(f"base: {base!r}", "a list of key=value")
+    tables = [parts[name](plan[name]) for name in parts if name in plan]
+    merged = [_merge(combination) for combination in itertools.product(*tables)]
+    found = [[*base, *(f"{key}={_text(value)}" for key, value in trial.items())] for trial in merged]
+    twice = next((trial for i, trial in enumerate(found) if trial in found[:i]), None)
+    if twice is not None:
+        raise _bad(f"the trial {' '.join(twice)} twice", "trials that differ")
+    return found
+
+
+def _merge(combination: tuple[Trial, ...]) -> Trial:
+    merged: Trial = {}
+    for trial in combination:
+        both = merged.keys() & trial.keys()
+        if both:
+            raise _bad(f"{sorted(both)[0]} in two parts of the plan", "every key in one part")
+        merged |= trial
+    return merged
+
+
+def _grid(values: Any) -> list[Trial]:
+    columns = _columns("grid", values)
+    return [dict(zip(columns, row, strict=True)) for row in itertools.product(*columns.values())]
+
+
+def _zip(values: Any) -> list[Trial]:
+    columns = _columns("zip", values)
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise _bad(f"zip: {lengths} values", "lists of one length")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _list(trials: Any) -> list[Trial]:
+    if not isinstance(trials, list) or not trials or not all(isinstance(trial, dict) for trial in trials):
+        raise _bad(f"list: {trials!r}", "a list of mappings")
+    return trials
+
+
+def _random(draw: Any) -> list[Trial]:
+    if not isinstance(draw, dict) or not isinstance(draw.get("values"), dict):
+        raise _bad(f"random: {draw!r}", "count, seed and values")
+    count, seed = draw.get("count"), draw.get("seed", 0)
+    if not isinstance(count, int) or count < 1 or not isinstance(seed, int):
+        raise _bad(f"random: count {count!r}, seed {seed!r}", "a count of at least 1 and a whole seed")
+    generator = random.Random(seed)
+    return [{key: _draw(key, spec, generator) for key, spec in draw["values"].items()} for _ in range(count)]
+
+
+def _draw(key: str, spec: Any, generator: random.Random) -> Any:
+    """One of a list, or a number from {low, high}, log-uniform with log: true; 4 digits, so that it can be retyped."""
+    if isinstance(spec, list) and spec:
+        return generator.choice(spec)
+    try:
+        low, high, is_log = float(spec["low"]), float(spec["high"]), bool(spec.get("log", False))
+        if not (low < high and (low > 0 or not is_log)):
+            raise ValueError
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise _bad(f"random: {key}: {spec!r}", "a list, or {low: a, high: b, log: true} with 0 < a < b") from None
+    if is_log:
+        return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
+    return float(f"{generator.uniform(low, high):.4g}")
+
+
+def _columns(part: str, values: Any) -> dict[str, list[Any]]:
+    if not isinstance(values, dict) or not values or not all(isinstance(v, list) and v for v in values.values()):
+        raise _bad(f"{part}: {values!r}", "a mapping of keys to lists of values")
+    return values
+
+
+def _text(value: Any) -> str:
+    """A value as it is written in an override."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, dict)):
+        return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
+    return str(value)
+
+
+def _bad(got: str, needed: str) -> InputError:
+    return InputError(got, needed, f"correct it; an example:\n{EXAMPLE}")

@@ -1,0 +1,18 @@
+# shellcheck shell=bash
+# What is particular to your cluster: the only file here that a site edits. As it is, it works with SLURM's defaults.
+# Jobs source it on their first node; `distseg submit` and `distseg sweep` source it on the login node. For a plain
+# `sbatch slurm/train_voc.sh` to know partition and account, source it in your shell too:  . slurm/cluster.sh
+
+# --- submission: sbatch reads these; its command line wins over them, and they win over the #SBATCH lines
+# export SBATCH_PARTITION=gpu
+# export SBATCH_ACCOUNT=my_project
+# export SBATCH_QOS=normal
+# export SBATCH_TIMELIMIT=8:00:00
+
+# --- inside the job
+# module load cuda/12.8
+# export NCCL_SOCKET_IFNAME=ib0        # when NCCL or gloo choose the wrong network
+# export GLOO_SOCKET_IFNAME=ib0
+# export DISTSEG_PYTHON=/shared/env/bin/python     # default: .venv/bin/python of the repository, else python3
+# export DISTSEG_RANKS_PER_NODE=8      # default: one for each GPU that the job has on a node; without GPUs one
+# export DISTSEG_STOP_SECONDS=240      # how long ranks may take to save before the time limit; below --signal's seconds
