@@ -14,6 +14,7 @@ from distseg.config import BOUNDS, CHOICES, Config
 from shards.errors import InputError
 from shards.remote import check_url
 
+CONFIG_FILE = "config.yaml"  # in a run directory
 PRESETS = Path(__file__).parent / "presets"
 
 ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
@@ -101,6 +102,19 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     before, after = flattened(to_dict(old)), flattened(to_dict(new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return {key: (before.get(key), after.get(key)) for key in keys if not _is_free(key)}
+
+
+def check_same(run_dir: Path, config: Config) -> None:
+    """Raise InputError when `run_dir` holds a run of another configuration."""
+    saved = run_dir / CONFIG_FILE
+    changed = differences(from_file(saved), config) if saved.exists() else {}
+    if changed:
+        values = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
+        raise InputError(
+            f"{run_dir} holds a run of another configuration ({values})",
+            "the same configuration to resume it, or another directory",
+            f"write run_dir=DIR to start a new run, or remove {run_dir}",
+        )
 
 
 def _is_free(key: str) -> bool:

@@ -231,6 +231,12 @@ class StopRequest:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    @staticmethod
+    def ignore() -> None:
+        """Nothing is left to stop. Python takes its handlers back as it ends, and would die of a signal that is late."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def reason(self) -> str:
         """Which signal it was, for people."""
         return f"{self.signal_name} here" if self.signal_name else "a signal to another rank"

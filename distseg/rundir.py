@@ -13,11 +13,11 @@ from typing import TextIO
 
 from distseg import configuration
 from distseg.config import Config
+from distseg.configuration import CONFIG_FILE
 from distseg.distributed import Ranks, on_all, on_main, shared_error
 from shards.errors import InputError
 from shards.files import published
 
-CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
 POLL_SECONDS = 0.2
 
@@ -59,7 +59,7 @@ class RunDirectory:
 
     def _claim(self, config: Config) -> str:
         """Lock, and save the configuration; returns what is now in the lock file, unlike any other."""
-        check_same(self.path, config)
+        configuration.check_same(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK_FILE).open("a")  # not emptied: it may be another job's
@@ -79,18 +79,3 @@ class RunDirectory:
         with published(self.path / CONFIG_FILE) as partial:
             partial.write_text(configuration.to_yaml(config))
         return owner
-
-
-def check_same(path: Path, config: Config) -> None:
-    """Raise InputError when `path` holds a run of another configuration."""
-    saved = path / CONFIG_FILE
-    if not saved.exists():
-        return
-    changed = configuration.differences(configuration.from_file(saved), config)
-    if changed:
-        values = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
-        raise InputError(
-            f"{path} holds a run of another configuration ({values})",
-            "the same configuration to resume it, or another directory",
-            f"write run_dir=DIR to start a new run, or remove {path}",
-        )

@@ -62,6 +62,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         data.tell(watchdog.alive)
         train_and_show(config, ranks, data, networks, watchdog, StopRequest())
     teardown()
+    stop.ignore()
     return 0
 
 

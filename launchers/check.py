@@ -7,7 +7,6 @@ from pathlib import Path
 
 from distseg import configuration
 from distseg.config import Config
-from distseg.rundir import check_same
 from shards.errors import InputError
 from shards.manifest import FILE_NAME as MANIFEST
 from shards.prepare import NAMES
@@ -30,7 +29,7 @@ def check_run(overrides: list[str], world_size: int) -> Config:
 
 def _check_run_dir(config: Config) -> None:
     path = Path(config.run_dir).absolute()
-    check_same(path, config)
+    configuration.check_same(path, config)
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         got = f"run_dir={config.run_dir}: {there} cannot be written"

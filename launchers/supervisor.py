@@ -29,7 +29,9 @@ from launchers.places import TRY_VARIABLE, ranks_per_node
 from shards.errors import InputError
 
 MAX_FAILURES = 3
-STOP_SECONDS_VARIABLE = "DISTSEG_STOP_SECONDS"  # how long ranks may take to save once told to stop
+STOP_VARIABLE = "DISTSEG_STOP_SECONDS"  # how long ranks may take to save once told to stop
+PAUSE_VARIABLE = "DISTSEG_PAUSE_SECONDS"  # before the last try: above SLURM's SlurmdTimeout, which is 300 s by default
+FIRST_PAUSE_SECONDS = 5.0
 REPEAT_SECONDS = 5.0  # ranks that are still starting ignore the signal
 BAD_INPUT, TEMPORARY, INTERRUPTED = 2, 75, 130
 
@@ -59,6 +61,13 @@ def judge(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> V
     return Verdict("again", reason, exit_code or TEMPORARY)
 
 
+def may_be_the_machines(attempt: attempts.Attempt | None) -> bool:
+    """Whether a failure may be a machine's: nothing was noted, or ranks were killed or lost."""
+    if attempt is None or not attempt.exit_codes:
+        return True
+    return any(code < 0 or code == TEMPORARY for code in attempt.exit_codes)
+
+
 class Supervisor:
     """Runs one module on all nodes of a job until it is done, or until the job has to give its nodes back."""
 
@@ -86,7 +95,17 @@ class Supervisor:
                 reason = f"{MAX_FAILURES} failures in a row at step {step}; the last: {verdict.reason}"
                 print(reason, flush=True)
                 return Verdict("fail", reason, verdict.exit_code)
+            if may_be_the_machines(attempt):
+                self._pause(FIRST_PAUSE_SECONDS if len(failed_at) == 1 else _seconds(PAUSE_VARIABLE, 330))
+            if self._stopping_since is not None:
+                return Verdict("requeue", "told to stop between two tries")
         raise AssertionError
+
+    def _pause(self, seconds: float) -> None:
+        """Leave SLURM the time to find that a node is dead, which ends this process; unless told to stop."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self._stopping_since is None:
+            time.sleep(0.2)
 
     def stop(self) -> None:
         """Ask the ranks to save and leave. Only notes the wish: it may be called in a signal handler."""
@@ -122,7 +141,9 @@ class Supervisor:
     def _tell_ranks(self, process: subprocess.Popen) -> None:
         now = time.monotonic()
         assert self._stopping_since is not None
-        late = now - self._stopping_since > float(os.environ.get(STOP_SECONDS_VARIABLE, "240"))
+        if not self._told_at:
+            print("told to stop: the ranks save and leave", flush=True)
+        late = now - self._stopping_since > _seconds(STOP_VARIABLE, 240)
         if now - self._told_at < REPEAT_SECONDS and not late:
             return
         self._told_at = now
@@ -142,6 +163,10 @@ class Supervisor:
     def _noted(self, label: str) -> attempts.Attempt | None:
         found = [] if self._run_dir is None else attempts.read(self._run_dir)
         return found[-1] if found and found[-1].label == label else None
+
+
+def _seconds(variable: str, default: float) -> float:
+    return float(os.environ.get(variable) or default)
 
 
 def _children(pid: int) -> list[int]:
@@ -179,7 +204,10 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop())
     verdict = supervisor.run()
-    return requeue() if verdict.action == "requeue" else verdict.exit_code
+    code = requeue() if verdict.action == "requeue" else verdict.exit_code
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # Python ends without its handlers, and would die of a late one
+        signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 def _checked(overrides: list[str]) -> Path:

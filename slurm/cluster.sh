@@ -16,3 +16,4 @@
 # export DISTSEG_PYTHON=/shared/env/bin/python     # default: .venv/bin/python of the repository, else python3
 # export DISTSEG_RANKS_PER_NODE=8      # default: one for each GPU that the job has on a node; without GPUs one
 # export DISTSEG_STOP_SECONDS=240      # how long ranks may take to save before the time limit; below --signal's seconds
+# export DISTSEG_PAUSE_SECONDS=330     # before the last of three tries: above SlurmdTimeout (scontrol show config)

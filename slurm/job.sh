@@ -10,5 +10,6 @@ export DISTSEG_PYTHON=$python
 
 # on_all_nodes MODULE ARGUMENT...: the last line of a script. It becomes the process that SLURM sends its signals to.
 on_all_nodes() {
+    trap '' USR1 USR2 TERM  # until it is ready to answer them: without this they would end the job for good
     exec "$python" -m launchers.supervisor "$@"
 }

@@ -39,6 +39,13 @@ def test_distseg_does_not_reach_up_into_launchers() -> None:
             assert not uses(path, "launchers"), path
 
 
+def test_launchers_know_the_command_line_not() -> None:
+    files = sorted((ROOT / "launchers").glob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        assert not uses(path, "distseg.cli"), path
+
+
 def test_networks_and_losses_are_plain_torch() -> None:
     for path in [*(ROOT / "distseg" / "models").glob("*.py"), ROOT / "distseg" / "losses.py"]:
         forbidden = ("torch.distributed", "deepspeed", "distseg.distributed", "distseg.parallel", "distseg.config")
@@ -48,4 +55,4 @@ def test_networks_and_losses_are_plain_torch() -> None:
 def test_help_imports_nothing_heavy() -> None:
     program = "import sys; from distseg.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"torch", "numpy", "omegaconf", "h5py", "wandb"} & set(modules.stdout.split())
+    assert not {"torch", "numpy", "omegaconf", "h5py", "wandb", "submitit", "yaml"} & set(modules.stdout.split())

@@ -24,6 +24,7 @@ from pathlib import Path
 PACKAGES = "slurmctld slurmd slurm-client munge"
 START_SECONDS = 30
 INIT = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; "$@" & wait'  # the first process of a namespace
+MORTAL = ["setpriv", "--pdeathsig", "KILL"]  # nothing outlives who started it, however that ends
 NAMESPACES = ["--uts", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--propagation", "private"]
 
 SLURM_CONF = """\
@@ -87,7 +88,9 @@ def why_not() -> str:
     """Why no cluster can be started here; "" when one can."""
     if os.geteuid() != 0:
         return "a SLURM cluster for tests needs root"
-    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "unshare") if shutil.which(name) is None]
+    missing = [
+        name for name in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv") if shutil.which(name) is None
+    ]
     if missing:
         return f"no {', '.join(missing)}: apt-get install --no-install-recommends {PACKAGES}"
     if subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True).returncode:
@@ -105,6 +108,7 @@ class Cluster:
     slurmd_timeout: int = 15
     root: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurm-")))
     _inits: dict[str, subprocess.Popen] = field(default_factory=dict)
+    _munged: subprocess.Popen | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -140,8 +144,9 @@ class Cluster:
         """End every process of the cluster, and remove its folder."""
         for name in list(self._inits):
             self.cut_power(name)
-        with suppress(OSError, ValueError):
-            os.kill(int((self.root / "munged.pid").read_text()), signal.SIGTERM)
+        if self._munged is not None:
+            self._munged.kill()
+            self._munged.wait()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def boot(self, node: str) -> None:
@@ -189,7 +194,8 @@ class Cluster:
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "seed-file": "munge.seed"}
         options = [f"--{name}={root / file}" for name, file in files.items()]
         log = f"--log-file={root / 'log' / 'munged.log'}"
-        subprocess.run(["munged", "--force", "--num-threads=2", log, *options], check=True, capture_output=True)
+        command = [*MORTAL, "munged", "--foreground", "--force", "--num-threads=2", log, *options]
+        self._munged = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _write_configuration(self) -> None:
         port = free_ports(self.num_nodes + 1)
@@ -216,7 +222,8 @@ class Cluster:
         with (self.root / "log" / f"{name}.out").open("ab") as log:
             how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
             environment = os.environ | {"SLURM_CONF": str(self.root / "slurm.conf")}
-            self._inits[name] = subprocess.Popen(["unshare", *NAMESPACES, *inside], env=environment, **how)  # type: ignore[call-overload]
+            command = [*MORTAL, "unshare", *NAMESPACES, *inside]
+            self._inits[name] = subprocess.Popen(command, env=environment, **how)  # type: ignore[call-overload]
 
 
 def processes_below(pid: int) -> list[int]:

@@ -1,0 +1,31 @@
+"""In the ranks of test jobs: holds a step until the test has done what it wants to happen during it, or fails there.
+
+DISTSEG_TEST_BRAKE is a folder. A rank that is about to take step N (from 1) writes `at-N` and waits while `hold-N` is
+there; with `crash-N` it raises an error instead.
+"""
+
+import os
+import time
+from pathlib import Path
+
+
+def _install(folder: Path) -> None:
+    from distseg.trainer import Trainer
+
+    take = Trainer.train_step
+
+    def braked(self, batch):
+        step = self.state.step + 1
+        if (folder / f"crash-{step}").exists():
+            raise RuntimeError(f"this step is to fail: {step}")
+        if (folder / f"hold-{step}").exists():
+            (folder / f"at-{step}").touch()
+        while (folder / f"hold-{step}").exists():
+            time.sleep(0.05)
+        return take(self, batch)
+
+    Trainer.train_step = braked
+
+
+if "RANK" in os.environ and "DISTSEG_TEST_BRAKE" in os.environ:
+    _install(Path(os.environ["DISTSEG_TEST_BRAKE"]))

@@ -1,0 +1,71 @@
+"""Jobs through submitit on a real cluster: results, exceptions and preemptions come back to Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import submitit
+
+from launchers import status, submit, sweep
+from tests.slurm.runs import ROOT, Run, wait_until
+
+PARTLY: dict[str, Any] = {"gpus_per_node": 1, "slurm": {"mem": 400}}
+
+
+@pytest.fixture
+def login_node(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A run whose environment, and the cluster's, are this process's."""
+    for name, value in (run.variables | run.cluster.environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{run.variables['PYTHONPATH']}")
+    monkeypatch.delenv("DISTSEG_RANKS_PER_NODE")
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setattr(submitit.SlurmJob.watcher, "_delay_s", 1)
+    yield run
+
+
+def test_two_nodes_preempted_in_the_middle(login_node: Run, uninterrupted: dict[str, bytes]) -> None:
+    run = login_node
+    run.hold(5)
+    job = submit(*run.overrides, nodes=2, **PARTLY)
+    run.job = job.job_id
+    run.wait_at(5)
+    run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)  # what --signal=B:USR2 does before the limit
+    wait_until(lambda: "Calling checkpoint method" in job.stdout(), run.describe)
+    run.release(5)
+    scores = job.result()
+    assert scores == json.loads((run.run_dir / "evaluation.json").read_text()) | {"run_dir": str(run.run_dir)}
+    assert run.show()["Restarts"] == "1"
+    assert [attempt.outcome for attempt in run.attempts()] == ["stopped", "done"]
+    assert run.attempts()[0].hosts == ["node1", "node2"] and run.parameters() == uninterrupted
+
+
+def test_an_array_of_six_with_one_that_fails(login_node: Run, capsys: pytest.CaptureFixture) -> None:
+    run = login_node
+    run.hold(1)
+    base = [word for word in run.overrides if not word.startswith(("run_dir=", "steps="))]
+    plan = {"base": [*base, "steps=2", "max_skips=2", "ema_decay=0", "segmentor_optimizer.weight_decay=0"]}
+    plan |= {"zip": {"segmentor_optimizer.lr": [1e-3, 1e30, 1e-3, 1e-3, 1e-3, 1e-3], "seed": [0, 1, 2, 3, 4, 5]}}
+    jobs = sweep(plan, run.folder / "sweep", parallelism=3, **PARTLY)
+    run.job = jobs[0].job_id.split("_")[0]
+    run.wait_at(1)
+    wait_until(lambda: [row.state for row in status("sweep")].count("running") == 3, run.describe)
+    assert [row.state for row in status("sweep")].count("waiting") == 3, "three at a time"
+    run.release(1)
+    for number, job in enumerate(jobs):
+        if number == 1:
+            with pytest.raises(submitit.core.utils.FailedJobError, match="non-finite gradients in a row"):
+                job.result()
+        else:
+            assert job.result()["step"] == 2
+    rows = status("sweep")
+    assert [row.state for row in rows] == ["done", "failed", "done", "done", "done", "done"]
+    assert all(row.metric is not None for row in rows if row.state == "done")
+
+
+def test_what_the_cluster_has_not_is_refused_at_submission(login_node: Run) -> None:
+    with pytest.raises(ValueError, match=r"sbatch: .*Requested node configuration is not available"):
+        submit(*login_node.overrides, "batch_size=9", gpus_per_node=9)

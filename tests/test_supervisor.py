@@ -1,0 +1,115 @@
+"""What a job does after its nodes have ended, and how it learns its place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distseg.attempts import Attempt
+from launchers import supervisor
+from launchers.places import Place, ranks_per_node
+from launchers.supervisor import Supervisor, Verdict, judge, may_be_the_machines
+from shards.errors import InputError
+
+
+def attempt(outcome: str, reason: str = "", exit_codes: tuple[int, ...] = ()) -> Attempt:
+    return Attempt("job 1", outcome=outcome, reason=reason, exit_codes=list(exit_codes))
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "noted", "stopping", "action", "code"),
+    [
+        (0, attempt("done"), False, "done", 0),
+        (143, attempt("done"), True, "done", 0),  # told to stop after the last step
+        (0, attempt("stopped", "SIGUSR1 here"), True, "requeue", 0),
+        (143, attempt("stopped", "SIGTERM here"), False, "requeue", 0),  # preempted: only the ranks were told
+        (0, attempt("stopped", "SIGINT here"), False, "fail", 130),  # W&B's stop button
+        (137, attempt("killed"), True, "requeue", 0),  # did not save in time
+        (143, attempt("refused", "a full disk"), False, "fail", 2),
+        (143, attempt("failed", "rank 3 on b: exit code 2", (75, 2)), False, "fail", 2),  # one rank's bad input
+        (75, attempt("failed", "rank 1 is gone", (75,)), False, "again", 75),
+        (137, attempt("killed"), False, "again", 137),
+        (1, None, False, "again", 1),
+        (2, None, False, "fail", 2),
+        (0, None, False, "done", 0),  # no training run
+        (0, None, True, "requeue", 0),
+    ],
+)
+def test_verdicts(exit_code: int, noted: Attempt | None, stopping: bool, action: str, code: int) -> None:
+    verdict = judge(exit_code, noted, stopping)
+    assert (verdict.action, verdict.exit_code) == (action, code)
+
+
+class Scripted(Supervisor):
+    """A supervisor whose nodes fail with 1, having begun at the steps given."""
+
+    def __init__(self, steps: list[int]):
+        super().__init__("distseg.train", [], Path("nowhere"), with_srun=False)
+        self.steps = steps
+
+    def _run_nodes(self, label: str, number: int) -> int:
+        return 1
+
+    def _noted(self, label: str) -> Attempt:
+        return Attempt(label, outcome="failed", first_step=self.steps.pop(0), exit_codes=[1])
+
+
+def test_failures_without_progress_come_to_an_end_and_others_do_not() -> None:
+    scripted = Scripted([0, 0, 10, 10, 20, 20, 20, 30])
+    verdict = scripted.run()
+    assert scripted.steps == [30] and verdict.action == "fail" and verdict.exit_code == 1
+    assert "3 failures in a row at step 20" in verdict.reason
+
+
+def test_only_failures_that_may_be_a_machines_are_waited_for() -> None:
+    assert may_be_the_machines(None) and may_be_the_machines(attempt("killed"))
+    assert may_be_the_machines(attempt("failed", "", (75,))) and may_be_the_machines(attempt("failed", "", (1, -9)))
+    assert not may_be_the_machines(attempt("failed", "RuntimeError: a mistake", (1, 1)))
+
+
+def test_the_exit_code_of_a_rank_comes_through_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaves.py").write_text("import os, sys\nsys.exit(7 * int(os.environ['RANK']))\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent.parent}")
+    monkeypatch.setenv("DISTSEG_RANKS_PER_NODE", "2")
+    run = Supervisor("leaves", [], with_srun=False)
+    assert run.run() == Verdict("again", "exit code 7", 7)
+
+
+def test_a_step_of_srun_gives_node_port_and_ranks() -> None:
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
+    step |= {"SLURM_JOB_ID": "100", "SLURM_RESTART_COUNT": "3", "SLURM_GPUS_ON_NODE": "4", "DISTSEG_TRY": "2"}
+    assert Place.of_step(step) == Place(2, 1, 4, "gpu07", 26126)  # 20000 + 61 * 100 + 8 * 3 + 2
+    assert Place.of_step(step | {"SLURM_JOB_ID": "101"}).port != Place.of_step(step).port
+    with pytest.raises(InputError, match="SLURM_NODEID"):
+        Place.of_step({key: value for key, value in step.items() if key != "SLURM_NODEID"})
+
+
+def test_ranks_of_a_node() -> None:
+    assert ranks_per_node({}) == 1
+    assert ranks_per_node({"SLURM_GPUS_ON_NODE": "8"}) == 8
+    assert ranks_per_node({"SLURM_GPUS_ON_NODE": "8", "DISTSEG_RANKS_PER_NODE": "2"}) == 2
+    with pytest.raises(InputError, match="DISTSEG_RANKS_PER_NODE=two"):
+        ranks_per_node({"DISTSEG_RANKS_PER_NODE": "two"})
+
+
+@pytest.mark.parametrize(("state", "answer"), [("CANCELLED", 143), ("COMPLETING", 143), ("", 143)])
+def test_only_a_running_job_is_requeued(
+    state: str, answer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, text in (("squeue", f"echo {state}"), ("scontrol", f"touch {tmp_path}/called")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    assert supervisor.requeue() == answer
+    assert not (tmp_path / "called").exists() and "not requeued" in capsys.readouterr().out
+
+
+def test_what_runs_in_a_job_needs_no_submitit() -> None:
+    program = "import sys, launchers.supervisor, launchers.agent; print('submitit' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
