@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench    each sets up .venv by itself
+# make demo | make slurm-demo | make test | make lint | make bench    each sets up .venv by itself
 PYTHON ?= python3
 BIN := .venv/bin
 # one process per GPU (a power of two, so that it divides the batch of 16), or two on the CPU
@@ -6,7 +6,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo test lint bench clean
+.PHONY: demo slurm-demo test lint bench clean
 
 demo: .venv/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -16,6 +16,11 @@ demo: .venv/.user
 	tar -xf data/toy/val-000000.tar -C data/toy-pictures --wildcards 'val-0000[0-5].jpg'
 	$(BIN)/distseg predict $(DEMO) data/toy-pictures --out $(DEMO)/predictions
 	@echo "look at $(DEMO)/pictures, $(DEMO)/predictions and $(DEMO)/evaluation.json"
+
+SHARDS ?= data/toy
+slurm-demo: .venv/.user  # as root, with Debian's slurmctld slurmd slurm-client munge; SHARDS=DIR: your own
+	test -d $(SHARDS) || ($(BIN)/distseg prepare toy --out data/toy.h5 && $(BIN)/distseg pack data/toy.h5 --out data/toy)
+	$(BIN)/python -m tests.slurm.cluster tests/slurm/demo.sh $(SHARDS)
 
 test: .venv/.developer
 	$(BIN)/python -m pytest -q

@@ -233,7 +233,7 @@ class StopRequest:
 
     @staticmethod
     def ignore() -> None:
-        """Nothing is left to stop. Python takes its handlers back as it ends, and would die of a signal that is late."""
+        """Nothing is left to stop. Python takes its handlers back as it ends, and would die of a late signal."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 

@@ -48,11 +48,8 @@ def expand(plan: dict[str, Any]) -> list[list[str]]:
         raise _bad(f"base: {base!r}", "a list of key=value")
     tables = [parts[name](plan[name]) for name in parts if name in plan]
     merged = [_merge(combination) for combination in itertools.product(*tables)]
-    found = [[*base, *(f"{key}={_text(value)}" for key, value in trial.items())] for trial in merged]
-    twice = next((trial for i, trial in enumerate(found) if trial in found[:i]), None)
-    if twice is not None:
-        raise _bad(f"the trial {' '.join(twice)} twice", "trials that differ")
-    return found
+    found = [(*base, *(f"{key}={_text(value)}" for key, value in trial.items())) for trial in merged]
+    return [list(trial) for trial in dict.fromkeys(found)]  # what is drawn or listed twice is run once
 
 
 def _merge(combination: tuple[Trial, ...]) -> Trial:
@@ -95,7 +92,7 @@ def _random(draw: Any) -> list[Trial]:
 
 
 def _draw(key: str, spec: Any, generator: random.Random) -> Any:
-    """One of a list, or a number from {low, high}, log-uniform with log: true; 4 digits, so that it can be retyped."""
+    """One of a list, or a number of 6 digits from {low, high}, log-uniform with log: true."""
     if isinstance(spec, list) and spec:
         return generator.choice(spec)
     try:
@@ -105,8 +102,8 @@ def _draw(key: str, spec: Any, generator: random.Random) -> Any:
     except (TypeError, KeyError, ValueError, AttributeError):
         raise _bad(f"random: {key}: {spec!r}", "a list, or {low: a, high: b, log: true} with 0 < a < b") from None
     if is_log:
-        return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}")
-    return float(f"{generator.uniform(low, high):.4g}")
+        return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.6g}")
+    return float(f"{generator.uniform(low, high):.6g}")
 
 
 def _columns(part: str, values: Any) -> dict[str, list[Any]]:

@@ -44,6 +44,8 @@ def test_launchers_know_the_command_line_not() -> None:
     assert len(files) > 5
     for path in files:
         assert not uses(path, "distseg.cli"), path
+    for name in ("supervisor", "agent", "places", "check"):  # of jobs by sbatch, whose machines need no submitit
+        assert not uses(ROOT / "launchers" / f"{name}.py", "submitit"), name
 
 
 def test_networks_and_losses_are_plain_torch() -> None:

@@ -14,7 +14,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "slurm").glob("
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck: apt-get install shellcheck")
-@pytest.mark.parametrize("script", [*SCRIPTS, ".ci/run", "tests/slurm/sacct"])
+@pytest.mark.parametrize("script", [*SCRIPTS, ".ci/run", "tests/slurm/sacct", "tests/slurm/demo.sh"])
 def test_shellcheck_finds_nothing(script: str) -> None:
     done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -23,6 +23,11 @@ def test_a_grid_is_every_combination_after_what_all_share() -> None:
     assert expand(plan) == expected
 
 
+def test_equal_trials_are_run_once() -> None:
+    assert expand({"grid": {"seed": [1, 1, 2]}}) == [["seed=1"], ["seed=2"]]
+    assert len(expand({"random": {"count": 50, "values": {"seed": [1, 2]}}})) == 2
+
+
 def test_parts_are_combined_each_with_each() -> None:
     plan = {"zip": {"a": [1, 2], "b": ["x", "y"]}, "list": [{"c": True}, {"d": None}]}
     assert expand(plan) == [
@@ -67,7 +72,6 @@ def test_the_example_is_a_plan(tmp_path: Path) -> None:
         ({"grid": {}}, "lists of values"),
         ({"zip": {"a": [1, 2], "b": [1]}}, "lists of one length"),
         ({"grid": {"seed": [1]}, "list": [{"seed": 2}]}, "seed in two parts"),
-        ({"grid": {"seed": [1, 1]}}, "seed=1 twice"),
         ({"random": {"count": 0, "values": {"seed": [1]}}}, "count of at least 1"),
         ({"random": {"count": 2, "values": {"lr": {"low": 0, "high": 1, "log": True}}}}, "0 < a < b"),
         ({"base": "preset=toy", "grid": {"seed": [1]}}, "a list of key=value"),

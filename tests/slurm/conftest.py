@@ -1,59 +1,61 @@
-"""A cluster for all tests here, and runs on it."""
+"""Clusters for the tests here. They are skipped, with the reason, where none can be started."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.runs import Run
+from tests.slurm.scenarios import SCENARIOS
+
+AT_A_TIME = 3  # scenarios mostly wait: for SLURM's clocks, and for what is held
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A cluster of four nodes, each with 4 CPUs and 2 GPUs that are none."""
+@pytest.fixture(scope="session", autouse=True)
+def possible() -> None:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    cluster = Cluster()
-    cluster.start()
-    yield cluster
-    cluster.stop()
-
-
-@pytest.fixture
-def new_run(cluster: Cluster, toy_shards: Path, tmp_path: Path) -> Iterator[Callable[[], Run]]:
-    """Makes runs; their jobs are cancelled at the end, whatever happened."""
-    made: list[Run] = []
-
-    def make() -> Run:
-        folder = tmp_path / f"run{len(made)}"
-        folder.mkdir()
-        made.append(Run(cluster, folder, toy_shards))
-        return made[-1]
-
-    yield make
-    for run in made:
-        for file in run.folder.glob("hold-*"):
-            file.unlink()
-        cluster.run("scancel", "--full", run.job, check=False)
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(cluster: Cluster, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The last checkpoint of a run on two nodes that nothing happened to."""
-    run = Run(cluster, tmp_path_factory.mktemp("uninterrupted"), toy_shards)
-    run.sbatch()
-    assert run.wait()["Restarts"] == "0"
-    assert [attempt.outcome for attempt in run.attempts()] == ["done"]
-    return run.parameters()
+def outcomes(
+    request: pytest.FixtureRequest, possible: None, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Any]]]:
+    """The scenarios that were selected, each begun as soon as another is over, and left_alone before them."""
+    wanted = {item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")}
+    names = ["left_alone", *(name for name in SCENARIOS if name in wanted - {"left_alone"})]
+    begun: dict[str, Future[Any]] = {}
+
+    def play(name: str) -> Any:
+        cluster = Cluster()
+        try:
+            cluster.start()
+            return SCENARIOS[name](
+                Run(cluster, tmp_path_factory.mktemp(name), toy_shards, begun["left_alone"]), cluster
+            )
+        finally:
+            cluster.stop()
+
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        for name in names:
+            begun[name] = pool.submit(play, name)
+        yield begun
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
-def run(new_run: Callable[[], Run]) -> Run:
-    return new_run()
+def run(outcomes: dict[str, Future[Any]], toy_shards: Path, tmp_path: Path) -> Iterator[Run]:
+    """A run on a cluster of its own, for one test."""
+    cluster = Cluster()
+    cluster.start()
+    yield Run(cluster, tmp_path, toy_shards, outcomes["left_alone"])
+    cluster.stop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

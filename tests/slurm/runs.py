@@ -6,7 +6,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distseg import attempts
@@ -36,6 +37,7 @@ class Run:
     cluster: Cluster
     folder: Path
     shards: Path
+    reference: Future[dict[str, bytes]]  # of the scenario left_alone
     job: str = ""
 
     @property
@@ -101,6 +103,17 @@ class Run:
         files = sorted((self.run_dir / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
         assert len(files) == 8, self.describe()
         return {file.name: file.read_bytes() for file in files}
+
+    def check_finished(self) -> None:
+        """Fails unless the run is done, with the bits of one that nothing happened to."""
+        assert self.attempts()[-1].outcome == "done" and self.attempts()[-1].last_step == STEPS, self.describe()
+        assert self.parameters() == self.reference.result(), "other parameters than without interruption"
+
+    def another(self) -> Run:
+        """A second run on the same cluster."""
+        folder = self.folder / "another"
+        folder.mkdir()
+        return replace(self, folder=folder, job="")
 
     def describe(self) -> str:
         """Everything that helps to find out what went wrong."""
