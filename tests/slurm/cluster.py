@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent.parent
 PACKAGES = "slurmctld slurmd slurm-client munge"
 START_SECONDS = 30
 INIT = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; "$@" & wait'  # the first process of a namespace
@@ -180,9 +181,9 @@ class Cluster:
         return found
 
     def run(self, *command: str, check: bool = True, variables: dict[str, str] | None = None) -> str:
-        """stdout of a command in the cluster's environment. Raises RuntimeError with its stderr when it fails."""
+        """stdout of a command called in the repository. Raises RuntimeError with its stderr when it fails."""
         environment = os.environ | self.environment | (variables or {})
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout

@@ -36,9 +36,8 @@ def outcomes(
         cluster = Cluster()
         try:
             cluster.start()
-            return SCENARIOS[name](
-                Run(cluster, tmp_path_factory.mktemp(name), toy_shards, begun["left_alone"]), cluster
-            )
+            run = Run(cluster, tmp_path_factory.mktemp(name), toy_shards, lambda: begun["left_alone"].result())
+            return SCENARIOS[name](run, cluster)
         finally:
             cluster.stop()
 
@@ -54,7 +53,7 @@ def run(outcomes: dict[str, Future[Any]], toy_shards: Path, tmp_path: Path) -> I
     """A run on a cluster of its own, for one test."""
     cluster = Cluster()
     cluster.start()
-    yield Run(cluster, tmp_path, toy_shards, outcomes["left_alone"])
+    yield Run(cluster, tmp_path, toy_shards, lambda: outcomes["left_alone"].result())
     cluster.stop()
 
 

@@ -6,15 +6,13 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distseg import attempts
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import ROOT, Cluster
 from tests.test_train import SMALL
 
-ROOT = Path(__file__).parent.parent.parent
 WAIT_SECONDS = 600  # for anything; what takes so long has failed
 STEPS = 12
 OVERRIDES = [*SMALL, "data.num_classes=8", "segmentor=multiscale", "segmentor.options.hidden=16"]
@@ -37,7 +35,7 @@ class Run:
     cluster: Cluster
     folder: Path
     shards: Path
-    reference: Future[dict[str, bytes]]  # of the scenario left_alone
+    reference: Callable[[], dict[str, bytes]]  # the last checkpoint of a run that nothing happened to
     job: str = ""
 
     @property
@@ -57,7 +55,7 @@ class Run:
 
     def sbatch(self, *words: str, options: tuple[str, ...] = (), variables: dict[str, str] | None = None) -> None:
         """Submit slurm/train_voc.sh with further overrides; options are sbatch's, two nodes in part unless they say."""
-        usual = ["--parsable", f"--chdir={ROOT}", f"--output={self.folder}/out.txt", "--oversubscribe", "--mem=400"]
+        usual = ["--parsable", f"--output={self.folder}/out.txt", "--oversubscribe", "--mem=400"]
         overrides = [*self.overrides, *words]
         command = ["sbatch", *usual, *options, "slurm/train_voc.sh", *overrides]
         self.job = self.cluster.run(*command, variables=self.variables | (variables or {})).strip()
@@ -107,7 +105,7 @@ class Run:
     def check_finished(self) -> None:
         """Fails unless the run is done, with the bits of one that nothing happened to."""
         assert self.attempts()[-1].outcome == "done" and self.attempts()[-1].last_step == STEPS, self.describe()
-        assert self.parameters() == self.reference.result(), "other parameters than without interruption"
+        assert self.parameters() == self.reference(), "other parameters than without interruption"
 
     def another(self) -> Run:
         """A second run on the same cluster."""
