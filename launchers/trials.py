@@ -18,8 +18,8 @@ Trial = dict[str, Any]  # key of the configuration -> value
 EXAMPLE = """base: [preset=stanford, steps=500]        # of every trial
 grid: {loss.adv_weight: [0, 0.01], seed: [0, 1]}          # every combination
 zip: {segmentor_optimizer.lr: [1e-3, 1e-2], segmentor_optimizer.name: [adamw, sgd]}       # first with first, ...
-list: [{mode: supervised}, {loss.adv_weight: 0.1}]        # as they are
-random: {count: 8, seed: 0, values: {discriminator_optimizer.lr: {low: 1e-5, high: 1e-3, log: true}, seed: [0, 1]}}
+list: [{ema_decay: 0}, {ema_decay: 0.99, schedule.warmup_steps: 100}]          # as they are
+random: {count: 8, seed: 0, values: {schedule.power: {low: 0.1, high: 10, log: true}, data.crop_px: [240, 320]}}
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_shellcheck_finds_nothing(script: str) -> None:
 
 def run(script: str, *arguments: str, cwd: Path, submitted: bool) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    environment |= {"SLURM_SUBMIT_DIR": str(cwd)} if submitted else {}
+    environment |= {"DISTSEG_PYTHON": sys.executable} | ({"SLURM_SUBMIT_DIR": str(cwd)} if submitted else {})
     command = ["bash", str(ROOT / "slurm" / script), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
