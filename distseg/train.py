@@ -58,9 +58,10 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if ranks.device.type == "cpu":
         reuse_memory()
     allow_tf32(config.tf32)
+    stop = StopRequest()
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         data.tell(watchdog.alive)
-        train_and_show(config, ranks, data, networks, watchdog, StopRequest())
+        train_and_show(config, ranks, data, networks, watchdog, stop)
     teardown()
     stop.ignore()
     return 0
