@@ -29,7 +29,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """[function(ranks, *arguments) of rank 0, of rank 1, ...]; the function must be importable."""
     with tempfile.TemporaryDirectory() as folder:
         processes = []
@@ -37,7 +39,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> 
             target = (environment, sys.path, function, arguments, Path(folder) / str(rank))
             processes.append(CONTEXT.Process(target=_run_rank, args=target))
             processes[-1].start()
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline = time.monotonic() + timeout_seconds
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in processes]
