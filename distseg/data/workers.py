@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -114,7 +114,7 @@ class Processes:
         """As Workers; at most num_batches may be under way."""
         block = self._free.pop()
         first = block * self._batch_size
-        with _killed_is_said():
+        with _deaf(), _killed_is_said():  # the pool starts its processes here
             tasks = [self._pool.submit(_write, *place, slot) for slot, place in enumerate(places, start=first)]
 
         def finish() -> None:
@@ -183,7 +183,17 @@ class _Memory:
 
 
 @contextmanager
-def _killed_is_said() -> Any:
+def _deaf() -> Iterator[None]:
+    """What is started within inherits that these signals are blocked, from its first moment on; here they wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _killed_is_said() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
@@ -203,8 +213,6 @@ _own: tuple[SampleWriter, _Memory]  # of a worker process
 def _start(write: SampleWriter, memory: _Memory, alive: _PassedDescriptor) -> None:
     """In a worker process, before its first task."""
     global _own
-    for number in PASSED_ON:
-        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     _own = write, memory
 
