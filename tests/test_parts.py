@@ -190,16 +190,18 @@ def test_a_split_of_bad_samples_only_is_refused(root: Path, tmp_path: Path) -> N
         prepare("folder", root, tmp_path / "maps.h5", skip_bad=True)
 
 
-@pytest.mark.parametrize("when", ["_parts", "check_space"])  # before its size is asked for, and before it is read
+@pytest.mark.parametrize(  # before its size is asked for, and before it is read
+    ("when", "message"), [("_parts", "has vanished.*the same command again"), ("check_space", ".*a readable image")]
+)
 def test_a_file_that_vanishes_meanwhile_is_named(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, message: str
 ) -> None:
-    original, mask = getattr(parts, when), root / "masks" / "toy_05.png"
+    original, image = getattr(parts, when), root / "images" / "toy_05.jpg"
 
     def lose(*arguments: object) -> object:
-        mask.unlink()
+        image.unlink()
         return original(*arguments)
 
     monkeypatch.setattr(parts, when, lose)
-    with pytest.raises(InputError, match=rf"(?s){mask} has vanished.*run the same command again"):
+    with pytest.raises(InputError, match=rf"(?s){image}.*{message}"):
         prepare("folder", root, tmp_path / "maps.h5")

@@ -229,7 +229,7 @@ def test_processes_that_start_together_fetch_each_shard_once(server: Server, toy
     assert tar_requests(server) == num_chunks(toy_shards)
     source, shard = RemoteSource(server.url, str(tmp_path)), shards_of(toy_shards)[0]
     # one that looked just before the other was done
-    os.close(source._cache._fetched(shard, lambda descriptor: pytest.fail("fetched again")))
+    os.close(source._cache._fetched(shard, lambda descriptor: pytest.fail("fetched again"), lambda: None))
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -26,21 +26,12 @@ class Task:
 
     def run(self) -> Sample:
         """Read the sample. Raises InputError, naming the file, when it cannot be used."""
-        try:
-            return self.read(self.key, self.split, *self.arguments)
-        except FileNotFoundError as error:
-            raise vanished(error.filename) from None
+        return self.read(self.key, self.split, *self.arguments)
 
     @property
     def files(self) -> list[Path]:
         """The files that `run` reads."""
         return [argument for argument in self.arguments if isinstance(argument, Path)]
-
-
-def vanished(path: object) -> InputError:
-    """The error for a file that was there when the data set was listed."""
-    action = "is another process moving the data? When it is done, run the same command again: it goes on"
-    return InputError(f"{path} has vanished since the run began", "files that stay", action)
 
 
 def absent(key: str, split: str, file: str) -> Sample:

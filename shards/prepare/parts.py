@@ -13,7 +13,7 @@ from pathlib import Path
 from shards.errors import InputError
 from shards.files import check_space, say, tracked
 from shards.maps import MapsReader, MapsWriter
-from shards.prepare.dataset import DataSet, Task, vanished
+from shards.prepare.dataset import DataSet, Task
 from shards.processes import mapped
 from shards.sample import ClassSet
 
@@ -100,7 +100,8 @@ def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except FileNotFoundError:
-        raise vanished(path) from None
+        action = "is another process moving the data? When it is done, run the same command again: it goes on"
+        raise InputError(f"{path} has vanished since the data were listed", "files that stay", action) from None
 
 
 def _done(part: _Part) -> bool:
