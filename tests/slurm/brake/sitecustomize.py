@@ -1,7 +1,7 @@
 """In the ranks of test jobs: holds a step until the test has done what it wants to happen during it, or fails there.
 
 DISTSEG_TEST_BRAKE is a folder. A rank that is about to take step N (from 1) writes `at-N` and waits while `hold-N` is
-there; with `crash-N` it raises an error instead.
+there; with `crash-N` it raises an error instead, with `refuse-N-SEED`, in the run of that seed, an InputError.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 def _install(folder: Path) -> None:
     from distseg.trainer import Trainer
+    from shards.errors import InputError
 
     take = Trainer.train_step
 
@@ -18,6 +19,8 @@ def _install(folder: Path) -> None:
         step = self.state.step + 1
         if (folder / f"crash-{step}").exists():
             raise RuntimeError(f"this step is to fail: {step}")
+        if (folder / f"refuse-{step}-{self.config.seed}").exists():
+            raise InputError(f"a test's bad input at step {step}", "another", "none")
         if (folder / f"hold-{step}").exists():
             (folder / f"at-{step}").touch()
         while (folder / f"hold-{step}").exists():
