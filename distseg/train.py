@@ -58,12 +58,10 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if ranks.device.type == "cpu":
         reuse_memory()
     allow_tf32(config.tf32)
-    stop = StopRequest()
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         data.tell(watchdog.alive)
-        train_and_show(config, ranks, data, networks, watchdog, stop)
+        train_and_show(config, ranks, data, networks, watchdog, StopRequest())
     teardown()
-    stop.ignore()
     return 0
 
 
@@ -310,4 +308,6 @@ def _millions(network: torch.nn.Module) -> str:
 if __name__ == "__main__":
     from distseg.cli import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    exit_code = main(["train", *sys.argv[1:]])
+    StopRequest.ignore()
+    sys.exit(exit_code)
