@@ -152,7 +152,7 @@ def measure_start(location: Path) -> None:
 def measure_maps(reader: ShardReader, folder: Path) -> None:
     """Print how fast maps are read, and packed into shards."""
     raws = [reader.read(index) for index in range(min(len(reader), 256))]
-    samples = [Sample(raw.key, raw.image, decode_label(raw.label or b""), "train") for raw in raws]
+    samples = [Sample(raw.key, raw.image, decode_label(raw.label or b""), "train", raw.key) for raw in raws]
     write_maps(folder / "maps.h5", "benchmark", reader.classes, samples, len(samples))
     with MapsReader(folder / "maps.h5") as maps:
         order = np.random.default_rng(0).permutation(maps.splits["train"]).tolist()
