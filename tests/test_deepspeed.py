@@ -330,7 +330,7 @@ def test_one_rank_takes_the_steps_and_the_checkpoints_of_two(
 
 @needs_deepspeed
 def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(toy_shards: Path, tmp_path: Path) -> None:
-    settings = [*deepspeed(2), "ema_decay=0.9", "segmentor.batch_norm=synchronised"]
+    settings = [*deepspeed(2), "ema_decay=0.9", "segmentor.batch_norm=synchronised", "checkpoint.keep_last=4"]
     finish(start(2, toy_shards, tmp_path / "one", *settings))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for step in ("step-00000009", "step-00000012"):
