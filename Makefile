@@ -1,4 +1,4 @@
-# make demo | make slurm-demo | make test | make lint | make bench    each sets up .venv by itself
+# make demo | make slurm-demo | make test | make test-slurm | make lint | make bench    each sets up .venv by itself
 PYTHON ?= python3
 BIN := .venv/bin
 # one process per GPU (a power of two, so that it divides the batch of 16), or two on the CPU
@@ -6,7 +6,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo slurm-demo test lint bench clean
+.PHONY: demo slurm-demo test test-slurm lint bench clean
 
 demo: .venv/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -23,7 +23,11 @@ slurm-demo: .venv/.user  # as root, with Debian's slurmctld slurmd slurm-client 
 	$(BIN)/python -m tests.slurm.cluster tests/slurm/demo.sh $(SHARDS)
 
 test: .venv/.developer
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/slurm
+
+# as root; apt-get install slurmctld slurmd slurm-client munge
+test-slurm: .venv/.developer
+	$(BIN)/python -m pytest -v tests/slurm
 
 lint: .venv/.developer
 	$(BIN)/ruff check .
