@@ -102,7 +102,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
-            while not self._closed.wait(self._interval):
+            # often at first, so that a rank that is lost in the first seconds can be named too
+            while not self._closed.wait(min(self._interval, 0.5 * self._beats)):
                 self._beats += 1
                 self._say(self._what)
                 self._live()
