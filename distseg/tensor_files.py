@@ -141,7 +141,8 @@ def _joined(name: str, pieces: list[tuple[int, Any]], like: Mapping[str, Tensor]
     if len(pieces) == 1 and (wanted is None or slice_of(wanted).count == 1):
         found = pieces[0][1].get_tensor(name)
         _check_shape(name, tuple(found.shape), wanted)
-        return found
+        # FSDP's tensors are of their own kind even where one rank holds all their rows
+        return found if wanted is None else of_same_slice(found.to(wanted.device), wanted)
     rows = [file.get_slice(name) for _, file in pieces]
     lengths = [piece.get_shape()[0] for piece in rows]
     total = sum(lengths)
