@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,17 @@ def _preset_values(name: str) -> dict[str, Any]:
 
 def _full_key(key: str) -> str:
     """`segmentor=NAME` is short for `segmentor.name=NAME`, for every part that has a name."""
-    sections = {section for section in flattened(to_dict(Config())) if section.endswith(".name")}
-    return f"{key}.name" if f"{key}.name" in sections else key
+    return f"{key}.name" if f"{key}.name" in _known() else key
+
+
+@cache  # a structure takes long to make, and every override asks
+def _known() -> tuple[str, ...]:
+    """All keys."""
+    return tuple(flattened(to_dict(Config())))
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:
-    known = list(flattened(to_dict(Config())))
+    known = _known()
     for key, value in values.items():
         is_option = any(key.startswith(f"{part}.options.") for part in ("segmentor", "discriminator"))
         if not is_option and key not in known:
