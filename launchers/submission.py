@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
     options: dict[str, Any] = {}
     if resources.executor == "slurm":
         options["slurm_max_num_timeout"] = NO_LIMIT
+        options["slurm_python"] = f"exec {shlex.quote(sys.executable)}"  # B: signals the script's own process alone
     executor = submitit.AutoExecutor(resources.folder, cluster=resources.executor, **options)
     executor.update_parameters(name="distseg", timeout_min=resources.minutes)
     if resources.gpus_per_node is not None:
@@ -96,7 +99,8 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
         extra |= {"signal": f"B:USR2@{resources.signal_seconds}"}
         if resources.gpus_per_node is None:
             extra |= {"exclusive": True, "mem": 0}
-        setup = [f"source {SITE_FILE.absolute()}"] if SITE_FILE.is_file() else []
+        setup = [f"source {shlex.quote(str(SITE_FILE.absolute()))}"] if SITE_FILE.is_file() else []
+        setup += ["trap '' USR1 USR2 TERM  # until the job is ready to answer them"]
         executor.update_parameters(
             slurm_additional_parameters=extra | resources.slurm,
             slurm_use_srun=False,

@@ -149,7 +149,8 @@ class Supervisor:
         self._told_at = now
         number = signal.SIGKILL if late else signal.SIGUSR1
         if self._with_srun:  # all steps of the job, not the batch script
-            subprocess.run(["scancel", f"--signal={number.name[3:]}", os.environ["SLURM_JOB_ID"]], check=False)
+            command = ["scancel", f"--signal={number.name[3:]}", os.environ["SLURM_JOB_ID"]]
+            subprocess.run(command, capture_output=True, check=False)  # it fails where the job is ending already
             return
         for pid in _children(process.pid):
             os.kill(pid, number)

@@ -30,7 +30,7 @@ def login_node(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 def test_two_nodes_preempted_in_the_middle(login_node: Run) -> None:
     run = login_node
     run.hold(5)
-    job = submit(*run.overrides, nodes=2, **PARTLY)
+    job = submit("preset=voc", *run.overrides, nodes=2, **PARTLY)
     run.job = job.job_id
     run.wait_at(5)
     run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)  # what --signal=B:USR2 does before the limit
