@@ -27,6 +27,7 @@ from distseg.engine import Images, Pair, adversarial_step
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
 from distseg.schedules import phase
+from distseg.work import convolution_peak
 from shards.files import say, tracked
 
 NUM_CLASSES, BATCH = 21, 2
@@ -135,19 +136,6 @@ def flops_of(step: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
-def convolution_peak(dtype: torch.dtype, repetitions: int = 20) -> float:
-    """FLOP/s of a 3x3 convolution, 256 to 256 channels at 41x41, which is as fast as they get here."""
-    x = torch.rand(8, 256, 41, 41, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.rand(256, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    seconds = []
-    with torch.no_grad():
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            F.conv2d(x, weight, padding=1)
-            seconds.append(time.perf_counter() - start)
-    return 2 * x.numel() * 256 * 9 / statistics.median(seconds)
-
-
 def medians(steps: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
     """Median seconds of each, in alternating repetitions after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -172,7 +160,7 @@ def main() -> None:
     steps = {"reference, fp32": reference_step(options.size)}
     steps |= {f"ours, {name}": our_step(ranks, options.size, name) for name in ("fp32", "bf16")}
     flops = {name: flops_of(step) for name, step in steps.items()}
-    peaks = {name: convolution_peak(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    peaks = {precision: convolution_peak(ranks.device, precision) for precision in ("fp32", "bf16")}
     found = medians(steps, options.repetitions)
     base = found["reference, fp32"]
     print(conditions(options.threads))

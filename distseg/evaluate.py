@@ -193,8 +193,8 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
     other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     other += "" if identity["precision"] == precision else f"-{precision}"
-    # evaluation.json is training's
-    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}{evaluator.view.suffix()}.json"
+    other += evaluator.view.suffix() + ("" if evaluator.details else "-quick")  # beside the full one
+    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"  # evaluation.json is training's
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
     counted = f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"

@@ -34,6 +34,7 @@ from distseg.showcase import score_again, show
 from distseg.tracking import open_tracker
 from distseg.trainer import Trainer, TrainState, memory_of
 from distseg.watchdog import Watchdog
+from distseg.work import StepWork, convolution_peak
 from shards.errors import InputError
 from shards.files import published
 from shards.verified import check_verified
@@ -231,7 +232,9 @@ def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir:
     tracker = open_tracker(run_dir, config.tracking, content, state.step if latest else None, ranks.is_main)
     progress = Progress(config.steps, state.step, ranks.is_main)
     progress.message(headline(config, ranks, pair, data, state.step))
-    return Trainer(config, ranks, pair, ema, evaluator, checkpoints, tracker, progress, watchdog, state)
+    work = StepWork.of(config, data.train.classes.num_classes)
+    peak = convolution_peak(ranks.device, config.precision)
+    return Trainer(config, ranks, pair, ema, evaluator, checkpoints, tracker, progress, watchdog, work, peak, state)
 
 
 def open_streams(config: Config, ranks: Ranks, data: Data, start_step: int) -> TrainStream | PairedStream:

@@ -22,6 +22,7 @@ from distseg.progress import Progress
 from distseg.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
 from distseg.tracking import Tracker
 from distseg.watchdog import Watchdog
+from distseg.work import StepWork
 from shards.errors import InputError
 
 
@@ -51,6 +52,8 @@ class Trainer:
     tracker: Tracker
     progress: Progress
     watchdog: Watchdog
+    work: StepWork
+    peak: float  # operations per second of convolutions on this rank
     state: TrainState = field(default_factory=TrainState)
     # (step, val/loss) of every evaluation so far, from metrics.jsonl: what plateaus and early stopping go by
     _val_losses: list[tuple[int, float]] = field(default_factory=list)
@@ -62,13 +65,14 @@ class Trainer:
             stop.release()
         if self._owes_evaluation():
             self.evaluate()
-        clock = _Clock(self.config.batch_size, self.state.step)
+        clock = _Clock(self.config.batch_size, self.peak, self.state.step)
         while not self._is_done():
             self.watchdog.mark(f"step {self.state.step + 1}, waiting for data")
             batch = next(stream)
             self.watchdog.mark(f"step {self.state.step + 1}")
             stop.begin(self.checkpoints.failed)
             metrics = self.train_step(batch)
+            clock.count(self._operations(self.state.step))
             if logged(self.state.step, self.config):
                 self._log(self.state.step + 1, metrics, clock.lap(self.state.step + 1, stream.wait_seconds))
             self.state.step += 1
@@ -137,9 +141,7 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]))
         now = replace(phase(step, config), watched=logged(step, config))
         labelled, unlabelled = to_device(batch, self.ranks.device, config), None
-        if batch.unlabelled is not None and (
-            now.has_unlabelled_terms or (now.discriminator and config.semi.discriminate)
-        ):
+        if batch.unlabelled is not None and self._looks_at_unlabelled(now):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
         if now.is_supervised:
             metrics = supervised_step(self.pair, labelled, config.accumulate_steps)
@@ -153,6 +155,16 @@ class Trainer:
         if self.ema is not None and now.segmentor:
             self.ema.update()
         return metrics
+
+    def _looks_at_unlabelled(self, now: Phase) -> bool:
+        return now.has_unlabelled_terms or (now.discriminator and self.config.semi.discriminate)
+
+    def _operations(self, step: int) -> float:
+        """Of step `step` (from 0), on one of the ranks."""
+        now, num_unlabelled = phase(step, self.config), 0
+        if self.config.mode == "semi_supervised" and self._looks_at_unlabelled(now):
+            num_unlabelled = self.config.semi.batch_size or self.config.batch_size
+        return self.work.of_step(now, self.config.batch_size, num_unlabelled) / self.ranks.world_size
 
     def _phases(self, now: Phase) -> list[tuple[str, Any, bool]]:
         both = [("segmentor", self.pair.segmentor, now.segmentor)]
@@ -236,13 +248,18 @@ def _updated(now: Phase) -> tuple[bool, bool]:
 class _Clock:
     """Speed between two laps."""
 
-    def __init__(self, batch_size: int, start_step: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, peak: float, start_step: int):
+        """peak: operations per second that this rank's device is capable of."""
+        self._batch_size, self._peak = batch_size, peak
         self.restart(start_step, 0.0)
 
     def restart(self, step: int, wait_seconds: float) -> None:
         """Begin a lap now: what came before, such as an evaluation, is no part of a step's time."""
-        self._time, self._wait, self._step = time.perf_counter(), wait_seconds, step
+        self._time, self._wait, self._step, self._operations = time.perf_counter(), wait_seconds, step, 0.0
+
+    def count(self, operations: float) -> None:
+        """A step of so many operations on this rank is done."""
+        self._operations += operations
 
     def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
         now = time.perf_counter()
@@ -250,6 +267,7 @@ class _Clock:
         seconds = max(now - self._time, 1e-9) / steps
         values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
         values |= {"data_wait_seconds": (wait_seconds - self._wait) / steps, "images": float(step * self._batch_size)}
+        values["peak_share"] = self._operations / (steps * seconds * self._peak)
         self.restart(step, wait_seconds)
         return values
 

@@ -277,7 +277,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(toy_shards:
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert main(["evaluate", str(tmp_path / "whole"), "--quick"]) == 0  # from the slices, on one rank
-    names = ("evaluation.json", "evaluation-step-00000012-val.json")
+    names = ("evaluation.json", "evaluation-step-00000012-val-quick.json")
     scores = [json.loads((tmp_path / "whole" / name).read_text()) for name in names]
     losses = [of_run.pop("val/loss") for of_run in scores]  # a sum of floats: one rank's order is not that of two
     assert scores[0] == scores[1] and losses[0] == pytest.approx(losses[1], rel=1e-9)

@@ -95,6 +95,7 @@ PANELS = (
         (("skips/segmentor", "segmentor"), ("skips/discriminator", "discriminator")),
     ),
     Panel("Speed", "images per second", (("images_per_second", "speed"),)),
+    Panel("Arithmetic done, of what a convolution does on this device", "share", (("peak_share", "share of peak"),)),
     Panel("Time of a step", "seconds", (("step_seconds", "step"), ("data_wait_seconds", "waiting for data"))),
     Panel("Slowest rank over the median rank", "ratio", (("ranks/slowest_ratio", "ratio"),), (1.0, "equal")),
     Panel("Memory, the largest rank's peak", "bytes", (("memory_bytes", "memory"),)),

@@ -1,0 +1,99 @@
+"""The count of a step's operations against what torch counts while it is made; the share of the device's speed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.step import flops_of
+from distseg import configuration
+from distseg.config import Config
+from distseg.distributed import Ranks
+from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.models import build_discriminator, build_segmentor
+from distseg.parallel import wrap
+from distseg.schedules import Phase, phase
+from distseg.trainer import _Clock
+from distseg.work import StepWork, convolution_peak
+from tests.ranks import run_ranks
+
+NUM_CLASSES, SIDE = 5, 129
+SETTINGS = [
+    *("data.shards=unused", "mode=semi_supervised", "data.labelled=1/2", f"data.crop_px={SIDE}", "precision=fp32"),
+    *("segmentor.name=multiscale", "segmentor.init=random", "channels_last=false"),
+    *("discriminator.name=fully_convolutional", "semi.start_step=0", "semi.adv_start_step=0", "semi.adv_weight=0.1"),
+]
+BOTH = Phase(True, True, 0.1)
+PHASES = {
+    "supervised": (Phase(True, False), False),
+    "both": (BOTH, False),
+    "both, unlabelled too": (Phase(True, True, 0.1, 0.1, 1.0), True),
+    "the segmentor's turn": (Phase(True, False, 0.1), False),
+    "the discriminator's turn": (Phase(False, True), False),
+}
+
+
+def make_config(*overrides: str) -> Config:
+    return configuration.load([*SETTINGS, *overrides])
+
+
+def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
+    """Operations of our own steps on 2 + 1 images, by torch (which overrates gradients of grouped convolutions)."""
+    config = make_config(*overrides)
+    segmentor = build_segmentor(config.segmentor.name, NUM_CLASSES, init="random")
+    judge = build_discriminator(config.discriminator.name, NUM_CLASSES, **config.discriminator.options)
+    pair = Pair(
+        wrap(segmentor, config.segmentor_optimizer, config, ranks),
+        wrap(judge, config.discriminator_optimizer, config, ranks),
+        config.loss,
+        config.semi,
+    )
+    labelled, unlabelled = (
+        Images(torch.rand(number, 3, SIDE, SIDE), torch.zeros(number, SIDE, SIDE, dtype=torch.uint8))
+        for number in (2, 1)
+    )
+
+    def step(now: Phase, is_semi: bool) -> None:
+        if now.is_supervised:
+            supervised_step(pair, labelled)
+        else:
+            adversarial_step(pair, now, labelled, unlabelled if is_semi else None)
+        for learner in (pair.segmentor, pair.discriminator):
+            learner.network.zero_grad(set_to_none=True)
+
+    return {name: flops_of(lambda of=of: step(*of)) for name, of in PHASES.items()}
+
+
+@pytest.mark.parametrize("resolution", ["output", "image"])
+def test_operations_of_a_step_are_those_that_torch_counts(resolution: str) -> None:
+    overrides = [f"loss.map_resolution={resolution}"]
+    work = StepWork.of(make_config(*overrides), NUM_CLASSES)
+    (found,) = run_ranks(1, counted, overrides)
+    for name, (now, is_semi) in PHASES.items():
+        # ours are a little more: nobody asks for the gradients of pixels and label maps of ground truth
+        assert work.of_step(now, 2, int(is_semi)) == pytest.approx(found[name], rel=0.03), name
+    assert work.of_step(BOTH, 4, 0) == 2 * work.of_step(BOTH, 2, 0)
+
+
+def test_without_an_adversary_no_discriminator_is_counted() -> None:
+    config = configuration.load(["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"])
+    work = StepWork.of(config, NUM_CLASSES)
+    assert work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
+
+
+def test_share_of_peak_is_operations_over_time_over_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr("distseg.trainer.time.perf_counter", lambda: now[0])
+    clock = _Clock(batch_size=4, peak=100.0, start_step=7)
+    clock.count(30.0)
+    clock.count(50.0)
+    now[0] = 12.0
+    assert clock.lap(9, 0.0)["peak_share"] == pytest.approx((30 + 50) / (2 * 100))
+    clock.count(10.0)
+    now[0] = 13.0
+    assert clock.lap(10, 0.0)["peak_share"] == pytest.approx(10 / 100)
+
+
+def test_a_convolution_is_measured_in_every_precision() -> None:
+    for precision in ("fp32", "bf16", "fp64"):
+        assert convolution_peak(torch.device("cpu"), precision) > 1e8  # 0.1 GFLOP/s: any CPU at all
