@@ -150,10 +150,10 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
     found = {}
     for job in jobs:
         result = JobPaths(folder, job).result_pickle
-        if job in alive and alive[job] != "lost":
-            found[job] = alive[job]
-        elif result.is_file():
+        if result.is_file():  # written at the very end, when SLURM may call the job running still
             found[job] = "done" if pickle.loads(result.read_bytes())[0] == "success" else "failed"
+        elif job in alive and alive[job] != "lost":
+            found[job] = alive[job]
         else:
             found[job] = "running" if executor != "slurm" and Path(f"/proc/{job}").exists() else "lost"
     return found
