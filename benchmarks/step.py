@@ -3,16 +3,19 @@
 DeepLabV2-ResNet-101 and the fully convolutional discriminator, 2 + 2 images. The reference step is written here from a
 description of those passes: the segmentor called on labelled and unlabelled images apart, the discriminator on the
 predictions once for the segmentor and once more for itself, and on the ground truth apart; fp32, batch statistics.
-Run: python -m benchmarks.step [--size 161] [--repetitions 5] [--threads 2]
+Each step has a process of its own, and they take turns.
+Run: python -m benchmarks.step [--size 161] [--repetitions 7] [--threads 2]
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.conditions import conditions
 from distseg import configuration
 from distseg.config import Config
-from distseg.distributed import Ranks, setup, teardown
+from distseg.device import reuse_memory
+from distseg.distributed import Ranks, setup
 from distseg.engine import Images, Pair, adversarial_step
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
@@ -86,6 +90,7 @@ def our_config(precision: str) -> Config:
 def reference_step(size: int) -> Callable[[], None]:
     """The same update by the reference's passes."""
     segmentor, judge = networks("per_rank")
+    segmentor.aspp = _Sum(segmentor.aspp.children())  # type: ignore[operator, union-attr]
     s_optimizer = torch.optim.SGD(segmentor.parameters(), lr=1e-9, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(judge.parameters(), lr=1e-9, betas=(0.9, 0.99))
     labelled, unlabelled = images(size, True), images(size, False)
@@ -121,6 +126,13 @@ def reference_step(size: int) -> Callable[[], None]:
     return step
 
 
+class _Sum(nn.ModuleList):
+    """Layers side by side, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(layer(x) for layer in self)  # type: ignore[return-value]
+
+
 class _Untracked(nullcontext):
     """For a FlopCounterMode that need not know the modules: its hooks fail on a gradient to a leaf."""
 
@@ -136,40 +148,68 @@ def flops_of(step: Callable[[], None]) -> int:
     return counter.get_total_flops()
 
 
-def medians(steps: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each, in alternating repetitions after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    turns = [(repetition, name) for repetition in range(repetitions + 1) for name in steps]
-    for repetition, name in tracked(turns, len(turns), "steps"):
+class Contestant:
+    """A step in a process of its own, which waits while the others take theirs: "reference", or a precision of ours."""
+
+    def __init__(self, name: str, size: int, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, size, threads), daemon=True)
+        self._process.start()
+
+    def ask(self) -> float:
+        """First the operations of a step, then the device's speed in convolutions, then seconds of one step each."""
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def end(self) -> None:
+        self._pipe.send(False)
+        self._process.join()
+
+
+def _serve(pipe: Connection, name: str, size: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    ranks = setup("cpu", 60)
+    if name == "reference":
+        step, precision = reference_step(size), "fp32"
+    else:
+        reuse_memory()  # as distseg.train does
+        step, precision = our_step(ranks, size, name), name
+    pipe.recv()
+    pipe.send(flops_of(step))
+    pipe.recv()
+    pipe.send(convolution_peak(ranks.device, precision))
+    while pipe.recv():
         start = time.perf_counter()
-        steps[name]()
-        if repetition:
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        step()
+        pipe.send(time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=161, help="side of the images, pixels")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    ranks = setup("cpu", 60)
-    torch.set_num_threads(options.threads)
     say("building the networks and counting their operations: half a minute")
-    steps = {"reference, fp32": reference_step(options.size)}
-    steps |= {f"ours, {name}": our_step(ranks, options.size, name) for name in ("fp32", "bf16")}
-    flops = {name: flops_of(step) for name, step in steps.items()}
-    peaks = {precision: convolution_peak(ranks.device, precision) for precision in ("fp32", "bf16")}
-    found = medians(steps, options.repetitions)
-    base = found["reference, fp32"]
+    names = ("reference", "fp32", "bf16")
+    contestants = {name: Contestant(name, options.size, options.threads) for name in names}
+    flops = {name: of.ask() for name, of in contestants.items()}
+    peaks = {name: of.ask() for name, of in contestants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    turns = [name for _ in range(options.repetitions + 1) for name in names]
+    for name in tracked(turns, len(turns), "steps"):
+        seconds[name].append(contestants[name].ask())
+    for of in contestants.values():
+        of.end()
+    found = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first one warms up
     print(conditions(options.threads))
     for name, value in found.items():
-        share = flops[name] / value / peaks[name[-4:]]
+        share = flops[name] / value / peaks[name]
         work = f"{flops[name] / 1e9:6.0f} GFLOP, {share:4.0%} of the convolution peak"
-        print(f"{name:16}  {value:6.3f} s a step   {base / value:5.2f} x   {work}")
-    print("peak: " + ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peaks.items()))
-    teardown()
+        label = "reference, fp32" if name == "reference" else f"ours, {name}"
+        print(f"{label:16}  {value:6.3f} s a step   {found['reference'] / value:5.2f} x   {work}")
+    print("peak: " + ", ".join(f"{name} {peaks[name] / 1e9:.0f} GFLOP/s" for name in ("fp32", "bf16")))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from distseg.models import build_segmentor, set_batch_norm
-from distseg.models.aspp import ASPP
+from distseg.models.aspp import ASPP, SummedClassifiers
 from distseg.models.deeplab import (
     DeepLabV2ResNet101,
     DeepLabV3Lite0,
@@ -169,19 +169,36 @@ def test_nodes_keep_their_values_and_lines_stay_straight(factor):
 
 @pytest.mark.parametrize(("branches", "rates"), [(4, (6, 12, 18, 24)), (2, (6, 12))])
 def test_deeplabv2_sums_its_atrous_classifiers(branches, rates):
-    network = build_segmentor("deeplabv2_resnet101", 5, init="random", width=4, aspp_branches=branches).eval()
-    image = torch.rand(1, 3, 96, 128)
+    network = build_segmentor("deeplabv2_resnet101", 5, init="random", width=4, aspp_branches=branches).double().eval()
+    image = torch.rand(1, 3, 96, 128, dtype=torch.float64)
     with torch.no_grad():
         features = network.encoder(F.pad(image, (4, 0, 4, 0), mode="replicate"))[1]
-        expected = torch.zeros(1, 5, 13, 17)
-        for branch, rate in zip(network.aspp, rates, strict=True):
+        expected = torch.zeros(1, 5, 13, 17, dtype=torch.float64)
+        for branch, rate in zip(network.aspp.children(), rates, strict=True):
             expected += F.conv2d(features, branch.weight, branch.bias, padding=rate, dilation=rate)
         torch.testing.assert_close(network(image), expected[..., 1:, 1:])
 
 
+@pytest.mark.parametrize("size", [(22, 22), (5, 9), (1, 3)])
+def test_taps_moved_and_added_are_the_sum_of_the_convolutions(size):
+    torch.manual_seed(0)
+    pooling = SummedClassifiers(17, 5, (6, 12, 2)).double()
+    for classifier in pooling.children():
+        torch.nn.init.normal_(classifier.bias)
+    x = torch.randn(2, 17, *size, dtype=torch.float64, requires_grad=True)
+    ways = pooling(x), sum(classifier(x) for classifier in pooling.children())
+    torch.testing.assert_close(*ways, atol=1e-12, rtol=0)
+    upstream = torch.randn_like(ways[0])
+    gradients = [torch.autograd.grad(way, [x, *pooling.parameters()], upstream) for way in ways]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pooling.float()(x.float()).dtype == torch.float32  # summed in it
+
+
 def test_deeplabv2_classifiers_start_as_published():
     network = build_segmentor("deeplabv2_resnet101", 21, init="random", width=16)
-    for branch in network.aspp:
+    for branch in network.aspp.children():
         assert branch.weight.std().item() == pytest.approx(0.01, rel=0.02) and not branch.bias.any()
 
 

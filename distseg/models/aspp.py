@@ -1,11 +1,14 @@
-"""Atrous spatial pyramid pooling of DeepLabV3 and V3+ (Chen et al. 2017, 2018), and the layers it is made of."""
+"""Atrous spatial pyramid pooling of DeepLabV2, V3 and V3+ (Chen et al. 2016 to 2018), and the layers it is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from distseg.models.batch_norm import BatchNorm2d
 from distseg.models.depthwise import DepthwiseConv2d
@@ -30,6 +33,13 @@ def separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequenti
     return nn.Sequential(DepthwiseConv2d(in_channels, 3, 1, dilation), *conv_bn_relu(in_channels, channels))
 
 
+def init_classifier(layer: nn.Conv2d) -> nn.Conv2d:
+    """N(0, 0.01), as AdvSemiSeg; biases zero."""
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
 class ASPP(nn.Module):
     """A 1x1 branch, atrous ones and the image's mean, side by side and mixed: (N, in, h, w) -> (N, channels, h, w)."""
 
@@ -52,3 +62,32 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = self.mean(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
         return self.dropout(self.mix(torch.cat([self.point(x), *(branch(x) for branch in self.atrous), mean], 1)))
+
+
+class SummedClassifiers(nn.Module):
+    """DeepLabV2's pooling: 3x3 classifiers of several rates side by side, summed. (N, in, h, w) -> (N, classes, h, w).
+
+    State dict and values as nn.ModuleList([nn.Conv2d(...), ...]), whose outputs are added. Convolutions with so few
+    outputs are slow, so the taps of all of them are computed as one 1x1 convolution, and each tap's outputs then
+    moved to the pixel that they count for, and added up in at least float32.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int]):
+        super().__init__()
+        self.rates = tuple(rates)
+        for number, rate in enumerate(rates):
+            classifier = nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate)
+            self.add_module(str(number), init_classifier(classifier))
+
+    def forward(self, x: Tensor) -> Tensor:
+        classifiers: list[nn.Conv2d] = list(self.children())  # type: ignore[arg-type]
+        if is_exporting():  # other programs know plain convolutions
+            return sum((classifier(x) for classifier in classifiers[1:]), start=classifiers[0](x))
+        # an input at p counts at p - (tap - 1) * rate, where F.fold, meant for patches, adds tap * rate: so they turn
+        taps = [classifier.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2) for classifier in classifiers]
+        outputs = F.conv2d(x, torch.cat(taps)[:, :, None, None]).flatten(2)  # (N, rates * classes * 9, h * w)
+        outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
+        total = torch.stack([cast(Tensor, classifier.bias) for classifier in classifiers]).sum(0)[:, None, None]
+        for part, rate in zip(outputs.chunk(len(self.rates), 1), self.rates, strict=True):
+            total = total + F.fold(part, x.shape[-2:], 3, dilation=rate, padding=rate)
+        return total

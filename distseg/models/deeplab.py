@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.models.aspp import ASPP, LIGHT_CHANNELS, conv_bn_relu, dense, separable
+from distseg.models.aspp import ASPP, LIGHT_CHANNELS, SummedClassifiers, conv_bn_relu, dense, init_classifier, separable
 from distseg.models.checks import require_number, require_size
 from distseg.models.efficientnet import TAPS, EfficientNetLite0
 from distseg.models.grids import to_multiple, upsample_nodes, with_margin
@@ -53,16 +53,13 @@ class DeepLabV2ResNet101(nn.Module):
         self.num_classes = num_classes
         self.encoder = ResNet(101, 8, layout=layout, channel_order=channel_order, width=width)
         channels = 8 * EXPANSION * width
-        self.aspp = nn.ModuleList(
-            _init_classifier(nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate))
-            for rate in V2_RATES[:aspp_branches]
-        )
+        self.aspp = SummedClassifiers(channels, num_classes, V2_RATES[:aspp_branches])
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
         x, grid = _on_nodes(image, self.output_stride)
         x = self.encoder(x)[-1]  # (N, 2048, h + 1, w + 1)
-        return _off_nodes(sum(branch(x) for branch in self.aspp), grid)
+        return _off_nodes(self.aspp(x), grid)
 
 
 class _DeepLabV3ResNet(nn.Module):
@@ -82,7 +79,7 @@ class _DeepLabV3ResNet(nn.Module):
         self.num_classes, self.output_stride = num_classes, encoder_stride
         self.encoder = ResNet(self.depth, encoder_stride, width=width)
         self.aspp = _paper_aspp(8 * EXPANSION * width, encoder_stride, dropout)
-        self.classifier = _init_classifier(nn.Conv2d(CHANNELS, num_classes, 1))
+        self.classifier = init_classifier(nn.Conv2d(CHANNELS, num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
@@ -123,7 +120,7 @@ class _DeepLabV3PlusResNet(nn.Module):
         self.aspp = _paper_aspp(8 * EXPANSION * width, encoder_stride, dropout)
         self.skip = conv_bn_relu(EXPANSION * width, DECODER_SKIP)
         self.refine = nn.Sequential(dense(CHANNELS + DECODER_SKIP, CHANNELS), dense(CHANNELS, CHANNELS))
-        self.classifier = _init_classifier(nn.Conv2d(CHANNELS, num_classes, 1))
+        self.classifier = init_classifier(nn.Conv2d(CHANNELS, num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
@@ -159,7 +156,7 @@ class DeepLabV3Lite0(nn.Module):
         self.num_classes = num_classes
         self.encoder = EfficientNetLite0()
         self.aspp = ASPP(list(TAPS.values())[-1], dropout)
-        self.classifier = _init_classifier(nn.Conv2d(LIGHT_CHANNELS, num_classes, 1))
+        self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
@@ -191,7 +188,7 @@ class DeepLabV3Plus(nn.Module):
         self.refine_eighth = separable(LIGHT_CHANNELS + SKIP_EIGHTH, LIGHT_CHANNELS)
         self.skip_quarter = conv_bn_relu(quarter, SKIP_QUARTER)
         self.refine_quarter = separable(LIGHT_CHANNELS + SKIP_QUARTER, LIGHT_CHANNELS)
-        self.classifier = _init_classifier(nn.Conv2d(LIGHT_CHANNELS, num_classes, 1))
+        self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
@@ -205,13 +202,6 @@ class DeepLabV3Plus(nn.Module):
 def _paper_aspp(in_channels: int, encoder_stride: int, dropout: float) -> ASPP:
     rates = [rate * 16 // encoder_stride for rate in RATES]
     return ASPP(in_channels, dropout, CHANNELS, rates, dense)
-
-
-def _init_classifier(layer: nn.Conv2d) -> nn.Conv2d:
-    """N(0, 0.01), as AdvSemiSeg; biases zero."""
-    nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return layer
 
 
 def _on_nodes(image: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
