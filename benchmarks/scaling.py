@@ -51,14 +51,16 @@ def main() -> None:
     parser.add_argument("--gradient-bytes", type=int, default=4, help="4: fp32, as DDP sends them")
     options = parser.parse_args()
     arguments = [f"--size={options.size}", f"--repetitions={options.repetitions}", "--device=cpu"]
-    ratios, sizes = [], {}
+    ratios, of_machine, sizes = [], [], {}
     for number in tracked(range(options.rounds), options.rounds, "rounds"):
         one, two = (start(ranks, arguments) for ranks in (1, 2))
         ratios.append(one["step_seconds"] / two["step_seconds"])
+        of_machine.append(one["step_seconds"] / two["alone_seconds"])
         sizes = one["sizes"]
         print(f"round {number + 1} of {options.rounds}: efficiency of 2 ranks {ratios[-1]:.3f}", flush=True)
     print(conditions(threads=1))
-    print(f"measured, 2 ranks of 1 thread against 1 of 1: {statistics.median(ratios):.3f}\n")
+    print(f"measured, 2 ranks of 1 thread against 1 of 1: {statistics.median(ratios):.3f}", end=" ")
+    print(f"({statistics.median(of_machine):.3f} where the 2 exchange nothing: what the machine itself allows)\n")
     print(f"modelled: {options.compute_ms:g} ms a step, {options.gradient_bytes} bytes a gradient,")
     within = f"{BYTES_PER_SECOND_IN_NODE / 1e9:.0f} GB/s and {LATENCY_IN_NODE * 1e6:.0f} us"
     print(f"{GPUS_PER_NODE} GPUs a node, within {within},")

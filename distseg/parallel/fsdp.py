@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,6 +18,9 @@ from distseg.distributed import Ranks, all_reduce_sum
 from distseg.parallel.slices import of_same_slice, slice_of
 from distseg.parallel.torch_learner import TorchLearner, dtype_of
 from distseg.parallel.whole_copy import WholeCopy
+
+# The segmentor's logits are a view, of which FSDP warns at every start; nothing here changes them in place.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 BLOCK_PARAMETERS = 2**20  # a layer with so many is gathered by itself, when it is its turn; the rest all at once
 
