@@ -9,6 +9,7 @@ Run: python -m benchmarks.data [SHARDS of images like VOC's] [--rounds 5] [--bat
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="timed in each turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # as distseg.train does
     with tempfile.TemporaryDirectory() as temporary:
         folder, location = Path(temporary), options.shards
         if location is None:

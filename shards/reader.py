@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib  # its crc32 takes a tenth of the time of zlib's
 
 from shards.errors import InputError
 from shards.index import Entry, Indices
@@ -136,6 +136,6 @@ class ShardReader:
 def _member(descriptor: int, where: tuple[int, int, int]) -> bytes:
     offset, length, crc32 = where
     content = os.pread(descriptor, length, offset)
-    if len(content) != length or zlib.crc32(content) != crc32:
+    if len(content) != length or isal_zlib.crc32(content) != crc32:
         raise DamageError("its bytes are not the ones that were packed")
     return content

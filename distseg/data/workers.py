@@ -7,6 +7,7 @@ copy each batch once more, and each takes the memory of a Python of its own. tor
 
 from __future__ import annotations
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -215,6 +216,7 @@ def _start(write: SampleWriter, memory: _Memory, alive: _PassedDescriptor) -> No
     global _own
     cv2.setNumThreads(0)
     _own = write, memory
+    gc.freeze()  # see distseg.train
 
     def watch() -> None:
         os.read(alive.number, 1)  # returns when the other end is closed: by `close`, or because the process is gone
