@@ -45,12 +45,13 @@ def efficiency(gpus: int, compute: float, segmentor: float, discriminator: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=161, help="side of the images, pixels")
+    parser.add_argument("--batch", type=int, default=2, help="labelled images a rank, and as many unlabelled ones")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--compute-ms", type=float, default=20.0, help="the model's step on one GPU")
     parser.add_argument("--gradient-bytes", type=int, default=4, help="4: fp32, as DDP sends them")
     options = parser.parse_args()
-    arguments = [f"--size={options.size}", f"--repetitions={options.repetitions}", "--device=cpu"]
+    arguments = [f"--{name}={getattr(options, name)}" for name in ("size", "batch", "repetitions")] + ["--device=cpu"]
     ratios, of_machine, sizes = [], [], {}
     for number in tracked(range(options.rounds), options.rounds, "rounds"):
         one, two = (start(ranks, arguments) for ranks in (1, 2))
