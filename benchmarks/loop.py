@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.conditions import conditions
 from distseg import train
+from distseg.config import TrackingConfig
 from distseg.data.stream import Batch
 from distseg.engine import Metrics, adversarial_step
 from distseg.schedules import phase
@@ -44,6 +45,7 @@ class TimedTrainer(Trainer):
     looped: ClassVar[list[float]] = []
     saving: ClassVar[list[float]] = []
     writing: ClassVar[list[float]] = []
+    logging: ClassVar[list[float]] = []
     _count, _resumed = 0, 0.0
 
     def train_step(self, batch: Batch) -> Metrics:
@@ -102,6 +104,7 @@ def main() -> None:
         steps = TimedTrainer.intervals * options.steps + 1
         settings = [*SETTINGS, f"steps={steps}", f"checkpoint.every_steps={options.steps}", *options.overrides]
         save = timed(train.Checkpoints.save, TimedTrainer.saving)
+        TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
         with patch.object(train, "Trainer", TimedTrainer), patch.object(train.Checkpoints, "save", save):
             train.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
@@ -111,6 +114,8 @@ def main() -> None:
     print(conditions(options.threads))
     print(f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (", end="")
     print(", ".join(f"{ratio - 1:+.1%}" for ratio in ratios), end=")\n")
+    logging, every = statistics.median(TimedTrainer.logging), TrackingConfig().log_every
+    print(f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps {logging / every / step:+.2%}")
     writing = statistics.median(TimedTrainer.writing[1:-1])
     most = (saving + writing) / 1000 / step
     print(f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in {writing:.2f} s:", end=" ")
