@@ -75,9 +75,12 @@ def read(run_dir: Path) -> list[Attempt]:
 
 def _take(found: list[Attempt], line: dict[str, Any]) -> None:
     label, event = line["label"], line["event"]
-    if event == "start" or not found or (label and found[-1].label != label):
-        found.append(Attempt(label, started=line["time"]))
-    attempt = found[-1]
+    # another start may have come between, of a job that was refused
+    of_label = [attempt for attempt in found if attempt.label == label or not label]
+    if event == "start" or not of_label:
+        of_label = [Attempt(label, started=line["time"])]
+        found += of_label
+    attempt = of_label[-1]
     if event == "start":
         attempt.hosts, attempt.world_size, attempt.first_step = line["hosts"], line["world_size"], line["step"]
     elif event == "end":

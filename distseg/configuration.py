@@ -184,8 +184,8 @@ def _check(config: Config) -> None:
         if value is not None and not (
             (low is None or value >= low) and (high is None or value <= high) and value < float("inf")
         ):
-            bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-            raise InputError(f"{key}={value}", f"a number from {bounds}", f"correct {key}")
+            needed = f"a number from {low} to {high}" if high is not None else f"a finite number from {low} on"
+            raise InputError(f"{key}={value}", needed, f"correct {key}")
     if config.data.scale_min > config.data.scale_max:
         got = f"data.scale_min={config.data.scale_min} above data.scale_max={config.data.scale_max}"
         raise InputError(got, "scale_min <= scale_max", "swap them")

@@ -115,8 +115,11 @@ def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path)
     """Write a segmentor (evaluation mode, fp32, CPU) to `out`, if what is written does what the segmentor does.
 
     form: onnx, torch-export or safetensors. metadata: of `describe`. Returns the largest difference of a probability
-    on random images of several sizes. Raises RuntimeError, and writes nothing, when it is above TOLERANCE.
+    on random images of several sizes. Raises RuntimeError, and writes nothing, when it is above TOLERANCE; InputError
+    when `out` is a folder.
     """
+    if out.is_dir():
+        raise InputError(f"{out}, which is a folder", "a file to write", "name one with --out, or write --hub-folder")
     writer, reader = _FORMATS[form]
     original = FullResolution(segmentor).eval().requires_grad_(False)
     with published(out) as partial:

@@ -102,6 +102,7 @@ def train_and_show(
     gc.collect()
     gc.freeze()  # what is here stays: looking through it again and again took 7 % of the time of decoding
     note = attempts.Note(run_directory.path if ranks.is_main else None, hosts, trainer.state.step)
+    watchdog.last_words = lambda verdict: note.finish(trainer.state.step, "failed", verdict)
     try:
         done = trainer.fit(stream, stop)
         if done:

@@ -15,6 +15,7 @@ from distseg.distributed import Ranks, is_shared, own_store, wait_longer
 
 LOST_RANK_EXIT_CODE = 75  # sysexits.h: a temporary failure, so that a scheduler may start the same command again
 VERDICT, LIFE = "verdict", "life"
+MIN_LISTENING_SECONDS = 2.0  # for a rank's next beat, however short the intervals: it may be busy
 COLLECTIVE_SECONDS = 7 * 86400.0  # no limit of theirs comes before the watchdog, which knows who downloads
 # what the backends say when a peer is gone; they have no type of their own for it
 _LOST_PEER = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout", "pair closure", "peer", "recvvalue")
@@ -28,17 +29,23 @@ class Watchdog:
     """A thread that tells the others that this process lives, and looks after the rank before its own.
 
     Published in the job's store a few times per timeout: a beat of the thread, which ends when the process dies or is
-    stopped, what the main thread marked last, and whether anything has moved since. A beat that is missing for
-    `timeout_seconds`, or as long a time in which nothing moves on any rank (one that waits is waiting for one that
-    does not), is written into the store as the verdict; every rank reads it, prints it and leaves with
-    LOST_RANK_EXIT_CODE. Cost: four small messages per rank and interval, none from the main thread.
+    stopped, what the main thread marked last, and whether anything has moved since. A beat that is missing, or a time
+    in which nothing moves on any rank (one that waits is waiting for one that does not), is written into the store as
+    the verdict; every rank reads it, prints it and leaves with LOST_RANK_EXIT_CODE. All of that takes `timeout_seconds`
+    at most, so what is waited for is some intervals less. Cost: four small messages per rank and interval, none from
+    the main thread.
+
+    last_words: called with the verdict before this rank leaves.
 
     A context: what ends it with an error on this rank alone is told to the others, so that none waits for it.
     """
 
     def __init__(self, ranks: Ranks, timeout_seconds: float, leave: Callable[[int], Any] = os._exit):
-        self._ranks, self._timeout, self._leave = ranks, timeout_seconds, leave
-        self._interval = min(5.0, timeout_seconds / 8)
+        self._ranks, self._leave = ranks, leave
+        self._interval = min(5.0, timeout_seconds / 32)
+        # up to: one interval until a beat is heard, three more for stalls, one until it is missed, four until all left
+        self._patience = timeout_seconds - 9 * self._interval
+        self.last_words: Callable[[str], Any] = lambda verdict: None
         self._marks, self._what = 0, "starting"
         self._moves, self._told_moves, self._life, self._life_at = 0, 0, 0, time.monotonic()
         self._beats, self._neighbour, self._heard_at = 0, b"", time.monotonic()
@@ -87,7 +94,7 @@ class Watchdog:
             self._tell_own(error)
             return error
         before = self._all_beats()
-        time.sleep(2.5 * self._interval)
+        time.sleep(max(2.5 * self._interval, MIN_LISTENING_SECONDS))
         after = self._all_beats()
         if not after:
             return LostRankError("the job's store is gone, and with it the process that keeps it (rank 0 or torchrun)")
@@ -111,7 +118,7 @@ class Watchdog:
                     self._end(self._store.get(VERDICT).decode())
                 problem = self._problem()
                 if problem:
-                    self._tell(problem)
+                    self._store.set(VERDICT, problem)  # as all others, this rank reads it in its next interval
         except (RuntimeError, OSError) as error:  # the store went with its process
             if not self._closed.is_set():
                 self._end(f"the job's store is gone, and with it rank 0 or torchrun ({str(error).splitlines()[0]})")
@@ -122,9 +129,9 @@ class Watchdog:
         said = self._store.get(key) if self._store.check([key]) else b""
         if said != self._neighbour or said.startswith(b"done"):
             self._neighbour, self._heard_at = said, now
-        if now - self._heard_at > self._timeout:
-            return f"{_named(rank, said.decode())} has not answered for {self._timeout:.0f} s"
-        if now - self._life_at > self._timeout + 3 * self._interval:  # later, so that a silent rank is named first
+        if now - self._heard_at > self._patience:
+            return f"{_named(rank, said.decode())} has not answered for {self._patience:.0f} s"
+        if now - self._life_at > self._patience + 3 * self._interval:  # later, so that a silent rank is named first
             return self._stalled()
         return ""
 
@@ -142,8 +149,8 @@ class Watchdog:
         marks = {rank: int(text.split()[1]) for rank, text in beats.items() if not text.startswith("done")}
         behind = [rank for rank, count in marks.items() if count < max(marks.values())]
         if not behind:
-            return f"no rank has moved on for {self._timeout:.0f} s; all are at {self._what}"
-        return f"{_named(behind[0], beats[behind[0]])} has not moved on for {self._timeout:.0f} s"
+            return f"no rank has moved on for {self._patience:.0f} s; all are at {self._what}"
+        return f"{_named(behind[0], beats[behind[0]])} has not moved on for {self._patience:.0f} s"
 
     def _tell_own(self, error: BaseException) -> None:
         """Tell the others what ended this rank; its own thread, which would end it too, and say less, is stopped."""
@@ -178,7 +185,8 @@ class Watchdog:
 
     def _end(self, verdict: str) -> None:
         print(f"error on rank {self._ranks.rank}: {verdict}", file=sys.stderr, flush=True)
-        if self._ranks.is_main:
+        self.last_words(verdict)
+        if self._ranks.is_main:  # which may keep the store, from which the others read it
             time.sleep(2 * self._interval)
         self._leave(LOST_RANK_EXIT_CODE)
         self._closed.set()
@@ -186,4 +194,4 @@ class Watchdog:
 
 def _named(rank: int, said: str) -> str:
     words = said.split(maxsplit=3)
-    return f"rank {rank} on {words[2]} (last at {words[3]})" if len(words) == 4 else f"rank {rank}"
+    return f"rank {rank} on {words[2]} (last heard of at {words[3]})" if len(words) == 4 else f"rank {rank}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import math
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 
 from shards.cache import ShardCache, default_cache_dir
 from shards.errors import InputError
+from shards.files import say
 from shards.manifest import FILE_NAME, Manifest, ShardInfo, hashed
 from shards.source import DamageError
 
@@ -31,6 +33,8 @@ PACKAGES = {"http": ("aiohttp", "http"), "https": ("aiohttp", "http"), "s3": ("s
 CHUNK_BYTES = 8 << 20  # one request: long enough to fill a line, short enough to lose
 STALL_SECONDS = 20.0  # without a byte: the request has failed
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; all in all below a rank's time limit of 300 s
+GIVEN_UP_SECONDS = 60.0  # after a request that failed for good, how long all others are tried once only
+SAID_PAUSE = 2.0  # seconds: a pause as long is said
 MAX_DAMAGED = 3  # whole transfers that end in another sha256
 SHARDS_AHEAD = 8  # fetched and not read yet; also never more than a quarter of the cache
 FETCHERS = 4
@@ -61,6 +65,7 @@ class Remote:
 
     _filesystem: Any
     _owner: int
+    _gave_up: float  # when, by time.monotonic(), a request last failed for good
 
     def __init__(self, url: str):
         check_url(url)
@@ -126,20 +131,27 @@ class Remote:
         return content  # fewer are fine: the rest is asked for next
 
     def _insist(self, name: str, request: Callable[[], Result]) -> Result:
-        for pause in (*PAUSES, None):
+        # else each thread would wait anew for a server that is gone, one after the other, before the run hears of it
+        has_given_up = time.monotonic() - self._gave_up < GIVEN_UP_SECONDS
+        pauses = () if has_given_up else PAUSES
+        for pause in (*pauses, None):
             try:
                 return request()
             except Exception as error:  # each library has its own kinds; none of them is known without it
                 if pause is None or _is_final(error):
-                    raise self._failure(name, error) from None
+                    if not _is_final(error):
+                        self._gave_up = time.monotonic()
+                    raise self._failure(name, error, len(pauses) + 1) from None
+                if pause >= SAID_PAUSE:
+                    say(f"{self.url(name)}: {_described(error)}; again in {pause:.0f} s")
             time.sleep(pause * random.uniform(0.5, 1))  # ranks that failed together do not come back together
         raise AssertionError("unreachable")
 
-    def _failure(self, name: str, error: Exception) -> InputError:
+    def _failure(self, name: str, error: Exception, num_attempts: int) -> InputError:
         if isinstance(error, FileNotFoundError):
             action = "correct data.shards, or copy all of the packed folder there, manifest.json last"
             return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
-        times = "" if _is_final(error) else f" ({len(PAUSES) + 1} attempts)"
+        times = "" if _is_final(error) else f" ({num_attempts} attempts)"
         if _is_forbidden(error):
             times += "; S3 says so of a file that is not there, too, to those who may not list the bucket"
         needed = f"the file, with no more than {STALL_SECONDS:g} s between two bytes"
@@ -154,7 +166,7 @@ class Remote:
             return self._filesystem
 
     def _forget(self) -> None:
-        self._filesystem = None
+        self._filesystem, self._gave_up = None, -math.inf
         self._owner, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:

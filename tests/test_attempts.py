@@ -33,6 +33,18 @@ def test_attempts_that_were_stopped_killed_refused_and_done(tmp_path: Path, monk
     assert (killed.outcome, killed.ended) == ("killed", None)
 
 
+def test_an_end_belongs_to_the_start_of_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(attempts.LABEL_VARIABLE, "job 7")
+    note = attempts.Note(tmp_path, ["a"], 0)
+    monkeypatch.setenv(attempts.LABEL_VARIABLE, "job 8")  # refused, as the run is being trained
+    attempts.note_failure(tmp_path, "b", 0, 2)
+    monkeypatch.setenv(attempts.LABEL_VARIABLE, "job 7")
+    note.finish(9, "done")
+    first, second = attempts.read(tmp_path)
+    assert (first.label, first.outcome, first.last_step) == ("job 7", "done", 9)
+    assert (second.label, second.outcome, second.exit_codes) == ("job 8", "failed", [2])
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     attempts.Note(None, ["a"], 0).finish(1, "done")
     assert attempts.read(tmp_path) == [] and not list(tmp_path.iterdir())

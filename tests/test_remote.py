@@ -191,6 +191,23 @@ def test_a_lost_server_is_one_error_that_names_the_url(
     assert reader.read(0).key == "toy_00"  # nothing is spoiled by it
 
 
+def test_a_server_that_is_gone_is_waited_for_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(remote, "SAID_PAUSE", 0.0)
+    reader = ShardReader(server.url, "train", cache_dir=str(tmp_path))
+    server.fault = lambda name, nth: "503"
+    for number, attempts in enumerate((3, 1, 1)):  # not by each sample anew
+        server.requests.clear()
+        with pytest.raises(InputError, match=rf"503.*\({attempts} attempts"):
+            reader.read(number)
+        assert tar_requests(server) == {FILE: attempts}
+    assert "again in" in capsys.readouterr().err
+    monkeypatch.setattr(remote, "GIVEN_UP_SECONDS", 0.0)
+    with pytest.raises(InputError, match="3 attempts"):
+        reader.read(0)
+
+
 def test_damage_at_the_source_is_told_from_damage_on_the_way(server: Server, tmp_path: Path) -> None:
     server.fault = lambda name, nth: "damaged" if name == FILE else ""
     with pytest.raises(InputError, match=rf"{FILE}: its sha256 .*3 times"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from distseg import attempts
 from distseg.distributed import Ranks
 from distseg.engine import Pair
 from distseg.trainer import check_equal
@@ -33,13 +34,15 @@ def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tm
     processes[1].send_signal(number)
     before = time.monotonic()
     outputs = [processes[rank].communicate()[0] for rank in (0, 2)]
-    assert time.monotonic() - before < 4 * TIMEOUT
+    assert time.monotonic() - before < TIMEOUT
     processes[1].kill()
     processes[1].communicate()
     for rank, output in zip((0, 2), outputs, strict=True):
         assert processes[rank].returncode == LOST_RANK_EXIT_CODE, output
-        assert f"error on rank {rank}: rank 1 on " in output and "(last at step " in output, output
+        assert f"error on rank {rank}: rank 1 on " in output and "(last heard of at step " in output, output
         assert "Traceback" not in output
+    (attempt,) = attempts.read(tmp_path / "run")
+    assert attempt.outcome == "failed" and "rank 1 on " in attempt.reason and (attempt.last_step or 0) >= 6
 
 
 def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
@@ -80,7 +83,7 @@ def test_a_rank_that_downloads_for_long_is_no_stall_and_one_that_fails_or_hangs_
         assert (left, said) == ([], "") and seconds > 3 * SHORT
         left, said, seconds = of_rank["stuck"]
         assert left == [LOST_RANK_EXIT_CODE] and "rank 1 on " in said and "has not moved on for" in said
-        assert SHORT < seconds < 4 * SHORT
+        assert SHORT / 2 < seconds < 2 * SHORT
         left, said, seconds = of_rank["fails"]
         assert left == ([] if rank == 1 else [LOST_RANK_EXIT_CODE])  # that one prints its own error
         assert seconds < SHORT and (rank == 1 or "(at step 7) has failed: damaged" in said)
