@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from distseg.attempts import LABEL_VARIABLE, Note
 from distseg.cli import main
 from distseg.report import content
 from distseg.report.panels import PANELS
@@ -92,10 +94,22 @@ def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
     run = content.collect(run_dir)
     assert (run["confusion"], run["samples"], run["attempts"], run["config"], run["iou"]) == (None, [], [], {}, [])
     assert not run["is_finished"] and run["scores"]["mean_iou"] is None
-    (run_dir / "attempts.jsonl").write_text('{"attempt": 1, "job": 7}\n{"attempt": 2, "jo')
-    assert content.collect(run_dir)["attempts"] == [{"attempt": 1, "job": 7}]
     with pytest.raises(InputError, match="does not exist"):
         content.collect(tmp_path / "nothing")
+
+
+def test_each_start_is_one_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(LABEL_VARIABLE, raising=False)
+    Note(tmp_path, ["node1", "node1", "node2"], 0).finish(20, "stopped", "signal 15")
+    Note(tmp_path, ["node3"], 20)
+    first, second = content.starts(tmp_path)
+    assert (first["hosts"], first["ranks"], first["label"]) == ("node1, node2", 3, "")
+    assert (first["from step"], first["to step"], first["outcome"], first["reason"]) == (0, 20, "stopped", "signal 15")
+    assert datetime.strptime(first["ended"][:19], "%Y-%m-%d %H:%M:%S") <= datetime.now()
+    assert (second["from step"], second["to step"], second["ended"]) == (20, None, None)
+    assert second["outcome"] == "running or killed"  # its end is noted nowhere
+    Note(tmp_path, ["node3"], 20)
+    assert [row["outcome"] for row in content.starts(tmp_path)] == ["stopped", "killed", "running or killed"]
 
 
 def test_names_are_as_short_as_they_may_be() -> None:

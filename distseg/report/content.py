@@ -8,12 +8,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 
+from distseg import attempts
 from distseg.health import Health
 from distseg.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 from distseg.verdicts import NAMED
@@ -77,7 +79,7 @@ def collect(run_dir: Path) -> Run:
         "confusion": _confusion(run_dir, evaluation, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
         "health": lanes(rows),
-        "attempts": _lines(run_dir / "attempts.jsonl"),
+        "attempts": starts(run_dir),
         "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
         "config": config,
     }
@@ -113,6 +115,32 @@ def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             spans[event.name][-1]["to"] = event.step
     return [{"name": name, "spans": found} for name, found in spans.items()]
+
+
+def starts(run_dir: Path) -> list[dict[str, Any]]:
+    """One row for each attempt, with times in the time zone of the machine that makes the report."""
+    found = attempts.read(run_dir)
+    rows = []
+    for attempt in found:
+        may_run = attempt.ended is None and attempt is found[-1]
+        rows.append(
+            {
+                "label": attempt.label,
+                "started": _local(attempt.started),
+                "ended": _local(attempt.ended),
+                "hosts": ", ".join(attempt.hosts),
+                "ranks": attempt.world_size,
+                "from step": attempt.first_step,
+                "to step": attempt.last_step,
+                "outcome": "running or killed" if may_run else attempt.outcome,
+                "reason": attempt.reason,
+            }
+        )
+    return rows
+
+
+def _local(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def grouped(runs: list[Run]) -> list[dict[str, Any]]:
@@ -203,19 +231,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line; a line torn by a kill is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
 
 
 def _yaml(path: Path) -> Any:

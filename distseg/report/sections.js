@@ -220,10 +220,13 @@ const environmentSection = () => {
 const attemptsSection = () => {
   const having = runs.map((_, i) => i).filter((i) => runs[i].attempts.length);
   if (!having.length) return;
-  const keys = [...new Set(having.flatMap((i) => runs[i].attempts.flatMap((row) => Object.keys(row))))];
-  const rows = having.flatMap((i) => runs[i].attempts.map((row, n) => ({ cells: [named(i), String(n + 1), ...keys.map((key) =>
-    row[key] === undefined || row[key] === null ? null : typeof row[key] === "object" ? JSON.stringify(row[key]) : String(row[key]))] })));
-  section("attempts", "Attempts and requeues", "", table([["run"], ["attempt", "number"], ...keys.map((key) => [key])], rows));
+  const kinds = { ranks: "number", "from step": "number", "to step": "number", reason: "text" };
+  const keys = Object.keys(runs[having[0]].attempts[0])
+    .filter((key) => key !== "label" || having.some((i) => runs[i].attempts.some((row) => row.label)));
+  const rows = having.flatMap((i) => runs[i].attempts.map((row, n) =>
+    ({ cells: [named(i), String(n + 1), ...keys.map((key) => row[key] === null ? null : String(row[key]))] })));
+  section("attempts", "Attempts and requeues", "One line for each start of a run.",
+    table([["run"], ["attempt", "number"], ...keys.map((key) => [key, kinds[key]])], rows));
 };
 
 // ---- the page ----
