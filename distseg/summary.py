@@ -72,6 +72,10 @@ class Row:
     seeds: tuple[int, ...]
     values: dict[str, tuple[float, ...]]
 
+    def of_seeds(self, name: str) -> list[float]:
+        """A score of each distinct seed."""
+        return of_seeds(self.seeds, self.values[name])
+
 
 def run(paths: Sequence[Path], form: str) -> int:
     """`distseg summarize`: print the table. form: markdown, latex or json."""
@@ -149,18 +153,27 @@ def _classes(evaluation: Evaluation) -> list[str]:
     return [name.removeprefix("val/iou/") for name in evaluation.scores if name.startswith("val/iou/")]
 
 
+def of_seeds(seeds: Sequence[Any], values: Sequence[float]) -> list[float]:
+    """One value for each distinct seed, the mean over its runs: the same seed again is not another sample."""
+    groups: dict[Any, list[float]] = {}
+    for seed, value in zip(seeds, values, strict=True):
+        groups.setdefault(seed, []).append(value)
+    return [statistics.fmean(group) for group in groups.values()]
+
+
 def spread(values: Sequence[float]) -> float:
     """The sample standard deviation (n - 1), NaN for a single value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def to_markdown(table: Sequence[Row]) -> str:
-    """A table with one line a row, in per cent: mean ± spread."""
+    """A table with one line a row, in per cent: mean ± spread over distinct seeds."""
     columns = _columns(table)
     lines = ["| " + " | ".join(["runs", "seeds", *(TITLES[name] for name in columns)]) + " |"]
     lines.append("|---|" + "---:|" * (1 + len(columns)))
     for row in table:
-        cells = [row.name.replace("|", "\\|"), str(len(row.seeds)), *(_cell(row.values[name], "±") for name in columns)]
+        seeds = str(len(set(row.seeds)))
+        cells = [row.name.replace("|", "\\|"), seeds, *(_cell(row.of_seeds(name), "±") for name in columns)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -171,19 +184,20 @@ def to_latex(table: Sequence[Row]) -> str:
     lines = ["% " + " & ".join(["runs", "seeds", *(TITLES[name] for name in columns)])]
     for row in table:
         name = "".join(_LATEX.get(letter, letter) for letter in row.name)
-        cells = [f"${_cell(row.values[name], chr(92) + 'pm')}$" for name in columns]
-        lines.append(" & ".join([name, str(len(row.seeds)), *cells]) + r" \\")
+        cells = [f"${_cell(row.of_seeds(name), chr(92) + 'pm')}$" for name in columns]
+        lines.append(" & ".join([name, str(len(set(row.seeds))), *cells]) + r" \\")
     return "\n".join(lines)
 
 
 def to_json(table: Sequence[Row]) -> str:
-    """Everything, per-class IoU included, in [0, 1]; a spread of one value is null."""
+    """Everything, per-class IoU included, in [0, 1]; the values are of each run, the spread over one seed is null."""
     content = []
     for row in table:
         scores = {}
         for name, values in row.values.items():
-            deviation = spread(values)
-            scores[name] = {"mean": statistics.fmean(values), "values": list(values)}
+            of_seeds = row.of_seeds(name)
+            deviation = spread(of_seeds)
+            scores[name] = {"mean": statistics.fmean(of_seeds), "values": list(values)}
             scores[name]["spread"] = None if math.isnan(deviation) else deviation
         content.append({"name": row.name, "runs": list(row.runs), "seeds": list(row.seeds), "scores": scores})
     return json.dumps(content, indent=1)

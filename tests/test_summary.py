@@ -53,6 +53,19 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(r
     assert "val/iou/a&b" not in content[0]["scores"], "absent from a run, so no mean is defined"
 
 
+def test_a_seed_that_is_there_twice_counts_once(runs: list[Path], tmp_path: Path) -> None:
+    again = finished(tmp_path / "again", 0.8, "mode=supervised", "seed=0")
+    (once,) = rows([read(runs[0]), read(again)])
+    assert to_markdown([once]).splitlines()[-1].endswith("| 1 | 75.0 | 50.0 |")
+    (row,) = rows([read(path) for path in (runs[0], runs[1], again)])
+    assert "| 2 | 74.5 ± 0.7 |" in to_markdown([row]) and r"& 2 & $74.5 \pm 0.7$" in to_latex([row])
+    assert json.loads(to_json([row]))[0]["scores"]["val/mean_iou"] == {
+        "mean": pytest.approx(0.745),
+        "values": [0.7, 0.74, 0.8],
+        "spread": pytest.approx(statistics.stdev((0.75, 0.74))),
+    }
+
+
 def test_what_a_row_differs_in_is_its_name(runs: list[Path], tmp_path: Path) -> None:
     other = finished(tmp_path / "other", 0.5, "loss.adv_weight=0.3", "segmentor_optimizer.lr=0.1", "run_dir=x_y")
     same = finished(
