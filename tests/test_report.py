@@ -71,8 +71,26 @@ def test_runs_of_several_seeds_are_a_group_with_mean_and_standard_deviation(runs
     score = collected["groups"][0]["scores"]["mean_iou"]
     assert score["mean"] == pytest.approx(0.65) and score["spread"] == pytest.approx(0.1 / 2**0.5)
     assert collected["groups"][1]["scores"]["mean_iou"] == {"mean": 0.6, "spread": None, "count": 1}
+    assert collected["groups"][0]["note"] == "n = 2 of 2"
     differences = {row["key"]: row["values"] for row in collected["differences"]}
     assert differences == {"seed": [0, 1, 0], "loss.adv_weight": [0.05, 0.05, 0.5]}
+
+
+def test_a_mean_is_over_finished_runs_and_distinct_seeds(runs: list[Path], tmp_path: Path) -> None:
+    mid, again = write_run(tmp_path / "mid", 2, num_rows=20), write_run(tmp_path / "again", 1)
+    (mid / "evaluation.json").unlink()
+    (again / "evaluation.json").write_text(json.dumps({"val/mean_iou": 0.9, "step": 400}))
+    group = content.collect_all([*runs[:2], mid, again])["groups"][0]
+    assert group["runs"] == [0, 1, 2, 3] and group["name"] == "toy, adversarial, seeds 0, 1, 2"
+    score = group["scores"]["mean_iou"]  # of seed 0: 0.6, of seed 1: 0.7 and 0.9
+    assert score == {"mean": pytest.approx(0.7), "spread": pytest.approx(0.2 / 2**0.5), "count": 2}
+    assert group["note"] == "n = 3 of 4; mid is not finished; s1 and again have seed 1 and count as one"
+    (group,) = content.collect_all([runs[1], again])["groups"]
+    assert group["scores"]["mean_iou"] == {"mean": pytest.approx(0.8), "spread": None, "count": 1}
+    (again / "evaluation.json").write_text(json.dumps({"val/mean_iou": 0.9, "step": 200}))  # of a shorter run
+    assert not content.collect(again)["is_finished"]
+    with pytest.raises(InputError, match="twice"):
+        content.collect_all([again, runs[0], tmp_path / "mid" / ".." / "again"])
 
 
 def test_a_run_is_read_as_it_was_written(runs: list[Path]) -> None:
@@ -115,15 +133,18 @@ def test_each_start_is_one_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_names_are_as_short_as_they_may_be() -> None:
     assert content.distinct_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
     assert content.distinct_names([Path("/x/a"), Path("/y/a")]) == ["x/a", "y/a"]
-    assert content.distinct_names([Path("/x/a"), Path("/x/a")]) == ["a (1)", "a (2)"]
 
 
-def test_long_curves_become_means_of_neighbours() -> None:
-    values = [float(v) for v in range(5000)]
-    steps, means = content.thinned(list(range(5000)), values)
-    assert len(steps) <= content.MAX_POINTS and steps[-1] == 4999
-    assert means[0] == pytest.approx(2.0) and steps[0] == 4  # of five
-    assert content.thinned([], []) == [[], []]
+def test_long_curves_become_means_on_one_grid_of_steps() -> None:
+    long, short = ([step * 1.0 for step in range(1, last + 1)] for last in (5003, 1502))
+    runs = [{"series": {"a": (list(range(1, len(v) + 1)), v), "b": ([200], [1.0])}} for v in (long, short)]
+    content.thin(runs)
+    (steps, means), (short_steps, _) = (run["series"]["a"] for run in runs)
+    assert len(steps) <= content.MAX_POINTS and steps[-1] == 5003
+    assert means[0] == pytest.approx(3.0) and steps[0] == 5  # of five
+    assert short_steps == [*steps[:300], 1502]
+    assert all(run["series"]["b"] == ([200], [1.0]) for run in runs), "few values stay as they are"
+    assert content.thinned([1, 2, 3], [1.0, None, 3.0], 2) == ([2, 3], [None, 3.0])
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_shows_no_name_as_html(runs: list[Path], tmp_path: Path) -> None:
@@ -138,16 +159,24 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_no_name_as_html(runs: l
 
 
 # Runs in the page when it is drawn: works the controls, and leaves what it saw where --dump-dom shows it
-PROBE = """<script>
+_FIRST = """<script>
 const seen = {};
 const count = (query) => document.querySelectorAll(query).length;
+const nodes = (query) => [...document.querySelectorAll(query)];
+"""
+_LAST = """
+const out = document.createElement("pre");
+out.id = "seen";
+out.textContent = JSON.stringify(seen);
+document.body.append(out);
+</script>"""
+PROBE = """
 const charts = () => [...document.querySelectorAll("figure")].filter((f) => f.style.display !== "none").length;
 const ranges = () => [...document.querySelectorAll("input[type=range]")];
 seen.ready = document.body.dataset.ready;
 seen.titles = [...document.querySelectorAll("h2")].map((h) => h.textContent);
 seen.charts = charts();
 seen.overflow = document.documentElement.scrollWidth - innerWidth;
-const nodes = (query) => [...document.querySelectorAll(query)];
 seen.cut = nodes("figure svg").filter((s) => s.getBoundingClientRect().right > innerWidth).length;
 seen.paths = count("figure path");
 seen.bad = nodes("path, line, rect, text").filter((n) => /NaN|Infinity/.test(n.outerHTML)).length;
@@ -167,17 +196,13 @@ seen.images = [...document.querySelectorAll(".gallery img")].map((i) => i.natura
 seen.verdicts = [...document.querySelectorAll(".verdict strong")].map((v) => v.textContent);
 seen.means = [...document.querySelectorAll("tr.mean td")].map((v) => v.textContent);
 seen.scripts = count("script");
-const out = document.createElement("pre");
-out.id = "seen";
-out.textContent = JSON.stringify(seen);
-document.body.append(out);
-</script>"""
+"""
 
 
-def look(page: Path, width: int) -> dict[str, Any]:
+def look(page: Path, width: int, probe: str = PROBE) -> dict[str, Any]:
     """What the probe saw in a window of so many pixels."""
     probed = page.with_name(f"probed-{width}.html")
-    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    probed.write_text(page.read_text().replace("</body>", _FIRST + probe + _LAST + "</body>"))
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
     options += [f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=2000", "--dump-dom"]
     done = subprocess.run([str(CHROMIUM), *options, probed.as_uri()], capture_output=True, text=True, timeout=120)
@@ -209,6 +234,37 @@ def test_a_browser_shows_every_section_and_the_controls_work(runs: list[Path], t
     assert [text.split(": ")[0] for text in seen["verdicts"]] == ["won", "won"]
     assert any("won" in text for text in seen["verdicts"]) and "65.0 ± 7.1" in seen["means"]
     assert seen["scripts"] == 3  # data, page, probe: no class name became one
+
+
+MEANS = """
+const losses = () => nodes("figure").find((f) => f.textContent.startsWith("Segmentor"));
+const point = (share) => {
+  const svg = losses().querySelector("svg"), box = svg.getBoundingClientRect();
+  const clientX = box.left + 52 + (box.width - 62) * share;
+  svg.dispatchEvent(new PointerEvent("pointermove", { clientX, clientY: box.top + 50 }));
+  return nodes(".tip > *").map((row) => row.textContent);
+};
+document.getElementById("means").click();
+seen.legend = losses().querySelector(".legend").textContent;
+seen.band = losses().querySelector("polygon").getBBox().width;
+seen.line = losses().querySelector("path").getBBox().width;
+seen.tip = point(1);
+seen.bars = nodes("rect title").map((t) => t.textContent);
+seen.figures = nodes("text").map((t) => t.textContent);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+def test_a_mean_on_the_page_leaves_out_what_ends_early(runs: list[Path], tmp_path: Path) -> None:
+    mid = write_run(tmp_path / "mid", 2, num_rows=20)
+    (mid / "evaluation.json").unlink()
+    assert main(["report", *map(str, runs[:2]), str(mid), "--out", str(tmp_path / "r.html")]) == 0
+    seen = look(tmp_path / "r.html", 1400, MEANS)
+    assert "no value at step 400, so in no mean: mid" in seen["legend"]
+    assert seen["band"] == pytest.approx(seen["line"], rel=0.01) and seen["line"] > 300, "up to the last step"
+    assert seen["tip"] == ["step 400", "toy, adversarial, seeds 0, 1, 2, total: 0.0025"]
+    assert "toy, adversarial, seeds 0, 1, 2, sky: 59.0 % (54.0 to 64.0)" in seen["bars"]
+    assert "mean 59.0 (54.0 to 64.0)" in seen["figures"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces' own, of pydantic

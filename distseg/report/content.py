@@ -17,8 +17,10 @@ from PIL import Image
 
 from distseg import attempts
 from distseg.health import Health
+from distseg.summary import of_seeds, spread
 from distseg.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 from distseg.verdicts import NAMED
+from shards.errors import InputError
 
 MAX_POINTS = 1200  # of a curve: more than a screen has; longer ones become means of neighbours
 PANEL_PX, PANEL_QUALITY = 1400, 82  # of the pictures in the page, which have text in them
@@ -32,11 +34,19 @@ SCORES = ("mean_iou", "pixel_accuracy", "mean_class_accuracy", "frequency_weight
 _IOU = "val/iou/"
 
 Run = dict[str, Any]
+Curve = tuple[list[int], list[float | None]]  # steps, values
 
 
 def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
-    """All that the page needs, as plain JSON values: runs, their groups with means, and how they differ."""
+    """All that the page needs, as plain JSON values: runs, their groups with means, and how they differ.
+
+    Raises InputError for a run that is named twice.
+    """
+    for place, path in enumerate(run_dirs):
+        if path.resolve() in (other.resolve() for other in run_dirs[:place]):
+            raise InputError(f"{path} twice", "each run once", "name it once")
     runs = [collect(path) for path in run_dirs]
+    thin(runs)
     for run, name in zip(runs, distinct_names(run_dirs), strict=True):
         run["name"] = name
     groups = grouped(runs)
@@ -45,13 +55,11 @@ def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Each path's last part, with as many parts before it as all need to differ (the same path twice: a number)."""
+    """Each path's last part, with as many parts before it as all need to differ; the paths are distinct."""
     parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(len(p) for p in parts) + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{'/'.join(p[-1:])} ({index})" for index, p in enumerate(parts, 1)]
+    counts = range(1, max(len(p) for p in parts) + 1)
+    named = (["/".join(p[-count:]) for p in parts] for count in counts)
+    return next(names for names in named if len(set(names)) == len(names))
 
 
 def collect(run_dir: Path) -> Run:
@@ -70,7 +78,7 @@ def collect(run_dir: Path) -> Run:
         "step": last,
         "steps": config.get("steps"),
         "minutes": _minutes(rows),
-        "is_finished": bool(evaluation),
+        "is_finished": bool(evaluation) and evaluation.get("step", last) == config.get("steps", last),
         "scores": {name: _plain(scores.get(f"val/{name}")) for name in SCORES},
         "num_images": scores.get("num_images"),
         "series": series(rows),
@@ -85,24 +93,46 @@ def collect(run_dir: Path) -> Run:
     }
 
 
-def series(rows: Iterable[dict[str, Any]]) -> dict[str, list[list[float | None]]]:
-    """{metric: [steps, values]} of all that is a curve; a value that is not finite is None."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
+    """{metric: (steps, values)} of all that is a curve; a value that is not finite is None."""
+    found: dict[str, Curve] = {}
     for row in rows:
         for name, value in row.items():
             if name not in _NO_SERIES and not name.startswith((_IOU, "health/")) and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
-                values.append(value)
-    return {name: thinned(*curve) for name, curve in found.items()}
+                values.append(_plain(value))
+    return found
 
 
-def thinned(steps: list[int], values: list[float]) -> list[list[float | None]]:
-    """At most MAX_POINTS points: means of as many neighbours as that takes, at their last step."""
-    width = -(-len(values) // MAX_POINTS)
-    parts = [slice(start, start + width) for start in range(0, len(values), width)] if width else []
-    means = [statistics.fmean(values[part]) for part in parts]
-    return [[float(steps[part][-1]) for part in parts], [_plain(mean) for mean in means]]
+def thin(runs: Sequence[Run]) -> None:
+    """Replace every metric that has more than MAX_POINTS in some run by means, on one grid of steps for all runs."""
+    for name in {name for run in runs for name in run["series"]}:
+        having = [run["series"] for run in runs if name in run["series"]]
+        if max(len(curves[name][0]) for curves in having) > MAX_POINTS:
+            width = _round(max(curves[name][0][-1] for curves in having) / MAX_POINTS)
+            for curves in having:
+                steps, values = curves[name]
+                curves[name] = thinned(steps, values, width)
+
+
+def thinned(steps: list[int], values: list[float | None], width: int) -> Curve:
+    """Means over `width` steps, at the last of them or of the run; None for one with a value that is not finite."""
+    parts: dict[int, list[float | None]] = {}
+    for step, value in zip(steps, values, strict=True):
+        parts.setdefault(min(-(-step // width) * width, steps[-1]), []).append(value)
+    return list(parts), [_mean(part) for part in parts.values()]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return _plain(statistics.fmean(there)) if len(there) == len(values) else None
+
+
+def _round(value: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is no smaller."""
+    power = 10 ** max(0, math.floor(math.log10(value)))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value)
 
 
 def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,28 +174,51 @@ def _local(seconds: float | None) -> str | None:
 
 
 def grouped(runs: list[Run]) -> list[dict[str, Any]]:
-    """Runs whose configurations differ in nothing but the seed and where they ran, with mean and standard deviation."""
+    """Runs whose configurations differ in nothing but the seed and where they ran, with the mean of finished ones.
+
+    note: over how many runs the mean is taken, and why over no more.
+    """
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
         kept = {key: value for key, value in run["config"].items() if not key.startswith(_OF_ONE_GROUP)}
         groups.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(index)
     found = []
     for members in groups.values():
-        scores = {name: _mean_and_spread([runs[i]["scores"][name] for i in members]) for name in SCORES}
-        found.append({"runs": members, "name": _common_name([runs[i] for i in members]), "scores": scores})
+        own = [runs[i] for i in members]
+        finished = [run for run in own if run["is_finished"]]
+        scores = {name: _mean_and_spread(finished, name) for name in SCORES}
+        found.append({"runs": members, "name": _common_name(own), "note": _note(own, finished), "scores": scores})
     return found
 
 
 def _common_name(runs: list[Run]) -> str:
-    seeds = ", ".join(str(run["seed"]) for run in runs)
+    seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
     return runs[0]["name"] if len(runs) == 1 else f"{runs[0]['preset'] or 'run'}, {runs[0]['mode']}, seeds {seeds}"
 
 
-def _mean_and_spread(values: list[float | None]) -> dict[str, Any]:
-    """Mean and sample standard deviation of the values that are there."""
-    there = [value for value in values if value is not None]
-    spread = statistics.stdev(there) if len(there) > 1 else None
-    return {"mean": statistics.fmean(there) if there else None, "spread": spread, "count": len(there)}
+def _note(runs: list[Run], finished: list[Run]) -> str:
+    notes = [f"n = {len(finished)} of {len(runs)}"]
+    others = [run["name"] for run in runs if run not in finished]
+    if others:
+        notes.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} not finished")
+    for seed in dict.fromkeys(run["seed"] for run in finished):
+        same = [run["name"] for run in finished if run["seed"] == seed]
+        if len(same) > 1:
+            notes.append(f"{_listed(same)} have seed {seed} and count as one")
+    return "; ".join(notes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _mean_and_spread(runs: list[Run], name: str) -> dict[str, Any]:
+    """Mean and sample standard deviation of a score over distinct seeds; none where a run lacks the score."""
+    values = [run["scores"][name] for run in runs]
+    if not values or None in values:
+        return {"mean": None, "spread": None, "count": 0}
+    each = of_seeds([run["seed"] for run in runs], values)
+    return {"mean": statistics.fmean(each), "spread": spread(each) if len(each) > 1 else None, "count": len(each)}
 
 
 def differences(runs: list[Run]) -> list[dict[str, Any]]:

@@ -57,24 +57,34 @@ const smooth = (values) => {
     return count ? (sums[end] - sums[first]) / count : null;
   });
 };
-// {steps, values, low, high} of a metric over the runs of a line; low and high enclose all runs where there are more
+const lastStep = (r, metric) => metric in runs[r].series ? runs[r].series[metric][0].at(-1) : -1;
+// the mean of values, one of each run, in which the runs of one seed count as one
+const meanOf = (members, values) => {
+  const weights = members.map((r) => 1 / members.filter((other) => runs[other].seed === runs[r].seed).length);
+  return values.reduce((sum, value, i) => sum + weights[i] * value, 0) / weights.reduce((a, b) => a + b);
+};
+// {name, steps, values, low, high} of a metric over the runs of a line; low and high enclose all runs where there are
+// more; without: the runs that end before the last step, `end`, and are in no mean
 const curve = (line, metric, noisy) => {
-  const found = line.runs.map((r) => runs[r].series[metric]).filter((s) => s && s[0].length);
-  if (!found.length) return null;
-  const parts = found.map(([steps, values]) => ({ steps, raw: values, values: noisy ? smooth(values) : values }));
-  if (parts.length === 1) return parts[0];
+  const end = Math.max(...line.runs.map((r) => lastStep(r, metric)));
+  if (end < 0) return null;
+  const members = line.runs.filter((r) => lastStep(r, metric) === end); // a mean over others would jump where they end
+  const about = { name: members.length > 1 ? line.name : runs[members[0]].name, end, without: line.runs.filter((r) => !members.includes(r)) };
+  const parts = members.map((r) => runs[r].series[metric])
+    .map(([steps, values]) => ({ steps, raw: values, values: noisy ? smooth(values) : values }));
+  if (parts.length === 1) return { ...about, ...parts[0] };
   const at = parts.map((part) => new Map(part.steps.map((step, i) => [step, part.values[i]])));
   const steps = [...new Set(parts.flatMap((part) => part.steps))].sort((a, b) => a - b);
-  const merged = { steps: [], values: [], low: [], high: [] };
+  const merged = { ...about, steps: [], values: [], low: [], high: [] };
   for (const step of steps) {
     const there = at.map((map) => map.get(step)).filter((v) => v !== undefined && v !== null);
     if (there.length < parts.length) continue; // a mean over fewer runs would jump
     merged.steps.push(step);
-    merged.values.push(there.reduce((a, b) => a + b, 0) / there.length);
+    merged.values.push(meanOf(members, there));
     merged.low.push(Math.min(...there));
     merged.high.push(Math.max(...there));
   }
-  return merged.steps.length ? merged : parts[0];
+  return merged;
 };
 
 const ticks = (low, high, count) => {
@@ -190,13 +200,15 @@ const drawPanel = (holder, legend, panel, drawn, noisy) => {
     cursor.setAttribute("x2", x(found));
     cursor.setAttribute("visibility", "visible");
     showTip(event, [make("strong", {}, "step " + found), ...drawn.slice(0, 14).map((d, i) => make("div", {},
-      swatch(d.line.index, d.m), `${d.line.name}${panel.metrics.length > 1 ? ", " + d.label : ""}: ${short(d.values[at[i]])}`))]);
+      swatch(d.line.index, d.m), `${d.name}${panel.metrics.length > 1 ? ", " + d.label : ""}: ${short(d.values[at[i]])}`))]);
   });
   svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); hideTip(); });
   holder.replaceChildren(svg);
   const kinds = [...new Set(drawn.map((d) => d.m))];
   const entries = panel.metrics.length > 1 ? kinds.map((m) => make("span", {}, swatch(null, m), panel.metrics[m][1])) : [];
   if (panel.reference) entries.push(make("span", {}, "····· " + panel.reference[1]));
+  const without = [...new Set(drawn.flatMap((d) => d.without))].map((r) => runs[r].name);
+  if (without.length) entries.push(make("span", {}, `no value at step ${drawn.find((d) => d.without.length).end}, so in no mean: ${without.join(", ")}`));
   legend.replaceChildren(...entries);
 };
 const nearest = (steps, step) => {

@@ -19,7 +19,7 @@ const runsTable = () => {
     run.steps ? `${run.step} of ${run.steps}` : run.step, ...SCORES.map(([key]) => percent(run.scores[key])),
     run.minutes === null ? null : run.minutes.toFixed(1), verdictOf(run)] }));
   for (const group of data.groups.filter((g) => g.runs.length > 1)) {
-    rows.push({ kind: "mean", cells: [make("span", { class: "run" }, swatch(group.runs[0]), `mean: ${group.name}`), runs[group.runs[0]].mode, null, null,
+    rows.push({ kind: "mean", cells: [make("span", { class: "run" }, swatch(group.runs[0]), `mean: ${group.name} (${group.note})`), runs[group.runs[0]].mode, null, null,
       ...SCORES.map(([key]) => spread(group.scores[key])), null, null] });
   }
   return table(head, rows);
@@ -90,13 +90,17 @@ const iouSection = () => {
   const redrawIou = () => {
     const step = steps[+slider.value];
     label.textContent = `evaluation at step ${step}`;
-    const shown = lines().map((line) => ({ line, per: line.runs.map((r) => {
-      const before = runs[r].iou.filter((e) => e.step <= step);
-      return before.length ? new Map(runs[r].classes.map((c, i) => [c, before[before.length - 1].values[i]])) : new Map();
-    }) }));
+    const shown = lines().map((line) => {
+      const found = line.runs.map((r) => ({ r, at: runs[r].iou.filter((e) => e.step <= step).at(-1) })).filter(({ at }) => at);
+      const newest = Math.max(...found.map(({ at }) => at.step));
+      const per = found.filter(({ at }) => at.step === newest)
+        .map(({ r, at }) => ({ r, values: new Map(runs[r].classes.map((c, i) => [c, at.values[i]])) }));
+      return { line, per, name: per.length === 1 ? runs[per[0].r].name : line.name };
+    });
     const width = Math.max(300, Math.min(900, holder.clientWidth)), left = 110, barHeight = shown.length > 3 ? 7 : 11;
     const rowHeight = Math.max(18, shown.length * (barHeight + 1) + 8), height = rowHeight * classes.length + 24;
-    const x = (v) => left + (width - left - 52) * v;
+    const right = shown.some(({ per }) => per.length > 1) ? 140 : 52; // for the figures
+    const x = (v) => left + (width - left - right) * v;
     const svg = document.createElementNS(SVG, "svg");
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("height", height);
@@ -111,18 +115,21 @@ const iouSection = () => {
       const shortName = name.length > 16 ? name.slice(0, 15) + "…" : name;
       const text = draw(svg, "text", { x: left - 8, y: row * rowHeight + rowHeight / 2 + 4, "text-anchor": "end" }, shortName);
       draw(text, "title", {}, name);
-      shown.forEach(({ line, per }, i) => {
-        const values = per.map((map) => map.get(name)).filter((v) => v !== undefined && v !== null);
+      shown.forEach(({ line, per, name: whose }, i) => {
+        const there = per.map(({ r, values }) => ({ r, value: values.get(name) })).filter(({ value }) => value !== undefined && value !== null);
+        const values = there.map(({ value }) => value);
         const y = row * rowHeight + (rowHeight - shown.length * (barHeight + 1)) / 2 + i * (barHeight + 1);
         if (!values.length) {
           if (shown.length <= 3) draw(svg, "text", { x: x(0) + 4, y: y + barHeight - 1, "font-size": 11 }, "absent");
           return;
         }
-        const mean = values.reduce((a, b) => a + b, 0) / values.length;
+        const mean = meanOf(there.map(({ r }) => r), values);
+        const range = values.length > 1 ? ` (${percent(Math.min(...values))} to ${percent(Math.max(...values))})` : "";
         const bar = draw(svg, "rect", { x: x(0), y, width: Math.max(0.5, x(mean) - x(0)), height: barHeight, fill: color(line.index) });
-        draw(bar, "title", {}, `${line.name}, ${name}: ${percent(mean)} %`);
+        draw(bar, "title", {}, `${whose}, ${name}: ${percent(mean)} %${range}`);
         if (values.length > 1) draw(svg, "line", { x1: x(Math.min(...values)), x2: x(Math.max(...values)), y1: y + barHeight / 2, y2: y + barHeight / 2, stroke: "#000" });
-        if (shown.length <= 3) draw(svg, "text", { x: x(values.length > 1 ? Math.max(...values) : mean) + 5, y: y + barHeight - 1, "font-size": 11 }, percent(mean));
+        if (shown.length <= 3) draw(svg, "text", { x: x(values.length > 1 ? Math.max(...values) : mean) + 5, y: y + barHeight - 1, "font-size": 11 },
+          (range ? "mean " : "") + percent(mean) + range);
       });
     });
     holder.replaceChildren(svg);
@@ -130,7 +137,7 @@ const iouSection = () => {
   redraws.push(redrawIou);
   const controls = steps.length > 1 ? make("label", {}, slider, label) : label;
   section("iou", "IoU of each class", "Of several runs in a mean, the black line spans the lowest to the highest. "
-    + "A run without an evaluation at the step shows its last one before.", make("div", { class: "controls" }, controls), holder);
+    + "A run without an evaluation at the step shows its last one before; a mean is over the runs that have the newest.", make("div", { class: "controls" }, controls), holder);
 };
 
 const confusionSection = () => {
@@ -235,7 +242,7 @@ document.body.append(tip, make("h1", {}, runs.length === 1 ? runs[0].name : `${r
   make("p", { class: "note" }, `distseg report of ${data.made}`), make("nav"));
 const bar = make("div", { class: "bar" });
 section("runs", "Runs", hasGroups
-  ? "Scores in per cent. ±: the sample standard deviation over runs that differ in the seed only." : "Scores in per cent.", runsTable());
+  ? "Scores in per cent. Means are over the finished runs that differ in the seed only; ±: the sample standard deviation over seeds." : "Scores in per cent.", runsTable());
 document.body.append(bar);
 if (runs.length > 1) runs.forEach((run, index) => bar.append(make("label", {}, make("input", { type: "checkbox", checked: "",
   onchange: (event) => { state.shown[index] = event.target.checked; redraw(); } }), swatch(index), run.name)));
