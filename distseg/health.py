@@ -47,9 +47,12 @@ class Window:
         """Over all of them."""
         return math.fsum(value for _, value in self._rows) / len(self._rows)
 
+    def is_full(self) -> bool:
+        """Whether they are as many as the check needs to judge; once so, always so."""
+        return len(self._rows) >= self._check.num_rows and self._rows[-1][0] - self.since >= self._check.num_steps
+
     def is_bad(self) -> bool:
-        check, enough = self._check, self._rows[-1][0] - self.since >= self._check.num_steps
-        return enough and len(self._rows) >= check.num_rows and check.beyond(self.mean(), check.raise_at)
+        return self.is_full() and self._check.beyond(self.mean(), self._check.raise_at)
 
     def is_good(self) -> bool:
         check = self._check
@@ -83,6 +86,7 @@ class Health:
     def __init__(self, rows: Iterable[Row] = ()):
         self.events: list[Event] = []
         self.on: dict[str, Event] = {}
+        self.judged_from: dict[str, int] = {}  # the first step at which a check had rows enough
         self.step = 0
         self._before: Row = {}
         self._windows = {check.name: Window(check) for check in CHECKS}
@@ -104,6 +108,8 @@ class Health:
             return None
         window, name = self._windows[check.name], check.name
         window.add(row["step"], value)
+        if window.is_full():
+            self.judged_from.setdefault(name, row["step"])
         if name not in self.on and window.is_bad():
             detail = f"rank {row['ranks/slowest']:.0f}" if name == "slow_rank" else ""
             self.on[name] = Event(row["step"], name, True, window.since, window.mean(), detail)

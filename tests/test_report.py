@@ -103,6 +103,8 @@ def test_a_run_is_read_as_it_was_written(runs: list[Path]) -> None:
     lanes = {lane["name"]: lane["spans"] for lane in run["health"]}
     assert [(s["since"], s["to"]) for s in lanes["discriminator_has_won"]] == [(200, None)]
     assert [(s["from"], s["to"]) for s in lanes["not_finite"]] == [(40, 140)] and "slow_rank" not in lanes
+    judged = {lane["name"]: lane["judged_from"] for lane in run["health"]}
+    assert (judged["discriminator_has_won"], judged["discriminator_is_blind"]) == (50, 160)  # 5 rows; 150 steps
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
@@ -265,6 +267,31 @@ def test_a_mean_on_the_page_leaves_out_what_ends_early(runs: list[Path], tmp_pat
     assert seen["tip"] == ["step 400", "toy, adversarial, seeds 0, 1, 2, total: 0.0025"]
     assert "toy, adversarial, seeds 0, 1, 2, sky: 59.0 % (54.0 to 64.0)" in seen["bars"]
     assert "mean 59.0 (54.0 to 64.0)" in seen["figures"]
+
+
+HEALTH = """
+seen.lines = nodes("#health ~ div svg title").map((t) => t.textContent);
+seen.verdict = nodes(".verdict").map((v) => [v.className, v.textContent]);
+seen.section = nodes("#health ~ div")[0].textContent;
+seen.table = nodes("#runs + p + .scroll td").map((c) => c.textContent);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+def test_the_page_says_what_cannot_be_told_yet(tmp_path: Path) -> None:
+    early = write_run(tmp_path / "early", 0, num_rows=20)  # 200 steps
+    rows = (early / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (early / "metrics.jsonl").write_text("".join(rows[:8]))
+    assert main(["report", str(early), "--out", str(tmp_path / "early.html")]) == 0
+    seen = look(tmp_path / "early.html", 1400, HEALTH)
+    ((kind, text),) = seen["verdict"]
+    assert kind == "verdict open" and text.endswith("Too early to tell: the discriminator is blind.")
+    assert "early: the discriminator is blind? Too early to tell" in seen["lines"]
+    assert any("too early to tell for 1 of" in cell for cell in seen["table"])
+    (early / "metrics.jsonl").write_text("")
+    assert main(["report", str(early), "--out", str(tmp_path / "none.html")]) == 0
+    seen = look(tmp_path / "none.html", 1400, HEALTH)
+    assert seen["section"] == "No signals yet." and not seen["verdict"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces' own, of pydantic

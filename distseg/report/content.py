@@ -136,7 +136,10 @@ def _round(value: float) -> int:
 
 
 def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every verdict that the run's rows can tell: from which step to which it held (to None: still does)."""
+    """For every verdict whose signal is in the run's rows: from which step to which it held (to None: still does).
+
+    judged_from: the step from which on there were rows enough to tell, None where there are not.
+    """
     health = Health(rows)
     spans: dict[str, list[dict[str, Any]]] = {name.removeprefix("health/"): [] for name in health.flags()}
     for event in health.events:
@@ -144,7 +147,7 @@ def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             spans[event.name].append({"from": event.step, "to": None, "since": event.since, "detail": event.detail})
         else:
             spans[event.name][-1]["to"] = event.step
-    return [{"name": name, "spans": found} for name, found in spans.items()]
+    return [{"name": name, "judged_from": health.judged_from.get(name), "spans": spans[name]} for name in spans]
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:

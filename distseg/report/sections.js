@@ -29,7 +29,9 @@ const verdictOf = (run) => {
   const now = run.health.filter((lane) => lane.spans.some((span) => span.to === null));
   const past = run.health.filter((lane) => lane.spans.length && !now.includes(lane));
   if (now.length) return "at the end: " + now.map((lane) => data.checks[lane.name].title).join("; ");
-  return past.length ? "for a while: " + past.map((lane) => data.checks[lane.name].title).join("; ") : "nothing found";
+  if (past.length) return "for a while: " + past.map((lane) => data.checks[lane.name].title).join("; ");
+  const early = run.health.filter((lane) => lane.judged_from === null).length;
+  return "nothing found" + (early ? `; too early to tell for ${early} of ${run.health.length} checks` : "");
 };
 
 const healthSection = () => {
@@ -40,6 +42,11 @@ const healthSection = () => {
     const names = Object.keys(data.checks).filter((name) => shown.some(({ run }) => run.health.some((lane) => lane.name === name)));
     const rows = names.flatMap((name) => shown.map(({ run, index }) =>
       ({ name, index, lane: run.health.find((lane) => lane.name === name), step: run.step })));
+    if (!rows.length) {
+      holder.replaceChildren(make("p", {}, "No signals yet."));
+      texts.replaceChildren();
+      return;
+    }
     const width = Math.max(320, holder.clientWidth), left = Math.min(270, width * 0.42), rowHeight = 9;
     const last = Math.max(1, ...shown.map(({ run }) => run.step));
     const x = (step) => left + (width - left - 10) * step / last;
@@ -51,7 +58,10 @@ const healthSection = () => {
       own.forEach((row, i) => {
         const y = top + (lineHeight - own.length * rowHeight) / 2 + i * rowHeight + rowHeight / 2;
         if (!row.lane) return;
-        draw(svg, "line", { x1: x(0), x2: x(row.step), y1: y, y2: y, stroke: "#d9d9d9", "stroke-width": 2 });
+        const judged = row.lane.judged_from === null ? row.step : row.lane.judged_from;
+        const early = draw(svg, "line", { x1: x(0), x2: x(judged), y1: y, y2: y, stroke: "#999", "stroke-width": 2, "stroke-dasharray": "2 5" });
+        draw(early, "title", {}, `${runs[row.index].name}: ${data.checks[name].title}? Too early to tell`);
+        draw(svg, "line", { x1: x(judged), x2: x(row.step), y1: y, y2: y, stroke: "#d9d9d9", "stroke-width": 2 });
         for (const span of row.lane.spans) {
           const bar = draw(svg, "line", { x1: x(span.since), x2: Math.max(x(span.since) + 3, x(span.to === null ? row.step : span.to)),
             y1: y, y2: y, stroke: color(row.index), "stroke-width": 7 });
@@ -70,13 +80,17 @@ const healthSection = () => {
     svg.setAttribute("aria-label", "when each verdict held");
     holder.replaceChildren(svg);
     const found = rows.filter((row) => row.lane && row.lane.spans.length);
+    const early = names.filter((name) => rows.some((row) => row.name === name && row.lane && row.lane.judged_from === null))
+      .map((name) => data.checks[name].title);
     texts.replaceChildren(...(found.length ? found.map((row) => make("div", { class: "verdict" },
       make("strong", {}, `${runs[row.index].name}: ${data.checks[row.name].title}`), " ",
       row.lane.spans.map((s) => `from step ${s.since} ${s.to === null ? "to the end" : "to " + s.to}` + (s.detail ? ` (${s.detail})` : "")).join(", ")
         + ". " + data.checks[row.name].meaning + " " + data.checks[row.name].advice))
-      : [make("div", { class: "verdict good" }, "Nothing found in the runs that are shown, by the signals that they wrote.")]));
+      : [make("div", { class: early.length ? "verdict open" : "verdict good" },
+        "Nothing found in the runs that are shown, by the signals that they wrote." + (early.length ? ` Too early to tell: ${early.join("; ")}.` : ""))]));
   });
   section("health", "Health", "A bar: the verdict held over these steps. A thin line: its signal was there and good. "
+    + "Dotted: too few rows or steps to tell. "
     + "No line: the run did not write the signal.", holder, texts);
 };
 
