@@ -51,7 +51,8 @@ def write_run(run_dir: Path, seed: int, num_rows: int = 40, won: bool = False, *
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
     settings = {"preset": "toy", "mode": "adversarial", "seed": seed, "run_dir": str(run_dir), "steps": 400}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings | {"loss": {"adv_weight": 0.05} | config}))
-    evaluation = {"val/mean_iou": 0.6 + seed / 10, "confusion": [[90, 10], [30, 70]], "num_images": 4}
+    evaluation = {"val/mean_iou": 0.6 + seed / 10, "confusion": [[90, 10], [30, 70]], "num_images": 4, "split": "val"}
+    evaluation |= {"step": 400} | {f"val/iou/{name}": 0.5 for name in CLASSES}
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
     (run_dir / "pictures" / "samples").mkdir(parents=True)
     noise = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -99,12 +100,25 @@ def test_a_run_is_read_as_it_was_written(runs: list[Path]) -> None:
     assert steps == list(range(10, 401, 10)) and values[0] == 0.1 and values[3] is None
     assert run["minutes"] == pytest.approx(400 * 3 / 60)
     assert [entry["step"] for entry in run["iou"]] == [200, 400] and run["classes"] == list(CLASSES)
-    assert run["confusion"] == [[90, 10], [30, 70]] and run["samples"][0]["key"] == "img_1"
+    assert run["confusion"]["matrix"] == [[90, 10], [30, 70]] and run["samples"][0]["key"] == "img_1"
     lanes = {lane["name"]: lane["spans"] for lane in run["health"]}
     assert [(s["since"], s["to"]) for s in lanes["discriminator_has_won"]] == [(200, None)]
     assert [(s["from"], s["to"]) for s in lanes["not_finite"]] == [(40, 140)] and "slow_rank" not in lanes
     judged = {lane["name"]: lane["judged_from"] for lane in run["health"]}
     assert (judged["discriminator_has_won"], judged["discriminator_is_blind"]) == (50, 160)  # 5 rows; 150 steps
+
+
+def test_a_confusion_matrix_is_of_the_runs_classes_and_says_where_it_is_from(runs: list[Path]) -> None:
+    training, other = runs[0] / "evaluation.json", runs[0] / "evaluation-step-00000200-test.json"
+    assert content.collect(runs[0])["confusion"]["file"] == "evaluation.json"
+    document = json.loads(training.read_text()) | {"split": "test", "step": 200}
+    training.unlink()
+    others = {"val/iou/a": 0.5, "val/iou/b": 0.5, "confusion": document["confusion"]}
+    other.write_text(json.dumps(others))
+    assert content.collect(runs[0])["confusion"] is None, "as many classes, and others"
+    other.write_text(json.dumps(document))
+    about = {"file": other.name, "split": "test", "step": 200}
+    assert content.collect(runs[0])["confusion"] == about | {"matrix": [[90, 10], [30, 70]]}
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
@@ -251,6 +265,14 @@ seen.legend = losses().querySelector(".legend").textContent;
 seen.band = losses().querySelector("polygon").getBBox().width;
 seen.line = losses().querySelector("path").getBBox().width;
 seen.tip = point(1);
+const ofRuns = ".bar .swatch, #runs ~ .scroll tr:not(.mean) .swatch, .gallery .swatch";
+const colours = () => new Set(nodes(ofRuns).map((swatch) => swatch.style.borderTopColor)).size;
+seen.colours = colours();
+document.getElementById("means").click();
+seen.ownColours = colours();
+seen.ownTip = point(1);
+seen.midTip = point(0.48);
+document.getElementById("means").click();
 seen.bars = nodes("rect title").map((t) => t.textContent);
 seen.figures = nodes("text").map((t) => t.textContent);
 """
@@ -265,6 +287,9 @@ def test_a_mean_on_the_page_leaves_out_what_ends_early(runs: list[Path], tmp_pat
     assert "no value at step 400, so in no mean: mid" in seen["legend"]
     assert seen["band"] == pytest.approx(seen["line"], rel=0.01) and seen["line"] > 300, "up to the last step"
     assert seen["tip"] == ["step 400", "toy, adversarial, seeds 0, 1, 2, total: 0.0025"]
+    assert (seen["colours"], seen["ownColours"]) == (1, 3), "of a run everywhere that of the curve that it is in"
+    assert seen["ownTip"] == ["step 400", "s0, total: 0.0025", "s1, total: 0.0025"], "mid ended at step 200"
+    assert [text.split(",")[0] for text in seen["midTip"]] == ["step 190", "s0", "s1", "mid"]
     assert "toy, adversarial, seeds 0, 1, 2, sky: 59.0 % (54.0 to 64.0)" in seen["bars"]
     assert "mean 59.0 (54.0 to 64.0)" in seen["figures"]
 
@@ -273,6 +298,7 @@ HEALTH = """
 seen.lines = nodes("#health ~ div svg title").map((t) => t.textContent);
 seen.verdict = nodes(".verdict").map((v) => [v.className, v.textContent]);
 seen.section = nodes("#health ~ div")[0].textContent;
+seen.curves = nodes("#curves ~ p:not(.note)").map((p) => (p.style.display === "none" ? "" : p.textContent)).join("");
 seen.table = nodes("#runs + p + .scroll td").map((c) => c.textContent);
 """
 
@@ -292,6 +318,7 @@ def test_the_page_says_what_cannot_be_told_yet(tmp_path: Path) -> None:
     assert main(["report", str(early), "--out", str(tmp_path / "none.html")]) == 0
     seen = look(tmp_path / "none.html", 1400, HEALTH)
     assert seen["section"] == "No signals yet." and not seen["verdict"]
+    assert seen["curves"] == "No rows yet."
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces' own, of pydantic

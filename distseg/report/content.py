@@ -84,7 +84,7 @@ def collect(run_dir: Path) -> Run:
         "series": series(rows),
         "classes": classes,
         "iou": [{"step": row["step"], "values": [_plain(row.get(_IOU + name)) for name in classes]} for row in iou],
-        "confusion": _confusion(run_dir, evaluation, classes),
+        "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
         "health": lanes(rows),
         "attempts": starts(run_dir),
@@ -257,13 +257,18 @@ def samples(folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def _confusion(run_dir: Path, evaluation: dict[str, Any], classes: list[str]) -> list[list[int]] | None:
-    """The confusion matrix, rows = truth, of training's evaluation or else of the newest other one that has it."""
+def _confusion(run_dir: Path, classes: list[str]) -> dict[str, Any] | None:
+    """The confusion matrix of training's evaluation or else of the newest other one that has it for these classes.
+
+    matrix: rows = truth; file, split and step: what it was found by, None where the file does not say.
+    """
     others = sorted(run_dir.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for document in [evaluation, *(_json(path) for path in others)]:
-        matrix = document.get("confusion")
-        if isinstance(matrix, list) and len(matrix) == len(classes):
-            return matrix
+    for path in [run_dir / "evaluation.json", *others]:
+        document = _json(path)
+        names = [name.removeprefix(_IOU) for name in document if name.startswith(_IOU)]
+        if document.get("confusion") and names == classes:
+            about = {"file": path.name, "split": document.get("split"), "step": document.get("step")}
+            return about | {"matrix": document["confusion"]}
     return None
 
 

@@ -94,10 +94,13 @@ const ticks = (low, high, count) => {
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-6; i++) found.push(i * step);
   return found;
 };
+// of an axis from 10 ** low to 10 ** high: powers of ten, or 1, 2 and 5 times those, or evenly on less than a decade
 const logTicks = (low, high) => {
-  const first = Math.floor(low), last = Math.ceil(high), stride = Math.max(1, Math.ceil((last - first) / 5)), found = [];
-  for (let power = first; power <= last; power += stride) found.push(power);
-  return found.filter((t) => t >= low - 1e-9 && t <= high + 1e-9);
+  const first = Math.floor(low), last = Math.ceil(high), stride = Math.max(1, Math.ceil((last - first) / 5)), powers = [];
+  for (let power = first; power <= last; power += stride) powers.push(10 ** power);
+  const inside = (marks) => marks.filter((mark) => mark >= 10 ** low && mark <= 10 ** high);
+  const finer = powers.flatMap((power) => [power, 2 * power, 5 * power]);
+  return [inside(powers), inside(finer)].find((marks) => marks.length > 2) || ticks(10 ** low, 10 ** high, 4);
 };
 
 const tip = make("div", { class: "tip", style: "display:none" });
@@ -149,8 +152,7 @@ const drawPanel = (holder, legend, panel, drawn, noisy) => {
   svg.setAttribute("height", height);
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", panel.title);
-  let marks = panel.is_log ? logTicks(low, high).map((t) => 10 ** t) : ticks(low, high, 5);
-  if (panel.is_log && marks.length < 2) marks = [10 ** low, 10 ** ((low + high) / 2), 10 ** high];
+  const marks = panel.is_log ? logTicks(low, high) : ticks(low, high, 5);
   for (const mark of marks) {
     draw(svg, "line", { x1: box.left, x2: box.right, y1: y(mark), y2: y(mark), stroke: "#e6e6e6" });
     draw(svg, "text", { x: box.left - 6, y: y(mark) + 4, "text-anchor": "end" }, short(mark));
@@ -194,13 +196,14 @@ const drawPanel = (holder, legend, panel, drawn, noisy) => {
   svg.addEventListener("pointermove", (event) => {
     const place = (event.clientX - svg.getBoundingClientRect().left) * width / svg.getBoundingClientRect().width;
     const step = firstStep + (place - box.left) / (box.right - box.left) * (lastStep - firstStep);
-    const at = drawn.map((d) => nearest(d.steps, step));
-    const found = drawn[0].steps[at[0]];
+    const all = drawn.map((d) => d.steps[nearest(d.steps, step)]), found = all[nearest(all, step)];
+    const there = drawn.map((d) => ({ ...d, at: nearest(d.steps, found) })).filter((d) => Math.abs(d.steps[d.at] - found) <= interval(d.steps));
     cursor.setAttribute("x1", x(found));
     cursor.setAttribute("x2", x(found));
     cursor.setAttribute("visibility", "visible");
-    showTip(event, [make("strong", {}, "step " + found), ...drawn.slice(0, 14).map((d, i) => make("div", {},
-      swatch(d.line.index, d.m), `${d.name}${panel.metrics.length > 1 ? ", " + d.label : ""}: ${short(d.values[at[i]])}`))]);
+    showTip(event, [make("strong", {}, "step " + found), ...there.slice(0, 14).map((d) => make("div", {}, swatch(d.line.index, d.m),
+      `${d.name}${panel.metrics.length > 1 ? ", " + d.label : ""}: ${short(d.values[d.at])}`
+        + (d.steps[d.at] === found ? "" : ` (step ${d.steps[d.at]})`)))]);
   });
   svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); hideTip(); });
   holder.replaceChildren(svg);
@@ -216,5 +219,7 @@ const nearest = (steps, step) => {
   steps.forEach((s, i) => { if (Math.abs(s - step) < Math.abs(steps[best] - step)) best = i; });
   return best;
 };
+// the mean number of steps between two points of a curve: how far from a point its value says something
+const interval = (steps) => steps.length > 1 ? (steps.at(-1) - steps[0]) / (steps.length - 1) : 0;
 const swatch = (index, kind) => make("i", { class: "swatch",
   style: `border-top-color:${index === null ? "#555" : color(index)};border-top-style:${["solid", "dashed", "dotted"][(kind || 0) % 3]}` });

@@ -47,8 +47,8 @@ PANELS = (
     Panel("Discriminator's accuracy", "share", (("discriminator/accuracy", "right"),), (0.5, "chance"), is_share=True),
     Panel("Gap between its logits on real and fake", "logits", (("discriminator/logit_gap", "gap"),), (0.0, "blind")),
     Panel(
-        "Adversarial over cross-entropy gradient",
-        "ratio at the segmentor's output",
+        "Gradient ratio",
+        "adversarial over cross entropy, at the output",
         ((RATIO, "ratio"),),
         (NAMED["no_influence"].raise_at, "no influence below"),
         is_log=True,

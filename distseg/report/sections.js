@@ -7,7 +7,12 @@ const table = (head, rows) => make("div", { class: "scroll" }, make("table", {},
   make("tr", {}, ...head.map(([text, kind]) => make("th", kind ? { class: kind } : {}, text))),
   ...rows.map(({ cells, kind }) => make("tr", kind ? { class: kind } : {}, ...cells.map((cell, i) =>
     make("td", { class: head[i][1] || "" }, cell === null || cell === undefined ? "–" : cell))))));
-const named = (index) => make("span", { class: "run" }, swatch(index), runs[index].name);
+const ofRun = (index) => { // its colour is set when the page is drawn: that of the curve that the run is in
+  const node = swatch(index);
+  node.dataset.run = index;
+  return node;
+};
+const named = (index) => make("span", { class: "run" }, ofRun(index), make("span", {}, runs[index].name));
 const spread = (score) => score.spread === null ? percent(score.mean) : `${percent(score.mean)} ± ${percent(score.spread)}`;
 
 const SCORES = [["mean_iou", "mIoU"], ["pixel_accuracy", "pixel acc."], ["mean_class_accuracy", "class acc."],
@@ -19,7 +24,8 @@ const runsTable = () => {
     run.steps ? `${run.step} of ${run.steps}` : run.step, ...SCORES.map(([key]) => percent(run.scores[key])),
     run.minutes === null ? null : run.minutes.toFixed(1), verdictOf(run)] }));
   for (const group of data.groups.filter((g) => g.runs.length > 1)) {
-    rows.push({ kind: "mean", cells: [make("span", { class: "run" }, swatch(group.runs[0]), `mean: ${group.name} (${group.note})`), runs[group.runs[0]].mode, null, null,
+    rows.push({ kind: "mean", cells: [make("span", { class: "run" }, swatch(group.runs[0]),
+      make("span", {}, `mean: ${group.name} (${group.note})`)), runs[group.runs[0]].mode, null, null,
       ...SCORES.map(([key]) => spread(group.scores[key])), null, null] });
   }
   return table(head, rows);
@@ -64,7 +70,7 @@ const healthSection = () => {
         draw(svg, "line", { x1: x(judged), x2: x(row.step), y1: y, y2: y, stroke: "#d9d9d9", "stroke-width": 2 });
         for (const span of row.lane.spans) {
           const bar = draw(svg, "line", { x1: x(span.since), x2: Math.max(x(span.since) + 3, x(span.to === null ? row.step : span.to)),
-            y1: y, y2: y, stroke: color(row.index), "stroke-width": 7 });
+            y1: y, y2: y, stroke: color(colorOf(row.index)), "stroke-width": 7 });
           draw(bar, "title", {}, `${runs[row.index].name}: ${data.checks[name].title}, since step ${span.since}`);
         }
       });
@@ -157,13 +163,13 @@ const iouSection = () => {
 const confusionSection = () => {
   const having = runs.map((_, i) => i).filter((i) => runs[i].confusion);
   if (!having.length) {
-    section("confusion", "Confusion matrix", "None of these runs has one in its evaluation.json; `distseg evaluate RUN` makes one.");
+    section("confusion", "Confusion matrix", "None of these runs has one of its own classes in its evaluation.json; `distseg evaluate RUN` makes one.");
     return;
   }
-  const holder = make("div", { class: "scroll" });
+  const holder = make("div", { class: "scroll" }), source = make("output", {});
   const choice = make("select", { "aria-label": "run", onchange: () => redrawMatrix() }, ...having.map((i) => make("option", { value: i }, runs[i].name)));
   const redrawMatrix = () => {
-    const run = runs[+choice.value], n = run.classes.length, left = 120, top = 96;
+    const run = runs[+choice.value], matrix = run.confusion.matrix, n = run.classes.length, left = 120, top = 96;
     const cell = Math.max(n > 40 ? 7 : 15, Math.min(58, (Math.min(1000, holder.clientWidth) - left - 10) / n));
     const width = left + cell * n + 60, height = top + cell * n + 6, svg = document.createElementNS(SVG, "svg");
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -178,8 +184,8 @@ const confusionSection = () => {
         const px = left + cell * (i + 0.5) + 4;
         draw(svg, "text", { x: px, y: top - 6, transform: `rotate(-45 ${px} ${top - 6})`, "font-size": size }, named(name));
       }
-      const total = run.confusion[i].reduce((a, b) => a + b, 0);
-      run.confusion[i].forEach((count, j) => {
+      const total = matrix[i].reduce((a, b) => a + b, 0);
+      matrix[i].forEach((count, j) => {
         const share = total ? count / total : 0;
         const box = draw(svg, "rect", { x: left + cell * j, y: top + cell * i, width: cell - 1, height: cell - 1, fill: blue(share) });
         draw(box, "title", {}, `${name} taken for ${run.classes[j]}: ${percent(share)} % (${count} pixels)`);
@@ -191,10 +197,12 @@ const confusionSection = () => {
     });
     draw(svg, "text", { x: 4, y: top - 6, "font-size": 12 }, "truth ↓  predicted →");
     holder.replaceChildren(svg);
+    const { file, split, step } = run.confusion;
+    source.textContent = `from ${file}` + (split ? `: split ${split}` : "") + (step === null ? "" : `, checkpoint of step ${step}`);
   };
   redraws.push(redrawMatrix);
   section("confusion", "Confusion matrix", "Per cent of the pixels of each true class (row) that were taken for each class (column); void excluded.",
-    make("div", { class: "controls" }, make("label", {}, "run ", choice)), holder);
+    make("div", { class: "controls" }, make("label", {}, "run ", choice), source), holder);
 };
 const blue = (share) => { // white to dark blue, evenly dark for all readers
   const t = Math.sqrt(share), mix = (a, b) => Math.round(a + (b - a) * t);
@@ -205,7 +213,7 @@ const gallerySection = () => {
   const keys = [...new Set(runs.flatMap((run) => run.samples.map((s) => s.key)))];
   if (!keys.length) return;
   const holder = make("div", { class: "gallery" }), label = make("output", {});
-  const slider = make("input", { type: "range", min: 0, max: keys.length - 1, value: 0, step: 1, "aria-label": "picture", oninput: () => redrawGallery() });
+  const slider = make("input", { type: "range", min: 0, max: keys.length - 1, value: 0, step: 1, "aria-label": "picture", oninput: () => redraw() });
   const redrawGallery = () => {
     const key = keys[+slider.value];
     label.textContent = `picture ${+slider.value + 1} of ${keys.length}: ${key}`;
@@ -251,7 +259,11 @@ const attemptsSection = () => {
 };
 
 // ---- the page ----
-const redraw = () => redraws.forEach((work) => work());
+const redraw = () => {
+  redraws.forEach((work) => work());
+  document.body.classList.toggle("means", state.grouped);
+  for (const node of document.querySelectorAll("[data-run]")) node.style.borderTopColor = color(colorOf(+node.dataset.run));
+};
 document.body.append(tip, make("h1", {}, runs.length === 1 ? runs[0].name : `${runs.length} runs`),
   make("p", { class: "note" }, `distseg report of ${data.made}`), make("nav"));
 const bar = make("div", { class: "bar" });
@@ -259,15 +271,16 @@ section("runs", "Runs", hasGroups
   ? "Scores in per cent. Means are over the finished runs that differ in the seed only; ±: the sample standard deviation over seeds." : "Scores in per cent.", runsTable());
 document.body.append(bar);
 if (runs.length > 1) runs.forEach((run, index) => bar.append(make("label", {}, make("input", { type: "checkbox", checked: "",
-  onchange: (event) => { state.shown[index] = event.target.checked; redraw(); } }), swatch(index), run.name)));
-redraws.push(() => [...bar.querySelectorAll(".swatch")].forEach((node, index) => { node.style.borderTopColor = color(colorOf(index)); }));
+  onchange: (event) => { state.shown[index] = event.target.checked; redraw(); } }), ofRun(index), run.name)));
 if (hasGroups) bar.append(make("label", {}, make("input", { type: "checkbox", id: "means", ...(state.grouped ? { checked: "" } : {}),
   onchange: (event) => { state.grouped = event.target.checked; redraw(); } }), "means over seeds"));
 bar.append(make("label", {}, "smoothing", make("input", { type: "range", min: 0, max: 0.2, step: 0.01, value: state.smoothing,
   style: "width:110px", oninput: (event) => { state.smoothing = +event.target.value; redraw(); } })));
 healthSection();
+const noRows = make("p", {}, "No rows yet.");
 section("curves", "Curves", "Over training steps. Thin: single logged steps; thick: their running mean; of several runs in a mean, "
-  + "the shaded band spans the lowest to the highest.", make("div", { class: "charts" }, ...data.panels.map(panelFigure)));
+  + "the shaded band spans the lowest to the highest.", noRows, make("div", { class: "charts" }, ...data.panels.map(panelFigure)));
+redraws.push(() => { noRows.style.display = lines().every((line) => line.runs.every((r) => !Object.keys(runs[r].series).length)) ? "" : "none"; });
 iouSection();
 confusionSection();
 gallerySection();
