@@ -25,7 +25,7 @@ const runsTable = () => {
     run.minutes === null ? null : run.minutes.toFixed(1), verdictOf(run)] }));
   for (const group of data.groups.filter((g) => g.runs.length > 1)) {
     rows.push({ kind: "mean", cells: [make("span", { class: "run" }, swatch(group.runs[0]),
-      make("span", {}, `mean: ${group.name} (${group.note})`)), runs[group.runs[0]].mode, null, null,
+      make("span", {}, `mean: ${group.name} `, make("small", {}, group.note))), runs[group.runs[0]].mode, null, null,
       ...SCORES.map(([key]) => spread(group.scores[key])), null, null] });
   }
   return table(head, rows);
