@@ -42,7 +42,7 @@ def expand(plan: dict[str, Any]) -> list[list[str]]:
     parts: dict[str, Callable[[Any], list[Trial]]] = {"grid": _grid, "zip": _zip, "list": _list, "random": _random}
     unknown = plan.keys() - parts.keys() - {"base"}
     if unknown:
-        raise _bad(f"{sorted(unknown)[0]!r} in the plan", f"some of: base, {', '.join(parts)}")
+        raise _bad(f"{sorted(unknown, key=str)[0]!r} in the plan", f"some of: base, {', '.join(parts)}")
     base = plan.get("base", [])
     if not isinstance(base, list) or not all(isinstance(word, str) and "=" in word for word in base):
         raise _bad(f"base: {base!r}", "a list of key=value")
@@ -57,7 +57,7 @@ def _merge(combination: tuple[Trial, ...]) -> Trial:
     for trial in combination:
         both = merged.keys() & trial.keys()
         if both:
-            raise _bad(f"{sorted(both)[0]} in two parts of the plan", "every key in one part")
+            raise _bad(f"{sorted(both, key=str)[0]} in two parts of the plan", "every key in one part")
         merged |= trial
     return merged
 

@@ -68,6 +68,7 @@ def test_the_example_is_a_plan(tmp_path: Path) -> None:
     ("plan", "text"),
     [
         ({"gird": {"seed": [1]}}, "'gird'"),
+        ({1: 2, "foo": 3}, "1 in the plan"),
         ({"grid": {"seed": 1}}, "lists of values"),
         ({"grid": {}}, "lists of values"),
         ({"zip": {"a": [1, 2], "b": [1]}}, "lists of one length"),
