@@ -2,7 +2,7 @@
 
 Started once per node, by the supervisor: `python -m launchers.agent [--run-dir DIR] MODULE ARGUMENT...`. Where torchrun
 would die of SIGUSR1 and turn every exit code into 1, this ignores it and leaves with the code of its first rank that
-failed.
+failed. On a cluster SLURM ends it with its job; alone, it tells its ranks to stop once the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distseg import attempts
 from launchers.places import Place
+from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 
 JOIN_SECONDS = 300  # how long the machines of a job wait for each other
+WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,28 @@ def run(work: Work, place: Place) -> int:
     return 0
 
 
+def stop_without(supervisor: int) -> None:
+    """Wait until the parent process is no longer the one of this id, then tell the ranks to stop until they have."""
+    while os.getppid() == supervisor:
+        time.sleep(WATCH_SECONDS)
+    since = time.monotonic()
+    while True:
+        tell_ranks(os.getpid(), stop_signal(time.monotonic() - since))
+        time.sleep(REPEAT_SECONDS)
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser("launchers.agent")
     parser.add_argument("--run-dir", type=Path, help="where a rank that fails is noted")
     parser.add_argument("--alone", action="store_true", help="this is the only machine, whatever SLURM's variables say")
+    parser.add_argument("--supervisor", type=int, help="process id of the parent; without it the ranks stop")
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     environment = dict(os.environ)
+    if options.supervisor is not None:
+        threading.Thread(target=stop_without, args=(options.supervisor,), daemon=True).start()
     place = Place.alone(environment) if options.alone else Place.of_step(environment)
     return run(Work(options.module, tuple(options.arguments), options.run_dir), place)
 

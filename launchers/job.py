@@ -51,19 +51,28 @@ class Job:
             signal.signal(signal.SIGTERM, before)
 
     def checkpoint(self, *_: Any) -> DelayedSubmission:
-        """Called by submitit at the time limit or a preemption: when the ranks have saved, the same job again."""
+        """Called by submitit at the time limit or a preemption: when the ranks have saved, the same job again.
+
+        Raises RunError, which submitit takes for the job's end, when the run would fail once more.
+        """
         supervisor = _supervisors.get(self.run_dir)
         if supervisor is not None:
             supervisor.stop()
             supervisor.wait()
+            verdict = supervisor.verdict()
+            if verdict.action == "fail":
+                raise self._error(verdict)
         return DelayedSubmission(self)
 
     def _outcome(self, verdict: Verdict) -> dict[str, Any]:
         if verdict.action == "requeue" and self.with_srun:
             requeue()
         if verdict.action != "done":
-            raise RunError(f"{self.run_dir}: {verdict.reason} (exit code {verdict.exit_code})")
+            raise self._error(verdict)
         return {"run_dir": self.run_dir} | evaluation(Path(self.run_dir))
+
+    def _error(self, verdict: Verdict) -> RunError:
+        return RunError(f"{self.run_dir}: {verdict.reason} (exit code {verdict.exit_code})")
 
 
 _supervisors: dict[str, Supervisor] = {}  # of this process; a Job is pickled, and they are not
@@ -75,6 +84,6 @@ def evaluation(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path}: not JSON", "the file that a run wrote", "train or evaluate again") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: no JSON object", "the file that a run wrote", "train or evaluate again") from None

@@ -7,6 +7,7 @@ It is the batch script's own process (slurm/*.sh end with exec) and that of a su
   done                                    -> exit code 0
   bad input (exit code 2 of a rank)       -> exit code 2: the same would happen again
   stopped (time limit, preemption)        -> `scontrol requeue`, until the configured steps are done
+                                             (an error while it stops, MAX_FAILURES in a row: that exit code)
   a rank was lost, or anything else       -> the nodes are started again inside the allocation; after MAX_FAILURES in a
                                              row that got no step further, that exit code
 A node that SLURM loses ends the whole job, batch script included; SLURM requeues it by itself.
@@ -26,13 +27,12 @@ from pathlib import Path
 from distseg import attempts, configuration
 from launchers.check import check_run
 from launchers.places import TRY_VARIABLE, ranks_per_node
+from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError
 
 MAX_FAILURES = 3
-STOP_VARIABLE = "DISTSEG_STOP_SECONDS"  # how long ranks may take to save once told to stop
 PAUSE_VARIABLE = "DISTSEG_PAUSE_SECONDS"  # before the last try: above SLURM's SlurmdTimeout, which is 300 s by default
 FIRST_PAUSE_SECONDS = 5.0
-REPEAT_SECONDS = 5.0  # ranks that are still starting ignore the signal
 BAD_INPUT, TEMPORARY, INTERRUPTED = 2, 75, 130
 
 
@@ -68,6 +68,17 @@ def may_be_the_machines(attempt: attempts.Attempt | None) -> bool:
     return any(code < 0 or code == TEMPORARY for code in attempt.exit_codes)
 
 
+def failures_in_a_row(found: Sequence[attempts.Attempt]) -> int:
+    """How many attempts at the end began at one step and failed by the run's own error, not by lost ranks."""
+    by_itself = [
+        attempt.outcome == "failed"
+        and attempt.first_step == found[-1].first_step
+        and any(code > 0 and code != TEMPORARY for code in attempt.exit_codes)
+        for attempt in reversed(found)
+    ]
+    return [*by_itself, False].index(False)
+
+
 class Supervisor:
     """Runs one module on all nodes of a job until it is done, or until the job has to give its nodes back."""
 
@@ -75,17 +86,19 @@ class Supervisor:
         self._module, self._arguments, self._run_dir = module, list(arguments), run_dir
         self._with_srun = with_srun
         self._process: subprocess.Popen | None = None
+        self._started = ""  # label of the last start
         self._stopping_since: float | None = None
         self._told_at = 0.0
 
     def run(self) -> Verdict:
         """Start the nodes, again while that may help; the last verdict."""
         failed_at: list[int | None] = []
+        last_pause = float(os.environ.get(PAUSE_VARIABLE) or 330)
         for number in range(10**6):
-            label = self._label(number)
+            self._started = label = self._label(number)
             exit_code = self._run_nodes(label, number)
             attempt = self._noted(label)
-            verdict = judge(exit_code, attempt, self._stopping_since is not None)
+            verdict = self._judge(exit_code, attempt)
             print(f"{label}: {verdict.action} ({verdict.reason})", flush=True)
             if verdict.action != "again" or self._run_dir is None:  # without a run, nothing says what was reached
                 return verdict
@@ -96,10 +109,25 @@ class Supervisor:
                 print(reason, flush=True)
                 return Verdict("fail", reason, verdict.exit_code)
             if may_be_the_machines(attempt):
-                self._pause(FIRST_PAUSE_SECONDS if len(failed_at) == 1 else _seconds(PAUSE_VARIABLE, 330))
+                self._pause(FIRST_PAUSE_SECONDS if len(failed_at) == 1 else last_pause)
             if self._stopping_since is not None:
                 return Verdict("requeue", "told to stop between two tries")
         raise AssertionError
+
+    def verdict(self) -> Verdict:
+        """On the last start of the nodes, after `wait`: for a handler that has interrupted `run`."""
+        if self._process is None:
+            return Verdict("requeue", "told to stop before the nodes were started")
+        return self._judge(_exit_code(self._process), self._noted(self._started))
+
+    def _judge(self, exit_code: int, attempt: attempts.Attempt | None) -> Verdict:
+        verdict = judge(exit_code, attempt, self._stopping_since is not None)
+        if verdict.action != "requeue" or attempt is None or self._run_dir is None:
+            return verdict
+        if failures_in_a_row(attempts.read(self._run_dir)) < MAX_FAILURES:
+            return verdict
+        reason = f"{MAX_FAILURES} failures in a row at step {attempt.first_step}; the last: {verdict.reason}"
+        return Verdict("fail", reason, exit_code or TEMPORARY)
 
     def _pause(self, seconds: float) -> None:
         """Leave SLURM the time to find that a node is dead, which ends this process; unless told to stop."""
@@ -123,15 +151,14 @@ class Supervisor:
         environment = os.environ | {attempts.LABEL_VARIABLE: label, TRY_VARIABLE: str(number)}
         self._process = subprocess.Popen(self._command(), env=environment, start_new_session=True)
         self.wait()
-        code = self._process.returncode
-        return code if code >= 0 else 128 - code
+        return _exit_code(self._process)
 
     def _command(self) -> list[str]:
         agent = [sys.executable, "-u", "-m", "launchers.agent"]
         agent += [] if self._run_dir is None else ["--run-dir", str(self._run_dir)]
         work = [self._module, *self._arguments]
         if not self._with_srun:
-            return [*agent, "--alone", *work]
+            return [*agent, "--alone", f"--supervisor={os.getpid()}", *work]
         num_nodes = os.environ["SLURM_JOB_NUM_NODES"]
         srun = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--input=none"]
         if "SLURM_GPUS_ON_NODE" in os.environ:  # of an exclusive node a step gets no GPU that it does not ask for
@@ -143,17 +170,15 @@ class Supervisor:
         assert self._stopping_since is not None
         if not self._told_at:
             print("told to stop: the ranks save and leave", flush=True)
-        late = now - self._stopping_since > _seconds(STOP_VARIABLE, 240)
-        if now - self._told_at < REPEAT_SECONDS and not late:
+        number = stop_signal(now - self._stopping_since)
+        if now - self._told_at < REPEAT_SECONDS and number != signal.SIGKILL:
             return
         self._told_at = now
-        number = signal.SIGKILL if late else signal.SIGUSR1
         if self._with_srun:  # all steps of the job, not the batch script
             command = ["scancel", f"--signal={number.name[3:]}", os.environ["SLURM_JOB_ID"]]
             subprocess.run(command, capture_output=True, check=False)  # it fails where the job is ending already
             return
-        for pid in _children(process.pid):
-            os.kill(pid, number)
+        tell_ranks(process.pid, number)
 
     def _label(self, number: int) -> str:
         if not self._with_srun:
@@ -166,16 +191,9 @@ class Supervisor:
         return found[-1] if found and found[-1].label == label else None
 
 
-def _seconds(variable: str, default: float) -> float:
-    return float(os.environ.get(variable) or default)
-
-
-def _children(pid: int) -> list[int]:
-    """The ranks of an agent: its child processes. [] when it has just ended."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def _exit_code(process: subprocess.Popen) -> int:
+    """128 + n for a death by signal n."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def requeue() -> int:
@@ -197,6 +215,7 @@ def main(arguments: list[str]) -> int:
     """The command line, inside a batch job."""
     module, rest = arguments[0], arguments[1:]
     try:
+        _check_in_job()
         run_dir = _checked(rest) if module == "distseg.train" else None
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -209,6 +228,13 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):  # Python ends without its handlers, and would die of a late one
         signal.signal(number, signal.SIG_IGN)
     return code
+
+
+def _check_in_job() -> None:
+    missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES") if name not in os.environ]
+    if missing:
+        action = "submit it with sbatch, for example: sbatch slurm/train_voc.sh"
+        raise InputError(f"not inside a SLURM job: no {', '.join(missing)}", "a batch job", action)
 
 
 def _checked(overrides: list[str]) -> Path:

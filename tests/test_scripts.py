@@ -32,6 +32,8 @@ def test_what_is_called_wrongly_says_how_to_call_it(tmp_path: Path) -> None:
     assert "sbatch slurm/train_voc.sh" in run("train_voc.sh", cwd=ROOT, submitted=False).stderr
     elsewhere = run("train_voc.sh", cwd=tmp_path, submitted=True)
     assert elsewhere.returncode == 2 and "call sbatch in the repository" in elsewhere.stderr
+    by_hand = run("train_voc.sh", cwd=ROOT, submitted=True)
+    assert by_hand.returncode == 2 and by_hand.stderr.startswith("error: not inside a SLURM job: no SLURM_JOB_ID")
     no_file = run("pack_shards.sh", "voc", cwd=ROOT, submitted=True)
     assert no_file.returncode == 2 and "--out data/voc.h5" in no_file.stderr
 

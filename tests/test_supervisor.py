@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from distseg.attempts import Attempt
+from distseg.attempts import LABEL_VARIABLE, Attempt, Note, note_failure
 from launchers import supervisor
+from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node
 from launchers.supervisor import Supervisor, Verdict, judge, may_be_the_machines
 from shards.errors import InputError
@@ -61,6 +62,50 @@ def test_failures_without_progress_come_to_an_end_and_others_do_not() -> None:
     verdict = scripted.run()
     assert scripted.steps == [30] and verdict.action == "fail" and verdict.exit_code == 1
     assert "3 failures in a row at step 20" in verdict.reason
+
+
+class Unsaved(Supervisor):
+    """A supervisor that is told to stop, and whose rank 0 then leaves with the exit code given."""
+
+    def __init__(self, run_dir: Path, step: int, exit_code: int):
+        super().__init__("distseg.train", [], run_dir, with_srun=False)
+        self.run_dir, self.step, self.exit_code = run_dir, step, exit_code
+
+    def _run_nodes(self, label: str, number: int) -> int:
+        os.environ[LABEL_VARIABLE] = label
+        note = Note(self.run_dir, ["here"], self.step)
+        self.stop()
+        if self.exit_code > 0:
+            note.fail(self.step + 5, RuntimeError("not saved"))
+        note_failure(self.run_dir, "here", 0, self.exit_code)
+        return 1
+
+
+def test_a_run_that_always_fails_while_it_stops_is_not_requeued_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LABEL_VARIABLE, "")  # and as it was, afterwards
+    turns = [(0, 1), (0, 1), (8, 1), (8, -9), (8, 1), (8, 1)]  # progress in between, or a rank that was killed
+    for step, code in turns:
+        assert Unsaved(tmp_path, step, code).run().action == "requeue"
+    verdict = Unsaved(tmp_path, 8, 1).run()
+    assert (verdict.action, verdict.exit_code) == ("fail", 1)
+    assert verdict.reason == "3 failures in a row at step 8; the last: RuntimeError: not saved"
+
+
+@pytest.mark.parametrize("action", ["requeue", "done", "fail"])
+def test_a_submitit_job_comes_back_unless_its_run_would_fail_again(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = Verdict(action, "why", 1 if action == "fail" else 0)
+    monkeypatch.setattr(Supervisor, "verdict", lambda _: verdict)
+    job = Job((), "run", str(tmp_path), with_srun=False)
+    monkeypatch.setattr("launchers.job._supervisors", {"run": Supervisor("distseg.train", [], with_srun=False)})
+    if action == "fail":
+        with pytest.raises(RunError, match=r"run: why \(exit code 1\)"):
+            job.checkpoint()
+    else:
+        assert job.checkpoint().function is job
 
 
 def test_only_failures_that_may_be_a_machines_are_waited_for() -> None:
