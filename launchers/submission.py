@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from shards.errors import InputError
 
 EXECUTORS = ("slurm", "local", "debug")
 SITE_FILE = Path("slurm/cluster.sh")
+NO_CONTROLLER = re.compile("config(uration)? source|fetch.config|Unable to contact")  # what SLURM's commands say then
 NO_LIMIT = 10**6  # submitit gives up after so many time limits; a run of ours has its own end
 
 
@@ -56,12 +59,15 @@ def submit(*overrides: str, **resources: Any) -> submitit.Job:
     overrides: "preset=voc", "steps=500", ...; resources: the fields of Resources. Raises InputError, at once, for what
     training would refuse, and for what SLURM does.
     """
-    return submit_all([list(overrides)], Resources(**resources))[0]
+    wanted = Resources(**resources)
+    (job,) = hand_in(prepare([list(overrides)], wanted), wanted)
+    return job
 
 
-def submit_all(runs: list[list[str]], resources: Resources, parallelism: int = 16) -> list[submitit.Job]:
-    """Submit runs, on SLURM as one array of which `parallelism` jobs run at a time. Every run is checked first."""
-    if resources.executor == "slurm":
+def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
+    """The jobs of runs, every one of which is checked. Relative paths start in the current directory."""
+    with_srun = resources.executor == "slurm"
+    if with_srun:
         if shutil.which("sbatch") is None:
             action = "log in to a machine that has it, or choose the executor local, or torchrun"
             raise InputError("no sbatch here", "a login node of SLURM", action)
@@ -70,18 +76,33 @@ def submit_all(runs: list[list[str]], resources: Resources, parallelism: int = 1
     jobs = []
     for overrides in runs:
         config = check_run(overrides, resources.nodes * ranks_per_node)
-        with_srun = resources.executor == "slurm"
         jobs.append(Job(tuple(overrides), config.run_dir, os.getcwd(), with_srun, resources.ranks_per_node))
+    return jobs
+
+
+def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Iterator[submitit.Job]:
+    """Submit jobs, on SLURM as one array of which `parallelism` run at a time; each is yielded once it is submitted."""
     executor = _executor(resources, parallelism)
     try:
         if len(jobs) == 1 or resources.executor != "slurm":
-            return [executor.submit(job) for job in jobs]
-        with executor.batch():  # one array
-            return [executor.submit(job) for job in jobs]
+            for job in jobs:
+                yield executor.submit(job)
+        else:
+            with executor.batch():  # one array
+                submitted = [executor.submit(job) for job in jobs]
+            yield from submitted
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
+        got = f"sbatch: {text[-1].strip()}"
+        if NO_CONTROLLER.search(str(error)):
+            raise no_controller(got, "log in to a login node of the cluster, or choose --executor local") from None
         action = "correct nodes, gpus_per_node, minutes or slurm; `sinfo` shows what there is"
-        raise InputError(f"sbatch: {text[-1].strip()}", "resources that the cluster has", action) from None
+        raise InputError(got, "resources that the cluster has", action) from None
+
+
+def no_controller(got: str, action: str) -> InputError:
+    """The error for a command of SLURM that is installed, and finds no cluster."""
+    return InputError(got, "a SLURM controller that can be reached from here", action)
 
 
 def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
@@ -89,6 +110,12 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
     if resources.executor == "slurm":
         options["slurm_max_num_timeout"] = NO_LIMIT
         options["slurm_python"] = f"exec {shlex.quote(sys.executable)}"  # B: signals the script's own process alone
+    try:
+        Path(resources.folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"{resources.folder}: {error.strerror}"
+        action = "move away what is there, or submit in another directory"
+        raise InputError(got, "a folder for the jobs' output that can be written", action) from None
     executor = submitit.AutoExecutor(resources.folder, cluster=resources.executor, **options)
     executor.update_parameters(name="distseg", timeout_min=resources.minutes)
     if resources.gpus_per_node is not None:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pickle
+import re
 import subprocess
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import JobPaths
 
-from distseg import attempts
+from distseg.rundir import LOCK_FILE
 from distseg.wandb_run import URL_FILE
 from launchers import trials
-from launchers.job import evaluation
-from launchers.submission import Resources, submit_all
+from launchers.job import Job, RunError, evaluation
+from launchers.submission import Resources, hand_in, no_controller, prepare
 from shards.errors import InputError
 from shards.files import published
 
 FILE_NAME = "sweep.json"
 METRIC = "val/mean_iou"
 ERROR_LINES = 3
-FAILED = ("failed", "lost")
+ERROR = re.compile(r"(.*: )?error( on rank \d+)?: ")  # how our commands, and SLURM's, begin a line about an error
+TO_RESUBMIT = ("not submitted", "failed", "lost")
 
 
 @dataclass
 class Row:
-    """A trial as it stands: waiting, running, stopped (it comes back), done, failed, or lost (no job, not done)."""
+    """A trial as it stands: not submitted, waiting, running, stopped (it comes back), done, failed, lost or orphaned.
+
+    lost: its job is gone and was not done; orphaned: its job is gone, and its run directory is still trained in.
+    """
 
     trial: int
     overrides: list[str]
@@ -47,7 +56,7 @@ def sweep(plan: dict[str, Any], directory: str | Path, parallelism: int = 4, **r
     Trial i trains in directory/trial-00i. resources: the fields of launchers.submission.Resources. Raises InputError
     before anything is submitted, also when one of the trials cannot be trained or the directory holds a sweep.
     """
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     if (directory / FILE_NAME).exists():
         action = f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, or another directory"
         raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
@@ -56,42 +65,59 @@ def sweep(plan: dict[str, Any], directory: str | Path, parallelism: int = 4, **r
         for number, overrides in enumerate(trials.expand(plan))
     ]
     wanted = Resources(**({"folder": str(directory / "jobs")} | resources))
-    jobs = submit_all(runs, wanted, parallelism)
-    content = {"resources": asdict(wanted), "parallelism": parallelism}
-    entries = [{"overrides": run, "job": job.job_id} for run, job in zip(runs, jobs, strict=True)]
-    _write(directory, content | {"trials": entries})
-    return jobs
+    wanted = replace(wanted, folder=str(Path(wanted.folder).absolute()))
+    jobs = prepare(runs, wanted)
+    content: dict[str, Any] = {"cwd": os.getcwd(), "resources": asdict(wanted), "parallelism": parallelism}
+    content["trials"] = [{"overrides": run, "job": None} for run in runs]
+    try:
+        return _hand_in(directory, content, dict(enumerate(jobs)))
+    except InputError:
+        if all(entry["job"] is None for entry in content["trials"]):  # refused: the directory is free for another try
+            (directory / FILE_NAME).unlink(missing_ok=True)
+        raise
 
 
 def resubmit(directory: str | Path) -> list[submitit.Job]:
-    """Submit once more the trials that failed or whose jobs are gone; each goes on from its last checkpoint."""
-    directory = Path(directory)
+    """Submit once more the trials that failed or whose jobs are gone; each goes on from its last checkpoint.
+
+    In the directory that the sweep was submitted in. Raises InputError, before anything is submitted, when one of them
+    is still training without its job.
+    """
+    directory = Path(directory).absolute()
     content = _read(directory)
-    again = [row for row in status(directory) if row.state in FAILED]
+    rows = status(directory)
+    orphaned = [row for row in rows if row.state == "orphaned"]
+    if orphaned:
+        got = "; ".join(f"trial {row.trial}: {' '.join(row.error)}" for row in orphaned)
+        action = "wait until it has saved and left, or end that process with SIGTERM; then resubmit"
+        raise InputError(got, "one job per run directory", action)
+    again = {row.trial: row.overrides for row in rows if row.state in TO_RESUBMIT}
     if not again:
         return []
-    runs = [row.overrides for row in again]
-    jobs = submit_all(runs, Resources(**content["resources"]), content["parallelism"])
-    for row, job in zip(again, jobs, strict=True):
-        content["trials"][row.trial]["job"] = job.job_id
-    _write(directory, content)
-    return jobs
+    with _inside(content.get("cwd", os.getcwd())):
+        jobs = prepare(list(again.values()), Resources(**content["resources"]))
+        return _hand_in(directory, content, dict(zip(again, jobs, strict=True)))
 
 
 def status(directory: str | Path) -> list[Row]:
     """How every trial stands, also while they run."""
     content = _read(Path(directory))
     folder, executor = content["resources"]["folder"], content["resources"]["executor"]
-    states = _states([entry["job"] for entry in content["trials"]], folder, executor)
+    states = _states([entry["job"] for entry in content["trials"] if entry["job"]], folder, executor)
     rows = []
     for number, entry in enumerate(content["trials"]):
         run_dir = Path(entry["overrides"][-1].removeprefix("run_dir="))
         url = run_dir / URL_FILE
-        row = Row(number, entry["overrides"], states[entry["job"]], entry["job"], str(run_dir))
+        row = Row(
+            number, entry["overrides"], states.get(entry["job"], "not submitted"), entry["job"] or "", str(run_dir)
+        )
         row.url = url.read_text().strip() if url.is_file() else ""
         row.step, row.metric = _progress(run_dir)
-        if row.state in FAILED:
-            row.error = _error(JobPaths(folder, entry["job"]), run_dir)
+        if row.state in TO_RESUBMIT:
+            row.error = _error(JobPaths(folder, row.job), run_dir) if row.job else []
+            holder = _holder(run_dir)
+            if holder:
+                row.state, row.error = "orphaned", [f"still training without its job ({holder})"]
         rows.append(row)
     return rows
 
@@ -113,33 +139,75 @@ def table(rows: list[Row]) -> str:
     return "\n".join(text)
 
 
+def _hand_in(directory: Path, content: dict[str, Any], jobs: dict[int, Job]) -> list[submitit.Job]:
+    """Submit jobs of trials; the sweep's file knows the trials before, and each job as soon as it is submitted."""
+    _write(directory, content)
+    submission = hand_in(list(jobs.values()), Resources(**content["resources"]), content["parallelism"])
+    submitted = []
+    for number, job in zip(jobs, submission, strict=True):
+        content["trials"][number]["job"] = job.job_id
+        _write(directory, content)
+        submitted.append(job)
+    return submitted
+
+
+@contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    before = os.getcwd()
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        got = f"{folder}, where the sweep was submitted: {error.strerror}"
+        raise InputError(got, "that directory: paths in the plan start there", "put it back") from None
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _progress(run_dir: Path) -> tuple[int | None, float | None]:
     """The last step that is known, and the metric of the finished or else of the last evaluation."""
     scores = evaluation(run_dir)
-    if scores:
-        return scores["step"], scores[METRIC]
+    if METRIC in scores:
+        return scores.get("step"), scores[METRIC]
     path, step, metric = run_dir / "metrics.jsonl", None, None
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
-        except ValueError:  # being written
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):  # being written, or torn by a kill
             continue
-        step, metric = row["step"], row.get(METRIC, metric)
+        step, metric = row.get("step", step), row.get(METRIC, metric)
     return step, metric if isinstance(metric, float) else None
 
 
+def _holder(run_dir: Path) -> str:
+    """Who trains in a run directory, as its lock file says; "" when nobody does."""
+    try:
+        with (run_dir / LOCK_FILE).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return " ".join(file.read().split()[:4])
+    except OSError:
+        pass
+    return ""
+
+
 def _error(paths: JobPaths, run_dir: Path) -> list[str]:
-    """The last lines of a job's exception, or of its output, or what the run itself noted."""
+    """How a job ended: the end of its exception; for a failed or lost run, also what its ranks said of it."""
+    end = ["its process ended without a result"]
     if paths.result_pickle.is_file():
-        kind, text = pickle.loads(paths.result_pickle.read_bytes())  # of our own job; a traceback as text
-        if kind == "error":
-            return text.strip().splitlines()[-ERROR_LINES:]
+        text = pickle.loads(paths.result_pickle.read_bytes())[1].strip()  # of our own job; a traceback as text
+        _, ours, reason = text.rpartition(f"{RunError.__module__}.{RunError.__name__}: ")
+        if not ours:
+            return text.splitlines()[-ERROR_LINES:]
+        end = reason.splitlines()
     for path in (paths.stderr, paths.stdout):
-        lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
-        if lines:
-            return lines[-ERROR_LINES:]
-    noted = attempts.read(run_dir)
-    return [noted[-1].reason] if noted else ["no output: was the job cancelled before it began?"]
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        starts = [number for number, line in enumerate(lines) if ERROR.match(line)]
+        if starts:
+            return end + lines[starts[-1] : starts[-1] + ERROR_LINES]
+    return end
 
 
 def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
@@ -155,17 +223,29 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
         elif job in alive and alive[job] != "lost":
             found[job] = alive[job]
         else:
-            found[job] = "running" if executor != "slurm" and Path(f"/proc/{job}").exists() else "lost"
+            found[job] = "running" if executor != "slurm" and _is_controller(job) else "lost"
     return found
+
+
+def _is_controller(pid: str) -> bool:
+    """Whether a process of this machine is submitit's for a local job: not a zombie, nor another with its number."""
+    try:
+        return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def _queue() -> dict[str, str]:
     """{job: state} of all jobs that SLURM still knows of, an array's one by one."""
+    action = "look at the sweep where its jobs were submitted"
     try:
         done = subprocess.run(["squeue", "-h", "-r", "-o", "%i|%T"], capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        action = "look at the sweep where its jobs were submitted"
         raise InputError("no squeue here", "a login node of SLURM", action) from None
+    except subprocess.TimeoutExpired:
+        raise no_controller("squeue: no answer", action) from None
+    if done.returncode:
+        raise no_controller(f"squeue: {done.stderr.strip()}", action)
     return dict(line.split("|", 1) for line in done.stdout.splitlines() if "|" in line)
 
 

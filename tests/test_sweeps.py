@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import submitit
 
+from distseg import attempts
 from distseg.cli import main
-from launchers import resubmit, status, submit, sweep, table
+from launchers import resubmit, status, submit, sweep, sweeps, table
+from launchers.job import Job
 from launchers.sweeps import Row
 from shards.errors import InputError
-from tests.test_train import SMALL
+from tests.test_train import SMALL, TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parent.parent
 TINY = [*SMALL, "segmentor=multiscale", "segmentor.options.hidden=16", "steps=6", "evaluate.every_steps=0"]
@@ -40,7 +47,8 @@ def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(toy_shards: Path
     rows = status(tmp_path / "sweep")
     assert [row.state for row in rows] == ["done", "failed"]
     assert (rows[0].step, rows[0].metric) == (6, scores["val/mean_iou"]) and not rows[0].error
-    assert "RunError" in rows[1].error[-1] and "exit code 2" in rows[1].error[-1]
+    assert rows[1].error[0].endswith("trial-001: a test's bad input at step 2 (exit code 2)")
+    assert rows[1].error[1:] == ["error: a test's bad input at step 2", "  needed: another", "  to do:  none"]
     assert "seed=1" in table(rows) and "crop_px" not in table(rows), "what all trials share is left out"
     (again,) = resubmit(tmp_path / "sweep")
     after = status(tmp_path / "sweep")
@@ -48,6 +56,104 @@ def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(toy_shards: Path
     again.exception()
     with pytest.raises(InputError, match="holds a sweep"):
         sweep(plan, tmp_path / "sweep", executor="local")
+
+
+def wait_until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_whose_job_was_killed_stops_and_is_no_others_until_then(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hold-2").touch()
+    (tmp_path / "shards").symlink_to(toy_shards)
+    plan = {"base": [*TINY, "data.shards=shards"], "list": [{"steps": 10**6}]}  # it ends only by being told to
+    (job,) = sweep(plan, "sweep", executor="local")
+    wait_until((tmp_path / "at-2").exists)
+    (supervisor,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    os.kill(int(supervisor), signal.SIGKILL)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    wait_until(lambda: status("../sweep")[0].state != "running")  # also while the job is a zombie: nobody waits for it
+    (row,) = status("../sweep")
+    assert row.state == "orphaned" and row.error[0].startswith("still training without its job (process ")
+    with pytest.raises(InputError, match="trial 0: still training without its job"):
+        resubmit("../sweep")
+    (tmp_path / "hold-2").unlink()
+    wait_until(lambda: status("../sweep")[0].state == "lost")
+    assert status("../sweep")[0].error == ["its process ended without a result"]
+    run_dir = tmp_path / "sweep" / "trial-000"
+    (first,) = attempts.read(run_dir)
+    assert (first.outcome, first.reason) == ("stopped", "SIGUSR1 here")
+    (again,) = resubmit("../sweep")
+    assert os.getcwd() == str(tmp_path / "elsewhere")
+    wait_until(lambda: len(attempts.read(run_dir)) == 2)
+    os.kill(int(again.job_id), signal.SIGTERM)
+    assert "SIGUSR1 here (exit code 0)" in str(again.exception())
+    assert attempts.read(run_dir)[1].first_step == first.last_step
+
+
+def test_trials_that_a_broken_off_submission_left_are_known_and_submitted_later(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = iter(["7", "", "8", "9"])
+
+    def hand_in(jobs: list[Job], *_: Any) -> Iterator[SimpleNamespace]:
+        for _ in jobs:
+            job = SimpleNamespace(job_id=next(ids))
+            if not job.job_id:
+                raise KeyboardInterrupt
+            yield job
+
+    monkeypatch.setattr(sweeps, "hand_in", hand_in)
+    plan = {"base": [*TINY, f"data.shards={toy_shards}"], "grid": {"seed": [0, 1, 2]}}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(plan, tmp_path / "sweep", executor="local")
+    monkeypatch.setattr(sweeps, "_is_controller", lambda job: True)
+    assert [(row.state, row.job) for row in status(tmp_path / "sweep")] == [
+        ("running", "7"),
+        ("not submitted", ""),
+        ("not submitted", ""),
+    ]
+    resubmit(tmp_path / "sweep")
+    assert [row.job for row in status(tmp_path / "sweep")] == ["7", "8", "9"]
+
+
+def test_a_sweep_that_is_refused_leaves_its_directory_free(toy_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "jobs").write_text("")
+    with pytest.raises(InputError, match="jobs: File exists"):
+        sweep({"base": [*TINY, f"data.shards={toy_shards}"], "list": [{"seed": 0}]}, tmp_path, executor="local")
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_a_cluster_that_cannot_be_reached_is_told_from_resources_that_it_has_not(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "squeue"):
+        text = f"{name}: error: fetch_config: DNS SRV lookup failed\n{name}: error: failed to fetch config"
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    text = refused(*TINY, f"data.shards={toy_shards}", "run_dir=run")
+    assert "needed: a SLURM controller that can be reached" in text and "--executor local" in text
+    content = {
+        "resources": {"folder": "jobs", "executor": "slurm"},
+        "trials": [{"overrides": ["run_dir=r"], "job": "5"}],
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="a SLURM controller that can be reached"):
+        status(tmp_path)  # not "lost": that would be submitted again
+
+
+def test_what_another_tool_left_in_a_run_directory_does_not_hide_the_others(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text('{"step": 9}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "val/mean_iou": 0.5}\n17\n{"loss": 1.0}\n{"step": 4}\n{"st')
+    assert sweeps._progress(tmp_path) == (4, 0.5)
 
 
 def test_the_table_has_the_best_first_and_then_what_went_wrong() -> None:
@@ -85,6 +191,9 @@ def test_bad_input_is_refused_at_submission(
     assert "2 nodes with executor local" in refused(*good, nodes=2, **local)
     assert "one of: slurm, local, debug" in refused(*good, executor="pbs")
     assert "signal_seconds=60 in 1 minutes" in refused(*good, minutes=1, signal_seconds=60)
+    (tmp_path / "runs").write_text("")
+    assert "runs/jobs: Not a directory" in refused(*good, **local)
+    (tmp_path / "runs").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no sbatch here" in refused(*good)
     assert main(["submit", *good]) == 2
