@@ -265,6 +265,7 @@ seen.legend = losses().querySelector(".legend").textContent;
 seen.band = losses().querySelector("polygon").getBBox().width;
 seen.line = losses().querySelector("path").getBBox().width;
 seen.tip = point(1);
+seen.pieces = losses().querySelector("path").getAttribute("d").split("M").length - 1;
 const ofRuns = ".bar .swatch, #runs ~ .scroll tr:not(.mean) .swatch, .gallery .swatch";
 const colours = () => new Set(nodes(ofRuns).map((swatch) => swatch.style.borderTopColor)).size;
 seen.colours = colours();
@@ -282,11 +283,14 @@ seen.figures = nodes("text").map((t) => t.textContent);
 def test_a_mean_on_the_page_leaves_out_what_ends_early(runs: list[Path], tmp_path: Path) -> None:
     mid = write_run(tmp_path / "mid", 2, num_rows=20)
     (mid / "evaluation.json").unlink()
+    metrics = (runs[1] / "metrics.jsonl").read_text()
+    (runs[1] / "metrics.jsonl").write_text(metrics.replace('"loss/segmentor": 0.01,', '"loss/segmentor": "NaN",'))
     assert main(["report", *map(str, runs[:2]), str(mid), "--out", str(tmp_path / "r.html")]) == 0
     seen = look(tmp_path / "r.html", 1400, MEANS)
     assert "no value at step 400, so in no mean: mid" in seen["legend"]
     assert seen["band"] == pytest.approx(seen["line"], rel=0.01) and seen["line"] > 300, "up to the last step"
     assert seen["tip"] == ["step 400", "toy, adversarial, seeds 0, 1, 2, total: 0.0025"]
+    assert seen["pieces"] == 2, "a gap where one of the values is not finite"
     assert (seen["colours"], seen["ownColours"]) == (1, 3), "of a run everywhere that of the curve that it is in"
     assert seen["ownTip"] == ["step 400", "s0, total: 0.0025", "s1, total: 0.0025"], "mid ended at step 200"
     assert [text.split(",")[0] for text in seen["midTip"]] == ["step 190", "s0", "s1", "mid"]

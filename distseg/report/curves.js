@@ -77,12 +77,13 @@ const curve = (line, metric, noisy) => {
   const steps = [...new Set(parts.flatMap((part) => part.steps))].sort((a, b) => a - b);
   const merged = { ...about, steps: [], values: [], low: [], high: [] };
   for (const step of steps) {
-    const there = at.map((map) => map.get(step)).filter((v) => v !== undefined && v !== null);
-    if (there.length < parts.length) continue; // a mean over fewer runs would jump
+    const there = at.map((map) => map.get(step));
+    if (there.includes(undefined)) continue; // a mean over fewer runs would jump
+    const isFinite = !there.includes(null); // else a gap, as in the curve of one run
     merged.steps.push(step);
-    merged.values.push(meanOf(members, there));
-    merged.low.push(Math.min(...there));
-    merged.high.push(Math.max(...there));
+    merged.values.push(isFinite ? meanOf(members, there) : null);
+    merged.low.push(isFinite ? Math.min(...there) : null);
+    merged.high.push(isFinite ? Math.max(...there) : null);
   }
   return merged;
 };
