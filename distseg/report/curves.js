@@ -101,7 +101,7 @@ const logTicks = (low, high) => {
   for (let power = first; power <= last; power += stride) powers.push(10 ** power);
   const inside = (marks) => marks.filter((mark) => mark >= 10 ** low && mark <= 10 ** high);
   const finer = powers.flatMap((power) => [power, 2 * power, 5 * power]);
-  return [inside(powers), inside(finer)].find((marks) => marks.length > 2) || ticks(10 ** low, 10 ** high, 4);
+  return [inside(powers), inside(finer)].find((marks) => marks.length > 2 || stride > 1) || ticks(10 ** low, 10 ** high, 4);
 };
 
 const tip = make("div", { class: "tip", style: "display:none" });
