@@ -30,7 +30,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
 
 distseg sweep run PLAN.yaml DIR   submit every trial of a plan (grid, zip, list, random: see launchers/trials.py)
 distseg sweep status DIR          states, scores and errors, also while they run
-distseg sweep resubmit DIR        submit again what failed; each trial goes on from its last checkpoint"""
+distseg sweep resubmit DIR        submit again what failed or was lost; each trial goes on from its last checkpoint"""
     sweep = _command(commands, "sweep", "many runs with other settings", text)
     actions = sweep.add_subparsers(title="actions", required=True, metavar="ACTION")
     parser = _command(actions, "run", "submit every trial of a plan", "Submit every trial of a plan.")

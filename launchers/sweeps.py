@@ -89,7 +89,7 @@ def resubmit(directory: str | Path) -> list[submitit.Job]:
     orphaned = [row for row in rows if row.state == "orphaned"]
     if orphaned:
         got = "; ".join(f"trial {row.trial}: {' '.join(row.error)}" for row in orphaned)
-        action = "wait until it has saved and left, or end that process with SIGTERM; then resubmit"
+        action = "wait until that process has ended, or tell it to save and leave with SIGTERM; then resubmit"
         raise InputError(got, "one job per run directory", action)
     again = {row.trial: row.overrides for row in rows if row.state in TO_RESUBMIT}
     if not again:
@@ -108,13 +108,12 @@ def status(directory: str | Path) -> list[Row]:
     for number, entry in enumerate(content["trials"]):
         run_dir = Path(entry["overrides"][-1].removeprefix("run_dir="))
         url = run_dir / URL_FILE
-        row = Row(
-            number, entry["overrides"], states.get(entry["job"], "not submitted"), entry["job"] or "", str(run_dir)
-        )
+        state = states.get(entry["job"], "not submitted")
+        row = Row(number, entry["overrides"], state, entry["job"] or "", str(run_dir))
         row.url = url.read_text().strip() if url.is_file() else ""
         row.step, row.metric = _progress(run_dir)
         if row.state in TO_RESUBMIT:
-            row.error = _error(JobPaths(folder, row.job), run_dir) if row.job else []
+            row.error = _error(JobPaths(folder, row.job)) if row.job else []
             holder = _holder(run_dir)
             if holder:
                 row.state, row.error = "orphaned", [f"still training without its job ({holder})"]
@@ -182,18 +181,18 @@ def _progress(run_dir: Path) -> tuple[int | None, float | None]:
 
 def _holder(run_dir: Path) -> str:
     """Who trains in a run directory, as its lock file says; "" when nobody does."""
-    try:
-        with (run_dir / LOCK_FILE).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return " ".join(file.read().split()[:4])
-    except OSError:
-        pass
+    path = run_dir / LOCK_FILE
+    if not path.is_file():
+        return ""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment; asked only of runs that have no job
+        except BlockingIOError:
+            return " ".join(file.read().split()[:4])
     return ""
 
 
-def _error(paths: JobPaths, run_dir: Path) -> list[str]:
+def _error(paths: JobPaths) -> list[str]:
     """How a job ended: the end of its exception; for a failed or lost run, also what its ranks said of it."""
     end = ["its process ended without a result"]
     if paths.result_pickle.is_file():
