@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -191,11 +192,13 @@ def _read_onnx(path: Path) -> Runner:
 
 
 def _write_torch_export(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
-    torch.export.save(_program(original), path, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+    content = io.BytesIO()  # of files it takes only names that end in .pt2
+    torch.export.save(_program(original), content, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+    path.write_bytes(content.getbuffer())
 
 
 def _read_torch_export(path: Path) -> Runner:
-    return torch.export.load(path).module()
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
 def _write_safetensors(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
