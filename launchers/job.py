@@ -62,6 +62,9 @@ class Job:
             verdict = supervisor.verdict()
             if verdict.action == "fail":
                 raise self._error(verdict)
+        # Once submitit's `scontrol requeue` is heard, SLURM sends SIGTERM to all of the job: to scontrol too, which
+        # would then seem to have failed. What is ignored here, it ignores.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(self)
 
     def _outcome(self, verdict: Verdict) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def requeue() -> int:
         print(f"job {job} is {state or 'gone'}: not requeued", flush=True)
         return 128 + signal.SIGTERM
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if answer.returncode == 0:
+    if answer.returncode in (0, -signal.SIGTERM):  # which SLURM may send to scontrol too, as to all of the job
         print(f"job {job}: requeued", flush=True)
         time.sleep(600)  # SLURM ends this process
     print(f"job {job}: `scontrol requeue` failed: {answer.stderr.strip()}; submit it again to go on", flush=True)
