@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,16 @@ def test_a_submitit_job_comes_back_unless_its_run_would_fail_again(
     monkeypatch.setattr(Supervisor, "verdict", lambda _: verdict)
     job = Job((), "run", str(tmp_path), with_srun=False)
     monkeypatch.setattr("launchers.job._supervisors", {"run": Supervisor("distseg.train", [], with_srun=False)})
-    if action == "fail":
-        with pytest.raises(RunError, match=r"run: why \(exit code 1\)"):
-            job.checkpoint()
-    else:
-        assert job.checkpoint().function is job
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if action == "fail":
+            with pytest.raises(RunError, match=r"run: why \(exit code 1\)"):
+                job.checkpoint()
+        else:
+            assert job.checkpoint().function is job
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # which SLURM sends to scontrol too
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_only_failures_that_may_be_a_machines_are_waited_for() -> None:
