@@ -31,5 +31,5 @@ done
 sleep 1
 echo "--- job $job: $(state JobState), restarts $(state Restarts)"
 cat "$run/attempts.jsonl"
-cat "$run/evaluation.json"
+sed '/"confusion"/,$d' "$run/evaluation.json"
 [ "$(state JobState)" = COMPLETED ]
