@@ -106,13 +106,13 @@ def test_every_segmentor_learns_four_images_by_heart(name: str, toy_shards: Path
 
 
 def learn_by_heart(ranks: Ranks, shards: Path, name: str) -> float:
-    """mIoU on four fixed images after training on nothing else, at the network's own resolution of decision."""
+    """mIoU on four fixed images after training on nothing else."""
     config = make_config("mode=supervised", "loss.adv_weight=0", "segmentor_optimizer.lr=2e-3")
     torch.manual_seed(0)
     learner = wrap(
         build_segmentor(name, 8, init="random", **narrow_options(name)), config.segmentor_optimizer, config, ranks
     )
-    images = blocks_of_colour()
+    images = blocks_of_colour(4 * max(16, learner.network.output_stride))
     pair = Pair(learner, None, config.loss, config.semi)
     score = 0.0
     for step in range(600):
@@ -135,11 +135,15 @@ def miou(learner: Any, images: Images) -> float:
     return scores(confusion_matrix(logits.argmax(1), images.label, 8)).mean_iou
 
 
-def blocks_of_colour() -> Images:
-    """Four images of 128 x 128 px, each of four squares: coarse enough for an output stride of 32."""
+def blocks_of_colour(block_px: int) -> Images:
+    """Four images, each of four squares of block_px.
+
+    A border between two scores shifts with how sure the network is of each, by up to half its output stride: squares
+    of two strides, which have no score away from a border, keep FCN-32s at a mIoU of 0.78.
+    """
     rng = np.random.default_rng(0)
-    label = rng.permutation(np.repeat(np.arange(8), 2)).reshape(4, 2, 2).repeat(64, 1).repeat(64, 2)
+    label = rng.permutation(np.repeat(np.arange(8), 2)).reshape(4, 2, 2).repeat(block_px, 1).repeat(block_px, 2)
     colors = rng.random((8, 3))
-    pixels = colors[label] + rng.normal(scale=0.05, size=(4, 128, 128, 3))
+    pixels = colors[label] + rng.normal(scale=0.05, size=(*label.shape, 3))
     image = torch.from_numpy(pixels.clip(0, 1).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
     return Images(image, torch.from_numpy(label.astype(np.uint8)))
