@@ -1,7 +1,9 @@
 """Training views a second: our stream beside what others do with the same images, and how close to decoding alone.
 
-Every system gives random scales of 0.5 to 1.5, crops of 321 pixels and mirroring, in batches of 16, with two workers;
-none changes colours. The systems take turns, each anew, and are timed once their queues are in a steady state.
+"Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in memory, as a run does
+after its first epoch, as many as fit (data.keep_decoded_bytes). Every system gives random scales of 0.5 to 1.5, crops
+of 321 pixels and mirroring, in batches of 16, with two workers; none changes colours. The systems take turns, each
+anew, and are timed once their queues are in a steady state.
 "CPU" is processor time a view of this process and its workers: the figure to trust on a machine that does other work.
 Run: python -m benchmarks.data [SHARDS of images like VOC's] [--rounds 5] [--batches 20]
 """
@@ -26,8 +28,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.loaders import SCALES, SIDE, FolderCv2, FolderPil, decoded_only, packed_folder, webdataset_loader
+from distseg.config import DataConfig
 from distseg.data.plan import Plan
-from distseg.data.samples import SampleSet
+from distseg.data.samples import DecodedSamples, SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
 from shards.maps import MapsReader, write_maps
@@ -58,16 +61,24 @@ def synthetic(count: int) -> list[Sample]:
     return samples
 
 
-def stream(reader: ShardReader, worker_type: str = "thread", seed: int = 0) -> TrainStream:
+def stream(samples: SampleSet, worker_type: str = "thread", seed: int = 0) -> TrainStream:
     """Ours, on one rank."""
-    samples, view = SampleSet(reader), TrainView(SIDE, *SCALES)
+    view = TrainView(SIDE, *SCALES)
     options: dict[str, Any] = {"batch_size": BATCH, "rank": 0, "world_size": 1, "num_threads": WORKERS}
     return TrainStream(samples, Plan(len(samples), seed), view, worker_type=worker_type, **options)
 
 
-def ours(reader: ShardReader, worker_type: str = "thread", as_float: bool = False) -> Iterator[Any]:
+def decoded(reader: ShardReader) -> SampleSet:
+    """All samples, decoded in an epoch before, as training keeps them while data.keep_decoded_bytes has room."""
+    samples = SampleSet(reader, decoded=DecodedSamples(4e9))
+    for index in range(len(samples)):
+        samples.peek(index)
+    return samples
+
+
+def ours(samples: SampleSet, worker_type: str = "thread", as_float: bool = False) -> Iterator[Any]:
     """Batches of our stream; as_float: divided by 255 on this CPU, which training leaves to its device."""
-    with closing(stream(reader, worker_type)) as source:
+    with closing(stream(samples, worker_type)) as source:
         for batch in source:
             yield batch.image.float().div_(255) if as_float else batch
 
@@ -105,21 +116,21 @@ def timed(batches: Iterator[Any], count: int) -> tuple[float, float]:
 
 
 def compare(systems: dict[str, Callable[[], Iterator[Any]]], rounds: int, count: int) -> None:
-    """Print each system's rates, and ours as multiples of them, pair by pair."""
+    """Print each system's rates, and those of ours as multiples of them, pair by pair."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
     for _ in range(rounds):
         for name, begin in systems.items():
             found[name].append(timed(begin(), count))
             print(f"  {name}: {1 / found[name][-1][0]:.0f} views/s, {found[name][-1][1] * 1e6:.0f} us CPU", flush=True)
-    print(f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}{'by CPU':>9}{'aim':>6}")
+    print(f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}{'by CPU':>9}{'decoded / it':>14}{'aim':>6}")
     for name, rows in found.items():
         wall, cpu = (statistics.median(row[place] for row in rows) for place in (0, 1))
-        ratios = [
-            statistics.median(row[place] / own[place] for row, own in zip(rows, found["ours"], strict=True))
-            for place in (0, 1)
-        ]
+        by_wall, by_cpu, kept = (
+            statistics.median(row[place] / own[place] for row, own in zip(rows, found[of], strict=True))
+            for of, place in (("ours", 0), ("ours", 1), ("ours, decoded before", 0))
+        )
         aim = f"{AIMS[name]:.2f}" if name in AIMS else ""
-        print(f"{name:24}{1 / wall:>9.0f}{cpu * 1e6:>9.0f}{ratios[0]:>11.2f}{ratios[1]:>9.2f}{aim:>6}")
+        print(f"{name:24}{1 / wall:>9.0f}{cpu * 1e6:>9.0f}{by_wall:>11.2f}{by_cpu:>9.2f}{kept:>14.2f}{aim:>6}")
 
 
 def resident_mb() -> float:
@@ -128,7 +139,8 @@ def resident_mb() -> float:
 
 def measure_memory(reader: ShardReader) -> None:
     """Print the memory of this process over many epochs of at most 320 samples."""
-    source, sizes = stream(reader), []
+    samples = SampleSet(reader, decoded=DecodedSamples(DataConfig.keep_decoded_bytes))
+    source, sizes = stream(samples), []
     steps = min(len(reader), 320) // BATCH
     for _ in range(EPOCHS):
         for _ in range(steps):
@@ -144,7 +156,7 @@ def measure_start(location: Path) -> None:
     seconds = []
     for seed in range(5):
         begun = time.perf_counter()
-        with closing(stream(ShardReader(location, "train"), seed=seed)) as source:
+        with closing(stream(SampleSet(ShardReader(location, "train")), seed=seed)) as source:
             next(source)
         seconds.append(time.perf_counter() - begun)
     print(f"first batch after {statistics.median(seconds) * 1e3:.0f} ms")
@@ -187,14 +199,16 @@ def main() -> None:
         files = packed_folder(reader, folder / "files")
         print(f"{len(reader)} images, {sum(file.stat().st_size for file, _ in files) / len(files) / 1e3:.1f} kB each")
         tars = [location / shard.file for shard in reader.manifest.splits["train"].shards]
+        anew, before = SampleSet(reader), decoded(reader)
         systems: dict[str, Callable[[], Iterator[Any]]] = {
-            "ours": lambda: ours(reader),
+            "ours": lambda: ours(anew),
+            "ours, decoded before": lambda: ours(before),
             "decoding only": lambda: decoded_only(reader, WORKERS, BATCH),
             "webdataset": lambda: webdataset_loader(tars, BATCH, WORKERS),
             "folder, OpenCV": lambda: loaded(FolderCv2(files)),
             "folder, PIL": lambda: loaded(FolderPil(files)),
-            "ours, as floats": lambda: ours(reader, as_float=True),
-            "ours, processes": lambda: ours(reader, "process"),
+            "ours, as floats": lambda: ours(anew, as_float=True),
+            "ours, processes": lambda: ours(anew, "process"),
         }
         compare(systems, options.rounds, options.batches)
         measure_start(location)

@@ -35,6 +35,8 @@ class DataConfig:
     shuffle_block: int = 0  # shards whose samples are shuffled together, the shards in random order; 0: all of them
     num_threads: int = 2  # decoding workers a rank; 0: in the training thread
     worker_type: str = "thread"  # thread; process: where one interpreter's lock is too narrow for many workers
+    # of memory, a rank: training samples that stay decoded, as many as fit, for the epochs after; threads only; 0: none
+    keep_decoded_bytes: float = 1e9
 
 
 @dataclass
@@ -241,6 +243,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "data.shuffle_block": (0, 10**6),
     "data.num_threads": (0, 256),
     "data.cache_bytes": (0, None),
+    "data.keep_decoded_bytes": (0, None),
     "data.labelled_seed": (0, 2**31 - 1),
     "segmentor_optimizer.lr": (0, None),
     "segmentor_optimizer.encoder_lr_factor": (0, None),

@@ -23,7 +23,7 @@ ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 # These may change when a run is resumed: they alter neither the networks nor the order of samples.
 FREE_ON_RESUME = frozenset(
     {"run_dir", "device", "data.shards", "data.allow_unverified", "data.cache_dir", "data.cache_bytes"}
-    | {"data.num_threads", "data.worker_type", "max_skips"}
+    | {"data.num_threads", "data.worker_type", "data.keep_decoded_bytes", "max_skips"}
     | {"evaluate", "checkpoint", "tracking", "parallel"}
 )
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distseg import configuration
 from distseg.config import DataConfig
 from distseg.data.plan import BalancedPlan, Plan
-from distseg.data.samples import SampleSet, plan_for, split_labelled
+from distseg.data.samples import DecodedSamples, SampleSet, plan_for, split_labelled
+from distseg.train import open_data
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import decode_label
@@ -19,6 +22,9 @@ from shards.sample import decode_label
 @pytest.fixture(scope="module")
 def reader(toy_shards: Path) -> ShardReader:
     return ShardReader(toy_shards, "train")
+
+
+BOTH = (0, 1, True), (2, 3, False)  # two of the samples with their labels, two without
 
 
 class WithoutLabels:
@@ -88,6 +94,50 @@ def test_an_unlabelled_images_label_is_not_read(reader: ShardReader) -> None:
         assert key == reader.key(index)
         assert image.shape[:2] == label.shape == reader.size(index)
         assert (label == 0).all()
+
+
+def test_decoded_samples_are_bounded_shared_and_read_only(reader: ShardReader) -> None:
+    fresh = SampleSet(reader)
+    num_bytes = [sum(array.nbytes for array in fresh.peek(index)[1:]) for index in range(len(reader))]
+    decoded = DecodedSamples(sum(num_bytes[:3]))
+    labelled, unlabelled = (SampleSet(reader, [a, b], labelled=flag, decoded=decoded) for a, b, flag in BOTH)
+    for samples in (labelled, unlabelled):
+        first = [samples.peek(place) for place in (0, 1)]
+        for again in (samples.peek, samples.load):
+            for place in (0, 1):
+                assert all(np.array_equal(x, y) for x, y in zip(first[place][1:], again(place)[1:], strict=True))
+    assert [index in decoded for index in range(4)] == [True, True, True, False]
+    with pytest.raises(ValueError, match="read-only"):
+        labelled.peek(0)[1][0] = 0
+    assert all(array.flags.writeable for array in labelled.load(0)[1:])
+    assert pickle.loads(pickle.dumps(decoded)).find(0) is None
+
+
+def test_a_decoded_sample_is_not_awaited_from_afar(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, list[int]]] = []
+    for name in ("expect", "used"):
+        monkeypatch.setattr(reader, name, lambda indices, name=name: said.append((name, indices)))
+    samples = SampleSet(reader, [2, 3, 4], decoded=DecodedSamples(1e9))
+    samples.expect([0, 1])
+    samples.peek(0)
+    samples.peek(0)
+    samples.expect([0, 1, 2])
+    assert said == [("expect", [2, 3]), ("used", [2]), ("expect", [3, 4])]
+
+
+@pytest.mark.parametrize(("keep", "reads"), [((), 1), (("data.keep_decoded_bytes=0",), 2)])
+def test_a_run_keeps_what_it_decodes(
+    toy_shards: Path, keep: tuple[str, ...], reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    semi = ("mode=semi_supervised", "data.labelled=1/2", "loss.adv_weight=0.01", *keep)
+    data = open_data(configuration.load([f"data.shards={toy_shards}", *semi]), 1)
+    count, read = [], ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda *args, **options: count.append(args[1]) or read(*args, **options))
+    assert data.unlabelled is not None
+    for samples in 2 * (data.train, data.unlabelled):
+        for index in range(len(samples)):
+            samples.peek(index)
+    assert sorted(count) == sorted(reads * list(range(len(data.train) + len(data.unlabelled))))
 
 
 def test_kept_classes_stay_apart_and_the_rest_is_one(reader: ShardReader) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 import threading
 import time
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan, augmentation_rng
-from distseg.data.samples import SampleSet
+from distseg.data.samples import DecodedSamples, SampleSet
 from distseg.data.stream import TrainStream, evaluation_samples
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
@@ -48,9 +49,9 @@ class AlteredReader:
         return self.alter(index, self.reader.read(index))
 
 
-def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW, plan=None):
+def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW, plan=None, keep=0):
     return TrainStream(
-        SampleSet(reader),
+        SampleSet(reader, decoded=DecodedSamples(keep)),
         Plan(8, seed=5) if plan is None else plan,
         view,
         batch_size=batch_size,
@@ -95,6 +96,21 @@ def test_pixels_are_the_same_for_all_worlds_and_threads(reader, expected, world_
         assert [rank[step].step for rank in ranks] == [step] * world_size
         assert torch.equal(torch.cat([rank[step].image for rank in ranks]), image)
         assert torch.equal(torch.cat([rank[step].label for rank in ranks]), label)
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+def test_pixels_are_the_same_from_samples_that_stay_decoded(reader, expected, num_threads):
+    num_bytes = [4 * height * width for height, width in map(reader.size, range(8))]
+    for room in (sum(num_bytes), sum(num_bytes) // 2):
+        reads = Counter()
+        altered = AlteredReader(reader, lambda index, raw, reads=reads: reads.update([index]) or raw)
+        found = batches(altered, 16, num_threads=num_threads, keep=room)
+        for batch, (image, label) in zip(found, expected, strict=False):
+            assert torch.equal(batch.image, image) and torch.equal(batch.label, label)
+        # in twelve epochs; a thread may begin a sample while another still decodes it for the first time
+        kept = [index for index in range(8) if reads[index] <= 3]
+        assert room - max(num_bytes) < sum(num_bytes[index] for index in kept) <= room
+        assert all(reads[index] >= 12 for index in range(8) if index not in kept)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

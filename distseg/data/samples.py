@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
 
+Decoded = tuple[str, np.ndarray, np.ndarray]  # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # the one that is less like the classes that stay
 
 
@@ -24,12 +26,48 @@ def open_reader(options: DataConfig, split: str) -> ShardReader:
     return ShardReader(options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
 
 
+class DecodedSamples:
+    """Samples that stay in memory decoded, at most max_bytes of them, instead of being decoded anew in every epoch.
+
+    Safe to share between threads; in another process it is empty and stays so, since each would hold copies of its own.
+    None makes way for another: where every epoch visits each sample once, no order of eviction finds more of them here.
+    """
+
+    def __init__(self, max_bytes: float):
+        self._max_bytes, self._num_bytes = max_bytes, 0
+        self._samples: dict[int, Decoded] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._samples
+
+    def find(self, index: int) -> Decoded | None:
+        """The sample that was added under this index, its arrays read-only; None where it is not here."""
+        return self._samples.get(index)
+
+    def add(self, index: int, sample: Decoded) -> None:
+        """Keep a sample where there is room; its arrays become read-only."""
+        _, *arrays = sample
+        num_bytes = sum(array.nbytes for array in arrays)
+        with self._lock:
+            if index in self._samples or self._num_bytes + num_bytes > self._max_bytes:
+                return
+            for array in arrays:
+                array.flags.writeable = False
+            self._num_bytes += num_bytes
+            self._samples[index] = sample
+
+    def __reduce__(self) -> tuple[type[DecodedSamples], tuple[int]]:
+        return DecodedSamples, (0,)
+
+
 class SampleSet:
     """Some samples of a split as arrays, addressed by 0, 1, 2, ...; safe to share between threads.
 
     indices: which of the reader's samples, in their order (None: all). labelled: False leaves their labels unread;
     `load` then gives 0 for every pixel, so that what a view fills in around the image still reads as void. keep:
     class names that stay apart; all the others become one class "other" with index 0 (none: the classes as they are).
+    decoded: holds what has been decoded; sets that share it must be of one reader and have no sample in common.
     Raises InputError for a class that is not there and, when labels are wanted, for a sample that has none.
     """
 
@@ -40,8 +78,10 @@ class SampleSet:
         *,
         labelled: bool = True,
         keep: Sequence[str] = (),
+        decoded: DecodedSamples | None = None,
     ):
         self.reader, self.labelled = reader, labelled
+        self._decoded = DecodedSamples(0) if decoded is None else decoded
         self._indices = range(len(reader)) if indices is None else indices
         self.classes, self._table = _kept(reader.classes, keep)
         unlabelled = set(reader.unlabelled) if labelled else set()
@@ -76,30 +116,33 @@ class SampleSet:
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say which samples will be loaded soon, in this order."""
-        self.reader.expect([self._indices[index] for index in indices])
+        wanted = (self._indices[index] for index in indices)
+        self.reader.expect([index for index in wanted if index not in self._decoded])
 
     def used(self, indices: Sequence[int]) -> None:
-        """Say which of the expected samples another process has loaded."""
+        """Say which of the expected samples need not be read any more."""
         self.reader.used([self._indices[index] for index in indices])
 
-    def load(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-        """Key, image (H, W, 3) uint8 RGB and label (H, W) uint8 (255 = void) of one sample.
-
-        Raises InputError, naming sample and shard, when it cannot be used.
-        """
+    def load(self, index: int) -> Decoded:
+        """One sample, in arrays of its own. Raises InputError, naming sample and shard, when it cannot be used."""
         key, image, label = self.peek(index)
         # torch cannot wrap views that are read-only
         return key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
 
-    def peek(self, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-        """As load, without a copy: the arrays may be read-only views of a decoder's buffer."""
-        raw = self.reader.read(self._indices[index], with_label=self.labelled)
+    def peek(self, index: int) -> Decoded:
+        """As load, without a copy: the arrays may be shared, and read-only."""
+        where = self._indices[index]
+        found = self._decoded.find(where)
+        if found is not None:
+            self.reader.used([where])  # it may have been expected before it was here
+            return found
+        raw = self.reader.read(where, with_label=self.labelled)
         try:
-            image, label = self._decode(raw)
+            sample = (raw.key, *self._decode(raw))
         except InputError as error:
-            place = self.reader.place(self._indices[index])
-            raise InputError(f"{place}: {error.got}", error.needed, error.action) from None
-        return raw.key, image, label
+            raise InputError(f"{self.reader.place(where)}: {error.got}", error.needed, error.action) from None
+        self._decoded.add(where, sample)
+        return sample
 
     def _decode(self, raw: RawSample) -> tuple[np.ndarray, np.ndarray]:
         action = "correct the maps and run `distseg pack` again"
