@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,9 +79,16 @@ class Row:
 
 
 def run(paths: Sequence[Path], form: str) -> int:
-    """`distseg summarize`: print the table. form: markdown, latex or json."""
+    """`distseg summarize`: print the table, and a note where steps differ. form: markdown, latex or json."""
     printers = {"markdown": to_markdown, "latex": to_latex, "json": to_json}
-    print(printers[form](rows([read(path) for path in paths])))
+    evaluations = [read(path) for path in paths]
+    print(printers[form](rows(evaluations)))
+    first_at: dict[int, Path] = {}  # allowed, since the best checkpoints of runs seldom are of one step
+    for evaluation in evaluations:
+        first_at.setdefault(evaluation.scores["step"], evaluation.path)
+    if len(first_at) > 1:
+        steps = ", ".join(f"{step} ({path})" for step, path in sorted(first_at.items()))
+        print(f"note: scores of networks after different numbers of steps: {steps}", file=sys.stderr)
     return 0
 
 
@@ -89,7 +97,7 @@ def read(path: Path) -> Evaluation:
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         scores = json.loads(file.read_text())
-        known = isinstance(scores, dict) and {"val/mean_iou", "split", "data"} <= scores.keys()
+        known = isinstance(scores, dict) and {"val/mean_iou", "split", "data", "step"} <= scores.keys()
     except (OSError, ValueError):
         known = False
     if not known:

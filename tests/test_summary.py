@@ -107,6 +107,17 @@ def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
     assert "72.0 ± 2.0" in capsys.readouterr().out
 
 
+def test_different_numbers_of_steps_are_allowed_and_said(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["summarize", *map(str, runs)]) == 0
+    assert "steps" not in capsys.readouterr().err
+    shorter = finished(tmp_path / "shorter", 0.6, "mode=supervised", "seed=3", step=600)
+    assert main(["summarize", *map(str, runs), str(shorter)]) == 0
+    note = f"different numbers of steps: 600 ({shorter}/evaluation.json), 900 ({runs[0]}/evaluation.json)"
+    assert note in capsys.readouterr().err
+
+
 def test_only_like_is_compared(runs: list[Path], tmp_path: Path) -> None:
     first = read(runs[0])
     for number, (key, value) in enumerate({"split": "test", "num_images": 5, "mirror": True, "val/iou/x": 1.0}.items()):
