@@ -1,17 +1,18 @@
 """Training views a second: our stream beside what others do with the same images, and how close to decoding alone.
 
-"Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in memory, as a run does
-after its first epoch, as many as fit (data.keep_decoded_bytes). Every system gives random scales of 0.5 to 1.5, crops
-of 321 pixels and mirroring, in batches of 16, with two workers; none changes colours. The systems take turns, each
-anew, and are timed once their queues are in a steady state.
+"Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in memory, as one rank does
+from its second epoch on where data.keep_decoded_bytes has room for all. Every system gives random scales of 0.5 to 1.5,
+crops of 321 pixels and mirroring, in batches of 16, with two workers; none changes colours. The systems take turns,
+each anew, and are timed once their queues are in a steady state.
 "CPU" is processor time a view of this process and its workers: the figure to trust on a machine that does other work.
-Run: python -m benchmarks.data [SHARDS of images like VOC's] [--rounds 5] [--batches 20]
+Run: python -m benchmarks.data [SHARDS of images like VOC's] [--rounds 5] [--seconds 1.5]
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -28,9 +29,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.loaders import SCALES, SIDE, FolderCv2, FolderPil, decoded_only, packed_folder, webdataset_loader
-from distseg.config import DataConfig
 from distseg.data.plan import Plan
-from distseg.data.samples import DecodedSamples, SampleSet
+from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
 from shards.maps import MapsReader, write_maps
@@ -69,8 +69,8 @@ def stream(samples: SampleSet, worker_type: str = "thread", seed: int = 0) -> Tr
 
 
 def decoded(reader: ShardReader) -> SampleSet:
-    """All samples, decoded in an epoch before, as training keeps them while data.keep_decoded_bytes has room."""
-    samples = SampleSet(reader, decoded=DecodedSamples(4e9))
+    """All samples, in memory."""
+    samples = SampleSet(reader, keep_decoded_bytes=math.inf)
     for index in range(len(samples)):
         samples.peek(index)
     return samples
@@ -102,25 +102,25 @@ def cpu_seconds() -> float:
     return total / TICKS
 
 
-def timed(batches: Iterator[Any], count: int) -> tuple[float, float]:
-    """(seconds, processor seconds) a view, in the steady state."""
+def timed(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
+    """(seconds, processor seconds) a view, in the steady state, over at least so many seconds."""
     for _ in range(WARM_UP):
         next(batches)
-    begun, cpu = time.perf_counter(), cpu_seconds()
-    for _ in range(count):
+    begun, cpu, views = time.perf_counter(), cpu_seconds(), 0
+    while time.perf_counter() - begun < seconds:
         next(batches)
-    views = count * BATCH
+        views += BATCH
     result = (time.perf_counter() - begun) / views, (cpu_seconds() - cpu) / views
     batches.close()  # type: ignore[attr-defined]  # all are generators
     return result
 
 
-def compare(systems: dict[str, Callable[[], Iterator[Any]]], rounds: int, count: int) -> None:
+def compare(systems: dict[str, Callable[[], Iterator[Any]]], rounds: int, seconds: float) -> None:
     """Print each system's rates, and those of ours as multiples of them, pair by pair."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
     for _ in range(rounds):
         for name, begin in systems.items():
-            found[name].append(timed(begin(), count))
+            found[name].append(timed(begin(), seconds))
             print(f"  {name}: {1 / found[name][-1][0]:.0f} views/s, {found[name][-1][1] * 1e6:.0f} us CPU", flush=True)
     print(f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}{'by CPU':>9}{'decoded / it':>14}{'aim':>6}")
     for name, rows in found.items():
@@ -138,17 +138,18 @@ def resident_mb() -> float:
 
 
 def measure_memory(reader: ShardReader) -> None:
-    """Print the memory of this process over many epochs of at most 320 samples."""
-    samples = SampleSet(reader, decoded=DecodedSamples(DataConfig.keep_decoded_bytes))
-    source, sizes = stream(samples), []
-    steps = min(len(reader), 320) // BATCH
-    for _ in range(EPOCHS):
-        for _ in range(steps):
-            next(source)
-        sizes.append(resident_mb())
-    source.close()
-    last = max(sizes[EPOCHS // 2 :]) - max(sizes[: EPOCHS // 2])
-    print(f"memory: {sizes[1]:.0f} MB after 2 epochs, {sizes[-1]:.0f} after {EPOCHS}; second half {last:+.1f} MB")
+    """Print the memory of this process over many epochs of at most 320 samples; once a third of them stays decoded."""
+    for keep in (0.0, SampleSet(reader).decoded_bytes(math.inf) / 3):
+        source, sizes = stream(SampleSet(reader, keep_decoded_bytes=keep)), []
+        steps = min(len(reader), 320) // BATCH
+        for _ in range(EPOCHS):
+            for _ in range(steps):
+                next(source)
+            sizes.append(resident_mb())
+        source.close()
+        last = max(sizes[EPOCHS // 2 :]) - max(sizes[: EPOCHS // 2])
+        epochs = f"{sizes[1]:.0f} MB after 2 epochs, {sizes[-1]:.0f} after {EPOCHS}; second half {last:+.1f} MB"
+        print(f"memory, with at most {keep / 1e6:.0f} MB of decoded samples: {epochs}", flush=True)
 
 
 def measure_start(location: Path) -> None:
@@ -184,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="?", type=Path, help="packed shards with a split train; else synthetic ones")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=20, help="timed in each turn")
+    parser.add_argument("--seconds", type=float, default=1.5, help="that each is timed in each turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # as distseg.train does
@@ -199,6 +200,7 @@ def main() -> None:
         files = packed_folder(reader, folder / "files")
         print(f"{len(reader)} images, {sum(file.stat().st_size for file, _ in files) / len(files) / 1e3:.1f} kB each")
         tars = [location / shard.file for shard in reader.manifest.splits["train"].shards]
+        measure_memory(reader)  # first, while nothing else is held
         anew, before = SampleSet(reader), decoded(reader)
         systems: dict[str, Callable[[], Iterator[Any]]] = {
             "ours": lambda: ours(anew),
@@ -210,9 +212,8 @@ def main() -> None:
             "ours, as floats": lambda: ours(anew, as_float=True),
             "ours, processes": lambda: ours(anew, "process"),
         }
-        compare(systems, options.rounds, options.batches)
+        compare(systems, options.rounds, options.seconds)
         measure_start(location)
-        measure_memory(reader)
         measure_maps(reader, folder)
 
 

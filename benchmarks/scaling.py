@@ -69,6 +69,8 @@ class Crew:
             arguments = theirs, {name: str(value) for name, value in variables.items()}, size, batch
             self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             self._processes[-1].start()
+            theirs.close()  # so that a rank that dies is an EOFError here
+            del arguments
             self._pipes.append(pipe)
         self.sizes: dict[str, int] = [pipe.recv() for pipe in self._pipes].pop()
 
@@ -102,33 +104,41 @@ def _serve(pipe: Connection, variables: dict[str, str], size: int, batch: int) -
     os._exit(0)
 
 
+def _spread(values: list[float]) -> str:
+    """The median, and between which the middle half lies."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=161, help="side of the images, pixels")
     parser.add_argument("--batch", type=int, default=2, help="labelled images a rank, and as many unlabelled ones")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=15, help="at least 2")
     parser.add_argument("--compute-ms", type=float, default=20.0, help="the model's step on one GPU")
     parser.add_argument("--gradient-bytes", type=int, default=4, help="4: fp32, as DDP sends them")
     options = parser.parse_args()
+    if options.repetitions < 2:
+        parser.error(f"--repetitions {options.repetitions}: at least 2 are needed for a spread")
     one, two = (Crew(ranks, options.size, options.batch) for ranks in (1, 2))
     turns: list[tuple[float, float, float]] = []
     for _ in tracked(range(options.repetitions + 1), options.repetitions + 1, "turns"):
         turns.append((one.ask("step"), two.ask("step"), two.ask("alone")))
     one.end()
     two.end()
-    sizes = two.sizes
-    ratios, of_machine = ([turn[0] / turn[place] for turn in turns[1:]] for place in (1, 2))  # the first one warms up
+    del turns[0]  # it warms up
     print(conditions(threads=1))
-    spread = ", ".join(f"{value:.3f}" for value in statistics.quantiles(ratios, n=4)[::2])
-    print(f"measured, 2 ranks of 1 thread against 1 of 1: {statistics.median(ratios):.3f} (quartiles {spread})")
-    print(f"  where the 2 exchange nothing: {statistics.median(of_machine):.3f}, what the machine itself allows")
-    print(f"  a step of 1 rank: {statistics.median(turn[0] for turn in turns[1:]):.2f} s\n")
+    print(f"measured, 2 ranks of 1 thread against 1 of 1: {_spread([one / two for one, two, _ in turns])}")
+    machine = _spread([one / alone for one, _, alone in turns])
+    print(f"  where the 2 exchange nothing: {machine}, what the machine itself allows")
+    print(f"  with the exchange against without: {_spread([alone / two for _, two, alone in turns])}")
+    print(f"  a step of 1 rank: {statistics.median(turn[0] for turn in turns):.2f} s\n")
     print(f"modelled: {options.compute_ms:g} ms a step, {options.gradient_bytes} bytes a gradient,")
     within = f"{BYTES_PER_SECOND_IN_NODE / 1e9:.0f} GB/s and {LATENCY_IN_NODE * 1e6:.0f} us"
     print(f"{GPUS_PER_NODE} GPUs a node, within {within},")
     print(f"between nodes {BYTES_PER_SECOND_OF_NODE / 1e9:.0f} GB/s and {LATENCY_OF_NODE * 1e6:.0f} us,")
     print(f"spread {JITTER:.0%}, {HIDING:.0%} of the step hides communication, last bucket {LAST_BUCKET / 1e6:g} MB")
-    payload = [sizes[name] * options.gradient_bytes for name in ("segmentor", "discriminator")]
+    payload = [two.sizes[name] * options.gradient_bytes for name in ("segmentor", "discriminator")]
     for gpus in GPUS:
         print(f"{gpus:6} GPUs  {efficiency(gpus, options.compute_ms / 1e3, *payload):.3f}")
 

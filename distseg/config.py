@@ -35,8 +35,7 @@ class DataConfig:
     shuffle_block: int = 0  # shards whose samples are shuffled together, the shards in random order; 0: all of them
     num_threads: int = 2  # decoding workers a rank; 0: in the training thread
     worker_type: str = "thread"  # thread; process: where one interpreter's lock is too narrow for many workers
-    # of memory, a rank: training samples that stay decoded, as many as fit, for the epochs after; threads only; 0: none
-    keep_decoded_bytes: float = 1e9
+    keep_decoded_bytes: float = 0  # memory a rank, 4e9 for example: training samples that stay decoded; threads only
 
 
 @dataclass

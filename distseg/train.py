@@ -16,7 +16,7 @@ import torch
 from distseg import attempts, configuration, environment, tensorboard
 from distseg.checkpoint import Checkpoints, saved_precision
 from distseg.config import Config
-from distseg.data.samples import DecodedSamples, SampleSet, open_reader, plan_for, sha256_of_keys, split_labelled
+from distseg.data.samples import SampleSet, open_reader, plan_for, sha256_of_keys, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.device import allow_tf32, resolve_precision, reuse_memory
@@ -158,8 +158,8 @@ def open_data(config: Config, world_size: int) -> Data:
     saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
     wanted = str(saved) if options.labelled != "all" and saved.is_file() else options.labelled
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)
-    decoded = DecodedSamples(options.keep_decoded_bytes)
-    train_set = SampleSet(train, labelled, keep=options.keep_classes, decoded=decoded)
+    room = options.keep_decoded_bytes
+    train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
     there, asked = train_set.classes.num_classes, options.num_classes
     if asked not in (None, there):
         names = ", ".join(train_set.classes.names)
@@ -172,7 +172,8 @@ def open_data(config: Config, world_size: int) -> Data:
             raise InputError(got, "unlabelled samples", "write for example data.labelled=1/8, or mode=adversarial")
         size = config.semi.batch_size or config.batch_size
         check_batch("semi.batch_size", size, world_size, config.accumulate_steps)
-        unlabelled_set = SampleSet(train, rest, labelled=False, keep=options.keep_classes, decoded=decoded)
+        room -= train_set.decoded_bytes(room)  # the labelled ones come first: being fewer, they come more often
+        unlabelled_set = SampleSet(train, rest, labelled=False, keep=options.keep_classes, keep_decoded_bytes=room)
     return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
 
 

@@ -24,9 +24,6 @@ def reader(toy_shards: Path) -> ShardReader:
     return ShardReader(toy_shards, "train")
 
 
-BOTH = (0, 1, True), (2, 3, False)  # two of the samples with their labels, two without
-
-
 class WithoutLabels:
     """A reader some of whose samples have no label, and which fails when a label is asked for in vain."""
 
@@ -96,28 +93,33 @@ def test_an_unlabelled_images_label_is_not_read(reader: ShardReader) -> None:
         assert (label == 0).all()
 
 
-def test_decoded_samples_are_bounded_shared_and_read_only(reader: ShardReader) -> None:
-    fresh = SampleSet(reader)
-    num_bytes = [sum(array.nbytes for array in fresh.peek(index)[1:]) for index in range(len(reader))]
-    decoded = DecodedSamples(sum(num_bytes[:3]))
-    labelled, unlabelled = (SampleSet(reader, [a, b], labelled=flag, decoded=decoded) for a, b, flag in BOTH)
-    for samples in (labelled, unlabelled):
-        first = [samples.peek(place) for place in (0, 1)]
-        for again in (samples.peek, samples.load):
-            for place in (0, 1):
-                assert all(np.array_equal(x, y) for x, y in zip(first[place][1:], again(place)[1:], strict=True))
-    assert [index in decoded for index in range(4)] == [True, True, True, False]
+def test_decoded_samples_are_bounded_and_read_only(reader: ShardReader) -> None:
+    sizes = [4 * height * width for height, width in map(reader.size, range(4))]
+    samples = SampleSet(reader, range(4), keep_decoded_bytes=sum(sizes[:3]))
+    first = [samples.peek(index) for index in range(4)]
+    for again in (samples.peek, samples.load):
+        for index in range(4):
+            assert all(np.array_equal(x, y) for x, y in zip(first[index][1:], again(index)[1:], strict=True))
+    assert [samples.peek(index)[1] is first[index][1] for index in range(4)] == [True, True, True, False]
     with pytest.raises(ValueError, match="read-only"):
-        labelled.peek(0)[1][0] = 0
-    assert all(array.flags.writeable for array in labelled.load(0)[1:])
-    assert pickle.loads(pickle.dumps(decoded)).find(0) is None
+        samples.peek(0)[1][0] = 0
+    assert all(array.flags.writeable for array in samples.load(0)[1:])
+    assert samples.decoded_bytes(1e9) == sum(sizes) and samples.decoded_bytes(sizes[0] + 1) == sizes[0] + 1
+
+
+def test_another_process_keeps_no_copies(reader: ShardReader) -> None:
+    decoded = DecodedSamples(1e9)
+    decoded.add(0, SampleSet(reader).peek(0))
+    there = pickle.loads(pickle.dumps(decoded))
+    there.add(1, SampleSet(reader).peek(1))
+    assert 0 in decoded and 0 not in there and 1 not in there
 
 
 def test_a_decoded_sample_is_not_awaited_from_afar(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[str, list[int]]] = []
     for name in ("expect", "used"):
         monkeypatch.setattr(reader, name, lambda indices, name=name: said.append((name, indices)))
-    samples = SampleSet(reader, [2, 3, 4], decoded=DecodedSamples(1e9))
+    samples = SampleSet(reader, [2, 3, 4], keep_decoded_bytes=1e9)
     samples.expect([0, 1])
     samples.peek(0)
     samples.peek(0)
@@ -125,19 +127,26 @@ def test_a_decoded_sample_is_not_awaited_from_afar(reader: ShardReader, monkeypa
     assert said == [("expect", [2, 3]), ("used", [2]), ("expect", [3, 4])]
 
 
-@pytest.mark.parametrize(("keep", "reads"), [((), 1), (("data.keep_decoded_bytes=0",), 2)])
-def test_a_run_keeps_what_it_decodes(
-    toy_shards: Path, keep: tuple[str, ...], reads: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("of_all", [0, 0.6, 1])
+def test_a_run_keeps_what_it_decodes_the_labelled_first(
+    toy_shards: Path, of_all: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    semi = ("mode=semi_supervised", "data.labelled=1/2", "loss.adv_weight=0.01", *keep)
+    everything = SampleSet(ShardReader(toy_shards, "train"), labelled=False).decoded_bytes(1e9)
+    keep = f"data.keep_decoded_bytes={of_all * everything}"
+    semi = ("mode=semi_supervised", "data.labelled=1/2", "loss.adv_weight=0.01", keep)
     data = open_data(configuration.load([f"data.shards={toy_shards}", *semi]), 1)
-    count, read = [], ShardReader.read
-    monkeypatch.setattr(ShardReader, "read", lambda *args, **options: count.append(args[1]) or read(*args, **options))
     assert data.unlabelled is not None
-    for samples in 2 * (data.train, data.unlabelled):
-        for index in range(len(samples)):
-            samples.peek(index)
-    assert sorted(count) == sorted(reads * list(range(len(data.train) + len(data.unlabelled))))
+    reads, read = [], ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda *args, **options: reads.append(args[1]) or read(*args, **options))
+    anew = {}
+    for _ in range(2):
+        for samples in (data.unlabelled, data.train):
+            reads.clear()
+            for index in range(len(samples)):
+                samples.peek(index)
+            anew[samples.labelled] = len(reads)
+    assert anew[True] == (0 if of_all else len(data.train))
+    assert (anew[False] == 0) == (of_all == 1)
 
 
 def test_kept_classes_stay_apart_and_the_rest_is_one(reader: ShardReader) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan, augmentation_rng
-from distseg.data.samples import DecodedSamples, SampleSet
+from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream, evaluation_samples
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
@@ -51,7 +51,7 @@ class AlteredReader:
 
 def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW, plan=None, keep=0):
     return TrainStream(
-        SampleSet(reader, decoded=DecodedSamples(keep)),
+        SampleSet(reader, keep_decoded_bytes=keep),
         Plan(8, seed=5) if plan is None else plan,
         view,
         batch_size=batch_size,

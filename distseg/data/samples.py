@@ -27,10 +27,10 @@ def open_reader(options: DataConfig, split: str) -> ShardReader:
 
 
 class DecodedSamples:
-    """Samples that stay in memory decoded, at most max_bytes of them, instead of being decoded anew in every epoch.
+    """Samples that stay in memory decoded, at most max_bytes of them, instead of being decoded anew whenever they come.
 
-    Safe to share between threads; in another process it is empty and stays so, since each would hold copies of its own.
-    None makes way for another: where every epoch visits each sample once, no order of eviction finds more of them here.
+    Safe to share between threads. What is sent to another process arrives empty and stays so: each would hold copies of
+    its own. None makes way for another: of samples that come once an epoch each, no choice would be found more often.
     """
 
     def __init__(self, max_bytes: float):
@@ -67,7 +67,7 @@ class SampleSet:
     indices: which of the reader's samples, in their order (None: all). labelled: False leaves their labels unread;
     `load` then gives 0 for every pixel, so that what a view fills in around the image still reads as void. keep:
     class names that stay apart; all the others become one class "other" with index 0 (none: the classes as they are).
-    decoded: holds what has been decoded; sets that share it must be of one reader and have no sample in common.
+    keep_decoded_bytes: memory for samples that stay decoded, as many as fit, for when they come again.
     Raises InputError for a class that is not there and, when labels are wanted, for a sample that has none.
     """
 
@@ -78,10 +78,10 @@ class SampleSet:
         *,
         labelled: bool = True,
         keep: Sequence[str] = (),
-        decoded: DecodedSamples | None = None,
+        keep_decoded_bytes: float = 0,
     ):
         self.reader, self.labelled = reader, labelled
-        self._decoded = DecodedSamples(0) if decoded is None else decoded
+        self._decoded = DecodedSamples(keep_decoded_bytes)
         self._indices = range(len(reader)) if indices is None else indices
         self.classes, self._table = _kept(reader.classes, keep)
         unlabelled = set(reader.unlabelled) if labelled else set()
@@ -105,6 +105,16 @@ class SampleSet:
             return self.reader.shard_sizes
         return np.unique(self.reader.shard_of(self._indices), return_counts=True)[1].tolist()
 
+    def decoded_bytes(self, at_most: float) -> float:
+        """Memory that all of them take decoded, or at_most where that is less. Reads none."""
+        total = 0
+        for index in self._indices:
+            if total >= at_most:
+                return at_most
+            height, width = self.reader.size(index)
+            total += 4 * height * width
+        return min(total, at_most)
+
     def class_pixels(self) -> np.ndarray:
         """(samples, classes) int64: pixels of each class in each sample. Reads no label; InputError as the reader's."""
         counts = self.reader.class_pixels()[list(self._indices)]
@@ -116,8 +126,7 @@ class SampleSet:
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say which samples will be loaded soon, in this order."""
-        wanted = (self._indices[index] for index in indices)
-        self.reader.expect([index for index in wanted if index not in self._decoded])
+        self.reader.expect([self._indices[index] for index in indices if index not in self._decoded])
 
     def used(self, indices: Sequence[int]) -> None:
         """Say which of the expected samples need not be read any more."""
@@ -132,16 +141,16 @@ class SampleSet:
     def peek(self, index: int) -> Decoded:
         """As load, without a copy: the arrays may be shared, and read-only."""
         where = self._indices[index]
-        found = self._decoded.find(where)
+        found = self._decoded.find(index)
         if found is not None:
-            self.reader.used([where])  # it may have been expected before it was here
+            self.reader.used([where])  # it may have been expected before it was here, and now must not be waited for
             return found
         raw = self.reader.read(where, with_label=self.labelled)
         try:
             sample = (raw.key, *self._decode(raw))
         except InputError as error:
             raise InputError(f"{self.reader.place(where)}: {error.got}", error.needed, error.action) from None
-        self._decoded.add(where, sample)
+        self._decoded.add(index, sample)
         return sample
 
     def _decode(self, raw: RawSample) -> tuple[np.ndarray, np.ndarray]:
