@@ -19,12 +19,12 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.conditions import conditions
-from distseg import train
-from distseg.config import TrackingConfig
+from distseg.config.schema import TrackingConfig
 from distseg.data.stream import Batch
-from distseg.engine import Metrics, adversarial_step
-from distseg.schedules import phase
-from distseg.trainer import Trainer, to_device
+from distseg.train import command
+from distseg.train.schedules import phase
+from distseg.train.step import Metrics, adversarial_step
+from distseg.train.trainer import Trainer, to_device
 from shards.files import say
 from shards.pack import pack
 from shards.prepare import prepare
@@ -103,10 +103,10 @@ def main() -> None:
         pack(Path(folder) / "toy.h5", Path(folder) / "shards")
         steps = TimedTrainer.intervals * options.steps + 1
         settings = [*SETTINGS, f"steps={steps}", f"checkpoint.every_steps={options.steps}", *options.overrides]
-        save = timed(train.Checkpoints.save, TimedTrainer.saving)
+        save = timed(command.Checkpoints.save, TimedTrainer.saving)
         TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
-        with patch.object(train, "Trainer", TimedTrainer), patch.object(train.Checkpoints, "save", save):
-            train.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
+        with patch.object(command, "Trainer", TimedTrainer), patch.object(command.Checkpoints, "save", save):
+            command.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
     saving = statistics.median(TimedTrainer.saving[1:-1])
     ratios = [(loop - saving / options.steps) / step for loop, step in zip(looped, bare, strict=True)]

@@ -25,9 +25,9 @@ from torch.distributed import barrier
 
 from benchmarks.conditions import conditions
 from benchmarks.worker import build, size_of, stepper
-from distseg import configuration
-from distseg.device import reuse_memory
-from distseg.distributed import setup
+from distseg.config import loading
+from distseg.distributed.device import reuse_memory
+from distseg.distributed.ranks import setup
 from shards.files import tracked
 
 GPUS = (1, 8, 16, 64, 256, 1024)
@@ -92,7 +92,7 @@ def _serve(pipe: Connection, variables: dict[str, str], size: int, batch: int) -
     ranks = setup("cpu", 300)
     torch.set_num_threads(1)
     reuse_memory()  # as distseg.train does
-    config = configuration.load(["preset=voc_hung_semi", "data.shards=unused"])
+    config = loading.load(["preset=voc_hung_semi", "data.shards=unused"])
     pair, parts = build(config, ranks, size, batch)
     pipe.send({"segmentor": size_of(pair.segmentor.network), "discriminator": size_of(pair.discriminator.network)})
     steps = {"step": stepper(config, pair, parts), "alone": stepper(config, pair, parts, exchange=False)}

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.conditions import conditions
-from distseg import configuration
-from distseg.config import Config
-from distseg.device import reuse_memory
-from distseg.distributed import Ranks, setup
-from distseg.engine import Images, Pair, adversarial_step
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.distributed.device import reuse_memory
+from distseg.distributed.ranks import Ranks, setup
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
-from distseg.schedules import phase
-from distseg.work import convolution_peak
+from distseg.train.flops import convolution_peak
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step
 from shards.files import say, tracked
 
 NUM_CLASSES, BATCH = 21, 2
@@ -84,7 +84,7 @@ def our_step(ranks: Ranks, size: int, precision: str) -> Callable[[], None]:
 
 
 def our_config(precision: str) -> Config:
-    return configuration.load(["preset=voc_hung_semi", f"precision={precision}", "device=cpu"])
+    return loading.load(["preset=voc_hung_semi", f"precision={precision}", "device=cpu"])
 
 
 def reference_step(size: int) -> Callable[[], None]:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step import NUM_CLASSES, SEMI_STEP, images, networks
-from distseg import configuration
-from distseg.config import Config
-from distseg.distributed import Ranks, setup, teardown
-from distseg.engine import Images, Pair, adversarial_step
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks, setup, teardown
 from distseg.parallel import wrap
-from distseg.schedules import phase
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step
 
 
 def start(num_ranks: int, arguments: list[str], threads: int = 1) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("overrides", nargs="*", help="such as parallel.strategy=fsdp")
     options = parser.parse_args()
-    config = configuration.load(["preset=voc_hung_semi", *options.overrides])
+    config = loading.load(["preset=voc_hung_semi", *options.overrides])
     ranks = setup(options.device, 300)
     before = peak_memory(ranks.device)
     segmentor, judge = networks(config.segmentor.batch_norm)

@@ -103,14 +103,14 @@ Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     text = """Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix.
 
-Several views of an image are averaged: evaluate.scales=[0.75,1,1.25] evaluate.mirror=true
-Large images in blended windows:        evaluate.window_px=512 evaluate.overlap_px=128
+Several views of an image are averaged: command.scales=[0.75,1,1.25] command.mirror=true
+Large images in blended windows:        command.window_px=512 command.overlap_px=128
 On several processes:                   torchrun --standalone --nproc_per_node=N -m distseg.evaluate RUN
 The scores are written beside the run's config.yaml; `distseg summarize` makes tables of them."""
     parser = _command(commands, "evaluate", "score a trained run", text)
     _add_run(parser)
     parser.add_argument("--quick", action="store_true", help="without outlines, calibration and intervals")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.val_split=val evaluate.mirror=true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.val_split=val command.mirror=true")
     parser.set_defaults(handler=_evaluate)
 
 
@@ -129,8 +129,8 @@ The spread is the sample standard deviation over seeds. Only like is compared: d
 def _add_predict(commands: argparse._SubParsersAction) -> None:
     text = """Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image.
 
-Images are viewed as the run evaluates, or as evaluate.scales=[0.75,1,1.25] evaluate.mirror=true say. Those with a side
-above 2048 px are labelled in blended tiles; evaluate.window_px=N evaluate.overlap_px=M choose others."""
+Images are viewed as the run evaluates, or as command.scales=[0.75,1,1.25] command.mirror=true say. Those with a side
+above 2048 px are labelled in blended tiles; command.window_px=N command.overlap_px=M choose others."""
     parser = _command(commands, "predict", "label images with a trained run", text)
     _add_run(parser)
     parser.add_argument("images", type=Path, metavar="IMAGE|FOLDER", help="an image, or a folder of images")
@@ -154,7 +154,7 @@ what differs between the configurations, and means over seeds. It needs neither 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     text = """Write a run's segmentor as one file: image (N, 3, H, W) in [0, 1] -> logits (N, C, H, W), any N, H and W.
 
-onnx          runs anywhere, see distseg/predict_onnx.py; needs pip install 'distseg[export]'
+onnx          runs anywhere, see distseg/export/predict_onnx.py; needs pip install 'distseg[export]'
 torch-export  runs with torch alone: torch.export.load(FILE).module()
 safetensors   the weights, and what to build the network from; also segmentor.init=FILE
 Classes, colours and preprocessing are in the file's metadata. What is written is compared with the original on random
@@ -175,7 +175,7 @@ toy         generated outdoor scenes with eight classes; needs no --root
 stanford    Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
 voc         PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE, labels=SegmentationClassAug: train_aug
 cityscapes  leftImg8bit/ and gtFine/, 19 classes; labels=labelTrainIds, test=1 for the unlabelled test images
-camvid      SegNet's layout: train/, trainannot/, ... or train.txt, ...; 11 classes
+camvid      SegNet's layout: train/, trainannot/, ... or command.txt, ...; 11 classes
 kitti_road  data_road: road, not road, the rest void; task=lane
 ade20k      ADEChallengeData2016: images/, annotations/; 150 classes
 folder      your images and masks, matched by name; layout=FILE.yaml (default: distseg.yaml in --root) names the classes
@@ -254,19 +254,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from distseg import train
+    from distseg.train import command
 
-    return train.run(options.overrides, options.dry_run)
+    return command.run(options.overrides, options.dry_run)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from distseg import evaluate
+    from distseg.evaluate import command
 
-    return evaluate.run(options.run, options.checkpoint, options.overrides, options.quick)
+    return command.run(options.run, options.checkpoint, options.overrides, options.quick)
 
 
 def _summarize(options: argparse.Namespace) -> int:
-    from distseg import summary
+    from distseg.evaluate import summary
 
     return summary.run(options.runs, options.format)
 
@@ -286,9 +286,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from distseg import export
+    from distseg.export import command
 
-    return export.run(options.run, options.checkpoint, options.format, options.out, options.hub_folder)
+    return command.run(options.run, options.checkpoint, options.format, options.out, options.hub_folder)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -340,9 +340,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from distseg import doctor
+    from distseg.doctor import command
 
-    return doctor.run(options.run_dir, options.shards, options.split, options.device)
+    return command.run(options.run_dir, options.shards, options.split, options.device)
 
 
 def _models(options: argparse.Namespace) -> int:

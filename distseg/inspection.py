@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distseg.pictures import legend_entries, overlay, save
+from distseg.tracking.figures import legend_entries, overlay, save
 from shards.files import published
 from shards.inspect import Inspection, inspect, record
 from shards.look import ERROR, Look, read_members

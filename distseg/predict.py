@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from distseg.inference import blend_tiles, probabilities
-from distseg.pictures import overlay
+from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.files import published, tracked
 from shards.sample import ClassSet, encode_label
@@ -66,10 +66,11 @@ def run(
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda. overrides: key=value of
     the keys that begin with FREE.
     """
-    from distseg import checkpoint, configuration
-    from distseg.device import autocast_dtype, resolve_precision
-    from distseg.distributed import Ranks
-    from distseg.evaluate import trained_segmentor
+    from distseg.config import loading
+    from distseg.distributed.device import autocast_dtype, resolve_precision
+    from distseg.distributed.ranks import Ranks
+    from distseg.evaluate.trained import trained_segmentor
+    from distseg.runs import checkpoint
 
     images = collect_images(path)
     if device == "cuda" and not torch.cuda.is_available():
@@ -80,7 +81,7 @@ def run(
         needed = f"a key that begins with {' or '.join(FREE)}"
         raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
-    config = configuration.override(config, list(overrides))
+    config = loading.override(config, list(overrides))
     identity = checkpoint.read_state(checkpoint_path)["identity"]
     classes = ClassSet(tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"]))
     options = replace(

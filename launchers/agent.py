@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distseg import attempts
+from distseg.runs import attempts
 from launchers.places import Place
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from distseg import configuration
-from distseg.config import Config
+from distseg.config import loading
+from distseg.config.schema import Config
 from shards.errors import InputError
 from shards.manifest import FILE_NAME as MANIFEST
 from shards.prepare import NAMES
@@ -18,18 +18,18 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     Looked at: keys and values, the shards' manifest, the networks (they are built, on the CPU), the batch size, and
     whether the run directory can be written and is this run's.
     """
-    config = configuration.load(overrides)
+    config = loading.load(overrides)
     _check_run_dir(config)
     _check_shards(config.data.shards)
-    from distseg import train  # imports torch, which takes seconds; most mistakes are found by now
+    from distseg.train import command  # imports torch, which takes seconds; most mistakes are found by now
 
-    train.check(config, world_size)
+    command.check(config, world_size)
     return config
 
 
 def _check_run_dir(config: Config) -> None:
     path = Path(config.run_dir).absolute()
-    configuration.check_same(path, config)
+    loading.check_same(path, config)
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         got = f"run_dir={config.run_dir}: {there} cannot be written"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from distseg.launch import first_host, port_of_job
+from distseg.distributed.launch import first_host, port_of_job
 from shards.errors import InputError
 
 RANKS_VARIABLE = "DISTSEG_RANKS_PER_NODE"

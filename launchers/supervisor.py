@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distseg import attempts, configuration
+from distseg.config import loading
+from distseg.runs import attempts
 from launchers.check import check_run
 from launchers.places import TRY_VARIABLE, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
@@ -240,7 +241,7 @@ def _check_in_job() -> None:
 def _checked(overrides: list[str]) -> Path:
     """The run directory of overrides that can be trained; looked at closely only by a job's first start."""
     if int(os.environ.get("SLURM_RESTART_COUNT") or "0"):
-        return Path(configuration.load(overrides).run_dir)
+        return Path(loading.load(overrides).run_dir)
     num_ranks = int(os.environ["SLURM_JOB_NUM_NODES"]) * ranks_per_node(dict(os.environ))
     return Path(check_run(overrides, num_ranks).run_dir)
 

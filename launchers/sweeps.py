@@ -17,8 +17,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import JobPaths
 
-from distseg.rundir import LOCK_FILE
-from distseg.wandb_run import URL_FILE
+from distseg.runs.rundir import LOCK_FILE
+from distseg.tracking.wandb_run import URL_FILE
 from launchers import trials
 from launchers.job import Job, RunError, evaluation
 from launchers.submission import Resources, hand_in, no_controller, prepare

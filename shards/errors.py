@@ -16,3 +16,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.got}\n  needed: {self.needed}\n  to do:  {self.action}"
+
+
+class DamageError(Exception):
+    """Bytes that are not the ones that were packed."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib  # its crc32 takes a tenth of the time of zlib's
 
-from shards.errors import InputError
+from shards.errors import DamageError, InputError
 from shards.index import Entry, Indices
 from shards.manifest import ShardInfo
-from shards.source import DamageError, open_source
+from shards.source import open_source
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from shards.cache import ShardCache, default_cache_dir
-from shards.errors import InputError
+from shards.errors import DamageError, InputError
 from shards.files import say
 from shards.manifest import FILE_NAME, Manifest, ShardInfo, hashed
-from shards.source import DamageError
 
 Result = TypeVar("Result")
 # scheme: (module that fsspec needs, extra that brings it)

@@ -17,10 +17,6 @@ from shards.manifest import Manifest, ShardInfo, sha256_of
 MAX_OPEN = 128  # shards kept open: opening costs milliseconds on a network file system, and descriptors are few
 
 
-class DamageError(Exception):
-    """Bytes that are not the ones that were packed."""
-
-
 class Source(Protocol):
     """A place that shards are read from; safe to share between threads, to fork with and to pickle."""
 

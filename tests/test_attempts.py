@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distseg import attempts
+from distseg.runs import attempts
 from shards.errors import InputError
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from distseg.boundary import TOLERANCE, compare_outlines
+from distseg.evaluate.boundary import TOLERANCE, compare_outlines
 
 
 def outline(classes: np.ndarray, index: int) -> list[tuple[int, int]]:

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distseg import checkpoint
-from distseg.checkpoint import Checkpoints
-from distseg.distributed import Ranks
-from distseg.ema import MovingAverage
+from distseg.distributed.ranks import Ranks
 from distseg.models.weights import read_weights
 from distseg.parallel import fsdp
-from distseg.tensor_files import TensorFile, read
+from distseg.runs import checkpoint
+from distseg.runs.checkpoint import Checkpoints
+from distseg.runs.tensor_files import TensorFile, read
+from distseg.train.ema import MovingAverage
 from shards.errors import InputError
 from tests.ranks import CONTEXT, run_ranks
 from tests.test_fsdp import FSDP, HYBRID, gradients, make_pair

@@ -6,39 +6,39 @@ from pathlib import Path
 
 import pytest
 
-from distseg import configuration
+from distseg.config import loading
 from shards.errors import InputError
 
 
 def test_later_values_win() -> None:
-    defaults = configuration.load(["data.shards=x"])
-    preset = configuration.load(["preset=stanford"])
-    overridden = configuration.load(["loss.adv_weight=0.3", "preset=stanford", "loss.adv_weight=0.2"])
+    defaults = loading.load(["data.shards=x"])
+    preset = loading.load(["preset=stanford"])
+    overridden = loading.load(["loss.adv_weight=0.3", "preset=stanford", "loss.adv_weight=0.2"])
     assert defaults.segmentor_optimizer.encoder_lr_factor == 1.0
     assert preset.segmentor_optimizer.encoder_lr_factor == 0.25
     assert overridden.loss.adv_weight == 0.2
-    assert configuration.load(["preset=toy", "loss.adv_weight=1", "loss.adv_weight=0", "mode=supervised"])
+    assert loading.load(["preset=toy", "loss.adv_weight=1", "loss.adv_weight=0", "mode=supervised"])
     assert overridden.segmentor_optimizer.encoder_lr_factor == 0.25
 
 
 def test_every_preset_loads_and_names_itself() -> None:
-    for name in configuration.preset_names():
-        assert configuration.load([f"preset={name}"]).preset == name
+    for name in loading.preset_names():
+        assert loading.load([f"preset={name}"]).preset == name
 
 
 def test_a_part_is_chosen_by_its_name_and_drops_the_other_ones_options() -> None:
-    config = configuration.load(["preset=stanford", "discriminator=fully_convolutional"])
+    config = loading.load(["preset=stanford", "discriminator=fully_convolutional"])
     assert config.discriminator.name == "fully_convolutional"
     assert config.discriminator.options == {}
-    kept = configuration.load(["preset=stanford", "discriminator=two_branch"])
+    kept = loading.load(["preset=stanford", "discriminator=two_branch"])
     assert kept.discriminator.options == {"width": 0.5}
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
-    config = configuration.load(["preset=toy", "evaluate.scales=[0.75,1,1.25]", "segmentor.options.dropout=0.2"])
+    config = loading.load(["preset=toy", "evaluate.scales=[0.75,1,1.25]", "segmentor.options.dropout=0.2"])
     path = tmp_path / "config.yaml"
-    path.write_text(configuration.to_yaml(config))
-    assert configuration.from_file(path) == config
+    path.write_text(loading.to_yaml(config))
+    assert loading.from_file(path) == config
 
 
 @pytest.mark.parametrize(
@@ -68,24 +68,24 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
 )
 def test_bad_values_are_named_with_what_to_do(argument: str, expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        configuration.load(["preset=toy", argument])
+        loading.load(["preset=toy", argument])
     assert expected in str(caught.value)
 
 
 def test_differences_leave_out_what_may_change_on_resume() -> None:
-    old = configuration.load(["preset=toy"])
+    old = loading.load(["preset=toy"])
     free = ["data.num_threads=7", "data.keep_decoded_bytes=1e9", "tracking.wandb=disabled"]
-    new = configuration.load(["preset=toy", *free, "loss.adv_weight=1"])
-    assert configuration.differences(old, new) == {"loss.adv_weight": (0.05, 1.0)}
+    new = loading.load(["preset=toy", *free, "loss.adv_weight=1"])
+    assert loading.differences(old, new) == {"loss.adv_weight": (0.05, 1.0)}
 
 
 def test_without_shards_the_commands_that_make_them_are_named() -> None:
     with pytest.raises(InputError, match="distseg pack"):
-        configuration.load(["steps=5"])
+        loading.load(["steps=5"])
 
 
 def test_a_preset_with_another_network_leaves_its_bases_options_behind() -> None:
-    base, semi = (configuration.load([f"preset={name}"]) for name in ("stanford", "stanford_semi"))
+    base, semi = (loading.load([f"preset={name}"]) for name in ("stanford", "stanford_semi"))
     assert (base.discriminator.name, base.discriminator.options) == ("two_branch", {"width": 0.5})
     assert (semi.discriminator.name, semi.discriminator.options) == ("fully_convolutional", {})
     assert semi.segmentor == base.segmentor

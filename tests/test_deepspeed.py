@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from distseg import configuration
-from distseg.checkpoint import Checkpoints, find
 from distseg.cli import main
-from distseg.config import Config
-from distseg.distributed import Ranks
-from distseg.ema import MovingAverage
-from distseg.engine import Images, Pair, adversarial_step
-from distseg.parallel import check_installed, deepspeed_config, wrap
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks
+from distseg.parallel import check_installed, check_settings, deepspeed_config, wrap
 from distseg.parallel.slices import is_sliced, num_elements
-from distseg.schedules import phase
-from distseg.trainer import check_equal
+from distseg.runs.checkpoint import Checkpoints, find
+from distseg.train.ema import MovingAverage
+from distseg.train.replicas import check_equal
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import Program, environments, run_ranks
@@ -389,7 +389,7 @@ COMMON = ["data.shards=unused", "parallel.strategy=deepspeed", "parallel.zero_st
 @pytest.mark.parametrize("override", ["precision=fp64", "compile=true", "ema_decay=0.9", "parallel.zero_stage=4"])
 def test_what_does_not_go_together_is_refused(override: str) -> None:
     with pytest.raises(InputError, match=override.split("=")[0]):
-        configuration.load([*COMMON, override])
+        check_settings(loading.load([*COMMON, override]))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_what_does_not_go_together_is_refused(override: str) -> None:
 def test_deepspeeds_settings_that_are_ours_are_refused_by_name(settings: Any, named: str, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=named):
-        configuration.load([*COMMON, f"parallel.deepspeed_config={tmp_path / 'own.json'}"])
+        check_settings(loading.load([*COMMON, f"parallel.deepspeed_config={tmp_path / 'own.json'}"]))
 
 
 def test_without_deepspeed_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

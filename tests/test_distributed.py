@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from distseg import device, distributed
-from distseg.distributed import Ranks, StopRequest, on_all, on_main, setup
-from distseg.launch import first_host, rendezvous_of_srun, resolve_ranks
+from distseg.distributed import device, ranks
+from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
+from distseg.distributed.ranks import Ranks, on_all, on_main, setup
+from distseg.distributed.stop import StopRequest
 from shards.errors import InputError
 from tests.ranks import run_ranks
 
@@ -137,7 +138,7 @@ def same_gpu(ranks: Ranks) -> str:
 
     torch.cuda.get_device_properties = lambda where: Properties()
     try:
-        distributed._check_own_gpus(ranks)
+        ranks._check_own_gpus(ranks)
     except InputError as error:
         return error.got
     return ""
@@ -152,10 +153,10 @@ def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one(
     local_rank: int, there: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert distributed._cuda_device(local_rank).index == expected
+    assert ranks._cuda_device(local_rank).index == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="no CUDA device"):
-        distributed._cuda_device(local_rank)
+        ranks._cuda_device(local_rank)
 
 
 def signal_last_rank(ranks: Ranks) -> list[bool]:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from distseg import checkup, doctor
-from distseg.checkup import Checkup, Finding
 from distseg.cli import main
-from distseg.distributed import Ranks
+from distseg.distributed.ranks import Ranks
+from distseg.doctor import checkup, command
+from distseg.doctor.checkup import Checkup, Finding
 from tests.ranks import free_port, run_ranks
 
 HOSTS = ("here", "there", "yonder")
@@ -34,14 +34,14 @@ def three_ranks(ranks: Ranks, run_dir: Path, faults: bool) -> list[Finding]:
     work, clock, versions = 0.01, time.time, checkup.versions
     checkup.compute_seconds = lambda device: work * (3 if faults and ranks.rank == 1 else 1)
     if faults and ranks.rank == 1:
-        doctor.time = SimpleNamespace(time=lambda: clock() + 5, perf_counter=time.perf_counter)
+        command.time = SimpleNamespace(time=lambda: clock() + 5, perf_counter=time.perf_counter)
         run_dir = run_dir / "elsewhere"
-        doctor.Path = lambda path: Path("/proc")  # a file system that rank 0's file is not on
+        command.Path = lambda path: Path("/proc")  # a file system that rank 0's file is not on
         checkup.tracking = checkup.open_files
         checkup.open_files = lambda: 1 / 0
     if faults and ranks.rank == 2:
         checkup.versions = lambda device: versions(device) | {"torch": "1.0"}
-    return doctor.examine(ranks, HOSTS, run_dir, None, "train")
+    return command.examine(ranks, HOSTS, run_dir, None, "train")
 
 
 def test_three_sound_ranks_are_fit(tmp_path: Path) -> None:
@@ -149,18 +149,18 @@ def test_whether_wandb_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_several_ranks_find_alike_is_said_once() -> None:
     low, high = Finding("warning", "open files", "512 a process", "more"), Finding("ok", "open files", "4096 a process")
     everyone = [Checkup(0, "a", [high]), Checkup(1, "a", [low]), Checkup(2, "b", [high]), Checkup(3, "b", [low])]
-    assert [(f.level, f.text) for f in doctor.of_ranks(everyone)] == [
+    assert [(f.level, f.text) for f in command.of_ranks(everyone)] == [
         ("ok", "a, b: 4096 a process"),
         ("warning", "a, b: 512 a process"),
     ]
     alike = [Checkup(rank, "a", [high]) for rank in range(8)]
-    assert [f.text for f in doctor.of_ranks(alike)] == ["4096 a process"]
+    assert [f.text for f in command.of_ranks(alike)] == ["4096 a process"]
 
 
 def test_one_screen_of_eighty_columns_cuts_nothing_off() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     found = [Finding("ok", "shared directory", "word " * 40), Finding("error", "x", "y", "do this [now]")]
-    doctor.show(found, "8 ranks", 3.0, console)
+    command.show(found, "8 ranks", 3.0, console)
     text = console.export_text()
     assert text.count("word") == 40 and "do this [now]" in text and max(map(len, text.splitlines())) <= 80
     assert "1 errors, 0 warnings: a run would break" in text

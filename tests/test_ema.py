@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distseg.ema import MovingAverage
 from distseg.parallel.whole_copy import with_values
+from distseg.train.ema import MovingAverage
 
 
 def learner(network: nn.Module) -> Any:

@@ -12,15 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg import configuration
-from distseg.config import AlternationConfig, Config
-from distseg.distributed import Ranks
-from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.config import loading
+from distseg.config.schema import AlternationConfig, Config
+from distseg.distributed.ranks import Ranks
 from distseg.models import BatchNorm2d, build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.sync_batch_norm import synchronise
-from distseg.schedules import lr_factor, phase
-from distseg.trainer import logged
+from distseg.train.schedules import lr_factor, phase
+from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.trainer import logged
 from tests.ranks import run_ranks
 
 NUM_CLASSES, BATCH, STEPS = 4, 12, 6
@@ -43,7 +43,7 @@ class TinySegmentor(nn.Module):
 
 def make_config(precision: str, alternation: str, mode: str, overrides: Sequence[str] = ()) -> Config:
     common = ["data.shards=unused", f"precision={precision}", f"mode={mode}", "steps=10"]
-    config = configuration.load([*common, *overrides])
+    config = loading.load([*common, *overrides])
     config.alternation = AlternationConfig(alternation, segmentor=2, discriminator=1)
     config.segmentor_optimizer = replace(config.segmentor_optimizer, encoder_lr_factor=0.25, clip_norm=0.5)
     # AdamW divides by the gradient's size and so magnifies fp32's rounding; fp64 shows that its steps are right

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg import configuration
-from distseg.config import Config
-from distseg.distributed import Ranks
-from distseg.engine import Images, Pair, adversarial_step
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
-from distseg.schedules import phase
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step
 from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
 
@@ -52,7 +52,7 @@ def make_config(overrides: list[str]) -> Config:
     common += ["discriminator_optimizer.clip_norm=0", "discriminator.options.width=0.1"]
     common += ["segmentor_optimizer.name=sgd", "discriminator_optimizer.name=sgd"]
     common += ["segmentor_optimizer.weight_decay=0", "discriminator_optimizer.weight_decay=0"]
-    return configuration.load([*common, *overrides])
+    return loading.load([*common, *overrides])
 
 
 def make_networks(config: Config) -> tuple[nn.Module, nn.Module]:

@@ -18,15 +18,16 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from distseg import configuration, export
-from distseg.checkpoint import Checkpoints
 from distseg.cli import main
-from distseg.distributed import Ranks
-from distseg.evaluate import trained_segmentor
-from distseg.export import FullResolution, describe
-from distseg.hub import EXAMPLE
-from distseg.inference import probabilities
+from distseg.config import loading
+from distseg.distributed.ranks import Ranks
+from distseg.evaluate.inference import probabilities
+from distseg.evaluate.trained import trained_segmentor
+from distseg.export import command, formats
+from distseg.export.formats import FullResolution, describe
+from distseg.export.hub import EXAMPLE
 from distseg.models import SEGMENTORS, build_segmentor
+from distseg.runs.checkpoint import Checkpoints
 
 CLASSES, PALETTE = ["sky", "a|b", "road"], [[86, 180, 233], [0, 110, 70], [120, 120, 120]]
 MULTISCALE = {"hidden": 16}
@@ -67,7 +68,7 @@ def check(name: str, options: dict, form: str, folder: Path) -> None:
     segmentor = lively(name, **options)
     logits = FullResolution(segmentor)(torch.rand(1, 3, 97, 131))
     assert logits.abs().max() > 0.5 and logits.std() > 0.05, "else the comparison would say little"
-    assert export.export(segmentor, about(name, options), form, folder / "model") <= 1e-4
+    assert formats.export(segmentor, about(name, options), form, folder / "model") <= 1e-4
     if form == "onnx":
         import onnxruntime
 
@@ -104,12 +105,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [f"segmentor.options.{key}={value}" for key, value in MULTISCALE.items()]
     start = ["data.shards=shards", "mode=supervised", "segmentor=multiscale", "segmentor.init=random", "steps=7"]
     places = [f"data.labelled={run_dir}/some.txt", f"data.cache_dir={run_dir}", "tracking.entity=me"]
-    config = configuration.load([*start, *options, *places, f"run_dir={run_dir}"])
+    config = loading.load([*start, *options, *places, f"run_dir={run_dir}"])
     identity = {"classes": CLASSES, "palette": PALETTE, "precision": "fp32"}
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     learner = Learner(network=lively("multiscale", **MULTISCALE))
     Checkpoints(run_dir, 1, identity, ranks).save({"segmentor": learner}, {"step": 7})
-    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+    (run_dir / "config.yaml").write_text(loading.to_yaml(config))
     about = {"step": 7, "data": "toy", "split": "val", "num_images": 4, "scales": [1.0], "mirror": False}
     scores = {"val/mean_iou": 0.725, "val/pixel_accuracy": 0.9, "val/boundary_f1": None, "precision": "fp32"}
     written = about | scores | {"intervals_95": {"val/mean_iou": [0.7, 0.75]}, "confusion": [[1]]}
@@ -135,7 +136,7 @@ def test_a_hub_folder_is_all_that_is_needed(finished: Path, tmp_path: Path, caps
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o044, f"{path.name} can be read by others"
         assert str(finished.parent).encode() not in path.read_bytes(), f"{path.name} names a place of this machine"
-    saved = configuration.from_file(folder / "training.yaml")
+    saved = loading.from_file(folder / "training.yaml")
     assert (
         saved.data.labelled == "some.txt" and saved.data.shards == saved.run_dir == "" and saved.tracking.entity is None
     )
@@ -160,7 +161,7 @@ def test_safetensors_and_torch_export_need_nothing_but_the_file(finished: Path, 
     image = torch.rand(1, 3, 70, 93)
     for form, file in (("safetensors", tmp_path / "a.safetensors"), ("torch-export", tmp_path / "b.pt2")):
         assert main(["export", str(finished), "--format", form, "--out", str(file)]) == 0
-    read = FullResolution(export.read_safetensors(tmp_path / "a.safetensors"))
+    read = FullResolution(formats.read_safetensors(tmp_path / "a.safetensors"))
     assert torch.equal(read(image), original(image))
     extra = {"distseg.json": ""}
     program = torch.export.load(tmp_path / "b.pt2", extra_files=extra)
@@ -172,27 +173,27 @@ def test_safetensors_and_torch_export_need_nothing_but_the_file(finished: Path, 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segmentor = lively("multiscale", **MULTISCALE)
-    writer, reader = export._FORMATS["safetensors"]
+    writer, reader = formats._FORMATS["safetensors"]
     for change in (lambda y: y + 1e-3 * torch.rand(y.shape), lambda y: y[..., :-1], lambda y: y * float("nan")):
 
-        def wrong(path: Path, change=change) -> export.Runner:
+        def wrong(path: Path, change=change) -> formats.Runner:
             run = reader(path)
             return lambda image: change(run(image))
 
-        monkeypatch.setitem(export._FORMATS, "safetensors", (writer, wrong))
+        monkeypatch.setitem(formats._FORMATS, "safetensors", (writer, wrong))
         with pytest.raises(RuntimeError, match="safetensors"):
-            export.export(segmentor, about("multiscale", MULTISCALE), "safetensors", tmp_path / "m.safetensors")
+            formats.export(segmentor, about("multiscale", MULTISCALE), "safetensors", tmp_path / "m.safetensors")
         assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    with pytest.raises(export.InputError, match=r"onnxruntime not installed[\s\S]*distseg\[export\]"):
-        export.run(tmp_path / "missing", "last", "onnx", None, None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    with pytest.raises(formats.InputError, match=r"onnxruntime not installed[\s\S]*distseg\[export\]"):
+        command.run(tmp_path / "missing", "last", "onnx", None, None)
 
 
 def test_the_example_is_installed_with_the_package(tmp_path: Path) -> None:
-    assert EXAMPLE.parent == Path(export.__file__).parent
+    assert EXAMPLE.parent == Path(formats.__file__).parent
     shutil.copy(EXAMPLE, tmp_path)
     done = subprocess.run([sys.executable, tmp_path / EXAMPLE.name], capture_output=True, text=True)
     assert done.returncode == 1 and "python predict_onnx.py model.onnx" in done.stderr

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from distseg.cli import main
-from distseg.distributed import Ranks
-from distseg.ema import MovingAverage
-from distseg.engine import Images, Pair, adversarial_step
+from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_shard_size, fsdp, wrap
 from distseg.parallel.slices import slice_of
-from distseg.schedules import phase
-from distseg.trainer import check_equal
+from distseg.train.ema import MovingAverage
+from distseg.train.replicas import check_equal
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import run_ranks

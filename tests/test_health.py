@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from distseg.cli import main
-from distseg.config import TrackingConfig
-from distseg.health import Health
-from distseg.tracking import open_tracker, read_metrics
-from distseg.verdicts import CHECKS, NAMED, RATIO
+from distseg.config.schema import TrackingConfig
+from distseg.tracking.health import Health
+from distseg.tracking.tracker import open_tracker, read_metrics
+from distseg.tracking.verdicts import CHECKS, NAMED, RATIO
 from tests.test_train import SEMI, SMALL
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README

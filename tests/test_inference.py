@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.inference import blend_tiles, probabilities
+from distseg.evaluate.inference import blend_tiles, probabilities
 from shards.errors import InputError
 
 SIZES = [(40, 64), (33, 47), (97, 32), (5, 7), (1, 1), (20, 90)]

@@ -19,8 +19,8 @@ from conftest import toy_samples
 from PIL import Image
 
 from distseg.cli import main
-from distseg.config import Config, DataConfig
-from distseg.train import open_data
+from distseg.config.schema import Config, DataConfig
+from distseg.train.inputs import open_data
 from shards import pack as packing
 from shards.errors import InputError
 from shards.inspect import inspect

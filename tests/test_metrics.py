@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.metrics import confusion_matrix, log_loss_sum, max_f1, scores, threshold_counts
+from distseg.evaluate.metrics import confusion_matrix, log_loss_sum, max_f1, scores, threshold_counts
 from shards.errors import InputError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from distseg.config import OptimizerConfig
-from distseg.optimizers import LossScale, build_optimizer, clip, guarded_step, parameter_groups
+from distseg.config.schema import OptimizerConfig
+from distseg.parallel.optimizers import LossScale, build_optimizer, clip, guarded_step, parameter_groups
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from distseg import pictures
+from distseg.tracking import figures as figures_module
 from shards.sample import STANFORD, ClassSet
 
 TRAIN = ("loss/segmentor", "loss/cross_entropy")
@@ -21,8 +21,8 @@ ADVERSARIAL = ("loss/adversarial", "loss/discriminator_real", "loss/discriminato
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, for a look at what is in it."""
     saved: list[Figure] = []
-    original = pictures.save
-    monkeypatch.setattr(pictures, "save", lambda figure, out: (saved.append(figure), original(figure, out))[1])
+    original = figures_module.save
+    monkeypatch.setattr(figures_module, "save", lambda figure, out: (saved.append(figure), original(figure, out))[1])
     return saved
 
 
@@ -41,7 +41,7 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
     metrics = rows(TRAIN + ADVERSARIAL)
     metrics[50]["loss/discriminator_real"] = float("nan")
     metrics += [{"step": 500, "val/mean_iou": 0.5, "val/pixel_accuracy": 0.8}]
-    pictures.curves(metrics, tmp_path / "pictures" / "curves.png")
+    figures_module.curves(metrics, tmp_path / "pictures" / "curves.png")
     (figure,) = figures
     assert titles(figure) == [
         "Discriminator on real label maps",
@@ -66,14 +66,14 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
 
 
 def test_curves_of_a_supervised_run_have_no_discriminator(tmp_path: Path, figures: list[Figure]) -> None:
-    pictures.curves(rows(TRAIN), tmp_path / "curves.png")
+    figures_module.curves(rows(TRAIN), tmp_path / "curves.png")
     assert titles(figures[0]) == ["Segmentor"]
     assert figures[0].axes[-1].get_xlabel() == "training step" and figures[0].axes[0].get_ylabel() == "loss (nats)"
 
 
 @pytest.mark.parametrize("metrics", [[], rows(TRAIN, 1), [{"step": 0, "loss/segmentor": float("nan")}]])
 def test_curves_of_hardly_anything_are_still_a_picture(tmp_path: Path, metrics: list[dict[str, Any]]) -> None:
-    pictures.curves(metrics, tmp_path / "curves.png")
+    figures_module.curves(metrics, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as png:
         assert png.format == "PNG"
 
@@ -83,7 +83,7 @@ def test_running_mean_equals_the_mean_of_each_window(window: int) -> None:
     values = np.random.default_rng(window).normal(size=40)
     values[[3, 4, 5, 20]] = np.nan, np.inf, -np.inf, np.nan
     half = window // 2
-    for place, mean in enumerate(pictures.running_mean(values, window)):
+    for place, mean in enumerate(figures_module.running_mean(values, window)):
         part = values[max(0, place - half) : place + half + 1]
         part = part[np.isfinite(part)]
         np.testing.assert_allclose(mean, part.mean() if len(part) else np.nan)
@@ -99,7 +99,7 @@ def test_the_panel_shows_each_class_from_0_to_1(
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     label = rng.integers(0, num_classes, size, dtype=np.uint8)
     planes = rng.dirichlet(np.ones(num_classes), size).transpose(2, 0, 1).astype(np.float32)
-    pictures.sample_panel(image, label, planes, classes, tmp_path / "a.png")
+    figures_module.sample_panel(image, label, planes, classes, tmp_path / "a.png")
     figure = figures[0]
     errors = (planes.argmax(0) != label).mean()
     top = ["picture", "label", "prediction", f"errors: {errors:.1%} of pixels"]
@@ -117,14 +117,14 @@ def test_the_panel_shows_each_class_from_0_to_1(
 
 def test_the_panel_without_a_label_has_picture_and_prediction(tmp_path: Path, figures: list[Figure]) -> None:
     planes = np.full((8, 30, 40), 0.125, np.float32)
-    pictures.sample_panel(np.zeros((30, 40, 3), np.uint8), None, planes, STANFORD, tmp_path / "a.png")
+    figures_module.sample_panel(np.zeros((30, 40, 3), np.uint8), None, planes, STANFORD, tmp_path / "a.png")
     assert titles(figures[0]) == ["picture", "prediction", *STANFORD.names]
 
 
 def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: list[Figure]) -> None:
     label = np.full((30, 40), 255, np.uint8)
     planes = np.full((8, 30, 40), 0.125, np.float32)
-    pictures.sample_panel(np.zeros((30, 40, 3), np.uint8), label, planes, STANFORD, tmp_path / "a.png")
+    figures_module.sample_panel(np.zeros((30, 40, 3), np.uint8), label, planes, STANFORD, tmp_path / "a.png")
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [*STANFORD.names, "void"]
     assert "errors (label is all void)" in titles(figures[0])
 
@@ -135,7 +135,7 @@ BLACK_FIRST = ClassSet(STANFORD.names, ((0, 0, 0), *STANFORD.palette[1:]))
 @pytest.mark.parametrize(("classes", "void"), [(STANFORD, (0, 0, 0)), (BLACK_FIRST, (255, 255, 255))])
 def test_colours_are_the_palettes_and_void_has_none_of_them(classes: ClassSet, void: tuple[int, int, int]) -> None:
     label = np.array([[0, 7, 255], [3, 3, 1]], np.uint8)
-    result = pictures.colourise(label, classes)
+    result = figures_module.colourise(label, classes)
     assert result.dtype == np.uint8
     for value, color in zip(label.ravel(), result.reshape(-1, 3), strict=True):
         assert tuple(color) == (void if value == 255 else classes.palette[value])
@@ -147,14 +147,14 @@ def test_overlay_mixes_by_alpha_and_leaves_void_alone(alpha: float) -> None:
     image = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
     label = rng.integers(0, 8, (9, 11), dtype=np.uint8)
     label[2] = 255
-    result = pictures.overlay(image, label, STANFORD, alpha).astype(float)
-    mixed = (1 - alpha) * image + alpha * pictures.colourise(label, STANFORD)
+    result = figures_module.overlay(image, label, STANFORD, alpha).astype(float)
+    mixed = (1 - alpha) * image + alpha * figures_module.colourise(label, STANFORD)
     mixed[2] = image[2]
     assert np.abs(result - mixed).max() <= 0.51
 
 
 def test_error_map_separates_right_wrong_and_void() -> None:
-    colors = pictures.error_map(np.array([[1, 2, 3]], np.uint8), np.array([[1, 0, 255]], np.uint8))
+    colors = figures_module.error_map(np.array([[1, 2, 3]], np.uint8), np.array([[1, 0, 255]], np.uint8))
     right, wrong, void = (tuple(color) for color in colors[0])
     assert len({right, wrong, void}) == 3 and void == (0, 0, 0)
     assert wrong[0] > 200 and max(wrong[1:]) < 50 and len(set(right)) == 1
@@ -162,7 +162,7 @@ def test_error_map_separates_right_wrong_and_void() -> None:
 
 def test_bars_have_the_length_of_the_iou(tmp_path: Path, figures: list[Figure]) -> None:
     per_class = {"sky": 0.9, "tree": 0.5, "road": float("nan"), "grass": 0.0}
-    pictures.iou_bars(per_class, tmp_path / "iou.png")
+    figures_module.iou_bars(per_class, tmp_path / "iou.png")
     axes = figures[0].axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.9, 0.5, 0.0, 0.0]
     assert [text.get_text() for text in axes.texts] == ["90.0%", "50.0%", "absent", "0.0%"]

@@ -201,7 +201,7 @@ def test_classes_are_drawn_as_the_formula_says(temperature):
 
 STARTUP = """
 import resource, sys, time
-from distseg.config import DataConfig
+from distseg.config.schema import DataConfig
 from distseg.data.samples import SampleSet, open_reader, plan_for, split_labelled
 before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 options = DataConfig(shards=sys.argv[1], shuffle_block=16)

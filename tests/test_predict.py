@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distseg import predict as predict_module
-from distseg.inference import probabilities
-from distseg.pictures import overlay
+from distseg.evaluate.inference import probabilities
 from distseg.predict import PredictOptions, collect_images, load_image, predict
+from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.sample import ClassSet
 

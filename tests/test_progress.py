@@ -9,8 +9,8 @@ import re
 import pytest
 from rich.console import Console
 
-from distseg import progress as progress_module
-from distseg.progress import Progress
+from distseg.tracking import progress as progress_module
+from distseg.tracking.progress import Progress
 
 
 class Clock:

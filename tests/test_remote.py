@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import toy_samples
 
-from distseg import configuration
+from distseg.config import loading
 from distseg.data.plan import BlockPlan, Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
@@ -389,7 +389,7 @@ def test_what_is_expected_is_fetched_once_for_each_use_and_never_too_far_ahead()
 )
 def test_urls_with_secrets_or_unknown_schemes_are_refused_early(url: str) -> None:
     with pytest.raises(InputError) as caught:
-        configuration.load([f"data.shards={url}"])
+        loading.load([f"data.shards={url}"])
     assert "hunter2" not in str(caught.value)
 
 

@@ -17,11 +17,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from distseg.attempts import LABEL_VARIABLE, Note
 from distseg.cli import main
 from distseg.report import content
 from distseg.report.panels import PANELS
-from distseg.tracking import _json_value
+from distseg.runs.attempts import LABEL_VARIABLE, Note
+from distseg.tracking.tracker import _json_value
 from shards.errors import InputError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

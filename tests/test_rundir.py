@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from distseg import configuration
-from distseg.distributed import Ranks
-from distseg.rundir import LOCK_FILE, RunDirectory
+from distseg.config import loading
+from distseg.distributed.ranks import Ranks
+from distseg.runs.rundir import LOCK_FILE, RunDirectory
 from shards.errors import InputError
 from tests.ranks import run_ranks
 
-CONFIG = configuration.load(["data.shards=unused"])
+CONFIG = loading.load(["data.shards=unused"])
 PATIENCE = 2.0  # seconds
 
 

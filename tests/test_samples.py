@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distseg import configuration
-from distseg.config import DataConfig
+from distseg.config import loading
+from distseg.config.schema import DataConfig
 from distseg.data.plan import BalancedPlan, Plan
 from distseg.data.samples import DecodedSamples, SampleSet, plan_for, split_labelled
-from distseg.train import open_data
+from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import decode_label
@@ -134,7 +134,7 @@ def test_a_run_keeps_what_it_decodes_the_labelled_first(
     everything = SampleSet(ShardReader(toy_shards, "train"), labelled=False).decoded_bytes(1e9)
     keep = f"data.keep_decoded_bytes={of_all * everything}"
     semi = ("mode=semi_supervised", "data.labelled=1/2", "loss.adv_weight=0.01", keep)
-    data = open_data(configuration.load([f"data.shards={toy_shards}", *semi]), 1)
+    data = open_data(loading.load([f"data.shards={toy_shards}", *semi]), 1)
     assert data.unlabelled is not None
     reads, read = [], ShardReader.read
     monkeypatch.setattr(ShardReader, "read", lambda *args, **options: reads.append(args[1]) or read(*args, **options))

@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from distseg import configuration
-from distseg.config import Config, ScheduleConfig
-from distseg.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
+from distseg.config import loading
+from distseg.config.schema import Config, ScheduleConfig
+from distseg.train.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
 
 
 def config_of(*overrides: str) -> Config:
-    return configuration.load(["data.shards=unused", "loss.adv_weight=0.5", *overrides])
+    return loading.load(["data.shards=unused", "loss.adv_weight=0.5", *overrides])
 
 
 def test_poly_is_its_formula_and_ends_at_zero() -> None:
@@ -72,6 +72,6 @@ def test_terms_on_unlabelled_images_begin_at_their_steps() -> None:
 
 
 def test_supervised_mode_never_has_an_adversary() -> None:
-    config = configuration.load(["data.shards=unused", "mode=supervised"])
+    config = loading.load(["data.shards=unused", "mode=supervised"])
     assert phase(7, config) == Phase(segmentor=True, discriminator=False)
     assert phase(7, config).is_supervised

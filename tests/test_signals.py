@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distseg import signals
-from distseg.distributed import Ranks
-from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.distributed.ranks import Ranks
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
-from distseg.schedules import phase
-from distseg.verdicts import RATIO
+from distseg.tracking.verdicts import RATIO
+from distseg.train import diagnostics
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step, supervised_step
 from tests.ranks import run_ranks
 from tests.test_engine_terms import BATCH, CASES, SIZE, make_config, make_images, make_networks
 
@@ -47,7 +47,7 @@ def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) ->
     rest = unlabelled if config.mode == "semi_supervised" else None
     metrics = adversarial_step(pair, now, labelled, rest, num_parts)
     grad_norm = {f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)}
-    return signals.gather(metrics | grad_norm, OWN, ranks)
+    return diagnostics.gather(metrics | grad_norm, OWN, ranks)
 
 
 def named(pair: Pair) -> list[tuple[str, Any]]:
@@ -165,7 +165,7 @@ def two_paces(ranks: Ranks) -> tuple[dict[str, float], float]:
     )
     seconds = learner.stopwatch.seconds()
     own = {"forward_seconds": seconds, "data_wait_seconds": 0.001 * ranks.rank, "memory_bytes": 5.0 - ranks.rank}
-    return signals.gather(metrics, own, ranks), seconds
+    return diagnostics.gather(metrics, own, ranks), seconds
 
 
 def test_the_slowest_rank_is_named_and_the_worst_wait_and_memory_kept() -> None:
@@ -178,9 +178,9 @@ def test_the_slowest_rank_is_named_and_the_worst_wait_and_memory_kept() -> None:
 
 
 def test_pace_of_one_rank_has_no_slowest_and_no_ratio_is_made_of_nothing() -> None:
-    assert signals.pace([[0.5, 0.1, 7.0]]) == {"data_wait_seconds": 0.1, "memory_bytes": 7.0}
-    assert signals.pace([[1.0, 0.0, 1.0], [1.5, 0.5, 1.0]])["ranks/slowest_ratio"] == 2.0
+    assert diagnostics.pace([[0.5, 0.1, 7.0]]) == {"data_wait_seconds": 0.1, "memory_bytes": 7.0}
+    assert diagnostics.pace([[1.0, 0.0, 1.0], [1.5, 0.5, 1.0]])["ranks/slowest_ratio"] == 2.0
     squares = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
-    assert signals.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {"a": 1.0, RATIO: 1.5}
-    assert signals.summary(dict(zip(squares, (0.0, 0.0), strict=True))) == {}
-    assert signals.memory_bytes(torch.device("cpu")) > 5e7
+    assert diagnostics.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {"a": 1.0, RATIO: 1.5}
+    assert diagnostics.summary(dict(zip(squares, (0.0, 0.0), strict=True))) == {}
+    assert diagnostics.memory_bytes(torch.device("cpu")) > 5e7

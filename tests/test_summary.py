@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distseg import configuration
 from distseg.cli import main
-from distseg.summary import overview, read, rows, to_json, to_latex, to_markdown
+from distseg.config import loading
+from distseg.evaluate.summary import overview, read, rows, to_json, to_latex, to_markdown
 from shards.errors import InputError
 
 SCORES = {"step": 900, "data": "toy", "split": "val", "num_images": 4, "scales": [1.0], "mirror": False}
@@ -19,8 +19,8 @@ SCORES = {"step": 900, "data": "toy", "split": "val", "num_images": 4, "scales":
 def finished(folder: Path, mean_iou: float, *overrides: str, **more: object) -> Path:
     """A run directory with what a table is made of."""
     folder.mkdir()
-    config = configuration.load(["data.shards=shards", f"run_dir={folder}", *overrides])
-    (folder / "config.yaml").write_text(configuration.to_yaml(config))
+    config = loading.load(["data.shards=shards", f"run_dir={folder}", *overrides])
+    (folder / "config.yaml").write_text(loading.to_yaml(config))
     scores = {"val/mean_iou": mean_iou, "val/pixel_accuracy": 0.5, "val/iou/sky": mean_iou, "val/iou/a&b": None}
     (folder / "evaluation.json").write_text(json.dumps({**SCORES, **scores, **more}))
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distseg.attempts import LABEL_VARIABLE, Attempt, Note, note_failure
+from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note, note_failure
 from launchers import supervisor
 from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node

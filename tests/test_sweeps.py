@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import submitit
 
-from distseg import attempts
 from distseg.cli import main
+from distseg.runs import attempts
 from launchers import resubmit, status, submit, sweep, sweeps, table
 from launchers.job import Job
 from launchers.sweeps import Row
@@ -202,10 +202,10 @@ def test_bad_input_is_refused_at_submission(
 
 
 def test_a_run_directory_of_another_configuration_is_refused_at_submission(toy_shards: Path, tmp_path: Path) -> None:
-    from distseg import configuration
+    from distseg.config import loading
 
     good = [*TINY, f"data.shards={toy_shards}", f"run_dir={tmp_path}"]
-    (tmp_path / "config.yaml").write_text(configuration.to_yaml(configuration.load(good)))
+    (tmp_path / "config.yaml").write_text(loading.to_yaml(loading.load(good)))
     assert "seed: 0 there, 5 now" in refused(*good, "seed=5", executor="local")
 
 

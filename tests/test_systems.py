@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from distseg import configuration
-from distseg.config import Config
+from distseg.config import loading
+from distseg.config.schema import Config
 from distseg.data.plan import Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
-from distseg.distributed import Ranks
-from distseg.engine import Images, Pair, adversarial_step, supervised_step
-from distseg.metrics import confusion_matrix, scores
+from distseg.distributed.ranks import Ranks
+from distseg.evaluate.metrics import confusion_matrix, scores
 from distseg.models import DISCRIMINATORS, SEGMENTORS, build_discriminator, build_segmentor, resnet
 from distseg.parallel import wrap
-from distseg.schedules import phase
-from distseg.trainer import to_device
+from distseg.train.schedules import phase
+from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.trainer import to_device
 from shards.reader import ShardReader
 from tests.ranks import run_ranks
 
@@ -41,7 +41,7 @@ def narrow_options(name: str) -> dict[str, Any]:
 
 def make_config(*overrides: str) -> Config:
     common = ["data.shards=unused", "precision=fp32", "loss.map_resolution=image", "loss.adv_weight=0.1"]
-    return configuration.load([*common, "segmentor_optimizer.lr=1e-3", "discriminator_optimizer.lr=1e-4", *overrides])
+    return loading.load([*common, "segmentor_optimizer.lr=1e-3", "discriminator_optimizer.lr=1e-4", *overrides])
 
 
 def batches(ranks: Ranks, shards: Path, config: Config, count: int) -> list[Images]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.boundary import compare_outlines
-from distseg.distributed import Ranks
-from distseg.metrics import calibration_counts, calibration_error
-from distseg.tally import NUM_RESAMPLES, Tally, bootstrap
+from distseg.distributed.ranks import Ranks
+from distseg.evaluate.boundary import compare_outlines
+from distseg.evaluate.metrics import calibration_counts, calibration_error
+from distseg.evaluate.tally import NUM_RESAMPLES, Tally, bootstrap
 from shards.errors import InputError
 from tests.ranks import run_ranks
 
@@ -128,7 +128,7 @@ def test_outlines_are_averaged_over_classes_then_images(alone: dict) -> None:
 
 def test_bootstrap_equals_drawing_images_one_by_one() -> None:
     """Same draws, scores from the drawn images' summed confusion matrices."""
-    from distseg.metrics import scores
+    from distseg.evaluate.metrics import scores
 
     rng = np.random.default_rng(3)
     matrices = rng.integers(0, 50, (8, 4, 4)) * rng.integers(0, 2, (8, 4, 1))  # classes absent from some images

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from distseg import environment
-from distseg.config import TrackingConfig
-from distseg.distributed import Ranks
-from distseg.tracking import NullTracker, open_tracker, read_metrics
+from distseg.config.schema import TrackingConfig
+from distseg.distributed.ranks import Ranks
+from distseg.runs import environment
+from distseg.tracking.tracker import NullTracker, open_tracker, read_metrics
 from shards.errors import InputError
 
 OFF = TrackingConfig(wandb="disabled")
@@ -97,8 +97,8 @@ def test_every_logged_line_survives_sigkill(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 from pathlib import Path
-from distseg.config import TrackingConfig
-from distseg.tracking import open_tracker
+from distseg.config.schema import TrackingConfig
+from distseg.tracking.tracker import open_tracker
 tracker = open_tracker(Path({str(tmp_path)!r}), TrackingConfig(wandb="disabled"), {{}}, None, True)
 for step in range(500):
     tracker.log(step, {{"loss": step / 3}})
@@ -113,8 +113,8 @@ def test_wandb_is_not_even_imported_where_it_is_disabled(tmp_path: Path) -> None
     program = f"""
 import sys
 from pathlib import Path
-from distseg.config import TrackingConfig
-from distseg.tracking import open_tracker
+from distseg.config.schema import TrackingConfig
+from distseg.tracking.tracker import open_tracker
 tracker = open_tracker(Path({str(tmp_path)!r}), TrackingConfig(wandb="disabled"), {{}}, None, True)
 tracker.log(1, {{"loss": 1.0}})
 tracker.finish()

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from distseg import device, train, trainer
 from distseg.cli import main
 from distseg.data.stream import Batch
-from distseg.distributed import Ranks
-from distseg.evaluate import View
-from distseg.tracking import read_metrics
+from distseg.distributed import device
+from distseg.distributed.ranks import Ranks
+from distseg.evaluate.evaluator import View
+from distseg.tracking.tracker import read_metrics
+from distseg.train import command, trainer
 from shards.manifest import Manifest
 from tests.ranks import PATIENCE, TIMEOUT_SECONDS, Job, Program, free_port, run_ranks
 
@@ -148,11 +149,11 @@ def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
         return to_device(batch, *others)
 
     changed: dict[Any, dict[str, Any]] = {trainer: {"to_device": record}}
-    changed[train] = {"setup": lambda *_: ranks, "teardown": lambda: None, "show": lambda *_: None}
+    changed[command] = {"setup": lambda *_: ranks, "teardown": lambda: None, "show": lambda *_: None}
     for module, functions in changed.items():
         for name, function in functions.items():
             setattr(module, name, function)
-    train.run([*SMALL, *overrides])
+    command.run([*SMALL, *overrides])
     return seen
 
 
@@ -214,11 +215,11 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
     automatic = [*SMALL, f"data.shards={toy_shards}", f"run_dir={run_dir}", "precision=auto", "steps=2", "ema_decay=0"]
     monkeypatch.setattr(device, "_has_bf16", lambda where: True)
     seen = []
-    monkeypatch.setattr(train, "show", lambda trainer, *_: seen.append(trainer.config.precision))
+    monkeypatch.setattr(command, "show", lambda trainer, *_: seen.append(trainer.config.precision))
     assert main(["train", *automatic]) == 0
     monkeypatch.setattr(device, "_has_bf16", lambda where: False)
     monkeypatch.setattr(
-        train,
+        command,
         "show",
         lambda trainer, *_: seen.append((trainer.config.precision, signal.getsignal(signal.SIGTERM))),
     )

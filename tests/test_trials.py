@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distseg import configuration
+from distseg.config import loading
 from launchers.trials import EXAMPLE, expand, from_file
 from shards.errors import InputError
 
@@ -51,7 +51,7 @@ def test_values_arrive_in_the_configuration_as_they_were(tmp_path: Path) -> None
     values = {"evaluate.scales": [[0.5, 1.0]], "evaluate.mirror": [True], "tracking.group": [None]}
     values |= {"segmentor_optimizer.lr": [1e-4], "tracking.tags": [["a", "b c"]]}
     (overrides,) = expand({"base": ["preset=toy"], "grid": values})
-    config = configuration.load(overrides)
+    config = loading.load(overrides)
     assert config.evaluate.scales == [0.5, 1.0] and config.evaluate.mirror is True and config.tracking.group is None
     assert config.segmentor_optimizer.lr == 1e-4 and config.tracking.tags == ["a", "b c"]
 
@@ -61,7 +61,7 @@ def test_the_example_is_a_plan(tmp_path: Path) -> None:
     path.write_text(EXAMPLE)
     trials = expand(from_file(path))
     assert len(trials) == 4 * 2 * 2 * 8
-    assert {configuration.load(trial).ema_decay for trial in trials[::8]} == {0, 0.99}
+    assert {loading.load(trial).ema_decay for trial in trials[::8]} == {0, 0.99}
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distseg import wandb_run
-from distseg.config import TrackingConfig
-from distseg.tracking import Tracker, open_tracker, read_metrics
-from distseg.wandb_run import WandbRun, choose_mode, without_secrets
+from distseg.config.schema import TrackingConfig
+from distseg.tracking import wandb_run
+from distseg.tracking.tracker import Tracker, open_tracker, read_metrics
+from distseg.tracking.wandb_run import WandbRun, choose_mode, without_secrets
 
 SECRET = "planted-secret-value-0123456789"
 OPTIONS: dict[str, Any] = {"project": "distseg", "entity": None, "group": None, "tags": [], "name": "a"}

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from distseg import attempts
-from distseg.distributed import Ranks
-from distseg.engine import Pair
-from distseg.trainer import check_equal
-from distseg.watchdog import LOST_RANK_EXIT_CODE, Watchdog
+from distseg.distributed.ranks import Ranks
+from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Watchdog
+from distseg.runs import attempts
+from distseg.train.replicas import check_equal
+from distseg.train.step import Pair
 from shards.errors import InputError
 from tests.ranks import PATIENCE, run_ranks
 from tests.test_train import start, wait_for

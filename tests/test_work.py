@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from benchmarks.step import flops_of
-from distseg import configuration
-from distseg.config import Config
-from distseg.distributed import Ranks
-from distseg.engine import Images, Pair, adversarial_step, supervised_step
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import wrap
-from distseg.schedules import Phase, phase
-from distseg.trainer import _Clock
-from distseg.work import StepWork, convolution_peak
+from distseg.train.clock import StepClock
+from distseg.train.flops import StepWork, convolution_peak
+from distseg.train.schedules import Phase, phase
+from distseg.train.step import Images, Pair, adversarial_step, supervised_step
 from tests.ranks import run_ranks
 
 NUM_CLASSES, SIDE = 5, 129
@@ -34,7 +34,7 @@ PHASES = {
 
 
 def make_config(*overrides: str) -> Config:
-    return configuration.load([*SETTINGS, *overrides])
+    return loading.load([*SETTINGS, *overrides])
 
 
 def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
@@ -76,15 +76,15 @@ def test_operations_of_a_step_are_those_that_torch_counts(resolution: str) -> No
 
 
 def test_without_an_adversary_no_discriminator_is_counted() -> None:
-    config = configuration.load(["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"])
+    config = loading.load(["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"])
     work = StepWork.of(config, NUM_CLASSES)
     assert work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
 
 
 def test_share_of_peak_is_operations_over_time_over_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
-    monkeypatch.setattr("distseg.trainer.time.perf_counter", lambda: now[0])
-    clock = _Clock(batch_size=4, peak=100.0, start_step=7)
+    monkeypatch.setattr("distseg.train.clock.time.perf_counter", lambda: now[0])
+    clock = StepClock(batch_size=4, peak=100.0, start_step=7)
     clock.count(30.0)
     clock.count(50.0)
     now[0] = 12.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distseg.config import DataConfig
+from distseg.config.schema import DataConfig
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from distseg.config import Config, OptimizerConfig
-from distseg.distributed import Ranks
+from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.ranks import Ranks
 from distseg.parallel.ddp import DDPLearner
-from distseg.signals import Stopwatch
+from distseg.parallel.stopwatch import Stopwatch
 from shards.errors import InputError
 
-__all__ = ["Learner", "Root", "backward", "check_installed", "check_shard_size", "wrap"]
+__all__ = ["Learner", "Root", "backward", "check_installed", "check_settings", "check_shard_size", "wrap"]
 
 Root = tuple[Tensor, Tensor | None]  # where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
 
@@ -70,6 +70,14 @@ def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: 
     """Move a network to the rank's device and make it a learner by `config.parallel.strategy`."""
     strategies = {"ddp": DDPLearner, "fsdp": _fsdp, "deepspeed": _deepspeed}
     return strategies[config.parallel.strategy](network, optimizer, config, ranks)
+
+
+def check_settings(config: Config) -> None:
+    """Raise InputError for what does not go with `config.parallel.strategy`."""
+    if config.parallel.strategy == "deepspeed":
+        from distseg.parallel.deepspeed_config import check
+
+        check(config)
 
 
 def check_installed(strategy: str) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distseg.config import Config, OptimizerConfig
-from distseg.distributed import Ranks
+from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.ranks import Ranks
 from distseg.parallel.torch_learner import TorchLearner, dtype_of
 from distseg.parallel.whole_copy import with_values
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distseg.config import Config, OptimizerConfig
-from distseg.distributed import Ranks
-from distseg.optimizers import initial_state
+from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.ranks import Ranks
 from distseg.parallel.deepspeed_config import generate, initialize
 from distseg.parallel.deepspeed_state import OptimizerState, gathered, whole_tensors
+from distseg.parallel.optimizers import initial_state
 from distseg.parallel.torch_learner import TorchLearner
 from distseg.parallel.whole_copy import WholeCopy, with_values
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distseg.config import Config, OptimizerConfig
-from distseg.distributed import Ranks
+from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
 
 # Elements reduced at once, 32 MB. For DeepSpeed's own 5e8 stages 1 and 2 allocate 2 GB at a step, and stage 3 keeps it.

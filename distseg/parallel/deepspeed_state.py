@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distseg.config import OptimizerConfig
-from distseg.optimizers import initial_state
+from distseg.config.schema import OptimizerConfig
+from distseg.parallel.optimizers import initial_state
 
 
 class OptimizerState:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distseg.config import Config, OptimizerConfig
-from distseg.distributed import Ranks, all_reduce_sum
+from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.parallel.slices import of_same_slice, slice_of
 from distseg.parallel.torch_learner import TorchLearner, dtype_of
 from distseg.parallel.whole_copy import WholeCopy

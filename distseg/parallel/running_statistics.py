@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from distseg.distributed import all_reduce_sum
+from distseg.distributed.ranks import all_reduce_sum
 
 
 class RunningStatistics:

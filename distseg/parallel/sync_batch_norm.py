@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
-from distseg.distributed import all_reduce_sum
+from distseg.distributed.ranks import all_reduce_sum
 from distseg.models.batch_norm import BatchNorm2d
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distseg.config import Config, OptimizerConfig
-from distseg.device import autocast_dtype
-from distseg.distributed import Ranks
-from distseg.optimizers import LossScale, build_optimizer, clip, guarded_step
+from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.device import autocast_dtype
+from distseg.distributed.ranks import Ranks
+from distseg.parallel.optimizers import LossScale, build_optimizer, clip, guarded_step
 from distseg.parallel.running_statistics import RunningStatistics
-from distseg.signals import Stopwatch
+from distseg.parallel.stopwatch import Stopwatch
 
 
 class TorchLearner:

@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from distseg import attempts
-from distseg.health import Health
-from distseg.summary import of_seeds, spread
-from distseg.tracking import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
-from distseg.verdicts import NAMED
+from distseg.evaluate.summary import of_seeds, spread
+from distseg.runs import attempts
+from distseg.tracking.health import Health
+from distseg.tracking.tracker import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
+from distseg.tracking.verdicts import NAMED
 from shards.errors import InputError
 
 MAX_POINTS = 1200  # of a curve: more than a screen has; longer ones become means of neighbours

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distseg.verdicts import NAMED, RATIO
+from distseg.tracking.verdicts import NAMED, RATIO
 
 
 @dataclass(frozen=True)

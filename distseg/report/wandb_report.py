@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distseg.report.panels import PANELS, Panel
-from distseg.wandb_run import ID_FILE, choose_mode
+from distseg.tracking.wandb_run import ID_FILE, choose_mode
 from shards.errors import InputError
 from shards.files import published
 

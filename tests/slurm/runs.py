@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distseg import attempts
+from distseg.runs import attempts
 from tests.slurm.cluster import ROOT, Cluster
 from tests.test_train import SMALL
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def _install(folder: Path) -> None:
-    from distseg.trainer import Trainer
+    from distseg.train.trainer import Trainer
     from shards.errors import InputError
 
     take = Trainer.train_step

@@ -1,0 +1,1 @@
+"""Configuration: the typed schema, and loading it from presets, files and overrides."""

@@ -1,0 +1,1 @@
+"""Ranks: joining the job, talking to each other, agreeing to stop, noticing who is lost."""

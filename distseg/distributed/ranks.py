@@ -1,0 +1,202 @@
+"""Ranks: who am I, sums over all ranks, work that one rank does for all, and the agreed stop."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distseg.distributed.launch import rendezvous_of_srun, resolve_ranks
+from shards.errors import InputError
+
+Result = TypeVar("Result")
+
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank of world_size, local_rank on its machine, and its device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that talks, and writes all files but the other ranks' parts of checkpoints."""
+        return self.rank == 0
+
+
+def setup(device: str, timeout_seconds: float) -> Ranks:
+    """Join the job: NCCL for CUDA tensors, gloo for CPU tensors (those carry the control messages too).
+
+    device: auto, cpu or cuda. Raises InputError for a device that is not there or a port that is taken.
+    """
+    rank, world_size, local_rank = resolve_ranks(dict(os.environ))
+    if world_size > 1:
+        os.environ.update(rendezvous_of_srun(dict(os.environ)) if "RANK" not in os.environ else {})
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    where = _cuda_device(local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(_usable_cores())
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    options: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=timeout_seconds)}
+    if world_size == 1:
+        options["store"] = dist.HashStore()  # no port is needed
+    try:
+        if world_size > 1 and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On one machine torchrun keeps its store when it starts lost ranks again, and their addresses in it, where
+            # nobody is any more. (On several its machines may count the restarts differently.)
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=options["timeout"]))
+            options["store"] = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, **options)
+    except dist.DistError as error:
+        raise _network_error(error) from None
+    ranks = Ranks(rank, world_size, local_rank, where)
+    if cuda:
+        _check_own_gpus(ranks)
+    return ranks
+
+
+def _cuda_device(local_rank: int) -> torch.device:
+    """This process's GPU: the one of its local rank, or the only one, where a launcher shows each process its own."""
+    there = torch.cuda.device_count()
+    if not there:
+        action = "write device=cpu, or check the driver"
+        raise InputError("device=cuda, and no CUDA device is visible", "a CUDA device", action)
+    return torch.device("cuda", local_rank % there)  # one GPU twice is found once all have joined
+
+
+def _check_own_gpus(ranks: Ranks) -> None:
+    """Raise InputError, on every rank, when two processes of a machine have the same GPU."""
+    uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
+    owners = on_all(ranks, (socket.gethostname(), uuid))
+    shared = [rank for rank, owner in enumerate(owners) if owners.index(owner) != rank]
+    if shared:
+        got = f"rank {shared[0]} has the same GPU as rank {owners.index(owners[shared[0]])}"
+        action = "lower --nproc_per_node, or write device=cpu"
+        raise shared_error(InputError(got, "one CUDA device per process", action))
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, which a cluster's job can have fewer of than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _network_error(error: Exception) -> InputError:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error) or "in use" in str(error):
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            free = probe.getsockname()[1]
+        action = f"set MASTER_PORT={free} (free now), or use torchrun --standalone, which finds one"
+        return InputError(f"the port of {address} is in use", "a free port for the rendezvous", action)
+    action = "check that rank 0 runs at that address and that no firewall is between"
+    return InputError(f"no rendezvous at {address}: {str(error).splitlines()[0]}", "a reachable first rank", action)
+
+
+def teardown() -> None:
+    """Leave the job; without effect when it was never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place; every rank gets the same bits."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """What `work` returns on the main rank, on every rank; its exception is raised on every rank too.
+
+    Without this, an error while one rank writes a file leaves the others waiting for it.
+    """
+    outcome: list[Any] = [None, None]
+    if ranks.is_main:
+        try:
+            outcome[0] = work()
+            pickle.dumps(outcome)  # or nothing would be sent, and the others would wait for it
+        except Exception as error:
+            outcome = [None, _sendable(error)]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise shared_error(outcome[1])
+    return outcome[0]
+
+
+def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank, once it has succeeded on all of them; the first that fails, fails on every one.
+
+    `work` must not communicate: a rank that fails in it would leave the others waiting.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = _sendable(error)
+    failures = [of_rank for of_rank in on_all(ranks, failure) if of_rank is not None]
+    if failures:
+        raise shared_error(failures[0])
+    return result  # type: ignore[return-value]
+
+
+def shared_error(error: Exception) -> Exception:
+    """An error that every rank raises at this place, marked as such, so that one of them tells the user."""
+    error.raised_on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank raises it."""
+    return hasattr(error, "raised_on_all_ranks")
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def on_all(ranks: Ranks, value: Result) -> list[Result]:
+    """[the `value` of rank 0, of rank 1, ...], on every rank."""
+    values: list[Any] = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def own_store(ranks: Ranks) -> Any:
+    """A part of the job's key-value store, over a connection of its own: a call that waits holds up no other.
+
+    Called on every rank at once; every call gives another part, so that what ranks wrote that torchrun has started
+    again since is not read.
+    """
+    name = on_main(ranks, lambda: uuid.uuid4().hex)
+    store = dist.distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)  # absent from older releases, which then share the connection
+    return dist.PrefixStore(name, clone() if clone is not None else store)
+
+
+def wait_longer(seconds: float) -> None:
+    """Give the job's collectives so much time; after the first ones, from which on something else finds lost ranks."""
+    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):  # has been there for years, but promises nothing
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+

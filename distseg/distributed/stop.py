@@ -1,0 +1,61 @@
+"""The agreed stop: a signal to any rank ends all ranks at the same step boundary."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECOND_SIGNAL_SECONDS = 2.0  # one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
+
+
+class StopRequest:
+    """Turns a signal to any rank into a stop of all ranks at the same step boundary.
+
+    A handler may do next to nothing, so it sets a flag. `begin` starts the sum of the flags (gloo, beside the
+    step's own work), `agreed` waits for it; both are called once a step on every rank.
+    """
+
+    def __init__(self) -> None:
+        self._flag, self._signalled = 0, 0.0
+        self._tensor = torch.zeros(1, dtype=torch.int32)
+        self._work: Any = None
+        self.signal_name = ""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._flag and now - self._signalled > SECOND_SIGNAL_SECONDS:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        self._signalled = now if not self._flag else self._signalled
+        self._flag = 1
+        self.signal_name = signal.Signals(number).name
+
+    def release(self) -> None:
+        """Let SIGTERM and Ctrl-C end the process again; SIGUSR1, a mere warning, still does not."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @staticmethod
+    def ignore() -> None:
+        """Nothing is left to stop. Python takes its handlers back as it ends, and would die of a late signal."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def reason(self) -> str:
+        """Which signal it was, for people."""
+        return f"{self.signal_name} here" if self.signal_name else "a signal to another rank"
+
+    def begin(self, is_wanted: bool = False) -> None:
+        """Start to sum the flags of all ranks; `is_wanted` asks for a stop as a signal does."""
+        self._tensor.fill_(self._flag or is_wanted)
+        self._work = dist.all_reduce(self._tensor, async_op=True)
+
+    def agreed(self) -> bool:
+        """True on all ranks when any rank had been signalled at `begin`."""
+        self._work.wait()
+        return bool(self._tensor.item())

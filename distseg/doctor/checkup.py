@@ -1,0 +1,247 @@
+"""What one process measures of the machine that it is on; each check takes at most a second or two."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distseg.config.schema import DataConfig
+from distseg.data.samples import SampleSet, open_reader
+from distseg.distributed.ranks import Ranks
+from distseg.tracking.wandb_run import choose_mode
+from shards.errors import InputError
+from shards.sample import decode_image, decode_label
+
+SHARED_MEMORY = Path("/dev/shm")
+_MIN_FILES, _FEW_FILES = 256, 1024  # the reader keeps 128 shards open, and every rank a few connections
+_MIN_SHARED_BYTES = 64 << 20  # NCCL's buffers between the GPUs of a machine; Docker's default is no more
+_MIN_FREE_BYTES, _LITTLE_FREE_BYTES = 100 << 20, 5 << 30  # the smallest and a usual run's checkpoints
+_FILE_BYTES = 32 << 20
+_SECONDS = 1.0  # that a measurement of speed takes, about
+_MATRIX, _REPEATS = 768, 7
+
+
+@dataclass(frozen=True)
+class Finding:
+    """level: ok, warning (a run may suffer) or error (it would break); action: what to do, for the latter two."""
+
+    level: str
+    name: str
+    text: str
+    action: str = ""
+
+
+@dataclass
+class Checkup:
+    """One rank's findings, and values that the ranks compare."""
+
+    rank: int
+    host: str
+    findings: list[Finding] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, check: Callable[[], Finding | None]) -> None:
+        """Keep what a check finds; one that fails itself is an error, and the other ranks do not wait for this one."""
+        try:
+            found = check()
+        except Exception as error:
+            name = check.__name__.replace("_", " ").strip()
+            found = Finding("error", name, f"{type(error).__name__}: {error}", "see the message")
+        if found is not None:
+            self.findings.append(found)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    found = {"python": platform.python_version(), "distseg": version("distseg"), "torch": torch.__version__}
+    if device.type == "cuda":
+        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def device_memory(device: torch.device) -> Finding | None:
+    """Whether somebody else has the GPU's memory."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    text = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+    if free < 0.8 * total:
+        return Finding("warning", "device memory", text, "look for other processes with nvidia-smi")
+    return Finding("ok", "device memory", text)
+
+
+def cores(ranks_here: int) -> Finding:
+    """Whether every rank of this machine has a core, and no more threads than cores are wanted."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    text = f"{there} for {ranks_here} rank(s) of {threads} thread(s)"
+    if there < ranks_here:
+        action = "ask for more cores (srun --cpus-per-task), or start fewer ranks"
+        return Finding("warning", "cores", text, action)
+    if ranks_here * threads > there:
+        return Finding("warning", "cores", text, f"set OMP_NUM_THREADS={there // ranks_here}")
+    return Finding("ok", "cores", text)
+
+
+def open_files() -> Finding:
+    """How many files a process may open."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return Finding("ok", "open files", "no limit")
+    level = "error" if limit < _MIN_FILES else "warning" if limit < _FEW_FILES else "ok"
+    known = "" if most == resource.RLIM_INFINITY else f" (up to {most} allowed)"
+    return Finding(level, "open files", f"{limit} a process", f"write ulimit -n 4096 before the command{known}")
+
+
+def shared_memory(is_needed: bool) -> Finding:
+    """Room in /dev/shm; is_needed: several GPUs of this machine are used, between which NCCL passes data there."""
+    if not SHARED_MEMORY.is_dir():
+        return Finding("error" if is_needed else "ok", "shared memory", f"no {SHARED_MEMORY}", "mount it")
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    text = f"{usage.free / 1e9:.2f} of {usage.total / 1e9:.2f} GB free"
+    if usage.free >= _MIN_SHARED_BYTES:
+        return Finding("ok", "shared memory", text)
+    action = "start the container with --shm-size=1g (or --ipc=host), or remove old files there"
+    return Finding("error" if is_needed else "warning", "shared memory", text, action)
+
+
+def run_directory(path: Path) -> Finding:
+    """Whether a run can be written there, how fast, and how much fits."""
+    start, written, problem = time.perf_counter(), 0, ""
+    parent = nearest(path)
+    probe = parent / f".distseg-doctor-{socket.gethostname()}-{os.getpid()}"
+    content = os.urandom(1 << 20)
+    try:
+        with probe.open("wb") as file:
+            while written < _FILE_BYTES and time.perf_counter() - start < _SECONDS:
+                written += file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        problem = error.strerror or str(error)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    if problem:
+        action = "choose another with --run-dir, and run_dir=DIR in training"
+        return Finding("error", "run directory", f"{parent} cannot be written: {problem}", action)
+    speed, free = written / (time.perf_counter() - start), shutil.disk_usage(parent).free
+    text = f"{path}: {speed / 1e6:.0f} MB/s written, {free / 1e9:.1f} GB free"
+    if free < _MIN_FREE_BYTES:
+        return Finding("error", "run directory", text, "free some space, or choose another")
+    if free < _LITTLE_FREE_BYTES:
+        return Finding("warning", "run directory", text, "a run with checkpoints may take more")
+    return Finding("ok", "run directory", text)
+
+
+def nearest(path: Path) -> Path:
+    """The path itself, or what is there of it: a folder, or a file that is in the way."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def shards(location: str, split: str) -> Finding:
+    """How fast samples are read and decoded by one thread. Shards that are not there are an error."""
+    try:
+        samples = SampleSet(open_reader(DataConfig(shards=location), split), labelled=False)
+        raw, num_bytes, start = [], 0, time.perf_counter()
+        step = max(1, len(samples) // 64)  # of all shards, and not of one that is in memory already
+        for index in range(0, len(samples), step):
+            raw.append(samples.reader.read(index))
+            num_bytes += len(raw[-1].image) + len(raw[-1].label or b"")
+            if time.perf_counter() - start > _SECONDS:
+                break
+        seconds = time.perf_counter() - start
+        decoded, start = 0, time.perf_counter()
+        while time.perf_counter() - start < _SECONDS / 2:
+            one = raw[decoded % len(raw)]
+            decode_image(one.image)
+            if one.label is not None:
+                decode_label(one.label)
+            decoded += 1
+        rate = decoded / (time.perf_counter() - start)
+    except InputError as error:
+        return Finding("error", "shards", error.got, error.action)
+    return Finding(
+        "ok",
+        "shards",
+        f"{len(samples)} samples in {split}; {len(raw) / seconds:.0f} read a second ({num_bytes / seconds / 1e6:.0f} "
+        f"MB/s, may be cached), {rate:.0f} decoded a second by a thread",
+    )
+
+
+def tracking() -> Finding:
+    """Whether W&B answers where a run would ask it; nothing breaks when it does not."""
+    mode = choose_mode("auto")
+    if mode != "online":
+        how = "no login" if "WANDB_MODE" not in os.environ else f"WANDB_MODE={os.environ['WANDB_MODE']}"
+        return Finding(
+            "ok", "W&B", f"{mode} ({how})" + ("; send runs later by wandb sync" if mode == "offline" else "")
+        )
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3 * _SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        action = "set WANDB_MODE=offline and send the runs later by wandb sync; or see HTTPS_PROXY"
+        return Finding("warning", "W&B", f"{url} does not answer: {reason}", action)
+    return Finding("ok", "W&B", f"{url} answers")
+
+
+def compute_seconds(device: torch.device) -> float:
+    """The least time of a fixed piece of work: products of matrices on the device."""
+    side = _MATRIX * (8 if device.type == "cuda" else 1)
+    matrix = torch.ones(side, side, device=device)
+    least = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        least = min(least, time.perf_counter() - start)
+    return least
+
+
+def check_rank(ranks: Ranks, ranks_here: int, run_dir: Path, location: str | None, split: str) -> Checkup:
+    """All that this rank can find by itself; what belongs to the machine is left to its first rank."""
+    found = Checkup(ranks.rank, socket.gethostname())
+    found.values = {"versions": versions(ranks.device), "device": device_name(ranks.device)}
+    found.values["kind"] = ranks.device.type
+    found.add(lambda: device_memory(ranks.device))
+    found.add(open_files)
+    if ranks.local_rank == 0:
+        found.add(lambda: cores(ranks_here))
+        found.add(lambda: shared_memory(ranks.device.type == "cuda" and ranks_here > 1))
+        found.add(lambda: run_directory(run_dir))
+        if location is not None:
+            found.add(lambda: shards(location, split))
+    if ranks.is_main:
+        found.add(tracking)
+    return found

@@ -1,0 +1,193 @@
+"""Is this machine, or are these machines, fit for a run? One screen, in seconds; the exit code is 1 for what is not."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distseg.distributed.ranks import Ranks, on_all, on_main, setup, teardown
+from distseg.doctor import checkup
+from distseg.doctor.checkup import Checkup, Finding, check_rank, nearest
+
+TIMEOUT_SECONDS = 60.0  # for all ranks to come, and for a collective
+_SLOW = 1.5  # times the median rank's work: such a rank holds all others up
+_MAX_SKEW_SECONDS = 1.0  # between clocks: logs of several machines, and expiring credentials
+_MESSAGES, _EXCHANGES = 50, 11
+_NUM_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}  # about the gradients of a large, of a small network
+_SECONDS = 2.0
+_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+def run(run_dir: Path, shards: str | None, split: str, device: str) -> int:
+    """`distseg doctor`: check, print, and return 1 when there is an error, on every rank alike.
+
+    Raises InputError, as training would, when the ranks do not meet.
+    """
+    started = time.perf_counter()
+    ranks = setup(device, TIMEOUT_SECONDS)
+    hosts = on_all(ranks, socket.gethostname())
+    found = examine(ranks, hosts, run_dir, shards, split)
+    if ranks.is_main:
+        show(found, f"{ranks.world_size} rank(s) on {len(set(hosts))} machine(s)", time.perf_counter() - started)
+    teardown()
+    return int(any(finding.level == "error" for finding in found))
+
+
+def examine(ranks: Ranks, hosts: Sequence[str], run_dir: Path, shards: str | None, split: str) -> list[Finding]:
+    """Everything that is found, the same list on every rank. hosts: the name of every rank's machine."""
+    everyone = on_all(ranks, check_rank(ranks, hosts.count(hosts[ranks.rank]), run_dir, shards, split))
+    together = [straggler(ranks, hosts), clocks(ranks, hosts), communication(ranks)]
+    return [*common(everyone), *of_ranks(everyone), shared_directory(ranks, run_dir, hosts), *together]
+
+
+def of_ranks(everyone: Sequence[Checkup]) -> list[Finding]:
+    """The ranks' own findings; what several found alike is said once, and where else it was found."""
+    found: dict[tuple[str, str, str], list[Checkup]] = {}
+    for one in everyone:
+        for finding in one.findings:
+            found.setdefault((finding.name, finding.level, finding.text), []).append(one)
+    actions = {(f.name, f.level, f.text): f.action for one in everyone for f in one.findings}
+    per_name = Counter(name for name, _, _ in found)
+    merged = []
+    for (name, level, text), of in found.items():
+        several = len({one.host for one in everyone}) > 1
+        where = f"{', '.join(dict.fromkeys(one.host for one in of))}: " if several and per_name[name] > 1 else ""
+        which = f"rank {', '.join(str(one.rank) for one in of)}: " if not where and per_name[name] > 1 else where
+        merged.append(Finding(level, name, which + text, actions[name, level, text]))
+    order = list(dict.fromkeys(finding.name for finding in merged))
+    return sorted(merged, key=lambda finding: order.index(finding.name))
+
+
+def common(everyone: Sequence[Checkup]) -> list[Finding]:
+    """Versions and devices, which must be the same for all."""
+    found = []
+    for name, title in (("versions", "versions"), ("device", "device")):
+        values = [one.values[name] for one in everyone]
+        texts = [value if name == "device" else ", ".join(f"{k} {v}" for k, v in value.items()) for value in values]
+        counts = Counter(texts)
+        if len(counts) == 1:
+            times = f"{len(texts)} x " if name == "device" else ""
+            found.append(Finding("ok", title, times + texts[0]))
+            continue
+        usual = counts.most_common(1)[0][0]
+        odd = next(rank for rank, text in enumerate(texts) if text != usual)
+        text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
+        level = "error" if name == "versions" or len({one.values["kind"] for one in everyone}) > 1 else "warning"
+        found.append(Finding(level, title, text, "start all ranks with the same software, on the same devices"))
+    return found
+
+
+def straggler(ranks: Ranks, hosts: Sequence[str]) -> Finding:
+    """Whether a rank takes much longer than the others for the same work, which they do at the same time."""
+    on_all(ranks, None)  # all at once, as in a step
+    seconds = on_all(ranks, checkup.compute_seconds(ranks.device))
+    median = statistics.median(seconds)
+    text = f"the same work takes {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f} ms"
+    slow = [rank for rank, value in enumerate(seconds) if value > _SLOW * median]
+    if not slow:
+        return Finding(
+            "ok", "slow ranks", text if ranks.world_size > 1 else f"one rank; work takes {1e3 * median:.1f} ms"
+        )
+    named = ", ".join(
+        f"rank {rank} on {hosts[rank]} ({seconds[rank] / median:.1f} times the median)" for rank in slow[:4]
+    )
+    action = "look for other processes there, throttling, or too few cores; every step waits for it"
+    return Finding("warning", "slow ranks", f"{text}: {named}", action)
+
+
+def clocks(ranks: Ranks, hosts: Sequence[str]) -> Finding:
+    """The largest difference of two ranks' clocks, from what they read when all have met."""
+    readings = []
+    for _ in range(_EXCHANGES):
+        on_all(ranks, None)
+        readings.append(on_all(ranks, time.time()))
+    offsets = [statistics.median(one[rank] - one[0] for one in readings) for rank in range(ranks.world_size)]
+    skew = max(offsets) - min(offsets)
+    if skew <= _MAX_SKEW_SECONDS:
+        return Finding("ok", "clocks", f"agree within {1e3 * skew:.0f} ms" if ranks.world_size > 1 else "one")
+    worst = max(range(len(offsets)), key=lambda rank: abs(offsets[rank] - statistics.median(offsets)))
+    text = f"differ by {skew:.1f} s; that of {hosts[worst]} most"
+    return Finding("warning", "clocks", text, "let the machines follow a time server (chrony, ntpd)")
+
+
+def shared_directory(ranks: Ranks, run_dir: Path, hosts: Sequence[str]) -> Finding:
+    """Whether every rank sees in the run directory what the main rank writes there."""
+    name = on_main(ranks, lambda: f".distseg-doctor-{uuid.uuid4().hex}")
+    parent = on_main(ranks, lambda: str(nearest(run_dir)))
+    path = Path(parent) / name
+    with suppress(OSError):  # that is a finding already
+        on_main(ranks, lambda: path.touch())
+    sees = on_all(ranks, path.exists())
+    if ranks.is_main:
+        with suppress(OSError):
+            path.unlink()
+    if not sees[0]:
+        return Finding("ok", "shared directory", "not looked for: it cannot be written")
+    blind = [rank for rank, it_sees in enumerate(sees) if not it_sees]
+    if blind:
+        text = f"rank {blind[0]} on {hosts[blind[0]]} does not see what rank 0 writes in {parent}"
+        return Finding("error", "shared directory", text, "choose a --run-dir on a file system that all machines share")
+    return Finding("ok", "shared directory", "all ranks see it" if ranks.world_size > 1 else "one rank")
+
+
+def communication(ranks: Ranks) -> Finding:
+    """Latency and bandwidth of an all-reduce over all ranks."""
+    if ranks.world_size == 1:
+        return Finding("ok", "all-reduce", "one rank; start it with torchrun or srun to measure the network")
+    small = torch.ones(1, device=ranks.device)
+    large = torch.ones(_NUM_BYTES[ranks.device.type] // 4, device=ranks.device)
+    latency, first = _timed(ranks, small, _MESSAGES), _timed(ranks, large, 1)
+    times = max(1, min(20, int(_SECONDS / 2 / first)))
+    seconds = _timed(ranks, large, times)
+    moved = 2 * (ranks.world_size - 1) / ranks.world_size * large.numel() * 4  # over each rank's link, by a ring
+    backend = "NCCL" if ranks.device.type == "cuda" else "gloo"
+    text = f"{backend}: {1e6 * latency:.0f} us for one number, {moved / seconds / 1e9:.2f} GB/s per rank "
+    return Finding("ok", "all-reduce", text + f"({large.numel() * 4 >> 20} MiB in {1e3 * seconds:.1f} ms)")
+
+
+def _timed(ranks: Ranks, tensor: torch.Tensor, times: int) -> float:
+    """Seconds of one all-reduce, the median of `times`; of the slowest rank, so that all agree."""
+    dist.all_reduce(tensor.clone())  # the first one connects
+    seconds = []
+    for _ in range(times):
+        work = tensor.clone()
+        _wait(ranks)
+        start = time.perf_counter()
+        dist.all_reduce(work)
+        _wait(ranks)
+        seconds.append(time.perf_counter() - start)
+    return max(on_all(ranks, statistics.median(seconds)))
+
+
+def _wait(ranks: Ranks) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)
+
+
+def show(found: Sequence[Finding], where: str, seconds: float, console: Console | None = None) -> None:
+    """Print the findings, each with what to do about it."""
+    console = console or Console(highlight=False)
+    table = Table(title=f"distseg doctor: {where}", title_justify="left", box=None, pad_edge=False)
+    for column in ("", "check", "found"):
+        table.add_column(column, overflow="fold", no_wrap=column != "found")
+    for finding in found:
+        text = Text(finding.text)
+        if finding.level != "ok":
+            text.append(f"\nto do: {finding.action}", "bold")
+        table.add_row(Text(finding.level, _STYLES[finding.level]), finding.name, text)
+    console.print(table)
+    counts = Counter(finding.level for finding in found)
+    verdict = "a run would break" if counts["error"] else "a run may suffer" if counts["warning"] else "fit for a run"
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings: {verdict} ({seconds:.1f} s)")

@@ -1,0 +1,1 @@
+"""Evaluation: exact scores of a run, and tables of them."""

@@ -1,0 +1,109 @@
+"""Exact evaluation: every validation image once, at full resolution, one confusion matrix over all ranks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.data.samples import SampleSet, open_reader
+from distseg.distributed.device import resolve_precision
+from distseg.distributed.ranks import Ranks, on_main, setup, teardown
+from distseg.distributed.watchdog import Watchdog
+from distseg.evaluate.evaluator import Evaluator, View
+from distseg.evaluate.summary import overview
+from distseg.evaluate.trained import trained_segmentor
+from distseg.runs import checkpoint
+from distseg.tracking.progress import Progress
+from shards.errors import InputError
+
+FREE = (
+    "evaluate.",
+    "data.shards=",
+    "data.cache_",
+    "data.val_split=",
+    "data.num_threads=",
+    "device=",
+    "precision=",
+    "parallel.",
+)
+
+
+
+
+
+
+
+
+def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
+    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation-step-<step>-<split>.json.
+
+    quick: leave out outlines, calibration and intervals. The shards need not have been verified, as training's must:
+    scoring reads each sample once and soon, and ends at the first damaged or impossible one with its name.
+    """
+    network, config, path = trained_segmentor(run_dir, which)
+    fixed = [item for item in overrides if not item.startswith(FREE)]
+    if fixed:
+        needed = f"a key that begins with {', '.join(FREE)}"
+        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
+    config = loading.override(config, overrides)
+    reader = open_reader(config.data, config.data.val_split)
+    samples = SampleSet(reader, keep=config.data.keep_classes)
+    check_classes(path, samples)
+    ranks = setup(config.device, config.parallel.timeout_seconds)
+    with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
+        reader.tell(watchdog.alive)
+        evaluator = _evaluator(network, config, path, samples, ranks)
+        evaluator.details, evaluator.mark = not quick, watchdog.mark
+        started = time.perf_counter()
+        evaluator()
+        _publish(evaluator, path, time.perf_counter() - started)
+    teardown()
+    return 0
+
+
+def _evaluator(network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks) -> Evaluator:
+    """Of a checkpoint's network as configured; called on every rank."""
+    trained_in = checkpoint.read_state(path)["identity"]["precision"]
+    precision = trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
+    view = View.of(config.evaluate, precision, ranks.device)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    return Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
+
+
+def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
+    """Write and print the scores of a checkpoint; called on every rank."""
+    state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
+    step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
+    other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
+    other += "" if identity["precision"] == precision else f"-{precision}"
+    other += evaluator.view.suffix() + ("" if evaluator.details else "-quick")  # beside the full one
+    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"  # evaluation.json is training's
+    report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
+    progress = Progress(step, step, ranks.is_main)
+    counted = f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
+    progress.message(f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s")
+    progress.evaluation(step, evaluator.named())
+    progress.message("\n".join([*overview(report), f"wrote {out}"]))
+
+
+def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    checkpoint.write_json(path, report)
+    return report
+
+
+def check_classes(path: Path, samples: SampleSet) -> None:
+    """Raise InputError when a checkpoint was trained on other classes than the shards have."""
+    trained_on = checkpoint.read_state(path)["identity"]["classes"]
+    classes = samples.classes
+    if trained_on != list(classes.names):
+        got = f"{path} was trained on {len(trained_on)} classes ({', '.join(trained_on)})"
+        needed = f"the {classes.num_classes} classes of the shards ({', '.join(classes.names)})"
+        raise InputError(got, needed, "choose other shards with data.shards=DIR")

@@ -1,0 +1,1 @@
+"""A trained segmentor as a file for others."""

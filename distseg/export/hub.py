@@ -1,0 +1,171 @@
+"""A folder as model hubs keep them: weights, config.json, and a model card that says what the model is and does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distseg.config import loading
+from distseg.config.schema import Config, TrackingConfig
+from distseg.evaluate.summary import TITLES
+from distseg.export.formats import SUFFIXES, Trained, export
+from distseg.runs import checkpoint
+from shards.errors import InputError
+from shards.files import published
+
+EXAMPLE = Path(__file__).with_name("predict_onnx.py")
+_OUTLINE = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px", "precision")
+
+
+def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> list[Path]:
+    """Write model.safetensors, the model in `form`, config.json and README.md; returns their paths.
+
+    With ONNX also a program that runs it without distseg. Scores are those of the run's evaluation*.json of the same
+    step. Raises InputError for a folder that holds something else.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds other files", "a new folder, or a model's", "choose another --hub-folder")
+    written = []
+    for each in dict.fromkeys(("safetensors", form)):
+        written.append(folder / f"model{SUFFIXES[each]}")
+        export(trained.segmentor, trained.metadata, each, written[-1])
+    evaluations = _evaluations(run_dir, trained.step)
+    checkpoint.write_json(folder / "config.json", trained.metadata | {"step": trained.step, "evaluations": evaluations})
+    texts = {"README.md": model_card(run_dir.name, trained, form, evaluations)}
+    texts |= {"training.yaml": loading.to_yaml(_without_places(trained.config))}
+    texts |= {EXAMPLE.name: EXAMPLE.read_text()} if form == "onnx" else {}
+    for name, text in texts.items():
+        with published(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return [*written, folder / "config.json", *(folder / name for name in texts)]
+
+
+def _without_places(config: Config) -> Config:
+    """The configuration without what names places of the machine or the account, which are nobody's concern."""
+    data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
+    segmentor = replace(config.segmentor, init=_last_part(config.segmentor.init))
+    parallel = replace(config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config))
+    own = {"data": data, "segmentor": segmentor, "parallel": parallel, "tracking": TrackingConfig()}
+    return replace(config, run_dir="", **own)  # type: ignore[arg-type]
+
+
+def _last_part(path: str) -> str:
+    """The name of a file, and any other value as it is (1/8)."""
+    return Path(path).name if Path(path).suffix or Path(path).is_absolute() else path
+
+
+def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The run's evaluations of a step, without the confusion matrices; details first, training's own last."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(run_dir.glob("evaluation*.json"), key=lambda path: (path.name == "evaluation.json", path.name)):
+        content = json.loads(path.read_text())
+        views = [{key: of.get(key) for key in _OUTLINE} for of in (content, *found)]
+        if content["step"] == step and views[0] not in views[1:]:
+            found.append({key: value for key, value in content.items() if key != "confusion"})
+    return found
+
+
+def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[str, Any]]) -> str:
+    """README.md: a YAML header that hubs read, and the text."""
+    header = {"library_name": "distseg", "pipeline_tag": "image-segmentation"}
+    tags = {"tags": ["semantic-segmentation", trained.config.mode, trained.metadata["segmentor"]]}
+    index = {"model-index": [{"name": name, "results": [_result(scores) for scores in evaluations]}]}
+    parts = [
+        f"---\n{yaml.safe_dump(header | tags | (index if evaluations else {}), sort_keys=False)}---",
+        f"# {name}\n\n{_what(trained)}",
+        f"## Use\n\n{_use(form)}",
+        f"## Classes\n\n{_classes(trained.metadata)}",
+        f"## Scores\n\n{_scores(evaluations)}",
+        f"## Training\n\n{_training(trained.config)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(trained: Trained) -> str:
+    about = trained.metadata
+    parameters = sum(parameter.numel() for parameter in trained.segmentor.parameters()) / 1e6
+    options = ", ".join(f"{key}={value}" for key, value in about["options"].items())
+    network = f"`{about['segmentor']}`" + (f" ({options})" if options else "")
+    return (
+        f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, {len(about['classes'])} classes, "
+        f"after step {trained.step} of {trained.config.steps}.\n\n"
+        f"Input `image`: (N, 3, H, W) float32, RGB, 8-bit values divided by 255, sides of "
+        f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and deviation are inside the "
+        "network.\nOutput `logits`: (N, C, H, W) float32 at the image's size; argmax over C is the class."
+    )
+
+
+def _use(form: str) -> str:
+    uses = {
+        "onnx": "Without distseg: `python predict_onnx.py model.onnx picture.jpg labels.png` "
+        "(`pip install onnxruntime pillow`). Classes, colours and preprocessing are in the file's metadata.",
+        "torch-export": "With torch alone: `torch.export.load('model.pt2').module()(image)`; the extra file "
+        "`distseg.json` in it names classes and preprocessing.",
+        "safetensors": "",
+    }
+    own = "`distseg.export.formats.read_safetensors(Path('model.safetensors'))` is the network, at its own output stride."
+    return "\n\n".join(text for text in (uses[form], f"With distseg: {own}") if text)
+
+
+def _classes(about: dict[str, Any]) -> str:
+    lines = ["| index | class | colour (RGB) |", "|---:|---|---|"]
+    for index, (name, color) in enumerate(zip(about["classes"], about["palette"], strict=True)):
+        lines.append(f"| {index} | {_cell(name)} | {', '.join(map(str, color))} |")
+    return "\n".join(lines)
+
+
+def _scores(evaluations: list[dict[str, Any]]) -> str:
+    if not evaluations:
+        return "Not evaluated at this step."
+    names = [name for name in TITLES if any(scores.get(name) is not None for scores in evaluations)]
+    lines = ["| data | view | " + " | ".join(TITLES[name] for name in names) + " |", "|---|---|" + "---:|" * len(names)]
+    for scores in evaluations:
+        cells = [f"{_cell(scores['data'])}, {scores['num_images']} images of {scores['split']}", _view(scores)]
+        cells += [_score(scores, name) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = "Per cent; every image once, at full resolution, void excluded, one confusion matrix over all images."
+    has_intervals = any("intervals_95" in scores for scores in evaluations)
+    note += " In brackets 95 % bootstrap intervals over images." if has_intervals else ""
+    return "\n".join([*lines, "", note])
+
+
+def _score(scores: dict[str, Any], name: str) -> str:
+    if scores.get(name) is None:
+        return ""
+    low, high = scores.get("intervals_95", {}).get(name, (None, None))
+    interval = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * scores[name]:.1f}{interval}"
+
+
+def _view(scores: dict[str, Any]) -> str:
+    window = f", windows of {scores['window_px']} px" if scores.get("window_px") else ""
+    scales = ", ".join(f"{scale:g}" for scale in scores["scales"])
+    return f"scale {scales}" + (", mirrored too" if scores["mirror"] else "") + window + f", {scores['precision']}"
+
+
+def _training(config: Config) -> str:
+    default = loading.flattened(loading.to_dict(Config()))
+    own = loading.flattened(loading.to_dict(_without_places(config)))
+    named = ["mode", "steps", "batch_size", "seed", "data.labelled", "data.crop_px", "segmentor.init"]
+    named += ["loss.adv_weight"] if config.mode != "supervised" else []
+    shown = [f"{key}={own[key]}" for key in named if key in ("mode", "steps", "batch_size") or own[key] != default[key]]
+    return f"By distseg: {', '.join(shown)}. Every key: `training.yaml`."
+
+
+def _result(scores: dict[str, Any]) -> dict[str, Any]:
+    """One entry of a model index, as hubs show them."""
+    metrics = [
+        {"type": name.removeprefix("val/"), "name": f"{title}, {_view(scores)}", "value": round(scores[name], 4)}
+        for name, title in TITLES.items()
+        if scores.get(name) is not None
+    ]
+    dataset = {"name": scores["data"], "type": "custom", "split": scores["split"]}
+    return {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": metrics}
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

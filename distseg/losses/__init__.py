@@ -1,0 +1,1 @@
+"""Losses in plain PyTorch, as sums and counts: means are taken over all ranks."""

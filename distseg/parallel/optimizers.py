@@ -1,0 +1,113 @@
+"""One optimizer per network: parameter groups, eagerly made state, and a step that skips non-finite gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config.schema import OptimizerConfig
+
+
+def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Groups by encoder or head, decayed or not (biases and norms are not), bias or not. No parameter twice."""
+    encoder = getattr(network, "encoder", None)
+    in_encoder = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    groups: dict[tuple[bool, bool, bool], dict] = {}
+    for name, parameter in network.named_parameters():  # lists a shared parameter once
+        if not parameter.requires_grad:
+            continue
+        is_encoder, is_bias = id(parameter) in in_encoder, name.endswith("bias") and config.bias_lr_factor != 1
+        key = (is_encoder, parameter.ndim > 1, is_bias)
+        lr = config.lr * (config.encoder_lr_factor if is_encoder else 1.0) * (config.bias_lr_factor if is_bias else 1.0)
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(
+    network: nn.Module, config: OptimizerConfig, held: Mapping[Tensor, Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW or SGD with its state made at once, so that a checkpoint has the same keys at every step.
+
+    held: what the optimizer shall work on in place of each parameter, such as this rank's shard of it.
+    """
+    groups = parameter_groups(network, config)
+    if held is not None:
+        groups = [group | {"params": [held[parameter] for parameter in group["params"]]} for group in groups]
+    optimizer: torch.optim.Optimizer
+    if config.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=config.beta1, nesterov=config.nesterov, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].update(initial_state(parameter, config))
+    return optimizer
+
+
+def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tensor]:
+    """What the optimizer remembers of a parameter before its first update, by kind ("exp_avg", ...)."""
+
+    def zeros() -> Tensor:  # in the parameter's own memory format, as the fused kernels need
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    if config.name == "sgd":
+        return {"momentum_buffer": zeros()}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
+
+
+def clip(parameters: list[Tensor], clip_norm: float, of_all: Callable[[Tensor], Tensor] = lambda norm: norm) -> Tensor:
+    """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when that is > 0.
+
+    of_all: from the norm of these gradients to that of all, where other ranks hold the rest.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = of_all(nn.utils.get_total_norm(gradients))
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """Step unless the gradient norm is not finite; decided on the device, without a wait.
+
+    Every rank holds the same averaged gradients, so all decide alike. Returns 1.0 when skipped, else 0.0.
+    """
+    skipped = (~norm.isfinite()).to(torch.float32)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernels read it, see torch.amp.GradScaler
+    optimizer.step()
+    return skipped
+
+
+class LossScale:
+    """The factor that keeps one network's fp16 gradients above the smallest number; one for each network.
+
+    Halved when a gradient is not finite, doubled after `INTERVAL` updates in a row that were (Micikevicius et al.
+    2018, section 3.2; the numbers are torch.amp.GradScaler's). Everything stays on the device, without a wait.
+    """
+
+    START, INTERVAL = 2.0**16, 2000
+
+    def __init__(self, device: torch.device):
+        self.scale = torch.full((), self.START, device=device)
+        self._good = torch.zeros((), device=device)
+
+    def unscale(self, parameters: list[Tensor]) -> None:
+        """Divide the gradients by the scale, in place."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / self.scale)
+
+    def update(self, skipped: Tensor) -> None:
+        """Take in whether the update was skipped (1.0) or made (0.0)."""
+        self._good.add_(1).mul_(1 - skipped)
+        doubled = (self._good >= self.INTERVAL).to(torch.float32)
+        self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled))
+        self._good.mul_(1 - doubled)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold; the tensors themselves."""
+        return {"loss_scale": self.scale, "good_updates": self._good}

@@ -1,0 +1,81 @@
+"""The run directory: one run, one configuration, one job at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from distseg.config import loading
+from distseg.config.loading import CONFIG_FILE
+from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks, on_all, on_main, shared_error
+from shards.errors import InputError
+from shards.files import published
+
+LOCK_FILE = "lock"
+POLL_SECONDS = 0.2
+
+
+class RunDirectory:
+    """A run directory that this job has to itself, with the configuration saved in it.
+
+    The lock is the main rank's and ends with its process, however that ends. Raises InputError, on every rank, when
+    another job trains there, when the directory holds a run of another configuration, when it cannot be written, or
+    when a rank does not see it: every rank writes its part of a checkpoint there.
+    visible_seconds: how long another machine may need to see what was written; NFS keeps what it knows of a folder
+    for up to 60 s.
+    """
+
+    def __init__(self, path: Path, config: Config, ranks: Ranks, visible_seconds: float = 60.0):
+        self.path = path
+        self._lock: TextIO | None = None
+        owner = on_main(ranks, lambda: self._claim(config))
+        patience = min(visible_seconds, config.parallel.timeout_seconds / 2)  # the main rank waits in a collective
+        blind = [rank for rank, sees in enumerate(on_all(ranks, self._is_owned_by(owner, patience))) if not sees]
+        if blind:
+            got = f"rank {blind[0]} does not see {path.absolute()} as rank 0 has written it, for {patience:.0f} s"
+            needed, action = "a directory that all machines share", "write run_dir=DIR on a shared file system"
+            raise shared_error(InputError(got, needed, action))
+
+    def _is_owned_by(self, owner: str, patience_seconds: float) -> bool:
+        """Whether this rank comes to see the lock file of the main one: a file of that name could be any machine's."""
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            with suppress(OSError):
+                if (self.path / LOCK_FILE).read_text() == owner:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+            for folder in (self.path.parent, self.path):  # opening a folder makes NFS ask whether it has changed
+                with suppress(OSError):
+                    os.listdir(folder)
+
+    def _claim(self, config: Config) -> str:
+        """Lock, and save the configuration; returns what is now in the lock file, unlike any other."""
+        loading.check_same(self.path, config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK_FILE).open("a")  # not emptied: it may be another job's
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner = f"process {os.getpid()} on {socket.gethostname()} {uuid.uuid4().hex}"
+            self._lock.truncate(0)
+            self._lock.write(owner)
+            self._lock.flush()
+            os.fsync(self._lock.fileno())
+        except BlockingIOError:
+            other = " ".join((self.path / LOCK_FILE).read_text().split()[:4])
+            got = f"another job is training in {self.path} ({other})"
+            raise InputError(got, "one job per run directory", "wait for it, or write run_dir=DIR") from None
+        except OSError as error:
+            got = f"{self.path}: {error.strerror}"
+            raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
+        with published(self.path / CONFIG_FILE) as partial:
+            partial.write_text(loading.to_yaml(config))
+        return owner

@@ -1,0 +1,134 @@
+"""Verdicts on a run while it trains: what goes wrong silently in adversarial training.
+
+A pure function of the rows of metrics.jsonl, in their order: a run that goes on replays its own file and stands where
+it stood, and any run's file can be judged afterwards. A verdict is raised by the mean of a signal over several logged
+rows, since one row is one batch, and cleared when several in a row are clearly better, so that it does not flicker.
+What is looked for, with its thresholds, is in distseg.verdicts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distseg.tracking.verdicts import CHECKS, NAMED, Check, Row
+from shards.files import published
+
+HEALTH_FILE = "health.json"
+
+
+class Window:
+    """The last rows that a check goes by, as (step, value)."""
+
+    def __init__(self, check: Check):
+        self._check = check
+        self._rows: deque[tuple[int, float]] = deque()
+        self._recent: deque[float] = deque(maxlen=check.clear_rows)
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, step: int, value: float) -> None:
+        """Take in a row, and leave out those that are no longer needed."""
+        self._rows.append((step, value))
+        self._recent.append(value)
+        while len(self._rows) > self._check.num_rows and self._rows[1][0] <= step - self._check.num_steps:
+            self._rows.popleft()
+
+    @property
+    def since(self) -> int:
+        return self._rows[0][0]
+
+    def mean(self) -> float:
+        """Over all of them."""
+        return math.fsum(value for _, value in self._rows) / len(self._rows)
+
+    def is_full(self) -> bool:
+        """Whether they are as many as the check needs to judge; once so, always so."""
+        return len(self._rows) >= self._check.num_rows and self._rows[-1][0] - self.since >= self._check.num_steps
+
+    def is_bad(self) -> bool:
+        return self.is_full() and self._check.beyond(self.mean(), self._check.raise_at)
+
+    def is_good(self) -> bool:
+        check = self._check
+        better = (not check.beyond(value, check.clear_at) for value in self._recent)
+        return len(self._recent) == check.clear_rows and all(better)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A verdict raised or cleared by the row of `step`; `since`: the first step of the rows that it goes by."""
+
+    step: int
+    name: str
+    raised: bool
+    since: int
+    value: float  # of the signal: its mean over those rows, or what it is again
+    detail: str = ""
+
+    def text(self) -> str:
+        """For the terminal and for alerts."""
+        check = NAMED[self.name]
+        if not self.raised:
+            return f"health: no longer at step {self.step}: {check.title}"
+        where = f" ({self.detail})" if self.detail else ""
+        return f"health: {check.title}{where}, since step {self.since}. {check.meaning} {check.advice}"
+
+
+class Health:
+    """The verdicts on one run; `update` takes its rows in order."""
+
+    def __init__(self, rows: Iterable[Row] = ()):
+        self.events: list[Event] = []
+        self.on: dict[str, Event] = {}
+        self.judged_from: dict[str, int] = {}  # the first step at which a check had rows enough
+        self.step = 0
+        self._before: Row = {}
+        self._windows = {check.name: Window(check) for check in CHECKS}
+        for row in rows:
+            self.update(row)
+
+    def update(self, row: Row) -> list[Event]:
+        """Take in a row; what it changed."""
+        self.step = row["step"]
+        found = [event for check in CHECKS if (event := self._judge(check, row)) is not None]
+        if any(name.startswith("loss/") for name in row):
+            self._before = row
+        self.events += found
+        return found
+
+    def _judge(self, check: Check, row: Row) -> Event | None:
+        value = check.measure(row, self._before)
+        if value is None or not math.isfinite(value):
+            return None
+        window, name = self._windows[check.name], check.name
+        window.add(row["step"], value)
+        if window.is_full():
+            self.judged_from.setdefault(name, row["step"])
+        if name not in self.on and window.is_bad():
+            detail = f"rank {row['ranks/slowest']:.0f}" if name == "slow_rank" else ""
+            self.on[name] = Event(row["step"], name, True, window.since, window.mean(), detail)
+            return self.on[name]
+        if name in self.on and window.is_good():
+            return Event(row["step"], name, False, self.on.pop(name).since, value)
+        return None
+
+    def flags(self) -> dict[str, float]:
+        """1 or 0 for every verdict that the rows so far could tell, as in metrics.jsonl."""
+        return {f"health/{name}": float(name in self.on) for name, window in self._windows.items() if window}
+
+    def save(self, path: Path) -> None:
+        """Write what holds now, with its meaning and advice, and all that was raised and cleared before."""
+        now = [asdict(event) | _words(NAMED[name]) for name, event in self.on.items()]
+        with published(path) as partial:
+            document = {"step": self.step, "now": now, "events": [asdict(event) for event in self.events]}
+            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _words(check: Check) -> dict[str, str]:
+    return {"title": check.title, "meaning": check.meaning, "advice": check.advice}

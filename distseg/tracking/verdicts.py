@@ -1,0 +1,183 @@
+"""What is looked for in a run's signals, when it is told, what it means and what to try.
+
+Thresholds stand with their source. "Recorded" are 240 logged rows of six runs of `preset=stanford_semi` (three seeds,
+with and without unlabelled images), which ended as well as without an adversary; tests/data/health holds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+RATIO = "gradient/adversarial_to_cross_entropy"  # of their norms, at the segmentor's output; see distseg.train.diagnostics
+Row = dict[str, Any]  # of metrics.jsonl: "step" and named floats
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that can be wrong.
+
+    measure: its signal in a row, given the training row before (empty at first), or None where the row does not say.
+    raise_at: raised when the signal's mean over the last rows, at least `num_rows` and `num_steps` steps of them, is as
+    bad; clear_at: cleared when each of the last `clear_rows` is better. Where raise_at is the smaller of the two,
+    small values are bad.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[Row, Row], float | None]
+    raise_at: float
+    clear_at: float
+    num_rows: int
+    meaning: str
+    advice: str
+    num_steps: int = 0
+    clear_rows: int = 5
+
+    def beyond(self, value: float, bound: float) -> bool:
+        """Whether a value is on the bad side of a bound."""
+        return value <= bound if self.raise_at < self.clear_at else value >= bound
+
+
+def _fake_loss(row: Row, before: Row) -> float | None:
+    """The discriminator's loss on predictions, where it is right about nearly all label maps; else as if undecided."""
+    if "loss/discriminator_fake" not in row or "discriminator/accuracy" not in row:
+        return None
+    return row["loss/discriminator_fake"] if row["discriminator/accuracy"] >= 0.9 else math.log(2)
+
+
+def _both_losses(row: Row, before: Row) -> float | None:
+    if "loss/discriminator_fake" not in row or "discriminator/accuracy" not in row:
+        return None
+    return (row["loss/discriminator_real"] + row["loss/discriminator_fake"]) / 2
+
+
+def _influence(row: Row, before: Row) -> float | None:
+    return row.get(RATIO) if row.get("weight/adversarial", 0) > 0 else None
+
+
+def _not_finite(row: Row, before: Row) -> float | None:
+    """1 for a loss that is not finite, or the share of steps since the row before whose update was skipped.
+
+    Without a loss scale, which finds its size by skipping now and then, one skipped update is as bad.
+    """
+    losses = [value for name, value in row.items() if name.startswith("loss/")]
+    if not losses:
+        return None
+    if not all(math.isfinite(value) for value in losses):
+        return 1.0
+    worst = 0.0
+    for name in ("segmentor", "discriminator"):
+        skipped = row.get(f"skips/{name}", 0.0) - before.get(f"skips/{name}", 0.0)
+        steps = max(1, row["step"] - before.get("step", 0))
+        worst = max(worst, skipped / steps if f"loss_scale/{name}" in row else float(skipped > 0))
+    return worst
+
+
+def _wait_share(row: Row, before: Row) -> float | None:
+    if "data_wait_seconds" not in row or not row.get("step_seconds"):
+        return None
+    return row["data_wait_seconds"] / row["step_seconds"]
+
+
+def _slowest(row: Row, before: Row) -> float | None:
+    """How much slower the slowest rank is; 1 where it is another one than in the row before."""
+    if "ranks/slowest" not in row:
+        return None
+    return row["ranks/slowest_ratio"] if row["ranks/slowest"] == before.get("ranks/slowest") else 1.0
+
+
+CHECKS = (
+    Check(
+        "discriminator_has_won",
+        "the discriminator has won",
+        _fake_loss,
+        # a public system whose adversary had no effect any more ended at 0.034; recorded: means of 5 rows from 0.16 on
+        raise_at=0.08,
+        clear_at=0.12,
+        num_rows=5,
+        meaning="It tells nearly every prediction from ground truth, and is sure of it: what it still teaches the "
+        "segmentor is to look like one-hot maps, and few pixels are believed in semi-supervised training.",
+        advice="Lower discriminator_optimizer.lr (a third), use loss.real_target=0.9 or loss.real_map=scaling, or a "
+        "smaller discriminator (discriminator.options.width).",
+    ),
+    Check(
+        "discriminator_is_blind",
+        "the discriminator is blind",
+        _both_losses,
+        # ln 2 = 0.693 is what an answer that does not look costs; recorded: 0.65 at step 50, below 0.5 from step 90 on
+        raise_at=0.68,
+        clear_at=0.66,
+        num_rows=15,
+        num_steps=150,
+        meaning="It cannot tell predictions from ground truth, so that its gradient is noise. (Only a perfect "
+        "segmentor deserves that.)",
+        advice="Raise discriminator_optimizer.lr (three times), give it more steps (alternation=blocks, "
+        "loss.adv_start_step), or a discriminator that sees more.",
+    ),
+    Check(
+        "no_influence",
+        "the adversarial term has no influence",
+        _influence,
+        # a public system's term was 1.3e-4 of its loss; a healthy run (lambda 0.01) passes 1e-3 near step 40, while its
+        # discriminator begins to see, and 4e-3 at step 70
+        raise_at=1e-3,
+        clear_at=3e-3,
+        num_rows=10,
+        num_steps=100,
+        meaning="Its gradient at the segmentor's output is less than a thousandth of the cross entropy's: this is "
+        "supervised training at the price of an adversarial one.",
+        advice="Raise loss.adv_weight, and look at the reductions: a mean beside a sum over pixels weighs nothing.",
+    ),
+    Check(
+        "mask_is_empty",
+        "the confidence mask is empty",
+        lambda row, before: row.get("semi/mask_share"),
+        # recorded: 0.09 to 0.98; at 0.1 % a batch of eight 240 x 240 images has 460 pixels left, of one object's edge
+        raise_at=1e-3,
+        clear_at=5e-3,
+        num_rows=5,
+        meaning="The discriminator believes no pixel of the unlabelled images, so that the semi-supervised term is 0.",
+        advice="Lower semi.threshold, start later (semi.start_step), or weaken the discriminator "
+        "(discriminator_optimizer.lr); one that has won believes nothing.",
+    ),
+    Check(
+        "not_finite",
+        "a loss or gradient is not finite",
+        _not_finite,
+        raise_at=0.2,
+        clear_at=1e-9,
+        num_rows=1,
+        clear_rows=10,
+        meaning="Such a step's update is left out on all ranks; max_skips of them in a row end the run.",
+        advice="Lower the learning rate of the network that grad_norm names, or clip_norm; with fp16 try bf16 or fp32; "
+        "look at the data with `distseg inspect`.",
+    ),
+    Check(
+        "data_starved",
+        "training waits for data",
+        _wait_share,
+        # what is waited for is what could be gained; recorded: below 1 %
+        raise_at=0.1,
+        clear_at=0.05,
+        num_rows=5,
+        meaning="More than a tenth of a step is spent waiting for images on the rank that waits longest.",
+        advice="Raise data.num_threads; put shards or data.cache_dir on a local disk; look at what else uses the "
+        "machine's cores.",
+    ),
+    Check(
+        "slow_rank",
+        "one rank is slower than the others",
+        _slowest,
+        # a fifth is far beyond the 1 % by which equal GPUs differ from step to step
+        raise_at=1.2,
+        clear_at=1.1,
+        num_rows=10,
+        meaning="The same rank needs a fifth more for its forward and its data, again and again, and all others wait "
+        "for it at every step.",
+        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, fewer cores.",
+    ),
+)
+NAMED = {check.name: check for check in CHECKS}

@@ -1,0 +1,1 @@
+"""Training: the alternating step, the loop around it, and the command."""

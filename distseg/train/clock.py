@@ -1,0 +1,32 @@
+"""The speed of training between two logged steps."""
+
+from __future__ import annotations
+
+import time
+
+
+class StepClock:
+    """Speed between two laps."""
+
+    def __init__(self, batch_size: int, peak: float, start_step: int):
+        """peak: operations per second that this rank's device is capable of."""
+        self._batch_size, self._peak = batch_size, peak
+        self.restart(start_step, 0.0)
+
+    def restart(self, step: int, wait_seconds: float) -> None:
+        """Begin a lap now: what came before, such as an evaluation, is no part of a step's time."""
+        self._time, self._wait, self._step, self._operations = time.perf_counter(), wait_seconds, step, 0.0
+
+    def count(self, operations: float) -> None:
+        """A step of so many operations on this rank is done."""
+        self._operations += operations
+
+    def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
+        now = time.perf_counter()
+        steps = step - self._step
+        seconds = max(now - self._time, 1e-9) / steps
+        values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
+        values |= {"data_wait_seconds": (wait_seconds - self._wait) / steps, "images": float(step * self._batch_size)}
+        values["peak_share"] = self._operations / (steps * seconds * self._peak)
+        self.restart(step, wait_seconds)
+        return values

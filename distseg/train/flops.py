@@ -1,0 +1,89 @@
+"""How much arithmetic a step is, and which share of the device's own speed it reaches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config.schema import Config
+from distseg.distributed.device import autocast_dtype
+from distseg.models import build_discriminator, build_segmentor
+from distseg.models.catalogue import gflop
+from distseg.train.schedules import Phase
+
+_CHANNELS, _SIDE = 256, 41  # of the convolution that stands for the device: DeepLab's at stride 8, 321 px images
+_IMAGES = {"cpu": 2, "cuda": 64}  # enough to keep all of the device busy
+_REPETITIONS = {"cpu": 3, "cuda": 20}
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Operations of the convolutions of one image's forward, a multiply-add counted as two."""
+
+    segmentor: float
+    discriminator: float = 0.0  # for one label map, of the size that the run has, with its image
+
+    @classmethod
+    def of(cls, config: Config, num_classes: int) -> StepWork:
+        """Counted on networks without memory, at the size of the run's views."""
+        side = config.data.crop_px
+        with torch.device("meta"):
+            options = config.segmentor.options
+            segmentor = build_segmentor(config.segmentor.name, num_classes, init="random", **options).eval()
+        of_segmentor = 1e9 * gflop(segmentor, _segment, (3, side))
+        if config.mode == "supervised":
+            return cls(of_segmentor)
+        with torch.device("meta"):
+            options = config.discriminator.options
+            discriminator = build_discriminator(config.discriminator.name, num_classes, **options).eval()
+        stride = 1 if config.loss.map_resolution == "image" else int(segmentor.output_stride)
+
+        def judge(network: nn.Module, label_map: Tensor) -> Tensor:
+            return network(torch.empty(1, 3, side, side), label_map)[0]
+
+        return cls(of_segmentor, 1e9 * gflop(discriminator, judge, (num_classes, -(-side // stride))))
+
+    def of_step(self, now: Phase, num_labelled: int, num_unlabelled: int) -> float:
+        """Operations of one step on so many images.
+
+        A forward is one unit, the gradients of a network's parameters another, those of its activations a third; the
+        latter are computed twice in a discriminator whose verdict on a prediction serves both losses. (The gradient of
+        the pixels, which nobody asks for, is not taken off: it is below a hundredth.)
+        """
+        num_images = num_labelled + num_unlabelled
+        operations = self.segmentor * num_images * (3 if now.segmentor else 1)
+        if now.is_supervised:
+            return operations
+        on_prediction = 1 + now.segmentor + 2 * now.discriminator
+        on_truth = 3 * now.discriminator
+        return operations + self.discriminator * (on_prediction * num_images + on_truth * num_labelled)
+
+
+def _segment(network: nn.Module, pixels: Tensor) -> Tensor:
+    return network(pixels)
+
+
+@torch.no_grad()
+def convolution_peak(device: torch.device, precision: str) -> float:
+    """Operations per second of a 3x3 convolution of 256 channels on this device, in a resolved precision.
+
+    It stands for the best that a segmentation network could get here, on whatever part of the machine this rank has:
+    about 0.1 s on a CPU core, a few ms on a GPU.
+    """
+    dtype = autocast_dtype(precision) or (torch.float64 if precision == "fp64" else torch.float32)
+    images, weight = (
+        torch.full(shape, 0.5, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+        for shape in ((_IMAGES[device.type], _CHANNELS, _SIDE, _SIDE), (_CHANNELS, _CHANNELS, 3, 3))
+    )
+    seconds = []
+    for _ in range(_REPETITIONS[device.type] + 1):  # the first one chooses an algorithm
+        before = time.perf_counter()
+        nn.functional.conv2d(images, weight, padding=1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - before)
+    return 2 * images.numel() * _CHANNELS * 9 / statistics.median(seconds[1:])

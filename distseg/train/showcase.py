@@ -1,0 +1,52 @@
+"""What a finished run leaves to look at: scores as JSON, curves, and pictures of validation images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from distseg.data.samples import SampleSet
+from distseg.runs.checkpoint import write_json
+from distseg.tracking import figures
+from distseg.tracking.tracker import METRICS_FILE, read_metrics
+from distseg.train.trainer import Trainer
+
+
+def score_again(trainer: Trainer) -> None:
+    """Evaluate, on all ranks, when the run had been complete before this process began."""
+    if trainer.evaluator.result is None:
+        trainer.evaluator()
+
+
+def show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
+    """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank.
+
+    network: the one that was scored, with all its parameters.
+    """
+    if trainer.ranks.is_main:  # the others need not wait, so no time limit of theirs ends the drawing
+        _show(trainer, network, val_set)
+
+
+def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
+    run_dir, step = Path(trainer.config.run_dir), trainer.state.step
+    evaluator = trainer.evaluator
+    assert evaluator.result is not None
+    network.eval()  # training is over
+    write_json(run_dir / "evaluation.json", evaluator.report(step))
+    class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
+    figures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
+    curves = run_dir / "pictures" / "curves.png"
+    figures.curves(read_metrics(run_dir / METRICS_FILE), curves)
+    trainer.tracker.image(step, "curves", curves)
+    count = min(trainer.config.evaluate.num_pictures, len(val_set))
+    for index in (i * len(val_set) // count for i in range(count)):
+        key, image, label = val_set.load(index)
+        probabilities = evaluator.view(network, image).cpu().numpy()
+        out = run_dir / "pictures" / "samples" / f"{key}.png"
+        figures.sample_panel(image, label, probabilities, val_set.classes, out)
+        trainer.tracker.image(step, f"samples/{key}", out)
+        masks = {"label": label, "prediction": probabilities.argmax(0).astype(np.uint8)}
+        trainer.tracker.masks(step, f"masks/{key}", image, masks, val_set.classes.names)
+    trainer.progress.message(f"curves and pictures: {run_dir / 'pictures'}")
