@@ -12,9 +12,16 @@ import torch
 
 
 def conditions(threads: int) -> str:
-    """Date, commit, machine, versions and load: a figure without them means nothing. threads: of each rank."""
+    """Date, commit, machine, versions and load.
+
+    A figure without them means nothing. threads: of each rank.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {cores} cores"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{_processor()}, {cores} cores"
+    )
     busy = f"{os.getloadavg()[0]:.1f} processes on average in the minute before"
     when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return f"{when}, commit {_commit()}, torch {torch.__version__}\n{device}, {threads} threads a rank, {busy}"

@@ -1,11 +1,13 @@
-"""Training views a second: our stream beside what others do with the same images, and how close to decoding alone.
+"""Training views a second: our stream beside what others do with the same images, and how close to
+decoding alone.
 
-"Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in memory, as one rank does
-from its second epoch on where data.keep_decoded_bytes has room for all. Every system gives random scales of 0.5 to 1.5,
-crops of 321 pixels and mirroring, in batches of 16, with two workers; none changes colours. The systems take turns,
-each anew, and are timed once their queues are in a steady state.
-"CPU" is processor time a view of this process and its workers: the figure to trust on a machine that does other work.
-Run: python -m benchmarks.data [SHARDS of images like VOC's] [--rounds 5] [--seconds 1.5]
+"Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in
+memory, as one rank does from its second epoch on where data.keep_decoded_bytes has room for all.
+Every system gives random scales of 0.5 to 1.5, crops of 321 pixels and mirroring, in batches of 16,
+with two workers; none changes colours. The systems take turns, each anew, and are timed once their
+queues are in a steady state. "CPU" is processor time a view of this process and its workers: the
+figure to trust on a machine that does other work. Run: python -m benchmarks.data [SHARDS of images
+like VOC's] [--rounds 5] [--seconds 1.5]
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ import simplejpeg
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.loaders import SCALES, SIDE, FolderCv2, FolderPil, decoded_only, packed_folder, webdataset_loader
+from benchmarks.loaders import (
+    SCALES,
+    SIDE,
+    FolderCv2,
+    FolderPil,
+    decoded_only,
+    packed_folder,
+    webdataset_loader,
+)
 from distseg.data.plan import Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
@@ -50,10 +60,16 @@ def synthetic(count: int) -> list[Sample]:
     samples = []
     for index in range(count):
         rng = np.random.default_rng(index)
-        octaves = [rng.normal(size=(3 * 2**k, 4 * 2**k, 3)).astype(np.float32) / 1.6**k for k in range(7)]
-        field = sum(cv2.resize(octave, (500, 375), interpolation=cv2.INTER_CUBIC) for octave in octaves)
+        octaves = [
+            rng.normal(size=(3 * 2**k, 4 * 2**k, 3)).astype(np.float32) / 1.6**k for k in range(7)
+        ]
+        field = sum(
+            cv2.resize(octave, (500, 375), interpolation=cv2.INTER_CUBIC) for octave in octaves
+        )
         image = (128 + 40 * np.asarray(field)).clip(0, 255).astype(np.uint8)
-        coarse = cv2.resize(octaves[1][..., 0] + octaves[1][..., 1], (500, 375), interpolation=cv2.INTER_CUBIC)
+        coarse = cv2.resize(
+            octaves[1][..., 0] + octaves[1][..., 1], (500, 375), interpolation=cv2.INTER_CUBIC
+        )
         label = np.digitize(coarse, [-1.5, -0.5, 0.5, 1.5]).astype(np.uint8)
         label[:, :4], label[:4] = 255, 255
         jpeg = simplejpeg.encode_jpeg(image, quality=88)
@@ -64,7 +80,12 @@ def synthetic(count: int) -> list[Sample]:
 def stream(samples: SampleSet, worker_type: str = "thread", seed: int = 0) -> TrainStream:
     """Ours, on one rank."""
     view = TrainView(SIDE, *SCALES)
-    options: dict[str, Any] = {"batch_size": BATCH, "rank": 0, "world_size": 1, "num_threads": WORKERS}
+    options: dict[str, Any] = {
+        "batch_size": BATCH,
+        "rank": 0,
+        "world_size": 1,
+        "num_threads": WORKERS,
+    }
     return TrainStream(samples, Plan(len(samples), seed), view, worker_type=worker_type, **options)
 
 
@@ -77,7 +98,10 @@ def decoded(reader: ShardReader) -> SampleSet:
 
 
 def ours(samples: SampleSet, worker_type: str = "thread", as_float: bool = False) -> Iterator[Any]:
-    """Batches of our stream; as_float: divided by 255 on this CPU, which training leaves to its device."""
+    """Batches of our stream.
+
+    As_float: divided by 255 on this CPU, which training leaves to its device.
+    """
     with closing(stream(samples, worker_type)) as source:
         for batch in source:
             yield batch.image.float().div_(255) if as_float else batch
@@ -94,7 +118,11 @@ def cpu_seconds() -> float:
     mine, total = os.getpid(), 0
     for folder in Path("/proc").iterdir():
         try:
-            values = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else None
+            values = (
+                (folder / "stat").read_text().rpartition(")")[2].split()
+                if folder.name.isdigit()
+                else None
+            )
         except OSError:
             continue
         if values and mine in (int(folder.name), int(values[1])):
@@ -121,16 +149,25 @@ def compare(systems: dict[str, Callable[[], Iterator[Any]]], rounds: int, second
     for _ in range(rounds):
         for name, begin in systems.items():
             found[name].append(timed(begin(), seconds))
-            print(f"  {name}: {1 / found[name][-1][0]:.0f} views/s, {found[name][-1][1] * 1e6:.0f} us CPU", flush=True)
-    print(f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}{'by CPU':>9}{'decoded / it':>14}{'aim':>6}")
+            print(
+                f"  {name}: {1 / found[name][-1][0]:.0f} views/s, {found[name][-1][1] * 1e6:.0f} us CPU",
+                flush=True,
+            )
+    print(
+        f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}{'by CPU':>9}{'decoded / it':>14}{'aim':>6}"
+    )
     for name, rows in found.items():
         wall, cpu = (statistics.median(row[place] for row in rows) for place in (0, 1))
         by_wall, by_cpu, kept = (
-            statistics.median(row[place] / own[place] for row, own in zip(rows, found[of], strict=True))
+            statistics.median(
+                row[place] / own[place] for row, own in zip(rows, found[of], strict=True)
+            )
             for of, place in (("ours", 0), ("ours", 1), ("ours, decoded before", 0))
         )
         aim = f"{AIMS[name]:.2f}" if name in AIMS else ""
-        print(f"{name:24}{1 / wall:>9.0f}{cpu * 1e6:>9.0f}{by_wall:>11.2f}{by_cpu:>9.2f}{kept:>14.2f}{aim:>6}")
+        print(
+            f"{name:24}{1 / wall:>9.0f}{cpu * 1e6:>9.0f}{by_wall:>11.2f}{by_cpu:>9.2f}{kept:>14.2f}{aim:>6}"
+        )
 
 
 def resident_mb() -> float:
@@ -138,7 +175,10 @@ def resident_mb() -> float:
 
 
 def measure_memory(reader: ShardReader) -> None:
-    """Print the memory of this process over many epochs of at most 320 samples; once a third of them stays decoded."""
+    """Print the memory of this process over many epochs of at most 320 samples.
+
+    Once a third of them stays decoded.
+    """
     for keep in (0.0, SampleSet(reader).decoded_bytes(math.inf) / 3):
         source, sizes = stream(SampleSet(reader, keep_decoded_bytes=keep)), []
         steps = min(len(reader), 320) // BATCH
@@ -166,7 +206,9 @@ def measure_start(location: Path) -> None:
 def measure_maps(reader: ShardReader, folder: Path) -> None:
     """Print how fast maps are read, and packed into shards."""
     raws = [reader.read(index) for index in range(min(len(reader), 256))]
-    samples = [Sample(raw.key, raw.image, decode_label(raw.label or b""), "train", raw.key) for raw in raws]
+    samples = [
+        Sample(raw.key, raw.image, decode_label(raw.label or b""), "train", raw.key) for raw in raws
+    ]
     write_maps(folder / "maps.h5", "benchmark", reader.classes, samples, len(samples))
     with MapsReader(folder / "maps.h5") as maps:
         order = np.random.default_rng(0).permutation(maps.splits["train"]).tolist()
@@ -174,18 +216,28 @@ def measure_maps(reader: ShardReader, folder: Path) -> None:
         for key in order:
             maps.read(key)
         wall, busy = time.perf_counter() - begun, time.process_time() - cpu
-    print(f"HDF5 maps, random reads: {len(order) / wall:.0f} samples/s, {busy / len(order) * 1e6:.0f} us CPU each")
+    print(
+        f"HDF5 maps, random reads: {len(order) / wall:.0f} samples/s, {busy / len(order) * 1e6:.0f} us CPU each"
+    )
     begun, cpu = time.perf_counter(), time.process_time()
     pack(folder / "maps.h5", folder / "again")
     wall, busy = time.perf_counter() - begun, time.process_time() - cpu
-    print(f"packing, one process: {len(order) / wall:.0f} samples/s, {busy / len(order) * 1e6:.0f} us CPU each")
+    print(
+        f"packing, one process: {len(order) / wall:.0f} samples/s, {busy / len(order) * 1e6:.0f} us CPU each"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="?", type=Path, help="packed shards with a split train; else synthetic ones")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shards", nargs="?", type=Path, help="packed shards with a split train; else synthetic ones"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5, help="that each is timed in each turn")
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="that each is timed in each turn"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # as distseg.train does
@@ -198,7 +250,9 @@ def main() -> None:
             pack(folder / "synthetic.h5", location, samples_per_shard=32)
         reader = ShardReader(location, "train")
         files = packed_folder(reader, folder / "files")
-        print(f"{len(reader)} images, {sum(file.stat().st_size for file, _ in files) / len(files) / 1e3:.1f} kB each")
+        print(
+            f"{len(reader)} images, {sum(file.stat().st_size for file, _ in files) / len(files) / 1e3:.1f} kB each"
+        )
         tars = [location / shard.file for shard in reader.manifest.splits["train"].shards]
         measure_memory(reader)  # first, while nothing else is held
         anew, before = SampleSet(reader), decoded(reader)

@@ -1,6 +1,8 @@
-"""What other systems do to read and augment segmentation data, written anew from their documentation, for comparison.
+"""What other systems do to read and augment segmentation data, written anew from their
+documentation, for comparison.
 
-Each does the work of its system's usual configuration, without colour jitter, with the decoder that it uses.
+Each does the work of its system's usual configuration, without colour jitter, with the decoder that
+it uses.
 """
 
 from __future__ import annotations
@@ -26,12 +28,16 @@ from shards.sample import decode_image, decode_label
 
 SIDE, SCALES = 321, (0.5, 1.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PALETTE = np.random.default_rng(0).integers(0, 256, 768).tolist()  # of masks: only its presence matters
+# of masks: only its presence matters
+PALETTE = np.random.default_rng(0).integers(0, 256, 768).tolist()
 Files = list[tuple[Path, Path]]
 
 
 def packed_folder(reader: ShardReader, folder: Path) -> Files:
-    """The samples as files: the JPEG and, as VOC has them, a palette PNG as Pillow writes it by default."""
+    """The samples as files.
+
+    The JPEG and, as VOC has them, a palette PNG as Pillow writes it by default.
+    """
     folder.mkdir()
     files = []
     for index in range(len(reader)):
@@ -47,7 +53,10 @@ def packed_folder(reader: ShardReader, folder: Path) -> Files:
 
 
 class FolderPil(torch.utils.data.Dataset):
-    """In the style of torchvision's segmentation references: Pillow images, then a normalised float tensor."""
+    """In the style of torchvision's segmentation references.
+
+    Pillow images, then a normalised float tensor.
+    """
 
     def __init__(self, files: Files):
         self._files = files
@@ -60,7 +69,10 @@ class FolderPil(torch.utils.data.Dataset):
         image = image.convert("RGB")
         scale = random.uniform(*SCALES)
         size = round(image.width * scale), round(image.height * scale)
-        image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
+        image, mask = (
+            image.resize(size, Image.Resampling.BILINEAR),
+            mask.resize(size, Image.Resampling.NEAREST),
+        )
         if random.random() < 0.5:
             image, mask = (it.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for it in (image, mask))
         wide, high = max(SIDE, image.width), max(SIDE, image.height)
@@ -82,7 +94,10 @@ def _padded(image: Image.Image, width: int, height: int, fill: int) -> Image.Ima
 
 
 class FolderCv2(torch.utils.data.Dataset):
-    """In the style of mmsegmentation 0.x: OpenCV arrays, crops of at most 75 % one class, normalised, then padded."""
+    """In the style of mmsegmentation 0.x.
+
+    OpenCV arrays, crops of at most 75 % one class, normalised, then padded.
+    """
 
     def __init__(self, files: Files):
         cv2.setNumThreads(0)
@@ -116,21 +131,38 @@ class FolderCv2(torch.utils.data.Dataset):
         room = 0, SIDE - mask.shape[0], 0, SIDE - mask.shape[1]
         pixels = cv2.copyMakeBorder(pixels, *room, cv2.BORDER_CONSTANT, value=(0, 0, 0))
         mask = cv2.copyMakeBorder(mask, *room, cv2.BORDER_CONSTANT, value=255)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(mask.astype(np.int64))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.from_numpy(
+            mask.astype(np.int64)
+        )
 
 
 def webdataset_loader(tars: list[Path], batch: int, num_workers: int) -> Iterator[Any]:
-    """webdataset's own pipeline and loader, shuffled, with our decoders and our view: the same uint8 batches."""
+    """webdataset's own pipeline and loader, shuffled, with our decoders and our view.
+
+    The same uint8 batches.
+    """
     cv2.setNumThreads(0)
     view = TrainView(SIDE, *SCALES)
 
     def viewed(sample: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         image, label = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
-        view(decode_image(sample["jpg"]), decode_label(sample["png"]), np.random.default_rng(), image, label)
+        view(
+            decode_image(sample["jpg"]),
+            decode_label(sample["png"]),
+            np.random.default_rng(),
+            image,
+            label,
+        )
         return image, label
 
     paths = [str(path) for path in tars]
-    data = webdataset.WebDataset(paths, shardshuffle=len(paths)).repeat().shuffle(1000).map(viewed).batched(batch)
+    data = (
+        webdataset.WebDataset(paths, shardshuffle=len(paths))
+        .repeat()
+        .shuffle(1000)
+        .map(viewed)
+        .batched(batch)
+    )
     yield from webdataset.WebLoader(data, batch_size=None, num_workers=num_workers)
 
 

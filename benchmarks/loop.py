@@ -1,4 +1,5 @@
-"""What the training loop adds to the bare alternating step: data, logging, watchdog, agreed stop, checkpoints.
+"""What the training loop adds to the bare alternating step: data, logging, watchdog, agreed stop,
+checkpoints.
 
 Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates, on the batch at
 hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in every interval, and its cost also
@@ -31,8 +32,19 @@ from shards.prepare import prepare
 
 SEMI_STEP = 1000  # by which every term is on
 SETTINGS = [
-    *("preset=voc_hung_semi", "segmentor.init=random", "segmentor.batch_norm=per_rank", "data.num_classes=8"),
-    *("data.crop_px=161", "batch_size=2", "semi.batch_size=2", "semi.start_step=0", "evaluate.num_pictures=0"),
+    *(
+        "preset=voc_hung_semi",
+        "segmentor.init=random",
+        "segmentor.batch_norm=per_rank",
+        "data.num_classes=8",
+    ),
+    *(
+        "data.crop_px=161",
+        "batch_size=2",
+        "semi.batch_size=2",
+        "semi.start_step=0",
+        "evaluate.num_pictures=0",
+    ),
     *("tracking.wandb=offline", "evaluate.every_steps=0"),
 ]
 
@@ -55,7 +67,11 @@ class TimedTrainer(Trainer):
                 self.checkpoints.wait()  # not at the bare steps' cost
                 self.writing.append(time.perf_counter() - now)
                 self.looped.append((now - self._resumed) / self.every)
-                left = (self.intervals - len(self.looped)) * self.every * (self.looped[-1] + self.bare[-1])
+                left = (
+                    (self.intervals - len(self.looped))
+                    * self.every
+                    * (self.looped[-1] + self.bare[-1])
+                )
                 say(f"interval {len(self.looped)} of {self.intervals}, {left:.0f} s left")
             self.bare.append(self._bare(batch))
             self._resumed = time.perf_counter()
@@ -65,7 +81,9 @@ class TimedTrainer(Trainer):
     def _bare(self, batch: Batch) -> float:
         """Seconds of a bare step, over as many as an interval has."""
         assert batch.unlabelled is not None and self.pair.discriminator is not None
-        parts = [to_device(part, self.ranks.device, self.config) for part in (batch, batch.unlabelled)]
+        parts = [
+            to_device(part, self.ranks.device, self.config) for part in (batch, batch.unlabelled)
+        ]
         before = time.perf_counter()
         for _ in range(self.every):
             adversarial_step(self.pair, phase(SEMI_STEP, self.config), *parts)
@@ -89,36 +107,57 @@ def timed(method: Any, seconds: list[float]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--intervals", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="of an interval")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="further key=value for the run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    TimedTrainer.every, TimedTrainer.intervals = options.steps, options.intervals + 1  # the first one warms up
+    # the first one warms up
+    TimedTrainer.every, TimedTrainer.intervals = options.steps, options.intervals + 1
     say("drawing scenes, building networks, two intervals until the time left is known")
     with tempfile.TemporaryDirectory() as folder:
         prepare("toy", None, Path(folder) / "toy.h5", num_train="40", num_val="1")
         pack(Path(folder) / "toy.h5", Path(folder) / "shards")
         steps = TimedTrainer.intervals * options.steps + 1
-        settings = [*SETTINGS, f"steps={steps}", f"checkpoint.every_steps={options.steps}", *options.overrides]
+        settings = [
+            *SETTINGS,
+            f"steps={steps}",
+            f"checkpoint.every_steps={options.steps}",
+            *options.overrides,
+        ]
         save = timed(command.Checkpoints.save, TimedTrainer.saving)
         TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
-        with patch.object(command, "Trainer", TimedTrainer), patch.object(command.Checkpoints, "save", save):
+        with (
+            patch.object(command, "Trainer", TimedTrainer),
+            patch.object(command.Checkpoints, "save", save),
+        ):
             command.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
     saving = statistics.median(TimedTrainer.saving[1:-1])
-    ratios = [(loop - saving / options.steps) / step for loop, step in zip(looped, bare, strict=True)]
+    ratios = [
+        (loop - saving / options.steps) / step for loop, step in zip(looped, bare, strict=True)
+    ]
     step = statistics.median(bare)
     print(conditions(options.threads))
-    print(f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (", end="")
+    print(
+        f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (",
+        end="",
+    )
     print(", ".join(f"{ratio - 1:+.1%}" for ratio in ratios), end=")\n")
     logging, every = statistics.median(TimedTrainer.logging), TrackingConfig().log_every
-    print(f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps {logging / every / step:+.2%}")
+    print(
+        f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps {logging / every / step:+.2%}"
+    )
     writing = statistics.median(TimedTrainer.writing[1:-1])
     most = (saving + writing) / 1000 / step
-    print(f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in {writing:.2f} s:", end=" ")
+    print(
+        f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in {writing:.2f} s:",
+        end=" ",
+    )
     print(f"every 1000 steps at most {most:+.2%}")
 
 

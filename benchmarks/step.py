@@ -1,10 +1,11 @@
-"""Our semi-supervised adversarial step against one with the passes that the public trainer for Hung et al. makes.
+"""Our semi-supervised adversarial step against one with the passes that the public trainer for Hung
+et al. makes.
 
-DeepLabV2-ResNet-101 and the fully convolutional discriminator, 2 + 2 images. The reference step is written here from a
-description of those passes: the segmentor called on labelled and unlabelled images apart, the discriminator on the
-predictions once for the segmentor and once more for itself, and on the ground truth apart; fp32, batch statistics.
-Each step has a process of its own, and they take turns.
-Run: python -m benchmarks.step [--size 161] [--repetitions 7] [--threads 2]
+DeepLabV2-ResNet-101 and the fully convolutional discriminator, 2 + 2 images. The reference step is
+written here from a description of those passes: the segmentor called on labelled and unlabelled
+images apart, the discriminator on the predictions once for the segmentor and once more for itself,
+and on the ground truth apart; fp32, batch statistics. Each step has a process of its own, and they
+take turns. Run: python -m benchmarks.step [--size 161] [--repetitions 7] [--threads 2]
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def networks(batch_norm: str) -> tuple[nn.Module, nn.Module]:
     for layer in norms:
         layer.momentum = 1.0
     with torch.no_grad():
-        segmentor(torch.rand(BATCH, 3, 96, 96))  # statistics of this network, as trained ones are; else values explode
+        # statistics of this network, as trained ones are; else values explode
+        segmentor(torch.rand(BATCH, 3, 96, 96))
     for layer in norms:
         layer.momentum = 0.1
     set_batch_norm(segmentor, batch_norm)
@@ -73,7 +75,9 @@ def our_step(ranks: Ranks, size: int, precision: str) -> Callable[[], None]:
     pair = Pair(*learners, config.loss, config.semi)
     parts = [images(size, labelled) for labelled in (True, False)]
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    labelled, unlabelled = (Images(part.pixels.contiguous(memory_format=layout), part.label) for part in parts)
+    labelled, unlabelled = (
+        Images(part.pixels.contiguous(memory_format=layout), part.label) for part in parts
+    )
 
     def step() -> None:
         adversarial_step(pair, phase(SEMI_STEP, config), labelled, unlabelled)
@@ -109,10 +113,14 @@ def reference_step(size: int) -> Callable[[], None]:
         (z,) = judge(unlabelled.pixels, unsure.softmax(1))
         believed = up(z).sigmoid()[:, 0] > 0.2
         target = unsure.argmax(1).where(believed, 255)
-        (0.001 * bce(up(z), 1.0) + 0.1 * F.cross_entropy(unsure, target, ignore_index=255)).backward()
+        (
+            0.001 * bce(up(z), 1.0) + 0.1 * F.cross_entropy(unsure, target, ignore_index=255)
+        ).backward()
         sure = up(segmentor(labelled.pixels))
         (z,) = judge(labelled.pixels, sure.softmax(1))
-        (F.cross_entropy(sure, labelled.label.long(), ignore_index=255) + 0.01 * bce(up(z), 1.0)).backward()
+        (
+            F.cross_entropy(sure, labelled.label.long(), ignore_index=255) + 0.01 * bce(up(z), 1.0)
+        ).backward()
         judge.requires_grad_(True)
         fake = torch.cat([sure, unsure]).detach().softmax(1)
         (z,) = judge(torch.cat([labelled.pixels, unlabelled.pixels]), fake)
@@ -140,7 +148,9 @@ class _Untracked(nullcontext):
 
 
 def flops_of(step: Callable[[], None]) -> int:
-    """Floating-point operations of all convolutions and products of one step, each multiply-add as two."""
+    """Floating-point operations of all convolutions and products of one step, each multiply-add as
+    two.
+    """
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _Untracked()  # type: ignore[assignment]
     with counter:
@@ -149,16 +159,23 @@ def flops_of(step: Callable[[], None]) -> int:
 
 
 class Contestant:
-    """A step in a process of its own, which waits while the others take theirs: "reference", or a precision of ours."""
+    """A step in a process of its own, which waits while the others take theirs.
+
+    "reference", or a precision of ours.
+    """
 
     def __init__(self, name: str, size: int, threads: int):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, size, threads), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, name, size, threads), daemon=True
+        )
         self._process.start()
 
     def ask(self) -> float:
-        """First the operations of a step, then the device's speed in convolutions, then seconds of one step each."""
+        """First the operations of a step, then the device's speed in convolutions, then seconds of
+        one step each.
+        """
         self._pipe.send(True)
         return self._pipe.recv()
 
@@ -186,7 +203,9 @@ def _serve(pipe: Connection, name: str, size: int, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=161, help="side of the images, pixels")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -202,14 +221,17 @@ def main() -> None:
         seconds[name].append(contestants[name].ask())
     for of in contestants.values():
         of.end()
-    found = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first one warms up
+    # the first one warms up
+    found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     print(conditions(options.threads))
     for name, value in found.items():
         share = flops[name] / value / peaks[name]
         work = f"{flops[name] / 1e9:6.0f} GFLOP, {share:4.0%} of the convolution peak"
         label = "reference, fp32" if name == "reference" else f"ours, {name}"
         print(f"{label:16}  {value:6.3f} s a step   {found['reference'] / value:5.2f} x   {work}")
-    print("peak: " + ", ".join(f"{name} {peaks[name] / 1e9:.0f} GFLOP/s" for name in ("fp32", "bf16")))
+    print(
+        "peak: " + ", ".join(f"{name} {peaks[name] / 1e9:.0f} GFLOP/s" for name in ("fp32", "bf16"))
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""One strategy's alternating step on every rank; rank 0 prints its seconds, bytes and memory as a line of JSON.
+"""One strategy's alternating step on every rank; rank 0 prints its seconds, bytes and memory as a
+line of JSON.
 
-The step is that of preset=voc_hung_semi with every term on (DeepLabV2-ResNet-101 and the fully convolutional
-discriminator), from random weights, on noise. comm.py and scaling.py start it with torchrun. So can you, on GPUs too:
-    torchrun --nproc_per_node=8 -m benchmarks.worker --size 321 --batch 10 parallel.strategy=fsdp precision=bf16
+The step is that of preset=voc_hung_semi with every term on (DeepLabV2-ResNet-101 and the fully
+convolutional discriminator), from random weights, on noise. comm.py and scaling.py start it with
+torchrun. So can you, on GPUs too:
+    torchrun --nproc_per_node=8 -m benchmarks.worker --size 321 --batch 10 parallel.strategy=fsdp
+    precision=bf16
 """
 
 from __future__ import annotations
@@ -36,30 +39,48 @@ from distseg.train.step import Images, Pair, adversarial_step
 
 def start(num_ranks: int, arguments: list[str], threads: int = 1) -> dict[str, Any]:
     """Run this file under torchrun on `num_ranks` ranks; what rank 0 printed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={num_ranks}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [*torchrun, "-m", "benchmarks.worker", *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}")
-    return json.loads(done.stdout[done.stdout.rindex('{"result"') :])["result"]  # the profiler prints too
+    # the profiler prints too
+    return json.loads(done.stdout[done.stdout.rindex('{"result"') :])["result"]
 
 
 def build(config: Config, ranks: Ranks, size: int, batch: int) -> tuple[Pair, list[Images]]:
     """Learners, and this rank's `batch` labelled and `batch` unlabelled images."""
     wrapped = zip(
-        networks(config.segmentor.batch_norm), (config.segmentor_optimizer, config.discriminator_optimizer), strict=True
+        networks(config.segmentor.batch_norm),
+        (config.segmentor_optimizer, config.discriminator_optimizer),
+        strict=True,
     )
-    pair = Pair(*(wrap(network, optimizer, config, ranks) for network, optimizer in wrapped), config.loss, config.semi)
+    pair = Pair(
+        *(wrap(network, optimizer, config, ranks) for network, optimizer in wrapped),
+        config.loss,
+        config.semi,
+    )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def on_device(part: Images) -> Images:
-        return Images(part.pixels.to(ranks.device).contiguous(memory_format=layout), part.label.to(ranks.device))
+        return Images(
+            part.pixels.to(ranks.device).contiguous(memory_format=layout),
+            part.label.to(ranks.device),
+        )
 
     return pair, [on_device(images(size, labelled, batch)) for labelled in (True, False)]
 
 
-def stepper(config: Config, pair: Pair, parts: list[Images], exchange: bool = True) -> Callable[[], None]:
+def stepper(
+    config: Config, pair: Pair, parts: list[Images], exchange: bool = True
+) -> Callable[[], None]:
     """One step, updates included; with exchange=False gradients stay on their rank."""
     learners = [pair.segmentor, pair.discriminator]
 
@@ -71,12 +92,15 @@ def stepper(config: Config, pair: Pair, parts: list[Images], exchange: bool = Tr
             adversarial_step(pair, phase(SEMI_STEP, config), *parts)
         for learner in learners:
             if learner is not None:
-                learner.step(1e-6)  # the rates stay near 0, so that every repetition does the same work
+                # the rates stay near 0, so that every repetition does the same work
+                learner.step(1e-6)
 
     return step
 
 
-def seconds_of(steps: dict[str, Callable[[], None]], repetitions: int, device: torch.device) -> dict[str, list[float]]:
+def seconds_of(
+    steps: dict[str, Callable[[], None]], repetitions: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each, repeated in turn, after one of each to warm up."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for repetition in range(repetitions + 1):
@@ -129,9 +153,13 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=97, help="side of the images, pixels")
-    parser.add_argument("--batch", type=int, default=1, help="labelled images a rank, and as many unlabelled ones")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="labelled images a rank, and as many unlabelled ones"
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("overrides", nargs="*", help="such as parallel.strategy=fsdp")
@@ -140,7 +168,11 @@ def main() -> None:
     ranks = setup(options.device, 300)
     before = peak_memory(ranks.device)
     segmentor, judge = networks(config.segmentor.batch_norm)
-    sizes = {"segmentor": size_of(segmentor), "discriminator": size_of(judge), "classes": NUM_CLASSES}
+    sizes = {
+        "segmentor": size_of(segmentor),
+        "discriminator": size_of(judge),
+        "classes": NUM_CLASSES,
+    }
     del segmentor, judge
     pair, parts = build(config, ranks, options.size, options.batch)
     steps = {"step": stepper(config, pair, parts)}
@@ -148,10 +180,21 @@ def main() -> None:
         steps["alone"] = stepper(config, pair, parts, exchange=False)
     seconds = seconds_of(steps, options.repetitions, ranks.device)
     peak = torch.tensor(float(peak_memory(ranks.device) - before))
-    found: dict[str, Any] = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    found |= {"elements": elements_sent(steps["step"]), "sizes": sizes, "peak_bytes": _largest(peak, ranks)}
+    found: dict[str, Any] = {
+        f"{name}_seconds": statistics.median(values) for name, values in seconds.items()
+    }
+    found |= {
+        "elements": elements_sent(steps["step"]),
+        "sizes": sizes,
+        "peak_bytes": _largest(peak, ranks),
+    }
     if ranks.is_main:
-        print(json.dumps({"result": found | {"device": str(ranks.device), "world_size": ranks.world_size}}), flush=True)
+        print(
+            json.dumps(
+                {"result": found | {"device": str(ranks.device), "world_size": ranks.world_size}}
+            ),
+            flush=True,
+        )
     teardown()
     os._exit(0)  # a thread of the profiler, which no run has, now and then aborts an ordinary exit
 

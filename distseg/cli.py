@@ -27,8 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.handler(options)
     except InputError as error:
-        rank, speaks = _rank(), _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"  # one per machine: machines can differ
-        if rank == "0" or (speaks and not _joined()) or (_joined() and not hasattr(error, "raised_on_all_ranks")):
+        # one per machine: machines can differ
+        rank, speaks = _rank(), _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"
+        if (
+            rank == "0"
+            or (speaks and not _joined())
+            or (_joined() and not hasattr(error, "raised_on_all_ranks"))
+        ):
             print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -46,7 +51,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes optional positionals only where it meets the required ones
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    unknown = [
+        word
+        for word in rest
+        if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")
+    ]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
@@ -60,7 +69,10 @@ def _rank(of_torchrun: str = "RANK", of_srun: str = "SLURM_PROCID") -> str:
 
 
 def _joined() -> bool:
-    """Whether this process is one of a joined job; before that every rank fails alike, and one of them says so."""
+    """Whether this process is one of a joined job.
+
+    Before that every rank fails alike, and one of them says so.
+    """
     torch_distributed = sys.modules.get("torch.distributed")
     return torch_distributed is not None and torch_distributed.is_initialized()
 
@@ -68,7 +80,9 @@ def _joined() -> bool:
 def build_parser() -> argparse.ArgumentParser:
     """The command's parser, without importing anything heavy."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("distseg", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        "distseg", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
@@ -81,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_models(commands)
     _add_doctor(commands)
-    from launchers.commands import add_commands  # light: submit and sweep import what they need when they run
+    # light: submit and sweep import what they need when they run
+    from launchers.commands import add_commands
 
     add_commands(commands)
     return parser
@@ -95,8 +110,12 @@ Later values win:      defaults < preset < command line.  `--dry-run` prints eve
 Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop; what is left to do
                        after the last checkpoint (evaluation, pictures) is made up by the same command."""
     parser = _command(commands, "train", "train a segmentor with an adversary", text)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ...")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ..."
+    )
     parser.set_defaults(handler=_train)
 
 
@@ -109,8 +128,12 @@ On several processes:                   torchrun --standalone --nproc_per_node=N
 The scores are written beside the run's config.yaml; `distseg summarize` makes tables of them."""
     parser = _command(commands, "evaluate", "score a trained run", text)
     _add_run(parser)
-    parser.add_argument("--quick", action="store_true", help="without outlines, calibration and intervals")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.val_split=val command.mirror=true")
+    parser.add_argument(
+        "--quick", action="store_true", help="without outlines, calibration and intervals"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data.val_split=val command.mirror=true"
+    )
     parser.set_defaults(handler=_evaluate)
 
 
@@ -121,7 +144,9 @@ A run stands for its evaluation.json, what training's last evaluation found; nam
   distseg summarize runs/*/evaluation-step-00000900-val-scales-0.75-1-1.25-mirror.json --format latex
 The spread is the sample standard deviation over seeds. Only like is compared: data, split, classes, views."""
     parser = _command(commands, "summarize", "tables of runs, mean and spread over seeds", text)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN|FILE", help="run directories or evaluation*.json")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN|FILE", help="run directories or evaluation*.json"
+    )
     parser.add_argument("--format", default="markdown", choices=("markdown", "latex", "json"))
     parser.set_defaults(handler=_summarize)
 
@@ -133,11 +158,19 @@ Images are viewed as the run evaluates, or as command.scales=[0.75,1,1.25] comma
 above 2048 px are labelled in blended tiles; command.window_px=N command.overlap_px=M choose others."""
     parser = _command(commands, "predict", "label images with a trained run", text)
     _add_run(parser)
-    parser.add_argument("images", type=Path, metavar="IMAGE|FOLDER", help="an image, or a folder of images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the pictures go")
-    parser.add_argument("--probabilities", action="store_true", help="also one probability picture per class")
+    parser.add_argument(
+        "images", type=Path, metavar="IMAGE|FOLDER", help="an image, or a folder of images"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the pictures go"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also one probability picture per class"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="evaluate.mirror=true precision=fp32")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="evaluate.mirror=true precision=fp32"
+    )
     parser.set_defaults(handler=_predict)
 
 
@@ -145,9 +178,15 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     text = """Write one HTML page about one or several runs: curves, health, IoU and confusion of classes, predictions,
 what differs between the configurations, and means over seeds. It needs neither a network nor another file."""
     parser = _command(commands, "report", "an HTML page about runs, to look at or to send", text)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not")
-    parser.add_argument("--out", type=Path, metavar="FILE.html", help="else report.html in the run's directory")
-    parser.add_argument("--wandb", action="store_true", help="also a W&B report with the same panels")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="else report.html in the run's directory"
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="also a W&B report with the same panels"
+    )
     parser.set_defaults(handler=_report)
 
 
@@ -159,12 +198,18 @@ torch-export  runs with torch alone: torch.export.load(FILE).module()
 safetensors   the weights, and what to build the network from; also segmentor.init=FILE
 Classes, colours and preprocessing are in the file's metadata. What is written is compared with the original on random
 images of several sizes; a file that differs is not kept."""
-    parser = _command(commands, "export", "a trained run as ONNX, torch.export or safetensors", text)
+    parser = _command(
+        commands, "export", "a trained run as ONNX, torch.export or safetensors", text
+    )
     _add_run(parser)
     parser.add_argument("--format", default="onnx", choices=("onnx", "torch-export", "safetensors"))
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--out", type=Path, metavar="FILE", help="the file to write; else RUN/export/model.*")
-    place.add_argument("--hub-folder", type=Path, metavar="DIR", help="weights, config.json and a model card")
+    place.add_argument(
+        "--out", type=Path, metavar="FILE", help="the file to write; else RUN/export/model.*"
+    )
+    place.add_argument(
+        "--hub-folder", type=Path, metavar="DIR", help="weights, config.json and a model card"
+    )
     parser.set_defaults(handler=_export)
 
 
@@ -185,10 +230,20 @@ An interrupted run goes on where it was, by the same command. Neither that nor -
     parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
     parser.add_argument("name", metavar="NAME", help="one of the above")
     parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to write")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: in this one")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what is missing or unreadable, and list it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.h5", help="the file to write"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out what is missing or unreadable, and list it",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1"
+    )
     parser.set_defaults(handler=_prepare)
 
 
@@ -198,11 +253,19 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
 The same input gives the same bytes, for any number of workers; where they are there already, nothing is done."""
     parser = _command(commands, "pack", "HDF5 maps -> shards", text)
     parser.add_argument("maps", type=Path, metavar="FILE.h5", help="what `distseg prepare` wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory for the shards"
+    )
     parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0: in this one")
-    parser.add_argument("--overwrite", action="store_true", help="replace another data set that is in the directory")
-    parser.add_argument("--append", action="store_true", help="add the maps' splits to the shards that are there")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace another data set that is in the directory"
+    )
+    parser.add_argument(
+        "--append", action="store_true", help="add the maps' splits to the shards that are there"
+    )
     parser.set_defaults(handler=_pack)
 
 
@@ -214,17 +277,26 @@ warnings  (exit code 0)  classes that a split lacks, void, pictures that are in 
     parser = _command(commands, "inspect", "find what is wrong with shards", text)
     parser.add_argument("shards", metavar="DIR", help="what `distseg pack` wrote")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="for inspection.json and contact_sheet.png; else the same"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for inspection.json and contact_sheet.png; else the same",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="decoding threads; else one for each core")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="decoding threads; else one for each core"
+    )
     parser.set_defaults(handler=_inspect)
 
 
 def _add_models(commands: argparse._SubParsersAction) -> None:
     text = "Measure segmentors and discriminators: parameters, output stride, field of view, work at 321x321 px."
-    parser = _command(commands, "models", "list the networks to choose from, with their sizes", text)
+    parser = _command(
+        commands, "models", "list the networks to choose from, with their sizes", text
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these; none: all")
-    parser.add_argument("--classes", type=int, default=21, metavar="N", help="number of classes (21)")
+    parser.add_argument(
+        "--classes", type=int, default=21, metavar="N", help="number of classes (21)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(handler=_models)
 
@@ -236,21 +308,27 @@ On all processes of a job:  torchrun --standalone --nproc_per_node=N -m distseg.
                             srun distseg doctor --run-dir runs/x --shards DIR
 Exit code 1 for what would end or break a run; warnings and measurements leave it 0."""
     parser = _command(commands, "doctor", "check machine, disk, network and data", text)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are written")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are written"
+    )
     parser.add_argument("--shards", metavar="DIR|URL", help="packed shards to read")
     parser.add_argument("--split", default="train", help="of the shards (train)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.set_defaults(handler=_doctor)
 
 
-def _command(commands: argparse._SubParsersAction, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, summary: str, text: str
+) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, e.g. runs/stanford")
-    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last (default), best, or a step")
+    parser.add_argument(
+        "--checkpoint", default="last", metavar="WHICH", help="last (default), best, or a step"
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -276,7 +354,9 @@ def _predict(options: argparse.Namespace) -> int:
 
     wanted = predict.PredictOptions(probabilities=options.probabilities)
     where = (options.images, options.out)
-    return predict.run(options.run, options.checkpoint, *where, wanted, options.device, options.overrides)
+    return predict.run(
+        options.run, options.checkpoint, *where, wanted, options.device, options.overrides
+    )
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -288,7 +368,9 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from distseg.export import command
 
-    return command.run(options.run, options.checkpoint, options.format, options.out, options.hub_folder)
+    return command.run(
+        options.run, options.checkpoint, options.format, options.out, options.hub_folder
+    )
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -300,10 +382,14 @@ def _prepare(options: argparse.Namespace) -> int:
             raise InputError(f"argument {key!r}", "key=value", "write for example seed=1")
     settings: dict[str, Any] = {key: value for key, _, value in pairs}
     if settings.keys() & {"workers", "skip_bad"}:
-        raise InputError("workers or skip_bad as key=value", "an option", "write --workers N, --skip-bad")
+        raise InputError(
+            "workers or skip_bad as key=value", "an option", "write --workers N, --skip-bad"
+        )
     how = {"workers": options.workers, "skip_bad": options.skip_bad}
     made = prepare(options.name, options.root, options.out, **how, **settings)
-    print(f"wrote {made.path}: {', '.join(f'{count} {split}' for split, count in made.num_samples.items())}")
+    print(
+        f"wrote {made.path}: {', '.join(f'{count} {split}' for split, count in made.num_samples.items())}"
+    )
     for note in made.notes:
         print(f"note: {note}")
     if made.left_out:
@@ -318,7 +404,9 @@ def _pack(options: argparse.Namespace) -> int:
     from shards.pack import pack
 
     how = {"samples_per_shard": options.samples_per_shard, "num_workers": options.workers}
-    manifest = pack(options.maps, options.out, overwrite=options.overwrite, append=options.append, **how)
+    manifest = pack(
+        options.maps, options.out, overwrite=options.overwrite, append=options.append, **how
+    )
     counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
     print(f"{options.out}: {counts}")
     if manifest.left_out:
@@ -332,9 +420,13 @@ def _inspect(options: argparse.Namespace) -> int:
     from distseg import inspection
 
     if options.threads is not None and options.threads < 1:
-        raise InputError(f"--threads {options.threads}", "at least 1", "correct it, or leave it out")
+        raise InputError(
+            f"--threads {options.threads}", "at least 1", "correct it, or leave it out"
+        )
     if "://" in options.shards:
-        action = "run it where they are a folder, and copy verified.json there too; or copy them here"
+        action = (
+            "run it where they are a folder, and copy verified.json there too; or copy them here"
+        )
         raise InputError(f"inspect {options.shards}", "a folder of packed shards", action)
     return inspection.run(Path(options.shards), options.out, options.threads)
 

@@ -1,4 +1,7 @@
-"""`distseg inspect`: the findings as a table, the samples as a contact sheet, both as JSON; then the verdict."""
+"""`distseg inspect`: the findings as a table, the samples as a contact sheet, both as JSON.
+
+Then the verdict.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,17 @@ from shards.similar import BITS, MAX_BITS
 
 JSON_FILE, SHEET_FILE = "inspection.json", "contact_sheet.png"
 MIN_WIDTH, SHOWN = 100, 8  # columns of the terminal; findings of one kind in the table
-NUM_COLUMNS, NUM_CELLS, NUM_FLAGGED = 4, 32, 8  # of the sheet, each with a picture and its label; at most
+# of the sheet, each with a picture and its label; at most
+NUM_COLUMNS, NUM_CELLS, NUM_FLAGGED = 4, 32, 8
 CELL_PX, DPI = (240, 520), 100  # height and width of a cell
 
 
 def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
-    """Inspect `directory`, write inspection.json and contact_sheet.png into `out` (None: the directory itself).
+    """Inspect `directory`, write inspection.json and contact_sheet.png into `out` (None: the
+    directory itself).
 
-    Returns 1 when there are errors, else 0, and then training accepts the shards. Raises InputError for a
-    directory without a manifest, and for an `out` that cannot be written.
+    Returns 1 when there are errors, else 0, and then training accepts the shards. Raises InputError
+    for a directory without a manifest, and for an `out` that cannot be written.
     """
     inspection = inspect(directory, num_threads)
     console = Console()
@@ -48,8 +53,14 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
     with published(out / JSON_FILE) as partial:
         partial.write_text(json.dumps(document(inspection), indent=1) + "\n")
     contact_sheet(directory, inspection, out / SHEET_FILE)
-    console.print(_verdict(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"wrote {out / JSON_FILE} and {out / SHEET_FILE}: look at it", highlight=False, soft_wrap=True)
+    console.print(
+        _verdict(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True
+    )
+    console.print(
+        f"wrote {out / JSON_FILE} and {out / SHEET_FILE}: look at it",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 1 if inspection.errors else 0
 
 
@@ -72,26 +83,40 @@ def _verdict(directory: Path, inspection: Inspection, writable: bool) -> str:
     if num_errors:
         return said + "training refuses these shards until they are sound"
     if not writable:
-        return said + "sound, but that cannot be recorded there: train with data.allow_unverified=true"
+        return (
+            said + "sound, but that cannot be recorded there: train with data.allow_unverified=true"
+        )
     return said + "sound, and training accepts them"
 
 
 def tables(inspection: Inspection) -> Iterator[Table]:
     """The splits side by side, their classes, and the findings if there are any."""
     splits = inspection.splits()
-    about = _table(f"{inspection.manifest.name}: splits", "split", right=("samples", "unlabelled", "shards", "MB"))
+    about = _table(
+        f"{inspection.manifest.name}: splits",
+        "split",
+        right=("samples", "unlabelled", "shards", "MB"),
+    )
     for column in ("void", "smallest", "median", "largest px"):
         about.add_column(column, justify="right")
     for name, split in splits.items():
         counts = (f"{split['samples']:,}", f"{split['unlabelled']:,}", f"{split['shards']:,}")
-        sizes = ("x".join(map(str, split[size] or ("-",))) for size in ("smallest", "median", "largest"))
-        about.add_row(name, *counts, f"{split['bytes'] / 1e6:,.0f}", f"{split['void_share']:.1%}", *sizes)
+        sizes = (
+            "x".join(map(str, split[size] or ("-",))) for size in ("smallest", "median", "largest")
+        )
+        about.add_row(
+            name, *counts, f"{split['bytes'] / 1e6:,.0f}", f"{split['void_share']:.1%}", *sizes
+        )
     yield about
     columns = [f"{name} {what}" for name in splits for what in ("pixels", "images")]
-    histogram = _table("classes: share of the pixels that are not void, and images", "class", right=columns)
+    histogram = _table(
+        "classes: share of the pixels that are not void, and images", "class", right=columns
+    )
     for index, name in enumerate(inspection.manifest.classes.names):
         of_class = [split["classes"][name] for split in splits.values()]
-        cells = [cell for count in of_class for cell in (f"{count['share']:.2%}", f"{count['images']:,}")]
+        cells = [
+            cell for count in of_class for cell in (f"{count['share']:.2%}", f"{count['images']:,}")
+        ]
         histogram.add_row(f"{index} {name}", *cells)
     yield histogram
     if inspection.findings:
@@ -110,7 +135,12 @@ def _findings(inspection: Inspection) -> Table:
         style = "bold red" if finding.level == ERROR else "yellow"
         if shown[kind] <= SHOWN:
             where = f"{finding.sample}\n{finding.shard}".strip()
-            table.add_row(f"[{style}]{finding.level}", where, f"{finding.check}: {finding.what}", finding.action)
+            table.add_row(
+                f"[{style}]{finding.level}",
+                where,
+                f"{finding.check}: {finding.what}",
+                finding.action,
+            )
         elif shown[kind] == of_kind[kind]:
             rest = f"{of_kind[kind] - SHOWN} more of {finding.check}"
             table.add_row(f"[{style}]{finding.level}", "", rest, f"see {JSON_FILE}")
@@ -128,11 +158,15 @@ def _table(title: str, left: str, right: list[str] | tuple[str, ...]) -> Table:
 def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
     """Draw samples, each beside its label over it: `out` is a PNG.
 
-    First some with findings, then for each split and class the image that shows most of it, then others, evenly.
-    Where the label is void the picture is left as it is.
+    First some with findings, then for each split and class the image that shows most of it, then
+    others, evenly. Where the label is void the picture is left as it is.
     """
     classes = inspection.manifest.classes
-    cells = [(look, cell) for look in _chosen(inspection) if (cell := _cell(directory, look, classes)) is not None]
+    cells = [
+        (look, cell)
+        for look in _chosen(inspection)
+        if (cell := _cell(directory, look, classes)) is not None
+    ]
     num_rows = max(1, -(-len(cells) // NUM_COLUMNS))
     height, width = (side / DPI for side in CELL_PX)
     legend = legend_entries(classes, with_void=False)  # void is left uncovered
@@ -146,17 +180,25 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
         one.set_axis_off()
     for one, (look, cell) in zip(axes, cells, strict=False):
         one.imshow(cell, interpolation="nearest")
-        checks = ", ".join(sorted({finding.check for finding in inspection.findings if finding.sample == look.key}))
-        one.set_title(f"{look.split} {look.key[-28:]}" + (f": {checks}" if checks else ""), fontsize=8, pad=3)
+        checks = ", ".join(
+            sorted({finding.check for finding in inspection.findings if finding.sample == look.key})
+        )
+        one.set_title(
+            f"{look.split} {look.key[-28:]}" + (f": {checks}" if checks else ""), fontsize=8, pad=3
+        )
         one.title.set_color("#B00000" if checks else "black")
-    figure.legend(handles=legend, loc="lower center", ncols=legend_columns, fontsize=9, frameon=False)
+    figure.legend(
+        handles=legend, loc="lower center", ncols=legend_columns, fontsize=9, frameon=False
+    )
     save(figure, out)
 
 
 def _chosen(inspection: Inspection) -> list[Look]:
     looks = [look for look in inspection.looks if look.size is not None]
     flagged = {finding.sample for finding in inspection.findings if finding.sample}
-    chosen = {id(look): look for look in [look for look in looks if look.key in flagged][:NUM_FLAGGED]}
+    chosen = {
+        id(look): look for look in [look for look in looks if look.key in flagged][:NUM_FLAGGED]
+    }
     labelled = [look for look in looks if look.pixels is not None]
     for split in inspection.manifest.splits:
         of_split = [look for look in labelled if look.split == split]
@@ -175,7 +217,10 @@ def _share(look: Look, index: int) -> float:
 
 
 def _cell(directory: Path, look: Look, classes: ClassSet) -> np.ndarray | None:
-    """Picture and overlay side by side, (240, 520, 3) uint8 on white; an index out of range in void's colour."""
+    """Picture and overlay side by side, (240, 520, 3) uint8 on white.
+
+    An index out of range in void's colour.
+    """
     members = read_members(directory, look)
     content = members.get("jpg", members.get("image.png"))
     if content is None:

@@ -1,4 +1,7 @@
-"""Label images with a trained segmentor: class indices, colours, an overlay, and probabilities on request."""
+"""Label images with a trained segmentor.
+
+Class indices, colours, an overlay, and probabilities on request.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,10 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, mirror: views that are averaged (see `inference`).
-    max_px: an image with a longer side is labelled in blended tiles of this side, which overlap by overlap_px (0: by
-    256 or less). overlay_alpha: opacity of the class colours in [0, 1]. autocast_dtype: None for the model's own
-    precision.
+    probabilities: also one picture per class. scales, mirror: views that are averaged (see
+    `inference`). max_px: an image with a longer side is labelled in blended tiles of this side,
+    which overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
+    [0, 1]. autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
@@ -53,18 +56,29 @@ class PredictOptions:
 
     def __post_init__(self) -> None:
         if self.max_px < 128:
-            raise InputError(f"max_px={self.max_px}", "at least 128 pixels", "keep the default of 2048")
+            raise InputError(
+                f"max_px={self.max_px}", "at least 128 pixels", "keep the default of 2048"
+            )
         if not 0 <= self.overlay_alpha <= 1:
-            raise InputError(f"overlay_alpha={self.overlay_alpha}", "0 to 1", "keep the default of 0.5")
+            raise InputError(
+                f"overlay_alpha={self.overlay_alpha}", "0 to 1", "keep the default of 0.5"
+            )
 
 
 def run(
-    run_dir: Path, which: str, path: Path, out: Path, options: PredictOptions, device: str, overrides: Sequence[str]
+    run_dir: Path,
+    which: str,
+    path: Path,
+    out: Path,
+    options: PredictOptions,
+    device: str,
+    overrides: Sequence[str],
 ) -> int:
-    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run evaluates.
+    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run
+    evaluates.
 
-    which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda. overrides: key=value of
-    the keys that begin with FREE.
+    which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
+    overrides: key=value of the keys that begin with FREE.
     """
     from distseg.config import loading
     from distseg.distributed.device import autocast_dtype, resolve_precision
@@ -74,7 +88,9 @@ def run(
 
     images = collect_images(path)
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu")
+        raise InputError(
+            "device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu"
+        )
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     fixed = [item for item in overrides if not item.startswith(FREE)]
     if fixed:
@@ -83,7 +99,9 @@ def run(
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
     identity = checkpoint.read_state(checkpoint_path)["identity"]
-    classes = ClassSet(tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"]))
+    classes = ClassSet(
+        tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"])
+    )
     options = replace(
         options,
         scales=tuple(config.evaluate.scales),
@@ -98,31 +116,43 @@ def run(
 
 
 def collect_images(path: Path) -> list[Path]:
-    """The image itself, or those directly in a folder, by name. Raises InputError where there is none."""
+    """The image itself, or those directly in a folder, by name.
+
+    Raises InputError where there is none.
+    """
     suffixes = ", ".join(IMAGE_SUFFIXES)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise InputError(f"{path} does not exist", "an image or a folder of images", "check the path")
+        raise InputError(
+            f"{path} does not exist", "an image or a folder of images", "check the path"
+        )
     images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not images:
-        deeper = next((p.parent for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
+        deeper = next(
+            (p.parent for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None
+        )
         action = f"name the folder itself, for example {deeper}" if deeper else "check the path"
         raise InputError(f"no image in {path}", f"files ending in {suffixes}", action)
     return images
 
 
-def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, options: PredictOptions) -> list[Path]:
+def predict(
+    model: nn.Module, images: list[Path], out: Path, classes: ClassSet, options: PredictOptions
+) -> list[Path]:
     """Write the label of every image into the folder `out`, and print the speed.
 
-    model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size and turned
-    upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray), NAME_color.png (the same with
-    the palette), NAME_overlay.png, and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1); classes.json
-    names the indices. Returns the paths of the index pictures, in the order of `images`. Raises InputError that lists
-    all unreadable images before anything is computed.
+    model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size
+    and turned upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray),
+    NAME_color.png (the same with the palette), NAME_overlay.png, and with options.probabilities
+    NAME_prob_CLASS.png (gray, 255 = 1); classes.json names the indices. Returns the paths of the
+    index pictures, in the order of `images`. Raises InputError that lists all unreadable images
+    before anything is computed.
     """
     if out.resolve() in {image.resolve().parent for image in images}:
-        raise InputError(f"{out} holds the images themselves", "another folder", "choose another --out")
+        raise InputError(
+            f"{out} holds the images themselves", "another folder", "choose another --out"
+        )
     if model.num_classes != classes.num_classes:
         got = f"a network with {model.num_classes} classes and {classes.num_classes} class names"
         raise InputError(got, "as many names as classes", "use the classes it was trained on")
@@ -136,7 +166,11 @@ def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, 
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
             result = _probabilities(model, image, options)
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
-            planes = (result * 255).round().to(torch.uint8).cpu().numpy() if options.probabilities else None
+            planes = (
+                (result * 255).round().to(torch.uint8).cpu().numpy()
+                if options.probabilities
+                else None
+            )
             files = _Files(out, name, classes, options.overlay_alpha)
             written.append(pool.submit(files.write, image, label, planes))
             if len(written) > _NUM_AHEAD:
@@ -144,13 +178,16 @@ def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, 
         for future in written:
             future.result()
     key = [
-        {"index": i, "name": n, "color": c} for i, (n, c) in enumerate(zip(classes.names, classes.palette, strict=True))
+        {"index": i, "name": n, "color": c}
+        for i, (n, c) in enumerate(zip(classes.names, classes.palette, strict=True))
     ]
     with published(out / CLASSES_FILE) as partial:
         partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     seconds = time.perf_counter() - started
     each = (
-        f"{len(images) / seconds:.1f} images/s" if seconds < len(images) else f"{seconds / len(images):.1f} s an image"
+        f"{len(images) / seconds:.1f} images/s"
+        if seconds < len(images)
+        else f"{seconds / len(images):.1f} s an image"
     )
     print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
@@ -159,8 +196,8 @@ def predict(model: nn.Module, images: list[Path], out: Path, classes: ClassSet, 
 def load_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB, upright: turned as the EXIF orientation says.
 
-    Gray is repeated, transparency dropped, 16-bit values are divided by 257 and rounded. Raises OSError,
-    ValueError or another of Pillow's errors for a file that is not such an image.
+    Gray is repeated, transparency dropped, 16-bit values are divided by 257 and rounded. Raises
+    OSError, ValueError or another of Pillow's errors for a file that is not such an image.
     """
     with Image.open(path) as opened:
         image: Image.Image = ImageOps.exif_transpose(opened)
@@ -189,7 +226,9 @@ class _Files:
         color.putpalette([part for color in self.classes.palette for part in color])
         self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
         mixed = overlay(image, label, self.classes, self.alpha)
-        self._put(f"{self.name}_overlay.png", _encoded(Image.fromarray(mixed), "PNG", compress_level=3))
+        self._put(
+            f"{self.name}_overlay.png", _encoded(Image.fromarray(mixed), "PNG", compress_level=3)
+        )
         if planes is not None:
             for suffix, plane in zip(_class_suffixes(self.classes), planes, strict=True):
                 self._put(f"{self.name}{suffix}", _encoded(Image.fromarray(plane), "PNG"))
@@ -220,16 +259,21 @@ def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:
     """Raise one InputError that names every image that cannot be read."""
     problems = [problem for problem in pool.map(_problem, images) if problem]
     if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if problems[20:] else "")
+        shown = "\n  ".join(problems[:20]) + (
+            f"\n  and {len(problems) - 20} more" if problems[20:] else ""
+        )
         got = f"{len(problems)} of {len(images)} images cannot be read:\n  {shown}"
-        raise InputError(got, "8-bit or 16-bit images that are whole", "replace or remove these files")
+        raise InputError(
+            got, "8-bit or 16-bit images that are whole", "replace or remove these files"
+        )
 
 
 def _problem(path: Path) -> str:
     try:
         with Image.open(path) as image:
             if image.format == "JPEG":
-                image.draft("L", (image.width // 8, image.height // 8))  # reads the whole file, decodes 1/64 of it
+                # reads the whole file, decodes 1/64 of it
+                image.draft("L", (image.width // 8, image.height // 8))
                 image.load()
                 return ""
         load_image(path)
@@ -239,14 +283,22 @@ def _problem(path: Path) -> str:
 
 
 def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
-    """One name per image, its stem where that is free: a.jpg, a.png -> a, a_png. No two ever share a file."""
+    """One name per image, its stem where that is free.
+
+    A.jpg, a.png -> a, a_png. No two ever share a file.
+    """
     endings = [".png", "_color.png", "_overlay.png", *_class_suffixes(classes)]
     taken: set[str] = set()
     names = []
     for image in images:
         base = f"{image.stem}_{image.suffix.lower().lstrip('.')}"
-        for name in (image.stem, base, *(f"{base}_{number}" for number in range(2, len(images) + 2))):
-            files = {(name + ending).casefold() for ending in endings}  # some file systems ignore case
+        for name in (
+            image.stem,
+            base,
+            *(f"{base}_{number}" for number in range(2, len(images) + 2)),
+        ):
+            # some file systems ignore case
+            files = {(name + ending).casefold() for ending in endings}
             if not files & taken:
                 break
         taken |= files
@@ -255,13 +307,21 @@ def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
 
 
 def _class_suffixes(classes: ClassSet) -> list[str]:
-    """The ends of the probability pictures' names; the index keeps apart names that differ in signs only."""
+    """The ends of the probability pictures' names.
+
+    The index keeps apart names that differ in signs only.
+    """
     cleaned = [re.sub(r"[^\w-]+", "_", name) for name in classes.names]
     unique = len({name.casefold() for name in cleaned}) == len(cleaned)
-    return [f"_prob_{name}.png" if unique else f"_prob_{i:03}_{name}.png" for i, name in enumerate(cleaned)]
+    return [
+        f"_prob_{name}.png" if unique else f"_prob_{i:03}_{name}.png"
+        for i, name in enumerate(cleaned)
+    ]
 
 
-def _ahead(pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Iterable[Path]) -> Iterator[np.ndarray]:
+def _ahead(
+    pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Iterable[Path]
+) -> Iterator[np.ndarray]:
     """The results of `read` in order, a few of them computed ahead."""
     waiting: deque[Future[np.ndarray]] = deque()
     for path in paths:

@@ -10,12 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PLACES = {"submit": "submission"} | dict.fromkeys(("sweep", "status", "table", "resubmit"), "sweeps")
+_PLACES = {"submit": "submission"} | dict.fromkeys(
+    ("sweep", "status", "table", "resubmit"), "sweeps"
+)
 __all__ = ["resubmit", "status", "submit", "sweep", "table"]
 
 
 def __getattr__(name: str) -> Any:
-    """A function of the package, its module imported when it is asked for: a job's own processes need no submitit."""
+    """A function of the package, its module imported when it is asked for.
+
+    A job's own processes need no submitit.
+    """
     if name not in _PLACES:
         raise AttributeError(f"module 'launchers' has no attribute {name!r}")
     return getattr(importlib.import_module(f"launchers.{_PLACES[name]}"), name)

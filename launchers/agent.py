@@ -1,8 +1,10 @@
-"""One machine's part of a job: torchrun, which leaves signals for checkpoints to its ranks and says how they ended.
+"""One machine's part of a job: torchrun, which leaves signals for checkpoints to its ranks and says
+how they ended.
 
-Started once per node, by the supervisor: `python -m launchers.agent [--run-dir DIR] MODULE ARGUMENT...`. Where torchrun
-would die of SIGUSR1 and turn every exit code into 1, this ignores it and leaves with the code of its first rank that
-failed. On a cluster SLURM ends it with its job; alone, it tells its ranks to stop once the supervisor is gone.
+Started once per node, by the supervisor: `python -m launchers.agent [--run-dir DIR] MODULE
+ARGUMENT...`. Where torchrun would die of SIGUSR1 and turn every exit code into 1, this ignores it
+and leaves with the code of its first rank that failed. On a cluster SLURM ends it with its job;
+alone, it tells its ranks to stop once the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ WATCH_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """A module with its arguments, as every rank runs it; run_dir: where a rank that fails is noted."""
+    """A module with its arguments, as every rank runs it.
+
+    Run_dir: where a rank that fails is noted.
+    """
 
     module: str
     arguments: tuple[str, ...]
@@ -39,10 +44,16 @@ class Work:
 
 
 def run(work: Work, place: Place) -> int:
-    """Run `work` on this node's ranks; returns the first bad exit code, 128 + n for a death by signal n, or 0."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the ranks inherit this, until they are ready to be stopped
+    """Run `work` on this node's ranks.
+
+    Returns the first bad exit code, 128 + n for a death by signal n, or 0.
+    """
+    # the ranks inherit this, until they are ready to be stopped
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // place.num_ranks)))
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // place.num_ranks))
+    )
     config = LaunchConfig(
         min_nodes=place.num_nodes,
         max_nodes=place.num_nodes,
@@ -66,7 +77,9 @@ def run(work: Work, place: Place) -> int:
 
 
 def stop_without(supervisor: int) -> None:
-    """Wait until the parent process is no longer the one of this id, then tell the ranks to stop until they have."""
+    """Wait until the parent process is no longer the one of this id, then tell the ranks to stop
+    until they have.
+    """
     while os.getppid() == supervisor:
         time.sleep(WATCH_SECONDS)
     since = time.monotonic()
@@ -79,8 +92,14 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser("launchers.agent")
     parser.add_argument("--run-dir", type=Path, help="where a rank that fails is noted")
-    parser.add_argument("--alone", action="store_true", help="this is the only machine, whatever SLURM's variables say")
-    parser.add_argument("--supervisor", type=int, help="process id of the parent; without it the ranks stop")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="this is the only machine, whatever SLURM's variables say",
+    )
+    parser.add_argument(
+        "--supervisor", type=int, help="process id of the parent; without it the ranks stop"
+    )
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()

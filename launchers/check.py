@@ -1,4 +1,7 @@
-"""What can be known to be wrong with a run before it waits in a queue. Needs no GPU and starts none."""
+"""What can be known to be wrong with a run before it waits in a queue.
+
+Needs no GPU and starts none.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ from shards.prepare import NAMES
 
 
 def check_run(overrides: list[str], world_size: int) -> Config:
-    """The configuration of a run on so many ranks. Raises InputError for what training would refuse.
+    """The configuration of a run on so many ranks. Raises InputError for what training would
+    refuse.
 
-    Looked at: keys and values, the shards' manifest, the networks (they are built, on the CPU), the batch size, and
-    whether the run directory can be written and is this run's.
+    Looked at: keys and values, the shards' manifest, the networks (they are built, on the CPU), the
+    batch size, and whether the run directory can be written and is this run's.
     """
     config = loading.load(overrides)
     _check_run_dir(config)
     _check_shards(config.data.shards)
-    from distseg.train import command  # imports torch, which takes seconds; most mistakes are found by now
+    # imports torch, which takes seconds; most mistakes are found by now
+    from distseg.train import command
 
     command.check(config, world_size)
     return config
@@ -47,5 +52,7 @@ def _check_shards(shards: str) -> None:
     action = f"`{prepare} && distseg pack {folder}.h5 --out {folder}`, or as a job: "
     action += f"`sbatch slurm/pack_shards.sh {name}{root} --out {folder}.h5`"
     if root:
-        action += "; ROOT is the unpacked data set" + (", NAME one of: " + ", ".join(NAMES) if name == "NAME" else "")
+        action += "; ROOT is the unpacked data set" + (
+            ", NAME one of: " + ", ".join(NAMES) if name == "NAME" else ""
+        )
     raise InputError(f"no {folder / MANIFEST}", "packed shards", action)

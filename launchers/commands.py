@@ -1,4 +1,7 @@
-"""`distseg submit` and `distseg sweep`: the part of the command that hands runs to a cluster. Imports nothing heavy."""
+"""`distseg submit` and `distseg sweep`.
+
+The part of the command that hands runs to a cluster. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -33,30 +36,54 @@ distseg sweep status DIR          states, scores and errors, also while they run
 distseg sweep resubmit DIR        submit again what failed or was lost; each trial goes on from its last checkpoint"""
     sweep = _command(commands, "sweep", "many runs with other settings", text)
     actions = sweep.add_subparsers(title="actions", required=True, metavar="ACTION")
-    parser = _command(actions, "run", "submit every trial of a plan", "Submit every trial of a plan.")
+    parser = _command(
+        actions, "run", "submit every trial of a plan", "Submit every trial of a plan."
+    )
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
-    parser.add_argument("--parallelism", type=int, default=4, metavar="N", help="trials at a time, on SLURM (4)")
+    parser.add_argument(
+        "--parallelism", type=int, default=4, metavar="N", help="trials at a time, on SLURM (4)"
+    )
     _add_resources(parser)
     actions_of = {"run": (parser, _sweep_run)}
     for name, handler in (("status", _sweep_status), ("resubmit", _sweep_resubmit)):
-        actions_of[name] = (_command(actions, name, f"{name} of a sweep", "See `distseg sweep --help`."), handler)
+        actions_of[name] = (
+            _command(actions, name, f"{name} of a sweep", "See `distseg sweep --help`."),
+            handler,
+        )
     for parser, handler in actions_of.values():
         parser.add_argument("directory", type=Path, metavar="DIR", help="directory of the sweep")
         parser.set_defaults(handler=handler)
 
 
 def _add_resources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--executor", default="slurm", help="slurm, local (in the background, here) or debug (waits)")
+    parser.add_argument(
+        "--executor",
+        default="slurm",
+        help="slurm, local (in the background, here) or debug (waits)",
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: whole nodes, with all their GPUs")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="default: one for each GPU, one without GPUs")
-    parser.add_argument("--minutes", type=int, default=240, metavar="N", help="time limit of one turn (240)")
-    parser.add_argument("--signal-seconds", type=int, default=300, metavar="N", help="so long before it, save (300)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="N", help="default: whole nodes, with all their GPUs"
+    )
+    parser.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="default: one for each GPU, one without GPUs",
+    )
+    parser.add_argument(
+        "--minutes", type=int, default=240, metavar="N", help="time limit of one turn (240)"
+    )
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, metavar="N", help="so long before it, save (300)"
+    )
     text = "further option of sbatch, e.g. --slurm partition=gpu"
     parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help=text)
 
 
-def _command(commands: argparse._SubParsersAction, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, summary: str, text: str
+) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
 
@@ -66,7 +93,9 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
     pairs = [option.partition("=") for option in options.slurm]
     for name, separator, _ in pairs:
         if not separator:
-            raise InputError(f"--slurm {name}", "NAME=VALUE", "write for example --slurm partition=gpu")
+            raise InputError(
+                f"--slurm {name}", "NAME=VALUE", "write for example --slurm partition=gpu"
+            )
     slurm = {name.lstrip("-"): value for name, _, value in pairs}
     return {name: getattr(options, name) for name in names} | {"slurm": slurm}
 

@@ -1,9 +1,9 @@
 """A run as a submitit job: what is pickled, what it returns, and what its checkpoint() does.
 
-submitit runs it in one process, on the first node, which starts one torchrun per node as slurm/*.sh do. With one
-submitit task per GPU instead, checkpoint() would be called inside one training process, in a signal handler, in the
-middle of a step, while the others are killed; here it runs beside the ranks, tells them to save at a step boundary and
-waits.
+submitit runs it in one process, on the first node, which starts one torchrun per node as slurm/*.sh
+do. With one submitit task per GPU instead, checkpoint() would be called inside one training
+process, in a signal handler, in the middle of a step, while the others are killed; here it runs
+beside the ranks, tells them to save at a step boundary and waits.
 """
 
 from __future__ import annotations
@@ -37,21 +37,26 @@ class Job:
     ranks_per_node: int | None = None
 
     def __call__(self) -> dict[str, Any]:
-        """Train to the end; returns {"run_dir": ..., and what evaluation.json holds}. Raises RunError."""
+        """Train to the end; returns {"run_dir".
+
+        ..., and what evaluation.json holds}. Raises RunError.
+        """
         os.chdir(self.folder)
         if self.ranks_per_node is not None:
             os.environ[RANKS_VARIABLE] = str(self.ranks_per_node)
         _supervisors[self.run_dir] = supervisor = Supervisor(
             "distseg.train", self.overrides, Path(self.run_dir), self.with_srun
         )
-        before = signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())  # preempted: SLURM may say only this
+        # preempted: SLURM may say only this
+        before = signal.signal(signal.SIGTERM, lambda *_: supervisor.stop())
         try:
             return self._outcome(supervisor.run())
         finally:
             signal.signal(signal.SIGTERM, before)
 
     def checkpoint(self, *_: Any) -> DelayedSubmission:
-        """Called by submitit at the time limit or a preemption: when the ranks have saved, the same job again.
+        """Called by submitit at the time limit or a preemption: when the ranks have saved, the same
+        job again.
 
         Raises RunError, which submitit takes for the job's end, when the run would fail once more.
         """
@@ -62,8 +67,8 @@ class Job:
             verdict = supervisor.verdict()
             if verdict.action == "fail":
                 raise self._error(verdict)
-        # Once submitit's `scontrol requeue` is heard, SLURM sends SIGTERM to all of the job: to scontrol too, which
-        # would then seem to have failed. What is ignored here, it ignores.
+        # Once submitit's `scontrol requeue` is heard, SLURM sends SIGTERM to all of the job: to
+        # scontrol too, which would then seem to have failed. What is ignored here, it ignores.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(self)
 
@@ -89,4 +94,6 @@ def evaluation(run_dir: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise InputError(f"{path}: no JSON object", "the file that a run wrote", "train or evaluate again") from None
+        raise InputError(
+            f"{path}: no JSON object", "the file that a run wrote", "train or evaluate again"
+        ) from None

@@ -26,11 +26,16 @@ class Place:
     def of_step(environment: dict[str, str]) -> Place:
         """This task of a step of srun that has one task per node."""
         try:
-            num_nodes, node = int(environment["SLURM_STEP_NUM_NODES"]), int(environment["SLURM_NODEID"])
+            num_nodes, node = (
+                int(environment["SLURM_STEP_NUM_NODES"]),
+                int(environment["SLURM_NODEID"]),
+            )
             nodes = environment["SLURM_STEP_NODELIST"]
         except (KeyError, ValueError) as error:
             action = "start it with srun, or with --alone for one machine"
-            raise InputError(f"SLURM's variables: {error}", "those of a step of srun", action) from None
+            raise InputError(
+                f"SLURM's variables: {error}", "those of a step of srun", action
+            ) from None
         port = port_of_job(environment, int(environment.get(TRY_VARIABLE, "0")))
         return Place(num_nodes, node, ranks_per_node(environment), first_host(nodes), port)
 
@@ -43,11 +48,17 @@ class Place:
 
 
 def ranks_per_node(environment: dict[str, str]) -> int:
-    """DISTSEG_RANKS_PER_NODE where that is set, else a rank for each GPU that the job has on this node, else one."""
+    """DISTSEG_RANKS_PER_NODE where that is set, else a rank for each GPU that the job has on this
+    node, else one.
+    """
     for name in (RANKS_VARIABLE, "SLURM_GPUS_ON_NODE"):
         text = environment.get(name, "")
         if text:
             if not text.isdecimal() or int(text) < 1:
-                raise InputError(f"{name}={text}", "a number of ranks, at least 1", f"correct {name}, or unset it")
+                raise InputError(
+                    f"{name}={text}",
+                    "a number of ranks, at least 1",
+                    f"correct {name}, or unset it",
+                )
             return int(text)
     return 1

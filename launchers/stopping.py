@@ -1,4 +1,6 @@
-"""How the ranks of a machine are told to save and leave, and for how long they are asked before they are killed."""
+"""How the ranks of a machine are told to save and leave, and for how long they are asked before
+they are killed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ STOP_VARIABLE = "DISTSEG_STOP_SECONDS"  # how long ranks may take to save once t
 
 def stop_signal(seconds: float) -> signal.Signals:
     """What ranks that were told to stop so many seconds ago are sent."""
-    return signal.SIGKILL if seconds > float(os.environ.get(STOP_VARIABLE) or 240) else signal.SIGUSR1
+    return (
+        signal.SIGKILL if seconds > float(os.environ.get(STOP_VARIABLE) or 240) else signal.SIGUSR1
+    )
 
 
 def tell_ranks(agent: int, number: signal.Signals) -> None:

@@ -22,13 +22,17 @@ from shards.errors import InputError
 
 EXECUTORS = ("slurm", "local", "debug")
 SITE_FILE = Path("slurm/cluster.sh")
-NO_CONTROLLER = re.compile("config(uration)? source|fetch.config|Unable to contact")  # what SLURM's commands say then
+# what SLURM's commands say then
+NO_CONTROLLER = re.compile("config(uration)? source|fetch.config|Unable to contact")
 NO_LIMIT = 10**6  # submitit gives up after so many time limits; a run of ours has its own end
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job gets. executor: slurm; local (a process in the background, here); debug (this process waits)."""
+    """What a job gets. executor.
+
+    Slurm; local (a process in the background, here); debug (this process waits).
+    """
 
     executor: str = "slurm"
     nodes: int = 1
@@ -37,27 +41,39 @@ class Resources:
     minutes: int = 240  # of one turn; the job comes back until its run is done
     signal_seconds: int = 300  # before the time limit, when it saves
     folder: str = "runs/jobs"  # of submitit's files and the jobs' output; all nodes must see it
-    slurm: dict[str, Any] = field(default_factory=dict)  # further options of sbatch: {"partition": "gpu"}
+    # further options of sbatch: {"partition": "gpu"}
+    slurm: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
-            raise InputError(f"executor {self.executor!r}", f"one of: {', '.join(EXECUTORS)}", "choose one of them")
+            raise InputError(
+                f"executor {self.executor!r}",
+                f"one of: {', '.join(EXECUTORS)}",
+                "choose one of them",
+            )
         if self.executor != "slurm" and self.nodes != 1:
-            raise InputError(f"{self.nodes} nodes with executor {self.executor}", "1", "choose the executor slurm")
+            raise InputError(
+                f"{self.nodes} nodes with executor {self.executor}",
+                "1",
+                "choose the executor slurm",
+            )
         for name in ("nodes", "minutes", "gpus_per_node", "ranks_per_node"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{name}={value}", "at least 1", f"correct {name}, or leave it out")
+                raise InputError(
+                    f"{name}={value}", "at least 1", f"correct {name}, or leave it out"
+                )
         if not 0 < self.signal_seconds < 60 * self.minutes:
             got = f"signal_seconds={self.signal_seconds} in {self.minutes} minutes"
             raise InputError(got, "less than the time limit", "correct signal_seconds")
 
 
 def submit(*overrides: str, **resources: Any) -> submitit.Job:
-    """Submit one run; returns submitit's job, whose result() is what evaluation.json holds, with run_dir.
+    """Submit one run; returns submitit's job, whose result() is what evaluation.json holds, with
+    run_dir.
 
-    overrides: "preset=voc", "steps=500", ...; resources: the fields of Resources. Raises InputError, at once, for what
-    training would refuse, and for what SLURM does.
+    overrides: "preset=voc", "steps=500", ...; resources: the fields of Resources. Raises
+    InputError, at once, for what training would refuse, and for what SLURM does.
     """
     wanted = Resources(**resources)
     (job,) = hand_in(prepare([list(overrides)], wanted), wanted)
@@ -65,7 +81,10 @@ def submit(*overrides: str, **resources: Any) -> submitit.Job:
 
 
 def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
-    """The jobs of runs, every one of which is checked. Relative paths start in the current directory."""
+    """The jobs of runs, every one of which is checked.
+
+    Relative paths start in the current directory.
+    """
     with_srun = resources.executor == "slurm"
     if with_srun:
         if shutil.which("sbatch") is None:
@@ -76,12 +95,17 @@ def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
     jobs = []
     for overrides in runs:
         config = check_run(overrides, resources.nodes * ranks_per_node)
-        jobs.append(Job(tuple(overrides), config.run_dir, os.getcwd(), with_srun, resources.ranks_per_node))
+        jobs.append(
+            Job(tuple(overrides), config.run_dir, os.getcwd(), with_srun, resources.ranks_per_node)
+        )
     return jobs
 
 
 def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Iterator[submitit.Job]:
-    """Submit jobs, on SLURM as one array of which `parallelism` run at a time; each is yielded once it is submitted."""
+    """Submit jobs, on SLURM as one array of which `parallelism` run at a time.
+
+    Each is yielded once it is submitted.
+    """
     executor = _executor(resources, parallelism)
     try:
         if len(jobs) == 1 or resources.executor != "slurm":
@@ -95,7 +119,9 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
         text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
         got = f"sbatch: {text[-1].strip()}"
         if NO_CONTROLLER.search(str(error)):
-            raise no_controller(got, "log in to a login node of the cluster, or choose --executor local") from None
+            raise no_controller(
+                got, "log in to a login node of the cluster, or choose --executor local"
+            ) from None
         action = "correct nodes, gpus_per_node, minutes or slurm; `sinfo` shows what there is"
         raise InputError(got, "resources that the cluster has", action) from None
 
@@ -109,7 +135,8 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
     options: dict[str, Any] = {}
     if resources.executor == "slurm":
         options["slurm_max_num_timeout"] = NO_LIMIT
-        options["slurm_python"] = f"exec {shlex.quote(sys.executable)}"  # B: signals the script's own process alone
+        # B: signals the script's own process alone
+        options["slurm_python"] = f"exec {shlex.quote(sys.executable)}"
     try:
         Path(resources.folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,13 +171,19 @@ def _ranks_here() -> int:
 
 
 def _adopt_site() -> None:
-    """Take over sbatch's variables (SBATCH_PARTITION, ...) from slurm/cluster.sh, where they are not set here."""
+    """Take over sbatch's variables (SBATCH_PARTITION, ...) from slurm/cluster.sh, where they are
+    not set here.
+    """
     if not SITE_FILE.is_file():
         return
     script = f"source {SITE_FILE} >&2 && env -0"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{SITE_FILE}: {done.stderr.strip()}", "a file that bash can source", f"correct {SITE_FILE}")
+        raise InputError(
+            f"{SITE_FILE}: {done.stderr.strip()}",
+            "a file that bash can source",
+            f"correct {SITE_FILE}",
+        )
     for item in done.stdout.split("\0"):
         name, _, value = item.partition("=")
         if name.startswith("SBATCH_"):

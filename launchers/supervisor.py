@@ -1,13 +1,16 @@
-"""What a batch job does: start the nodes, pass a wish to stop on to them, and see that an unfinished run comes back.
+"""What a batch job does: start the nodes, pass a wish to stop on to them, and see that an
+unfinished run comes back.
 
     python -m launchers.supervisor distseg.train preset=voc steps=500
 
-It is the batch script's own process (slurm/*.sh end with exec) and that of a submitit job: one place for
+It is the batch script's own process (slurm/*.sh end with exec) and that of a submitit job: one
+place for
 
   done                                    -> exit code 0
   bad input (exit code 2 of a rank)       -> exit code 2: the same would happen again
   stopped (time limit, preemption)        -> `scontrol requeue`, until the configured steps are done
-                                             (an error while it stops, MAX_FAILURES in a row: that exit code)
+                                             (an error while it stops, MAX_FAILURES in a row: that
+                                             exit code)
   a rank was lost, or anything else       -> the nodes are started again inside the allocation; after MAX_FAILURES in a
                                              row that got no step further, that exit code
 A node that SLURM loses ends the whole job, batch script included; SLURM requeues it by itself.
@@ -32,14 +35,17 @@ from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError
 
 MAX_FAILURES = 3
-PAUSE_VARIABLE = "DISTSEG_PAUSE_SECONDS"  # before the last try: above SLURM's SlurmdTimeout, which is 300 s by default
+# before the last try: above SLURM's SlurmdTimeout, which is 300 s by default
+PAUSE_VARIABLE = "DISTSEG_PAUSE_SECONDS"
 FIRST_PAUSE_SECONDS = 5.0
 BAD_INPUT, TEMPORARY, INTERRUPTED = 2, 75, 130
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done: "done", "requeue", "again" (start the nodes again, here) or "fail" with an exit code."""
+    """What is to be done: "done", "requeue", "again" (start the nodes again, here) or "fail" with
+    an exit code.
+    """
 
     action: str
     reason: str
@@ -49,7 +55,9 @@ class Verdict:
 def judge(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> Verdict:
     """The verdict on one start of the nodes. attempt: what the run noted of it, if anything."""
     codes = [exit_code, *(attempt.exit_codes if attempt else [])]
-    outcome = attempt.outcome if attempt else ("done" if exit_code == 0 and not stopping else "killed")
+    outcome = (
+        attempt.outcome if attempt else ("done" if exit_code == 0 and not stopping else "killed")
+    )
     reason = attempt.reason if attempt and attempt.reason else f"exit code {exit_code}"
     if outcome == "done":
         return Verdict("done", "done")
@@ -70,7 +78,9 @@ def may_be_the_machines(attempt: attempts.Attempt | None) -> bool:
 
 
 def failures_in_a_row(found: Sequence[attempts.Attempt]) -> int:
-    """How many attempts at the end began at one step and failed by the run's own error, not by lost ranks."""
+    """How many attempts at the end began at one step and failed by the run's own error, not by lost
+    ranks.
+    """
     by_itself = [
         attempt.outcome == "failed"
         and attempt.first_step == found[-1].first_step
@@ -81,9 +91,17 @@ def failures_in_a_row(found: Sequence[attempts.Attempt]) -> int:
 
 
 class Supervisor:
-    """Runs one module on all nodes of a job until it is done, or until the job has to give its nodes back."""
+    """Runs one module on all nodes of a job until it is done, or until the job has to give its
+    nodes back.
+    """
 
-    def __init__(self, module: str, arguments: Sequence[str], run_dir: Path | None = None, with_srun: bool = True):
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        run_dir: Path | None = None,
+        with_srun: bool = True,
+    ):
         self._module, self._arguments, self._run_dir = module, list(arguments), run_dir
         self._with_srun = with_srun
         self._process: subprocess.Popen | None = None
@@ -101,12 +119,15 @@ class Supervisor:
             attempt = self._noted(label)
             verdict = self._judge(exit_code, attempt)
             print(f"{label}: {verdict.action} ({verdict.reason})", flush=True)
-            if verdict.action != "again" or self._run_dir is None:  # without a run, nothing says what was reached
+            # without a run, nothing says what was reached
+            if verdict.action != "again" or self._run_dir is None:
                 return verdict
             step = attempt.first_step if attempt else None
             failed_at = [*failed_at, step] if failed_at and failed_at[-1] == step else [step]
             if len(failed_at) >= MAX_FAILURES:
-                reason = f"{MAX_FAILURES} failures in a row at step {step}; the last: {verdict.reason}"
+                reason = (
+                    f"{MAX_FAILURES} failures in a row at step {step}; the last: {verdict.reason}"
+                )
                 print(reason, flush=True)
                 return Verdict("fail", reason, verdict.exit_code)
             if may_be_the_machines(attempt):
@@ -131,13 +152,19 @@ class Supervisor:
         return Verdict("fail", reason, exit_code or TEMPORARY)
 
     def _pause(self, seconds: float) -> None:
-        """Leave SLURM the time to find that a node is dead, which ends this process; unless told to stop."""
+        """Leave SLURM the time to find that a node is dead, which ends this process.
+
+        Unless told to stop.
+        """
         until = time.monotonic() + seconds
         while time.monotonic() < until and self._stopping_since is None:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Ask the ranks to save and leave. Only notes the wish: it may be called in a signal handler."""
+        """Ask the ranks to save and leave.
+
+        Only notes the wish: it may be called in a signal handler.
+        """
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
 
@@ -161,8 +188,15 @@ class Supervisor:
         if not self._with_srun:
             return [*agent, "--alone", f"--supervisor={os.getpid()}", *work]
         num_nodes = os.environ["SLURM_JOB_NUM_NODES"]
-        srun = ["srun", f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1", "--input=none"]
-        if "SLURM_GPUS_ON_NODE" in os.environ:  # of an exclusive node a step gets no GPU that it does not ask for
+        srun = [
+            "srun",
+            f"--nodes={num_nodes}",
+            f"--ntasks={num_nodes}",
+            "--ntasks-per-node=1",
+            "--input=none",
+        ]
+        # of an exclusive node a step gets no GPU that it does not ask for
+        if "SLURM_GPUS_ON_NODE" in os.environ:
             srun += [f"--gpus-per-node={os.environ['SLURM_GPUS_ON_NODE']}"]
         return [*srun, "--kill-on-bad-exit=1", *agent, *work]
 
@@ -177,7 +211,8 @@ class Supervisor:
         self._told_at = now
         if self._with_srun:  # all steps of the job, not the batch script
             command = ["scancel", f"--signal={number.name[3:]}", os.environ["SLURM_JOB_ID"]]
-            subprocess.run(command, capture_output=True, check=False)  # it fails where the job is ending already
+            # it fails where the job is ending already
+            subprocess.run(command, capture_output=True, check=False)
             return
         tell_ranks(process.pid, number)
 
@@ -198,17 +233,26 @@ def _exit_code(process: subprocess.Popen) -> int:
 
 
 def requeue() -> int:
-    """Give the nodes back and put this job into the queue again; returns only when SLURM refuses to."""
+    """Give the nodes back and put this job into the queue again.
+
+    Returns only when SLURM refuses to.
+    """
     job = os.environ["SLURM_JOB_ID"]
-    state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
+    state = subprocess.run(
+        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True
+    ).stdout.strip()
     if state not in ("RUNNING", "PREEMPTED"):  # cancelled, or SLURM requeues it already
         print(f"job {job} is {state or 'gone'}: not requeued", flush=True)
         return 128 + signal.SIGTERM
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if answer.returncode in (0, -signal.SIGTERM):  # which SLURM may send to scontrol too, as to all of the job
+    # which SLURM may send to scontrol too, as to all of the job
+    if answer.returncode in (0, -signal.SIGTERM):
         print(f"job {job}: requeued", flush=True)
         time.sleep(600)  # SLURM ends this process
-    print(f"job {job}: `scontrol requeue` failed: {answer.stderr.strip()}; submit it again to go on", flush=True)
+    print(
+        f"job {job}: `scontrol requeue` failed: {answer.stderr.strip()}; submit it again to go on",
+        flush=True,
+    )
     return TEMPORARY
 
 
@@ -226,7 +270,8 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda *_: supervisor.stop())
     verdict = supervisor.run()
     code = requeue() if verdict.action == "requeue" else verdict.exit_code
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # Python ends without its handlers, and would die of a late one
+    # Python ends without its handlers, and would die of a late one
+    for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return code
 
@@ -239,7 +284,10 @@ def _check_in_job() -> None:
 
 
 def _checked(overrides: list[str]) -> Path:
-    """The run directory of overrides that can be trained; looked at closely only by a job's first start."""
+    """The run directory of overrides that can be trained.
+
+    Looked at closely only by a job's first start.
+    """
     if int(os.environ.get("SLURM_RESTART_COUNT") or "0"):
         return Path(loading.load(overrides).run_dir)
     num_ranks = int(os.environ["SLURM_JOB_NUM_NODES"]) * ranks_per_node(dict(os.environ))

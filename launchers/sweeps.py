@@ -28,15 +28,18 @@ from shards.files import published
 FILE_NAME = "sweep.json"
 METRIC = "val/mean_iou"
 ERROR_LINES = 3
-ERROR = re.compile(r"(.*: )?error( on rank \d+)?: ")  # how our commands, and SLURM's, begin a line about an error
+# how our commands, and SLURM's, begin a line about an error
+ERROR = re.compile(r"(.*: )?error( on rank \d+)?: ")
 TO_RESUBMIT = ("not submitted", "failed", "lost")
 
 
 @dataclass
 class Row:
-    """A trial as it stands: not submitted, waiting, running, stopped (it comes back), done, failed, lost or orphaned.
+    """A trial as it stands: not submitted, waiting, running, stopped (it comes back), done, failed,
+    lost or orphaned.
 
-    lost: its job is gone and was not done; orphaned: its job is gone, and its run directory is still trained in.
+    lost: its job is gone and was not done; orphaned: its job is gone, and its run directory is
+    still trained in.
     """
 
     trial: int
@@ -50,11 +53,15 @@ class Row:
     error: list[str] = field(default_factory=list)  # the last lines of what went wrong
 
 
-def sweep(plan: dict[str, Any], directory: str | Path, parallelism: int = 4, **resources: Any) -> list[submitit.Job]:
-    """Submit every trial of a plan (see launchers.trials), at most `parallelism` at a time on SLURM; submitit's jobs.
+def sweep(
+    plan: dict[str, Any], directory: str | Path, parallelism: int = 4, **resources: Any
+) -> list[submitit.Job]:
+    """Submit every trial of a plan (see launchers.trials), at most `parallelism` at a time on
+    SLURM; submitit's jobs.
 
-    Trial i trains in directory/trial-00i. resources: the fields of launchers.submission.Resources. Raises InputError
-    before anything is submitted, also when one of the trials cannot be trained or the directory holds a sweep.
+    Trial i trains in directory/trial-00i. resources: the fields of launchers.submission.Resources.
+    Raises InputError before anything is submitted, also when one of the trials cannot be trained or
+    the directory holds a sweep.
     """
     directory = Path(directory).absolute()
     if (directory / FILE_NAME).exists():
@@ -67,21 +74,27 @@ def sweep(plan: dict[str, Any], directory: str | Path, parallelism: int = 4, **r
     wanted = Resources(**({"folder": str(directory / "jobs")} | resources))
     wanted = replace(wanted, folder=str(Path(wanted.folder).absolute()))
     jobs = prepare(runs, wanted)
-    content: dict[str, Any] = {"cwd": os.getcwd(), "resources": asdict(wanted), "parallelism": parallelism}
+    content: dict[str, Any] = {
+        "cwd": os.getcwd(),
+        "resources": asdict(wanted),
+        "parallelism": parallelism,
+    }
     content["trials"] = [{"overrides": run, "job": None} for run in runs]
     try:
         return _hand_in(directory, content, dict(enumerate(jobs)))
     except InputError:
-        if all(entry["job"] is None for entry in content["trials"]):  # refused: the directory is free for another try
+        # refused: the directory is free for another try
+        if all(entry["job"] is None for entry in content["trials"]):
             (directory / FILE_NAME).unlink(missing_ok=True)
         raise
 
 
 def resubmit(directory: str | Path) -> list[submitit.Job]:
-    """Submit once more the trials that failed or whose jobs are gone; each goes on from its last checkpoint.
+    """Submit once more the trials that failed or whose jobs are gone; each goes on from its last
+    checkpoint.
 
-    In the directory that the sweep was submitted in. Raises InputError, before anything is submitted, when one of them
-    is still training without its job.
+    In the directory that the sweep was submitted in. Raises InputError, before anything is
+    submitted, when one of them is still training without its job.
     """
     directory = Path(directory).absolute()
     content = _read(directory)
@@ -103,7 +116,9 @@ def status(directory: str | Path) -> list[Row]:
     """How every trial stands, also while they run."""
     content = _read(Path(directory))
     folder, executor = content["resources"]["folder"], content["resources"]["executor"]
-    states = _states([entry["job"] for entry in content["trials"] if entry["job"]], folder, executor)
+    states = _states(
+        [entry["job"] for entry in content["trials"] if entry["job"]], folder, executor
+    )
     rows = []
     for number, entry in enumerate(content["trials"]):
         run_dir = Path(entry["overrides"][-1].removeprefix("run_dir="))
@@ -128,10 +143,18 @@ def table(rows: list[Row]) -> str:
     lines = [("trial", "state", "job", "step", METRIC, "settings", "run")]
     for row in best_first:
         settings = " ".join(item for item in row.overrides[:-1] if item not in common)
-        numbers = "" if row.step is None else str(row.step), "" if row.metric is None else f"{row.metric:.4f}"
-        lines.append((str(row.trial), row.state, row.job, *numbers, settings, row.url or row.run_dir))
+        numbers = (
+            "" if row.step is None else str(row.step),
+            "" if row.metric is None else f"{row.metric:.4f}",
+        )
+        lines.append(
+            (str(row.trial), row.state, row.job, *numbers, settings, row.url or row.run_dir)
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     for row in rows:
         if row.error:
             text += [f"trial {row.trial} {row.state}:", *(f"  {line}" for line in row.error)]
@@ -139,9 +162,14 @@ def table(rows: list[Row]) -> str:
 
 
 def _hand_in(directory: Path, content: dict[str, Any], jobs: dict[int, Job]) -> list[submitit.Job]:
-    """Submit jobs of trials; the sweep's file knows the trials before, and each job as soon as it is submitted."""
+    """Submit jobs of trials.
+
+    The sweep's file knows the trials before, and each job as soon as it is submitted.
+    """
     _write(directory, content)
-    submission = hand_in(list(jobs.values()), Resources(**content["resources"]), content["parallelism"])
+    submission = hand_in(
+        list(jobs.values()), Resources(**content["resources"]), content["parallelism"]
+    )
     submitted = []
     for number, job in zip(jobs, submission, strict=True):
         content["trials"][number]["job"] = job.job_id
@@ -157,7 +185,9 @@ def _inside(folder: str) -> Iterator[None]:
         os.chdir(folder)
     except OSError as error:
         got = f"{folder}, where the sweep was submitted: {error.strerror}"
-        raise InputError(got, "that directory: paths in the plan start there", "put it back") from None
+        raise InputError(
+            got, "that directory: paths in the plan start there", "put it back"
+        ) from None
     try:
         yield
     finally:
@@ -170,7 +200,9 @@ def _progress(run_dir: Path) -> tuple[int | None, float | None]:
     if METRIC in scores:
         return scores.get("step"), scores[METRIC]
     path, step, metric = run_dir / "metrics.jsonl", None, None
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    ):
         try:
             row = dict(json.loads(line))
         except (ValueError, TypeError):  # being written, or torn by a kill
@@ -186,17 +218,22 @@ def _holder(run_dir: Path) -> str:
         return ""
     with path.open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment; asked only of runs that have no job
+            # for a moment; asked only of runs that have no job
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return " ".join(file.read().split()[:4])
     return ""
 
 
 def _error(paths: JobPaths) -> list[str]:
-    """How a job ended: the end of its exception; for a failed or lost run, also what its ranks said of it."""
+    """How a job ended: the end of its exception.
+
+    For a failed or lost run, also what its ranks said of it.
+    """
     end = ["its process ended without a result"]
     if paths.result_pickle.is_file():
-        text = pickle.loads(paths.result_pickle.read_bytes())[1].strip()  # of our own job; a traceback as text
+        # of our own job; a traceback as text
+        text = pickle.loads(paths.result_pickle.read_bytes())[1].strip()
         _, ours, reason = text.rpartition(f"{RunError.__module__}.{RunError.__name__}: ")
         if not ours:
             return text.splitlines()[-ERROR_LINES:]
@@ -210,10 +247,20 @@ def _error(paths: JobPaths) -> list[str]:
 
 
 def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
-    """The state of each job, by what it returned and, before that, by what SLURM or the process table says."""
-    words = {"PENDING": "waiting", "RUNNING": "running", "COMPLETING": "running", "CONFIGURING": "waiting"}
+    """The state of each job, by what it returned and, before that, by what SLURM or the process
+    table says.
+    """
+    words = {
+        "PENDING": "waiting",
+        "RUNNING": "running",
+        "COMPLETING": "running",
+        "CONFIGURING": "waiting",
+    }
     words |= {"REQUEUED": "stopped", "PREEMPTED": "stopped", "SUSPENDED": "stopped"}
-    alive = {job: words.get(state, "lost") for job, state in (_queue() if executor == "slurm" else {}).items()}
+    alive = {
+        job: words.get(state, "lost")
+        for job, state in (_queue() if executor == "slurm" else {}).items()
+    }
     found = {}
     for job in jobs:
         result = JobPaths(folder, job).result_pickle
@@ -227,7 +274,10 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
 
 
 def _is_controller(pid: str) -> bool:
-    """Whether a process of this machine is submitit's for a local job: not a zombie, nor another with its number."""
+    """Whether a process of this machine is submitit's for a local job.
+
+    Not a zombie, nor another with its number.
+    """
     try:
         return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -238,7 +288,9 @@ def _queue() -> dict[str, str]:
     """{job: state} of all jobs that SLURM still knows of, an array's one by one."""
     action = "look at the sweep where its jobs were submitted"
     try:
-        done = subprocess.run(["squeue", "-h", "-r", "-o", "%i|%T"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["squeue", "-h", "-r", "-o", "%i|%T"], capture_output=True, text=True, timeout=60
+        )
     except FileNotFoundError:
         raise InputError("no squeue here", "a login node of SLURM", action) from None
     except subprocess.TimeoutExpired:
@@ -251,7 +303,9 @@ def _queue() -> dict[str, str]:
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / FILE_NAME
     if not path.is_file():
-        raise InputError(f"no {path}", "the directory of a sweep", "name what `distseg sweep` was given")
+        raise InputError(
+            f"no {path}", "the directory of a sweep", "name what `distseg sweep` was given"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -28,28 +28,46 @@ def from_file(path: Path) -> dict[str, Any]:
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}", "a YAML file", "correct it") from None
+        raise InputError(
+            f"{path}: {' '.join(str(error).split())}", "a YAML file", "correct it"
+        ) from None
     if not isinstance(plan, dict):
-        raise InputError(f"{path}: {type(plan).__name__}", f"a mapping, for example\n{EXAMPLE}", "correct it")
+        raise InputError(
+            f"{path}: {type(plan).__name__}", f"a mapping, for example\n{EXAMPLE}", "correct it"
+        )
     return plan
 
 
 def expand(plan: dict[str, Any]) -> list[list[str]]:
-    """The overrides of every trial of a plan with the parts of EXAMPLE; several parts are combined, each with each.
+    """The overrides of every trial of a plan with the parts of EXAMPLE; several parts are combined,
+    each with each.
 
-    The same plan gives the same trials in the same order. Raises InputError for a plan that cannot be read.
+    The same plan gives the same trials in the same order. Raises InputError for a plan that cannot
+    be read.
     """
-    parts: dict[str, Callable[[Any], list[Trial]]] = {"grid": _grid, "zip": _zip, "list": _list, "random": _random}
+    parts: dict[str, Callable[[Any], list[Trial]]] = {
+        "grid": _grid,
+        "zip": _zip,
+        "list": _list,
+        "random": _random,
+    }
     unknown = plan.keys() - parts.keys() - {"base"}
     if unknown:
-        raise _bad(f"{sorted(unknown, key=str)[0]!r} in the plan", f"some of: base, {', '.join(parts)}")
+        raise _bad(
+            f"{sorted(unknown, key=str)[0]!r} in the plan", f"some of: base, {', '.join(parts)}"
+        )
     base = plan.get("base", [])
-    if not isinstance(base, list) or not all(isinstance(word, str) and "=" in word for word in base):
+    if not isinstance(base, list) or not all(
+        isinstance(word, str) and "=" in word for word in base
+    ):
         raise _bad(f"base: {base!r}", "a list of key=value")
     tables = [parts[name](plan[name]) for name in parts if name in plan]
     merged = [_merge(combination) for combination in itertools.product(*tables)]
-    found = [(*base, *(f"{key}={_text(value)}" for key, value in trial.items())) for trial in merged]
-    return [list(trial) for trial in dict.fromkeys(found)]  # what is drawn or listed twice is run once
+    found = [
+        (*base, *(f"{key}={_text(value)}" for key, value in trial.items())) for trial in merged
+    ]
+    # what is drawn or listed twice is run once
+    return [list(trial) for trial in dict.fromkeys(found)]
 
 
 def _merge(combination: tuple[Trial, ...]) -> Trial:
@@ -57,7 +75,9 @@ def _merge(combination: tuple[Trial, ...]) -> Trial:
     for trial in combination:
         both = merged.keys() & trial.keys()
         if both:
-            raise _bad(f"{sorted(both, key=str)[0]} in two parts of the plan", "every key in one part")
+            raise _bad(
+                f"{sorted(both, key=str)[0]} in two parts of the plan", "every key in one part"
+            )
         merged |= trial
     return merged
 
@@ -76,7 +96,11 @@ def _zip(values: Any) -> list[Trial]:
 
 
 def _list(trials: Any) -> list[Trial]:
-    if not isinstance(trials, list) or not trials or not all(isinstance(trial, dict) for trial in trials):
+    if (
+        not isinstance(trials, list)
+        or not trials
+        or not all(isinstance(trial, dict) for trial in trials)
+    ):
         raise _bad(f"list: {trials!r}", "a list of mappings")
     return trials
 
@@ -86,9 +110,14 @@ def _random(draw: Any) -> list[Trial]:
         raise _bad(f"random: {draw!r}", "count, seed and values")
     count, seed = draw.get("count"), draw.get("seed", 0)
     if not isinstance(count, int) or count < 1 or not isinstance(seed, int):
-        raise _bad(f"random: count {count!r}, seed {seed!r}", "a count of at least 1 and a whole seed")
+        raise _bad(
+            f"random: count {count!r}, seed {seed!r}", "a count of at least 1 and a whole seed"
+        )
     generator = random.Random(seed)
-    return [{key: _draw(key, spec, generator) for key, spec in draw["values"].items()} for _ in range(count)]
+    return [
+        {key: _draw(key, spec, generator) for key, spec in draw["values"].items()}
+        for _ in range(count)
+    ]
 
 
 def _draw(key: str, spec: Any, generator: random.Random) -> Any:
@@ -100,14 +129,20 @@ def _draw(key: str, spec: Any, generator: random.Random) -> Any:
         if not (low < high and (low > 0 or not is_log)):
             raise ValueError
     except (TypeError, KeyError, ValueError, AttributeError):
-        raise _bad(f"random: {key}: {spec!r}", "a list, or {low: a, high: b, log: true} with 0 < a < b") from None
+        raise _bad(
+            f"random: {key}: {spec!r}", "a list, or {low: a, high: b, log: true} with 0 < a < b"
+        ) from None
     if is_log:
         return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.6g}")
     return float(f"{generator.uniform(low, high):.6g}")
 
 
 def _columns(part: str, values: Any) -> dict[str, list[Any]]:
-    if not isinstance(values, dict) or not values or not all(isinstance(v, list) and v for v in values.values()):
+    if (
+        not isinstance(values, dict)
+        or not values
+        or not all(isinstance(v, list) and v for v in values.values())
+    ):
         raise _bad(f"{part}: {values!r}", "a mapping of keys to lists of values")
     return values
 

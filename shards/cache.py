@@ -28,18 +28,21 @@ def default_cache_dir() -> Path:
     """The node's own scratch folder where the job has one, else the user's cache directory."""
     for variable in ("SLURM_TMPDIR", "TMPDIR"):
         if os.environ.get(variable):
-            return Path(os.environ[variable]) / f"distseg-{os.getuid()}"  # these folders may be everybody's
+            # these folders may be everybody's
+            return Path(os.environ[variable]) / f"distseg-{os.getuid()}"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distseg" / "shards"
 
 
 class ShardCache:
-    """A folder of whole shards, each under its sha256, and of partial ones that can be gone on with.
+    """A folder of whole shards, each under its sha256, and of partial ones that can be gone on
+    with.
 
-    The locks are flocks on the files themselves, so that they end with the process that holds them: whoever reads a
-    shard shares it, whoever fetches or removes one has it alone. A fetched file gets its final name only when it is
-    whole, verified and on the disk. max_bytes bounds all files together (partial ones count in full, by their name);
-    0: DISK_SHARE of what is free or already the cache's. Room is made by removing what was read longest ago and is
-    not being read at this moment. Raises InputError for a folder that cannot be written or has no locks.
+    The locks are flocks on the files themselves, so that they end with the process that holds them:
+    whoever reads a shard shares it, whoever fetches or removes one has it alone. A fetched file
+    gets its final name only when it is whole, verified and on the disk. max_bytes bounds all files
+    together (partial ones count in full, by their name); 0: DISK_SHARE of what is free or already
+    the cache's. Room is made by removing what was read longest ago and is not being read at this
+    moment. Raises InputError for a folder that cannot be written or has no locks.
     """
 
     def __init__(self, directory: Path, max_bytes: int = 0):
@@ -54,18 +57,23 @@ class ShardCache:
                 action = "write data.cache_dir=DIR with a folder on a local disk"
                 raise InputError(f"{directory}: {error.strerror}", needed, action) from None
             action = "choose another with data.cache_dir=DIR"
-            raise InputError(f"{directory}: {error.strerror}", "a cache folder that can be written", action) from None
+            raise InputError(
+                f"{directory}: {error.strerror}", "a cache folder that can be written", action
+            ) from None
 
     @contextmanager
     def open(
-        self, shard: ShardInfo, fetch: Callable[[int], None], moved: Callable[[], None] = lambda: None
+        self,
+        shard: ShardInfo,
+        fetch: Callable[[int], None],
+        moved: Callable[[], None] = lambda: None,
     ) -> Iterator[int]:
         """A descriptor of the whole shard, which stays in the cache until the block ends.
 
-        fetch: called where the shard is not there, in one process at a time; appends to the file behind a
-        descriptor, which may hold a first part already, until it is whole and verified. moved: called as a shard
-        grows that another process fetches and this one waits for. Raises what `fetch` does,
-        and InputError for a full disk or a bound below the size of the shard.
+        fetch: called where the shard is not there, in one process at a time; appends to the file
+        behind a descriptor, which may hold a first part already, until it is whole and verified.
+        moved: called as a shard grows that another process fetches and this one waits for. Raises
+        what `fetch` does, and InputError for a full disk or a bound below the size of the shard.
         """
         descriptor = self._whole(shard)
         if descriptor is None:
@@ -84,7 +92,10 @@ class ShardCache:
         self._path(shard).unlink(missing_ok=True)
 
     def small(self, sha256: str, fetch: Callable[[], bytes]) -> bytes:
-        """A file small enough to be fetched without locks, perhaps by several processes; `fetch` verifies it."""
+        """A file small enough to be fetched without locks, perhaps by several processes.
+
+        `fetch` verifies it.
+        """
         path = self.directory / f"{_checked(sha256)}.small"
         with suppress(FileNotFoundError):
             content = path.read_bytes()
@@ -121,7 +132,8 @@ class ShardCache:
         descriptor = _locked(path, os.O_RDONLY, fcntl.LOCK_SH)
         if descriptor is None:
             return None
-        if os.fstat(descriptor).st_size != shard.num_bytes:  # cut by something else: not ours to trust
+        # cut by something else: not ours to trust
+        if os.fstat(descriptor).st_size != shard.num_bytes:
             path.unlink(missing_ok=True)
             _release(descriptor)
             return None
@@ -129,7 +141,9 @@ class ShardCache:
             os.utime(descriptor)  # read now: what `_make_room` goes by
         return descriptor
 
-    def _fetched(self, shard: ShardInfo, fetch: Callable[[int], None], moved: Callable[[], None]) -> int:
+    def _fetched(
+        self, shard: ShardInfo, fetch: Callable[[int], None], moved: Callable[[], None]
+    ) -> int:
         whole, partial = self._path(shard), self._partial(shard)
         while True:
             descriptor = self._reserve(shard)
@@ -153,7 +167,8 @@ class ShardCache:
             if isinstance(error, OSError):
                 raise self._cannot_write(error) from None
             raise
-        return descriptor  # still locked: nobody can remove the shard before the caller has read from it
+        # still locked: nobody can remove the shard before the caller has read from it
+        return descriptor
 
     def _reserve(self, shard: ShardInfo) -> int | None:
         """The partial file of a shard, locked, once there is room for the whole; None: not now."""
@@ -190,7 +205,13 @@ class ShardCache:
                 reserved = re.fullmatch(r"\w+\.(\d+)\.partial", entry.name)
                 status = entry.stat()
                 if entry.name != LOCK_FILE:
-                    files.append((status.st_mtime, int(reserved[1]) if reserved else status.st_size, entry.name))
+                    files.append(
+                        (
+                            status.st_mtime,
+                            int(reserved[1]) if reserved else status.st_size,
+                            entry.name,
+                        )
+                    )
         return files
 
     @contextmanager
@@ -207,7 +228,9 @@ class ShardCache:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return disk_full(self.directory)
         action = "correct its permissions, or choose another with data.cache_dir=DIR"
-        return InputError(f"{self.directory}: {error}", "a cache folder that can be written", action)
+        return InputError(
+            f"{self.directory}: {error}", "a cache folder that can be written", action
+        )
 
 
 def _wait_for(partial: Path, moved: Callable[[], None]) -> None:
@@ -228,7 +251,10 @@ def _wait_for(partial: Path, moved: Callable[[], None]) -> None:
 
 
 def _locked(path: Path, flags: int, operation: int) -> int | None:
-    """A descriptor of the file at `path`, with a lock; None where there is no such file or the lock is taken."""
+    """A descriptor of the file at `path`, with a lock.
+
+    None where there is no such file or the lock is taken.
+    """
     try:
         descriptor = os.open(path, flags, 0o600)
     except FileNotFoundError:

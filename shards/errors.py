@@ -6,8 +6,8 @@ from __future__ import annotations
 class InputError(ValueError):
     """Input that cannot be used, raised before time is spent on it.
 
-    got: what was found, with the file or key named; needed: what would be accepted; action: what the
-    user can do now, a command where there is one.
+    got: what was found, with the file or key named; needed: what would be accepted; action: what
+    the user can do now, a command where there is one.
     """
 
     def __init__(self, got: str, needed: str, action: str):

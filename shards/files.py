@@ -23,7 +23,8 @@ PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; moved to `path` when the block ends without an error.
+    """A temporary path beside `path` to write to; moved to `path` when the block ends without an
+    error.
 
     Raises InputError for a full disk or a folder that cannot be written; `path` is then as it was.
     """
@@ -45,7 +46,9 @@ def published(path: Path) -> Iterator[Path]:
             ) from None
         if error.errno == errno.ENOENT and not partial.exists():
             got = f"{path} is being written by another process too"
-            raise InputError(got, "one writer at a time", "wait for it, or choose another place") from None
+            raise InputError(
+                got, "one writer at a time", "wait for it, or choose another place"
+            ) from None
         raise
     finally:
         with suppress(OSError):  # it may have no folder to be in
@@ -53,7 +56,10 @@ def published(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Temporary files for `path` whose writers were killed; one that is alive after all fails, loudly."""
+    """Temporary files for `path` whose writers were killed.
+
+    One that is alive after all fails, loudly.
+    """
     name = re.compile(rf"\.partial-\d+-{re.escape(path.name)}")
     for other in path.parent.iterdir():
         if name.fullmatch(other.name):
@@ -73,11 +79,15 @@ def disk_full(path: Path) -> InputError:
     """The error for a full disk at `path`."""
     free = shutil.disk_usage(existing_parent(path)).free
     return InputError(
-        f"disk full at {path} ({free / 1e6:.0f} MB free)", "more space", "free some, then run the same command again"
+        f"disk full at {path} ({free / 1e6:.0f} MB free)",
+        "more space",
+        "free some, then run the same command again",
     )
 
 
-def check_space(path: Path, num_bytes: int, action: str = "free some space or choose another --out") -> None:
+def check_space(
+    path: Path, num_bytes: int, action: str = "free some space or choose another --out"
+) -> None:
     """Raise InputError when the disk that `path` will be on has less than `num_bytes` free."""
     free = shutil.disk_usage(existing_parent(path)).free
     if free < num_bytes:

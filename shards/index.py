@@ -1,4 +1,7 @@
-"""The member indices of a split: where every sample lies. Read at the start, or of large sets when they are needed."""
+"""The member indices of a split.
+
+Where every sample lies. Read at the start, or of large sets when they are needed.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +42,26 @@ class _ShardIndex:
 
     def entry(self, shard: int, place: int) -> Entry:
         height, width, *members = self.numbers[place].tolist()
-        label = tuple(members[3:]) if members[3] else None  # no member begins at 0, where a tar's first header is
+        # no member begins at 0, where a tar's first header is
+        label = tuple(members[3:]) if members[3] else None
         return Entry(shard, self.keys[place], (height, width), tuple(members[:3]), label)
 
 
 class Indices:
-    """Entries of the samples of a split in packed order, addressed by 0, 1, 2, ...; safe to share between threads.
+    """Entries of the samples of a split in packed order, addressed by 0, 1, 2, ...; safe to share
+    between threads.
 
-    Up to max_indexed samples all indices are read at once, so that one that is missing or damaged is found before
-    time is spent; of a larger split only when a sample of the shard is asked for, and those used last are kept.
-    Raises InputError, naming the index, for one that is not as packed.
+    Up to max_indexed samples all indices are read at once, so that one that is missing or damaged
+    is found before time is spent; of a larger split only when a sample of the shard is asked for,
+    and those used last are kept. Raises InputError, naming the index, for one that is not as
+    packed.
     """
 
     def __init__(self, source: Source, shards: Sequence[ShardInfo], max_indexed: int | None = None):
         self._source, self._shards = source, shards
         self._max_indexed = MAX_INDEXED if max_indexed is None else max_indexed
-        self.starts = np.cumsum([0, *(shard.num_samples for shard in shards)])  # of each shard, and the end
+        # of each shard, and the end
+        self.starts = np.cumsum([0, *(shard.num_samples for shard in shards)])
         self._forget()
         if len(self) <= self._max_indexed:
             for shard, content in enumerate(source.indices(shards)):
@@ -77,7 +84,8 @@ class Indices:
         return (self[index] for index in range(len(self)))
 
     def pixels(self) -> Iterator[dict[str, int] | None]:
-        """Pixels per label value of every sample, in order; None: unlabelled. From the indices, no label is read.
+        """Pixels per label value of every sample, in order; None: unlabelled. From the indices, no
+        label is read.
 
         Raises InputError for shards of a pack that did not count them.
         """
@@ -85,7 +93,11 @@ class Indices:
             for sample in json.loads(content):
                 if "png" in sample["members"] and "pixels" not in sample:
                     got = f"{self._source.place(shard.index_file)}: no pixels per class and sample, as older packs have"
-                    raise InputError(got, "them, to balance the classes", "run `distseg pack` again on the same maps")
+                    raise InputError(
+                        got,
+                        "them, to balance the classes",
+                        "run `distseg pack` again on the same maps",
+                    )
                 yield sample.get("pixels")
 
     def _of(self, shard: int) -> _ShardIndex:
@@ -102,7 +114,9 @@ class Indices:
     def _keep(self, shard: int, index: _ShardIndex) -> None:
         if len(index.keys) != self._shards[shard].num_samples:
             got = f"{self._source.place(self._shards[shard].index_file)}: {len(index.keys)} samples"
-            raise InputError(got, f"the manifest's {self._shards[shard].num_samples}", "pack the data again")
+            raise InputError(
+                got, f"the manifest's {self._shards[shard].num_samples}", "pack the data again"
+            )
         with self._lock:
             if shard not in self._held:
                 self._held[shard] = index
@@ -115,7 +129,11 @@ class Indices:
         self._num_held, self._lock = 0, threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_held", "_num_held", "_lock")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_held", "_num_held", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,6 +1,8 @@
-"""Packed shards, looked at before time is spent on them: every byte, every image, every label, and the set as a whole.
+"""Packed shards, looked at before time is spent on them: every byte, every image, every label, and
+the set as a whole.
 
-Errors are what `distseg pack` refuses too, and damage since: training must not start. Warnings are what may be meant.
+Errors are what `distseg pack` refuses too, and damage since: training must not start. Warnings are
+what may be meant.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Inspection:
         return [finding for finding in self.findings if finding.level == ERROR]
 
     def splits(self) -> dict[str, dict[str, Any]]:
-        """Per split, plain values: samples, unlabelled, void share, sizes (height, width), pixels and images per class.
+        """Per split, plain values: samples, unlabelled, void share, sizes (height, width), pixels
+        and images per class.
 
         share: of the pixels that are not void, in [0, 1].
         """
@@ -57,7 +60,9 @@ class Inspection:
         pixels, images = _histogram(looks)
         classes = self.manifest.classes.names
         valid, every = int(pixels[: len(classes)].sum()), int(pixels.sum())
-        sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1])
+        sizes = sorted(
+            (look.size for look in looks if look.size), key=lambda size: size[0] * size[1]
+        )
         return {
             "samples": len(looks),
             "unlabelled": sum("png" not in look.entry["members"] for look in looks),
@@ -68,7 +73,11 @@ class Inspection:
             "median": sizes[len(sizes) // 2] if sizes else None,
             "largest": sizes[-1] if sizes else None,
             "classes": {
-                name: {"pixels": int(pixels[i]), "share": int(pixels[i]) / max(1, valid), "images": int(images[i])}
+                name: {
+                    "pixels": int(pixels[i]),
+                    "share": int(pixels[i]) / max(1, valid),
+                    "images": int(images[i]),
+                }
                 for i, name in enumerate(classes)
             },
         }
@@ -77,13 +86,15 @@ class Inspection:
 def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
     """Read and check all shards; nothing is written. num_threads: None, as many as there are cores.
 
-    Raises InputError when there is no manifest, or one that is damaged or of another version; everything else
-    that is wrong is a finding.
+    Raises InputError when there is no manifest, or one that is damaged or of another version;
+    everything else that is wrong is a finding.
     """
     manifest = Manifest.load(directory)
     shards = [(split, shard) for split, info in manifest.splits.items() for shard in info.shards]
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        checked = _parallel(pool, lambda pair: _check_shard(directory, pair[1]), shards, "checksums of shards")
+        checked = _parallel(
+            pool, lambda pair: _check_shard(directory, pair[1]), shards, "checksums of shards"
+        )
         located = list(zip(shards, checked, strict=True))
         chunks = [
             (split, shard, entries[start : start + CHUNK])
@@ -92,7 +103,10 @@ def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
         ]
         looked = _parallel(
             pool,
-            lambda chunk: [look_at(directory, chunk[0], chunk[1], entry, manifest.classes) for entry in chunk[2]],
+            lambda chunk: [
+                look_at(directory, chunk[0], chunk[1], entry, manifest.classes)
+                for entry in chunk[2]
+            ],
             chunks,
             f"images and labels, {CHUNK} at a time",
         )
@@ -103,7 +117,12 @@ def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
     inspection = Inspection(manifest, findings, looks)
     findings += _keys(looks)
     findings += [] if damaged else _counts(inspection)
-    findings += [*_classes(inspection), *_labels(inspection), *_sizes(inspection), *_files(directory, manifest)]
+    findings += [
+        *_classes(inspection),
+        *_labels(inspection),
+        *_sizes(inspection),
+        *_files(directory, manifest),
+    ]
     findings += _duplicates(looks)
     findings.sort(key=lambda finding: finding.level != ERROR)
     return inspection
@@ -120,7 +139,10 @@ def record(directory: Path, inspection: Inspection) -> None:
 def _parallel(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item], what: str
 ) -> list[Result]:
-    """Results in order, with progress; what has not begun is dropped at the first exception, Ctrl-C among them."""
+    """Results in order, with progress.
+
+    What has not begun is dropped at the first exception, Ctrl-C among them.
+    """
     futures: list[Future[Result]] = [pool.submit(function, item) for item in items]
     try:
         return list(tracked((future.result() for future in futures), len(futures), what))
@@ -142,7 +164,10 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
         if content is None:
             find(info.index_file, "missing, so that the shard's samples cannot be located")
         elif sha256_of(index) != info.index_sha256:
-            find(info.index_file, "its sha256 is not the manifest's, so that no sample of the shard was looked at")
+            find(
+                info.index_file,
+                "its sha256 is not the manifest's, so that no sample of the shard was looked at",
+            )
         else:
             entries = [entry for entry in content if _understood(entry)]
             if len(entries) != info.num_samples or len(content) != len(entries):
@@ -154,7 +179,10 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
         find(info.file, f"missing, with {info.num_samples} samples")
         return findings, []
     if sha256_of(path) != info.sha256:
-        find(info.file, f"its sha256 is not the manifest's ({path.stat().st_size} bytes, {info.num_bytes} as packed)")
+        find(
+            info.file,
+            f"its sha256 is not the manifest's ({path.stat().st_size} bytes, {info.num_bytes} as packed)",
+        )
         findings += wrong_frame(directory, info, entries)
     return findings, entries
 
@@ -162,9 +190,17 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
 def _understood(entry: Any) -> bool:
     try:
         spans = entry["members"]
-        numbers = [entry["height"], entry["width"], *(number for span in spans.values() for number in span)]
+        numbers = [
+            entry["height"],
+            entry["width"],
+            *(number for span in spans.values() for number in span),
+        ]
         kinds = {"jpg", "image.png"} & spans.keys()
-        return isinstance(entry["key"], str) and bool(kinds) and all(isinstance(number, int) for number in numbers)
+        return (
+            isinstance(entry["key"], str)
+            and bool(kinds)
+            and all(isinstance(number, int) for number in numbers)
+        )
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -184,7 +220,11 @@ def _keys(looks: list[Look]) -> list[Finding]:
     for look in looks:
         if times[look.key] > 1:
             what = f"{times[look.key]} samples have this key"
-            findings.append(Finding(ERROR, "key", look.shard, look.key, what, "give each its own, and pack again"))
+            findings.append(
+                Finding(
+                    ERROR, "key", look.shard, look.key, what, "give each its own, and pack again"
+                )
+            )
     return findings
 
 
@@ -199,44 +239,77 @@ def _counts(inspection: Inspection) -> Iterator[Finding]:
 
 
 def _classes(inspection: Inspection) -> Iterator[Finding]:
-    """Classes that are nowhere, in one split only, or in very different shares; colours that look alike."""
+    """Classes that are nowhere, in one split only, or in very different shares.
+
+    Colours that look alike.
+    """
 
     def warn(check: str, what: str, action: str) -> Finding:
         return Finding(WARNING, check, "", "", what, action)
 
     classes, splits = inspection.manifest.classes, inspection.splits()
-    labelled = {name: split["classes"] for name, split in splits.items() if split["samples"] > split["unlabelled"]}
+    labelled = {
+        name: split["classes"]
+        for name, split in splits.items()
+        if split["samples"] > split["unlabelled"]
+    }
     for index, name in enumerate(classes.names):
         counts = {split: about[name] for split, about in labelled.items()}
         absent = [split for split, count in counts.items() if not count["pixels"]]
         if absent and absent == list(counts):
-            reason = "do the labels begin at 1, or" if index == 0 else "is the list of classes too long, or"
+            reason = (
+                "do the labels begin at 1, or"
+                if index == 0
+                else "is the list of classes too long, or"
+            )
             action = f"{reason} is it void everywhere? its IoU will be empty"
             yield warn("class absent", f"{name!r} ({index}) is in no label", action)
             continue
         for split in absent:
             if split == "train":
-                others = ", ".join(f"{count['images']} images of {o}" for o, count in counts.items() if count["pixels"])
+                others = ", ".join(
+                    f"{count['images']} images of {o}"
+                    for o, count in counts.items()
+                    if count["pixels"]
+                )
                 what = f"{name!r} ({index}) is never in train, but in {others}"
-                yield warn("class never trained", what, "split anew, or take it out: its IoU will be 0")
+                yield warn(
+                    "class never trained", what, "split anew, or take it out: its IoU will be 0"
+                )
             else:
                 what = f"{name!r} ({index}) is in no label of {split}"
-                yield warn("class absent", what, f"split anew: {split} cannot say how well it is learned")
+                yield warn(
+                    "class absent", what, f"split anew: {split} cannot say how well it is learned"
+                )
         for split, count in counts.items():
             low, high = sorted((count["share"], counts.get("train", count)["share"]))
             if low and high > NOTICEABLE and high > CLASS_RATIO * low:
-                shares = f"{counts['train']['share']:.3%} of train and {count['share']:.3%} of {split}"
-                yield warn("class shares", f"{name!r} ({index}) is {shares}", "is the split random?")
+                shares = (
+                    f"{counts['train']['share']:.3%} of train and {count['share']:.3%} of {split}"
+                )
+                yield warn(
+                    "class shares", f"{name!r} ({index}) is {shares}", "is the split random?"
+                )
     for color, times in Counter(classes.palette).items():
         if times > 1:
-            names = [name for name, other in zip(classes.names, classes.palette, strict=True) if other == color]
-            yield warn("colours", f"{', '.join(names)} have the same colour {color}", "give them different ones")
+            names = [
+                name
+                for name, other in zip(classes.names, classes.palette, strict=True)
+                if other == color
+            ]
+            yield warn(
+                "colours",
+                f"{', '.join(names)} have the same colour {color}",
+                "give them different ones",
+            )
 
 
 def _labels(inspection: Inspection) -> Iterator[Finding]:
     """What labels look like that were made by a wrong conversion, split by split."""
     for name, split in inspection.splits().items():
-        labels = [look for look in inspection.looks if look.split == name and look.pixels is not None]
+        labels = [
+            look for look in inspection.looks if look.split == name and look.pixels is not None
+        ]
         pixels = [look.pixels for look in labels if look.pixels is not None]
 
         def warn(check: str, what: str, action: str, name: str = name) -> Finding:
@@ -244,7 +317,9 @@ def _labels(inspection: Inspection) -> Iterator[Finding]:
 
         if split["unlabelled"] and (name != "train" or not labels):
             what = f"{split['unlabelled']} of {split['samples']} samples have no label"
-            yield warn("unlabelled", what, "label them, or move them into train for mode=semi_supervised")
+            yield warn(
+                "unlabelled", what, "label them, or move them into train for mode=semi_supervised"
+            )
         if not labels or inspection.manifest.classes.num_classes == 1:
             continue
         if split["void_share"] > VOID_SHARE:
@@ -254,10 +329,14 @@ def _labels(inspection: Inspection) -> Iterator[Finding]:
         single = sum(int((counts[:IGNORE_INDEX] > 0).sum() == 1) for counts in pixels)
         if len(used) == 2 and used[1] == IGNORE_INDEX:
             what = f"only {used[0]} and 255 occur"
-            yield warn("0/255 mask", what, "is it a black and white mask? white must be an index: 1")
+            yield warn(
+                "0/255 mask", what, "is it a black and white mask? white must be an index: 1"
+            )
         elif single > ONE_CLASS_SHARE * len(labels):
             what = f"{single} of {len(labels)} labels have one class only"
-            yield warn("one class", what, "was the conversion to indices right? see the contact sheet")
+            yield warn(
+                "one class", what, "was the conversion to indices right? see the contact sheet"
+            )
         thin = float(np.median([look.thin for look in labels]))
         if thin > THIN_SHARE:
             what = f"{thin:.0%} of the border pixels of the median label are unlike both neighbours"
@@ -267,10 +346,14 @@ def _labels(inspection: Inspection) -> Iterator[Finding]:
 
 def _sizes(inspection: Inspection) -> Iterator[Finding]:
     for name in inspection.manifest.splits:
-        sized = [(max(look.size), look) for look in inspection.looks if look.split == name and look.size]
+        sized = [
+            (max(look.size), look) for look in inspection.looks if look.split == name and look.size
+        ]
         if not sized:
             continue
-        (short, small), (long, large) = (pick(sized, key=lambda pair: pair[0]) for pick in (min, max))
+        (short, small), (long, large) = (
+            pick(sized, key=lambda pair: pair[0]) for pick in (min, max)
+        )
         if long > SIZE_RATIO * short:
             what = f"split {name}: longer sides from {short} to {long} px ({large.key})"
             action = "one crop cannot suit both: resize them, or take the odd ones out"
@@ -282,7 +365,9 @@ def _files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
     for shard in shards:
         if shard.num_bytes > LARGE_SHARD:
             what = f"{shard.num_bytes / 1e9:.1f} GB: slow to copy, and again when it is damaged"
-            yield Finding(WARNING, "shard size", shard.file, "", what, "pack with fewer --samples-per-shard")
+            yield Finding(
+                WARNING, "shard size", shard.file, "", what, "pack with fewer --samples-per-shard"
+            )
     mean = sum(shard.num_bytes for shard in shards) / max(1, len(shards))
     if len(shards) > MANY_SHARDS and mean < SMALL_SHARD:
         what = f"{len(shards)} shards of {mean / 1e6:.2f} MB: every rank opens them all"
@@ -303,20 +388,32 @@ def _duplicates(looks: list[Look]) -> Iterator[Finding]:
                 yield _twice(one, look, 0, same_pixels=True)
     kept = [look for look in first.values() if look.fingerprint is not None]
     if len(kept) > MAX_COMPARED:
-        what = f"{len(kept)} pictures: only the first {MAX_COMPARED} were compared for near-duplicates"
+        what = (
+            f"{len(kept)} pictures: only the first {MAX_COMPARED} were compared for near-duplicates"
+        )
         yield Finding(WARNING, "not compared", "", "", what, "inspect parts of the set")
         kept = kept[:MAX_COMPARED]
     if len(kept) > 1:
-        for a, b, bits in close_pairs(np.stack([look.fingerprint for look in kept if look.fingerprint is not None])):
+        for a, b, bits in close_pairs(
+            np.stack([look.fingerprint for look in kept if look.fingerprint is not None])
+        ):
             yield _twice(kept[a], kept[b], bits, same_pixels=False)
 
 
 def _twice(one: Look, other: Look, bits: int, same_pixels: bool) -> Finding:
     across = one.split != other.split
-    check = ("same" if same_pixels else "nearly same") + " picture in " + ("two splits" if across else "a split")
+    check = (
+        ("same" if same_pixels else "nearly same")
+        + " picture in "
+        + ("two splits" if across else "a split")
+    )
     what = f"in {one.split}, is {other.key} in {other.split} ({other.shard})"
     what += "" if same_pixels else f" within {bits} of {BITS} bits (up to {MAX_BITS} count)"
     if same_pixels and one.label_digest != other.label_digest:
         what += ", with another label"
-    action = f"take one out: {other.split} then measures memory" if across else "take one out, or let it count twice"
+    action = (
+        f"take one out: {other.split} then measures memory"
+        if across
+        else "take one out, or let it count twice"
+    )
     return Finding(WARNING, check, one.shard, one.key, what, action)

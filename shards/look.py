@@ -1,4 +1,7 @@
-"""One sample of a shard, looked at closely: what is wrong with it, and what the whole set's checks need to know."""
+"""One sample of a shard, looked at closely.
+
+What is wrong with it, and what the whole set's checks need to know.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ class Look:
     size: tuple[int, int] | None = None  # height, width; None: unreadable
     pixels: np.ndarray | None = None  # (256,) uint32, by index; None: unlabelled or unreadable
     thin: float = 0.0  # see thin_share
-    image_digest: bytes = b""  # of the decoded pixels: the same picture in another file is found too
+    # of the decoded pixels: the same picture in another file is found too
+    image_digest: bytes = b""
     label_digest: bytes = b""
     fingerprint: np.ndarray | None = None
 
@@ -58,7 +62,9 @@ class Look:
         self.findings.append(Finding(level, check, self.shard, self.key, what, action))
 
 
-def look_at(directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], classes: ClassSet) -> Look:
+def look_at(
+    directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], classes: ClassSet
+) -> Look:
     """Read, check and decode one sample; never raises for what is in it."""
     look = Look(split, info.file, entry["key"], entry)
     members = read_members(directory, look)
@@ -66,7 +72,12 @@ def look_at(directory: Path, split: str, info: ShardInfo, entry: dict[str, Any],
     if kinds and (image := _image(look, members[kinds[0]])) is not None:
         look.fingerprint = fingerprint(image)
         if image.min() == image.max():
-            look.find(WARNING, "blank image", f"every pixel is {image[0, 0].tolist()}", "look at the source file")
+            look.find(
+                WARNING,
+                "blank image",
+                f"every pixel is {image[0, 0].tolist()}",
+                "look at the source file",
+            )
     if "png" in members:
         _label(look, members["png"], classes)
     return look
@@ -83,7 +94,11 @@ def read_members(directory: Path, look: Look) -> dict[str, bytes]:
                 if len(content) == length and zlib.crc32(content) == crc32:
                     members[kind] = content
                 else:
-                    why = "is cut off" if len(content) < length else "is not the bytes that were packed (crc32)"
+                    why = (
+                        "is cut off"
+                        if len(content) < length
+                        else "is not the bytes that were packed (crc32)"
+                    )
                     look.find(ERROR, "checksum", f"its .{kind} {why}", PACK_AGAIN)
     except OSError as error:
         look.find(ERROR, "checksum", str(error), PACK_AGAIN)
@@ -91,14 +106,17 @@ def read_members(directory: Path, look: Look) -> dict[str, bytes]:
 
 
 def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]]) -> list[Finding]:
-    """Damage between the members of a shard: in a tar header, in the padding, behind the last member.
+    """Damage between the members of a shard: in a tar header, in the padding, behind the last
+    member.
 
     Training never reads these bytes; plain webdataset does, and silently drops what follows.
     """
     findings, end, key = [], 0, ""
     with (directory / info.file).open("rb") as file:
         for entry in entries:
-            for kind, (offset, length, _) in sorted(entry["members"].items(), key=lambda item: item[1][0]):
+            for kind, (offset, length, _) in sorted(
+                entry["members"].items(), key=lambda item: item[1][0]
+            ):
                 key = entry["key"]
                 file.seek(end)
                 between = file.read(offset - end)
@@ -107,7 +125,10 @@ def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]])
                     with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
                         member = tar.next()
                     assert member is not None  # or opening it had failed
-                    whole = not any(padding) and (member.name, member.size) == (f"{key}.{kind}", length)
+                    whole = not any(padding) and (member.name, member.size) == (
+                        f"{key}.{kind}",
+                        length,
+                    )
                     # a long name is in blocks of its own, without a checksum
                     whole &= len(header) == BLOCK or member.tobuf(tarfile.PAX_FORMAT) == header
                 except (tarfile.TarError, ValueError):
@@ -136,10 +157,20 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
         return None
     look.size, expected = image.shape[:2], (look.entry["height"], look.entry["width"])
     if look.size != expected:
-        look.find(ERROR, "size", f"image of {look.size} pixels (rows, columns), {expected} in the index", "pack again")
+        look.find(
+            ERROR,
+            "size",
+            f"image of {look.size} pixels (rows, columns), {expected} in the index",
+            "pack again",
+        )
     if turned not in (0, 1):
         what = f"EXIF says that viewers turn it (orientation {turned}); training does not"
-        look.find(WARNING, "turned image", what, "see in the contact sheet whether its label is turned too")
+        look.find(
+            WARNING,
+            "turned image",
+            what,
+            "see in the contact sheet whether its label is turned too",
+        )
     if "A" in mode:
         what = f"{mode} image: training drops its transparency, whatever is underneath shows"
         look.find(WARNING, "transparent image", what, "put it on a background of your choice")
@@ -155,8 +186,11 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
         return
     if look.size not in (None, label.shape):
         turned = ", which is the image turned" if look.size == label.shape[::-1] else ""
-        look.find(ERROR, "size", f"image of {look.size} pixels, label of {label.shape}{turned}", CORRECT)
-    look.pixels = np.bincount(label.ravel(), minlength=256).astype(np.uint32)  # most of a Look's memory
+        look.find(
+            ERROR, "size", f"image of {look.size} pixels, label of {label.shape}{turned}", CORRECT
+        )
+    # most of a Look's memory
+    look.pixels = np.bincount(label.ravel(), minlength=256).astype(np.uint32)
     look.label_digest = hashlib.blake2b(label.tobytes(), digest_size=16).digest()
     look.thin = thin_share(label)
     used = np.flatnonzero(look.pixels)
@@ -172,11 +206,12 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
 
 
 def thin_share(label: np.ndarray) -> float:
-    """Share of the border pixels of (H, W) uint8 that differ from both neighbours in their row, or in their column.
+    """Share of the border pixels of (H, W) uint8 that differ from both neighbours in their row, or
+    in their column.
 
-    Interpolation and JPEG write indices between two classes along their border. Median over Stanford Background, VOC
-    and the toy scenes: 0.01 to 0.035; resized with bilinear sampling 0.15 to 0.59, kept as JPEG 0.45 to 0.65. Void
-    does not count: thin outlines of it are common.
+    Interpolation and JPEG write indices between two classes along their border. Median over
+    Stanford Background, VOC and the toy scenes: 0.01 to 0.035; resized with bilinear sampling 0.15
+    to 0.59, kept as JPEG 0.45 to 0.65. Void does not count: thin outlines of it are common.
     """
     across, down = label[:, 1:] != label[:, :-1], label[1:] != label[:-1]
     left, right, above, below = across[1:-1, :-1], across[1:-1, 1:], down[:-1, 1:-1], down[1:, 1:-1]
@@ -187,13 +222,20 @@ def thin_share(label: np.ndarray) -> float:
 
 def _grays(classes: ClassSet) -> set[int]:
     """Gray levels of the palette, as Pillow and OpenCV compute them, with their rounding."""
-    levels = {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in classes.palette}
+    levels = {
+        round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in classes.palette
+    }
     return {level + step for level in levels for step in (-1, 0, 1)}
 
 
 def _other_png(content: bytes) -> str | None:
     """What kind of picture is in the label's place."""
-    kinds = {"P": "a palette PNG", "RGB": "a colour mask", "RGBA": "a colour mask", "L": "a gray PNG of another form"}
+    kinds = {
+        "P": "a palette PNG",
+        "RGB": "a colour mask",
+        "RGBA": "a colour mask",
+        "L": "a gray PNG of another form",
+    }
     try:
         with Image.open(io.BytesIO(content)) as opened:
             kind = kinds.get(opened.mode, f"a PNG of mode {opened.mode}")

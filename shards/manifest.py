@@ -51,8 +51,8 @@ class SplitInfo:
 class Manifest:
     """A packed data set: its name, classes, and splits by name.
 
-    left_out: samples that `distseg prepare --skip-bad` left out; sources: for each split, what it was packed from
-    (see pack.source_of), which says whether packing again would change anything.
+    left_out: samples that `distseg prepare --skip-bad` left out; sources: for each split, what it
+    was packed from (see pack.source_of), which says whether packing again would change anything.
     """
 
     version: int
@@ -68,7 +68,10 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, the same bytes for the same content; the sources are none of it."""
+        """Canonical JSON: sorted keys, the same bytes for the same content.
+
+        The sources are none of it.
+        """
         return json.dumps(self._content(), indent=1, sort_keys=True) + "\n"
 
     def save(self, directory: Path) -> None:
@@ -92,7 +95,9 @@ class Manifest:
             text = content.decode()
             values = json.loads(text)
             if values["version"] != VERSION:
-                raise InputError(f"{place}: version {values['version']}", f"version {VERSION}", action)
+                raise InputError(
+                    f"{place}: version {values['version']}", f"version {VERSION}", action
+                )
             manifest = _from_json(values)
             if manifest._file_text() != text:
                 raise ValueError("not the bytes that were written")
@@ -105,29 +110,49 @@ class Manifest:
             ) from None
 
     def verify(self, directory: Path) -> None:
-        """Read every shard and index; raises InputError naming the first that is missing or not as packed."""
+        """Read every shard and index.
+
+        Raises InputError naming the first that is missing or not as packed.
+        """
         for shard in self.shards():
-            for file, expected in ((shard.file, shard.sha256), (shard.index_file, shard.index_sha256)):
+            for file, expected in (
+                (shard.file, shard.sha256),
+                (shard.index_file, shard.index_sha256),
+            ):
                 path = directory / file
                 if not path.is_file():
-                    raise InputError(f"no {path}", "every shard that the manifest names", "pack again")
+                    raise InputError(
+                        f"no {path}", "every shard that the manifest names", "pack again"
+                    )
                 if sha256_of(path) != expected:
-                    raise InputError(f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again")
+                    raise InputError(
+                        f"{path}: sha256 is not the manifest's", "the bytes as packed", "pack again"
+                    )
 
     def _file_text(self) -> str:
         content = self._content() | {"sha256": self.sha256}
         if self.sources:
-            sealed = hashlib.sha256((self.sha256 + repr(sorted(self.sources.items()))).encode()).hexdigest()
+            sealed = hashlib.sha256(
+                (self.sha256 + repr(sorted(self.sources.items()))).encode()
+            ).hexdigest()
             content |= {"sources": self.sources, "sources_sha256": sealed}
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     def _content(self) -> dict[str, Any]:
-        """What makes the data; maps of other bytes can hold the same. What older packs did not know is not written."""
+        """What makes the data; maps of other bytes can hold the same.
+
+        What older packs did not know is not written.
+        """
         splits = {
             name: vars(split) | {"shards": [_without_none(vars(shard)) for shard in split.shards]}
             for name, split in self.splits.items()
         }
-        content = {"version": self.version, "name": self.name, "classes": asdict(self.classes), "splits": splits}
+        content = {
+            "version": self.version,
+            "name": self.name,
+            "classes": asdict(self.classes),
+            "splits": splits,
+        }
         return content | ({"left_out": self.left_out} if self.left_out else {})
 
     def shards(self) -> list[ShardInfo]:

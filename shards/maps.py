@@ -22,23 +22,30 @@ VERSION = 1
 OLDER_ACTION = "convert it with `distseg prepare ohe --root FOLDER --out FILE.h5`"
 
 
-def write_maps(path: Path, name: str, classes: ClassSet, samples: Iterable[Sample], total: int) -> int:
-    """Write samples into one HDF5 file, which appears when it is complete; returns how many there were.
+def write_maps(
+    path: Path, name: str, classes: ClassSet, samples: Iterable[Sample], total: int
+) -> int:
+    """Write samples into one HDF5 file, which appears when it is complete; returns how many there
+    were.
 
-    Group <key>: `image`, the original file's bytes; `label_map`, one-hot (C, H, W) uint8, void = all-zero
-    column, one chunk, Zstd; absent for an unlabelled image. HDF5 keeps a checksum of both. Raises InputError
-    for a sample that does not fit the classes, a key given twice, no sample at all, or a full disk.
+    Group <key>: `image`, the original file's bytes; `label_map`, one-hot (C, H, W) uint8, void =
+    all-zero column, one chunk, Zstd; absent for an unlabelled image. HDF5 keeps a checksum of both.
+    Raises InputError for a sample that does not fit the classes, a key given twice, no sample at
+    all, or a full disk.
     """
     with MapsWriter.publishing(path, name, classes) as writer:
         for sample in tracked(samples, total, f"writing {path.name}"):
             writer.add(sample)
         if not writer.splits:
-            raise InputError(f"no samples for {path}", "at least one image", "check the data set's folder")
+            raise InputError(
+                f"no samples for {path}", "at least one image", "check the data set's folder"
+            )
     return sum(len(keys) for keys in writer.splits.values())
 
 
 class MapsWriter:
-    """A file of HDF5 maps while it is written: `add` and `copy` samples, all errors as in `write_maps`.
+    """A file of HDF5 maps while it is written: `add` and `copy` samples, all errors as in
+    `write_maps`.
 
     left_out: why, for each sample that was not written because it is bad; kept in the file.
     """
@@ -72,7 +79,10 @@ class MapsWriter:
         self._output.check()
 
     def copy(self, maps: MapsReader) -> None:
-        """Write all samples of other maps of the same classes, as they are stored; what they left out comes along."""
+        """Write all samples of other maps of the same classes, as they are stored.
+
+        What they left out comes along.
+        """
         for split, keys in maps.splits.items():
             for key in keys:
                 maps.copy_to(self._new(key, split), key)
@@ -82,7 +92,9 @@ class MapsWriter:
 
     def _new(self, key: str, split: str) -> h5py.Group:
         if key in self._file:
-            raise InputError(f"two samples with the key {key!r}", "unique keys", "rename one of them")
+            raise InputError(
+                f"two samples with the key {key!r}", "unique keys", "rename one of them"
+            )
         self.splits.setdefault(split, []).append(key)
         return self._file.create_group(key)
 
@@ -95,7 +107,9 @@ def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
         label_map = to_one_hot(sample.label, num_classes)
         # one chunk a sample: every other chunking reads 8 to 24 times slower
         zstd = hdf5plugin.Zstd(clevel=3)
-        group.create_dataset("label_map", data=label_map, chunks=label_map.shape, fletcher32=True, **zstd)
+        group.create_dataset(
+            "label_map", data=label_map, chunks=label_map.shape, fletcher32=True, **zstd
+        )
 
 
 class _Output(io.FileIO):
@@ -129,34 +143,54 @@ class _Output(io.FileIO):
 
 
 class MapsReader:
-    """Reads what `write_maps` wrote; opens the file when first used, so it can be sent to other processes."""
+    """Reads what `write_maps` wrote.
+
+    Opens the file when first used, so it can be sent to other processes.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._file: h5py.File | None = None
         if path.is_dir():
-            raise InputError(f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}")
+            raise InputError(
+                f"{path} is a folder",
+                "one file of HDF5 maps",
+                f"of the older layout, {OLDER_ACTION}",
+            )
         if not path.is_file():
-            raise InputError(f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`")
+            raise InputError(
+                f"no file {path}",
+                "HDF5 maps",
+                "make them with `distseg prepare NAME --out FILE.h5`",
+            )
         try:
             attributes = dict(self._open().attrs)
             if isinstance(self._open().get("OHE"), h5py.Dataset):
-                raise InputError(f"{path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION)
+                raise InputError(
+                    f"{path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION
+                )
             if attributes.get("version") != VERSION:
                 got = f"{path}: version {attributes.get('version')}"
-                raise InputError(got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`")
+                raise InputError(
+                    got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`"
+                )
             self.name = str(attributes["name"])
             palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
             self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
-            self.splits: dict[str, list[str]] = json.loads(attributes["splits"])  # keys in the order written
-            self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))  # bad samples: key, why
-            self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))  # of all labels, by index
+            # keys in the order written
+            self.splits: dict[str, list[str]] = json.loads(attributes["splits"])
+            # bad samples: key, why
+            self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
+            # of all labels, by index
+            self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             self.close()
             if isinstance(error, InputError):
                 raise
             got = f"{path}: {error}"
-            raise InputError(got, "a sound file of HDF5 maps", "make it again with `distseg prepare`") from None
+            raise InputError(
+                got, "a sound file of HDF5 maps", "make it again with `distseg prepare`"
+            ) from None
 
     def __len__(self) -> int:
         return sum(len(keys) for keys in self.splits.values())
@@ -179,7 +213,8 @@ class MapsReader:
     def read(self, key: str) -> Sample:
         """The sample of a key, its label map turned back into indices.
 
-        Raises InputError, naming file and key, for an absent key, damaged data, or a map not one-hot.
+        Raises InputError, naming file and key, for an absent key, damaged data, or a map not
+        one-hot.
         """
         try:
             group = self._open()[key]
@@ -209,17 +244,20 @@ class MapsReader:
 
 
 def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """(label (H, W) uint8, number of classes) of one file of the older layout: a one-hot data set "OHE".
+    """(label (H, W) uint8, number of classes) of one file of the older layout: a one-hot data set
+    "OHE".
 
-    It may be (C, H, W) or (H, W, C), of any number type and compression; size: the image's (H, W), by which
-    the two are told apart. Raises InputError for another shape, or when a column holds anything but zeros and
-    at most a single 1.
+    It may be (C, H, W) or (H, W, C), of any number type and compression; size: the image's (H, W),
+    by which the two are told apart. Raises InputError for another shape, or when a column holds
+    anything but zeros and at most a single 1.
     """
     try:
         with h5py.File(path, "r") as file:
             stored = file["OHE"][()]
     except (OSError, RuntimeError, KeyError) as error:
-        raise InputError(f"{path}: {error}", 'an HDF5 file with a data set "OHE"', "replace the file") from None
+        raise InputError(
+            f"{path}: {error}", 'an HDF5 file with a data set "OHE"', "replace the file"
+        ) from None
     shape = stored.shape
     views = [stored] if len(shape) == 3 and shape[1:] == size else []
     views += [np.moveaxis(stored, 2, 0)] if len(shape) == 3 and shape[:2] == size else []
@@ -229,4 +267,6 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
         except InputError:
             continue
     got = f"{path}: {'a map that is not one-hot' if views else f'shape {shape} for an image of {size}'}"
-    raise InputError(got, "one-hot (C, H, W) or (H, W, C)", "correct the file or remove it with its image")
+    raise InputError(
+        got, "one-hot (C, H, W) or (H, W, C)", "correct the file or remove it with its image"
+    )

@@ -24,13 +24,22 @@ from shards.manifest import FILE_NAME, VERSION, Manifest, ShardInfo, SplitInfo, 
 from shards.maps import MapsReader
 from shards.processes import check_workers, mapped
 from shards.reader import ShardReader
-from shards.sample import IGNORE_INDEX, Sample, check_sample, decode_image, encode_label, image_extension
+from shards.sample import (
+    IGNORE_INDEX,
+    Sample,
+    check_sample,
+    decode_image,
+    encode_label,
+    image_extension,
+)
 from shards.verified import is_verified, mark_verified
 
 STAGING = ".packing"
-LAYOUT = 2  # of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
+# of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
+LAYOUT = 2
 SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
-# bytes, at most: three tar headers with padding and a sample's lines of the index; a tar's end and its manifest entry
+# bytes, at most: three tar headers with padding and a sample's lines of the index; a tar's end and
+# its manifest entry
 MEMBER_OVERHEAD, TAR_OVERHEAD = 8192, 16384
 
 
@@ -60,32 +69,43 @@ def pack(
     overwrite: bool = False,
     append: bool = False,
 ) -> Manifest:
-    """Write <split>-<number>.tar shards with their member indices, then manifest.json; returns the manifest.
+    """Write <split>-<number>.tar shards with their member indices, then manifest.json; returns the
+    manifest.
 
-    The bytes depend on the maps and samples_per_shard alone, not on the number of worker processes (0: none).
-    Members of a sample: .jpg (original bytes; .image.png for a PNG original), .png (label, see
-    sample.encode_label; absent when unlabelled), .json. Everything is written in a folder beside the old
-    shards and moved into place when it is complete, so that a pack that fails leaves an earlier one as it
-    was. Where `out` holds just that already, whole, nothing is done. append: add the maps' splits to the shards there.
-    Raises InputError for a damaged map, an unreadable image, too little disk space, or, unless
-    `overwrite`, a directory that holds other shards; to append, for other classes, a split or a key that is there.
+    The bytes depend on the maps and samples_per_shard alone, not on the number of worker processes
+    (0: none). Members of a sample: .jpg (original bytes; .image.png for a PNG original), .png
+    (label, see sample.encode_label; absent when unlabelled), .json. Everything is written in a
+    folder beside the old shards and moved into place when it is complete, so that a pack that fails
+    leaves an earlier one as it was. Where `out` holds just that already, whole, nothing is done.
+    append: add the maps' splits to the shards there. Raises InputError for a damaged map, an
+    unreadable image, too little disk space, or, unless `overwrite`, a directory that holds other
+    shards; to append, for other classes, a split or a key that is there.
     """
     check_workers(num_workers)
     if samples_per_shard < 1 or (overwrite and append):
         got = f"samples_per_shard={samples_per_shard}, overwrite={overwrite}, append={append}"
-        raise InputError(got, "at least one sample per shard, and not both of the others", "correct them")
+        raise InputError(
+            got, "at least one sample per shard, and not both of the others", "correct them"
+        )
     reader = MapsReader(maps)
     sources = dict.fromkeys(sorted(reader.splits), source_of(maps, samples_per_shard))
     unchanged = _unchanged(out, sources)
     if unchanged is not None:
         say(f"{out} holds these maps already: nothing to do")
         if unchanged.splits.keys() == sources.keys() and not is_verified(out, unchanged):
-            mark_verified(out, unchanged)  # its bytes are those that a pack which looks at everything has written
+            # its bytes are those that a pack which looks at everything has written
+            mark_verified(out, unchanged)
         return unchanged
     there = _extended(out, reader) if append else None
     earlier = set() if append else _earlier_shards(out, reader.name, overwrite)
-    tasks = [task for name, keys in sorted(reader.splits.items()) for task in _tasks(name, keys, samples_per_shard)]
-    check_space(out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD)
+    tasks = [
+        task
+        for name, keys in sorted(reader.splits.items())
+        for task in _tasks(name, keys, samples_per_shard)
+    ]
+    check_space(
+        out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD
+    )
     reader.close()
     staging = out / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # of a pack that was killed
@@ -96,7 +116,9 @@ def pack(
             name: _split([shard for task, shard in shards if task.split == name], reader)
             for name in sorted(reader.splits)
         }
-        manifest = Manifest(VERSION, reader.name, reader.classes, splits, len(reader.left_out), sources)
+        manifest = Manifest(
+            VERSION, reader.name, reader.classes, splits, len(reader.left_out), sources
+        )
         _publish(staging, out, manifest, earlier, there)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -105,11 +127,15 @@ def pack(
 
 def source_of(maps: Path, samples_per_shard: int) -> str:
     """Hex digits that are the same when packing gives the same bytes."""
-    return hashlib.sha256(f"{sha256_of(maps)} {samples_per_shard} {VERSION}.{LAYOUT}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{sha256_of(maps)} {samples_per_shard} {VERSION}.{LAYOUT}".encode()
+    ).hexdigest()
 
 
 def _unchanged(out: Path, sources: dict[str, str]) -> Manifest | None:
-    """The manifest in `out` when all of these splits are there, from the same sources and with every byte."""
+    """The manifest in `out` when all of these splits are there, from the same sources and with
+    every byte.
+    """
     if not (out / FILE_NAME).is_file() or (out / STAGING).is_dir():
         return None
     try:
@@ -123,25 +149,37 @@ def _unchanged(out: Path, sources: dict[str, str]) -> Manifest | None:
 
 
 def _extended(out: Path, reader: MapsReader) -> Manifest:
-    """The manifest in `out`, to which the splits of these maps can be added. Raises InputError when they cannot."""
+    """The manifest in `out`, to which the splits of these maps can be added.
+
+    Raises InputError when they cannot.
+    """
     there = Manifest.load(out)
     if there.classes != reader.classes:
         got = f"{out} has the classes {', '.join(there.classes.names)}; the maps {', '.join(reader.classes.names)}"
-        raise InputError(got, "the same names and colours, in the same order", "prepare the maps with those")
+        raise InputError(
+            got, "the same names and colours, in the same order", "prepare the maps with those"
+        )
     twice = sorted(there.splits.keys() & reader.splits.keys())
     if twice:
-        raise InputError(f"split {twice[0]!r} is in {out} already", "a new split", "pack both into another --out")
+        raise InputError(
+            f"split {twice[0]!r} is in {out} already", "a new split", "pack both into another --out"
+        )
     new = {key for keys in reader.splits.values() for key in keys}
     for split in there.splits:
         shared = sorted(new & set(ShardReader(out, split).keys))
         if shared:
             got = f"{len(shared)} keys are in {out} already, the first: {shared[0]} in {split}"
-            raise InputError(got, "each key in one split", "leave these samples out, or rename them")
+            raise InputError(
+                got, "each key in one split", "leave these samples out, or rename them"
+            )
     return there
 
 
 def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
-    """Files in `out` that this pack replaces. Raises InputError for shards that are not a pack of `name`."""
+    """Files in `out` that this pack replaces.
+
+    Raises InputError for shards that are not a pack of `name`.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "a directory", "choose another --out")
     needed, action = (
@@ -157,12 +195,16 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
         if there.name != name:
             got = f"{out} holds the data set {there.name!r}, the maps are {name!r}"
             raise InputError(got, needed, action)
-        if len({there.sources.get(split) for split in there.splits}) > 1:  # none: of a pack before there were sources
+        # none: of a pack before there were sources
+        if len({there.sources.get(split) for split in there.splits}) > 1:
             got = f"{out} holds splits from several maps: {', '.join(there.splits)}"
-            raise InputError(got, needed, "choose another --out, or replace all of them with --overwrite")
+            raise InputError(
+                got, needed, "choose another --out, or replace all of them with --overwrite"
+            )
         named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
     present = {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
-    if overwrite or (out / STAGING).is_dir():  # a pack was killed, perhaps while it moved its shards into place
+    # a pack was killed, perhaps while it moved its shards into place
+    if overwrite or (out / STAGING).is_dir():
         return present
     foreign = sorted(path.name for path in out.glob("*.tar") if path.name not in named)
     if foreign:
@@ -170,17 +212,21 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
     return named
 
 
-def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str], there: Manifest | None) -> None:
+def _publish(
+    staging: Path, out: Path, manifest: Manifest, earlier: set[str], there: Manifest | None
+) -> None:
     """Move the shards into place. An old manifest does not fit them: whole only with the new one.
 
-    there: the manifest that these shards are appended to; it stays true until the new one replaces it. Its shards are
-    not looked at again: all together are verified where they were.
+    there: the manifest that these shards are appended to; it stays true until the new one replaces
+    it. Its shards are not looked at again: all together are verified where they were.
     """
     is_sound = there is None or is_verified(out, there)
     named = {file for shard in manifest.shards() for file in (shard.file, shard.index_file)}
     if there is not None:
         splits, sources = there.splits | manifest.splits, there.sources | manifest.sources
-        manifest = replace(there, splits=splits, sources=sources, left_out=there.left_out + manifest.left_out)
+        manifest = replace(
+            there, splits=splits, sources=sources, left_out=there.left_out + manifest.left_out
+        )
     manifest.save(staging)
     for file in sorted(named):
         os.replace(staging / file, out / file)
@@ -191,7 +237,9 @@ def _publish(staging: Path, out: Path, manifest: Manifest, earlier: set[str], th
     if is_sound:
         mark_verified(out, manifest)  # every image was decoded and every label checked on the way
     else:
-        say(f"the shards that were in {out} are not verified: training will ask for `distseg inspect {out}`")
+        say(
+            f"the shards that were in {out} are not verified: training will ask for `distseg inspect {out}`"
+        )
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
@@ -199,7 +247,9 @@ def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Tas
         yield _Task(split, f"{split}-{number:06d}.tar", keys[start : start + samples_per_shard])
 
 
-def _write_all(reader: MapsReader, out: Path, tasks: list[_Task], num_workers: int) -> list[_Written]:
+def _write_all(
+    reader: MapsReader, out: Path, tasks: list[_Task], num_workers: int
+) -> list[_Written]:
     written = mapped(partial(_write_shard, reader, out), tasks, num_workers)
     return list(tracked(written, len(tasks), f"packing {out.parent.name}"))
 
@@ -219,7 +269,9 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
                     num_unlabelled += 1
                 else:
                     counts = np.bincount(sample.label.ravel(), minlength=256)
-                    about[key]["pixels"] = {str(value): int(counts[value]) for value in np.flatnonzero(counts)}
+                    about[key]["pixels"] = {
+                        str(value): int(counts[value]) for value in np.flatnonzero(counts)
+                    }
                     pixels += counts
                 tar.write(_members(sample))
         index = _index(partial, about)
@@ -228,11 +280,17 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
     with published(index_path) as partial:
         partial.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
     checksums = (sha256_of(path), sha256_of(index_path))
-    return _Written(ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums, num_unlabelled), pixels)
+    return _Written(
+        ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums, num_unlabelled),
+        pixels,
+    )
 
 
 def _check(sample: Sample, num_classes: int) -> tuple[int, int]:
-    """Height and width of a sound sample; decodes the whole image, which would else fail in training."""
+    """Height and width of a sound sample.
+
+    Decodes the whole image, which would else fail in training.
+    """
     check_sample(sample, num_classes)
     try:
         return decode_image(sample.image).shape[:2]
@@ -270,4 +328,6 @@ def _split(written: list[_Written], reader: MapsReader) -> SplitInfo:
     pixels = sum((shard.pixels for shard in written), np.zeros(256, np.int64)).tolist()
     infos = tuple(shard.info for shard in written)
     num_samples = sum(info.num_samples for info in infos)
-    return SplitInfo(infos, num_samples, tuple(pixels[: reader.classes.num_classes]), pixels[IGNORE_INDEX])
+    return SplitInfo(
+        infos, num_samples, tuple(pixels[: reader.classes.num_classes]), pixels[IGNORE_INDEX]
+    )

@@ -1,4 +1,6 @@
-"""One function over many tasks, in this process or in several, with results in the order of the tasks."""
+"""One function over many tasks, in this process or in several, with results in the order of the
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,14 @@ def check_workers(num_workers: int) -> None:
         raise InputError(f"{num_workers} workers", "0 (this process) or more", "correct --workers")
 
 
-def mapped(function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int) -> Iterator[Result]:
+def mapped(
+    function: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int
+) -> Iterator[Result]:
     """function(task) for each task, in order; num_workers: processes, 0 for this one.
 
-    function must be importable by name, tasks and results picklable. The first error ends all of them; a worker that
-    was killed is an InputError. Workers end when this process does, however it ends.
+    function must be importable by name, tasks and results picklable. The first error ends all of
+    them; a worker that was killed is an InputError. Workers end when this process does, however it
+    ends.
     """
     if num_workers == 0 or not tasks:
         yield from map(function, tasks)
@@ -38,13 +43,18 @@ def mapped(function: Callable[[Task], Result], tasks: Sequence[Task], num_worker
             yield from pool.map(function, tasks)
         except BrokenProcessPool:
             action = "use fewer --workers; the same command goes on"
-            raise InputError("a worker process was killed", "memory for all workers", action) from None
+            raise InputError(
+                "a worker process was killed", "memory for all workers", action
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """A pool's workers outlive a parent that is killed with -9: they would wait, and write, for ever."""
+    """A pool's workers outlive a parent that is killed with -9.
+
+    They would wait, and write, for ever.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None  # this runs in workers only
 

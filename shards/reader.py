@@ -26,22 +26,28 @@ class RawSample:
 
 
 class ShardReader:
-    """The samples of one split in packed order; safe to share between threads and to send to other processes.
+    """The samples of one split in packed order; safe to share between threads and to send to other
+    processes.
 
-    location: a folder, or a URL (http, https, s3, gs), whose shards are kept in cache_dir, at most cache_bytes of
-    them (shards.cache has the defaults). Raises InputError at construction when there is no manifest, the split is
-    not there, or (of a split that is not too large to look, see shards.index) a local shard is missing or of another
-    length; at `read` when a member's bytes are not the ones that were packed, or a remote shard cannot be had.
+    location: a folder, or a URL (http, https, s3, gs), whose shards are kept in cache_dir, at most
+    cache_bytes of them (shards.cache has the defaults). Raises InputError at construction when
+    there is no manifest, the split is not there, or (of a split that is not too large to look, see
+    shards.index) a local shard is missing or of another length; at `read` when a member's bytes are
+    not the ones that were packed, or a remote shard cannot be had.
     """
 
-    def __init__(self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0):
+    def __init__(
+        self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0
+    ):
         self.location, self.split = location, split
         self._source = open_source(location, cache_dir, cache_bytes)
         self.manifest = self._source.manifest()
         self.classes = self.manifest.classes
         if split not in self.manifest.splits:
             there = ", ".join(self.manifest.splits)
-            raise InputError(f"no split {split!r} in {location}", f"one of: {there}", "correct the split's name")
+            raise InputError(
+                f"no split {split!r} in {location}", f"one of: {there}", "correct the split's name"
+            )
         self._shards = self.manifest.splits[split].shards
         self._entries = Indices(self._source, self._shards)
 
@@ -78,7 +84,8 @@ class ShardReader:
         return self._entries.shard_of(indices)
 
     def class_pixels(self) -> np.ndarray:
-        """(samples, classes) int64: pixels of each class in each sample, 0 where it has no label. Reads no label.
+        """(samples, classes) int64: pixels of each class in each sample, 0 where it has no label.
+        Reads no label.
 
         Raises InputError for shards of a pack that did not count them.
         """
@@ -90,7 +97,10 @@ class ShardReader:
         return counts
 
     def read(self, index: int, *, with_label: bool = True) -> RawSample:
-        """The bytes of a sample. Raises InputError, naming sample and shard, where their crc32 differs."""
+        """The bytes of a sample.
+
+        Raises InputError, naming sample and shard, where their crc32 differs.
+        """
         for again in (True, False):
             try:
                 return self._read(self._entries[index], with_label)
@@ -106,15 +116,22 @@ class ShardReader:
         return self._source.find(file)
 
     def expect(self, indices: Sequence[int]) -> None:
-        """Say that these samples will be read soon, in this order: shards that are far away are fetched ahead."""
+        """Say that these samples will be read soon, in this order.
+
+        Shards that are far away are fetched ahead.
+        """
         self._source.expect(self._shards_of(indices))
 
     def used(self, indices: Sequence[int]) -> None:
-        """Say that another process has read these, so that what was expected after them may be fetched."""
+        """Say that another process has read these, so that what was expected after them may be
+        fetched.
+        """
         self._source.used(self._shards_of(indices))
 
     def tell(self, moved: Callable[[], None]) -> None:
-        """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
+        """Call `moved`, from any thread of this process, whenever more of a shard that is far away
+        has come.
+        """
         self._source.tell(moved)
 
     def place(self, index: int) -> str:
@@ -129,7 +146,9 @@ class ShardReader:
     def _read(self, entry: Entry, with_label: bool) -> RawSample:
         with self._source.open(self._shards[entry.shard]) as descriptor:
             image = _member(descriptor, entry.image)
-            label = _member(descriptor, entry.label) if with_label and entry.label is not None else None
+            label = (
+                _member(descriptor, entry.label) if with_label and entry.label is not None else None
+            )
         return RawSample(entry.key, image, label)
 
 

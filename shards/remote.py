@@ -27,12 +27,19 @@ from shards.manifest import FILE_NAME, Manifest, ShardInfo, hashed
 
 Result = TypeVar("Result")
 # scheme: (module that fsspec needs, extra that brings it)
-PACKAGES = {"http": ("aiohttp", "http"), "https": ("aiohttp", "http"), "s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+PACKAGES = {
+    "http": ("aiohttp", "http"),
+    "https": ("aiohttp", "http"),
+    "s3": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gcs"),
+}
 
 CHUNK_BYTES = 8 << 20  # one request: long enough to fill a line, short enough to lose
 STALL_SECONDS = 20.0  # without a byte: the request has failed
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts; all in all below a rank's time limit of 300 s
-GIVEN_UP_SECONDS = 60.0  # after a request that failed for good, how long all others are tried once only
+# seconds between attempts; all in all below a rank's time limit of 300 s
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+# after a request that failed for good, how long all others are tried once only
+GIVEN_UP_SECONDS = 60.0
 SAID_PAUSE = 2.0  # seconds: a pause as long is said
 MAX_DAMAGED = 3  # whole transfers that end in another sha256
 SHARDS_AHEAD = 8  # fetched and not read yet; also never more than a quarter of the cache
@@ -46,20 +53,27 @@ def check_url(url: str) -> None:
     if parts.scheme not in PACKAGES:
         known = ", ".join(f"{scheme}://" for scheme in PACKAGES)
         action = "choose one of these, or copy the shards to a local folder"
-        raise InputError(f"data.shards with {parts.scheme}://", f"a local folder, or {known}", action)
+        raise InputError(
+            f"data.shards with {parts.scheme}://", f"a local folder, or {known}", action
+        )
     if "@" in parts.netloc or parts.query or parts.fragment:
         needed = "a plain URL: this one would be written to config.yaml, logs and W&B"
         action = "put the credentials where the tools of the store look: ~/.netrc, AWS_* variables, gcloud's login"
-        raise InputError(f"data.shards with credentials or a query ({parts.scheme}://)", needed, action)
+        raise InputError(
+            f"data.shards with credentials or a query ({parts.scheme}://)", needed, action
+        )
     if not parts.netloc:
-        raise InputError(f"data.shards={url}", "a host or a bucket after ://", "correct data.shards")
+        raise InputError(
+            f"data.shards={url}", "a host or a bucket after ://", "correct data.shards"
+        )
 
 
 class Remote:
-    """The files below a URL. A request is tried again after each of PAUSES, unless the answer is final.
+    """The files below a URL. A request is tried again after each of PAUSES, unless the answer is
+    final.
 
-    Raises InputError at construction for a URL that cannot be used or a missing package; the requests raise it when
-    they fail for good, naming the URL.
+    Raises InputError at construction for a URL that cannot be used or a missing package; the
+    requests raise it when they fail for good, naming the URL.
     """
 
     _filesystem: Any
@@ -74,7 +88,9 @@ class Remote:
             importlib.import_module(module)
         except ImportError:
             action = f"pip install 'distseg[{extra}]'"
-            raise InputError(f"{self._scheme}:// without the package {module}", "it, to read that", action) from None
+            raise InputError(
+                f"{self._scheme}:// without the package {module}", "it, to read that", action
+            ) from None
         self._forget()
 
     def url(self, name: str) -> str:
@@ -96,11 +112,15 @@ class Remote:
 
         return self._insist(name, request)
 
-    def download(self, shard: ShardInfo, descriptor: int, moved: Callable[[], None] = lambda: None) -> None:
-        """Append to the file behind a descriptor what is missing of a shard, and verify it; `moved` hears of each part.
+    def download(
+        self, shard: ShardInfo, descriptor: int, moved: Callable[[], None] = lambda: None
+    ) -> None:
+        """Append to the file behind a descriptor what is missing of a shard, and verify it; `moved`
+        hears of each part.
 
-        What is there already is not asked for again. A file that is not as packed is fetched anew, at most
-        MAX_DAMAGED times, since a transfer may damage it too. Raises OSError where the disk does.
+        What is there already is not asked for again. A file that is not as packed is fetched anew,
+        at most MAX_DAMAGED times, since a transfer may damage it too. Raises OSError where the disk
+        does.
         """
         name, num_bytes = shard.file, shard.num_bytes
         for _ in range(MAX_DAMAGED):
@@ -118,7 +138,9 @@ class Remote:
                 return
             os.ftruncate(descriptor, 0)
         got = f"{self.url(name)}: its sha256 is not the manifest's, {MAX_DAMAGED} times in a row"
-        raise InputError(got, "the bytes as packed", "copy the shard there again, and manifest.json last")
+        raise InputError(
+            got, "the bytes as packed", "copy the shard there again, and manifest.json last"
+        )
 
     def _chunk(self, name: str, start: int, num_bytes: int) -> bytes:
         stop = min(start + CHUNK_BYTES, num_bytes)
@@ -130,25 +152,30 @@ class Remote:
         return content  # fewer are fine: the rest is asked for next
 
     def _insist(self, name: str, request: Callable[[], Result]) -> Result:
-        # else each thread would wait anew for a server that is gone, one after the other, before the run hears of it
+        # else each thread would wait anew for a server that is gone, one after the other, before
+        # the run hears of it
         has_given_up = time.monotonic() - self._gave_up < GIVEN_UP_SECONDS
         pauses = () if has_given_up else PAUSES
         for pause in (*pauses, None):
             try:
                 return request()
-            except Exception as error:  # each library has its own kinds; none of them is known without it
+            # each library has its own kinds; none of them is known without it
+            except Exception as error:
                 if pause is None or _is_final(error):
                     if not _is_final(error):
                         self._gave_up = time.monotonic()
                     raise self._failure(name, error, len(pauses) + 1) from None
                 if pause >= SAID_PAUSE:
                     say(f"{self.url(name)}: {_described(error)}; again in {pause:.0f} s")
-            time.sleep(pause * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+            # ranks that failed together do not come back together
+            time.sleep(pause * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
 
     def _failure(self, name: str, error: Exception, num_attempts: int) -> InputError:
         if isinstance(error, FileNotFoundError):
-            action = "correct data.shards, or copy all of the packed folder there, manifest.json last"
+            action = (
+                "correct data.shards, or copy all of the packed folder there, manifest.json last"
+            )
             return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
         times = "" if _is_final(error) else f" ({num_attempts} attempts)"
         if _is_forbidden(error):
@@ -158,10 +185,16 @@ class Remote:
         return InputError(f"{self.url(name)}: {_described(error)}{times}", needed, action)
 
     def _files(self) -> Any:
-        """fsspec's file system for this scheme, one a process: its event loop does not survive a fork."""
+        """fsspec's file system for this scheme, one a process.
+
+        Its event loop does not survive a fork.
+        """
         with self._lock:
             if self._filesystem is None or self._owner != os.getpid():
-                self._owner, self._filesystem = os.getpid(), _filesystem(self._scheme, STALL_SECONDS)
+                self._owner, self._filesystem = (
+                    os.getpid(),
+                    _filesystem(self._scheme, STALL_SECONDS),
+                )
             return self._filesystem
 
     def _forget(self) -> None:
@@ -169,7 +202,11 @@ class Remote:
         self._owner, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_filesystem", "_owner", "_lock")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_filesystem", "_owner", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -177,10 +214,11 @@ class Remote:
 
 
 class RemoteSource:
-    """As Source, behind a URL; shards come when they are opened or expected, into the cache of this machine.
+    """As Source, behind a URL; shards come when they are opened or expected, into the cache of this
+    machine.
 
-    cache_dir, cache_bytes: as in ShardCache; "" for its default folder. A shard that is removed while it is expected
-    comes again when it is opened.
+    cache_dir, cache_bytes: as in ShardCache; "" for its default folder. A shard that is removed
+    while it is expected comes again when it is opened.
     """
 
     _prefetching: Prefetch | None
@@ -189,7 +227,9 @@ class RemoteSource:
 
     def __init__(self, url: str, cache_dir: str = "", cache_bytes: float = 0):
         self._remote = Remote(url)
-        self._cache = ShardCache(Path(cache_dir).expanduser() if cache_dir else default_cache_dir(), int(cache_bytes))
+        self._cache = ShardCache(
+            Path(cache_dir).expanduser() if cache_dir else default_cache_dir(), int(cache_bytes)
+        )
         self._forget()
 
     def manifest(self) -> Manifest:
@@ -208,12 +248,16 @@ class RemoteSource:
 
     @contextmanager
     def open(self, shard: ShardInfo) -> Iterator[int]:
-        """As Source; waits until the shard is here. Not kept open, so that the cache can tell what is being read."""
+        """As Source; waits until the shard is here.
+
+        Not kept open, so that the cache can tell what is being read.
+        """
         self._prefetch().used(shard)
         with self._opened(shard) as descriptor:
             try:
                 yield descriptor
-            except DamageError:  # this disk's doing, since it was sound when it came: the next to open it gets another
+            # this disk's doing, since it was sound when it came: the next to open it gets another
+            except DamageError:
                 self._cache.remove(shard)
                 raise
 
@@ -241,12 +285,16 @@ class RemoteSource:
         content = self._remote.read(shard.index_file)
         if hashlib.sha256(content).hexdigest() != shard.index_sha256:
             got = f"{self.place(shard.index_file)}: its sha256 is not the manifest's"
-            raise InputError(got, "the index of the shard", "copy it there again, and manifest.json last")
+            raise InputError(
+                got, "the index of the shard", "copy it there again, and manifest.json last"
+            )
         return content
 
     def _opened(self, shard: ShardInfo) -> AbstractContextManager[int]:
         moved = self._moved
-        return self._cache.open(shard, lambda descriptor: self._remote.download(shard, descriptor, moved), moved)
+        return self._cache.open(
+            shard, lambda descriptor: self._remote.download(shard, descriptor, moved), moved
+        )
 
     def _bring(self, shard: ShardInfo) -> None:
         self._index(shard)  # of a large set it was not read at the start
@@ -255,8 +303,12 @@ class RemoteSource:
 
     def _prefetch(self) -> Prefetch:
         with self._lock:
-            if self._prefetching is None or self._owner != os.getpid():  # threads do not survive a fork
-                self._owner, self._prefetching = os.getpid(), Prefetch(self._bring, self._cache.limit() // 4)
+            # threads do not survive a fork
+            if self._prefetching is None or self._owner != os.getpid():
+                self._owner, self._prefetching = (
+                    os.getpid(),
+                    Prefetch(self._bring, self._cache.limit() // 4),
+                )
             return self._prefetching
 
     def _forget(self) -> None:
@@ -274,14 +326,16 @@ class RemoteSource:
 class Prefetch:
     """Brings expected shards in their order, in threads, a few ahead of what is read.
 
-    bring: fetches one; its errors are left to the reader that needs the shard. At most SHARDS_AHEAD shards and
-    max_bytes (but always one) are ahead, so that they do not push each other out of the cache.
+    bring: fetches one; its errors are left to the reader that needs the shard. At most SHARDS_AHEAD
+    shards and max_bytes (but always one) are ahead, so that they do not push each other out of the
+    cache.
     """
 
     def __init__(self, bring: Callable[[ShardInfo], None], max_bytes: int):
         self._bring, self._max_bytes = bring, max_bytes
         self._wanted: OrderedDict[str, ShardInfo] = OrderedDict()  # in the order of need, by sha256
-        self._ahead: dict[str, int] = {}  # bytes of shards that are under way, or here and not read yet
+        # bytes of shards that are under way, or here and not read yet
+        self._ahead: dict[str, int] = {}
         self._lock, self._queue, self._threads = threading.Lock(), SimpleQueue[ShardInfo](), 0
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
@@ -307,7 +361,8 @@ class Prefetch:
             del self._wanted[shard.sha256]
             self._ahead[shard.sha256] = shard.num_bytes
             self._queue.put(shard)
-            if self._threads < FETCHERS:  # daemons: a partial shard keeps, so none has to be waited for at the end
+            # daemons: a partial shard keeps, so none has to be waited for at the end
+            if self._threads < FETCHERS:
                 self._threads += 1
                 threading.Thread(target=self._work, name="distseg-prefetch", daemon=True).start()
 
@@ -327,7 +382,9 @@ def _filesystem(scheme: str, stall_seconds: float) -> Any:
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
         limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds}
-        files = fsspec.filesystem("s3", config_kwargs={**limits, "retries": {"total_max_attempts": 1}}, **options)
+        files = fsspec.filesystem(
+            "s3", config_kwargs={**limits, "retries": {"total_max_attempts": 1}}, **options
+        )
         files.retries = 1  # attempts are counted here, not three times over
         return files
     import aiohttp
@@ -343,7 +400,11 @@ def _is_final(error: Exception) -> bool:
     """Whether another attempt would get the same answer."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    return refused or isinstance(error, FileNotFoundError | PermissionError) or "Credentials" in type(error).__name__
+    return (
+        refused
+        or isinstance(error, FileNotFoundError | PermissionError)
+        or "Credentials" in type(error).__name__
+    )
 
 
 def _is_forbidden(error: Exception) -> bool:

@@ -18,8 +18,15 @@ IGNORE_INDEX = 255  # void: not counted, not trained on
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 ISAL_ERROR: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # its stubs say an instance
-# what Pillow raises for damaged files: SyntaxError for a broken PNG chunk, a bomb for an absurd size
-UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError)
+# what Pillow raises for damaged files: SyntaxError for a broken PNG chunk, a bomb for an absurd
+# size
+UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    ValueError,
+    SyntaxError,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,9 @@ class ClassSet:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= IGNORE_INDEX:
-            raise InputError(f"{len(self.names)} classes", "1 to 255 (index 255 is void)", "merge some classes")
+            raise InputError(
+                f"{len(self.names)} classes", "1 to 255 (index 255 is void)", "merge some classes"
+            )
         if len(set(self.names)) != len(self.names):
             raise InputError(f"class names {self.names}", "each name once", "rename the classes")
         if len(self.palette) != len(self.names):
@@ -39,7 +48,11 @@ class ClassSet:
             raise InputError(got, "one colour per class", "correct the palette")
         for name, color in zip(self.names, self.palette, strict=True):
             if len(color) != 3 or not all(0 <= value <= 255 for value in color):
-                raise InputError(f"colour {color} of {name}", "red, green, blue from 0 to 255", "correct the palette")
+                raise InputError(
+                    f"colour {color} of {name}",
+                    "red, green, blue from 0 to 255",
+                    "correct the palette",
+                )
 
     @property
     def num_classes(self) -> int:
@@ -68,8 +81,8 @@ class Sample:
     """One image with its label.
 
     key: unique printable name without "." and "/"; image: the original file's bytes (JPEG or PNG);
-    label: (H, W) uint8, class indices and 255 for void, None for an unlabelled image; split: for example
-    "train", named as a key is; source_id: where it came from.
+    label: (H, W) uint8, class indices and 255 for void, None for an unlabelled image; split: for
+    example "train", named as a key is; source_id: where it came from.
     """
 
     key: str
@@ -80,11 +93,17 @@ class Sample:
 
 
 def check_sample(sample: Sample, num_classes: int) -> None:
-    """Raise InputError unless key, image and label fit each other and the classes; reads the header only."""
+    """Raise InputError unless key, image and label fit each other and the classes.
+
+    Reads the header only.
+    """
     for what, name in (("key", sample.key), ("split", sample.split)):
-        # both become file names in a tar, where everything after the first "." tells a sample's members apart
+        # both become file names in a tar, where everything after the first "." tells a sample's
+        # members apart
         if not name or not name.isprintable() or "." in name or "/" in name:
-            raise InputError(f"{what} {name!r}", 'a printable name without "." and "/"', f"rename the {what}")
+            raise InputError(
+                f"{what} {name!r}", 'a printable name without "." and "/"', f"rename the {what}"
+            )
     try:
         size = image_size(sample.image)
     except InputError as error:
@@ -118,7 +137,9 @@ def image_size(image: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(image)) as opened:
             return opened.height, opened.width
     except UNREADABLE as error:
-        raise InputError(f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file") from None
+        raise InputError(
+            f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file"
+        ) from None
 
 
 def decode_image(image: bytes) -> np.ndarray:
@@ -133,11 +154,16 @@ def decode_image(image: bytes) -> np.ndarray:
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file") from None
+        raise InputError(
+            f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file"
+        ) from None
 
 
 def encode_label(label: np.ndarray) -> bytes:
-    """(H, W) uint8 as an 8-bit gray PNG: filter 0 in every row, one IDAT: smallest and fastest to decode."""
+    """(H, W) uint8 as an 8-bit gray PNG.
+
+    Filter 0 in every row, one IDAT: smallest and fastest to decode.
+    """
     height, width = label.shape
     rows = np.zeros((height, width + 1), np.uint8)  # the leading 0 of each row is its filter type
     rows[:, 1:] = label
@@ -147,16 +173,30 @@ def encode_label(label: np.ndarray) -> bytes:
 
 
 def decode_label(png: bytes) -> np.ndarray:
-    """(H, W) uint8, perhaps read-only, from `encode_label`'s bytes. Raises InputError for any other PNG."""
+    """(H, W) uint8, perhaps read-only, from `encode_label`'s bytes.
+
+    Raises InputError for any other PNG.
+    """
     try:
         width, height, *form = struct.unpack(">IIBBBBB", png[16:29])
         length = struct.unpack(">I", png[33:37])[0]
-        rows = np.frombuffer(isal_zlib.decompress(png[41 : 41 + length]), np.uint8).reshape(height, width + 1)
-        whole = png[:8] == PNG_SIGNATURE and png[12:16] == b"IHDR" and png[37:41] == b"IDAT" and len(png) == length + 57
+        rows = np.frombuffer(isal_zlib.decompress(png[41 : 41 + length]), np.uint8).reshape(
+            height, width + 1
+        )
+        whole = (
+            png[:8] == PNG_SIGNATURE
+            and png[12:16] == b"IHDR"
+            and png[37:41] == b"IDAT"
+            and len(png) == length + 57
+        )
     except (struct.error, ISAL_ERROR, ValueError):
         whole = False
     if not whole or form != [8, 0, 0, 0, 0] or rows[:, 0].any():
-        raise InputError("a label that is not distseg's gray PNG", "shards written by `distseg pack`", "pack again")
+        raise InputError(
+            "a label that is not distseg's gray PNG",
+            "shards written by `distseg pack`",
+            "pack again",
+        )
     return rows[:, 1:]
 
 
@@ -166,11 +206,19 @@ def to_one_hot(label: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def from_one_hot(label_map: np.ndarray) -> np.ndarray:
-    """One-hot (C, H, W) of any dtype -> (H, W) uint8, void columns to 255. InputError for other values."""
+    """One-hot (C, H, W) of any dtype -> (H, W) uint8, void columns to 255.
+
+    InputError for other values.
+    """
     binary = label_map == 1
     if not np.array_equal(binary, label_map) or (binary.sum(axis=0, dtype=np.uint16) > 1).any():
-        raise InputError("a label map that is not one-hot", "columns of zeros with at most a single 1", "make it anew")
-    # sum of x_c (c + 1) - 1 in uint8: several times faster than argmax; an all-zero column wraps to 255
+        raise InputError(
+            "a label map that is not one-hot",
+            "columns of zeros with at most a single 1",
+            "make it anew",
+        )
+    # sum of x_c (c + 1) - 1 in uint8: several times faster than argmax; an all-zero column wraps to
+    # 255
     label = np.full(binary.shape[1:], IGNORE_INDEX, np.uint8)
     for index, plane in enumerate(binary):
         label += plane * np.uint8(index + 1)
@@ -178,4 +226,9 @@ def from_one_hot(label_map: np.ndarray) -> np.ndarray:
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )

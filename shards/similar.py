@@ -1,4 +1,7 @@
-"""Pictures that are the same picture, saved again: a perceptual hash and the search for close pairs."""
+"""Pictures that are the same picture, saved again.
+
+A perceptual hash and the search for close pairs.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ import numpy as np
 
 SIDE = 11
 BITS = 2 * SIDE * SIDE
-# Bits in which two pictures may differ and still count as one. Measured on Stanford Background and 676 images of PASCAL
-# VOC 2012, 483,000 pairs: six real duplicates at 0 to 2 bits, no false one up to 43 (so fewer than 7 in a million
-# pairs, with 95 % confidence). Of copies saved at JPEG quality 30, at half the size, or brightened by a fifth 99 % are
-# found, of those without their first 2 % of rows and columns 96 %, without 5 % one in twenty, mirrored none.
+# Bits in which two pictures may differ and still count as one. Measured on Stanford Background and
+# 676 images of PASCAL VOC 2012, 483,000 pairs: six real duplicates at 0 to 2 bits, no false one up
+# to 43 (so fewer than 7 in a million pairs, with 95 % confidence). Of copies saved at JPEG quality
+# 30, at half the size, or brightened by a fifth 99 % are found, of those without their first 2 % of
+# rows and columns 96 %, without 5 % one in twenty, mirrored none.
 MAX_BITS = 32
 FLAT = 4.0  # standard deviation of gray levels under which a thumbnail has no structure to hash
 BLOCK = 4096
 
 
 def fingerprint(image: np.ndarray) -> np.ndarray | None:
-    """(BITS,) bool of an (H, W, 3) uint8 RGB image: where a thumbnail gets brighter rightwards, and downwards.
+    """(BITS,) bool of an (H, W, 3) uint8 RGB image: where a thumbnail gets brighter rightwards, and
+    downwards.
 
     None for an image without structure, which would be like any other of its kind.
     """
@@ -31,8 +36,11 @@ def fingerprint(image: np.ndarray) -> np.ndarray | None:
     return np.concatenate([(small[:-1, 1:] > here).ravel(), (small[1:, :-1] > here).ravel()])
 
 
-def close_pairs(fingerprints: np.ndarray, max_bits: int = MAX_BITS) -> Iterator[tuple[int, int, int]]:
-    """(first, second, differing bits) of all pairs in (N, BITS) bool that differ in at most `max_bits`, first < second.
+def close_pairs(
+    fingerprints: np.ndarray, max_bits: int = MAX_BITS
+) -> Iterator[tuple[int, int, int]]:
+    """(first, second, differing bits) of all pairs in (N, BITS) bool that differ in at most
+    `max_bits`, first < second.
 
     All N^2 / 2 of them, as matrix products: about 10 s for 20,000 images on two busy cores.
     """
@@ -44,4 +52,8 @@ def close_pairs(fingerprints: np.ndarray, max_bits: int = MAX_BITS) -> Iterator[
             rows, columns = np.nonzero(same_minus_other >= num_bits - 2 * max_bits)
             for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
                 if top + row < left + column:
-                    yield top + row, left + column, int(num_bits - same_minus_other[row, column]) // 2
+                    yield (
+                        top + row,
+                        left + column,
+                        int(num_bits - same_minus_other[row, column]) // 2,
+                    )

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from shards.errors import InputError
 from shards.manifest import Manifest, ShardInfo, sha256_of
 
-MAX_OPEN = 128  # shards kept open: opening costs milliseconds on a network file system, and descriptors are few
+# shards kept open: opening costs milliseconds on a network file system, and descriptors are few
+MAX_OPEN = 128
 
 
 class Source(Protocol):
@@ -30,13 +31,17 @@ class Source(Protocol):
         """The shards' member indices, in order. Raises InputError for one that is not as packed."""
 
     def open(self, shard: ShardInfo) -> AbstractContextManager[int]:
-        """A descriptor to pread from, good until the block ends, which raises DamageError for what it does not like."""
+        """A descriptor to pread from, good until the block ends, which raises DamageError for what
+        it does not like.
+        """
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """These will be opened soon, in this order: what takes time may begin."""
 
     def tell(self, moved: Callable[[], None]) -> None:
-        """Call `moved`, from any thread of this process, whenever more of a shard that is far away has come."""
+        """Call `moved`, from any thread of this process, whenever more of a shard that is far away
+        has come.
+        """
 
     def used(self, shards: Sequence[ShardInfo]) -> None:
         """These were opened, by another process."""
@@ -46,10 +51,14 @@ class Source(Protocol):
 
 
 def open_source(location: str | Path, cache_dir: str = "", cache_bytes: float = 0) -> Source:
-    """The source for a folder or an http(s)://, s3:// or gs:// URL; cache_*: as in shards.cache.ShardCache."""
+    """The source for a folder or an http(s)://, s3:// or gs:// URL.
+
+    Cache_*: as in shards.cache.ShardCache.
+    """
     if "://" not in str(location):
         return LocalSource(Path(location))
-    from shards.remote import RemoteSource  # its packages are extras, and asyncio takes a moment to import
+    # its packages are extras, and asyncio takes a moment to import
+    from shards.remote import RemoteSource
 
     return RemoteSource(str(location), cache_dir, cache_bytes)
 
@@ -61,7 +70,9 @@ class _Opened:
 
 
 class LocalSource:
-    """A folder of shards, of which the max_open used last stay open (more only while more are being read)."""
+    """A folder of shards, of which the max_open used last stay open (more only while more are being
+    read).
+    """
 
     def __init__(self, directory: Path, max_open: int = MAX_OPEN):
         self._directory, self._max_open = directory, max_open
@@ -77,15 +88,23 @@ class LocalSource:
         return path.read_bytes() if path.is_file() else None
 
     def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
-        """As Source; a shard that is missing or of another length is found here too, before time is spent."""
+        """As Source; a shard that is missing or of another length is found here too, before time is
+        spent.
+        """
         for shard in shards:
             path, index = self._directory / shard.file, self._directory / shard.index_file
             if not path.is_file() or path.stat().st_size != shard.num_bytes:
                 found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-                raise InputError(f"{path}: {found}", f"{shard.num_bytes} bytes, as packed", "copy or pack it again")
+                raise InputError(
+                    f"{path}: {found}",
+                    f"{shard.num_bytes} bytes, as packed",
+                    "copy or pack it again",
+                )
             if not index.is_file() or sha256_of(index) != shard.index_sha256:
                 action = "copy or pack it again"
-                raise InputError(f"{index}: missing or not as packed", "the index of the shard", action)
+                raise InputError(
+                    f"{index}: missing or not as packed", "the index of the shard", action
+                )
             yield index.read_bytes()
 
     @contextmanager
@@ -93,7 +112,9 @@ class LocalSource:
         """As Source. Raises OSError when the file cannot be opened."""
         with self._lock:
             if shard.file not in self._opened:
-                self._opened[shard.file] = _Opened(os.open(self._directory / shard.file, os.O_RDONLY))
+                self._opened[shard.file] = _Opened(
+                    os.open(self._directory / shard.file, os.O_RDONLY)
+                )
             opened = self._opened[shard.file]
             opened.users += 1
             self._opened.move_to_end(shard.file)
@@ -137,6 +158,7 @@ class LocalSource:
         self._forget()
 
     def __del__(self) -> None:
-        if getattr(self, "_owner", None) == os.getpid():  # a forked child's are the parent's to close
+        # a forked child's are the parent's to close
+        if getattr(self, "_owner", None) == os.getpid():
             for opened in self._opened.values():
                 os.close(opened.descriptor)

@@ -1,8 +1,10 @@
-"""verified.json: says that all that a manifest names was looked at and found sound. Training asks for it.
+"""verified.json: says that all that a manifest names was looked at and found sound. Training asks
+for it.
 
-`distseg pack` writes it, since it decodes every image and checks every label on the way; `distseg inspect` writes it
-for shards that come from elsewhere, and takes it away from shards that it finds damaged. It is bound to the
-manifest's sha256, which names the sha256 of every shard: after another manifest it means nothing.
+`distseg pack` writes it, since it decodes every image and checks every label on the way; `distseg
+inspect` writes it for shards that come from elsewhere, and takes it away from shards that it finds
+damaged. It is bound to the manifest's sha256, which names the sha256 of every shard: after another
+manifest it means nothing.
 """
 
 from __future__ import annotations
@@ -40,10 +42,16 @@ def is_verified(directory: Path, manifest: Manifest) -> bool:
 
 
 def check_verified(reader: ShardReader) -> None:
-    """Raise InputError, with the command to run, unless the record beside a reader's manifest is that manifest's."""
+    """Raise InputError, with the command to run, unless the record beside a reader's manifest is
+    that manifest's.
+    """
     if reader.find(FILE_NAME) != _record(reader.manifest).encode():
         got = f"{reader.location}: shards that were not verified, or not since their manifest was written"
-        where = "DIR` there, where they are a folder" if "://" in str(reader.location) else f"{reader.location}`"
+        where = (
+            "DIR` there, where they are a folder"
+            if "://" in str(reader.location)
+            else f"{reader.location}`"
+        )
         action = f"run `distseg inspect {where}, which takes about as long as an epoch's reading, or write "
         raise InputError(got, "shards that were looked at", action + "data.allow_unverified=true")
 

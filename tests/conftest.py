@@ -13,8 +13,8 @@ from shards.maps import write_maps
 from shards.pack import pack
 from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
-# height, width: mixed, some smaller and some larger than a crop of 48; the first eight train, the last four
-# validate
+# height, width: mixed, some smaller and some larger than a crop of 48; the first eight train, the
+# last four validate
 TOY_SIZES = ((60, 80), (80, 60), (48, 48), (40, 120), (96, 72), (64, 64), (33, 47), (110, 90))
 TOY_SIZES += ((60, 80), (75, 50), (48, 64), (90, 100))
 
@@ -39,7 +39,10 @@ def toy_samples() -> list[Sample]:
 
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of packed shards: 8 training and 4 validation samples of toy_samples(), three to a shard."""
+    """Directory of packed shards.
+
+    8 training and 4 validation samples of toy_samples(), three to a shard.
+    """
     directory = tmp_path_factory.mktemp("toy")
     samples = toy_samples()
     write_maps(directory / "maps.h5", "toy blobs", STANFORD, samples, total=len(samples))

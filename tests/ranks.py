@@ -18,7 +18,8 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 # (torch._dynamo: what the first step of any optimizer would import)
 CONTEXT.set_forkserver_preload(["distseg.train.command", "distseg.parallel.fsdp", "torch._dynamo"])
-# How many times as long as on two idle cores everything may take, before a test gives it up as hanging
+# How many times as long as on two idle cores everything may take, before a test gives it up as
+# hanging
 PATIENCE = float(os.environ.get("DISTSEG_TEST_PATIENCE", "1"))
 TIMEOUT_SECONDS = 240 * PATIENCE
 
@@ -31,7 +32,10 @@ def free_port() -> int:
 
 
 def run_ranks(
-    num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = TIMEOUT_SECONDS
+    num_ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> list[Any]:
     """[function(ranks, *arguments) of rank 0, of rank 1, ...]; the function must be importable."""
     with tempfile.TemporaryDirectory() as folder:
@@ -52,12 +56,18 @@ def run_ranks(
 
 def environments(num_ranks: int) -> list[dict[str, str]]:
     """What torchrun would set for each rank, but with a port of this call's own."""
-    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | common for rank in range(num_ranks)]
 
 
 class Program:
-    """`distseg` with some arguments, as a subprocess.Popen whose process has imported torch already."""
+    """`distseg` with some arguments, as a subprocess.Popen whose process has imported torch
+    already.
+    """
 
     def __init__(self, arguments: list[str], variables: dict[str, str] | None = None):
         descriptor, name = tempfile.mkstemp(prefix="output-of-a-program-")
@@ -123,7 +133,9 @@ class Job:
         return "".join(rank.communicate(timeout)[0] for rank in self.ranks), None
 
 
-def _run_program(arguments: list[str], environment: dict[str, str], path: list[str], out: Path) -> None:
+def _run_program(
+    arguments: list[str], environment: dict[str, str], path: list[str], out: Path
+) -> None:
     import torch
 
     from distseg.cli import main
@@ -139,7 +151,11 @@ def _run_program(arguments: list[str], environment: dict[str, str], path: list[s
 
 
 def _run_rank(
-    environment: dict[str, str], path: list[str], function: Callable[..., Any], arguments: tuple[Any, ...], out: Path
+    environment: dict[str, str],
+    path: list[str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    out: Path,
 ) -> None:
     import torch
 

@@ -34,8 +34,13 @@ def brute_force(prediction: np.ndarray, label: np.ndarray) -> tuple[float, int, 
         truth, guess = outline(label, index), outline(prediction, index)
         edge += truth
         if truth or guess:
-            precision, recall = share_near(guess, truth, reach_px), share_near(truth, guess, reach_px)
-            scores.append(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
+            precision, recall = (
+                share_near(guess, truth, reach_px),
+                share_near(truth, guess, reach_px),
+            )
+            scores.append(
+                2 * precision * recall / (precision + recall) if precision + recall else 0.0
+            )
     band = np.zeros(label.shape, bool)
     for place in np.ndindex(label.shape):
         band[place] = any(math.dist(place, q) <= reach_px for q in edge)
@@ -45,11 +50,14 @@ def brute_force(prediction: np.ndarray, label: np.ndarray) -> tuple[float, int, 
 def blocks(seed: int, size: tuple[int, int], num_classes: int = 4) -> np.ndarray:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, num_classes, (4, 5), dtype=np.uint8)
-    rows, columns = (np.arange(side) * count // side for side, count in zip(size, coarse.shape, strict=True))
+    rows, columns = (
+        np.arange(side) * count // side for side, count in zip(size, coarse.shape, strict=True)
+    )
     return coarse[rows][:, columns]
 
 
-@pytest.mark.parametrize("size", [(40, 52), (31, 90), (110, 150), (8, 6)])  # tolerances 0.5, 0.7, 1.4 and 0.08 px
+# tolerances 0.5, 0.7, 1.4 and 0.08 px
+@pytest.mark.parametrize("size", [(40, 52), (31, 90), (110, 150), (8, 6)])
 @pytest.mark.parametrize("shift", [0, 1, 2])
 def test_outlines_equal_brute_force(size: tuple[int, int], shift: int) -> None:
     label = blocks(1, size)
@@ -83,7 +91,9 @@ def test_a_line_of_void_between_two_classes_is_their_outline() -> None:
     found = compare_outlines(prediction, label)
     assert found.num_classes == 2 and found.f1_sum == 2
     assert (
-        not found.band[label == 255].any() and found.band[:, [297, 303]].all() and not found.band[:, [290, 310]].any()
+        not found.band[label == 255].any()
+        and found.band[:, [297, 303]].all()
+        and not found.band[:, [290, 310]].any()
     )
     far = np.zeros_like(label)
     far[:, 320:] = 1

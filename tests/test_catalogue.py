@@ -1,4 +1,6 @@
-"""What `distseg models` prints, against the papers' figures, hand formulas and gradients of the real networks."""
+"""What `distseg models` prints, against the papers' figures, hand formulas and gradients of the
+real networks.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,23 @@ from shards.errors import InputError
 @pytest.fixture(scope="module")
 def everything():
     segmentors, discriminators = measure(num_classes=21)
-    return {entry.name: entry for entry in segmentors}, {entry.name: entry for entry in discriminators}
+    return {entry.name: entry for entry in segmentors}, {
+        entry.name: entry for entry in discriminators
+    }
 
 
 def test_every_network_is_listed_with_the_stride_it_declares(everything):
     segmentors, discriminators = everything
     assert list(segmentors) == list(SEGMENTORS) and list(discriminators) == list(DISCRIMINATORS)
     with torch.device("meta"):
-        declared = {name: build_segmentor(name, 21, init="random").output_stride for name in SEGMENTORS}
+        declared = {
+            name: build_segmentor(name, 21, init="random").output_stride for name in SEGMENTORS
+        }
     assert {name: entry.output_stride for name, entry in segmentors.items()} == declared
-    assert all(entry.parameters >= entry.encoder_parameters > 0 and entry.gflop > 0 for entry in segmentors.values())
+    assert all(
+        entry.parameters >= entry.encoder_parameters > 0 and entry.gflop > 0
+        for entry in segmentors.values()
+    )
 
 
 def test_figures_of_the_papers(everything):
@@ -37,17 +46,25 @@ def test_figures_of_the_papers(everything):
     assert {name: discriminators[name].output_stride for name in strides} == strides
     views = {"fully_convolutional": 94, "two_branch": 30, "large_fov": 34, "large_fov_light": 34}
     views |= {"small_fov": 18, "small_fov_light": 18}
-    assert {name: discriminators[name].field_of_view_px for name in views} == {n: (v, v) for n, v in views.items()}
+    assert {name: discriminators[name].field_of_view_px for name in views} == {
+        n: (v, v) for n, v in views.items()
+    }
     assert discriminators["large_fov"].parameters == 2_351_170
     assert discriminators["fully_convolutional"].parameters == 2_783_169
     assert segmentors["fcn32s_vgg16"].field_of_view_px == (404, 404)  # Long et al. 2015, table 1
     assert segmentors["deeplabv2_resnet101"].parameters == 44_048_532
-    assert segmentors["deeplabv3plus_resnet50"].field_of_view_px is None  # the mean of the image in its ASPP
-    assert segmentors["dilated8_vgg16"].encoder_parameters == segmentors["fcn8s_vgg16"].encoder_parameters
+    # the mean of the image in its ASPP
+    assert segmentors["deeplabv3plus_resnet50"].field_of_view_px is None
+    assert (
+        segmentors["dilated8_vgg16"].encoder_parameters
+        == segmentors["fcn8s_vgg16"].encoder_parameters
+    )
 
 
 def test_options_are_measured_too():
-    front, basic = (measure_segmentor("dilated8_vgg16", 8, context=context) for context in ("none", "basic"))
+    front, basic = (
+        measure_segmentor("dilated8_vgg16", 8, context=context) for context in ("none", "basic")
+    )
     assert front.field_of_view_px == (2 * 186 + 8,) * 2  # what valid convolutions eat, and the cell
     assert basic.field_of_view_px == (2 * 186 + 67 * 8,) * 2  # 67 x 67 cells
     assert measure_discriminator("small_fov", 8, head="gap").field_of_view_px is None
@@ -60,13 +77,26 @@ def test_a_multiply_add_counts_as_two(everything):
         ((321, 160, 80), everything[1]["large_fov"].gflop),
         ((41, 20, 10), everything[1]["large_fov"].gflop_at_stride_8),
     ):
-        layers = [(21, 96, 0), (96, 128, 0), (128, 128, 0), (128, 256, 1), (256, 256, 1), (256, 512, 2), (512, 2, 2)]
-        operations = sum(2 * 9 * inputs * outputs * sides[level] ** 2 for inputs, outputs, level in layers)
+        layers = [
+            (21, 96, 0),
+            (96, 128, 0),
+            (128, 128, 0),
+            (128, 256, 1),
+            (256, 256, 1),
+            (256, 512, 2),
+            (512, 2, 2),
+        ]
+        operations = sum(
+            2 * 9 * inputs * outputs * sides[level] ** 2 for inputs, outputs, level in layers
+        )
         assert measured == pytest.approx(operations / 1e9, rel=1e-9)
 
 
 class Odd(nn.Module):
-    """What the stand-ins must not lose: dead units, maxima, sums in place, channels apart, coarse and fine joined."""
+    """What the stand-ins must not lose.
+
+    Dead units, maxima, sums in place, channels apart, coarse and fine joined.
+    """
 
     min_size_px = 32
     output_stride = 4
@@ -74,7 +104,9 @@ class Odd(nn.Module):
     def __init__(self, num_classes: int = 3):
         super().__init__()
         self.num_classes = num_classes
-        self.encoder = self.stem = nn.Sequential(nn.Conv2d(3, 8, (3, 5), 2, (1, 2)), nn.BatchNorm2d(8), nn.ReLU())
+        self.encoder = self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, (3, 5), 2, (1, 2)), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.depthwise = nn.Conv2d(8, 8, 3, padding=4, dilation=4, groups=8)
         self.coarse = nn.Conv2d(8, 16, 3, 2, 1)
         self.up = nn.ConvTranspose2d(16, 4, 4, 2, 1)
@@ -90,7 +122,9 @@ class Odd(nn.Module):
 
 
 def seen_by_the_real_one(network, shape):
-    """Extent of the middle logit's gradient, largest over draws of weights, with maxima and dead units as they are."""
+    """Extent of the middle logit's gradient, largest over draws of weights, with maxima and dead
+    units as they are.
+    """
     extent = torch.zeros(shape[2], shape[3])
     for seed in range(40):
         torch.manual_seed(seed)
@@ -166,7 +200,8 @@ def test_tables_show_every_digit_where_there_is_no_terminal(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["unet"], "no network unet"), (["two_branch", "--classes", "0"], "num_classes=0")]
+    ("arguments", "message"),
+    [(["unet"], "no network unet"), (["two_branch", "--classes", "0"], "num_classes=0")],
 )
 def test_unknown_names_and_bad_numbers_are_refused(arguments, message, capsys):
     assert main(["models", *arguments]) == 2

@@ -74,7 +74,12 @@ def test_keeps_the_last_ones_and_the_best(tmp_path: Path, async_save: bool) -> N
         checkpoints.save({"segmentor": Holder(step)}, state(step))
         checkpoints.mark_best(step, mean_iou)
     (tmp_path / "checkpoints" / "step-00000007-backup").mkdir()  # a user's own, not ours to remove
-    assert names(tmp_path) == ["step-00000007-backup", "step-00000020", "step-00000040", "step-00000050"]
+    assert names(tmp_path) == [
+        "step-00000007-backup",
+        "step-00000020",
+        "step-00000040",
+        "step-00000050",
+    ]
     assert checkpoint.find(tmp_path, "best").name == "step-00000020"
     assert checkpoint.find(tmp_path, "last").name == "step-00000050"
     assert checkpoint.find(tmp_path, "40").name == "step-00000040"
@@ -111,7 +116,9 @@ def test_a_crash_at_any_point_of_saving_leaves_the_one_before(
     assert holder.tensors["network"]["count"] == (1 if crash_at < 4 else 2)
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = Checkpoints(tmp_path, 2, {}, RANKS)
     checkpoints.save({"segmentor": Holder(1)}, state(1))
 
@@ -125,7 +132,9 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, monkey
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
 
 
-def test_too_little_space_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(InputError, match="MB free"):
         Checkpoints(tmp_path / "not" / "yet", 2, {}, RANKS).check_space({"segmentor": Holder(1)})
@@ -180,8 +189,16 @@ def _slice_of_network(folder: Path) -> Path:
 def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path: Path) -> None:
     links = [(2, ()), (3, FSDP), (4, HYBRID), (1, FSDP), (1, FSDP), (2, FSDP), (4, ())]
     for index, (num_ranks, overrides) in enumerate(links):
-        run_ranks(num_ranks, chain, overrides, tmp_path / str(index - 1) if index else None, tmp_path / str(index))
-    first, last = (sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "6"))
+        run_ranks(
+            num_ranks,
+            chain,
+            overrides,
+            tmp_path / str(index - 1) if index else None,
+            tmp_path / str(index),
+        )
+    first, last = (
+        sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "6")
+    )
     assert len(first) == 8 and [path.name for path in first] == [path.name for path in last]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in last]
     assert float(read(first[0].parent, "discriminator.counters")["skips"]) == 1
@@ -189,10 +206,15 @@ def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path
     assert len(list(sliced.glob("segmentor.optimizer.*-of-3.safetensors"))) == 3
     pieces = read(sliced, "segmentor.optimizer")
     assert all(
-        torch.equal(tensor, pieces[name]) for name, tensor in read(first[0].parent, "segmentor.optimizer").items()
+        torch.equal(tensor, pieces[name])
+        for name, tensor in read(first[0].parent, "segmentor.optimizer").items()
     )
-    whole, joined = read(first[0].parent, "segmentor.network"), read_weights(_slice_of_network(sliced))
-    assert all(torch.equal(tensor, joined[name]) for name, tensor in whole.items())  # as segmentor.init reads it
+    whole, joined = (
+        read(first[0].parent, "segmentor.network"),
+        read_weights(_slice_of_network(sliced)),
+    )
+    # as segmentor.init reads it
+    assert all(torch.equal(tensor, joined[name]) for name, tensor in whole.items())
     (sliced / "segmentor.network.3-of-3.safetensors").unlink()
     with pytest.raises(InputError, match=r"segmentor\.network\.3-of-3"):
         read_weights(_slice_of_network(sliced))
@@ -224,7 +246,10 @@ def test_writing_goes_on_beside_training_with_the_values_of_its_step(
 
 
 def save_badly(ranks: Ranks, run_dir: Path, fault: str) -> tuple[str, bool]:
-    """Two saves, the second of which fails on the last rank: what is raised by the third, and whether it was known."""
+    """Two saves, the second of which fails on the last rank.
+
+    What is raised by the third, and whether it was known.
+    """
     checkpoints = Checkpoints(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=1.0)
     learners = {"segmentor": Holder(1), "discriminator": Holder(2)}
     checkpoints.save(learners, state(1))
@@ -232,7 +257,9 @@ def save_badly(ranks: Ranks, run_dir: Path, fault: str) -> tuple[str, bool]:
 
     def write(file: TensorFile, folder: Path) -> None:
         if fault == "full":
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         time.sleep(3)
 
     if ranks.rank == ranks.world_size - 1:
@@ -249,18 +276,26 @@ def save_badly(ranks: Ranks, run_dir: Path, fault: str) -> tuple[str, bool]:
     return "", False
 
 
-@pytest.mark.parametrize(("fault", "text"), [("full", "disk full at"), ("slow", "rank 1 has not written its part")])
-def test_a_failure_on_one_rank_reaches_all_and_harms_no_checkpoint(fault: str, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "text"), [("full", "disk full at"), ("slow", "rank 1 has not written its part")]
+)
+def test_a_failure_on_one_rank_reaches_all_and_harms_no_checkpoint(
+    fault: str, text: str, tmp_path: Path
+) -> None:
     for said, is_known_to_all in run_ranks(2, save_badly, tmp_path, fault):
         assert text in said and is_known_to_all
     assert names(tmp_path) == ["step-00000001"]
     holder = Holder(0)
-    Checkpoints(tmp_path, 2, {}, RANKS).load(checkpoint.find(tmp_path, "last"), {"segmentor": holder})
+    Checkpoints(tmp_path, 2, {}, RANKS).load(
+        checkpoint.find(tmp_path, "last"), {"segmentor": holder}
+    )
     assert (holder.tensors["network"]["weight"] == 1).all()
 
 
 def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
-    """What is said of a checkpoint that one rank cannot read, which then none may have begun to load."""
+    """What is said of a checkpoint that one rank cannot read, which then none may have begun to
+    load.
+    """
     checkpoints, holder = Checkpoints(run_dir, 2, {}, ranks), Holder(0)
 
     def damaged(*arguments: Any) -> Any:
@@ -326,17 +361,23 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert names(tmp_path) == ["step-00000001"]
-    assert (tmp_path / "checkpoints" / ".partial-step-00000002" / "segmentor.network.safetensors").is_file()
+    assert (
+        tmp_path / "checkpoints" / ".partial-step-00000002" / "segmentor.network.safetensors"
+    ).is_file()
     checkpoints, holder = Checkpoints(tmp_path, 2, {}, RANKS), Holder(0)
     checkpoints.load(checkpoint.find(tmp_path, "last"), {"segmentor": holder})
     assert (holder.tensors["network"]["weight"] == 1).all()
     checkpoints.save({"segmentor": holder}, state(3))  # which clears the leftovers away
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000003",
+    ]
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     other: Any = Holder(0)
-    other.tensors["network"]["weight"] = torch.zeros(4, 1, 2, 2)  # to which the saved one could be broadcast
+    # to which the saved one could be broadcast
+    other.tensors["network"]["weight"] = torch.zeros(4, 1, 2, 2)
     with pytest.raises(InputError, match=r"weight of shape \(4, 3, 2, 2\)"):
         Checkpoints(tmp_path, 2, {}, RANKS).load(path, {"segmentor": other})

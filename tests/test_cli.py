@@ -19,7 +19,11 @@ from distseg.cli import main, parse
 )
 def test_key_value_arguments_may_stand_anywhere(arguments: list[str]) -> None:
     options = parse(arguments)
-    assert options.name == "toy" and options.out == Path("x.h5") and options.overrides == ["seed=1", "num_val=2"]
+    assert (
+        options.name == "toy"
+        and options.out == Path("x.h5")
+        and options.overrides == ["seed=1", "num_val=2"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,9 @@ def test_key_value_arguments_may_stand_anywhere(arguments: list[str]) -> None:
         ["predict", "run", "image.jpg", "--out", "x", "stray"],
     ],
 )
-def test_what_is_no_option_is_refused_by_name(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_what_is_no_option_is_refused_by_name(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse(arguments)
     assert exit_.value.code == 2 and arguments[-1] in capsys.readouterr().err
@@ -50,7 +56,11 @@ def test_what_is_no_option_is_refused_by_name(arguments: list[str], capsys: pyte
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
-    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2

@@ -35,7 +35,9 @@ def test_a_part_is_chosen_by_its_name_and_drops_the_other_ones_options() -> None
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
-    config = loading.load(["preset=toy", "evaluate.scales=[0.75,1,1.25]", "segmentor.options.dropout=0.2"])
+    config = loading.load(
+        ["preset=toy", "evaluate.scales=[0.75,1,1.25]", "segmentor.options.dropout=0.2"]
+    )
     path = tmp_path / "config.yaml"
     path.write_text(loading.to_yaml(config))
     assert loading.from_file(path) == config

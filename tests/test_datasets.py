@@ -1,4 +1,7 @@
-"""Cityscapes, CamVid, KITTI road and ADE20K: small sets in their layouts, and real samples of three of them."""
+"""Cityscapes, CamVid, KITTI road and ADE20K.
+
+Small sets in their layouts, and real samples of three of them.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ def kitti_road(root: Path) -> None:
         for index in range(2):
             picture(root / "training" / "image_2" / f"{scene}_{index:06d}.png")
             for task in ("road", "lane") if scene == "um" else ("road",):
-                mask(root / "training" / "gt_image_2" / f"{scene}_{task}_{index:06d}.png", colors[ids(3)])
+                mask(
+                    root / "training" / "gt_image_2" / f"{scene}_{task}_{index:06d}.png",
+                    colors[ids(3)],
+                )
     (root / "testing").mkdir()
 
 
@@ -117,7 +123,15 @@ def ade20k_mask(key: str, _: str) -> str:
     return f"annotations/{'validation' if 'val' in key else 'training'}/{key}.png"
 
 
-Case = tuple[str, dict[str, str], Callable[[Path], None], ClassSet, Callable[[str, str], str], Callable, dict[str, int]]
+Case = tuple[
+    str,
+    dict[str, str],
+    Callable[[Path], None],
+    ClassSet,
+    Callable[[str, str], str],
+    Callable,
+    dict[str, int],
+]
 CASES: dict[str, Case] = {
     "cityscapes": (
         *("cityscapes", {}, cityscapes, CITYSCAPES),
@@ -128,10 +142,25 @@ CASES: dict[str, Case] = {
         *(cityscapes_mask("labelTrainIds"), TRAIN_IDS, {"train": 2, "val": 1}),
     ),
     "camvid": (
-        *("camvid", {}, camvid, CAMVID, camvid_mask, by_hand({index: index for index in range(11)})),
+        *(
+            "camvid",
+            {},
+            camvid,
+            CAMVID,
+            camvid_mask,
+            by_hand({index: index for index in range(11)}),
+        ),
         {"train": 2, "val": 2, "test": 2},
     ),
-    "kitti road": ("kitti_road", {}, kitti_road, KITTI_ROAD, kitti_mask("road"), ROAD, {"train": 5, "val": 1}),
+    "kitti road": (
+        "kitti_road",
+        {},
+        kitti_road,
+        KITTI_ROAD,
+        kitti_mask("road"),
+        ROAD,
+        {"train": 5, "val": 1},
+    ),
     "kitti lane": (
         *("kitti_road", {"task": "lane"}, kitti_road, KITTI_ROAD, kitti_mask("lane"), ROAD),
         {"train": 1, "val": 1},
@@ -142,7 +171,11 @@ CASES: dict[str, Case] = {
 
 def check(root: Path, maps: Path, mask_of: Callable[[str, str], str], read: Callable) -> int:
     """Compare all maps with the raw files; returns the number of samples."""
-    images = {path.name: path for path in root.rglob("*") if path.suffix in (".png", ".jpg") and "gt" not in str(path)}
+    images = {
+        path.name: path
+        for path in root.rglob("*")
+        if path.suffix in (".png", ".jpg") and "gt" not in str(path)
+    }
     with MapsReader(maps) as reader:
         for split, keys in reader.splits.items():
             for key in keys:
@@ -183,13 +216,19 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
 
 def test_camvid_without_lists_pairs_by_name(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        picture(tmp_path / split / "0001TP_006690.png" if split == "train" else tmp_path / split / "0016E5_07959.png")
+        picture(
+            tmp_path / split / "0001TP_006690.png"
+            if split == "train"
+            else tmp_path / split / "0016E5_07959.png"
+        )
     mask(tmp_path / "trainannot" / "0001TP_006690.png", np.full(SIZE, 11))
     mask(tmp_path / "valannot" / "0016E5_07959.png", np.full(SIZE, 3))
     made = prepare("camvid", tmp_path, tmp_path / "maps.h5")
     assert made.num_samples == {"train": 1, "val": 1} and made.notes[0] == "there is no test"
     with MapsReader(tmp_path / "maps.h5") as reader:
-        assert (reader.read("0001TP_006690").label == 255).all() and (reader.read("0016E5_07959").label == 3).all()
+        assert (reader.read("0001TP_006690").label == 255).all() and (
+            reader.read("0016E5_07959").label == 3
+        ).all()
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -198,14 +237,26 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda r: mask(first(r, "ulm*labelIds*"), np.full(SIZE, 34)),
         "labelIds.png: value 34",
     ),
-    "cityscapes no gtFine": ("cityscapes", lambda r: shutil.rmtree(r / "gtFine"), "(?s)no labelIds.*unpack gtFine"),
-    "cityscapes no mask": ("cityscapes", lambda r: first(r, "ulm*labelIds*").unlink(), "ulm_000000_000019: no"),
+    "cityscapes no gtFine": (
+        "cityscapes",
+        lambda r: shutil.rmtree(r / "gtFine"),
+        "(?s)no labelIds.*unpack gtFine",
+    ),
+    "cityscapes no mask": (
+        "cityscapes",
+        lambda r: first(r, "ulm*labelIds*").unlink(),
+        "ulm_000000_000019: no",
+    ),
     "camvid 12": (
         "camvid",
         lambda r: mask(first(r, "annot*"), np.full(SIZE, 12)),
         "annot_8.png: value 12 in 240 pixels",
     ),
-    "camvid odd list": ("camvid", lambda r: (r / "val.txt").write_text("a b c"), "val.txt: 3 paths"),
+    "camvid odd list": (
+        "camvid",
+        lambda r: (r / "val.txt").write_text("a b c"),
+        "val.txt: 3 paths",
+    ),
     "camvid list outside": (
         "camvid",
         lambda r: (r / "val.txt").write_text("x/../../etc.png x/valannot/annot_9.png"),
@@ -216,15 +267,31 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda r: mask(first(r, "uu_road*"), np.full((*SIZE, 3), 7)),
         r"(?s)uu_road_000000.png: colour \(7, 7, 7\) in 240 pixels.*\(255, 0, 255\)",
     ),
-    "kitti index mask": ("kitti_road", lambda r: mask(first(r, "uu_road*"), np.full(SIZE, 1)), r"colour \(1, 1, 1\)"),
-    "ade20k 151": ("ade20k", lambda r: mask(first(r, "ADE_val*png"), np.full(SIZE, 151)), "value 151"),
+    "kitti index mask": (
+        "kitti_road",
+        lambda r: mask(first(r, "uu_road*"), np.full(SIZE, 1)),
+        r"colour \(1, 1, 1\)",
+    ),
+    "ade20k 151": (
+        "ade20k",
+        lambda r: mask(first(r, "ADE_val*png"), np.full(SIZE, 151)),
+        "value 151",
+    ),
     "ade20k size": (
         "ade20k",
         lambda r: mask(first(r, "ADE_val*png"), np.ones((3, 4))),
         "3 x 4 pixels for an image 12 x 20",
     ),
-    "ade20k colours": ("ade20k", lambda r: mask(first(r, "ADE_val*png"), np.zeros((*SIZE, 3))), "mode RGB"),
-    "ade20k empty split": ("ade20k", lambda r: shutil.rmtree(r / "images" / "validation"), "no images in .*validation"),
+    "ade20k colours": (
+        "ade20k",
+        lambda r: mask(first(r, "ADE_val*png"), np.zeros((*SIZE, 3))),
+        "mode RGB",
+    ),
+    "ade20k empty split": (
+        "ade20k",
+        lambda r: shutil.rmtree(r / "images" / "validation"),
+        "no images in .*validation",
+    ),
     "not the root": ("ade20k", lambda r: shutil.rmtree(r / "annotations"), "no annotations in"),
 }
 
@@ -237,7 +304,9 @@ def first(root: Path, pattern: str) -> Path:
 def test_what_is_wrong_is_named_and_nothing_is_written(tmp_path: Path, case: str) -> None:
     name, damage, message = DAMAGE[case]
     root = tmp_path / "root"
-    {"cityscapes": cityscapes, "camvid": camvid, "kitti_road": kitti_road, "ade20k": ade20k}[name](root)
+    {"cityscapes": cityscapes, "camvid": camvid, "kitti_road": kitti_road, "ade20k": ade20k}[name](
+        root
+    )
     damage(root)
     with pytest.raises(InputError, match=message):
         prepare(name, root, tmp_path / "maps.h5")
@@ -254,10 +323,14 @@ def copied(samples: Path, root: Path, names: dict[str, str]) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "DISTSEG_SAMPLES_ROOT" not in os.environ, reason="set DISTSEG_SAMPLES_ROOT to the small real samples"
+    "DISTSEG_SAMPLES_ROOT" not in os.environ,
+    reason="set DISTSEG_SAMPLES_ROOT to the small real samples",
 )
 def test_real_samples(tmp_path: Path) -> None:
-    """Three ADE20K images, two of KITTI road with road and lane, a Cityscapes frame: every pixel, every byte."""
+    """Three ADE20K images, two of KITTI road with road and lane, a Cityscapes frame.
+
+    Every pixel, every byte.
+    """
     samples = Path(os.environ["DISTSEG_SAMPLES_ROOT"])
     frame, gt, left = "frankfurt_000000_000294", "cityscapes_1/gtFine", "cityscapes_1/leftImg8bit"
     names = {}
@@ -272,7 +345,8 @@ def test_real_samples(tmp_path: Path) -> None:
         prepare("cityscapes", root, maps[labels], labels=labels)
         assert check(root, maps[labels], cityscapes_mask(labels), read) == 2
     by_id, by_train_id = (MapsReader(path).read(frame).label for path in maps.values())
-    for index in np.unique(by_id):  # our table is the one that made the other file; both were made smaller since
+    # our table is the one that made the other file; both were made smaller since
+    for index in np.unique(by_id):
         assert np.bincount(by_train_id[by_id == index]).argmax() == index
     assert (by_id == by_train_id).mean() > 0.997
 
@@ -290,6 +364,7 @@ def test_real_samples(tmp_path: Path) -> None:
     prepare("ade20k", root, tmp_path / "ade.h5")
     assert check(root, tmp_path / "ade.h5", ade20k_mask, SCENE) == 3
     listed = (samples / "ade20k_3" / "objectInfo150.csv").read_text().splitlines()[1:]
-    for name, row in zip(ADE20K.names, listed, strict=True):  # words of a name are apart by ";" there, as names are
+    # words of a name are apart by ";" there, as names are
+    for name, row in zip(ADE20K.names, listed, strict=True):
         words = row.split(",")[-1].split(";")
         assert name.split()[0] == words[0] and set(name.split()) <= set(words)

@@ -1,4 +1,7 @@
-"""DeepLabV2, V3 and V3+: published sizes, grids that lie on the image, atrous pooling by hand, foreign weights."""
+"""DeepLabV2, V3 and V3+.
+
+Published sizes, grids that lie on the image, atrous pooling by hand, foreign weights.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,12 @@ def test_deeplabv2_has_the_parameters_of_hung_et_al():
     assert num_parameters(network, only_trained=True) == 43_943_188
 
 
-@pytest.mark.parametrize(("kind", "published"), [(DeepLabV3ResNet50, 39_638_869), (DeepLabV3ResNet101, 58_630_997)])
+@pytest.mark.parametrize(
+    ("kind", "published"), [(DeepLabV3ResNet50, 39_638_869), (DeepLabV3ResNet101, 58_630_997)]
+)
 def test_deeplabv3_has_torchvisions_parameters_but_for_known_ones(kind, published):
-    """torchvision's (0.29.2, 21 classes, no auxiliary head) has a 3x3 more, which is not in the paper.
+    """torchvision's (0.29.2, 21 classes, no auxiliary head) has a 3x3 more, which is not in the
+    paper.
 
     And it normalises the image-level branch, where we have a bias.
     """
@@ -65,7 +71,8 @@ def test_deeplabv3_has_torchvisions_parameters_but_for_known_ones(kind, publishe
 
 
 @pytest.mark.parametrize(
-    ("plus", "kind"), [(DeepLabV3PlusResNet50, DeepLabV3ResNet50), (DeepLabV3PlusResNet101, DeepLabV3ResNet101)]
+    ("plus", "kind"),
+    [(DeepLabV3PlusResNet50, DeepLabV3ResNet50), (DeepLabV3PlusResNet101, DeepLabV3ResNet101)],
 )
 def test_deeplabv3plus_adds_the_decoder_of_chen_et_al(plus, kind):
     skip, refine = 256 * 48 + 2 * 48, (304 + 256) * 256 * 9 + 4 * 256
@@ -75,11 +82,16 @@ def test_deeplabv3plus_adds_the_decoder_of_chen_et_al(plus, kind):
 def test_lite0_keeps_its_keys_and_sizes():
     network = on_meta(DeepLabV3Plus, 8)
     assert num_parameters(network) == 3_306_040
-    shapes = [f"{key} {'x'.join(map(str, value.shape)) or 'scalar'}" for key, value in network.state_dict().items()]
+    shapes = [
+        f"{key} {'x'.join(map(str, value.shape)) or 'scalar'}"
+        for key, value in network.state_dict().items()
+    ]
     expected = (DATA / "deeplabv3plus_lite0_head.txt").read_text().splitlines()
     assert [line for line in shapes if not line.startswith("encoder.")] == expected
     light = on_meta(DeepLabV3Lite0, 8).state_dict()
-    assert set(light) == {key for key in network.state_dict() if not key.startswith(("skip_", "refine_"))}
+    assert set(light) == {
+        key for key in network.state_dict() if not key.startswith(("skip_", "refine_"))
+    }
 
 
 @pytest.mark.parametrize(("name", "options", "stride"), NETWORKS)
@@ -88,27 +100,37 @@ def test_logits_come_at_the_output_stride_rounded_up(name, options, stride, size
     network = build_segmentor(name, 3, init="random", **options).eval()
     assert network.output_stride == stride
     with torch.no_grad():
-        assert network(torch.rand(1, 3, *size)).shape == (1, 3, *(-(-side // stride) for side in size))
+        assert network(torch.rand(1, 3, *size)).shape == (
+            1,
+            3,
+            *(-(-side // stride) for side in size),
+        )
     with pytest.raises(InputError, match="image of 64x31 px"):
         network(torch.rand(1, 3, 64, 31))
 
 
 @pytest.mark.parametrize("layout", ["torchvision", "caffe"])
 def test_321_px_give_41_cells(layout):
-    network = build_segmentor("deeplabv2_resnet101", 21, init="random", width=1, layout=layout).eval()
+    network = build_segmentor(
+        "deeplabv2_resnet101", 21, init="random", width=1, layout=layout
+    ).eval()
     with torch.no_grad():
         assert network(torch.rand(1, 3, 321, 321)).shape == (1, 21, 41, 41)
 
 
 def make_linear(network):
-    """Every kernel looks at its middle alone and averages its channels; pooling averages too; no image-level branch.
+    """Every kernel looks at its middle alone and averages its channels; pooling averages too; no
+    image-level branch.
 
-    So each logit is a linear function of the pixels at its place, as long as these are in the upper half.
+    So each logit is a linear function of the pixels at its place, as long as these are in the upper
+    half.
     """
     encoder = network.encoder
     if hasattr(encoder, "maxpool"):
         encoder.mean.fill_(0.5), encoder.std.fill_(0.5)
-        encoder.maxpool = torch.nn.AvgPool2d(3, 2, 1, encoder.maxpool.ceil_mode, count_include_pad=False)
+        encoder.maxpool = torch.nn.AvgPool2d(
+            3, 2, 1, encoder.maxpool.ceil_mode, count_include_pad=False
+        )
     for key, layer in network.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             middle = layer.kernel_size[0] // 2
@@ -169,7 +191,11 @@ def test_nodes_keep_their_values_and_lines_stay_straight(factor):
 
 @pytest.mark.parametrize(("branches", "rates"), [(4, (6, 12, 18, 24)), (2, (6, 12))])
 def test_deeplabv2_sums_its_atrous_classifiers(branches, rates):
-    network = build_segmentor("deeplabv2_resnet101", 5, init="random", width=4, aspp_branches=branches).double().eval()
+    network = (
+        build_segmentor("deeplabv2_resnet101", 5, init="random", width=4, aspp_branches=branches)
+        .double()
+        .eval()
+    )
     image = torch.rand(1, 3, 96, 128, dtype=torch.float64)
     with torch.no_grad():
         features = network.encoder(F.pad(image, (4, 0, 4, 0), mode="replicate"))[1]
@@ -204,7 +230,9 @@ def test_deeplabv2_classifiers_start_as_published():
 
 def test_doubled_rates_give_the_strided_pooling_at_every_second_cell():
     strided, dense = (
-        build_segmentor("deeplabv3_resnet50", 2, init="random", width=4, encoder_stride=stride).double().eval()
+        build_segmentor("deeplabv3_resnet50", 2, init="random", width=4, encoder_stride=stride)
+        .double()
+        .eval()
         for stride in (16, 8)
     )
     dense.load_state_dict(strided.state_dict())
@@ -234,26 +262,40 @@ def test_a_step_changes_every_tensor_and_stays_finite(name, options, stride, bat
 
 
 def foreign_state(num_classes, prefix=""):
-    """DeepLabV2's random weights under the keys of AdvSemiSeg: no num_batches_tracked, layer5 for the classifiers."""
-    network = build_segmentor("deeplabv2_resnet101", num_classes, init="random", layout="caffe", width=2)
+    """DeepLabV2's random weights under the keys of AdvSemiSeg.
+
+    No num_batches_tracked, layer5 for the classifiers.
+    """
+    network = build_segmentor(
+        "deeplabv2_resnet101", num_classes, init="random", layout="caffe", width=2
+    )
     state = {}
     for key, value in network.state_dict().items():
         if not key.endswith("num_batches_tracked"):
-            state[prefix + key.removeprefix("encoder.").replace("aspp.", "layer5.conv2d_list.")] = value
+            state[prefix + key.removeprefix("encoder.").replace("aspp.", "layer5.conv2d_list.")] = (
+                value
+            )
     return network, state
 
 
 @pytest.mark.parametrize("prefix", ["", "Scale."])
 def test_weights_of_advsemiseg_load_whole(prefix, tmp_path):
     network, state = foreign_state(3, prefix)
-    assert f"{prefix}layer5.conv2d_list.3.bias" in state and f"{prefix}layer4.2.bn3.running_var" in state
+    assert (
+        f"{prefix}layer5.conv2d_list.3.bias" in state
+        and f"{prefix}layer4.2.bn3.running_var" in state
+    )
     torch.save(state, tmp_path / "advsemiseg.pth")
     init = {"init": str(tmp_path / "advsemiseg.pth"), "layout": "caffe", "width": 2}
     loaded = build_segmentor("deeplabv2_resnet101", 3, **init)
-    assert all(torch.equal(value, network.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert all(
+        torch.equal(value, network.state_dict()[key]) for key, value in loaded.state_dict().items()
+    )
     assert loaded.init_report.missing == loaded.init_report.left_over == ()
     two = build_segmentor("deeplabv2_resnet101", 3, aspp_branches=2, **init)
-    left_over = [f"{prefix}layer5.conv2d_list.{i}.{part}" for i in (2, 3) for part in ("weight", "bias")]
+    left_over = [
+        f"{prefix}layer5.conv2d_list.{i}.{part}" for i in (2, 3) for part in ("weight", "bias")
+    ]
     assert list(two.init_report.left_over) == left_over
 
 
@@ -263,9 +305,13 @@ def test_classifiers_for_other_classes_are_left_out_and_reported(tmp_path):
     init = {"init": str(tmp_path / "coco.pth"), "layout": "caffe", "width": 2}
     loaded = build_segmentor("deeplabv2_resnet101", 3, **init)
     keys = [(i, part) for i in range(4) for part in ("weight", "bias")]
-    assert list(loaded.init_report.left_over) == [f"Scale.layer5.conv2d_list.{i}.{part}" for i, part in keys]
+    assert list(loaded.init_report.left_over) == [
+        f"Scale.layer5.conv2d_list.{i}.{part}" for i, part in keys
+    ]
     assert list(loaded.init_report.missing) == [f"aspp.{i}.{part}" for i, part in keys]
-    assert torch.equal(loaded.encoder.layer4[2].conv3.weight, network.encoder.layer4[2].conv3.weight)
+    assert torch.equal(
+        loaded.encoder.layer4[2].conv3.weight, network.encoder.layer4[2].conv3.weight
+    )
     with pytest.raises(InputError, match=r"encoder\.conv1\.weight has shape \(2, 3, 7, 7\)"):
         build_segmentor("deeplabv2_resnet101", 3, **init | {"width": 4})
 
@@ -277,7 +323,10 @@ def test_weights_of_the_other_layout_are_refused(tmp_path, monkeypatch):
         build_segmentor("deeplabv2_resnet101", 3, init=str(tmp_path / "advsemiseg.pth"), width=2)
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(network.encoder.state_dict() | {"fc.weight": torch.zeros(1)}, folder / "resnet101-63fe2227.pth")
+    torch.save(
+        network.encoder.state_dict() | {"fc.weight": torch.zeros(1)},
+        folder / "resnet101-63fe2227.pth",
+    )
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(InputError, match="layout=torchvision"):
         build_segmentor("deeplabv2_resnet101", 3, width=2, layout="caffe")
@@ -288,7 +337,9 @@ def test_a_saved_segmentor_loads_whole(name, options, stride, tmp_path):
     network = build_segmentor(name, 3, init="random", **options)
     save_file(network.state_dict(), tmp_path / "segmentor.safetensors")
     again = build_segmentor(name, 3, init=str(tmp_path / "segmentor.safetensors"), **options)
-    assert all(torch.equal(value, network.state_dict()[key]) for key, value in again.state_dict().items())
+    assert all(
+        torch.equal(value, network.state_dict()[key]) for key, value in again.state_dict().items()
+    )
     assert again.init_report.missing == again.init_report.left_over == ()
 
 

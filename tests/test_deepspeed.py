@@ -1,4 +1,7 @@
-"""DeepSpeed's learner, every ZeRO stage: the same steps as one process, the same skips, the same checkpoints."""
+"""DeepSpeed's learner, every ZeRO stage.
+
+The same steps as one process, the same skips, the same checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,12 @@ from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networ
 from tests.test_train import finish, small, start
 
 MISSING = importlib.util.find_spec("deepspeed") is None
-needs_deepspeed = pytest.mark.skipif(MISSING, reason="no deepspeed here: pip install 'distseg[deepspeed]'")
+needs_deepspeed = pytest.mark.skipif(
+    MISSING, reason="no deepspeed here: pip install 'distseg[deepspeed]'"
+)
 STAGES = [0, 1, 2, 3]
-SPLIT_ALL = Path(__file__).parent / "deepspeed_split_all.json"  # stage 3 keeps small parameters whole otherwise
+# stage 3 keeps small parameters whole otherwise
+SPLIT_ALL = Path(__file__).parent / "deepspeed_split_all.json"
 
 CASES = [
     ("fp32", "simultaneous", "two_branch"),
@@ -50,22 +56,36 @@ def deepspeed(stage: int) -> list[str]:
     return ["parallel.strategy=deepspeed", f"parallel.zero_stage={stage}", *split_all]
 
 
-STRATEGIES = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]} | {f"stage {n}": deepspeed(n) for n in STAGES}
+STRATEGIES = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]} | {
+    f"stage {n}": deepspeed(n) for n in STAGES
+}
 
 PRECISELY = [("fp16", 0), ("fp16", 1), ("fp16", 2), ("fp16", 3), ("bf16", 2)]
 
 
 def make_pair(config: Config, ranks: Ranks) -> Pair:
     optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
-    learners = [wrap(*both, config, ranks) for both in zip(make_networks("two_branch"), optimizers, strict=True)]
+    learners = [
+        wrap(*both, config, ranks)
+        for both in zip(make_networks("two_branch"), optimizers, strict=True)
+    ]
     return Pair(*learners, config.loss, config.semi)
 
 
 def one_step(pair: Pair, config: Config, ranks: Ranks, step: int) -> dict[str, dict[str, float]]:
     """A step on this rank's part of a batch, and the updates; what each learner said of its own."""
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
-    adversarial_step(pair, phase(step, config), Images(*(part[share] for part in make_batch(step, torch.float32, 48))))
-    return {name: {k: float(v) for k, v in it.step(1.0).items()} for name, it in learners_of(pair).items()}
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
+    adversarial_step(
+        pair,
+        phase(step, config),
+        Images(*(part[share] for part in make_batch(step, torch.float32, 48))),
+    )
+    return {
+        name: {k: float(v) for k, v in it.step(1.0).items()}
+        for name, it in learners_of(pair).items()
+    }
 
 
 def learners_of(pair: Pair) -> dict[str, Any]:
@@ -75,8 +95,14 @@ def learners_of(pair: Pair) -> dict[str, Any]:
 def state_of(learner: Any) -> dict[str, Any]:
     """Every tensor that a checkpoint would hold, and of the network that would be evaluated."""
     parts = learner.state_dict() | {"evaluated": learner.whole().state_dict()}
-    named = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    return {name: (t.full_tensor() if is_sliced(t) else t).numpy().copy() for name, t in named.items()}
+    named = {
+        f"{part}/{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+    return {
+        name: (t.full_tensor() if is_sliced(t) else t).numpy().copy() for name, t in named.items()
+    }
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -85,25 +111,41 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def skip(ranks: Ranks, stage: int) -> list[Any]:
-    """Four steps; an infinite gradient on rank 1 in the segmentor at step 1, on rank 0 in the discriminator at 2."""
+    """Four steps; an infinite gradient on rank 1 in the segmentor at step 1, on rank 0 in the
+    discriminator at 2.
+    """
     config = make_config("fp32", "simultaneous", "adversarial", deepspeed(stage))
     pair, history = make_pair(config, ranks), []
-    spoiled = {(1, 1): pair.segmentor.network.head[2].weight, (2, 0): pair.discriminator.network.verdict.bias}
+    spoiled = {
+        (1, 1): pair.segmentor.network.head[2].weight,
+        (2, 0): pair.discriminator.network.verdict.bias,
+    }
     for step in range(4):
         bad = spoiled.get((step, ranks.rank))
-        handle = None if bad is None else bad.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+        handle = (
+            None
+            if bad is None
+            else bad.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+        )
         said = one_step(pair, config, ranks, step)
         if handle is not None:
             handle.remove()
         check_equal(ranks, pair, step)
-        networks = {name: learner.state_dict()["network"] for name, learner in learners_of(pair).items()}
-        values = {name: {k: t.numpy().copy() for k, t in tensors.items()} for name, tensors in networks.items()}
+        networks = {
+            name: learner.state_dict()["network"] for name, learner in learners_of(pair).items()
+        }
+        values = {
+            name: {k: t.numpy().copy() for k, t in tensors.items()}
+            for name, tensors in networks.items()
+        }
         history.append((said, values))
     return history
 
 
 def train_precisely(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
-    """Loss scales and skips of six steps, and the networks and the segmentor's moving average after them."""
+    """Loss scales and skips of six steps, and the networks and the segmentor's moving average after
+    them.
+    """
     config = make_config("fp32", "simultaneous", "adversarial", overrides)
     config.precision = precision
     pair = make_pair(config, ranks)
@@ -116,7 +158,9 @@ def train_precisely(ranks: Ranks, precision: str, overrides: Sequence[str]) -> A
         if "average" in learners:
             learners["average"].update()
     tensors = {name: learner.state_dict()["network"] for name, learner in learners.items()}
-    return counts, {name: {k: t.numpy().copy() for k, t in own.items()} for name, own in tensors.items()}
+    return counts, {
+        name: {k: t.numpy().copy() for k, t in own.items()} for name, own in tensors.items()
+    }
 
 
 def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) -> dict[str, Any]:
@@ -139,7 +183,10 @@ def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) 
 
 def copied_buffer(ranks: Ranks, overrides: Sequence[str]) -> Any:
     """Of a whole copy: a buffer that no state_dict holds, such as an encoder's mean of the pixels."""
-    config, (network, _) = make_config("fp32", "simultaneous", "adversarial", overrides), make_networks("two_branch")
+    config, (network, _) = (
+        make_config("fp32", "simultaneous", "adversarial", overrides),
+        make_networks("two_branch"),
+    )
     network.register_buffer("mean", torch.full((3,), 0.25), persistent=False)
     size = sum(parameter.numel() for parameter in network.parameters())
     learner = wrap(network, config.segmentor_optimizer, config, ranks)
@@ -164,7 +211,9 @@ def refusal(ranks: Ranks, file: Path) -> str:
 def run_steps(ranks: Ranks) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for stage in STAGES:
-        results["steps", stage] = [test_engine.train(ranks, case, deepspeed(stage)) for case in CASES]
+        results["steps", stage] = [
+            test_engine.train(ranks, case, deepspeed(stage)) for case in CASES
+        ]
         results["skips", stage] = skip(ranks, stage)
     for stage in (1, 3):
         results["bad batch", stage] = test_engine.bad_batch_on_one_rank(ranks, deepspeed(stage))
@@ -180,7 +229,9 @@ def run_two(ranks: Ranks, folder: Path) -> dict[str, Any]:
         results[precision, stage] = train_precisely(ranks, precision, deepspeed(stage))
         results[precision] = results.get(precision) or train_precisely(ranks, precision, [])
     for name, overrides in STRATEGIES.items():
-        results["final", name] = [go_on(ranks, folder / name, overrides, resumed) for resumed in (False, True)]
+        results["final", name] = [
+            go_on(ranks, folder / name, overrides, resumed) for resumed in (False, True)
+        ]
     return results
 
 
@@ -188,7 +239,9 @@ def run_three(ranks: Ranks, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for stage in STAGES:
         more = ["precision=fp32", *deepspeed(stage)]
-        results["terms", stage] = [test_engine_terms.train(ranks, [*each, *more], parts) for each, parts in TERMS]
+        results["terms", stage] = [
+            test_engine_terms.train(ranks, [*each, *more], parts) for each, parts in TERMS
+        ]
     names = list(STRATEGIES)
     for name, other in zip(names, names[1:] + names[:1], strict=True):
         results["resumed", name] = go_on(ranks, folder / name, STRATEGIES[other], True)
@@ -196,7 +249,9 @@ def run_three(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def run_one(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    results = {("resumed", f"stage {n}"): go_on(ranks, folder / f"stage {n}", [], True) for n in STAGES}
+    results = {
+        ("resumed", f"stage {n}"): go_on(ranks, folder / f"stage {n}", [], True) for n in STAGES
+    }
     results["steps", 1] = [test_engine.train(ranks, case, deepspeed(1)) for case in CASES]
     return results
 
@@ -252,7 +307,10 @@ def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas(
 @needs_deepspeed
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_infinity_on_one_rank_skips_that_network_on_all(stage: int, steps: list[Any]) -> None:
-    expected = {"segmentor": [(0, 0), (1, 1), (1, 0), (1, 0)], "discriminator": [(0, 0), (0, 0), (1, 1), (1, 0)]}
+    expected = {
+        "segmentor": [(0, 0), (1, 1), (1, 0), (1, 0)],
+        "discriminator": [(0, 0), (0, 0), (1, 1), (1, 0)],
+    }
     for of_rank in steps:
         history = of_rank["skips", stage]
         for name, counts in expected.items():
@@ -275,7 +333,9 @@ def test_a_bad_batch_on_one_rank_is_left_out_by_all(stage: int, steps: list[Any]
 
 @needs_deepspeed
 @pytest.mark.parametrize(("precision", "stage"), PRECISELY)
-def test_a_precision_and_the_average_are_those_of_ddp(precision: str, stage: int, two_ranks: list[Any]) -> None:
+def test_a_precision_and_the_average_are_those_of_ddp(
+    precision: str, stage: int, two_ranks: list[Any]
+) -> None:
     for of_rank in two_ranks:
         counts, states = of_rank[precision, stage]
         expected_counts, expected = of_rank[precision]
@@ -286,24 +346,35 @@ def test_a_precision_and_the_average_are_those_of_ddp(precision: str, stage: int
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["fsdp", "stage 3"])
-def test_a_whole_copy_has_the_buffers_that_no_checkpoint_holds(name: str, two_ranks: list[Any]) -> None:
+def test_a_whole_copy_has_the_buffers_that_no_checkpoint_holds(
+    name: str, two_ranks: list[Any]
+) -> None:
     assert [of_rank["buffer", name] for of_rank in two_ranks] == [[0.25] * 3] * 2
 
 
 @needs_deepspeed
 def test_a_value_that_deepspeed_does_not_take_is_refused_by_name(two_ranks: list[Any]) -> None:
-    assert all("reduce_bucket_size" in it["refusal"] and "deepspeed_config" in it["refusal"] for it in two_ranks)
+    assert all(
+        "reduce_bucket_size" in it["refusal"] and "deepspeed_config" in it["refusal"]
+        for it in two_ranks
+    )
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_checkpoint_is_plain_and_goes_on_to_the_same_bits(name: str, two_ranks: list[Any], folder: Path) -> None:
+def test_a_checkpoint_is_plain_and_goes_on_to_the_same_bits(
+    name: str, two_ranks: list[Any], folder: Path
+) -> None:
     uninterrupted, resumed = two_ranks[0]["final", name]
     for learner, tensors in uninterrupted.items():
         assert distance(resumed[learner], tensors) == 0
     files = sorted(path.name for path in find(folder / name, "last").iterdir())
     if name != "fsdp":
-        parts = [f"{a}.{b}.safetensors" for a in uninterrupted for b in ("counters", "network", "optimizer")]
+        parts = [
+            f"{a}.{b}.safetensors"
+            for a in uninterrupted
+            for b in ("counters", "network", "optimizer")
+        ]
         assert files == sorted([*parts, "state.json"])
 
 
@@ -329,22 +400,36 @@ def test_one_rank_takes_the_steps_and_the_checkpoints_of_two(
 
 
 @needs_deepspeed
-def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(toy_shards: Path, tmp_path: Path) -> None:
-    settings = [*deepspeed(2), "ema_decay=0.9", "segmentor.batch_norm=synchronised", "checkpoint.keep_last=4"]
+def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    settings = [
+        *deepspeed(2),
+        "ema_decay=0.9",
+        "segmentor.batch_norm=synchronised",
+        "checkpoint.keep_last=4",
+    ]
     finish(start(2, toy_shards, tmp_path / "one", *settings))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for step in ("step-00000009", "step-00000012"):
         shutil.rmtree(tmp_path / "two" / "checkpoints" / step)
     assert "resumed at step 6" in finish(start(2, toy_shards, tmp_path / "two", *settings))
-    files = [sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors")) for run in ("one", "two")]
+    files = [
+        sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors"))
+        for run in ("one", "two")
+    ]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert len(files[0]) == 8  # three parts of each network, two of the average
-    scores = [json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("one", "two")]
+    scores = [
+        json.loads((tmp_path / run / "evaluation.json").read_text()) for run in ("one", "two")
+    ]
     assert scores[0] == scores[1]
 
 
 @needs_deepspeed
-def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     finish(start(2, toy_shards, tmp_path, *deepspeed(3), "ema_decay=0"))
     assert main(["evaluate", str(tmp_path), "device=cpu"]) == 0  # in plain torch, on one rank
     scores = json.loads((tmp_path / "evaluation.json").read_text())
@@ -359,14 +444,22 @@ def test_one_process_needs_no_launcher(toy_shards: Path, tmp_path: Path) -> None
     finish(start(1, toy_shards, tmp_path / "alone", *settings))
     (variables,) = environments(1)
     finish(Program(["train", *small(toy_shards, tmp_path / "launched", *settings)], variables))
-    files = [sorted(find(tmp_path / name, "last").glob("*.safetensors")) for name in ("alone", "launched")]
+    files = [
+        sorted(find(tmp_path / name, "last").glob("*.safetensors"))
+        for name in ("alone", "launched")
+    ]
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_process_that_sees_one_gpu_of_several_uses_that_one(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As srun and others arrange it: the fourth process of the machine has the fourth GPU, and calls it 0."""
+def test_a_process_that_sees_one_gpu_of_several_uses_that_one(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As srun and others arrange it.
+
+    The fourth process of the machine has the fourth GPU, and calls it 0.
+    """
     import deepspeed as package
 
     def start_engine(**arguments: Any) -> tuple[str, int]:
@@ -378,7 +471,9 @@ def test_a_process_that_sees_one_gpu_of_several_uses_that_one(stage: int, monkey
     settings: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     network = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(network.parameters())
-    seen = deepspeed_config.initialize(network, optimizer, settings, Ranks(3, 4, 3, torch.device("cuda", 0)))
+    seen = deepspeed_config.initialize(
+        network, optimizer, settings, Ranks(3, 4, 3, torch.device("cuda", 0))
+    )
     assert seen == "0"
     assert os.environ["LOCAL_RANK"] == ("0" if stage == 3 else "3")  # stage 3 goes on reading it
 
@@ -386,7 +481,9 @@ def test_a_process_that_sees_one_gpu_of_several_uses_that_one(stage: int, monkey
 COMMON = ["data.shards=unused", "parallel.strategy=deepspeed", "parallel.zero_stage=3"]
 
 
-@pytest.mark.parametrize("override", ["precision=fp64", "compile=true", "ema_decay=0.9", "parallel.zero_stage=4"])
+@pytest.mark.parametrize(
+    "override", ["precision=fp64", "compile=true", "ema_decay=0.9", "parallel.zero_stage=4"]
+)
 def test_what_does_not_go_together_is_refused(override: str) -> None:
     with pytest.raises(InputError, match=override.split("=")[0]):
         check_settings(loading.load([*COMMON, override]))
@@ -402,13 +499,19 @@ def test_what_does_not_go_together_is_refused(override: str) -> None:
         ([1], "JSON"),
     ],
 )
-def test_deepspeeds_settings_that_are_ours_are_refused_by_name(settings: Any, named: str, tmp_path: Path) -> None:
+def test_deepspeeds_settings_that_are_ours_are_refused_by_name(
+    settings: Any, named: str, tmp_path: Path
+) -> None:
     (tmp_path / "own.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=named):
-        check_settings(loading.load([*COMMON, f"parallel.deepspeed_config={tmp_path / 'own.json'}"]))
+        check_settings(
+            loading.load([*COMMON, f"parallel.deepspeed_config={tmp_path / 'own.json'}"])
+        )
 
 
-def test_without_deepspeed_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deepspeed_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_installed("ddp")
     with pytest.raises(InputError, match=r"distseg\[deepspeed\]"):

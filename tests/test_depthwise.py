@@ -1,4 +1,6 @@
-"""The depthwise convolution equals the library's, in values and gradients, whichever path computes it."""
+"""The depthwise convolution equals the library's, in values and gradients, whichever path computes
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distseg.models.depthwise import DepthwiseConv2d, SameConv2d, _Depthwise, same_padding, same_pads
+from distseg.models.depthwise import (
+    DepthwiseConv2d,
+    SameConv2d,
+    _Depthwise,
+    same_padding,
+    same_pads,
+)
 
 # kernel, stride, dilation
 GEOMETRIES = [
@@ -38,7 +46,9 @@ def by_hand(x, weight, stride, dilation):
 
 
 def gradients(output, inputs, seed=0):
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output.dtype)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(
+        output.dtype
+    )
     return torch.autograd.grad(output, inputs, upstream)
 
 
@@ -51,7 +61,9 @@ def test_own_backward_equals_the_librarys_in_float64(geometry, size):
     expected = by_hand(x, conv.weight, stride, dilation)
     own = _Depthwise.apply(x, conv.weight, (same_pads(x, conv), stride, dilation))
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-12)
-    for ours, reference in zip(gradients(own, (x, conv.weight)), gradients(expected, (x, conv.weight)), strict=True):
+    for ours, reference in zip(
+        gradients(own, (x, conv.weight)), gradients(expected, (x, conv.weight)), strict=True
+    ):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
 
 
@@ -65,7 +77,9 @@ def test_own_backward_equals_the_librarys_in_float64(geometry, size):
 def test_own_backward_holds_for_any_kernel_stride_and_size(kernel, stride, height, width):
     conv = DepthwiseConv2d(2, kernel, stride).double()
     x = torch.randn(2, 2, height, width, dtype=torch.float64, requires_grad=True)
-    own = gradients(_Depthwise.apply(x, conv.weight, (same_pads(x, conv), stride, 1)), (x, conv.weight))
+    own = gradients(
+        _Depthwise.apply(x, conv.weight, (same_pads(x, conv), stride, 1)), (x, conv.weight)
+    )
     reference = gradients(by_hand(x, conv.weight, stride, 1), (x, conv.weight))
     for ours, expected in zip(own, reference, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
@@ -77,7 +91,13 @@ def test_autocast_differs_from_float64_by_bf16_rounding_only(geometry, memory_fo
     conv = DepthwiseConv2d(16, *geometry)
     # values that bf16 holds exactly: what remains is the rounding of results
     conv.weight.data = conv.weight.data.bfloat16().float()
-    x = torch.randn(2, 16, 15, 14).bfloat16().float().to(memory_format=memory_format).requires_grad_()
+    x = (
+        torch.randn(2, 16, 15, 14)
+        .bfloat16()
+        .float()
+        .to(memory_format=memory_format)
+        .requires_grad_()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         y = conv(x)
     assert y.dtype == torch.bfloat16
@@ -115,7 +135,9 @@ def test_one_layer_used_twice_adds_up_both_gradients():
         return torch.autograd.grad(loss, conv.weight)[0]
 
     both = weight_gradient(first, second)
-    torch.testing.assert_close(both, weight_gradient(first) + weight_gradient(second), rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(
+        both, weight_gradient(first) + weight_gradient(second), rtol=2**-7, atol=1e-3
+    )
 
 
 def test_state_dict_is_a_plain_convolutions():

@@ -1,4 +1,6 @@
-"""Dilated-8: the paper's sizes, alignment at any size, the published borders as valid convolutions, the identity."""
+"""Dilated-8: the paper's sizes, alignment at any size, the published borders as valid convolutions,
+the identity.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def test_the_encoder_takes_torchvisions_weights(tmp_path):
     torch.save(vgg.state_dict(), tmp_path / "vgg16.pth")
     network = build_segmentor(NAME, 2, init=str(tmp_path / "vgg16.pth"), fc_channels=8)
     assert network.init_report.missing == () and network.init_report.left_over == ()
-    assert all(torch.equal(value, network.encoder.state_dict()[key]) for key, value in vgg.state_dict().items())
+    assert all(
+        torch.equal(value, network.encoder.state_dict()[key])
+        for key, value in vgg.state_dict().items()
+    )
     with pytest.raises(InputError, match=r"segmentor\.init=PATH"):
         build_segmentor(NAME, 2)
 
@@ -66,7 +71,9 @@ class RampEncoder(torch.nn.Module):
     """Stands for VGG16: fc7 holds the x and y position (px) of its cells' centres."""
 
     def forward(self, image):
-        y, x = torch.meshgrid(*(torch.arange(side // 8) for side in image.shape[-2:]), indexing="ij")
+        y, x = torch.meshgrid(
+            *(torch.arange(side // 8) for side in image.shape[-2:]), indexing="ij"
+        )
         return torch.stack([x * 8 + 3.5, y * 8 + 3.5]).float()[None]
 
 
@@ -81,7 +88,8 @@ def test_logits_upsampled_to_the_image_land_where_they_belong(size):
         stretched = -(-side // 8) * 8
         own = (torch.arange(side) + 0.5) * stretched / side - 0.5
         read = up[0, channel].mean(0) if channel == 0 else up[0, channel].mean(1)
-        inside = slice(4, side - 4)  # half a cell at the border has no neighbour to interpolate with
+        # half a cell at the border has no neighbour to interpolate with
+        inside = slice(4, side - 4)
         torch.testing.assert_close(read[inside], own[inside], rtol=0, atol=1e-3)
 
 
@@ -93,7 +101,9 @@ def test_a_turned_network_on_a_turned_image_gives_the_turned_logits():
             parameter.data = parameter.data.flip(2, 3)
     image = torch.rand(1, 3, 29, 43)
     with torch.no_grad():
-        torch.testing.assert_close(twin(image.flip(2, 3)), network(image).flip(2, 3), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            twin(image.flip(2, 3)), network(image).flip(2, 3), rtol=1e-3, atol=1e-5
+        )
 
 
 def test_mirrored_equals_reflection_and_goes_on_where_that_ends():
@@ -104,7 +114,9 @@ def test_mirrored_equals_reflection_and_goes_on_where_that_ends():
 
 
 def published(network, image):
-    """The reference: 186 mirrored px around the image, no convolution padded, 33 zeros around the scores."""
+    """The reference: 186 mirrored px around the image, no convolution padded, 33 zeros around the
+    scores.
+    """
 
     def conv(x, layer):
         return F.conv2d(x, layer.weight, layer.bias, dilation=layer.dilation)
@@ -135,7 +147,9 @@ def test_mirror_equals_the_published_network():
     with torch.no_grad():
         expected = published(network, image)
         assert expected.shape == (1, 2, 3, 5)
-        torch.testing.assert_close(network(image), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            network(image), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("context", ["basic", "large"])
@@ -143,7 +157,8 @@ def test_the_context_starts_as_the_identity_on_scores_that_are_not_negative(cont
     scores = torch.rand(1, 5, 70, 40)
     quiet, noisy = context_module(5, WIDTHS[context], noise=0), context_module(5, WIDTHS[context])
     torch.testing.assert_close(quiet(scores), scores)
-    assert (noisy(scores) - scores).abs().mean() < 0.5  # by weights of a hundredth of the diagonal's
+    # by weights of a hundredth of the diagonal's
+    assert (noisy(scores) - scores).abs().mean() < 0.5
     torch.testing.assert_close(quiet(scores - 0.5), (scores - 0.5).relu())
 
 
@@ -151,7 +166,8 @@ def test_noise_of_the_identity_is_a_hundredth_of_its_weight():
     for layer in context_module(5, WIDTHS["large"])[::2]:
         share = 5 / layer.out_channels
         middle = layer.weight[:, :, layer.kernel_size[0] // 2, layer.kernel_size[0] // 2]
-        per_class = middle.unflatten(0, (5, -1)).unflatten(2, (5, -1))  # class, its outputs, class, its inputs
+        # class, its outputs, class, its inputs
+        per_class = middle.unflatten(0, (5, -1)).unflatten(2, (5, -1))
         for index in range(5):
             assert (per_class[index, :, index] == share).all()
         assert (layer.weight == share).sum() == (middle == share).sum() == middle.numel() / 5
@@ -179,7 +195,9 @@ def test_a_training_step_reaches_every_parameter():
     F.cross_entropy(network(image), label).backward()
     optimizer.step()
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in network.parameters())
-    assert all(not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+    assert all(
+        not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def test_two_branch_equals_the_figure_layer_by_layer():
 
 def test_two_branch_without_image_pooling_sees_the_image_at_the_label_maps_size():
     pooled, network = (
-        build_discriminator("two_branch", 6, width=0.25, head="patch", image_pool=p) for p in (True, False)
+        build_discriminator("two_branch", 6, width=0.25, head="patch", image_pool=p)
+        for p in (True, False)
     )
     network.load_state_dict(pooled.state_dict())  # one architecture: the same keys and shapes
     image, maps = torch.rand(2, 3, 45, 64), label_maps(2, 6, 12, 16)
@@ -111,7 +112,9 @@ def test_single_branch_equals_the_layer_lists(name, kernels, channels):
     """The parameters in order, as plain convolutions, with two poolings."""
     network = build_discriminator(name, 3, head="patch")
     weights = list(network.parameters())
-    assert [(w.shape[-1], w.shape[0]) for w in weights[::2]] == list(zip(kernels, channels, strict=True))
+    assert [(w.shape[-1], w.shape[0]) for w in weights[::2]] == list(
+        zip(kernels, channels, strict=True)
+    )
     maps = label_maps(2, 3, 18, 22)
     x, pooled_after = maps, (2, 4) if name.startswith("large") else (1, 3)
     for index, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
@@ -125,9 +128,13 @@ def test_single_branch_equals_the_layer_lists(name, kernels, channels):
 @pytest.mark.parametrize(("image_range", "low", "high"), [("unit", 0, 1), ("centred", -1, 1)])
 def test_product_is_every_colour_times_every_class(image_range, low, high):
     options = {"width": 0.25, "head": "patch"}
-    network = build_discriminator("small_fov_light", 4, inputs="product", image_range=image_range, **options)
+    network = build_discriminator(
+        "small_fov_light", 4, inputs="product", image_range=image_range, **options
+    )
     image, maps = torch.rand(2, 3, 12, 16), label_maps(2, 4, 12, 16)
-    channels = [(low + (high - low) * image[:, rgb]) * maps[:, c] for rgb in range(3) for c in range(4)]
+    channels = [
+        (low + (high - low) * image[:, rgb]) * maps[:, c] for rgb in range(3) for c in range(4)
+    ]
     z = network.layers(torch.stack(channels, 1))
     torch.testing.assert_close(network(image, maps)[0], z[:, 1:] - z[:, :1])
 
@@ -136,9 +143,12 @@ def test_product_averages_the_image_over_the_cells_of_the_label_map():
     network = build_discriminator("small_fov_light", 4, inputs="product", width=0.25)
     cells, maps = torch.rand(1, 3, 12, 16), label_maps(1, 4, 12, 16)
     fine = cells.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    # stripes that two pixels in the middle of a cell, all that plain interpolation reads, do not cancel
+    # stripes that two pixels in the middle of a cell, all that plain interpolation reads, do not
+    # cancel
     striped = fine + 0.5 * torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(32)
-    torch.testing.assert_close(network(striped, maps)[0], network(fine, maps)[0], rtol=0.02, atol=0.002)
+    torch.testing.assert_close(
+        network(striped, maps)[0], network(fine, maps)[0], rtol=0.02, atol=0.002
+    )
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
@@ -151,7 +161,8 @@ def test_fewer_label_maps_than_images_belong_to_the_first(name, options, num_lab
     assert on_truth.shape[0] == num_labelled and on_predicted.shape[0] == 3
     torch.testing.assert_close(on_truth, network(image[:num_labelled], truth)[0])
     torch.testing.assert_close(on_predicted, network(image, predicted)[0])
-    torch.testing.assert_close(network(image, truth)[0], on_truth)  # no map for the last images at all
+    # no map for the last images at all
+    torch.testing.assert_close(network(image, truth)[0], on_truth)
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
@@ -218,7 +229,8 @@ def field_of_view(network, size):
 def test_fields_of_view_measured_from_gradients():
     assert field_of_view(build_discriminator("fully_convolutional", 2), 224) == (94, 94)
     two_branch = build_discriminator("two_branch", 2, width=0.1, head="patch")
-    two_branch.trunk[1] = two_branch.trunk[4] = torch.nn.AvgPool2d(2)  # a maximum passes one gradient of four
+    # a maximum passes one gradient of four
+    two_branch.trunk[1] = two_branch.trunk[4] = torch.nn.AvgPool2d(2)
     # 5 (label) + 2 (meet) + 1 (pool) + 2 x 2 (conv) + 2 (pool) + 4 x 2 (conv) + 4 x 2 (verdict)
     assert field_of_view(two_branch, 64) == (30, 30)
 
@@ -237,10 +249,14 @@ def test_fields_of_view_of_the_paper(name, pixels, inputs):
 def test_what_takes_the_label_map_alone_ignores_the_image(name):
     network = build_discriminator(name, 3)
     maps = label_maps(1, 3, 40, 40)
-    assert torch.equal(network(torch.zeros(1, 3, 8, 8), maps)[0], network(torch.ones(1, 3, 9, 9), maps)[0])
+    assert torch.equal(
+        network(torch.zeros(1, 3, 8, 8), maps)[0], network(torch.ones(1, 3, 9, 9), maps)[0]
+    )
 
 
-@pytest.mark.parametrize(("name", "size"), [("fully_convolutional", 31), ("two_branch", 3), *((n, 3) for n in FOV)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("fully_convolutional", 31), ("two_branch", 3), *((n, 3) for n in FOV)]
+)
 def test_a_label_map_too_small_is_refused(name, size):
     network = build_discriminator(name, 3)
     assert network.min_size_px == size + 1

@@ -10,14 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from distseg.distributed import device, ranks
+from distseg.distributed import device
+from distseg.distributed import ranks as ranks_module
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
 from distseg.distributed.stop import StopRequest
 from shards.errors import InputError
 from tests.ranks import run_ranks
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "1",
+}
 
 
 def test_ranks_come_from_torchrun_or_are_one() -> None:
@@ -38,7 +45,12 @@ SRUN = {
 def test_ranks_come_from_srun_where_torchrun_has_set_none() -> None:
     assert resolve_ranks(SRUN) == (3, 8, 1)
     assert resolve_ranks(SRUN | TORCHRUN) == (1, 4, 1)
-    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    batch_script = {
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "7",
+    }
     assert resolve_ranks(batch_script) == (0, 1, 0)
     with pytest.raises(InputError, match="not SLURM_PROCID"):
         resolve_ranks({key: value for key, value in SRUN.items() if key != "SLURM_PROCID"})
@@ -50,11 +62,18 @@ def test_a_step_of_srun_meets_at_its_first_host() -> None:
     nodes = {"SLURM_STEP_NODELIST": "gpu[003-007,12],login1", "SLURM_RESTART_COUNT": "2"}
     assert rendezvous_of_srun(SRUN | nodes) == {"MASTER_ADDR": "gpu003", "MASTER_PORT": "25290"}
     assert rendezvous_of_srun(SRUN | nodes | {"MASTER_PORT": "5"})["MASTER_PORT"] == "5"
-    for text, host in (("node1", "node1"), ("a-b,c", "a-b"), ("n[1-4]", "n1"), ("rack2n[09,11]", "rack2n09")):
+    for text, host in (
+        ("node1", "node1"),
+        ("a-b,c", "a-b"),
+        ("n[1-4]", "n1"),
+        ("rack2n[09,11]", "rack2n09"),
+    ):
         assert first_host(text) == host
 
 
-@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize(
+    "missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+)
 def test_a_half_set_environment_is_an_error_that_names_what_is_missing(missing: str) -> None:
     with pytest.raises(InputError, match=f"not {missing}"):
         resolve_ranks({key: value for key, value in TORCHRUN.items() if key != missing})
@@ -71,7 +90,13 @@ def test_a_port_in_use_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         for key, value in ranks.items():
             monkeypatch.setenv(key, value)
         with pytest.raises(InputError, match=f"{port} is in use") as caught:
@@ -138,7 +163,7 @@ def same_gpu(ranks: Ranks) -> str:
 
     torch.cuda.get_device_properties = lambda where: Properties()
     try:
-        ranks._check_own_gpus(ranks)
+        ranks_module._check_own_gpus(ranks)
     except InputError as error:
         return error.got
     return ""
@@ -153,10 +178,10 @@ def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one(
     local_rank: int, there: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    assert ranks._cuda_device(local_rank).index == expected
+    assert ranks_module._cuda_device(local_rank).index == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match="no CUDA device"):
-        ranks._cuda_device(local_rank)
+        ranks_module._cuda_device(local_rank)
 
 
 def signal_last_rank(ranks: Ranks) -> list[bool]:

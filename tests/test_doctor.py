@@ -1,4 +1,6 @@
-"""The doctor finds faults that are put in its way, says where they are, and finds none where there are none."""
+"""The doctor finds faults that are put in its way, says where they are, and finds none where there
+are none.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_three_sound_ranks_are_fit(tmp_path: Path) -> None:
     text = level_of(first, "all-reduce")[1]
     assert text.startswith("gloo: ") and "GB/s per rank (16 MiB in" in text
     assert level_of(first, "shared directory") == ("ok", "all ranks see it")
-    assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir()), "nothing is left behind"
+    assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir()), (
+        "nothing is left behind"
+    )
 
 
 def test_faults_of_single_ranks_are_found_and_named(tmp_path: Path) -> None:
@@ -66,16 +70,24 @@ def test_faults_of_single_ranks_are_found_and_named(tmp_path: Path) -> None:
     assert level == "error" and "rank 2 on" in text and "torch 1.0" in text
     level, text = level_of(found, "shared directory")
     assert level == "error" and "rank 1 on there" in text
-    assert any(f.level == "error" and "ZeroDivisionError" in f.text for f in found), "and nobody waited for rank 1"
+    assert any(f.level == "error" and "ZeroDivisionError" in f.text for f in found), (
+        "and nobody waited for rank 1"
+    )
 
 
-def test_the_whole_command(toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+def test_the_whole_command(
+    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(checkup, "_SECONDS", 0.1)
     sound = ["doctor", "--run-dir", str(tmp_path / "run"), "--device", "cpu", "--shards"]
     assert main([*sound, str(toy_shards)]) == 0
     shown = capsys.readouterr().out
-    assert "8 samples in train" in shown and "0 errors" in shown and "disabled (WANDB_MODE=disabled)" in shown
+    assert (
+        "8 samples in train" in shown
+        and "0 errors" in shown
+        and "disabled (WANDB_MODE=disabled)" in shown
+    )
     assert main([*sound, str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "manifest.json" in shown and "to do: " in shown and "1 errors" in shown
@@ -89,12 +101,20 @@ def test_the_whole_command(toy_shards: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_run_directory_that_cannot_be_written_is_an_error(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     found = checkup.run_directory(tmp_path / place)
-    assert found.level == "error" and "cannot be written" in found.text and "--run-dir" in found.action
+    assert (
+        found.level == "error" and "cannot be written" in found.text and "--run-dir" in found.action
+    )
 
 
-@pytest.mark.parametrize(("free", "level"), [(50 << 20, "error"), (1 << 30, "warning"), (50 << 30, "ok")])
-def test_little_space_is_found(free: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=1 << 40))
+@pytest.mark.parametrize(
+    ("free", "level"), [(50 << 20, "error"), (1 << 30, "warning"), (50 << 30, "ok")]
+)
+def test_little_space_is_found(
+    free: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=free, total=1 << 40)
+    )
     monkeypatch.setattr(checkup, "_SECONDS", 0.05)
     assert checkup.run_directory(tmp_path).level == level and not list(tmp_path.iterdir())
 
@@ -110,29 +130,43 @@ def test_a_low_limit_of_open_files_is_found(limit: int, level: str) -> None:
     assert found.level == level and f"{limit} a process" in found.text
 
 
-def test_a_tiny_shared_memory_matters_where_gpus_need_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tiny_shared_memory_matters_where_gpus_need_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(checkup, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=32 << 20, total=64 << 20))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=32 << 20, total=64 << 20)
+    )
     assert checkup.shared_memory(is_needed=True).level == "error"
     assert checkup.shared_memory(is_needed=False).level == "warning"
     assert "--shm-size" in checkup.shared_memory(is_needed=True).action
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8 << 30, total=8 << 30))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=8 << 30, total=8 << 30)
+    )
     assert checkup.shared_memory(is_needed=True).level == "ok"
     monkeypatch.setattr(checkup, "SHARED_MEMORY", tmp_path / "none")
     assert checkup.shared_memory(is_needed=True).level == "error"
 
 
 def test_more_ranks_or_threads_than_cores_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkup.os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
+    monkeypatch.setattr(
+        checkup.os, "sched_getaffinity", lambda process: set(range(4)), raising=False
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert [checkup.cores(ranks).level for ranks in (1, 2, 3, 5)] == ["ok", "ok", "warning", "warning"]
+    assert [checkup.cores(ranks).level for ranks in (1, 2, 3, 5)] == [
+        "ok",
+        "ok",
+        "warning",
+        "warning",
+    ]
     assert "OMP_NUM_THREADS=1" in checkup.cores(3).action
 
 
 def test_whether_wandb_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkup, "choose_mode", lambda wanted: "online")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # 501 to all: an answer
+    # 501 to all: an answer
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     assert checkup.tracking().level == "ok"
@@ -141,14 +175,26 @@ def test_whether_wandb_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in (f"http://127.0.0.1:{free_port()}", "nonsense"):
         monkeypatch.setenv("WANDB_BASE_URL", url)
         found = checkup.tracking()
-        assert found.level == "warning" and "does not answer" in found.text and "WANDB_MODE=offline" in found.action
+        assert (
+            found.level == "warning"
+            and "does not answer" in found.text
+            and "WANDB_MODE=offline" in found.action
+        )
     monkeypatch.setattr(checkup, "choose_mode", lambda wanted: "offline")
     assert checkup.tracking().level == "ok"
 
 
 def test_what_several_ranks_find_alike_is_said_once() -> None:
-    low, high = Finding("warning", "open files", "512 a process", "more"), Finding("ok", "open files", "4096 a process")
-    everyone = [Checkup(0, "a", [high]), Checkup(1, "a", [low]), Checkup(2, "b", [high]), Checkup(3, "b", [low])]
+    low, high = (
+        Finding("warning", "open files", "512 a process", "more"),
+        Finding("ok", "open files", "4096 a process"),
+    )
+    everyone = [
+        Checkup(0, "a", [high]),
+        Checkup(1, "a", [low]),
+        Checkup(2, "b", [high]),
+        Checkup(3, "b", [low]),
+    ]
     assert [(f.level, f.text) for f in command.of_ranks(everyone)] == [
         ("ok", "a, b: 4096 a process"),
         ("warning", "a, b: 512 a process"),
@@ -159,8 +205,15 @@ def test_what_several_ranks_find_alike_is_said_once() -> None:
 
 def test_one_screen_of_eighty_columns_cuts_nothing_off() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    found = [Finding("ok", "shared directory", "word " * 40), Finding("error", "x", "y", "do this [now]")]
+    found = [
+        Finding("ok", "shared directory", "word " * 40),
+        Finding("error", "x", "y", "do this [now]"),
+    ]
     command.show(found, "8 ranks", 3.0, console)
     text = console.export_text()
-    assert text.count("word") == 40 and "do this [now]" in text and max(map(len, text.splitlines())) <= 80
+    assert (
+        text.count("word") == 40
+        and "do this [now]" in text
+        and max(map(len, text.splitlines())) <= 80
+    )
     assert "1 errors, 0 warnings: a run would break" in text

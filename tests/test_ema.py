@@ -29,7 +29,11 @@ def test_the_average_follows_its_formula_and_copies_whole_numbers() -> None:
         average.update()
         decay = min(0.3, (1 + n) / (10 + n))
         for name, tensor in source.state_dict().items():
-            new = decay * expected[name] + (1 - decay) * tensor if tensor.is_floating_point() else tensor
+            new = (
+                decay * expected[name] + (1 - decay) * tensor
+                if tensor.is_floating_point()
+                else tensor
+            )
             expected[name] = new.clone()
         for name, tensor in average.whole().state_dict().items():
             assert (tensor - expected[name]).abs().max() < 1e-12, name
@@ -43,7 +47,10 @@ def test_a_loaded_average_goes_on_as_the_saved_one() -> None:
     one.update()
     other = MovingAverage(learner(nn.Linear(3, 2)), decay=0.9)
     other.load_state_dict(
-        {part: {k: t.clone() for k, t in tensors.items()} for part, tensors in one.state_dict().items()}
+        {
+            part: {k: t.clone() for k, t in tensors.items()}
+            for part, tensors in one.state_dict().items()
+        }
     )
     other._pairs = [(own, new) for (own, _), (_, new) in zip(other._pairs, one._pairs, strict=True)]
     for average in (one, other):

@@ -24,29 +24,40 @@ from distseg.train.trainer import logged
 from tests.ranks import run_ranks
 
 NUM_CLASSES, BATCH, STEPS = 4, 12, 6
-IMAGE_PX = {"two_branch": 48, "fully_convolutional": 128}  # its label maps, a quarter, must be 32 wide
+# its label maps, a quarter, must be 32 wide
+IMAGE_PX = {"two_branch": 48, "fully_convolutional": 128}
 
 
 class TinySegmentor(nn.Module):
-    """Two convolutions at stride 4, with group norm: no statistics that depend on the split of the batch."""
+    """Two convolutions at stride 4, with group norm.
+
+    No statistics that depend on the split of the batch.
+    """
 
     output_stride = 4
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Conv2d(3, 8, 4, stride=4)
-        self.head = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, NUM_CLASSES, 3, padding=1))
+        self.head = nn.Sequential(
+            nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, NUM_CLASSES, 3, padding=1)
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.encoder(image))
 
 
-def make_config(precision: str, alternation: str, mode: str, overrides: Sequence[str] = ()) -> Config:
+def make_config(
+    precision: str, alternation: str, mode: str, overrides: Sequence[str] = ()
+) -> Config:
     common = ["data.shards=unused", f"precision={precision}", f"mode={mode}", "steps=10"]
     config = loading.load([*common, *overrides])
     config.alternation = AlternationConfig(alternation, segmentor=2, discriminator=1)
-    config.segmentor_optimizer = replace(config.segmentor_optimizer, encoder_lr_factor=0.25, clip_norm=0.5)
-    # AdamW divides by the gradient's size and so magnifies fp32's rounding; fp64 shows that its steps are right
+    config.segmentor_optimizer = replace(
+        config.segmentor_optimizer, encoder_lr_factor=0.25, clip_norm=0.5
+    )
+    # AdamW divides by the gradient's size and so magnifies fp32's rounding; fp64 shows that its
+    # steps are right
     name = "sgd" if precision == "fp32" else "adamw"
     config.segmentor_optimizer.name = config.discriminator_optimizer.name = name
     config.loss.adv_weight = 0.7
@@ -55,29 +66,40 @@ def make_config(precision: str, alternation: str, mode: str, overrides: Sequence
 
 def make_networks(discriminator: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(3)
-    options: dict[str, Any] = {"head": "gap", "width": 0.25} if discriminator == "two_branch" else {}
+    options: dict[str, Any] = (
+        {"head": "gap", "width": 0.25} if discriminator == "two_branch" else {}
+    )
     return TinySegmentor(), build_discriminator(discriminator, NUM_CLASSES, **options)
 
 
 def make_batch(step: int, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     image = torch.rand(BATCH, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
-    label = torch.randint(0, NUM_CLASSES, (BATCH, size, size), generator=generator, dtype=torch.uint8)
+    label = torch.randint(
+        0, NUM_CLASSES, (BATCH, size, size), generator=generator, dtype=torch.uint8
+    )
     label[-3:, 5:] = 255  # void pixels on the last rank only, whatever the number of ranks
     return image, label
 
 
 def train(ranks: Ranks, case: Sequence[str], overrides: Sequence[str] = ()) -> Any:
-    """Six of our steps on this rank's part of each batch: final parameters, and bytes all-reduced per step."""
+    """Six of our steps on this rank's part of each batch.
+
+    Final parameters, and bytes all-reduced per step.
+    """
     precision, alternation, discriminator, mode = (*case, "adversarial")[:4]
     config = make_config(precision, alternation, mode, overrides)
     segmentor, judge = make_networks(discriminator)
-    pair = Pair(wrap(segmentor, config.segmentor_optimizer, config, ranks), None, config.loss, config.semi)
+    pair = Pair(
+        wrap(segmentor, config.segmentor_optimizer, config, ranks), None, config.loss, config.semi
+    )
     if mode == "adversarial":
         pair.discriminator = wrap(judge, config.discriminator_optimizer, config, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     payload, leaks = count_payload(pair) if config.parallel.strategy == "ddp" else [], []
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
     for step in range(STEPS):
         image, label = (part[share] for part in make_batch(step, dtype, IMAGE_PX[discriminator]))
         now = phase(step, config)
@@ -102,7 +124,9 @@ def count_payload(pair: Pair) -> list[int]:
 
     def hook(state, bucket):  # DDP refuses annotations that are strings, as all are here
         payload.append(bucket.buffer().numel())
-        future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
+        future = dist.all_reduce(
+            bucket.buffer().div_(dist.get_world_size()), async_op=True
+        ).get_future()
         return future.then(lambda done: done.value()[0])
 
     for learner in (pair.segmentor, pair.discriminator):
@@ -116,11 +140,18 @@ def has_gradient(network: nn.Module) -> bool:
 
 
 def parameters_of(network: nn.Module) -> dict[str, Any]:
-    return {name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()}
+    return {
+        name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()
+    }
 
 
-def reference(precision: str, alternation: str, discriminator: str, mode: str = "adversarial") -> Any:
-    """The same six steps written as the papers have them: one process, whole batch, plain losses and AdamW."""
+def reference(
+    precision: str, alternation: str, discriminator: str, mode: str = "adversarial"
+) -> Any:
+    """The same six steps written as the papers have them.
+
+    One process, whole batch, plain losses and AdamW.
+    """
     config = make_config(precision, alternation, mode)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     segmentor, judge = (network.to(dtype) for network in make_networks(discriminator))
@@ -134,11 +165,15 @@ def reference(precision: str, alternation: str, discriminator: str, mode: str = 
         valid, real = reference_real(label, probabilities.detach())
         if discriminator == "two_branch":
             valid = None  # one score per image
-        d_loss = bce(judge(image, real)[0], 1.0, valid) + bce(judge(image, probabilities.detach())[0], 0.0, valid)
+        d_loss = bce(judge(image, real)[0], 1.0, valid) + bce(
+            judge(image, probabilities.detach())[0], 0.0, valid
+        )
         up = F.interpolate(logits, label.shape[-2:], mode="bilinear")
         s_loss = F.cross_entropy(up, label.long(), ignore_index=255)
         if mode == "adversarial":
-            s_loss = s_loss + config.loss.adv_weight * bce(judge(image, probabilities)[0], 1.0, valid)
+            s_loss = s_loss + config.loss.adv_weight * bce(
+                judge(image, probabilities)[0], 1.0, valid
+            )
         s_gradients = torch.autograd.grad(s_loss, list(segmentor.parameters()))
         d_gradients = torch.autograd.grad(d_loss, list(judge.parameters()))
         if now.segmentor or mode == "supervised":
@@ -152,7 +187,14 @@ def reference_groups(network: nn.Module, lr: float, encoder_factor: float) -> li
     groups = []
     for name, parameter in network.named_parameters():
         rate = lr * (encoder_factor if name.startswith("encoder") else 1.0)
-        groups.append({"params": [parameter], "lr": rate, "base": rate, "weight_decay": 0.01 * (parameter.ndim > 1)})
+        groups.append(
+            {
+                "params": [parameter],
+                "lr": rate,
+                "base": rate,
+                "weight_decay": 0.01 * (parameter.ndim > 1),
+            }
+        )
     return groups
 
 
@@ -162,7 +204,9 @@ def reference_optimizer(groups: list[dict], precision: str) -> Any:
     return torch.optim.AdamW(groups, foreach=False)
 
 
-def reference_update(optimizer: Any, network: nn.Module, gradients: Any, clip_norm: float, factor: float) -> None:
+def reference_update(
+    optimizer: Any, network: nn.Module, gradients: Any, clip_norm: float, factor: float
+) -> None:
     norm = torch.sqrt(sum((gradient.double() ** 2).sum() for gradient in gradients))
     scale = min(1.0, clip_norm / (float(norm) + 1e-6))
     for parameter, gradient in zip(network.parameters(), gradients, strict=True):
@@ -173,7 +217,8 @@ def reference_update(optimizer: Any, network: nn.Module, gradients: Any, clip_no
 
 
 def reference_real(label: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    small = label[:, 2::4, 2::4].long()  # nearest to the centre of each 4 x 4 cell, the later of the two
+    # nearest to the centre of each 4 x 4 cell, the later of the two
+    small = label[:, 2::4, 2::4].long()
     valid = small != 255
     real = probabilities.clone().permute(0, 2, 3, 1)
     real[valid] = F.one_hot(small[valid], NUM_CLASSES).to(real.dtype)
@@ -199,7 +244,9 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
         config.loss,
         config.semi,
     )
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
     history = []
     for step in range(3):
         image, label = (part[share] for part in make_batch(step, torch.float32, 48))
@@ -208,9 +255,17 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
         with torch.no_grad():  # the layer itself, outside of what spreads it over the ranks
             own = pair.segmentor.whole()[0](image)  # type: ignore[index]
         adversarial_step(pair, phase(step, config), Images(image, label))
-        counts = {name: learner.step(1.0) for name, learner in (("S", pair.segmentor), ("D", pair.discriminator))}
-        skips = {name: (float(c["skips"]), float(c["skips_in_a_row"])) for name, c in counts.items()}
-        state = {name: tensor.clone().numpy() for name, tensor in pair.segmentor.whole().state_dict().items()}
+        counts = {
+            name: learner.step(1.0)
+            for name, learner in (("S", pair.segmentor), ("D", pair.discriminator))
+        }
+        skips = {
+            name: (float(c["skips"]), float(c["skips_in_a_row"])) for name, c in counts.items()
+        }
+        state = {
+            name: tensor.clone().numpy()
+            for name, tensor in pair.segmentor.whole().state_dict().items()
+        }
         history.append((own.mean((0, 2, 3)).numpy(), skips, state))
     return history
 
@@ -230,7 +285,8 @@ def check_bad_batch(ranks: list[Any]) -> None:
         for step in range(3):  # and all hold the same network
             for name, array in ranks[0][step][2].items():
                 assert (array == history[step][2][name]).all(), name
-    mean = sum(history[0][0] for history in ranks) / len(ranks)  # of the ranks' batch means, after one step from 0
+    # of the ranks' batch means, after one step from 0
+    mean = sum(history[0][0] for history in ranks) / len(ranks)
     assert abs(ranks[0][0][2]["1.running_mean"] - 0.1 * mean).max() < 1e-6
 
 
@@ -242,7 +298,10 @@ class WithBatchNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 8, 4, stride=4, bias=False), BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, NUM_CLASSES, 1)
+            nn.Conv2d(3, 8, 4, stride=4, bias=False),
+            BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, NUM_CLASSES, 1),
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -255,14 +314,22 @@ def train_synchronised(ranks: Ranks, overrides: Sequence[str] = ()) -> dict[str,
     segmentor, judge = WithBatchNorm(), build_discriminator("two_branch", NUM_CLASSES, width=0.25)
     assert synchronise(segmentor) == 1
     optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
-    learners = [wrap(*both, config, ranks) for both in zip((segmentor, judge), optimizers, strict=True)]
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    learners = [
+        wrap(*both, config, ranks) for both in zip((segmentor, judge), optimizers, strict=True)
+    ]
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
     for step in range(STEPS):
         image, label = (part[share] for part in make_batch(step, torch.float64, 48))
-        adversarial_step(Pair(*learners, config.loss, config.semi), phase(step, config), Images(image, label))
+        adversarial_step(
+            Pair(*learners, config.loss, config.semi), phase(step, config), Images(image, label)
+        )
         for learner in learners:
             learner.step(1.0)
-    return {name: tensor.clone().numpy() for name, tensor in learners[0].whole().state_dict().items()}
+    return {
+        name: tensor.clone().numpy() for name, tensor in learners[0].whole().state_dict().items()
+    }
 
 
 def test_synchronised_batch_norm_on_any_number_of_ranks_is_that_of_one() -> None:
@@ -272,7 +339,8 @@ def test_synchronised_batch_norm_on_any_number_of_ranks_is_that_of_one() -> None
 
 
 def test_under_blocks_the_curves_of_both_networks_go_on() -> None:
-    config = make_config("fp32", "blocks", "adversarial")  # two steps of the segmentor, one of the discriminator
+    # two steps of the segmentor, one of the discriminator
+    config = make_config("fp32", "blocks", "adversarial")
     config.tracking.log_every, config.steps = 4, 10
     assert [step for step in range(10) if logged(step, config)] == [2, 3, 5, 7, 8, 9]
     config.alternation.name = "simultaneous"
@@ -300,7 +368,9 @@ def references() -> list[Any]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_six_steps_equal_the_reference_on_the_joined_batch(num_ranks: int, references: list[Any]) -> None:
+def test_six_steps_equal_the_reference_on_the_joined_batch(
+    num_ranks: int, references: list[Any]
+) -> None:
     for of_rank in run_ranks(num_ranks, train_all):
         for case, got, expected in zip(CASES, of_rank, references, strict=True):
             check_equal(case, got, expected)
@@ -308,14 +378,18 @@ def test_six_steps_equal_the_reference_on_the_joined_batch(num_ranks: int, refer
 
 
 def check_equal(case: Sequence[str], got: Any, expected: Any) -> None:
-    """The parameters of both networks are the reference's, and no network got a gradient that was not its own."""
+    """The parameters of both networks are the reference's, and no network got a gradient that was
+    not its own.
+    """
     pairs = zip(got[:2], expected, strict=True)
     worst = max(abs(mine[name] - theirs[name]).max() for mine, theirs in pairs for name in theirs)
     assert worst <= (1e-12 if case[0] == "fp64" else 1e-6), f"{case} differs by {worst}"
     assert not got[3], f"{case}: a gradient on {got[3]}"
 
 
-def check_payload(case: tuple[str, ...], segmentor: dict, discriminator: dict, payload: list[int]) -> None:
+def check_payload(
+    case: tuple[str, ...], segmentor: dict, discriminator: dict, payload: list[int]
+) -> None:
     """Per step exactly the gradients of the networks that are updated, once."""
     sizes = [sum(array.size for array in part.values()) for part in (segmentor, discriminator)]
     config = make_config(case[0], case[1], "adversarial")

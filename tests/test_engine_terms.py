@@ -1,4 +1,6 @@
-"""Every term of the losses, on labelled and unlabelled images and any number of ranks, against plain formulas."""
+"""Every term of the losses, on labelled and unlabelled images and any number of ranks, against
+plain formulas.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
 
 BATCH, STEPS, SIZE = 6, 4, 48
-SEMI = ["mode=semi_supervised", "semi.weight=0.6", "semi.adv_weight=0.4", "semi.threshold=0.5", "semi.start_step=1"]
+SEMI = [
+    "mode=semi_supervised",
+    "semi.weight=0.6",
+    "semi.adv_weight=0.4",
+    "semi.threshold=0.5",
+    "semi.start_step=1",
+]
 CASES: dict[str, list[str]] = {
     "semi, a score per cell": [*SEMI, "discriminator.options.head=patch"],
     "semi, a score per image": [*SEMI, "semi.discriminate=false"],
@@ -46,9 +54,19 @@ CASES: dict[str, list[str]] = {
 
 
 def make_config(overrides: list[str]) -> Config:
-    common = ["data.shards=unused", "precision=fp64", "steps=10", "loss.adv_weight=0.7", "schedule=constant"]
+    common = [
+        "data.shards=unused",
+        "precision=fp64",
+        "steps=10",
+        "loss.adv_weight=0.7",
+        "schedule=constant",
+    ]
     common += ["discriminator_optimizer.lr=1e-5", "segmentor_optimizer.lr=1e-4"]
-    common += ["alternation.segmentor=2", "alternation.discriminator=1", "segmentor_optimizer.clip_norm=0"]
+    common += [
+        "alternation.segmentor=2",
+        "alternation.discriminator=1",
+        "segmentor_optimizer.clip_norm=0",
+    ]
     common += ["discriminator_optimizer.clip_norm=0", "discriminator.options.width=0.1"]
     common += ["segmentor_optimizer.name=sgd", "discriminator_optimizer.name=sgd"]
     common += ["segmentor_optimizer.weight_decay=0", "discriminator_optimizer.weight_decay=0"]
@@ -57,9 +75,12 @@ def make_config(overrides: list[str]) -> Config:
 
 def make_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(3)
-    judge = build_discriminator(config.discriminator.name, NUM_CLASSES, **config.discriminator.options)
+    judge = build_discriminator(
+        config.discriminator.name, NUM_CLASSES, **config.discriminator.options
+    )
     segmentor = TinySegmentor()
-    with torch.no_grad():  # verdicts around 0 and far apart, for a mask that is neither full nor empty
+    # verdicts around 0 and far apart, for a mask that is neither full nor empty
+    with torch.no_grad():
         pixels = make_images(0, False).pixels.float()
         (z,) = judge(pixels, segmentor(pixels).softmax(1))
         judge.verdict.weight *= 3 / z.std()
@@ -71,11 +92,14 @@ def make_networks(config: Config) -> tuple[nn.Module, nn.Module]:
 def make_images(step: int, labelled: bool) -> Images:
     generator = torch.Generator().manual_seed(2 * step + labelled)
     pixels = torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
-    label = torch.randint(0, NUM_CLASSES, (BATCH, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    label = torch.randint(
+        0, NUM_CLASSES, (BATCH, SIZE, SIZE), generator=generator, dtype=torch.uint8
+    )
     if not labelled:
         label.zero_()
     label[-3, 9:] = 255
-    label[-2:] = 255  # void alone: of three ranks the last has nothing to learn from, and an empty mask
+    # void alone: of three ranks the last has nothing to learn from, and an empty mask
+    label[-2:] = 255
     return Images(pixels, label)
 
 
@@ -91,12 +115,18 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
         )
     ]
     pair = Pair(*learners, config.loss, config.semi)
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
     for step in range(STEPS):
         parts = [make_images(step, labelled) for labelled in (True, False)]
-        labelled, unlabelled = (Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts)
+        labelled, unlabelled = (
+            Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts
+        )
         now = phase(step, config)
-        adversarial_step(pair, now, labelled, unlabelled if config.mode == "semi_supervised" else None, num_parts)
+        adversarial_step(
+            pair, now, labelled, unlabelled if config.mode == "semi_supervised" else None, num_parts
+        )
         if now.segmentor:
             learners[0].step(1.0)
         if now.discriminator:
@@ -105,7 +135,9 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
 
 
 def values_of(network: nn.Module) -> dict[str, Any]:
-    return {name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()}
+    return {
+        name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()
+    }
 
 
 def reference(overrides: list[str]) -> tuple[dict, dict]:
@@ -114,7 +146,10 @@ def reference(overrides: list[str]) -> tuple[dict, dict]:
     segmentor, judge = (network.double() for network in make_networks(config))
     optimizers = [
         torch.optim.SGD(network.parameters(), lr=part.lr, momentum=part.beta1, foreach=False)
-        for network, part in ((segmentor, config.segmentor_optimizer), (judge, config.discriminator_optimizer))
+        for network, part in (
+            (segmentor, config.segmentor_optimizer),
+            (judge, config.discriminator_optimizer),
+        )
     ]
     for step in range(STEPS):
         losses = reference_losses(config, step, segmentor, judge)
@@ -124,7 +159,9 @@ def reference(overrides: list[str]) -> tuple[dict, dict]:
             torch.autograd.grad(loss, list(n.parameters()), retain_graph=True)
             for loss, (n, _) in zip(losses, networks, strict=True)
         ]
-        for (network, updated), optimizer, grads in zip(networks, optimizers, gradients, strict=True):
+        for (network, updated), optimizer, grads in zip(
+            networks, optimizers, gradients, strict=True
+        ):
             for parameter, gradient in zip(network.parameters(), grads, strict=True):
                 parameter.grad = gradient
             if updated:
@@ -132,7 +169,9 @@ def reference(overrides: list[str]) -> tuple[dict, dict]:
     return values_of(segmentor), values_of(judge)
 
 
-def reference_losses(config: Config, step: int, segmentor: nn.Module, judge: nn.Module) -> tuple[Tensor, Tensor]:
+def reference_losses(
+    config: Config, step: int, segmentor: nn.Module, judge: nn.Module
+) -> tuple[Tensor, Tensor]:
     loss, semi = config.loss, config.semi
     labelled, unlabelled = make_images(step, True), make_images(step, False)
     at_image = loss.map_resolution == "image"
@@ -179,20 +218,30 @@ def reference_losses(config: Config, step: int, segmentor: nn.Module, judge: nn.
     sign, target = (-1, 0.0) if loss.adv_form == "saturating" else (1, 1.0)
     rise = min(1, (step + 1) / loss.adv_warmup_steps) if loss.adv_warmup_steps else 1
     up = F.interpolate(logits, (SIZE, SIZE), mode="bilinear")
-    pixels = F.cross_entropy(up, labelled.label.long(), ignore_index=255, reduction="none")[labelled.label != 255]
-    s_loss = mean(pixels, loss.ce_reduction == "sum") + loss.adv_weight * rise * sign * mean(bce(on_fake, target), sums)
+    pixels = F.cross_entropy(up, labelled.label.long(), ignore_index=255, reduction="none")[
+        labelled.label != 255
+    ]
+    s_loss = mean(pixels, loss.ce_reduction == "sum") + loss.adv_weight * rise * sign * mean(
+        bce(on_fake, target), sums
+    )
     if config.mode == "semi_supervised":
         logits_u = predict(unlabelled)
         chances_u = logits_u.softmax(1)
-        s_loss = s_loss + semi.adv_weight * rise * sign * mean(bce(scores(unlabelled, chances_u, inside), target), sums)
+        s_loss = s_loss + semi.adv_weight * rise * sign * mean(
+            bce(scores(unlabelled, chances_u, inside), target), sums
+        )
         on_unlabelled = scores(unlabelled, chances_u.detach(), inside)
         if semi.discriminate:
             on_fake_constant = torch.cat([on_fake_constant, on_unlabelled])
         if step >= semi.start_step:
-            z = F.interpolate(judge(unlabelled.pixels, chances_u.detach())[0], inside.shape[-2:], mode="bilinear")
+            z = F.interpolate(
+                judge(unlabelled.pixels, chances_u.detach())[0], inside.shape[-2:], mode="bilinear"
+            )
             believed = inside & (torch.sigmoid(z[:, 0]) > semi.threshold).detach()
             assert 0 < believed.sum() < inside.sum() or not semi.weight  # a mask worth testing
-            own = F.cross_entropy(logits_u, chances_u.detach().argmax(1), reduction="none")[believed]
+            own = F.cross_entropy(logits_u, chances_u.detach().argmax(1), reduction="none")[
+                believed
+            ]
             s_loss = s_loss + semi.weight * mean(own, loss.ce_reduction == "sum")
     d_loss = d_loss + mean(bce(on_fake_constant, 0.0), sums)
     return s_loss, d_loss
@@ -209,7 +258,9 @@ def references() -> list[Any]:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_steps_equal_the_formulas_on_the_joined_batch(num_ranks: int, references: list[Any]) -> None:
+def test_steps_equal_the_formulas_on_the_joined_batch(
+    num_ranks: int, references: list[Any]
+) -> None:
     for of_rank in run_ranks(num_ranks, train_all):
         for case, got, expected in zip(CASES, of_rank, references, strict=True):
             check_equal(case, got, expected)

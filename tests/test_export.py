@@ -1,4 +1,6 @@
-"""Exported files: the original's outputs at any size, nothing but the file needed, and none that differs is kept."""
+"""Exported files: the original's outputs at any size, nothing but the file needed, and none that
+differs is kept.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,14 @@ OTHER_OPTIONS = [
 
 
 def lively(name: str, num_classes: int = 3, **options: object) -> nn.Module:
-    """A segmentor whose every layer matters: random statistics, no zero scores, logits of a few units."""
+    """A segmentor whose every layer matters.
+
+    Random statistics, no zero scores, logits of a few units.
+    """
     torch.manual_seed(0)
-    segmentor = build_segmentor(name, num_classes, init="random", **options).eval().requires_grad_(False)
+    segmentor = (
+        build_segmentor(name, num_classes, init="random", **options).eval().requires_grad_(False)
+    )
     for layer in segmentor.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(std=0.1)
@@ -52,7 +59,9 @@ def lively(name: str, num_classes: int = 3, **options: object) -> nn.Module:
         elif isinstance(layer, nn.Conv2d) and layer.weight.std() < 0.02:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     scale = float(segmentor(torch.rand(1, 3, 97, 131)).abs().max())
-    last = [m for m in segmentor.modules() if isinstance(m, nn.Conv2d) and m.out_channels == num_classes]
+    last = [
+        m for m in segmentor.modules() if isinstance(m, nn.Conv2d) and m.out_channels == num_classes
+    ]
     for layer in last:  # all that are added up to the logits
         layer.weight /= scale / 4
         if layer.bias is not None:
@@ -74,8 +83,13 @@ def check(name: str, options: dict, form: str, folder: Path) -> None:
 
         session = onnxruntime.InferenceSession(str(folder / "model"))
         shapes = [*session.get_inputs(), *session.get_outputs()]
-        assert [value.shape for value in shapes] == [["batch", 3, "height", "width"], ["batch", 3, "height", "width"]]
-        assert json.loads(session.get_modelmeta().custom_metadata_map["distseg"])["classes"] == CLASSES
+        assert [value.shape for value in shapes] == [
+            ["batch", 3, "height", "width"],
+            ["batch", 3, "height", "width"],
+        ]
+        assert (
+            json.loads(session.get_modelmeta().custom_metadata_map["distseg"])["classes"] == CLASSES
+        )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -86,7 +100,9 @@ def test_onnx_gives_the_originals_outputs_at_any_size(name: str, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch-export", "onnx"])
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in SEGMENTORS), *OTHER_OPTIONS])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in SEGMENTORS), *OTHER_OPTIONS]
+)
 def test_every_segmentor_is_exported(name: str, options: dict, form: str, tmp_path: Path) -> None:
     check(name, options, form, tmp_path)
 
@@ -103,16 +119,38 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory: a checkpoint of a small network, its configuration and an evaluation."""
     run_dir = tmp_path_factory.mktemp("runs") / "small"
     options = [f"segmentor.options.{key}={value}" for key, value in MULTISCALE.items()]
-    start = ["data.shards=shards", "mode=supervised", "segmentor=multiscale", "segmentor.init=random", "steps=7"]
-    places = [f"data.labelled={run_dir}/some.txt", f"data.cache_dir={run_dir}", "tracking.entity=me"]
+    start = [
+        "data.shards=shards",
+        "mode=supervised",
+        "segmentor=multiscale",
+        "segmentor.init=random",
+        "steps=7",
+    ]
+    places = [
+        f"data.labelled={run_dir}/some.txt",
+        f"data.cache_dir={run_dir}",
+        "tracking.entity=me",
+    ]
     config = loading.load([*start, *options, *places, f"run_dir={run_dir}"])
     identity = {"classes": CLASSES, "palette": PALETTE, "precision": "fp32"}
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     learner = Learner(network=lively("multiscale", **MULTISCALE))
     Checkpoints(run_dir, 1, identity, ranks).save({"segmentor": learner}, {"step": 7})
     (run_dir / "config.yaml").write_text(loading.to_yaml(config))
-    about = {"step": 7, "data": "toy", "split": "val", "num_images": 4, "scales": [1.0], "mirror": False}
-    scores = {"val/mean_iou": 0.725, "val/pixel_accuracy": 0.9, "val/boundary_f1": None, "precision": "fp32"}
+    about = {
+        "step": 7,
+        "data": "toy",
+        "split": "val",
+        "num_images": 4,
+        "scales": [1.0],
+        "mirror": False,
+    }
+    scores = {
+        "val/mean_iou": 0.725,
+        "val/pixel_accuracy": 0.9,
+        "val/boundary_f1": None,
+        "precision": "fp32",
+    }
     written = about | scores | {"intervals_95": {"val/mean_iou": [0.7, 0.75]}, "confusion": [[1]]}
     (run_dir / "evaluation.json").write_text(json.dumps(written))
     other = written | {"step": 3, "val/mean_iou": 0.111}
@@ -120,25 +158,44 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_hub_folder_is_all_that_is_needed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_hub_folder_is_all_that_is_needed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = tmp_path / "hub"
     for _ in range(2):  # its own files are replaced
         assert main(["export", str(finished), "--hub-folder", str(folder)]) == 0
-    names = {"README.md", "config.json", "model.onnx", "model.safetensors", "predict_onnx.py", "training.yaml"}
+    names = {
+        "README.md",
+        "config.json",
+        "model.onnx",
+        "model.safetensors",
+        "predict_onnx.py",
+        "training.yaml",
+    }
     assert {path.name for path in folder.iterdir()} == names
     card = (folder / "README.md").read_text()
     header = yaml.safe_load(card.split("---\n")[1])
     assert header["pipeline_tag"] == "image-segmentation"
     metrics = header["model-index"][0]["results"][0]["metrics"]
-    assert [metric["value"] for metric in metrics] == [0.725, 0.9], "of this step only, and only those there are"
-    assert "| 72.5 (70.0 to 75.0) | 90.0 |" in card and r"| 1 | a\|b | 0, 110, 70 |" in card and "hidden=16" in card
+    assert [metric["value"] for metric in metrics] == [0.725, 0.9], (
+        "of this step only, and only those there are"
+    )
+    assert (
+        "| 72.5 (70.0 to 75.0) | 90.0 |" in card
+        and r"| 1 | a\|b | 0, 110, 70 |" in card
+        and "hidden=16" in card
+    )
     content = json.loads((folder / "config.json").read_text())
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o044, f"{path.name} can be read by others"
-        assert str(finished.parent).encode() not in path.read_bytes(), f"{path.name} names a place of this machine"
+        assert str(finished.parent).encode() not in path.read_bytes(), (
+            f"{path.name} names a place of this machine"
+        )
     saved = loading.from_file(folder / "training.yaml")
     assert (
-        saved.data.labelled == "some.txt" and saved.data.shards == saved.run_dir == "" and saved.tracking.entity is None
+        saved.data.labelled == "some.txt"
+        and saved.data.shards == saved.run_dir == ""
+        and saved.tracking.entity is None
     )
     assert content["classes"] == CLASSES and len(content["evaluations"]) == 1
     image = np.random.default_rng(0).integers(0, 256, (71, 90, 3), dtype=np.uint8)
@@ -147,7 +204,9 @@ def test_a_hub_folder_is_all_that_is_needed(finished: Path, tmp_path: Path, caps
     program = f"""import sys; sys.modules["torch"] = sys.modules["distseg"] = sys.modules["shards"] = None
 import runpy; sys.argv = ["x", "model.onnx", r"{tmp_path / "picture.png"}", r"{tmp_path / "labels.png"}"]
 runpy.run_path("predict_onnx.py", run_name="__main__")"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True
+    )
     with Image.open(tmp_path / "labels.png") as labels:
         np.testing.assert_array_equal(labels, expected)
         assert labels.getpalette()[:9] == functools.reduce(operator.iadd, PALETTE, [])
@@ -156,10 +215,15 @@ runpy.run_path("predict_onnx.py", run_name="__main__")"""
     assert "holds other files" in capsys.readouterr().err
 
 
-def test_safetensors_and_torch_export_need_nothing_but_the_file(finished: Path, tmp_path: Path) -> None:
+def test_safetensors_and_torch_export_need_nothing_but_the_file(
+    finished: Path, tmp_path: Path
+) -> None:
     original = FullResolution(trained_segmentor(finished, "last")[0])
     image = torch.rand(1, 3, 70, 93)
-    for form, file in (("safetensors", tmp_path / "a.safetensors"), ("torch-export", tmp_path / "b.pt2")):
+    for form, file in (
+        ("safetensors", tmp_path / "a.safetensors"),
+        ("torch-export", tmp_path / "b.pt2"),
+    ):
         assert main(["export", str(finished), "--format", form, "--out", str(file)]) == 0
     read = FullResolution(formats.read_safetensors(tmp_path / "a.safetensors"))
     assert torch.equal(read(image), original(image))
@@ -167,14 +231,22 @@ def test_safetensors_and_torch_export_need_nothing_but_the_file(finished: Path, 
     program = torch.export.load(tmp_path / "b.pt2", extra_files=extra)
     torch.testing.assert_close(program.module()(image), original(image), rtol=0, atol=1e-5)
     assert json.loads(extra["distseg.json"])["classes"] == CLASSES
-    state = build_segmentor("multiscale", 3, init=str(tmp_path / "a.safetensors"), **MULTISCALE).state_dict()
-    assert all(torch.equal(state[key], value) for key, value in original.segmentor.state_dict().items())
+    state = build_segmentor(
+        "multiscale", 3, init=str(tmp_path / "a.safetensors"), **MULTISCALE
+    ).state_dict()
+    assert all(
+        torch.equal(state[key], value) for key, value in original.segmentor.state_dict().items()
+    )
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segmentor = lively("multiscale", **MULTISCALE)
     writer, reader = formats._FORMATS["safetensors"]
-    for change in (lambda y: y + 1e-3 * torch.rand(y.shape), lambda y: y[..., :-1], lambda y: y * float("nan")):
+    for change in (
+        lambda y: y + 1e-3 * torch.rand(y.shape),
+        lambda y: y[..., :-1],
+        lambda y: y * float("nan"),
+    ):
 
         def wrong(path: Path, change=change) -> formats.Runner:
             run = reader(path)
@@ -182,13 +254,24 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
         monkeypatch.setitem(formats._FORMATS, "safetensors", (writer, wrong))
         with pytest.raises(RuntimeError, match="safetensors"):
-            formats.export(segmentor, about("multiscale", MULTISCALE), "safetensors", tmp_path / "m.safetensors")
+            formats.export(
+                segmentor,
+                about("multiscale", MULTISCALE),
+                "safetensors",
+                tmp_path / "m.safetensors",
+            )
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_named_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else object())
-    with pytest.raises(formats.InputError, match=r"onnxruntime not installed[\s\S]*distseg\[export\]"):
+def test_a_missing_package_is_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        formats, "find_spec", lambda name: None if name == "onnxruntime" else object()
+    )
+    with pytest.raises(
+        formats.InputError, match=r"onnxruntime not installed[\s\S]*distseg\[export\]"
+    ):
         command.run(tmp_path / "missing", "last", "onnx", None, None)
 
 

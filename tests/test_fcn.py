@@ -1,4 +1,6 @@
-"""FCN on VGG16: torchvision's keys, the reference's offsets and scores, coarse to fine, one score for two classes."""
+"""FCN on VGG16: torchvision's keys, the reference's offsets and scores, coarse to fine, one score
+for two classes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def fcn():
 
 def narrow(kind, monkeypatch, **options):
     """A network of kind with 4 channels in every layer and random scores."""
-    monkeypatch.setattr(vgg, "LAYOUT", tuple(4 if isinstance(step, int) else step for step in vgg.LAYOUT))
+    monkeypatch.setattr(
+        vgg, "LAYOUT", tuple(4 if isinstance(step, int) else step for step in vgg.LAYOUT)
+    )
     network = kind(options.pop("num_classes", 2), fc_channels=4, **options)
     for name in ("score_fr", "score_pool4", "score_pool3"):
         if hasattr(network, name):
@@ -37,7 +41,10 @@ def narrow(kind, monkeypatch, **options):
 
 
 def test_vgg_has_torchvisions_keys_and_sizes():
-    """Of `for k, v in vgg16().state_dict().items()`, 0.29.2, without the last layer; fc6 and fc7 are flat there."""
+    """Of `for k, v in vgg16().state_dict().items()`, 0.29.2, without the last layer.
+
+    Fc6 and fc7 are flat there.
+    """
     lines = (line.split() for line in (DATA / "vgg16.txt").read_text().splitlines())
     published = {key: tuple(map(int, shape.split("x"))) for key, shape in lines}
     assert len(published) == 32
@@ -47,12 +54,17 @@ def test_vgg_has_torchvisions_keys_and_sizes():
         key: tuple((v.flatten(1) if key.startswith("classifier") and v.ndim == 4 else v).shape)
         for key, v in state.items()
     }
-    assert list(flat.items()) == [item for item in published.items() if not item[0].startswith("classifier.6")]
+    assert list(flat.items()) == [
+        item for item in published.items() if not item[0].startswith("classifier.6")
+    ]
     assert state["classifier.0.weight"].shape == (4096, 512, 7, 7)
 
 
 def test_fully_connected_weights_become_the_same_function_as_convolutions(tmp_path):
-    state = {f"classifier.0.{key}": value for key, value in torch.nn.Linear(25088, 8).state_dict().items()}
+    state = {
+        f"classifier.0.{key}": value
+        for key, value in torch.nn.Linear(25088, 8).state_dict().items()
+    }
     state |= {"classifier.6.weight": torch.zeros(1000, 8)}
     torch.save(state, tmp_path / "vgg.pth")
     segmentor = build_segmentor("fcn8s_vgg16", 2, init=str(tmp_path / "vgg.pth"), fc_channels=8)
@@ -81,7 +93,8 @@ def test_torchvisions_file_is_found_where_torchvision_puts_it(tmp_path, monkeypa
 
 
 def test_parameters_are_those_of_the_layers():
-    """At 21 classes: VGG16's convolutions, fc6, fc7, the 1x1 scores and the k4 upsamplings of the reference's nets.
+    """At 21 classes: VGG16's convolutions, fc6, fc7, the 1x1 scores and the k4 upsamplings of the
+    reference's nets.
 
     The reference's last upsampling (k64, k32 or k16) is fixed; here the loss and inference do it.
     """
@@ -102,7 +115,11 @@ def test_logits_come_at_the_output_stride_rounded_up(name, size):
     network = build_segmentor(name, 3, init="random", fc_channels=4).eval()
     assert network.output_stride == NAMES[name]
     with torch.no_grad():
-        assert network(torch.rand(1, 3, *size)).shape == (1, 3, *(-(-side // NAMES[name]) for side in size))
+        assert network(torch.rand(1, 3, *size)).shape == (
+            1,
+            3,
+            *(-(-side // NAMES[name]) for side in size),
+        )
     with pytest.raises(InputError, match="image of 64x31 px"):
         network(torch.rand(1, 3, 64, 31))
 
@@ -116,7 +133,9 @@ def test_zero_scores_start_as_a_uniform_softmax(fcn):
 def test_upscore_starts_as_bilinear_upsampling_up_to_the_border(size):
     score = torch.randn(2, 3, *size)
     finer = torch.empty(2, 1, 2 * size[0] - 1, 2 * size[1])
-    expected = F.interpolate(score, scale_factor=2.0, mode="bilinear", align_corners=False)[..., :-1, :]
+    expected = F.interpolate(score, scale_factor=2.0, mode="bilinear", align_corners=False)[
+        ..., :-1, :
+    ]
     torch.testing.assert_close(Upscore(3)(score, finer), expected)
 
 
@@ -138,7 +157,8 @@ def test_scores_land_where_they_belong_at_any_size(kind, size):
     network.encoder = RampEncoder()
     network.score_fr.weight.data = torch.eye(2)[:, :, None, None]
     up = F.interpolate(network(torch.rand(1, 3, *size)), size, mode="bilinear", align_corners=False)
-    # where no border is near, each pixel must read its own position, on the grid of multiples of the stride
+    # where no border is near, each pixel must read its own position, on the grid of multiples of
+    # the stride
     for axis, side in ((0, size[1]), (1, size[0])):
         stretched = -(-side // kind.output_stride) * kind.output_stride
         own = (torch.arange(side) + 0.5) * stretched / side - 0.5
@@ -194,7 +214,10 @@ def vgg_grids(first_padding, fc6_padding):
 
 
 def test_the_references_crop_offsets_follow_from_its_layers():
-    """19 (32s); 5, 27 (16s); 9, 31 (8s): of voc-fcn32s, 16s and 8s net.py, here from their arithmetic."""
+    """19 (32s); 5, 27 (16s).
+
+    9, 31 (8s): of voc-fcn32s, 16s and 8s net.py, here from their arithmetic.
+    """
     pool3, pool4, fc7 = vgg_grids(first_padding=100, fc6_padding=0)
     assert fc7.upscore(64, 32).offset_of(Grid()) == 19
     up2 = fc7.upscore(4, 2)
@@ -206,8 +229,14 @@ def test_the_references_crop_offsets_follow_from_its_layers():
 
 
 def test_our_grid_is_the_references_three_pixels_further():
-    """Ours starts at the corner; both put every cell at the middle of what it sees, and whole cells may be cropped."""
-    ours, reference = vgg_grids(first_padding=1, fc6_padding=3), vgg_grids(first_padding=100, fc6_padding=0)
+    """Ours starts at the corner.
+
+    Both put every cell at the middle of what it sees, and whole cells may be cropped.
+    """
+    ours, reference = (
+        vgg_grids(first_padding=1, fc6_padding=3),
+        vgg_grids(first_padding=100, fc6_padding=0),
+    )
     for stride, mine, theirs in zip((8, 16, 32), ours, reference, strict=True):
         assert mine == Grid(stride, (stride - 1) / 2)
         assert (mine.start - theirs.start) % stride == 3
@@ -215,7 +244,10 @@ def test_our_grid_is_the_references_three_pixels_further():
 
 
 def reference_scores(network, image):
-    """voc-fcn{32,16,8}s from its definition: 100 px of padding, a valid fc6, bilinear deconvolutions, crops."""
+    """voc-fcn{32,16,8}s from its definition.
+
+    100 px of padding, a valid fc6, bilinear deconvolutions, crops.
+    """
 
     def upscore(score, stride):
         ramp = 1 - (torch.arange(2 * stride) - (stride - 0.5)).abs() / stride
@@ -226,7 +258,9 @@ def reference_scores(network, image):
         return x[..., offset : offset + size[0], offset : offset + size[1]]
 
     features, encoder, size = network.encoder.features, network.encoder, image.shape[-2:]
-    x = F.conv2d((image - encoder.mean) / encoder.std, features[0].weight, features[0].bias, padding=100)
+    x = F.conv2d(
+        (image - encoder.mean) / encoder.std, features[0].weight, features[0].bias, padding=100
+    )
     pools = []
     for layer in features[1:]:
         x = layer(x)
@@ -240,7 +274,9 @@ def reference_scores(network, image):
     if network.output_stride == 16:
         return crop(upscore(score, 16), 27, size)
     score = upscore(score, 2)
-    return crop(upscore(score + crop(network.score_pool3(pools[2]), 9, score.shape[-2:]), 8), 31, size)
+    return crop(
+        upscore(score + crop(network.score_pool3(pools[2]), 9, score.shape[-2:]), 8), 31, size
+    )
 
 
 @pytest.mark.parametrize("kind", [FCN32s, FCN16s, FCN8s])
@@ -255,26 +291,41 @@ def test_scores_equal_the_references_on_the_image_three_pixels_further(kind, mon
     spread = reference[..., middle, middle].std()
     assert spread > 0
     torch.testing.assert_close(
-        ours[..., 267:379, 267:379], reference[..., middle, middle], rtol=0, atol=1e-9 * spread.item()
+        ours[..., 267:379, 267:379],
+        reference[..., middle, middle],
+        rtol=0,
+        atol=1e-9 * spread.item(),
     )
 
 
 @pytest.mark.parametrize(
     ("coarse", "fine", "new"),
     [
-        ("fcn32s_vgg16", "fcn16s_vgg16", ("score_pool4.weight", "score_pool4.bias", "upscore2.weight")),
-        ("fcn16s_vgg16", "fcn8s_vgg16", ("score_pool3.weight", "score_pool3.bias", "upscore_pool4.weight")),
+        (
+            "fcn32s_vgg16",
+            "fcn16s_vgg16",
+            ("score_pool4.weight", "score_pool4.bias", "upscore2.weight"),
+        ),
+        (
+            "fcn16s_vgg16",
+            "fcn8s_vgg16",
+            ("score_pool3.weight", "score_pool3.bias", "upscore_pool4.weight"),
+        ),
     ],
 )
 def test_a_finer_network_starts_as_the_coarser_one(coarse, fine, new, tmp_path):
     network = build_segmentor(coarse, 3, init="random", fc_channels=8).eval()
     torch.nn.init.normal_(network.score_fr.weight)
     save_file(network.state_dict(), tmp_path / "coarse.safetensors")
-    finer = build_segmentor(fine, 3, init=str(tmp_path / "coarse.safetensors"), fc_channels=8).eval()
+    finer = build_segmentor(
+        fine, 3, init=str(tmp_path / "coarse.safetensors"), fc_channels=8
+    ).eval()
     assert finer.init_report.missing == new and finer.init_report.left_over == ()
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
-        expected = F.interpolate(network(image), scale_factor=2.0, mode="bilinear", align_corners=False)
+        expected = F.interpolate(
+            network(image), scale_factor=2.0, mode="bilinear", align_corners=False
+        )
         torch.testing.assert_close(finer(image), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -298,9 +349,14 @@ def test_cross_entropy_on_a_sigmoid_head_is_binary_cross_entropy(kind, monkeypat
     assert logits.shape[1] == network.num_classes == 2 and network.score_fr.out_channels == 1
     score = logits[:, 1]
     torch.testing.assert_close(logits.softmax(1)[:, 1], score.sigmoid())
-    losses = F.cross_entropy(logits, label), F.binary_cross_entropy_with_logits(score, label.double())
+    losses = (
+        F.cross_entropy(logits, label),
+        F.binary_cross_entropy_with_logits(score, label.double()),
+    )
     torch.testing.assert_close(*losses)
-    grads = [torch.autograd.grad(loss, list(network.parameters()), retain_graph=True) for loss in losses]
+    grads = [
+        torch.autograd.grad(loss, list(network.parameters()), retain_graph=True) for loss in losses
+    ]
     assert all(grad.any() for grad in grads[0])
     torch.testing.assert_close(*grads)
 
@@ -319,7 +375,10 @@ def test_training_from_zero_scores_reaches_every_tensor(kind, binary_head, monke
     network = narrow(kind, monkeypatch, binary_head=binary_head).train()
     for name in ("score_fr", "score_pool4", "score_pool3"):
         if hasattr(network, name):
-            torch.nn.init.zeros_(getattr(network, name).weight), torch.nn.init.zeros_(getattr(network, name).bias)
+            (
+                torch.nn.init.zeros_(getattr(network, name).weight),
+                torch.nn.init.zeros_(getattr(network, name).bias),
+            )
     before = {key: parameter.detach().clone() for key, parameter in network.named_parameters()}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     image = torch.rand(2, 3, 64, 64)

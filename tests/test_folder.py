@@ -1,4 +1,7 @@
-"""Your own images and masks: every form of mask and layout that the YAML can name, and every way to get it wrong."""
+"""Your own images and masks.
+
+Every form of mask and layout that the YAML can name, and every way to get it wrong.
+"""
 
 from __future__ import annotations
 
@@ -118,17 +121,24 @@ def test_splits_by_seed_lists_and_folders(root: Path, tmp_path: Path) -> None:
     for name in ("train", "val"):  # both number their images alike
         image(tmp_path / "two" / name / "0001.jpg")
         save(tmp_path / "two" / name / "0001_mask.png", IDS)
-    beside = "images: '{split}'\nmasks: '{split}'\nmask_suffix: _mask\nsplits: [train, val]\nname: two\n"
+    beside = (
+        "images: '{split}'\nmasks: '{split}'\nmask_suffix: _mask\nsplits: [train, val]\nname: two\n"
+    )
     (tmp_path / "two.yaml").write_text(BY_ID + beside)
     out = tmp_path / "two.h5"
     prepare("folder", tmp_path / "two", out, layout=str(tmp_path / "two.yaml"))
     with MapsReader(out) as reader:
-        assert (reader.name, reader.splits) == ("two", {"train": ["train_0001"], "val": ["val_0001"]})
+        assert (reader.name, reader.splits) == (
+            "two",
+            {"train": ["train_0001"], "val": ["val_0001"]},
+        )
 
 
 def test_images_without_a_mask_stay_unlabelled_where_that_is_allowed(root: Path) -> None:
     (root / "masks" / "c.png").unlink()
-    with pytest.raises(InputError, match=r"1 of 5 samples are not whole, the first: c: no .*masks/c\.png"):
+    with pytest.raises(
+        InputError, match=r"1 of 5 samples are not whole, the first: c: no .*masks/c\.png"
+    ):
         labels(root)
     (root / "distseg.yaml").write_text(BY_ID + "unlabelled: true\n")
     for seed in range(6):
@@ -136,14 +146,18 @@ def test_images_without_a_mask_stay_unlabelled_where_that_is_allowed(root: Path)
     assert [key for key, label in labels(root).items() if label is None] == ["c"]
     (root / "t.txt").write_text("a")
     (root / "v.txt").write_text("c")
-    (root / "distseg.yaml").write_text(BY_ID + "unlabelled: true\nsplits: {train: t.txt, val: v.txt}\n")
+    (root / "distseg.yaml").write_text(
+        BY_ID + "unlabelled: true\nsplits: {train: t.txt, val: v.txt}\n"
+    )
     with pytest.raises(InputError, match=r"c: no .*masks/c\.png"):  # nothing to score it by
         labels(root)
 
 
 def test_a_class_that_is_in_no_mask_is_told(root: Path, tmp_path: Path) -> None:
     (root / "distseg.yaml").write_text(BY_ID.replace("void", "  - {name: boat, ids: [77]}\nvoid"))
-    assert prepare("folder", root, tmp_path / "maps.h5").notes == ("no pixel in any label of: boat",)
+    assert prepare("folder", root, tmp_path / "maps.h5").notes == (
+        "no pixel in any label of: boat",
+    )
 
 
 def yaml(text: str) -> Callable[[Path], object]:
@@ -169,7 +183,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "words": (yaml("sky and road"), "distseg.yaml: str instead"),
     "empty yaml": (yaml(""), "distseg.yaml: NoneType instead"),
     "unknown key": (yaml(BY_ID + "spilts: 1"), r"key 'spilts' \(nearest: splits\)"),
-    "unknown key of a class": (yaml("classes: [{name: a, colour: [1, 2, 3]}]"), r"'colour' \(nearest: color\)"),
+    "unknown key of a class": (
+        yaml("classes: [{name: a, colour: [1, 2, 3]}]"),
+        r"'colour' \(nearest: color\)",
+    ),
     "no classes": (yaml("void: [1]"), "classes: None is no list"),
     "classes without names": (yaml("classes: [sky, road]"), "'sky' has no name"),
     "a name that YAML takes for no": (yaml("classes: [{name: no}]"), "name False is no text"),
@@ -180,7 +197,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "colour of two": (yaml("classes: [{name: a, color: [1, 2]}]"), r"color \[1, 2\]"),
     "colours without colour": (yaml("mask_values: colors\nclasses: [{name: a}]"), "a needs color"),
     "void id among colours": (yaml(BY_COLOR + "name: [x]\n"), "name: .* no text"),
-    "mask values of another kind": (yaml(BY_ID + "mask_values: rgb"), "'rgb' is none of ids, colors"),
+    "mask values of another kind": (
+        yaml(BY_ID + "mask_values: rgb"),
+        "'rgb' is none of ids, colors",
+    ),
     "splits without a place": (yaml(BY_ID + "splits: [train, val]"), "neither a list with"),
     "no list file": (yaml(BY_ID + "splits: {train: t.txt, val: v.txt}"), "t.txt: "),
     "empty list": (
@@ -192,7 +212,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "zz: no ",
     ),
     "list leads outside": (
-        lambda r: [(r / "t.txt").write_text("../../../etc/passwd"), yaml(BY_ID + "splits: {train: t.txt}")(r)],
+        lambda r: [
+            (r / "t.txt").write_text("../../../etc/passwd"),
+            yaml(BY_ID + "splits: {train: t.txt}")(r),
+        ],
         "passwd.jpg leads to",
     ),
     "link outside": (linked, "a.jpg leads to .*elsewhere.jpg"),
@@ -204,25 +227,45 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: [image(r / "images" / "b_v2.jpg"), save(r / "masks" / "b_v2.png", IDS)],
         "would both be called 'b_v2'",
     ),
-    "two images of one name": (lambda r: image(r / "images" / "a.png", "PNG"), "images/a.jpg and .*images/a.png"),
+    "two images of one name": (
+        lambda r: image(r / "images" / "a.png", "PNG"),
+        "images/a.jpg and .*images/a.png",
+    ),
     "unknown id": (
         lambda r: save(r / "masks" / "e.png", np.full(SIZE, 3)),
         "(?s)e.png: value 3 in 54 pixels.*one of: 0, 7, 9",
     ),
-    "colours for ids": (lambda r: save(r / "masks" / "e.png", IDS, "RGB"), "e.png: a picture in mode RGB"),
-    "mask of another size": (lambda r: save(r / "masks" / "e.png", IDS.T), "e.png: 9 x 6 pixels for an image 6 x 9"),
-    "mask is text": (lambda r: (r / "masks" / "e.png").write_text("hello"), "e.png: cannot identify"),
-    "image is text": (lambda r: (r / "images" / "e.jpg").write_text("hello"), "e.jpg: an image that begins"),
+    "colours for ids": (
+        lambda r: save(r / "masks" / "e.png", IDS, "RGB"),
+        "e.png: a picture in mode RGB",
+    ),
+    "mask of another size": (
+        lambda r: save(r / "masks" / "e.png", IDS.T),
+        "e.png: 9 x 6 pixels for an image 6 x 9",
+    ),
+    "mask is text": (
+        lambda r: (r / "masks" / "e.png").write_text("hello"),
+        "e.png: cannot identify",
+    ),
+    "image is text": (
+        lambda r: (r / "images" / "e.jpg").write_text("hello"),
+        "e.jpg: an image that begins",
+    ),
     "image is cut": (
         lambda r: (r / "images" / "e.jpg").write_bytes((r / "images" / "e.jpg").read_bytes()[:-40]),
         "e.jpg: an unreadable image",
     ),
-    "image is empty": (lambda r: (r / "images" / "e.jpg").write_text(""), "e.jpg: an image that begins"),
+    "image is empty": (
+        lambda r: (r / "images" / "e.jpg").write_text(""),
+        "e.jpg: an image that begins",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named_and_nothing_is_written(root: Path, tmp_path: Path, case: str) -> None:
+def test_what_is_wrong_is_named_and_nothing_is_written(
+    root: Path, tmp_path: Path, case: str
+) -> None:
     damage, message = WRONG[case]
     damage(root)
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,6 @@
-"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold slices of."""
+"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold slices
+of.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ TERMS = ["semi, a score per cell", "semi, blocks"]
 
 
 def train_steps(ranks: Ranks, overrides: tuple[str, ...]) -> list[Any]:
-    fsdp.BLOCK_PARAMETERS = ranks.world_size - 1  # on one rank nothing but the whole, on more each layer by itself
+    # on one rank nothing but the whole, on more each layer by itself
+    fsdp.BLOCK_PARAMETERS = ranks.world_size - 1
     return [test_engine.train(ranks, case, overrides) for case in STEPS]
 
 
@@ -45,7 +48,9 @@ def references() -> list[Any]:
 
 
 @pytest.mark.parametrize(("num_ranks", "overrides"), [(1, FSDP), (2, FSDP), (4, HYBRID)])
-def test_six_steps_equal_the_reference(num_ranks: int, overrides: tuple[str, ...], references: list[Any]) -> None:
+def test_six_steps_equal_the_reference(
+    num_ranks: int, overrides: tuple[str, ...], references: list[Any]
+) -> None:
     for of_rank in run_ranks(num_ranks, train_steps, overrides):
         for case, got, expected in zip(STEPS, of_rank, references, strict=True):
             test_engine.check_equal(case, got, expected)
@@ -53,12 +58,17 @@ def test_six_steps_equal_the_reference(num_ranks: int, overrides: tuple[str, ...
 
 def train_terms(ranks: Ranks) -> list[Any]:
     fsdp.BLOCK_PARAMETERS = 10_000
-    whole = [test_engine_terms.train(ranks, [*test_engine_terms.CASES[name], *FSDP]) for name in TERMS]
+    whole = [
+        test_engine_terms.train(ranks, [*test_engine_terms.CASES[name], *FSDP]) for name in TERMS
+    ]
     return [*whole, test_engine_terms.train(ranks, [*test_engine_terms.IN_PARTS[0], *FSDP], 2)]
 
 
 def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas() -> None:
-    """Three ranks, by which few parameters can be divided; the last one's images are void, its mask is empty."""
+    """Three ranks, by which few parameters can be divided.
+
+    The last one's images are void, its mask is empty.
+    """
     cases = [*(test_engine_terms.CASES[name] for name in TERMS), test_engine_terms.IN_PARTS[0]]
     expected = [test_engine_terms.reference(case) for case in cases]
     for of_rank in run_ranks(3, train_terms):
@@ -80,12 +90,17 @@ def make_pair(ranks: Ranks, overrides: tuple[str, ...]) -> Any:
     config = make_config("fp64", "simultaneous", "adversarial", overrides)
     config.segmentor_optimizer.clip_norm = 0.05  # below every norm
     optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
-    learners = [wrap(*both, config, ranks) for both in zip(make_networks("two_branch"), optimizers, strict=True)]
+    learners = [
+        wrap(*both, config, ranks)
+        for both in zip(make_networks("two_branch"), optimizers, strict=True)
+    ]
     return Pair(*learners, config.loss, config.semi), config
 
 
 def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
     image, label = (part[share] for part in make_batch(step, torch.float64, 48))
     adversarial_step(pair, phase(step, config), Images(image, label))
 
@@ -105,19 +120,30 @@ def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
     for step in range(3):
         bad = list(learners[spoiled].network.parameters()) if spoiled and step == 1 else []
         bad = bad if ranks.rank == ranks.world_size - 1 else []
-        hooks = [p.register_hook(lambda g: torch.full_like(g, float("inf"))) for p in bad[-1:] if not overrides]
+        hooks = [
+            p.register_hook(lambda g: torch.full_like(g, float("inf")))
+            for p in bad[-1:]
+            if not overrides
+        ]
         gradients(ranks, pair, config, step)
         [hook.remove() for hook in hooks]
         if bad and overrides:
             some = [p for p in bad if slice_of(p.grad).rows.numel()]
             slice_of(some[-1].grad).rows.view(-1)[0] = float("inf")
-        metrics = {name: {k: float(v) for k, v in learner.step(1.0).items()} for name, learner in learners.items()}
-        history.append((metrics, {name: values(learner.whole()) for name, learner in learners.items()}))
+        metrics = {
+            name: {k: float(v) for k, v in learner.step(1.0).items()}
+            for name, learner in learners.items()
+        }
+        history.append(
+            (metrics, {name: values(learner.whole()) for name, learner in learners.items()})
+        )
     return history
 
 
 def spoil_each(ranks: Ranks, overrides: tuple[str, ...]) -> dict[str, list[Any]]:
-    return {spoiled: spoil(ranks, overrides, spoiled) for spoiled in ("", "segmentor", "discriminator")}
+    return {
+        spoiled: spoil(ranks, overrides, spoiled) for spoiled in ("", "segmentor", "discriminator")
+    }
 
 
 @cache  # two tests look at them
@@ -135,11 +161,20 @@ def test_an_infinity_on_one_rank_skips_that_network_on_all(
     (other,) = {"segmentor", "discriminator"} - {spoiled}
     for history in of_ranks:
         metrics = [metrics for metrics, _ in history]
-        assert [(m[spoiled]["skips"], m[spoiled]["skips_in_a_row"]) for m in metrics] == [(0, 0), (1, 1), (1, 0)]
+        assert [(m[spoiled]["skips"], m[spoiled]["skips_in_a_row"]) for m in metrics] == [
+            (0, 0),
+            (1, 1),
+            (1, 0),
+        ]
         assert [m[other]["skips"] for m in metrics] == [0, 0, 0]
-        assert metrics == [metrics for metrics, _ in of_ranks[0]] or metrics[1][spoiled]["grad_norm"] == np.inf
+        assert (
+            metrics == [metrics for metrics, _ in of_ranks[0]]
+            or metrics[1][spoiled]["grad_norm"] == np.inf
+        )
         before, after = history[0][1], history[1][1]
-        assert all((before[spoiled][name] == after[spoiled][name]).all() for name in before[spoiled])
+        assert all(
+            (before[spoiled][name] == after[spoiled][name]).all() for name in before[spoiled]
+        )
         assert all((good[1][1][other][name] == after[other][name]).all() for name in after[other])
         assert any((before[other][name] != after[other][name]).any() for name in before[other])
 
@@ -150,19 +185,29 @@ def test_norms_are_those_of_the_whole_gradient() -> None:
         for found in spoiled_runs(num_ranks, overrides):
             for (got, _), (expected, _) in zip(found[""], ddp, strict=True):
                 for name in ("segmentor", "discriminator"):
-                    assert got[name]["grad_norm"] == pytest.approx(expected[name]["grad_norm"], rel=1e-9)
+                    assert got[name]["grad_norm"] == pytest.approx(
+                        expected[name]["grad_norm"], rel=1e-9
+                    )
 
 
 def train_in_half(ranks: Ranks) -> list[Any]:
-    """Under DDP and under FSDP six steps in fp16: loss scales and skips of every step, and the last networks."""
+    """Under DDP and under FSDP six steps in fp16.
+
+    Loss scales and skips of every step, and the last networks.
+    """
     found = []
     for overrides in ((), FSDP):
         config = make_config("fp32", "simultaneous", "adversarial", overrides)
         config.precision = "fp16"
         optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
-        learners = [wrap(*both, config, ranks) for both in zip(make_networks("two_branch"), optimizers, strict=True)]
+        learners = [
+            wrap(*both, config, ranks)
+            for both in zip(make_networks("two_branch"), optimizers, strict=True)
+        ]
         pair, counts = Pair(*learners, config.loss, config.semi), []
-        share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+        share = slice(
+            ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+        )
         for step in range(6):
             image, label = (part[share] for part in make_batch(step, torch.float32, 48))
             adversarial_step(pair, phase(step, config), Images(image, label))
@@ -180,7 +225,10 @@ def test_fp16_has_the_loss_scales_and_the_steps_of_ddp() -> None:
 
 
 def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The average and the network after each of three steps; then, the average alone is looked at in between."""
+    """The average and the network after each of three steps.
+
+    Then, the average alone is looked at in between.
+    """
     pair, config = make_pair(ranks, overrides)
     ema = MovingAverage(pair.segmentor, decay=0.5)
     seen = []
@@ -222,7 +270,10 @@ def test_replicas_that_hold_different_slices_are_found() -> None:
 
 
 def run_large(ranks: Ranks) -> list[float]:
-    """Networks of every kind with their large layers by themselves: how far from the plain network, all in all."""
+    """Networks of every kind with their large layers by themselves.
+
+    How far from the plain network, all in all.
+    """
     fsdp.BLOCK_PARAMETERS = 20_000
     config = make_config("fp64", "simultaneous", "adversarial", FSDP)
     judge: dict[str, Any] = {"width": 0.5, "head": "patch"}
@@ -232,7 +283,12 @@ def run_large(ranks: Ranks) -> list[float]:
     maps = torch.rand(2, NUM_CLASSES, 16, 16, dtype=torch.float64).softmax(1).requires_grad_()
     for name in ("deeplabv3plus_efficientnet_lite0", "multiscale"):
         networks.append((build_segmentor(name, NUM_CLASSES, init="random"), (image,)))
-    networks.append((build_discriminator("two_branch", NUM_CLASSES, **judge), (image, maps, maps.detach().flip(0))))
+    networks.append(
+        (
+            build_discriminator("two_branch", NUM_CLASSES, **judge),
+            (image, maps, maps.detach().flip(0)),
+        )
+    )
     far = []
     for network, inputs in networks:
         learner = wrap(network, config.segmentor_optimizer, config, ranks)
@@ -244,7 +300,9 @@ def run_large(ranks: Ranks) -> list[float]:
             torch.manual_seed(2)  # dropout
             outputs = forward(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            torch.autograd.grad(outputs[0].square().mean(), maps, retain_graph=True, allow_unused=True)  # the proxy
+            torch.autograd.grad(
+                outputs[0].square().mean(), maps, retain_graph=True, allow_unused=True
+            )  # the proxy
             sum((output.square().mean() for output in outputs), start=torch.zeros(())).backward()
             results.append([output.detach() for output in outputs])
         far += [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
@@ -265,22 +323,32 @@ def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
         check_shard_size(4, 6)
 
 
-def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     settings = ["parallel.strategy=fsdp", "segmentor.batch_norm=synchronised"]
     finish(start(2, toy_shards, tmp_path / "whole", *settings))
-    kill_after_checkpoint(start(2, toy_shards, tmp_path / "killed", *settings), tmp_path / "killed", "step-00000003")
+    kill_after_checkpoint(
+        start(2, toy_shards, tmp_path / "killed", *settings), tmp_path / "killed", "step-00000003"
+    )
     finish(start(2, toy_shards, tmp_path / "killed", *settings))
     files = [
-        sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors")) for run in ("whole", "killed")
+        sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors"))
+        for run in ("whole", "killed")
     ]
-    assert len(files[0]) == 13  # five of them in two slices, and the counters of both networks and the average
+    # five of them in two slices, and the counters of both networks and the average
+    assert len(files[0]) == 13
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
-    assert main(["evaluate", str(tmp_path / "whole"), "--quick"]) == 0  # from the slices, on one rank
+    # from the slices, on one rank
+    assert main(["evaluate", str(tmp_path / "whole"), "--quick"]) == 0
     names = ("evaluation.json", "evaluation-step-00000012-val-quick.json")
     scores = [json.loads((tmp_path / "whole" / name).read_text()) for name in names]
-    losses = [of_run.pop("val/loss") for of_run in scores]  # a sum of floats: one rank's order is not that of two
+    # a sum of floats: one rank's order is not that of two
+    losses = [of_run.pop("val/loss") for of_run in scores]
     assert scores[0] == scores[1] and losses[0] == pytest.approx(losses[1], rel=1e-9)
     finish(start(1, toy_shards, tmp_path / "ddp", "segmentor.batch_norm=synchronised"))
     for name, value in curve(tmp_path / "ddp")[-1][1].items():
-        assert curve(tmp_path / "whole")[-1][1][name] == pytest.approx(value, rel=0.02, abs=0.01), name
+        assert curve(tmp_path / "whole")[-1][1][name] == pytest.approx(value, rel=0.02, abs=0.01), (
+            name
+        )

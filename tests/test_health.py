@@ -1,4 +1,7 @@
-"""Verdicts on made-up and on recorded rows: the right one, at the right step, and none on a healthy run."""
+"""Verdicts on made-up and on recorded rows.
+
+The right one, at the right step, and none on a healthy run.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,18 @@ RECORDED = Path(__file__).parent / "data" / "health"  # see its README
 def healthy(step: int) -> dict[str, Any]:
     """A row as a good run logs it."""
     row = {"step": step, "loss/segmentor": 0.5, "loss/cross_entropy": 0.45, "loss/adversarial": 1.8}
-    row |= {"loss/discriminator_real": 0.3, "loss/discriminator_fake": 0.25, "discriminator/accuracy": 0.88}
+    row |= {
+        "loss/discriminator_real": 0.3,
+        "loss/discriminator_fake": 0.25,
+        "discriminator/accuracy": 0.88,
+    }
     row |= {"semi/mask_share": 0.2, "weight/adversarial": 0.05, RATIO: 0.2, "skips/segmentor": 0.0}
-    return row | {"step_seconds": 1.0, "data_wait_seconds": 0.01, "ranks/slowest": 2.0, "ranks/slowest_ratio": 1.05}
+    return row | {
+        "step_seconds": 1.0,
+        "data_wait_seconds": 0.01,
+        "ranks/slowest": 2.0,
+        "ranks/slowest_ratio": 1.05,
+    }
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -51,7 +63,9 @@ def test_every_check_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_verdict_is_raised_alone_when_enough_rows_say_so_and_cleared_when_they_no_longer_do(name: str) -> None:
+def test_a_verdict_is_raised_alone_when_enough_rows_say_so_and_cleared_when_they_no_longer_do(
+    name: str,
+) -> None:
     check, health = NAMED[name], Health(healthy(step) for step in range(10, 310, 10))
     assert not health.events and set(health.flags().values()) == {0.0}
     step, raised_at = 300, None
@@ -75,10 +89,16 @@ def test_a_verdict_is_raised_alone_when_enough_rows_say_so_and_cleared_when_they
 @pytest.mark.parametrize("name", [name for name in BAD if NAMED[name].num_rows > 1])
 def test_a_single_bad_row_and_a_signal_between_the_bounds_change_nothing(name: str) -> None:
     check, health = NAMED[name], Health(healthy(step) for step in range(10, 210, 10))
-    near = healthy(210) | {key: healthy(0)[key] + (bad - healthy(0)[key]) / 5 for key, bad in BAD[name].items()}
+    near = healthy(210) | {
+        key: healthy(0)[key] + (bad - healthy(0)[key]) / 5 for key, bad in BAD[name].items()
+    }
     assert not health.update(near)
     between = math.sqrt(check.raise_at * check.clear_at)
-    keys = {"data_starved": "data_wait_seconds", "no_influence": RATIO, "mask_is_empty": "semi/mask_share"}
+    keys = {
+        "data_starved": "data_wait_seconds",
+        "no_influence": RATIO,
+        "mask_is_empty": "semi/mask_share",
+    }
     keys |= {"slow_rank": "ranks/slowest_ratio", "discriminator_has_won": "loss/discriminator_fake"}
     if name not in keys:
         return
@@ -98,7 +118,10 @@ def test_a_rank_that_is_slow_is_named_and_ranks_that_take_turns_are_not() -> Non
     health = Health(healthy(step) | BAD["slow_rank"] for step in range(10, 310, 10))
     assert [(event.name, event.detail) for event in health.events] == [("slow_rank", "rank 2")]
     assert "(rank 2)" in health.events[0].text()
-    turns = [healthy(step) | BAD["slow_rank"] | {"ranks/slowest": float(step // 10 % 2)} for step in range(10, 310, 10)]
+    turns = [
+        healthy(step) | BAD["slow_rank"] | {"ranks/slowest": float(step // 10 % 2)}
+        for step in range(10, 310, 10)
+    ]
     assert not Health(turns).events
 
 
@@ -106,28 +129,48 @@ def test_skips_of_a_loss_scale_that_finds_its_size_are_no_fault_and_others_are()
     rows = [healthy(step) | {"skips/segmentor": step // 60 * 1.0} for step in range(10, 310, 10)]
     assert [event.name for event in Health(rows).events if event.raised] == ["not_finite"]
     assert not Health(row | {"loss_scale/segmentor": 1024.0} for row in rows).events
-    many = [healthy(step) | {"skips/segmentor": step * 0.5, "loss_scale/segmentor": 1.0} for step in (10, 20)]
+    many = [
+        healthy(step) | {"skips/segmentor": step * 0.5, "loss_scale/segmentor": 1.0}
+        for step in (10, 20)
+    ]
     assert names(Health(many)) == {"not_finite"}
 
 
 def test_what_a_run_does_not_have_is_not_judged() -> None:
-    supervised = {"loss/segmentor": 1.0, "loss/cross_entropy": 1.0, "step_seconds": 1.0, "data_wait_seconds": 0.0}
+    supervised = {
+        "loss/segmentor": 1.0,
+        "loss/cross_entropy": 1.0,
+        "step_seconds": 1.0,
+        "data_wait_seconds": 0.0,
+    }
     health = Health({"step": step, **supervised} for step in range(10, 510, 10))
     assert health.flags() == {"health/not_finite": 0.0, "health/data_starved": 0.0}
-    watching = [healthy(step) | {"weight/adversarial": 0.0, RATIO: 0.0} for step in range(10, 510, 10)]
+    watching = [
+        healthy(step) | {"weight/adversarial": 0.0, RATIO: 0.0} for step in range(10, 510, 10)
+    ]
     assert not Health(watching).events  # adv_weight=0 is asked for
 
 
 def test_a_resumed_run_judges_as_if_it_had_never_stopped(tmp_path: Path) -> None:
-    rows = [healthy(step) | (BAD["mask_is_empty"] if 100 < step <= 180 else {}) for step in range(10, 310, 10)]
+    rows = [
+        healthy(step) | (BAD["mask_is_empty"] if 100 < step <= 180 else {})
+        for step in range(10, 310, 10)
+    ]
     whole = Health(rows)
     assert [(event.raised, event.step) for event in whole.events] == [(True, 150), (False, 230)]
     off = TrackingConfig(wandb="disabled")
-    for start, end, stopped_at in ((0, 14, None), (12, 21, 120), (18, 30, 180)):  # two restarts, steps done again
+    # two restarts, steps done again
+    for start, end, stopped_at in ((0, 14, None), (12, 21, 120), (18, 30, 180)):
         tracker = open_tracker(tmp_path, off, {}, stopped_at, True)
-        changed = [event for row in rows[start:end] for event in tracker.log(row["step"], without_step(row))]
+        changed = [
+            event
+            for row in rows[start:end]
+            for event in tracker.log(row["step"], without_step(row))
+        ]
         assert changed == [
-            event for event in whole.events if rows[start]["step"] <= event.step <= rows[end - 1]["step"]
+            event
+            for event in whole.events
+            if rows[start]["step"] <= event.step <= rows[end - 1]["step"]
         ]
         tracker.finish(0 if end == 30 else 1)
     saved = json.loads((tmp_path / "health.json").read_text())
@@ -135,7 +178,9 @@ def test_a_resumed_run_judges_as_if_it_had_never_stopped(tmp_path: Path) -> None
     assert [(event["name"], event["step"], event["raised"]) for event in saved["events"]] == [
         (event.name, event.step, event.raised) for event in whole.events
     ]
-    written = {row["step"]: row["health/mask_is_empty"] for row in read_metrics(tmp_path / "metrics.jsonl")}
+    written = {
+        row["step"]: row["health/mask_is_empty"] for row in read_metrics(tmp_path / "metrics.jsonl")
+    }
     on = [step for step, flag in written.items() if flag]
     assert on == list(range(whole.events[0].step, whole.events[1].step, 10)) and len(written) == 30
 
@@ -176,23 +221,44 @@ def test_nothing_is_found_in_real_runs_that_ended_well() -> None:
 
 def test_bounds_leave_room_between_them() -> None:
     for check in CHECKS:
-        assert check.raise_at != check.clear_at and check.meaning.endswith((".", ")")) and check.advice.endswith(".")
+        assert (
+            check.raise_at != check.clear_at
+            and check.meaning.endswith((".", ")"))
+            and check.advice.endswith(".")
+        )
 
 
 def test_a_toy_run_with_an_empty_mask_says_so_in_the_terminal_and_on_the_disk(
     toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*SMALL, *SEMI, "semi.threshold=1", "semi.start_step=0", "evaluate.every_steps=0", "ema_decay=0"]
+    arguments = [
+        *SMALL,
+        *SEMI,
+        "semi.threshold=1",
+        "semi.start_step=0",
+        "evaluate.every_steps=0",
+        "ema_decay=0",
+    ]
     arguments += ["discriminator.options.head=patch", "evaluate.num_pictures=0", "steps=9"]
-    assert main(["train", *arguments, f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert (
+        main(["train", *arguments, f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]) == 0
+    )
     printed = capsys.readouterr().out
     assert printed.count("health: the confidence mask is empty, since step 1.") == 1
     assert "Lower semi.threshold" in printed
-    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/segmentor" in row]
+    rows = [
+        row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/segmentor" in row
+    ]
     assert [row["health/mask_is_empty"] for row in rows] == [0.0] * 4 + [1.0] * 5
     (now,) = json.loads((tmp_path / "run" / "health.json").read_text())["now"]
     assert (now["name"], now["step"], now["since"]) == ("mask_is_empty", 5, 1)
-    for name in (RATIO, "discriminator/on_real", "discriminator/logit_gap", "weight/semi", "memory_bytes"):
+    for name in (
+        RATIO,
+        "discriminator/on_real",
+        "discriminator/logit_gap",
+        "weight/semi",
+        "memory_bytes",
+    ):
         assert all(name in row for row in rows), name
     assert (tmp_path / "run" / "tables" / "classes-step-00000009.csv").is_file()
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 1

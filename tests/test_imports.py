@@ -1,4 +1,6 @@
-"""The import direction cli -> launchers -> distseg -> shards, and a light command line, read from the source."""
+"""The import direction cli -> launchers -> distseg -> shards, and a light command line, read from
+the source.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ def imported(path: Path) -> set[str]:
 
 
 def uses(path: Path, *packages: str) -> set[str]:
-    return {name for name in imported(path) if any(name == p or name.startswith(p + ".") for p in packages)}
+    return {
+        name
+        for name in imported(path)
+        if any(name == p or name.startswith(p + ".") for p in packages)
+    }
 
 
 def test_shards_knows_neither_torch_nor_distseg() -> None:
@@ -44,11 +50,13 @@ def test_launchers_know_the_command_line_not() -> None:
     assert len(files) > 5
     for path in files:
         assert not uses(path, "distseg.cli"), path
-    for name in ("supervisor", "agent", "places", "check"):  # of jobs by sbatch, whose machines need no submitit
+    # of jobs by sbatch, whose machines need no submitit
+    for name in ("supervisor", "agent", "places", "check"):
         assert not uses(ROOT / "launchers" / f"{name}.py", "submitit"), name
 
 
-# Each room imports only rooms further up in this list; the modules of distseg/ itself may import all.
+# Each room imports only rooms further up in this list; the modules of distseg/ itself may import
+# all.
 ROOMS = (
     *("config", "losses", "models", "distributed", "data", "parallel", "runs", "tracking"),
     *("evaluate", "export", "doctor", "report", "train"),
@@ -76,7 +84,9 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_every_folder_is_a_room_and_few_modules_lie_outside() -> None:
-    folders = {path.name for path in (ROOT / "distseg").iterdir() if (path / "__init__.py").is_file()}
+    folders = {
+        path.name for path in (ROOT / "distseg").iterdir() if (path / "__init__.py").is_file()
+    }
     assert folders == set(ROOMS)
     assert len(list((ROOT / "distseg").glob("*.py"))) <= MAX_MODULES
 
@@ -87,7 +97,9 @@ def test_each_room_imports_only_rooms_below_it() -> None:
         if not room or name.endswith(".__main__"):  # those hand over to the command line
             continue
         below = {*ROOMS[: ROOMS.index(room) + 1]}
-        strangers = {other for other in needed if other != "distseg" and room_of(other) not in below}
+        strangers = {
+            other for other in needed if other != "distseg" and room_of(other) not in below
+        }
         assert not strangers, f"{name} imports {strangers}"
 
 
@@ -102,11 +114,21 @@ def test_no_module_is_part_of_an_import_circle() -> None:
 def test_networks_and_losses_are_plain_torch() -> None:
     folders = [ROOT / "distseg" / name for name in ("models", "losses")]
     for path in [path for folder in folders for path in folder.glob("*.py")]:
-        forbidden = ("torch.distributed", "deepspeed", "distseg.distributed", "distseg.parallel", "distseg.config")
+        forbidden = (
+            "torch.distributed",
+            "deepspeed",
+            "distseg.distributed",
+            "distseg.parallel",
+            "distseg.config",
+        )
         assert not uses(path, *forbidden), path
 
 
 def test_help_imports_nothing_heavy() -> None:
     program = "import sys; from distseg.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"torch", "numpy", "omegaconf", "h5py", "wandb", "submitit", "yaml"} & set(modules.stdout.split())
+    modules = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "numpy", "omegaconf", "h5py", "wandb", "submitit", "yaml"} & set(
+        modules.stdout.split()
+    )

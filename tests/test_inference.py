@@ -15,7 +15,10 @@ SIZES = [(40, 64), (33, 47), (97, 32), (5, 7), (1, 1), (20, 90)]
 
 
 class Small(nn.Module):
-    """Logits at stride `stride` from `reach` pixels around; the mean of each stride x stride block below."""
+    """Logits at stride `stride` from `reach` pixels around.
+
+    The mean of each stride x stride block below.
+    """
 
     def __init__(self, num_classes: int = 4, stride: int = 4):
         super().__init__()
@@ -35,7 +38,9 @@ def model() -> nn.Module:
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.random.default_rng(height * 1000 + width).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
 
 
 def test_one_scale_is_the_softmax_of_the_upsampled_logits(model: nn.Module) -> None:
@@ -54,7 +59,9 @@ def test_scales_and_mirror_average_the_views(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_mirrored_image_gives_the_mirrored_answer(model: nn.Module, size: tuple[int, int]) -> None:
+def test_a_mirrored_image_gives_the_mirrored_answer(
+    model: nn.Module, size: tuple[int, int]
+) -> None:
     image = picture(*size)
     straight = probabilities(model, image, (0.5, 1.0), mirror=True)
     mirrored = probabilities(model, image[:, ::-1], (0.5, 1.0), mirror=True)
@@ -62,7 +69,9 @@ def test_a_mirrored_image_gives_the_mirrored_answer(model: nn.Module, size: tupl
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_probabilities_sum_to_one_at_the_images_size(model: nn.Module, size: tuple[int, int]) -> None:
+def test_probabilities_sum_to_one_at_the_images_size(
+    model: nn.Module, size: tuple[int, int]
+) -> None:
     result = probabilities(model, picture(*size), (0.5, 1.25), mirror=True)
     assert result.shape == (4, *size) and result.dtype == torch.float32
     torch.testing.assert_close(result.sum(0), torch.ones(size))
@@ -85,7 +94,14 @@ def test_bfloat16_autocast_stays_near_full_precision(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("stride", "size"),
-    [(1, (400, 300)), (1, (129, 515)), (1, (50, 701)), (4, (400, 300)), (4, (132, 516)), (4, (96, 100))],
+    [
+        (1, (400, 300)),
+        (1, (129, 515)),
+        (1, (50, 701)),
+        (4, (400, 300)),
+        (4, (132, 516)),
+        (4, (96, 100)),
+    ],
 )
 def test_tiles_equal_the_whole_image_for_a_model_that_sees_no_further_than_their_overlap(
     stride: int, size: tuple[int, int]
@@ -110,7 +126,8 @@ def test_tiles_are_bounded_in_size_and_cover_every_pixel_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)]
+    "image",
+    [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)],
 )
 def test_other_arrays_are_refused(model: nn.Module, image: np.ndarray) -> None:
     with pytest.raises(InputError, match="uint8"):
@@ -123,4 +140,6 @@ def test_wrong_scales_and_tiles_are_refused(model: nn.Module) -> None:
             probabilities(model, picture(40, 40), scales)
     for tile_px, overlap_px in ((100, 32), (128, 96), (128, 0)):
         with pytest.raises(InputError, match="multiples of 32"):
-            blend_tiles(lambda tile: torch.ones(1, *tile.shape[:2]), picture(40, 40), tile_px, overlap_px)
+            blend_tiles(
+                lambda tile: torch.ones(1, *tile.shape[:2]), picture(40, 40), tile_px, overlap_px
+            )

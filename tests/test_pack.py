@@ -1,4 +1,6 @@
-"""Shards have the same bytes whoever writes them, plain webdataset reads them, and damage is always seen."""
+"""Shards have the same bytes whoever writes them, plain webdataset reads them, and damage is always
+seen.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,11 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
 def test_plain_webdataset_reads_the_shards(packed: Path) -> None:
     shards_of = {name: sorted(map(str, packed.glob(f"{name}-*.tar"))) for name in ("train", "val")}
     assert {name: len(found) for name, found in shards_of.items()} == {"train": 3, "val": 2}
-    read = [row for found in shards_of.values() for row in webdataset.WebDataset(found, shardshuffle=False)]
+    read = [
+        row
+        for found in shards_of.values()
+        for row in webdataset.WebDataset(found, shardshuffle=False)
+    ]
     for row, sample in zip(read, mixed_samples(), strict=True):
         kind = "image.png" if sample.key == "toy_01" else "jpg"
         assert row["__key__"] == sample.key
@@ -81,7 +87,9 @@ def test_plain_webdataset_reads_the_shards(packed: Path) -> None:
         if sample.label is None:
             assert "png" not in row
         else:
-            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row["png"]))), sample.label)
+            np.testing.assert_array_equal(
+                np.asarray(Image.open(io.BytesIO(row["png"]))), sample.label
+            )
 
 
 def test_manifest_counts_every_pixel(packed: Path) -> None:
@@ -92,7 +100,10 @@ def test_manifest_counts_every_pixel(packed: Path) -> None:
         labels = [sample.label.ravel() for sample in samples if sample.label is not None]
         counts = np.bincount(np.concatenate(labels), minlength=256)
         assert split.num_samples == len(samples) == sum(shard.num_samples for shard in split.shards)
-        assert (list(split.class_pixels), split.void_pixels) == (list(counts[:8]), counts[IGNORE_INDEX])
+        assert (list(split.class_pixels), split.void_pixels) == (
+            list(counts[:8]),
+            counts[IGNORE_INDEX],
+        )
     manifest.verify(packed)
 
 
@@ -129,14 +140,17 @@ def broken(sample: Sample) -> Sample:
     return replace(sample, image=sample.image[:middle] + sample.image[-2:])
 
 
-def test_failed_pack_leaves_the_earlier_one(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_pack_leaves_the_earlier_one(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(packed, out)
     samples = mixed_samples()
     bad = write(tmp_path / "bad.h5", [*samples[:9], broken(samples[9]), *samples[10:]])
     with pytest.raises(InputError, match="toy_09: an unreadable image") as caught:
         pack(bad, out)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # the way it leaves a worker
+    # the way it leaves a worker
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert contents(out) == contents(packed)
 
     def full(*_: object) -> None:
@@ -158,7 +172,9 @@ def test_too_little_space_is_seen_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_take_less_space_than_was_asked_for(maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_take_less_space_than_was_asked_for(
+    maps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     monkeypatch.setattr(shards.pack, "check_space", lambda _, num_bytes: asked.append(num_bytes))
     pack(maps, tmp_path, samples_per_shard=1)
@@ -180,7 +196,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk_leaves_the_earlier_pack(
     packed: Path, maps: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real one, that fills up while shards are written: another process took what check_space had found free."""
+    """A real one, that fills up while shards are written.
+
+    Another process took what check_space had found free.
+    """
     out = small_disk / "out"
     shutil.copytree(packed, out)
     monkeypatch.setattr(shards.pack, "check_space", lambda *_: None)
@@ -222,7 +241,9 @@ def read_all(directory: Path) -> list[tuple[str, bytes, bytes | None]]:
     return [(raw.key, raw.image, raw.label) for raw in raws]
 
 
-def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(maps: Path, tmp_path: Path) -> None:
+def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(
+    maps: Path, tmp_path: Path
+) -> None:
     """Killed at every rename: readers see the earlier pack, the new one, or an InputError."""
     earlier = write(tmp_path / "earlier.h5", toy_samples()[::-1])
     pack(maps, tmp_path / "new", samples_per_shard=4)
@@ -238,7 +259,8 @@ def test_killed_pack_is_whole_or_refused_and_packing_again_repairs_it(maps: Path
             assert read_all(out) in wholes
         except InputError:
             refused += 1
-        else:  # between the manifest and its record the pack is whole, but training asks for an inspection
+        # between the manifest and its record the pack is whole, but training asks for an inspection
+        else:
             unrecorded += not is_verified(out, Manifest.load(out))
         pack(maps, out, samples_per_shard=4)
         assert contents(out) == contents(tmp_path / "new")
@@ -274,7 +296,9 @@ def test_packing_unchanged_maps_does_nothing_and_mends_what_is_damaged(
             Manifest.load(out)
 
 
-def test_a_manifest_from_before_sources_keeps_its_identity(packed: Path, maps: Path, tmp_path: Path) -> None:
+def test_a_manifest_from_before_sources_keeps_its_identity(
+    packed: Path, maps: Path, tmp_path: Path
+) -> None:
     shutil.copytree(packed, tmp_path / "out")
     whole = Manifest.load(packed)
     earlier = replace(whole, sources={})
@@ -284,11 +308,16 @@ def test_a_manifest_from_before_sources_keeps_its_identity(packed: Path, maps: P
 
 
 def more(path: Path, split: str, keys: str = "more") -> Path:
-    samples = [replace(sample, key=f"{keys}_{index:02d}", split=split) for index, sample in enumerate(toy_samples())]
+    samples = [
+        replace(sample, key=f"{keys}_{index:02d}", split=split)
+        for index, sample in enumerate(toy_samples())
+    ]
     return write(path, samples)
 
 
-def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Path, tmp_path: Path) -> None:
+def test_an_appended_split_leaves_the_others_as_they_were(
+    packed: Path, maps: Path, tmp_path: Path
+) -> None:
     out, extra = tmp_path / "out", more(tmp_path / "extra.h5", "test")
     shutil.copytree(packed, out)
     about_all = {"manifest.json", "verified.json"}
@@ -297,7 +326,9 @@ def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Pa
     assert {name: time for name, time in times(out).items() if name in there} == there
     read_all(out)
     reader, expected = ShardReader(out, "test"), toy_samples()
-    assert [reader.read(index).image for index in range(len(reader))] == [sample.image for sample in expected]
+    assert [reader.read(index).image for index in range(len(reader))] == [
+        sample.image for sample in expected
+    ]
     assert Manifest.load(out).splits["train"] == Manifest.load(packed).splits["train"]
     after = times(out)
     pack(extra, out, samples_per_shard=5, append=True)  # the same commands again
@@ -315,7 +346,9 @@ def test_an_appended_split_leaves_the_others_as_they_were(packed: Path, maps: Pa
 
 
 @pytest.mark.parametrize("verified", [True, False])
-def test_appending_vouches_for_its_own_shards_only(packed: Path, tmp_path: Path, verified: bool) -> None:
+def test_appending_vouches_for_its_own_shards_only(
+    packed: Path, tmp_path: Path, verified: bool
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(packed, out)
     if not verified:  # `distseg inspect` found damage, say
@@ -329,10 +362,17 @@ def test_appending_vouches_for_its_own_shards_only(packed: Path, tmp_path: Path,
     [
         ("val", "more", STANFORD, "split 'val' is in"),
         ("test", "toy", STANFORD, "8 keys are in .* toy_00 in train"),
-        ("test", "more", replace(STANFORD, names=tuple(reversed(STANFORD.names))), "has the classes sky, tree"),
+        (
+            "test",
+            "more",
+            replace(STANFORD, names=tuple(reversed(STANFORD.names))),
+            "has the classes sky, tree",
+        ),
     ],
 )
-def test_what_cannot_be_appended(packed: Path, tmp_path: Path, split: str, keys: str, classes, message: str) -> None:
+def test_what_cannot_be_appended(
+    packed: Path, tmp_path: Path, split: str, keys: str, classes, message: str
+) -> None:
     extra, out = more(tmp_path / "extra.h5", split, keys), tmp_path / "out"
     with MapsReader(extra) as reader:
         samples = [reader.read(key) for key in reader.splits[split]]

@@ -1,4 +1,7 @@
-"""Preparing gives the same bytes for any number of workers and after any interruption; bad samples are never silent."""
+"""Preparing gives the same bytes for any number of workers and after any interruption.
+
+Bad samples are never silent.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +49,16 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parts_of(out: Path) -> dict[str, int]:
     """The parts that are kept beside `out`, with the time of their last change."""
-    return {path.name: path.stat().st_mtime_ns for path in (out.parent / f".{out.name}.parts").glob("[!.]*.h5")}
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in (out.parent / f".{out.name}.parts").glob("[!.]*.h5")
+    }
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bytes_do_not_depend_on_the_number_of_workers(root: Path, tmp_path: Path, workers: int) -> None:
+def test_bytes_do_not_depend_on_the_number_of_workers(
+    root: Path, tmp_path: Path, workers: int
+) -> None:
     prepare("folder", root, tmp_path / "alone.h5")
     prepare("folder", root, tmp_path / "together.h5", workers=workers)
     assert (tmp_path / "together.h5").read_bytes() == (tmp_path / "alone.h5").read_bytes()
@@ -58,7 +66,10 @@ def test_bytes_do_not_depend_on_the_number_of_workers(root: Path, tmp_path: Path
 
 
 def prepare_killed(root: Path, out: Path) -> bool:
-    """Prepare in a child process that is killed at its second rename: one part more is there than before."""
+    """Prepare in a child process that is killed at its second rename.
+
+    One part more is there than before.
+    """
     child = os.fork()
     if child == 0:
         left, rename = [2], os.replace
@@ -102,7 +113,9 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 """
     (tmp_path / "program.py").write_text(program)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], env=environment, stderr=subprocess.DEVNULL
+    )
     try:
         _until(lambda: parts_of(tmp_path / "toy.h5"), "a part")
         workers = [int(pid) for pid in _children(parent.pid)]
@@ -114,7 +127,11 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 
 
 def _children(pid: int) -> list[str]:
-    return [word for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+    return [
+        word
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for word in (task / "children").read_text().split()
+    ]
 
 
 def _alive(pid: int) -> bool:
@@ -139,7 +156,9 @@ def damage(root: Path) -> None:
     (root / "masks" / "toy_09.png").unlink()
 
 
-def test_skip_bad_leaves_out_lists_and_counts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_skip_bad_leaves_out_lists_and_counts(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     damage(root)
     out = tmp_path / "maps.h5"
     command = ["prepare", "folder", "--root", str(root), "--out", str(out), "seed=3"]
@@ -148,13 +167,19 @@ def test_skip_bad_leaves_out_lists_and_counts(root: Path, tmp_path: Path, capsys
     assert main([*command, "--skip-bad", "--workers", "2"]) == 0
     said = capsys.readouterr().out
     assert "left out, because they are bad: 3" in said
-    for key, why in (("toy_01", "unreadable"), ("toy_02", "40 x 120 pixels for an image 48 x 48"), ("toy_09", "no ")):
+    for key, why in (
+        ("toy_01", "unreadable"),
+        ("toy_02", "40 x 120 pixels for an image 48 x 48"),
+        ("toy_09", "no "),
+    ):
         assert f"{key}: " in said and why in said
     with MapsReader(out) as reader:
         keys = {key for split in reader.splits.values() for key in split}
         assert keys == {sample.key for sample in toy_samples()} - {"toy_01", "toy_02", "toy_09"}
         assert reader.left_out.keys() == {"toy_01", "toy_02", "toy_09"}
-    assert pack(out, tmp_path / "shards").left_out == Manifest.load(tmp_path / "shards").left_out == 3
+    assert (
+        pack(out, tmp_path / "shards").left_out == Manifest.load(tmp_path / "shards").left_out == 3
+    )
 
 
 def test_parts_that_left_samples_out_do_not_hide_them_later(root: Path, tmp_path: Path) -> None:
@@ -191,7 +216,8 @@ def test_a_split_of_bad_samples_only_is_refused(root: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(  # before its size is asked for, and before it is read
-    ("when", "message"), [("_parts", "has vanished.*the same command again"), ("check_space", ".*a readable image")]
+    ("when", "message"),
+    [("_parts", "has vanished.*the same command again"), ("check_space", ".*a readable image")],
 )
 def test_a_file_that_vanishes_meanwhile_is_named(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, message: str

@@ -1,4 +1,6 @@
-"""Pictures of a run: the colours mean what the legend says, and each curve and class is in its picture."""
+"""Pictures of a run: the colours mean what the legend says, and each curve and class is in its
+picture.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,27 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, for a look at what is in it."""
     saved: list[Figure] = []
     original = figures_module.save
-    monkeypatch.setattr(figures_module, "save", lambda figure, out: (saved.append(figure), original(figure, out))[1])
+    monkeypatch.setattr(
+        figures_module, "save", lambda figure, out: (saved.append(figure), original(figure, out))[1]
+    )
     return saved
 
 
 def rows(names: tuple[str, ...], num_steps: int = 200) -> list[dict[str, Any]]:
     values = np.random.default_rng(0).random((num_steps, len(names)))
-    return [{"step": 10 * s, "time": 0.0, **dict(zip(names, row, strict=True))} for s, row in enumerate(values)]
+    return [
+        {"step": 10 * s, "time": 0.0, **dict(zip(names, row, strict=True))}
+        for s, row in enumerate(values)
+    ]
 
 
 def titles(figure: Figure) -> list[str]:
-    return [axes.get_title(loc) for axes in figure.axes for loc in ("left", "center") if axes.get_title(loc)]
+    return [
+        axes.get_title(loc)
+        for axes in figure.axes
+        for loc in ("left", "center")
+        if axes.get_title(loc)
+    ]
 
 
 def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
@@ -58,21 +70,37 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
     np.testing.assert_allclose(undecided.get_ydata(), np.log(2))
     scores = figure.axes[3]
     assert scores.get_ylim() == (0, 1)
-    assert scores.get_legend_handles_labels()[1] == ["mean IoU, last 50.0%", "pixel accuracy, last 80.0%"]
-    assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy", "adversarial, unweighted"]
+    assert scores.get_legend_handles_labels()[1] == [
+        "mean IoU, last 50.0%",
+        "pixel accuracy, last 80.0%",
+    ]
+    assert figure.axes[2].get_legend_handles_labels()[1] == [
+        "total",
+        "cross entropy",
+        "adversarial, unweighted",
+    ]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
 
 
-def test_curves_of_a_supervised_run_have_no_discriminator(tmp_path: Path, figures: list[Figure]) -> None:
+def test_curves_of_a_supervised_run_have_no_discriminator(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
     figures_module.curves(rows(TRAIN), tmp_path / "curves.png")
     assert titles(figures[0]) == ["Segmentor"]
-    assert figures[0].axes[-1].get_xlabel() == "training step" and figures[0].axes[0].get_ylabel() == "loss (nats)"
+    assert (
+        figures[0].axes[-1].get_xlabel() == "training step"
+        and figures[0].axes[0].get_ylabel() == "loss (nats)"
+    )
 
 
-@pytest.mark.parametrize("metrics", [[], rows(TRAIN, 1), [{"step": 0, "loss/segmentor": float("nan")}]])
-def test_curves_of_hardly_anything_are_still_a_picture(tmp_path: Path, metrics: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    "metrics", [[], rows(TRAIN, 1), [{"step": 0, "loss/segmentor": float("nan")}]]
+)
+def test_curves_of_hardly_anything_are_still_a_picture(
+    tmp_path: Path, metrics: list[dict[str, Any]]
+) -> None:
     figures_module.curves(metrics, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as png:
         assert png.format == "PNG"
@@ -95,7 +123,9 @@ def test_the_panel_shows_each_class_from_0_to_1(
     tmp_path: Path, figures: list[Figure], size: tuple[int, int], num_classes: int
 ) -> None:
     rng = np.random.default_rng(0)
-    classes = ClassSet(tuple(f"class {c}" for c in range(num_classes)), ((10, 20, 30),) * num_classes)
+    classes = ClassSet(
+        tuple(f"class {c}" for c in range(num_classes)), ((10, 20, 30),) * num_classes
+    )
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     label = rng.integers(0, num_classes, size, dtype=np.uint8)
     planes = rng.dirichlet(np.ones(num_classes), size).transpose(2, 0, 1).astype(np.float32)
@@ -112,28 +142,44 @@ def test_the_panel_shows_each_class_from_0_to_1(
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(classes.names)
     boxes = [axes.get_window_extent() for axes in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert all(
+        box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+        for box in boxes
+    )
 
 
-def test_the_panel_without_a_label_has_picture_and_prediction(tmp_path: Path, figures: list[Figure]) -> None:
+def test_the_panel_without_a_label_has_picture_and_prediction(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
     planes = np.full((8, 30, 40), 0.125, np.float32)
-    figures_module.sample_panel(np.zeros((30, 40, 3), np.uint8), None, planes, STANFORD, tmp_path / "a.png")
+    figures_module.sample_panel(
+        np.zeros((30, 40, 3), np.uint8), None, planes, STANFORD, tmp_path / "a.png"
+    )
     assert titles(figures[0]) == ["picture", "prediction", *STANFORD.names]
 
 
 def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: list[Figure]) -> None:
     label = np.full((30, 40), 255, np.uint8)
     planes = np.full((8, 30, 40), 0.125, np.float32)
-    figures_module.sample_panel(np.zeros((30, 40, 3), np.uint8), label, planes, STANFORD, tmp_path / "a.png")
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [*STANFORD.names, "void"]
+    figures_module.sample_panel(
+        np.zeros((30, 40, 3), np.uint8), label, planes, STANFORD, tmp_path / "a.png"
+    )
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        *STANFORD.names,
+        "void",
+    ]
     assert "errors (label is all void)" in titles(figures[0])
 
 
 BLACK_FIRST = ClassSet(STANFORD.names, ((0, 0, 0), *STANFORD.palette[1:]))
 
 
-@pytest.mark.parametrize(("classes", "void"), [(STANFORD, (0, 0, 0)), (BLACK_FIRST, (255, 255, 255))])
-def test_colours_are_the_palettes_and_void_has_none_of_them(classes: ClassSet, void: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("classes", "void"), [(STANFORD, (0, 0, 0)), (BLACK_FIRST, (255, 255, 255))]
+)
+def test_colours_are_the_palettes_and_void_has_none_of_them(
+    classes: ClassSet, void: tuple[int, int, int]
+) -> None:
     label = np.array([[0, 7, 255], [3, 3, 1]], np.uint8)
     result = figures_module.colourise(label, classes)
     assert result.dtype == np.uint8
@@ -154,7 +200,9 @@ def test_overlay_mixes_by_alpha_and_leaves_void_alone(alpha: float) -> None:
 
 
 def test_error_map_separates_right_wrong_and_void() -> None:
-    colors = figures_module.error_map(np.array([[1, 2, 3]], np.uint8), np.array([[1, 0, 255]], np.uint8))
+    colors = figures_module.error_map(
+        np.array([[1, 2, 3]], np.uint8), np.array([[1, 0, 255]], np.uint8)
+    )
     right, wrong, void = (tuple(color) for color in colors[0])
     assert len({right, wrong, void}) == 3 and void == (0, 0, 0)
     assert wrong[0] > 200 and max(wrong[1:]) < 50 and len(set(right)) == 1

@@ -35,11 +35,19 @@ def test_ranks_share_one_sequence(num_samples, seed, world, share, start):
     """The ranks' slices, joined, are the positions that one rank would have."""
     batch = 24 * share
     steps = range(start, start + 3)
-    joined = [p for step in steps for rank in range(world) for p in rank_positions(step, batch, rank, world)]
+    joined = [
+        p
+        for step in steps
+        for rank in range(world)
+        for p in rank_positions(step, batch, rank, world)
+    ]
     assert joined == list(range(start * batch, (start + 3) * batch))
-    shares = {len(rank_positions(step, batch, rank, world)) for step in steps for rank in range(world)}
+    shares = {
+        len(rank_positions(step, batch, rank, world)) for step in steps for rank in range(world)
+    }
     assert shares == {batch // world}
-    # a plan asked for the tail alone gives what one asked from the beginning gives: nothing is carried along
+    # a plan asked for the tail alone gives what one asked from the beginning gives: nothing is
+    # carried along
     from_start = Plan(num_samples, seed)
     order = [from_start.sample_index(p) for p in range(joined[-1] + 1)]
     tail = Plan(num_samples, seed)
@@ -47,7 +55,9 @@ def test_ranks_share_one_sequence(num_samples, seed, world, share, start):
 
 
 def test_order_is_fixed_for_ever():
-    """Stored values: a change of numpy or of this file that moves the order breaks the resume of old runs."""
+    """Stored values: a change of numpy or of this file that moves the order breaks the resume of
+    old runs.
+    """
     plan = Plan(10, seed=3)
     assert [plan.sample_index(p) for p in range(20)] == [
         6,
@@ -79,10 +89,14 @@ def test_epochs_and_seeds_differ():
     seeds = (1, 2, 2**64 - 2, 2**64 - 1)  # the last two are one number to a float
     plans = [Plan(50, seed) for seed in seeds]
     orders = {
-        tuple(plan.sample_index(50 * epoch + offset) for offset in range(50)) for plan in plans for epoch in range(20)
+        tuple(plan.sample_index(50 * epoch + offset) for offset in range(50))
+        for plan in plans
+        for epoch in range(20)
     }
     assert len(orders) == 20 * len(seeds)
-    assert len({plan.augmentation_rng(2**63 + p).random() for plan in plans for p in range(3)}) == 3 * len(seeds)
+    assert len(
+        {plan.augmentation_rng(2**63 + p).random() for plan in plans for p in range(3)}
+    ) == 3 * len(seeds)
 
 
 def test_only_two_orders_are_kept():
@@ -99,11 +113,14 @@ def test_augmentation_is_independent_of_the_order(seed):
     plan = Plan(5, seed)
     words = [plan.augmentation_rng(p).integers(0, 2**63, 40).tolist() for p in range(40)]
     words += [
-        np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2**63, 40).tolist() for epoch in range(40)
+        np.random.Generator(np.random.Philox(key=[seed, epoch])).integers(0, 2**63, 40).tolist()
+        for epoch in range(40)
     ]
     flat = [word for row in words for word in row]
     assert len(set(flat)) == len(flat)
-    assert plan.augmentation_rng(3).random(4).tolist() == plan.augmentation_rng(3).random(4).tolist()
+    assert (
+        plan.augmentation_rng(3).random(4).tolist() == plan.augmentation_rng(3).random(4).tolist()
+    )
 
 
 @given(batch=st.integers(-3, 200), world=st.integers(1, 64))
@@ -137,7 +154,9 @@ def test_blocks_give_every_sample_once_and_use_few_shards_at_a_time(sizes, per_b
     assert sorted(indices) == list(range(num_samples))
     shards = np.repeat(np.arange(len(sizes)), sizes)[indices]
     spans = [np.flatnonzero(shards == shard)[[0, -1]] for shard in range(len(sizes))]
-    in_use = [sum(first <= offset <= last for first, last in spans) for offset in range(num_samples)]
+    in_use = [
+        sum(first <= offset <= last for first, last in spans) for offset in range(num_samples)
+    ]
     assert max(in_use) <= per_block
 
 
@@ -152,15 +171,24 @@ def test_blocks_carry_nothing_along(sizes, per_block, seed, asked):
     """Any positions in any order, by plans that have seen other things, as from the beginning."""
     plan = BlockPlan(sizes, per_block, seed)
     order = [plan.sample_index(position) for position in range(81)]
-    assert [BlockPlan(sizes, per_block, seed).sample_index(position) for position in asked] == [order[p] for p in asked]
+    assert [BlockPlan(sizes, per_block, seed).sample_index(position) for position in asked] == [
+        order[p] for p in asked
+    ]
 
 
 def test_blocks_are_shuffled_within_and_over_epochs():
-    """One block of all shards is any order of all samples; each pair of shards meets in some epoch's block."""
+    """One block of all shards is any order of all samples.
+
+    Each pair of shards meets in some epoch's block.
+    """
     plan = BlockPlan([4] * 6, 2, seed=1)
-    epochs = [[plan.sample_index(24 * epoch + offset) for offset in range(24)] for epoch in range(60)]
+    epochs = [
+        [plan.sample_index(24 * epoch + offset) for offset in range(24)] for epoch in range(60)
+    ]
     assert len({tuple(epoch) for epoch in epochs}) == 60
-    pairs = {frozenset(i // 4 for i in epoch[8 * b : 8 * b + 8]) for epoch in epochs for b in range(3)}
+    pairs = {
+        frozenset(i // 4 for i in epoch[8 * b : 8 * b + 8]) for epoch in epochs for b in range(3)
+    }
     assert len(pairs) == 15  # of six shards
     assert len({epoch[0] for epoch in epochs}) > 15  # of 24; 22 expected
     mixed = sum(len({i // 4 for i in epoch[:4]}) == 2 for epoch in epochs)
@@ -179,13 +207,18 @@ def test_the_order_in_blocks_is_fixed_for_ever():
 
 @pytest.mark.parametrize("temperature", [None, 0.1, 1.0])
 def test_classes_are_drawn_as_the_formula_says(temperature):
-    """Over 20,000 positions: the frequency of each sample is the sum over its classes of P(class) / samples with it."""
+    """Over 20,000 positions.
+
+    The frequency of each sample is the sum over its classes of P(class) / samples with it.
+    """
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 100, (12, 5)) * (rng.random((12, 5)) < [0.9, 0.5, 0.3, 0.1, 0.0])
     pixels[3] = 0  # void all over
     pixels[7, 3] = 5  # the rarest, whatever was drawn
     share = pixels.sum(0) / pixels.sum()
-    weight = (pixels.sum(0) > 0) * (1.0 if temperature is None else np.exp((1 - share) / temperature))
+    weight = (pixels.sum(0) > 0) * (
+        1.0 if temperature is None else np.exp((1 - share) / temperature)
+    )
     weight = weight / weight.sum()
     shows = pixels > 0
     expected = sum(weight[c] * shows[:, c] / max(1, shows[:, c].sum()) for c in range(5))
@@ -194,7 +227,10 @@ def test_classes_are_drawn_as_the_formula_says(temperature):
     counts = np.bincount(order, minlength=12)
     assert counts[3] == 0
     assert np.abs(counts / 20_000 - expected).max() < 5 * np.sqrt(0.25 / 20_000)
-    assert [BalancedPlan(pixels, 5, temperature).sample_index(p) for p in (777, 5)] == [order[777], order[5]]
+    assert [BalancedPlan(pixels, 5, temperature).sample_index(p) for p in (777, 5)] == [
+        order[777],
+        order[5],
+    ]
     with pytest.raises(InputError, match="without a pixel"):
         BalancedPlan(np.zeros((3, 2), np.int64), 0)
 
@@ -217,14 +253,23 @@ print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[1]) 
 
 
 def test_ten_million_samples_start_within_two_seconds_and_a_gigabyte(tmp_path):
-    """39,063 shards of 256, of which only the manifest is there: nothing else is looked at before the first sample."""
-    infos = tuple(ShardInfo(f"train-{i:06d}.tar", 256, 10**7, f"{i:064x}", f"{i:064x}", 0) for i in range(39_063))
+    """39,063 shards of 256, of which only the manifest is there.
+
+    Nothing else is looked at before the first sample.
+    """
+    infos = tuple(
+        ShardInfo(f"train-{i:06d}.tar", 256, 10**7, f"{i:064x}", f"{i:064x}", 0)
+        for i in range(39_063)
+    )
     split = SplitInfo(infos, 256 * len(infos), (1,) * 8, 0)
     Manifest(1, "synthetic", STANFORD, {"train": split}).save(tmp_path)
-    child = subprocess.run([sys.executable, "-c", STARTUP, str(tmp_path)], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", STARTUP, str(tmp_path)], capture_output=True, text=True
+    )
     assert child.returncode == 0, child.stderr
     seconds, gigabytes = map(float, child.stdout.split())
-    assert seconds < 2 and gigabytes < 1  # of processor time, so that a busy machine does not matter
+    # of processor time, so that a busy machine does not matter
+    assert seconds < 2 and gigabytes < 1
 
 
 def test_bad_plans():

@@ -1,4 +1,7 @@
-"""Predictions on files: every kind of image at its own size, bad input first, and no picture overwritten."""
+"""Predictions on files.
+
+Every kind of image at its own size, bad input first, and no picture overwritten.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.sample import ClassSet
 
-CLASSES = ClassSet(("dark", "red", "green things", "blue"), ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)))
+CLASSES = ClassSet(
+    ("dark", "red", "green things", "blue"), ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+)
 
 
 class Colors(nn.Module):
@@ -35,7 +40,9 @@ class Colors(nn.Module):
 def colored(height: int, width: int) -> np.ndarray:
     """Blocks of dark, red, green and blue, 8 pixels each."""
     rows, columns = np.mgrid[:height, :width] // 8
-    return np.array([(0, 0, 0), (200, 0, 0), (0, 200, 0), (0, 0, 200)], np.uint8)[(rows + 2 * columns) % 4]
+    return np.array([(0, 0, 0), (200, 0, 0), (0, 200, 0), (0, 0, 200)], np.uint8)[
+        (rows + 2 * columns) % 4
+    ]
 
 
 def expected(image: np.ndarray) -> np.ndarray:
@@ -51,14 +58,18 @@ def save(path: Path, image: np.ndarray, **options: object) -> Path:
 def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[int, int]) -> None:
     image = colored(*size)
     path = save(tmp_path / "a.png", image)
-    (index_path,) = predict(Colors(), [path], tmp_path / "out", CLASSES, PredictOptions(probabilities=True))
+    (index_path,) = predict(
+        Colors(), [path], tmp_path / "out", CLASSES, PredictOptions(probabilities=True)
+    )
     assert index_path == tmp_path / "out" / "a.png"
     with Image.open(index_path) as index:
         assert index.mode == "L"
         assert np.array_equal(index, expected(image))
     with Image.open(tmp_path / "out" / "a_color.png") as color:
         assert color.mode == "P" and np.array_equal(color, expected(image))
-        assert np.array_equal(color.convert("RGB"), np.array(CLASSES.palette, np.uint8)[expected(image)])
+        assert np.array_equal(
+            color.convert("RGB"), np.array(CLASSES.palette, np.uint8)[expected(image)]
+        )
     with Image.open(tmp_path / "out" / "a_overlay.png") as mixed:
         assert np.array_equal(mixed, overlay(image, expected(image), CLASSES, 0.5))
     planes = probabilities(Colors(), image).numpy()
@@ -68,7 +79,9 @@ def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[
     assert len(list((tmp_path / "out").iterdir())) == 3 + 4 + 1
 
 
-def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = colored(300, 410)
     path = save(tmp_path / "a.png", image)
     sides = []
@@ -109,13 +122,16 @@ def test_gray_transparent_palette_and_16_bit_images_become_8_bit_rgb(tmp_path: P
     rgb = np.repeat(gray[..., None], 3, 2)
     rgba = np.concatenate([colored(16, 16), gray[..., None]], 2)
     assert np.array_equal(load_image(save(tmp_path / "gray.png", gray)), rgb)
-    assert np.array_equal(load_image(save(tmp_path / "deep.png", gray.astype(np.uint16) * 257)), rgb)
+    assert np.array_equal(
+        load_image(save(tmp_path / "deep.png", gray.astype(np.uint16) * 257)), rgb
+    )
     between = np.minimum(gray.astype(int) * 257 + 100, 65535).astype(np.uint16)
     assert np.array_equal(load_image(save(tmp_path / "deep.tif", between)), rgb)
     assert np.array_equal(load_image(save(tmp_path / "alpha.png", rgba)), rgba[..., :3])
     Image.fromarray(colored(16, 16)).convert("P").save(tmp_path / "palette.png")
     assert np.array_equal(
-        load_image(tmp_path / "palette.png"), np.array(Image.open(tmp_path / "palette.png").convert("RGB"))
+        load_image(tmp_path / "palette.png"),
+        np.array(Image.open(tmp_path / "palette.png").convert("RGB")),
     )
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "print.jpg")
     assert load_image(tmp_path / "print.jpg").shape == (16, 16, 3)
@@ -133,7 +149,9 @@ def test_all_unreadable_images_are_listed_before_anything_is_computed(tmp_path: 
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("not a picture")
     save(tmp_path / "float.tif", noise[..., 0].astype(np.float32))
-    bad = [tmp_path / name for name in ("cut.jpg", "cut.png", "text.jpg", "float.tif", "missing.jpg")]
+    bad = [
+        tmp_path / name for name in ("cut.jpg", "cut.png", "text.jpg", "float.tif", "missing.jpg")
+    ]
     with pytest.raises(InputError) as caught:
         predict(Never(), [good, *bad], tmp_path / "out", CLASSES, PredictOptions())
     assert caught.value.got.startswith("5 of 6 images cannot be read")
@@ -158,7 +176,9 @@ def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
         images.append(save(tmp_path / name, colored(32 + number, 40)))
     written = predict(Colors(), images, tmp_path / "out", CLASSES, PredictOptions())
     assert written[0].name == "a.png" and written[1].name == "a_bmp.png"
-    assert [Image.open(path).height for path in written] == [32 + number for number in range(len(names))]
+    assert [Image.open(path).height for path in written] == [
+        32 + number for number in range(len(names))
+    ]
     assert len({path.name.lower() for path in (tmp_path / "out").glob("*.png")}) == 3 * len(names)
     key = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert [(c["index"], c["name"]) for c in key] == list(enumerate(CLASSES.names))
@@ -193,7 +213,9 @@ def test_wrong_paths_and_options_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds the images themselves"):
         predict(Colors(), [path], path.parent, CLASSES, PredictOptions())
     with pytest.raises(InputError, match="4 classes and 1 class names"):
-        predict(Colors(), [path], tmp_path / "out", ClassSet(("a",), ((0, 0, 0),)), PredictOptions())
+        predict(
+            Colors(), [path], tmp_path / "out", ClassSet(("a",), ((0, 0, 0),)), PredictOptions()
+        )
     for options in ({"max_px": 64}, {"overlay_alpha": 1.5}):
         with pytest.raises(InputError):
             PredictOptions(**options)

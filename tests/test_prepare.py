@@ -1,4 +1,6 @@
-"""What `prepare` was asked for is checked before a data set is read, and nothing else is overwritten."""
+"""What `prepare` was asked for is checked before a data set is read, and nothing else is
+overwritten.
+"""
 
 from __future__ import annotations
 

@@ -53,12 +53,20 @@ def test_a_log_gets_a_line_every_ten_seconds_with_all_numbers_uncut(clock: Clock
     console, out = log_console()
     progress = Progress(12000, 0, True, console)
     metrics = {"images_per_second": 84.25, "loss/segmentor": 0.8125, "loss/cross_entropy": 0.75}
-    metrics |= {"loss/adversarial": 0.0625, "loss/discriminator_real": 0.5, "loss/discriminator_fake": 0.375}
+    metrics |= {
+        "loss/adversarial": 0.0625,
+        "loss/discriminator_real": 0.5,
+        "loss/discriminator_fake": 0.375,
+    }
     progress.evaluation(0, {"val/mean_iou": 0.712})
     for step in range(1, 301):
         clock.seconds += 0.1
         progress.update(step, metrics)
-    lines = [line for line in out.getvalue().splitlines() if line.startswith("step") and "/12,000" in line]
+    lines = [
+        line
+        for line in out.getvalue().splitlines()
+        if line.startswith("step") and "/12,000" in line
+    ]
     assert len(lines) == 3  # 30 seconds
     numbers = r"step 201/12,000    1.7%  84.2 img/s  left 0:19:40 \(ends \d\d:\d\d( \+1d)?\)  "
     numbers += r"mIoU 71.2%  loss 0.812  ce 0.750  adv 0.062  D real 0.500  D fake 0.375"

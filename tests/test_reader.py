@@ -41,7 +41,9 @@ def test_gives_what_was_packed(toy_shards: Path) -> None:
         assert len(reader) == len(samples)
         for index, sample in enumerate(samples):
             raw = reader.read(index)
-            assert (raw.key, raw.image) == (sample.key, sample.image) and reader.key(index) == sample.key
+            assert (raw.key, raw.image) == (sample.key, sample.image) and reader.key(
+                index
+            ) == sample.key
             np.testing.assert_array_equal(decode_label(raw.label), sample.label)
             assert reader.size(index) == sample.label.shape
 
@@ -58,7 +60,10 @@ def test_threads_and_processes_read_the_same(toy_shards: Path) -> None:
 
 
 def test_no_damage_goes_unseen(toy_shards: Path, directory: Path) -> None:
-    """Flipped bits and truncations in all files: verify sees each, the reader never gives other bytes."""
+    """Flipped bits and truncations in all files.
+
+    Verify sees each, the reader never gives other bytes.
+    """
     expected, rng = read_all(toy_shards), np.random.default_rng(3)
     files = sorted(path.name for path in toy_shards.iterdir())
     assert "verified.json" in files
@@ -81,7 +86,8 @@ def test_no_damage_goes_unseen(toy_shards: Path, directory: Path) -> None:
             assert name.split(".")[0] in str(error)
         else:
             unread += 1
-            # a bit in a tar header or its padding, which the reader never reads, or in the record that training reads
+            # a bit in a tar header or its padding, which the reader never reads, or in the record
+            # that training reads
             assert name.endswith(".tar") or name == "verified.json"
         (directory / name).write_bytes(whole)
     assert read_all(directory) == expected
@@ -144,7 +150,11 @@ def older(directory: Path) -> Path:
         for info in split.shards:
             path = directory / info.index_file
             entries = json.loads(path.read_text())
-            path.write_text(json.dumps([{key: entry[key] for key in entry if key != "pixels"} for entry in entries]))
+            path.write_text(
+                json.dumps(
+                    [{key: entry[key] for key in entry if key != "pixels"} for entry in entries]
+                )
+            )
             infos.append(replace(info, index_sha256=sha256_of(path), num_unlabelled=None))
         splits[name] = replace(split, shards=tuple(infos))
     replace(manifest, splits=splits).save(directory)
@@ -152,7 +162,9 @@ def older(directory: Path) -> Path:
     return directory
 
 
-def test_older_shards_are_read_but_cannot_balance_classes(toy_shards: Path, directory: Path) -> None:
+def test_older_shards_are_read_but_cannot_balance_classes(
+    toy_shards: Path, directory: Path
+) -> None:
     assert read_all(older(directory)) == read_all(toy_shards)
     reader = ShardReader(directory, "train")
     assert reader.unlabelled == []

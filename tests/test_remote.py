@@ -1,4 +1,6 @@
-"""Shards behind a URL give the bytes of the local ones, whatever the network does, and each comes once a machine."""
+"""Shards behind a URL give the bytes of the local ones, whatever the network does, and each comes
+once a machine.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def needs(*modules: str) -> None:
 
 
 class Server:
-    """Serves a folder over HTTP with ranges; `fault(name, nth request for it)` may say what goes wrong."""
+    """Serves a folder over HTTP with ranges.
+
+    `fault(name, nth request for it)` may say what goes wrong.
+    """
 
     def __init__(self, folder: Path):
         self.requests: list[tuple[str, str | None]] = []  # (file, Range header)
@@ -95,7 +100,9 @@ class Server:
             content = content[: (len(content) + 1) // 2]
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
-        handler.wfile.write(content if fault not in ("cut", "stall") else content[: len(content) // 2])
+        handler.wfile.write(
+            content if fault not in ("cut", "stall") else content[: len(content) // 2]
+        )
         handler.wfile.flush()
         if fault == "stall":
             time.sleep(5)
@@ -133,7 +140,9 @@ def tar_requests(server: Server) -> dict[str, int]:
     return {name: count for name, count in server.counts().items() if name.endswith(".tar")}
 
 
-def test_the_samples_are_the_local_ones_and_come_once(server: Server, toy_shards: Path, tmp_path: Path) -> None:
+def test_the_samples_are_the_local_ones_and_come_once(
+    server: Server, toy_shards: Path, tmp_path: Path
+) -> None:
     expected = read_all(toy_shards)
     reader = ShardReader(server.url + "/", "train", cache_dir=str(tmp_path))
     assert not tar_requests(server)  # only manifest and indices at the start
@@ -142,9 +151,12 @@ def test_the_samples_are_the_local_ones_and_come_once(server: Server, toy_shards
     assert pickle.loads(pickle.dumps(reader)).read(5) == expected[5]
     for tar in tmp_path.glob("*.tar"):
         tar.unlink()
-    context = multiprocessing.get_context("fork")  # the event loop stays behind; another one must start
+    # the event loop stays behind; another one must start
+    context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(False)
-    context.Process(target=lambda: send.send([reader.read(index) for index in range(8)]), daemon=True).start()
+    context.Process(
+        target=lambda: send.send([reader.read(index) for index in range(8)]), daemon=True
+    ).start()
     assert receive.poll(20) and receive.recv() == expected
     server.requests.clear()
     assert read_all(server.url, cache_dir=str(tmp_path)) == expected
@@ -157,15 +169,19 @@ def test_the_samples_are_the_local_ones_and_come_once(server: Server, toy_shards
 
 
 @pytest.mark.parametrize("fault", ["500", "429", "cut", "shorter", "stall", "damaged", "no ranges"])
-def test_a_failing_server_is_outlasted(server: Server, toy_shards: Path, tmp_path: Path, fault: str) -> None:
+def test_a_failing_server_is_outlasted(
+    server: Server, toy_shards: Path, tmp_path: Path, fault: str
+) -> None:
     server.fault = lambda name, nth: fault if nth in (1, 3) else ""
-    if fault == "damaged":  # of files as small as the manifest, damage is an error and not tried again
+    # of files as small as the manifest, damage is an error and not tried again
+    if fault == "damaged":
         server.fault = lambda name, nth: fault if name == FILE and nth == 1 else ""
     if fault == "shorter":
         server.fault = lambda name, nth: fault if name.endswith(".tar") and nth % 2 else ""
     assert read_all(server.url, cache_dir=str(tmp_path)) == read_all(toy_shards)
     if fault == "no ranges":
-        assert tar_requests(server) == dict.fromkeys(num_chunks(toy_shards), 1)  # what came is not asked for again
+        # what came is not asked for again
+        assert tar_requests(server) == dict.fromkeys(num_chunks(toy_shards), 1)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +224,9 @@ def test_a_server_that_is_gone_is_waited_for_once(
         reader.read(0)
 
 
-def test_damage_at_the_source_is_told_from_damage_on_the_way(server: Server, tmp_path: Path) -> None:
+def test_damage_at_the_source_is_told_from_damage_on_the_way(
+    server: Server, tmp_path: Path
+) -> None:
     server.fault = lambda name, nth: "damaged" if name == FILE else ""
     with pytest.raises(InputError, match=rf"{FILE}: its sha256 .*3 times"):
         read_all(server.url, cache_dir=str(tmp_path))
@@ -218,10 +236,14 @@ def test_damage_at_the_source_is_told_from_damage_on_the_way(server: Server, tmp
         ShardReader(server.url, "val", cache_dir=str(tmp_path))
 
 
-def test_a_partial_download_is_gone_on_with(server: Server, toy_shards: Path, tmp_path: Path) -> None:
+def test_a_partial_download_is_gone_on_with(
+    server: Server, toy_shards: Path, tmp_path: Path
+) -> None:
     shard, content = shards_of(toy_shards)[0], (toy_shards / FILE).read_bytes()
     (tmp_path / f"{shard.sha256}.{shard.num_bytes}.partial").write_bytes(content[:5000])
-    assert ShardReader(server.url, "train", cache_dir=str(tmp_path)).read(0) == read_all(toy_shards)[0]
+    assert (
+        ShardReader(server.url, "train", cache_dir=str(tmp_path)).read(0) == read_all(toy_shards)[0]
+    )
     ranges = [wanted for name, wanted in server.requests if name == FILE]
     assert ranges[0].startswith("bytes=5000-") and len(ranges) == -(-(len(content) - 5000) // CHUNK)
     assert not list(tmp_path.glob("*.partial"))
@@ -233,10 +255,14 @@ def _read(url: str, folder: Path, ready, pipe) -> None:
     pipe.send([reader.read(index) for index in range(8)])
 
 
-def test_processes_that_start_together_fetch_each_shard_once(server: Server, toy_shards: Path, tmp_path: Path) -> None:
+def test_processes_that_start_together_fetch_each_shard_once(
+    server: Server, toy_shards: Path, tmp_path: Path
+) -> None:
     server.pause, context = 0.01, multiprocessing.get_context("fork")
     pipes, ready = [context.Pipe(False) for _ in range(4)], context.Barrier(4)
-    processes = [context.Process(target=_read, args=(server.url, tmp_path, ready, send)) for _, send in pipes]
+    processes = [
+        context.Process(target=_read, args=(server.url, tmp_path, ready, send)) for _, send in pipes
+    ]
     for process in processes:
         process.start()
     expected = read_all(toy_shards)
@@ -246,7 +272,9 @@ def test_processes_that_start_together_fetch_each_shard_once(server: Server, toy
     assert tar_requests(server) == num_chunks(toy_shards)
     source, shard = RemoteSource(server.url, str(tmp_path)), shards_of(toy_shards)[0]
     # one that looked just before the other was done
-    os.close(source._cache._fetched(shard, lambda descriptor: pytest.fail("fetched again"), lambda: None))
+    os.close(
+        source._cache._fetched(shard, lambda descriptor: pytest.fail("fetched again"), lambda: None)
+    )
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -255,7 +283,9 @@ def test_a_killed_downloader_leaves_what_the_next_one_goes_on_with(
 ) -> None:
     context = multiprocessing.get_context("fork")
     server.pause = 0.05
-    process = context.Process(target=read_all, args=(server.url,), kwargs={"cache_dir": str(tmp_path)})
+    process = context.Process(
+        target=read_all, args=(server.url,), kwargs={"cache_dir": str(tmp_path)}
+    )
     process.start()
     while server.counts()[FILE] < 3:
         time.sleep(0.005)
@@ -269,7 +299,9 @@ def test_a_killed_downloader_leaves_what_the_next_one_goes_on_with(
     assert server.counts()[FILE] < num_chunks(toy_shards)[FILE]
 
 
-def test_the_cache_is_bounded_and_keeps_what_is_being_read(server: Server, toy_shards: Path, tmp_path: Path) -> None:
+def test_the_cache_is_bounded_and_keeps_what_is_being_read(
+    server: Server, toy_shards: Path, tmp_path: Path
+) -> None:
     shards = shards_of(toy_shards)
     room = sum(sorted(shard.num_bytes for shard in shards)[-2:]) + 10  # two of the three
     source = RemoteSource(server.url, str(tmp_path), room)
@@ -282,7 +314,8 @@ def test_the_cache_is_bounded_and_keeps_what_is_being_read(server: Server, toy_s
     with source.open(shards[0]) as descriptor:
         for shard in (*shards[1:], *shards[1:]):
             with source.open(shard):
-                assert files() == {shards[0].file, shard.file}  # the one that is read stays, old as it is
+                # the one that is read stays, old as it is
+                assert files() == {shards[0].file, shard.file}
         assert os.pread(descriptor, 10, 0) == (toy_shards / FILE).read_bytes()[:10]
     with source.open(shards[0]):
         pass
@@ -292,7 +325,10 @@ def test_the_cache_is_bounded_and_keeps_what_is_being_read(server: Server, toy_s
     expected = read_all(toy_shards)
     assert [read_all(server.url, cache_dir=str(tmp_path), cache_bytes=room)] == [expected]
     small = RemoteSource(server.url, str(tmp_path), 1000)
-    with pytest.raises(InputError, match=r"(?s)0\.0 MB in the cache.*data\.cache_bytes"), small.open(shards[0]):
+    with (
+        pytest.raises(InputError, match=r"(?s)0\.0 MB in the cache.*data\.cache_bytes"),
+        small.open(shards[0]),
+    ):
         pass
 
 
@@ -329,11 +365,21 @@ def test_readers_that_fight_for_a_small_cache_still_get_the_right_bytes(
         assert all(job.get(60) == expected for job in jobs)
 
 
-def test_shards_come_before_they_are_needed_in_their_order(server: Server, toy_shards: Path, tmp_path: Path) -> None:
-    reader, local = (ShardReader(where, "train", cache_dir=str(tmp_path)) for where in (server.url, toy_shards))
+def test_shards_come_before_they_are_needed_in_their_order(
+    server: Server, toy_shards: Path, tmp_path: Path
+) -> None:
+    reader, local = (
+        ShardReader(where, "train", cache_dir=str(tmp_path)) for where in (server.url, toy_shards)
+    )
     streams = [
         TrainStream(
-            SampleSet(r), Plan(8, 1), TrainView(48, 0.5, 1.5), batch_size=2, rank=0, world_size=1, num_threads=1
+            SampleSet(r),
+            Plan(8, 1),
+            TrainView(48, 0.5, 1.5),
+            batch_size=2,
+            rank=0,
+            world_size=1,
+            num_threads=1,
         )
         for r in (reader, local)
     ]
@@ -347,10 +393,19 @@ def test_shards_come_before_they_are_needed_in_their_order(server: Server, toy_s
 
 
 @pytest.mark.parametrize("per_block", [0, 1])
-def test_blocks_fetch_a_shard_once_an_epoch_into_a_cache_that_holds_a_quarter(tmp_path: Path, per_block: int) -> None:
-    """Eight shards of five samples and room for two and a half; all samples shuffled together need far more."""
+def test_blocks_fetch_a_shard_once_an_epoch_into_a_cache_that_holds_a_quarter(
+    tmp_path: Path, per_block: int
+) -> None:
+    """Eight shards of five samples and room for two and a half.
+
+    All samples shuffled together need far more.
+    """
     needs("fsspec", "aiohttp")
-    samples = [replace(toy, key=f"{toy.key}_{i}", split="train") for i in range(4) for toy in toy_samples()[:10]]
+    samples = [
+        replace(toy, key=f"{toy.key}_{i}", split="train")
+        for i in range(4)
+        for toy in toy_samples()[:10]
+    ]
     write_maps(tmp_path / "maps.h5", "many", STANFORD, samples, len(samples))
     shards = pack(tmp_path / "maps.h5", tmp_path / "shards", samples_per_shard=5).shards()
     index_bytes = sum((tmp_path / "shards" / shard.index_file).stat().st_size for shard in shards)
@@ -365,7 +420,8 @@ def test_blocks_fetch_a_shard_once_an_epoch_into_a_cache_that_holds_a_quarter(tm
     stream.close()
     server.close()
     fetched = sum(tar_requests(server).values()) / sum(num_chunks(tmp_path / "shards").values())
-    assert (fetched <= 2.8) if per_block else (fetched > 4)  # times each shard; batches ahead count too
+    # times each shard; batches ahead count too
+    assert (fetched <= 2.8) if per_block else (fetched > 4)
 
 
 def test_what_is_expected_is_fetched_once_for_each_use_and_never_too_far_ahead() -> None:
@@ -385,7 +441,8 @@ def test_what_is_expected_is_fetched_once_for_each_use_and_never_too_far_ahead()
 
 
 @pytest.mark.parametrize(
-    "url", ["https://me:hunter2@host/x", "https://host/x?sig=hunter2", "ftp://hunter2/x", "s3:///hunter"]
+    "url",
+    ["https://me:hunter2@host/x", "https://host/x?sig=hunter2", "ftp://hunter2/x", "s3:///hunter"],
 )
 def test_urls_with_secrets_or_unknown_schemes_are_refused_early(url: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -394,15 +451,24 @@ def test_urls_with_secrets_or_unknown_schemes_are_refused_early(url: str) -> Non
 
 
 def test_no_message_repeats_what_a_redirect_carried() -> None:
-    for text in ("403, url='https://host/a?X-Amz-Signature=hunter2'", "at http://u:hunter2@proxy:1/ (x)"):
+    for text in (
+        "403, url='https://host/a?X-Amz-Signature=hunter2'",
+        "at http://u:hunter2@proxy:1/ (x)",
+    ):
         assert "hunter2" not in remote._described(OSError(text))
 
 
 @pytest.mark.parametrize("fault", ["403", "404"])
-def test_a_forbidden_record_may_be_a_missing_one(server: Server, tmp_path: Path, fault: str) -> None:
+def test_a_forbidden_record_may_be_a_missing_one(
+    server: Server, tmp_path: Path, fault: str
+) -> None:
     reader = ShardReader(server.url, "train", cache_dir=str(tmp_path))
     server.fault = lambda name, nth: fault if name == "verified.json" else ""
-    expected = "verified.json.*may not list the bucket" if fault == "403" else "shards that were not verified"
+    expected = (
+        "verified.json.*may not list the bucket"
+        if fault == "403"
+        else "shards that were not verified"
+    )
     with pytest.raises(InputError, match=expected):
         check_verified(reader)
 
@@ -413,7 +479,9 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
         Remote("gs://bucket/folder")
 
 
-def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(cache.errno.ENOLCK, "No locks available")
 
@@ -445,7 +513,9 @@ def test_few_shards_stay_open(toy_shards: Path) -> None:
         assert os.pread(descriptor, 10, 0)  # more than two only while they are all in use
 
 
-def test_s3_gives_the_same_samples(toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_gives_the_same_samples(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs("s3fs", "moto", "flask", "flask_cors")
     import boto3
     from moto.server import ThreadedMotoServer
@@ -455,14 +525,20 @@ def test_s3_gives_the_same_samples(toy_shards: Path, tmp_path: Path, monkeypatch
     server.start()
     try:
         url = "http://{}:{}".format(*server.get_host_and_port())
-        for key, value in {"ACCESS_KEY_ID": "me", "SECRET_ACCESS_KEY": "hunter2", "ENDPOINT_URL": url}.items():
+        for key, value in {
+            "ACCESS_KEY_ID": "me",
+            "SECRET_ACCESS_KEY": "hunter2",
+            "ENDPOINT_URL": url,
+        }.items():
             monkeypatch.setenv(f"AWS_{key}", value)
         client = boto3.client("s3", region_name="us-east-1")
         client.create_bucket(Bucket="shards")
         for path in toy_shards.iterdir():
             client.upload_file(str(path), "shards", f"toy/{path.name}")
         for split in ("train", "val"):
-            assert read_all("s3://shards/toy", split, cache_dir=str(tmp_path)) == read_all(toy_shards, split)
+            assert read_all("s3://shards/toy", split, cache_dir=str(tmp_path)) == read_all(
+                toy_shards, split
+            )
         with pytest.raises(InputError, match=r"no s3://shards/none/manifest\.json") as caught:
             ShardReader("s3://shards/none", "train", cache_dir=str(tmp_path))
         assert "hunter2" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""ResNet encoders: torchvision's keys and values, the two layouts by formula, dilation in place of a stride."""
+"""ResNet encoders: torchvision's keys and values, the two layouts by formula, dilation in place of
+a stride.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,14 @@ DATA = Path(__file__).parent / "data"
 
 
 def published(network: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of torchvision's state dict: `for k, v in resnet101().state_dict().items()`, 0.29.2."""
+    """Keys and shapes of torchvision's state dict.
+
+    `for k, v in resnet101().state_dict().items()`, 0.29.2.
+    """
     lines = (line.split() for line in (DATA / f"{network}.txt").read_text().splitlines())
-    return {key: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for key, shape in lines}
+    return {
+        key: () if shape == "scalar" else tuple(map(int, shape.split("x"))) for key, shape in lines
+    }
 
 
 def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -28,7 +35,9 @@ def shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def waves(state: dict[str, torch.Tensor]) -> None:
     """Fill a state dict with numbers that anyone can recompute."""
     for index, (key, value) in enumerate(state.items()):
-        wave = torch.cos(torch.arange(value.numel(), dtype=torch.float64) * (0.7 + 0.01 * index)).view(value.shape)
+        wave = torch.cos(
+            torch.arange(value.numel(), dtype=torch.float64) * (0.7 + 0.01 * index)
+        ).view(value.shape)
         if value.ndim == 4:
             value.copy_(wave * (4 / value[0].numel()) ** 0.5)
         elif key.endswith(("bn3.weight", "running_mean", "bias")):
@@ -51,7 +60,9 @@ def test_keys_and_shapes_are_torchvisions(depth, num_keys, layout):
     assert len(reference) == num_keys
     with torch.device("meta"):
         ours = shapes(ResNet(depth, 8, layout=layout))
-    assert list(ours.items()) == [item for item in reference.items() if not item[0].startswith("fc.")]
+    assert list(ours.items()) == [
+        item for item in reference.items() if not item[0].startswith("fc.")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,14 +73,17 @@ def test_keys_and_shapes_are_torchvisions(depth, num_keys, layout):
     ],
 )
 def test_values_are_torchvisions(output_stride, size, expected):
-    """Mean, deviation and three values of layer4's map that torchvision 0.29.2 gives for these weights.
+    """Mean, deviation and three values of layer4's map that torchvision 0.29.2 gives for these
+    weights.
 
     They are resnet50's, with replace_stride_with_dilation=[False, output_stride == 8, True].
     """
     network = ResNet(50, output_stride).double().eval()
     waves(network.state_dict())
     y, x = torch.meshgrid(torch.arange(65), torch.arange(73), indexing="ij")
-    image = torch.stack([(torch.sin(y * 0.3) + 1) / 2, (torch.cos(x * 0.2) + 1) / 2, ((x + y) % 7) / 6.0])
+    image = torch.stack(
+        [(torch.sin(y * 0.3) + 1) / 2, (torch.cos(x * 0.2) + 1) / 2, ((x + y) % 7) / 6.0]
+    )
     with torch.no_grad():
         last = network(image.double()[None])[1]
     assert last.shape == (1, 2048, *size)
@@ -78,7 +92,10 @@ def test_values_are_torchvisions(output_stride, size, expected):
 
 
 def plain_resnet(state, image, depth, output_stride, layout):
-    """The encoder as formulas on a state dict: where each stride and dilation is, written out per stage."""
+    """The encoder as formulas on a state dict.
+
+    Where each stride and dilation is, written out per stage.
+    """
 
     def conv(x, key, stride=1, dilation=1):
         weight = state[f"{key}.weight"]
@@ -86,18 +103,22 @@ def plain_resnet(state, image, depth, output_stride, layout):
 
     def norm(x, key):
         mean, var, scale, shift = (
-            state[f"{key}.{name}"].view(1, -1, 1, 1) for name in ("running_mean", "running_var", "weight", "bias")
+            state[f"{key}.{name}"].view(1, -1, 1, 1)
+            for name in ("running_mean", "running_var", "weight", "bias")
         )
         return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
     if layout == "caffe":
         x = image * 255 - torch.tensor(CAFFE_MEAN, dtype=image.dtype).view(1, 3, 1, 1)
     else:
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=image.dtype).view(2, 1, 3, 1, 1)
+        mean, std = torch.tensor(
+            [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=image.dtype
+        ).view(2, 1, 3, 1, 1)
         x = (image - mean) / std
     x = norm(conv(x, "conv1", 2), "bn1").relu()
     x = F.max_pool2d(x, 3, 2, 1, ceil_mode=layout == "caffe")
-    # per stage: stride and dilation of the first block's 3x3, dilation of the others' (caffe: of all of them)
+    # per stage: stride and dilation of the first block's 3x3, dilation of the others' (caffe: of
+    # all of them)
     if output_stride == 8:
         stages = {"torchvision": [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4)]}
         stages["caffe"] = [(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 4, 4)]
@@ -128,7 +149,9 @@ def test_encoder_equals_the_formulas(depth, output_stride, layout):
     with torch.no_grad():
         expected = plain_resnet(network.state_dict(), image, depth, output_stride, layout)
         # means and deviations of the pixels are kept in float32
-        torch.testing.assert_close(network(image)[1], expected, rtol=1e-5, atol=1e-6 * expected.max().item())
+        torch.testing.assert_close(
+            network(image)[1], expected, rtol=1e-5, atol=1e-6 * expected.max().item()
+        )
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -147,7 +170,9 @@ def test_gradients_through_stored_statistics_equal_the_formulas(frozen):
     assert len(names) == (53 if frozen else 159)
     for name in names:
         got, expected = network.get_parameter(name).grad, state[name].grad
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("layout", ["torchvision", "caffe"])
@@ -155,7 +180,10 @@ def test_gradients_through_stored_statistics_equal_the_formulas(frozen):
 def test_dilation_gives_the_strided_network_at_every_second_cell(layout, size):
     image = torch.rand(1, 3, *size, dtype=torch.float64)
     with torch.no_grad():
-        dense, strided = narrow(50, 8, layout=layout)(image)[1], narrow(50, 16, layout=layout)(image)[1]
+        dense, strided = (
+            narrow(50, 8, layout=layout)(image)[1],
+            narrow(50, 16, layout=layout)(image)[1],
+        )
     torch.testing.assert_close(dense[..., ::2, ::2], strided, rtol=1e-9, atol=1e-9)
 
 
@@ -188,14 +216,23 @@ def test_torchvisions_file_is_found_where_torchvision_puts_it(tmp_path, monkeypa
     head = {"fc.weight": torch.zeros(1000, 64), "fc.bias": torch.zeros(1000)}
     torch.save(state | head, folder / IMAGENET_FILES[50][1])
     segmentor = build_segmentor("deeplabv3_resnet50", 2, width=2)
-    assert all(torch.equal(value, state[key]) for key, value in segmentor.encoder.state_dict().items())
-    assert segmentor.init_report.missing == () and segmentor.init_report.left_over == ("fc.weight", "fc.bias")
+    assert all(
+        torch.equal(value, state[key]) for key, value in segmentor.encoder.state_dict().items()
+    )
+    assert segmentor.init_report.missing == () and segmentor.init_report.left_over == (
+        "fc.weight",
+        "fc.bias",
+    )
     with pytest.raises(InputError, match=r"conv1\.weight has shape \(2, 3, 7, 7\)"):
         build_segmentor("deeplabv3plus_resnet50", 2, width=4)
 
 
 def test_older_files_without_num_batches_tracked_are_complete(tmp_path):
-    state = {k: v for k, v in narrow(50, 16).float().state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = {
+        k: v
+        for k, v in narrow(50, 16).float().state_dict().items()
+        if not k.endswith("num_batches_tracked")
+    }
     torch.save(state, tmp_path / "old.pth")
     segmentor = build_segmentor("deeplabv3_resnet50", 2, init=str(tmp_path / "old.pth"), width=2)
     assert segmentor.init_report.missing == () and len(segmentor.init_report.loaded) == len(state)

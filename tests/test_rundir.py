@@ -19,7 +19,9 @@ PATIENCE = 2.0  # seconds
 
 
 def open_elsewhere(ranks: Ranks, folder: Path) -> dict[str, tuple[str, float]]:
-    """What every rank says, and for how long it takes, when rank 1 sees the folder late, never, or another one."""
+    """What every rank says, and for how long it takes, when rank 1 sees the folder late, never, or
+    another one.
+    """
     found, read_text = {}, Path.read_text
     for case, seconds in (("at once", 0.0), ("late", 0.7), ("never", 1e9), ("another", 0.0)):
         path, start = folder / case, time.monotonic()
@@ -42,7 +44,9 @@ def open_elsewhere(ranks: Ranks, folder: Path) -> dict[str, tuple[str, float]]:
     return found
 
 
-def test_a_folder_that_a_rank_sees_late_is_waited_for_and_one_that_is_not_shared_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_a_rank_sees_late_is_waited_for_and_one_that_is_not_shared_is_refused(
+    tmp_path: Path,
+) -> None:
     for found in run_ranks(2, open_elsewhere, tmp_path):
         assert found["at once"][0] == found["late"][0] == ""
         assert found["late"][1] > 0.7

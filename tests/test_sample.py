@@ -1,4 +1,6 @@
-"""Labels survive their encodings, images decode as the reference does, and what does not fit is refused."""
+"""Labels survive their encodings, images decode as the reference does, and what does not fit is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def test_label_through_png_and_back(drawn: tuple[np.ndarray, int]) -> None:
     label, _ = drawn
     png = encode_label(label)
     np.testing.assert_array_equal(decode_label(png), label)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), label)  # any other decoder agrees
+    # any other decoder agrees
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), label)
 
 
 @given(labels())
@@ -91,7 +94,9 @@ def test_one_hot_refuses_two_classes_in_a_pixel() -> None:
         from_one_hot(label_map)
 
 
-@pytest.mark.parametrize(("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "L")])
+@pytest.mark.parametrize(
+    ("form", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "L")]
+)
 def test_image_decodes_as_pillow_does(form: str, mode: str) -> None:
     content = image_file(form, mode)
     reference = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
@@ -157,13 +162,20 @@ LABEL = np.zeros((24, 35), np.uint8)
         (Sample("", JPEG, LABEL, "train", ""), "key ''"),
         (Sample("a/b", JPEG, LABEL, "train", ""), "key 'a/b'"),
         (Sample("a\0b", JPEG, LABEL, "train", ""), "key 'a.x00b'"),  # HDF5 would cut it there
-        (Sample("\udcff", JPEG, LABEL, "train", ""), "key '.udcff'"),  # how Python names an undecodable file
+        # how Python names an undecodable file
+        (Sample("\udcff", JPEG, LABEL, "train", ""), "key '.udcff'"),
         (Sample("a", JPEG, LABEL, "x\ny", ""), "split 'x.ny'"),
         (Sample("a", JPEG, LABEL, "../x", ""), "split '../x'"),
         (Sample("a", b"text", LABEL, "train", ""), "a: an image that begins with b'text'"),
-        (Sample("a", JPEG, LABEL.T, "train", ""), r"a: image of \(24, 35\) pixels with .*\(35, 24\)"),
+        (
+            Sample("a", JPEG, LABEL.T, "train", ""),
+            r"a: image of \(24, 35\) pixels with .*\(35, 24\)",
+        ),
         (Sample("a", JPEG, LABEL.astype(np.int64), "train", ""), "int64 label"),
-        (Sample("a", JPEG, LABEL + np.uint8(8), "train", ""), "a: label 8 in 840 pixels\n.*0 to 7, or 255"),
+        (
+            Sample("a", JPEG, LABEL + np.uint8(8), "train", ""),
+            "a: label 8 in 840 pixels\n.*0 to 7, or 255",
+        ),
         (Sample("a", JPEG, LABEL + np.uint8(254), "train", ""), "a: label 254"),
     ],
 )

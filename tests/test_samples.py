@@ -25,7 +25,9 @@ def reader(toy_shards: Path) -> ShardReader:
 
 
 class WithoutLabels:
-    """A reader some of whose samples have no label, and which fails when a label is asked for in vain."""
+    """A reader some of whose samples have no label, and which fails when a label is asked for in
+    vain.
+    """
 
     def __init__(self, reader: ShardReader, unlabelled: set[int]):
         self._reader, self._without = reader, unlabelled
@@ -99,12 +101,23 @@ def test_decoded_samples_are_bounded_and_read_only(reader: ShardReader) -> None:
     first = [samples.peek(index) for index in range(4)]
     for again in (samples.peek, samples.load):
         for index in range(4):
-            assert all(np.array_equal(x, y) for x, y in zip(first[index][1:], again(index)[1:], strict=True))
-    assert [samples.peek(index)[1] is first[index][1] for index in range(4)] == [True, True, True, False]
+            assert all(
+                np.array_equal(x, y)
+                for x, y in zip(first[index][1:], again(index)[1:], strict=True)
+            )
+    assert [samples.peek(index)[1] is first[index][1] for index in range(4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
     with pytest.raises(ValueError, match="read-only"):
         samples.peek(0)[1][0] = 0
     assert all(array.flags.writeable for array in samples.load(0)[1:])
-    assert samples.decoded_bytes(1e9) == sum(sizes) and samples.decoded_bytes(sizes[0] + 1) == sizes[0] + 1
+    assert (
+        samples.decoded_bytes(1e9) == sum(sizes)
+        and samples.decoded_bytes(sizes[0] + 1) == sizes[0] + 1
+    )
 
 
 def test_another_process_keeps_no_copies(reader: ShardReader) -> None:
@@ -115,7 +128,9 @@ def test_another_process_keeps_no_copies(reader: ShardReader) -> None:
     assert 0 in decoded and 0 not in there and 1 not in there
 
 
-def test_a_decoded_sample_is_not_awaited_from_afar(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoded_sample_is_not_awaited_from_afar(
+    reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[tuple[str, list[int]]] = []
     for name in ("expect", "used"):
         monkeypatch.setattr(reader, name, lambda indices, name=name: said.append((name, indices)))
@@ -137,7 +152,11 @@ def test_a_run_keeps_what_it_decodes_the_labelled_first(
     data = open_data(loading.load([f"data.shards={toy_shards}", *semi]), 1)
     assert data.unlabelled is not None
     reads, read = [], ShardReader.read
-    monkeypatch.setattr(ShardReader, "read", lambda *args, **options: reads.append(args[1]) or read(*args, **options))
+    monkeypatch.setattr(
+        ShardReader,
+        "read",
+        lambda *args, **options: reads.append(args[1]) or read(*args, **options),
+    )
     anew = {}
     for _ in range(2):
         for samples in (data.unlabelled, data.train):
@@ -158,7 +177,9 @@ def test_kept_classes_stay_apart_and_the_rest_is_one(reader: ShardReader) -> Non
     for index in range(len(reader)):
         before = decode_label(reader.read(index).label)
         after = samples.load(index)[2]
-        expected = np.where(before == 255, 255, np.where(before == 2, 1, np.where(before == 0, 2, 0)))
+        expected = np.where(
+            before == 255, 255, np.where(before == 2, 1, np.where(before == 0, 2, 0))
+        )
         assert np.array_equal(after, expected)
 
 
@@ -174,7 +195,9 @@ def class_counts(reader: ShardReader) -> np.ndarray:
     return np.array([np.bincount(label.ravel(), minlength=256)[:8] for label in labels])
 
 
-def test_class_pixels_are_the_labels_without_reading_any(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_pixels_are_the_labels_without_reading_any(
+    reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = class_counts(reader)
     monkeypatch.setattr(ShardReader, "read", None)
     assert np.array_equal(SampleSet(reader).class_pixels(), counts)
@@ -189,11 +212,17 @@ def test_plans_are_as_configured(reader: ShardReader) -> None:
     assert type(plan_for(samples, DataConfig(), 1)) is Plan
     in_blocks = plan_for(some, DataConfig(shuffle_block=1), 1)
     firsts = [[in_blocks.sample_index(4 * epoch + i) for i in range(4)] for epoch in range(30)]
-    assert all(abs(epoch.index(1) - epoch.index(2)) == 1 for epoch in firsts)  # 4 and 5 share a shard
+    # 4 and 5 share a shard
+    assert all(abs(epoch.index(1) - epoch.index(2)) == 1 for epoch in firsts)
     assert len({tuple(epoch) for epoch in firsts}) > 6  # of 12
     for sampling, temperature in (("class_balanced", None), ("rare_class", 0.5)):
         options = DataConfig(sampling=sampling, rare_class_temperature=0.5)
-        plan, expected = plan_for(samples, options, 1), BalancedPlan(class_counts(reader), 1, temperature)
-        assert [plan.sample_index(p) for p in range(50)] == [expected.sample_index(p) for p in range(50)]
+        plan, expected = (
+            plan_for(samples, options, 1),
+            BalancedPlan(class_counts(reader), 1, temperature),
+        )
+        assert [plan.sample_index(p) for p in range(50)] == [
+            expected.sample_index(p) for p in range(50)
+        ]
         unlabelled = SampleSet(reader, [0, 4, 5, 7], labelled=False)
         assert type(plan_for(unlabelled, options, 1)) is Plan

@@ -48,7 +48,9 @@ def test_simultaneous_updates_both_at_every_step() -> None:
 
 
 def test_blocks_update_one_network_at_a_time_in_blocks() -> None:
-    config = config_of("alternation=blocks", "alternation.segmentor=3", "alternation.discriminator=2")
+    config = config_of(
+        "alternation=blocks", "alternation.segmentor=3", "alternation.discriminator=2"
+    )
     phases = [phase(step, config) for step in range(12)]
     assert "".join("S" if now.segmentor else "D" for now in phases) == "SSSDDSSSDDSS"
     assert all(now.segmentor != now.discriminator for now in phases)
@@ -66,7 +68,9 @@ def test_the_adversary_starts_late_and_warms_up() -> None:
 
 def test_terms_on_unlabelled_images_begin_at_their_steps() -> None:
     config = config_of("mode=semi_supervised", "semi.start_step=4", "semi.adv_start_step=2")
-    weights = [(phase(step, config).semi_adv_weight, phase(step, config).semi_weight) for step in range(6)]
+    weights = [
+        (phase(step, config).semi_adv_weight, phase(step, config).semi_weight) for step in range(6)
+    ]
     assert weights == [(0, 0), (0, 0), (0.001, 0), (0.001, 0), (0.001, 0.1), (0.001, 0.1)]
     assert phase(9, config_of("semi.start_step=0")).semi_weight == 0  # of another mode
 

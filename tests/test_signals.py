@@ -1,4 +1,6 @@
-"""Signals of a logged step against plain formulas on the joined batch, under every parallel strategy."""
+"""Signals of a logged step against plain formulas on the joined batch, under every parallel
+strategy.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ AT_IMAGE = [*SEMI, "loss.map_resolution=image"]
 GAP = ["discriminator.options.head=gap"]
 STRATEGIES: dict[str, list[str]] = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
 if importlib.util.find_spec("deepspeed") is not None:
-    STRATEGIES |= {f"stage {n}": ["parallel.strategy=deepspeed", f"parallel.zero_stage={n}"] for n in (0, 3)}
+    STRATEGIES |= {
+        f"stage {n}": ["parallel.strategy=deepspeed", f"parallel.zero_stage={n}"] for n in (0, 3)
+    }
 OWN = {"forward_seconds": 1.0, "data_wait_seconds": 0.0, "memory_bytes": 0.0}
 
 
@@ -36,17 +40,28 @@ def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) ->
     """The logged values of one step on this rank's part of the batch."""
     precision = "fp32" if strategy.startswith("stage") else "fp64"
     config = make_config([*case, *STRATEGIES[strategy], f"precision={precision}"])
-    networks, optimizers = make_networks(config), (config.segmentor_optimizer, config.discriminator_optimizer)
-    pair = Pair(
-        *(wrap(*both, config, ranks) for both in zip(networks, optimizers, strict=True)), config.loss, config.semi
+    networks, optimizers = (
+        make_networks(config),
+        (config.segmentor_optimizer, config.discriminator_optimizer),
     )
-    share = slice(ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size)
+    pair = Pair(
+        *(wrap(*both, config, ranks) for both in zip(networks, optimizers, strict=True)),
+        config.loss,
+        config.semi,
+    )
+    share = slice(
+        ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
+    )
     parts = [make_images(STEP, labelled) for labelled in (True, False)]
-    labelled, unlabelled = (Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts)
+    labelled, unlabelled = (
+        Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts
+    )
     now = replace(phase(STEP, config), watched=True)
     rest = unlabelled if config.mode == "semi_supervised" else None
     metrics = adversarial_step(pair, now, labelled, rest, num_parts)
-    grad_norm = {f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)}
+    grad_norm = {
+        f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)
+    }
     return diagnostics.gather(metrics | grad_norm, OWN, ranks)
 
 
@@ -64,7 +79,9 @@ def reference(case: list[str]) -> dict[str, float]:
     if config.loss.map_resolution == "image":
         logits = [F.interpolate(z, (SIZE, SIZE), mode="bilinear") for z in logits]
     stride = SIZE // logits[0].shape[-1]
-    small = [images.label[:, stride // 2 :: stride, stride // 2 :: stride].long() for images in kinds]
+    small = [
+        images.label[:, stride // 2 :: stride, stride // 2 :: stride].long() for images in kinds
+    ]
 
     def outputs(images: Images, maps: Tensor, label: Tensor) -> Tensor:
         z = judge(images.pixels, maps)[0]
@@ -98,7 +115,9 @@ def reference(case: list[str]) -> dict[str, float]:
 def measure_all(ranks: Ranks) -> dict[str, dict[str, float]]:
     values = {strategy: measure(ranks, SEMI, strategy) for strategy in STRATEGIES}
     values |= {"at image": measure(ranks, AT_IMAGE, "ddp"), "gap": measure(ranks, GAP, "ddp")}
-    return values | ({"in parts": measure(ranks, GAP, "ddp", 2)} if BATCH // ranks.world_size % 2 == 0 else {})
+    return values | (
+        {"in parts": measure(ranks, GAP, "ddp", 2)} if BATCH // ranks.world_size % 2 == 0 else {}
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
@@ -111,17 +130,27 @@ def test_signals_are_those_of_the_joined_batch_under_every_strategy(num_ranks: i
         for case, values in of_rank.items():
             tolerance = 1e-5 if case.startswith("stage") else 1e-9
             for name, wanted in expected[case].items():
-                assert values[name] == pytest.approx(wanted, rel=tolerance, abs=tolerance), (case, name)
-        norms += [[of_rank[s][f"grad_norm/{n}"] for n in ("segmentor", "discriminator")] for s in STRATEGIES]
+                assert values[name] == pytest.approx(wanted, rel=tolerance, abs=tolerance), (
+                    case,
+                    name,
+                )
+        norms += [
+            [of_rank[s][f"grad_norm/{n}"] for n in ("segmentor", "discriminator")]
+            for s in STRATEGIES
+        ]
     for of_strategy in norms:  # one and the same on all ranks, under all strategies
         assert of_strategy == pytest.approx(norms[0], rel=1e-4)
 
 
 def passes(ranks: Ranks) -> list[tuple[int, int]]:
-    """How often the networks' forwards and the all-reduces run in a watched and in an unwatched step."""
+    """How often the networks' forwards and the all-reduces run in a watched and in an unwatched
+    step.
+    """
     config = make_config(SEMI)
     optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
-    learners = [wrap(*both, config, ranks) for both in zip(make_networks(config), optimizers, strict=True)]
+    learners = [
+        wrap(*both, config, ranks) for both in zip(make_networks(config), optimizers, strict=True)
+    ]
     counts = [0, 0]
     for learner in learners:
         for module in learner.network.modules():
@@ -134,11 +163,16 @@ def passes(ranks: Ranks) -> list[tuple[int, int]]:
 
     torch.distributed.all_reduce, found = counted, []
     share = slice(ranks.rank * 3, ranks.rank * 3 + 3)
-    images = [Images(i.pixels[share], i.label[share]) for i in (make_images(STEP, True), make_images(STEP, False))]
+    images = [
+        Images(i.pixels[share], i.label[share])
+        for i in (make_images(STEP, True), make_images(STEP, False))
+    ]
     for watched in (False, True):
         counts[:] = [0, 0]
         adversarial_step(
-            Pair(*learners, config.loss, config.semi), replace(phase(STEP, config), watched=watched), *images
+            Pair(*learners, config.loss, config.semi),
+            replace(phase(STEP, config), watched=watched),
+            *images,
         )
         found.append((counts[0], counts[1]))
         for learner in learners:
@@ -164,7 +198,11 @@ def two_paces(ranks: Ranks) -> tuple[dict[str, float], float]:
         Pair(learner, None, config.loss, config.semi), Images(images.pixels[:2], images.label[:2])
     )
     seconds = learner.stopwatch.seconds()
-    own = {"forward_seconds": seconds, "data_wait_seconds": 0.001 * ranks.rank, "memory_bytes": 5.0 - ranks.rank}
+    own = {
+        "forward_seconds": seconds,
+        "data_wait_seconds": 0.001 * ranks.rank,
+        "memory_bytes": 5.0 - ranks.rank,
+    }
     return diagnostics.gather(metrics, own, ranks), seconds
 
 
@@ -181,6 +219,9 @@ def test_pace_of_one_rank_has_no_slowest_and_no_ratio_is_made_of_nothing() -> No
     assert diagnostics.pace([[0.5, 0.1, 7.0]]) == {"data_wait_seconds": 0.1, "memory_bytes": 7.0}
     assert diagnostics.pace([[1.0, 0.0, 1.0], [1.5, 0.5, 1.0]])["ranks/slowest_ratio"] == 2.0
     squares = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
-    assert diagnostics.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {"a": 1.0, RATIO: 1.5}
+    assert diagnostics.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {
+        "a": 1.0,
+        RATIO: 1.5,
+    }
     assert diagnostics.summary(dict(zip(squares, (0.0, 0.0), strict=True))) == {}
     assert diagnostics.memory_bytes(torch.device("cpu")) > 5e7

@@ -31,7 +31,9 @@ REAL_SHARES = (0.515, 14.48, 14.02, 22.52, 6.85, 4.00, 22.61, 1.34, 13.66)
 
 def text_label(path: Path) -> np.ndarray:
     """(H, W) int, -1 for unknown: parsed in the plainest way there is."""
-    return np.array([[int(value) for value in line.split()] for line in path.read_text().splitlines()])
+    return np.array(
+        [[int(value) for value in line.split()] for line in path.read_text().splitlines()]
+    )
 
 
 @pytest.fixture
@@ -44,8 +46,11 @@ def root(tmp_path: Path) -> Path:
         rng = np.random.default_rng(index)
         image = simplejpeg.encode_jpeg(rng.integers(0, 256, (height, width, 3), np.uint8))
         (root / "images" / f"{key}.jpg").write_bytes(image)
-        np.savetxt(root / "labels" / f"{key}.regions.txt", rng.integers(-1, 8, (height, width)), fmt="%d")
-        (root / "labels" / f"{key}.surfaces.txt").write_text("0 1\n")  # the original archive has these as well
+        np.savetxt(
+            root / "labels" / f"{key}.regions.txt", rng.integers(-1, 8, (height, width)), fmt="%d"
+        )
+        # the original archive has these as well
+        (root / "labels" / f"{key}.surfaces.txt").write_text("0 1\n")
     (root / "splits" / "train.txt").write_text("0000051\n6000324\n0000059\n0000047\n")
     (root / "splits" / "val.txt").write_text("9005273\n")
     return root
@@ -75,7 +80,10 @@ def test_every_pixel_through_maps_and_shards(root: Path, tmp_path: Path) -> None
     pack(tmp_path / "maps.h5", tmp_path / "shards")
     assert check_every_pixel(root, tmp_path / "maps.h5", tmp_path / "shards") == 5
     with MapsReader(tmp_path / "maps.h5") as reader:
-        assert reader.splits == {"train": ["0000051", "6000324", "0000059", "0000047"], "val": ["9005273"]}
+        assert reader.splits == {
+            "train": ["0000051", "6000324", "0000059", "0000047"],
+            "val": ["9005273"],
+        }
         assert (reader.name, reader.classes) == ("stanford", STANFORD)
         assert reader.read("0000059").source_id == "iccv09Data/0000059.jpg"
 
@@ -100,10 +108,16 @@ def rewrite(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
 
 LABEL = "labels/0000047.regions.txt"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no images": (lambda root: [path.unlink() for path in (root / "images").iterdir()], "no images"),
+    "no images": (
+        lambda root: [path.unlink() for path in (root / "images").iterdir()],
+        "no images",
+    ),
     "no label": (lambda root: (root / LABEL).unlink(), "0000047: no .*regions"),
     "no image": (lambda root: (root / "images/6000324.jpg").unlink(), "6000324: no .*jpg"),
-    "not listed": (rewrite("splits/train.txt", lambda text: text.replace("0000051\n", "")), "first: 0000051"),
+    "not listed": (
+        rewrite("splits/train.txt", lambda text: text.replace("0000051\n", "")),
+        "first: 0000051",
+    ),
     "listed twice": (rewrite("splits/val.txt", lambda text: text + "0000051\n"), "first: 0000051"),
     "list without image": (rewrite("splits/val.txt", lambda text: text + "123\n"), "first: 123"),
     "no list": (lambda root: (root / "splits/val.txt").unlink(), "0 files .*val"),
@@ -111,8 +125,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         rewrite(LABEL, lambda text: text[text.index("\n") + 1 :]),
         "0000047.* 23 rows of 32 numbers for an image 24 x 32",
     ),
-    "a row cut short": (rewrite(LABEL, lambda text: text.rstrip()[:-2]), r"0000047\.regions\.txt: "),
-    "transposed": (lambda root: np.savetxt(root / LABEL, np.zeros((32, 24)), fmt="%d"), "32 rows of 24"),
+    "a row cut short": (
+        rewrite(LABEL, lambda text: text.rstrip()[:-2]),
+        r"0000047\.regions\.txt: ",
+    ),
+    "transposed": (
+        lambda root: np.savetxt(root / LABEL, np.zeros((32, 24)), fmt="%d"),
+        "32 rows of 24",
+    ),
     "label 8": (
         rewrite(LABEL, lambda text: text.replace("7", "8", 1)),
         "0000047.* label 8 where .* 8 classes",
@@ -133,7 +153,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_what_is_wrong_is_named_and_nothing_is_written(root: Path, tmp_path: Path, case: str) -> None:
+def test_what_is_wrong_is_named_and_nothing_is_written(
+    root: Path, tmp_path: Path, case: str
+) -> None:
     damage, message = DAMAGE[case]
     damage(root)
     with pytest.raises(InputError, match=message):
@@ -152,7 +174,9 @@ def test_a_seed_where_lists_decide_is_refused(root: Path, tmp_path: Path) -> Non
     reason="set DISTSEG_STANFORD_ROOT to the unpacked Stanford Background data set",
 )
 def test_real_data(tmp_path: Path) -> None:
-    """All 715 images: byte-identical, every label pixel as in its text file, pixel shares as published."""
+    """All 715 images: byte-identical, every label pixel as in its text file, pixel shares as
+    published.
+    """
     root = Path(os.environ["DISTSEG_STANFORD_ROOT"])
     prepare("stanford", root, tmp_path / "maps.h5", workers=2)
     manifest = pack(tmp_path / "maps.h5", tmp_path / "shards", num_workers=2)

@@ -49,7 +49,18 @@ class AlteredReader:
         return self.alter(index, self.reader.read(index))
 
 
-def stream(reader, *, rank=0, world_size=1, num_threads=0, start_step=0, batch_size=6, view=VIEW, plan=None, keep=0):
+def stream(
+    reader,
+    *,
+    rank=0,
+    world_size=1,
+    num_threads=0,
+    start_step=0,
+    batch_size=6,
+    view=VIEW,
+    plan=None,
+    keep=0,
+):
     return TrainStream(
         SampleSet(reader, keep_decoded_bytes=keep),
         Plan(8, seed=5) if plan is None else plan,
@@ -73,7 +84,9 @@ def data_threads():
 
 @pytest.fixture(scope="module")
 def expected(reader):
-    """Eight global batches, six samples each, put together by hand from the plan, the codecs and the view."""
+    """Eight global batches, six samples each, put together by hand from the plan, the codecs and
+    the view.
+    """
     plan, result = Plan(8, seed=5), []
     for step in range(8):
         image, label = np.empty((6, 48, 48, 3), np.uint8), np.empty((6, 48, 48), np.uint8)
@@ -90,7 +103,8 @@ def expected(reader):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_pixels_are_the_same_for_all_worlds_and_threads(reader, expected, world_size, num_threads):
     ranks = [
-        batches(reader, 8, rank=rank, world_size=world_size, num_threads=num_threads) for rank in range(world_size)
+        batches(reader, 8, rank=rank, world_size=world_size, num_threads=num_threads)
+        for rank in range(world_size)
     ]
     for step, (image, label) in enumerate(expected):
         assert [rank[step].step for rank in ranks] == [step] * world_size
@@ -103,11 +117,14 @@ def test_pixels_are_the_same_from_samples_that_stay_decoded(reader, expected, nu
     num_bytes = [4 * height * width for height, width in map(reader.size, range(8))]
     for room in (sum(num_bytes), sum(num_bytes) // 2):
         reads = Counter()
-        altered = AlteredReader(reader, lambda index, raw, reads=reads: reads.update([index]) or raw)
+        altered = AlteredReader(
+            reader, lambda index, raw, reads=reads: reads.update([index]) or raw
+        )
         found = batches(altered, 16, num_threads=num_threads, keep=room)
         for batch, (image, label) in zip(found, expected, strict=False):
             assert torch.equal(batch.image, image) and torch.equal(batch.label, label)
-        # in twelve epochs; a thread may begin a sample while another still decodes it for the first time
+        # in twelve epochs; a thread may begin a sample while another still decodes it for the first
+        # time
         kept = [index for index in range(8) if reads[index] <= 3]
         assert room - max(num_bytes) < sum(num_bytes[index] for index in kept) <= room
         assert all(reads[index] >= 12 for index in range(8) if index not in kept)
@@ -115,7 +132,10 @@ def test_pixels_are_the_same_from_samples_that_stay_decoded(reader, expected, nu
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_sample_once_per_epoch_over_the_ranks(reader, world_size):
-    """Eight samples, batches of six: after four steps the ranks together have read each three times."""
+    """Eight samples, batches of six.
+
+    After four steps the ranks together have read each three times.
+    """
     read = []
     recording = AlteredReader(reader, lambda index, raw: (read.append(index), raw)[1])
     for rank in range(world_size):
@@ -148,12 +168,19 @@ PLANS = {
     steps=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=40)
-def test_any_order_goes_on_anywhere_on_another_world(reader, kind, worlds, num_threads, start, steps):
-    """From `start` on one world, then on another, against one plan walked from 0 and views put together by hand."""
+def test_any_order_goes_on_anywhere_on_another_world(
+    reader, kind, worlds, num_threads, start, steps
+):
+    """From `start` on one world, then on another, against one plan walked from 0 and views put
+    together by hand.
+    """
     plan, seen = PLANS[kind](reader), []
     for first, world_size in ((start, worlds[0]), (start + steps, worlds[1])):
         options = {"num_threads": num_threads, "start_step": first, "world_size": world_size}
-        ranks = [batches(reader, steps, rank=rank, plan=PLANS[kind](reader), **options) for rank in range(world_size)]
+        ranks = [
+            batches(reader, steps, rank=rank, plan=PLANS[kind](reader), **options)
+            for rank in range(world_size)
+        ]
         seen += [torch.cat([rank[step].image for rank in ranks]) for step in range(steps)]
     order = [plan.sample_index(position) for position in range(6 * (start + 2 * steps))]
     for position, image in enumerate(torch.cat(seen), start=6 * start):
@@ -165,7 +192,10 @@ def test_any_order_goes_on_anywhere_on_another_world(reader, kind, worlds, num_t
 
 def test_resume_on_another_world_size(reader, expected):
     """Two ranks up to step 3, three ranks from there."""
-    ranks = [batches(reader, 5, rank=rank, world_size=3, start_step=3, num_threads=1) for rank in range(3)]
+    ranks = [
+        batches(reader, 5, rank=rank, world_size=3, start_step=3, num_threads=1)
+        for rank in range(3)
+    ]
     for i, (image, _) in enumerate(expected[3:]):
         assert torch.equal(torch.cat([rank[i].image for rank in ranks]), image)
 
@@ -180,7 +210,9 @@ def test_batches_are_uint8_and_channels_last(reader):
 def test_a_batch_stays_as_it_is_while_the_stream_goes_on(reader, expected):
     """Buffers are not handed out twice."""
     kept = batches(reader, 8, num_threads=3)
-    assert all(torch.equal(batch.image, image) for batch, (image, _) in zip(kept, expected, strict=True))
+    assert all(
+        torch.equal(batch.image, image) for batch, (image, _) in zip(kept, expected, strict=True)
+    )
 
 
 def bad_label(index, raw):
@@ -204,14 +236,18 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_a_bad_sample_is_named_at_its_step_and_not_before(toy_shards, reader, expected, fault, num_threads):
+def test_a_bad_sample_is_named_at_its_step_and_not_before(
+    toy_shards, reader, expected, fault, num_threads
+):
     bad_index = Plan(8, seed=5).sample_index(7)  # the last of the first epoch, in step 1
     altered = AlteredReader(reader, lambda i, raw: BAD[fault](i, raw) if i == bad_index else raw)
     source = stream(altered, num_threads=num_threads)
     assert torch.equal(next(source).image, expected[0][0])
     with pytest.raises(InputError, match=fault) as caught:
         next(source)
-    [shard] = {path.name for path in toy_shards.glob("*.tar") if key_in(path, reader.key(bad_index))}
+    [shard] = {
+        path.name for path in toy_shards.glob("*.tar") if key_in(path, reader.key(bad_index))
+    }
     assert reader.key(bad_index) in caught.value.got and shard in caught.value.got
     assert not data_threads()
     with pytest.raises(RuntimeError, match="closed"):
@@ -265,7 +301,11 @@ def test_close_drops_what_is_queued(reader, interrupted):
 def test_prefetch_is_bounded(reader):
     """However long the caller takes, the threads stay a few batches ahead."""
     read = []
-    source = stream(AlteredReader(reader, lambda index, raw: (read.append(index), raw)[1]), num_threads=2, batch_size=4)
+    source = stream(
+        AlteredReader(reader, lambda index, raw: (read.append(index), raw)[1]),
+        num_threads=2,
+        batch_size=4,
+    )
     with closing(source):
         next(source)
         time.sleep(0.3)
@@ -292,12 +332,16 @@ def test_evaluation_gives_each_original_once_in_order(toy_shards, world_size, nu
     seen = {}
     for rank in range(world_size):
         indices = []
-        for index, key, image, label in evaluation_samples(SampleSet(reader), rank, world_size, num_threads):
+        for index, key, image, label in evaluation_samples(
+            SampleSet(reader), rank, world_size, num_threads
+        ):
             indices.append(index)
             seen[index] = key
             assert np.array_equal(image, decode_image(originals[index].image))
             assert np.array_equal(label, originals[index].label)
-            assert all(array.flags.c_contiguous and array.flags.writeable for array in (image, label))
+            assert all(
+                array.flags.c_contiguous and array.flags.writeable for array in (image, label)
+            )
         assert indices == list(range(rank, 4, world_size))
     assert [seen[i] for i in range(4)] == [sample.key for sample in originals]
 

@@ -13,7 +13,14 @@ from distseg.config import loading
 from distseg.evaluate.summary import overview, read, rows, to_json, to_latex, to_markdown
 from shards.errors import InputError
 
-SCORES = {"step": 900, "data": "toy", "split": "val", "num_images": 4, "scales": [1.0], "mirror": False}
+SCORES = {
+    "step": 900,
+    "data": "toy",
+    "split": "val",
+    "num_images": 4,
+    "scales": [1.0],
+    "mirror": False,
+}
 
 
 def finished(folder: Path, mean_iou: float, *overrides: str, **more: object) -> Path:
@@ -21,22 +28,32 @@ def finished(folder: Path, mean_iou: float, *overrides: str, **more: object) -> 
     folder.mkdir()
     config = loading.load(["data.shards=shards", f"run_dir={folder}", *overrides])
     (folder / "config.yaml").write_text(loading.to_yaml(config))
-    scores = {"val/mean_iou": mean_iou, "val/pixel_accuracy": 0.5, "val/iou/sky": mean_iou, "val/iou/a&b": None}
+    scores = {
+        "val/mean_iou": mean_iou,
+        "val/pixel_accuracy": 0.5,
+        "val/iou/sky": mean_iou,
+        "val/iou/a&b": None,
+    }
     (folder / "evaluation.json").write_text(json.dumps({**SCORES, **scores, **more}))
     return folder
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Three seeds of one setting and one of another, at other places, with other amounts of checkpoints."""
+    """Three seeds of one setting and one of another, at other places, with other amounts of
+    checkpoints.
+    """
     plain = ["mode=supervised", "checkpoint.keep_last=1"]
     made = [
-        finished(tmp_path / f"plain{seed}", iou, *plain, f"seed={seed}") for seed, iou in enumerate((0.7, 0.74, 0.72))
+        finished(tmp_path / f"plain{seed}", iou, *plain, f"seed={seed}")
+        for seed, iou in enumerate((0.7, 0.74, 0.72))
     ]
     return [*made, finished(tmp_path / "adversary", 0.731, "loss.adv_weight=0.01")]
 
 
-def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(runs: list[Path]) -> None:
+def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(
+    runs: list[Path],
+) -> None:
     plain, adversary = rows([read(path) for path in runs])
     assert plain.seeds == (0, 1, 2) and adversary.seeds == (0,)
     assert (plain.name, adversary.name) == (
@@ -48,7 +65,10 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_sample_deviation(r
     assert scores["mean"] == pytest.approx(0.72) and scores["spread"] == pytest.approx(
         statistics.stdev((0.7, 0.74, 0.72))
     )
-    assert scores["values"] == [0.7, 0.74, 0.72] and content[1]["scores"]["val/mean_iou"]["spread"] is None
+    assert (
+        scores["values"] == [0.7, 0.74, 0.72]
+        and content[1]["scores"]["val/mean_iou"]["spread"] is None
+    )
     assert content[0]["scores"]["val/iou/sky"]["values"] == [0.7, 0.74, 0.72]
     assert "val/iou/a&b" not in content[0]["scores"], "absent from a run, so no mean is defined"
 
@@ -67,9 +87,16 @@ def test_a_seed_that_is_there_twice_counts_once(runs: list[Path], tmp_path: Path
 
 
 def test_what_a_row_differs_in_is_its_name(runs: list[Path], tmp_path: Path) -> None:
-    other = finished(tmp_path / "other", 0.5, "loss.adv_weight=0.3", "segmentor_optimizer.lr=0.1", "run_dir=x_y")
+    other = finished(
+        tmp_path / "other", 0.5, "loss.adv_weight=0.3", "segmentor_optimizer.lr=0.1", "run_dir=x_y"
+    )
     same = finished(
-        tmp_path / "same", 0.5, "mode=supervised", "semi.threshold=0.1", "discriminator_optimizer.lr=1", "seed=9"
+        tmp_path / "same",
+        0.5,
+        "mode=supervised",
+        "semi.threshold=0.1",
+        "discriminator_optimizer.lr=1",
+        "seed=9",
     )
     table = rows([read(path) for path in (*runs, other, same)])
     assert [row.name for row in table] == [
@@ -77,7 +104,9 @@ def test_what_a_row_differs_in_is_its_name(runs: list[Path], tmp_path: Path) -> 
         "loss.adv_weight=0.01, mode=adversarial, segmentor_optimizer.lr=0.001",
         "loss.adv_weight=0.3, mode=adversarial, segmentor_optimizer.lr=0.1",
     ]
-    assert table[0].seeds == (0, 1, 2, 9), "a supervised run has no use for what was said of an adversary"
+    assert table[0].seeds == (0, 1, 2, 9), (
+        "a supervised run has no use for what was said of an adversary"
+    )
     assert r"segmentor\_optimizer.lr=0.1" in to_latex(table)
 
 
@@ -120,7 +149,9 @@ def test_different_numbers_of_steps_are_allowed_and_said(
 
 def test_only_like_is_compared(runs: list[Path], tmp_path: Path) -> None:
     first = read(runs[0])
-    for number, (key, value) in enumerate({"split": "test", "num_images": 5, "mirror": True, "val/iou/x": 1.0}.items()):
+    for number, (key, value) in enumerate(
+        {"split": "test", "num_images": 5, "mirror": True, "val/iou/x": 1.0}.items()
+    ):
         other = read(finished(tmp_path / f"other{number}", 0.5, **{key: value}))
         with pytest.raises(InputError, match=key if not key.startswith("val") else "classes"):
             rows([first, other])
@@ -140,7 +171,14 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, runs: list[Path]) -> N
 
 
 def test_an_overview_says_how_many_classes_count() -> None:
-    report = {"val/mean_iou": 0.5, "val/num_classes_counted": 2, "confusion": [[1, 0, 0]] * 3, "val/boundary_iou": None}
-    assert overview(report) == ["mIoU                     50.0%  mean over 2 of 3 classes in labels or predictions"]
+    report = {
+        "val/mean_iou": 0.5,
+        "val/num_classes_counted": 2,
+        "confusion": [[1, 0, 0]] * 3,
+        "val/boundary_iou": None,
+    }
+    assert overview(report) == [
+        "mIoU                     50.0%  mean over 2 of 3 classes in labels or predictions"
+    ]
     report["intervals_95"] = {"val/mean_iou": [0.4, 0.625]}
     assert "50.0%  (40.0% to 62.5%)" in overview(report)[0]

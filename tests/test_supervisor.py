@@ -26,11 +26,13 @@ def attempt(outcome: str, reason: str = "", exit_codes: tuple[int, ...] = ()) ->
         (0, attempt("done"), False, "done", 0),
         (143, attempt("done"), True, "done", 0),  # told to stop after the last step
         (0, attempt("stopped", "SIGUSR1 here"), True, "requeue", 0),
-        (143, attempt("stopped", "SIGTERM here"), False, "requeue", 0),  # preempted: only the ranks were told
+        # preempted: only the ranks were told
+        (143, attempt("stopped", "SIGTERM here"), False, "requeue", 0),
         (0, attempt("stopped", "SIGINT here"), False, "fail", 130),  # W&B's stop button
         (137, attempt("killed"), True, "requeue", 0),  # did not save in time
         (143, attempt("refused", "a full disk"), False, "fail", 2),
-        (143, attempt("failed", "rank 3 on b: exit code 2", (75, 2)), False, "fail", 2),  # one rank's bad input
+        # one rank's bad input
+        (143, attempt("failed", "rank 3 on b: exit code 2", (75, 2)), False, "fail", 2),
         (75, attempt("failed", "rank 1 is gone", (75,)), False, "again", 75),
         (137, attempt("killed"), False, "again", 137),
         (1, None, False, "again", 1),
@@ -39,7 +41,9 @@ def attempt(outcome: str, reason: str = "", exit_codes: tuple[int, ...] = ()) ->
         (0, None, True, "requeue", 0),
     ],
 )
-def test_verdicts(exit_code: int, noted: Attempt | None, stopping: bool, action: str, code: int) -> None:
+def test_verdicts(
+    exit_code: int, noted: Attempt | None, stopping: bool, action: str, code: int
+) -> None:
     verdict = judge(exit_code, noted, stopping)
     assert (verdict.action, verdict.exit_code) == (action, code)
 
@@ -86,7 +90,8 @@ def test_a_run_that_always_fails_while_it_stops_is_not_requeued_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(LABEL_VARIABLE, "")  # and as it was, afterwards
-    turns = [(0, 1), (0, 1), (8, 1), (8, -9), (8, 1), (8, 1)]  # progress in between, or a rank that was killed
+    # progress in between, or a rank that was killed
+    turns = [(0, 1), (0, 1), (8, 1), (8, -9), (8, 1), (8, 1)]
     for step, code in turns:
         assert Unsaved(tmp_path, step, code).run().action == "requeue"
     verdict = Unsaved(tmp_path, 8, 1).run()
@@ -101,7 +106,9 @@ def test_a_submitit_job_comes_back_unless_its_run_would_fail_again(
     verdict = Verdict(action, "why", 1 if action == "fail" else 0)
     monkeypatch.setattr(Supervisor, "verdict", lambda _: verdict)
     job = Job((), "run", str(tmp_path), with_srun=False)
-    monkeypatch.setattr("launchers.job._supervisors", {"run": Supervisor("distseg.train", [], with_srun=False)})
+    monkeypatch.setattr(
+        "launchers.job._supervisors", {"run": Supervisor("distseg.train", [], with_srun=False)}
+    )
     before = signal.getsignal(signal.SIGTERM)
     try:
         if action == "fail":
@@ -109,18 +116,23 @@ def test_a_submitit_job_comes_back_unless_its_run_would_fail_again(
                 job.checkpoint()
         else:
             assert job.checkpoint().function is job
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # which SLURM sends to scontrol too
+            # which SLURM sends to scontrol too
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_only_failures_that_may_be_a_machines_are_waited_for() -> None:
     assert may_be_the_machines(None) and may_be_the_machines(attempt("killed"))
-    assert may_be_the_machines(attempt("failed", "", (75,))) and may_be_the_machines(attempt("failed", "", (1, -9)))
+    assert may_be_the_machines(attempt("failed", "", (75,))) and may_be_the_machines(
+        attempt("failed", "", (1, -9))
+    )
     assert not may_be_the_machines(attempt("failed", "RuntimeError: a mistake", (1, 1)))
 
 
-def test_the_exit_code_of_a_rank_comes_through_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_of_a_rank_comes_through_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "leaves.py").write_text("import os, sys\nsys.exit(7 * int(os.environ['RANK']))\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent.parent}")
     monkeypatch.setenv("DISTSEG_RANKS_PER_NODE", "2")
@@ -130,7 +142,12 @@ def test_the_exit_code_of_a_rank_comes_through_torchrun(tmp_path: Path, monkeypa
 
 def test_a_step_of_srun_gives_node_port_and_ranks() -> None:
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]"}
-    step |= {"SLURM_JOB_ID": "100", "SLURM_RESTART_COUNT": "3", "SLURM_GPUS_ON_NODE": "4", "DISTSEG_TRY": "2"}
+    step |= {
+        "SLURM_JOB_ID": "100",
+        "SLURM_RESTART_COUNT": "3",
+        "SLURM_GPUS_ON_NODE": "4",
+        "DISTSEG_TRY": "2",
+    }
     assert Place.of_step(step) == Place(2, 1, 4, "gpu07", 26126)  # 20000 + 61 * 100 + 8 * 3 + 2
     assert Place.of_step(step | {"SLURM_JOB_ID": "101"}).port != Place.of_step(step).port
     with pytest.raises(InputError, match="SLURM_NODEID"):
@@ -147,7 +164,11 @@ def test_ranks_of_a_node() -> None:
 
 @pytest.mark.parametrize(("state", "answer"), [("CANCELLED", 143), ("COMPLETING", 143), ("", 143)])
 def test_only_a_running_job_is_requeued(
-    state: str, answer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    state: str,
+    answer: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     for name, text in (("squeue", f"echo {state}"), ("scontrol", f"touch {tmp_path}/called")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")

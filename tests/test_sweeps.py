@@ -25,7 +25,13 @@ from shards.errors import InputError
 from tests.test_train import SMALL, TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parent.parent
-TINY = [*SMALL, "segmentor=multiscale", "segmentor.options.hidden=16", "steps=6", "evaluate.every_steps=0"]
+TINY = [
+    *SMALL,
+    "segmentor=multiscale",
+    "segmentor.options.hidden=16",
+    "steps=6",
+    "evaluate.every_steps=0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DISTSEG_TEST_BRAKE", str(tmp_path))
 
 
-def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     (tmp_path / "refuse-2-1").touch()
     plan = {"base": [*TINY, f"data.shards={toy_shards}"], "grid": {"seed": [0, 1]}}
     good, bad = sweep(plan, tmp_path / "sweep", executor="local", ranks_per_node=2)
@@ -48,8 +56,14 @@ def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(toy_shards: Path
     assert [row.state for row in rows] == ["done", "failed"]
     assert (rows[0].step, rows[0].metric) == (6, scores["val/mean_iou"]) and not rows[0].error
     assert rows[1].error[0].endswith("trial-001: a test's bad input at step 2 (exit code 2)")
-    assert rows[1].error[1:] == ["error: a test's bad input at step 2", "  needed: another", "  to do:  none"]
-    assert "seed=1" in table(rows) and "crop_px" not in table(rows), "what all trials share is left out"
+    assert rows[1].error[1:] == [
+        "error: a test's bad input at step 2",
+        "  needed: another",
+        "  to do:  none",
+    ]
+    assert "seed=1" in table(rows) and "crop_px" not in table(rows), (
+        "what all trials share is left out"
+    )
     (again,) = resubmit(tmp_path / "sweep")
     after = status(tmp_path / "sweep")
     assert [row.job for row in after] == [good.job_id, again.job_id] and after[0].state == "done"
@@ -71,16 +85,20 @@ def test_a_run_whose_job_was_killed_stops_and_is_no_others_until_then(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hold-2").touch()
     (tmp_path / "shards").symlink_to(toy_shards)
-    plan = {"base": [*TINY, "data.shards=shards"], "list": [{"steps": 10**6}]}  # it ends only by being told to
+    # it ends only by being told to
+    plan = {"base": [*TINY, "data.shards=shards"], "list": [{"steps": 10**6}]}
     (job,) = sweep(plan, "sweep", executor="local")
     wait_until((tmp_path / "at-2").exists)
     (supervisor,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     os.kill(int(supervisor), signal.SIGKILL)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    wait_until(lambda: status("../sweep")[0].state != "running")  # also while the job is a zombie: nobody waits for it
+    # also while the job is a zombie: nobody waits for it
+    wait_until(lambda: status("../sweep")[0].state != "running")
     (row,) = status("../sweep")
-    assert row.state == "orphaned" and row.error[0].startswith("still training without its job (process ")
+    assert row.state == "orphaned" and row.error[0].startswith(
+        "still training without its job (process "
+    )
     with pytest.raises(InputError, match="trial 0: still training without its job"):
         resubmit("../sweep")
     (tmp_path / "hold-2").unlink()
@@ -123,10 +141,16 @@ def test_trials_that_a_broken_off_submission_left_are_known_and_submitted_later(
     assert [row.job for row in status(tmp_path / "sweep")] == ["7", "8", "9"]
 
 
-def test_a_sweep_that_is_refused_leaves_its_directory_free(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_is_refused_leaves_its_directory_free(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     (tmp_path / "jobs").write_text("")
     with pytest.raises(InputError, match="jobs: File exists"):
-        sweep({"base": [*TINY, f"data.shards={toy_shards}"], "list": [{"seed": 0}]}, tmp_path, executor="local")
+        sweep(
+            {"base": [*TINY, f"data.shards={toy_shards}"], "list": [{"seed": 0}]},
+            tmp_path,
+            executor="local",
+        )
     assert not (tmp_path / "sweep.json").exists()
 
 
@@ -152,14 +176,29 @@ def test_a_cluster_that_cannot_be_reached_is_told_from_resources_that_it_has_not
 
 def test_what_another_tool_left_in_a_run_directory_does_not_hide_the_others(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text('{"step": 9}')
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "val/mean_iou": 0.5}\n17\n{"loss": 1.0}\n{"step": 4}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "val/mean_iou": 0.5}\n17\n{"loss": 1.0}\n{"step": 4}\n{"st'
+    )
     assert sweeps._progress(tmp_path) == (4, 0.5)
 
 
 def test_the_table_has_the_best_first_and_then_what_went_wrong() -> None:
-    rows = [Row(0, ["a=1", "seed=0", "run_dir=r0"], "failed", "7_0", "r0", 3, None, error=["Traceback", "boom"])]
+    rows = [
+        Row(
+            0,
+            ["a=1", "seed=0", "run_dir=r0"],
+            "failed",
+            "7_0",
+            "r0",
+            3,
+            None,
+            error=["Traceback", "boom"],
+        )
+    ]
     rows += [Row(1, ["a=1", "seed=1", "run_dir=r1"], "running", "7_1", "r1", 5, 0.25)]
-    rows += [Row(2, ["a=1", "seed=2", "run_dir=r2"], "done", "7_2", "r2", 9, 0.5, url="https://w.b/r2")]
+    rows += [
+        Row(2, ["a=1", "seed=2", "run_dir=r2"], "done", "7_2", "r2", 9, 0.5, url="https://w.b/r2")
+    ]
     lines = table(rows).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["trial", "2", "1", "0"]
     assert lines[1].split() == ["2", "done", "7_2", "9", "0.5000", "seed=2", "https://w.b/r2"]
@@ -184,7 +223,10 @@ def test_bad_input_is_refused_at_submission(
     assert "batch_size=4 for 3 ranks" in refused(*good, ranks_per_node=3, **local)
     assert "width" in refused(*good, "discriminator.options.depth=3", **local)
     text = refused("preset=voc", **local)
-    assert "distseg prepare voc --root ROOT --out data/voc.h5 && distseg pack data/voc.h5 --out data/voc" in text
+    assert (
+        "distseg prepare voc --root ROOT --out data/voc.h5 && distseg pack data/voc.h5 --out data/voc"
+        in text
+    )
     assert "sbatch slurm/pack_shards.sh voc --root ROOT --out data/voc.h5" in text
     (tmp_path / "file").write_text("")
     assert "file cannot be written" in refused(*good, "run_dir=file/run", **local)
@@ -201,7 +243,9 @@ def test_bad_input_is_refused_at_submission(
     assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
 
 
-def test_a_run_directory_of_another_configuration_is_refused_at_submission(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_run_directory_of_another_configuration_is_refused_at_submission(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     from distseg.config import loading
 
     good = [*TINY, f"data.shards={toy_shards}", f"run_dir={tmp_path}"]
@@ -213,5 +257,7 @@ def test_checking_starts_no_cuda(toy_shards: Path, tmp_path: Path) -> None:
     overrides = [*TINY, f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]
     program = f"import torch; from launchers.check import check_run; check_run({overrides!r}, 2)\n"
     program += "print(torch.cuda.is_initialized())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"

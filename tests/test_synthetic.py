@@ -18,7 +18,8 @@ from shards.synthetic import VOID_SHARE, render_scene, scene_layout
 
 SKY, TREE, ROAD, GRASS, WATER, BUILDING, MOUNTAIN, FOREGROUND = range(STANFORD.num_classes)
 SIZE = (120, 160)
-# crc32 of labels and images of six scenes: equal for OpenCV 4.11 to 5.0, NumPy 1.26 to 2.4, with AVX or not
+# crc32 of labels and images of six scenes: equal for OpenCV 4.11 to 5.0, NumPy 1.26 to 2.4, with
+# AVX or not
 CHECKSUMS = (2458799535, 3661457059)
 
 
@@ -125,7 +126,9 @@ def test_void_has_its_share_in_specks_and_on_borders(scenes):
         assert VOID_SHARE[0] * 0.98 <= void.mean() <= VOID_SHARE[1] * 1.1
         rows, columns = np.nonzero(void[2:-2, 2:-2])
         # a border's pixel has two classes within two pixels; a speck inside one surface has one
-        near = np.stack([label[rows + 2 + 2 * i, columns + 2 + 2 * j] for i in kernel for j in kernel])
+        near = np.stack(
+            [label[rows + 2 + 2 * i, columns + 2 + 2 * j] for i in kernel for j in kernel]
+        )
         known = np.where(near == IGNORE_INDEX, near.min(axis=0), near)
         on_border += int(np.count_nonzero(known.max(axis=0) != known.min(axis=0)))
         total += len(rows)
@@ -133,13 +136,22 @@ def test_void_has_its_share_in_specks_and_on_borders(scenes):
 
 
 def test_borders_of_the_label_are_edges_of_the_picture(scenes):
-    """Across a border of classes the picture changes more than inside them: label and pixels are aligned."""
+    """Across a border of classes the picture changes more than inside them.
+
+    Label and pixels are aligned.
+    """
     ratios = []
     for image, label in scenes:
         step = np.abs(np.diff(image.astype(np.int16), axis=1)).sum(axis=2)
         known = (label[:, 1:] != IGNORE_INDEX) & (label[:, :-1] != IGNORE_INDEX)
         border = known & (label[:, 1:] != label[:, :-1])
-        ratios.append([step[border].mean(), step[known & ~border].mean(), np.roll(step, 4, axis=1)[border].mean()])
+        ratios.append(
+            [
+                step[border].mean(),
+                step[known & ~border].mean(),
+                np.roll(step, 4, axis=1)[border].mean(),
+            ]
+        )
     across, inside, shifted = np.mean(ratios, axis=0)
     assert across > 3 * inside
     assert across > 2 * shifted
@@ -162,9 +174,14 @@ def test_colour_alone_does_not_solve_it(toy_set):
 
 
 def test_toy_samples_are_valid_and_named_by_split():
-    classes, listed = toy.samples(num_train=1, num_val=1).classes, made(num_train=33, num_val=4, seed=2)
+    classes, listed = (
+        toy.samples(num_train=1, num_val=1).classes,
+        made(num_train=33, num_val=4, seed=2),
+    )
     assert classes == STANFORD and len(listed) == 37
-    assert [s.key for s in listed[:2]] == ["train-00000", "train-00001"] and listed[33].key == "val-00000"
+    assert [s.key for s in listed[:2]] == ["train-00000", "train-00001"] and listed[
+        33
+    ].key == "val-00000"
     assert {s.split for s in listed[:33]} == {"train"} and {s.split for s in listed[33:]} == {"val"}
     assert len({s.source_id for s in listed}) == 37 and listed[1].source_id == "toy seed=2 index=1"
     assert len({image_size(s.image) for s in listed[:33]}) == 30
@@ -175,7 +192,8 @@ def test_toy_samples_are_valid_and_named_by_split():
 def test_smaller_toy_set_begins_the_larger_one():
     small, large = ({s.key: s for s in made(num_train=n, num_val=2)} for n in (2, 5))
     assert all(
-        s.image == large[key].image and np.array_equal(label_of(s), label_of(large[key])) for key, s in small.items()
+        s.image == large[key].image and np.array_equal(label_of(s), label_of(large[key]))
+        for key, s in small.items()
     )
 
 
@@ -203,7 +221,10 @@ def test_bad_input_is_named_at_once(call, named: str):
 
 
 def histogram_miou(train: Iterable[Sample], val: Iterable[Sample]) -> float:
-    """Mean IoU of the best guess from a pixel's colour alone: the class most frequent in its cell of 32^3."""
+    """Mean IoU of the best guess from a pixel's colour alone.
+
+    The class most frequent in its cell of 32^3.
+    """
     counts = np.zeros((2**15, STANFORD.num_classes), np.int64)
     for cells, labels in map(_colours, train):
         np.add.at(counts, (cells, labels), 1)

@@ -1,4 +1,7 @@
-"""Every segmentor with every discriminator: trains on two ranks, and every segmentor can learn four images by heart."""
+"""Every segmentor with every discriminator.
+
+Trains on two ranks, and every segmentor can learn four images by heart.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ CROP = 48
 
 def small_options(name: str) -> dict[str, Any]:
     """Options that make the widest layers narrow; what is left is the network itself."""
-    return {"fc_channels": 32} if "vgg16" in name else {"hidden": 64} if name == "multiscale" else {}
+    return (
+        {"fc_channels": 32} if "vgg16" in name else {"hidden": 64} if name == "multiscale" else {}
+    )
 
 
 def narrow_options(name: str) -> dict[str, Any]:
@@ -40,8 +45,15 @@ def narrow_options(name: str) -> dict[str, Any]:
 
 
 def make_config(*overrides: str) -> Config:
-    common = ["data.shards=unused", "precision=fp32", "loss.map_resolution=image", "loss.adv_weight=0.1"]
-    return loading.load([*common, "segmentor_optimizer.lr=1e-3", "discriminator_optimizer.lr=1e-4", *overrides])
+    common = [
+        "data.shards=unused",
+        "precision=fp32",
+        "loss.map_resolution=image",
+        "loss.adv_weight=0.1",
+    ]
+    return loading.load(
+        [*common, "segmentor_optimizer.lr=1e-3", "discriminator_optimizer.lr=1e-4", *overrides]
+    )
 
 
 def batches(ranks: Ranks, shards: Path, config: Config, count: int) -> list[Images]:
@@ -58,7 +70,9 @@ def batches(ranks: Ranks, shards: Path, config: Config, count: int) -> list[Imag
     return [to_device(next(stream), ranks.device, config) for _ in range(count)]
 
 
-def train_every_pair(ranks: Ranks, shards: Path) -> dict[tuple[str, str], tuple[float, bool, bytes]]:
+def train_every_pair(
+    ranks: Ranks, shards: Path
+) -> dict[tuple[str, str], tuple[float, bool, bytes]]:
     """For each pair: its last loss, whether both networks moved, and what they hold at the end."""
     config, found = make_config(), {}
     resnet.NUM_BLOCKS = dict.fromkeys(
@@ -72,7 +86,12 @@ def train_every_pair(ranks: Ranks, shards: Path) -> dict[tuple[str, str], tuple[
         for other in DISCRIMINATORS:
             narrow = {} if other == "fully_convolutional" else {"width": 0.125}
             judge = build_discriminator(other, 8, **narrow)
-            pair = Pair(segmentor, wrap(judge, config.discriminator_optimizer, config, ranks), config.loss, config.semi)
+            pair = Pair(
+                segmentor,
+                wrap(judge, config.discriminator_optimizer, config, ranks),
+                config.loss,
+                config.semi,
+            )
             before = fingerprint(network), fingerprint(judge)
             for step, part in enumerate(images):
                 metrics = adversarial_step(pair, phase(step, config), part)
@@ -110,7 +129,10 @@ def learn_by_heart(ranks: Ranks, shards: Path, name: str) -> float:
     config = make_config("mode=supervised", "loss.adv_weight=0", "segmentor_optimizer.lr=2e-3")
     torch.manual_seed(0)
     learner = wrap(
-        build_segmentor(name, 8, init="random", **narrow_options(name)), config.segmentor_optimizer, config, ranks
+        build_segmentor(name, 8, init="random", **narrow_options(name)),
+        config.segmentor_optimizer,
+        config,
+        ranks,
     )
     images = blocks_of_colour(4 * max(16, learner.network.output_stride))
     pair = Pair(learner, None, config.loss, config.semi)
@@ -138,11 +160,17 @@ def miou(learner: Any, images: Images) -> float:
 def blocks_of_colour(block_px: int) -> Images:
     """Four images, each of four squares of block_px.
 
-    A border between two scores shifts with how sure the network is of each, by up to half its output stride: squares
-    of two strides, which have no score away from a border, keep FCN-32s at a mIoU of 0.78.
+    A border between two scores shifts with how sure the network is of each, by up to half its
+    output stride: squares of two strides, which have no score away from a border, keep FCN-32s at a
+    mIoU of 0.78.
     """
     rng = np.random.default_rng(0)
-    label = rng.permutation(np.repeat(np.arange(8), 2)).reshape(4, 2, 2).repeat(block_px, 1).repeat(block_px, 2)
+    label = (
+        rng.permutation(np.repeat(np.arange(8), 2))
+        .reshape(4, 2, 2)
+        .repeat(block_px, 1)
+        .repeat(block_px, 2)
+    )
     colors = rng.random((8, 3))
     pixels = colors[label] + rng.normal(scale=0.05, size=(*label.shape, 3))
     image = torch.from_numpy(pixels.clip(0, 1).astype(np.float32)).permute(0, 3, 1, 2).contiguous()

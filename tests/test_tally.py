@@ -1,4 +1,7 @@
-"""Scores of a split over any number of ranks: the same bits, equal to brute force and to other libraries' values."""
+"""Scores of a split over any number of ranks.
+
+The same bits, equal to brute force and to other libraries' values.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,25 @@ from shards.errors import InputError
 from tests.ranks import run_ranks
 
 NUM_CLASSES = 6
-SIZES = ((24, 40), (17, 65), (32, 32), (9, 11), (60, 41), (50, 33), (40, 24))  # fewer than two a rank of five
+# fewer than two a rank of five
+SIZES = ((24, 40), (17, 65), (32, 32), (9, 11), (60, 41), (50, 33), (40, 24))
 
 
 def images(num_classes: int = NUM_CLASSES) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(probabilities, label) of mixed sizes; some void, class 4 never true, class 3 neither true nor predicted."""
+    """(probabilities, label) of mixed sizes.
+
+    Some void, class 4 never true, class 3 neither true nor predicted.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for number, (height, width) in enumerate(SIZES):
-        present = torch.tensor([c for c in range(num_classes) if c not in (3, 4)], dtype=torch.uint8)
+        present = torch.tensor(
+            [c for c in range(num_classes) if c not in (3, 4)], dtype=torch.uint8
+        )
         coarse = present[torch.randint(len(present), (3, 4), generator=generator)]
-        label = coarse.repeat_interleave(-(-height // 3), 0).repeat_interleave(-(-width // 4), 1)[:height, :width]
+        label = coarse.repeat_interleave(-(-height // 3), 0).repeat_interleave(-(-width // 4), 1)[
+            :height, :width
+        ]
         logits = torch.randn(num_classes, height, width, generator=generator)
         logits += 2 * torch.nn.functional.one_hot(label.long(), num_classes).permute(2, 0, 1)
         logits[3:4] = -50
@@ -45,7 +56,9 @@ def tallied(ranks: Ranks, num_classes: int = NUM_CLASSES, details: bool = True) 
             tally.add(index, probabilities, label)
     tally.sum_over_ranks()
     names = tuple(f"class {c}" for c in range(num_classes))
-    intervals = {f"interval of {name}": pair for name, pair in tally.intervals().items()} if details else {}
+    intervals = (
+        {f"interval of {name}": pair for name, pair in tally.intervals().items()} if details else {}
+    )
     confusion = tally.confusion.tolist()
     values = tally.scores().to_dict(names) | tally.others() | intervals
     return values | {"confusion": confusion, "num_images": tally.num_images}
@@ -67,7 +80,10 @@ def test_scores_equal_scikit_learn(alone: dict) -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     truth = torch.cat([label[label != 255] for _, label in images()]).numpy()
     guess = torch.cat([chances.argmax(0)[label != 255] for chances, label in images()]).numpy()
-    assert alone["confusion"] == sklearn.confusion_matrix(truth, guess, labels=range(NUM_CLASSES)).tolist()
+    assert (
+        alone["confusion"]
+        == sklearn.confusion_matrix(truth, guess, labels=range(NUM_CLASSES)).tolist()
+    )
     present = sorted(set(truth) | set(guess))
     assert present == [0, 1, 2, 4, 5]  # 4 only predicted, 3 absent
     assert alone["num_classes_counted"] == 5 and math.isnan(alone["iou/class 3"])
@@ -75,28 +91,39 @@ def test_scores_equal_scikit_learn(alone: dict) -> None:
     assert [alone[f"iou/class {c}"] for c in present] == pytest.approx(expected.tolist(), abs=1e-12)
     assert alone["mean_iou"] == pytest.approx(expected.mean(), abs=1e-12)
     assert alone["pixel_accuracy"] == pytest.approx(sklearn.accuracy_score(truth, guess), abs=1e-12)
-    assert alone["mean_class_accuracy"] == pytest.approx(sklearn.balanced_accuracy_score(truth, guess), abs=1e-12)
+    assert alone["mean_class_accuracy"] == pytest.approx(
+        sklearn.balanced_accuracy_score(truth, guess), abs=1e-12
+    )
     weighted = sklearn.jaccard_score(truth, guess, average="weighted", zero_division=0)
     assert alone["frequency_weighted_iou"] == pytest.approx(weighted, abs=1e-12)
-    chances = torch.cat([c.flatten(1)[:, label.flatten() != 255] for c, label in images()], 1).T.double()
-    loss = sklearn.log_loss(truth, chances / chances.sum(1, keepdim=True), labels=range(NUM_CLASSES))
+    chances = torch.cat(
+        [c.flatten(1)[:, label.flatten() != 255] for c, label in images()], 1
+    ).T.double()
+    loss = sklearn.log_loss(
+        truth, chances / chances.sum(1, keepdim=True), labels=range(NUM_CLASSES)
+    )
     assert alone["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_scores_equal_torchmetrics(alone: dict) -> None:
-    classification = pytest.importorskip("torchmetrics.classification")  # may not import without torchvision
+    # may not import without torchvision
+    classification = pytest.importorskip("torchmetrics.classification")
     iou = classification.MulticlassJaccardIndex(NUM_CLASSES, average=None, ignore_index=255)
     error = classification.MulticlassCalibrationError(NUM_CLASSES, n_bins=15, ignore_index=255)
     for chances, label in images():
         iou.update(chances.argmax(0)[None], label[None].long())
         error.update(chances[None], label[None].long())
     expected = iou.compute().tolist()
-    assert [alone[f"iou/class {c}"] for c in (0, 1, 2, 4, 5)] == pytest.approx([expected[c] for c in (0, 1, 2, 4, 5)])
+    assert [alone[f"iou/class {c}"] for c in (0, 1, 2, 4, 5)] == pytest.approx(
+        [expected[c] for c in (0, 1, 2, 4, 5)]
+    )
     assert alone["calibration_error"] == pytest.approx(float(error.compute()), abs=1e-5)
 
 
 def test_calibration_error_equals_its_formula(alone: dict) -> None:
-    chances = torch.cat([c.flatten(1)[:, label.flatten() != 255] for c, label in images()], 1).double()
+    chances = torch.cat(
+        [c.flatten(1)[:, label.flatten() != 255] for c, label in images()], 1
+    ).double()
     truth = torch.cat([label[label != 255] for _, label in images()])
     confidence, guess = chances.max(0)
     error = 0.0
@@ -123,7 +150,9 @@ def test_outlines_are_averaged_over_classes_then_images(alone: dict) -> None:
             band_union[c] += (((guess == c) | (truth == c)) & inside).sum()
     assert len(per_image) == len(SIZES) - 1
     assert alone["boundary_f1"] == pytest.approx(np.mean(per_image), abs=1e-12)
-    assert alone["boundary_iou"] == pytest.approx((band_hits[band_union > 0] / band_union[band_union > 0]).mean())
+    assert alone["boundary_iou"] == pytest.approx(
+        (band_hits[band_union > 0] / band_union[band_union > 0]).mean()
+    )
 
 
 def test_bootstrap_equals_drawing_images_one_by_one() -> None:
@@ -131,7 +160,8 @@ def test_bootstrap_equals_drawing_images_one_by_one() -> None:
     from distseg.evaluate.metrics import scores
 
     rng = np.random.default_rng(3)
-    matrices = rng.integers(0, 50, (8, 4, 4)) * rng.integers(0, 2, (8, 4, 1))  # classes absent from some images
+    # classes absent from some images
+    matrices = rng.integers(0, 50, (8, 4, 4)) * rng.integers(0, 2, (8, 4, 1))
     margins = np.stack([matrices.diagonal(axis1=1, axis2=2), matrices.sum(2), matrices.sum(1)], 1)
     found = bootstrap(margins)
     draws = np.random.default_rng(0)
@@ -139,7 +169,9 @@ def test_bootstrap_equals_drawing_images_one_by_one() -> None:
     for _ in range(NUM_RESAMPLES // 100):
         for times in draws.multinomial(8, np.full(8, 1 / 8), size=100):
             drawn = np.repeat(np.arange(8), times)
-            values.append(scores(torch.from_numpy(matrices[drawn].sum(0))).to_dict(("a", "b", "c", "d")))
+            values.append(
+                scores(torch.from_numpy(matrices[drawn].sum(0))).to_dict(("a", "b", "c", "d"))
+            )
     for name, (low, high) in found.items():
         expected = np.percentile([value[name] for value in values], (2.5, 97.5))
         assert (low, high) == pytest.approx(tuple(expected), abs=1e-12), name

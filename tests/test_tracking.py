@@ -72,7 +72,9 @@ def test_resume_takes_away_exactly_the_steps_that_will_be_done_again(tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["health.json", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 30, "lo', '{"step"', "{", "\x00\x00\x00", '{"step": 30}x'])
+@pytest.mark.parametrize(
+    "torn", ['{"step": 30, "lo', '{"step"', "{", "\x00\x00\x00", '{"step": 30}x']
+)
 def test_a_line_torn_by_a_kill_is_repaired(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "time": 1}\n{"step": 20, "time": 2}\n' + torn)
@@ -104,7 +106,9 @@ for step in range(500):
     tracker.log(step, {{"loss": step / 3}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    result = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert result.returncode == -signal.SIGKILL
     assert steps(tmp_path / "metrics.jsonl") == list(range(500))
 
@@ -120,7 +124,9 @@ tracker.log(1, {{"loss": 1.0}})
 tracker.finish()
 assert "wandb" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["health.json", "metrics.jsonl"]
 
 
@@ -133,7 +139,9 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_event_files_hold_each_step_once_after_a_restart(tmp_path: Path) -> None:
-    loader = pytest.importorskip("tensorboardX.proto.event_pb2", reason="pip install 'distseg[tensorboard]'")
+    loader = pytest.importorskip(
+        "tensorboardX.proto.event_pb2", reason="pip install 'distseg[tensorboard]'"
+    )
     settings = TrackingConfig(wandb="disabled", tensorboard=True)
     for steps, resume_step in ((range(10, 60, 10), None), (range(40, 70, 10), 30)):
         tracker = open_tracker(tmp_path, settings, {}, resume_step, True)
@@ -143,7 +151,9 @@ def test_event_files_hold_each_step_once_after_a_restart(tmp_path: Path) -> None
         tracker.finish()
     seen: dict[int, float] = {}
     pictures = 0
-    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(
+        (tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns
+    ):
         for event in events(path.read_bytes(), loader.Event):
             if event.session_log.status == 1:  # START: a reader drops what is at this step or later
                 seen = {step: value for step, value in seen.items() if step < event.step}
@@ -184,7 +194,9 @@ def test_the_code_version_is_the_commit_of_a_checkout(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     for command in (["init", "-q"], ["add", "a"], ["commit", "-qm", "a"], ["tag", "v1"]):
         subprocess.run([*git, *command], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert environment.code_version(tmp_path) == commit[:12]
     (tmp_path / "a").write_text("2")
     assert environment.code_version(tmp_path) == commit[:12] + "-dirty"

@@ -1,4 +1,7 @@
-"""Whole runs from the command line: killed and resumed, stopped by a signal, and refused for bad input."""
+"""Whole runs from the command line.
+
+Killed and resumed, stopped by a signal, and refused for bad input.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,25 @@ from shards.manifest import Manifest
 from tests.ranks import PATIENCE, TIMEOUT_SECONDS, Job, Program, free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["segmentor.init=random", "data.crop_px=48", "batch_size=4", "steps=12", "checkpoint.every_steps=3"]
-SMALL += ["discriminator=two_branch", "discriminator.options.width=0.125", "ema_decay=0.9", "tracking.log_every=1"]
-SMALL += ["tracking.wandb=disabled", "evaluate.num_pictures=1", "evaluate.every_steps=6", "precision=fp32"]
+SMALL = [
+    "segmentor.init=random",
+    "data.crop_px=48",
+    "batch_size=4",
+    "steps=12",
+    "checkpoint.every_steps=3",
+]
+SMALL += [
+    "discriminator=two_branch",
+    "discriminator.options.width=0.125",
+    "ema_decay=0.9",
+    "tracking.log_every=1",
+]
+SMALL += [
+    "tracking.wandb=disabled",
+    "evaluate.num_pictures=1",
+    "evaluate.every_steps=6",
+    "precision=fp32",
+]
 
 
 def small(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
@@ -42,9 +61,18 @@ def start(num_ranks: int, shards: Path, run_dir: Path, *overrides: str) -> Job:
 
 def launch(launcher: list[str], arguments: list[str]) -> subprocess.Popen:
     """As a user does: `python -m` the launcher, if any, and distseg.train."""
-    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "distseg.train", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        *(["-m"] if launcher else []),
+        "distseg.train",
+        *arguments,
+    ]
     pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen | Program | Job, expected_code: int = 0) -> str:
@@ -71,7 +99,8 @@ def kill_after_checkpoint(job: Job, run_dir: Path, checkpoint: str) -> None:
 def checkpoint_bytes(run_dir: Path) -> dict[str, bytes]:
     """All tensors of the last checkpoint."""
     files = sorted((run_dir / "checkpoints" / "step-00000012").glob("*.safetensors"))
-    assert len(files) == 8  # segmentor and discriminator: network, optimizer, counters; ema: network, counters
+    # segmentor and discriminator: network, optimizer, counters; ema: network, counters
+    assert len(files) == 8
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -79,7 +108,14 @@ def curve(run_dir: Path) -> list[tuple]:
     """(step, losses) of each line of metrics.jsonl, without what depends on the clock."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [
-        (line["step"], {key: value for key, value in line.items() if key.startswith(("loss/", "val/", "grad_norm/"))})
+        (
+            line["step"],
+            {
+                key: value
+                for key, value in line.items()
+                if key.startswith(("loss/", "val/", "grad_norm/"))
+            },
+        )
         for line in lines
     ]
 
@@ -89,7 +125,10 @@ def uninterrupted(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Finished runs on one and on two ranks."""
     runs = {n: tmp_path_factory.mktemp("uninterrupted") / f"ranks{n}" for n in (1, 2)}
     torchrun = ["torch.distributed.run", f"--master_port={free_port()}", "--nproc_per_node=2"]
-    processes = [launch([] if n == 1 else torchrun, small(toy_shards, run_dir)) for n, run_dir in runs.items()]
+    processes = [
+        launch([] if n == 1 else torchrun, small(toy_shards, run_dir))
+        for n, run_dir in runs.items()
+    ]
     [finish(process) for process in processes]
     return runs
 
@@ -98,19 +137,25 @@ def test_a_killed_run_resumes_to_the_same_bits(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    for kill_after in ("step-00000003", "step-00000006"):  # after the second, most likely in the evaluation
+    # after the second, most likely in the evaluation
+    for kill_after in ("step-00000003", "step-00000006"):
         kill_after_checkpoint(start(2, toy_shards, run_dir), run_dir, kill_after)
         assert not (run_dir / "checkpoints" / "step-00000012").exists()
     assert "resumed at step" in finish(start(2, toy_shards, run_dir))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
-    assert curve(run_dir) == curve(uninterrupted[2])  # each step once, in order, with the same losses
+    # each step once, in order, with the same losses
+    assert curve(run_dir) == curve(uninterrupted[2])
 
 
 def rank_processes(launcher: subprocess.Popen) -> dict[int, int]:
     """{rank: process id} of torchrun's children."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    variables = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-    ranks = {pid: [v for v in of_pid if v.startswith(b"RANK=")] for pid, of_pid in variables.items()}
+    variables = {
+        int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children
+    }
+    ranks = {
+        pid: [v for v in of_pid if v.startswith(b"RANK=")] for pid, of_pid in variables.items()
+    }
     return {int(of_pid[0].removeprefix(b"RANK=")): pid for pid, of_pid in ranks.items() if of_pid}
 
 
@@ -119,7 +164,9 @@ def test_torchrun_brings_a_run_back_that_lost_a_rank(
 ) -> None:
     run_dir = tmp_path / "run"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    process = launch(torchrun, small(toy_shards, run_dir, f"parallel.timeout_seconds={20 * PATIENCE}"))
+    process = launch(
+        torchrun, small(toy_shards, run_dir, f"parallel.timeout_seconds={20 * PATIENCE}")
+    )
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     os.kill(rank_processes(process)[1], signal.SIGKILL)
     assert "resumed at step" in finish(process)
@@ -131,7 +178,12 @@ def test_two_launchers_of_one_rank_are_a_launcher_of_two(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     """As on two machines, by hand."""
-    where = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    where = [
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+    ]
     arguments = small(toy_shards, tmp_path / "run")
     machines = [launch([*where, f"--node_rank={number}"], arguments) for number in range(2)]
     assert "step" in finish(machines[0])
@@ -149,7 +201,11 @@ def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
         return to_device(batch, *others)
 
     changed: dict[Any, dict[str, Any]] = {trainer: {"to_device": record}}
-    changed[command] = {"setup": lambda *_: ranks, "teardown": lambda: None, "show": lambda *_: None}
+    changed[command] = {
+        "setup": lambda *_: ranks,
+        "teardown": lambda: None,
+        "show": lambda *_: None,
+    }
     for module, functions in changed.items():
         for name, function in functions.items():
             setattr(module, name, function)
@@ -157,13 +213,26 @@ def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
     return seen
 
 
-def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(toy_shards: Path, tmp_path: Path) -> None:
-    overrides = [f"data.shards={toy_shards}", "batch_size=12", "steps=4", "checkpoint.every_steps=2"]
+def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        f"data.shards={toy_shards}",
+        "batch_size=12",
+        "steps=4",
+        "checkpoint.every_steps=2",
+    ]
     overrides += ["evaluate.every_steps=0", "segmentor.batch_norm=synchronised"]
     # Not a deep network of random weights nor AdamW: both make much of fp32's rounding
-    overrides += ["segmentor=multiscale", "segmentor.options.norm=batch", "segmentor.options.hidden=32"]
     overrides += [
-        f"{network}_optimizer.{key}" for network in ("segmentor", "discriminator") for key in ("name=sgd", "lr=0.03")
+        "segmentor=multiscale",
+        "segmentor.options.norm=batch",
+        "segmentor.options.hidden=32",
+    ]
+    overrides += [
+        f"{network}_optimizer.{key}"
+        for network in ("segmentor", "discriminator")
+        for key in ("name=sgd", "lr=0.03")
     ]
     runs = {n: tmp_path / f"ranks{n}" for n in (2, 1, 3, 4)}
     seen, last = {}, {}
@@ -172,7 +241,9 @@ def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(toy_shards: Path, 
             shutil.copytree(runs[2], run_dir)
             shutil.rmtree(run_dir / "checkpoints" / "step-00000004")
         of_ranks = run_ranks(num_ranks, train_recorded, *overrides, f"run_dir={run_dir}")
-        seen[num_ranks] = {step: [image for of_rank in of_ranks for image in of_rank[step]] for step in of_ranks[0]}
+        seen[num_ranks] = {
+            step: [image for of_rank in of_ranks for image in of_rank[step]] for step in of_ranks[0]
+        }
         files = (run_dir / "checkpoints" / "step-00000004").glob("*.network.safetensors")
         last[num_ranks] = {file.name: load_file(file) for file in files}
     for num_ranks in (1, 3, 4):
@@ -182,14 +253,17 @@ def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(toy_shards: Path, 
             for file, tensors in last[num_ranks].items()
             for name, tensor in tensors.items()
         }
-        assert len(far) > 20 and max(far.values()) < 1e-5, max(far.items(), key=lambda item: item[1])
+        assert len(far) > 20 and max(far.values()) < 1e-5, max(
+            far.items(), key=lambda item: item[1]
+        )
 
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(uninterrupted[1], run_dir)  # as a kill between the last checkpoint and its evaluation leaves it
+    # as a kill between the last checkpoint and its evaluation leaves it
+    shutil.copytree(uninterrupted[1], run_dir)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert "val/mean_iou" in lines[-1]
     (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))
@@ -197,11 +271,15 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up(
         (run_dir / left_later).unlink()
     finish(start(1, toy_shards, run_dir))
     assert curve(run_dir) == curve(uninterrupted[1])
-    assert (run_dir / "evaluation.json").read_text() == (uninterrupted[1] / "evaluation.json").read_text()
+    assert (run_dir / "evaluation.json").read_text() == (
+        uninterrupted[1] / "evaluation.json"
+    ).read_text()
     assert json.loads((run_dir / "checkpoints" / "best.json").read_text())["step"] == 12
 
 
-def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     settings = ["segmentor_optimizer.lr=1e30", "segmentor_optimizer.weight_decay=0", "max_skips=5"]
     output = finish(start(1, toy_shards, tmp_path / "run", *settings), expected_code=2)
     assert "segmentor: 5 non-finite gradients in a row" in output and "max_skips=5" in output
@@ -209,10 +287,20 @@ def test_a_diverging_run_stops_after_max_skips_and_keeps_its_checkpoints(toy_sha
 
 
 def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
-    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_shards: Path,
+    uninterrupted: dict[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir = tmp_path / "run"
-    automatic = [*SMALL, f"data.shards={toy_shards}", f"run_dir={run_dir}", "precision=auto", "steps=2", "ema_decay=0"]
+    automatic = [
+        *SMALL,
+        f"data.shards={toy_shards}",
+        f"run_dir={run_dir}",
+        "precision=auto",
+        "steps=2",
+        "ema_decay=0",
+    ]
     monkeypatch.setattr(device, "_has_bf16", lambda where: True)
     seen = []
     monkeypatch.setattr(command, "show", lambda trainer, *_: seen.append(trainer.config.precision))
@@ -221,7 +309,9 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
     monkeypatch.setattr(
         command,
         "show",
-        lambda trainer, *_: seen.append((trainer.config.precision, signal.getsignal(signal.SIGTERM))),
+        lambda trainer, *_: seen.append(
+            (trainer.config.precision, signal.getsignal(signal.SIGTERM))
+        ),
     )
     assert main(["train", *automatic]) == 0
     assert seen == ["bf16", ("bf16", signal.SIG_DFL)]
@@ -232,12 +322,20 @@ def test_fp16_trains_with_a_loss_scale_of_its_own_for_each_network_and_resumes(
 ) -> None:
     half = ["precision=fp16", "accumulate_steps=2"]
     finish(start(2, toy_shards, tmp_path / "whole", *half))
-    kill_after_checkpoint(start(2, toy_shards, tmp_path / "killed", *half), tmp_path / "killed", "step-00000006")
+    kill_after_checkpoint(
+        start(2, toy_shards, tmp_path / "killed", *half), tmp_path / "killed", "step-00000006"
+    )
     finish(start(2, toy_shards, tmp_path / "killed", *half))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
-    lines = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss/segmentor" in line]
+    lines = [
+        line
+        for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")
+        if "loss/segmentor" in line
+    ]
     for name in ("segmentor", "discriminator"):  # an update that was left out has halved the scale
-        assert all(line[f"loss_scale/{name}"] == 2 ** (16 - line[f"skips/{name}"]) for line in lines)
+        assert all(
+            line[f"loss_scale/{name}"] == 2 ** (16 - line[f"skips/{name}"]) for line in lines
+        )
     assert lines[-1]["loss/cross_entropy"] < lines[0]["loss/cross_entropy"]
 
 
@@ -247,13 +345,33 @@ def test_pictures_are_drawn_by_the_network_that_was_scored(
     modes = []
     plain = View.__call__
     monkeypatch.setattr(
-        View, "__call__", lambda view, network, image: modes.append(network.training) or plain(view, network, image)
+        View,
+        "__call__",
+        lambda view, network, image: modes.append(network.training) or plain(view, network, image),
     )
-    assert main(["train", *SMALL, f"data.shards={toy_shards}", f"run_dir={tmp_path}", "steps=1", "ema_decay=0"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *SMALL,
+                f"data.shards={toy_shards}",
+                f"run_dir={tmp_path}",
+                "steps=1",
+                "ema_decay=0",
+            ]
+        )
+        == 0
+    )
     assert modes == [False] * 5  # four validation images scored, one drawn
 
 
-SEMI = ["mode=semi_supervised", "data.labelled=1/2", "semi.batch_size=2", "semi.start_step=4", "semi.threshold=0.4"]
+SEMI = [
+    "mode=semi_supervised",
+    "data.labelled=1/2",
+    "semi.batch_size=2",
+    "semi.start_step=4",
+    "semi.threshold=0.4",
+]
 SEMI += ["discriminator.options.head=patch"]
 
 
@@ -266,7 +384,9 @@ def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_un
     damaged = tmp_path / "shards"
     shutil.copytree(toy_shards, damaged)
     damage_labels(damaged, keep=labelled)
-    kill_after_checkpoint(start(2, damaged, tmp_path / "killed", *SEMI), tmp_path / "killed", "step-00000006")
+    kill_after_checkpoint(
+        start(2, damaged, tmp_path / "killed", *SEMI), tmp_path / "killed", "step-00000006"
+    )
     finish(start(2, damaged, tmp_path / "killed", *SEMI))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
@@ -288,13 +408,23 @@ def damage_labels(shards: Path, keep: list[str]) -> None:
         tar.write_bytes(content)
 
 
-def test_training_stops_early_when_validation_no_longer_improves(toy_shards: Path, tmp_path: Path) -> None:
+def test_training_stops_early_when_validation_no_longer_improves(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     rules = ["evaluate.every_steps=2", "schedule=plateau", "schedule.plateau_patience=1"]
-    rules += ["schedule.early_stop_patience=2", "segmentor_optimizer.lr=0", "ema_decay=0", "mode=supervised"]
-    rules += ["segmentor=fcn8s_vgg16", "segmentor.options.fc_channels=8"]  # no batch norm: nothing can improve
+    rules += [
+        "schedule.early_stop_patience=2",
+        "segmentor_optimizer.lr=0",
+        "ema_decay=0",
+        "mode=supervised",
+    ]
+    # no batch norm: nothing can improve
+    rules += ["segmentor=fcn8s_vgg16", "segmentor.options.fc_channels=8"]
     run = tmp_path / "run"
     output = finish(start(2, toy_shards, run, *rules))
-    val_losses = [line["val/loss"] for line in read_metrics(run / "metrics.jsonl") if "val/loss" in line]
+    val_losses = [
+        line["val/loss"] for line in read_metrics(run / "metrics.jsonl") if "val/loss" in line
+    ]
     assert len(val_losses) == 3, "stops at the second evaluation without a lower loss"
     assert "plateau at step 4" in output and "training ends at step 6" in output
     assert "resumed at step" in finish(start(1, toy_shards, run, *rules))  # and does not go on
@@ -319,7 +449,9 @@ def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     assert curve(run_dir) == curve(uninterrupted[1])
 
 
-def test_a_finished_run_leaves_scores_curves_and_pictures(toy_shards: Path, uninterrupted: dict[int, Path]) -> None:
+def test_a_finished_run_leaves_scores_curves_and_pictures(
+    toy_shards: Path, uninterrupted: dict[int, Path]
+) -> None:
     run_dir = uninterrupted[2]
     scores = json.loads((run_dir / "evaluation.json").read_text())
     label_pixels = sum(Manifest.load(toy_shards).splits["val"].class_pixels)
@@ -366,14 +498,24 @@ def test_bad_input_is_refused_before_training(
     assert "two_branch" in refusal(capsys, *good, "discriminator=patchgan")
     assert "width" in refusal(capsys, *good, "discriminator.options.depth=3")
     assert "unlabelled samples" in refusal(capsys, *good, "mode=semi_supervised")
-    assert "with mode=supervised" in refusal(capsys, *good, "mode=supervised", "loss.adv_weight=0.1")
+    assert "with mode=supervised" in refusal(
+        capsys, *good, "mode=supervised", "loss.adv_weight=0.1"
+    )
     assert "data.labelled=2" in refusal(capsys, *good, "data.labelled=2")
     assert "some of: sky" in refusal(capsys, *good, "data.keep_classes=[street]")
-    assert "evaluate.every_steps" in refusal(capsys, *good, "schedule=plateau", "evaluate.every_steps=0")
+    assert "evaluate.every_steps" in refusal(
+        capsys, *good, "schedule=plateau", "evaluate.every_steps=0"
+    )
     assert "momentum" in refusal(capsys, *good, "segmentor_optimizer.nesterov=true")
     assert "data.crop_px=128" in refusal(capsys, *good, "discriminator=fully_convolutional")
     assert "parallel.strategy=fsdp" in refusal(capsys, *good, "parallel.shard_size=2")
-    ranks = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    ranks = {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     for key, value in ranks.items():
         monkeypatch.setenv(key, value)
     assert "batch_size=4 for 3 ranks" in refusal(capsys, *good)
@@ -392,7 +534,9 @@ def test_a_run_directory_of_another_configuration_is_left_alone(
     assert checkpoint_bytes(run_dir) == before
 
 
-def test_an_unreadable_shard_stops_all_ranks_and_names_the_sample(toy_shards: Path, tmp_path: Path) -> None:
+def test_an_unreadable_shard_stops_all_ranks_and_names_the_sample(
+    toy_shards: Path, tmp_path: Path
+) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(toy_shards, shards)
     for tar in shards.glob("train-*.tar"):

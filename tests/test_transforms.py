@@ -42,16 +42,22 @@ class Chosen:
 
 
 def seen_with(view, image, label, **places):
-    out = np.empty((view.crop_px, view.crop_px, 3), np.uint8), np.empty((view.crop_px, view.crop_px), np.uint8)
+    out = (
+        np.empty((view.crop_px, view.crop_px, 3), np.uint8),
+        np.empty((view.crop_px, view.crop_px), np.uint8),
+    )
     view(image, label, Chosen(**places), *out)
     return out
 
 
 def drawn(view, size, seed=0):
-    """What the first draw of this seed stands for, by the documented rules: (first, seen, place, filled) for rows and
-    columns, and whether it is mirrored."""
+    """What the first draw of this seed stands for, by the documented rules: (first, seen, place,
+    filled) for rows and columns, and whether it is mirrored.
+    """
     scale, row, column, mirror = np.random.default_rng(seed).random((MAX_TRIES, 7))[0, :4]
-    factor = np.exp(np.log(view.scale_min) + scale * (np.log(view.scale_max) - np.log(view.scale_min)))
+    factor = np.exp(
+        np.log(view.scale_min) + scale * (np.log(view.scale_max) - np.log(view.scale_min))
+    )
     spans = []
     for side, u in zip(size, (row, column), strict=True):
         fits = side * factor < view.crop_px
@@ -63,8 +69,10 @@ def drawn(view, size, seed=0):
 
 
 def nearest(source, spans, crop_px, outside, ties=(0, 0)):
-    """Source pixel whose area holds the centre of each view pixel, in whole numbers; else `outside`. ties: 1 for the
-    first instead of the second where a centre lies on the line between two, in rows, in columns."""
+    """Source pixel whose area holds the centre of each view pixel, in whole numbers; else
+    `outside`. ties: 1 for the first instead of the second where a centre lies on the line between
+    two, in rows, in columns.
+    """
     view = np.full((crop_px, crop_px, *source.shape[2:]), outside, np.uint8)
     index, inside = [], []
     for (first, seen, place, filled), tie in zip(spans, ties, strict=True):
@@ -76,7 +84,10 @@ def nearest(source, spans, crop_px, outside, ties=(0, 0)):
 
 
 def bilinear(source, spans):
-    """The written part of a view in float64: between the centres of the four nearest pixels that were cut out."""
+    """The written part of a view in float64.
+
+    Between the centres of the four nearest pixels that were cut out.
+    """
     result = source.astype(np.float64)
     for axis, (first, seen, _, filled) in enumerate(spans):
         at = np.clip((np.arange(filled) + 0.5) * seen / filled - 0.5, 0, seen - 1) + first
@@ -114,7 +125,9 @@ def test_label_equals_the_nearest_formula_at_any_scale(height, width, seed, wide
     _, seen_label = apply(view, image, label, seed)
     spans, mirrored = drawn(view, label.shape, seed)
     seen_label = seen_label[:, ::-1] if mirrored else seen_label
-    either = [nearest(label, spans, 40, 255, (rows, columns)) for rows in (0, 1) for columns in (0, 1)]
+    either = [
+        nearest(label, spans, 40, 255, (rows, columns)) for rows in (0, 1) for columns in (0, 1)
+    ]
     assert np.any([seen_label == one for one in either], axis=0).all()
 
 
@@ -140,7 +153,9 @@ def test_mirror_is_exact(height, width, seed):
     image, label = noise(height, width)
     plain = apply(TrainView(40, 0.5, 1.5, mirror=False), image, label, seed)
     chosen = apply(TrainView(40, 0.5, 1.5, mirror=True), image, label, seed)
-    turn = slice(None, None, -1 if np.random.default_rng(seed).random((MAX_TRIES, 7))[0, 3] < 0.5 else None)
+    turn = slice(
+        None, None, -1 if np.random.default_rng(seed).random((MAX_TRIES, 7))[0, 3] < 0.5 else None
+    )
     for one, other in zip(plain, chosen, strict=True):
         assert np.array_equal(one[:, turn], other)
 
@@ -155,13 +170,18 @@ def test_the_larger_holds_the_smaller(height, width, seed):
     spans, _ = drawn(view, (height, width), seed)
     shown = seen_label == 0
     assert [shown.any(1).sum(), shown.any(0).sum()] == [filled for *_, filled in spans]
-    assert all(filled == 40 or seen == side for (_, seen, _, filled), side in zip(spans, (height, width), strict=True))
+    assert all(
+        filled == 40 or seen == side
+        for (_, seen, _, filled), side in zip(spans, (height, width), strict=True)
+    )
 
 
 @given(height=SIDES, width=SIDES, seed=st.integers(0, 1000), degrees=st.floats(1, 180))
 @settings(deadline=None)
 def test_a_turned_label_equals_its_formula(height, width, seed, degrees):
-    """Every view pixel's centre, turned back about the view's middle in complex numbers, and the pixel it falls in."""
+    """Every view pixel's centre, turned back about the view's middle in complex numbers, and the
+    pixel it falls in.
+    """
     _, label = noise(height, width)
     view = TrainView(40, 0.5, 1.5, mirror=False, rotate_degrees=degrees)
     _, seen_label = apply(view, np.zeros((height, width, 3), np.uint8), label, seed)
@@ -189,20 +209,26 @@ def test_a_turned_label_equals_its_formula(height, width, seed, degrees):
 @pytest.mark.parametrize(("draw", "quarters"), [(0.0, -1), (1.0, 1)])
 def test_a_quarter_turn_is_exact(draw, quarters):
     image, label = noise(64, 64)
-    seen, seen_label = seen_with(TrainView(64, mirror=False, rotate_degrees=90), image, label, _7=draw)
+    seen, seen_label = seen_with(
+        TrainView(64, mirror=False, rotate_degrees=90), image, label, _7=draw
+    )
     assert np.array_equal(seen_label, np.rot90(label, quarters))
     assert np.array_equal(seen, np.rot90(image, quarters))
 
 
 def test_image_and_label_turn_together_and_the_fill_stays_as_it_is():
-    """A label that is the image's red: they agree to the half pixel of the border, and beyond it the fill is whole."""
+    """A label that is the image's red.
+
+    They agree to the half pixel of the border, and beyond it the fill is whole.
+    """
     label = np.tile(np.repeat(np.arange(8, dtype=np.uint8) * 30, 10), (60, 1))
     image = np.dstack([label, label, label])
     for seed in range(30):
         plain = TrainView(50, 0.7, 1.3, rotate_degrees=180)
         seen, seen_label = apply(plain, image, label, seed)
         inside = seen_label != 255
-        smooth = cv2.erode(seen_label, np.ones((3, 3))) == cv2.dilate(seen_label, np.ones((3, 3)))  # inside a stripe
+        # inside a stripe
+        smooth = cv2.erode(seen_label, np.ones((3, 3))) == cv2.dilate(seen_label, np.ones((3, 3)))
         smooth[[0, -1]], smooth[:, [0, -1]] = False, False  # where the neighbours are not seen
         assert np.abs(seen[..., 0].astype(int) - seen_label)[inside & smooth].max() <= 1
         colorful = TrainView(50, 0.7, 1.3, True, 0.9, rotate_degrees=180, blur_probability=1.0)
@@ -223,7 +249,8 @@ def test_blur_equals_a_gaussian_sum(draw):
     for axis in (0, 1):
         expected = np.apply_along_axis(np.convolve, axis, expected, kernel, "same")
     middle = (slice(8, -8), slice(8, -8))
-    assert np.abs(seen[middle] - expected[middle]).max() <= 2  # the library cuts its kernel at three sigma
+    # the library cuts its kernel at three sigma
+    assert np.abs(seen[middle] - expected[middle]).max() <= 2
     assert np.array_equal(seen_label, label)
     assert np.array_equal(seen_with(view, image, label, _8=0.51, _9=draw)[0], image)
 
@@ -235,7 +262,9 @@ def test_every_position_and_both_mirrors_are_reached():
     views = [apply(TrainView(4), image, label, seed)[1] for seed in range(600)]
     corners = [(int(v.min()), bool(v[0, 0] > v[0, 1])) for v in views]
     counts = {corner: corners.count(corner) for corner in set(corners)}
-    assert set(counts) == {(5 * r + c, m) for r in range(3) for c in range(2) for m in (False, True)}
+    assert set(counts) == {
+        (5 * r + c, m) for r in range(3) for c in range(2) for m in (False, True)
+    }
     assert min(counts.values()) > 25  # 50 expected of each, standard deviation 6.8
 
 
@@ -243,12 +272,17 @@ def test_scale_is_log_uniform():
     view = TrainView(100, 0.5, 2.0)
     seen = [drawn(TrainView(200, 0.5, 2.0), (1000, 1000), seed)[0][0][1] for seed in range(2000)]
     assert np.mean(np.log2(200 / np.array(seen)) < 0) == pytest.approx(0.5, abs=0.05)
-    # the view itself obeys: of a ramp of one class per 20 source pixels it shows those that were cut out
+    # the view itself obeys: of a ramp of one class per 20 source pixels it shows those that were
+    # cut out
     label = np.tile(np.repeat(np.arange(10, dtype=np.uint8), 20), (200, 1))
     for seed in range(20):
-        _, shown = apply(TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed)
+        _, shown = apply(
+            TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed
+        )
         first, count, _, _ = drawn(view, label.shape, seed)[0][1]
-        assert set(np.unique(shown)) - {255} == set(range(first // 20, (first + count - 1) // 20 + 1))
+        assert set(np.unique(shown)) - {255} == set(
+            range(first // 20, (first + count - 1) // 20 + 1)
+        )
 
 
 def test_a_void_crop_is_drawn_again():
@@ -257,7 +291,8 @@ def test_a_void_crop_is_drawn_again():
     label[40:], label[:, 40:] = 255, 255
     views = [apply(TrainView(40), image, label, seed)[1] for seed in range(50)]
     assert sum((view != 255).any() for view in views) >= 25  # about 6 without
-    assert (apply(TrainView(40), image, np.full_like(label, 255))[1] == 255).all()  # and it ends where nothing helps
+    # and it ends where nothing helps
+    assert (apply(TrainView(40), image, np.full_like(label, 255))[1] == 255).all()
 
 
 @pytest.mark.parametrize("void", [False, True])

@@ -38,7 +38,11 @@ def test_parts_are_combined_each_with_each() -> None:
 
 
 def test_random_draws_are_in_their_bounds_log_uniform_and_the_same_each_time() -> None:
-    draw = {"count": 400, "seed": 3, "values": {"lr": {"low": 1e-5, "high": 1e-1, "log": True}, "seed": [0, 1]}}
+    draw = {
+        "count": 400,
+        "seed": 3,
+        "values": {"lr": {"low": 1e-5, "high": 1e-1, "log": True}, "seed": [0, 1]},
+    }
     trials = expand({"random": draw})
     assert trials == expand({"random": draw}) and trials != expand({"random": draw | {"seed": 4}})
     rates = sorted(float(trial[0].removeprefix("lr=")) for trial in trials)
@@ -52,7 +56,11 @@ def test_values_arrive_in_the_configuration_as_they_were(tmp_path: Path) -> None
     values |= {"segmentor_optimizer.lr": [1e-4], "tracking.tags": [["a", "b c"]]}
     (overrides,) = expand({"base": ["preset=toy"], "grid": values})
     config = loading.load(overrides)
-    assert config.evaluate.scales == [0.5, 1.0] and config.evaluate.mirror is True and config.tracking.group is None
+    assert (
+        config.evaluate.scales == [0.5, 1.0]
+        and config.evaluate.mirror is True
+        and config.tracking.group is None
+    )
     assert config.segmentor_optimizer.lr == 1e-4 and config.tracking.tags == ["a", "b c"]
 
 
@@ -74,7 +82,10 @@ def test_the_example_is_a_plan(tmp_path: Path) -> None:
         ({"zip": {"a": [1, 2], "b": [1]}}, "lists of one length"),
         ({"grid": {"seed": [1]}, "list": [{"seed": 2}]}, "seed in two parts"),
         ({"random": {"count": 0, "values": {"seed": [1]}}}, "count of at least 1"),
-        ({"random": {"count": 2, "values": {"lr": {"low": 0, "high": 1, "log": True}}}}, "0 < a < b"),
+        (
+            {"random": {"count": 2, "values": {"lr": {"low": 0, "high": 1, "log": True}}}},
+            "0 < a < b",
+        ),
         ({"base": "preset=toy", "grid": {"seed": [1]}}, "a list of key=value"),
     ],
 )

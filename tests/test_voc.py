@@ -21,7 +21,9 @@ from shards.reader import ShardReader
 from shards.sample import decode_label
 
 
-def write(root: Path, key: str, mask: np.ndarray, mode: str = "P", labels: str = "SegmentationClass") -> None:
+def write(
+    root: Path, key: str, mask: np.ndarray, mode: str = "P", labels: str = "SegmentationClass"
+) -> None:
     for folder in ("JPEGImages", labels):
         (root / folder).mkdir(parents=True, exist_ok=True)
     image = np.full((*mask.shape[:2], 3), 90, np.uint8)
@@ -43,7 +45,8 @@ def root(tmp_path: Path) -> Path:
     lists = folder / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("2007_000003\n2007_000000\n2007_000001\n")
-    (lists / "val.txt").write_text("2007_000002\n")  # 2007_000004 is in no list, as most of VOC's images are
+    # 2007_000004 is in no list, as most of VOC's images are
+    (lists / "val.txt").write_text("2007_000002\n")
     return tmp_path
 
 
@@ -77,12 +80,22 @@ def test_masks_keep_their_indices_and_lists_give_the_splits(root: Path, tmp_path
 
 def test_other_lists_and_gray_masks(root: Path, tmp_path: Path) -> None:
     folder = root / "VOCdevkit" / "VOC2012"
-    write(folder, "2007_000004", np.full((9, 8), 7, np.uint8), mode="L", labels="SegmentationClassAug")
-    write(folder, "2007_000000", np.full((9, 8), 255, np.uint8), mode="L", labels="SegmentationClassAug")
+    write(
+        folder, "2007_000004", np.full((9, 8), 7, np.uint8), mode="L", labels="SegmentationClassAug"
+    )
+    write(
+        folder,
+        "2007_000000",
+        np.full((9, 8), 255, np.uint8),
+        mode="L",
+        labels="SegmentationClassAug",
+    )
     (tmp_path / "aug.txt").write_text("2007_000004")
     (tmp_path / "val.txt").write_text("2007_000000")
     options = {"train_list": str(tmp_path / "aug.txt"), "val_list": str(tmp_path / "val.txt")}
-    (train, val) = [task.run() for task in samples(folder, **options, labels="SegmentationClassAug").tasks]
+    (train, val) = [
+        task.run() for task in samples(folder, **options, labels="SegmentationClassAug").tasks
+    ]
     assert (train.label == 7).all() and (val.label == 255).all()
 
 
@@ -98,7 +111,8 @@ def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
         samples(root)
     (lists / "val.txt").write_text("2007_000099")
     with pytest.raises(
-        InputError, match=r"1 of 4 samples are not whole, the first: 2007_000099: no .*2007_000099\.jpg"
+        InputError,
+        match=r"1 of 4 samples are not whole, the first: 2007_000099: no .*2007_000099\.jpg",
     ):
         prepare("voc", root, tmp_path / "voc.h5")
     for mask, mode, message in (
@@ -109,7 +123,9 @@ def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
         (lists / "val.txt").write_text("2007_000002")
         with pytest.raises(InputError, match=message):
             [task.run() for task in samples(root).tasks]
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder / "SegmentationClass" / "2007_000002.png")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(
+        folder / "SegmentationClass" / "2007_000002.png"
+    )
     with pytest.raises(InputError, match="5 x 5 pixels for an image 9 x 8"):
         [task.run() for task in samples(root).tasks]
 
@@ -118,12 +134,21 @@ REAL_VOID_SHARE = 5.34  # % of the pixels of the 676 pairs whose lists are lists
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DISTSEG_VOC_ROOT" not in os.environ, reason="set DISTSEG_VOC_ROOT to a VOC2012 folder")
+@pytest.mark.skipif(
+    "DISTSEG_VOC_ROOT" not in os.environ, reason="set DISTSEG_VOC_ROOT to a VOC2012 folder"
+)
 def test_real_data(tmp_path: Path) -> None:
-    """Every pair of the lists (lists/*_here.txt where there are such): byte-identical, every pixel as in the PNG."""
+    """Every pair of the lists (lists/*_here.txt where there are such).
+
+    Byte-identical, every pixel as in the PNG.
+    """
     root = Path(os.environ["DISTSEG_VOC_ROOT"])
-    lists = {f"{split}_list": str(root / "lists" / f"{split}_here.txt") for split in ("train", "val")}
-    made = prepare("voc", root, tmp_path / "maps.h5", **lists if (root / "lists").is_dir() else {}, workers=2)
+    lists = {
+        f"{split}_list": str(root / "lists" / f"{split}_here.txt") for split in ("train", "val")
+    }
+    made = prepare(
+        "voc", root, tmp_path / "maps.h5", **lists if (root / "lists").is_dir() else {}, workers=2
+    )
     manifest = pack(tmp_path / "maps.h5", tmp_path / "shards", num_workers=2)
     pixels = np.zeros(256, np.int64)
     with MapsReader(tmp_path / "maps.h5") as maps_reader:
@@ -133,8 +158,11 @@ def test_real_data(tmp_path: Path) -> None:
             for index, key in enumerate(keys):
                 raw, sample = reader.read(index), maps_reader.read(key)
                 assert raw.key == key
-                assert raw.image == sample.image == (root / "JPEGImages" / f"{key}.jpg").read_bytes()
-                # OpenCV gives the colours; the palette is one to one, so that they give the index again
+                assert (
+                    raw.image == sample.image == (root / "JPEGImages" / f"{key}.jpg").read_bytes()
+                )
+                # OpenCV gives the colours; the palette is one to one, so that they give the index
+                # again
                 expected = _index_of(cv2.imread(str(root / "SegmentationClass" / f"{key}.png")))
                 np.testing.assert_array_equal(decode_label(raw.label), expected)
                 np.testing.assert_array_equal(sample.label, expected)

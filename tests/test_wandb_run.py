@@ -1,4 +1,6 @@
-"""W&B: the offline file holds the run's curves and pictures but no secret, and no failure stops training."""
+"""W&B: the offline file holds the run's curves and pictures but no secret, and no failure stops
+training.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from distseg.tracking.tracker import Tracker, open_tracker, read_metrics
 from distseg.tracking.wandb_run import WandbRun, choose_mode, without_secrets
 
 SECRET = "planted-secret-value-0123456789"
-OPTIONS: dict[str, Any] = {"project": "distseg", "entity": None, "group": None, "tags": [], "name": "a"}
+OPTIONS: dict[str, Any] = {
+    "project": "distseg",
+    "entity": None,
+    "group": None,
+    "tags": [],
+    "name": "a",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +45,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def records(path: Path) -> list[Any]:
-    """Parse a .wandb file: a 7-byte header, then a LevelDB log in blocks of 32 KiB, its records protobuf."""
+    """Parse a .wandb file: a 7-byte header, then a LevelDB log in blocks of 32 KiB, its records
+    protobuf.
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, found, pending, position = path.read_bytes(), [], b"", 7
@@ -78,8 +88,13 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def offline_files(run_dir: Path) -> list[Path]:
-    """Whole offline files, oldest first; the service writes a file's end just after finish() returns."""
-    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.parent.name)
+    """Whole offline files, oldest first.
+
+    The service writes a file's end just after finish() returns.
+    """
+    files = sorted(
+        run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.parent.name
+    )
     deadline = time.monotonic() + 10
     while not all(records(file)[-1:] and records(file)[-1].HasField("exit") for file in files):
         assert time.monotonic() < deadline, "W&B has not written the end of the run"
@@ -88,8 +103,15 @@ def offline_files(run_dir: Path) -> list[Path]:
 
 
 def write_run(run_dir: Path, steps: range, resume_step: int | None = None) -> Tracker:
-    config = {"seed": 1, "loss": {"adv_weight": 0.01}, "api_key": SECRET, "note": f"from {SECRET} on"}
-    tracker = open_tracker(run_dir, TrackingConfig(wandb="offline", tags=["t"]), config, resume_step, True)
+    config = {
+        "seed": 1,
+        "loss": {"adv_weight": 0.01},
+        "api_key": SECRET,
+        "note": f"from {SECRET} on",
+    }
+    tracker = open_tracker(
+        run_dir, TrackingConfig(wandb="offline", tags=["t"]), config, resume_step, True
+    )
     for step in steps:
         tracker.log(step, {"loss/segmentor": 1 / step, "loss/discriminator_real": step / 3})
         if step % 20 == 0:
@@ -118,11 +140,17 @@ def test_offline_file_holds_curves_pictures_and_config_but_no_secret(tmp_path: P
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["seed"] == 1 and config["loss"] == {"adv_weight": 0.01}
 
-    axes = [record.metric for record in records(file) if record.WhichOneof("record_type") == "metric"]
-    assert "step" in {metric.name for metric in axes} and ("*", "step") in {(m.glob_name, m.step_metric) for m in axes}
+    axes = [
+        record.metric for record in records(file) if record.WhichOneof("record_type") == "metric"
+    ]
+    assert "step" in {metric.name for metric in axes} and ("*", "step") in {
+        (m.glob_name, m.step_metric) for m in axes
+    }
     for path in run_dir.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
-    assert not list(run_dir.rglob("wandb-metadata.json")) and not list(run_dir.rglob("requirements.txt"))
+    assert not list(run_dir.rglob("wandb-metadata.json")) and not list(
+        run_dir.rglob("requirements.txt")
+    )
 
 
 def test_a_resumed_run_keeps_its_id_and_goes_on_at_its_step(tmp_path: Path) -> None:
@@ -131,29 +159,52 @@ def test_a_resumed_run_keeps_its_id_and_goes_on_at_its_step(tmp_path: Path) -> N
     first, second = offline_files(tmp_path)
     assert first.name == second.name  # run-<id>.wandb
     assert [row["_step"] for row in history(second)] == [40, 50, 60, 70]
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss/segmentor" in row] == [
-        *range(10, 80, 10)
-    ]
+    assert [
+        row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss/segmentor" in row
+    ] == [*range(10, 80, 10)]
 
 
-def test_two_requeues_leave_one_id_steps_that_never_go_back_and_every_picture_and_table(tmp_path: Path) -> None:
+def test_two_requeues_leave_one_id_steps_that_never_go_back_and_every_picture_and_table(
+    tmp_path: Path,
+) -> None:
     """Killed after a checkpoint, requeued, killed, requeued."""
     picture, mask = np.full((8, 12, 3), 9, np.uint8), np.eye(8, 12, dtype=np.uint8)
-    for steps, resume_step in ((range(10, 60, 10), None), (range(40, 90, 10), 30), (range(80, 110, 10), 70)):
+    for steps, resume_step in (
+        (range(10, 60, 10), None),
+        (range(40, 90, 10), 30),
+        (range(80, 110, 10), 70),
+    ):
         tracker = open_tracker(
-            tmp_path, TrackingConfig(wandb="offline", group="g", job_type="sweep"), {}, resume_step, True
+            tmp_path,
+            TrackingConfig(wandb="offline", group="g", job_type="sweep"),
+            {},
+            resume_step,
+            True,
         )
         for step in steps:
             bad = {"loss/segmentor": float("nan") if step == 90 else 1 / step}
             tracker.log(step, {"loss/cross_entropy": 1 / step, **bad})
-            tracker.masks(step, "masks/a", picture, {"label": mask, "prediction": 1 - mask}, ("sky", "road"))
-            tracker.table(step, "classes", ("class", "IoU"), [("sky", step / 100), ("road", float("nan"))])
+            tracker.masks(
+                step, "masks/a", picture, {"label": mask, "prediction": 1 - mask}, ("sky", "road")
+            )
+            tracker.table(
+                step, "classes", ("class", "IoU"), [("sky", step / 100), ("road", float("nan"))]
+            )
         tracker.finish(1 if step < 100 else 0)
     files = offline_files(tmp_path)
-    runs = [record.run for file in files for record in records(file) if record.WhichOneof("record_type") == "run"]
-    assert {run.run_id for run in runs} == {(tmp_path / "wandb_id.txt").read_text().strip()} and len(files) == 3
+    runs = [
+        record.run
+        for file in files
+        for record in records(file)
+        if record.WhichOneof("record_type") == "run"
+    ]
+    assert {run.run_id for run in runs} == {
+        (tmp_path / "wandb_id.txt").read_text().strip()
+    } and len(files) == 3
     assert {(run.run_group, run.job_type) for run in runs} == {("g", "sweep")}
-    for file, expected in zip(files, (range(10, 60, 10), range(40, 90, 10), range(80, 110, 10)), strict=True):
+    for file, expected in zip(
+        files, (range(10, 60, 10), range(40, 90, 10), range(80, 110, 10)), strict=True
+    ):
         rows = history(file)
         assert [row["_step"] for row in rows] == [row["step"] for row in rows] == list(expected)
         for row in rows:
@@ -162,15 +213,29 @@ def test_two_requeues_leave_one_id_steps_that_never_go_back_and_every_picture_an
             for path in (shown["path"], shown["masks"]["label"]["path"], table["path"]):
                 assert (file.parent / "files" / path).is_file(), path
             content = json.loads((file.parent / "files" / table["path"]).read_text())
-            assert content["columns"] == ["class", "IoU"] and content["data"][0] == ["sky", row["step"] / 100]
-    alerts = [record.alert for file in files for record in records(file) if record.WhichOneof("record_type") == "alert"]
-    assert [(alert.level, alert.title) for alert in alerts] == [("ERROR", "a loss or gradient is not finite")]
+            assert content["columns"] == ["class", "IoU"] and content["data"][0] == [
+                "sky",
+                row["step"] / 100,
+            ]
+    alerts = [
+        record.alert
+        for file in files
+        for record in records(file)
+        if record.WhichOneof("record_type") == "alert"
+    ]
+    assert [(alert.level, alert.title) for alert in alerts] == [
+        ("ERROR", "a loss or gradient is not finite")
+    ]
     table = (tmp_path / "tables" / "classes-step-00000100.csv").read_text().splitlines()
     assert table == ["class,IoU", "sky,1.0", "road,nan"]
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10, 110, 10))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == list(
+        range(10, 110, 10)
+    )
 
 
-def test_training_does_not_wait_while_wandb_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_does_not_wait_while_wandb_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def slow(self: WandbRun) -> Any:
         time.sleep(1.5)
         raise TimeoutError("no answer")
@@ -259,10 +324,15 @@ def test_scores_and_pictures_made_up_after_a_restart_are_sent_with_their_own_ste
     run = Resumed()
     wandb_run._log_row(run, 12, {"val/mean_iou": 0.5})
     wandb_run._log_row(run, 12, {"samples/a": "picture"})
-    assert run.sent == [(13, {"step": 12, "val/mean_iou": 0.5}), (13, {"step": 12, "samples/a": "picture"})]
+    assert run.sent == [
+        (13, {"step": 12, "val/mean_iou": 0.5}),
+        (13, {"step": 12, "samples/a": "picture"}),
+    ]
 
 
-def test_auto_is_online_exactly_when_there_is_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_online_exactly_when_there_is_a_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert choose_mode("auto") == choose_mode("online") == "offline"
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "netrc").write_text("machine example.org login user password x\n")
@@ -294,7 +364,9 @@ def test_secrets_are_taken_out_of_a_nested_config() -> None:
     }
 
 
-def test_a_stuck_thread_is_left_after_the_time_for_finishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stuck_thread_is_left_after_the_time_for_finishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(WandbRun, "_work", lambda self: time.sleep(5))
     monkeypatch.setattr(wandb_run, "_FINISH_SECONDS", 0.3)
     run = WandbRun(tmp_path, "offline", OPTIONS, {})

@@ -1,4 +1,6 @@
-"""A rank that is killed, stopped or stuck ends the job on all ranks within the timeout, and is named."""
+"""A rank that is killed, stopped or stuck ends the job on all ranks within the timeout, and is
+named.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,13 @@ TIMEOUT = 16 * PATIENCE  # seconds; starting takes several where the machine is 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tmp_path: Path) -> None:
+def test_a_lost_rank_ends_the_job_and_is_named(
+    number: int, toy_shards: Path, tmp_path: Path
+) -> None:
     settings = [f"parallel.timeout_seconds={TIMEOUT}", "steps=100000", "checkpoint.every_steps=3"]
-    job = start(3, toy_shards, tmp_path / "run", *settings, "batch_size=6", "evaluate.every_steps=0")
+    job = start(
+        3, toy_shards, tmp_path / "run", *settings, "batch_size=6", "evaluate.every_steps=0"
+    )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000006", job)
     processes = job.ranks
     processes[1].send_signal(number)
@@ -39,15 +45,25 @@ def test_a_lost_rank_ends_the_job_and_is_named(number: int, toy_shards: Path, tm
     processes[1].communicate()
     for rank, output in zip((0, 2), outputs, strict=True):
         assert processes[rank].returncode == LOST_RANK_EXIT_CODE, output
-        assert f"error on rank {rank}: rank 1 on " in output and "(last heard of at step " in output, output
+        assert (
+            f"error on rank {rank}: rank 1 on " in output and "(last heard of at step " in output
+        ), output
         assert "Traceback" not in output
     (attempt,) = attempts.read(tmp_path / "run")
-    assert attempt.outcome == "failed" and "rank 1 on " in attempt.reason and (attempt.last_step or 0) >= 6
+    assert (
+        attempt.outcome == "failed"
+        and "rank 1 on " in attempt.reason
+        and (attempt.last_step or 0) >= 6
+    )
 
 
 def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
-    """All wait for rank 1, which is busy, stuck or fails: how they leave, what is said, and after how many seconds."""
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT))  # as a collective's limit would be
+    """All wait for rank 1, which is busy, stuck or fails.
+
+    How they leave, what is said, and after how many seconds.
+    """
+    # as a collective's limit would be
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT))
     left, said, start = [], io.StringIO(), time.monotonic()
     quiet = contextlib.redirect_stderr(said), contextlib.suppress(InputError)
     with quiet[0], quiet[1], Watchdog(ranks, SHORT, left.append) as watchdog:
@@ -82,7 +98,11 @@ def test_a_rank_that_downloads_for_long_is_no_stall_and_one_that_fails_or_hangs_
         left, said, seconds = of_rank["busy"]
         assert (left, said) == ([], "") and seconds > 3 * SHORT
         left, said, seconds = of_rank["stuck"]
-        assert left == [LOST_RANK_EXIT_CODE] and "rank 1 on " in said and "has not moved on for" in said
+        assert (
+            left == [LOST_RANK_EXIT_CODE]
+            and "rank 1 on " in said
+            and "has not moved on for" in said
+        )
         assert SHORT / 2 < seconds < 2 * SHORT
         left, said, seconds = of_rank["fails"]
         assert left == ([] if rank == 1 else [LOST_RANK_EXIT_CODE])  # that one prints its own error

@@ -1,4 +1,7 @@
-"""The count of a step's operations against what torch counts while it is made; the share of the device's speed."""
+"""The count of a step's operations against what torch counts while it is made.
+
+The share of the device's speed.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,20 @@ from tests.ranks import run_ranks
 
 NUM_CLASSES, SIDE = 5, 129
 SETTINGS = [
-    *("data.shards=unused", "mode=semi_supervised", "data.labelled=1/2", f"data.crop_px={SIDE}", "precision=fp32"),
+    *(
+        "data.shards=unused",
+        "mode=semi_supervised",
+        "data.labelled=1/2",
+        f"data.crop_px={SIDE}",
+        "precision=fp32",
+    ),
     *("segmentor.name=multiscale", "segmentor.init=random", "channels_last=false"),
-    *("discriminator.name=fully_convolutional", "semi.start_step=0", "semi.adv_start_step=0", "semi.adv_weight=0.1"),
+    *(
+        "discriminator.name=fully_convolutional",
+        "semi.start_step=0",
+        "semi.adv_start_step=0",
+        "semi.adv_weight=0.1",
+    ),
 ]
 BOTH = Phase(True, True, 0.1)
 PHASES = {
@@ -38,10 +52,14 @@ def make_config(*overrides: str) -> Config:
 
 
 def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
-    """Operations of our own steps on 2 + 1 images, by torch (which overrates gradients of grouped convolutions)."""
+    """Operations of our own steps on 2 + 1 images, by torch (which overrates gradients of grouped
+    convolutions).
+    """
     config = make_config(*overrides)
     segmentor = build_segmentor(config.segmentor.name, NUM_CLASSES, init="random")
-    judge = build_discriminator(config.discriminator.name, NUM_CLASSES, **config.discriminator.options)
+    judge = build_discriminator(
+        config.discriminator.name, NUM_CLASSES, **config.discriminator.options
+    )
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         wrap(judge, config.discriminator_optimizer, config, ranks),
@@ -49,7 +67,9 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
         config.semi,
     )
     labelled, unlabelled = (
-        Images(torch.rand(number, 3, SIDE, SIDE), torch.zeros(number, SIDE, SIDE, dtype=torch.uint8))
+        Images(
+            torch.rand(number, 3, SIDE, SIDE), torch.zeros(number, SIDE, SIDE, dtype=torch.uint8)
+        )
         for number in (2, 1)
     )
 
@@ -70,15 +90,20 @@ def test_operations_of_a_step_are_those_that_torch_counts(resolution: str) -> No
     work = StepWork.of(make_config(*overrides), NUM_CLASSES)
     (found,) = run_ranks(1, counted, overrides)
     for name, (now, is_semi) in PHASES.items():
-        # ours are a little more: nobody asks for the gradients of pixels and label maps of ground truth
+        # ours are a little more: nobody asks for the gradients of pixels and label maps of ground
+        # truth
         assert work.of_step(now, 2, int(is_semi)) == pytest.approx(found[name], rel=0.03), name
     assert work.of_step(BOTH, 4, 0) == 2 * work.of_step(BOTH, 2, 0)
 
 
 def test_without_an_adversary_no_discriminator_is_counted() -> None:
-    config = loading.load(["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"])
+    config = loading.load(
+        ["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"]
+    )
     work = StepWork.of(config, NUM_CLASSES)
-    assert work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
+    assert (
+        work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
+    )
 
 
 def test_share_of_peak_is_operations_over_time_over_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Worker processes give the pixels of threads, end with whoever started them, and leave nothing behind."""
+"""Worker processes give the pixels of threads, end with whoever started them, and leave nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,14 @@ from shards.reader import ShardReader
 
 
 def stream(shards: Path, *, worker_type: str, num_workers: int = 2, **options: int) -> TrainStream:
-    samples, view = SampleSet(ShardReader(shards, "train")), TrainView(48, 0.5, 1.5, color_jitter=0.4)
+    samples, view = (
+        SampleSet(ShardReader(shards, "train")),
+        TrainView(48, 0.5, 1.5, color_jitter=0.4),
+    )
     options = {"batch_size": 6, "rank": 0, "world_size": 1} | options
-    return TrainStream(samples, Plan(8, 5), view, num_threads=num_workers, worker_type=worker_type, **options)
+    return TrainStream(
+        samples, Plan(8, 5), view, num_threads=num_workers, worker_type=worker_type, **options
+    )
 
 
 def workers_of(source: TrainStream) -> list[int]:
@@ -50,7 +57,10 @@ def gone(pids: list[int], seconds: float = 20) -> bool:
 
 
 def shared_memory() -> list[str]:
-    """Descriptors and mappings of this process that it shares with others: a stream's memory, semaphores of a pool."""
+    """Descriptors and mappings of this process that it shares with others.
+
+    A stream's memory, semaphores of a pool.
+    """
     gc.collect()  # the pool's own are in cycles
     links = []
     for path in Path("/proc/self/fd").iterdir():
@@ -67,12 +77,17 @@ def assert_equal(found: list[Batch], expected: list[Batch]) -> None:
 
 
 def test_pixels_are_those_of_threads_and_nothing_is_left_behind(toy_shards: Path) -> None:
-    """On one rank and on the second of three, from the start and from the middle; a scheduler's signals change nothing.
+    """On one rank and on the second of three, from the start and from the middle; a scheduler's
+    signals change nothing.
 
-    More batches than the shared memory has blocks, and all of them kept, so that none is handed out twice.
+    More batches than the shared memory has blocks, and all of them kept, so that none is handed out
+    twice.
     """
     before = shared_memory()
-    for options in ({"num_workers": 3}, {"num_workers": 1, "rank": 1, "world_size": 3, "start_step": 5}):
+    for options in (
+        {"num_workers": 3},
+        {"num_workers": 1, "rank": 1, "world_size": 3, "start_step": 5},
+    ):
         with closing(stream(toy_shards, worker_type="thread", **options)) as source:
             expected = list(islice(source, 9))
         with closing(stream(toy_shards, worker_type="process", **options)) as source:
@@ -95,7 +110,9 @@ def test_a_killed_worker_is_an_error_that_says_so(toy_shards: Path) -> None:
     next(source)
     pids = workers_of(source)
     os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(InputError, match=r"(?s)a data worker process was killed.*data\.worker_type=thread"):
+    with pytest.raises(
+        InputError, match=r"(?s)a data worker process was killed.*data\.worker_type=thread"
+    ):
         list(islice(source, 20))
     assert gone(pids)
     assert shared_memory() == before

@@ -22,7 +22,14 @@ ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 
 # These may change when a run is resumed: they alter neither the networks nor the order of samples.
 FREE_ON_RESUME = frozenset(
-    {"run_dir", "device", "data.shards", "data.allow_unverified", "data.cache_dir", "data.cache_bytes"}
+    {
+        "run_dir",
+        "device",
+        "data.shards",
+        "data.allow_unverified",
+        "data.cache_dir",
+        "data.cache_bytes",
+    }
     | {"data.num_threads", "data.worker_type", "data.keep_decoded_bytes", "max_skips"}
     | {"evaluate", "checkpoint", "tracking", "parallel"}
 )
@@ -34,10 +41,11 @@ def preset_names() -> list[str]:
 
 
 def load(overrides: list[str]) -> Config:
-    """Defaults, then the preset, then `key=value` overrides; checked, so that what comes back can be run.
+    """Defaults, then the preset, then `key=value` overrides; checked, so that what comes back can
+    be run.
 
-    Raises InputError for an unknown preset or key (naming the nearest), a value of the wrong type or outside
-    its choices or bounds.
+    Raises InputError for an unknown preset or key (naming the nearest), a value of the wrong type
+    or outside its choices or bounds.
     """
     pairs = [_split(item) for item in overrides]
     presets = [value for key, value in pairs if key == "preset"]
@@ -55,14 +63,19 @@ def override(config: Config, overrides: list[str]) -> Config:
 def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     for key, value in pairs:
         key = _full_key(key)
-        if key in ("segmentor.name", "discriminator.name") and value != OmegaConf.select(merged, key):
-            OmegaConf.update(merged, key.replace(".name", ".options"), {}, merge=False)  # they were the other's
+        if key in ("segmentor.name", "discriminator.name") and value != OmegaConf.select(
+            merged, key
+        ):
+            # they were the other's
+            OmegaConf.update(merged, key.replace(".name", ".options"), {}, merge=False)
         merged = _merge(merged, {key: _parse(key, value)})
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # an interpolation of nothing, or a missing value
         action = "write the value itself"
-        raise InputError(f"a value that cannot be resolved: {_first_line(error)}", "plain values", action) from None
+        raise InputError(
+            f"a value that cannot be resolved: {_first_line(error)}", "plain values", action
+        ) from None
     if config.mode == "supervised":
         weighted = [
             f"{key}={value}"
@@ -71,7 +84,9 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
         ]
         if weighted:
             action = "write mode=adversarial (or semi_supervised), or leave it out"
-            raise InputError(f"{weighted[0]} with mode=supervised", "an adversary for its weight", action)
+            raise InputError(
+                f"{weighted[0]} with mode=supervised", "an adversary for its weight", action
+            )
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
     _check(config)
     return config
@@ -90,16 +105,26 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_file(path: Path) -> Config:
     """The configuration that a run saved. Raises InputError when it is not one of this version."""
     if not path.is_file():
-        raise InputError(f"no {path}", "a run directory of distseg (with config.yaml)", "check the path of the run")
+        raise InputError(
+            f"no {path}",
+            "a run directory of distseg (with config.yaml)",
+            "check the path of the run",
+        )
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))  # type: ignore[return-value]
+        return OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        )  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
         got = f"{path}: {_first_line(error)}"
-        raise InputError(got, "a configuration of this version", "restore it, or start a new run") from None
+        raise InputError(
+            got, "a configuration of this version", "restore it, or start a new run"
+        ) from None
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two configurations and must not when a run is resumed."""
+    """Dotted keys whose values differ between two configurations and must not when a run is
+    resumed.
+    """
     before, after = flattened(to_dict(old)), flattened(to_dict(new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return {key: (before.get(key), after.get(key)) for key in keys if not _is_free(key)}
@@ -110,7 +135,9 @@ def check_same(run_dir: Path, config: Config) -> None:
     saved = run_dir / CONFIG_FILE
     changed = differences(from_file(saved), config) if saved.exists() else {}
     if changed:
-        values = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items())
+        values = ", ".join(
+            f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items()
+        )
         raise InputError(
             f"{run_dir} holds a run of another configuration ({values})",
             "the same configuration to resume it, or another directory",
@@ -125,7 +152,9 @@ def _is_free(key: str) -> bool:
 def _split(item: str) -> tuple[str, str]:
     key, separator, value = item.partition("=")
     if not separator or not key:
-        raise InputError(f"argument {item!r}", "key=value", "write for example steps=500 or loss.adv_weight=0.01")
+        raise InputError(
+            f"argument {item!r}", "key=value", "write for example steps=500 or loss.adv_weight=0.01"
+        )
     return key, value
 
 
@@ -139,11 +168,15 @@ def _parse(key: str, value: str) -> Any:
 def _preset_values(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.yaml"
     if name not in preset_names():
-        raise InputError(f"preset={name}", f"one of: {', '.join(preset_names())}", _nearest(name, preset_names()))
+        raise InputError(
+            f"preset={name}", f"one of: {', '.join(preset_names())}", _nearest(name, preset_names())
+        )
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     base = values.pop("base", None)  # another preset, which this one changes
     own, inherited = flattened(values), _preset_values(base) if base else {}
-    named = tuple(f"{part}.options." for part in ("segmentor", "discriminator") if f"{part}.name" in own)
+    named = tuple(
+        f"{part}.options." for part in ("segmentor", "discriminator") if f"{part}.name" in own
+    )
     return {key: value for key, value in inherited.items() if not key.startswith(named)} | own
 
 
@@ -161,15 +194,21 @@ def _known() -> tuple[str, ...]:
 def _merge(config: Any, values: dict[str, Any]) -> Any:
     known = _known()
     for key, value in values.items():
-        is_option = any(key.startswith(f"{part}.options.") for part in ("segmentor", "discriminator"))
+        is_option = any(
+            key.startswith(f"{part}.options.") for part in ("segmentor", "discriminator")
+        )
         if not is_option and key not in known:
-            raise InputError(f"unknown key {key!r}", "a key of the configuration", _nearest(key, known))
+            raise InputError(
+                f"unknown key {key!r}", "a key of the configuration", _nearest(key, known)
+            )
         try:
             OmegaConf.update(config, key, value, merge=True)
         except (OmegaConfBaseException, ValueError) as error:
             needed = OmegaConf.select(OmegaConf.structured(Config), key)
             kind = "a value of the field's type" if needed is None else f"a value like {needed!r}"
-            raise InputError(f"{key}={value}: {_first_line(error)}", kind, f"correct {key}") from None
+            raise InputError(
+                f"{key}={value}: {_first_line(error)}", kind, f"correct {key}"
+            ) from None
     return config
 
 
@@ -177,24 +216,38 @@ def _check(config: Config) -> None:
     values = flattened(to_dict(config))
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            raise InputError(f"{key}={values[key]}", f"one of: {', '.join(choices)}", _nearest(values[key], choices))
+            raise InputError(
+                f"{key}={values[key]}",
+                f"one of: {', '.join(choices)}",
+                _nearest(values[key], choices),
+            )
     for key, (low, high) in BOUNDS.items():
         value = values[key]
         # written so that NaN fails too; None is a default to be filled in
         if value is not None and not (
-            (low is None or value >= low) and (high is None or value <= high) and value < float("inf")
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and value < float("inf")
         ):
-            needed = f"a number from {low} to {high}" if high is not None else f"a finite number from {low} on"
+            needed = (
+                f"a number from {low} to {high}"
+                if high is not None
+                else f"a finite number from {low} on"
+            )
             raise InputError(f"{key}={value}", needed, f"correct {key}")
     if config.data.scale_min > config.data.scale_max:
         got = f"data.scale_min={config.data.scale_min} above data.scale_max={config.data.scale_max}"
         raise InputError(got, "scale_min <= scale_max", "swap them")
     if config.data.sampling != "each_once" and config.data.shuffle_block:
         got = f"data.sampling={config.data.sampling} with data.shuffle_block={config.data.shuffle_block}"
-        raise InputError(got, "one of them: classes are drawn from all shards", "write data.shuffle_block=0")
+        raise InputError(
+            got, "one of them: classes are drawn from all shards", "write data.shuffle_block=0"
+        )
     if config.discriminator_optimizer.encoder_lr_factor != 1:
         got = f"discriminator_optimizer.encoder_lr_factor={config.discriminator_optimizer.encoder_lr_factor}"
-        raise InputError(got, "1: a discriminator has no encoder", "set discriminator_optimizer.lr alone")
+        raise InputError(
+            got, "1: a discriminator has no encoder", "set discriminator_optimizer.lr alone"
+        )
     if not config.evaluate.scales or not all(0.1 <= scale <= 8 for scale in config.evaluate.scales):
         got = f"evaluate.scales={config.evaluate.scales}"
         needed = "at least one scale, each from 0.1 to 8"
@@ -203,23 +256,38 @@ def _check(config: Config) -> None:
     if window_px and (window_px % 32 or overlap_px % 32 or 2 * overlap_px > window_px):
         got = f"evaluate.window_px={window_px} with evaluate.overlap_px={overlap_px}"
         needed = "multiples of 32, the overlap at most half the window"
-        raise InputError(got, needed, "write for example evaluate.window_px=512 evaluate.overlap_px=128")
+        raise InputError(
+            got, needed, "write for example evaluate.window_px=512 evaluate.overlap_px=128"
+        )
     if config.segmentor.batch_norm == "frozen" and config.segmentor.init == "random":
         action = "write segmentor.batch_norm=per_rank, or segmentor.init=FILE"
         got = "segmentor.batch_norm=frozen with segmentor.init=random"
-        raise InputError(got, "stored statistics; those of random weights let deep networks explode", action)
+        raise InputError(
+            got, "stored statistics; those of random weights let deep networks explode", action
+        )
     for part in ("segmentor_optimizer", "discriminator_optimizer"):
-        if values[f"{part}.nesterov"] and not (values[f"{part}.name"] == "sgd" and values[f"{part}.beta1"] > 0):
+        if values[f"{part}.nesterov"] and not (
+            values[f"{part}.name"] == "sgd" and values[f"{part}.beta1"] > 0
+        ):
             needed = f"{part}.name=sgd with a momentum ({part}.beta1) above 0"
             raise InputError(f"{part}.nesterov=true", needed, f"correct {part}")
     if config.schedule.name == "plateau" or config.schedule.early_stop_patience:
-        needed = "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
+        needed = (
+            "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
+        )
         if not config.evaluate.every_steps:
-            raise InputError("evaluate.every_steps=0", needed, "write for example evaluate.every_steps=100")
+            raise InputError(
+                "evaluate.every_steps=0", needed, "write for example evaluate.every_steps=100"
+            )
     if config.parallel.shard_size and config.parallel.strategy != "fsdp":
         got = f"parallel.shard_size={config.parallel.shard_size} with parallel.strategy={config.parallel.strategy}"
-        raise InputError(got, "networks in slices", "write parallel.strategy=fsdp, or parallel.shard_size=0")
-    if config.mode == "semi_supervised" and not config.loss.adv_weight + config.semi.adv_weight + config.semi.weight:
+        raise InputError(
+            got, "networks in slices", "write parallel.strategy=fsdp, or parallel.shard_size=0"
+        )
+    if (
+        config.mode == "semi_supervised"
+        and not config.loss.adv_weight + config.semi.adv_weight + config.semi.weight
+    ):
         got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
     if not config.data.shards:

@@ -1,4 +1,7 @@
-"""The configuration as typed parts: every key with its default, meaning and unit. Loading is configuration.py's."""
+"""The configuration as typed parts.
+
+Every key with its default, meaning and unit. Loading is configuration.py's.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,21 @@ from typing import Any
 class DataConfig:
     """Which samples, and how a training view is cut from them."""
 
-    shards: str = ""  # directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL
-    allow_unverified: bool = False  # train on shards that neither `distseg pack` nor `distseg inspect` vouches for
-    cache_dir: str = ""  # for shards behind a URL; "": $SLURM_TMPDIR, $TMPDIR or the user's cache directory
-    cache_bytes: float = 0  # bound of that folder, 200e9 for example; 0: 80 % of what is free on its disk
+    # directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL
+    shards: str = ""
+    # train on shards that neither `distseg pack` nor `distseg inspect` vouches for
+    allow_unverified: bool = False
+    # for shards behind a URL; "": $SLURM_TMPDIR, $TMPDIR or the user's cache directory
+    cache_dir: str = ""
+    # bound of that folder, 200e9 for example; 0: 80 % of what is free on its disk
+    cache_bytes: float = 0
     train_split: str = "train"
     val_split: str = "val"
-    labelled: str = "all"  # whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line
+    # whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line
+    labelled: str = "all"
     labelled_seed: int = 0  # draws the share; the list is saved in the run directory
-    keep_classes: list[str] = field(default_factory=list)  # all others become "other" (index 0); []: all stay
+    # all others become "other" (index 0); []: all stay
+    keep_classes: list[str] = field(default_factory=list)
     num_classes: int | None = None  # None: as many as there are; a number must agree with that
     crop_px: int = 240  # side of the square training view, pixels
     scale_min: float = 0.5  # the view's scale is log-uniform between these two
@@ -27,30 +36,44 @@ class DataConfig:
     rotate_degrees: float = 0.0  # turned by an angle uniform in -+ this, 0 to 180; 0: off
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation changes, 0 to 1
     blur_probability: float = 0.0  # of a Gaussian blur; SimCLR (Chen et al. 2020, appendix A): 0.5
-    blur_max_px: float = 2.0  # its standard deviation, in pixels of the view, is uniform from 0.1 to this (the same)
-    # each_once: every sample once per epoch; class_balanced: a random class, then one of the samples that show it;
-    # rare_class: likewise, and the fewer pixels a class has, the likelier it is (Hoyer et al. 2022, section 3.2)
+    # its standard deviation, in pixels of the view, is uniform from 0.1 to this (the same)
+    blur_max_px: float = 2.0
+    # each_once: every sample once per epoch; class_balanced: a random class, then one of the
+    # samples that show it; rare_class: likewise, and the fewer pixels a class has, the likelier it
+    # is (Hoyer et al. 2022, section 3.2)
     sampling: str = "each_once"
-    rare_class_temperature: float = 0.01  # the lower, the more of the rarest (the same: 0.01 on Cityscapes)
-    shuffle_block: int = 0  # shards whose samples are shuffled together, the shards in random order; 0: all of them
+    # the lower, the more of the rarest (the same: 0.01 on Cityscapes)
+    rare_class_temperature: float = 0.01
+    # shards whose samples are shuffled together, the shards in random order; 0: all of them
+    shuffle_block: int = 0
     num_threads: int = 2  # decoding workers a rank; 0: in the training thread
-    worker_type: str = "thread"  # thread; process: where one interpreter's lock is too narrow for many workers
-    keep_decoded_bytes: float = 0  # memory a rank, 4e9 for example: training samples that stay decoded; threads only
+    # thread; process: where one interpreter's lock is too narrow for many workers
+    worker_type: str = "thread"
+    # memory a rank, 4e9 for example: training samples that stay decoded; threads only
+    keep_decoded_bytes: float = 0
 
 
 @dataclass
 class SegmentorConfig:
-    """The network that predicts a class for every pixel; `segmentor=NAME` on the command line sets the name."""
+    """The network that predicts a class for every pixel.
+
+    `segmentor=NAME` on the command line sets the name.
+    """
 
     name: str = "deeplabv3plus_efficientnet_lite0"
     init: str = "imagenet"  # imagenet, random, or a file of weights
-    batch_norm: str = "per_rank"  # statistics of the rank's images; synchronised: of all; frozen: the stored
-    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments of the network
+    # statistics of the rank's images; synchronised: of all; frozen: the stored
+    batch_norm: str = "per_rank"
+    # further keyword arguments of the network
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class DiscriminatorConfig:
-    """The adversary; `discriminator=NAME` on the command line sets the name. Not built in supervised mode."""
+    """The adversary; `discriminator=NAME` on the command line sets the name.
+
+    Not built in supervised mode.
+    """
 
     name: str = "two_branch"
     options: dict[str, Any] = field(default_factory=dict)
@@ -80,14 +103,16 @@ class ScheduleConfig:
     warmup_steps: int = 0  # linear from 1/warmup_steps, on top of the above
     plateau_factor: float = 0.5  # plateau: the rate is multiplied by this ...
     plateau_patience: int = 3  # ... after so many evaluations in a row without a lower val/loss
-    early_stop_patience: int = 0  # the run ends after so many such evaluations, under any schedule; 0: never
+    # the run ends after so many such evaluations, under any schedule; 0: never
+    early_stop_patience: int = 0
 
 
 @dataclass
 class AlternationConfig:
     """Who is updated at which step; the phase follows from the global step alone."""
 
-    name: str = "simultaneous"  # simultaneous: both at every step (Hung et al. 2018); blocks (Luc et al. 2016)
+    # simultaneous: both at every step (Hung et al. 2018); blocks (Luc et al. 2016)
+    name: str = "simultaneous"
     segmentor: int = 500  # blocks: steps of one segmentor block, which comes first
     discriminator: int = 500  # blocks: steps of one discriminator block
 
@@ -97,15 +122,22 @@ class LossConfig:
     """Weights and reductions; a weight means nothing without the reductions, so both are named."""
 
     adv_weight: float = 0.05  # lambda on the adversarial term; 0: the discriminator only watches
-    adv_form: str = "non_saturating"  # + BCE(D(fake), real); saturating: - BCE(D(fake), fake), Luc et al. 2016 eq. 3
-    adv_start_step: int = 0  # before it there is no adversary: plain supervised steps, the discriminator untouched
+    # + BCE(D(fake), real); saturating: - BCE(D(fake), fake), Luc et al. 2016 eq. 3
+    adv_form: str = "non_saturating"
+    # before it there is no adversary: plain supervised steps, the discriminator untouched
+    adv_start_step: int = 0
     adv_warmup_steps: int = 0  # adv_weight rises linearly over so many steps from adv_start_step on
-    real_target: float = 1.0  # the discriminator's target for real label maps; 0.9: one-sided label smoothing
-    real_map: str = "one_hot"  # ground truth as the discriminator sees it; scaling: softened, Luc et al. 2016
+    # the discriminator's target for real label maps; 0.9: one-sided label smoothing
+    real_target: float = 1.0
+    # ground truth as the discriminator sees it; scaling: softened, Luc et al. 2016
+    real_map: str = "one_hot"
     scaling_tau: float = 0.9  # scaling: at least this mass stays on the true class
-    map_resolution: str = "output"  # label maps at the segmentor's output resolution (Luc et al.); image: at the view's
-    ce_reduction: str = "mean_valid"  # mean over the valid pixels of the global batch; sum: their sum per image
-    adv_reduction: str = "mean"  # mean over the discriminator's (valid) outputs of the global batch; sum: per image
+    # label maps at the segmentor's output resolution (Luc et al.); image: at the view's
+    map_resolution: str = "output"
+    # mean over the valid pixels of the global batch; sum: their sum per image
+    ce_reduction: str = "mean_valid"
+    # mean over the discriminator's (valid) outputs of the global batch; sum: per image
+    adv_reduction: str = "mean"
 
 
 @dataclass
@@ -128,8 +160,10 @@ class EvaluateConfig:
     every_steps: int = 0  # 0: only after the last step
     scales: list[float] = field(default_factory=lambda: [1.0])  # probabilities averaged over these
     mirror: bool = False  # and over the mirrored image
-    window_px: int = 0  # an image with a longer side is scored in blended windows of this side; 0: in one piece
-    overlap_px: int = 128  # of two windows; both are multiples of 32, the overlap at most half the window
+    # an image with a longer side is scored in blended windows of this side; 0: in one piece
+    window_px: int = 0
+    # of two windows; both are multiples of 32, the overlap at most half the window
+    overlap_px: int = 128
     num_pictures: int = 6  # validation images shown in pictures/ after the run
 
 
@@ -139,7 +173,8 @@ class CheckpointConfig:
 
     every_steps: int = 200
     keep_last: int = 2  # besides the best by validation mIoU
-    async_save: bool = True  # copied to host memory at once, written to the disk while training goes on
+    # copied to host memory at once, written to the disk while training goes on
+    async_save: bool = True
 
 
 @dataclass
@@ -160,12 +195,17 @@ class TrackingConfig:
 class ParallelConfig:
     """How the networks are spread over the ranks."""
 
-    # ddp: every rank holds all; fsdp: a slice of parameters, gradients, optimizer state; deepspeed: see zero_stage
+    # ddp: every rank holds all; fsdp: a slice of parameters, gradients, optimizer state; deepspeed:
+    # see zero_stage
     strategy: str = "ddp"
-    shard_size: int = 0  # fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one
-    zero_stage: int = 1  # deepspeed: ranks hold parts of optimizer state (1), gradients too (2), parameters too (3)
-    deepspeed_config: str = ""  # deepspeed: a JSON file of its own settings, on top of what is generated
-    timeout_seconds: float = 300.0  # a rank that gives no sign for so long ends the job, and is named
+    # fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one
+    shard_size: int = 0
+    # deepspeed: ranks hold parts of optimizer state (1), gradients too (2), parameters too (3)
+    zero_stage: int = 1
+    # deepspeed: a JSON file of its own settings, on top of what is generated
+    deepspeed_config: str = ""
+    # a rank that gives no sign for so long ends the job, and is named
+    timeout_seconds: float = 300.0
     check_every: int = 500  # steps between two comparisons of the networks over the ranks; 0: never
 
 
@@ -180,10 +220,13 @@ class Config:
     batch_size: int = 16  # GLOBAL: images per step over all ranks
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one; cpu; cuda
-    precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32; bf16; fp16; fp32; fp64
-    tf32: bool = True  # fp32 products on a GPU in TF32: a mantissa of 10 bits, several times as fast
+    # auto: bf16 where the device computes in it, else fp32; bf16; fp16; fp32; fp64
+    precision: str = "auto"
+    # fp32 products on a GPU in TF32: a mantissa of 10 bits, several times as fast
+    tf32: bool = True
     compile: bool = False  # torch.compile for both networks: slow to start, worth it on a GPU
-    accumulate_steps: int = 1  # a step's images are taken in so many parts, one after the other, to save memory
+    # a step's images are taken in so many parts, one after the other, to save memory
+    accumulate_steps: int = 1
     channels_last: bool = True
     ema_decay: float = 0.0  # moving average of the segmentor, used for evaluation; 0: off
     max_skips: int = 20  # stop after so many non-finite gradients in a row

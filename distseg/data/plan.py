@@ -1,4 +1,7 @@
-"""The order of samples: a pure function of the seed and the position, the same for every world size."""
+"""The order of samples.
+
+A pure function of the seed and the position, the same for every world size.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,31 @@ import numpy as np
 from shards.errors import InputError
 
 MAX_POSITION = 2**64  # positions and seeds are the two 64-bit words of a Philox key
-# Where on the sequence of a key each use of it begins, in units of 2^192 draws: never the same numbers twice
+# Where on the sequence of a key each use of it begins, in units of 2^192 draws: never the same
+# numbers twice
 ORDER, AUGMENTATION, SHARD_ORDER, BLOCK, CHOICE = range(5)
 
 
 class Plan:
     """The endless sequence of samples that all ranks share, addressed by position 0, 1, 2, ...
 
-    Position p lies in epoch p // num_samples and shows sample permutation(seed, epoch)[p % num_samples], so
-    every sample comes exactly once per epoch. Nothing here depends on rank, world size or thread: the state
-    of a stream is one integer. Safe to share between threads. Raises InputError for an empty split or a seed
-    outside 0..2^64-1.
+    Position p lies in epoch p // num_samples and shows sample permutation(seed, epoch)[p %
+    num_samples], so every sample comes exactly once per epoch. Nothing here depends on rank, world
+    size or thread: the state of a stream is one integer. Safe to share between threads. Raises
+    InputError for an empty split or a seed outside 0..2^64-1.
     """
 
     def __init__(self, num_samples: int, seed: int):
         if num_samples < 1:
-            raise InputError(f"{num_samples} samples", "at least one sample", "choose a split that holds samples")
+            raise InputError(
+                f"{num_samples} samples", "at least one sample", "choose a split that holds samples"
+            )
         if not 0 <= seed < MAX_POSITION:
             raise InputError(f"seed={seed}", "an integer from 0 to 2^64-1", "choose another seed")
         self.num_samples = num_samples
         self.seed = seed
-        # Neighbouring batches reach over one boundary of epochs. (Over more only where the set is tiny, and
-        # then drawing its order anew costs nothing.)
+        # Neighbouring batches reach over one boundary of epochs. (Over more only where the set is
+        # tiny, and then drawing its order anew costs nothing.)
         self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
     def sample_index(self, position: int) -> int:
@@ -40,7 +46,9 @@ class Plan:
         return int(self._permutation(epoch)[offset])
 
     def augmentation_rng(self, position: int) -> np.random.Generator:
-        """A fresh generator for the augmentation at this position, independent of the order of samples."""
+        """A fresh generator for the augmentation at this position, independent of the order of
+        samples.
+        """
         return augmentation_rng(self.seed, position)
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
@@ -48,21 +56,26 @@ class Plan:
 
 
 class BlockPlan(Plan):
-    """As Plan, with few shards in use at a time: for sets behind a URL that a cache does not hold, or very large ones.
+    """As Plan, with few shards in use at a time: for sets behind a URL that a cache does not hold,
+    or very large ones.
 
-    An epoch takes the shards in the order of a permutation, shards_per_block at a time, and shuffles the samples of
-    those together. So a batch reads from one block, seldom two, and memory and start-up do not grow with the number
-    of samples. shard_sizes: how many consecutive samples lie in each shard.
+    An epoch takes the shards in the order of a permutation, shards_per_block at a time, and
+    shuffles the samples of those together. So a batch reads from one block, seldom two, and memory
+    and start-up do not grow with the number of samples. shard_sizes: how many consecutive samples
+    lie in each shard.
     """
 
     def __init__(self, shard_sizes: Sequence[int], shards_per_block: int, seed: int):
         super().__init__(sum(shard_sizes), seed)
         if shards_per_block < 1:
-            raise InputError(f"{shards_per_block} shards a block", "at least one", "correct data.shuffle_block")
+            raise InputError(
+                f"{shards_per_block} shards a block", "at least one", "correct data.shuffle_block"
+            )
         self._starts = np.cumsum([0, *shard_sizes])
         self._per_block = shards_per_block
         self._shard_order = functools.lru_cache(maxsize=2)(self._draw_shard_order)
-        self._block = functools.lru_cache(maxsize=8)(self._draw_block)  # drawn anew costs a millisecond
+        # drawn anew costs a millisecond
+        self._block = functools.lru_cache(maxsize=8)(self._draw_block)
 
     def sample_index(self, position: int) -> int:
         """As Plan."""
@@ -84,11 +97,13 @@ class BlockPlan(Plan):
 
 
 class BalancedPlan(Plan):
-    """Each position draws a class, then one of the samples that show it: no epochs, samples of rare classes more often.
+    """Each position draws a class, then one of the samples that show it: no epochs, samples of rare
+    classes more often.
 
-    class_pixels: (samples, classes) pixel counts. temperature: None, every class is as likely as the others; else
-    class c has probability softmax((1 - f_c) / temperature) with its share of pixels f_c (Hoyer et al. 2022, DAFormer,
-    section 3.2, "rare class sampling", there 0.01). Classes that no sample shows are left out.
+    class_pixels: (samples, classes) pixel counts. temperature: None, every class is as likely as
+    the others; else class c has probability softmax((1 - f_c) / temperature) with its share of
+    pixels f_c (Hoyer et al. 2022, DAFormer, section 3.2, "rare class sampling", there 0.01).
+    Classes that no sample shows are left out.
     """
 
     def __init__(self, class_pixels: np.ndarray, seed: int, temperature: float | None = None):
@@ -99,7 +114,11 @@ class BalancedPlan(Plan):
             raise InputError(got, "labels, to balance the classes", "write data.sampling=each_once")
         self._samples = [np.flatnonzero(class_pixels[:, index]) for index in shown]
         share = class_pixels.sum(axis=0)[shown] / class_pixels.sum()
-        weights = np.ones(len(shown)) if temperature is None else np.exp((share.min() - share) / temperature)
+        weights = (
+            np.ones(len(shown))
+            if temperature is None
+            else np.exp((share.min() - share) / temperature)
+        )
         self._ends = np.cumsum(weights / weights.sum())
         self._ends[-1] = 1.0  # whatever the sum was rounded to: a draw is below it
 
@@ -116,23 +135,33 @@ def augmentation_rng(seed: int, position: int) -> np.random.Generator:
 
 
 def _generator(seed: int, word: int, use: int, part: int = 0) -> np.random.Generator:
-    key = np.array([seed, word], dtype=np.uint64)  # a plain list with a large word turns into floats
+    # a plain list with a large word turns into floats
+    key = np.array([seed, word], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, part, 0, use]))
 
 
 def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> range:
-    """Positions that one rank takes of the global batch [step * batch_size, (step + 1) * batch_size).
+    """Positions that one rank takes of the global batch [step * batch_size, (step + 1) *
+    batch_size).
 
-    batch_size is global. The slices of all ranks, in order of rank, are the batch. Raises InputError when
-    world_size does not divide batch_size, and for a rank outside 0..world_size-1.
+    batch_size is global. The slices of all ranks, in order of rank, are the batch. Raises
+    InputError when world_size does not divide batch_size, and for a rank outside 0..world_size-1.
     """
     if not 0 <= rank < world_size:
-        raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
+        raise InputError(
+            f"rank {rank} of {world_size}",
+            "0 <= rank < world_size",
+            "check how the ranks were started",
+        )
     if batch_size < 1 or batch_size % world_size:
         below = max(batch_size, 0) // world_size * world_size
         nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
         got = f"batch_size={batch_size} on {world_size} ranks"
-        raise InputError(got, f"a multiple of {world_size}, so that every rank gets as much", f"batch_size={nearest}")
+        raise InputError(
+            got,
+            f"a multiple of {world_size}, so that every rank gets as much",
+            f"batch_size={nearest}",
+        )
     share = batch_size // world_size
     first = step * batch_size + rank * share
     return range(first, first + share)

@@ -1,4 +1,7 @@
-"""The samples that a run trains or is scored on: which of a split, with or without labels, and which classes."""
+"""The samples that a run trains or is scored on.
+
+Which of a split, with or without labels, and which classes.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,26 @@ from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
 
-Decoded = tuple[str, np.ndarray, np.ndarray]  # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
-OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # the one that is less like the classes that stay
+# key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
+Decoded = tuple[str, np.ndarray, np.ndarray]
+# the one that is less like the classes that stay
+OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))
 
 
 def open_reader(options: DataConfig, split: str) -> ShardReader:
     """The reader of a split as configured. Raises InputError as ShardReader does."""
-    return ShardReader(options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes)
+    return ShardReader(
+        options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes
+    )
 
 
 class DecodedSamples:
-    """Samples that stay in memory decoded, at most max_bytes of them, instead of being decoded anew whenever they come.
+    """Samples that stay in memory decoded, at most max_bytes of them, instead of being decoded anew
+    whenever they come.
 
-    Safe to share between threads. What is sent to another process arrives empty and stays so: each would hold copies of
-    its own. None makes way for another: of samples that come once an epoch each, no choice would be found more often.
+    Safe to share between threads. What is sent to another process arrives empty and stays so: each
+    would hold copies of its own. None makes way for another: of samples that come once an epoch
+    each, no choice would be found more often.
     """
 
     def __init__(self, max_bytes: float):
@@ -42,7 +51,10 @@ class DecodedSamples:
         return index in self._samples
 
     def find(self, index: int) -> Decoded | None:
-        """The sample that was added under this index, its arrays read-only; None where it is not here."""
+        """The sample that was added under this index, its arrays read-only.
+
+        None where it is not here.
+        """
         return self._samples.get(index)
 
     def add(self, index: int, sample: Decoded) -> None:
@@ -64,11 +76,12 @@ class DecodedSamples:
 class SampleSet:
     """Some samples of a split as arrays, addressed by 0, 1, 2, ...; safe to share between threads.
 
-    indices: which of the reader's samples, in their order (None: all). labelled: False leaves their labels unread;
-    `load` then gives 0 for every pixel, so that what a view fills in around the image still reads as void. keep:
-    class names that stay apart; all the others become one class "other" with index 0 (none: the classes as they are).
-    keep_decoded_bytes: memory for samples that stay decoded, as many as fit, for when they come again.
-    Raises InputError for a class that is not there and, when labels are wanted, for a sample that has none.
+    indices: which of the reader's samples, in their order (None: all). labelled: False leaves their
+    labels unread; `load` then gives 0 for every pixel, so that what a view fills in around the
+    image still reads as void. keep: class names that stay apart; all the others become one class
+    "other" with index 0 (none: the classes as they are). keep_decoded_bytes: memory for samples
+    that stay decoded, as many as fit, for when they come again. Raises InputError for a class that
+    is not there and, when labels are wanted, for a sample that has none.
     """
 
     def __init__(
@@ -89,7 +102,11 @@ class SampleSet:
         if without:
             some = f"{len(without)} samples, {min(without)} for one,"
             action = "prepare and pack the data with labels, or list the labelled ones: data.labelled=FILE"
-            raise InputError(f"{some} have no label in the split {reader.split}", "a label for every sample", action)
+            raise InputError(
+                f"{some} have no label in the split {reader.split}",
+                "a label for every sample",
+                action,
+            )
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -116,7 +133,10 @@ class SampleSet:
         return min(total, at_most)
 
     def class_pixels(self) -> np.ndarray:
-        """(samples, classes) int64: pixels of each class in each sample. Reads no label; InputError as the reader's."""
+        """(samples, classes) int64.
+
+        Pixels of each class in each sample. Reads no label; InputError as the reader's.
+        """
         counts = self.reader.class_pixels()[list(self._indices)]
         if self._table is None:
             return counts
@@ -126,14 +146,19 @@ class SampleSet:
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say which samples will be loaded soon, in this order."""
-        self.reader.expect([self._indices[index] for index in indices if index not in self._decoded])
+        self.reader.expect(
+            [self._indices[index] for index in indices if index not in self._decoded]
+        )
 
     def used(self, indices: Sequence[int]) -> None:
         """Say which of the expected samples need not be read any more."""
         self.reader.used([self._indices[index] for index in indices])
 
     def load(self, index: int) -> Decoded:
-        """One sample, in arrays of its own. Raises InputError, naming sample and shard, when it cannot be used."""
+        """One sample, in arrays of its own.
+
+        Raises InputError, naming sample and shard, when it cannot be used.
+        """
         key, image, label = self.peek(index)
         # torch cannot wrap views that are read-only
         return key, np.require(image, None, ["C", "W"]), np.require(label, None, ["C", "W"])
@@ -143,13 +168,16 @@ class SampleSet:
         where = self._indices[index]
         found = self._decoded.find(index)
         if found is not None:
-            self.reader.used([where])  # it may have been expected before it was here, and now must not be waited for
+            # it may have been expected before it was here, and now must not be waited for
+            self.reader.used([where])
             return found
         raw = self.reader.read(where, with_label=self.labelled)
         try:
             sample = (raw.key, *self._decode(raw))
         except InputError as error:
-            raise InputError(f"{self.reader.place(where)}: {error.got}", error.needed, error.action) from None
+            raise InputError(
+                f"{self.reader.place(where)}: {error.got}", error.needed, error.action
+            ) from None
         self._decoded.add(index, sample)
         return sample
 
@@ -159,7 +187,9 @@ class SampleSet:
         if not self.labelled:
             return image, np.zeros(image.shape[:2], np.uint8)
         if raw.label is None:
-            raise InputError("no label", "a label for every sample of this split", "choose a labelled split")
+            raise InputError(
+                "no label", "a label for every sample of this split", "choose a labelled split"
+            )
         label = decode_label(raw.label)
         if image.shape[:2] != label.shape:
             got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
@@ -168,12 +198,17 @@ class SampleSet:
         highest = int((label + np.uint8(1)).max()) - 1
         num_classes = self.reader.classes.num_classes
         if highest >= num_classes:
-            raise InputError(f"class index {highest}", f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void", action)
+            raise InputError(
+                f"class index {highest}",
+                f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void",
+                action,
+            )
         return image, label if self._table is None else self._table[label]
 
 
 def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:
-    """The order of training samples as configured; unlabelled ones have no classes to balance: each comes once.
+    """The order of training samples as configured; unlabelled ones have no classes to balance: each
+    comes once.
 
     Raises InputError as SampleSet.class_pixels does.
     """
@@ -185,12 +220,15 @@ def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:
     return Plan(len(samples), seed)
 
 
-def split_labelled(reader: ShardReader, labelled: str, seed: int) -> tuple[Sequence[int], Sequence[int]]:
+def split_labelled(
+    reader: ShardReader, labelled: str, seed: int
+) -> tuple[Sequence[int], Sequence[int]]:
     """(indices of the samples whose labels are used, of all the others), each in packed order.
 
-    labelled: "all"; a share of the samples that have a label, as "1/8" or "0.125", drawn by `seed` (the first of
-    the same random order for every share, so that a larger share contains a smaller one); or a file with one key
-    a line. Raises InputError for anything else, unknown keys, and when no sample is left.
+    labelled: "all"; a share of the samples that have a label, as "1/8" or "0.125", drawn by `seed`
+    (the first of the same random order for every share, so that a larger share contains a smaller
+    one); or a file with one key a line. Raises InputError for anything else, unknown keys, and when
+    no sample is left.
     """
     without = set(reader.unlabelled)
     if labelled == "all" and not without and len(reader):
@@ -253,5 +291,7 @@ def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray 
     for new, name in enumerate(keep, start=1):
         table[classes.names.index(name)] = new
     colors = [classes.palette[classes.names.index(name)] for name in keep]
-    other = max(OTHER_COLORS, key=lambda candidate: min(math.dist(candidate, color) for color in colors))
+    other = max(
+        OTHER_COLORS, key=lambda candidate: min(math.dist(candidate, color) for color in colors)
+    )
     return ClassSet((OTHER, *keep), (other, *colors)), table

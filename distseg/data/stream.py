@@ -1,8 +1,8 @@
 """Batches of training views, decoded and warped by workers; full-resolution samples for evaluation.
 
-A few calls of the standard library's pools do what a loader would. webdataset's own DataPipeline is left out: its
-shard splitting gives ranks unequal numbers of samples and has no state to resume from, both of which the plan
-settles, and around a map over positions it would only add a layer.
+A few calls of the standard library's pools do what a loader would. webdataset's own DataPipeline is
+left out: its shard splitting gives ranks unequal numbers of samples and has no state to resume
+from, both of which the plan settles, and around a map over positions it would only add a layer.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from distseg.data.transforms import TrainView
 from distseg.data.workers import Caller, Processes, SampleWriter, Threads, Workers
 from shards.errors import InputError
 
-STEPS_EXPECTED = 64  # so many steps ahead the reader hears what will be read, for shards that are far away
-BATCHES_AHEAD = 2  # besides the one waited for, and more where a batch has fewer samples than there are threads
+# so many steps ahead the reader hears what will be read, for shards that are far away
+STEPS_EXPECTED = 64
+# besides the one waited for, and more where a batch has fewer samples than there are threads
+BATCHES_AHEAD = 2
 
 
 @dataclass
 class Batch:
     """One rank's slice of a global batch, on the CPU (pinned where the stream was told so).
 
-    image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px, crop_px)
-    uint8, class indices and 255 for void; step: the step of training that it belongs to; unlabelled: in
-    semi-supervised training, the images without labels of the same step, whose label is 0 inside the image.
+    image: (n, 3, crop_px, crop_px) uint8 RGB, strides of torch.channels_last; label: (n, crop_px,
+    crop_px) uint8, class indices and 255 for void; step: the step of training that it belongs to;
+    unlabelled: in semi-supervised training, the images without labels of the same step, whose label
+    is 0 inside the image.
     """
 
     image: torch.Tensor
@@ -51,12 +54,14 @@ class _Pending:
 
 
 class TrainStream:
-    """An endless iterator of Batch from start_step on, the same pixels for any number of workers and ranks.
+    """An endless iterator of Batch from start_step on, the same pixels for any number of workers
+    and ranks.
 
-    plan: the order of the samples. batch_size is global; rank r gets its slice of each batch. num_threads workers,
-    threads or processes, decode, warp and stay a few batches ahead; 0 does the work in the caller. A sample that
-    cannot be used raises InputError, naming sample and shard, at the step that needs it, after the sound batches
-    before it. After that, or a KeyboardInterrupt, the stream is closed.
+    plan: the order of the samples. batch_size is global; rank r gets its slice of each batch.
+    num_threads workers, threads or processes, decode, warp and stay a few batches ahead; 0 does the
+    work in the caller. A sample that cannot be used raises InputError, naming sample and shard, at
+    the step that needs it, after the sound batches before it. After that, or a KeyboardInterrupt,
+    the stream is closed.
 
     wait_seconds: time that the caller has spent in next() so far.
     Raises InputError at construction for a batch size that world_size does not divide.
@@ -125,9 +130,13 @@ class TrainStream:
     def _begin(self, step: int) -> _Pending:
         """Allocate the batch of a step and hand its samples to the workers."""
         while self._next_expected <= step + STEPS_EXPECTED:
-            self._samples.expect([self._plan.sample_index(p) for p in self._positions(self._next_expected)])
+            self._samples.expect(
+                [self._plan.sample_index(p) for p in self._positions(self._next_expected)]
+            )
             self._next_expected += 1
-        places = [(self._plan.sample_index(position), position) for position in self._positions(step)]
+        places = [
+            (self._plan.sample_index(position), position) for position in self._positions(step)
+        ]
         shape = (len(places), self._view.crop_px, self._view.crop_px)
         # torch keeps and reuses freed pinned blocks
         image = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
@@ -165,14 +174,19 @@ class PairedStream:
 def evaluation_samples(
     samples: SampleSet, rank: int, world_size: int, num_threads: int
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
-    """Samples rank, rank + world_size, ... at full resolution, in order: over all ranks each comes once.
+    """Samples rank, rank + world_size, ... at full resolution, in order: over all ranks each comes
+    once.
 
-    Yields (index, key, image (H, W, 3) uint8 RGB, label (H, W) uint8). Read and decoded in num_threads
-    threads a few samples ahead; 0: in the caller. Raises InputError, naming sample and shard, for a sample
-    that cannot be used.
+    Yields (index, key, image (H, W, 3) uint8 RGB, label (H, W) uint8). Read and decoded in
+    num_threads threads a few samples ahead; 0: in the caller. Raises InputError, naming sample and
+    shard, for a sample that cannot be used.
     """
     if not 0 <= rank < world_size:
-        raise InputError(f"rank {rank} of {world_size}", "0 <= rank < world_size", "check how the ranks were started")
+        raise InputError(
+            f"rank {rank} of {world_size}",
+            "0 <= rank < world_size",
+            "check how the ranks were started",
+        )
     _check_threads(num_threads)
     cv2.setNumThreads(0)
     return _in_order(samples, range(rank, len(samples), world_size), num_threads)
@@ -190,7 +204,8 @@ def _in_order(
     try:
         for index in indices:
             pending.append((index, threads.submit(samples.load, index)))
-            if len(pending) > 2 * num_threads:  # enough to keep all busy; each holds a decoded picture
+            # enough to keep all busy; each holds a decoded picture
+            if len(pending) > 2 * num_threads:
                 first, task = pending.popleft()
                 yield first, *task.result()
         for first, task in pending:
@@ -201,4 +216,6 @@ def _in_order(
 
 def _check_threads(num_threads: int) -> None:
     if num_threads < 0:
-        raise InputError(f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads")
+        raise InputError(
+            f"num_threads={num_threads}", "0 (in the caller) or more", "correct data.num_threads"
+        )

@@ -1,4 +1,6 @@
-"""The training view: random scale, crop, rotation, mirror, colour and blur of a sample, each array resampled once."""
+"""The training view: random scale, crop, rotation, mirror, colour and blur of a sample, each array
+resampled once.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,18 @@ FILL_RGB = (
 GRAY = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
 MAX_TRIES = 10  # draws of a crop until one holds a labelled pixel
 DRAWS_PER_TRY = 7  # scale, two positions, mirror, brightness, contrast, saturation
-MORE_DRAWS = 3  # angle, whether to blur, how much; behind the others, so that these are what they always were
-BLUR_MIN_PX = 0.1  # the smallest standard deviation of a blur, as in SimCLR (Chen et al. 2020, appendix A)
+# angle, whether to blur, how much; behind the others, so that these are what they always were
+MORE_DRAWS = 3
+# the smallest standard deviation of a blur, as in SimCLR (Chen et al. 2020, appendix A)
+BLUR_MIN_PX = 0.1
 
 
 @dataclass(frozen=True)
 class _Span:
-    """One axis of a view, in pixels: `seen` of the image, from `first`, fill `filled` of the view, from `place`."""
+    """One axis of a view, in pixels.
+
+    `seen` of the image, from `first`, fill `filled` of the view, from `place`.
+    """
 
     first: int
     seen: int
@@ -43,7 +50,10 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What a crop sees of an image: the rows, the columns, and by how much it is then turned about its middle."""
+    """What a crop sees of an image.
+
+    The rows, the columns, and by how much it is then turned about its middle.
+    """
 
     rows: _Span
     columns: _Span
@@ -53,10 +63,15 @@ class _Geometry:
     @property
     def target(self) -> tuple[slice, slice]:
         """The part of the crop that the image covers; where it is turned, that may be all."""
-        return (slice(None), slice(None)) if self.radians else (self.rows.target, self.columns.target)
+        return (
+            (slice(None), slice(None)) if self.radians else (self.rows.target, self.columns.target)
+        )
 
     def matrix(self) -> np.ndarray:
-        """(2, 3): the image's (x, y) for each (x, y) of a turned crop; pixel centres lie at half-integers in both."""
+        """(2, 3): the image's (x, y) for each (x, y) of a turned crop.
+
+        Pixel centres lie at half-integers in both.
+        """
         cos, sin = math.cos(self.radians), math.sin(self.radians)
         middle = self.crop_px / 2
         corner = 0.5 - middle
@@ -72,17 +87,18 @@ class _Geometry:
 class TrainView:
     """A random square view of a sample, the same for the image and its label.
 
-    crop_px: side of the view, pixels. The scale is log-uniform in [scale_min, scale_max], but for rounding: a whole
-    number of the image's pixels is cut out and resized (half-pixel centres) to a whole number of the view's. The crop
-    lies inside the scaled image where that is larger, and the image inside the crop where it is smaller. mirror: left
-    and right are swapped with probability 1/2.
-    color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform in 1 -+
-    color_jitter; 0 is off. The crop is turned about its middle by an angle uniform in -+ rotate_degrees; 0 is off.
-    With blur_probability the image is blurred by a Gaussian whose standard deviation is uniform in [0.1, blur_max_px]
-    pixels of the view.
+    crop_px: side of the view, pixels. The scale is log-uniform in [scale_min, scale_max], but for
+    rounding: a whole number of the image's pixels is cut out and resized (half-pixel centres) to a
+    whole number of the view's. The crop lies inside the scaled image where that is larger, and the
+    image inside the crop where it is smaller. mirror: left and right are swapped with probability
+    1/2. color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform
+    in 1 -+ color_jitter; 0 is off. The crop is turned about its middle by an angle uniform in -+
+    rotate_degrees; 0 is off. With blur_probability the image is blurred by a Gaussian whose
+    standard deviation is uniform in [0.1, blur_max_px] pixels of the view.
 
-    Resizing interpolates between the four nearest pixels and does not average over more, so below half size it leaves
-    pixels of the image out. (It takes a third of the time of an affine warp, which only turned views need.)
+    Resizing interpolates between the four nearest pixels and does not average over more, so below
+    half size it leaves pixels of the image out. (It takes a third of the time of an affine warp,
+    which only turned views need.)
     """
 
     crop_px: int
@@ -103,7 +119,11 @@ class TrainView:
         bounds = {"color_jitter": (0, 1), "rotate_degrees": (0, 180), "blur_probability": (0, 1)}
         for name, (low, high) in (bounds | {"blur_max_px": (BLUR_MIN_PX, 100)}).items():
             if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name}={getattr(self, name)}", f"a number from {low} to {high}", f"correct {name}")
+                raise InputError(
+                    f"{name}={getattr(self, name)}",
+                    f"a number from {low} to {high}",
+                    f"correct {name}",
+                )
 
     def __call__(
         self,
@@ -115,10 +135,10 @@ class TrainView:
     ) -> None:
         """Write one view into the two outputs, which may be slices of a batch.
 
-        image (H, W, 3) uint8 RGB and label (H, W) uint8 are read; out_image (crop_px, crop_px, 3) uint8 and
-        out_label (crop_px, crop_px) uint8 are overwritten. Outside the image the label is 255 and the image
-        FILL_RGB. A view without a labelled pixel is drawn again, up to MAX_TRIES times. The generator is
-        advanced by the same amount whatever the options and the sample.
+        image (H, W, 3) uint8 RGB and label (H, W) uint8 are read; out_image (crop_px, crop_px, 3)
+        uint8 and out_label (crop_px, crop_px) uint8 are overwritten. Outside the image the label is
+        255 and the image FILL_RGB. A view without a labelled pixel is drawn again, up to MAX_TRIES
+        times. The generator is advanced by the same amount whatever the options and the sample.
         """
         draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
         draws = np.hstack([draws, rng.random((MAX_TRIES, MORE_DRAWS))])
@@ -136,7 +156,9 @@ class TrainView:
         _write(image, geometry, True, inside)
         self._recolor(inside, draw)
         if geometry.radians:
-            cv2.copyTo(np.full_like(out_image, FILL_RGB), _outside(label.shape, geometry), dst=out_image)
+            cv2.copyTo(
+                np.full_like(out_image, FILL_RGB), _outside(label.shape, geometry), dst=out_image
+            )
         if self.mirror and draw[3] < 0.5:
             # in place, and last: a mirrored source would round some pixels the other way
             cv2.flip(out_image, 1, dst=out_image)
@@ -144,8 +166,12 @@ class TrainView:
 
     def _geometry(self, size: tuple[int, ...], draw: np.ndarray) -> _Geometry:
         scale = self.scale_min * (self.scale_max / self.scale_min) ** draw[0]
-        rows, columns = (self._span(side, scale, place) for side, place in zip(size, draw[1:3], strict=True))
-        return _Geometry(rows, columns, self.crop_px, math.radians(self.rotate_degrees) * (2 * draw[7] - 1))
+        rows, columns = (
+            self._span(side, scale, place) for side, place in zip(size, draw[1:3], strict=True)
+        )
+        return _Geometry(
+            rows, columns, self.crop_px, math.radians(self.rotate_degrees) * (2 * draw[7] - 1)
+        )
 
     def _span(self, side_px: int, scale: float, uniform: float) -> _Span:
         if side_px * scale >= self.crop_px:
@@ -166,7 +192,8 @@ class TrainView:
 
 
 def _write(source: np.ndarray, geometry: _Geometry, smooth: bool, out: np.ndarray) -> None:
-    """Write what the crop sees of an image (smooth) or a label into out, the part of the crop that is its target.
+    """Write what the crop sees of an image (smooth) or a label into out, the part of the crop that
+    is its target.
 
     Beyond the image a turned crop sees 255 in a label, and in an image its border drawn out.
     """
@@ -191,10 +218,11 @@ def _outside(size: tuple[int, ...], geometry: _Geometry) -> np.ndarray:
 
 
 def _color_matrix(brightness: float, contrast: float, saturation: float) -> np.ndarray:
-    """The (3, 4) affine map of RGB 0-255 that applies the three factors in turn; 1, 1, 1 is the identity.
+    """The (3, 4) affine map of RGB 0-255 that applies the three factors in turn; 1, 1, 1 is the
+    identity.
 
-    Brightness scales all, contrast the distance from FILL_RGB's gray, saturation the distance from a pixel's
-    own gray. One map costs half of a look-up table, and saturation comes free.
+    Brightness scales all, contrast the distance from FILL_RGB's gray, saturation the distance from
+    a pixel's own gray. One map costs half of a look-up table, and saturation comes free.
     """
     gray = np.tile(GRAY, (3, 1))
     pivot = float(np.dot(GRAY, FILL_RGB))

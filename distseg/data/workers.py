@@ -1,8 +1,10 @@
-"""Who decodes and warps the samples of a batch: the caller, threads, or processes that share memory with it.
+"""Who decodes and warps the samples of a batch: the caller, threads, or processes that share memory
+with it.
 
-Threads suffice as a rule, because the codecs and the warp release the interpreter's lock, and they write straight
-into the batch. Processes are for hosts where a rank needs more of them than one interpreter's lock can serve: they
-copy each batch once more, and each takes the memory of a Python of its own. torch is not imported here: they need none.
+Threads suffice as a rule, because the codecs and the warp release the interpreter's lock, and they
+write straight into the batch. Processes are for hosts where a rank needs more of them than one
+interpreter's lock can serve: they copy each batch once more, and each takes the memory of a Python
+of its own. torch is not imported here: they need none.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from distseg.data.samples import SampleSet
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what a scheduler sends to all processes of a job
+# what a scheduler sends to all processes of a job
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class SampleWriter:
     seed: int
 
     def __call__(self, index: int, position: int, image: np.ndarray, label: np.ndarray) -> None:
-        """Read and decode sample `index`, and fill image (crop_px, crop_px, 3) and label (crop_px, crop_px), uint8."""
+        """Read and decode sample `index`, and fill image (crop_px, crop_px, 3) and label (crop_px,
+        crop_px), uint8.
+        """
         _, pixels, classes = self.samples.peek(index)
         self.view(pixels, classes, augmentation_rng(self.seed, position), image, label)
 
@@ -49,11 +54,13 @@ class SampleWriter:
 class Workers(Protocol):
     """Fills batches, several at a time."""
 
-    def begin(self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray) -> Callable[[], None]:
+    def begin(
+        self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray
+    ) -> Callable[[], None]:
         """Start to fill image (n, crop_px, crop_px, 3) and label (n, crop_px, crop_px), uint8.
 
-        places: (sample index, position) of each of the n samples. Returns a function that waits until all are there;
-        it raises what went wrong with the first bad one.
+        places: (sample index, position) of each of the n samples. Returns a function that waits
+        until all are there; it raises what went wrong with the first bad one.
         """
 
     def close(self) -> None:
@@ -66,7 +73,9 @@ class Caller:
     def __init__(self, write: SampleWriter):
         self._write = write
 
-    def begin(self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray) -> Callable[[], None]:
+    def begin(
+        self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray
+    ) -> Callable[[], None]:
         """As Workers."""
         for place, *out in zip(places, image, label, strict=True):
             self._write(*place, *out)
@@ -82,7 +91,9 @@ class Threads:
     def __init__(self, write: SampleWriter, count: int):
         self._write, self._pool = write, ThreadPoolExecutor(count, "distseg-data")
 
-    def begin(self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray) -> Callable[[], None]:
+    def begin(
+        self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray
+    ) -> Callable[[], None]:
         """As Workers."""
         outs = zip(places, image, label, strict=True)
         tasks = [self._pool.submit(self._write, *place, *out) for place, *out in outs]
@@ -96,9 +107,10 @@ class Threads:
 class Processes:
     """As Workers, in processes that write into memory which they share with this one.
 
-    The memory has no name, so none can be left behind, and its pages are touched once, not for each batch. It has
-    num_batches blocks of batch_size samples. The processes end with this one, however it ends, and only then: signals
-    that a scheduler sends to all processes of a job are this one's to answer. One that is killed is an InputError.
+    The memory has no name, so none can be left behind, and its pages are touched once, not for each
+    batch. It has num_batches blocks of batch_size samples. The processes end with this one, however
+    it ends, and only then: signals that a scheduler sends to all processes of a job are this one's
+    to answer. One that is killed is an InputError.
     """
 
     def __init__(self, write: SampleWriter, count: int, batch_size: int, num_batches: int):
@@ -107,16 +119,22 @@ class Processes:
         self._free = list(range(num_batches))
         alive, self._lifeline = os.pipe()
         self._alive = _PassedDescriptor(alive)
-        spawn = multiprocessing.get_context("spawn")  # threads and locks of this process do not survive a fork
+        # threads and locks of this process do not survive a fork
+        spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(count, spawn, _start, (write, self._memory, self._alive))
         self._closed = False
 
-    def begin(self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray) -> Callable[[], None]:
+    def begin(
+        self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray
+    ) -> Callable[[], None]:
         """As Workers; at most num_batches may be under way."""
         block = self._free.pop()
         first = block * self._batch_size
         with _deaf(), _killed_is_said():  # the pool starts its processes here
-            tasks = [self._pool.submit(_write, *place, slot) for slot, place in enumerate(places, start=first)]
+            tasks = [
+                self._pool.submit(_write, *place, slot)
+                for slot, place in enumerate(places, start=first)
+            ]
 
         def finish() -> None:
             with _killed_is_said():
@@ -158,7 +176,10 @@ class _PassedDescriptor:
 
 
 class _Memory:
-    """Memory for views, shared with the processes that its object is sent to: images and labels as in a batch."""
+    """Memory for views, shared with the processes that its object is sent to.
+
+    Images and labels as in a batch.
+    """
 
     def __init__(self, num_slots: int, crop_px: int):
         self._file = _PassedDescriptor(os.memfd_create("distseg-data"))
@@ -172,8 +193,14 @@ class _Memory:
 
     def _map(self) -> None:
         flat = np.frombuffer(mmap.mmap(self._file.number, 0), np.uint8)
-        shape, num_pixels = (self._num_slots, self._crop_px, self._crop_px), self._num_slots * self._crop_px**2
-        self.images, self.labels = flat[: 3 * num_pixels].reshape(*shape, 3), flat[3 * num_pixels :].reshape(shape)
+        shape, num_pixels = (
+            (self._num_slots, self._crop_px, self._crop_px),
+            self._num_slots * self._crop_px**2,
+        )
+        self.images, self.labels = (
+            flat[: 3 * num_pixels].reshape(*shape, 3),
+            flat[3 * num_pixels :].reshape(shape),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("_file", "_num_slots", "_crop_px")}
@@ -185,7 +212,10 @@ class _Memory:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """What is started within inherits that these signals are blocked, from its first moment on; here they wait."""
+    """What is started within inherits that these signals are blocked, from its first moment on.
+
+    Here they wait.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     try:
         yield
@@ -199,7 +229,9 @@ def _killed_is_said() -> Iterator[None]:
         yield
     except BrokenProcessPool:
         got = "a data worker process was killed"
-        action = "write a smaller data.num_threads, or data.worker_type=thread; the same command goes on"
+        action = (
+            "write a smaller data.num_threads, or data.worker_type=thread; the same command goes on"
+        )
         raise InputError(got, "memory for all of them, if it was not you", action) from None
 
 
@@ -219,7 +251,8 @@ def _start(write: SampleWriter, memory: _Memory, alive: _PassedDescriptor) -> No
     gc.freeze()  # see distseg.train
 
     def watch() -> None:
-        os.read(alive.number, 1)  # returns when the other end is closed: by `close`, or because the process is gone
+        # returns when the other end is closed: by `close`, or because the process is gone
+        os.read(alive.number, 1)
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,7 @@
-"""What the device of this process can do: the precision to compute in, and memory that is used again."""
+"""What the device of this process can do.
+
+The precision to compute in, and memory that is used again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: str, ranks: Ranks) -> str:
-    """The precision for a job: "auto" becomes bf16 where EVERY rank's device multiplies in it, else fp32.
+    """The precision for a job: "auto" becomes bf16 where EVERY rank's device multiplies in it, else
+    fp32.
 
     Emulated bf16 does not count: it is slower than fp32. Called on every rank.
     """
@@ -39,31 +43,40 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 def _cpu_has_bf16() -> bool:
     """Whether oneDNN has bf16 dot products here; emulated ones are slower than fp32."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so absent from some releases
+    # private, so absent from some releases
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let a GPU round the factors of fp32 products to TF32, in convolutions and matrix products alike, or not."""
+    """Let a GPU round the factors of fp32 products to TF32, in convolutions and matrix products
+    alike, or not.
+    """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def reuse_memory(heap_bytes: int = 1 << 30) -> bool:
-    """Let glibc keep freed memory, in huge pages, for the next step of a training on the CPU; True where it did.
+    """Let glibc keep freed memory, in huge pages, for the next step of a training on the CPU; True
+    where it did.
 
-    By default every tensor above 32 MB is mapped anew and its pages are faulted in at each step. Affects this process
-    only; the heap grows by `heap_bytes` of address space, which costs memory only where it is touched.
+    By default every tensor above 32 MB is mapped anew and its pages are faulted in at each step.
+    Affects this process only; the heap grows by `heap_bytes` of address space, which costs memory
+    only where it is touched.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
-    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.free.argtypes, libc.madvise.argtypes = (
+        [ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
+    )
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, heap_bytes))
     kept = all(libc.mallopt(name, value) == 1 for name, value in settings)
     start = libc.sbrk(0)
-    libc.free(libc.malloc(2 * _HUGE_PAGE))  # more than the heap has free, so that it grows by the padding now
+    # more than the heap has free, so that it grows by the padding now
+    libc.free(libc.malloc(2 * _HUGE_PAGE))
     end, aligned = libc.sbrk(0), -(-start // _HUGE_PAGE) * _HUGE_PAGE
     return kept and end > aligned and libc.madvise(aligned, end - aligned, _MADV_HUGEPAGE) == 0

@@ -1,4 +1,7 @@
-"""Which process of a job this is, from what its launcher left in the environment. Imports nothing heavy."""
+"""Which process of a job this is, from what its launcher left in the environment.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 
 def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
-    """(rank, world_size, local_rank): torchrun's variables, else those of a step of srun, else (0, 1, 0).
+    """(rank, world_size, local_rank): torchrun's variables, else those of a step of srun, else (0,
+    1, 0).
 
     Raises InputError when only some are set or they contradict each other: half a job would hang.
     """
@@ -24,26 +28,43 @@ def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
         missing = [name for name in SRUN_VARIABLES if name not in environment]
         if missing:
             action = "start with srun or torchrun, or unset SLURM_STEP_ID for a single process"
-            raise InputError(f"SLURM_STEP_ID set but not {', '.join(missing)}", "all of srun's variables", action)
-        values = _whole_numbers(environment, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun")
+            raise InputError(
+                f"SLURM_STEP_ID set but not {', '.join(missing)}", "all of srun's variables", action
+            )
+        values = _whole_numbers(
+            environment, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun"
+        )
         return values[0], values[1], values[2]
     return 0, 1, 0
 
 
-def _ranks_of_torchrun(environment: dict[str, str], launched: Sequence[str]) -> tuple[int, int, int]:
+def _ranks_of_torchrun(
+    environment: dict[str, str], launched: Sequence[str]
+) -> tuple[int, int, int]:
     missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
     if missing:
-        action = "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset " + ", ".join(launched)
+        action = (
+            "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset "
+            + ", ".join(launched)
+        )
         raise InputError(
-            f"{', '.join(launched)} set but not {', '.join(missing)}", "all of torchrun's variables", action
+            f"{', '.join(launched)} set but not {', '.join(missing)}",
+            "all of torchrun's variables",
+            action,
         )
     rank, world_size, local_rank = _whole_numbers(environment, TORCHRUN_VARIABLES[:3], "torchrun")
     if not environment["MASTER_PORT"].isdecimal() or int(environment["MASTER_PORT"]) > 65535:
-        raise InputError(f"MASTER_PORT={environment['MASTER_PORT']}", "a port from 0 to 65535", "start with torchrun")
+        raise InputError(
+            f"MASTER_PORT={environment['MASTER_PORT']}",
+            "a port from 0 to 65535",
+            "start with torchrun",
+        )
     return rank, world_size, local_rank
 
 
-def _whole_numbers(environment: dict[str, str], names: tuple[str, ...], launcher: str) -> tuple[int, ...]:
+def _whole_numbers(
+    environment: dict[str, str], names: tuple[str, ...], launcher: str
+) -> tuple[int, ...]:
     """The values of rank, world size and local rank, found to be numbers that agree."""
     try:
         rank, world_size, local_rank = (int(environment[name]) for name in names)
@@ -57,7 +78,8 @@ def _whole_numbers(environment: dict[str, str], names: tuple[str, ...], launcher
 
 
 def rendezvous_of_srun(environment: dict[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for a step of srun: its first host, and a port that follows from the job.
+    """MASTER_ADDR and MASTER_PORT for a step of srun: its first host, and a port that follows from
+    the job.
 
     Values that are set already stay.
     """
@@ -69,10 +91,14 @@ def rendezvous_of_srun(environment: dict[str, str]) -> dict[str, str]:
 def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
     """A port that other jobs of the host, and other starts of this one, are unlikely to choose.
 
-    From 20000 to 29999: below the ephemeral ports, which any connection may hold. attempt: within this start, from 0.
+    From 20000 to 29999: below the ephemeral ports, which any connection may hold. attempt: within
+    this start, from 0.
     """
-    job, restart = (int(environment.get(name) or "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
-    return 20000 + (61 * job + 8 * restart + attempt) % 10000  # jobs that follow each other are 61 apart
+    job, restart = (
+        int(environment.get(name) or "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    )
+    # jobs that follow each other are 61 apart
+    return 20000 + (61 * job + 8 * restart + attempt) % 10000
 
 
 def first_host(nodes: str) -> str:
@@ -80,6 +106,8 @@ def first_host(nodes: str) -> str:
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
     if first is None:
         raise InputError(
-            f"a host list of {nodes!r}", "for example node1 or node[1-4]", "set MASTER_ADDR and MASTER_PORT"
+            f"a host list of {nodes!r}",
+            "for example node1 or node[1-4]",
+            "set MASTER_ADDR and MASTER_PORT",
         )
     return first.group(1) + (first.group(2) or "")

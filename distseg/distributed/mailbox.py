@@ -1,4 +1,6 @@
-"""What background threads of all ranks tell the main rank's, without a collective that could meet one of training."""
+"""What background threads of all ranks tell the main rank's, without a collective that could meet
+one of training.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ POLL_SECONDS = 0.02
 
 
 class Reports:
-    """Rounds in which every other rank tells the main one how its part went: None for good, or a Problem.
+    """Rounds in which every other rank tells the main one how its part went: None for good, or a
+    Problem.
 
-    Made on every rank at once. They travel through the job's key-value store; when that is gone, so is its process,
-    and the watchdog says so.
+    Made on every rank at once. They travel through the job's key-value store; when that is gone, so
+    is its process, and the watchdog says so.
     """
 
     def __init__(self, ranks: Ranks):
@@ -32,7 +35,10 @@ class Reports:
             self._store.set(f"{round_number}/{self._ranks.rank}", json.dumps(problem))
 
     def of_others(self, round_number: int, timeout_seconds: float) -> list[Problem | None]:
-        """All other ranks' reports, as they come; a rank that says nothing in time has a problem. On the main rank."""
+        """All other ranks' reports, as they come.
+
+        A rank that says nothing in time has a problem. On the main rank.
+        """
         deadline = time.monotonic() + timeout_seconds
         return [self._of(rank, round_number, deadline) for rank in range(1, self._ranks.world_size)]
 

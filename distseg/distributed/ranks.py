@@ -21,7 +21,6 @@ from shards.errors import InputError
 Result = TypeVar("Result")
 
 
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: rank of world_size, local_rank on its machine, and its device."""
@@ -33,14 +32,18 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that talks, and writes all files but the other ranks' parts of checkpoints."""
+        """True on the one rank that talks, and writes all files but the other ranks' parts of
+        checkpoints.
+        """
         return self.rank == 0
 
 
 def setup(device: str, timeout_seconds: float) -> Ranks:
-    """Join the job: NCCL for CUDA tensors, gloo for CPU tensors (those carry the control messages too).
+    """Join the job: NCCL for CUDA tensors, gloo for CPU tensors (those carry the control messages
+    too).
 
-    device: auto, cpu or cuda. Raises InputError for a device that is not there or a port that is taken.
+    device: auto, cpu or cuda. Raises InputError for a device that is not there or a port that is
+    taken.
     """
     rank, world_size, local_rank = resolve_ranks(dict(os.environ))
     if world_size > 1:
@@ -52,15 +55,24 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(_usable_cores())
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    options: dict[str, Any] = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=timeout_seconds)}
+    options: dict[str, Any] = {
+        "rank": rank,
+        "world_size": world_size,
+        "timeout": timedelta(seconds=timeout_seconds),
+    }
     if world_size == 1:
         options["store"] = dist.HashStore()  # no port is needed
     try:
         if world_size > 1 and os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # On one machine torchrun keeps its store when it starts lost ranks again, and their addresses in it, where
-            # nobody is any more. (On several its machines may count the restarts differently.)
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=options["timeout"]))
-            options["store"] = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # On one machine torchrun keeps its store when it starts lost ranks again, and their
+            # addresses in it, where nobody is any more. (On several its machines may count the
+            # restarts differently.)
+            store, _, _ = next(
+                dist.rendezvous("env://", rank, world_size, timeout=options["timeout"])
+            )
+            options["store"] = dist.PrefixStore(
+                f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+            )
         dist.init_process_group(backend, **options)
     except dist.DistError as error:
         raise _network_error(error) from None
@@ -71,7 +83,9 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
 
 
 def _cuda_device(local_rank: int) -> torch.device:
-    """This process's GPU: the one of its local rank, or the only one, where a launcher shows each process its own."""
+    """This process's GPU: the one of its local rank, or the only one, where a launcher shows each
+    process its own.
+    """
     there = torch.cuda.device_count()
     if not there:
         action = "write device=cpu, or check the driver"
@@ -102,9 +116,15 @@ def _network_error(error: Exception) -> InputError:
             probe.bind(("", 0))
             free = probe.getsockname()[1]
         action = f"set MASTER_PORT={free} (free now), or use torchrun --standalone, which finds one"
-        return InputError(f"the port of {address} is in use", "a free port for the rendezvous", action)
+        return InputError(
+            f"the port of {address} is in use", "a free port for the rendezvous", action
+        )
     action = "check that rank 0 runs at that address and that no firewall is between"
-    return InputError(f"no rendezvous at {address}: {str(error).splitlines()[0]}", "a reachable first rank", action)
+    return InputError(
+        f"no rendezvous at {address}: {str(error).splitlines()[0]}",
+        "a reachable first rank",
+        action,
+    )
 
 
 def teardown() -> None:
@@ -121,7 +141,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """What `work` returns on the main rank, on every rank; its exception is raised on every rank too.
+    """What `work` returns on the main rank, on every rank; its exception is raised on every rank
+    too.
 
     Without this, an error while one rank writes a file leaves the others waiting for it.
     """
@@ -140,7 +161,8 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
 
 
 def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """What `work` returns on this rank, once it has succeeded on all of them; the first that fails, fails on every one.
+    """What `work` returns on this rank, once it has succeeded on all of them; the first that fails,
+    fails on every one.
 
     `work` must not communicate: a rank that fails in it would leave the others waiting.
     """
@@ -156,7 +178,9 @@ def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
 
 
 def shared_error(error: Exception) -> Exception:
-    """An error that every rank raises at this place, marked as such, so that one of them tells the user."""
+    """An error that every rank raises at this place, marked as such, so that one of them tells the
+    user.
+    """
     error.raised_on_all_ranks = True  # type: ignore[attr-defined]
     return error
 
@@ -183,20 +207,24 @@ def on_all(ranks: Ranks, value: Result) -> list[Result]:
 
 
 def own_store(ranks: Ranks) -> Any:
-    """A part of the job's key-value store, over a connection of its own: a call that waits holds up no other.
+    """A part of the job's key-value store, over a connection of its own: a call that waits holds up
+    no other.
 
-    Called on every rank at once; every call gives another part, so that what ranks wrote that torchrun has started
-    again since is not read.
+    Called on every rank at once; every call gives another part, so that what ranks wrote that
+    torchrun has started again since is not read.
     """
     name = on_main(ranks, lambda: uuid.uuid4().hex)
     store = dist.distributed_c10d._get_default_store()
-    clone = getattr(store, "clone", None)  # absent from older releases, which then share the connection
+    # absent from older releases, which then share the connection
+    clone = getattr(store, "clone", None)
     return dist.PrefixStore(name, clone() if clone is not None else store)
 
 
 def wait_longer(seconds: float) -> None:
-    """Give the job's collectives so much time; after the first ones, from which on something else finds lost ranks."""
-    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):  # has been there for years, but promises nothing
+    """Give the job's collectives so much time.
+
+    After the first ones, from which on something else finds lost ranks.
+    """
+    # has been there for years, but promises nothing
+    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
-
-

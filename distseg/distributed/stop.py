@@ -9,14 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECOND_SIGNAL_SECONDS = 2.0  # one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
+# one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
+SECOND_SIGNAL_SECONDS = 2.0
 
 
 class StopRequest:
     """Turns a signal to any rank into a stop of all ranks at the same step boundary.
 
-    A handler may do next to nothing, so it sets a flag. `begin` starts the sum of the flags (gloo, beside the
-    step's own work), `agreed` waits for it; both are called once a step on every rank.
+    A handler may do next to nothing, so it sets a flag. `begin` starts the sum of the flags (gloo,
+    beside the step's own work), `agreed` waits for it; both are called once a step on every rank.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,10 @@ class StopRequest:
 
     @staticmethod
     def ignore() -> None:
-        """Nothing is left to stop. Python takes its handlers back as it ends, and would die of a late signal."""
+        """Nothing is left to stop.
+
+        Python takes its handlers back as it ends, and would die of a late signal.
+        """
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 

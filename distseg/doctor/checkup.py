@@ -27,9 +27,12 @@ from shards.errors import InputError
 from shards.sample import decode_image, decode_label
 
 SHARED_MEMORY = Path("/dev/shm")
-_MIN_FILES, _FEW_FILES = 256, 1024  # the reader keeps 128 shards open, and every rank a few connections
-_MIN_SHARED_BYTES = 64 << 20  # NCCL's buffers between the GPUs of a machine; Docker's default is no more
-_MIN_FREE_BYTES, _LITTLE_FREE_BYTES = 100 << 20, 5 << 30  # the smallest and a usual run's checkpoints
+# the reader keeps 128 shards open, and every rank a few connections
+_MIN_FILES, _FEW_FILES = 256, 1024
+# NCCL's buffers between the GPUs of a machine; Docker's default is no more
+_MIN_SHARED_BYTES = 64 << 20
+# the smallest and a usual run's checkpoints
+_MIN_FREE_BYTES, _LITTLE_FREE_BYTES = 100 << 20, 5 << 30
 _FILE_BYTES = 32 << 20
 _SECONDS = 1.0  # that a measurement of speed takes, about
 _MATRIX, _REPEATS = 768, 7
@@ -37,7 +40,10 @@ _MATRIX, _REPEATS = 768, 7
 
 @dataclass(frozen=True)
 class Finding:
-    """level: ok, warning (a run may suffer) or error (it would break); action: what to do, for the latter two."""
+    """level: ok, warning (a run may suffer) or error (it would break).
+
+    Action: what to do, for the latter two.
+    """
 
     level: str
     name: str
@@ -55,7 +61,10 @@ class Checkup:
     values: dict[str, Any] = field(default_factory=dict)
 
     def add(self, check: Callable[[], Finding | None]) -> None:
-        """Keep what a check finds; one that fails itself is an error, and the other ranks do not wait for this one."""
+        """Keep what a check finds.
+
+        One that fails itself is an error, and the other ranks do not wait for this one.
+        """
         try:
             found = check()
         except Exception as error:
@@ -67,9 +76,16 @@ class Checkup:
 
 def versions(device: torch.device) -> dict[str, str]:
     """What must be the same on all ranks."""
-    found = {"python": platform.python_version(), "distseg": version("distseg"), "torch": torch.__version__}
+    found = {
+        "python": platform.python_version(),
+        "distseg": version("distseg"),
+        "torch": torch.__version__,
+    }
     if device.type == "cuda":
-        found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
     return found
 
 
@@ -77,7 +93,9 @@ def device_name(device: torch.device) -> str:
     """The GPU, or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
@@ -95,7 +113,9 @@ def device_memory(device: torch.device) -> Finding | None:
 
 def cores(ranks_here: int) -> Finding:
     """Whether every rank of this machine has a core, and no more threads than cores are wanted."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = torch.get_num_threads()
     text = f"{there} for {ranks_here} rank(s) of {threads} thread(s)"
     if there < ranks_here:
@@ -113,13 +133,20 @@ def open_files() -> Finding:
         return Finding("ok", "open files", "no limit")
     level = "error" if limit < _MIN_FILES else "warning" if limit < _FEW_FILES else "ok"
     known = "" if most == resource.RLIM_INFINITY else f" (up to {most} allowed)"
-    return Finding(level, "open files", f"{limit} a process", f"write ulimit -n 4096 before the command{known}")
+    return Finding(
+        level, "open files", f"{limit} a process", f"write ulimit -n 4096 before the command{known}"
+    )
 
 
 def shared_memory(is_needed: bool) -> Finding:
-    """Room in /dev/shm; is_needed: several GPUs of this machine are used, between which NCCL passes data there."""
+    """Room in /dev/shm; is_needed.
+
+    Several GPUs of this machine are used, between which NCCL passes data there.
+    """
     if not SHARED_MEMORY.is_dir():
-        return Finding("error" if is_needed else "ok", "shared memory", f"no {SHARED_MEMORY}", "mount it")
+        return Finding(
+            "error" if is_needed else "ok", "shared memory", f"no {SHARED_MEMORY}", "mount it"
+        )
     usage = shutil.disk_usage(SHARED_MEMORY)
     text = f"{usage.free / 1e9:.2f} of {usage.total / 1e9:.2f} GB free"
     if usage.free >= _MIN_SHARED_BYTES:
@@ -199,13 +226,21 @@ def tracking() -> Finding:
     """Whether W&B answers where a run would ask it; nothing breaks when it does not."""
     mode = choose_mode("auto")
     if mode != "online":
-        how = "no login" if "WANDB_MODE" not in os.environ else f"WANDB_MODE={os.environ['WANDB_MODE']}"
+        how = (
+            "no login"
+            if "WANDB_MODE" not in os.environ
+            else f"WANDB_MODE={os.environ['WANDB_MODE']}"
+        )
         return Finding(
-            "ok", "W&B", f"{mode} ({how})" + ("; send runs later by wandb sync" if mode == "offline" else "")
+            "ok",
+            "W&B",
+            f"{mode} ({how})" + ("; send runs later by wandb sync" if mode == "offline" else ""),
         )
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3 * _SECONDS).close()
+        urllib.request.urlopen(
+            urllib.request.Request(url, method="HEAD"), timeout=3 * _SECONDS
+        ).close()
     except urllib.error.HTTPError:
         pass  # an answer all the same
     except (OSError, ValueError) as error:
@@ -229,7 +264,9 @@ def compute_seconds(device: torch.device) -> float:
     return least
 
 
-def check_rank(ranks: Ranks, ranks_here: int, run_dir: Path, location: str | None, split: str) -> Checkup:
+def check_rank(
+    ranks: Ranks, ranks_here: int, run_dir: Path, location: str | None, split: str
+) -> Checkup:
     """All that this rank can find by itself; what belongs to the machine is left to its first rank."""
     found = Checkup(ranks.rank, socket.gethostname())
     found.values = {"versions": versions(ranks.device), "device": device_name(ranks.device)}

@@ -1,4 +1,7 @@
-"""Is this machine, or are these machines, fit for a run? One screen, in seconds; the exit code is 1 for what is not."""
+"""Is this machine, or are these machines, fit for a run? One screen, in seconds.
+
+The exit code is 1 for what is not.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ TIMEOUT_SECONDS = 60.0  # for all ranks to come, and for a collective
 _SLOW = 1.5  # times the median rank's work: such a rank holds all others up
 _MAX_SKEW_SECONDS = 1.0  # between clocks: logs of several machines, and expiring credentials
 _MESSAGES, _EXCHANGES = 50, 11
-_NUM_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}  # about the gradients of a large, of a small network
+# about the gradients of a large, of a small network
+_NUM_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
 _SECONDS = 2.0
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
@@ -40,16 +44,32 @@ def run(run_dir: Path, shards: str | None, split: str, device: str) -> int:
     hosts = on_all(ranks, socket.gethostname())
     found = examine(ranks, hosts, run_dir, shards, split)
     if ranks.is_main:
-        show(found, f"{ranks.world_size} rank(s) on {len(set(hosts))} machine(s)", time.perf_counter() - started)
+        show(
+            found,
+            f"{ranks.world_size} rank(s) on {len(set(hosts))} machine(s)",
+            time.perf_counter() - started,
+        )
     teardown()
     return int(any(finding.level == "error" for finding in found))
 
 
-def examine(ranks: Ranks, hosts: Sequence[str], run_dir: Path, shards: str | None, split: str) -> list[Finding]:
-    """Everything that is found, the same list on every rank. hosts: the name of every rank's machine."""
-    everyone = on_all(ranks, check_rank(ranks, hosts.count(hosts[ranks.rank]), run_dir, shards, split))
+def examine(
+    ranks: Ranks, hosts: Sequence[str], run_dir: Path, shards: str | None, split: str
+) -> list[Finding]:
+    """Everything that is found, the same list on every rank.
+
+    hosts: the name of every rank's machine.
+    """
+    everyone = on_all(
+        ranks, check_rank(ranks, hosts.count(hosts[ranks.rank]), run_dir, shards, split)
+    )
     together = [straggler(ranks, hosts), clocks(ranks, hosts), communication(ranks)]
-    return [*common(everyone), *of_ranks(everyone), shared_directory(ranks, run_dir, hosts), *together]
+    return [
+        *common(everyone),
+        *of_ranks(everyone),
+        shared_directory(ranks, run_dir, hosts),
+        *together,
+    ]
 
 
 def of_ranks(everyone: Sequence[Checkup]) -> list[Finding]:
@@ -63,8 +83,16 @@ def of_ranks(everyone: Sequence[Checkup]) -> list[Finding]:
     merged = []
     for (name, level, text), of in found.items():
         several = len({one.host for one in everyone}) > 1
-        where = f"{', '.join(dict.fromkeys(one.host for one in of))}: " if several and per_name[name] > 1 else ""
-        which = f"rank {', '.join(str(one.rank) for one in of)}: " if not where and per_name[name] > 1 else where
+        where = (
+            f"{', '.join(dict.fromkeys(one.host for one in of))}: "
+            if several and per_name[name] > 1
+            else ""
+        )
+        which = (
+            f"rank {', '.join(str(one.rank) for one in of)}: "
+            if not where and per_name[name] > 1
+            else where
+        )
         merged.append(Finding(level, name, which + text, actions[name, level, text]))
     order = list(dict.fromkeys(finding.name for finding in merged))
     return sorted(merged, key=lambda finding: order.index(finding.name))
@@ -75,7 +103,10 @@ def common(everyone: Sequence[Checkup]) -> list[Finding]:
     found = []
     for name, title in (("versions", "versions"), ("device", "device")):
         values = [one.values[name] for one in everyone]
-        texts = [value if name == "device" else ", ".join(f"{k} {v}" for k, v in value.items()) for value in values]
+        texts = [
+            value if name == "device" else ", ".join(f"{k} {v}" for k, v in value.items())
+            for value in values
+        ]
         counts = Counter(texts)
         if len(counts) == 1:
             times = f"{len(texts)} x " if name == "device" else ""
@@ -84,13 +115,23 @@ def common(everyone: Sequence[Checkup]) -> list[Finding]:
         usual = counts.most_common(1)[0][0]
         odd = next(rank for rank, text in enumerate(texts) if text != usual)
         text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
-        level = "error" if name == "versions" or len({one.values["kind"] for one in everyone}) > 1 else "warning"
-        found.append(Finding(level, title, text, "start all ranks with the same software, on the same devices"))
+        level = (
+            "error"
+            if name == "versions" or len({one.values["kind"] for one in everyone}) > 1
+            else "warning"
+        )
+        found.append(
+            Finding(
+                level, title, text, "start all ranks with the same software, on the same devices"
+            )
+        )
     return found
 
 
 def straggler(ranks: Ranks, hosts: Sequence[str]) -> Finding:
-    """Whether a rank takes much longer than the others for the same work, which they do at the same time."""
+    """Whether a rank takes much longer than the others for the same work, which they do at the same
+    time.
+    """
     on_all(ranks, None)  # all at once, as in a step
     seconds = on_all(ranks, checkup.compute_seconds(ranks.device))
     median = statistics.median(seconds)
@@ -98,10 +139,13 @@ def straggler(ranks: Ranks, hosts: Sequence[str]) -> Finding:
     slow = [rank for rank, value in enumerate(seconds) if value > _SLOW * median]
     if not slow:
         return Finding(
-            "ok", "slow ranks", text if ranks.world_size > 1 else f"one rank; work takes {1e3 * median:.1f} ms"
+            "ok",
+            "slow ranks",
+            text if ranks.world_size > 1 else f"one rank; work takes {1e3 * median:.1f} ms",
         )
     named = ", ".join(
-        f"rank {rank} on {hosts[rank]} ({seconds[rank] / median:.1f} times the median)" for rank in slow[:4]
+        f"rank {rank} on {hosts[rank]} ({seconds[rank] / median:.1f} times the median)"
+        for rank in slow[:4]
     )
     action = "look for other processes there, throttling, or too few cores; every step waits for it"
     return Finding("warning", "slow ranks", f"{text}: {named}", action)
@@ -113,13 +157,22 @@ def clocks(ranks: Ranks, hosts: Sequence[str]) -> Finding:
     for _ in range(_EXCHANGES):
         on_all(ranks, None)
         readings.append(on_all(ranks, time.time()))
-    offsets = [statistics.median(one[rank] - one[0] for one in readings) for rank in range(ranks.world_size)]
+    offsets = [
+        statistics.median(one[rank] - one[0] for one in readings)
+        for rank in range(ranks.world_size)
+    ]
     skew = max(offsets) - min(offsets)
     if skew <= _MAX_SKEW_SECONDS:
-        return Finding("ok", "clocks", f"agree within {1e3 * skew:.0f} ms" if ranks.world_size > 1 else "one")
-    worst = max(range(len(offsets)), key=lambda rank: abs(offsets[rank] - statistics.median(offsets)))
+        return Finding(
+            "ok", "clocks", f"agree within {1e3 * skew:.0f} ms" if ranks.world_size > 1 else "one"
+        )
+    worst = max(
+        range(len(offsets)), key=lambda rank: abs(offsets[rank] - statistics.median(offsets))
+    )
     text = f"differ by {skew:.1f} s; that of {hosts[worst]} most"
-    return Finding("warning", "clocks", text, "let the machines follow a time server (chrony, ntpd)")
+    return Finding(
+        "warning", "clocks", text, "let the machines follow a time server (chrony, ntpd)"
+    )
 
 
 def shared_directory(ranks: Ranks, run_dir: Path, hosts: Sequence[str]) -> Finding:
@@ -138,23 +191,35 @@ def shared_directory(ranks: Ranks, run_dir: Path, hosts: Sequence[str]) -> Findi
     blind = [rank for rank, it_sees in enumerate(sees) if not it_sees]
     if blind:
         text = f"rank {blind[0]} on {hosts[blind[0]]} does not see what rank 0 writes in {parent}"
-        return Finding("error", "shared directory", text, "choose a --run-dir on a file system that all machines share")
-    return Finding("ok", "shared directory", "all ranks see it" if ranks.world_size > 1 else "one rank")
+        return Finding(
+            "error",
+            "shared directory",
+            text,
+            "choose a --run-dir on a file system that all machines share",
+        )
+    return Finding(
+        "ok", "shared directory", "all ranks see it" if ranks.world_size > 1 else "one rank"
+    )
 
 
 def communication(ranks: Ranks) -> Finding:
     """Latency and bandwidth of an all-reduce over all ranks."""
     if ranks.world_size == 1:
-        return Finding("ok", "all-reduce", "one rank; start it with torchrun or srun to measure the network")
+        return Finding(
+            "ok", "all-reduce", "one rank; start it with torchrun or srun to measure the network"
+        )
     small = torch.ones(1, device=ranks.device)
     large = torch.ones(_NUM_BYTES[ranks.device.type] // 4, device=ranks.device)
     latency, first = _timed(ranks, small, _MESSAGES), _timed(ranks, large, 1)
     times = max(1, min(20, int(_SECONDS / 2 / first)))
     seconds = _timed(ranks, large, times)
-    moved = 2 * (ranks.world_size - 1) / ranks.world_size * large.numel() * 4  # over each rank's link, by a ring
+    # over each rank's link, by a ring
+    moved = 2 * (ranks.world_size - 1) / ranks.world_size * large.numel() * 4
     backend = "NCCL" if ranks.device.type == "cuda" else "gloo"
     text = f"{backend}: {1e6 * latency:.0f} us for one number, {moved / seconds / 1e9:.2f} GB/s per rank "
-    return Finding("ok", "all-reduce", text + f"({large.numel() * 4 >> 20} MiB in {1e3 * seconds:.1f} ms)")
+    return Finding(
+        "ok", "all-reduce", text + f"({large.numel() * 4 >> 20} MiB in {1e3 * seconds:.1f} ms)"
+    )
 
 
 def _timed(ranks: Ranks, tensor: torch.Tensor, times: int) -> float:
@@ -176,7 +241,9 @@ def _wait(ranks: Ranks) -> None:
         torch.cuda.synchronize(ranks.device)
 
 
-def show(found: Sequence[Finding], where: str, seconds: float, console: Console | None = None) -> None:
+def show(
+    found: Sequence[Finding], where: str, seconds: float, console: Console | None = None
+) -> None:
     """Print the findings, each with what to do about it."""
     console = console or Console(highlight=False)
     table = Table(title=f"distseg doctor: {where}", title_justify="left", box=None, pad_edge=False)
@@ -189,5 +256,13 @@ def show(found: Sequence[Finding], where: str, seconds: float, console: Console 
         table.add_row(Text(finding.level, _STYLES[finding.level]), finding.name, text)
     console.print(table)
     counts = Counter(finding.level for finding in found)
-    verdict = "a run would break" if counts["error"] else "a run may suffer" if counts["warning"] else "fit for a run"
-    console.print(f"{counts['error']} errors, {counts['warning']} warnings: {verdict} ({seconds:.1f} s)")
+    verdict = (
+        "a run would break"
+        if counts["error"]
+        else "a run may suffer"
+        if counts["warning"]
+        else "fit for a run"
+    )
+    console.print(
+        f"{counts['error']} errors, {counts['warning']} warnings: {verdict} ({seconds:.1f} s)"
+    )

@@ -1,4 +1,7 @@
-"""How well a prediction meets the outlines of the classes: boundary F1, and the pixels around them (a trimap)."""
+"""How well a prediction meets the outlines of the classes.
+
+Boundary F1, and the pixels around them (a trimap).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ TOLERANCE = 0.0075  # of the image's diagonal: Csurka et al. 2013, section 2.2
 class Outlines:
     """One image's outlines, scored.
 
-    f1_sum, num_classes: boundary F1 summed over the classes with an outline in truth or prediction, and how many those
-    are. band: (H, W) bool, the labelled pixels within the tolerance of an outline of the truth.
+    f1_sum, num_classes: boundary F1 summed over the classes with an outline in truth or prediction,
+    and how many those are. band: (H, W) bool, the labelled pixels within the tolerance of an
+    outline of the truth.
     """
 
     f1_sum: float
@@ -29,11 +33,12 @@ class Outlines:
 def compare_outlines(prediction: np.ndarray, label: np.ndarray) -> Outlines:
     """Compare the outlines of the classes in two class maps (H, W) uint8; label: 255 for void.
 
-    A pixel lies on its class's outline when one of its 4 neighbours is of another class. Precision is the share of the
-    predicted outline's pixels within TOLERANCE of the true outline of the same class, recall the converse; a class that
-    only one of the two has scores 0 (Csurka et al. 2013). Void counts as the class of the labelled pixel nearest to it,
-    so that objects which void lines surround, as in PASCAL VOC, have outlines; those deeper in void than the tolerance
-    do not count, in either map.
+    A pixel lies on its class's outline when one of its 4 neighbours is of another class. Precision
+    is the share of the predicted outline's pixels within TOLERANCE of the true outline of the same
+    class, recall the converse; a class that only one of the two has scores 0 (Csurka et al. 2013).
+    Void counts as the class of the labelled pixel nearest to it, so that objects which void lines
+    surround, as in PASCAL VOC, have outlines; those deeper in void than the tolerance do not count,
+    in either map.
     """
     if (label == IGNORE_INDEX).all():
         return Outlines(0.0, 0, np.zeros(label.shape, bool))
@@ -43,7 +48,9 @@ def compare_outlines(prediction: np.ndarray, label: np.ndarray) -> Outlines:
     on_truth, on_prediction = _on_outline(truth) & shallow, _on_outline(prediction) & shallow
     band = (_distance_to(on_truth) <= reach_px) & (label != IGNORE_INDEX)
     classes = np.union1d(truth[on_truth], prediction[on_prediction])
-    f1 = [_f1(on_truth & (truth == c), on_prediction & (prediction == c), reach_px) for c in classes]
+    f1 = [
+        _f1(on_truth & (truth == c), on_prediction & (prediction == c), reach_px) for c in classes
+    ]
     return Outlines(math.fsum(f1), len(f1), band)
 
 
@@ -52,7 +59,8 @@ def _f1(truth: np.ndarray, prediction: np.ndarray, reach_px: float) -> float:
     if not truth.any() or not prediction.any():
         return 0.0
     rows, columns = _window(truth | prediction)
-    truth, prediction = truth[rows, columns], prediction[rows, columns]  # distances within it need nothing outside
+    # distances within it need nothing outside
+    truth, prediction = truth[rows, columns], prediction[rows, columns]
     precision = float((_distance_to(truth)[prediction] <= reach_px).mean())
     recall = float((_distance_to(prediction)[truth] <= reach_px).mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -76,18 +84,24 @@ def _on_outline(classes: np.ndarray) -> np.ndarray:
 
 
 def _distance_to(mask: np.ndarray) -> np.ndarray:
-    """Euclidean distance, in pixels, of every pixel to the nearest one in `mask`; infinite where that is empty."""
+    """Euclidean distance, in pixels, of every pixel to the nearest one in `mask`.
+
+    Infinite where that is empty.
+    """
     if not mask.any():
         return np.full(mask.shape, np.inf, np.float32)
     return cv2.distanceTransform((~mask).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 def _without_void(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The label with every void pixel as the labelled one nearest to it, and its distance to that (0 elsewhere)."""
+    """The label with every void pixel as the labelled one nearest to it, and its distance to that
+    (0 elsewhere).
+    """
     void = label == IGNORE_INDEX
     if not void.any():
         return label, np.zeros(label.shape, np.float32)
-    # OpenCV finds the nearest pixel by sums of steps to neighbours, so among about equally near ones it may differ
+    # OpenCV finds the nearest pixel by sums of steps to neighbours, so among about equally near
+    # ones it may differ
     nearest = cv2.distanceTransformWithLabels(
         void.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )[1]

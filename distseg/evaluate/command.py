@@ -1,4 +1,6 @@
-"""Exact evaluation: every validation image once, at full resolution, one confusion matrix over all ranks."""
+"""Exact evaluation: every validation image once, at full resolution, one confusion matrix over all
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,13 @@ FREE = (
 )
 
 
-
-
-
-
-
-
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
-    """`distseg evaluate RUN`: score a checkpoint, print the table, write evaluation-step-<step>-<split>.json.
+    """`distseg evaluate RUN`: score a checkpoint, print the table, write
+    evaluation-step-<step>-<split>.json.
 
-    quick: leave out outlines, calibration and intervals. The shards need not have been verified, as training's must:
-    scoring reads each sample once and soon, and ends at the first damaged or impossible one with its name.
+    quick: leave out outlines, calibration and intervals. The shards need not have been verified, as
+    training's must: scoring reads each sample once and soon, and ends at the first damaged or
+    impossible one with its name.
     """
     network, config, path = trained_segmentor(run_dir, which)
     fixed = [item for item in overrides if not item.startswith(FREE)]
@@ -67,10 +65,14 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     return 0
 
 
-def _evaluator(network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks) -> Evaluator:
+def _evaluator(
+    network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks
+) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""
     trained_in = checkpoint.read_state(path)["identity"]["precision"]
-    precision = trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
+    precision = (
+        trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
+    )
     view = View.of(config.evaluate, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -82,14 +84,22 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     """Write and print the scores of a checkpoint; called on every rank."""
     state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
     step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
-    other = "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
+    other = (
+        "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
+    )
     other += "" if identity["precision"] == precision else f"-{precision}"
-    other += evaluator.view.suffix() + ("" if evaluator.details else "-quick")  # beside the full one
-    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"  # evaluation.json is training's
+    # beside the full one
+    other += evaluator.view.suffix() + ("" if evaluator.details else "-quick")
+    # evaluation.json is training's
+    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
-    counted = f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
-    progress.message(f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s")
+    counted = (
+        f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
+    )
+    progress.message(
+        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s"
+    )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))
 

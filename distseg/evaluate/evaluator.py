@@ -23,10 +23,11 @@ from distseg.evaluate.tally import Tally
 
 @dataclass(frozen=True)
 class View:
-    """How an image is looked at: softmax probabilities averaged over scales and, if asked, the mirror image.
+    """How an image is looked at: softmax probabilities averaged over scales and, if asked, the
+    mirror image.
 
-    window_px: an image with a longer side is cut into windows that overlap by overlap_px and are blended (see
-    `inference.blend_tiles`); 0: never.
+    window_px: an image with a longer side is cut into windows that overlap by overlap_px and are
+    blended (see `inference.blend_tiles`); 0: never.
     """
 
     scales: tuple[float, ...]
@@ -39,7 +40,14 @@ class View:
     @classmethod
     def of(cls, options: EvaluateConfig, precision: str, device: torch.device) -> View:
         """The view of a configuration."""
-        return cls(tuple(options.scales), options.mirror, precision, device, options.window_px, options.overlap_px)
+        return cls(
+            tuple(options.scales),
+            options.mirror,
+            precision,
+            device,
+            options.window_px,
+            options.overlap_px,
+        )
 
     def __call__(self, network: nn.Module, image: np.ndarray) -> Tensor:
         """Class probabilities (C, H, W) float32 on the device, of an image (H, W, 3) uint8 RGB."""
@@ -53,38 +61,54 @@ class View:
         return blend_tiles(whole, image, self.window_px, self.overlap_px).to(self.device)
 
     def suffix(self) -> str:
-        """For file names: nothing for the plain view, for example "-scales-0.75-1-mirror" for another."""
-        scales = "" if self.scales == (1.0,) else "-scales-" + "-".join(f"{scale:g}" for scale in self.scales)
+        """For file names: nothing for the plain view, for example "-scales-0.75-1-mirror" for
+        another.
+        """
+        scales = (
+            ""
+            if self.scales == (1.0,)
+            else "-scales-" + "-".join(f"{scale:g}" for scale in self.scales)
+        )
         window = f"-window-{self.window_px}-{self.overlap_px}" if self.window_px else ""
         return scales + ("-mirror" if self.mirror else "") + window
 
     def to_dict(self) -> dict[str, Any]:
         """What a score depends on."""
-        window = {"window_px": self.window_px, "overlap_px": self.overlap_px} if self.window_px else {}
-        return {"scales": list(self.scales), "mirror": self.mirror} | window | {"precision": self.precision}
+        window = (
+            {"window_px": self.window_px, "overlap_px": self.overlap_px} if self.window_px else {}
+        )
+        return (
+            {"scales": list(self.scales), "mirror": self.mirror}
+            | window
+            | {"precision": self.precision}
+        )
 
 
 @dataclass
 class Evaluator:
     """Scores a network on a split, on all ranks together, and keeps the last result."""
 
-    whole: Callable[[], nn.Module]  # the network to score with all its parameters, called on every rank
+    # the network to score with all its parameters, called on every rank
+    whole: Callable[[], nn.Module]
     samples: SampleSet
     ranks: Ranks
     view: View
     num_threads: int = 2
-    mark: Callable[[str], None] = lambda what: None  # told of every image, so that slow ones are no stall
+    # told of every image, so that slow ones are no stall
+    mark: Callable[[str], None] = lambda what: None
     details: bool = False  # outlines, calibration and intervals too, which take longer
     result: SegmentationScores | None = None
     tally: Tally | None = None  # what the result was made from
-    extra: dict[str, float] = field(default_factory=dict)  # scores that no confusion matrix gives: Tally.others
+    # scores that no confusion matrix gives: Tally.others
+    extra: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self) -> SegmentationScores:
-        """Scores of the whole split from one confusion matrix, the same bits for any number of ranks; void excluded.
+        """Scores of the whole split from one confusion matrix, the same bits for any number of
+        ranks; void excluded.
 
-        Rank r looks at images r, r + world_size, ...; nothing is padded or dropped: every image is counted once, or
-        RuntimeError is raised.
+        Rank r looks at images r, r + world_size, ...; nothing is padded or dropped: every image is
+        counted once, or RuntimeError is raised.
         """
         network = self.whole()
         was_training = network.training
@@ -101,18 +125,28 @@ class Evaluator:
         return self.result
 
     def named(self) -> dict[str, float]:
-        """The last result under its names in metrics.jsonl: val/mean_iou, val/iou/<class>, ..., in [0, 1]."""
+        """The last result under its names in metrics.jsonl.
+
+        Val/mean_iou, val/iou/<class>, ..., in [0, 1].
+        """
         assert self.result is not None
         values = self.result.to_dict(self.samples.classes.names) | self.extra
         return {f"val/{name}": value for name, value in values.items()}
 
     def report(self, step: int) -> dict[str, Any]:
-        """What evaluation.json holds: the last result (None for an absent class), and all that it depends on."""
+        """What evaluation.json holds.
+
+        The last result (None for an absent class), and all that it depends on.
+        """
         assert self.tally is not None
         reader = self.samples.reader
         about = {"step": step, "data": reader.manifest.name, "split": reader.split}
         about |= {"num_images": self.tally.num_images} | self.view.to_dict()
-        scores = {name: None if math.isnan(value) else value for name, value in self.named().items()}
+        scores = {
+            name: None if math.isnan(value) else value for name, value in self.named().items()
+        }
         if self.details:
-            about["intervals_95"] = {f"val/{name}": list(pair) for name, pair in self.tally.intervals().items()}
+            about["intervals_95"] = {
+                f"val/{name}": list(pair) for name, pair in self.tally.intervals().items()
+            }
         return about | scores | {"confusion": self.tally.confusion.tolist()}

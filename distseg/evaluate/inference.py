@@ -1,4 +1,6 @@
-"""From an image of any size to class probabilities at full resolution, for evaluation and prediction."""
+"""From an image of any size to class probabilities at full resolution, for evaluation and
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from shards.errors import InputError
 
 _MIN_PX = 32  # the smallest side that every segmentor takes
-_GRID_PX = 32  # tiles start on multiples of the largest output stride, so that their logits share one grid
+# tiles start on multiples of the largest output stride, so that their logits share one grid
+_GRID_PX = 32
 
 
 @torch.no_grad()
@@ -26,20 +29,24 @@ def probabilities(
 ) -> Tensor:
     """Class probabilities of every pixel, averaged over scaled and mirrored views of the image.
 
-    model: a segmentor in evaluation mode on `device`. image: (H, W, 3) uint8 RGB, any size. scales: factors
-    on both sides, one view each, and with `mirror` its mirror image too. autocast_dtype: None for the model's
-    own type. Returns (C, H, W) float32 on `device`, sums to 1 over C. A view gives the softmax of its logits
-    upsampled bilinearly (align_corners=False) to (H, W): the usual average (Chen et al. 2017, section 4.3).
+    model: a segmentor in evaluation mode on `device`. image: (H, W, 3) uint8 RGB, any size. scales:
+    factors on both sides, one view each, and with `mirror` its mirror image too. autocast_dtype:
+    None for the model's own type. Returns (C, H, W) float32 on `device`, sums to 1 over C. A view
+    gives the softmax of its logits upsampled bilinearly (align_corners=False) to (H, W): the usual
+    average (Chen et al. 2017, section 4.3).
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         got = f"an image of shape {image.shape} and type {image.dtype}"
         raise InputError(got, "(H, W, 3) uint8", "convert it to 8-bit RGB")
     if not scales or min(scales) <= 0:
-        raise InputError(f"scales={scales}", "at least one factor above 0", "scales=(1.0,) is the plain image")
+        raise InputError(
+            f"scales={scales}", "at least one factor above 0", "scales=(1.0,) is the plain image"
+        )
     device = torch.device(device)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     # HWC bytes seen as NCHW are channels_last already, and are copied to the device as bytes.
-    pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].to(dtype) / 255  # (1, 3, H, W)
+    # (1, 3, H, W)
+    pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].to(dtype) / 255
     height, width = image.shape[:2]
     total = torch.zeros((), device=device)
     with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
@@ -52,18 +59,24 @@ def probabilities(
 
 
 def blend_tiles(
-    predict: Callable[[np.ndarray], Tensor], image: np.ndarray, tile_px: int = 1024, overlap_px: int = 256
+    predict: Callable[[np.ndarray], Tensor],
+    image: np.ndarray,
+    tile_px: int = 1024,
+    overlap_px: int = 256,
 ) -> Tensor:
     """Class probabilities of a large image, from overlapping tiles blended into one another.
 
-    predict: (h, w, 3) uint8 -> (C, h, w) float32. tile_px, overlap_px: multiples of 32, the overlap at most
-    half of the tile. Within a quarter of the overlap from a tile's inner edge a prediction lacks context and
-    counts nothing; over the next half it fades in linearly. So a model that looks no further than
-    overlap_px / 4 gives what it gives for the whole image. Returns (C, H, W) float32 on the CPU.
+    predict: (h, w, 3) uint8 -> (C, h, w) float32. tile_px, overlap_px: multiples of 32, the overlap
+    at most half of the tile. Within a quarter of the overlap from a tile's inner edge a prediction
+    lacks context and counts nothing; over the next half it fades in linearly. So a model that looks
+    no further than overlap_px / 4 gives what it gives for the whole image. Returns (C, H, W)
+    float32 on the CPU.
     """
     if tile_px % _GRID_PX or overlap_px % _GRID_PX or not 0 < 2 * overlap_px <= tile_px:
         got = f"tiles of {tile_px} pixels with an overlap of {overlap_px}"
-        raise InputError(got, "multiples of 32, the overlap at most half the tile", "try 1024 and 256")
+        raise InputError(
+            got, "multiples of 32, the overlap at most half the tile", "try 1024 and 256"
+        )
     height, width = image.shape[:2]
     total = torch.zeros(())
     for top, bottom, row_weight in _spans(height, tile_px, overlap_px):
@@ -78,7 +91,9 @@ def blend_tiles(
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[2:] == (height, width):
         return pixels
-    return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(
+        pixels, (height, width), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 def _softmax_at(model: nn.Module, view: Tensor, height: int, width: int) -> Tensor:
@@ -97,9 +112,14 @@ def _softmax_at(model: nn.Module, view: Tensor, height: int, width: int) -> Tens
 
 
 def _spans(length: int, tile_px: int, overlap_px: int) -> list[tuple[int, int, Tensor]]:
-    """Cut 0..length into tiles: (start, end, weights of its pixels); the weights of a pixel sum to 1."""
+    """Cut 0..length into tiles.
+
+    (start, end, weights of its pixels); the weights of a pixel sum to 1.
+    """
     fade_px, blind_px = overlap_px // 2, overlap_px // 4
-    fade_in = torch.cat([torch.zeros(blind_px), (torch.arange(fade_px) + 0.5) / fade_px, torch.ones(blind_px)])
+    fade_in = torch.cat(
+        [torch.zeros(blind_px), (torch.arange(fade_px) + 0.5) / fade_px, torch.ones(blind_px)]
+    )
     spans = []
     start = 0
     while True:

@@ -1,4 +1,7 @@
-"""Segmentation scores from sums over a whole split: one confusion matrix (Long et al. 2015, section 5), and more."""
+"""Segmentation scores from sums over a whole split.
+
+One confusion matrix (Long et al. 2015, section 5), and more.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,24 @@ from shards.sample import IGNORE_INDEX
 
 
 def confusion_matrix(
-    prediction: torch.Tensor, label: torch.Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX
+    prediction: torch.Tensor,
+    label: torch.Tensor,
+    num_classes: int,
+    ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:
     """Count the pixels of each true class that were predicted as each class.
 
-    prediction, label: integer tensors of one shape, class indices in 0..num_classes-1; pixels whose label is
-    ignore_index do not count, whatever was predicted there. Returns (num_classes, num_classes) int64 on the
-    tensors' device, rows = truth, columns = prediction. Matrices of several images or ranks are added. Raises
-    InputError for unequal shapes and for an index out of range.
+    prediction, label: integer tensors of one shape, class indices in 0..num_classes-1; pixels whose
+    label is ignore_index do not count, whatever was predicted there. Returns (num_classes,
+    num_classes) int64 on the tensors' device, rows = truth, columns = prediction. Matrices of
+    several images or ranks are added. Raises InputError for unequal shapes and for an index out of
+    range.
     """
     if prediction.shape != label.shape:
         got = f"prediction of {tuple(prediction.shape)} and label of {tuple(label.shape)}"
-        raise InputError(got, "the same shape", "resize the logits to the label's size before taking the class")
+        raise InputError(
+            got, "the same shape", "resize the logits to the label's size before taking the class"
+        )
     valid = label != ignore_index
     truth, guess = label[valid].long(), prediction[valid].long()
     for name, classes in (("label", truth), ("prediction", guess)):
@@ -30,13 +39,20 @@ def confusion_matrix(
             low, high = (int(bound) for bound in classes.aminmax())
             if low < 0 or high >= num_classes:
                 got = f"{name} with class indices {low} to {high}"
-                raise InputError(got, f"0 to {num_classes - 1}", "check the number of classes of data and network")
+                raise InputError(
+                    got,
+                    f"0 to {num_classes - 1}",
+                    "check the number of classes of data and network",
+                )
     counts = torch.bincount(truth * num_classes + guess, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
 
-def log_loss_sum(probabilities: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
-    """Sum over valid pixels of -ln p(label), in nats, a float64 scalar; a chance of 0 counts as float32's smallest.
+def log_loss_sum(
+    probabilities: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """Sum over valid pixels of -ln p(label), in nats, a float64 scalar; a chance of 0 counts as
+    float32's smallest.
 
     probabilities: (C, H, W) float32 summing to 1 over C; label: (H, W), 0..C-1 or ignore_index.
     """
@@ -48,14 +64,16 @@ def log_loss_sum(probabilities: torch.Tensor, label: torch.Tensor, ignore_index:
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Scores in [0, 1] over all counted pixels; n_ij pixels of class i were predicted as j, t_i = sum_j n_ij.
+    """Scores in [0, 1] over all counted pixels; n_ij pixels of class i were predicted as j, t_i =
+    sum_j n_ij.
 
     mean_iou: mean of per_class_iou over the classes that occur in truth or prediction;
     pixel_accuracy: sum_i n_ii / sum_i t_i;
     mean_class_accuracy: mean of n_ii / t_i over the classes that occur in truth;
     frequency_weighted_iou: sum_i t_i IoU_i / sum_i t_i;
-    per_class_iou: n_ii / (t_i + sum_j n_ji - n_ii), NaN for a class in neither truth nor prediction;
-    num_classes_counted: classes that mean_iou is the mean of; num_pixels: labelled pixels.
+    per_class_iou: n_ii / (t_i + sum_j n_ji - n_ii), NaN for a class in neither truth nor
+    prediction; num_classes_counted: classes that mean_iou is the mean of; num_pixels: labelled
+    pixels.
     """
 
     mean_iou: float
@@ -76,20 +94,29 @@ class SegmentationScores:
             "num_classes_counted": self.num_classes_counted,
             "num_pixels": self.num_pixels,
         }
-        return values | {f"iou/{name}": iou for name, iou in zip(class_names, self.per_class_iou, strict=True)}
+        return values | {
+            f"iou/{name}": iou for name, iou in zip(class_names, self.per_class_iou, strict=True)
+        }
 
 
 def scores(confusion: torch.Tensor) -> SegmentationScores:
-    """Scores of a (C, C) int64 confusion matrix, rows = truth; for ranks or images, add their matrices first.
+    """Scores of a (C, C) int64 confusion matrix, rows = truth; for ranks or images, add their
+    matrices first.
 
     Raises InputError when no pixel was counted, because no score is defined then.
     """
     counts = confusion.to("cpu", torch.float64)
-    hits, truth, union = counts.diagonal(), counts.sum(1), counts.sum(0) + counts.sum(1) - counts.diagonal()
+    hits, truth, union = (
+        counts.diagonal(),
+        counts.sum(1),
+        counts.sum(0) + counts.sum(1) - counts.diagonal(),
+    )
     total = truth.sum()
     if total == 0:
         action = "evaluate on a split with labels that are not all void"
-        raise InputError("a confusion matrix without a single pixel", "at least one labelled pixel", action)
+        raise InputError(
+            "a confusion matrix without a single pixel", "at least one labelled pixel", action
+        )
     iou = hits / union  # 0 / 0 is NaN: absent
     return SegmentationScores(
         mean_iou=float(iou.nanmean()),
@@ -105,24 +132,37 @@ def scores(confusion: torch.Tensor) -> SegmentationScores:
 NUM_THRESHOLDS = 256  # k / 255, as the KITTI road devkit counts
 
 
-def threshold_counts(probability: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
-    """How many pixels of class 0 and of class 1 have a probability of class 1 in [k/255, (k+1)/255): (2, 256) int64.
+def threshold_counts(
+    probability: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
+    """How many pixels of class 0 and of class 1 have a probability of class 1 in [k/255,
+    (k+1)/255): (2, 256) int64.
 
-    probability: (H, W) float in [0, 1]; label: (H, W), 0, 1 or ignore_index. Counts of several images or ranks are
-    added.
+    probability: (H, W) float in [0, 1]; label: (H, W), 0, 1 or ignore_index. Counts of several
+    images or ranks are added.
     """
     valid = label != ignore_index
-    bins = (probability[valid].double() * (NUM_THRESHOLDS - 1)).floor().long().clamp(0, NUM_THRESHOLDS - 1)
-    counts = torch.bincount(label[valid].long() * NUM_THRESHOLDS + bins, minlength=2 * NUM_THRESHOLDS)
+    bins = (
+        (probability[valid].double() * (NUM_THRESHOLDS - 1))
+        .floor()
+        .long()
+        .clamp(0, NUM_THRESHOLDS - 1)
+    )
+    counts = torch.bincount(
+        label[valid].long() * NUM_THRESHOLDS + bins, minlength=2 * NUM_THRESHOLDS
+    )
     return counts.reshape(2, NUM_THRESHOLDS)
 
 
 def max_f1(counts: torch.Tensor) -> tuple[float, float]:
-    """The largest F1 of class 1 over all thresholds, and its threshold, from `threshold_counts`; (NaN, NaN) without it.
+    """The largest F1 of class 1 over all thresholds, and its threshold, from `threshold_counts`;
+    (NaN, NaN) without it.
 
-    F1 = 2PR / (P + R) with precision and recall pooled over all pixels (KITTI road's MaxF, in the image plane).
+    F1 = 2PR / (P + R) with precision and recall pooled over all pixels (KITTI road's MaxF, in the
+    image plane).
     """
-    at_least = counts.to("cpu", torch.float64).flip(1).cumsum(1).flip(1)  # (2, 256): pixels at or above k / 255
+    # (2, 256): pixels at or above k / 255
+    at_least = counts.to("cpu", torch.float64).flip(1).cumsum(1).flip(1)
     false_positives, true_positives = at_least
     positives = true_positives[0]
     if positives == 0:
@@ -138,10 +178,11 @@ NUM_BINS = 15  # of equal width: Guo et al. 2017, section 2
 def calibration_counts(
     probabilities: torch.Tensor, label: torch.Tensor, ignore_index: int = IGNORE_INDEX
 ) -> torch.Tensor:
-    """Per bin of the confidence, in (k/15, (k+1)/15]: pixels, right ones, summed confidence: (3, 15) float64.
+    """Per bin of the confidence, in (k/15, (k+1)/15]: pixels, right ones, summed confidence: (3,
+    15) float64.
 
-    probabilities: (C, H, W) float summing to 1 over C, the largest one is the confidence; label: (H, W), 0..C-1 or
-    ignore_index. Counts of several images or ranks are added.
+    probabilities: (C, H, W) float summing to 1 over C, the largest one is the confidence; label:
+    (H, W), 0..C-1 or ignore_index. Counts of several images or ranks are added.
     """
     valid = label != ignore_index
     confidence, prediction = (part[valid] for part in probabilities.max(dim=0))
@@ -153,6 +194,9 @@ def calibration_counts(
 
 
 def calibration_error(counts: torch.Tensor) -> float:
-    """Expected calibration error of `calibration_counts`: sum over bins of |right pixels - confidence| / all pixels."""
+    """Expected calibration error of `calibration_counts`.
+
+    Sum over bins of |right pixels - confidence| / all pixels.
+    """
     pixels, right, confidence = counts.to("cpu", torch.float64)
     return float((right - confidence).abs().sum() / pixels.sum())

@@ -1,4 +1,7 @@
-"""Evaluations as tables: one on a screen, several in Markdown, LaTeX or JSON, with mean and spread over seeds."""
+"""Evaluations as tables.
+
+One on a screen, several in Markdown, LaTeX or JSON, with mean and spread over seeds.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,17 @@ TITLES = {  # name in evaluation.json, all in [0, 1]: title
     "val/calibration_error": "calibration error",
     "val/max_f1": "maximum F1",
 }
-_SAME = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px")  # else scores do not compare
-_OF_THE_ADVERSARY = ("discriminator", "alternation.", "semi.", "loss.adv_", "loss.real_", "loss.scaling_", "loss.map_")
+# else scores do not compare
+_SAME = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px")
+_OF_THE_ADVERSARY = (
+    "discriminator",
+    "alternation.",
+    "semi.",
+    "loss.adv_",
+    "loss.real_",
+    "loss.scaling_",
+    "loss.map_",
+)
 _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -35,7 +47,10 @@ _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
 
 
 def overview(report: dict[str, Any]) -> list[str]:
-    """What one evaluation found, line by line: scores with their intervals, and how many classes mIoU counts."""
+    """What one evaluation found, line by line.
+
+    Scores with their intervals, and how many classes mIoU counts.
+    """
     counted = f"{report['val/num_classes_counted']:.0f} of {len(report['confusion'])} classes"
     intervals = report.get("intervals_95", {})
     lines = []
@@ -46,7 +61,10 @@ def overview(report: dict[str, Any]) -> list[str]:
         if name in intervals:
             low, high = intervals[name]
             line += f"  ({low:.1%} to {high:.1%})"
-        lines.append(line + (f"  mean over {counted} in labels or predictions" if name == "val/mean_iou" else ""))
+        lines.append(
+            line
+            + (f"  mean over {counted} in labels or predictions" if name == "val/mean_iou" else "")
+        )
     if intervals:
         lines.append("in brackets: 95 % of 1000 sets of as many images drawn from these")
     return lines
@@ -65,7 +83,8 @@ class Evaluation:
 class Row:
     """Evaluations whose runs differ in nothing but the seed.
 
-    name: what sets them apart from the other rows; values: per score, one number a run, in the order of the runs.
+    name: what sets them apart from the other rows; values: per score, one number a run, in the
+    order of the runs.
     """
 
     name: str
@@ -79,37 +98,55 @@ class Row:
 
 
 def run(paths: Sequence[Path], form: str) -> int:
-    """`distseg summarize`: print the table, and a note where steps differ. form: markdown, latex or json."""
+    """`distseg summarize`: print the table, and a note where steps differ.
+
+    form: markdown, latex or json.
+    """
     printers = {"markdown": to_markdown, "latex": to_latex, "json": to_json}
     evaluations = [read(path) for path in paths]
     print(printers[form](rows(evaluations)))
-    first_at: dict[int, Path] = {}  # allowed, since the best checkpoints of runs seldom are of one step
+    # allowed, since the best checkpoints of runs seldom are of one step
+    first_at: dict[int, Path] = {}
     for evaluation in evaluations:
         first_at.setdefault(evaluation.scores["step"], evaluation.path)
     if len(first_at) > 1:
         steps = ", ".join(f"{step} ({path})" for step, path in sorted(first_at.items()))
-        print(f"note: scores of networks after different numbers of steps: {steps}", file=sys.stderr)
+        print(
+            f"note: scores of networks after different numbers of steps: {steps}", file=sys.stderr
+        )
     return 0
 
 
 def read(path: Path) -> Evaluation:
-    """An evaluation file, or the one that training left in a run directory. Raises InputError when it is none."""
+    """An evaluation file, or the one that training left in a run directory.
+
+    Raises InputError when it is none.
+    """
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         scores = json.loads(file.read_text())
-        known = isinstance(scores, dict) and {"val/mean_iou", "split", "data", "step"} <= scores.keys()
+        known = (
+            isinstance(scores, dict) and {"val/mean_iou", "split", "data", "step"} <= scores.keys()
+        )
     except (OSError, ValueError):
         known = False
     if not known:
-        action = f"run `distseg evaluate {path}`, and name the file it writes" if path.is_dir() else "check the path"
-        raise InputError(f"no evaluation in {file}", "a finished run, or a file of `distseg evaluate`", action)
+        action = (
+            f"run `distseg evaluate {path}`, and name the file it writes"
+            if path.is_dir()
+            else "check the path"
+        )
+        raise InputError(
+            f"no evaluation in {file}", "a finished run, or a file of `distseg evaluate`", action
+        )
     return Evaluation(file, loading.from_file(file.parent / "config.yaml"), scores)
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     """One row for each configuration, in order of appearance, whatever its seeds.
 
-    Raises InputError when two evaluations are not of the same data and views, and for the same one named twice.
+    Raises InputError when two evaluations are not of the same data and views, and for the same one
+    named twice.
     """
     _check_comparable(evaluations)
     groups: list[list[Evaluation]] = []
@@ -121,7 +158,9 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         else:
             group.append(evaluation)
     present = [[name for name in e.scores if e.scores[name] is not None] for e in evaluations]
-    names = [name for name in evaluations[0].scores if name in TITLES or name.startswith("val/iou/")]
+    names = [
+        name for name in evaluations[0].scores if name in TITLES or name.startswith("val/iou/")
+    ]
     names = [name for name in names if all(name in of_run for of_run in present)]
     return [_row(group, groups, names) for group in groups]
 
@@ -130,17 +169,24 @@ def _row(group: list[Evaluation], groups: list[list[Evaluation]], names: list[st
     setting = loading.flattened(loading.to_dict(group[0].config))
     apart = {key for other in groups for key in _differences(group[0], other[0])}
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
-    name = ", ".join(f"{key}={setting.get(key)}" for key in sorted(apart)) or str(group[0].config.preset)
+    name = ", ".join(f"{key}={setting.get(key)}" for key in sorted(apart)) or str(
+        group[0].config.preset
+    )
     values = {name: tuple(float(e.scores[name]) for e in group) for name in names}
     runs = tuple(str(e.path.parent) for e in group)
     return Row(name, runs, tuple(e.config.seed for e in group), values)
 
 
 def _differences(one: Evaluation, other: Evaluation) -> dict[str, Any]:
-    """Keys, other than the seed, that made the runs different; an adversary's say nothing of a supervised run."""
+    """Keys, other than the seed, that made the runs different.
+
+    An adversary's say nothing of a supervised run.
+    """
     found = loading.differences(one.config, replace(other.config, seed=one.config.seed))
     if "supervised" in (one.config.mode, other.config.mode):
-        return {key: values for key, values in found.items() if not key.startswith(_OF_THE_ADVERSARY)}
+        return {
+            key: values for key, values in found.items() if not key.startswith(_OF_THE_ADVERSARY)
+        }
     return found
 
 
@@ -151,18 +197,27 @@ def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
         if twice:
             raise InputError(f"{other.path} twice", "each evaluation once", "name it once")
         for key in (*_SAME, "classes"):
-            here, there = (_classes(e) if key == "classes" else e.scores.get(key) for e in (first, other))
+            here, there = (
+                _classes(e) if key == "classes" else e.scores.get(key) for e in (first, other)
+            )
             if here != there:
                 got = f"{key} is {there} in {other.path}, and {here} in {first.path}"
-                raise InputError(got, "evaluations of the same data in the same views", "leave one of them out")
+                raise InputError(
+                    got, "evaluations of the same data in the same views", "leave one of them out"
+                )
 
 
 def _classes(evaluation: Evaluation) -> list[str]:
-    return [name.removeprefix("val/iou/") for name in evaluation.scores if name.startswith("val/iou/")]
+    return [
+        name.removeprefix("val/iou/") for name in evaluation.scores if name.startswith("val/iou/")
+    ]
 
 
 def of_seeds(seeds: Sequence[Any], values: Sequence[float]) -> list[float]:
-    """One value for each distinct seed, the mean over its runs: the same seed again is not another sample."""
+    """One value for each distinct seed, the mean over its runs.
+
+    The same seed again is not another sample.
+    """
     groups: dict[Any, list[float]] = {}
     for seed, value in zip(seeds, values, strict=True):
         groups.setdefault(seed, []).append(value)
@@ -181,7 +236,11 @@ def to_markdown(table: Sequence[Row]) -> str:
     lines.append("|---|" + "---:|" * (1 + len(columns)))
     for row in table:
         seeds = str(len(set(row.seeds)))
-        cells = [row.name.replace("|", "\\|"), seeds, *(_cell(row.of_seeds(name), "±") for name in columns)]
+        cells = [
+            row.name.replace("|", "\\|"),
+            seeds,
+            *(_cell(row.of_seeds(name), "±") for name in columns),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -198,7 +257,10 @@ def to_latex(table: Sequence[Row]) -> str:
 
 
 def to_json(table: Sequence[Row]) -> str:
-    """Everything, per-class IoU included, in [0, 1]; the values are of each run, the spread over one seed is null."""
+    """Everything, per-class IoU included, in [0, 1].
+
+    The values are of each run, the spread over one seed is null.
+    """
     content = []
     for row in table:
         scores = {}
@@ -207,7 +269,9 @@ def to_json(table: Sequence[Row]) -> str:
             deviation = spread(of_seeds)
             scores[name] = {"mean": statistics.fmean(of_seeds), "values": list(values)}
             scores[name]["spread"] = None if math.isnan(deviation) else deviation
-        content.append({"name": row.name, "runs": list(row.runs), "seeds": list(row.seeds), "scores": scores})
+        content.append(
+            {"name": row.name, "runs": list(row.runs), "seeds": list(row.seeds), "scores": scores}
+        )
     return json.dumps(content, indent=1)
 
 

@@ -1,4 +1,7 @@
-"""What is counted over a split, image by image: every image once, and the same bits for any number of ranks."""
+"""What is counted over a split, image by image.
+
+Every image once, and the same bits for any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +28,40 @@ from shards.sample import IGNORE_INDEX
 NUM_RESAMPLES = 1000
 INTERVAL_PERCENT = (2.5, 97.5)
 _CHUNK = 100  # resamples at a time, to bound memory
-_LOSS, _F1_SUM, _F1_CLASSES, _CALIBRATION = 0, 1, 2, 3  # columns of the values that each image leaves
+# columns of the values that each image leaves
+_LOSS, _F1_SUM, _F1_CLASSES, _CALIBRATION = 0, 1, 2, 3
 
 
 class Tally:
     """Counts over the images that this rank has seen; after `sum_over_ranks`, over all.
 
-    What is not a whole number is kept for each image and added in the images' order, so rounding does not depend on
-    who saw which. details: also outlines, calibration and what the bootstrap needs.
+    What is not a whole number is kept for each image and added in the images' order, so rounding
+    does not depend on who saw which. details: also outlines, calibration and what the bootstrap
+    needs.
     """
 
-    def __init__(self, num_images: int, num_classes: int, device: torch.device, details: bool = False):
+    def __init__(
+        self, num_images: int, num_classes: int, device: torch.device, details: bool = False
+    ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.details = details
-        self.confusion, self._band_confusion = zeros(num_classes, num_classes), zeros(num_classes, num_classes)
+        self.confusion, self._band_confusion = (
+            zeros(num_classes, num_classes),
+            zeros(num_classes, num_classes),
+        )
         self._at_thresholds = zeros(2, NUM_THRESHOLDS)
         self._times_seen = zeros(num_images)
-        self._margins = zeros(num_images if details else 0, 3, num_classes)  # right, true and predicted pixels
+        # right, true and predicted pixels
+        self._margins = zeros(num_images if details else 0, 3, num_classes)
         num_values = _CALIBRATION + 3 * NUM_BINS if details else 1
         self._values = zeros(num_images, num_values, dtype=torch.float64)
 
     def add(self, index: int, probabilities: Tensor, label: Tensor) -> None:
-        """Count image `index`: probabilities (C, H, W) float32, label (H, W) uint8 on the same device, 255 = void."""
+        """Count image `index`: probabilities (C, H, W) float32, label (H, W) uint8 on the same
+        device, 255 = void.
+        """
         num_classes = len(self.confusion)
         prediction = probabilities.argmax(dim=0).to(torch.uint8)
         confusion = confusion_matrix(prediction, label, num_classes)
@@ -58,18 +71,26 @@ class Tally:
         if num_classes == 2:
             self._at_thresholds += threshold_counts(probabilities[1], label)
         if self.details:
-            self._margins[index] = torch.stack([confusion.diagonal(), confusion.sum(1), confusion.sum(0)])
+            self._margins[index] = torch.stack(
+                [confusion.diagonal(), confusion.sum(1), confusion.sum(0)]
+            )
             self._values[index, _CALIBRATION:] = calibration_counts(probabilities, label).flatten()
             self._add_outlines(index, prediction, label)
 
     def _add_outlines(self, index: int, prediction: Tensor, label: Tensor) -> None:
         outlines = compare_outlines(prediction.cpu().numpy(), label.cpu().numpy())
-        self._values[index, _F1_SUM], self._values[index, _F1_CLASSES] = outlines.f1_sum, outlines.num_classes
+        self._values[index, _F1_SUM], self._values[index, _F1_CLASSES] = (
+            outlines.f1_sum,
+            outlines.num_classes,
+        )
         in_band = label.where(torch.from_numpy(outlines.band).to(label.device), IGNORE_INDEX)
         self._band_confusion += confusion_matrix(prediction, in_band, len(self.confusion))
 
     def sum_over_ranks(self) -> None:
-        """Make every rank's counts those of all ranks. Raises RuntimeError unless every image was seen once."""
+        """Make every rank's counts those of all ranks.
+
+        Raises RuntimeError unless every image was seen once.
+        """
         for counts in (self.confusion, self._at_thresholds, self._times_seen, self._values):
             all_reduce_sum(counts)
         if self.details:
@@ -78,7 +99,9 @@ class Tally:
         wrong = (self._times_seen != 1).nonzero().flatten().tolist()
         if wrong:
             times = int(self._times_seen[wrong[0]])
-            raise RuntimeError(f"{len(wrong)} images were not counted once; image {wrong[0]} was {times} times")
+            raise RuntimeError(
+                f"{len(wrong)} images were not counted once; image {wrong[0]} was {times} times"
+            )
 
     @property
     def num_images(self) -> int:
@@ -92,10 +115,10 @@ class Tally:
     def others(self) -> dict[str, float]:
         """Scores that no confusion matrix gives.
 
-        loss: mean of -ln p(label) over the labelled pixels, nats; max_f1 and its threshold, for two classes. With
-        details also boundary_f1, the mean over images of the mean over an image's classes (see `boundary`),
-        boundary_iou, the mean IoU of the pixels within the tolerance of a true outline, and calibration_error.
-        NaN where no image has an outline.
+        loss: mean of -ln p(label) over the labelled pixels, nats; max_f1 and its threshold, for two
+        classes. With details also boundary_f1, the mean over images of the mean over an image's
+        classes (see `boundary`), boundary_iou, the mean IoU of the pixels within the tolerance of a
+        true outline, and calibration_error. NaN where no image has an outline.
         """
         values = self._values.cpu()
         found = {"loss": float(values[:, _LOSS].sum() / self.confusion.sum().cpu())}
@@ -105,7 +128,9 @@ class Tally:
             outlined = values[values[:, _F1_CLASSES] > 0]
             found["boundary_f1"] = float((outlined[:, _F1_SUM] / outlined[:, _F1_CLASSES]).mean())
             has_band = bool(self._band_confusion.sum())
-            found["boundary_iou"] = scores(self._band_confusion).mean_iou if has_band else float("nan")
+            found["boundary_iou"] = (
+                scores(self._band_confusion).mean_iou if has_band else float("nan")
+            )
             calibration = values[:, _CALIBRATION:].sum(0).reshape(3, NUM_BINS)
             found["calibration_error"] = calibration_error(calibration)
         return found
@@ -116,10 +141,11 @@ class Tally:
 
 
 def bootstrap(margins: np.ndarray, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Percentile intervals (95 %) of the scores, for splits drawn with replacement from this one's images.
+    """Percentile intervals (95 %) of the scores, for splits drawn with replacement from this one's
+    images.
 
-    margins: (images, 3, C) whole numbers, an image's right, true and predicted pixels of each class: all that the
-    scores depend on. Raises ValueError where no image has a labelled pixel.
+    margins: (images, 3, C) whole numbers, an image's right, true and predicted pixels of each
+    class: all that the scores depend on. Raises ValueError where no image has a labelled pixel.
     """
     num_images, _, num_classes = margins.shape
     if not margins[:, 1].any():

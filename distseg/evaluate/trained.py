@@ -13,7 +13,9 @@ from distseg.runs import checkpoint
 
 
 def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:
-    """The segmentor of a run's checkpoint in evaluation mode, its configuration, and the checkpoint's path."""
+    """The segmentor of a run's checkpoint in evaluation mode, its configuration, and the
+    checkpoint's path.
+    """
     config = loading.from_file(run_dir / "config.yaml")
     path = checkpoint.find(run_dir, which)
     num_classes = len(checkpoint.read_state(path)["identity"]["classes"])

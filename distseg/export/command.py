@@ -8,7 +8,10 @@ from distseg.export.formats import SUFFIXES, check_packages, export, load
 
 
 def run(run_dir: Path, which: str, form: str, out: Path | None, hub_folder: Path | None) -> int:
-    """`distseg export RUN`: write a checkpoint's segmentor, by default as RUN/export/model.<suffix>."""
+    """`distseg export RUN`.
+
+    Write a checkpoint's segmentor, by default as RUN/export/model.<suffix>.
+    """
     from distseg.export import hub
 
     check_packages(form)

@@ -1,4 +1,7 @@
-"""A trained segmentor as a file for others: ONNX, torch.export or safetensors, checked before it is there."""
+"""A trained segmentor as a file for others.
+
+ONNX, torch.export or safetensors, checked before it is there.
+"""
 
 from __future__ import annotations
 
@@ -30,29 +33,39 @@ from shards.files import published
 from shards.sample import IGNORE_INDEX
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
-METADATA = "distseg"  # the key of the JSON text in all three formats (torch.export: the extra file distseg.json)
-MIN_SIDE_PX, MAX_SIDE_PX = 64, 8192  # from 64 on no map of any segmentor has a single cell, which is another case
+# the key of the JSON text in all three formats (torch.export: the extra file distseg.json)
+METADATA = "distseg"
+# from 64 on no map of any segmentor has a single cell, which is another case
+MIN_SIDE_PX, MAX_SIDE_PX = 64, 8192
 TOLERANCE = 1e-4  # of probabilities, and of logits as a share of the largest
-CHECKED_SIZES = ((1, 64, 64), (2, 97, 131), (1, 72, 160))  # images, height, width; even, odd, above and below
+# images, height, width; even, odd, above and below
+CHECKED_SIZES = ((1, 64, 64), (2, 97, 131), (1, 72, 160))
 _OPSET = 18
 
 Runner = Callable[[Tensor], Tensor]  # image (N, 3, H, W) float32 in [0, 1] -> logits (N, C, H, W)
 
 
 class FullResolution(nn.Module):
-    """A segmentor whose logits have the image's size: (N, 3, H, W) float32 in [0, 1], RGB -> (N, C, H, W)."""
+    """A segmentor whose logits have the image's size.
+
+    (N, 3, H, W) float32 in [0, 1], RGB -> (N, C, H, W).
+    """
 
     def __init__(self, segmentor: nn.Module):
         super().__init__()
         self.segmentor = segmentor
 
     def forward(self, image: Tensor) -> Tensor:
-        return F.interpolate(self.segmentor(image), image.shape[-2:], mode="bilinear", align_corners=False)
+        return F.interpolate(
+            self.segmentor(image), image.shape[-2:], mode="bilinear", align_corners=False
+        )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What is exported: the network in evaluation mode, fp32 on the CPU, and what its user has to know."""
+    """What is exported: the network in evaluation mode, fp32 on the CPU, and what its user has to
+    know.
+    """
 
     segmentor: nn.Module
     metadata: dict[str, Any]
@@ -60,13 +73,17 @@ class Trained:
     step: int
 
 
-
-
 def check_packages(form: str) -> None:
     """Raise InputError when a package for the format is not installed."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" and find_spec(name) is None]
+    missing = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if form == "onnx" and find_spec(name) is None
+    ]
     if missing:
-        raise InputError(f"{', '.join(missing)} not installed", "it for ONNX", "pip install 'distseg[export]'")
+        raise InputError(
+            f"{', '.join(missing)} not installed", "it for ONNX", "pip install 'distseg[export]'"
+        )
 
 
 def load(run_dir: Path, which: str) -> Trained:
@@ -74,14 +91,24 @@ def load(run_dir: Path, which: str) -> Trained:
     segmentor, config, path = trained_segmentor(run_dir, which)
     saved = checkpoint.read_state(path)
     identity, step = saved["identity"], saved["state"]["step"]
-    metadata = describe(config.segmentor.name, config.segmentor.options, identity["classes"], identity["palette"])
+    metadata = describe(
+        config.segmentor.name, config.segmentor.options, identity["classes"], identity["palette"]
+    )
     return Trained(segmentor.float(), metadata, config, step)
 
 
-def describe(name: str, options: dict[str, Any], classes: list[str], palette: list[list[int]]) -> dict[str, Any]:
+def describe(
+    name: str, options: dict[str, Any], classes: list[str], palette: list[list[int]]
+) -> dict[str, Any]:
     """What a user of the file has to know, as JSON's types."""
     sides = {"min_side_px": MIN_SIDE_PX, "max_side_px": MAX_SIDE_PX}
-    pixels = {"name": "image", "layout": "NCHW", "type": "float32", "channels": "RGB", "range": [0, 1]}
+    pixels = {
+        "name": "image",
+        "layout": "NCHW",
+        "type": "float32",
+        "channels": "RGB",
+        "range": [0, 1],
+    }
     action = "divide 8-bit values by 255; mean and deviation are inside the network"
     scores = {"name": "logits", "layout": "NCHW", "type": "float32", "size": "the image's"}
     return {
@@ -91,20 +118,26 @@ def describe(name: str, options: dict[str, Any], classes: list[str], palette: li
         "palette": palette,
         "void_index": IGNORE_INDEX,
         "input": pixels | sides | {"preprocessing": action},
-        "output": scores | {"meaning": "argmax over axis 1 is the class index, softmax the probabilities"},
+        "output": scores
+        | {"meaning": "argmax over axis 1 is the class index, softmax the probabilities"},
         "made_with": {"distseg": version("distseg"), "torch": torch.__version__},
     }
 
 
 def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path) -> float:
-    """Write a segmentor (evaluation mode, fp32, CPU) to `out`, if what is written does what the segmentor does.
+    """Write a segmentor (evaluation mode, fp32, CPU) to `out`, if what is written does what the
+    segmentor does.
 
-    form: onnx, torch-export or safetensors. metadata: of `describe`. Returns the largest difference of a probability
-    on random images of several sizes. Raises RuntimeError, and writes nothing, when it is above TOLERANCE; InputError
-    when `out` is a folder.
+    form: onnx, torch-export or safetensors. metadata: of `describe`. Returns the largest difference
+    of a probability on random images of several sizes. Raises RuntimeError, and writes nothing,
+    when it is above TOLERANCE; InputError when `out` is a folder.
     """
     if out.is_dir():
-        raise InputError(f"{out}, which is a folder", "a file to write", "name one with --out, or write --hub-folder")
+        raise InputError(
+            f"{out}, which is a folder",
+            "a file to write",
+            "name one with --out, or write --hub-folder",
+        )
     writer, reader = _FORMATS[form]
     original = FullResolution(segmentor).eval().requires_grad_(False)
     with published(out) as partial:
@@ -114,10 +147,12 @@ def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path)
 
 @torch.no_grad()
 def largest_difference(original: FullResolution, exported: Runner, form: str) -> float:
-    """The largest difference of a probability between two networks, on random 8-bit images of CHECKED_SIZES.
+    """The largest difference of a probability between two networks, on random 8-bit images of
+    CHECKED_SIZES.
 
-    The original's are those of `inference.probabilities`, so the metadata's preprocessing is checked too. Raises
-    RuntimeError above TOLERANCE, for logits too: they may differ where probabilities are all near 0 or 1.
+    The original's are those of `inference.probabilities`, so the metadata's preprocessing is
+    checked too. Raises RuntimeError above TOLERANCE, for logits too: they may differ where
+    probabilities are all near 0 or 1.
     """
     rng, worst = np.random.default_rng(0), 0.0
     for count, height, width in CHECKED_SIZES:
@@ -125,13 +160,17 @@ def largest_difference(original: FullResolution, exported: Runner, form: str) ->
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         found, expected = exported(batch), original(batch)
         if found.shape != expected.shape:
-            raise RuntimeError(f"{form} gives {tuple(found.shape)} for an image of {tuple(batch.shape)}")
+            raise RuntimeError(
+                f"{form} gives {tuple(found.shape)} for an image of {tuple(batch.shape)}"
+            )
         chances = torch.stack([probabilities(original.segmentor, image) for image in images])
         difference = float((found.softmax(1) - chances).abs().max())
         scale = max(1.0, float(expected.abs().max()))
         of_logits = float((found - expected).abs().max()) / scale
         if not max(difference, of_logits) <= TOLERANCE:  # written so that NaN fails too
-            got = f"{difference:.2g} in probabilities, {of_logits:.2g} in logits of up to {scale:.2g}"
+            got = (
+                f"{difference:.2g} in probabilities, {of_logits:.2g} in logits of up to {scale:.2g}"
+            )
             text = f"the {form} file differs from the original at {height}x{width} px by {got}"
             raise RuntimeError(f"{text}; at most {TOLERANCE} is allowed, so it was not kept")
         worst = max(worst, difference)
@@ -160,7 +199,10 @@ def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) 
     finally:
         log.setLevel(level)
     assert program is not None
-    for value, channels in ((program.model.graph.inputs[0], 3), (program.model.graph.outputs[0], None)):
+    for value, channels in (
+        (program.model.graph.inputs[0], 3),
+        (program.model.graph.outputs[0], None),
+    ):
         shape = value.shape
         assert shape is not None
         value.shape = type(shape)(["batch", channels or shape[1], "height", "width"])
@@ -177,7 +219,9 @@ def _read_onnx(path: Path) -> Runner:
 
 def _write_torch_export(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
     content = io.BytesIO()  # of files it takes only names that end in .pt2
-    torch.export.save(_program(original), content, extra_files={f"{METADATA}.json": json.dumps(metadata)})
+    torch.export.save(
+        _program(original), content, extra_files={f"{METADATA}.json": json.dumps(metadata)}
+    )
     path.write_bytes(content.getbuffer())
 
 
@@ -186,9 +230,13 @@ def _read_torch_export(path: Path) -> Runner:
 
 
 def _write_safetensors(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in original.segmentor.state_dict().items()}
+    tensors = {
+        name: tensor.contiguous() for name, tensor in original.segmentor.state_dict().items()
+    }
     # not save_file, whose files only their owner can read
-    path.write_bytes(safetensors.torch.save(tensors, {"format": "pt", METADATA: json.dumps(metadata)}))
+    path.write_bytes(
+        safetensors.torch.save(tensors, {"format": "pt", METADATA: json.dumps(metadata)})
+    )
 
 
 def _read_safetensors(path: Path) -> Runner:
@@ -196,15 +244,21 @@ def _read_safetensors(path: Path) -> Runner:
 
 
 def read_safetensors(path: Path) -> nn.Module:
-    """The segmentor of an exported .safetensors file, in evaluation mode, built from nothing but the file."""
+    """The segmentor of an exported .safetensors file, in evaluation mode, built from nothing but
+    the file.
+    """
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[METADATA])
-    segmentor = build_segmentor(about["segmentor"], len(about["classes"]), init="random", **about["options"])
+    segmentor = build_segmentor(
+        about["segmentor"], len(about["classes"]), init="random", **about["options"]
+    )
     segmentor.load_state_dict(safetensors.torch.load_file(path))
     return segmentor.eval()
 
 
-_FORMATS: dict[str, tuple[Callable[[FullResolution, dict[str, Any], Path], None], Callable[[Path], Runner]]] = {
+_FORMATS: dict[
+    str, tuple[Callable[[FullResolution, dict[str, Any], Path], None], Callable[[Path], Runner]]
+] = {
     "onnx": (_write_onnx, _read_onnx),
     "torch-export": (_write_torch_export, _read_torch_export),
     "safetensors": (_write_safetensors, _read_safetensors),

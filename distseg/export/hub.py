@@ -1,4 +1,7 @@
-"""A folder as model hubs keep them: weights, config.json, and a model card that says what the model is and does."""
+"""A folder as model hubs keep them.
+
+Weights, config.json, and a model card that says what the model is and does.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,39 @@ from shards.errors import InputError
 from shards.files import published
 
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
-_OUTLINE = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px", "precision")
+_OUTLINE = (
+    "data",
+    "split",
+    "num_images",
+    "scales",
+    "mirror",
+    "window_px",
+    "overlap_px",
+    "precision",
+)
 
 
 def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> list[Path]:
     """Write model.safetensors, the model in `form`, config.json and README.md; returns their paths.
 
-    With ONNX also a program that runs it without distseg. Scores are those of the run's evaluation*.json of the same
-    step. Raises InputError for a folder that holds something else.
+    With ONNX also a program that runs it without distseg. Scores are those of the run's
+    evaluation*.json of the same step. Raises InputError for a folder that holds something else.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds other files", "a new folder, or a model's", "choose another --hub-folder")
+        raise InputError(
+            f"{folder} holds other files",
+            "a new folder, or a model's",
+            "choose another --hub-folder",
+        )
     written = []
     for each in dict.fromkeys(("safetensors", form)):
         written.append(folder / f"model{SUFFIXES[each]}")
         export(trained.segmentor, trained.metadata, each, written[-1])
     evaluations = _evaluations(run_dir, trained.step)
-    checkpoint.write_json(folder / "config.json", trained.metadata | {"step": trained.step, "evaluations": evaluations})
+    checkpoint.write_json(
+        folder / "config.json",
+        trained.metadata | {"step": trained.step, "evaluations": evaluations},
+    )
     texts = {"README.md": model_card(run_dir.name, trained, form, evaluations)}
     texts |= {"training.yaml": loading.to_yaml(_without_places(trained.config))}
     texts |= {EXAMPLE.name: EXAMPLE.read_text()} if form == "onnx" else {}
@@ -45,10 +64,14 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
 
 
 def _without_places(config: Config) -> Config:
-    """The configuration without what names places of the machine or the account, which are nobody's concern."""
+    """The configuration without what names places of the machine or the account, which are nobody's
+    concern.
+    """
     data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
     segmentor = replace(config.segmentor, init=_last_part(config.segmentor.init))
-    parallel = replace(config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config))
+    parallel = replace(
+        config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config)
+    )
     own = {"data": data, "segmentor": segmentor, "parallel": parallel, "tracking": TrackingConfig()}
     return replace(config, run_dir="", **own)  # type: ignore[arg-type]
 
@@ -59,9 +82,15 @@ def _last_part(path: str) -> str:
 
 
 def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The run's evaluations of a step, without the confusion matrices; details first, training's own last."""
+    """The run's evaluations of a step, without the confusion matrices.
+
+    Details first, training's own last.
+    """
     found: list[dict[str, Any]] = []
-    for path in sorted(run_dir.glob("evaluation*.json"), key=lambda path: (path.name == "evaluation.json", path.name)):
+    for path in sorted(
+        run_dir.glob("evaluation*.json"),
+        key=lambda path: (path.name == "evaluation.json", path.name),
+    ):
         content = json.loads(path.read_text())
         views = [{key: of.get(key) for key in _OUTLINE} for of in (content, *found)]
         if content["step"] == step and views[0] not in views[1:]:
@@ -73,7 +102,9 @@ def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[st
     """README.md: a YAML header that hubs read, and the text."""
     header = {"library_name": "distseg", "pipeline_tag": "image-segmentation"}
     tags = {"tags": ["semantic-segmentation", trained.config.mode, trained.metadata["segmentor"]]}
-    index = {"model-index": [{"name": name, "results": [_result(scores) for scores in evaluations]}]}
+    index = {
+        "model-index": [{"name": name, "results": [_result(scores) for scores in evaluations]}]
+    }
     parts = [
         f"---\n{yaml.safe_dump(header | tags | (index if evaluations else {}), sort_keys=False)}---",
         f"# {name}\n\n{_what(trained)}",
@@ -122,9 +153,15 @@ def _scores(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations:
         return "Not evaluated at this step."
     names = [name for name in TITLES if any(scores.get(name) is not None for scores in evaluations)]
-    lines = ["| data | view | " + " | ".join(TITLES[name] for name in names) + " |", "|---|---|" + "---:|" * len(names)]
+    lines = [
+        "| data | view | " + " | ".join(TITLES[name] for name in names) + " |",
+        "|---|---|" + "---:|" * len(names),
+    ]
     for scores in evaluations:
-        cells = [f"{_cell(scores['data'])}, {scores['num_images']} images of {scores['split']}", _view(scores)]
+        cells = [
+            f"{_cell(scores['data'])}, {scores['num_images']} images of {scores['split']}",
+            _view(scores),
+        ]
         cells += [_score(scores, name) for name in names]
         lines.append("| " + " | ".join(cells) + " |")
     note = "Per cent; every image once, at full resolution, void excluded, one confusion matrix over all images."
@@ -144,22 +181,43 @@ def _score(scores: dict[str, Any], name: str) -> str:
 def _view(scores: dict[str, Any]) -> str:
     window = f", windows of {scores['window_px']} px" if scores.get("window_px") else ""
     scales = ", ".join(f"{scale:g}" for scale in scores["scales"])
-    return f"scale {scales}" + (", mirrored too" if scores["mirror"] else "") + window + f", {scores['precision']}"
+    return (
+        f"scale {scales}"
+        + (", mirrored too" if scores["mirror"] else "")
+        + window
+        + f", {scores['precision']}"
+    )
 
 
 def _training(config: Config) -> str:
     default = loading.flattened(loading.to_dict(Config()))
     own = loading.flattened(loading.to_dict(_without_places(config)))
-    named = ["mode", "steps", "batch_size", "seed", "data.labelled", "data.crop_px", "segmentor.init"]
+    named = [
+        "mode",
+        "steps",
+        "batch_size",
+        "seed",
+        "data.labelled",
+        "data.crop_px",
+        "segmentor.init",
+    ]
     named += ["loss.adv_weight"] if config.mode != "supervised" else []
-    shown = [f"{key}={own[key]}" for key in named if key in ("mode", "steps", "batch_size") or own[key] != default[key]]
+    shown = [
+        f"{key}={own[key]}"
+        for key in named
+        if key in ("mode", "steps", "batch_size") or own[key] != default[key]
+    ]
     return f"By distseg: {', '.join(shown)}. Every key: `training.yaml`."
 
 
 def _result(scores: dict[str, Any]) -> dict[str, Any]:
     """One entry of a model index, as hubs show them."""
     metrics = [
-        {"type": name.removeprefix("val/"), "name": f"{title}, {_view(scores)}", "value": round(scores[name], 4)}
+        {
+            "type": name.removeprefix("val/"),
+            "name": f"{title}, {_view(scores)}",
+            "value": round(scores[name], 4),
+        }
         for name, title in TITLES.items()
         if scores.get(name) is not None
     ]

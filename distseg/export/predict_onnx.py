@@ -1,4 +1,5 @@
-"""Label an image with a segmentor exported to ONNX. Needs onnxruntime, numpy and Pillow, and nothing of distseg.
+"""Label an image with a segmentor exported to ONNX. Needs onnxruntime, numpy and Pillow, and
+nothing of distseg.
 
 python predict_onnx.py model.onnx picture.jpg labels.png
 """
@@ -18,8 +19,11 @@ def main(model: str, picture: str, out: str) -> None:
     about = json.loads(session.get_modelmeta().custom_metadata_map["distseg"])
     image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
     if min(image.size) < about["input"]["min_side_px"]:
-        sys.exit(f"{picture} is {image.size} px; enlarge it to at least {about['input']['min_side_px']} on each side")
-    pixels = np.asarray(image, np.float32) / 255  # (H, W, 3) in [0, 1]; the rest of the preprocessing is in the model
+        sys.exit(
+            f"{picture} is {image.size} px; enlarge it to at least {about['input']['min_side_px']} on each side"
+        )
+    # (H, W, 3) in [0, 1]; the rest of the preprocessing is in the model
+    pixels = np.asarray(image, np.float32) / 255
     (logits,) = session.run(["logits"], {"image": pixels.transpose(2, 0, 1)[None]})  # (1, C, H, W)
     label = logits[0].argmax(0).astype(np.uint8)
     colored = Image.fromarray(label)

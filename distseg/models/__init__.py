@@ -97,20 +97,25 @@ IMAGENET: dict[str, Callable[[], Path]] = {
 log = logging.getLogger(__name__)
 
 
-def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **options: Any) -> Segmentor:
-    """A segmentor: image (N, 3, H, W) float in [0, 1], RGB -> logits (N, C, H/s, W/s), s its output_stride.
+def build_segmentor(
+    name: str, num_classes: int, *, init: str = "imagenet", **options: Any
+) -> Segmentor:
+    """A segmentor: image (N, 3, H, W) float in [0, 1], RGB -> logits (N, C, H/s, W/s), s its
+    output_stride.
 
-    init: "imagenet" (the encoder's published weights), "random", or a .safetensors or .pth file with weights
-    of the encoder or of the whole segmentor. What was loaded is logged and kept as `init_report` (None for
-    random).
-    Raises InputError for an unknown name or option, a bad value, and weights that are absent or do not fit.
+    init: "imagenet" (the encoder's published weights), "random", or a .safetensors or .pth file
+    with weights of the encoder or of the whole segmentor. What was loaded is logged and kept as
+    `init_report` (None for random). Raises InputError for an unknown name or option, a bad value,
+    and weights that are absent or do not fit.
     """
     _check("segmentor", name, SEGMENTORS, num_classes, options)
     if init == "random":
         return SEGMENTORS[name](num_classes, **options)
     if init == "imagenet" and name not in IMAGENET:
         action = "write segmentor.init=random, or a file of its weights"
-        raise InputError(f"segmentor.init=imagenet for {name}", "a network with published weights", action)
+        raise InputError(
+            f"segmentor.init=imagenet for {name}", "a network with published weights", action
+        )
     # the file first: building a network only to find no weights would waste the user's time
     path = IMAGENET[name]() if init == "imagenet" else Path(init)
     state = read_weights(path)
@@ -121,7 +126,8 @@ def build_segmentor(name: str, num_classes: int, *, init: str = "imagenet", **op
 
 
 def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real, one per map.
+    """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real,
+    one per map.
 
     Raises InputError for an unknown name or option, and for a bad value.
     """
@@ -129,7 +135,13 @@ def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Modul
     return DISCRIMINATORS[name](num_classes, **options)
 
 
-def _check(kind: str, name: str, choices: Mapping[str, Callable], num_classes: int, options: Mapping[str, Any]) -> None:
+def _check(
+    kind: str,
+    name: str,
+    choices: Mapping[str, Callable],
+    num_classes: int,
+    options: Mapping[str, Any],
+) -> None:
     if name not in choices:
         raise InputError(f"{kind}={name}", f"one of: {', '.join(choices)}", f"correct {kind}.name")
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]
@@ -138,4 +150,6 @@ def _check(kind: str, name: str, choices: Mapping[str, Callable], num_classes: i
             got = f"{kind}.options.{key}, which {name} does not have"
             raise InputError(got, f"among: {', '.join(accepted)}", f"remove {kind}.options.{key}")
     if not 1 <= num_classes <= 255:
-        raise InputError(f"num_classes={num_classes}", "1 to 255", "check the classes of the shards")
+        raise InputError(
+            f"num_classes={num_classes}", "1 to 255", "check the classes of the shards"
+        )

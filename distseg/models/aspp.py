@@ -1,4 +1,7 @@
-"""Atrous spatial pyramid pooling of DeepLabV2, V3 and V3+ (Chen et al. 2016 to 2018), and the layers it is made of."""
+"""Atrous spatial pyramid pooling of DeepLabV2, V3 and V3+ (Chen et al.
+
+2016 to 2018), and the layers it is made of.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,11 @@ LIGHT_CHANNELS = 128
 
 def conv_bn_relu(in_channels: int, channels: int) -> nn.Sequential:
     """1x1 convolution, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), BatchNorm2d(channels), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 1, bias=False),
+        BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    )
 
 
 def dense(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
@@ -30,7 +37,9 @@ def dense(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
 
 def separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
     """A depthwise 3x3 followed by a 1x1; one normalisation, after both."""
-    return nn.Sequential(DepthwiseConv2d(in_channels, 3, 1, dilation), *conv_bn_relu(in_channels, channels))
+    return nn.Sequential(
+        DepthwiseConv2d(in_channels, 3, 1, dilation), *conv_bn_relu(in_channels, channels)
+    )
 
 
 def init_classifier(layer: nn.Conv2d) -> nn.Conv2d:
@@ -41,7 +50,10 @@ def init_classifier(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class ASPP(nn.Module):
-    """A 1x1 branch, atrous ones and the image's mean, side by side and mixed: (N, in, h, w) -> (N, channels, h, w)."""
+    """A 1x1 branch, atrous ones and the image's mean, side by side and mixed.
+
+    (N, in, h, w) -> (N, channels, h, w).
+    """
 
     def __init__(
         self,
@@ -54,22 +66,27 @@ class ASPP(nn.Module):
         super().__init__()
         self.point = conv_bn_relu(in_channels, channels)
         self.atrous = nn.ModuleList(branch(in_channels, channels, rate) for rate in rates)
-        # no batch norm on this branch: it has one value per image, too few for statistics of a small batch
+        # no batch norm on this branch: it has one value per image, too few for statistics of a
+        # small batch
         self.mean = nn.Sequential(nn.Conv2d(in_channels, channels, 1), nn.ReLU(inplace=True))
         self.mix = conv_bn_relu(channels * (2 + len(rates)), channels)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.mean(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
-        return self.dropout(self.mix(torch.cat([self.point(x), *(branch(x) for branch in self.atrous), mean], 1)))
+        return self.dropout(
+            self.mix(torch.cat([self.point(x), *(branch(x) for branch in self.atrous), mean], 1))
+        )
 
 
 class SummedClassifiers(nn.Module):
-    """DeepLabV2's pooling: 3x3 classifiers of several rates side by side, summed. (N, in, h, w) -> (N, classes, h, w).
+    """DeepLabV2's pooling: 3x3 classifiers of several rates side by side, summed. (N, in, h, w) ->
+    (N, classes, h, w).
 
-    State dict and values as nn.ModuleList([nn.Conv2d(...), ...]), whose outputs are added. Convolutions with so few
-    outputs are slow, so the taps of all of them are computed as one 1x1 convolution, and each tap's outputs then
-    moved to the pixel that they count for, and added up in at least float32.
+    State dict and values as nn.ModuleList([nn.Conv2d(...), ...]), whose outputs are added.
+    Convolutions with so few outputs are slow, so the taps of all of them are computed as one 1x1
+    convolution, and each tap's outputs then moved to the pixel that they count for, and added up in
+    at least float32.
     """
 
     def __init__(self, in_channels: int, num_classes: int, rates: Sequence[int]):
@@ -83,11 +100,18 @@ class SummedClassifiers(nn.Module):
         classifiers: list[nn.Conv2d] = list(self.children())  # type: ignore[arg-type]
         if is_exporting():  # other programs know plain convolutions
             return sum((classifier(x) for classifier in classifiers[1:]), start=classifiers[0](x))
-        # an input at p counts at p - (tap - 1) * rate, where F.fold, meant for patches, adds tap * rate: so they turn
-        taps = [classifier.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2) for classifier in classifiers]
-        outputs = F.conv2d(x, torch.cat(taps)[:, :, None, None]).flatten(2)  # (N, rates * classes * 9, h * w)
+        # an input at p counts at p - (tap - 1) * rate, where F.fold, meant for patches, adds tap *
+        # rate: so they turn
+        taps = [
+            classifier.weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2)
+            for classifier in classifiers
+        ]
+        # (N, rates * classes * 9, h * w)
+        outputs = F.conv2d(x, torch.cat(taps)[:, :, None, None]).flatten(2)
         outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-        total = torch.stack([cast(Tensor, classifier.bias) for classifier in classifiers]).sum(0)[:, None, None]
+        total = torch.stack([cast(Tensor, classifier.bias) for classifier in classifiers]).sum(0)[
+            :, None, None
+        ]
         for part, rate in zip(outputs.chunk(len(self.rates), 1), self.rates, strict=True):
             total = total + F.fold(part, x.shape[-2:], 3, dilation=rate, padding=rate)
         return total

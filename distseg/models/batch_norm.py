@@ -1,4 +1,6 @@
-"""Batch normalisation whose statistics can be frozen for good, and folded into the convolution before it."""
+"""Batch normalisation whose statistics can be frozen for good, and folded into the convolution
+before it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ MODES = ("per_rank", "frozen")
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with `frozen`: the stored statistics are used, and a later .train() does not undo it."""
+    """nn.BatchNorm2d with `frozen`.
+
+    The stored statistics are used, and a later .train() does not undo it.
+    """
 
     frozen = False
 
@@ -20,10 +25,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(conv(x)) for a convolution without bias: a single convolution, unless the batch's statistics are used.
+    """norm(conv(x)) for a convolution without bias: a single convolution, unless the batch's
+    statistics are used.
 
-    Then the scale goes into the weights and the rest into a bias, so that neither time nor the memory of a saved
-    activation is spent on the normalisation. Gradients reach all parameters as they do otherwise.
+    Then the scale goes into the weights and the rest into a bias, so that neither time nor the
+    memory of a saved activation is spent on the normalisation. Gradients reach all parameters as
+    they do otherwise.
     """
     if norm.training:
         return norm(conv(x))
@@ -36,11 +43,13 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 def set_batch_norm(module: nn.Module, mode: str) -> None:
     """Choose where the statistics of every batch normalisation in `module` come from.
 
-    mode: "per_rank", the batch of the rank at hand; "frozen", the stored statistics, with scale and shift
-    not trained either. Raises InputError for another mode.
+    mode: "per_rank", the batch of the rank at hand; "frozen", the stored statistics, with scale and
+    shift not trained either. Raises InputError for another mode.
     """
     if mode not in MODES:
-        raise InputError(f"batch_norm={mode}", f"one of: {', '.join(MODES)}", "correct segmentor.batch_norm")
+        raise InputError(
+            f"batch_norm={mode}", f"one of: {', '.join(MODES)}", "correct segmentor.batch_norm"
+        )
     for layer in module.modules():
         if isinstance(layer, BatchNorm2d):
             layer.frozen = mode == "frozen"

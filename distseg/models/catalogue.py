@@ -1,8 +1,9 @@
-"""What there is to choose from, measured: `distseg models` prints every segmentor and discriminator with its size.
+"""What there is to choose from, measured: `distseg models` prints every segmentor and discriminator
+with its size.
 
-No number is written down here. Networks are built on the meta device, which has shapes but no memory, so that even
-VGG16 costs nothing; parameters are counted on the module, floating point operations by torch's FlopCounterMode,
-strides and fields of view by `distseg.models.connections`.
+No number is written down here. Networks are built on the meta device, which has shapes but no
+memory, so that even VGG16 costs nothing; parameters are counted on the module, floating point
+operations by torch's FlopCounterMode, strides and fields of view by `distseg.models.connections`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from distseg.models.connections import Filled, Forward, geometry
 from shards.errors import InputError
 
 SIZE_PX = 321  # of the images whose work is counted: the crop of Hung et al. 2018
-LABEL_STRIDE = 8  # of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
+# of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
+LABEL_STRIDE = 8
 STRIDED_PX = -(-SIZE_PX // LABEL_STRIDE)
 MIN_WIDTH = 112  # of the tables, in characters: narrower ones would cut numbers off
 NOTE = f"""\
@@ -37,20 +39,26 @@ GFLOP          10^9 operations of a forward, a multiply-add counted as two, of c
 
 @dataclass(frozen=True)
 class Entry:
-    """One network. Fields of view are (height, width) px of the image, or of the label map for a discriminator."""
+    """One network. Fields of view are (height, width) px of the image, or of the label map for a
+    discriminator.
+    """
 
     name: str
     parameters: int
     output_stride: int
-    field_of_view_px: tuple[int, int] | None  # of the logit in the middle; None: the whole image, whatever its size
-    gflop: float  # a forward of one image of 321x321 px, for a discriminator with a label map of that size
+    # of the logit in the middle; None: the whole image, whatever its size
+    field_of_view_px: tuple[int, int] | None
+    # a forward of one image of 321x321 px, for a discriminator with a label map of that size
+    gflop: float
     encoder: str | None = None  # segmentors
     encoder_parameters: int | None = None
-    gflop_at_stride_8: float | None = None  # discriminators: with a label map of 41x41 px, the same image
+    # discriminators: with a label map of 41x41 px, the same image
+    gflop_at_stride_8: float | None = None
 
 
 def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
-    """`distseg models`: print the table, or JSON, of all networks or of `names`; returns the exit code.
+    """`distseg models`: print the table, or JSON, of all networks or of `names`; returns the exit
+    code.
 
     Raises InputError for an unknown name, and for a number of classes outside 1 to 255.
     """
@@ -78,10 +86,16 @@ def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> tuple[list[En
     for name in names:
         if name not in SEGMENTORS and name not in DISCRIMINATORS:
             known = ", ".join([*SEGMENTORS, *DISCRIMINATORS])
-            raise InputError(f"no network {name}", f"among: {known}", "correct the name, or give none for all")
+            raise InputError(
+                f"no network {name}", f"among: {known}", "correct the name, or give none for all"
+            )
     return (
         [measure_segmentor(name, num_classes) for name in SEGMENTORS if not names or name in names],
-        [measure_discriminator(name, num_classes) for name in DISCRIMINATORS if not names or name in names],
+        [
+            measure_discriminator(name, num_classes)
+            for name in DISCRIMINATORS
+            if not names or name in names
+        ],
     )
 
 
@@ -107,7 +121,10 @@ def measure_segmentor(name: str, num_classes: int, **options: Any) -> Entry:
 
 
 def measure_discriminator(name: str, num_classes: int, **options: Any) -> Entry:
-    """A discriminator built with `options`, and with head="patch" where it has heads: of a mean there is no field."""
+    """A discriminator built with `options`, and with head="patch" where it has heads.
+
+    Of a mean there is no field.
+    """
     if "head" in inspect.signature(DISCRIMINATORS[name]).parameters:
         options = {"head": "patch", **options}
     with torch.device("meta"):
@@ -134,7 +151,10 @@ def num_parameters(network: nn.Module) -> int:
 
 
 def gflop(network: nn.Module, forward: Forward, channels_and_size: tuple[int, int]) -> float:
-    """10^9 operations of one forward, a multiply-add counted as two. `network` is on the meta device."""
+    """10^9 operations of one forward, a multiply-add counted as two.
+
+    `network` is on the meta device.
+    """
     channels, size = channels_and_size
     counter = FlopCounterMode(display=False)
     # fake tensors, which call themselves CPU tensors: under autocast the meta device is refused
@@ -150,7 +170,9 @@ def _segmentor_table(entries: list[Entry], num_classes: int) -> Table:
     for entry in entries:
         parameters, of_encoder = f"{entry.parameters:,}", f"{entry.encoder_parameters:,}"
         view, work = _view(entry.field_of_view_px), f"{entry.gflop:.1f}"
-        table.add_row(entry.name, entry.encoder, parameters, of_encoder, str(entry.output_stride), view, work)
+        table.add_row(
+            entry.name, entry.encoder, parameters, of_encoder, str(entry.output_stride), view, work
+        )
     return table
 
 

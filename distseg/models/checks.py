@@ -14,7 +14,9 @@ def require_size(x: Tensor, min_size_px: int, what: str = "image") -> None:
     height, width = x.shape[-2:]
     if height < min_size_px or width < min_size_px:
         got = f"{what} of {height}x{width} px"
-        raise InputError(got, f"at least {min_size_px} px on each side", "leave it out, enlarge it or pad it")
+        raise InputError(
+            got, f"at least {min_size_px} px on each side", "leave it out, enlarge it or pad it"
+        )
 
 
 def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:

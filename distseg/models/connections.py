@@ -1,7 +1,9 @@
-"""Where a network looks, measured on its own forward: output stride and field of view, without its weights.
+"""Where a network looks, measured on its own forward: output stride and field of view, without its
+weights.
 
-Nothing is known of the network but that it is called. It is built on the meta device, run with every layer replaced by
-the simplest one that has the same connections, and the gradient of one output is followed back to the input.
+Nothing is known of the network but that it is called. It is built on the meta device, run with
+every layer replaced by the simplest one that has the same connections, and the gradient of one
+output is followed back to the input.
 """
 
 from __future__ import annotations
@@ -16,19 +18,24 @@ from torch.overrides import TorchFunctionMode
 
 from shards.errors import InputError
 
-# strips long enough for any field of view that ends at all; the second only where the first is seen to its ends.
-# Multiples of any stride, or a last cell would hang over
+# strips long enough for any field of view that ends at all; the second only where the first is seen
+# to its ends. Multiples of any stride, or a last cell would hang over
 PROBES_PX = (512, 4096)
 
-Forward = Callable[[nn.Module, Tensor], Tensor]  # the network, what it is to see -> logits (N, C', h, w)
+# the network, what it is to see -> logits (N, C', h, w)
+Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
-def geometry(network: nn.Module, forward: Forward, channels: int) -> tuple[int, tuple[int, int] | None]:
-    """Output stride, and height and width of the input that the middle logit depends on; None if that is all of it.
+def geometry(
+    network: nn.Module, forward: Forward, channels: int
+) -> tuple[int, tuple[int, int] | None]:
+    """Output stride, and height and width of the input that the middle logit depends on; None if
+    that is all of it.
 
-    `network` is on the meta device, in eval mode. Along each axis a strip is sent through with every layer replaced
-    by the simplest one that has its connections (see `Connections`), and the gradient of one logit is followed back.
-    The stride is the quotient of the strip's length and the output's.
+    `network` is on the meta device, in eval mode. Along each axis a strip is sent through with
+    every layer replaced by the simplest one that has its connections (see `Connections`), and the
+    gradient of one logit is followed back. The stride is the quotient of the strip's length and the
+    output's.
     """
     stride, sides = 0, []
     for axis in (2, 3):
@@ -40,7 +47,11 @@ def geometry(network: nn.Module, forward: Forward, channels: int) -> tuple[int, 
             seen = (gradient != 0).any(3 - axis).nonzero().ravel()
             if len(seen) == 0:
                 got = f"{type(network).__name__}: its output does not depend on its input"
-                raise InputError(got, "a network", "look for a detached tensor, or mend distseg/models/connections.py")
+                raise InputError(
+                    got,
+                    "a network",
+                    "look for a detached tensor, or mend distseg/models/connections.py",
+                )
             first, last = int(seen[0]), int(seen[-1])
             if first > 0 and last < length - 1:
                 sides.append(last - first + 1)
@@ -50,12 +61,18 @@ def geometry(network: nn.Module, forward: Forward, channels: int) -> tuple[int, 
     return stride, (sides[0], sides[1])
 
 
-def _middle_gradient(network: nn.Module, forward: Forward, shape: list[int], axis: int) -> tuple[int, Tensor]:
-    """Logits along `axis` for an input of `shape`, and the gradient (H, W) of the middle one, summed over channels."""
+def _middle_gradient(
+    network: nn.Module, forward: Forward, shape: list[int], axis: int
+) -> tuple[int, Tensor]:
+    """Logits along `axis` for an input of `shape`, and the gradient (H, W) of the middle one,
+    summed over channels.
+    """
     probe = torch.ones(shape, dtype=torch.float64, requires_grad=True)
     with Connections():
         logits = forward(Filled(network, _ones), probe)
-    (gradient,) = torch.autograd.grad(logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2], probe)
+    (gradient,) = torch.autograd.grad(
+        logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2], probe
+    )
     return logits.shape[axis], gradient[0].sum(0)
 
 
@@ -68,7 +85,10 @@ class Filled(nn.Module):
         self.values: dict[str, Tensor] = {}
         # each module by one of its names: functional_call would not restore what it replaces by two
         for path, module in network.named_modules():
-            own = [*module.named_parameters(path, recurse=False), *module.named_buffers(path, recurse=False)]
+            own = [
+                *module.named_parameters(path, recurse=False),
+                *module.named_buffers(path, recurse=False),
+            ]
             self.values |= {name: fill(value.shape, dtype=value.dtype) for name, value in own}
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -81,11 +101,13 @@ def _ones(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 class Connections(TorchFunctionMode):
-    """Runs a network's forward with its connections alone: which input reaches which output, and nothing else.
+    """Runs a network's forward with its connections alone: which input reaches which output, and
+    nothing else.
 
-    Convolutions become means over their window and all channels, poolings means, differences sums, activations and
-    normalisations nothing. So no gradient is lost to a dead unit, a maximum, saturation or cancellation; and since
-    all channels of a layer then see the same, one is computed where a layer has hundreds, and shown that many times.
+    Convolutions become means over their window and all channels, poolings means, differences sums,
+    activations and normalisations nothing. So no gradient is lost to a dead unit, a maximum,
+    saturation or cancellation; and since all channels of a layer then see the same, one is computed
+    where a layer has hundreds, and shown that many times.
     """
 
     def __torch_function__(
@@ -104,7 +126,13 @@ def _whole(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Tensor:
     y = F.conv2d(_one_channel(x), _window(weight), None, stride, padding, dilation)
     return y.expand(-1, weight.shape[0], -1, -1)
@@ -120,7 +148,9 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Tensor:
-    y = F.conv_transpose2d(_one_channel(x), _window(weight), None, stride, padding, output_padding, 1, dilation)
+    y = F.conv_transpose2d(
+        _one_channel(x), _window(weight), None, stride, padding, output_padding, 1, dilation
+    )
     return y.expand(-1, weight.shape[1] * groups, -1, -1)
 
 
@@ -148,12 +178,15 @@ def _sum(x: Any, y: Any, **_: Any) -> Any:
 def _sum_in_place(x: Tensor, y: Any, **_: Any) -> Tensor:
     if not _is_shared(x):
         return x.add_(y)
-    x[:, :1].add_(_one_channel(y) if isinstance(y, Tensor) and y.ndim == 4 else y)  # their memory is one
+    # their memory is one
+    x[:, :1].add_(_one_channel(y) if isinstance(y, Tensor) and y.ndim == 4 else y)
     return x
 
 
 def _each_channel(function: Callable) -> Callable:
-    """`function` of (x, ...), which treats all channels alike, computed once where they are the same."""
+    """`function` of (x, ...), which treats all channels alike, computed once where they are the
+    same.
+    """
 
     def once(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not _is_shared(x):
@@ -186,7 +219,10 @@ STAND_INS: dict[str, Callable] = {
     "conv2d": _convolution,
     "conv_transpose2d": _transposed_convolution,
     "max_pool2d": _pooling,
-    **{name: _each_channel(getattr(F, name)) for name in ("interpolate", "avg_pool2d", "adaptive_avg_pool2d")},
+    **{
+        name: _each_channel(getattr(F, name))
+        for name in ("interpolate", "avg_pool2d", "adaptive_avg_pool2d")
+    },
     **dict.fromkeys(("add", "sub"), _sum),
     **dict.fromkeys(("add_", "sub_"), _sum_in_place),
 }

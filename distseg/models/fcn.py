@@ -14,16 +14,18 @@ from shards.errors import InputError
 
 
 class _FCN(nn.Module):
-    """Scores from fc7, then from pool4 and pool3 where the stride asks for them, each upsampled and summed.
+    """Scores from fc7, then from pool4 and pool3 where the stride asks for them, each upsampled and
+    summed.
 
-    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/s), ceil(W/s)), s = 32,
-    16 or 8. The fixed bilinear upsampling of the reference's last layer is left to the loss and to inference.
-    Where the reference pads the image by 100 px and crops by hand-counted offsets, every grid here starts at
-    the image's corner, so bilinear upsampling (align_corners=False) puts each score where it belongs.
-    A finer network starts from a coarser one's weights with segmentor.init=FILE: its new scores are zero.
-    fc_channels: width of fc6 and fc7 (published weights need 4096). binary_head, for 2 classes: "two_classes", a
-    score each, or "sigmoid", one score z whose logits are (0, z), since softmax((0, z)) = (1 - sigmoid(z), sigmoid(z)).
-    Raises InputError for a bad option or a smaller image.
+    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/s),
+    ceil(W/s)), s = 32, 16 or 8. The fixed bilinear upsampling of the reference's last layer is left
+    to the loss and to inference. Where the reference pads the image by 100 px and crops by
+    hand-counted offsets, every grid here starts at the image's corner, so bilinear upsampling
+    (align_corners=False) puts each score where it belongs. A finer network starts from a coarser
+    one's weights with segmentor.init=FILE: its new scores are zero. fc_channels: width of fc6 and
+    fc7 (published weights need 4096). binary_head, for 2 classes: "two_classes", a score each, or
+    "sigmoid", one score z whose logits are (0, z), since softmax((0, z)) = (1 - sigmoid(z),
+    sigmoid(z)). Raises InputError for a bad option or a smaller image.
     """
 
     output_stride: int
@@ -31,14 +33,20 @@ class _FCN(nn.Module):
     min_size_px = 32
     init_report: LoadReport | None = None  # what was taken from a file of weights
 
-    def __init__(self, num_classes: int, *, fc_channels: int = 4096, binary_head: str = "two_classes"):
+    def __init__(
+        self, num_classes: int, *, fc_channels: int = 4096, binary_head: str = "two_classes"
+    ):
         super().__init__()
         require_number("segmentor.options.fc_channels", fc_channels, 1, 4096)
         require_choice("segmentor.options.binary_head", binary_head, ("two_classes", "sigmoid"))
         self.num_classes, self.is_sigmoid = num_classes, binary_head == "sigmoid"
         if self.is_sigmoid and num_classes != 2:
             got = f"segmentor.options.binary_head=sigmoid for {num_classes} classes"
-            raise InputError(got, "2 classes", "write segmentor.options.binary_head=two_classes, or merge classes")
+            raise InputError(
+                got,
+                "2 classes",
+                "write segmentor.options.binary_head=two_classes, or merge classes",
+            )
         num_scores = 1 if self.is_sigmoid else num_classes
         self.encoder = VGG16(fc_channels)
         self.score_fr = _score(fc_channels, num_scores)
@@ -58,7 +66,9 @@ class _FCN(nn.Module):
         if self.output_stride <= 16:  # (N, C, H/16, W/16)
             score = self.upscore2(score, pool4) + self.score_pool4(_scaled(pool4, self.pool4_scale))
         if self.output_stride <= 8:  # (N, C, H/8, W/8)
-            score = self.upscore_pool4(score, pool3) + self.score_pool3(_scaled(pool3, self.pool3_scale))
+            score = self.upscore_pool4(score, pool3) + self.score_pool3(
+                _scaled(pool3, self.pool3_scale)
+            )
         return torch.cat([torch.zeros_like(score), score], 1) if self.is_sigmoid else score
 
 
@@ -81,7 +91,10 @@ class FCN8s(_FCN):
 
 
 class FCN8sAtOnce(FCN8s):
-    """FCN-8s for training in one go: scaled down, pool4 and pool3 score on a level with fc7 from the first step."""
+    """FCN-8s for training in one go.
+
+    Scaled down, pool4 and pool3 score on a level with fc7 from the first step.
+    """
 
     pool4_scale, pool3_scale = 0.01, 0.0001  # the reference's voc-fcn8s-atonce
 

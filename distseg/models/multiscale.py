@@ -1,4 +1,7 @@
-"""The multi-scale network of Farabet et al. (PAMI 2013), as Luc et al. 2016 use it on Stanford Background."""
+"""The multi-scale network of Farabet et al.
+
+(PAMI 2013), as Luc et al. 2016 use it on Stanford Background.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,15 @@ YUV = ((0.299, 0.587, 0.114), (-0.14713, -0.28886, 0.436), (0.615, -0.51499, -0.
 
 
 class MultiScale(nn.Module):
-    """One small encoder, with the same weights, over three scales of the image; their features side by side.
+    """One small encoder, with the same weights, over three scales of the image; their features side
+    by side.
 
-    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/4), ceil(W/4)).
-    pyramid: "laplacian", locally normalised YUV band-pass images as in Farabet et al.; "gaussian", the image itself
-    at three scales, which keeps colours as they are. norm: "none" as published, or "batch" after each convolution.
-    activation: "tanh" as published, or "relu". hidden: channels of the classifier's hidden layer.
-    Luc et al. leave out the superpixels, so does this. Raises InputError for a bad option or a smaller image.
+    forward: image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32 -> logits (N, C, ceil(H/4),
+    ceil(W/4)). pyramid: "laplacian", locally normalised YUV band-pass images as in Farabet et al.;
+    "gaussian", the image itself at three scales, which keeps colours as they are. norm: "none" as
+    published, or "batch" after each convolution. activation: "tanh" as published, or "relu".
+    hidden: channels of the classifier's hidden layer. Luc et al. leave out the superpixels, so does
+    this. Raises InputError for a bad option or a smaller image.
     """
 
     yuv: Tensor
@@ -70,7 +75,8 @@ class MultiScale(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        grid = tuple(num_cells(side, self.output_stride) for side in image.shape[-2:])  # (h, w) of the logits
+        # (h, w) of the logits
+        grid = tuple(num_cells(side, self.output_stride) for side in image.shape[-2:])
         with torch.autocast(image.device.type, enabled=False):  # small differences of pixels
             levels = self._levels(image, grid)
         features = []
@@ -82,7 +88,9 @@ class MultiScale(nn.Module):
         return self.classifier(torch.cat(features, 1))  # (N, C, h, w)
 
     def _levels(self, image: Tensor, grid: tuple[int, ...]) -> list[Tensor]:
-        """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the same image."""
+        """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the
+        same image.
+        """
         sizes = [tuple(4 * num_cells(side, 2**k) for side in grid) for k in range(SCALES)]
         whole = not is_exporting() and image.shape[-2:] == sizes[0]
         levels = [image if whole else _resize(image, sizes[0])]
@@ -91,7 +99,9 @@ class MultiScale(nn.Module):
         if self.pyramid == "gaussian":
             return [2 * level - 1 for level in levels]
         levels = [F.conv2d(level, self.yuv.to(level)) for level in levels]
-        bands = [fine - _resize(coarse, fine.shape[-2:]) for fine, coarse in itertools.pairwise(levels)]
+        bands = [
+            fine - _resize(coarse, fine.shape[-2:]) for fine, coarse in itertools.pairwise(levels)
+        ]
         return [_locally_normalised(band) for band in [*bands, levels[-1]]]
 
 
@@ -106,9 +116,13 @@ def _encoder(norm: str, activation: str) -> nn.Sequential:
     )
 
 
-def _layer(in_channels: int, channels: int, kernel: int, norm: str, activation: str) -> list[nn.Module]:
+def _layer(
+    in_channels: int, channels: int, kernel: int, norm: str, activation: str
+) -> list[nn.Module]:
     batch_norm = norm == "batch"
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=not batch_norm)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=not batch_norm)
+    ]
     layers += [BatchNorm2d(channels)] if batch_norm else []
     return [*layers, nn.Tanh() if activation == "tanh" else nn.ReLU(inplace=True)]
 
@@ -118,11 +132,17 @@ def _resize(x: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 
 
 def _locally_normalised(x: Tensor) -> Tensor:
-    """Zero mean and unit deviation in a window around each pixel; the deviation at least the image's mean one."""
+    """Zero mean and unit deviation in a window around each pixel.
+
+    The deviation at least the image's mean one.
+    """
 
     def mean(y: Tensor) -> Tensor:
         # a box is separable, and so is the count of its pixels inside the image
-        for window, padding in (((WINDOW_PX, 1), (WINDOW_PX // 2, 0)), ((1, WINDOW_PX), (0, WINDOW_PX // 2))):
+        for window, padding in (
+            ((WINDOW_PX, 1), (WINDOW_PX // 2, 0)),
+            ((1, WINDOW_PX), (0, WINDOW_PX // 2)),
+        ):
             y = F.avg_pool2d(y, window, stride=1, padding=padding, count_include_pad=False)
         return y
 

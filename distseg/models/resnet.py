@@ -1,4 +1,7 @@
-"""ResNet-50 and ResNet-101 (He et al. 2016) as dense encoders, with the state-dict keys of torchvision."""
+"""ResNet-50 and ResNet-101 (He et al.
+
+2016) as dense encoders, with the state-dict keys of torchvision.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ NUM_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # He et al. 2016, table 1
 EXPANSION = 4
 WIDTH = 64
 LAYOUTS = ("torchvision", "caffe")
-CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)  # RGB, 0 to 255: of AdvSemiSeg's training code
-# torchvision's files, the first one found is used (the two of a network differ in their training recipe)
+# RGB, 0 to 255: of AdvSemiSeg's training code
+CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)
+# torchvision's files, the first one found is used (the two of a network differ in their training
+# recipe)
 IMAGENET_FILES = {
     50: ("resnet50-11ad3fa6.pth", "resnet50-0676ba61.pth"),
     101: ("resnet101-63fe2227.pth", "resnet101-cd907fc2.pth"),
@@ -26,14 +31,16 @@ IMAGENET_FILES = {
 
 
 class ResNet(nn.Module):
-    """image (N, 3, H, W) float in [0, 1], RGB -> maps of layer1 (N, 256, H/4, W/4), of layer4 (N, 2048, H/s, W/s).
+    """image (N, 3, H, W) float in [0, 1], RGB -> maps of layer1 (N, 256, H/4, W/4), of layer4 (N,
+    2048, H/s, W/s).
 
-    Sizes are rounded up; cell i of a stride-s map lies on pixel s * i. output_stride s: 8 or 16; strides beyond it are
-    replaced by dilation so that the map holds what the strided network would compute from every shifted image.
-    layout: "torchvision" has a bottleneck's stride on the 3x3 and takes (RGB - mean) / std; "caffe" (DeepLabV2, Hung
-    et al. 2018) has it on the first 1x1, pools in ceil mode (a map can be one cell larger) and takes 0..255 - mean.
-    channel_order: of the pixels the weights were trained on, "rgb" or "bgr" (caffe only). width: channels of the
-    stem, 64 in every published file. Raises InputError for a bad option.
+    Sizes are rounded up; cell i of a stride-s map lies on pixel s * i. output_stride s: 8 or 16;
+    strides beyond it are replaced by dilation so that the map holds what the strided network would
+    compute from every shifted image. layout: "torchvision" has a bottleneck's stride on the 3x3 and
+    takes (RGB - mean) / std; "caffe" (DeepLabV2, Hung et al. 2018) has it on the first 1x1, pools
+    in ceil mode (a map can be one cell larger) and takes 0..255 - mean. channel_order: of the
+    pixels the weights were trained on, "rgb" or "bgr" (caffe only). width: channels of the stem, 64
+    in every published file. Raises InputError for a bad option.
     """
 
     mean: Tensor
@@ -59,12 +66,18 @@ class ResNet(nn.Module):
         at_8 = 2 if output_stride == 8 else 1  # dilation that replaces layer3's stride
         self.layer1 = _stage(width, width, first, layout)
         self.layer2 = _stage(4 * width, 2 * width, second, layout, stride=2)
-        self.layer3 = _stage(8 * width, 4 * width, third, layout, stride=2 // at_8, dilations=(1, at_8))
+        self.layer3 = _stage(
+            8 * width, 4 * width, third, layout, stride=2 // at_8, dilations=(1, at_8)
+        )
         self.layer4 = _stage(16 * width, 8 * width, fourth, layout, dilations=(at_8, 2 * at_8))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        mean, std = (MEAN, STD) if layout == "torchvision" else ([m / 255 for m in CAFFE_MEAN], [1 / 255] * 3)
+        mean, std = (
+            (MEAN, STD)
+            if layout == "torchvision"
+            else ([m / 255 for m in CAFFE_MEAN], [1 / 255] * 3)
+        )
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -80,13 +93,20 @@ class ResNet(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 with four times the channels, and a shortcut around them."""
 
-    def __init__(self, in_channels: int, width: int, strides: tuple[int, int], dilation: int, is_first: bool):
-        """strides: of the first 1x1 and of the 3x3. is_first: of its stage, where the shortcut is a 1x1 too."""
+    def __init__(
+        self, in_channels: int, width: int, strides: tuple[int, int], dilation: int, is_first: bool
+    ):
+        """strides: of the first 1x1 and of the 3x3.
+
+        is_first: of its stage, where the shortcut is a 1x1 too.
+        """
         super().__init__()
         out_channels = EXPANSION * width
         self.conv1 = nn.Conv2d(in_channels, width, 1, strides[0], bias=False)
         self.bn1 = BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, strides[1], padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = nn.Conv2d(
+            width, width, 3, strides[1], padding=dilation, dilation=dilation, bias=False
+        )
         self.bn2 = BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = BatchNorm2d(out_channels)
@@ -117,13 +137,16 @@ def _stage(
     stride: int = 1,
     dilations: tuple[int, int] = (1, 1),
 ) -> nn.Sequential:
-    """Blocks of one width. dilations: of the grid that the stage gets, and of the one that it would leave.
+    """Blocks of one width. dilations: of the grid that the stage gets, and of the one that it would
+    leave.
 
-    Where dilation replaces a stride, the first block's 3x3 still sees the old grid if the stride was its own
-    (torchvision), and the new one if the stride came before it (Caffe): so the conventions of torchvision's
-    replace_stride_with_dilation and of DeepLabV2 are one rule.
+    Where dilation replaces a stride, the first block's 3x3 still sees the old grid if the stride
+    was its own (torchvision), and the new one if the stride came before it (Caffe): so the
+    conventions of torchvision's replace_stride_with_dilation and of DeepLabV2 are one rule.
     """
-    strides, first = ((1, stride), dilations[0]) if layout == "torchvision" else ((stride, 1), dilations[1])
+    strides, first = (
+        ((1, stride), dilations[0]) if layout == "torchvision" else ((stride, 1), dilations[1])
+    )
     blocks = [Bottleneck(in_channels, width, strides, first, is_first=True)]
     for _ in range(num_blocks - 1):
         blocks.append(Bottleneck(EXPANSION * width, width, (1, 1), dilations[1], is_first=False))
@@ -135,7 +158,13 @@ def _check(output_stride: int, layout: str, channel_order: str, width: int) -> N
     require_choice("segmentor.options.channel_order", channel_order, ("rgb", "bgr"))
     require_number("segmentor.options.width", width, 1, 1024)
     if output_stride not in (8, 16):
-        raise InputError(f"segmentor.options.encoder_stride={output_stride}", "8 or 16", "correct it")
+        raise InputError(
+            f"segmentor.options.encoder_stride={output_stride}", "8 or 16", "correct it"
+        )
     if channel_order == "bgr" and layout != "caffe":
         got = f"segmentor.options.channel_order=bgr with layout={layout}"
-        raise InputError(got, "rgb, as torchvision's weights", "remove it, or write segmentor.options.layout=caffe")
+        raise InputError(
+            got,
+            "rgb, as torchvision's weights",
+            "remove it, or write segmentor.options.layout=caffe",
+        )

@@ -1,4 +1,6 @@
-"""VGG16 (Simonyan and Zisserman 2015), fully convolutional, with the state-dict keys of torchvision."""
+"""VGG16 (Simonyan and Zisserman 2015), fully convolutional, with the state-dict keys of
+torchvision.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch.compiler import is_exporting
 
 from distseg.models.weights import torchvision_file
 
-# output channels of the 3x3 convolutions, "P" = 2x2 pooling; the positions give torchvision's features.N
+# output channels of the 3x3 convolutions, "P" = 2x2 pooling; the positions give torchvision's
+# features.N
 LAYOUT = (64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's weights, RGB in [0, 1]
 POOL3, POOL4 = 16, 23  # positions in `features`
@@ -20,9 +23,9 @@ POOL3, POOL4 = 16, 23  # positions in `features`
 class VGG16(nn.Module):
     """The 13 convolutions and, as convolutions too, fc6 and fc7; gives pool3, pool4 and fc7.
 
-    image: (N, 3, H, W) float in [0, 1], RGB. fc_channels: width of fc6 and fc7 (torchvision's weights for
-    them need 4096). Pooling rounds sizes up (Caffe's ceil mode), so no border pixel is dropped and cell i
-    of a stride-s map covers exactly the pixels i*s to (i+1)*s - 1.
+    image: (N, 3, H, W) float in [0, 1], RGB. fc_channels: width of fc6 and fc7 (torchvision's
+    weights for them need 4096). Pooling rounds sizes up (Caffe's ceil mode), so no border pixel is
+    dropped and cell i of a stride-s map covers exactly the pixels i*s to (i+1)*s - 1.
     """
 
     mean: Tensor
@@ -69,8 +72,11 @@ class Halve(nn.MaxPool2d):
     def forward(self, x: Tensor) -> Tensor:
         if not is_exporting():
             return super().forward(x)
-        # the rule of ceil mode asks about the size, see grids.py; the last row twice has the same maximum
-        return F.max_pool2d(F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate"), 2, 2)
+        # the rule of ceil mode asks about the size, see grids.py; the last row twice has the same
+        # maximum
+        return F.max_pool2d(
+            F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="replicate"), 2, 2
+        )
 
 
 def imagenet_weights_file() -> Path:

@@ -1,4 +1,6 @@
-"""Learners: a network with its optimizer and its way of being spread over the ranks, behind one small interface."""
+"""Learners: a network with its optimizer and its way of being spread over the ranks, behind one
+small interface.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,18 @@ from distseg.parallel.ddp import DDPLearner
 from distseg.parallel.stopwatch import Stopwatch
 from shards.errors import InputError
 
-__all__ = ["Learner", "Root", "backward", "check_installed", "check_settings", "check_shard_size", "wrap"]
+__all__ = [
+    "Learner",
+    "Root",
+    "backward",
+    "check_installed",
+    "check_settings",
+    "check_shard_size",
+    "wrap",
+]
 
-Root = tuple[Tensor, Tensor | None]  # where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
+# where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
+Root = tuple[Tensor, Tensor | None]
 
 
 class Learner(Protocol):
@@ -33,33 +44,49 @@ class Learner(Protocol):
         """
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Forward under autocast; the gradients of a later backward will be averaged over the ranks."""
+        """Forward under autocast.
+
+        The gradients of a later backward will be averaged over the ranks.
+        """
 
     def frozen(self, *inputs: Tensor) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss times this learner's loss scale (fp16), as every root of `backward` must be; else itself."""
+        """The loss times this learner's loss scale (fp16), as every root of `backward` must be.
+
+        Else itself.
+        """
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it, a forward and its backward add up gradients that are not yet exchanged."""
 
     @staticmethod
     def backward(work: Sequence[tuple[Any, Sequence[Root]]]) -> None:
-        """Gradients of several learners of this kind, each from its own roots; see `backward` below."""
+        """Gradients of several learners of this kind, each from its own roots.
+
+        See `backward` below.
+        """
 
     def step(self, lr_factor: float) -> dict[str, Tensor]:
-        """Clip, update unless the gradient is not finite, clear the gradients; the norm and the skip counts."""
+        """Clip, update unless the gradient is not finite, clear the gradients.
+
+        The norm and the skip counts.
+        """
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by part ("network", "optimizer", "counters"), each by name; the learner's own memory."""
+        """Tensors by part ("network", "optimizer", "counters"), each by name.
+
+        The learner's own memory.
+        """
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Copy in what `state_dict` gave."""
 
 
 def backward(work: Sequence[tuple[Learner, Sequence[Root]]]) -> None:
-    """Gradients of all learners of a step, each from its own roots, averaged over the ranks when this returns.
+    """Gradients of all learners of a step, each from its own roots, averaged over the ranks when
+    this returns.
 
     The learners are of one kind, and the roots of one lead to no parameter of another.
     """
@@ -84,14 +111,22 @@ def check_installed(strategy: str) -> None:
     """Raise InputError when a strategy's package is not there."""
     if strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         action = "pip install 'distseg[deepspeed]', or write parallel.strategy=ddp"
-        raise InputError("parallel.strategy=deepspeed, and DeepSpeed is not installed", "the package deepspeed", action)
+        raise InputError(
+            "parallel.strategy=deepspeed, and DeepSpeed is not installed",
+            "the package deepspeed",
+            action,
+        )
 
 
 def check_shard_size(shard_size: int, world_size: int) -> None:
     """Raise InputError unless the ranks divide into groups of `shard_size` (0: one group)."""
     if shard_size and world_size % shard_size:
         got = f"parallel.shard_size={shard_size} for {world_size} ranks"
-        raise InputError(got, "a divisor of the number of ranks", "write parallel.shard_size=0 for one group of all")
+        raise InputError(
+            got,
+            "a divisor of the number of ranks",
+            "write parallel.shard_size=0 for one group of all",
+        )
 
 
 def _fsdp(*arguments: Any) -> Learner:
@@ -101,6 +136,7 @@ def _fsdp(*arguments: Any) -> Learner:
 
 
 def _deepspeed(*arguments: Any) -> Learner:
-    from distseg.parallel.deepspeed import DeepSpeedLearner  # as above, and it need not be installed
+    # as above, and it need not be installed
+    from distseg.parallel.deepspeed import DeepSpeedLearner
 
     return DeepSpeedLearner(*arguments)

@@ -1,4 +1,6 @@
-"""DeepSpeed: optimizer states, gradients and parameters of a network split over the ranks, by ZeRO stage."""
+"""DeepSpeed: optimizer states, gradients and parameters of a network split over the ranks, by ZeRO
+stage.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +23,41 @@ from distseg.parallel.whole_copy import WholeCopy, with_values
 class DeepSpeedLearner(TorchLearner):
     """A network in a DeepSpeed engine of its own, with its optimizer; see distseg.parallel.Learner.
 
-    The forward is that of the bare network, which the engine's hooks (ZeRO-3's gathers) are on, and not the engine's:
-    that one prepares a reduction for the first gradient to reach its output, which in an adversarial step is the
-    proxy's, and it would switch our autocast off. Stage 0 leaves all but the gradients' exchange to TorchLearner: by
-    itself it would take in gradients that are not finite.
+    The forward is that of the bare network, which the engine's hooks (ZeRO-3's gathers) are on, and
+    not the engine's: that one prepares a reduction for the first gradient to reach its output,
+    which in an adversarial step is the proxy's, and it would switch our autocast off. Stage 0
+    leaves all but the gradients' exchange to TorchLearner: by itself it would take in gradients
+    that are not finite.
     """
 
-    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks):
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks
+    ):
         self.stage = config.parallel.zero_stage
         network = network.to(ranks.device)
         super().__init__(network, network, optimizer, config, ranks)
         if self.stage > 0:
-            self.optimizer.state.clear()  # ZeRO updates flat parts of parameters: the state is theirs, below
+            # ZeRO updates flat parts of parameters: the state is theirs, below
+            self.optimizer.state.clear()
         self._copy = WholeCopy(network) if self.stage == 3 else None
-        self.engine = initialize(network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks)
-        if self.stage == 0 and config.channels_last:  # DeepSpeed's first broadcast cannot; and ZeRO flattens anyway
+        self.engine = initialize(
+            network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks
+        )
+        # DeepSpeed's first broadcast cannot; and ZeRO flattens anyway
+        if self.stage == 0 and config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for parameter, state in self.optimizer.state.items():  # in the format that parameters have now
+            # in the format that parameters have now
+            for parameter, state in self.optimizer.state.items():
                 state.update(initial_state(parameter, optimizer))
-        if self.stage < 3:  # timers and profiles, which a copy of the network for a moving average would keep
+        # timers and profiles, which a copy of the network for a moving average would keep
+        if self.stage < 3:
             self.engine.module_forward_pre_hook.remove()
             self.engine.module_forward_post_hook.remove()
-        self._split = OptimizerState(self.engine, self.optimizer, optimizer, self.stage) if self.stage > 0 else None
+        self._split = (
+            OptimizerState(self.engine, self.optimizer, optimizer, self.stage)
+            if self.stage > 0
+            else None
+        )
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
@@ -58,7 +73,10 @@ class DeepSpeedLearner(TorchLearner):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """See Learner.no_sync. From stage 2 on gradients are exchanged all the same: no rank has room for all."""
+        """See Learner.no_sync. From stage 2 on gradients are exchanged all the same.
+
+        No rank has room for all.
+        """
         self.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -66,10 +84,17 @@ class DeepSpeedLearner(TorchLearner):
             self.engine.set_gradient_accumulation_boundary(True)
 
     @staticmethod
-    def backward(work: Sequence[tuple[DeepSpeedLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
-        """See distseg.parallel.backward: one backward of each engine, from the one scalar that it takes."""
+    def backward(
+        work: Sequence[tuple[DeepSpeedLearner, Sequence[tuple[Tensor, Tensor | None]]]],
+    ) -> None:
+        """See distseg.parallel.backward.
+
+        One backward of each engine, from the one scalar that it takes.
+        """
         for learner, roots in reversed(work):
-            terms = [root if gradient is None else (root * gradient).sum() for root, gradient in roots]
+            terms = [
+                root if gradient is None else (root * gradient).sum() for root, gradient in roots
+            ]
             learner._backward(torch.stack(terms).sum())
 
     def _backward(self, total: Tensor) -> None:
@@ -79,7 +104,8 @@ class DeepSpeedLearner(TorchLearner):
             if self._loss_scale is not None:
                 scale = float(self._loss_scale.scale)
                 self.engine.optimizer.override_loss_scale(scale)
-                total = total / scale  # the engine multiplies by it again; exactly, as it is a power of two
+                # the engine multiplies by it again; exactly, as it is a power of two
+                total = total / scale
         self.engine.backward(total)
 
     def _update(self) -> tuple[Tensor, Tensor]:
@@ -87,11 +113,16 @@ class DeepSpeedLearner(TorchLearner):
             return super()._update()
         self.engine.step()  # which unscales, clips, and skips on all ranks together
         device = self.counters["skips"].device
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=device)
+        norm = torch.as_tensor(
+            self.engine.get_global_grad_norm(), dtype=torch.float32, device=device
+        )
         return norm, torch.tensor(float(self.engine.optimizer.overflow), device=device)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """See Learner.state_dict: whole tensors on every rank, named as under DDP, whatever the stage."""
+        """See Learner.state_dict.
+
+        Whole tensors on every rank, named as under DDP, whatever the stage.
+        """
         return super().state_dict() | {"network": whole_tensors(self.network)}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:

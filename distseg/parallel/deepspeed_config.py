@@ -1,4 +1,6 @@
-"""DeepSpeed's configuration made from ours, what a user may add to it, and an engine started with it."""
+"""DeepSpeed's configuration made from ours, what a user may add to it, and an engine started with
+it.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ from distseg.config.schema import Config, OptimizerConfig
 from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
 
-# Elements reduced at once, 32 MB. For DeepSpeed's own 5e8 stages 1 and 2 allocate 2 GB at a step, and stage 3 keeps it.
+# Elements reduced at once, 32 MB. For DeepSpeed's own 5e8 stages 1 and 2 allocate 2 GB at a step,
+# and stage 3 keeps it.
 BUCKET = 2**23
 
 # What of a user's file may stand on top of ours; the alternating step is proven with nothing else.
 ALLOWED = [
-    *("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *(
+        "zero_optimization",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+    ),
     *("comms_logger", "steps_per_print", "dump_state", "memory_breakdown"),
 ]
 ALLOWED_ZERO = [
@@ -47,12 +55,16 @@ OURS = {  # DeepSpeed's key -> the key of ours that says it
 
 def check(config: Config) -> None:
     """Raise InputError for what does not go with parallel.strategy=deepspeed; needs no DeepSpeed."""
-    what = f"parallel.strategy=deepspeed with {{}}, parallel.zero_stage={config.parallel.zero_stage}"
+    what = (
+        f"parallel.strategy=deepspeed with {{}}, parallel.zero_stage={config.parallel.zero_stage}"
+    )
     if config.precision == "fp64":
         needed = "precision=fp32, bf16 or fp16: DeepSpeed updates parameters in fp32"
         raise InputError(what.format("precision=fp64"), needed, "or write parallel.strategy=ddp")
     if config.compile:
-        raise InputError(what.format("compile=true"), "compile=false", "or write parallel.strategy=ddp")
+        raise InputError(
+            what.format("compile=true"), "compile=false", "or write parallel.strategy=ddp"
+        )
     if config.ema_decay > 0 and config.parallel.zero_stage == 3:
         needed = "whole parameters at every step, which stage 3 does not keep"
         action = "write parallel.zero_stage=2, or ema_decay=0"
@@ -61,7 +73,10 @@ def check(config: Config) -> None:
 
 
 def user_settings(config: Config) -> dict[str, Any]:
-    """The user's own file, or {}. Raises InputError for one that cannot be read, and for a key that is not allowed."""
+    """The user's own file, or {}.
+
+    Raises InputError for one that cannot be read, and for a key that is not allowed.
+    """
     name = config.parallel.deepspeed_config
     if not name:
         return {}
@@ -70,7 +85,9 @@ def user_settings(config: Config) -> dict[str, Any]:
         zero = settings.get("zero_optimization", {}).keys()
     except (OSError, ValueError, AttributeError) as error:
         got = f"parallel.deepspeed_config={name}: {error}"
-        raise InputError(got, "a JSON file of DeepSpeed's settings", "correct the path or the file") from None
+        raise InputError(
+            got, "a JSON file of DeepSpeed's settings", "correct the path or the file"
+        ) from None
     refused = [key for key in settings if key not in ALLOWED]
     refused += [f"zero_optimization.{key}" for key in zero if key not in ALLOWED_ZERO]
     if refused:
@@ -81,20 +98,33 @@ def user_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def generate(network: nn.Module, optimizer: OptimizerConfig, config: Config, world_size: int) -> dict[str, Any]:
+def generate(
+    network: nn.Module, optimizer: OptimizerConfig, config: Config, world_size: int
+) -> dict[str, Any]:
     """DeepSpeed's configuration for one network.
 
-    The precision is not in it: the engine sees fp32 parameters and our autocast's forward, as every strategy does.
-    Stage 0 clips in our step, which can also skip. Under stage 3 a discriminator's parameters stay whole on every
-    rank (its gradients and optimizer state do not): two backward passes go through its graph, the proxy's and its
-    own, and DeepSpeed gathers a parameter for as many as there were forward passes.
+    The precision is not in it: the engine sees fp32 parameters and our autocast's forward, as every
+    strategy does. Stage 0 clips in our step, which can also skip. Under stage 3 a discriminator's
+    parameters stay whole on every rank (its gradients and optimizer state do not): two backward
+    passes go through its graph, the proxy's and its own, and DeepSpeed gathers a parameter for as
+    many as there were forward passes.
     """
-    stage, size = config.parallel.zero_stage, sum(parameter.numel() for parameter in network.parameters())
+    stage, size = (
+        config.parallel.zero_stage,
+        sum(parameter.numel() for parameter in network.parameters()),
+    )
     bucket = max(2, min(BUCKET, size) // 2 * 2)  # an even number, or DeepSpeed refuses it
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": max(1, config.batch_size // world_size // config.accumulate_steps),
-        "gradient_accumulation_steps": 1,  # parts of a step are added up by `no_sync`, and divided by nobody
+        "train_micro_batch_size_per_gpu": max(
+            1, config.batch_size // world_size // config.accumulate_steps
+        ),
+        # parts of a step are added up by `no_sync`, and divided by nobody
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -106,7 +136,9 @@ def generate(network: nn.Module, optimizer: OptimizerConfig, config: Config, wor
     return settings | user | {"zero_optimization": zero}
 
 
-def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks) -> Any:
+def initialize(
+    network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks
+) -> Any:
     """An engine around a network that is on its device already; the process group exists.
 
     Raises InputError for a value that DeepSpeed does not take.
@@ -116,14 +148,16 @@ def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     import deepspeed
     from pydantic import ValidationError  # which DeepSpeed requires
 
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are of our optimizer, which it has not tested
+    # its warnings are of our optimizer, which it has not tested
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
     )  # its own calls
-    # An all-reduce for inference on CPUs, which nobody calls here: made with a C++ compiler and ninja at every start.
+    # An all-reduce for inference on CPUs, which nobody calls here: made with a C++ compiler and
+    # ninja at every start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It insists on it, and takes it for the number of the GPU, which need not be the local rank: a launcher may show
-    # each process its own GPU alone. Stage 3 reads it again in every forward.
+    # It insists on it, and takes it for the number of the GPU, which need not be the local rank: a
+    # launcher may show each process its own GPU alone. Stage 3 reads it again in every forward.
     launched_with = os.environ.get("LOCAL_RANK")
     number = ranks.local_rank if ranks.device.index is None else ranks.device.index
     os.environ["LOCAL_RANK"] = str(number)
@@ -137,7 +171,9 @@ def initialize(network: nn.Module, optimizer: torch.optim.Optimizer, settings: d
         )
     except ValidationError as error:
         got = f"DeepSpeed's settings: {error}"
-        raise InputError(got, "values of DeepSpeed's types", "correct the file parallel.deepspeed_config") from None
+        raise InputError(
+            got, "values of DeepSpeed's types", "correct the file parallel.deepspeed_config"
+        ) from None
     finally:
         if settings["zero_optimization"]["stage"] < 3:
             del os.environ["LOCAL_RANK"]

@@ -1,4 +1,7 @@
-"""Whole tensors out of, and into, what DeepSpeed has split over the ranks: as checkpoints of any strategy hold them."""
+"""Whole tensors out of, and into, what DeepSpeed has split over the ranks.
+
+As checkpoints of any strategy hold them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,17 @@ from distseg.parallel.optimizers import initial_state
 
 
 class OptimizerState:
-    """An optimizer's state from ZeRO's stage 1 on, as whole tensors; every call is one of all ranks.
+    """An optimizer's state from ZeRO's stage 1 on, as whole tensors; every call is one of all
+    ranks.
 
-    Stages 1 and 2 keep, for each group of parameters, one flat part a rank; stage 3 flat parts of its own subgroups.
-    The state is made at once, so that a checkpoint has the same names at every step.
+    Stages 1 and 2 keep, for each group of parameters, one flat part a rank; stage 3 flat parts of
+    its own subgroups. The state is made at once, so that a checkpoint has the same names at every
+    step.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, config: OptimizerConfig, stage: int):
+    def __init__(
+        self, engine: Any, optimizer: torch.optim.Optimizer, config: OptimizerConfig, stage: int
+    ):
         self._optimizer, self._stage = optimizer, stage
         parts = [part for group in optimizer.param_groups for part in group["params"]]
         for part in engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else parts:
@@ -30,8 +37,14 @@ class OptimizerState:
 
     def get(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the whole tensors, on every rank, named `<kind>/<parameter>`."""
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        return {f"{kind}/{name}": self._get(p, kind) for name, p in trained.items() for kind in self._kinds}
+        trained = {
+            name: parameter for name, parameter in parameters.items() if parameter.requires_grad
+        }
+        return {
+            f"{kind}/{name}": self._get(p, kind)
+            for name, p in trained.items()
+            for kind in self._kinds
+        }
 
     def set(self, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Take this rank's parts of what `get` gave."""
@@ -58,7 +71,8 @@ class OptimizerState:
             from deepspeed.utils import safe_get_local_optimizer_state
 
             own = safe_get_local_optimizer_state(parameter, kind)
-            parts = value.new_zeros(own.numel() * torch.distributed.get_world_size())  # DeepSpeed pads the last part
+            # DeepSpeed pads the last part
+            parts = value.new_zeros(own.numel() * torch.distributed.get_world_size())
             parts[: value.numel()] = value.flatten()
             own.copy_(parts.view(-1, own.numel())[torch.distributed.get_rank()])
 
@@ -74,7 +88,10 @@ def whole_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def gathered(parameters: list[nn.Parameter], changed: bool = False) -> Any:
-    """A context in which split parameters are whole; `changed`: what the main rank makes of them is split after it."""
+    """A context in which split parameters are whole.
+
+    `changed`: what the main rank makes of them is split after it.
+    """
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(parameters, modifier_rank=0 if changed else None)

@@ -19,29 +19,38 @@ from distseg.parallel.slices import of_same_slice, slice_of
 from distseg.parallel.torch_learner import TorchLearner, dtype_of
 from distseg.parallel.whole_copy import WholeCopy
 
-# The segmentor's logits are a view, of which FSDP warns at every start; nothing here changes them in place.
+# The segmentor's logits are a view, of which FSDP warns at every start; nothing here changes them
+# in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
-BLOCK_PARAMETERS = 2**20  # a layer with so many is gathered by itself, when it is its turn; the rest all at once
+# a layer with so many is gathered by itself, when it is its turn; the rest all at once
+BLOCK_PARAMETERS = 2**20
 
 
 class FSDPLearner(TorchLearner):
     """A network under FSDP2 with its optimizer; see distseg.parallel.Learner.
 
-    Parameters stay in full precision and autocast chooses the kernels' types, so the numbers are DDP's. The optimizer
-    works on the plain tensors behind the DTensors: its fused kernels, with `found_inf`, as everywhere else.
+    Parameters stay in full precision and autocast chooses the kernels' types, so the numbers are
+    DDP's. The optimizer works on the plain tensors behind the DTensors: its fused kernels, with
+    `found_inf`, as everywhere else.
     """
 
-    def __init__(self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks):
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks
+    ):
         # FSDP shards contiguous parameters only; channels_last is then a matter of the images
-        network = network.to(ranks.device, dtype_of(config)).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        network = network.to(ranks.device, dtype_of(config)).to(
+            memory_format=torch.contiguous_format
+        )  # type: ignore[call-overload]
         self._copy = WholeCopy(network)
         mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
         for block in blocks(network):
             fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh)
         self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
-        held: dict[Tensor, Tensor] = {p: nn.Parameter(slice_of(p).rows, p.requires_grad) for p in network.parameters()}
+        held: dict[Tensor, Tensor] = {
+            p: nn.Parameter(slice_of(p).rows, p.requires_grad) for p in network.parameters()
+        }
         super().__init__(network, network, optimizer, config, ranks, held)
 
     def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -58,11 +67,15 @@ class FSDPLearner(TorchLearner):
             self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     @staticmethod
-    def backward(work: Sequence[tuple[FSDPLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
-        """See distseg.parallel.backward: ONE backward, the discriminator's graph first, as it was made last.
+    def backward(
+        work: Sequence[tuple[FSDPLearner, Sequence[tuple[Tensor, Tensor | None]]]],
+    ) -> None:
+        """See distseg.parallel.backward: ONE backward, the discriminator's graph first, as it was
+        made last.
 
-        No parameters are named, as under DDP: FSDP reduces what its hooks on the way find, and a backward towards
-        named tensors goes past them. The gradient that reaches the fake label maps, a leaf, is lost with them.
+        No parameters are named, as under DDP: FSDP reduces what its hooks on the way find, and a
+        backward towards named tensors goes past them. The gradient that reaches the fake label
+        maps, a leaf, is lost with them.
         """
         roots, gradients = zip(*(root for _, roots in work for root in roots), strict=True)
         torch.autograd.backward(roots, gradients)
@@ -83,15 +96,20 @@ class FSDPLearner(TorchLearner):
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered one at a time: the large ones in a Sequential or ModuleList, none within another.
+    """The layers that are gathered one at a time: the large ones in a Sequential or ModuleList,
+    none within another.
 
-    Others are used through more than their forward, such as a weight that is read by the layer around it.
+    Others are used through more than their forward, such as a weight that is read by the layer
+    around it.
     """
     found: list[nn.Module] = []
     for child in network.children():
         is_layer = isinstance(network, nn.Sequential | nn.ModuleList)
         is_layer = is_layer and not isinstance(child, nn.Sequential | nn.ModuleList)
-        if is_layer and sum(parameter.numel() for parameter in child.parameters()) >= BLOCK_PARAMETERS:
+        if (
+            is_layer
+            and sum(parameter.numel() for parameter in child.parameters()) >= BLOCK_PARAMETERS
+        ):
             found.append(child)
         else:
             found += blocks(child)

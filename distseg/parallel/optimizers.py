@@ -1,4 +1,7 @@
-"""One optimizer per network: parameter groups, eagerly made state, and a step that skips non-finite gradients."""
+"""One optimizer per network.
+
+Parameter groups, eagerly made state, and a step that skips non-finite gradients.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,32 @@ from distseg.config.schema import OptimizerConfig
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Groups by encoder or head, decayed or not (biases and norms are not), bias or not. No parameter twice."""
+    """Groups by encoder or head, decayed or not (biases and norms are not), bias or not.
+
+    No parameter twice.
+    """
     encoder = getattr(network, "encoder", None)
-    in_encoder = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    in_encoder = (
+        {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    )
     groups: dict[tuple[bool, bool, bool], dict] = {}
     for name, parameter in network.named_parameters():  # lists a shared parameter once
         if not parameter.requires_grad:
             continue
-        is_encoder, is_bias = id(parameter) in in_encoder, name.endswith("bias") and config.bias_lr_factor != 1
+        is_encoder, is_bias = (
+            id(parameter) in in_encoder,
+            name.endswith("bias") and config.bias_lr_factor != 1,
+        )
         key = (is_encoder, parameter.ndim > 1, is_bias)
-        lr = config.lr * (config.encoder_lr_factor if is_encoder else 1.0) * (config.bias_lr_factor if is_bias else 1.0)
+        lr = (
+            config.lr
+            * (config.encoder_lr_factor if is_encoder else 1.0)
+            * (config.bias_lr_factor if is_bias else 1.0)
+        )
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay})
+        group = groups.setdefault(
+            key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -30,18 +47,25 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
 def build_optimizer(
     network: nn.Module, config: OptimizerConfig, held: Mapping[Tensor, Tensor] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD with its state made at once, so that a checkpoint has the same keys at every step.
+    """AdamW or SGD with its state made at once, so that a checkpoint has the same keys at every
+    step.
 
-    held: what the optimizer shall work on in place of each parameter, such as this rank's shard of it.
+    held: what the optimizer shall work on in place of each parameter, such as this rank's shard of
+    it.
     """
     groups = parameter_groups(network, config)
     if held is not None:
-        groups = [group | {"params": [held[parameter] for parameter in group["params"]]} for group in groups]
+        groups = [
+            group | {"params": [held[parameter] for parameter in group["params"]]}
+            for group in groups
+        ]
     optimizer: torch.optim.Optimizer
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, momentum=config.beta1, nesterov=config.nesterov, fused=True)
+        optimizer = torch.optim.SGD(
+            groups, momentum=config.beta1, nesterov=config.nesterov, fused=True
+        )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter].update(initial_state(parameter, config))
@@ -49,7 +73,9 @@ def build_optimizer(
 
 
 def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tensor]:
-    """What the optimizer remembers of a parameter before its first update, by kind ("exp_avg", ...)."""
+    """What the optimizer remembers of a parameter before its first update, by kind ("exp_avg",
+    ...).
+    """
 
     def zeros() -> Tensor:  # in the parameter's own memory format, as the fused kernels need
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -60,8 +86,13 @@ def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tenso
     return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
 
 
-def clip(parameters: list[Tensor], clip_norm: float, of_all: Callable[[Tensor], Tensor] = lambda norm: norm) -> Tensor:
-    """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when that is > 0.
+def clip(
+    parameters: list[Tensor],
+    clip_norm: float,
+    of_all: Callable[[Tensor], Tensor] = lambda norm: norm,
+) -> Tensor:
+    """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when
+    that is > 0.
 
     of_all: from the norm of these gradients to that of all, where other ranks hold the rest.
     """
@@ -75,7 +106,8 @@ def clip(parameters: list[Tensor], clip_norm: float, of_all: Callable[[Tensor], 
 def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     """Step unless the gradient norm is not finite; decided on the device, without a wait.
 
-    Every rank holds the same averaged gradients, so all decide alike. Returns 1.0 when skipped, else 0.0.
+    Every rank holds the same averaged gradients, so all decide alike. Returns 1.0 when skipped,
+    else 0.0.
     """
     skipped = (~norm.isfinite()).to(torch.float32)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernels read it, see torch.amp.GradScaler
@@ -84,10 +116,12 @@ def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
 
 
 class LossScale:
-    """The factor that keeps one network's fp16 gradients above the smallest number; one for each network.
+    """The factor that keeps one network's fp16 gradients above the smallest number; one for each
+    network.
 
-    Halved when a gradient is not finite, doubled after `INTERVAL` updates in a row that were (Micikevicius et al.
-    2018, section 3.2; the numbers are torch.amp.GradScaler's). Everything stays on the device, without a wait.
+    Halved when a gradient is not finite, doubled after `INTERVAL` updates in a row that were
+    (Micikevicius et al. 2018, section 3.2; the numbers are torch.amp.GradScaler's). Everything
+    stays on the device, without a wait.
     """
 
     START, INTERVAL = 2.0**16, 2000

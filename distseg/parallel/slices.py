@@ -1,4 +1,7 @@
-"""Which part of a parameter this rank holds: rows of its first dimension under FSDP, all of it otherwise."""
+"""Which part of a parameter this rank holds.
+
+Rows of its first dimension under FSDP, all of it otherwise.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `start + len(rows)` of a tensor of `shape`; slice `index` of `count`, where 1 is all of it."""
+    """Rows `start` to `start + len(rows)` of a tensor of `shape`.
+
+    Slice `index` of `count`, where 1 is all of it.
+    """
 
     rows: Tensor  # the very memory of the rank; of a whole tensor, itself
     shape: tuple[int, ...]
@@ -26,7 +32,10 @@ class Slice:
 
 @torch.no_grad()  # with gradients, to_local would cost a node of the graph
 def slice_of(tensor: Tensor) -> Slice:
-    """What this rank holds of a tensor: the rows that FSDP gives it, as many for each rank, rounded up."""
+    """What this rank holds of a tensor.
+
+    The rows that FSDP gives it, as many for each rank, rounded up.
+    """
     if not is_sliced(tensor):
         return Slice(tensor, tuple(tensor.shape))
     mesh = tensor.device_mesh
@@ -38,7 +47,10 @@ def slice_of(tensor: Tensor) -> Slice:
 
 
 def is_sliced(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; told by its mesh, as importing the class takes seconds that few runs need."""
+    """Whether a tensor is a DTensor.
+
+    Told by its mesh, as importing the class takes seconds that few runs need.
+    """
     return hasattr(tensor, "device_mesh")
 
 

@@ -10,10 +10,17 @@ import torch
 
 
 class Stopwatch:
-    """How long the last forward took on this rank, by the device's own clock; reading it is what waits."""
+    """How long the last forward took on this rank, by the device's own clock.
+
+    Reading it is what waits.
+    """
 
     def __init__(self, device: torch.device):
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._events = (
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            if device.type == "cuda"
+            else []
+        )
         self._seconds = 0.0
 
     @contextmanager

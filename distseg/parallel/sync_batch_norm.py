@@ -12,10 +12,12 @@ from distseg.models.batch_norm import BatchNorm2d
 
 
 class SynchronisedBatchNorm2d(BatchNorm2d):
-    """A BatchNorm2d whose statistics in training are those of all ranks' images, with the gradients that follow.
+    """A BatchNorm2d whose statistics in training are those of all ranks' images, with the gradients
+    that follow.
 
-    Every rank must hold as many values, as equal shares of a batch do. On a GPU this is torch's own kernel; torch has
-    none for the CPU, so there it is written out: mean and variance in two all-reduces, and two more in the backward.
+    Every rank must hold as many values, as equal shares of a batch do. On a GPU this is torch's own
+    kernel; torch has none for the CPU, so there it is written out: mean and variance in two
+    all-reduces, and two more in the backward.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,12 +27,16 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
         if x.is_cuda:
             statistics = (self.running_mean, self.running_var)
             group = (dist.group.WORLD, dist.get_world_size())
-            return TorchFunction.apply(x, self.weight, self.bias, *statistics, self.eps, self.momentum, *group)
+            return TorchFunction.apply(
+                x, self.weight, self.bias, *statistics, self.eps, self.momentum, *group
+            )
         wide = x if x.dtype == torch.float64 else x.float()
         mean = _over_ranks(wide.mean((0, 2, 3)))
         centred = wide - mean[:, None, None]
         variance = _over_ranks(centred.square().mean((0, 2, 3)))
-        self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * dist.get_world_size())
+        self._track(
+            mean.detach(), variance.detach(), x.numel() // x.shape[1] * dist.get_world_size()
+        )
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
@@ -50,7 +56,10 @@ def synchronise(network: nn.Module) -> int:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the ranks; the gradient is the sum of all ranks' gradients, which all depend on it."""
+    """The sum over the ranks.
+
+    The gradient is the sum of all ranks' gradients, which all depend on it.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

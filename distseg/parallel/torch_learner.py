@@ -20,8 +20,8 @@ from distseg.parallel.stopwatch import Stopwatch
 class TorchLearner:
     """A network already spread over the ranks, with its optimizer; see distseg.parallel.Learner.
 
-    forward: the network with whatever exchanges its gradients. held: the tensor that this rank holds of a parameter,
-    which the optimizer works on; the parameter itself, where it is whole.
+    forward: the network with whatever exchanges its gradients. held: the tensor that this rank
+    holds of a parameter, which the optimizer works on; the parameter itself, where it is whole.
     """
 
     def __init__(
@@ -34,12 +34,17 @@ class TorchLearner:
         held: dict[Tensor, Tensor] | None = None,
     ):
         self.network, self._forward = network, forward
-        self._named = dict(network.named_parameters())  # now: under FSDP a forward puts whole ones in their place
+        # now: under FSDP a forward puts whole ones in their place
+        self._named = dict(network.named_parameters())
         self._held = held or {parameter: parameter for parameter in self._named.values()}
         self.optimizer = build_optimizer(network, optimizer, self._held)
         self.clip_norm = optimizer.clip_norm
-        self.trained = [self._held[parameter] for parameter in self._named.values() if parameter.requires_grad]
-        self.counters = {name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")}
+        self.trained = [
+            self._held[parameter] for parameter in self._named.values() if parameter.requires_grad
+        ]
+        self.counters = {
+            name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")
+        }
         self._loss_scale = LossScale(ranks.device) if config.precision == "fp16" else None
         self._device_type = ranks.device.type
         self._autocast_dtype = autocast_dtype(config.precision)
@@ -51,7 +56,11 @@ class TorchLearner:
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         # timed without the averaging, in which a rank waits for the others
-        with self._statistics.averaged(), autocast(self._device_type, self._autocast_dtype), self.stopwatch.running():
+        with (
+            self._statistics.averaged(),
+            autocast(self._device_type, self._autocast_dtype),
+            self.stopwatch.running(),
+        ):
             return self._forward(*inputs)
 
     def frozen(self, *inputs: Tensor) -> Any:
@@ -76,7 +85,10 @@ class TorchLearner:
         return {"grad_norm": norm, "loss_scale": self._loss_scale.scale, **self.counters}
 
     def _update(self) -> tuple[Tensor, Tensor]:
-        """Clip, update, clear the gradients: their norm, and 1.0 when the update was skipped, else 0.0."""
+        """Clip, update, clear the gradients.
+
+        Their norm, and 1.0 when the update was skipped, else 0.0.
+        """
         self._take_gradients()
         if self._loss_scale is not None:
             self._loss_scale.unscale(self.trained)
@@ -86,7 +98,10 @@ class TorchLearner:
         return norm, skipped
 
     def _take_gradients(self) -> None:
-        """Give the gradients of this step to the tensors in `trained`; where parameters are whole, they have them."""
+        """Give the gradients of this step to the tensors in `trained`.
+
+        Where parameters are whole, they have them.
+        """
 
     def _norm_of_all(self, norm: Tensor) -> Tensor:
         """The norm of the whole gradient from that of this rank's part."""
@@ -106,7 +121,9 @@ class TorchLearner:
         for part in ("optimizer", "counters"):
             own = self._optimizer_tensors() if part == "optimizer" else self._counts()
             if own.keys() != state[part].keys():
-                raise KeyError(f"{part} state: {sorted(own.keys() ^ state[part].keys())[:4]} on one side only")
+                raise KeyError(
+                    f"{part} state: {sorted(own.keys() ^ state[part].keys())[:4]} on one side only"
+                )
             for name, tensor in own.items():
                 tensor.copy_(state[part][name])
 

@@ -17,7 +17,8 @@ class WholeCopy:
         self._plan = copy.deepcopy(network).to("meta").requires_grad_(False)
 
     def __call__(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A plain network with these values of its state_dict, joined if sliced; called on every rank.
+        """A plain network with these values of its state_dict, joined if sliced; called on every
+        rank.
 
         network: the one that was split since, which has the buffers that no state_dict holds.
         """

@@ -1,4 +1,6 @@
-"""`distseg report`: one HTML page about one or several runs that needs neither a network nor another file."""
+"""`distseg report`: one HTML page about one or several runs that needs neither a network nor
+another file.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,19 @@ __all__ = ["run"]
 
 
 def run(runs: list[Path], out: Path | None, to_wandb: bool) -> int:
-    """Write the page, and build the W&B report with the same panels where that is asked for; the exit code.
+    """Write the page, and build the W&B report with the same panels where that is asked for; the
+    exit code.
 
-    out: by default report.html in the run's directory, for several runs in the working directory. Raises InputError
-    for a folder that holds no run.
+    out: by default report.html in the run's directory, for several runs in the working directory.
+    Raises InputError for a folder that holds no run.
     """
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if out.is_dir():
-        raise InputError(f"--out {out}, which is a folder", "the name of a file", f"write --out {out}/report.html")
+        raise InputError(
+            f"--out {out}, which is a folder",
+            "the name of a file",
+            f"write --out {out}/report.html",
+        )
     collected = collect_all(runs)
     page = render(collected)
     with published(out) as partial:

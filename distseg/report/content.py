@@ -1,4 +1,7 @@
-"""What a report shows, read from run directories: only files that are there are used, whatever version wrote them."""
+"""What a report shows, read from run directories.
+
+Only files that are there are used, whatever version wrote them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,8 @@ Curve = tuple[list[int], list[float | None]]  # steps, values
 
 
 def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
-    """All that the page needs, as plain JSON values: runs, their groups with means, and how they differ.
+    """All that the page needs, as plain JSON values: runs, their groups with means, and how they
+    differ.
 
     Raises InputError for a run that is named twice.
     """
@@ -50,12 +54,18 @@ def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
     for run, name in zip(runs, distinct_names(run_dirs), strict=True):
         run["name"] = name
     groups = grouped(runs)
-    checks = {name: {"title": c.title, "meaning": c.meaning, "advice": c.advice} for name, c in NAMED.items()}
+    checks = {
+        name: {"title": c.title, "meaning": c.meaning, "advice": c.advice}
+        for name, c in NAMED.items()
+    }
     return {"runs": runs, "groups": groups, "differences": differences(runs), "checks": checks}
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Each path's last part, with as many parts before it as all need to differ; the paths are distinct."""
+    """Each path's last part, with as many parts before it as all need to differ.
+
+    The paths are distinct.
+    """
     parts = [path.resolve().parts for path in paths]
     counts = range(1, max(len(p) for p in parts) + 1)
     named = (["/".join(p[-count:]) for p in parts] for count in counts)
@@ -68,7 +78,9 @@ def collect(run_dir: Path) -> Run:
     config = flat(_yaml(run_dir / "config.yaml"))
     evaluation = _json(run_dir / "evaluation.json")
     iou = [row for row in rows if any(name.startswith(_IOU) for name in row)]
-    classes = [name.removeprefix(_IOU) for name in (iou[-1] if iou else {}) if name.startswith(_IOU)]
+    classes = [
+        name.removeprefix(_IOU) for name in (iou[-1] if iou else {}) if name.startswith(_IOU)
+    ]
     scores = next((row for row in reversed(rows) if "val/mean_iou" in row), {}) | evaluation
     last = max((row["step"] for row in rows), default=0)
     return {
@@ -78,12 +90,16 @@ def collect(run_dir: Path) -> Run:
         "step": last,
         "steps": config.get("steps"),
         "minutes": _minutes(rows),
-        "is_finished": bool(evaluation) and evaluation.get("step", last) == config.get("steps", last),
+        "is_finished": bool(evaluation)
+        and evaluation.get("step", last) == config.get("steps", last),
         "scores": {name: _plain(scores.get(f"val/{name}")) for name in SCORES},
         "num_images": scores.get("num_images"),
         "series": series(rows),
         "classes": classes,
-        "iou": [{"step": row["step"], "values": [_plain(row.get(_IOU + name)) for name in classes]} for row in iou],
+        "iou": [
+            {"step": row["step"], "values": [_plain(row.get(_IOU + name)) for name in classes]}
+            for row in iou
+        ],
         "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
         "health": lanes(rows),
@@ -98,7 +114,11 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in _NO_SERIES and not name.startswith((_IOU, "health/")) and isinstance(value, (int, float)):
+            if (
+                name not in _NO_SERIES
+                and not name.startswith((_IOU, "health/"))
+                and isinstance(value, (int, float))
+            ):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(_plain(value))
@@ -106,7 +126,9 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def thin(runs: Sequence[Run]) -> None:
-    """Replace every metric that has more than MAX_POINTS in some run by means, on one grid of steps for all runs."""
+    """Replace every metric that has more than MAX_POINTS in some run by means, on one grid of steps
+    for all runs.
+    """
     for name in {name for run in runs for name in run["series"]}:
         having = [run["series"] for run in runs if name in run["series"]]
         if max(len(curves[name][0]) for curves in having) > MAX_POINTS:
@@ -117,7 +139,10 @@ def thin(runs: Sequence[Run]) -> None:
 
 
 def thinned(steps: list[int], values: list[float | None], width: int) -> Curve:
-    """Means over `width` steps, at the last of them or of the run; None for one with a value that is not finite."""
+    """Means over `width` steps, at the last of them or of the run.
+
+    None for one with a value that is not finite.
+    """
     parts: dict[int, list[float | None]] = {}
     for step, value in zip(steps, values, strict=True):
         parts.setdefault(min(-(-step // width) * width, steps[-1]), []).append(value)
@@ -136,18 +161,26 @@ def _round(value: float) -> int:
 
 
 def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every verdict whose signal is in the run's rows: from which step to which it held (to None: still does).
+    """For every verdict whose signal is in the run's rows: from which step to which it held (to
+    None: still does).
 
     judged_from: the step from which on there were rows enough to tell, None where there are not.
     """
     health = Health(rows)
-    spans: dict[str, list[dict[str, Any]]] = {name.removeprefix("health/"): [] for name in health.flags()}
+    spans: dict[str, list[dict[str, Any]]] = {
+        name.removeprefix("health/"): [] for name in health.flags()
+    }
     for event in health.events:
         if event.raised:
-            spans[event.name].append({"from": event.step, "to": None, "since": event.since, "detail": event.detail})
+            spans[event.name].append(
+                {"from": event.step, "to": None, "since": event.since, "detail": event.detail}
+            )
         else:
             spans[event.name][-1]["to"] = event.step
-    return [{"name": name, "judged_from": health.judged_from.get(name), "spans": spans[name]} for name in spans]
+    return [
+        {"name": name, "judged_from": health.judged_from.get(name), "spans": spans[name]}
+        for name in spans
+    ]
 
 
 def starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -173,30 +206,48 @@ def starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _local(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    return (
+        None
+        if seconds is None
+        else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    )
 
 
 def grouped(runs: list[Run]) -> list[dict[str, Any]]:
-    """Runs whose configurations differ in nothing but the seed and where they ran, with the mean of finished ones.
+    """Runs whose configurations differ in nothing but the seed and where they ran, with the mean of
+    finished ones.
 
     note: over how many runs the mean is taken, and why over no more.
     """
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
-        kept = {key: value for key, value in run["config"].items() if not key.startswith(_OF_ONE_GROUP)}
+        kept = {
+            key: value for key, value in run["config"].items() if not key.startswith(_OF_ONE_GROUP)
+        }
         groups.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(index)
     found = []
     for members in groups.values():
         own = [runs[i] for i in members]
         finished = [run for run in own if run["is_finished"]]
         scores = {name: _mean_and_spread(finished, name) for name in SCORES}
-        found.append({"runs": members, "name": _common_name(own), "note": _note(own, finished), "scores": scores})
+        found.append(
+            {
+                "runs": members,
+                "name": _common_name(own),
+                "note": _note(own, finished),
+                "scores": scores,
+            }
+        )
     return found
 
 
 def _common_name(runs: list[Run]) -> str:
     seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
-    return runs[0]["name"] if len(runs) == 1 else f"{runs[0]['preset'] or 'run'}, {runs[0]['mode']}, seeds {seeds}"
+    return (
+        runs[0]["name"]
+        if len(runs) == 1
+        else f"{runs[0]['preset'] or 'run'}, {runs[0]['mode']}, seeds {seeds}"
+    )
 
 
 def _note(runs: list[Run], finished: list[Run]) -> str:
@@ -216,16 +267,26 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _mean_and_spread(runs: list[Run], name: str) -> dict[str, Any]:
-    """Mean and sample standard deviation of a score over distinct seeds; none where a run lacks the score."""
+    """Mean and sample standard deviation of a score over distinct seeds.
+
+    None where a run lacks the score.
+    """
     values = [run["scores"][name] for run in runs]
     if not values or None in values:
         return {"mean": None, "spread": None, "count": 0}
     each = of_seeds([run["seed"] for run in runs], values)
-    return {"mean": statistics.fmean(each), "spread": spread(each) if len(each) > 1 else None, "count": len(each)}
+    return {
+        "mean": statistics.fmean(each),
+        "spread": spread(each) if len(each) > 1 else None,
+        "count": len(each),
+    }
 
 
 def differences(runs: list[Run]) -> list[dict[str, Any]]:
-    """The configuration keys in which the runs differ, with each run's value (None: it has no such key)."""
+    """The configuration keys in which the runs differ, with each run's value (None.
+
+    It has no such key).
+    """
     keys = sorted({key for run in runs for key in run["config"]})
     found = [{"key": key, "values": [run["config"].get(key) for run in runs]} for key in keys]
     different = [row for row in found if any(value != row["values"][0] for value in row["values"])]
@@ -239,7 +300,9 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, (list, dict)) else value
+            found[f"{prefix}{key}"] = (
+                json.dumps(value) if isinstance(value, (list, dict)) else value
+            )
     return found
 
 
@@ -250,30 +313,47 @@ def samples(folder: Path) -> list[dict[str, str]]:
         with Image.open(path) as file:
             picture = file.convert("RGB")
         if picture.width > PANEL_PX:
-            picture = picture.resize((PANEL_PX, round(picture.height * PANEL_PX / picture.width)), Image.LANCZOS)  # type: ignore[attr-defined]
+            height_px = round(picture.height * PANEL_PX / picture.width)
+            picture = picture.resize((PANEL_PX, height_px), Image.Resampling.LANCZOS)
         data = io.BytesIO()
         picture.save(data, "WEBP", quality=PANEL_QUALITY)
-        found.append({"key": path.stem, "url": "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()})
+        found.append(
+            {
+                "key": path.stem,
+                "url": "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode(),
+            }
+        )
     return found
 
 
 def _confusion(run_dir: Path, classes: list[str]) -> dict[str, Any] | None:
-    """The confusion matrix of training's evaluation or else of the newest other one that has it for these classes.
+    """The confusion matrix of training's evaluation or else of the newest other one that has it for
+    these classes.
 
-    matrix: rows = truth; file, split and step: what it was found by, None where the file does not say.
+    matrix: rows = truth; file, split and step: what it was found by, None where the file does not
+    say.
     """
-    others = sorted(run_dir.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    others = sorted(
+        run_dir.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     for path in [run_dir / "evaluation.json", *others]:
         document = _json(path)
         names = [name.removeprefix(_IOU) for name in document if name.startswith(_IOU)]
         if document.get("confusion") and names == classes:
-            about = {"file": path.name, "split": document.get("split"), "step": document.get("step")}
+            about = {
+                "file": path.name,
+                "split": document.get("split"),
+                "step": document.get("step"),
+            }
             return about | {"matrix": document["confusion"]}
     return None
 
 
 def _minutes(rows: list[dict[str, Any]]) -> float | None:
-    """Time spent in training steps: seconds a step times steps, so that breaks between attempts do not count."""
+    """Time spent in training steps.
+
+    Seconds a step times steps, so that breaks between attempts do not count.
+    """
     total, before = 0.0, 0
     for row in rows:
         if "step_seconds" in row:
@@ -283,7 +363,9 @@ def _minutes(rows: list[dict[str, Any]]) -> float | None:
 
 def _plain(value: Any) -> float | None:
     """For JSON, which has no word for what is not finite."""
-    return float(f"{value:.6g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return (
+        float(f"{value:.6g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -29,7 +29,9 @@ script-src 'unsafe-inline'; img-src data:">
 
 
 def render(collected: dict[str, Any]) -> str:
-    """The whole page; everything that a run wrote goes through JSON and is put in as text, never as HTML."""
+    """The whole page; everything that a run wrote goes through JSON and is put in as text, never as
+    HTML.
+    """
     names = ", ".join(run["name"] for run in collected["runs"])
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     document = collected | {"panels": [panel.to_dict() for panel in PANELS], "made": made}

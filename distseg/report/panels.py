@@ -1,4 +1,7 @@
-"""The curves of a report, on the page and in W&B alike: which metrics stand in one panel, and what to compare with."""
+"""The curves of a report, on the page and in W&B alike.
+
+Which metrics stand in one panel, and what to compare with.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from distseg.tracking.verdicts import NAMED, RATIO
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: metrics as (name in metrics.jsonl, name for people), drawn solid, dashed and dotted in turn."""
+    """One set of axes: metrics as (name in metrics.jsonl, name for people), drawn solid, dashed and
+    dotted in turn.
+    """
 
     title: str
     unit: str
@@ -28,9 +33,23 @@ _UNDECIDED = (math.log(2), "undecided (ln 2)")
 
 PANELS = (
     # the three panels of the published figures come first
-    Panel("Discriminator on real label maps", "loss, nats", (("loss/discriminator_real", "real"),), _UNDECIDED),
-    Panel("Discriminator on predictions", "loss, nats", (("loss/discriminator_fake", "fake"),), _UNDECIDED),
-    Panel("Segmentor", "loss, nats", (("loss/segmentor", "total"), ("loss/cross_entropy", "cross entropy"))),
+    Panel(
+        "Discriminator on real label maps",
+        "loss, nats",
+        (("loss/discriminator_real", "real"),),
+        _UNDECIDED,
+    ),
+    Panel(
+        "Discriminator on predictions",
+        "loss, nats",
+        (("loss/discriminator_fake", "fake"),),
+        _UNDECIDED,
+    ),
+    Panel(
+        "Segmentor",
+        "loss, nats",
+        (("loss/segmentor", "total"), ("loss/cross_entropy", "cross entropy")),
+    ),
     Panel(
         "Adversarial term, unweighted",
         "loss, nats",
@@ -44,8 +63,19 @@ PANELS = (
         (0.5, "undecided"),
         is_share=True,
     ),
-    Panel("Discriminator's accuracy", "share", (("discriminator/accuracy", "right"),), (0.5, "chance"), is_share=True),
-    Panel("Gap between its logits on real and fake", "logits", (("discriminator/logit_gap", "gap"),), (0.0, "blind")),
+    Panel(
+        "Discriminator's accuracy",
+        "share",
+        (("discriminator/accuracy", "right"),),
+        (0.5, "chance"),
+        is_share=True,
+    ),
+    Panel(
+        "Gap between its logits on real and fake",
+        "logits",
+        (("discriminator/logit_gap", "gap"),),
+        (0.0, "blind"),
+    ),
     Panel(
         "Gradient ratio",
         "adversarial over cross entropy, at the output",
@@ -54,7 +84,12 @@ PANELS = (
         is_log=True,
     ),
     Panel("Semi-supervised term, unweighted", "loss, nats", (("loss/semi", "semi"),)),
-    Panel("Unlabelled pixels that are believed", "share", (("semi/mask_share", "share"),), is_share=True),
+    Panel(
+        "Unlabelled pixels that are believed",
+        "share",
+        (("semi/mask_share", "share"),),
+        is_share=True,
+    ),
     Panel(
         "Validation",
         "score",
@@ -95,8 +130,21 @@ PANELS = (
         (("skips/segmentor", "segmentor"), ("skips/discriminator", "discriminator")),
     ),
     Panel("Speed", "images per second", (("images_per_second", "speed"),)),
-    Panel("Arithmetic done, of what a convolution does on this device", "share", (("peak_share", "share of peak"),)),
-    Panel("Time of a step", "seconds", (("step_seconds", "step"), ("data_wait_seconds", "waiting for data"))),
-    Panel("Slowest rank over the median rank", "ratio", (("ranks/slowest_ratio", "ratio"),), (1.0, "equal")),
+    Panel(
+        "Arithmetic done, of what a convolution does on this device",
+        "share",
+        (("peak_share", "share of peak"),),
+    ),
+    Panel(
+        "Time of a step",
+        "seconds",
+        (("step_seconds", "step"), ("data_wait_seconds", "waiting for data")),
+    ),
+    Panel(
+        "Slowest rank over the median rank",
+        "ratio",
+        (("ranks/slowest_ratio", "ratio"),),
+        (1.0, "equal"),
+    ),
     Panel("Memory, the largest rank's peak", "bytes", (("memory_bytes", "memory"),)),
 )

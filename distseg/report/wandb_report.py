@@ -1,4 +1,7 @@
-"""The report as a W&B Report with the page's panels: published where there is a login, else left as its JSON."""
+"""The report as a W&B Report with the page's panels.
+
+Published where there is a login, else left as its JSON.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ _COLUMNS, _PANEL_SIZE = 3, (8, 6)  # W&B's grid is 24 wide
 
 
 def publish(run_dirs: Sequence[Path], collected: dict[str, Any], spec_path: Path) -> str:
-    """Build the report, write its JSON to `spec_path`, and save it in W&B where it can be reached; what to tell.
+    """Build the report, write its JSON to `spec_path`, and save it in W&B where it can be reached;
+    what to tell.
 
     Raises InputError when wandb-workspaces is not installed, and for runs that W&B never had.
     """
@@ -35,34 +39,68 @@ def publish(run_dirs: Sequence[Path], collected: dict[str, Any], spec_path: Path
 
 
 def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
-    """A wandb_workspaces Report of these runs alone, with a panel for every one of the page's that has data."""
+    """A wandb_workspaces Report of these runs alone, with a panel for every one of the page's that
+    has data.
+    """
     try:
         wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     except ImportError:
-        action = "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
-        raise InputError("--wandb, and wandb-workspaces is not installed", "wandb-workspaces", action) from None
+        action = (
+            "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
+        )
+        raise InputError(
+            "--wandb, and wandb-workspaces is not installed", "wandb-workspaces", action
+        ) from None
     ids = [_run_id(path) for path in run_dirs]
     config = collected["runs"][0]["config"]
-    place = {"project": config.get("tracking.project") or "distseg", "entity": config.get("tracking.entity") or ""}
+    place = {
+        "project": config.get("tracking.project") or "distseg",
+        "entity": config.get("tracking.entity") or "",
+    }
     names = [run["name"] for run in collected["runs"]]
     chosen = f"Metric('ID') in {ids!r}"
     runset = wr.Runset(**place, name="runs", filters=chosen)
     has = {metric for run in collected["runs"] for metric in run["series"]}
-    curves = [_line_plot(wr, panel, has) for panel in PANELS if has & {name for name, _ in panel.metrics}]
+    curves = [
+        _line_plot(wr, panel, has) for panel in PANELS if has & {name for name, _ in panel.metrics}
+    ]
     classes = sorted({name for run in collected["runs"] for name in run["classes"]})
-    iou = [wr.BarPlot(title="IoU of each class, last evaluation", metrics=[f"val/iou/{name}" for name in classes])]
+    iou = [
+        wr.BarPlot(
+            title="IoU of each class, last evaluation",
+            metrics=[f"val/iou/{name}" for name in classes],
+        )
+    ]
     keys = sorted({sample["key"] for run in collected["runs"] for sample in run["samples"]})
-    media = [wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys]) for kind in ("samples", "masks")]
+    media = [
+        wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys])
+        for kind in ("samples", "masks")
+    ]
     blocks = [
         wr.H2("Curves"),
         wr.PanelGrid(runsets=[runset], panels=_placed(wr, curves)),
-        *([wr.H2("Classes"), wr.PanelGrid(runsets=[runset], panels=_placed(wr, iou, wide=True))] if classes else []),
-        *([wr.H2("Predictions"), wr.PanelGrid(runsets=[runset], panels=_placed(wr, media, wide=True))] if keys else []),
+        *(
+            [wr.H2("Classes"), wr.PanelGrid(runsets=[runset], panels=_placed(wr, iou, wide=True))]
+            if classes
+            else []
+        ),
+        *(
+            [
+                wr.H2("Predictions"),
+                wr.PanelGrid(runsets=[runset], panels=_placed(wr, media, wide=True)),
+            ]
+            if keys
+            else []
+        ),
         wr.H2("Configurations"),
-        wr.PanelGrid(runsets=[runset], panels=_placed(wr, [wr.RunComparer(diff_only="split")], wide=True)),
+        wr.PanelGrid(
+            runsets=[runset], panels=_placed(wr, [wr.RunComparer(diff_only="split")], wide=True)
+        ),
     ]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
-    return wr.Report(**place, title=title, description=", ".join(names), blocks=blocks, width="fluid")
+    return wr.Report(
+        **place, title=title, description=", ".join(names), blocks=blocks, width="fluid"
+    )
 
 
 def spec(report: Any) -> dict[str, Any]:
@@ -74,7 +112,9 @@ def spec(report: Any) -> dict[str, Any]:
 def _line_plot(wr: Any, panel: Panel, has: set[str]) -> Any:
     metrics = [name for name, _ in panel.metrics if name in has]
     bounds = {"range_y": (0.0, 1.0)} if panel.is_share else {}
-    return wr.LinePlot(title=panel.title, x="step", y=metrics, title_y=panel.unit, log_y=panel.is_log, **bounds)
+    return wr.LinePlot(
+        title=panel.title, x="step", y=metrics, title_y=panel.unit, log_y=panel.is_log, **bounds
+    )
 
 
 def _placed(wr: Any, panels: list[Any], wide: bool = False) -> list[Any]:

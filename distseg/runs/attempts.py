@@ -1,7 +1,8 @@
 """attempts.jsonl: how often a run was started, where, from which step, and how each attempt ended.
 
-One JSON object a line, only ever appended. The main rank writes "start" and "end"; the launcher of a machine writes
-"failure" for a rank that ended badly, since a killed rank cannot say so itself. What a kill tore is skipped.
+One JSON object a line, only ever appended. The main rank writes "start" and "end"; the launcher of
+a machine writes "failure" for a rank that ended badly, since a killed rank cannot say so itself.
+What a kill tore is skipped.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import Any
 from shards.errors import InputError
 
 FILE_NAME = "attempts.jsonl"
-LABEL_VARIABLE = "DISTSEG_ATTEMPT"  # set by a launcher that wants to find its attempt again: "job 12, restart 1, try 2"
+# set by a launcher that wants to find its attempt again: "job 12, restart 1, try 2"
+LABEL_VARIABLE = "DISTSEG_ATTEMPT"
 
 
 @dataclass
 class Attempt:
-    """One start of a run. Steps are steps done; None: not known, for example because all ranks were killed."""
+    """One start of a run. Steps are steps done.
+
+    None: not known, for example because all ranks were killed.
+    """
 
     label: str
     hosts: list[str] = field(default_factory=list)
@@ -33,11 +38,15 @@ class Attempt:
     last_step: int | None = None
     outcome: str = "killed"  # or done, stopped, refused (bad input), failed
     reason: str = ""
-    exit_codes: list[int] = field(default_factory=list)  # of ranks that ended badly; -9: killed by signal 9
+    # of ranks that ended badly; -9: killed by signal 9
+    exit_codes: list[int] = field(default_factory=list)
 
 
 class Note:
-    """The main rank's notes on the attempt that it is part of; with run_dir None, on the other ranks, nothing."""
+    """The main rank's notes on the attempt that it is part of.
+
+    With run_dir None, on the other ranks, nothing.
+    """
 
     def __init__(self, run_dir: Path | None, hosts: list[str], step: int):
         """Note that it goes on from `step`. hosts: of every rank, in order."""
@@ -51,7 +60,11 @@ class Note:
     def fail(self, step: int, error: Exception) -> None:
         """Note that it ended by an exception."""
         text = error.got if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        self.finish(step, "refused" if isinstance(error, InputError) else "failed", (text.splitlines() or [""])[0])
+        self.finish(
+            step,
+            "refused" if isinstance(error, InputError) else "failed",
+            (text.splitlines() or [""])[0],
+        )
 
     def _write(self, event: str, **values: Any) -> None:
         if self._run_dir is not None:
@@ -67,7 +80,9 @@ def read(run_dir: Path) -> list[Attempt]:
     """All attempts in order; [] where there were none."""
     path = run_dir / FILE_NAME
     found: list[Attempt] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    ):
         with suppress(ValueError, KeyError, TypeError):  # torn by a kill
             _take(found, json.loads(line))
     return found
@@ -82,7 +97,11 @@ def _take(found: list[Attempt], line: dict[str, Any]) -> None:
         found += of_label
     attempt = of_label[-1]
     if event == "start":
-        attempt.hosts, attempt.world_size, attempt.first_step = line["hosts"], line["world_size"], line["step"]
+        attempt.hosts, attempt.world_size, attempt.first_step = (
+            line["hosts"],
+            line["world_size"],
+            line["step"],
+        )
     elif event == "end":
         attempt.ended, attempt.last_step = line["time"], line["step"]
         attempt.outcome, attempt.reason = line["outcome"], line["reason"]
@@ -91,12 +110,20 @@ def _take(found: list[Attempt], line: dict[str, Any]) -> None:
         if attempt.ended is None:
             code = line["exit_code"]
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            attempt.outcome, attempt.reason = "failed", f"rank {line['rank']} on {line['host']}: {how}"
+            attempt.outcome, attempt.reason = (
+                "failed",
+                f"rank {line['rank']} on {line['host']}: {how}",
+            )
             attempt.ended = line["time"]
 
 
 def _append(run_dir: Path, event: str, **values: Any) -> None:
-    line = {"event": event, "time": round(time.time(), 3), "label": os.environ.get(LABEL_VARIABLE, ""), **values}
+    line = {
+        "event": event,
+        "time": round(time.time(), 3),
+        "label": os.environ.get(LABEL_VARIABLE, ""),
+        **values,
+    }
     with suppress(OSError):  # a full disk was told by what could not be saved
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:

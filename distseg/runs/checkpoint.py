@@ -1,6 +1,8 @@
-"""Checkpoints: directories of safetensors files, published whole, loaded without running code from them.
+"""Checkpoints: directories of safetensors files, published whole, loaded without running code from
+them.
 
-Not torch.distributed.checkpoint's: its metadata is pickled, and unpickling runs whatever code a file contains.
+Not torch.distributed.checkpoint's: its metadata is pickled, and unpickling runs whatever code a
+file contains.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ STATE_FILE, BEST_FILE = "state.json", "best.json"
 class Checkpoints:
     """The checkpoints of one run: save, load, prune.
 
-    checkpoints/step-00000500/<learner>.<part>.safetensors and state.json, written by all ranks in a hidden directory
-    beside it and renamed when complete and on the disk: a checkpoint is there whole or not at all. Of slices (FSDP),
-    <part>.1-of-8 and so on; any number of ranks, under any strategy, reads either.
-    `identity` holds what a checkpoint must agree on with the run that loads it (key -> value).
-    async_save: the files are written while training goes on. What goes wrong then is raised by the next call of
-    `save`, `mark_best` or `wait`, on every rank; `failed` tells before.
-    timeout_seconds: how much longer than the main rank another may write.
+    checkpoints/step-00000500/<learner>.<part>.safetensors and state.json, written by all ranks in a
+    hidden directory beside it and renamed when complete and on the disk: a checkpoint is there
+    whole or not at all. Of slices (FSDP), <part>.1-of-8 and so on; any number of ranks, under any
+    strategy, reads either. `identity` holds what a checkpoint must agree on with the run that loads
+    it (key -> value). async_save: the files are written while training goes on. What goes wrong
+    then is raised by the next call of `save`, `mark_best` or `wait`, on every rank; `failed` tells
+    before. timeout_seconds: how much longer than the main rank another may write.
     """
 
     def __init__(
@@ -58,17 +60,23 @@ class Checkpoints:
         self._round = 0  # saves so far
         self._thread: threading.Thread | None = None
         self._is_pending = False  # a save whose outcome nobody has asked for
-        self._problem: Problem | None = None  # what went wrong in it, as far as this rank knows: the main one all
+        # what went wrong in it, as far as this rank knows: the main one all
+        self._problem: Problem | None = None
 
     def save(self, learners: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Write and publish; called on every rank at the same step. Returns the checkpoint's directory.
+        """Write and publish; called on every rank at the same step. Returns the checkpoint's
+        directory.
 
         The tensors may change when this returns. Waits for the save before.
         """
         self.wait()
         target = self.directory / f"step-{state['step']:08d}"
         parts = {name: learner.state_dict() for name, learner in learners.items()}
-        named = {f"{name}.{part}": tensors for name, of_it in parts.items() for part, tensors in of_it.items()}
+        named = {
+            f"{name}.{part}": tensors
+            for name, of_it in parts.items()
+            for part, tensors in of_it.items()
+        }
         files, copied = to_host(named, self._ranks.rank, self._ranks.world_size)
         meta = {"version": VERSION, "state": state, "identity": self._identity}
         meta["parts"] = {name: list(of_it) for name, of_it in parts.items()}
@@ -76,7 +84,9 @@ class Checkpoints:
         self._round += 1
         if self._async:
             # not a daemon: the interpreter waits for it before it ends
-            self._thread = threading.Thread(target=self._write, args=(target, files, copied, meta), name="checkpoint")
+            self._thread = threading.Thread(
+                target=self._write, args=(target, files, copied, meta), name="checkpoint"
+            )
             self._thread.start()
         else:
             self._write(target, files, copied, meta)
@@ -86,7 +96,10 @@ class Checkpoints:
         return target
 
     def wait(self) -> None:
-        """Until the last save is published; raises what went wrong, on every rank. Called on every rank."""
+        """Until the last save is published.
+
+        Raises what went wrong, on every rank. Called on every rank.
+        """
         if not self._is_pending:
             return
         self.close()
@@ -100,7 +113,10 @@ class Checkpoints:
         return self._problem is not None
 
     def give_up(self) -> None:
-        """Wait for no other rank: it may be gone. What it has not written by now leaves the save incomplete."""
+        """Wait for no other rank.
+
+        It may be gone. What it has not written by now leaves the save incomplete.
+        """
         self._reports.give_up()
 
     def close(self) -> None:
@@ -110,7 +126,10 @@ class Checkpoints:
             self._thread = None
 
     def mark_best(self, step: int, mean_iou: float) -> None:
-        """Tell the score of the checkpoint just saved; it is kept for as long as none is better. On every rank."""
+        """Tell the score of the checkpoint just saved.
+
+        It is kept for as long as none is better. On every rank.
+        """
         self.wait()
         on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
 
@@ -137,19 +156,31 @@ class Checkpoints:
         for key, value in self._identity.items():
             if meta["identity"].get(key) != value:
                 got = f"{path}: {key} is {meta['identity'].get(key)!r}, this run's is {value!r}"
-                raise InputError(got, "a checkpoint of the same data and settings", "choose another run_dir")
+                raise InputError(
+                    got, "a checkpoint of the same data and settings", "choose another run_dir"
+                )
         return meta
 
     def check_space(self, learners: dict[str, Any]) -> None:
-        """Raise InputError, on every rank, when the disk cannot hold what will be kept and one being written."""
+        """Raise InputError, on every rank, when the disk cannot hold what will be kept and one
+        being written.
+        """
         parts = [part for learner in learners.values() for part in learner.state_dict().values()]
-        size = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.values())
+        size = sum(
+            tensor.numel() * tensor.element_size() for part in parts for tensor in part.values()
+        )
         present = len(_published(self.directory))
         needed = size * max(1, self._keep_last + 2 - present)
         action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
         on_main(self._ranks, lambda: check_space(self.directory, needed, action))
 
-    def _write(self, target: Path, files: list[TensorFile], copied: Callable[[], None], meta: dict[str, Any]) -> None:
+    def _write(
+        self,
+        target: Path,
+        files: list[TensorFile],
+        copied: Callable[[], None],
+        meta: dict[str, Any],
+    ) -> None:
         """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
         problem = _problem(target, lambda: _write_files(_partial(target), files, copied))
         if self._ranks.is_main:
@@ -166,7 +197,8 @@ class Checkpoints:
         partial = _partial(target)
         _write_synced(partial / STATE_FILE, json.dumps(meta, indent=1).encode())
         sync_folder(partial)
-        shutil.rmtree(target, ignore_errors=True)  # the same step again, from a run that was set back
+        # the same step again, from a run that was set back
+        shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         sync_folder(self.directory)
         self._prune()
@@ -183,7 +215,9 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def _read_parts(path: Path, name: str, parts: list[str], own: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def _read_parts(
+    path: Path, name: str, parts: list[str], own: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
     return {part: read(path, f"{name}.{part}", own.get(part)) for part in parts}
 
 
@@ -212,19 +246,28 @@ def _problem(target: Path, work: Callable[[], None]) -> Problem | None:
     except Exception as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # safetensors gives the system's error as text
-        is_full = is_full or any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+        is_full = is_full or any(
+            f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
+        )
         if is_full:
             full = disk_full(target)
             return {"got": full.got, "needed": full.needed, "action": full.action}
         if isinstance(error, OSError | SafetensorError):
             got = f"{target} could not be written: {error}"
-            return {"got": got, "needed": "a disk that takes files", "action": "then run the same command again"}
+            return {
+                "got": got,
+                "needed": "a disk that takes files",
+                "action": "then run the same command again",
+            }
         return {"text": f"saving {target}: {type(error).__name__}: {error}"}
     return None
 
 
 def find(run_dir: Path, which: str) -> Path:
-    """The checkpoint "last" or "best" of a run, or one by its step. Raises InputError when there is none."""
+    """The checkpoint "last" or "best" of a run, or one by its step.
+
+    Raises InputError when there is none.
+    """
     directory = run_dir / "checkpoints"
     published = _published(directory)
     steps = {path.name: path for path in published}
@@ -236,7 +279,11 @@ def find(run_dir: Path, which: str) -> Path:
     if name in steps:
         return steps[name]
     there = ", ".join(steps) or "none"
-    raise InputError(f"no checkpoint {which!r} in {directory}", f"last, best or a step (there: {there})", "train first")
+    raise InputError(
+        f"no checkpoint {which!r} in {directory}",
+        f"last, best or a step (there: {there})",
+        "train first",
+    )
 
 
 def read_best(directory: Path) -> dict[str, Any]:
@@ -248,14 +295,18 @@ def read_best(directory: Path) -> dict[str, Any]:
         best = json.loads(path.read_text())
         return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error})", "the file that training wrote", "remove it") from None
+        raise InputError(
+            f"{path}: damaged ({error})", "the file that training wrote", "remove it"
+        ) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint. Raises InputError when it is damaged or of another version."""
     try:
         meta = json.loads((path / STATE_FILE).read_text())
-        whole = isinstance(meta, dict) and ("version" not in meta or {"state", "identity", "parts"} <= meta.keys())
+        whole = isinstance(meta, dict) and (
+            "version" not in meta or {"state", "identity", "parts"} <= meta.keys()
+        )
     except (OSError, ValueError):
         whole = False
     if not whole:
@@ -274,14 +325,19 @@ def saved_precision(run_dir: Path) -> str | None:
 
 
 def load_segmentor(path: Path, network: torch.nn.Module) -> str:
-    """Copy a checkpoint's segmentor into a network: the averaged one where there is one. Returns which."""
+    """Copy a checkpoint's segmentor into a network.
+
+    The averaged one where there is one. Returns which.
+    """
     which = "ema" if "ema" in read_state(path)["parts"] else "segmentor"
     tensors = read(path, f"{which}.network")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         got = f"{path}: {str(error).splitlines()[-1].strip()}"
-        raise InputError(got, "the network that the run's config.yaml names", "restore config.yaml") from None
+        raise InputError(
+            got, "the network that the run's config.yaml names", "restore config.yaml"
+        ) from None
     return which
 
 
@@ -292,13 +348,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _published(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("step-" + 8 * "[0-9]") if (path / STATE_FILE).is_file())
+    return sorted(
+        path for path in directory.glob("step-" + 8 * "[0-9]") if (path / STATE_FILE).is_file()
+    )
 
 
 def _raise(problem: Problem | None) -> None:
     """Raise the error of a problem that all ranks were told of; of None, nothing."""
     if problem is not None:
-        raise shared_error(InputError(**problem) if "got" in problem else RuntimeError(problem["text"]))
+        raise shared_error(
+            InputError(**problem) if "got" in problem else RuntimeError(problem["text"])
+        )
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -25,26 +25,37 @@ POLL_SECONDS = 0.2
 class RunDirectory:
     """A run directory that this job has to itself, with the configuration saved in it.
 
-    The lock is the main rank's and ends with its process, however that ends. Raises InputError, on every rank, when
-    another job trains there, when the directory holds a run of another configuration, when it cannot be written, or
-    when a rank does not see it: every rank writes its part of a checkpoint there.
-    visible_seconds: how long another machine may need to see what was written; NFS keeps what it knows of a folder
-    for up to 60 s.
+    The lock is the main rank's and ends with its process, however that ends. Raises InputError, on
+    every rank, when another job trains there, when the directory holds a run of another
+    configuration, when it cannot be written, or when a rank does not see it: every rank writes its
+    part of a checkpoint there. visible_seconds: how long another machine may need to see what was
+    written; NFS keeps what it knows of a folder for up to 60 s.
     """
 
     def __init__(self, path: Path, config: Config, ranks: Ranks, visible_seconds: float = 60.0):
         self.path = path
         self._lock: TextIO | None = None
         owner = on_main(ranks, lambda: self._claim(config))
-        patience = min(visible_seconds, config.parallel.timeout_seconds / 2)  # the main rank waits in a collective
-        blind = [rank for rank, sees in enumerate(on_all(ranks, self._is_owned_by(owner, patience))) if not sees]
+        # the main rank waits in a collective
+        patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
+        blind = [
+            rank
+            for rank, sees in enumerate(on_all(ranks, self._is_owned_by(owner, patience)))
+            if not sees
+        ]
         if blind:
             got = f"rank {blind[0]} does not see {path.absolute()} as rank 0 has written it, for {patience:.0f} s"
-            needed, action = "a directory that all machines share", "write run_dir=DIR on a shared file system"
+            needed, action = (
+                "a directory that all machines share",
+                "write run_dir=DIR on a shared file system",
+            )
             raise shared_error(InputError(got, needed, action))
 
     def _is_owned_by(self, owner: str, patience_seconds: float) -> bool:
-        """Whether this rank comes to see the lock file of the main one: a file of that name could be any machine's."""
+        """Whether this rank comes to see the lock file of the main one.
+
+        A file of that name could be any machine's.
+        """
         deadline = time.monotonic() + patience_seconds
         while True:
             with suppress(OSError):
@@ -53,7 +64,8 @@ class RunDirectory:
             if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
-            for folder in (self.path.parent, self.path):  # opening a folder makes NFS ask whether it has changed
+            # opening a folder makes NFS ask whether it has changed
+            for folder in (self.path.parent, self.path):
                 with suppress(OSError):
                     os.listdir(folder)
 
@@ -72,7 +84,9 @@ class RunDirectory:
         except BlockingIOError:
             other = " ".join((self.path / LOCK_FILE).read_text().split()[:4])
             got = f"another job is training in {self.path} ({other})"
-            raise InputError(got, "one job per run directory", "wait for it, or write run_dir=DIR") from None
+            raise InputError(
+                got, "one job per run directory", "wait for it, or write run_dir=DIR"
+            ) from None
         except OSError as error:
             got = f"{self.path}: {error.strerror}"
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None

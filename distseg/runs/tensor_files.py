@@ -1,4 +1,7 @@
-"""Tensors on the disk as safetensors: in one file, or in one for each slice where the ranks hold slices."""
+"""Tensors on the disk as safetensors.
+
+In one file, or in one for each slice where the ranks hold slices.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,16 @@ class TensorFile:
 
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    slices: dict[str, tuple[int, int]] = field(default_factory=dict)  # first row, rows of the whole tensor
+    # first row, rows of the whole tensor
+    slices: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it, and wait until it is on the disk. Raises OSError or SafetensorError."""
         path = folder / (self.name + SUFFIX)
         # not `save`: it would hold Python's lock, and so training, for seconds
-        save_file(self.tensors, path, {SLICES_KEY: json.dumps(self.slices)} if self.slices else None)
+        save_file(
+            self.tensors, path, {SLICES_KEY: json.dumps(self.slices)} if self.slices else None
+        )
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -43,13 +49,19 @@ class TensorFile:
             os.close(descriptor)
 
 
-def to_host(parts: Mapping[str, Mapping[str, Tensor]], rank: int, world_size: int) -> tuple[list[TensorFile], Any]:
+def to_host(
+    parts: Mapping[str, Mapping[str, Tensor]], rank: int, world_size: int
+) -> tuple[list[TensorFile], Any]:
     """The files of this rank, and a function that returns when the device has copied all into them.
 
-    parts: {"segmentor.network": {name: tensor}, ...}, the same on every rank but for the slices it holds. Every file
-    has one writer, and all ranks about as much to write. The tensors may change as soon as this has returned.
+    parts: {"segmentor.network": {name: tensor}, ...}, the same on every rank but for the slices it
+    holds. Every file has one writer, and all ranks about as much to write. The tensors may change
+    as soon as this has returned.
     """
-    held = {part: {name: slice_of(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
+    held = {
+        part: {name: slice_of(tensor) for name, tensor in tensors.items()}
+        for part, tensors in parts.items()
+    }
     files, on_device = [], False
     for part, first in _writers(held, world_size).items():
         count = _num_files(held[part])
@@ -60,7 +72,9 @@ def to_host(parts: Mapping[str, Mapping[str, Tensor]], rank: int, world_size: in
             if piece.count == 1 and rank > first:
                 continue  # whole tensors among slices are in the first file
             on_device = on_device or piece.rows.is_cuda
-            host = torch.empty(piece.rows.shape, dtype=piece.rows.dtype, pin_memory=piece.rows.is_cuda)
+            host = torch.empty(
+                piece.rows.shape, dtype=piece.rows.dtype, pin_memory=piece.rows.is_cuda
+            )
             file.tensors[name] = host.copy_(piece.rows, non_blocking=True)
             if piece.count > 1:
                 file.slices[name] = piece.start, piece.shape[0]
@@ -81,7 +95,10 @@ def _num_files(tensors: Mapping[str, Slice]) -> int:
 
 
 def _writers(held: Mapping[str, Mapping[str, Slice]], world_size: int) -> dict[str, int]:
-    """For each part the first of the ranks that write its files, one each: the largest parts to the idlest ranks."""
+    """For each part the first of the ranks that write its files, one each.
+
+    The largest parts to the idlest ranks.
+    """
     load = [0] * world_size
 
     def num_bytes(part: str) -> int:
@@ -89,7 +106,8 @@ def _writers(held: Mapping[str, Mapping[str, Slice]], world_size: int) -> dict[s
 
     chosen = {}
     for part in sorted(held, key=num_bytes, reverse=True):
-        count = _num_files(held[part])  # slices 0 to count - 1 are on ranks k * count and those after it
+        # slices 0 to count - 1 are on ranks k * count and those after it
+        count = _num_files(held[part])
         first = min(range(0, world_size, count), key=lambda start: sum(load[start : start + count]))
         for rank in range(first, first + count):
             load[rank] += num_bytes(part) // count
@@ -98,19 +116,27 @@ def _writers(held: Mapping[str, Mapping[str, Slice]], world_size: int) -> dict[s
 
 
 def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of a part, from however many files; of those that are slices in `like`, this rank's slice.
+    """The tensors of a part, from however many files; of those that are slices in `like`, this
+    rank's slice.
 
-    Raises InputError for a damaged file, a missing one, and a tensor of another shape than in `like`.
+    Raises InputError for a damaged file, a missing one, and a tensor of another shape than in
+    `like`.
     """
     try:
         with ExitStack() as opened:
-            files = [opened.enter_context(safe_open(path, framework="pt")) for path in _paths(folder, part)]
+            files = [
+                opened.enter_context(safe_open(path, framework="pt"))
+                for path in _paths(folder, part)
+            ]
             pieces: dict[str, list[tuple[int, Any]]] = {}
             for file in files:
                 starts = json.loads((file.metadata() or {}).get(SLICES_KEY, "{}"))
                 for name in file.keys():  # noqa: SIM118  # not a mapping
                     pieces.setdefault(name, []).append((starts.get(name, [0])[0], file))
-            return {name: _joined(name, sorted(found, key=_start), like) for name, found in pieces.items()}
+            return {
+                name: _joined(name, sorted(found, key=_start), like)
+                for name, found in pieces.items()
+            }
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -128,8 +154,14 @@ def _paths(folder: Path, part: str) -> list[Path]:
     if whole.is_file():
         return [whole]
     pattern = re.compile(re.escape(part) + r"\.(\d+)-of-(\d+)" + re.escape(SUFFIX))
-    found = {int(m[1]): (int(m[2]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))}
-    missing = set(range(1, max((count for count, _ in found.values()), default=1) + 1)) - found.keys()
+    found = {
+        int(m[1]): (int(m[2]), path)
+        for path in folder.iterdir()
+        if (m := pattern.fullmatch(path.name))
+    }
+    missing = (
+        set(range(1, max((count for count, _ in found.values()), default=1) + 1)) - found.keys()
+    )
     if missing:
         raise ValueError(f"file {min(missing)} is missing" if found else "there is no such file")
     return [found[index][1] for index in sorted(found)]
@@ -161,4 +193,6 @@ def _joined(name: str, pieces: list[tuple[int, Any]], like: Mapping[str, Tensor]
 def _check_shape(name: str, shape: tuple[int, ...], wanted: Tensor | None) -> None:
     if wanted is not None and shape != tuple(wanted.shape):
         got = f"the checkpoint's {name} of shape {shape}"
-        raise InputError(got, f"{tuple(wanted.shape)}", "choose another run_dir, or the run's own settings")
+        raise InputError(
+            got, f"{tuple(wanted.shape)}", "choose another run_dir, or the run's own settings"
+        )

@@ -1,7 +1,8 @@
 """Pictures of a run: its curves, its scores per class, and what it makes of an image.
 
-Figures are drawn on their own canvas (no pyplot), so nothing here depends on a display or on another thread.
-Colours of curves are Okabe and Ito's, told apart by colour-blind readers; line styles differ as well.
+Figures are drawn on their own canvas (no pyplot), so nothing here depends on a display or on
+another thread. Colours of curves are Okabe and Ito's, told apart by colour-blind readers; line
+styles differ as well.
 """
 
 from __future__ import annotations
@@ -23,15 +24,25 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 BLUE, ORANGE, GREEN, PURPLE, GRAY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#555555"
 _DPI = 120
-_ERROR_COLORS = np.array([[222, 222, 222], [213, 17, 17], [0, 0, 0]], np.uint8)  # right, wrong, void
+# right, wrong, void
+_ERROR_COLORS = np.array([[222, 222, 222], [213, 17, 17], [0, 0, 0]], np.uint8)
 _SMOOTHING = 0.03  # the smoothed line's window, as a share of the run
 _CELL_INCHES = 2.6  # the longer side of one picture in a panel
 _TITLE_INCHES, _GAP_INCHES, _BAR_INCHES, _ENTRY_INCHES = 0.28, 0.08, 0.85, (0.19, 1.2)
 _NUM_COLUMNS = 4
 
-_CURVES = (  # title of the panel, unit of its y axis, (metric, name in the legend, colour, line style)
-    ("Discriminator on real label maps", "loss (nats)", (("loss/discriminator_real", "real", BLUE, "-"),)),
-    ("Discriminator on predictions", "loss (nats)", (("loss/discriminator_fake", "fake", ORANGE, "-"),)),
+# title of the panel, unit of its y axis, (metric, name in the legend, colour, line style)
+_CURVES = (
+    (
+        "Discriminator on real label maps",
+        "loss (nats)",
+        (("loss/discriminator_real", "real", BLUE, "-"),),
+    ),
+    (
+        "Discriminator on predictions",
+        "loss (nats)",
+        (("loss/discriminator_fake", "fake", ORANGE, "-"),),
+    ),
     (
         "Segmentor",
         "loss (nats)",
@@ -50,7 +61,10 @@ _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the lege
     (
         "Validation",
         "score",
-        (("val/mean_iou", "mean IoU", BLUE, "-"), ("val/pixel_accuracy", "pixel accuracy", ORANGE, "--")),
+        (
+            ("val/mean_iou", "mean IoU", BLUE, "-"),
+            ("val/pixel_accuracy", "pixel accuracy", ORANGE, "--"),
+        ),
     ),
 )
 
@@ -58,9 +72,10 @@ _CURVES = (  # title of the panel, unit of its y axis, (metric, name in the lege
 def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     """Draw the losses and validation scores of a run over its steps: `out` is a PNG.
 
-    metrics: rows of metrics.jsonl. One panel each for the discriminator's loss on real and on predicted label
-    maps (if the run has a discriminator), the segmentor's losses, and the validation scores (if there are
-    any); of noisy losses the single values are thin and a running mean is thick.
+    metrics: rows of metrics.jsonl. One panel each for the discriminator's loss on real and on
+    predicted label maps (if the run has a discriminator), the segmentor's losses, and the
+    validation scores (if there are any); of noisy losses the single values are thin and a running
+    mean is thick.
     """
     panels = []
     for title, unit, lines in _CURVES:
@@ -77,14 +92,25 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
                 "share",
             ):  # often one evaluation, whose number says more than a dot
                 label = f"{label}, last {values[-1]:.1%}"
-            _curve(axes, steps, values, noisy=not name.startswith("val/"), label=label, color=color, linestyle=style)
+            _curve(
+                axes,
+                steps,
+                values,
+                noisy=not name.startswith("val/"),
+                label=label,
+                color=color,
+                linestyle=style,
+            )
         _dress(axes, title, unit)
     all_axes[-1].set_xlabel("training step")
     save(figure, out)
 
 
 def iou_bars(per_class: dict[str, float], out: Path) -> None:
-    """Draw the IoU of each class, in [0, 1], as a horizontal bar, and their mean; NaN is an absent class."""
+    """Draw the IoU of each class, in [0, 1], as a horizontal bar, and their mean.
+
+    NaN is an absent class.
+    """
     names, values = list(per_class), np.array(list(per_class.values()), float)
     figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
@@ -92,7 +118,9 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
     for row, value in enumerate(values):
         text = "absent" if math.isnan(value) else f"{value:.1%}"
         place = (0 if math.isnan(value) else value) + 0.01
-        axes.text(place, row, text, va="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1})
+        axes.text(
+            place, row, text, va="center", fontsize=9, bbox={"fc": "white", "ec": "none", "pad": 1}
+        )
     if not np.isnan(values).all():
         mean = float(np.nanmean(values))
         axes.axvline(mean, color=ORANGE, linestyle="--", label=f"mean IoU {mean:.1%}", zorder=0)
@@ -107,20 +135,26 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
 
 
 def sample_panel(
-    image: np.ndarray, label: np.ndarray | None, probabilities: np.ndarray, classes: ClassSet, out: Path
+    image: np.ndarray,
+    label: np.ndarray | None,
+    probabilities: np.ndarray,
+    classes: ClassSet,
+    out: Path,
 ) -> None:
     """Draw what a segmentor makes of an image: `out` is a PNG.
 
-    image: (H, W, 3) uint8 RGB. label: (H, W) uint8 with 255 = void, or None. probabilities: (C, H, W) float32
-    in [0, 1]. Above: the picture, its label, the prediction and where they differ; below: one probability
-    picture per class, all on one scale from 0 to 1.
+    image: (H, W, 3) uint8 RGB. label: (H, W) uint8 with 255 = void, or None. probabilities: (C, H,
+    W) float32 in [0, 1]. Above: the picture, its label, the prediction and where they differ;
+    below: one probability picture per class, all on one scale from 0 to 1.
     """
     prediction = probabilities.argmax(0).astype(np.uint8)
     top = [("picture", image), ("prediction", colourise(prediction, classes))]
     if label is not None:
         top.insert(1, ("label", colourise(label, classes)))
         top.append((_error_title(prediction, label), error_map(prediction, label)))
-    legend = legend_entries(classes, with_void=label is not None and bool((label == IGNORE_INDEX).any()))
+    legend = legend_entries(
+        classes, with_void=label is not None and bool((label == IGNORE_INDEX).any())
+    )
     grid = _Grid(image.shape[:2], 1 + math.ceil(classes.num_classes / _NUM_COLUMNS), len(legend))
     for column, (title, picture) in enumerate(top):
         grid.axes(0, column, title).imshow(picture, interpolation="nearest")
@@ -130,7 +164,9 @@ def sample_panel(
     bar = grid.figure.colorbar(scale, cax=grid.bar_axes(), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.set_label("probability", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    grid.figure.legend(handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False)
+    grid.figure.legend(
+        handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False
+    )
     save(grid.figure, out)
 
 
@@ -142,7 +178,9 @@ class _Grid:
         self._width = _NUM_COLUMNS * (self._cell[1] + _GAP_INCHES) + _BAR_INCHES
         self.legend_columns = max(1, int(self._width / _ENTRY_INCHES[1]))
         num_legend_rows = math.ceil(num_legend_entries / self.legend_columns)
-        self._height = num_rows * (self._cell[0] + _TITLE_INCHES) + (num_legend_rows + 1) * _ENTRY_INCHES[0]
+        self._height = (
+            num_rows * (self._cell[0] + _TITLE_INCHES) + (num_legend_rows + 1) * _ENTRY_INCHES[0]
+        )
         self.figure = Figure(figsize=(self._width, self._height), dpi=_DPI)
 
     def axes(self, row: int, column: int, title: str) -> Axes:
@@ -179,9 +217,16 @@ def _void_color(classes: ClassSet) -> tuple[int, int, int]:
     return (255, 255, 255) if (0, 0, 0) in classes.palette else (0, 0, 0)
 
 
-def overlay(image: np.ndarray, label: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> np.ndarray:
-    """The picture (H, W, 3) uint8 under class colours of opacity alpha in [0, 1]; void stays uncovered."""
-    mixed = np.rint(image * (1 - alpha) + colourise(label, classes) * np.float32(alpha)).astype(np.uint8)
+def overlay(
+    image: np.ndarray, label: np.ndarray, classes: ClassSet, alpha: float = 0.5
+) -> np.ndarray:
+    """The picture (H, W, 3) uint8 under class colours of opacity alpha in [0, 1].
+
+    Void stays uncovered.
+    """
+    mixed = np.rint(image * (1 - alpha) + colourise(label, classes) * np.float32(alpha)).astype(
+        np.uint8
+    )
     return np.where((label == IGNORE_INDEX)[..., None], image, mixed)
 
 
@@ -206,19 +251,29 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, noisy: bool, **sty
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite ones among the values at most window // 2 places away; NaN where there is none."""
+    """Mean of the finite ones among the values at most window // 2 places away.
+
+    NaN where there is none.
+    """
     finite = np.isfinite(values)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     places = np.arange(len(values))
-    first, end = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
+    first, end = (
+        np.maximum(places - window // 2, 0),
+        np.minimum(places + window // 2 + 1, len(values)),
+    )
     found = counts[end] - counts[first]
-    return np.divide(sums[end] - sums[first], found, out=np.full(len(values), np.nan), where=found > 0)
+    return np.divide(
+        sums[end] - sums[first], found, out=np.full(len(values), np.nan), where=found > 0
+    )
 
 
 def _dress(axes: Axes, title: str, unit: str) -> None:
     if title.startswith("Discriminator"):  # what a discriminator that cannot tell has on either
-        axes.axhline(math.log(2), color="black", linewidth=0.9, linestyle=":", label="undecided (ln 2)")
+        axes.axhline(
+            math.log(2), color="black", linewidth=0.9, linestyle=":", label="undecided (ln 2)"
+        )
     if unit in ("score", "share"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1)
@@ -242,7 +297,9 @@ def _error_title(prediction: np.ndarray, label: np.ndarray) -> str:
 
 def legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
     """A patch of each class's colour with its name, for a figure's legend; void's last."""
-    entries = [*zip(classes.names, classes.palette, strict=True)] + [("void", _void_color(classes))] * with_void
+    entries = [*zip(classes.names, classes.palette, strict=True)] + [
+        ("void", _void_color(classes))
+    ] * with_void
     return [
         Patch(facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=name)
         for name, color in entries

@@ -1,9 +1,10 @@
 """Verdicts on a run while it trains: what goes wrong silently in adversarial training.
 
-A pure function of the rows of metrics.jsonl, in their order: a run that goes on replays its own file and stands where
-it stood, and any run's file can be judged afterwards. A verdict is raised by the mean of a signal over several logged
-rows, since one row is one batch, and cleared when several in a row are clearly better, so that it does not flicker.
-What is looked for, with its thresholds, is in distseg.verdicts.
+A pure function of the rows of metrics.jsonl, in their order: a run that goes on replays its own
+file and stands where it stood, and any run's file can be judged afterwards. A verdict is raised by
+the mean of a signal over several logged rows, since one row is one batch, and cleared when several
+in a row are clearly better, so that it does not flicker. What is looked for, with its thresholds,
+is in distseg.verdicts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class Window:
         """Take in a row, and leave out those that are no longer needed."""
         self._rows.append((step, value))
         self._recent.append(value)
-        while len(self._rows) > self._check.num_rows and self._rows[1][0] <= step - self._check.num_steps:
+        while (
+            len(self._rows) > self._check.num_rows
+            and self._rows[1][0] <= step - self._check.num_steps
+        ):
             self._rows.popleft()
 
     @property
@@ -49,7 +53,10 @@ class Window:
 
     def is_full(self) -> bool:
         """Whether they are as many as the check needs to judge; once so, always so."""
-        return len(self._rows) >= self._check.num_rows and self._rows[-1][0] - self.since >= self._check.num_steps
+        return (
+            len(self._rows) >= self._check.num_rows
+            and self._rows[-1][0] - self.since >= self._check.num_steps
+        )
 
     def is_bad(self) -> bool:
         return self.is_full() and self._check.beyond(self.mean(), self._check.raise_at)
@@ -62,7 +69,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Event:
-    """A verdict raised or cleared by the row of `step`; `since`: the first step of the rows that it goes by."""
+    """A verdict raised or cleared by the row of `step`.
+
+    `since`: the first step of the rows that it goes by.
+    """
 
     step: int
     name: str
@@ -77,7 +87,9 @@ class Event:
         if not self.raised:
             return f"health: no longer at step {self.step}: {check.title}"
         where = f" ({self.detail})" if self.detail else ""
-        return f"health: {check.title}{where}, since step {self.since}. {check.meaning} {check.advice}"
+        return (
+            f"health: {check.title}{where}, since step {self.since}. {check.meaning} {check.advice}"
+        )
 
 
 class Health:
@@ -120,13 +132,23 @@ class Health:
 
     def flags(self) -> dict[str, float]:
         """1 or 0 for every verdict that the rows so far could tell, as in metrics.jsonl."""
-        return {f"health/{name}": float(name in self.on) for name, window in self._windows.items() if window}
+        return {
+            f"health/{name}": float(name in self.on)
+            for name, window in self._windows.items()
+            if window
+        }
 
     def save(self, path: Path) -> None:
-        """Write what holds now, with its meaning and advice, and all that was raised and cleared before."""
+        """Write what holds now, with its meaning and advice, and all that was raised and cleared
+        before.
+        """
         now = [asdict(event) | _words(NAMED[name]) for name, event in self.on.items()]
         with published(path) as partial:
-            document = {"step": self.step, "now": now, "events": [asdict(event) for event in self.events]}
+            document = {
+                "step": self.step,
+                "now": now,
+                "events": [asdict(event) for event in self.events],
+            }
             partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

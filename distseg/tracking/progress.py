@@ -24,24 +24,31 @@ _LOSSES = {  # metric -> name on the line; what a run does not have is left out
     "loss/discriminator_real": "D real",
     "loss/discriminator_fake": "D fake",
 }
-_SCORES = {"mean_iou": "mIoU", "pixel_accuracy": "pixel accuracy", "mean_class_accuracy": "class accuracy"}
+_SCORES = {
+    "mean_iou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_class_accuracy": "class accuracy",
+}
 
 
 class Progress:
     """Shows how far training is, its speed and losses, and when it will end.
 
-    total_steps: the step at which training ends; start_step: the step it goes on from (0 for a new run).
-    enabled: False on every rank but 0, and then nothing is shown.
+    total_steps: the step at which training ends; start_step: the step it goes on from (0 for a new
+    run). enabled: False on every rank but 0, and then nothing is shown.
     """
 
-    def __init__(self, total_steps: int, start_step: int, enabled: bool, console: Console | None = None):
+    def __init__(
+        self, total_steps: int, start_step: int, enabled: bool, console: Console | None = None
+    ):
         self._total_steps, self._step = total_steps, start_step
         self._metrics: dict[str, float] = {}
         self._mean_iou = math.nan
         self._recent = deque([(time.monotonic(), start_step)])  # (seconds, step), oldest first
         self._next_plain = 0.0
         self._console = console or Console(highlight=False)
-        self._live: Live | None = None  # started by the first update, so that a mere table needs no close()
+        # started by the first update, so that a mere table needs no close()
+        self._live: Live | None = None
         self._enabled = enabled
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
@@ -61,10 +68,14 @@ class Progress:
             self._print_line()
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
-        """Print the scores of an evaluation, all in [0, 1] under their names in metrics.jsonl (val/...)."""
+        """Print the scores of an evaluation, all in [0, 1] under their names in metrics.jsonl
+        (val/...).
+        """
         self._mean_iou = scores.get("val/mean_iou", math.nan)
         if self._enabled:
-            known = [(f"val/{name}", label) for name, label in _SCORES.items() if f"val/{name}" in scores]
+            known = [
+                (f"val/{name}", label) for name, label in _SCORES.items() if f"val/{name}" in scores
+            ]
             title = [f"step {step:,}"] + [f"{label} {scores[name]:.1%}" for name, label in known]
             self._console.print("  ".join(title), style="bold")
             self._console.print(_class_table(scores))
@@ -96,11 +107,18 @@ class Progress:
         (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
         if last_step <= first_step or last_time <= first_time:
             return math.nan
-        return (self._total_steps - self._step) * (last_time - first_time) / (last_step - first_step)
+        return (
+            (self._total_steps - self._step) * (last_time - first_time) / (last_step - first_step)
+        )
 
     def _show_live(self) -> None:
         if self._live is None:
-            self._live = Live(console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True)
+            self._live = Live(
+                console=self._console,
+                get_renderable=self._line,
+                refresh_per_second=4,
+                transient=True,
+            )
             self._live.start()
 
     def _print_line(self) -> None:
@@ -116,14 +134,17 @@ class Progress:
         if math.isfinite(left) and self._step < self._total_steps:
             end = datetime.now() + timedelta(seconds=left)
             parts.append(f"left {_duration(left)} (ends {end:%H:%M}{_days_ahead(end)})")
-        if not math.isnan(self._mean_iou):  # before the losses, whose last ones a narrow terminal cuts off
+        # before the losses, whose last ones a narrow terminal cuts off
+        if not math.isnan(self._mean_iou):
             parts.append(f"mIoU {self._mean_iou:.1%}")
         losses = ((label, self._metrics.get(name)) for name, label in _LOSSES.items())
         parts += [f"{label} {value:.3f}" for label, value in losses if value is not None]
         text = Text(no_wrap=True, overflow="ellipsis")
         if self._live is not None:
             done = round(share * _BAR_CELLS)
-            text.append("━" * done, "cyan").append("━" * (_BAR_CELLS - done), "bright_black").append(" ")
+            text.append("━" * done, "cyan").append(
+                "━" * (_BAR_CELLS - done), "bright_black"
+            ).append(" ")
         return text.append("  ".join(parts))
 
 
@@ -139,9 +160,13 @@ def _days_ahead(end: datetime) -> str:
 
 
 def _class_table(scores: dict[str, float]) -> Table:
-    """One row a class; three classes a row where there are many, so that a table stays on one screen."""
+    """One row a class; three classes a row where there are many, so that a table stays on one
+    screen.
+    """
     prefix = "val/iou/"
-    classes = [(name.removeprefix(prefix), iou) for name, iou in scores.items() if name.startswith(prefix)]
+    classes = [
+        (name.removeprefix(prefix), iou) for name, iou in scores.items() if name.startswith(prefix)
+    ]
     num_columns = 1 if len(classes) <= 10 else 3
     table = Table()
     for _ in range(num_columns):
@@ -150,7 +175,8 @@ def _class_table(scores: dict[str, float]) -> Table:
     num_rows = math.ceil(len(classes) / num_columns)
     for row in range(num_rows):
         cells: list[Text] = []  # Text, because a plain string's [brackets] would be read as markup
-        for name, iou in classes[row::num_rows]:  # down the columns, in the order of the class indices
+        # down the columns, in the order of the class indices
+        for name, iou in classes[row::num_rows]:
             cells += [Text(name), Text("absent" if math.isnan(iou) else f"{iou:.1%}")]
         table.add_row(*cells)
     return table

@@ -15,13 +15,16 @@ def check_installed() -> None:
     """Raise InputError when the package that writes event files is not there."""
     if importlib.util.find_spec("tensorboardX") is None:
         action = "pip install 'distseg[tensorboard]', or leave tracking.tensorboard out"
-        raise InputError("tracking.tensorboard=true, and tensorboardX is not installed", "tensorboardX", action)
+        raise InputError(
+            "tracking.tensorboard=true, and tensorboardX is not installed", "tensorboardX", action
+        )
 
 
 class TensorBoard:
     """Event files in `folder`; a thread of tensorboardX writes them.
 
-    resume_step: the checkpoint's step that training goes on from; TensorBoard then drops what it had after that.
+    resume_step: the checkpoint's step that training goes on from; TensorBoard then drops what it
+    had after that.
     """
 
     def __init__(self, folder: Path, resume_step: int | None):
@@ -29,8 +32,11 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         purge_step = 0 if resume_step is None else resume_step + 1
-        # files are named by the second; a restart must not write into the file of the attempt before
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".from-{purge_step}")
+        # files are named by the second; a restart must not write into the file of the attempt
+        # before
+        self._writer: Any = SummaryWriter(
+            str(folder), purge_step=purge_step, filename_suffix=f".from-{purge_step}"
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One point for every value."""

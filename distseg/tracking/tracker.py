@@ -1,9 +1,11 @@
-"""What a run measures, written down: always to metrics.jsonl, and to W&B and TensorBoard where they are wanted.
+"""What a run measures, written down: always to metrics.jsonl, and to W&B and TensorBoard where they
+are wanted.
 
-metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>": float, ...}.
-JSON has no word for non-finite floats, so they are written as the strings "NaN", "Infinity" and "-Infinity";
-`read_metrics` turns them back. Every line of training goes through `distseg.health`, whose verdicts are written beside.
-Rank 0 writes; every other rank gets a tracker that does nothing.
+metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>":
+float, ...}. JSON has no word for non-finite floats, so they are written as the strings "NaN",
+"Infinity" and "-Infinity"; `read_metrics` turns them back. Every line of training goes through
+`distseg.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a tracker
+that does nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ class Tracker(Protocol):
     """What the training loop reports to; each call returns without waiting for a network."""
 
     def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
-        """Write one line; values are anything `float()` takes, on the host. Returns the verdicts that it changed."""
+        """Write one line; values are anything `float()` takes, on the host.
+
+        Returns the verdicts that it changed.
+        """
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every line with the value `name`, now or before a restart, in order."""
@@ -48,8 +53,12 @@ class Tracker(Protocol):
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B and TensorBoard)."""
 
-    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
-        """Show masks, (H, W) uint8 indices of the classes `names`, over a uint8 (H, W, 3) picture (W&B only)."""
+    def masks(
+        self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names
+    ) -> None:
+        """Show masks, (H, W) uint8 indices of the classes `names`, over a uint8 (H, W, 3) picture
+        (W&B only).
+        """
 
     def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
         """Write a table: tables/<name>-step-<step>.csv, and W&B's tables/<name>."""
@@ -70,7 +79,9 @@ class NullTracker:
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
         pass
 
-    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
+    def masks(
+        self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names
+    ) -> None:
         pass
 
     def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
@@ -103,12 +114,16 @@ class RunTracker:
                 self._health.save(self._run_dir / HEALTH_FILE)
         except OSError as error:
             action = "free some space, then run the same command again: it goes on from the last checkpoint"
-            raise InputError(f"{self._file.name}: {error.strerror}", "a disk that can be written", action) from None
+            raise InputError(
+                f"{self._file.name}: {error.strerror}", "a disk that can be written", action
+            ) from None
         for writer in self._writers():
             writer.log(step, values)
         for event in events:
             if event.raised and self._wandb is not None:
-                self._wandb.alert(NAMED[event.name].title, event.text(), is_error=event.name == "not_finite")
+                self._wandb.alert(
+                    NAMED[event.name].title, event.text(), is_error=event.name == "not_finite"
+                )
         return events
 
     def history(self, name: str) -> list[tuple[int, float]]:
@@ -118,7 +133,9 @@ class RunTracker:
         for writer in self._writers():
             writer.image(step, name, picture, caption)
 
-    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
+    def masks(
+        self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names
+    ) -> None:
         if self._wandb is not None:
             self._wandb.masks(step, name, picture, masks, names)
 
@@ -142,14 +159,19 @@ class RunTracker:
 
 
 def open_tracker(
-    run_dir: Path, settings: TrackingConfig, config: dict[str, Any], resume_step: int | None, enabled: bool
+    run_dir: Path,
+    settings: TrackingConfig,
+    config: dict[str, Any],
+    resume_step: int | None,
+    enabled: bool,
 ) -> Tracker:
     """Open the tracker of one process.
 
-    settings: where W&B files the run, under the directory's name. config: the resolved configuration, shown
-    in W&B; its "environment", if any, is written to environment.json too. resume_step: the step of the checkpoint
-    that training goes on from; later lines are taken away, because those steps will be done again. None: training
-    starts anew, so all lines are. enabled: False on every rank but 0.
+    settings: where W&B files the run, under the directory's name. config: the resolved
+    configuration, shown in W&B; its "environment", if any, is written to environment.json too.
+    resume_step: the step of the checkpoint that training goes on from; later lines are taken away,
+    because those steps will be done again. None: training starts anew, so all lines are. enabled:
+    False on every rank but 0.
     """
     if not enabled:
         return NullTracker()
@@ -159,7 +181,9 @@ def open_tracker(
     if "environment" in config:
         with published(run_dir / ENVIRONMENT_FILE) as partial:
             partial.write_text(json.dumps(config["environment"], indent=2) + "\n", encoding="utf-8")
-    tensorboard = TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
+    tensorboard = (
+        TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
+    )
     mode = choose_mode(settings.wandb)
     if mode == "disabled":
         return RunTracker(run_dir, None, tensorboard)
@@ -189,7 +213,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, _, row, is_last in _lines(path):
         if row is not None:
-            rows.append({name: _NON_FINITE.get(v, v) if isinstance(v, str) else v for name, v in row.items()})
+            rows.append(
+                {
+                    name: _NON_FINITE.get(v, v) if isinstance(v, str) else v
+                    for name, v in row.items()
+                }
+            )
         elif not is_last:
             raise InputError(
                 f"line {number} of {path} is not a JSON object with a step",

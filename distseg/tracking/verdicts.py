@@ -1,7 +1,8 @@
 """What is looked for in a run's signals, when it is told, what it means and what to try.
 
-Thresholds stand with their source. "Recorded" are 240 logged rows of six runs of `preset=stanford_semi` (three seeds,
-with and without unlabelled images), which ended as well as without an adversary; tests/data/health holds them.
+Thresholds stand with their source. "Recorded" are 240 logged rows of six runs of
+`preset=stanford_semi` (three seeds, with and without unlabelled images), which ended as well as
+without an adversary; tests/data/health holds them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-RATIO = "gradient/adversarial_to_cross_entropy"  # of their norms, at the segmentor's output; see distseg.train.diagnostics
+# of their norms, at the segmentor's output; see distseg.train.diagnostics
+RATIO = "gradient/adversarial_to_cross_entropy"
 Row = dict[str, Any]  # of metrics.jsonl: "step" and named floats
 
 
@@ -19,10 +21,10 @@ Row = dict[str, Any]  # of metrics.jsonl: "step" and named floats
 class Check:
     """One thing that can be wrong.
 
-    measure: its signal in a row, given the training row before (empty at first), or None where the row does not say.
-    raise_at: raised when the signal's mean over the last rows, at least `num_rows` and `num_steps` steps of them, is as
-    bad; clear_at: cleared when each of the last `clear_rows` is better. Where raise_at is the smaller of the two,
-    small values are bad.
+    measure: its signal in a row, given the training row before (empty at first), or None where the
+    row does not say. raise_at: raised when the signal's mean over the last rows, at least
+    `num_rows` and `num_steps` steps of them, is as bad; clear_at: cleared when each of the last
+    `clear_rows` is better. Where raise_at is the smaller of the two, small values are bad.
     """
 
     name: str
@@ -42,7 +44,10 @@ class Check:
 
 
 def _fake_loss(row: Row, before: Row) -> float | None:
-    """The discriminator's loss on predictions, where it is right about nearly all label maps; else as if undecided."""
+    """The discriminator's loss on predictions, where it is right about nearly all label maps.
+
+    Else as if undecided.
+    """
     if "loss/discriminator_fake" not in row or "discriminator/accuracy" not in row:
         return None
     return row["loss/discriminator_fake"] if row["discriminator/accuracy"] >= 0.9 else math.log(2)
@@ -59,9 +64,11 @@ def _influence(row: Row, before: Row) -> float | None:
 
 
 def _not_finite(row: Row, before: Row) -> float | None:
-    """1 for a loss that is not finite, or the share of steps since the row before whose update was skipped.
+    """1 for a loss that is not finite, or the share of steps since the row before whose update was
+    skipped.
 
-    Without a loss scale, which finds its size by skipping now and then, one skipped update is as bad.
+    Without a loss scale, which finds its size by skipping now and then, one skipped update is as
+    bad.
     """
     losses = [value for name, value in row.items() if name.startswith("loss/")]
     if not losses:
@@ -86,7 +93,9 @@ def _slowest(row: Row, before: Row) -> float | None:
     """How much slower the slowest rank is; 1 where it is another one than in the row before."""
     if "ranks/slowest" not in row:
         return None
-    return row["ranks/slowest_ratio"] if row["ranks/slowest"] == before.get("ranks/slowest") else 1.0
+    return (
+        row["ranks/slowest_ratio"] if row["ranks/slowest"] == before.get("ranks/slowest") else 1.0
+    )
 
 
 CHECKS = (
@@ -94,7 +103,8 @@ CHECKS = (
         "discriminator_has_won",
         "the discriminator has won",
         _fake_loss,
-        # a public system whose adversary had no effect any more ended at 0.034; recorded: means of 5 rows from 0.16 on
+        # a public system whose adversary had no effect any more ended at 0.034; recorded: means of
+        # 5 rows from 0.16 on
         raise_at=0.08,
         clear_at=0.12,
         num_rows=5,
@@ -107,7 +117,8 @@ CHECKS = (
         "discriminator_is_blind",
         "the discriminator is blind",
         _both_losses,
-        # ln 2 = 0.693 is what an answer that does not look costs; recorded: 0.65 at step 50, below 0.5 from step 90 on
+        # ln 2 = 0.693 is what an answer that does not look costs; recorded: 0.65 at step 50, below
+        # 0.5 from step 90 on
         raise_at=0.68,
         clear_at=0.66,
         num_rows=15,
@@ -121,8 +132,8 @@ CHECKS = (
         "no_influence",
         "the adversarial term has no influence",
         _influence,
-        # a public system's term was 1.3e-4 of its loss; a healthy run (lambda 0.01) passes 1e-3 near step 40, while its
-        # discriminator begins to see, and 4e-3 at step 70
+        # a public system's term was 1.3e-4 of its loss; a healthy run (lambda 0.01) passes 1e-3
+        # near step 40, while its discriminator begins to see, and 4e-3 at step 70
         raise_at=1e-3,
         clear_at=3e-3,
         num_rows=10,
@@ -135,7 +146,8 @@ CHECKS = (
         "mask_is_empty",
         "the confidence mask is empty",
         lambda row, before: row.get("semi/mask_share"),
-        # recorded: 0.09 to 0.98; at 0.1 % a batch of eight 240 x 240 images has 460 pixels left, of one object's edge
+        # recorded: 0.09 to 0.98; at 0.1 % a batch of eight 240 x 240 images has 460 pixels left, of
+        # one object's edge
         raise_at=1e-3,
         clear_at=5e-3,
         num_rows=5,

@@ -1,7 +1,8 @@
 """One W&B run, kept at arm's length: training never waits for it and never stops because of it.
 
-Importing wandb (0.6 s), starting its service, logging in and uploading happen in one background thread behind
-a bounded queue. A failure costs one warning and the W&B curves; metrics.jsonl has every value anyway.
+Importing wandb (0.6 s), starting its service, logging in and uploading happen in one background
+thread behind a bounded queue. A failure costs one warning and the W&B curves; metrics.jsonl has
+every value anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from shards.sample import IGNORE_INDEX
 ID_FILE = "wandb_id.txt"
 URL_FILE = "wandb_url.txt"  # of a run that is online
 _QUEUE_LENGTH = 2000  # rows; at one row a second, half an hour without an answer
-_INIT_SECONDS = 30.0  # in the background; a compute node without network falls back to offline after this
+# in the background; a compute node without network falls back to offline after this
+_INIT_SECONDS = 30.0
 _FINISH_SECONDS = 60.0  # how long the end of a run may wait for uploads
 _LOGIN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|passw|credential|private_?key)")
@@ -43,8 +45,8 @@ Names = tuple[str, ...]
 def choose_mode(wanted: str) -> str:
     """Resolve "auto" and missing logins to "online", "offline" or "disabled".
 
-    "auto" follows WANDB_MODE where that is set. "online" without a login would ask for one on the terminal,
-    which nobody reads in a batch job, so it becomes "offline" with a warning.
+    "auto" follows WANDB_MODE where that is set. "online" without a login would ask for one on the
+    terminal, which nobody reads in a batch job, so it becomes "offline" with a warning.
     """
     if wanted == "auto":
         by_environment = os.environ.get("WANDB_MODE", "")
@@ -53,19 +55,23 @@ def choose_mode(wanted: str) -> str:
         else:
             return "online" if _has_login() else "offline"
     if wanted == "online" and not _has_login():
-        _log.warning("W&B: no login found (run `wandb login`); writing offline, upload later with `wandb sync`")
+        _log.warning(
+            "W&B: no login found (run `wandb login`); writing offline, upload later with `wandb sync`"
+        )
         return "offline"
     return wanted
 
 
-MADE_UP = ("val/", "samples/", "masks/", "tables/", "curves")  # what a run can owe to a step that it was stopped at
+# what a run can owe to a step that it was stopped at
+MADE_UP = ("val/", "samples/", "masks/", "tables/", "curves")
 
 
 class WandbRun:
     """A W&B run that can be resumed by the id kept in `run_dir`/wandb_id.txt.
 
-    mode: "online" or "offline". options: keyword arguments of wandb.init that name the run (project, entity,
-    group, tags, name). config: nested dict of plain values; what looks like a secret is removed.
+    mode: "online" or "offline". options: keyword arguments of wandb.init that name the run
+    (project, entity, group, tags, name). config: nested dict of plain values; what looks like a
+    secret is removed.
     """
 
     def __init__(self, run_dir: Path, mode: str, options: dict[str, Any], config: dict[str, Any]):
@@ -94,14 +100,20 @@ class WandbRun:
 
         self._queue(show)
 
-    def masks(self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names) -> None:
-        """Queue a uint8 (H, W, 3) picture with masks, (H, W) uint8 class indices by name, to be laid over it there."""
+    def masks(
+        self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names
+    ) -> None:
+        """Queue a uint8 (H, W, 3) picture with masks, (H, W) uint8 class indices by name, to be
+        laid over it there.
+        """
 
         def show(run: Any) -> None:
             import wandb
 
             labels = {**dict(enumerate(names)), IGNORE_INDEX: "void"}
-            layers = {key: {"mask_data": mask, "class_labels": labels} for key, mask in masks.items()}
+            layers = {
+                key: {"mask_data": mask, "class_labels": labels} for key, mask in masks.items()
+            }
             _log_row(run, step, {name: wandb.Image(picture, masks=layers)})
 
         self._queue(show)
@@ -112,13 +124,19 @@ class WandbRun:
         def show(run: Any) -> None:
             import wandb
 
-            _log_row(run, step, {name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            _log_row(
+                run,
+                step,
+                {name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])},
+            )
 
         self._queue(show)
 
     def alert(self, title: str, text: str, is_error: bool) -> None:
         """Queue an alert, which W&B sends by mail or chat where the user asked for that."""
-        self._queue(lambda run: run.alert(title=title, text=text, level="ERROR" if is_error else "WARN"))
+        self._queue(
+            lambda run: run.alert(title=title, text=text, level="ERROR" if is_error else "WARN")
+        )
 
     def finish(self, exit_code: int) -> None:
         """Let the thread write out what is queued and end the run; wait at most a minute."""
@@ -128,7 +146,9 @@ class WandbRun:
             self._actions.put(None, timeout=_FINISH_SECONDS if self._thread.is_alive() else 0.01)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._num_dropped:
-            _log.warning("W&B was too slow: %d rows were not sent; metrics.jsonl has them", self._num_dropped)
+            _log.warning(
+                "W&B was too slow: %d rows were not sent; metrics.jsonl has them", self._num_dropped
+            )
         if self._thread.is_alive():
             _log.warning("W&B has not finished after %.0f s; leaving it", _FINISH_SECONDS)
 
@@ -159,7 +179,9 @@ class WandbRun:
                 run = self._init("online", resume="allow")
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
-                _log.warning("W&B cannot be reached (%s); writing offline, upload with `wandb sync`", reason)
+                _log.warning(
+                    "W&B cannot be reached (%s); writing offline, upload with `wandb sync`", reason
+                )
                 wandb.teardown(1)  # the service still holds the id of the failed run
                 run = self._init("offline", resume=None)
             else:
@@ -167,7 +189,8 @@ class WandbRun:
                 (self._run_dir / URL_FILE).write_text(f"{run.url}\n")
         else:
             run = self._init("offline", resume=None)
-        # W&B's own counter is the training step too, but only a metric can be named as the x axis everywhere.
+        # W&B's own counter is the training step too, but only a metric can be named as the x axis
+        # everywhere.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         return run
@@ -188,8 +211,9 @@ class WandbRun:
             disable_code=True,
             disable_git=True,
             disable_job_creation=True,
-            # The stop button of the web page: a checkpoint and a clean end, as for Ctrl-C. Not SIGTERM: it is a
-            # person's wish, after which a job must not come back as it does after a scheduler's signal.
+            # The stop button of the web page: a checkpoint and a clean end, as for Ctrl-C. Not
+            # SIGTERM: it is a person's wish, after which a job must not come back as it does after
+            # a scheduler's signal.
             stop_fn=_StopOnce(),
         )
         return wandb.init(
@@ -217,8 +241,9 @@ class _StopOnce:
 def without_secrets(value: Any, _name: str = "") -> Any:
     """Copy a nested config without what must not leave the machine.
 
-    Removed: values under names such as api_key or token, logins inside URLs, and every value that the
-    environment holds under such a name (an interpolated ${oc.env:...} ends up in the resolved config).
+    Removed: values under names such as api_key or token, logins inside URLs, and every value that
+    the environment holds under such a name (an interpolated ${oc.env:...} ends up in the resolved
+    config).
     """
     if isinstance(value, dict):
         return {key: without_secrets(item, str(key)) for key, item in value.items()}
@@ -235,8 +260,9 @@ def without_secrets(value: Any, _name: str = "") -> Any:
 
 
 def _log_row(run: Any, step: int, values: dict[str, Any]) -> None:
-    # A run resumed from an earlier checkpoint repeats steps that W&B has already; it takes no step twice. Pictures and
-    # scores of the last checkpoint that were still missing go into the next row: the x axis is "step" all the same.
+    # A run resumed from an earlier checkpoint repeats steps that W&B has already; it takes no step
+    # twice. Pictures and scores of the last checkpoint that were still missing go into the next
+    # row: the x axis is "step" all the same.
     is_made_up = all(name.startswith(MADE_UP) for name in values)
     if step >= run.step or is_made_up:
         run.log({"step": step, **values}, step=max(step, run.step))

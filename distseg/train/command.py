@@ -44,7 +44,8 @@ Networks = tuple[torch.nn.Module, torch.nn.Module | None]  # segmentor, discrimi
 def run(overrides: list[str], dry_run: bool = False) -> int:
     """`distseg train`: train, evaluate, draw; the same command goes on with a run that was stopped.
 
-    Returns the exit code. Raises InputError, before any network is trained, for input that cannot be used.
+    Returns the exit code. Raises InputError, before any network is trained, for input that cannot
+    be used.
     """
     config = loading.load(overrides)
     check_settings(config)
@@ -66,7 +67,10 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
 
 
 def check(config: Config, world_size: int) -> tuple[Data, Networks]:
-    """Data and networks of a run on so many ranks; InputError for what could not be trained. Touches no GPU."""
+    """Data and networks of a run on so many ranks.
+
+    InputError for what could not be trained. Touches no GPU.
+    """
     check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
@@ -78,19 +82,29 @@ def check(config: Config, world_size: int) -> tuple[Data, Networks]:
 
 
 def train_and_show(
-    config: Config, ranks: Ranks, data: Data, networks: Networks, watchdog: Watchdog, stop: StopRequest
+    config: Config,
+    ranks: Ranks,
+    data: Data,
+    networks: Networks,
+    watchdog: Watchdog,
+    stop: StopRequest,
 ) -> None:
     """From the networks to the finished run, on every rank alike."""
     segmentor, discriminator = networks
     run_directory = RunDirectory(Path(config.run_dir), config, ranks)
     on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
-    kept = on_main(ranks, lambda: saved_precision(run_directory.path))  # "auto" may differ on another machine
-    precision = kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
+    # "auto" may differ on another machine
+    kept = on_main(ranks, lambda: saved_precision(run_directory.path))
+    precision = (
+        kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
+    )
     config = replace(config, precision=precision)
     watchdog.mark("spreading the networks")
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
-        None if discriminator is None else wrap(discriminator, config.discriminator_optimizer, config, ranks),
+        None
+        if discriminator is None
+        else wrap(discriminator, config.discriminator_optimizer, config, ranks),
         config.loss,
         config.semi,
     )
@@ -99,7 +113,8 @@ def train_and_show(
     stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code, hosts = 1, on_all(ranks, socket.gethostname())
     gc.collect()
-    gc.freeze()  # what is here stays: looking through it again and again took 7 % of the time of decoding
+    # what is here stays: looking through it again and again took 7 % of the time of decoding
+    gc.freeze()
     note = attempts.Note(run_directory.path if ranks.is_main else None, hosts, trainer.state.step)
     watchdog.last_words = lambda verdict: note.finish(trainer.state.step, "failed", verdict)
     try:
@@ -109,7 +124,9 @@ def train_and_show(
             network = trainer.evaluator.whole()
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
-        note.finish(trainer.state.step, "done" if done else "stopped", "" if done else stop.reason())
+        note.finish(
+            trainer.state.step, "done" if done else "stopped", "" if done else stop.reason()
+        )
         exit_code = 0
     except BaseException as error:
         if not is_shared(error):
@@ -124,26 +141,24 @@ def train_and_show(
         trainer.tracker.finish(exit_code)
 
 
-
-
-
-
-
-
-
-
 def build_networks(config: Config, num_classes: int) -> Networks:
-    """The segmentor and, unless the mode is supervised, the discriminator, initialised from the seed."""
+    """The segmentor and, unless the mode is supervised, the discriminator, initialised from the
+    seed.
+    """
     torch.manual_seed(config.seed)
     options = config.segmentor.options
-    segmentor = build_segmentor(config.segmentor.name, num_classes, init=config.segmentor.init, **options)
+    segmentor = build_segmentor(
+        config.segmentor.name, num_classes, init=config.segmentor.init, **options
+    )
     if config.segmentor.batch_norm == "synchronised":
         synchronise(segmentor)
     else:
         set_batch_norm(segmentor, config.segmentor.batch_norm)
     if config.mode == "supervised":
         return segmentor, None
-    discriminator = build_discriminator(config.discriminator.name, num_classes, **config.discriminator.options)
+    discriminator = build_discriminator(
+        config.discriminator.name, num_classes, **config.discriminator.options
+    )
     stride, min_size_px = int(segmentor.output_stride), int(discriminator.min_size_px)  # type: ignore[arg-type]
     stride = 1 if config.loss.map_resolution == "image" else stride
     label_map_px = -(-config.data.crop_px // stride)
@@ -155,18 +170,26 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     return segmentor, discriminator
 
 
-def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path, watchdog: Watchdog) -> Trainer:
+def build_trainer(
+    config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path, watchdog: Watchdog
+) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
     view = View.of(config.evaluate, config.precision, ranks.device)
     scored = pair.segmentor if ema is None else ema
-    evaluator = Evaluator(scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark)
+    evaluator = Evaluator(
+        scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark
+    )
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
     if config.data.labelled != "all":
         identity |= {"labelled_sha256": sha256_of_keys(data.train.keys)}
     identity |= {"palette": [list(color) for color in classes.palette]}
-    identity |= {"batch_size": config.batch_size, "seed": config.seed, "precision": config.precision}
+    identity |= {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "precision": config.precision,
+    }
     checkpoints = Checkpoints(
         run_dir,
         config.checkpoint.keep_last,
@@ -182,9 +205,24 @@ def build_trainer(config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir:
     if latest is not None:
         state = TrainState(**checkpoints.load(latest, learners))
     content = loading.to_dict(config) | {"environment": environment.facts(ranks)}
-    tracker = open_tracker(run_dir, config.tracking, content, state.step if latest else None, ranks.is_main)
+    tracker = open_tracker(
+        run_dir, config.tracking, content, state.step if latest else None, ranks.is_main
+    )
     progress = Progress(config.steps, state.step, ranks.is_main)
     progress.message(headline(config, ranks, pair, data, state.step))
     work = StepWork.of(config, data.train.classes.num_classes)
     peak = convolution_peak(ranks.device, config.precision)
-    return Trainer(config, ranks, pair, ema, evaluator, checkpoints, tracker, progress, watchdog, work, peak, state)
+    return Trainer(
+        config,
+        ranks,
+        pair,
+        ema,
+        evaluator,
+        checkpoints,
+        tracker,
+        progress,
+        watchdog,
+        work,
+        peak,
+        state,
+    )

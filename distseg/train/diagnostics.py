@@ -1,6 +1,8 @@
-"""What a logged step is looked at for, beyond its losses: gradients at the segmentor's output, and every rank's pace.
+"""What a logged step is looked at for, beyond its losses: gradients at the segmentor's output, and
+every rank's pace.
 
-Nothing here costs a pass through a network, a wait for the device, or a message, but in steps that are logged.
+Nothing here costs a pass through a network, a wait for the device, or a message, but in steps that
+are logged.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ from distseg.losses.functional import at_least_float32
 from distseg.tracking.verdicts import RATIO
 
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
-_OF_A_RANK = ("forward_seconds", "data_wait_seconds", "memory_bytes")  # what every rank tells of itself
+# what every rank tells of itself
+_OF_A_RANK = ("forward_seconds", "data_wait_seconds", "memory_bytes")
 
 
 def gradients_at_output(
     cross_entropy: Tensor, logits: Tensor, proxy: Tensor, probabilities: Tensor
 ) -> dict[str, Tensor]:
-    """Squared sizes of the gradients of both kinds of terms at the logits, as the segmentor receives them.
+    """Squared sizes of the gradients of both kinds of terms at the logits, as the segmentor
+    receives them.
 
-    cross_entropy: the term on labelled images, a scalar with its graph, which is kept; logits, probabilities:
-    (n, C, h, w); proxy: the weighted adversarial terms' gradient at the probabilities, of the same shape, on the same
-    loss scale. Summed over parts and ranks they give the ratio of the norms over the global batch, see `summary`.
+    cross_entropy: the term on labelled images, a scalar with its graph, which is kept; logits,
+    probabilities: (n, C, h, w); proxy: the weighted adversarial terms' gradient at the
+    probabilities, of the same shape, on the same loss scale. Summed over parts and ranks they give
+    the ratio of the norms over the global batch, see `summary`.
     """
     (own,) = torch.autograd.grad(cross_entropy, logits, retain_graph=True)
     chances = probabilities.detach()
@@ -36,12 +41,12 @@ def gradients_at_output(
     return dict(zip(_SQUARES, squares, strict=True))
 
 
-
-
 def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Metrics as means over the ranks, and what every rank told of itself, in one sum: the only wait for the device.
+    """Metrics as means over the ranks, and what every rank told of itself, in one sum: the only
+    wait for the device.
 
-    own: this rank's values for all names in `_OF_A_RANK`. Called on every rank, which all get the same values.
+    own: this rank's values for all names in `_OF_A_RANK`. Called on every rank, which all get the
+    same values.
     """
     told = torch.zeros(ranks.world_size, len(_OF_A_RANK), dtype=torch.float64)
     told[ranks.rank] = torch.tensor([own[name] for name in _OF_A_RANK], dtype=torch.float64)
@@ -50,30 +55,41 @@ def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> d
     sums = all_reduce_sum(torch.cat(packed)).tolist()
     means = {name: total / ranks.world_size for name, total in zip(metrics, sums, strict=False)}
     width = len(_OF_A_RANK)
-    of_ranks = [sums[len(metrics) + width * r : len(metrics) + width * (r + 1)] for r in range(ranks.world_size)]
+    of_ranks = [
+        sums[len(metrics) + width * r : len(metrics) + width * (r + 1)]
+        for r in range(ranks.world_size)
+    ]
     return summary(means) | pace(of_ranks)
 
 
 def summary(means: dict[str, float]) -> dict[str, float]:
-    """The metrics with the squared gradients replaced by the ratio of their norms; without it where one is 0 / 0."""
+    """The metrics with the squared gradients replaced by the ratio of their norms.
+
+    Without it where one is 0 / 0.
+    """
     values = {name: value for name, value in means.items() if name not in _SQUARES}
     adversarial, own = (means.get(name, 0.0) for name in _SQUARES)
     return values | ({RATIO: (adversarial / own) ** 0.5} if own > 0 else {})
 
 
 def pace(of_ranks: list[list[float]]) -> dict[str, float]:
-    """The most that any rank waits for data and holds in memory; and who keeps the others waiting, and how much.
+    """The most that any rank waits for data and holds in memory; and who keeps the others waiting,
+    and how much.
 
-    of_ranks: rows of (seconds of a forward, seconds of a step's wait for data, bytes). ranks/slowest_ratio: the slowest
-    rank's forward and wait for data over the median rank's. Under FSDP, ZeRO-3 and synchronised batch norm a forward
-    waits for all ranks itself, so that this stays near 1 whoever is slow.
+    of_ranks: rows of (seconds of a forward, seconds of a step's wait for data, bytes).
+    ranks/slowest_ratio: the slowest rank's forward and wait for data over the median rank's. Under
+    FSDP, ZeRO-3 and synchronised batch norm a forward waits for all ranks itself, so that this
+    stays near 1 whoever is slow.
     """
     forward, wait, memory = zip(*of_ranks, strict=True)
     values = {"data_wait_seconds": max(wait), "memory_bytes": max(memory)}
     own = [sum(pair) for pair in zip(forward, wait, strict=True)]
     others = statistics.median_low(own)  # of two ranks the quicker one
     if len(own) > 1 and others > 0:
-        values |= {"ranks/slowest": float(own.index(max(own))), "ranks/slowest_ratio": max(own) / others}
+        values |= {
+            "ranks/slowest": float(own.index(max(own))),
+            "ranks/slowest_ratio": max(own) / others,
+        }
     return values
 
 
@@ -90,5 +106,8 @@ def weights_of(now: Any, has_unlabelled: bool) -> dict[str, float]:
         return {}
     weights = {"weight/adversarial": now.adv_weight}
     if has_unlabelled:
-        weights |= {"weight/adversarial_unlabelled": now.semi_adv_weight, "weight/semi": now.semi_weight}
+        weights |= {
+            "weight/adversarial_unlabelled": now.semi_adv_weight,
+            "weight/semi": now.semi_weight,
+        }
     return weights

@@ -10,23 +10,28 @@ from distseg.parallel.slices import slice_of
 
 
 class MovingAverage:
-    """average = decay * average + (1 - decay) * network after every update; whole-number buffers are copied.
+    """average = decay * average + (1 - decay) * network after every update; whole-number buffers
+    are copied.
 
-    Where this rank holds slices of the network's parameters, it averages those. The decay warms up as
-    (1 + n) / (10 + n) after n updates, so that the initial weights are soon forgotten (the rule of TensorFlow's
-    ExponentialMovingAverage).
+    Where this rank holds slices of the network's parameters, it averages those. The decay warms up
+    as (1 + n) / (10 + n) after n updates, so that the initial weights are soon forgotten (the rule
+    of TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(self, source: Learner, decay: float):
         self.decay = decay
         self._source, new = source, source.network.state_dict()
         self._average = {name: tensor.clone() for name, tensor in new.items()}
-        # Looked up once: the learner's tensors stay the same memory, and to list those of FSDP takes long
+        # Looked up once: the learner's tensors stay the same memory, and to list those of FSDP
+        # takes long
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))
         self.num_updates = torch.zeros((), dtype=torch.int64)
 
     def whole(self) -> nn.Module:
-        """A copy of the averaged network with all its parameters, in evaluation mode; called on every rank."""
+        """A copy of the averaged network with all its parameters, in evaluation mode.
+
+        Called on every rank.
+        """
         return self._source.whole(self._average).eval()
 
     @torch.no_grad()

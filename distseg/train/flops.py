@@ -15,7 +15,8 @@ from distseg.models import build_discriminator, build_segmentor
 from distseg.models.catalogue import gflop
 from distseg.train.schedules import Phase
 
-_CHANNELS, _SIDE = 256, 41  # of the convolution that stands for the device: DeepLab's at stride 8, 321 px images
+# of the convolution that stands for the device: DeepLab's at stride 8, 321 px images
+_CHANNELS, _SIDE = 256, 41
 _IMAGES = {"cpu": 2, "cuda": 64}  # enough to keep all of the device busy
 _REPETITIONS = {"cpu": 3, "cuda": 20}
 
@@ -33,26 +34,33 @@ class StepWork:
         side = config.data.crop_px
         with torch.device("meta"):
             options = config.segmentor.options
-            segmentor = build_segmentor(config.segmentor.name, num_classes, init="random", **options).eval()
+            segmentor = build_segmentor(
+                config.segmentor.name, num_classes, init="random", **options
+            ).eval()
         of_segmentor = 1e9 * gflop(segmentor, _segment, (3, side))
         if config.mode == "supervised":
             return cls(of_segmentor)
         with torch.device("meta"):
             options = config.discriminator.options
-            discriminator = build_discriminator(config.discriminator.name, num_classes, **options).eval()
+            discriminator = build_discriminator(
+                config.discriminator.name, num_classes, **options
+            ).eval()
         stride = 1 if config.loss.map_resolution == "image" else int(segmentor.output_stride)
 
         def judge(network: nn.Module, label_map: Tensor) -> Tensor:
             return network(torch.empty(1, 3, side, side), label_map)[0]
 
-        return cls(of_segmentor, 1e9 * gflop(discriminator, judge, (num_classes, -(-side // stride))))
+        return cls(
+            of_segmentor, 1e9 * gflop(discriminator, judge, (num_classes, -(-side // stride)))
+        )
 
     def of_step(self, now: Phase, num_labelled: int, num_unlabelled: int) -> float:
         """Operations of one step on so many images.
 
-        A forward is one unit, the gradients of a network's parameters another, those of its activations a third; the
-        latter are computed twice in a discriminator whose verdict on a prediction serves both losses. (The gradient of
-        the pixels, which nobody asks for, is not taken off: it is below a hundredth.)
+        A forward is one unit, the gradients of a network's parameters another, those of its
+        activations a third; the latter are computed twice in a discriminator whose verdict on a
+        prediction serves both losses. (The gradient of the pixels, which nobody asks for, is not
+        taken off: it is below a hundredth.)
         """
         num_images = num_labelled + num_unlabelled
         operations = self.segmentor * num_images * (3 if now.segmentor else 1)
@@ -60,7 +68,9 @@ class StepWork:
             return operations
         on_prediction = 1 + now.segmentor + 2 * now.discriminator
         on_truth = 3 * now.discriminator
-        return operations + self.discriminator * (on_prediction * num_images + on_truth * num_labelled)
+        return operations + self.discriminator * (
+            on_prediction * num_images + on_truth * num_labelled
+        )
 
 
 def _segment(network: nn.Module, pixels: Tensor) -> Tensor:
@@ -69,14 +79,17 @@ def _segment(network: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def convolution_peak(device: torch.device, precision: str) -> float:
-    """Operations per second of a 3x3 convolution of 256 channels on this device, in a resolved precision.
+    """Operations per second of a 3x3 convolution of 256 channels on this device, in a resolved
+    precision.
 
-    It stands for the best that a segmentation network could get here, on whatever part of the machine this rank has:
-    about 0.1 s on a CPU core, a few ms on a GPU.
+    It stands for the best that a segmentation network could get here, on whatever part of the
+    machine this rank has: about 0.1 s on a CPU core, a few ms on a GPU.
     """
     dtype = autocast_dtype(precision) or (torch.float64 if precision == "fp64" else torch.float32)
     images, weight = (
-        torch.full(shape, 0.5, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+        torch.full(shape, 0.5, dtype=dtype, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
         for shape in ((_IMAGES[device.type], _CHANNELS, _SIDE, _SIDE), (_CHANNELS, _CHANNELS, 3, 3))
     )
     seconds = []

@@ -13,19 +13,30 @@ from distseg.train.step import Pair
 
 
 def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
-    """What is about to run, in a few lines: networks, ranks, losses with their reductions, where it goes."""
+    """What is about to run, in a few lines.
+
+    Networks, ranks, losses with their reductions, where it goes.
+    """
     networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.network)}"]
     if pair.discriminator is not None:
-        networks += [f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"]
+        networks += [
+            f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"
+        ]
     images = f"{len(data.train)} labelled"
-    batch = f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
+    batch = (
+        f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
+    )
     if data.unlabelled is not None:
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
     lines = [" | ".join(networks), f"loss: {' + '.join(_terms(config))}"]
-    num_layers = sum(isinstance(m, SynchronisedBatchNorm2d) for m in pair.segmentor.network.modules())
+    num_layers = sum(
+        isinstance(m, SynchronisedBatchNorm2d) for m in pair.segmentor.network.modules()
+    )
     if num_layers and ranks.world_size > 1:
-        lines += [f"batch norm: synchronised, {num_layers} layers that wait for all ranks in forward and backward"]
+        lines += [
+            f"batch norm: synchronised, {num_layers} layers that wait for all ranks in forward and backward"
+        ]
     lines += [f"images: {images} for training, {len(data.val)} for validation"]
     where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
     lines += [f"{where} | {config.precision} | {batch} | {config.run_dir}"]
@@ -35,7 +46,10 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
 
 
 def _terms(config: Config) -> list[str]:
-    """The segmentor's loss, each term with its weight and reduction: a weight means nothing without it."""
+    """The segmentor's loss, each term with its weight and reduction.
+
+    A weight means nothing without it.
+    """
     loss, semi = config.loss, config.semi
     terms = [f"cross entropy ({loss.ce_reduction})"]
     if config.mode != "supervised":

@@ -23,14 +23,20 @@ def check_batch(key: str, batch_size: int, world_size: int, num_parts: int) -> N
     if batch_size % (world_size * num_parts):
         divisor = world_size * num_parts
         below, above = batch_size // divisor * divisor, -(-batch_size // divisor) * divisor
-        got = f"{key}={batch_size} for {world_size} ranks" + (f" and {num_parts} parts" if num_parts > 1 else "")
+        got = f"{key}={batch_size} for {world_size} ranks" + (
+            f" and {num_parts} parts" if num_parts > 1 else ""
+        )
         nearest = f"{below} or {above}" if below else str(above)
-        raise InputError(got, f"a multiple of {divisor}", f"write {key}={nearest}, or start other ranks")
+        raise InputError(
+            got, f"a multiple of {divisor}", f"write {key}={nearest}, or start other ranks"
+        )
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode, and validation samples."""
+    """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode, and
+    validation samples.
+    """
 
     train: SampleSet
     unlabelled: SampleSet | None
@@ -38,7 +44,8 @@ class Data:
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved` whenever bytes of shards that are far away arrive."""
-        for samples in (self.train, self.val):  # the unlabelled ones come from the reader of the labelled
+        # the unlabelled ones come from the reader of the labelled
+        for samples in (self.train, self.val):
             samples.reader.tell(moved)
 
 
@@ -57,16 +64,25 @@ def open_data(config: Config, world_size: int) -> Data:
     if asked not in (None, there):
         names = ", ".join(train_set.classes.names)
         got = f"data.num_classes={asked}, but {options.shards} has {there} classes ({names})"
-        raise InputError(got, "the same number", f"write data.num_classes={there}, or choose other shards")
+        raise InputError(
+            got, "the same number", f"write data.num_classes={there}, or choose other shards"
+        )
     unlabelled_set = None
     if config.mode == "semi_supervised":
         if not rest:
             got = f"mode=semi_supervised, but all {len(labelled)} samples of {train.split} are used with their labels"
-            raise InputError(got, "unlabelled samples", "write for example data.labelled=1/8, or mode=adversarial")
+            raise InputError(
+                got,
+                "unlabelled samples",
+                "write for example data.labelled=1/8, or mode=adversarial",
+            )
         size = config.semi.batch_size or config.batch_size
         check_batch("semi.batch_size", size, world_size, config.accumulate_steps)
-        room -= train_set.decoded_bytes(room)  # the labelled ones come first: being fewer, they come more often
-        unlabelled_set = SampleSet(train, rest, labelled=False, keep=options.keep_classes, keep_decoded_bytes=room)
+        # the labelled ones come first: being fewer, they come more often
+        room -= train_set.decoded_bytes(room)
+        unlabelled_set = SampleSet(
+            train, rest, labelled=False, keep=options.keep_classes, keep_decoded_bytes=room
+        )
     return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
 
 
@@ -78,14 +94,19 @@ def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
             partial.write_text("\n".join(data.train.keys) + "\n", encoding="utf-8")
 
 
-def open_streams(config: Config, ranks: Ranks, data: Data, start_step: int) -> TrainStream | PairedStream:
+def open_streams(
+    config: Config, ranks: Ranks, data: Data, start_step: int
+) -> TrainStream | PairedStream:
     """This rank's part of the endless sequence of batches, from `start_step` on."""
     labelled = open_stream(config, ranks, data.train, start_step, config.batch_size, config.seed)
     if data.unlabelled is None:
         return labelled
     batch_size = config.semi.batch_size or config.batch_size
-    seed = config.seed + 2**32  # beyond every seed that a user can choose: another order, other views
-    return PairedStream(labelled, open_stream(config, ranks, data.unlabelled, start_step, batch_size, seed))
+    # beyond every seed that a user can choose: another order, other views
+    seed = config.seed + 2**32
+    return PairedStream(
+        labelled, open_stream(config, ranks, data.unlabelled, start_step, batch_size, seed)
+    )
 
 
 def open_stream(

@@ -12,12 +12,15 @@ from distseg.train.step import Pair
 def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
     """Raise RuntimeError, on every rank, unless all ranks hold the same networks, bit by bit.
 
-    Compared is what more than one rank holds: everything under DDP and ZeRO stages 0 to 2; under FSDP the slices of
-    ranks with the same ones (`shard_size`) and whatever is whole, such as buffers; at ZeRO stage 3, which has a part
-    on one rank only, what is whole: buffers, the discriminator, parameters below DeepSpeed's threshold.
+    Compared is what more than one rank holds: everything under DDP and ZeRO stages 0 to 2; under
+    FSDP the slices of ranks with the same ones (`shard_size`) and whatever is whole, such as
+    buffers; at ZeRO stage 3, which has a part on one rank only, what is whole: buffers, the
+    discriminator, parameters below DeepSpeed's threshold.
     """
     named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
-    sums = on_all(ranks, {name: _fingerprint(it.network) for name, it in named.items() if it is not None})
+    sums = on_all(
+        ranks, {name: _fingerprint(it.network) for name, it in named.items() if it is not None}
+    )
     for name in sums[0]:
         of_ranks = [of_rank[name] for of_rank in sums]
         # a rank's slices are compared with those of the first rank that holds the same ones
@@ -27,13 +30,17 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
         others = ", ".join(str(rank) for rank in range(len(found)) if found[rank] != expected[rank])
         if others:
             text = f"step {step}: the {name} of rank {others} differs from rank 0's, perhaps in the last checkpoint too"
-            error = RuntimeError(f"{text}. A faulty device, or a network that draws random numbers per rank?")
+            error = RuntimeError(
+                f"{text}. A faulty device, or a network that draws random numbers per rank?"
+            )
             raise shared_error(error)
 
 
 @torch.no_grad()
 def _fingerprint(network: torch.nn.Module) -> tuple[tuple[int, int], int]:
-    """((which slices, a sum over their bits), the same sum over parameters and buffers that are whole)."""
+    """((which slices, a sum over their bits), the same sum over parameters and buffers that are
+    whole).
+    """
     held = [slice_of(tensor) for tensor in network.state_dict().values()]
     slices = [part.rows for part in held if part.count > 1]
     which = max(part.index for part in held)

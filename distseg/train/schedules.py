@@ -1,4 +1,7 @@
-"""What follows from the step alone: the learning rate's factor, which network is updated, and the terms' weights."""
+"""What follows from the step alone.
+
+The learning rate's factor, which network is updated, and the terms' weights.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from distseg.config.schema import Config, ScheduleConfig
 
 @dataclass(frozen=True)
 class Phase:
-    """Which networks are updated in one step, and the weights of the terms that the adversary brings.
+    """Which networks are updated in one step, and the weights of the terms that the adversary
+    brings.
 
     watched: whether the step is logged, so that signals are measured which no loss needs.
     """
@@ -35,10 +39,12 @@ class Phase:
 
 
 def phase(step: int, config: Config) -> Phase:
-    """The phase of a step (counted from 0), the same on every rank because it depends on nothing else.
+    """The phase of a step (counted from 0), the same on every rank because it depends on nothing
+    else.
 
-    "simultaneous": both (Hung et al. 2018); "blocks": so many steps of the segmentor, then so many of the
-    discriminator, and so on (Luc et al. 2016, "slow alternating scheme"; the paper does not say who begins).
+    "simultaneous": both (Hung et al. 2018); "blocks": so many steps of the segmentor, then so many
+    of the discriminator, and so on (Luc et al. 2016, "slow alternating scheme"; the paper does not
+    say who begins).
     """
     loss, semi, alternation = config.loss, config.semi, config.alternation
     since_start = step - loss.adv_start_step
@@ -53,16 +59,21 @@ def phase(step: int, config: Config) -> Phase:
         segmentor=True,
         discriminator=alternation.name == "simultaneous",
         adv_weight=loss.adv_weight * rise,
-        semi_adv_weight=semi.adv_weight * rise if unlabelled and step >= semi.adv_start_step else 0.0,
+        semi_adv_weight=semi.adv_weight * rise
+        if unlabelled and step >= semi.adv_start_step
+        else 0.0,
         semi_weight=semi.weight if unlabelled and step >= semi.start_step else 0.0,
     )
 
 
-def lr_factor(step: int, num_steps: int, schedule: ScheduleConfig, val_losses: Sequence[float] = ()) -> float:
+def lr_factor(
+    step: int, num_steps: int, schedule: ScheduleConfig, val_losses: Sequence[float] = ()
+) -> float:
     """What the base learning rates are multiplied by at a step (counted from 0), in [0, 1].
 
-    poly: (1 - step / num_steps) ** power (Chen et al. 2016); plateau: plateau_factor for each time that the
-    validation losses so far (`val_losses`, in order) did not improve; warm-up: times (step + 1) / warmup_steps.
+    poly: (1 - step / num_steps) ** power (Chen et al. 2016); plateau: plateau_factor for each time
+    that the validation losses so far (`val_losses`, in order) did not improve; warm-up: times (step
+    + 1) / warmup_steps.
     """
     factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if schedule.name == "poly":
@@ -73,7 +84,9 @@ def lr_factor(step: int, num_steps: int, schedule: ScheduleConfig, val_losses: S
 
 
 def num_plateaus(val_losses: Sequence[float], patience: int) -> int:
-    """How often `patience` evaluations in a row, counted anew after each time, brought no loss below the best."""
+    """How often `patience` evaluations in a row, counted anew after each time, brought no loss
+    below the best.
+    """
     best, waited, plateaus = math.inf, 0, 0
     for loss in val_losses:
         waited = 0 if loss < best else waited + 1
@@ -84,7 +97,9 @@ def num_plateaus(val_losses: Sequence[float], patience: int) -> int:
 
 
 def stops_early(val_losses: Sequence[float], schedule: ScheduleConfig) -> bool:
-    """Whether the last `early_stop_patience` evaluations all brought no loss below the best before them."""
+    """Whether the last `early_stop_patience` evaluations all brought no loss below the best before
+    them.
+    """
     patience = schedule.early_stop_patience
     return patience > 0 and len(val_losses) > patience and _since_best(val_losses) >= patience
 

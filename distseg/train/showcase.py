@@ -21,11 +21,13 @@ def score_again(trainer: Trainer) -> None:
 
 
 def show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
-    """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the main rank.
+    """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the
+    main rank.
 
     network: the one that was scored, with all its parameters.
     """
-    if trainer.ranks.is_main:  # the others need not wait, so no time limit of theirs ends the drawing
+    # the others need not wait, so no time limit of theirs ends the drawing
+    if trainer.ranks.is_main:
         _show(trainer, network, val_set)
 
 

@@ -1,4 +1,7 @@
-"""The alternating step of a segmentor and a discriminator: what is computed, in which order, and the means."""
+"""The alternating step of a segmentor and a discriminator.
+
+What is computed, in which order, and the means.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ Metrics = dict[str, Tensor]
 
 @dataclass
 class Pair:
-    """The two networks of a run and how they are held against each other; no discriminator in supervised mode."""
+    """The two networks of a run and how they are held against each other.
+
+    No discriminator in supervised mode.
+    """
 
     segmentor: Learner
     discriminator: Learner | None
@@ -34,8 +40,8 @@ class Pair:
 class Images:
     """This rank's part of a batch, on its device.
 
-    pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images the label says
-    only where they are: 0 inside, 255 outside.
+    pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
+    the label says only where they are: 0 inside, 255 outside.
     """
 
     pixels: Tensor
@@ -45,16 +51,19 @@ class Images:
 def adversarial_step(
     pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None = None, num_parts: int = 1
 ) -> Metrics:
-    """Gradients of one alternating step: predict; discriminator on real and fake; segmentor. No update yet.
+    """Gradients of one alternating step: predict; discriminator on real and fake; segmentor. No
+    update yet.
 
     Luc et al. 2016: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real), the discriminator
-    BCE(D(y), real) + BCE(D(s(x)), fake). Hung et al. 2018 add, on unlabelled images, the same adversarial term with
-    a weight of its own and the cross entropy against the segmentor's own classes where the discriminator believes
-    them. Every loss is a mean over the GLOBAL batch; that of the believed pixels, whose number is only known when a
-    part has been predicted, is the mean over the parts of their global means.
+    BCE(D(y), real) + BCE(D(s(x)), fake). Hung et al. 2018 add, on unlabelled images, the same
+    adversarial term with a weight of its own and the cross entropy against the segmentor's own
+    classes where the discriminator believes them. Every loss is a mean over the GLOBAL batch; that
+    of the believed pixels, whose number is only known when a part has been predicted, is the mean
+    over the parts of their global means.
 
-    num_parts: how many times as little memory: the images are taken in so many parts, one after the other, whose
-    gradients add up and are exchanged once. Returns the metrics, scalars without graph.
+    num_parts: how many times as little memory: the images are taken in so many parts, one after the
+    other, whose gradients add up and are exchanged once. Returns the metrics, scalars without
+    graph.
     """
     assert pair.discriminator is not None  # the caller chose a mode with one
     counts = _global_counts(pair, labelled, unlabelled)
@@ -74,11 +83,16 @@ def adversarial_step(
 
 def supervised_step(pair: Pair, labelled: Images, num_parts: int = 1) -> Metrics:
     """Gradients of one plain step: cross entropy alone, reduced as in `adversarial_step`."""
-    counts, total = _global_counts(pair, labelled, None), torch.zeros((), device=labelled.label.device)
+    counts, total = (
+        _global_counts(pair, labelled, None),
+        torch.zeros((), device=labelled.label.device),
+    )
     for part in range(num_parts):
         some = _part(labelled, part, num_parts)
         with pair.segmentor.no_sync() if part < num_parts - 1 else nullcontext():
-            loss = counts.mean(functional.cross_entropy_sum(pair.segmentor(some.pixels), some.label), counts.ce)
+            loss = counts.mean(
+                functional.cross_entropy_sum(pair.segmentor(some.pixels), some.label), counts.ce
+            )
             backward([(pair.segmentor, [(pair.segmentor.scaled(loss), None)])])
         total = total + loss.detach()
     return {"loss/segmentor": total, "loss/cross_entropy": total}
@@ -86,7 +100,9 @@ def supervised_step(pair: Pair, labelled: Images, num_parts: int = 1) -> Metrics
 
 @dataclass(frozen=True)
 class Counts:
-    """What the sums over the global batch are divided by, each a float64 scalar, the same on every rank."""
+    """What the sums over the global batch are divided by, each a float64 scalar, the same on every
+    rank.
+    """
 
     ce: Tensor  # labelled pixels; with reduction "sum", labelled images
     adv: Tensor  # the discriminator's (valid) outputs on labelled images; or those images
@@ -101,13 +117,16 @@ class Counts:
     def mean(local_sum: Tensor, count: Tensor) -> Tensor:
         """A mean whose gradient, averaged over the ranks, is that of (sum over ranks) / count.
 
-        A count of 0 gives 0 with a live graph: a rank that skipped its backward would leave the others waiting.
+        A count of 0 gives 0 with a live graph: a rank that skipped its backward would leave the
+        others waiting.
         """
         return local_sum * (dist.get_world_size() / count.clamp(min=1)).to(local_sum.dtype)
 
 
 def _global_counts(pair: Pair, labelled: Images, unlabelled: Images | None) -> Counts:
-    """The counts follow from the labels alone, so one all-reduce before the first forward gives them all."""
+    """The counts follow from the labels alone, so one all-reduce before the first forward gives
+    them all.
+    """
     label = labelled.label
     is_patch = pair.discriminator is not None and pair.discriminator.network.head == "patch"
 
@@ -144,16 +163,23 @@ def _map_size(pair: Pair, images: Images) -> tuple[int, int]:
     return -(-height // stride), -(-width // stride)
 
 
-def _judge(pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None, counts: Counts) -> Judged:
-    """Both forwards: the segmentor on all images, the discriminator on the ground truth and on all predictions."""
+def _judge(
+    pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None, counts: Counts
+) -> Judged:
+    """Both forwards: the segmentor on all images, the discriminator on the ground truth and on all
+    predictions.
+    """
     segmentor, discriminator, n = pair.segmentor, pair.discriminator, len(labelled.label)
     assert discriminator is not None
     images = labelled if unlabelled is None else _joined(labelled, unlabelled)
     with torch.set_grad_enabled(now.segmentor):
         logits = segmentor(images.pixels)  # (n, C, h, w)
         if pair.loss.map_resolution == "image":
-            logits = functional.upsample(functional.at_least_float32(logits), images.pixels.shape[-2:])
-        logits = logits.view_as(logits)  # a gradient asked for here passes no hook on the network's own output
+            logits = functional.upsample(
+                functional.at_least_float32(logits), images.pixels.shape[-2:]
+            )
+        # a gradient asked for here passes no hook on the network's own output
+        logits = logits.view_as(logits)
         probabilities = functional.at_least_float32(logits).softmax(dim=1)
     index, valid = functional.label_at(images.label, probabilities.shape[-2:])
     tau = pair.loss.scaling_tau if pair.loss.real_map == "scaling" else None
@@ -168,10 +194,12 @@ def _judge(pair: Pair, now: Phase, labelled: Images, unlabelled: Images | None, 
 
 @dataclass
 class Judged:
-    """What both networks said of this rank's images, the labelled ones first; and the losses made of it.
+    """What both networks said of this rank's images, the labelled ones first; and the losses made
+    of it.
 
-    logits, probabilities: (n, C, h, w); valid: (n, h, w) bool; fake: the probabilities as a leaf, which receives
-    the adversary's gradient; on_real (labelled only; None when the discriminator is not updated), on_fake: its logits.
+    logits, probabilities: (n, C, h, w); valid: (n, h, w) bool; fake: the probabilities as a leaf,
+    which receives the adversary's gradient; on_real (labelled only; None when the discriminator is
+    not updated), on_fake: its logits.
     """
 
     pair: Pair
@@ -187,9 +215,10 @@ class Judged:
     def backward(self, label: Tensor, now: Phase) -> Metrics:
         """Gradients of the networks that the phase updates.
 
-        The adversary's gradient enters the segmentor through a proxy, the gradient at its probabilities. So one
-        D(fake) forward serves both losses, the discriminator's parameters see nothing of the segmentor's loss, and
-        no network needs to be frozen, under any parallel strategy.
+        The adversary's gradient enters the segmentor through a proxy, the gradient at its
+        probabilities. So one D(fake) forward serves both losses, the discriminator's parameters see
+        nothing of the segmentor's loss, and no network needs to be frozen, under any parallel
+        strategy.
         """
         segmentor, discriminator = self.pair.segmentor, self.pair.discriminator
         assert discriminator is not None
@@ -201,7 +230,9 @@ class Judged:
             (proxy,) = torch.autograd.grad(scaled, self.fake, retain_graph=now.discriminator)
             if now.watched:
                 ce = segmentor.scaled(metrics["loss/cross_entropy"])
-                metrics |= diagnostics.gradients_at_output(ce, self.logits, proxy, self.probabilities)
+                metrics |= diagnostics.gradients_at_output(
+                    ce, self.logits, proxy, self.probabilities
+                )
             work += [(segmentor, [(segmentor.scaled(own), None), (self.probabilities, proxy)])]
         if now.discriminator:
             metrics |= self._discriminator_losses(now.watched)
@@ -211,7 +242,9 @@ class Judged:
         return metrics
 
     def _segmentor_losses(self, label: Tensor, now: Phase) -> tuple[Tensor, Tensor, Metrics]:
-        """(what depends on the logits alone, what goes through the discriminator, single terms as metrics)."""
+        """(what depends on the logits alone, what goes through the discriminator, single terms as
+        metrics).
+        """
         n, mean = self.num_labelled, self.counts.mean
         own = mean(functional.cross_entropy_sum(self.logits[:n], label), self.counts.ce)
         fooling = mean(self._fooling_sum(slice(0, n)), self.counts.adv)
@@ -227,9 +260,13 @@ class Judged:
         return own, adversarial, metrics | {"loss/segmentor": own + adversarial}
 
     def _semi_loss(self, part: slice) -> Metrics:
-        """The masked cross entropy on unlabelled images, and the share of their cells that is believed."""
+        """The masked cross entropy on unlabelled images, and the share of their cells that is
+        believed.
+        """
         inside, threshold = self.valid[part], self.pair.semi.threshold
-        pseudo = functional.pseudo_label(self.probabilities[part], self.on_fake[part], inside, threshold)
+        pseudo = functional.pseudo_label(
+            self.probabilities[part], self.on_fake[part], inside, threshold
+        )
         kept = (pseudo != IGNORE_INDEX).sum().double()
         count = self.counts.semi_images
         if self.pair.loss.ce_reduction != "sum":
@@ -238,11 +275,18 @@ class Judged:
         return {"loss/semi": loss, "semi/mask_share": self.counts.mean(kept, self.counts.inside)}
 
     def _discriminator_losses(self, watched: bool) -> Metrics:
-        """Real and fake losses; when watched, its probabilities, its accuracy, and the gap between its logits."""
+        """Real and fake losses.
+
+        When watched, its probabilities, its accuracy, and the gap between its logits.
+        """
         assert self.on_real is not None
         counts, n, everywhere = self.counts, self.num_labelled, self.pair.semi.discriminate
         seen = slice(0, None if everywhere else n)
-        on_fake, real_part, fake_part = self.on_fake[seen], self._valid(slice(0, n)), self._valid(seen)
+        on_fake, real_part, fake_part = (
+            self.on_fake[seen],
+            self._valid(slice(0, n)),
+            self._valid(seen),
+        )
         loss_real = functional.adversarial_sum(self.on_real, real_part, self.pair.loss.real_target)
         loss_fake = functional.adversarial_sum(on_fake, fake_part, 0.0)
         num_fake = counts.adv + (counts.adv_unlabelled if everywhere else 0)
@@ -252,10 +296,16 @@ class Judged:
         }
         if not watched:
             return metrics
-        outputs, outputs_fake = counts.outputs, counts.outputs + (counts.outputs_unlabelled if everywhere else 0)
+        outputs, outputs_fake = (
+            counts.outputs,
+            counts.outputs + (counts.outputs_unlabelled if everywhere else 0),
+        )
         real, fake = (
             functional.verdict_sums(logits, valid, real=is_real)
-            for logits, valid, is_real in ((self.on_real, real_part, True), (on_fake, fake_part, False))
+            for logits, valid, is_real in (
+                (self.on_real, real_part, True),
+                (on_fake, fake_part, False),
+            )
         )
         on_real, on_fake_mean = counts.mean(real, outputs), counts.mean(fake, outputs_fake)
         return metrics | {
@@ -273,7 +323,10 @@ class Judged:
         return functional.adversarial_sum(on_fake, valid, 1.0)
 
     def _valid(self, part: slice) -> Tensor | None:
-        """The valid mask of some images for the discriminator's outputs; one score per image has no void."""
+        """The valid mask of some images for the discriminator's outputs.
+
+        One score per image has no void.
+        """
         discriminator = self.pair.discriminator
         assert discriminator is not None
         return self.valid[part] if discriminator.network.head == "patch" else None

@@ -1,4 +1,7 @@
-"""Raw data sets into HDF5 maps: one module per data set, each giving its classes and samples still to be read."""
+"""Raw data sets into HDF5 maps.
+
+One module per data set, each giving its classes and samples still to be read.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +30,35 @@ def preparer_of(name: str) -> Preparer:
 
 
 def prepare(
-    name: str, root: Path | None, out: Path, /, *, workers: int = 0, skip_bad: bool = False, **options: str | int
+    name: str,
+    root: Path | None,
+    out: Path,
+    /,
+    *,
+    workers: int = 0,
+    skip_bad: bool = False,
+    **options: str | int,
 ) -> Prepared:
     """Write the maps of a data set to `out`; returns what was written and what was left out.
 
-    root: the unpacked data set (None for a generated one); workers: processes (0: this one), which change nothing in
-    `out`; skip_bad: leave out samples that are missing or unreadable instead of failing; options: the preparer's
-    keyword arguments, also as text. Raises InputError for an unknown name or option, a folder that is not the data
-    set, anything in it that is missing or bad, or an `out` that holds something else.
+    root: the unpacked data set (None for a generated one); workers: processes (0: this one), which
+    change nothing in `out`; skip_bad: leave out samples that are missing or unreadable instead of
+    failing; options: the preparer's keyword arguments, also as text. Raises InputError for an
+    unknown name or option, a folder that is not the data set, anything in it that is missing or
+    bad, or an `out` that holds something else.
     """
     preparer = preparer_of(name)
     check_workers(workers)
     parameters = inspect.signature(preparer).parameters
-    arguments: dict[str, Any] = {key: _parse(name, key, value, parameters) for key, value in options.items()}
+    arguments: dict[str, Any] = {
+        key: _parse(name, key, value, parameters) for key, value in options.items()
+    }
     if "root" in parameters:
         if root is None or not root.is_dir():
             action = f"write --root DIR, the folder that {name} was unpacked to"
-            raise InputError(f"--root {root}" if root else "no --root", "the folder of the data set", action)
+            raise InputError(
+                f"--root {root}" if root else "no --root", "the folder of the data set", action
+            )
         arguments["root"] = root
     elif root is not None:
         raise InputError(f"--root {root}", f"no --root: {name} is generated", "leave it out")
@@ -75,13 +90,21 @@ def _check_out(out: Path, name: str) -> None:
     except InputError as error:
         there = error.got
     if there != f"the data set {name!r}":
-        raise InputError(f"{out} exists: {there}", f"a new file, or one of {name!r}", "choose another --out")
+        raise InputError(
+            f"{out} exists: {there}", f"a new file, or one of {name!r}", "choose another --out"
+        )
 
 
-def _parse(name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]) -> str | int:
+def _parse(
+    name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]
+) -> str | int:
     options = [option for option in parameters if option != "root"]
     if key not in options:
-        raise InputError(f"option {key!r} of {name}", f"one of: {', '.join(options) or 'none'}", "correct the option")
+        raise InputError(
+            f"option {key!r} of {name}",
+            f"one of: {', '.join(options) or 'none'}",
+            "correct the option",
+        )
     if isinstance(parameters[key].default, str):
         return str(value)
     try:

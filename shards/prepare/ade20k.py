@@ -1,7 +1,8 @@
-"""ADE20K's scene parsing benchmark (Zhou et al. 2017): 150 classes, 0 for all other things, which is void.
+"""ADE20K's scene parsing benchmark (Zhou et al. 2017): 150 classes, 0 for all other things, which
+is void.
 
-Names: of those that the benchmark's objectInfo150 gives each class, the one that segmentation toolboxes list. Colours:
-the benchmark's color150, as they list it; road and skyscraper share one.
+Names: of those that the benchmark's objectInfo150 gives each class, the one that segmentation
+toolboxes list. Colours: the benchmark's color150, as they list it; road and skyscraper share one.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ SPLITS = {"train": "training", "val": "validation"}
 
 
 def samples(root: Path) -> DataSet:
-    """images/(training|validation)/<id>.jpg and annotations/(training|validation)/<id>.png, paired by id.
+    """images/(training|validation)/<id>.jpg and annotations/(training|validation)/<id>.png, paired
+    by id.
 
-    root: ADEChallengeData2016, or a folder with it inside. Missing: an image without a mask, and the reverse. Raises
-    InputError for a folder without images; a sample, when it is read, for an unreadable file, a mask of another size or
-    with values above 150 (those of the full ADE20K, whose masks are coloured, are not these).
+    root: ADEChallengeData2016, or a folder with it inside. Missing: an image without a mask, and
+    the reverse. Raises InputError for a folder without images; a sample, when it is read, for an
+    unreadable file, a mask of another size or with values above 150 (those of the full ADE20K,
+    whose masks are coloured, are not these).
     """
     root = locate(root, "annotations", "ADEChallengeData2016")
     pairs: list[Pair] = []
@@ -60,7 +63,9 @@ def samples(root: Path) -> DataSet:
         folders = root / "images" / name, root / "annotations" / name
         images, masks = files_by_id(folders[0]), files_by_id(folders[1])
         if not images:
-            raise InputError(f"no images in {folders[0]}", "<id>.jpg", "unpack all of ADEChallengeData2016")
+            raise InputError(
+                f"no images in {folders[0]}", "<id>.jpg", "unpack all of ADEChallengeData2016"
+            )
         for id_ in sorted(images.keys() | masks.keys()):
             pairs.append(Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.png"))
     return DataSet(ADE20K, pair_tasks(root, pairs, masked_sample, CODING, "ade20k"))

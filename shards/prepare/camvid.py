@@ -1,7 +1,8 @@
-"""CamVid in the layout and the 11 classes of SegNet (Brostow et al. 2009; Badrinarayanan et al. 2017), 11 for void.
+"""CamVid in the layout and the 11 classes of SegNet (Brostow et al. 2009; Badrinarayanan et al.
+2017), 11 for void.
 
-Names and their order: SegNet's tutorial, whose masks these are. Colours: CamVid's own table of 32 classes, by the class
-that each of these is named after (markings are part of the road here).
+Names and their order: SegNet's tutorial, whose masks these are. Colours: CamVid's own table of 32
+classes, by the class that each of these is named after (markings are part of the road here).
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from shards.prepare.masks import Coding, masked_sample
 from shards.prepare.pairing import Pair, files_by_id, ids_in_list, locate, pair_tasks
 from shards.sample import IGNORE_INDEX, ClassSet
 
-NAMES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+NAMES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
 PALETTE = (
     (128, 128, 128),
     (128, 0, 0),
@@ -37,13 +50,16 @@ SPLITS = ("train", "val", "test")
 def samples(root: Path) -> DataSet:
     """<split>/<id>.png with <split>annot/<id>.png for train, val and test, where there is one.
 
-    <split>.txt, an image and its mask a line, decides what is in a split and how it is paired; of its paths, which
-    begin elsewhere (/SegNet/CamVid/), the last two parts count. Without a list, the files of the two folders are paired
-    by name. Missing: an image without a mask, and the reverse. Raises InputError for a folder without train, an empty
-    or odd list; a sample, when it is read, for an unreadable file, a mask of another size or with values above 11.
+    <split>.txt, an image and its mask a line, decides what is in a split and how it is paired; of
+    its paths, which begin elsewhere (/SegNet/CamVid/), the last two parts count. Without a list,
+    the files of the two folders are paired by name. Missing: an image without a mask, and the
+    reverse. Raises InputError for a folder without train, an empty or odd list; a sample, when it
+    is read, for an unreadable file, a mask of another size or with values above 11.
     """
     root = locate(root, "train", "CamVid")
-    there = [split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()]
+    there = [
+        split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()
+    ]
     pairs = [pair for split in there for pair in _pairs(root, split)]
     tasks = pair_tasks(root, pairs, masked_sample, CODING, "CamVid")
     notes = tuple(f"there is no {split}" for split in SPLITS if split not in there)
@@ -55,11 +71,21 @@ def _pairs(root: Path, split: str) -> list[Pair]:
     if not listed.is_file():
         images, masks = files_by_id(root / split), files_by_id(root / f"{split}annot")
         if not images:
-            raise InputError(f"no images in {root / split}", "at least one", "unpack the data set again")
+            raise InputError(
+                f"no images in {root / split}", "at least one", "unpack the data set again"
+            )
         ids = sorted(images.keys() | masks.keys())
-        return [Pair(id_, split, root / split / f"{id_}.png", root / f"{split}annot" / f"{id_}.png") for id_ in ids]
+        return [
+            Pair(id_, split, root / split / f"{id_}.png", root / f"{split}annot" / f"{id_}.png")
+            for id_ in ids
+        ]
     paths = ids_in_list(listed)
     if len(paths) % 2:
-        raise InputError(f"{listed}: {len(paths)} paths", "an image and its mask a line", "correct the list")
+        raise InputError(
+            f"{listed}: {len(paths)} paths", "an image and its mask a line", "correct the list"
+        )
     inside = [root.joinpath(*Path(path).parts[-2:]) for path in paths]
-    return [Pair(image.stem, split, image, mask) for image, mask in zip(inside[::2], inside[1::2], strict=True)]
+    return [
+        Pair(image.stem, split, image, mask)
+        for image, mask in zip(inside[::2], inside[1::2], strict=True)
+    ]

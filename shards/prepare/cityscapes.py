@@ -1,6 +1,8 @@
-"""Cityscapes (Cordts et al. 2016): label ids to the 19 classes of its benchmark, everything else void.
+"""Cityscapes (Cordts et al. 2016): label ids to the 19 classes of its benchmark, everything else
+void.
 
-Names, ids, train ids and colours: the table of labels in the data set's own tools (cityscapesScripts, labels.py).
+Names, ids, train ids and colours: the table of labels in the data set's own tools
+(cityscapesScripts, labels.py).
 """
 
 from __future__ import annotations
@@ -39,18 +41,22 @@ NUM_LABEL_IDS = 34  # 0 to 33; 255 is how an 8-bit picture holds -1, the license
 CITYSCAPES = ClassSet(tuple(name for _, name, _ in TABLE), tuple(color for _, _, color in TABLE))
 _TRAIN_IDS = {label_id: index for index, (label_id, _, _) in enumerate(TABLE)}
 CODINGS = {
-    "labelIds": Coding(tuple((id_, _TRAIN_IDS.get(id_, IGNORE_INDEX)) for id_ in (*range(NUM_LABEL_IDS), 255))),
+    "labelIds": Coding(
+        tuple((id_, _TRAIN_IDS.get(id_, IGNORE_INDEX)) for id_ in (*range(NUM_LABEL_IDS), 255))
+    ),
     "labelTrainIds": Coding(tuple((id_, id_) for id_ in (*range(len(TABLE)), IGNORE_INDEX))),
 }
 
 
 def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
-    """leftImg8bit/<split>/<city>/<id>_leftImg8bit.png and gtFine/<split>/<city>/<id>_gtFine_<labels>.png, by id.
+    """leftImg8bit/<split>/<city>/<id>_leftImg8bit.png and
+    gtFine/<split>/<city>/<id>_gtFine_<labels>.png, by id.
 
-    labels: labelIds, as downloaded, or labelTrainIds, as cityscapesScripts makes them. The splits are train and val;
-    test=1 adds the test images, unlabelled, since their ground truth is not published (the files there are void).
-    Missing: an image without a mask, and the reverse. Raises InputError for a folder without images; a sample, when
-    it is read, for an unreadable file, a mask of another size or with ids that are not Cityscapes'.
+    labels: labelIds, as downloaded, or labelTrainIds, as cityscapesScripts makes them. The splits
+    are train and val; test=1 adds the test images, unlabelled, since their ground truth is not
+    published (the files there are void). Missing: an image without a mask, and the reverse. Raises
+    InputError for a folder without images; a sample, when it is read, for an unreadable file, a
+    mask of another size or with ids that are not Cityscapes'.
     """
     if labels not in CODINGS:
         raise InputError(f"labels={labels}", f"one of: {', '.join(CODINGS)}", "correct it")
@@ -58,22 +64,33 @@ def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
     pairs: list[Pair] = []
     for split in ("train", "val", "test")[: 3 if test else 2]:
         folders = root / "leftImg8bit" / split, root / "gtFine" / split
-        images, masks = files_by_id(folders[0], "_leftImg8bit"), files_by_id(folders[1], f"_gtFine_{labels}")
+        images, masks = (
+            files_by_id(folders[0], "_leftImg8bit"),
+            files_by_id(folders[1], f"_gtFine_{labels}"),
+        )
         if not images:
-            raise InputError(f"no images in {folders[0]}", "<city>/<id>_leftImg8bit.png", "unpack leftImg8bit")
+            raise InputError(
+                f"no images in {folders[0]}", "<city>/<id>_leftImg8bit.png", "unpack leftImg8bit"
+            )
         if not masks and split != "test":
             needed = f"<city>/<id>_gtFine_{labels}.png"
-            raise InputError(f"no {labels} in {folders[1]}", needed, f"unpack gtFine, or write {_other(labels)}")
+            raise InputError(
+                f"no {labels} in {folders[1]}", needed, f"unpack gtFine, or write {_other(labels)}"
+            )
         for id_ in sorted(images if split == "test" else images.keys() | masks.keys()):
             mask = None if split == "test" else folders[1] / f"{id_}_gtFine_{labels}.png"
-            pairs.append(Pair(id_.rpartition("/")[2], split, folders[0] / f"{id_}_leftImg8bit.png", mask))
+            pairs.append(
+                Pair(id_.rpartition("/")[2], split, folders[0] / f"{id_}_leftImg8bit.png", mask)
+            )
     tasks = pair_tasks(root, pairs, masked_sample, CODINGS[labels], "cityscapes")
     extra = [
         name
         for name in ("test", "train_extra")
         if (root / "leftImg8bit" / name).is_dir() and not (test and name == "test")
     ]
-    return DataSet(CITYSCAPES, tasks, tuple(f"leftImg8bit/{name} has no fine labels" for name in extra))
+    return DataSet(
+        CITYSCAPES, tasks, tuple(f"leftImg8bit/{name} has no fine labels" for name in extra)
+    )
 
 
 def _other(labels: str) -> str:

@@ -15,8 +15,9 @@ from shards.sample import ClassSet, Sample
 class Task:
     """A sample that is still to be read: read(key, split, *arguments) gives it, in any process.
 
-    read: a module's function; arguments: plain values whose repr tells them apart. The paths among them are the files
-    that are read: with their sizes and times they say whether work that was done before an interruption still holds.
+    read: a module's function; arguments: plain values whose repr tells them apart. The paths among
+    them are the files that are read: with their sizes and times they say whether work that was done
+    before an interruption still holds.
     """
 
     key: str
@@ -37,13 +38,17 @@ class Task:
 def absent(key: str, split: str, file: str) -> Sample:
     """The `read` of a sample whose file is not there. Raises InputError, and nothing else."""
     action = "unpack all of it, correct the lists, or leave such samples out with --skip-bad"
-    raise InputError(f"{key}: no {file}", "an image and a label for every id of the data set", action)
+    raise InputError(
+        f"{key}: no {file}", "an image and a label for every id of the data set", action
+    )
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """classes; tasks, in the order that the samples are stored in; notes: what was left out on purpose, and why, a line
-    each; name: what the maps are called, when it is not the preparer's name."""
+    """classes; tasks, in the order that the samples are stored in; notes: what was left out on
+    purpose, and why, a line each; name: what the maps are called, when it is not the preparer's
+    name.
+    """
 
     classes: ClassSet
     tasks: Sequence[Task]

@@ -1,4 +1,7 @@
-"""Your own images and masks: two folders matched by name, and a small YAML that says what the masks mean."""
+"""Your own images and masks.
+
+Two folders matched by name, and a small YAML that says what the masks mean.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,14 @@ from shards.errors import InputError
 from shards.prepare.dataset import DataSet
 from shards.prepare.masks import Coding, color_code, masked_sample
 from shards.prepare.ohe import rainbow
-from shards.prepare.pairing import Pair, check_listed_once, files_by_id, ids_in_list, pair_tasks, seeded_splits
+from shards.prepare.pairing import (
+    Pair,
+    check_listed_once,
+    files_by_id,
+    ids_in_list,
+    pair_tasks,
+    seeded_splits,
+)
 from shards.sample import IGNORE_INDEX, ClassSet
 
 MAX_ID = 2**16 - 1  # of a 16-bit gray picture
@@ -38,7 +48,8 @@ class _Layout:
 
 
 def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
-    """Images (JPEG, PNG) and masks below `root`, subfolders included, matched by path without extension.
+    """Images (JPEG, PNG) and masks below `root`, subfolders included, matched by path without
+    extension.
 
     layout: the YAML file (default: <root>/distseg.yaml). Its keys:
       classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class indices; ids
@@ -52,14 +63,16 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
       unlabelled   true: an image without a mask is kept without a label, except in val (default: it is missing)
       name         of the data set (default: folder)
 
-    Missing: an image without a mask, a mask without an image, an id of a list without a file. Raises InputError for a
-    YAML that is not that, an empty folder or list; a sample, when it is read, for an unreadable file, a mask of another
-    size or with what is neither a class nor void.
+    Missing: an image without a mask, a mask without an image, an id of a list without a file.
+    Raises InputError for a YAML that is not that, an empty folder or list; a sample, when it is
+    read, for an unreadable file, a mask of another size or with what is neither a class nor void.
     """
     file = Path(layout) if layout else root / "distseg.yaml"
     what = _read(file)
     if what.splits is not None and seed is not None:
-        raise InputError(f"seed={seed} where {file} names the splits", "one of both", "leave out seed")
+        raise InputError(
+            f"seed={seed} where {file} names the splits", "one of both", "leave out seed"
+        )
     notes: list[str] = []
     if isinstance(what.splits, tuple):
         pairs = _unlike([pair for split in what.splits for pair in _pairs(root, what, split)])
@@ -86,7 +99,9 @@ def _pairs(root: Path, what: _Layout, split: str) -> list[Pair]:
     if folders[0] == folders[1]:  # masks beside their images, told apart by the suffix
         images = {id_: path for id_, path in images.items() if not id_.endswith(what.mask_suffix)}
     if not images:
-        raise InputError(f"no JPEG or PNG in {folders[0]}", "images", "correct `images` in the YAML, or --root")
+        raise InputError(
+            f"no JPEG or PNG in {folders[0]}", "images", "correct `images` in the YAML, or --root"
+        )
     pairs = []
     for id_ in sorted(images.keys() | masks.keys()):
         mask = masks.get(id_)
@@ -125,7 +140,17 @@ def _read(file: Path) -> _Layout:
         raise _wrong(file, f"{error}") from None
     if not isinstance(content, dict):
         raise _wrong(file, f"{type(content).__name__} instead of keys and values")
-    known = ("classes", "void", "mask_values", "images", "masks", "mask_suffix", "splits", "unlabelled", "name")
+    known = (
+        "classes",
+        "void",
+        "mask_values",
+        "images",
+        "masks",
+        "mask_suffix",
+        "splits",
+        "unlabelled",
+        "name",
+    )
     _check_keys(file, content, known)
     colors = _choice(file, content, "mask_values", ("ids", "colors")) == "colors"
     classes, codes = _classes(file, content.get("classes"), colors)
@@ -136,7 +161,10 @@ def _read(file: Path) -> _Layout:
     twice = sorted({value for value, _ in codes if [code for code, _ in codes].count(value) > 1})
     if twice:
         raise _wrong(
-            file, f"mask value {twice[0]:#08x} means two things" if colors else f"id {twice[0]} means two things"
+            file,
+            f"mask value {twice[0]:#08x} means two things"
+            if colors
+            else f"id {twice[0]} means two things",
         )
     texts = {key: _text(file, content, key, default) for key, default in _DEFAULTS.items()}
     unlabelled = content.get("unlabelled", False)
@@ -144,8 +172,13 @@ def _read(file: Path) -> _Layout:
         raise _wrong(file, f"unlabelled: {unlabelled!r} is neither true nor false")
     splits = _splits(file, content.get("splits"), texts)
     if texts["images"] == texts["masks"] and not texts["mask_suffix"]:
-        raise _wrong(file, f"images and masks are both in {texts['images']!r} and mask_suffix does not tell them apart")
-    return _Layout(classes, Coding(tuple(codes), colors), splits=splits, unlabelled=unlabelled, **texts)
+        raise _wrong(
+            file,
+            f"images and masks are both in {texts['images']!r} and mask_suffix does not tell them apart",
+        )
+    return _Layout(
+        classes, Coding(tuple(codes), colors), splits=splits, unlabelled=unlabelled, **texts
+    )
 
 
 _DEFAULTS = {"name": "folder", "images": "images", "masks": "masks", "mask_suffix": ""}
@@ -162,9 +195,14 @@ def _classes(file: Path, entries: Any, colors: bool) -> tuple[ClassSet, list[tup
         _check_keys(file, entry, ("name", "color", "ids"))
         name = entry.get("name")
         if not isinstance(name, str) or not name:
-            raise _wrong(file, f"classes: name {name!r} is no text (write yes, no, on, off and numbers in quotes)")
+            raise _wrong(
+                file,
+                f"classes: name {name!r} is no text (write yes, no, on, off and numbers in quotes)",
+            )
         if colors and ("color" not in entry or "ids" in entry):
-            raise _wrong(file, f"classes: {name} needs color, and no ids, where mask_values is colors")
+            raise _wrong(
+                file, f"classes: {name} needs color, and no ids, where mask_values is colors"
+            )
         names.append(name)
         color = entry.get("color", rainbow(len(entries))[index])
         palette.append(_color(file, name, color))
@@ -187,15 +225,24 @@ def _code(file: Path, name: str, value: Any, colors: bool) -> int:
 
 
 def _color(file: Path, name: str, value: Any) -> tuple[int, int, int]:
-    numbers = isinstance(value, list | tuple) and all(type(part) is int and 0 <= part <= 255 for part in value)
+    numbers = isinstance(value, list | tuple) and all(
+        type(part) is int and 0 <= part <= 255 for part in value
+    )
     if not numbers or len(value) != 3:
         raise _wrong(file, f"{name}: color {value!r} is not [red, green, blue] from 0 to 255")
     return value[0], value[1], value[2]
 
 
-def _splits(file: Path, splits: Any, texts: Mapping[str, str]) -> dict[str, str] | tuple[str, ...] | None:
+def _splits(
+    file: Path, splits: Any, texts: Mapping[str, str]
+) -> dict[str, str] | tuple[str, ...] | None:
     placed = [PLACE in texts[key] for key in ("images", "masks")]
-    if isinstance(splits, list) and splits and all(isinstance(split, str) for split in splits) and all(placed):
+    if (
+        isinstance(splits, list)
+        and splits
+        and all(isinstance(split, str) for split in splits)
+        and all(placed)
+    ):
         return tuple(dict.fromkeys(splits))
     lists = isinstance(splits, dict) and bool(splits)
     if (splits is None or lists) and not any(placed):
@@ -224,7 +271,10 @@ def _check_keys(file: Path, content: Mapping[Any, Any], known: tuple[str, ...]) 
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            raise _wrong(file, f"key {key!r}{f' (nearest: {near[0]})' if near else ''}, known: {', '.join(known)}")
+            raise _wrong(
+                file,
+                f"key {key!r}{f' (nearest: {near[0]})' if near else ''}, known: {', '.join(known)}",
+            )
 
 
 def _wrong(file: Path, got: str) -> InputError:

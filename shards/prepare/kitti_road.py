@@ -1,8 +1,8 @@
 """KITTI road (Fritsch, Kuehnl, Geiger 2013): road and not road in colours.
 
-Colours and what they mean: the benchmark's development kit, which evaluates where red is set and calls road what is
-blue as well. Black, where neither is set, is not evaluated there, and void here: as "not road" it would be a claim that
-the annotators did not make.
+Colours and what they mean: the benchmark's development kit, which evaluates where red is set and
+calls road what is blue as well. Black, where neither is set, is not evaluated there, and void here:
+as "not road" it would be a claim that the annotators did not make.
 """
 
 from __future__ import annotations
@@ -17,24 +17,31 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 NOT_ROAD, ROAD, OTHER = (255, 0, 0), (255, 0, 255), (0, 0, 0)
 KITTI_ROAD = ClassSet(("not road", "road"), (NOT_ROAD, ROAD))
-CODING = Coding(((color_code(NOT_ROAD), 0), (color_code(ROAD), 1), (color_code(OTHER), IGNORE_INDEX)), colors=True)
+CODING = Coding(
+    ((color_code(NOT_ROAD), 0), (color_code(ROAD), 1), (color_code(OTHER), IGNORE_INDEX)),
+    colors=True,
+)
 TASKS = ("road", "lane")
 
 
 def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
-    """training/image_2/<scene>_<number>.png and training/gt_image_2/<scene>_<task>_<number>.png, paired by id.
+    """training/image_2/<scene>_<number>.png and training/gt_image_2/<scene>_<task>_<number>.png,
+    paired by id.
 
-    root: data_road, or a folder with data_road in it. task: road (um, umm, uu) or lane (um only: the car's own lane).
-    A fifth of a permutation by `seed` validates; the testing images have no ground truth and are left out.
-    Missing: an image without a mask of the task, and the reverse. Raises InputError for a folder without them; a
-    sample, when it is read, for an unreadable file, a mask of another size or with another colour.
+    root: data_road, or a folder with data_road in it. task: road (um, umm, uu) or lane (um only:
+    the car's own lane). A fifth of a permutation by `seed` validates; the testing images have no
+    ground truth and are left out. Missing: an image without a mask of the task, and the reverse.
+    Raises InputError for a folder without them; a sample, when it is read, for an unreadable file,
+    a mask of another size or with another colour.
     """
     if task not in TASKS:
         raise InputError(f"task={task}", f"one of: {', '.join(TASKS)}", "correct it")
     folder = locate(root, "training/image_2", "data_road") / "training"
     images = files_by_id(folder / "image_2")
     masks = {
-        id_.replace(f"_{task}_", "_"): path for id_, path in files_by_id(folder / "gt_image_2").items() if task in id_
+        id_.replace(f"_{task}_", "_"): path
+        for id_, path in files_by_id(folder / "gt_image_2").items()
+        if task in id_
     }
     wanted = images.keys() | masks.keys()
     if task == "lane":
@@ -45,13 +52,18 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     splits = seeded_splits(sorted(wanted), seed)
     pairs = [
         Pair(
-            id_, split, folder / "image_2" / f"{id_}.png", masks.get(id_, folder / "gt_image_2" / _mask_name(id_, task))
+            id_,
+            split,
+            folder / "image_2" / f"{id_}.png",
+            masks.get(id_, folder / "gt_image_2" / _mask_name(id_, task)),
         )
         for split, ids in splits.items()
         for id_ in ids
     ]
     others = len(images.keys() - wanted)
-    notes: tuple[str, ...] = (f"{others} training images are not of the scenes with lanes",) if others else ()
+    notes: tuple[str, ...] = (
+        (f"{others} training images are not of the scenes with lanes",) if others else ()
+    )
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
     return DataSet(KITTI_ROAD, pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)

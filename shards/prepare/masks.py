@@ -1,4 +1,6 @@
-"""Label pictures: pixel values or colours turned into class indices, with nothing unknown let through."""
+"""Label pictures: pixel values or colours turned into class indices, with nothing unknown let
+through.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ NUM_LISTED = 24  # known values that an error message spells out
 class Coding:
     """What a mask's pixels mean: (value, class index or 255 for void), each value once.
 
-    colors: values are 0xRRGGBB of the picture's colours, a palette applied; else gray values or palette indices.
+    colors: values are 0xRRGGBB of the picture's colours, a palette applied; else gray values or
+    palette indices.
     """
 
     codes: tuple[tuple[int, int], ...]
@@ -35,10 +38,13 @@ def color_code(color: Iterable[int]) -> int:
     return red << 16 | green << 8 | blue
 
 
-def masked_sample(key: str, split: str, image: Path, mask: Path | None, coding: Coding, source: str) -> Sample:
+def masked_sample(
+    key: str, split: str, image: Path, mask: Path | None, coding: Coding, source: str
+) -> Sample:
     """The sample of an image and its mask (None: unlabelled), `source` and file name its source_id.
 
-    Raises InputError naming the file that is unreadable, of another size, or holds what the coding does not know.
+    Raises InputError naming the file that is unreadable, of another size, or holds what the coding
+    does not know.
     """
     content, size = read_image(image)
     label = None if mask is None else read_mask(mask, size, coding)
@@ -46,16 +52,25 @@ def masked_sample(key: str, split: str, image: Path, mask: Path | None, coding: 
 
 
 def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
-    """(H, W) uint8 of class indices, 255 for void; size: the image's (H, W). Raises InputError, naming the file."""
+    """(H, W) uint8 of class indices, 255 for void.
+
+    Size: the image's (H, W). Raises InputError, naming the file.
+    """
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as picture:
             mode = picture.mode
             values = np.asarray(picture.convert("RGB") if coding.colors else picture)
     except UNREADABLE as error:
-        raise InputError(f"{path}: {error}", "a readable PNG", "unpack the data set again") from None
+        raise InputError(
+            f"{path}: {error}", "a readable PNG", "unpack the data set again"
+        ) from None
     if not coding.colors and mode not in GRAY_MODES:
         needed = "a palette or gray picture whose values are the class indices"
-        raise InputError(f"{path}: a picture in mode {mode}", needed, "use the original masks, not coloured copies")
+        raise InputError(
+            f"{path}: a picture in mode {mode}",
+            needed,
+            "use the original masks, not coloured copies",
+        )
     if values.shape[:2] != size:
         got = f"{path}: {values.shape[0]} x {values.shape[1]} pixels for an image {size[0]} x {size[1]}"
         raise InputError(got, "a mask of the image's size", "replace the image or the mask")
@@ -71,11 +86,17 @@ def _indices(path: Path, values: np.ndarray, coding: Coding) -> np.ndarray:
     wrong = values[known[place] != values]
     if wrong.size:
         got = f"{path}: {_named(int(wrong[0]), coding)} in {np.count_nonzero(wrong == wrong[0])} pixels"
-        listed = ", ".join(_named(value, coding).split(" ", 1)[1] for value in known[:NUM_LISTED].tolist())
+        listed = ", ".join(
+            _named(value, coding).split(" ", 1)[1] for value in known[:NUM_LISTED].tolist()
+        )
         needed = f"one of: {listed}{', ...' if len(known) > NUM_LISTED else ''}"
         raise InputError(got, needed, "correct the mask, or say which class this is")
     return indices.astype(np.uint8)[place]
 
 
 def _named(value: int, coding: Coding) -> str:
-    return f"colour ({value >> 16}, {value >> 8 & 255}, {value & 255})" if coding.colors else f"value {value}"
+    return (
+        f"colour ({value >> 16}, {value >> 8 & 255}, {value & 255})"
+        if coding.colors
+        else f"value {value}"
+    )

@@ -18,19 +18,24 @@ SUFFIXES = (".regions.txt", ".h5", ".hdf5")
 def samples(root: Path, seed: int = 0) -> DataSet:
     """A folder of images/<id>.jpg and h5py/[h5py_]<id>.(regions.txt|h5|hdf5).
 
-    That layout keeps neither splits nor class names: a fifth of a permutation by `seed` validates; eight classes are
-    Stanford's, any other number is called class-0 onwards. Missing: an image without a label map or the reverse. Raises
-    InputError for files of other names; a sample, when it is read, for a map that is not one-hot or has another number
-    of classes than the first readable one.
+    That layout keeps neither splits nor class names: a fifth of a permutation by `seed` validates;
+    eight classes are Stanford's, any other number is called class-0 onwards. Missing: an image
+    without a label map or the reverse. Raises InputError for files of other names; a sample, when
+    it is read, for a map that is not one-hot or has another number of classes than the first
+    readable one.
     """
     images = {path.stem: path for path in (root / "images").glob("*.jpg")}
     labels = {_key(path): path for path in sorted((root / "h5py").glob("[!.]*"))}
     if not images or not labels:
         side = "h5py/*" if images else "images/*.jpg"
-        raise InputError(f"no {side} in {root}", "images/ and h5py/ with a file for each id", "correct --root")
+        raise InputError(
+            f"no {side} in {root}", "images/ and h5py/ with a file for each id", "correct --root"
+        )
     splits = seeded_splits(sorted(images.keys() | labels.keys()), seed)
     pairs = [
-        Pair(id_, split, root / "images" / f"{id_}.jpg", labels.get(id_, root / "h5py" / f"{id_}.h5"))
+        Pair(
+            id_, split, root / "images" / f"{id_}.jpg", labels.get(id_, root / "h5py" / f"{id_}.h5")
+        )
         for split, ids in splits.items()
         for id_ in ids
     ]
@@ -54,7 +59,9 @@ def _key(path: Path) -> str:
     for suffix in SUFFIXES:
         if path.name.endswith(suffix):
             return path.name.removesuffix(suffix).removeprefix(LABEL_PREFIX)
-    raise InputError(f"{path}", f"label maps named <id> and one of {', '.join(SUFFIXES)}", "move it elsewhere")
+    raise InputError(
+        f"{path}", f"label maps named <id> and one of {', '.join(SUFFIXES)}", "move it elsewhere"
+    )
 
 
 def classes_by_number(num_classes: int) -> ClassSet:

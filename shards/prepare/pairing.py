@@ -28,11 +28,14 @@ class Pair:
     label: Path | None
 
 
-def pair_tasks(root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *more: Any) -> list[Task]:
-    """Tasks of read(key, split, image, label, *more) for each pair; of `absent` where a file is not there.
+def pair_tasks(
+    root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *more: Any
+) -> list[Task]:
+    """Tasks of read(key, split, image, label, *more) for each pair; of `absent` where a file is not
+    there.
 
-    A key is the id with "_" for "." and "/", which cannot be in names within a tar. Raises InputError for a file
-    outside of `root`, links followed, and for two pairs of one key.
+    A key is the id with "_" for "." and "/", which cannot be in names within a tar. Raises
+    InputError for a file outside of `root`, links followed, and for two pairs of one key.
     """
     tasks: list[Task] = []
     named: dict[str, Pair] = {}
@@ -40,7 +43,11 @@ def pair_tasks(root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *
         key = pair.id.replace("/", "_").replace(".", "_")
         if key in named:
             got = f"{pair.image} and {named[key].image} would both be called {key!r}"
-            raise InputError(got, "each id once, and different with '_' for '.' and '/'", "correct the list, or rename")
+            raise InputError(
+                got,
+                "each id once, and different with '_' for '.' and '/'",
+                "correct the list, or rename",
+            )
         named[key] = pair
         files = [path for path in (pair.image, pair.label) if path is not None]
         for path in files:
@@ -54,7 +61,10 @@ def pair_tasks(root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *
 
 
 def check_inside(root: Path, path: Path) -> None:
-    """Raise InputError when a path, links followed, leads out of `root`: a list's "../x", or a link."""
+    """Raise InputError when a path, links followed, leads out of `root`.
+
+    A list's "../x", or a link.
+    """
     real = path.resolve() if path.is_symlink() else _resolved(path.parent) / path.name
     if not real.is_relative_to(_resolved(root)):
         action = "copy it there, or give a folder that holds both as --root"
@@ -67,27 +77,41 @@ def _resolved(folder: Path) -> Path:
 
 
 def locate(root: Path, marker: str, *inside: str) -> Path:
-    """The first of root and root/<inside> that has a folder `marker`. Raises InputError when none has."""
+    """The first of root and root/<inside> that has a folder `marker`.
+
+    Raises InputError when none has.
+    """
     for folder in (root, *(root / name for name in inside)):
         if (folder / marker).is_dir():
             return folder
     needed = " or ".join(f"{name}/{marker}" for name in (".", *inside))
-    raise InputError(f"no {marker} in {root}", f"the data set as unpacked, with {needed}", "correct --root")
+    raise InputError(
+        f"no {marker} in {root}", f"the data set as unpacked, with {needed}", "correct --root"
+    )
 
 
-def files_by_id(folder: Path, suffix: str = "", suffixes: Iterable[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """The files below `folder` whose names end in `suffix` and an extension, sorted, by relative path without both.
+def files_by_id(
+    folder: Path, suffix: str = "", suffixes: Iterable[str] = IMAGE_SUFFIXES
+) -> dict[str, Path]:
+    """The files below `folder` whose names end in `suffix` and an extension, sorted, by relative
+    path without both.
 
     Hidden files are passed over. Raises InputError for two files of one id.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.*")):
         stem = path.relative_to(folder).with_suffix("").as_posix()
-        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not stem.endswith(suffix):
+        if (
+            path.suffix.lower() not in suffixes
+            or path.name.startswith(".")
+            or not stem.endswith(suffix)
+        ):
             continue
         key = stem.removesuffix(suffix)
         if key in found:
-            raise InputError(f"{found[key]} and {path}", "one file for each id", "remove one of them")
+            raise InputError(
+                f"{found[key]} and {path}", "one file for each id", "remove one of them"
+            )
         found[key] = path
     return found
 
@@ -97,7 +121,9 @@ def ids_in_list(path: Path) -> list[str]:
     try:
         ids = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}", "a list with an id a line", "put it there, or name another") from None
+        raise InputError(
+            f"{path}: {error}", "a list with an id a line", "put it there, or name another"
+        ) from None
     if not ids:
         raise InputError(f"{path} is empty", "an id a line", "choose another list")
     return ids
@@ -117,18 +143,28 @@ def check_listed_once(splits: Mapping[str, Iterable[str]]) -> None:
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
     """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates; needs two keys."""
     if len(keys) < 2 or seed < 0:
-        raise InputError(f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them")
+        raise InputError(
+            f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them"
+        )
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(keys))
     val = {keys[index] for index in order[: max(1, len(keys) // VAL_SHARE)]}
-    return {"train": [key for key in keys if key not in val], "val": [key for key in keys if key in val]}
+    return {
+        "train": [key for key in keys if key not in val],
+        "val": [key for key in keys if key in val],
+    }
 
 
 def read_image(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """(the file's bytes, (height, width)). Decodes all of it: raises InputError naming a file that cannot be used."""
+    """(the file's bytes, (height, width)).
+
+    Decodes all of it: raises InputError naming a file that cannot be used.
+    """
     try:
         content = path.read_bytes()
         return content, decode_image(content).shape[:2]
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", "a readable image file", "unpack the data set again") from None
+        raise InputError(
+            f"{path}: {error.strerror}", "a readable image file", "unpack the data set again"
+        ) from None
     except InputError as error:
         raise InputError(f"{path}: {error.got}", error.needed, error.action) from None

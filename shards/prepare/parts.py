@@ -23,7 +23,10 @@ VERSION = 1  # of parts: another one is never gone on from
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written to `path`: samples for each split, why each bad sample was left out, notes of the preparer."""
+    """What was written to `path`.
+
+    Samples for each split, why each bad sample was left out, notes of the preparer.
+    """
 
     path: Path
     num_samples: dict[str, int]
@@ -42,14 +45,17 @@ class _Part:
     skip_bad: bool
 
 
-def write_dataset(out: Path, name: str, dataset: DataSet, num_workers: int, skip_bad: bool) -> Prepared:
+def write_dataset(
+    out: Path, name: str, dataset: DataSet, num_workers: int, skip_bad: bool
+) -> Prepared:
     """Write a data set's maps to `out`, which appears when it is complete.
 
-    Every part is kept beside `out`, under a name made from its samples, their files' sizes and times, until then: the
-    same command goes on after an interruption, and after a bad file was replaced. What is written does not depend on
-    the number of worker processes (0: none), nor on interruptions. skip_bad: leave out samples that are missing or
-    cannot be read, and say so in the maps. Raises InputError for the first bad sample otherwise, a split without
-    samples, too little space.
+    Every part is kept beside `out`, under a name made from its samples, their files' sizes and
+    times, until then: the same command goes on after an interruption, and after a bad file was
+    replaced. What is written does not depend on the number of worker processes (0: none), nor on
+    interruptions. skip_bad: leave out samples that are missing or cannot be read, and say so in the
+    maps. Raises InputError for the first bad sample otherwise, a split without samples, too little
+    space.
     """
     folder = out.with_name(f".{out.name}.parts")
     parts = _parts(folder, name, dataset, skip_bad)
@@ -101,11 +107,16 @@ def _status(path: Path) -> os.stat_result:
         return path.stat()
     except FileNotFoundError:
         action = "is another process moving the data? When it is done, run the same command again: it goes on"
-        raise InputError(f"{path} has vanished since the data were listed", "files that stay", action) from None
+        raise InputError(
+            f"{path} has vanished since the data were listed", "files that stay", action
+        ) from None
 
 
 def _done(part: _Part) -> bool:
-    """Whether an earlier run wrote it; one that left samples out will not do where that is an error."""
+    """Whether an earlier run wrote it.
+
+    One that left samples out will not do where that is an error.
+    """
     if not part.path.is_file():
         return False
     with MapsReader(part.path) as reader:
@@ -139,10 +150,19 @@ def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepare
                 writer.copy(reader)
         empty = {task.split for task in dataset.tasks} - writer.splits.keys()
         if empty:
-            raise InputError(f"split {min(empty)!r}: all samples are bad", "a good one", "replace the files")
+            raise InputError(
+                f"split {min(empty)!r}: all samples are bad", "a good one", "replace the files"
+            )
     notes = [*dataset.notes]
     labelled = zip(dataset.classes.names, writer.pixels, strict=False)
-    absent = [class_name for class_name, count in labelled if count == 0] if writer.pixels.any() else []
+    absent = (
+        [class_name for class_name, count in labelled if count == 0] if writer.pixels.any() else []
+    )
     if absent:
         notes.append(f"no pixel in any label of: {', '.join(absent)}")
-    return Prepared(out, {split: len(keys) for split, keys in writer.splits.items()}, writer.left_out, tuple(notes))
+    return Prepared(
+        out,
+        {split: len(keys) for split, keys in writer.splits.items()},
+        writer.left_out,
+        tuple(notes),
+    )

@@ -18,16 +18,23 @@ UNKNOWN = -1
 def samples(root: Path, seed: int | None = None) -> DataSet:
     """A folder with images/<id>.jpg and labels/<id>.regions.txt.
 
-    The splits are those of splits/*train*.txt and splits/*val*.txt (an id a line); without that folder, as in
-    the original archive, a fifth of a permutation by `seed` (default 0) validates. Pairs are made by id.
-    Missing: an image without a label, a label without an image. Raises InputError when the lists do not name each image
-    once; a sample, when it is read, for an unreadable image, or a label of another size or with values not -1 to 7.
+    The splits are those of splits/*train*.txt and splits/*val*.txt (an id a line); without that
+    folder, as in the original archive, a fifth of a permutation by `seed` (default 0) validates.
+    Pairs are made by id. Missing: an image without a label, a label without an image. Raises
+    InputError when the lists do not name each image once; a sample, when it is read, for an
+    unreadable image, or a label of another size or with values not -1 to 7.
     """
     folders = root / "images", root / "labels"
     images = {path.stem: path for path in folders[0].glob("*.jpg")}
-    labels = {path.name.removesuffix(".regions.txt"): path for path in folders[1].glob("*.regions.txt")}
+    labels = {
+        path.name.removesuffix(".regions.txt"): path for path in folders[1].glob("*.regions.txt")
+    }
     if not images:
-        raise InputError(f"no images/*.jpg in {root}", "the folder that the data set was unpacked to", "correct --root")
+        raise InputError(
+            f"no images/*.jpg in {root}",
+            "the folder that the data set was unpacked to",
+            "correct --root",
+        )
     splits = _splits(root, sorted(images.keys() | labels.keys()), seed)
     pairs = [
         Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.regions.txt")
@@ -47,16 +54,24 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
     splits = {name: _list(folder, name) for name in ("train", "val")}
     listed = splits["train"] + splits["val"]
     if sorted(listed) != keys:
-        wrong = sorted(set(keys) ^ set(listed)) or sorted({key for key in listed if listed.count(key) > 1})
+        wrong = sorted(set(keys) ^ set(listed)) or sorted(
+            {key for key in listed if listed.count(key) > 1}
+        )
         got = f"{folder}: {len(wrong)} ids not listed exactly once or without an image, the first: {wrong[0]}"
-        raise InputError(got, "each image in one list, once", "correct the lists, or remove splits/ for a seeded split")
+        raise InputError(
+            got,
+            "each image in one list, once",
+            "correct the lists, or remove splits/ for a seeded split",
+        )
     return splits
 
 
 def _list(folder: Path, name: str) -> list[str]:
     paths = sorted(folder.glob(f"*{name}*.txt"))
     if len(paths) != 1:
-        raise InputError(f"{len(paths)} files {folder}/*{name}*.txt", "one", "keep one list for each split")
+        raise InputError(
+            f"{len(paths)} files {folder}/*{name}*.txt", "one", "keep one list for each split"
+        )
     return ids_in_list(paths[0])
 
 
@@ -72,13 +87,19 @@ def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
             warnings.simplefilter("error")  # loadtxt only warns of an empty file
             values = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
     except (ValueError, Warning) as error:
-        raise InputError(f"{path}: {error}", "rows of whole numbers", "unpack the data set again") from None
+        raise InputError(
+            f"{path}: {error}", "rows of whole numbers", "unpack the data set again"
+        ) from None
     if values.shape != size:
         got = f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers for an image {size[0]} x {size[1]}"
-        raise InputError(got, "one number for every pixel (height x width)", "unpack the data set again")
+        raise InputError(
+            got, "one number for every pixel (height x width)", "unpack the data set again"
+        )
     wrong = values[(values < UNKNOWN) | (values >= STANFORD.num_classes)]
     if wrong.size:
         got = f"{path}: label {wrong[0]} where there are {STANFORD.num_classes} classes"
-        raise InputError(got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file")
+        raise InputError(
+            got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file"
+        )
     values[values == UNKNOWN] = IGNORE_INDEX
     return values.astype(np.uint8)

@@ -11,14 +11,42 @@ from shards.synthetic import render_scene
 
 JPEG_QUALITY = 92
 VAL_START = 2**32  # index of the first validation scene: more training scenes never run into it
-# 30 sizes (height, width), landscape and portrait, 120 x 160 to 224 x 168; none a multiple of 32 both ways
+# 30 sizes (height, width), landscape and portrait, 120 x 160 to 224 x 168; none a multiple of 32
+# both ways
 LANDSCAPE = (
-    *((120, 160), (123, 164), (126, 168), (129, 172), (132, 176), (135, 180), (138, 184), (141, 188)),
-    *((144, 194), (147, 196), (150, 200), (153, 204), (156, 208), (159, 212), (162, 216), (165, 220)),
+    *(
+        (120, 160),
+        (123, 164),
+        (126, 168),
+        (129, 172),
+        (132, 176),
+        (135, 180),
+        (138, 184),
+        (141, 188),
+    ),
+    *(
+        (144, 194),
+        (147, 196),
+        (150, 200),
+        (153, 204),
+        (156, 208),
+        (159, 212),
+        (162, 216),
+        (165, 220),
+    ),
     *((168, 224), (120, 180), (132, 198), (144, 216), (150, 150)),
 )
 PORTRAIT = (
-    *((160, 120), (168, 126), (176, 132), (184, 138), (190, 143), (200, 150), (208, 156), (216, 162)),
+    *(
+        (160, 120),
+        (168, 126),
+        (176, 132),
+        (184, 138),
+        (190, 143),
+        (200, 150),
+        (208, 156),
+        (216, 162),
+    ),
     (224, 168),
 )
 SIZES = (*LANDSCAPE, *PORTRAIT)
@@ -27,9 +55,9 @@ SIZES = (*LANDSCAPE, *PORTRAIT)
 def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
     """`num_train` training scenes, then `num_val` validation scenes.
 
-    Keys are train-00000 and val-00000 onwards. A scene depends on seed, split and its number only, so that
-    each split of a larger set begins with the smaller one. Labels and pixels are the same on every machine
-    (see shards.synthetic); so are the JPEG files with one version of simplejpeg.
+    Keys are train-00000 and val-00000 onwards. A scene depends on seed, split and its number only,
+    so that each split of a larger set begins with the smaller one. Labels and pixels are the same
+    on every machine (see shards.synthetic); so are the JPEG files with one version of simplejpeg.
     Raises InputError unless both splits have a scene and seed is within 0..2^63-1.
     """
     if num_train < 1 or num_val < 1:

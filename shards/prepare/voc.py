@@ -1,4 +1,7 @@
-"""PASCAL VOC segmentation (Everingham et al. 2010): palette PNGs of 21 class indices, 255 for the void border."""
+"""PASCAL VOC segmentation (Everingham et al.
+
+2010): palette PNGs of 21 class indices, 255 for the void border.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,14 @@ from pathlib import Path
 
 from shards.prepare.dataset import DataSet
 from shards.prepare.masks import Coding, masked_sample
-from shards.prepare.pairing import Pair, check_listed_once, files_by_id, ids_in_list, locate, pair_tasks
+from shards.prepare.pairing import (
+    Pair,
+    check_listed_once,
+    files_by_id,
+    ids_in_list,
+    locate,
+    pair_tasks,
+)
 from shards.sample import IGNORE_INDEX, ClassSet
 
 NAMES: tuple[str, ...] = (
@@ -22,11 +32,25 @@ NAMES: tuple[str, ...] = (
     "chair",
     "cow",
 )
-NAMES += ("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+NAMES += (
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 
 
 def voc_palette(num_colors: int) -> tuple[tuple[int, int, int], ...]:
-    """The development kit's colours: the bits of the index, three at a time, become the high bits of R, G and B."""
+    """The development kit's colours.
+
+    The bits of the index, three at a time, become the high bits of R, G and B.
+    """
     colors = []
     for index in range(num_colors):
         channels = [0, 0, 0]
@@ -41,19 +65,25 @@ VOC = ClassSet(NAMES, voc_palette(len(NAMES)))
 CODING = Coding((*((index, index) for index in range(len(NAMES))), (IGNORE_INDEX, IGNORE_INDEX)))
 
 
-def samples(root: Path, train_list: str = "", val_list: str = "", labels: str = "SegmentationClass") -> DataSet:
+def samples(
+    root: Path, train_list: str = "", val_list: str = "", labels: str = "SegmentationClass"
+) -> DataSet:
     """A VOC2012 folder: JPEGImages/<id>.jpg and <labels>/<id>.png, paired by id.
 
-    root: the folder itself, or one with VOC2012 or VOCdevkit/VOC2012 in it. train_list, val_list: files with an id a
-    line (default: ImageSets/Segmentation/train.txt and val.txt). labels: the folder of masks; SegmentationClassAug
-    with a list of its ids gives train_aug. Masks are palette or gray PNGs whose values are the indices.
-    Raises InputError for a list that is missing, an id in both lists or twice; a sample, when it is read, for an
-    unreadable file, a mask of another size, in colours, or with other values than 0 to 20 and 255.
+    root: the folder itself, or one with VOC2012 or VOCdevkit/VOC2012 in it. train_list, val_list:
+    files with an id a line (default: ImageSets/Segmentation/train.txt and val.txt). labels: the
+    folder of masks; SegmentationClassAug with a list of its ids gives train_aug. Masks are palette
+    or gray PNGs whose values are the indices. Raises InputError for a list that is missing, an id
+    in both lists or twice; a sample, when it is read, for an unreadable file, a mask of another
+    size, in colours, or with other values than 0 to 20 and 255.
     """
     folder = locate(root, "JPEGImages", "VOC2012", "VOCdevkit/VOC2012")
     lists = {"train": train_list, "val": val_list}
     default = folder / "ImageSets" / "Segmentation"
-    splits = {split: ids_in_list(Path(given) if given else default / f"{split}.txt") for split, given in lists.items()}
+    splits = {
+        split: ids_in_list(Path(given) if given else default / f"{split}.txt")
+        for split, given in lists.items()
+    }
     check_listed_once(splits)
     pairs = [
         Pair(id_, split, folder / "JPEGImages" / f"{id_}.jpg", folder / labels / f"{id_}.png")

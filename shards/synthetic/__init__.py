@@ -1,15 +1,16 @@
-"""Generated outdoor scenes with the classes of Stanford Background: image and label, from numbers alone.
+"""Generated outdoor scenes with the classes of Stanford Background: image and label, from numbers
+alone.
 
-Measured on the toy set (400 training and 60 validation scenes, seed 0): shares of the pixels sky 0.24, tree
-0.13, road 0.15, grass 0.17, water 0.07, building 0.10, mountain 0.06, foreground 0.08, void 0.012; each
-class takes 1 % or more of at least 45 % of the scenes. Guessing the class from the colour alone (a
-histogram of 32 levels a channel) reaches a validation mIoU of 0.31, from colour and place (16 levels, 8 x 8
-cells of the picture) 0.43, and a small U-Net trained for 700 steps of 16 crops about 0.7: what is left has
-to come from shape and layout.
+Measured on the toy set (400 training and 60 validation scenes, seed 0): shares of the pixels sky
+0.24, tree 0.13, road 0.15, grass 0.17, water 0.07, building 0.10, mountain 0.06, foreground 0.08,
+void 0.012; each class takes 1 % or more of at least 45 % of the scenes. Guessing the class from the
+colour alone (a histogram of 32 levels a channel) reaches a validation mIoU of 0.31, from colour and
+place (16 levels, 8 x 8 cells of the picture) 0.43, and a small U-Net trained for 700 steps of 16
+crops about 0.7: what is left has to come from shape and layout.
 
-A scene depends on nothing but its arguments: integer noise, elementwise arithmetic and exact or integer
-OpenCV calls (noise.py), so neither process nor number of threads changes a pixel. Another version of NumPy
-(its streams) or of OpenCV (`fillPoly`, `ellipse`, `resize`) could.
+A scene depends on nothing but its arguments: integer noise, elementwise arithmetic and exact or
+integer OpenCV calls (noise.py), so neither process nor number of threads changes a pixel. Another
+version of NumPy (its streams) or of OpenCV (`fillPoly`, `ellipse`, `resize`) could.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ VOID_SHARE = (0.006, 0.018)  # least and greatest share of void pixels in a scen
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Paint scene `index` of set `seed`: image (H, W, 3) uint8 RGB, label (H, W) uint8, 0 to 7 or 255 (void).
+    """Paint scene `index` of set `seed`: image (H, W, 3) uint8 RGB, label (H, W) uint8, 0 to 7 or
+    255 (void).
 
     size: (height, width), each at least 32 pixels. A pure function of its arguments.
     Raises InputError for a negative seed or index and for smaller sizes.

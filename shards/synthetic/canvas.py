@@ -14,7 +14,8 @@ from shards.synthetic.noise import fractal, on_ground
 
 SKY, TREE, ROAD, GRASS, WATER, BUILDING, MOUNTAIN, FOREGROUND = range(STANFORD.num_classes)
 SUBPIXELS = 4  # a mask is drawn this many times larger and averaged: smooth edges
-FAR_PX = 2000.0  # no polygon reaches further outside: a point near the camera would overflow fixed point
+# no polygon reaches further outside: a point near the camera would overflow fixed point
+FAR_PX = 2000.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Brush:
 
 
 class Canvas:
-    """image: (H, W, 3) float32, 0 to 255; label: (H, W) uint8; noise: (H, W) float32 in [0, 1] by name."""
+    """image: (H, W, 3) float32, 0 to 255.
+
+    Label: (H, W) uint8; noise: (H, W) float32 in [0, 1] by name.
+    """
 
     def __init__(self, layout: Layout, rng: np.random.Generator):
         self.camera, self.light = layout.camera, layout.light
@@ -43,7 +47,8 @@ class Canvas:
         depth_m: float = 0.0,
         shade: float = 1.0,
     ) -> None:
-        """Paint the union of polygons, (column, row) points; `label` None leaves the label as it is.
+        """Paint the union of polygons, (column, row) points; `label` None leaves the label as it
+        is.
 
         depth_m: how much haze lies before it; shade: share of the light that reaches it, 1 is full.
         """
@@ -51,31 +56,47 @@ class Canvas:
         if found is None:
             return
         where, alpha = found
-        first, second = (tone(self.light, color, depth_m, shade) for color in (brush.first, brush.second))
+        first, second = (
+            tone(self.light, color, depth_m, shade) for color in (brush.first, brush.second)
+        )
         mix = self.noise[brush.noise][where][..., None]
         self.blend(where, alpha, first + (second - first) * mix)
         if label is not None:
             self.label[where][alpha[..., 0] > 0.5] = label
 
     def darken(self, polygon: Sequence[Point], strength: float) -> None:
-        """A shadow: takes `strength` (0 to 1) of the light, by the scene's contrast, and changes no label."""
+        """A shadow: takes `strength` (0 to 1) of the light, by the scene's contrast, and changes no
+        label.
+        """
         found = self.mask([polygon])
         if found is not None:
             where, alpha = found
-            self.image[where] *= 1 - alpha * np.float32(strength * (0.35 + 0.65 * self.light.contrast))
+            self.image[where] *= 1 - alpha * np.float32(
+                strength * (0.35 + 0.65 * self.light.contrast)
+            )
 
     def blend(self, where: tuple[slice, slice], alpha: np.ndarray, color: np.ndarray) -> None:
         """Cover a window of the picture with a colour, (h, w, 3) or (3,), by alpha (h, w, 1)."""
         region = self.image[where]
         region += alpha * (color - region)
 
-    def mask(self, polygons: Sequence[Sequence[Point]]) -> tuple[tuple[slice, slice], np.ndarray] | None:
-        """The window that polygons touch and their alpha there, (h, w, 1) in [0, 1]; None when outside."""
-        points = np.array([point for polygon in polygons for point in polygon]).clip(-FAR_PX, FAR_PX)
+    def mask(
+        self, polygons: Sequence[Sequence[Point]]
+    ) -> tuple[tuple[slice, slice], np.ndarray] | None:
+        """The window that polygons touch and their alpha there, (h, w, 1) in [0, 1].
+
+        None when outside.
+        """
+        points = np.array([point for polygon in polygons for point in polygon]).clip(
+            -FAR_PX, FAR_PX
+        )
         low = np.floor(points.min(axis=0)).clip(0)
         left, top = low.astype(int).tolist()
         right, bottom = np.ceil(points.max(axis=0)).astype(int).tolist()
-        width, height = min(right, self.label.shape[1]) - left, min(bottom, self.label.shape[0]) - top
+        width, height = (
+            min(right, self.label.shape[1]) - left,
+            min(bottom, self.label.shape[0]) - top,
+        )
         if width <= 0 or height <= 0:
             return None
         mask = np.zeros((height * SUBPIXELS, width * SUBPIXELS), np.uint8)
@@ -84,7 +105,9 @@ class Canvas:
         for polygon in polygons:  # one at a time: together, overlaps would cancel
             cv2.fillPoly(mask, [fixed[start : start + len(polygon)]], 255, shift=4)
             start += len(polygon)
-        alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA) * np.float32(1 / 255)
+        alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA) * np.float32(
+            1 / 255
+        )
         return (slice(top, top + height), slice(left, left + width)), alpha[..., None]
 
 
@@ -92,7 +115,10 @@ def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.nda
     """(3,) float32: a colour under the scene's light, seen through the haze of `depth_m`."""
     haze = depth_m / (depth_m + light.haze_m)
     lit = [part * tint * shade for part, tint in zip(color, light.tint, strict=True)]
-    return np.array([part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)], np.float32)
+    return np.array(
+        [part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)],
+        np.float32,
+    )
 
 
 def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:

@@ -1,4 +1,6 @@
-"""What lies: sky, mountains, far lines, fields, water and roads, painted from the back to the front."""
+"""What lies: sky, mountains, far lines, fields, water and roads, painted from the back to the
+front.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ from itertools import pairwise
 
 import numpy as np
 
-from shards.synthetic.canvas import BUILDING, GRASS, MOUNTAIN, ROAD, TREE, WATER, Brush, Canvas, tone
+from shards.synthetic.canvas import (
+    BUILDING,
+    GRASS,
+    MOUNTAIN,
+    ROAD,
+    TREE,
+    WATER,
+    Brush,
+    Canvas,
+    tone,
+)
 from shards.synthetic.layout import RGB, Layout, Point, chance, pick_index, uniform
 from shards.synthetic.noise import fractal, ridge
 
@@ -51,11 +63,19 @@ def paint_sky(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def paint_far(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
-    """Mountains, then what stands on the horizon: a line of trees, or a town. All above the horizon."""
+    """Mountains, then what stands on the horizon.
+
+    A line of trees, or a town. All above the horizon.
+    """
     if layout.has_mountains:
         peak = uniform(rng, 0.4, 0.9)
         for part in (1.0, uniform(rng, 0.45, 0.75))[: 1 + chance(rng, 0.6)]:
-            _paint_ridge(canvas, rng, peak * part, depth_m=layout.light.haze_m * uniform(rng, 0.25, 0.9) * part)
+            _paint_ridge(
+                canvas,
+                rng,
+                peak * part,
+                depth_m=layout.light.haze_m * uniform(rng, 0.25, 0.9) * part,
+            )
     if chance(rng, 0.35):
         _paint_town(canvas, rng)
     if chance(rng, 0.6):
@@ -105,14 +125,20 @@ def _paint_ridge(canvas: Canvas, rng: np.random.Generator, peak: float, depth_m:
         if (top[i + 1][1] - top[i][1]) * side < 0 and up[i] > 0.25 * peak * base:
             (x0, y0), (x1, y1) = top[i], top[i + 1]
             slide = -side * step * uniform(rng, 0.3, 1.8)
-            foot0, foot1 = y0 + up[i] * uniform(rng, 0.3, 0.8), y1 + up[i + 1] * uniform(rng, 0.3, 0.8)
+            foot0, foot1 = (
+                y0 + up[i] * uniform(rng, 0.3, 0.8),
+                y1 + up[i + 1] * uniform(rng, 0.3, 0.8),
+            )
             faces.append([(x0, y0), (x1, y1), (x1 + slide, foot1), (x0 + slide, foot0)])
     if faces:
         shade = 1 - 0.25 - 0.25 * canvas.light.contrast
         canvas.fill(_under(faces, top), None, brush, depth_m, shade)
     if chance(rng, 0.35):
         snow_line = uniform(rng, 0.55, 0.8) * peak * base
-        foot = [(x, min(base - snow_line + uniform(rng, -0.12, 0.12) * peak * base, base)) for x, _ in top]
+        foot = [
+            (x, min(base - snow_line + uniform(rng, -0.12, 0.12) * peak * base, base))
+            for x, _ in top
+        ]
         lower = [(x, max(y, bottom)) for (x, y), (_, bottom) in zip(top, foot, strict=True)]
         canvas.fill([[*top, *reversed(lower)]], None, SNOW, depth_m)
 
@@ -154,12 +180,16 @@ def _paint_town(canvas: Canvas, rng: np.random.Generator) -> None:
         gray = uniform(rng, 90, 190)
         color = gray * uniform(rng, 1.0, 1.25), gray, gray * uniform(rng, 0.75, 1.05)
         brush = Brush(color, (color[0] * 0.8, color[1] * 0.8, color[2] * 0.8), "fine")
-        canvas.fill([[(x, base), (x, top), (x + broad, top), (x + broad, base)]], BUILDING, brush, depth_m)
+        canvas.fill(
+            [[(x, base), (x, top), (x + broad, top), (x + broad, base)]], BUILDING, brush, depth_m
+        )
         x += broad + (uniform(rng, 0, 10) if chance(rng, 0.3) else 0)
 
 
 def _paint_field(canvas: Canvas, rng: np.random.Generator) -> None:
-    """A patch of other grass or crops between two depths, with edges that run to the vanishing point."""
+    """A patch of other grass or crops between two depths, with edges that run to the vanishing
+    point.
+    """
     near_m = uniform(rng, 1.2, 10) * canvas.camera.nearest_m
     far_m = near_m * uniform(rng, 1.3, 4)
     left_m = uniform(rng, -1.4, 0.8) * near_m
@@ -188,7 +218,9 @@ def _lake(canvas: Canvas, rng: np.random.Generator) -> list[Point]:
     return [*upper, *reversed(lower)]
 
 
-def _paint_water(canvas: Canvas, rng: np.random.Generator, outline: list[Point], bank: list[Point]) -> None:
+def _paint_water(
+    canvas: Canvas, rng: np.random.Generator, outline: list[Point], bank: list[Point]
+) -> None:
     """Water that mirrors what stands behind it, broken by ripples, inside a bank of bare earth."""
     horizon = canvas.camera.horizon_px
     canvas.fill([bank], GRASS, BANK, 20)
@@ -198,7 +230,9 @@ def _paint_water(canvas: Canvas, rng: np.random.Generator, outline: list[Point],
     where, alpha = found
     ripple = canvas.noise["ripple"][where]
     rows = np.arange(where[0].start, where[0].stop)[:, None]
-    shaken = (2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)).clip(0, horizon - 1)
+    shaken = (
+        2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)
+    ).clip(0, horizon - 1)
     mirrored = canvas.image[shaken, np.arange(where[1].start, where[1].stop)[None]]
     body = tone(canvas.light, WATERS[pick_index(rng, len(WATERS))], 0)
     clear = np.float32(uniform(rng, 0.45, 0.85))
@@ -208,23 +242,34 @@ def _paint_water(canvas: Canvas, rng: np.random.Generator, outline: list[Point],
     canvas.label[where][alpha[..., 0] > 0.5] = WATER
 
 
-def _bends(rng: np.random.Generator, far_m: float, swing_m: float, x_m: float) -> list[tuple[float, float]]:
+def _bends(
+    rng: np.random.Generator, far_m: float, swing_m: float, x_m: float
+) -> list[tuple[float, float]]:
     """(depth, x) of a centre line that starts at the camera and swings more with distance."""
     line = ridge(rng, 5, 0.4)
     steps = [i / 32 for i in range(33)]
     depths = [2.0 + (far_m - 2.0) * t * t * t for t in steps]
-    return [(d, x_m + swing_m * t * (line[i] - line[0])) for i, (d, t) in enumerate(zip(depths, steps, strict=True))]
+    return [
+        (d, x_m + swing_m * t * (line[i] - line[0]))
+        for i, (d, t) in enumerate(zip(depths, steps, strict=True))
+    ]
 
 
-def _strip(canvas: Canvas, line: list[tuple[float, float]], half_m: float, offset_m: float = 0.0) -> list[Point]:
-    """Outline of a band of constant width on the ground along a centre line, moved sideways by offset_m."""
+def _strip(
+    canvas: Canvas, line: list[tuple[float, float]], half_m: float, offset_m: float = 0.0
+) -> list[Point]:
+    """Outline of a band of constant width on the ground along a centre line, moved sideways by
+    offset_m.
+    """
     left = [canvas.camera.point(x_m + offset_m - half_m, 0, depth_m) for depth_m, x_m in line]
     right = [canvas.camera.point(x_m + offset_m + half_m, 0, depth_m) for depth_m, x_m in line]
     return [*left, *reversed(right)]
 
 
 def _paint_roads(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
-    """A road across the view, as beside water, or one to the horizon, in a street between pavements."""
+    """A road across the view, as beside water, or one to the horizon, in a street between
+    pavements.
+    """
     street = layout.place == "street"
     surface = (ASPHALT, PALE_ROAD, WET_ROAD, DIRT)[pick_index(rng, 3 if street else 4)]
     if layout.has_water or (not street and chance(rng, 0.3)):
@@ -237,23 +282,37 @@ def _paint_roads(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
         canvas.fill([_strip(canvas, line, half_m + uniform(rng, 1.5, 4))], ROAD, PAVEMENT, 10)
     canvas.fill([_strip(canvas, line, half_m)], ROAD, surface, 10)
     if surface is DIRT:  # two wheel tracks
-        canvas.fill([_strip(canvas, line, 0.3, -0.8), _strip(canvas, line, 0.3, 0.8)], None, BANK, 10, 0.85)
+        canvas.fill(
+            [_strip(canvas, line, 0.3, -0.8), _strip(canvas, line, 0.3, 0.8)], None, BANK, 10, 0.85
+        )
     elif chance(rng, 0.75):
         dashes = [canvas.camera.nearest_m * 0.7 + 6.0 * i for i in range(14)]
-        marks = [_strip(canvas, [(d, _at(line, d)), (d + 2.5, _at(line, d + 2.5))], 0.09) for d in dashes]
+        marks = [
+            _strip(canvas, [(d, _at(line, d)), (d + 2.5, _at(line, d + 2.5))], 0.09) for d in dashes
+        ]
         sides = (-1, 1) if chance(rng, 0.5) else ()
         edges = [_strip(canvas, line, 0.07, side * (half_m - 0.3)) for side in sides]
         canvas.fill([*marks, *edges], None, PAINT, 20)
 
 
 def _paint_crossing(canvas: Canvas, rng: np.random.Generator, surface: Brush) -> None:
-    """A road from the left edge to the right one, slightly slanted; over water it is a bridge or a dam."""
+    """A road from the left edge to the right one, slightly slanted.
+
+    Over water it is a bridge or a dam.
+    """
     near_m = canvas.camera.nearest_m * uniform(rng, 1.05, 1.9)
     far_m = near_m * uniform(rng, 1.4, 2.2)
     slant = uniform(rng, 0.9, 1.1)
     wide_m = 4 * far_m
-    corners = ((-wide_m, near_m), (-wide_m, far_m), (wide_m, far_m * slant), (wide_m, near_m * slant))
-    canvas.fill([[canvas.camera.point(x_m, 0, deep) for x_m, deep in corners]], ROAD, surface, near_m)
+    corners = (
+        (-wide_m, near_m),
+        (-wide_m, far_m),
+        (wide_m, far_m * slant),
+        (wide_m, near_m * slant),
+    )
+    canvas.fill(
+        [[canvas.camera.point(x_m, 0, deep) for x_m, deep in corners]], ROAD, surface, near_m
+    )
 
 
 def _at(line: list[tuple[float, float]], depth_m: float) -> float:

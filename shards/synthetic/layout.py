@@ -15,7 +15,8 @@ Point = tuple[float, float]
 class Camera:
     """A level pinhole camera: everything on the ground obeys one perspective.
 
-    horizon_px: row of the horizon; vanishing_px: column where lines along the view meet; height_m: its own.
+    horizon_px: row of the horizon; vanishing_px: column where lines along the view meet; height_m:
+    its own.
     """
 
     size: tuple[int, int]
@@ -78,7 +79,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlaceKind:
-    """up_to: a draw in [0, 1) below this, and not below the one before, means this place; then chances."""
+    """up_to: a draw in [0, 1) below this, and not below the one before, means this place.
+
+    Then chances.
+    """
 
     up_to: float
     mountains: float
@@ -146,7 +150,11 @@ def _light(rng: np.random.Generator) -> Light:
     warmth = uniform(rng, -0.06, 0.06)
 
     def exposed(color: RGB) -> RGB:
-        return color[0] * exposure * (1 + warmth), color[1] * exposure, color[2] * exposure * (1 - warmth)
+        return (
+            color[0] * exposure * (1 + warmth),
+            color[1] * exposure,
+            color[2] * exposure * (1 - warmth),
+        )
 
     return Light(
         zenith=exposed(zenith),

@@ -1,7 +1,8 @@
 """Random fields and lines that come out the same, bit for bit, on every machine.
 
-Only operations whose result is fixed are used: integers and uniform doubles of a NumPy generator, single
-arithmetic operations, and OpenCV's INTER_LINEAR_EXACT on bytes (its others depend on the processor).
+Only operations whose result is fixed are used: integers and uniform doubles of a NumPy generator,
+single arithmetic operations, and OpenCV's INTER_LINEAR_EXACT on bytes (its others depend on the
+processor).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import cv2
 import numpy as np
 
 
-def fractal(rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int) -> np.ndarray:
+def fractal(
+    rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[float, float], octaves: int
+) -> np.ndarray:
     """Smooth noise, (H, W) float32 in [0, 1], mean about 0.5.
 
-    octaves: layers, each half as wide and half as strong as the one before; cell_px: height and width of the
-    widest layer's cells.
+    octaves: layers, each half as wide and half as strong as the one before; cell_px: height and
+    width of the widest layer's cells.
     """
     height, width = size
     total = np.zeros(size, np.float32)
@@ -32,7 +35,10 @@ def fractal(rng: np.random.Generator, size: tuple[int, int], cell_px: tuple[floa
 
 
 def ridge(rng: np.random.Generator, levels: int, roughness: float) -> list[float]:
-    """2**levels + 1 heights, about -1 to 1, by midpoint displacement; roughness 0.3 (hills) to 0.7 (rock)."""
+    """2**levels + 1 heights, about -1 to 1, by midpoint displacement.
+
+    Roughness 0.3 (hills) to 0.7 (rock).
+    """
     line = [rng.random() * 2 - 1, rng.random() * 2 - 1]
     strength = 0.6
     for _ in range(levels):
@@ -45,7 +51,8 @@ def ridge(rng: np.random.Generator, levels: int, roughness: float) -> list[float
 def on_ground(texture: np.ndarray, depth: np.ndarray, across: np.ndarray) -> np.ndarray:
     """A (T, T) texture laid on the ground and seen in perspective: (rows, W) of the same dtype.
 
-    depth: (rows, 1), across: (rows, W), where each pixel meets the ground, in texels. It repeats mirrored.
+    depth: (rows, 1), across: (rows, W), where each pixel meets the ground, in texels. It repeats
+    mirrored.
     """
     return texture[_mirrored(depth, len(texture)), _mirrored(across, len(texture))]
 

@@ -1,4 +1,6 @@
-"""Where things stand: each on the ground that it belongs to, at the size that its distance gives it."""
+"""Where things stand: each on the ground that it belongs to, at the size that its distance gives
+it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Site:
     rng: np.random.Generator
 
     def paint(self) -> None:
-        """Choose buildings, trees and things, and paint the far ones first, so that near ones hide them."""
+        """Choose buildings, trees and things, and paint the far ones first, so that near ones hide
+        them.
+        """
         items = [*self._buildings(), *self._trees(), *self._things()]
         for _, paint in sorted(items, key=lambda item: -item[0]):
             paint()
@@ -41,7 +45,9 @@ class Site:
         else:
             for _ in range(pick_index(self.rng, 4)):
                 blocks += self._lone_house()
-        return [(block.near, partial(paint_block, self.canvas, block, self.rng)) for block in blocks]
+        return [
+            (block.near, partial(paint_block, self.canvas, block, self.rng)) for block in blocks
+        ]
 
     def _lone_house(self) -> list[Block]:
         half_m, height_m = uniform(self.rng, 3, 8), uniform(self.rng, 2.6, 7)
@@ -54,7 +60,9 @@ class Site:
         return [Block(x_m - half_m, x_m + half_m, near_m, far_m, height_m, gable)]
 
     def _row_of_houses(self, side: int) -> list[Block]:
-        """Blocks along one side of the street (-1 left, 1 right), with gaps, from the camera to far away."""
+        """Blocks along one side of the street (-1 left, 1 right), with gaps, from the camera to far
+        away.
+        """
         rng = self.rng
         depth_m = self.layout.camera.nearest_m * uniform(rng, 0.6, 2.5)
         edge_m = uniform(rng, 7.5, 13)
@@ -73,23 +81,30 @@ class Site:
     def _trees(self) -> list[Item]:
         count = pick_index(self.rng, 5 if self.layout.place == "street" else 11)
         spots = [self._spot((GRASS,), (1.4, 16), 0.3) for _ in range(count)]
-        return [(z, partial(paint_tree, self.canvas, x, z, self.rng)) for x, z in filter(None, spots)]
+        return [
+            (z, partial(paint_tree, self.canvas, x, z, self.rng)) for x, z in filter(None, spots)
+        ]
 
     def _things(self) -> list[Item]:
         items: list[Item] = []
         usual = USUAL[self.layout.place]
         for number in range(1 + pick_index(self.rng, 7)):
             thing = usual[pick_index(self.rng, len(usual))]
-            reach = (1.02, 2.0) if number == 0 else (1.05, 9.0)  # the first one is near: something to see
+            # the first one is near: something to see
+            reach = (1.02, 2.0) if number == 0 else (1.05, 9.0)
             spot = self._spot(thing.ground, reach, thing.half_m)
             if spot:
                 items.append((spot[1], partial(paint_thing, self.canvas, thing, *spot, self.rng)))
         return items
 
-    def _spot(self, classes: tuple[int, ...], reach: tuple[float, float], half_m: float) -> tuple[float, float] | None:
-        """(x, depth) in metres of a place in view on ground of `classes`, `half_m` to each side too; or None.
+    def _spot(
+        self, classes: tuple[int, ...], reach: tuple[float, float], half_m: float
+    ) -> tuple[float, float] | None:
+        """(x, depth) in metres of a place in view on ground of `classes`, `half_m` to each side
+        too; or None.
 
-        reach: least and greatest depth, in depths of the lowest row. Rows are drawn alike: near and far.
+        reach: least and greatest depth, in depths of the lowest row. Rows are drawn alike: near and
+        far.
         """
         camera = self.layout.camera
         height, width = camera.size
@@ -99,7 +114,10 @@ class Site:
             row, column = uniform(self.rng, low, high), uniform(self.rng, 0, width)
             depth_m = camera.depth(row)
             half_px = camera.focal_px * half_m / depth_m
-            feet = (int(min(max(at, 0), width - 1)) for at in (column - half_px, column, column + half_px))
+            feet = (
+                int(min(max(at, 0), width - 1))
+                for at in (column - half_px, column, column + half_px)
+            )
             if all(self.ground[min(int(row), height - 1), at] in classes for at in feet):
                 return (column - camera.vanishing_px) * depth_m / camera.focal_px, depth_m
         return None

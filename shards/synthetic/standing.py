@@ -31,15 +31,20 @@ LEAVES: tuple[tuple[RGB, RGB], ...] = (
     ((58, 62, 34), (140, 146, 84)),
 )
 NEEDLES: tuple[RGB, RGB] = ((18, 34, 26), (58, 82, 56))
-# one circle, to four decimals: the library's sine may differ in the last bit from machine to machine
+# one circle, to four decimals: the library's sine may differ in the last bit from machine to
+# machine
 CIRCLE: tuple[Point, ...] = tuple(
-    (round(float(np.cos(i * np.pi / 10)), 4), round(float(np.sin(i * np.pi / 10)), 4)) for i in range(20)
+    (round(float(np.cos(i * np.pi / 10)), 4), round(float(np.sin(i * np.pi / 10)), 4))
+    for i in range(20)
 )
 
 
 @dataclass(frozen=True)
 class Block:
-    """A box on the ground, in metres: left, right, near and far edge, eaves, ridge above them (0: flat)."""
+    """A box on the ground, in metres.
+
+    Left, right, near and far edge, eaves, ridge above them (0: flat).
+    """
 
     left: float
     right: float
@@ -59,9 +64,14 @@ class Wall:
 
 
 def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
-    """A building with its shadow: the side that faces the camera, a gabled roof, the front, windows."""
+    """A building with its shadow.
+
+    The side that faces the camera, a gabled roof, the front, windows.
+    """
     wall = _scaled(WALLS[pick_index(rng, len(WALLS))], uniform(rng, 0.85, 1.1))
-    brush = Brush(wall, _scaled(wall, uniform(rng, 0.75, 0.95)), ("fine", "coarse")[pick_index(rng, 2)])
+    brush = Brush(
+        wall, _scaled(wall, uniform(rng, 0.75, 0.95)), ("fine", "coarse")[pick_index(rng, 2)]
+    )
     pane = PANES[pick_index(rng, len(PANES))]
     glass = Brush(pane, _scaled(pane, 0.7), "coarse")
     roof = ROOFS[pick_index(rng, len(ROOFS))]
@@ -70,16 +80,26 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     x_m = block.left if block.left > 0 else block.right
     # a side wall on the left of the view looks to the right, and is lit when the sun is there
     shade = 1 + (0.08 if (x_m < 0) == (canvas.light.sun > 0) else -0.35) * canvas.light.contrast
-    point, middle, rise = canvas.camera.point, (block.left + block.right) / 2, block.height + block.gable
+    point, middle, rise = (
+        canvas.camera.point,
+        (block.left + block.right) / 2,
+        block.height + block.gable,
+    )
     if block.gable:
         eaves = [point(x_m, block.height, block.near), point(x_m, block.height, block.far)]
         top = [point(middle, rise, block.far), point(middle, rise, block.near)]
         canvas.fill([[*eaves, *top]], BUILDING, Brush(roof, _scaled(roof, 0.75)), block.near, shade)
     if block.left > 0 or block.right < 0:
-        side = Wall(lambda u, up: point(x_m, up, block.near + u), block.far - block.near, block.height)
+        side = Wall(
+            lambda u, up: point(x_m, up, block.near + u), block.far - block.near, block.height
+        )
         _paint_wall(canvas, side, (brush, glass), grid_m, (block.near, shade))
-    front = Wall(lambda u, up: point(block.left + u, up, block.near), block.right - block.left, block.height)
-    _paint_wall(canvas, front, (brush, glass), grid_m, (block.near, 1 - 0.15 * canvas.light.contrast))
+    front = Wall(
+        lambda u, up: point(block.left + u, up, block.near), block.right - block.left, block.height
+    )
+    _paint_wall(
+        canvas, front, (brush, glass), grid_m, (block.near, 1 - 0.15 * canvas.light.contrast)
+    )
     if block.gable:
         corners = ((block.left, block.height), (middle, rise), (block.right, block.height))
         outline = [point(x, up, block.near) for x, up in corners]
@@ -90,7 +110,12 @@ def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Genera
     """A tree on its trunk: a round crown of several lobes, a conifer, or a bush; all labelled tree."""
     kind = ("round", "round", "round", "conifer", "bush")[pick_index(rng, 5)]
     tall = uniform(rng, 1.0, 2.4) if kind == "bush" else uniform(rng, 4.5, 13)
-    broad = tall * {"round": uniform(rng, 0.28, 0.45), "conifer": uniform(rng, 0.16, 0.24), "bush": 0.7}[kind]
+    broad = (
+        tall
+        * {"round": uniform(rng, 0.28, 0.45), "conifer": uniform(rng, 0.16, 0.24), "bush": 0.7}[
+            kind
+        ]
+    )
     bare = {"round": uniform(rng, 0.22, 0.42), "conifer": 0.1, "bush": 0.0}[kind] * tall
     dark, bright = NEEDLES if kind == "conifer" else LEAVES[pick_index(rng, len(LEAVES))]
 
@@ -112,7 +137,10 @@ def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Genera
         lobes = [_tier(at, half_m, base, (tall - bare) * 0.42, rng) for half_m, base in skirts]
     else:
         middle, half = (tall + bare) / 2, (tall - bare) / 2
-        centers = [(uniform(rng, -0.5, 0.5) * broad, middle + uniform(rng, -0.45, 0.45) * half) for _ in range(5)]
+        centers = [
+            (uniform(rng, -0.5, 0.5) * broad, middle + uniform(rng, -0.45, 0.45) * half)
+            for _ in range(5)
+        ]
         lobes = [_lobe(at, (lean, middle), (broad * 0.8, half * 0.85), rng)]
         lobes += [_lobe(at, (lean + x, up), (broad * 0.55, half * 0.5), rng) for x, up in centers]
     canvas.fill(lobes, TREE, Brush(dark, bright, "fine"), depth_m, 0.8)
@@ -128,7 +156,9 @@ def _sunny(lobe: list[Point], sun: int) -> list[Point]:
     return [(x + (u - x) * 0.68 + slide_x, y + (v - y) * 0.68 + slide_y) for u, v in lobe]
 
 
-def _lobe(at: Callable[[float, float], Point], center: Point, radii: Point, rng: np.random.Generator) -> list[Point]:
+def _lobe(
+    at: Callable[[float, float], Point], center: Point, radii: Point, rng: np.random.Generator
+) -> list[Point]:
     """A circle with a leafy edge around (x, up), in metres."""
     rough = [1 + 0.16 * (2 * rng.random() - 1) for _ in CIRCLE]
     return [
@@ -138,10 +168,17 @@ def _lobe(at: Callable[[float, float], Point], center: Point, radii: Point, rng:
 
 
 def _tier(
-    at: Callable[[float, float], Point], half_m: float, base: float, tall: float, rng: np.random.Generator
+    at: Callable[[float, float], Point],
+    half_m: float,
+    base: float,
+    tall: float,
+    rng: np.random.Generator,
 ) -> list[Point]:
     """One skirt of a conifer's branches."""
-    hem = [at(half_m * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random())) for i in range(9)]
+    hem = [
+        at(half_m * (i / 4 - 1), base + tall * 0.08 * (i % 2) * (1 + rng.random()))
+        for i in range(9)
+    ]
     return [*hem, at(0.0, base + tall)]
 
 
@@ -154,7 +191,10 @@ def _paint_wall(
 ) -> None:
     """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in m, light."""
     depth_m, shade = seen
-    outline = [wall.at(u, up) for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))]
+    outline = [
+        wall.at(u, up)
+        for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))
+    ]
     canvas.fill([outline], BUILDING, brushes[0], depth_m, shade)
     columns, storeys = min(int(wall.length / grid_m[0]), 12), min(int(wall.height / grid_m[1]), 10)
     panes = []
@@ -171,7 +211,12 @@ def _cast_shadow(canvas: Canvas, block: Block) -> None:
     """The shadow on the ground beside a block, away from the sun."""
     reach = -canvas.light.sun * min(block.height * 0.5, 5.0)
     edge = block.right if reach > 0 else block.left
-    corners = ((edge, block.near), (edge, block.far), (edge + reach, block.far), (edge + reach, block.near))
+    corners = (
+        (edge, block.near),
+        (edge, block.far),
+        (edge + reach, block.far),
+        (edge + reach, block.near),
+    )
     canvas.darken([canvas.camera.point(x_m, 0, depth_m) for x_m, depth_m in corners], 0.45)
 
 
@@ -179,7 +224,10 @@ def shadow_ellipse(canvas: Canvas, x_m: float, depth_m: float, half_m: float) ->
     """The shadow of something round, `half_m` wide to each side, on the ground under it."""
     shift = -canvas.light.sun * half_m * 0.4
     deep = min(half_m * 0.6, depth_m * 0.3)
-    canvas.darken([canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE], 0.5)
+    canvas.darken(
+        [canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE],
+        0.5,
+    )
 
 
 def _scaled(color: RGB, factor: float) -> RGB:

@@ -10,7 +10,8 @@ from shards.synthetic.canvas import FOREGROUND, GRASS, ROAD, WATER, Brush, Canva
 from shards.synthetic.layout import RGB, Point, chance, pick_index, uniform
 from shards.synthetic.standing import CIRCLE, shadow_ellipse
 
-Part = tuple[str, tuple[Point, ...]]  # colour's name, polygon: x to the right, y up from the ground, metres
+# colour's name, polygon: x to the right, y up from the ground, metres
+Part = tuple[str, tuple[Point, ...]]
 
 COLORS: dict[str, tuple[RGB, ...]] = {
     "paint": (
@@ -91,7 +92,10 @@ CAR_END = Thing(
     (
         _box("tire", -0.85, -0.6, 0.0, 0.5),
         _box("tire", 0.6, 0.85, 0.0, 0.5),
-        ("paint", ((-0.9, 0.25), (-0.92, 0.85), (-0.68, 1.45), (0.68, 1.45), (0.92, 0.85), (0.9, 0.25))),
+        (
+            "paint",
+            ((-0.9, 0.25), (-0.92, 0.85), (-0.68, 1.45), (0.68, 1.45), (0.92, 0.85), (0.9, 0.25)),
+        ),
         ("glass", ((-0.74, 0.92), (-0.58, 1.36), (0.58, 1.36), (0.74, 0.92))),
         _box("lamp", -0.84, -0.58, 0.66, 0.82),
         _box("lamp", 0.58, 0.84, 0.66, 0.82),
@@ -116,7 +120,10 @@ PERSON = Thing(
     (
         ("trousers", ((-0.2, 0.0), (-0.17, 0.9), (-0.01, 0.9), (-0.04, 0.0))),
         ("trousers", ((0.22, 0.0), (0.02, 0.9), (0.17, 0.9), (0.36, 0.04))),
-        ("cloth", ((-0.2, 0.85), (-0.25, 1.42), (-0.1, 1.5), (0.1, 1.5), (0.25, 1.42), (0.2, 0.85))),
+        (
+            "cloth",
+            ((-0.2, 0.85), (-0.25, 1.42), (-0.1, 1.5), (0.1, 1.5), (0.25, 1.42), (0.2, 0.85)),
+        ),
         ("cloth", ((-0.25, 1.42), (-0.36, 0.85), (-0.27, 0.82), (-0.17, 1.3))),
         ("cloth", ((0.25, 1.42), (0.38, 0.9), (0.29, 0.86), (0.17, 1.3))),
         _disc("skin", 0.0, 1.62, 0.13),
@@ -132,7 +139,15 @@ COW = Thing(
         _box("hide", 0.6, 0.73, 0.05, 0.75),
         (
             "hide",
-            ((-0.85, 0.7), (-0.9, 1.3), (-0.2, 1.38), (0.6, 1.4), (0.9, 1.25), (0.85, 0.65), (0, 0.58)),
+            (
+                (-0.85, 0.7),
+                (-0.9, 1.3),
+                (-0.2, 1.38),
+                (0.6, 1.4),
+                (0.9, 1.25),
+                (0.85, 0.65),
+                (0, 0.58),
+            ),
         ),
         ("hide", ((0.7, 1.35), (1.05, 1.5), (1.42, 1.25), (1.4, 1.05), (1.1, 1.1), (0.8, 0.95))),
         ("patch", ((-0.5, 0.75), (-0.55, 1.15), (-0.1, 1.25), (0.1, 0.9))),
@@ -225,8 +240,13 @@ USUAL: dict[str, tuple[Thing, ...]] = {
 }
 
 
-def paint_thing(canvas: Canvas, thing: Thing, x_m: float, depth_m: float, rng: np.random.Generator) -> None:
-    """Paint one thing with its feet at (x_m, depth_m) on the ground; all of it is labelled foreground."""
+def paint_thing(
+    canvas: Canvas, thing: Thing, x_m: float, depth_m: float, rng: np.random.Generator
+) -> None:
+    """Paint one thing with its feet at (x_m, depth_m) on the ground.
+
+    All of it is labelled foreground.
+    """
     size = uniform(rng, 0.9, 1.1)
     side = 1 if chance(rng, 0.5) else -1
     picked = {name: choices[pick_index(rng, len(choices))] for name, choices in COLORS.items()}
@@ -235,5 +255,7 @@ def paint_thing(canvas: Canvas, thing: Thing, x_m: float, depth_m: float, rng: n
     for name, polygon in thing.parts:
         color = picked[name]
         brush = Brush(color, (color[0] * fade, color[1] * fade, color[2] * fade), "coarse")
-        points = [canvas.camera.point(x_m + side * size * x, size * up, depth_m) for x, up in polygon]
+        points = [
+            canvas.camera.point(x_m + side * size * x, size * up, depth_m) for x, up in polygon
+        ]
         canvas.fill([points], FOREGROUND, brush, depth_m, 0.95)

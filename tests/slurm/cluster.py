@@ -1,9 +1,11 @@
-"""A real SLURM cluster on one machine: slurmctld, a slurmd for each node, munged. Needs root and Debian's packages.
+"""A real SLURM cluster on one machine: slurmctld, a slurmd for each node, munged. Needs root and
+Debian's packages.
 
     python -m tests.slurm.cluster COMMAND...      run COMMAND with the cluster's environment, then stop the cluster
 
-Every daemon has its own namespaces: a host name (node1, ...), a loopback address (127.0.10.1, ...) and its processes,
-which all die with it, as in a power cut. CPUs, memory and GPUs are what slurm.conf says, not what the machine has.
+Every daemon has its own namespaces: a host name (node1, ...), a loopback address (127.0.10.1, ...)
+and its processes, which all die with it, as in a power cut. CPUs, memory and GPUs are what
+slurm.conf says, not what the machine has.
 """
 
 from __future__ import annotations
@@ -24,9 +26,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = "slurmctld slurmd slurm-client munge"
 START_SECONDS = 30
-INIT = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; "$@" & wait'  # the first process of a namespace
+# the first process of a namespace
+INIT = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; "$@" & wait'
 MORTAL = ["setpriv", "--pdeathsig", "KILL"]  # nothing outlives who started it, however that ends
-NAMESPACES = ["--uts", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "--propagation", "private"]
+NAMESPACES = [
+    "--uts",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child=SIGKILL",
+    "--mount-proc",
+    "--propagation",
+    "private",
+]
 
 SLURM_CONF = """\
 ClusterName=distseg
@@ -90,7 +102,9 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "a SLURM cluster for tests needs root"
     missing = [
-        name for name in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv") if shutil.which(name) is None
+        name
+        for name in ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "setpriv")
+        if shutil.which(name) is None
     ]
     if missing:
         return f"no {', '.join(missing)}: apt-get install --no-install-recommends {PACKAGES}"
@@ -114,7 +128,10 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """What commands of SLURM need to find this cluster."""
-        return {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": f"{self.root}/bin:{os.environ['PATH']}"}
+        return {
+            "SLURM_CONF": str(self.root / "slurm.conf"),
+            "PATH": f"{self.root}/bin:{os.environ['PATH']}",
+        }
 
     @property
     def nodes(self) -> list[str]:
@@ -127,16 +144,22 @@ class Cluster:
         self.root.chmod(0o755)
         self._start_munge()
         hosts = [f"127.0.10.{i + 1} {name}" for i, name in enumerate(self.nodes)]
-        (self.root / "hosts").write_text("\n".join(["127.0.0.1 localhost ctl", *hosts, "::1 localhost"]) + "\n")
+        (self.root / "hosts").write_text(
+            "\n".join(["127.0.0.1 localhost ctl", *hosts, "::1 localhost"]) + "\n"
+        )
         self._write_configuration()
         shutil.copy(Path(__file__).parent / "sacct", self.root / "bin" / "sacct")
         self._start_daemon("ctl", "slurmctld", "-D", "-c")
         for name in self.nodes:
             self.boot(name)
         deadline = time.monotonic() + START_SECONDS
-        while set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split()) != set(self.nodes):
+        while set(
+            self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split()
+        ) != set(self.nodes):
             if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text()[-2000:] for path in sorted((self.root / "log").iterdir()))
+                logs = "\n".join(
+                    path.read_text()[-2000:] for path in sorted((self.root / "log").iterdir())
+                )
                 self.stop()
                 raise RuntimeError(f"no cluster after {START_SECONDS} s:\n{logs}")
             time.sleep(0.1)
@@ -157,7 +180,8 @@ class Cluster:
     def cut_power(self, node: str) -> None:
         """Every process of a node is gone at once, as it is then."""
         init = self._inits.pop(node)
-        init.kill()  # unshare takes the first process of the namespace along, and that everything in it
+        # unshare takes the first process of the namespace along, and that everything in it
+        init.kill()
         init.wait()
 
     def kill_daemon(self, node: str) -> None:
@@ -176,36 +200,60 @@ class Cluster:
             with suppress(OSError):
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if b"distseg.train" in words and any(item.startswith(b"RANK=") for item in variables):
+                if b"distseg.train" in words and any(
+                    item.startswith(b"RANK=") for item in variables
+                ):
                     found.append(pid)
         return found
 
-    def run(self, *command: str, check: bool = True, variables: dict[str, str] | None = None) -> str:
-        """stdout of a command called in the repository. Raises RuntimeError with its stderr when it fails."""
+    def run(
+        self, *command: str, check: bool = True, variables: dict[str, str] | None = None
+    ) -> str:
+        """stdout of a command called in the repository.
+
+        Raises RuntimeError with its stderr when it fails.
+        """
         environment = os.environ | self.environment | (variables or {})
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout
 
     def _start_munge(self) -> None:
         root = self.root
         (root / "munge.key").write_bytes(os.urandom(128))
         (root / "munge.key").chmod(0o400)
-        files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "seed-file": "munge.seed"}
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.sock",
+            "pid-file": "munged.pid",
+            "seed-file": "munge.seed",
+        }
         options = [f"--{name}={root / file}" for name, file in files.items()]
         log = f"--log-file={root / 'log' / 'munged.log'}"
         command = [*MORTAL, "munged", "--foreground", "--force", "--num-threads=2", log, *options]
-        self._munged = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._munged = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def _write_configuration(self) -> None:
         port = free_ports(self.num_nodes + 1)
-        common = f"CPUs={self.cpus} RealMemory=4000 State=UNKNOWN" + (f" Gres=gpu:{self.gpus}" if self.gpus else "")
+        common = f"CPUs={self.cpus} RealMemory=4000 State=UNKNOWN" + (
+            f" Gres=gpu:{self.gpus}" if self.gpus else ""
+        )
         nodes = [
             f"NodeName={name} NodeHostname={name} NodeAddr=127.0.10.{i + 1} Port={port + 1 + i} {common}"
             for i, name in enumerate(self.nodes)
         ]
-        numbers = {"port": port, "first_job": random.randrange(1000, 10**6), "slurmd_timeout": self.slurmd_timeout}
+        numbers = {
+            "port": port,
+            "first_job": random.randrange(1000, 10**6),
+            "slurmd_timeout": self.slurmd_timeout,
+        }
         text = SLURM_CONF.format(root=self.root, nodes="\n".join(nodes), **numbers)
         (self.root / "slurm.conf").write_text(text)
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -221,7 +269,12 @@ class Cluster:
             self.cut_power(name)
         inside = ["bash", "-c", INIT, "init", name, str(self.root / "hosts"), *command]
         with (self.root / "log" / f"{name}.out").open("ab") as log:
-            how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+            how = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": log,
+                "stderr": log,
+                "start_new_session": True,
+            }
             environment = os.environ | {"SLURM_CONF": str(self.root / "slurm.conf")}
             command = [*MORTAL, "unshare", *NAMESPACES, *inside]
             self._inits[name] = subprocess.Popen(command, env=environment, **how)  # type: ignore[call-overload]
@@ -230,7 +283,9 @@ class Cluster:
 def processes_below(pid: int) -> list[int]:
     """All descendants of a process."""
     try:
-        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = [
+            int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
     return [below for child in children for below in (child, *processes_below(child))]

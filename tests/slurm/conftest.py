@@ -25,10 +25,19 @@ def possible() -> None:
 
 @pytest.fixture(scope="session")
 def outcomes(
-    request: pytest.FixtureRequest, possible: None, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    possible: None,
+    toy_shards: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Future[Any]]]:
-    """The scenarios that were selected, each begun as soon as another is over, and left_alone before them."""
-    wanted = {item.callspec.params.get("scenario") for item in request.session.items if hasattr(item, "callspec")}
+    """The scenarios that were selected, each begun as soon as another is over, and left_alone
+    before them.
+    """
+    wanted = {
+        item.callspec.params.get("scenario")
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    }
     names = ["left_alone", *(name for name in SCENARIOS if name in wanted - {"left_alone"})]
     begun: dict[str, Future[Any]] = {}
 
@@ -36,7 +45,12 @@ def outcomes(
         cluster = Cluster()
         try:
             cluster.start()
-            run = Run(cluster, tmp_path_factory.mktemp(name), toy_shards, lambda: begun["left_alone"].result())
+            run = Run(
+                cluster,
+                tmp_path_factory.mktemp(name),
+                toy_shards,
+                lambda: begun["left_alone"].result(),
+            )
             return SCENARIOS[name](run, cluster)
         finally:
             cluster.stop()

@@ -35,7 +35,8 @@ class Run:
     cluster: Cluster
     folder: Path
     shards: Path
-    reference: Callable[[], dict[str, bytes]]  # the last checkpoint of a run that nothing happened to
+    # the last checkpoint of a run that nothing happened to
+    reference: Callable[[], dict[str, bytes]]
     job: str = ""
 
     @property
@@ -46,15 +47,28 @@ class Run:
     def variables(self) -> dict[str, str]:
         """The environment of its jobs: one rank per node, and the brake."""
         path = f"{ROOT / 'tests' / 'slurm' / 'brake'}"
-        found = {"DISTSEG_PYTHON": sys.executable, "DISTSEG_RANKS_PER_NODE": "1", "DISTSEG_PAUSE_SECONDS": "30"}
-        return found | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DISTSEG_TEST_BRAKE": str(self.folder)}
+        found = {
+            "DISTSEG_PYTHON": sys.executable,
+            "DISTSEG_RANKS_PER_NODE": "1",
+            "DISTSEG_PAUSE_SECONDS": "30",
+        }
+        return found | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+            "DISTSEG_TEST_BRAKE": str(self.folder),
+        }
 
     @property
     def overrides(self) -> list[str]:
         return [*OVERRIDES, f"data.shards={self.shards}", f"run_dir={self.run_dir}"]
 
-    def sbatch(self, *words: str, options: tuple[str, ...] = (), variables: dict[str, str] | None = None) -> None:
-        """Submit slurm/train_voc.sh with further overrides; options are sbatch's, two nodes in part unless they say."""
+    def sbatch(
+        self, *words: str, options: tuple[str, ...] = (), variables: dict[str, str] | None = None
+    ) -> None:
+        """Submit slurm/train_voc.sh with further overrides.
+
+        Options are sbatch's, two nodes in part unless they say.
+        """
         usual = ["--parsable", f"--output={self.folder}/out.txt", "--oversubscribe", "--mem=400"]
         overrides = [*self.overrides, *words]
         command = ["sbatch", *usual, *options, "slurm/train_voc.sh", *overrides]
@@ -79,7 +93,15 @@ class Run:
 
     def wait(self, state: str = "COMPLETED") -> dict[str, str]:
         """Wait for the end of the job, which has to be this one."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
+        ends = (
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+        )
         wait_until(lambda: self.show()["JobState"] in ends, self.describe)
         found = self.show()
         assert found["JobState"] == state, self.describe()
@@ -104,7 +126,9 @@ class Run:
 
     def check_finished(self) -> None:
         """Fails unless the run is done, with the bits of one that nothing happened to."""
-        assert self.attempts()[-1].outcome == "done" and self.attempts()[-1].last_step == STEPS, self.describe()
+        assert self.attempts()[-1].outcome == "done" and self.attempts()[-1].last_step == STEPS, (
+            self.describe()
+        )
         assert self.parameters() == self.reference(), "other parameters than without interruption"
 
     def another(self) -> Run:

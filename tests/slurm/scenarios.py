@@ -1,4 +1,7 @@
-"""What can happen to a job of slurm/train_voc.sh, each on a cluster of its own; the run comes back from all of it."""
+"""What can happen to a job of slurm/train_voc.sh, each on a cluster of its own.
+
+The run comes back from all of it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def whole_nodes_with_a_rank_for_each_gpu_train_and_evaluate(run: Run, cluster: C
 
 @scenario
 def the_time_limit_twice(run: Run, cluster: Cluster) -> None:
-    # the limit is moved near once the run is where it should be hit: how fast that is depends on the machine
+    # the limit is moved near once the run is where it should be hit: how fast that is depends on
+    # the machine
     steps = (4, 8)
     for step in steps:
         run.hold(step)
@@ -80,14 +84,23 @@ def preemption_with_a_grace_time(run: Run, cluster: Cluster) -> None:
     run.sbatch()
     run.wait_at(5)
     urgent = cluster.run(
-        *("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"),
+        *(
+            "sbatch",
+            "--parsable",
+            "--partition=urgent",
+            "--nodes=4",
+            "--exclusive",
+            "--output=/dev/null",
+        ),
         *("--wrap", "sleep 1"),
     ).strip()
     wait_until(lambda: run.show().get("PreemptTime", "None") != "None", run.describe)
     time.sleep(1)  # the ranks alone are told, by SIGTERM
     run.release(5)
     run.wait()
-    assert run.show()["Restarts"] == "1" and "COMPLETED" in cluster.run("scontrol", "show", "job", urgent)
+    assert run.show()["Restarts"] == "1" and "COMPLETED" in cluster.run(
+        "scontrol", "show", "job", urgent
+    )
     assert run.attempts()[0].outcome == "stopped" and run.attempts()[0].last_step in (5, 6)
     run.check_finished()
 
@@ -125,7 +138,9 @@ def a_dead_slurmd(run: Run, cluster: Cluster) -> None:
     run.wait_at(5)
     node = run.attempts()[0].hosts[-1]
     cluster.kill_daemon(node)
-    wait_until(lambda: run.show()["JobState"] != "RUNNING" or run.show()["Restarts"] != "0", run.describe)
+    wait_until(
+        lambda: run.show()["JobState"] != "RUNNING" or run.show()["Restarts"] != "0", run.describe
+    )
     run.release(5)
     run.wait()
     cluster.boot(node)
@@ -173,7 +188,9 @@ def two_jobs_on_a_node(run: Run, cluster: Cluster) -> None:
     runs = [run, run.another()]
     for run in runs:
         run.hold(2)
-        run.sbatch(options=("--nodes=1", "--nodelist=node1"), variables={"DISTSEG_RANKS_PER_NODE": "2"})
+        run.sbatch(
+            options=("--nodes=1", "--nodelist=node1"), variables={"DISTSEG_RANKS_PER_NODE": "2"}
+        )
     for run in runs:
         run.wait_at(2)  # both are there at once
     for run in runs:

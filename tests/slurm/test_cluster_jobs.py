@@ -33,18 +33,23 @@ def test_two_nodes_preempted_in_the_middle(login_node: Run) -> None:
     job = submit("preset=voc", *run.overrides, nodes=2, **PARTLY)
     run.job = job.job_id
     run.wait_at(5)
-    run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)  # what --signal=B:USR2 does before the limit
+    # what --signal=B:USR2 does before the limit
+    run.cluster.run("scancel", "--batch", "--signal=USR2", job.job_id)
     wait_until(lambda: "Calling checkpoint method" in job.stdout(), run.describe)
     run.release(5)
     scores = job.result()
-    assert scores == json.loads((run.run_dir / "evaluation.json").read_text()) | {"run_dir": str(run.run_dir)}
+    assert scores == json.loads((run.run_dir / "evaluation.json").read_text()) | {
+        "run_dir": str(run.run_dir)
+    }
     assert run.show()["Restarts"] == "1"
     assert [attempt.outcome for attempt in run.attempts()] == ["stopped", "done"]
     assert run.attempts()[0].hosts == ["node1", "node2"]
     run.check_finished()
 
 
-def test_an_array_of_six_with_one_that_fails(login_node: Run, capsys: pytest.CaptureFixture) -> None:
+def test_an_array_of_six_with_one_that_fails(
+    login_node: Run, capsys: pytest.CaptureFixture
+) -> None:
     run = login_node
     run.hold(1)
     base = [word for word in run.overrides if not word.startswith(("run_dir=", "steps="))]
@@ -58,7 +63,9 @@ def test_an_array_of_six_with_one_that_fails(login_node: Run, capsys: pytest.Cap
     run.release(1)
     for number, job in enumerate(jobs):
         if number == 1:
-            with pytest.raises(submitit.core.utils.FailedJobError, match="a test's bad input at step 2"):
+            with pytest.raises(
+                submitit.core.utils.FailedJobError, match="a test's bad input at step 2"
+            ):
                 job.result()
         else:
             assert job.result()["step"] == 2
@@ -68,5 +75,7 @@ def test_an_array_of_six_with_one_that_fails(login_node: Run, capsys: pytest.Cap
 
 
 def test_what_the_cluster_has_not_is_refused_at_submission(login_node: Run) -> None:
-    with pytest.raises(ValueError, match=r"sbatch: .*Requested node configuration is not available"):
+    with pytest.raises(
+        ValueError, match=r"sbatch: .*Requested node configuration is not available"
+    ):
         submit(*login_node.overrides, "batch_size=9", gpus_per_node=9)

@@ -1,4 +1,7 @@
-"""slurm/train_voc.sh on real clusters: whatever hits a job, the run comes back, to the bits of one left alone."""
+"""slurm/train_voc.sh on real clusters.
+
+Whatever hits a job, the run comes back, to the bits of one left alone.
+"""
 
 from __future__ import annotations
 

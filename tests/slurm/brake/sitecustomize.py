@@ -1,7 +1,9 @@
-"""In the ranks of test jobs: holds a step until the test has done what it wants to happen during it, or fails there.
+"""In the ranks of test jobs: holds a step until the test has done what it wants to happen during
+it, or fails there.
 
-DISTSEG_TEST_BRAKE is a folder. A rank that is about to take step N (from 1) writes `at-N` and waits while `hold-N` is
-there; with `crash-N` it raises an error instead, with `refuse-N-SEED`, in the run of that seed, an InputError.
+DISTSEG_TEST_BRAKE is a folder. A rank that is about to take step N (from 1) writes `at-N` and waits
+while `hold-N` is there; with `crash-N` it raises an error instead, with `refuse-N-SEED`, in the run
+of that seed, an InputError.
 """
 
 import os
