@@ -24,7 +24,7 @@ from distseg.config.schema import TrackingConfig
 from distseg.data.stream import Batch
 from distseg.train import command
 from distseg.train.schedules import phase
-from distseg.train.step import Metrics, adversarial_step
+from distseg.train.step import Metrics, training_step
 from distseg.train.trainer import Trainer, to_device
 from shards.files import say
 from shards.pack import pack
@@ -86,7 +86,7 @@ class TimedTrainer(Trainer):
         ]
         before = time.perf_counter()
         for _ in range(self.every):
-            adversarial_step(self.pair, phase(SEMI_STEP, self.config), *parts)
+            training_step(self.pair, phase(SEMI_STEP, self.config), *parts)
             self.pair.segmentor.step(0.0)
             self.pair.discriminator.step(0.0)
         if self.ranks.device.type == "cuda":

@@ -118,6 +118,17 @@ class AlternationConfig:
 
 
 @dataclass
+class TermConfig:
+    """A further term of the segmentor's loss, on labelled images unless it says otherwise."""
+
+    use: str = ""  # dice, lovasz, or module:name or file.py:name of your own; "": the term's name
+    weight: float = 1.0
+    start_step: int = 0
+    warmup_steps: int = 0  # the weight rises linearly over so many steps from start_step on
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the term
+
+
+@dataclass
 class LossConfig:
     """Weights and reductions; a weight means nothing without the reductions, so both are named."""
 
@@ -135,6 +146,15 @@ class LossConfig:
     # label maps at the segmentor's output resolution (Luc et al.); image: at the view's
     map_resolution: str = "output"
     # mean over the valid pixels of the global batch; sum: their sum per image
+    ce_weight: float = 1.0  # of the cross entropy; 0: without it
+    aux_weight: float = 0.4  # of an auxiliary head's cross entropy, where the segmentor has one
+    class_weights: Any = "none"
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    ohem_threshold: float = 0.0
+    ohem_min_share: float = 0.0
+    # further terms by name: loss.terms.dice=0.5, or {use, weight, start_step, warmup_steps, options}
+    terms: dict[str, TermConfig] = field(default_factory=dict)
     ce_reduction: str = "mean_valid"
     # mean over the discriminator's (valid) outputs of the global batch; sum: per image
     adv_reduction: str = "mean"

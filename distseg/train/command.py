@@ -33,6 +33,7 @@ from distseg.train.ema import MovingAverage
 from distseg.train.flops import StepWork, convolution_peak
 from distseg.train.headline import headline
 from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
+from distseg.train.objective import class_weights
 from distseg.train.showcase import score_again, show
 from distseg.train.step import Pair
 from distseg.train.trainer import Trainer, TrainState, memory_of
@@ -100,14 +101,11 @@ def train_and_show(
     )
     config = replace(config, precision=precision)
     watchdog.mark("spreading the networks")
-    pair = Pair(
-        wrap(segmentor, config.segmentor_optimizer, config, ranks),
-        None
-        if discriminator is None
-        else wrap(discriminator, config.discriminator_optimizer, config, ranks),
-        config.loss,
-        config.semi,
-    )
+    judge = None
+    own = wrap(segmentor, config.segmentor_optimizer, config, ranks)
+    if discriminator is not None:
+        judge = wrap(discriminator, config.discriminator_optimizer, config, ranks)
+    pair = Pair.of(config, own, judge, class_weights(config.loss, data.train))
     watchdog.mark("looking for checkpoints")
     trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
     stream = open_streams(config, ranks, data, trainer.state.step)

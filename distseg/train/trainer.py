@@ -18,12 +18,13 @@ from distseg.runs.checkpoint import Checkpoints
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
+from distseg.train.batch import Images
 from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
 from distseg.train.flops import StepWork
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
-from distseg.train.step import Images, Metrics, Pair, adversarial_step, supervised_step
+from distseg.train.step import Metrics, Pair, training_step
 from shards.errors import InputError
 
 
@@ -186,14 +187,9 @@ class Trainer:
         )
         now = replace(phase(step, config), watched=logged(step, config))
         labelled, unlabelled = to_device(batch, self.ranks.device, config), None
-        if batch.unlabelled is not None and self._looks_at_unlabelled(now):
+        if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(now):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
-        if now.is_supervised:
-            metrics = supervised_step(self.pair, labelled, config.accumulate_steps)
-        else:
-            metrics = adversarial_step(
-                self.pair, now, labelled, unlabelled, config.accumulate_steps
-            )
+        metrics = training_step(self.pair, now, labelled, unlabelled, config.accumulate_steps)
         factor = lr_factor(step, config.steps, config.schedule, self._losses())
         for name, learner, on in self._phases(now):
             if on:
@@ -205,13 +201,10 @@ class Trainer:
             self.ema.update()
         return metrics
 
-    def _looks_at_unlabelled(self, now: Phase) -> bool:
-        return now.has_unlabelled_terms or (now.discriminator and self.config.semi.discriminate)
-
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""
         now, num_unlabelled = phase(step, self.config), 0
-        if self.config.mode == "semi_supervised" and self._looks_at_unlabelled(now):
+        if self.config.mode == "semi_supervised" and self.pair.objective.uses_unlabelled(now):
             num_unlabelled = self.config.semi.batch_size or self.config.batch_size
         return (
             self.work.of_step(now, self.config.batch_size, num_unlabelled) / self.ranks.world_size
@@ -233,9 +226,7 @@ class Trainer:
         values = diagnostics.gather(metrics, own, self.ranks) | speed
         # of the rank that waits most
         values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
-        values |= diagnostics.weights_of(
-            phase(step - 1, self.config), self.config.mode == "semi_supervised"
-        )
+        values |= self.pair.objective.weights(phase(step - 1, self.config))
         for event in self.tracker.log(step, values):
             self.progress.warning(event.text())
         self.progress.update(step, values)
