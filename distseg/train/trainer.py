@@ -189,7 +189,8 @@ class Trainer:
         labelled, unlabelled = to_device(batch, self.ranks.device, config), None
         if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(now):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
-        metrics = training_step(self.pair, now, labelled, unlabelled, config.accumulate_steps)
+        num = config.gradient_accumulation_steps
+        metrics = training_step(self.pair, now, labelled, unlabelled, num)
         factor = lr_factor(step, config.steps, config.schedule, self._losses())
         for name, learner, on in self._phases(now):
             if on:
