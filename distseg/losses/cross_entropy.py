@@ -58,7 +58,8 @@ def cross_entropy_sum(logits: Tensor, label: Tensor, options: PixelOptions = PLA
         )
     chance = -F.cross_entropy(scores, target, ignore_index=IGNORE_INDEX, reduction="none")
     # 1 - p from ln p, which is exact where p is near 1
-    focus = (-torch.expm1(chance)).clamp(min=0) ** options.focal_gamma
+    tiny = torch.finfo(scores.dtype).tiny  # at 0 a power below 1 has no finite gradient
+    focus = (-torch.expm1(chance)).clamp(min=tiny) ** options.focal_gamma
     return -(focus * chance * pixel_weights(label, weights, scores.dtype)).sum()
 
 

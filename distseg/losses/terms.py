@@ -280,8 +280,15 @@ class FunctionTerm(Term):
         return (targets.label != IGNORE_INDEX).sum().double()
 
     def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
-        total, count = self.function(seen.full_logits, seen.label, **self.options)
-        return total, torch.as_tensor(count, dtype=torch.float64, device=total.device)
+        found = self.function(seen.full_logits, seen.label, **self.options)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise InputError(
+                f"{self.name}: the function returned a {type(found).__name__}",
+                "a sum and a count: means are taken over all ranks, which one rank's mean is not",
+                "return for example losses.sum(), valid.sum()",
+            )
+        total, count = found
+        return total, torch.as_tensor(count, dtype=torch.float64, device=seen.label.device)
 
 
 TERMS: dict[str, type[Term]] = {"dice": Dice, "lovasz": LovaszSoftmax}

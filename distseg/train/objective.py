@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from distseg.losses.terms import (
     CrossEntropy,
     Kind,
     MaskedCrossEntropy,
+    Predicted,
     Targets,
     Term,
     count_scores,
 )
 from distseg.train.schedules import Phase
 from shards.errors import InputError
+from shards.sample import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,55 @@ def build_term(name: str, asked: TermConfig) -> Term:
         raise InputError(got, f"options of {use}", "correct or remove them") from None
     term.name = name
     return term
+
+
+def check_terms(terms: Sequence[Term], num_classes: int) -> None:
+    """Raise InputError for a term that gives no finite sum with a gradient, on random images.
+
+    So that what a term of the user's own gets wrong is said before data are read.
+    """
+    for term in terms:
+        seen = _random(num_classes)
+        source = seen.scores if term.through_discriminator else seen.logits
+        assert source is not None  # of `_random`
+        try:
+            term.count(seen.targets)
+            found = term.local_sum(seen)
+        except Exception as error:  # whatever the user's own code raises
+            got = f"loss.terms.{term.name}: {type(error).__name__}: {error}"
+            raise InputError(got, _NEEDED, "correct the term") from error
+        problem = _problem_of(found[0] if term.chooses else found, source)
+        if problem:
+            raise InputError(f"loss.terms.{term.name}: {problem}", _NEEDED, "correct the term")
+
+
+_NEEDED = "a sum and a count (or of a Term the sum alone), the sum a finite scalar with a gradient"
+
+
+def _problem_of(total: Any, source: Tensor) -> str:
+    """What is wrong with a term's sum on random images; "" for nothing."""
+    if not isinstance(total, Tensor):
+        return f"a {type(total).__name__} instead of a tensor"
+    if total.ndim:
+        return f"a sum of shape {tuple(total.shape)}"
+    if not total.isfinite():
+        return f"a sum of {float(total)}"
+    if not total.requires_grad:
+        return "no gradient: the sum does not depend on the networks"
+    (gradient,) = torch.autograd.grad(total, source, allow_unused=True)
+    return "" if gradient is not None and gradient.any() else "no gradient at the networks' output"
+
+
+def _random(num_classes: int) -> Predicted:
+    """Two random images of 32 px at stride 4, with void, and what networks could say of them."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 32, 32, generator=generator)
+    label = torch.randint(0, num_classes, (2, 32, 32), generator=generator).to(torch.uint8)
+    label[:, :4] = IGNORE_INDEX
+    logits = torch.randn(2, num_classes, 8, 8, generator=generator).requires_grad_()
+    scores = torch.randn(2, 1, 8, 8, generator=generator).requires_grad_()
+    targets = Targets.at(label, (8, 8))
+    return Predicted(pixels, targets, logits, logits, logits.softmax(1), scores)
 
 
 def class_weights(loss: LossConfig, samples: SampleSet) -> Tensor | None:
