@@ -24,17 +24,6 @@ from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
 
-FREE = (
-    "evaluate.",
-    "data.shards=",
-    "data.cache_",
-    "data.val_split=",
-    "data.num_threads=",
-    "device=",
-    "precision=",
-    "parallel.",
-)
-
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write
@@ -44,11 +33,8 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
+    loading.refuse_others(overrides, lambda key: key.at_evaluation)
     network, config, path = trained_segmentor(run_dir, which)
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {', '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     config = loading.override(config, overrides)
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
