@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from distseg.parallel.whole_copy import with_values
+from distseg.parallel.full_copy import copy_with
 from distseg.train.ema import MovingAverage
 
 
 def learner(network: nn.Module) -> Any:
     """As much of a learner as an average looks at."""
-    return SimpleNamespace(network=network, whole=lambda tensors: with_values(network, tensors))
+    return SimpleNamespace(network=network, whole=lambda tensors: copy_with(network, tensors))
 
 
 def test_the_average_follows_its_formula_and_copies_whole_numbers() -> None:

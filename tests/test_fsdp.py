@@ -18,7 +18,7 @@ from distseg.cli import main
 from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_shard_size, fsdp, wrap
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
 from distseg.train.ema import MovingAverage
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
@@ -128,8 +128,8 @@ def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
         gradients(ranks, pair, config, step)
         [hook.remove() for hook in hooks]
         if bad and overrides:
-            some = [p for p in bad if slice_of(p.grad).rows.numel()]
-            slice_of(some[-1].grad).rows.view(-1)[0] = float("inf")
+            some = [p for p in bad if shard_of(p.grad).rows.numel()]
+            shard_of(some[-1].grad).rows.view(-1)[0] = float("inf")
         metrics = {
             name: {k: float(v) for k, v in learner.step(1.0).items()}
             for name, learner in learners.items()
@@ -239,7 +239,7 @@ def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
         ema.update()
         seen.append(values(ema.whole()))
         check_equal(ranks, pair, step)
-    size = sum(slice_of(tensor).rows.numel() for tensor in ema.state_dict()["network"].values())
+    size = sum(shard_of(tensor).rows.numel() for tensor in ema.state_dict()["network"].values())
     return [*seen, {"held": np.array(size)}]
 
 
@@ -255,7 +255,7 @@ def test_the_moving_average_is_that_of_ddp_from_slices() -> None:
 def find_difference(ranks: Ranks, overrides: tuple[str, ...], wrong: int) -> str:
     pair, _ = make_pair(ranks, overrides)
     if ranks.rank == wrong:
-        slice_of(next(pair.discriminator.network.parameters())).rows.view(-1)[0] += 1
+        shard_of(next(pair.discriminator.network.parameters())).rows.view(-1)[0] += 1
     try:
         check_equal(ranks, pair, 7)
     except RuntimeError as error:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.compat import without_shared_memory_kernel
 from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
 
@@ -25,19 +26,29 @@ BUCKET = 2**23
 
 # What of a user's file may stand on top of ours; the alternating step is proven with nothing else.
 ALLOWED = [
-    *(
-        "zero_optimization",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-    ),
-    *("comms_logger", "steps_per_print", "dump_state", "memory_breakdown"),
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "steps_per_print",
+    "dump_state",
+    "memory_breakdown",
 ]
 ALLOWED_ZERO = [
-    *("contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
-    *("allgather_bucket_size", "overlap_comm", "sub_group_size", "round_robin_gradients"),
-    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
-    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"),
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "sub_group_size",
+    "round_robin_gradients",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
 ]
 OURS = {  # DeepSpeed's key -> the key of ours that says it
     "train_batch_size": "batch_size",
@@ -54,10 +65,12 @@ OURS = {  # DeepSpeed's key -> the key of ours that says it
 
 
 def check(config: Config) -> None:
-    """Raise InputError for what does not go with parallel.strategy=deepspeed; needs no DeepSpeed."""
-    what = (
-        f"parallel.strategy=deepspeed with {{}}, parallel.zero_stage={config.parallel.zero_stage}"
-    )
+    """Raise InputError for what does not go with parallel.strategy=deepspeed.
+
+    Needs no DeepSpeed.
+    """
+    stage = config.parallel.zero_stage
+    what = f"parallel.strategy=deepspeed with {{}}, parallel.zero_stage={stage}"
     if config.precision == "fp64":
         needed = "precision=fp32, bf16 or fp16: DeepSpeed updates parameters in fp32"
         raise InputError(what.format("precision=fp64"), needed, "or write parallel.strategy=ddp")
@@ -65,7 +78,7 @@ def check(config: Config) -> None:
         raise InputError(
             what.format("compile=true"), "compile=false", "or write parallel.strategy=ddp"
         )
-    if config.ema_decay > 0 and config.parallel.zero_stage == 3:
+    if config.ema_decay > 0 and stage == 3:
         needed = "whole parameters at every step, which stage 3 does not keep"
         action = "write parallel.zero_stage=2, or ema_decay=0"
         raise InputError(what.format(f"ema_decay={config.ema_decay}"), needed, action)
@@ -109,21 +122,18 @@ def generate(
     passes go through its graph, the proxy's and its own, and DeepSpeed gathers a parameter for as
     many as there were forward passes.
     """
-    stage, size = (
-        config.parallel.zero_stage,
-        sum(parameter.numel() for parameter in network.parameters()),
-    )
+    stage = config.parallel.zero_stage
+    size = sum(parameter.numel() for parameter in network.parameters())
     bucket = max(2, min(BUCKET, size) // 2 * 2)  # an even number, or DeepSpeed refuses it
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    micro_batch = config.batch_size // world_size // config.accumulate_steps
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": max(
-            1, config.batch_size // world_size // config.accumulate_steps
-        ),
-        # parts of a step are added up by `no_sync`, and divided by nobody
+        "train_micro_batch_size_per_gpu": max(1, micro_batch),
+        # micro-batches are added up by `no_sync`, and divided by nobody
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm if stage else 0.0,
         "zero_allow_untested_optimizer": True,
@@ -153,9 +163,7 @@ def initialize(
     warnings.filterwarnings(
         "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
     )  # its own calls
-    # An all-reduce for inference on CPUs, which nobody calls here: made with a C++ compiler and
-    # ninja at every start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_shared_memory_kernel(deepspeed)
     # It insists on it, and takes it for the number of the GPU, which need not be the local rank: a
     # launcher may show each process its own GPU alone. Stage 3 reads it again in every forward.
     launched_with = os.environ.get("LOCAL_RANK")

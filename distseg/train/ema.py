@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.parallel import Learner
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
 
 
 class MovingAverage:
@@ -61,4 +61,4 @@ class MovingAverage:
 
 
 def _held(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [slice_of(tensor).rows for tensor in tensors.values()]
+    return [shard_of(tensor).rows for tensor in tensors.values()]
