@@ -21,8 +21,9 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import check_installed, check_settings, deepspeed_config, wrap
-from distseg.parallel.slices import is_sliced, num_elements
-from distseg.runs.checkpoint import Checkpoints, find
+from distseg.parallel.parameter_shards import is_sharded, num_elements
+from distseg.runs.checkpoint import find
+from distseg.runs.checkpointer import Checkpointer
 from distseg.train.ema import MovingAverage
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
@@ -101,7 +102,7 @@ def state_of(learner: Any) -> dict[str, Any]:
         for name, tensor in tensors.items()
     }
     return {
-        name: (t.full_tensor() if is_sliced(t) else t).numpy().copy() for name, t in named.items()
+        name: (t.full_tensor() if is_sharded(t) else t).numpy().copy() for name, t in named.items()
     }
 
 
@@ -169,7 +170,7 @@ def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) 
     config.segmentor_optimizer.name = "adamw"
     pair = make_pair(config, ranks)
     learners = learners_of(pair)
-    checkpoints = Checkpoints(run_dir, 2, {}, ranks)
+    checkpoints = Checkpointer(run_dir, 2, {}, ranks)
     if resumed:
         for step in range(2):  # nothing of what these change may stay
             one_step(pair, config, ranks, step + 10)

@@ -1,4 +1,4 @@
-"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold slices
+"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold shards
 of.
 """
 
@@ -112,7 +112,7 @@ def values(network: nn.Module) -> dict[str, Any]:
 def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
     """Three steps; in the second, a part of the last rank's gradient of one network is infinite.
 
-    Under DDP before gradients are averaged; under FSDP after it, in the slices of one rank alone.
+    Under DDP before gradients are averaged; under FSDP after it, in the shards of one rank alone.
     """
     pair, config = make_pair(ranks, overrides)
     learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
@@ -243,7 +243,7 @@ def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
     return [*seen, {"held": np.array(size)}]
 
 
-def test_the_moving_average_is_that_of_ddp_from_slices() -> None:
+def test_the_moving_average_is_that_of_ddp_from_shards() -> None:
     (expected,) = run_ranks(1, average, ())
     for num_ranks, overrides in ((2, FSDP), (4, HYBRID)):
         for got in run_ranks(num_ranks, average, overrides):
@@ -263,7 +263,7 @@ def find_difference(ranks: Ranks, overrides: tuple[str, ...], wrong: int) -> str
     return ""
 
 
-def test_replicas_that_hold_different_slices_are_found() -> None:
+def test_replicas_that_hold_different_shards_are_found() -> None:
     for text in run_ranks(4, find_difference, HYBRID, 3):
         assert "the discriminator of rank 3 differs" in text
     assert run_ranks(4, find_difference, HYBRID, -1) == [""] * 4
@@ -336,11 +336,11 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
         sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors"))
         for run in ("whole", "killed")
     ]
-    # five of them in two slices, and the counters of both networks and the average
+    # five of them in two shards, and the counters of both networks and the average
     assert len(files[0]) == 13
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
-    # from the slices, on one rank
+    # from the shards, on one rank
     assert main(["evaluate", str(tmp_path / "whole"), "--quick"]) == 0
     names = ("evaluation.json", "evaluation-step-00000012-val-quick.json")
     scores = [json.loads((tmp_path / "whole" / name).read_text()) for name in names]

@@ -23,6 +23,7 @@ from distseg.evaluate.trained import trained_segmentor
 from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
+from shards.files import write_json
 
 FREE = (
     "evaluate.",
@@ -105,7 +106,7 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
 
 
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    checkpoint.write_json(path, report)
+    write_json(path, report)
     return report
 
 

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,38 +155,58 @@ def initialize(
 
     Raises InputError for a value that DeepSpeed does not take.
     """
-    # It would take a GPU that it sees, whatever device=cpu says; read when it is imported first.
-    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
-    import deepspeed
+    deepspeed = _quiet_deepspeed(ranks.device)
     from pydantic import ValidationError  # which DeepSpeed requires
 
-    # its warnings are of our optimizer, which it has not tested
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
-    )  # its own calls
-    without_shared_memory_kernel(deepspeed)
-    # It insists on it, and takes it for the number of the GPU, which need not be the local rank: a
-    # launcher may show each process its own GPU alone. Stage 3 reads it again in every forward.
-    launched_with = os.environ.get("LOCAL_RANK")
     number = ranks.local_rank if ranks.device.index is None else ranks.device.index
-    os.environ["LOCAL_RANK"] = str(number)
+    # stage 3 reads it again in every forward
+    is_kept = settings["zero_optimization"]["stage"] == 3
     try:
-        engine, *_ = deepspeed.initialize(
-            args=SimpleNamespace(device_rank=number),
-            model=network,
-            optimizer=optimizer,
-            config=settings,
-            dist_init_required=False,
-        )
+        with _device_number_as_local_rank(number, is_kept):
+            engine, *_ = deepspeed.initialize(
+                args=SimpleNamespace(device_rank=number),
+                model=network,
+                optimizer=optimizer,
+                config=settings,
+                dist_init_required=False,
+            )
     except ValidationError as error:
         got = f"DeepSpeed's settings: {error}"
         raise InputError(
             got, "values of DeepSpeed's types", "correct the file parallel.deepspeed_config"
         ) from None
+    return engine
+
+
+def _quiet_deepspeed(device: torch.device) -> Any:
+    """The package, without what it would do and say on its own account."""
+    # It would take a GPU that it sees, whatever device=cpu says; read when it is imported first.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # its warnings are of our optimizer, which it has not tested
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # these are of its own calls
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
+    )
+    without_shared_memory_kernel(deepspeed)
+    return deepspeed
+
+
+@contextmanager
+def _device_number_as_local_rank(number: int, is_kept: bool) -> Iterator[None]:
+    """LOCAL_RANK set to the number of this process's GPU, and afterwards back, unless `is_kept`.
+
+    DeepSpeed insists on the variable and takes it for that number, which need not be the local
+    rank: a launcher may show each process its own GPU alone.
+    """
+    launched_with = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(number)
+    try:
+        yield
     finally:
-        if settings["zero_optimization"]["stage"] < 3:
+        if not is_kept:
             del os.environ["LOCAL_RANK"]
             if launched_with is not None:
                 os.environ["LOCAL_RANK"] = launched_with
-    return engine

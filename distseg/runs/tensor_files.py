@@ -60,10 +60,9 @@ def to_host(
     holds. Every file has one writer, and all ranks about as much to write. The tensors may change
     as soon as this has returned.
     """
-    shards = {
-        part: {name: shard_of(tensor) for name, tensor in tensors.items()}
-        for part, tensors in parts.items()
-    }
+    shards: dict[str, Shards] = {}
+    for part, tensors in parts.items():
+        shards[part] = {name: shard_of(tensor) for name, tensor in tensors.items()}
     files, is_on_gpu = [], False
     for part, first_rank in _first_writers(shards, world_size).items():
         count = _num_files(shards[part])

@@ -24,7 +24,8 @@ from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import check_installed, check_settings, check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import attempts, environment
-from distseg.runs.checkpoint import Checkpoints, saved_precision
+from distseg.runs.checkpoint import saved_precision
+from distseg.runs.checkpointer import Checkpointer
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
 from distseg.tracking.progress import Progress
@@ -190,7 +191,7 @@ def build_trainer(
         "seed": config.seed,
         "precision": config.precision,
     }
-    checkpoints = Checkpoints(
+    checkpoints = Checkpointer(
         run_dir,
         config.checkpoint.keep_last,
         identity,

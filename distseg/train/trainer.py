@@ -14,7 +14,7 @@ from distseg.distributed.ranks import Ranks, on_main, shared_error
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
-from distseg.runs.checkpoint import Checkpoints
+from distseg.runs.checkpointer import Checkpointer
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
@@ -52,7 +52,7 @@ class Trainer:
     pair: Pair
     ema: MovingAverage | None
     evaluator: Evaluator
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     tracker: Tracker
     progress: Progress
     watchdog: Watchdog
