@@ -95,7 +95,7 @@ def learners_of(pair: Pair) -> dict[str, Any]:
 
 def state_of(learner: Any) -> dict[str, Any]:
     """Every tensor that a checkpoint would hold, and of the network that would be evaluated."""
-    parts = learner.state_dict() | {"evaluated": learner.whole().state_dict()}
+    parts = learner.state_dict() | {"evaluated": learner.full_network().state_dict()}
     named = {
         f"{part}/{name}": tensor
         for part, tensors in parts.items()
@@ -192,7 +192,7 @@ def copied_buffer(ranks: Ranks, overrides: Sequence[str]) -> Any:
     size = sum(parameter.numel() for parameter in network.parameters())
     learner = wrap(network, config.segmentor_optimizer, config, ranks)
     assert sum(num_elements(parameter) for parameter in learner.network.parameters()) == size
-    whole: Any = learner.whole()
+    whole: Any = learner.full_network()
     return whole.mean.tolist()
 
 

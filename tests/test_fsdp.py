@@ -135,7 +135,7 @@ def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
             for name, learner in learners.items()
         }
         history.append(
-            (metrics, {name: values(learner.whole()) for name, learner in learners.items()})
+            (metrics, {name: values(learner.full_network()) for name, learner in learners.items()})
         )
     return history
 
@@ -213,7 +213,7 @@ def train_in_half(ranks: Ranks) -> list[Any]:
             adversarial_step(pair, phase(step, config), Images(image, label))
             said = [learner.step(1.0) for learner in learners]
             counts += [(float(of_it["loss_scale"]), float(of_it["skips"])) for of_it in said]
-        found.append((counts, [values(learner.whole()) for learner in learners]))
+        found.append((counts, [values(learner.full_network()) for learner in learners]))
     return found
 
 
@@ -237,7 +237,7 @@ def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
         pair.segmentor.step(1.0)
         pair.discriminator.step(1.0)
         ema.update()
-        seen.append(values(ema.whole()))
+        seen.append(values(ema.full_network()))
         check_equal(ranks, pair, step)
     size = sum(shard_of(tensor).rows.numel() for tensor in ema.state_dict()["network"].values())
     return [*seen, {"held": np.array(size)}]
@@ -293,7 +293,7 @@ def run_large(ranks: Ranks) -> list[float]:
     for network, inputs in networks:
         learner = wrap(network, config.segmentor_optimizer, config, ranks)
         assert len(fsdp.blocks(network)) > 1
-        plain = learner.whole()
+        plain = learner.full_network()
         plain.requires_grad_().train()
         results = []
         for forward in (learner, plain):

@@ -108,7 +108,7 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
-    def mark(self, activity: str) -> None:
+    def report(self, activity: str) -> None:
         """Tell, from the main thread, what it does now ("step 120").
 
         Two reports may be as far apart as the timeout.
@@ -117,7 +117,7 @@ class Watchdog:
         self._num_signs += 1
         self._activity = activity
 
-    def alive(self) -> None:
+    def keep_alive(self) -> None:
         """Tell, from any thread, that what is waited for comes nearer, such as bytes of a long
         download.
         """

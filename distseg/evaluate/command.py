@@ -56,9 +56,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     check_classes(path, samples)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        reader.tell(watchdog.alive)
+        reader.tell(watchdog.keep_alive)
         evaluator = _evaluator(network, config, path, samples, ranks)
-        evaluator.details, evaluator.mark = not quick, watchdog.mark
+        evaluator.details, evaluator.mark = not quick, watchdog.report
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, path, time.perf_counter() - started)

@@ -35,7 +35,7 @@ class Learner(Protocol):
     network: nn.Module  # bare: its attributes and parameter count; its parameters may be shards
     stopwatch: Stopwatch  # of this rank's last forward
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The network with all its parameters on this rank, for evaluation; called on every rank.
 
         tensors: values to copy in instead of its own, named and sharded as in its state_dict.
@@ -47,7 +47,7 @@ class Learner(Protocol):
         The gradients of a later backward will be averaged over the ranks.
         """
 
-    def frozen(self, *inputs: Tensor) -> Any:
+    def forward_frozen(self, *inputs: Tensor) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
 
     def scaled(self, loss: Tensor) -> Tensor:

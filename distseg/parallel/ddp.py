@@ -37,8 +37,8 @@ class DDPLearner(TorchLearner):
         )
         super().__init__(network, self._ddp, optimizer, config, ranks)
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """See Learner.whole: it always is."""
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """See Learner.full_network: it always is."""
         return self.network if tensors is None else copy_with(self.network, tensors)
 
     def no_sync(self) -> AbstractContextManager[None]:

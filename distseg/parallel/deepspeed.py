@@ -66,8 +66,8 @@ class DeepSpeedLearner(TorchLearner):
             begin_zero_micro_batch(self.engine)
         return super().__call__(*inputs)
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """See Learner.whole. At stage 3 a copy, as of this call."""
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """See Learner.full_network. At stage 3 a copy, as of this call."""
         if self._full_copies is None:
             return self.network if tensors is None else copy_with(self.network, tensors)
         values = full_tensors(self.network) if tensors is None else tensors

@@ -53,8 +53,8 @@ class FSDPLearner(TorchLearner):
         }
         super().__init__(network, network, optimizer, config, ranks, own_shards=own_shards)
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """See Learner.whole: a copy, as of this call."""
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """See Learner.full_network: a copy, as of this call."""
         values = self.network.state_dict() if tensors is None else tensors
         return self._full_copies.make(self.network, values)
 

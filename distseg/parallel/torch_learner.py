@@ -69,8 +69,8 @@ class TorchLearner:
         ):
             return self._forward(*inputs)
 
-    def frozen(self, *inputs: Tensor) -> Any:
-        """See Learner.frozen."""
+    def forward_frozen(self, *inputs: Tensor) -> Any:
+        """See Learner.forward_frozen."""
         with autocast(self._device_type, self._autocast_dtype):
             return self.network(*inputs)
 

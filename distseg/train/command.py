@@ -61,7 +61,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         reuse_memory()
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        data.tell(watchdog.alive)
+        data.tell(watchdog.keep_alive)
         train_and_show(config, ranks, data, networks, watchdog, StopRequest())
     teardown()
     return 0
@@ -100,7 +100,7 @@ def train_and_show(
         kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
     config = replace(config, precision=precision)
-    watchdog.mark("spreading the networks")
+    watchdog.report("spreading the networks")
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         None
@@ -109,7 +109,7 @@ def train_and_show(
         config.loss,
         config.semi,
     )
-    watchdog.mark("looking for checkpoints")
+    watchdog.report("looking for checkpoints")
     trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
     stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code, hosts = 1, on_all(ranks, socket.gethostname())
@@ -117,7 +117,7 @@ def train_and_show(
     # what is here stays: looking through it again and again took 7 % of the time of decoding
     gc.freeze()
     note = attempts.Note(run_directory.path if ranks.is_main else None, hosts, trainer.state.step)
-    watchdog.last_words = lambda verdict: note.finish(trainer.state.step, "failed", verdict)
+    watchdog.last_words = lambda diagnosis: note.finish(trainer.state.step, "failed", diagnosis)
     try:
         done = trainer.fit(stream, stop)
         if done:
@@ -179,7 +179,7 @@ def build_trainer(
     view = View.of(config.evaluate, config.precision, ranks.device)
     scored = pair.segmentor if ema is None else ema
     evaluator = Evaluator(
-        scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark
+        scored.full_network, data.val, ranks, view, config.data.num_threads, watchdog.report
     )
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}

@@ -27,12 +27,12 @@ class MovingAverage:
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))
         self.num_updates = torch.zeros((), dtype=torch.int64)
 
-    def whole(self) -> nn.Module:
+    def full_network(self) -> nn.Module:
         """A copy of the averaged network with all its parameters, in evaluation mode.
 
         Called on every rank.
         """
-        return self._source.whole(self._average).eval()
+        return self._source.full_network(self._average).eval()
 
     @torch.no_grad()
     def update(self) -> None:

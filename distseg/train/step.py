@@ -188,7 +188,7 @@ def _judge(
     if now.discriminator:
         on_real, on_fake = discriminator(images.pixels, real, fake)
     else:
-        on_real, (on_fake,) = None, discriminator.frozen(images.pixels, fake)
+        on_real, (on_fake,) = None, discriminator.forward_frozen(images.pixels, fake)
     return Judged(pair, counts, n, logits, probabilities, valid, fake, on_real, on_fake)
 
 
