@@ -119,6 +119,7 @@ def _usable_cores() -> int:
 
 def _network_error(error: Exception) -> InputError:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # torch has one type for all of these, so its words must do
     if "EADDRINUSE" in str(error) or "in use" in str(error):
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -162,6 +163,7 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
         except Exception as error:
             outcome = [None, _sendable(error)]
     if ranks.world_size > 1:
+        # by gloo: over NCCL the message would queue behind the GPU's work
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
         raise shared_error(outcome[1])
@@ -199,6 +201,7 @@ def is_shared(error: BaseException) -> bool:
 
 
 def _sendable(error: Exception) -> Exception:
+    # some hold an open file or a lock, and could not reach the other ranks
     try:
         pickle.dumps(error)
     except Exception:

@@ -88,7 +88,7 @@ class FSDPLearner(TorchLearner):
                 tensor.grad = shard_of(parameter.grad).rows
                 parameter.grad = None  # or the next backward would add to it
 
-    def _norm_of_all(self, norm: Tensor) -> Tensor:
+    def _norm_over_ranks(self, norm: Tensor) -> Tensor:
         # Over ALL ranks, so that all get the same bits and decide alike; each replica adds the same
         squares = all_reduce_sum(norm.double().square()) / self._num_replicas
         return squares.sqrt().to(norm.dtype)

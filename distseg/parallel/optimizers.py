@@ -87,15 +87,15 @@ def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tenso
 def clip(
     parameters: list[Tensor],
     clip_norm: float,
-    of_all: Callable[[Tensor], Tensor] = lambda norm: norm,
+    over_ranks: Callable[[Tensor], Tensor] = lambda norm: norm,
 ) -> Tensor:
     """The gradients' total norm before clipping (scalar); scales them to `clip_norm` at most when
     that is > 0.
 
-    of_all: from the norm of these gradients to that of all, where other ranks hold the rest.
+    over_ranks: from the norm of these gradients to that of all, where other ranks hold the rest.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = of_all(nn.utils.get_total_norm(gradients))
+    norm = over_ranks(nn.utils.get_total_norm(gradients))
     if clip_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm
@@ -135,7 +135,7 @@ class LossScale:
 
     def __init__(self, device: torch.device):
         self.scale = torch.full((), self.START, device=device)
-        self._good = torch.zeros((), device=device)
+        self._good_updates = torch.zeros((), device=device)
 
     def unscale(self, parameters: list[Tensor]) -> None:
         """Divide the gradients by the scale, in place."""
@@ -144,11 +144,12 @@ class LossScale:
 
     def update(self, skipped: Tensor) -> None:
         """Take in whether the update was skipped (1.0) or made (0.0)."""
-        self._good.add_(1).mul_(1 - skipped)
-        doubled = (self._good >= self.INTERVAL).to(torch.float32)
+        # factors of 0 and 1 in place of branches, for which the device would be waited for
+        self._good_updates.add_(1).mul_(1 - skipped)
+        doubled = (self._good_updates >= self.INTERVAL).to(torch.float32)
         self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled))
-        self._good.mul_(1 - doubled)
+        self._good_updates.mul_(1 - doubled)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold; the tensors themselves."""
-        return {"loss_scale": self.scale, "good_updates": self._good}
+        return {"loss_scale": self.scale, "good_updates": self._good_updates}

@@ -97,8 +97,8 @@ class TorchLearner:
         """
         self._take_gradients()
         if self._loss_scale is not None:
-            self._loss_scale.unscale(self.trained)
-        norm = clip(self.trained, self.clip_norm, self._norm_of_all)
+            self._loss_scale.unscale(self.trained)  # before the norm, which is the user's unit
+        norm = clip(self.trained, self.clip_norm, self._norm_over_ranks)
         skipped = guarded_step(self.optimizer, norm)
         self.optimizer.zero_grad()
         return norm, skipped
@@ -109,7 +109,7 @@ class TorchLearner:
         Where parameters are not sharded, they have them.
         """
 
-    def _norm_of_all(self, norm: Tensor) -> Tensor:
+    def _norm_over_ranks(self, norm: Tensor) -> Tensor:
         """The norm of the full gradient from that of this rank's shards."""
         return norm
 
@@ -124,8 +124,8 @@ class TorchLearner:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """See Learner.load_state_dict. Copies into the same tensors: their memory format stays."""
         self.network.load_state_dict(state["network"])
-        for part in ("optimizer", "counters"):
-            own = self._optimizer_tensors() if part == "optimizer" else self._counts()
+        own_parts = {"optimizer": self._optimizer_tensors(), "counters": self._counts()}
+        for part, own in own_parts.items():
             different = own.keys() ^ state[part].keys()
             if different:
                 raise KeyError(f"{part} state: {sorted(different)[:4]} on one side only")
