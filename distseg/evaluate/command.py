@@ -23,6 +23,7 @@ from distseg.evaluate.trained import trained_segmentor
 from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
+from shards.files import write_json
 
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
@@ -41,9 +42,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     check_classes(path, samples)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        reader.tell(watchdog.alive)
+        reader.tell(watchdog.keep_alive)
         evaluator = _evaluator(network, config, path, samples, ranks)
-        evaluator.details, evaluator.mark = not quick, watchdog.mark
+        evaluator.details, evaluator.mark = not quick, watchdog.report
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, path, time.perf_counter() - started)
@@ -91,7 +92,7 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
 
 
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    checkpoint.write_json(path, report)
+    write_json(path, report)
     return report
 
 

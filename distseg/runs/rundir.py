@@ -38,18 +38,16 @@ class RunDirectory:
         owner = on_main(ranks, lambda: self._claim(config))
         # the main rank waits in a collective
         patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
-        blind = [
-            rank
-            for rank, sees in enumerate(on_all(ranks, self._is_owned_by(owner, patience)))
-            if not sees
-        ]
-        if blind:
-            got = f"rank {blind[0]} does not see {path.absolute()} as rank 0 has written it, for {patience:.0f} s"
-            needed, action = (
-                "a directory that all machines share",
-                "write run_dir=DIR on a shared file system",
+        sees = on_all(ranks, self._is_owned_by(owner, patience))
+        if not all(sees):
+            raise shared_error(
+                InputError(
+                    f"rank {sees.index(False)} does not see {path.absolute()} as rank 0 has "
+                    f"written it, for {patience:.0f} s",
+                    "a directory that all machines share",
+                    "write run_dir=DIR on a shared file system",
+                )
             )
-            raise shared_error(InputError(got, needed, action))
 
     def _is_owned_by(self, owner: str, patience_seconds: float) -> bool:
         """Whether this rank comes to see the lock file of the main one.
@@ -70,7 +68,7 @@ class RunDirectory:
                     os.listdir(folder)
 
     def _claim(self, config: Config) -> str:
-        """Lock, and save the configuration; returns what is now in the lock file, unlike any other."""
+        """Lock, and save the configuration; returns what the lock file holds, unlike any other."""
         loading.check_same(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from distseg.config.schema import Config
 from distseg.losses.adversarial import adversarial_sum, real_label_map
 from distseg.losses.tensors import at_least_float32, upsample
 from distseg.losses.terms import Kind, Predicted, Targets, Term
-from distseg.parallel import Learner, Root, backward
+from distseg.parallel import BackwardStart, Learner, backward
 from distseg.train import diagnostics
 from distseg.train.batch import Images, MicroBatch
 from distseg.train.counts import Counts, mean
@@ -105,13 +105,13 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         real = ground_truth(targets, probabilities, batch, judging.scaling_tau)
         on_real, on_fake = discriminator(pixels, real, fake)  # (n, 1, h', w') each
     else:
-        on_real, (on_fake,) = None, discriminator.frozen(pixels, fake)
+        on_real, (on_fake,) = None, discriminator.forward_frozen(pixels, fake)
     seen = Predicted(pixels, targets, logits, auxiliary, probabilities, on_fake)
 
     # Losses. The adversary's gradient reaches the segmentor through a proxy, the gradient at its
     # probabilities: so one D(fake) serves the losses of both networks, the discriminator's
     # parameters see nothing of the segmentor's, and neither network needs to be frozen.
-    work: list[tuple[Learner, list[Root]]] = []
+    work: list[tuple[Learner, list[BackwardStart]]] = []
     metrics: Metrics = {}
     if phase.segmentor:
         own, adversarial, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
