@@ -61,7 +61,15 @@ class SegmentorConfig:
     """
 
     name: str = "deeplabv3plus_efficientnet_lite0"
-    init: str = "imagenet"  # imagenet, random, or a file of weights
+    # imagenet; random; a file of weights; a run directory: its best checkpoint, or its last where
+    # none was scored, EMA weights where there are; RUN@last, RUN@best or RUN@500. What is there for
+    # another number of classes is made anew
+    init: str = "imagenet"
+    # start from weights that lack more than a quarter of the tensors, too; those stay random
+    init_partial: bool = False
+    # parts that are not trained, by patterns over the names of parameters: encoder, or
+    # [encoder.layer1, "*.bias"]; batch normalisation in them keeps its statistics
+    freeze: list[str] = field(default_factory=list)
     # statistics of the rank's images; synchronised: of all; frozen: the stored
     batch_norm: str = "per_rank"
     # further keyword arguments of the network
@@ -76,6 +84,8 @@ class DiscriminatorConfig:
     """
 
     name: str = "two_branch"
+    # random; a file of weights; a run directory, as for segmentor.init
+    init: str = "random"
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -217,6 +227,10 @@ class Config:
     run_dir: str = ""  # default: runs/<preset>
     mode: str = "adversarial"  # adversarial, supervised or semi_supervised
     steps: int = 1000  # updates in all (each of batch_size images)
+    # lets steps be more than when the run was started: it is trained on from its last checkpoint,
+    # its history stays. The learning rate at a step is from then on what a run of the new length
+    # has there: poly goes up once; constant is as if the run had always been so long
+    extend: bool = False
     batch_size: int = 16  # GLOBAL: images per step over all ranks
     seed: int = 0
     device: str = "auto"  # auto: cuda where there is one; cpu; cuda

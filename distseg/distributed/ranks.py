@@ -6,7 +6,8 @@ import os
 import pickle
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -131,6 +132,27 @@ def teardown() -> None:
     """Leave the job; without effect when it was never joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_alone() -> None:
+    """Raise InputError where this process has joined a job of its own already."""
+    if dist.is_initialized():
+        got = f"a process group of {dist.get_world_size()} rank(s), which this process has made"
+        action = "call torch.distributed.destroy_process_group() first; torchrun's ranks are found"
+        raise InputError(got, "none: distseg joins and leaves its own", action)
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ranks]:
+    """`setup`, and `teardown` however the block ends.
+
+    Raises InputError as `setup` does, and where the process has a process group already.
+    """
+    check_alone()
+    try:
+        yield setup(device, timeout_seconds)
+    finally:
+        teardown()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from shards.files import check_space, disk_full, published, sync_folder
 
 VERSION = 1
 STATE_FILE, BEST_FILE = "state.json", "best.json"
+FOLDER = "checkpoints"  # of a run directory
 
 
 class Checkpoints:
@@ -329,8 +330,7 @@ def load_segmentor(path: Path, network: torch.nn.Module) -> str:
 
     The averaged one where there is one. Returns which.
     """
-    which = "ema" if "ema" in read_state(path)["parts"] else "segmentor"
-    tensors = read(path, f"{which}.network")
+    which, tensors = read_network(path, "segmentor")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -339,6 +339,20 @@ def load_segmentor(path: Path, network: torch.nn.Module) -> str:
             got, "the network that the run's config.yaml names", "restore config.yaml"
         ) from None
     return which
+
+
+def read_network(path: Path, network: str) -> tuple[str, dict[str, Tensor]]:
+    """The part of a checkpoint that stands for a network, and its tensors.
+
+    network: "segmentor", of which the averaged one ("ema") is taken where there is one, or
+    "discriminator". Raises InputError where the run had none.
+    """
+    parts = read_state(path)["parts"]
+    part = "ema" if network == "segmentor" and "ema" in parts else network
+    if part not in parts:
+        action = f"write {network}.init=random, or name a run that had one"
+        raise InputError(f"{path} has no {network}", f"a run with a {network}", action)
+    return part, read(path, f"{part}.network")
 
 
 def write_json(path: Path, content: Any) -> None:

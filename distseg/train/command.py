@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ from distseg.config.schema import Config
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import allow_tf32, resolve_precision, reuse_memory
 from distseg.distributed.launch import resolve_ranks
-from distseg.distributed.ranks import Ranks, is_shared, on_all, on_main, setup, teardown
+from distseg.distributed.ranks import (
+    Ranks,
+    check_alone,
+    is_shared,
+    joined,
+    on_all,
+    on_main,
+    setup,
+    teardown,
+)
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator, View
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
+from distseg.models.freezing import freeze
 from distseg.parallel import check_installed, check_settings, check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import attempts, environment
@@ -31,8 +42,10 @@ from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import open_tracker
 from distseg.train.ema import MovingAverage
 from distseg.train.flops import StepWork, convolution_peak
-from distseg.train.headline import headline
+from distseg.train.headline import extension, headline
+from distseg.train.initial import initial_weights
 from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
+from distseg.train.restored import restored_process
 from distseg.train.showcase import score_again, show
 from distseg.train.step import Pair
 from distseg.train.trainer import Trainer, TrainState, memory_of
@@ -57,13 +70,54 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
 
     ranks = setup(config.device, config.parallel.timeout_seconds)
     if ranks.device.type == "cpu":
-        reuse_memory()
+        reuse_memory()  # here alone: a process that lives on could not take it back
+    _train_on(ranks, config, data, networks)
+    teardown()
+    return 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training has come to. scores: as in evaluation.json; {} where it was stopped before
+    its last step, and the same call goes on.
+    """
+
+    run_dir: Path
+    step: int
+    finished: bool
+    scores: dict[str, Any]
+
+
+def train(
+    overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: Any
+) -> TrainResult:
+    """`distseg train` from Python: train, evaluate and draw, or go on with a run that was stopped.
+
+    overrides: arguments of the command line, ["data.crop_px=96", ...]. keys: the same as values,
+    steps=500 or data={"crop_px": 96}; these count last. Started by torchrun or srun, it is called
+    on every rank. The first Ctrl-C (in the main thread) saves a checkpoint and returns. However
+    this ends, the process is afterwards as it was before, and in no process group. Raises
+    InputError for input that cannot be used, and where the caller has a process group of its own.
+    On several ranks, one that is lost ends all processes, as the command does.
+    """
+    named = {} if preset is None else {"preset": preset}
+    config = loading.load([*overrides, *loading.arguments(named | keys)])
+    check_alone()
+    _, world_size, _ = resolve_ranks(dict(os.environ))
+    with restored_process():
+        data, networks = check(config, world_size)
+        with joined(config.device, config.parallel.timeout_seconds) as ranks:
+            return _train_on(ranks, config, data, networks)
+
+
+def _train_on(ranks: Ranks, config: Config, data: Data, networks: Networks) -> TrainResult:
+    """From checked input to the finished run, on every rank of a job that is joined."""
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         data.tell(watchdog.alive)
-        train_and_show(config, ranks, data, networks, watchdog, StopRequest())
-    teardown()
-    return 0
+        stop = StopRequest()
+        with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
+            return train_and_show(config, run_directory, data, networks, watchdog, stop)
 
 
 def check(config: Config, world_size: int) -> tuple[Data, Networks]:
@@ -83,15 +137,15 @@ def check(config: Config, world_size: int) -> tuple[Data, Networks]:
 
 def train_and_show(
     config: Config,
-    ranks: Ranks,
+    run_directory: RunDirectory,
     data: Data,
     networks: Networks,
     watchdog: Watchdog,
     stop: StopRequest,
-) -> None:
+) -> TrainResult:
     """From the networks to the finished run, on every rank alike."""
     segmentor, discriminator = networks
-    run_directory = RunDirectory(Path(config.run_dir), config, ranks)
+    ranks = run_directory.ranks
     on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
     # "auto" may differ on another machine
     kept = on_main(ranks, lambda: saved_precision(run_directory.path))
@@ -110,6 +164,8 @@ def train_and_show(
     )
     watchdog.mark("looking for checkpoints")
     trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
+    if run_directory.steps_before is not None:
+        trainer.progress.message(extension(config, run_directory.steps_before))
     stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code, hosts = 1, on_all(ranks, socket.gethostname())
     gc.collect()
@@ -128,6 +184,8 @@ def train_and_show(
             trainer.state.step, "done" if done else "stopped", "" if done else stop.reason()
         )
         exit_code = 0
+        scores = trainer.evaluator.report(trainer.state.step) if done else {}
+        return TrainResult(run_directory.path, trainer.state.step, done, scores)
     except BaseException as error:
         if not is_shared(error):
             trainer.checkpoints.give_up()
@@ -146,18 +204,26 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     seed.
     """
     torch.manual_seed(config.seed)
-    options = config.segmentor.options
+    chosen = config.segmentor
     segmentor = build_segmentor(
-        config.segmentor.name, num_classes, init=config.segmentor.init, **options
+        chosen.name,
+        num_classes,
+        init=initial_weights(chosen.init, "segmentor"),
+        init_partial=chosen.init_partial,
+        **chosen.options,
     )
     if config.segmentor.batch_norm == "synchronised":
         synchronise(segmentor)
     else:
         set_batch_norm(segmentor, config.segmentor.batch_norm)
+    freeze(segmentor, config.segmentor.freeze)
     if config.mode == "supervised":
         return segmentor, None
     discriminator = build_discriminator(
-        config.discriminator.name, num_classes, **config.discriminator.options
+        config.discriminator.name,
+        num_classes,
+        init=initial_weights(config.discriminator.init, "discriminator"),
+        **config.discriminator.options,
     )
     stride, min_size_px = int(segmentor.output_stride), int(discriminator.min_size_px)  # type: ignore[arg-type]
     stride = 1 if config.loss.map_resolution == "image" else stride
