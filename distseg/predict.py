@@ -40,7 +40,7 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, mirror: views that are averaged (see
+    probabilities: also one picture per class. scales, horizontal_flip: views that are averaged (see
     `inference`). max_px: an image with a longer side is labelled in blended tiles of this side,
     which overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
     [0, 1]. autocast_dtype: None for the model's own precision.
@@ -48,7 +48,7 @@ class PredictOptions:
 
     probabilities: bool = False
     scales: tuple[float, ...] = (1.0,)
-    mirror: bool = False
+    horizontal_flip: bool = False
     max_px: int = MAX_PX
     overlap_px: int = 0
     overlay_alpha: float = 0.5
@@ -116,7 +116,7 @@ def of_run(options: PredictOptions, config: Config, device: torch.device) -> Pre
     return replace(
         options,
         scales=tuple(config.evaluate.scales),
-        mirror=config.evaluate.mirror,
+        horizontal_flip=config.evaluate.horizontal_flip,
         max_px=config.evaluate.window_px or MAX_PX,
         overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
         device=str(device),
@@ -262,7 +262,7 @@ def image_probabilities(
     """
 
     def whole(part: np.ndarray) -> torch.Tensor:
-        views = (options.scales, options.mirror, options.device, options.autocast_dtype)
+        views = (options.scales, options.horizontal_flip, options.device, options.autocast_dtype)
         return probabilities(model, part, *views)
 
     if max(image.shape[:2]) <= options.max_px:

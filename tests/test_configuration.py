@@ -55,7 +55,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("steps=0", "from 1 to 1000000000"),
         ("steps", "key=value"),
         ("loss.adv_weight=nan", "loss.adv_weight=nan"),
-        ("data.mirror=maybe", "data.mirror"),
+        ("data.horizontal_flip=maybe", "data.horizontal_flip"),
         ("data=3", "unknown key 'data'"),
         ("evaluate.scales=[]", "at least one scale"),
         ("evaluate.scales=[1,", "a YAML value"),

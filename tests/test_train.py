@@ -320,7 +320,7 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
 def test_fp16_trains_with_a_loss_scale_of_its_own_for_each_network_and_resumes(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    half = ["precision=fp16", "accumulate_steps=2"]
+    half = ["precision=fp16", "gradient_accumulation_steps=2"]
     finish(start(2, toy_shards, tmp_path / "whole", *half))
     kill_after_checkpoint(
         start(2, toy_shards, tmp_path / "killed", *half), tmp_path / "killed", "step-00000006"
