@@ -21,6 +21,7 @@ MIN_SHARE = 0.75
 # what checkpoints of others keep a state dict under, and what wrappers put before its names
 _CONTAINERS = ("state_dict", "model_state", "model_state_dict", "model")
 _WRAPPERS = ("module.", "backbone.", "encoder.")
+_COUNTER = "num_batches_tracked"
 _COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
 
 
@@ -46,10 +47,15 @@ class LoadReport:
     renewed: tuple[str, ...] = ()
 
     @property
+    def num_tensors(self) -> int:
+        """Of the module, without counters of batches, which older files lack."""
+        return sum(not key.endswith(_COUNTER) for key in self.loaded) + len(self.missing)
+
+    @property
     def share(self) -> float:
-        """How much of the module the file knows, in tensors, from 0 to 1."""
-        known = len(self.loaded) + len(self.renewed)
-        return known / (len(self.loaded) + len(self.missing))
+        """How many of these the file knows, from 0 to 1."""
+        absent = len(self.missing) - len(self.renewed)
+        return 1 - absent / self.num_tensors
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"
@@ -179,11 +185,13 @@ def _names_in(own: Collection[str], weights: Weights) -> dict[str, str]:
 
     Of a key that the network has not at all, the name without them.
     """
+    unwrapped = {key: _unwrapped(key) for key in weights.state}
+    # where a file says which of its names are an encoder's, no others are
+    has_parts = any(in_encoder for _, in_encoder in unwrapped.values())
     names: dict[str, str] = {}
-    for key in weights.state:
-        name, in_encoder = _unwrapped(key)
-        inside = f"encoder.{name}"
-        possible = [key, inside, name] if in_encoder else [key, name, inside]
+    for key, (name, in_encoder) in unwrapped.items():
+        inside = [] if has_parts and not in_encoder else [f"encoder.{name}"]
+        possible = [key, *inside, name] if in_encoder else [key, name, *inside]
         name = next((candidate for candidate in possible if candidate in own), name)
         if name in names and name in own:
             got = f"{weights.source}: {names[name]} and {key} both stand for {name}"
@@ -234,7 +242,7 @@ def _load(
         missing=tuple(
             name
             for name in own
-            if (name not in known or name in renewed) and not name.endswith("num_batches_tracked")
+            if (name not in known or name in renewed) and not name.endswith(_COUNTER)
         ),
         left_over=tuple(key for name, key in names.items() if name not in own or name in renewed),
         renewed=tuple(name for name in own if name in renewed),
@@ -247,8 +255,8 @@ def _load(
 
 
 def _too_little(report: LoadReport, part: str) -> InputError:
-    count = len(report.loaded) + len(report.missing)
-    got = f"{report.source}: only {report.share:.0%} of the {count} tensors of the {part} are in it"
+    known = f"{report.share:.0%} of the {report.num_tensors} tensors of the {part}"
+    got = f"{report.source}: only {known} are in it"
     got += f" (missing: {_some(report.missing)}"
     got += f"; unexpected: {_some(report.left_over)})" if report.left_over else ")"
     action = f"choose the file of this network, or write {part}.init=random"
