@@ -129,11 +129,11 @@ def main() -> None:
             f"checkpoint.every_steps={options.steps}",
             *options.overrides,
         ]
-        save = timed(command.Checkpoints.save, TimedTrainer.saving)
+        save = timed(command.Checkpointer.save, TimedTrainer.saving)
         TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
         with (
             patch.object(command, "Trainer", TimedTrainer),
-            patch.object(command.Checkpoints, "save", save),
+            patch.object(command.Checkpointer, "save", save),
         ):
             command.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]

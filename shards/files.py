@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,6 +54,12 @@ def published(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it may have no folder to be in
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all. Raises ValueError for NaN and infinity, which JSON lacks."""
+    with published(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _remove_leftovers(path: Path) -> None:

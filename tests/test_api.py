@@ -23,7 +23,7 @@ from PIL import Image
 import distseg
 from distseg.cli import main
 from distseg.config import loading
-from distseg.distributed.ranks import Ranks, joined
+from distseg.distributed.ranks import Ranks, joined, teardown
 from distseg.parallel import wrap
 from distseg.train import command, trainer
 from distseg.train.inputs import open_data, open_streams
@@ -215,6 +215,18 @@ def _evaluate(ranks: Ranks, run_dir: Path) -> dict[str, Any]:
 def test_scores_shared_over_a_callers_ranks_are_those_of_one_process(result: Any) -> None:
     alone = distseg.load(result.run_dir, device="cpu").evaluate()
     assert run_ranks(2, _evaluate, result.run_dir) == [alone, alone]
+
+
+def _train_twice(ranks: Ranks, shards: Path, folder: Path) -> None:
+    teardown()  # of the test's own job
+    for name in ("first", "second"):
+        train(shards, folder / name)
+
+
+def test_ranks_that_train_twice_find_each_other_twice(toy_shards: Path, tmp_path: Path) -> None:
+    run_ranks(2, _train_twice, toy_shards, tmp_path)
+    first, second = (tmp_path / name / "checkpoints/step-00000002" for name in ("first", "second"))
+    assert contents(first) == contents(second)
 
 
 def test_a_loop_of_the_parts_is_the_training(toy_shards: Path, tmp_path: Path) -> None:

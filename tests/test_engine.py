@@ -114,8 +114,8 @@ def train(ranks: Ranks, case: Sequence[str], overrides: Sequence[str] = ()) -> A
             pair.segmentor.step(factor)
         if now.discriminator and pair.discriminator is not None:
             pair.discriminator.step(factor)
-    judge = judge if pair.discriminator is None else pair.discriminator.whole()
-    return parameters_of(pair.segmentor.whole()), parameters_of(judge), payload, leaks
+    judge = judge if pair.discriminator is None else pair.discriminator.full_network()
+    return parameters_of(pair.segmentor.full_network()), parameters_of(judge), payload, leaks
 
 
 def count_payload(pair: Pair) -> list[int]:
@@ -253,7 +253,7 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
         if step == 1 and ranks.rank == ranks.world_size - 1:
             image[0, 0, 0, 0] = float("nan")
         with torch.no_grad():  # the layer itself, outside of what spreads it over the ranks
-            own = pair.segmentor.whole()[0](image)  # type: ignore[index]
+            own = pair.segmentor.full_network()[0](image)  # type: ignore[index]
         adversarial_step(pair, phase(step, config), Images(image, label))
         counts = {
             name: learner.step(1.0)
@@ -264,7 +264,7 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
         }
         state = {
             name: tensor.clone().numpy()
-            for name, tensor in pair.segmentor.whole().state_dict().items()
+            for name, tensor in pair.segmentor.full_network().state_dict().items()
         }
         history.append((own.mean((0, 2, 3)).numpy(), skips, state))
     return history
@@ -328,7 +328,8 @@ def train_synchronised(ranks: Ranks, overrides: Sequence[str] = ()) -> dict[str,
         for learner in learners:
             learner.step(1.0)
     return {
-        name: tensor.clone().numpy() for name, tensor in learners[0].whole().state_dict().items()
+        name: tensor.clone().numpy()
+        for name, tensor in learners[0].full_network().state_dict().items()
     }
 
 

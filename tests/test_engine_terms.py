@@ -131,7 +131,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
             learners[0].step(1.0)
         if now.discriminator:
             learners[1].step(1.0)
-    return values_of(learners[0].whole()), values_of(learners[1].whole())
+    return values_of(learners[0].full_network()), values_of(learners[1].full_network())
 
 
 def values_of(network: nn.Module) -> dict[str, Any]:

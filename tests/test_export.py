@@ -29,7 +29,7 @@ from distseg.export import command, formats
 from distseg.export.formats import FullResolution, describe
 from distseg.export.hub import EXAMPLE
 from distseg.models import SEGMENTORS, build_segmentor
-from distseg.runs.checkpoint import Checkpoints
+from distseg.runs.checkpointer import Checkpointer
 
 CLASSES, PALETTE = ["sky", "a|b", "road"], [[86, 180, 233], [0, 110, 70], [120, 120, 120]]
 MULTISCALE = {"hidden": 16}
@@ -135,7 +135,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     identity = {"classes": CLASSES, "palette": PALETTE, "precision": "fp32"}
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     learner = Learner(network=lively("multiscale", **MULTISCALE))
-    Checkpoints(run_dir, 1, identity, ranks).save({"segmentor": learner}, {"step": 7})
+    Checkpointer(run_dir, 1, identity, ranks).save({"segmentor": learner}, {"step": 7})
     (run_dir / "config.yaml").write_text(loading.to_yaml(config))
     about = {
         "step": 7,

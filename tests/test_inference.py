@@ -55,7 +55,9 @@ def test_scales_and_mirror_average_the_views(model: nn.Module) -> None:
     plain = [probabilities(model, image, (scale,)) for scale in (0.75, 1.0, 1.5)]
     flipped = [probabilities(model, image[:, ::-1], (scale,)).flip(2) for scale in (0.75, 1.0, 1.5)]
     expected = torch.stack(plain + flipped).mean(0)
-    torch.testing.assert_close(probabilities(model, image, (0.75, 1.0, 1.5), horizontal_flip=True), expected)
+    torch.testing.assert_close(
+        probabilities(model, image, (0.75, 1.0, 1.5), horizontal_flip=True), expected
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -24,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._flag, self._signalled = 0, 0.0
+        # on the CPU, so by gloo: it takes part in no order of the GPU's collectives
         self._tensor = torch.zeros(1, dtype=torch.int32)
         self._work: Any = None
         self.signal_name = ""

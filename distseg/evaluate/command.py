@@ -23,6 +23,7 @@ from distseg.evaluate.trained import trained_segmentor
 from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
+from shards.files import write_json
 
 FREE = (
     "evaluate.",
@@ -49,9 +50,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     samples = open_samples(config, path)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        samples.reader.tell(watchdog.alive)
+        samples.reader.tell(watchdog.keep_alive)
         evaluator = evaluator_of(network, config, path, samples, ranks)
-        evaluator.details, evaluator.mark = not quick, watchdog.mark
+        evaluator.details, evaluator.mark = not quick, watchdog.report
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, path, time.perf_counter() - started)
@@ -116,7 +117,7 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
 
 
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    checkpoint.write_json(path, report)
+    write_json(path, report)
     return report
 
 

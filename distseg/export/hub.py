@@ -16,9 +16,8 @@ from distseg.config import loading
 from distseg.config.schema import Config, TrackingConfig
 from distseg.evaluate.summary import TITLES
 from distseg.export.formats import SUFFIXES, Trained, export
-from distseg.runs import checkpoint
 from shards.errors import InputError
-from shards.files import published
+from shards.files import published, write_json
 
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
 _OUTLINE = (
@@ -50,7 +49,7 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
         written.append(folder / f"model{SUFFIXES[each]}")
         export(trained.segmentor, trained.metadata, each, written[-1])
     evaluations = _evaluations(run_dir, trained.step)
-    checkpoint.write_json(
+    write_json(
         folder / "config.json",
         trained.metadata | {"step": trained.step, "evaluations": evaluations},
     )

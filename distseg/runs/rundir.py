@@ -41,18 +41,16 @@ class RunDirectory:
         owner, self.steps_before = on_main(ranks, lambda: self._claim(config))
         # the main rank waits in a collective
         patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
-        blind = [
-            rank
-            for rank, sees in enumerate(on_all(ranks, self._is_owned_by(owner, patience)))
-            if not sees
-        ]
-        if blind:
-            got = f"rank {blind[0]} does not see {path.absolute()} as rank 0 has written it, for {patience:.0f} s"
-            needed, action = (
-                "a directory that all machines share",
-                "write run_dir=DIR on a shared file system",
+        sees = on_all(ranks, self._is_owned_by(owner, patience))
+        if not all(sees):
+            raise shared_error(
+                InputError(
+                    f"rank {sees.index(False)} does not see {path.absolute()} as rank 0 has "
+                    f"written it, for {patience:.0f} s",
+                    "a directory that all machines share",
+                    "write run_dir=DIR on a shared file system",
+                )
             )
-            raise shared_error(InputError(got, needed, action))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -82,7 +80,7 @@ class RunDirectory:
     def _claim(self, config: Config) -> tuple[str, int | None]:
         """Lock, and save the configuration.
 
-        Returns what is now in the lock file, unlike any other, and `steps_before`.
+        Returns what the lock file holds, unlike any other, and `steps_before`.
         """
         steps_before = loading.check_same(self.path, config)
         try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,8 @@ class _Training(ModuleType):
     """
 
     def __call__(self, *arguments: Any, **keys: Any) -> Any:
-        from distseg.train.command import train
-
-        return train(*arguments, **keys)
+        # by its name: modules in here import from this one
+        return importlib.import_module(f"{__name__}.command").train(*arguments, **keys)
 
 
 sys.modules[__name__].__class__ = _Training

@@ -35,7 +35,8 @@ from distseg.models.freezing import freeze
 from distseg.parallel import check_installed, check_settings, check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import attempts, environment
-from distseg.runs.checkpoint import Checkpoints, saved_precision
+from distseg.runs.checkpoint import saved_precision
+from distseg.runs.checkpointer import Checkpointer
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
 from distseg.tracking.progress import Progress
@@ -114,7 +115,7 @@ def _train_on(ranks: Ranks, config: Config, data: Data, networks: Networks) -> T
     """From checked input to the finished run, on every rank of a job that is joined."""
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        data.tell(watchdog.alive)
+        data.tell(watchdog.keep_alive)
         stop = StopRequest()
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
             return train_and_show(config, run_directory, data, networks, watchdog, stop)
@@ -153,7 +154,7 @@ def train_and_show(
         kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
     config = replace(config, precision=precision)
-    watchdog.mark("spreading the networks")
+    watchdog.report("spreading the networks")
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         None
@@ -162,7 +163,7 @@ def train_and_show(
         config.loss,
         config.semi,
     )
-    watchdog.mark("looking for checkpoints")
+    watchdog.report("looking for checkpoints")
     trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
     if run_directory.steps_before is not None:
         trainer.progress.message(extension(config, run_directory.steps_before))
@@ -172,7 +173,7 @@ def train_and_show(
     # what is here stays: looking through it again and again took 7 % of the time of decoding
     gc.freeze()
     note = attempts.Note(run_directory.path if ranks.is_main else None, hosts, trainer.state.step)
-    watchdog.last_words = lambda verdict: note.finish(trainer.state.step, "failed", verdict)
+    watchdog.last_words = lambda diagnosis: note.finish(trainer.state.step, "failed", diagnosis)
     try:
         done = trainer.fit(stream, stop)
         if done:
@@ -244,7 +245,7 @@ def build_trainer(
     view = View.of(config.evaluate, config.precision, ranks.device)
     scored = pair.segmentor if ema is None else ema
     evaluator = Evaluator(
-        scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark
+        scored.full_network, data.val, ranks, view, config.data.num_threads, watchdog.report
     )
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
@@ -256,7 +257,7 @@ def build_trainer(
         "seed": config.seed,
         "precision": config.precision,
     }
-    checkpoints = Checkpoints(
+    checkpoints = Checkpointer(
         run_dir,
         config.checkpoint.keep_last,
         identity,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.parallel import Learner
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
 
 
 class MovingAverage:
@@ -27,12 +27,12 @@ class MovingAverage:
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))
         self.num_updates = torch.zeros((), dtype=torch.int64)
 
-    def whole(self) -> nn.Module:
+    def full_network(self) -> nn.Module:
         """A copy of the averaged network with all its parameters, in evaluation mode.
 
         Called on every rank.
         """
-        return self._source.whole(self._average).eval()
+        return self._source.full_network(self._average).eval()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -61,4 +61,4 @@ class MovingAverage:
 
 
 def _held(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [slice_of(tensor).rows for tensor in tensors.values()]
+    return [shard_of(tensor).rows for tensor in tensors.values()]

@@ -7,7 +7,7 @@ import torch
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import Learner
-from distseg.parallel.slices import num_elements
+from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor

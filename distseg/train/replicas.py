@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distseg.distributed.ranks import Ranks, on_all, shared_error
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
 from distseg.train.step import Pair
 
 
@@ -41,7 +41,7 @@ def _fingerprint(network: torch.nn.Module) -> tuple[tuple[int, int], int]:
     """((which slices, a sum over their bits), the same sum over parameters and buffers that are
     whole).
     """
-    held = [slice_of(tensor) for tensor in network.state_dict().values()]
+    held = [shard_of(tensor) for tensor in network.state_dict().values()]
     slices = [part.rows for part in held if part.count > 1]
     which = max(part.index for part in held)
     return (which, _bit_sum(slices)), _bit_sum([part.rows for part in held if part.count == 1])

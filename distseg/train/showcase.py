@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 
 from distseg.data.samples import SampleSet
-from distseg.runs.checkpoint import write_json
 from distseg.tracking import figures
 from distseg.tracking.tracker import METRICS_FILE, read_metrics
 from distseg.train.trainer import Trainer
+from shards.files import write_json
 
 
 def score_again(trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from distseg.config.schema import LossConfig, SemiConfig
 from distseg.distributed.ranks import all_reduce_sum
 from distseg.losses import functional
-from distseg.parallel import Learner, Root, backward
+from distseg.parallel import BackwardStart, Learner, backward
 from distseg.train import diagnostics
 from distseg.train.schedules import Phase
 from shards.sample import IGNORE_INDEX
@@ -188,7 +188,7 @@ def _judge(
     if now.discriminator:
         on_real, on_fake = discriminator(images.pixels, real, fake)
     else:
-        on_real, (on_fake,) = None, discriminator.frozen(images.pixels, fake)
+        on_real, (on_fake,) = None, discriminator.forward_frozen(images.pixels, fake)
     return Judged(pair, counts, n, logits, probabilities, valid, fake, on_real, on_fake)
 
 
@@ -223,7 +223,7 @@ class Judged:
         segmentor, discriminator = self.pair.segmentor, self.pair.discriminator
         assert discriminator is not None
         metrics: Metrics = {}
-        work: list[tuple[Learner, list[Root]]] = []
+        work: list[tuple[Learner, list[BackwardStart]]] = []
         if now.segmentor:
             own, adversarial, metrics = self._segmentor_losses(label, now)
             scaled = segmentor.scaled(adversarial)

@@ -14,7 +14,7 @@ from distseg.distributed.ranks import Ranks, on_main, shared_error
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
-from distseg.runs.checkpoint import Checkpoints
+from distseg.runs.checkpointer import Checkpointer
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
@@ -52,7 +52,7 @@ class Trainer:
     pair: Pair
     ema: MovingAverage | None
     evaluator: Evaluator
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     tracker: Tracker
     progress: Progress
     watchdog: Watchdog
@@ -75,9 +75,9 @@ class Trainer:
             self.evaluate()
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
         while not self._is_done():
-            self.watchdog.mark(f"step {self.state.step + 1}, waiting for data")
+            self.watchdog.report(f"step {self.state.step + 1}, waiting for data")
             batch = next(stream)
-            self.watchdog.mark(f"step {self.state.step + 1}")
+            self.watchdog.report(f"step {self.state.step + 1}")
             stop.begin(self.checkpoints.failed)
             metrics = self.train_step(batch)
             clock.count(self._operations(self.state.step))
@@ -96,7 +96,7 @@ class Trainer:
                 or self._evaluation_due()
                 or _due(self.state.step, self.config.checkpoint.every_steps)
             ):
-                self.watchdog.mark(f"step {self.state.step}, saving")
+                self.watchdog.report(f"step {self.state.step}, saving")
                 self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
             # within the time that a signal leaves; an evaluation due now is made up on resuming
             if stopping:
