@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from distseg.config.schema import Config
 from distseg.evaluate.inference import blend_tiles, probabilities
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
@@ -80,35 +81,43 @@ def run(
     overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
     """
     from distseg.config import loading
-    from distseg.distributed.device import autocast_dtype, resolve_precision
-    from distseg.distributed.ranks import Ranks
-    from distseg.evaluate.trained import trained_segmentor
-    from distseg.runs import checkpoint
+    from distseg.evaluate.trained import trained_classes, trained_segmentor
 
     images = collect_images(path)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu"
-        )
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    where = choose_device(device)
     loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
-    identity = checkpoint.read_state(checkpoint_path)["identity"]
-    classes = ClassSet(
-        tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"])
-    )
-    options = replace(
+    predict(model, images, out, trained_classes(checkpoint_path), of_run(options, config, where))
+    return 0
+
+
+def choose_device(device: str) -> torch.device:
+    """auto (cuda where there is one), cpu or cuda. Raises InputError for one that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device={device}", "auto, cpu or cuda", "correct it")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device=cuda, but no CUDA device is visible", "a CUDA device", "choose the device cpu"
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def of_run(options: PredictOptions, config: Config, device: torch.device) -> PredictOptions:
+    """The options with a run's own way of looking at images, on a device."""
+    from distseg.distributed.device import autocast_dtype, resolve_precision
+    from distseg.distributed.ranks import Ranks
+
+    precision = resolve_precision(config.precision, Ranks(0, 1, 0, device))
+    return replace(
         options,
         scales=tuple(config.evaluate.scales),
         horizontal_flip=config.evaluate.horizontal_flip,
         max_px=config.evaluate.window_px or MAX_PX,
         overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
-        device=str(where),
-        autocast_dtype=autocast_dtype(resolve_precision(config.precision, Ranks(0, 1, 0, where))),
+        device=str(device),
+        autocast_dtype=autocast_dtype(precision),
     )
-    predict(model, images, out, classes, options)
-    return 0
 
 
 def collect_images(path: Path) -> list[Path]:
@@ -160,7 +169,7 @@ def predict(
         model = model.to(options.device).eval()
         pictures = _ahead(pool, load_image, images)
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
-            result = _probabilities(model, image, options)
+            result = image_probabilities(model, image, options)
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
             planes = (
                 (result * 255).round().to(torch.uint8).cpu().numpy()
@@ -240,7 +249,14 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return content.getvalue()
 
 
-def _probabilities(model: nn.Module, image: np.ndarray, options: PredictOptions) -> torch.Tensor:
+def image_probabilities(
+    model: nn.Module, image: np.ndarray, options: PredictOptions
+) -> torch.Tensor:
+    """Class probabilities (C, H, W) float32 of an image (H, W, 3) uint8, in tiles if it is large.
+
+    model: on options.device, in evaluation mode. Raises InputError for another form of image.
+    """
+
     def whole(part: np.ndarray) -> torch.Tensor:
         views = (options.scales, options.horizontal_flip, options.device, options.autocast_dtype)
         return probabilities(model, part, *views)

@@ -20,10 +20,11 @@ from distseg.losses.overlap import dice_sum, lovasz_softmax_sum
 from distseg.losses.terms import FunctionTerm, Predicted, Targets, Term
 from distseg.parallel import wrap
 from distseg.train.batch import Images
-from distseg.train.objective import build_term, check_terms
+from distseg.train.objective import build_objective, build_term, check_terms
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
+from shards.sample import ClassSet
 from tests.ranks import run_ranks
 
 NUM_CLASSES, SIZE = 4, 8
@@ -225,11 +226,18 @@ def class_weights_of(config: Any) -> Tensor | None:
     return None if asked == "none" else torch.tensor(asked, dtype=torch.float64)
 
 
+class FourClasses:
+    """As much of a SampleSet as an objective looks at."""
+
+    classes = ClassSet(("a", "b", "c", "d"), ((0, 0, 0),) * 4)
+
+
 def train(ranks: Ranks, overrides: list[str], num_micro_batches: int = 1) -> dict[str, Any]:
     config = configure(overrides)
     torch.manual_seed(0)
     learner = wrap(TinySegmentor(), config.segmentor_optimizer, config, ranks)
-    pair = Pair.of(config, learner, None, class_weights_of(config))
+    samples: Any = FourClasses()
+    pair = Pair(learner, None, build_objective(config, learner.network, samples=samples))
     size = BATCH // ranks.world_size
     for step in range(3):
         images = images_of(step)[ranks.rank * size : (ranks.rank + 1) * size]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -57,6 +58,17 @@ def load(overrides: list[str]) -> Config:
     if presets:
         merged = _merge(merged, _preset_values(presets[-1]))
     return _override(merged, pairs)
+
+
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """Values from Python as `key=value` arguments: {"data": {"crop_px": 48}} -> data.crop_px=48.
+
+    Values: strings, numbers, booleans, None, paths, and lists of them.
+    """
+    return [
+        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
+        for key, value in flattened(dict(values)).items()
+    ]
 
 
 def override(config: Config, overrides: list[str]) -> Config:
@@ -119,19 +131,29 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {name: (before.get(name), after.get(name)) for name in names if not _is_free(name)}
 
 
-def check_same(run_dir: Path, config: Config) -> None:
-    """Raise InputError when `run_dir` holds a run of another configuration."""
+def check_same(run_dir: Path, config: Config) -> int | None:
+    """Raise InputError when `run_dir` holds a run of another configuration.
+
+    Returns the steps that the run had until now where `extend` has made them more, else None.
+    """
     saved = run_dir / CONFIG_FILE
     changed = differences(from_file(saved), config) if saved.exists() else {}
+    steps_before, steps = changed.get("steps", (config.steps, config.steps))
+    if config.extend and steps > steps_before:
+        del changed["steps"]
     if changed:
         values = ", ".join(
             f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items()
         )
+        action = f"write run_dir=DIR to start a new run, or remove {run_dir}"
+        if changed.keys() == {"steps"} and steps > steps_before:
+            action = f"write extend=true to train on to step {steps}, or run_dir=DIR for a new run"
         raise InputError(
             f"{run_dir} holds a run of another configuration ({values})",
             "the same configuration to resume it, or another directory",
-            f"write run_dir=DIR to start a new run, or remove {run_dir}",
+            action,
         )
+    return steps_before if steps > steps_before else None
 
 
 def _is_free(name: str) -> bool:
@@ -209,6 +231,8 @@ def _merge(config: Any, values: dict[str, Any]) -> Any:
         if find(key) is None:
             action = nearest(key, KEYS)
             raise InputError(f"unknown key {key!r}", "a key of the configuration", action)
+        if isinstance(value, str) and isinstance(OmegaConf.select(config, key), ListConfig):
+            value = [value]  # a word for a list is a list of one
         try:
             if key.startswith(TERMS):
                 config = OmegaConf.merge(config, _of_term(key, value))

@@ -153,7 +153,20 @@ class SegmentorConfig:
     name: str = key(
         "deeplabv3plus_efficientnet_lite0", "which network; `distseg models` lists them"
     )
-    init: str = key("imagenet", "first weights: imagenet, random, or a file of weights")
+    init: str = key(
+        "imagenet",
+        "first weights: imagenet; random; a file of weights; a run directory, of which RUN@last, "
+        "RUN@best and RUN@500 name a checkpoint, and RUN the best, or the last where none was "
+        "scored (EMA weights where there are); parts for another number of classes are made anew",
+    )
+    init_partial: bool = key(
+        False, "accept weights that lack more than a quarter of the tensors, which stay random"
+    )
+    freeze: list[str] = key(
+        [],
+        "parts that are not trained, by patterns of parameters' names: encoder, or "
+        '[encoder.layer1,"*.bias"]; batch normalisation in them keeps its statistics',
+    )
     batch_norm: str = key(
         "per_rank",
         "whose statistics normalise in training",
@@ -174,6 +187,9 @@ class DiscriminatorConfig:
     """
 
     name: str = key("two_branch", "which network; `distseg models` lists them")
+    init: str = key(
+        "random", "first weights: random; a file of weights; a run directory, as in segmentor.init"
+    )
     options: dict[str, Any] = key({}, "further keyword arguments of the network")
 
 
@@ -562,6 +578,13 @@ class Config:
         },
     )
     steps: int = key(1000, "updates in all (each of batch_size images)", low=1, high=10**9)
+    extend: bool = key(
+        False,
+        "lets steps be more than when the run was started, so that it is trained on from its last "
+        "checkpoint and its history stays; the learning rate at a step is from then on what a run "
+        "of the new length has there (poly: it goes up once; constant: nothing changes)",
+        on_resume=True,
+    )
     batch_size: int = key(
         16, "GLOBAL: images per step over all ranks", unit="images", low=1, high=10**6
     )

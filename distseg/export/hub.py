@@ -67,11 +67,13 @@ def _without_places(config: Config) -> Config:
     concern.
     """
     data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
-    segmentor = replace(config.segmentor, init=_last_part(config.segmentor.init))
+    segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
+    discriminator = replace(config.discriminator, init=Path(config.discriminator.init).name)
     parallel = replace(
         config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config)
     )
-    own = {"data": data, "segmentor": segmentor, "parallel": parallel, "tracking": TrackingConfig()}
+    own = {"data": data, "parallel": parallel, "tracking": TrackingConfig()}
+    own |= {"segmentor": segmentor, "discriminator": discriminator}
     return replace(config, run_dir="", **own)  # type: ignore[arg-type]
 
 

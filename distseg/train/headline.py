@@ -6,9 +6,11 @@ import torch
 
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
+from distseg.parallel import Learner
 from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.train.inputs import Data
+from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
 
 
@@ -22,6 +24,11 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
         networks += [
             f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"
         ]
+    lines = [" | ".join(networks), *_frozen(config, pair.segmentor.network)]
+    if not step:
+        reports = [getattr(it.network, "init_report", None) for it in _learners(pair)]
+        lines += [f"weights: {report}" for report in reports if report is not None]
+    lines += [f"loss: {' + '.join(_terms(config))}"]
     images = f"{len(data.train)} labelled"
     batch = (
         f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
@@ -29,7 +36,6 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     if data.unlabelled is not None:
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
-    lines = [" | ".join(networks), f"loss: {' + '.join(_terms(config))}"]
     num_layers = sum(
         isinstance(m, SynchronisedBatchNorm2d) for m in pair.segmentor.network.modules()
     )
@@ -43,6 +49,32 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     if step:
         lines += [f"resumed at step {step} of {config.steps}"]
     return "\n".join(lines)
+
+
+def extension(config: Config, steps_before: int) -> str:
+    """That a run is trained on, and what that means for its learning rate."""
+    text = f"extended from {steps_before} to {config.steps} steps; its history stays"
+    if config.schedule.name != "poly":
+        return f"{text}; the learning rate's {config.schedule.name} course knows no last step"
+    before, now = (
+        lr_factor(steps_before, steps, config.schedule) for steps in (steps_before, config.steps)
+    )
+    what = f"the learning rate at step {steps_before} is {now:.3g} of its base, not {before:.3g}"
+    return f"{text}; {what}, as in a run of {config.steps} steps from the start"
+
+
+def _learners(pair: Pair) -> list[Learner]:
+    return [pair.segmentor, *([] if pair.discriminator is None else [pair.discriminator])]
+
+
+def _frozen(config: Config, network: torch.nn.Module) -> list[str]:
+    """How many parameters train, where some are chosen not to."""
+    if not config.segmentor.freeze:
+        return []
+    parameters = list(network.parameters())
+    count = sum(num_elements(p) for p in parameters if p.requires_grad)
+    share = f"{count:,} of {sum(map(num_elements, parameters)):,} parameters of the segmentor train"
+    return [f"frozen: {', '.join(config.segmentor.freeze)}; {share}"]
 
 
 def _terms(config: Config) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distseg.config.schema import Config, LossConfig, TermConfig
 from distseg.data.samples import SampleSet
@@ -113,20 +113,18 @@ def _needs_adversary(term: Term) -> bool:
 
 def build_objective(
     config: Config,
-    head: str | None,
-    *,
-    class_weights: Tensor | None = None,
-    has_auxiliary: bool = False,
+    segmentor: nn.Module,
+    discriminator: nn.Module | None = None,
+    samples: SampleSet | None = None,
 ) -> Objective:
-    """The objective of a run.
+    """The objective of a run, of its bare networks.
 
-    head: the discriminator's, "patch" for scores per cell; None where there is none.
-    class_weights: (C,) of the labelled pixels' cross entropy; has_auxiliary: the segmentor has an
-    auxiliary head. Raises InputError for a term that is not one.
+    samples: the labelled ones, whose pixels may give the weights of classes. Raises InputError for
+    class weights that do not fit, and for a term that is none or cannot be trained.
     """
     loss, semi = config.loss, config.semi
     pixels = PixelOptions(
-        class_weights=class_weights,
+        class_weights=None if samples is None else class_weights(loss, samples),
         label_smoothing=loss.label_smoothing,
         focal_gamma=loss.focal_gamma,
         ohem_threshold=loss.ohem_threshold,
@@ -134,10 +132,13 @@ def build_objective(
     )
     in_sums = loss.ce_reduction == "sum"
     terms: list[Term] = [CrossEntropy(pixels, in_sums)]
-    if has_auxiliary:
+    if getattr(segmentor, "has_auxiliary", False):
         terms.append(Auxiliary(pixels, in_sums))
-    terms += [build_term(name, asked) for name, asked in loss.terms.items()]
-    judging = _judging(config, head)
+    further = [build_term(name, asked) for name, asked in loss.terms.items()]
+    if samples is not None:
+        check_terms(further, samples.classes.num_classes)
+    terms += further
+    judging = _judging(config, discriminator)
     if config.mode != "supervised":
         terms.append(_adversarial("adversarial", "labelled", loss, judging))
     if config.mode == "semi_supervised":
@@ -156,13 +157,13 @@ def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) ->
     )
 
 
-def _judging(config: Config, head: str | None) -> Judging:
+def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
     loss = config.loss
     return Judging(
         at_image_size=loss.map_resolution == "image",
         scaling_tau=loss.scaling_tau if loss.real_map == "scaling" else None,
         real_target=loss.real_target,
-        per_cell=head == "patch",
+        per_cell=getattr(discriminator, "head", None) == "patch",
         per_image=loss.adv_reduction == "sum",
         on_unlabelled=config.semi.discriminate,
     )

@@ -42,19 +42,10 @@ class Pair:
     objective: Objective
 
     @classmethod
-    def of(
-        cls,
-        config: Config,
-        segmentor: Learner,
-        discriminator: Learner | None = None,
-        class_weights: Tensor | None = None,
-    ) -> Pair:
-        """With the objective of a configuration. class_weights: (C,), of the cross entropy."""
-        has_auxiliary = getattr(segmentor.network, "has_auxiliary", False)
-        head = None if discriminator is None else str(discriminator.network.head)
-        objective = build_objective(
-            config, head, class_weights=class_weights, has_auxiliary=has_auxiliary
-        )
+    def of(cls, config: Config, segmentor: Learner, discriminator: Learner | None = None) -> Pair:
+        """With the objective of a configuration."""
+        judge = None if discriminator is None else discriminator.network
+        objective = build_objective(config, segmentor.network, judge)
         return cls(segmentor, discriminator, objective)
 
 

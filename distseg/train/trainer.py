@@ -44,7 +44,7 @@ def memory_of(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
     return {name: learner for name, learner in named.items() if learner is not None}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
     """The loop: steps, logging, evaluation, checkpoints, and the agreed stop."""
 
