@@ -261,7 +261,10 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
     with published(out / task.file) as partial:
         # a fixed mtime, user and mode: the same samples give the same bytes; a file that it opened itself, TarWriter
         # would leave open where the disk is full
-        with partial.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, compress=False) as tar:
+        with (
+            partial.open("wb") as file,
+            webdataset.TarWriter(file, encoder=False, mtime=0, compress=False) as tar,
+        ):
             for key in task.keys:
                 sample = reader.read(key)
                 height, width = _check(sample, reader.classes.num_classes)

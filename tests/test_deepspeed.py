@@ -150,9 +150,7 @@ def train_precisely(ranks: Ranks, precision: str, overrides: Sequence[str]) -> A
     in bf16, so that another format, and with it another order, gives a gradient that is off by
     bf16's rounding.
     """
-    config = make_config(
-        "fp32", "simultaneous", "adversarial", [*overrides, "channels_last=false"]
-    )
+    config = make_config("fp32", "simultaneous", "adversarial", [*overrides, "channels_last=false"])
     config.precision = precision
     pair = make_pair(config, ranks)
     learners, counts = learners_of(pair), []

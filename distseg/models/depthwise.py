@@ -72,7 +72,9 @@ class DepthwiseConv2d(nn.Conv2d):
                 return _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
             x, padding = _pad(x.float(), pads)
             with torch.autocast("cpu", enabled=False):
-                y = F.conv2d(x, weight.float(), None, self.stride, padding, self.dilation, self.groups)
+                y = F.conv2d(
+                    x, weight.float(), None, self.stride, padding, self.dilation, self.groups
+                )
             return y.to(torch.bfloat16)
         x, padding = _pad(x, pads)
         return F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
