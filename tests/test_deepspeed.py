@@ -335,6 +335,7 @@ def test_a_bad_batch_on_one_rank_is_left_out_by_all(stage: int, steps: list[Any]
     test_engine.check_bad_batch([of_rank["bad batch", stage] for of_rank in steps])
 
 
+@pytest.mark.cpu
 @needs_deepspeed
 @pytest.mark.parametrize(("precision", "stage"), PRECISELY)
 def test_a_precision_and_the_average_are_those_of_ddp(
