@@ -15,7 +15,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear, half-pixel centres: (N, C, h, w) -> (N, C, *size); itself where that is its size."""
+    """Bilinear, half-pixel centres: (N, C, h, w) -> (N, C, *size)."""
     if logits.shape[-2:] == tuple(size):
         return logits
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)

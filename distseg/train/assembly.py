@@ -26,7 +26,7 @@ from distseg.train.inputs import Data
 from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
-from distseg.train.trainer import Trainer, TrainState, memory_of
+from distseg.train.trainer import Trainer, TrainState, saved_parts
 
 
 def with_precision(config: Config, ranks: Ranks) -> Config:
@@ -56,7 +56,7 @@ def build_trainer(
     """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
     checkpoints = _checkpoints(config, ranks, data)
-    state, learners = TrainState(), memory_of(pair, ema)
+    state, learners = TrainState(), saved_parts(pair, ema)
     checkpoints.check_space(learners)
     latest = checkpoints.latest()
     if latest is not None:
