@@ -31,7 +31,6 @@ from shards.sample import ClassSet, encode_label
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
 MAX_PX = 2048  # larger images take tiles, as their maps would take gigabytes
-FREE = ("evaluate.", "precision=")  # what may differ from the run
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
 
@@ -79,17 +78,14 @@ def run(
     evaluates.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
-    overrides: key=value of the keys that begin with FREE.
+    overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
     """
     from distseg.config import loading
     from distseg.evaluate.trained import trained_classes, trained_segmentor
 
     images = collect_images(path)
     where = choose_device(device)
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {' or '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
+    loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
     predict(model, images, out, trained_classes(checkpoint_path), of_run(options, config, where))

@@ -258,6 +258,25 @@ def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(
         )
 
 
+def test_a_run_of_a_version_with_other_names_of_keys_goes_on(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    kill_after_checkpoint(start(1, toy_shards, run_dir), run_dir, "step-00000003")
+    path = run_dir / "config.yaml"
+    present = path.read_text()
+    old = present.replace("horizontal_flip", "mirror")
+    old = old.replace("gradient_accumulation_steps", "accumulate_steps")
+    assert old.count("mirror: ") == 2 and "\naccumulate_steps: 1\n" in old
+    path.write_text(old)
+    other = finish(start(1, toy_shards, run_dir, "accumulate_steps=2"), expected_code=2)
+    assert "gradient_accumulation_steps: 1 there, 2 now" in other
+    output = finish(start(1, toy_shards, run_dir, "data.mirror=true"))
+    assert "resumed at step" in output and path.read_text() == present
+    assert output.count("note: data.mirror is now called data.horizontal_flip") == 1
+    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])
+
+
 def test_an_evaluation_that_a_kill_prevented_is_made_up(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:

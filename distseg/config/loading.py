@@ -109,7 +109,7 @@ def from_file(path: Path) -> Config:
             "check the path of the run",
         )
     try:
-        saved = OmegaConf.to_container(OmegaConf.load(path))
+        saved: Any = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(saved, dict):
             raise ValueError("not a mapping")
         merged = OmegaConf.merge(OmegaConf.structured(Config), with_full_names(saved))
@@ -207,9 +207,10 @@ def _refuse_weights(pairs: list[tuple[str, str]]) -> None:
 
 def _parse(key: str, value: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]  # type: ignore[index, call-overload]
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except YAMLError:
         raise InputError(f"{key}={value}", "a YAML value", f"correct {key}") from None
+    return parsed["value"]
 
 
 def _preset_values(name: str) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _preset_values(name: str) -> dict[str, Any]:
     if name not in preset_names():
         needed = f"one of: {', '.join(preset_names())}"
         raise InputError(f"preset={name}", needed, nearest(name, preset_names()))
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))  # type: ignore[assignment]
+    values: Any = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))
     base = values.pop("base", None)  # another preset, which this one changes
     own, inherited = flattened(values), _preset_values(base) if base else {}
     options = tuple(f"{network}.options." for network in NETWORKS if f"{network}.name" in own)

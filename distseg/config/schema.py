@@ -62,7 +62,7 @@ class DataConfig:
         [], 'names of classes that stay; all others become "other" (index 0); []: all stay'
     )
     num_classes: int | None = key(
-        None, "None: as many as there are; a number must agree with that", low=1, high=255
+        None, "null: as many as there are; a number must agree with that", low=1, high=255
     )
     crop_px: int = key(240, "side of the square training crop", unit="px", low=32, high=4096)
     scale_min: float = key(
@@ -447,7 +447,7 @@ class TrackingConfig:
         },
     )
     project: str = key("distseg", "of Weights & Biases")
-    entity: str | None = key(None, "of Weights & Biases; None: the login's own")
+    entity: str | None = key(None, "of Weights & Biases; null: the login's own")
     group: str | None = key(None, "of Weights & Biases")
     job_type: str | None = key(None, "of Weights & Biases")
     tags: list[str] = key([], "of Weights & Biases")
@@ -542,8 +542,8 @@ class Config:
         "of forward and backward passes",
         choices={
             "auto": "bf16 where the device computes in it, else fp32",
-            "bf16": "autocast; parameters stay fp32",
-            "fp16": "autocast with loss scaling; parameters stay fp32",
+            "bf16": "autocast, parameters stay fp32",
+            "fp16": "autocast with loss scaling, parameters stay fp32",
             "fp32": "",
             "fp64": "parameters too",
         },

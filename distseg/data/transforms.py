@@ -1,5 +1,5 @@
-"""The training view: random scale, crop, rotation, horizontal flip, colour and blur of a sample, each array
-resampled once.
+"""The training view: random scale, crop, rotation, horizontal flip, colour and blur of a sample,
+each array resampled once.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ class TrainView:
     crop_px: side of the view, pixels. The scale is log-uniform in [scale_min, scale_max], but for
     rounding: a whole number of the image's pixels is cut out and resized (half-pixel centres) to a
     whole number of the view's. The crop lies inside the scaled image where that is larger, and the
-    image inside the crop where it is smaller. horizontal_flip: left and right are swapped with probability
-    1/2. color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform
-    in 1 -+ color_jitter; 0 is off. The crop is turned about its middle by an angle uniform in -+
-    rotate_degrees; 0 is off. With blur_probability the image is blurred by a Gaussian whose
-    standard deviation is uniform in [0.1, blur_max_px] pixels of the view.
+    image inside the crop where it is smaller. horizontal_flip: left and right are swapped with
+    probability 1/2. color_jitter: brightness, contrast and saturation are each multiplied by a
+    factor uniform in 1 -+ color_jitter; 0 is off. The crop is turned about its middle by an angle
+    uniform in -+ rotate_degrees; 0 is off. With blur_probability the image is blurred by a Gaussian
+    whose standard deviation is uniform in [0.1, blur_max_px] pixels of the view.
 
     Resizing interpolates between the four nearest pixels and does not average over more, so below
     half size it leaves pixels of the image out. (It takes a third of the time of an affine warp,

@@ -25,17 +25,6 @@ from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
 
-FREE = (
-    "evaluate.",
-    "data.shards=",
-    "data.cache_",
-    "data.val_split=",
-    "data.num_threads=",
-    "device=",
-    "precision=",
-    "parallel.",
-)
-
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write
@@ -45,8 +34,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
+    check_overrides(overrides)
     network, config, path = trained_segmentor(run_dir, which)
-    config = for_evaluation(config, overrides)
+    config = loading.override(config, overrides)
     samples = open_samples(config, path)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
@@ -60,13 +50,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     return 0
 
 
-def for_evaluation(config: Config, overrides: list[str]) -> Config:
-    """A run's configuration with what may differ when it is scored. InputError for anything else."""
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {', '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
-    return loading.override(config, overrides)
+def check_overrides(overrides: list[str]) -> None:
+    """Raise InputError for a key that may not differ from the run when it is scored."""
+    loading.refuse_others(overrides, lambda key: key.at_evaluation)
 
 
 def open_samples(config: Config, path: Path) -> SampleSet:

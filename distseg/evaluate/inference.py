@@ -30,10 +30,10 @@ def probabilities(
     """Class probabilities of every pixel, averaged over scaled and flipped views of the image.
 
     model: a segmentor in evaluation mode on `device`. image: (H, W, 3) uint8 RGB, any size. scales:
-    factors on both sides, one view each, and with `horizontal_flip` its flipped image too. autocast_dtype:
-    None for the model's own type. Returns (C, H, W) float32 on `device`, sums to 1 over C. A view
-    gives the softmax of its logits upsampled bilinearly (align_corners=False) to (H, W): the usual
-    average (Chen et al. 2017, section 4.3).
+    factors on both sides, one view each, and with `horizontal_flip` its flipped image too.
+    autocast_dtype: None for the model's own type. Returns (C, H, W) float32 on `device`, sums to 1
+    over C. A view gives the softmax of its logits upsampled bilinearly (align_corners=False) to
+    (H, W): the usual average (Chen et al. 2017, section 4.3).
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         got = f"an image of shape {image.shape} and type {image.dtype}"
