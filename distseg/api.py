@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
-from distseg.evaluate.command import evaluator_of, for_evaluation, open_samples
+from distseg.evaluate.command import check_overrides, evaluator_of, open_samples
 from distseg.evaluate.trained import trained_classes, trained_segmentor
 from distseg.predict import (
     PredictOptions,
@@ -100,7 +101,8 @@ class Trained:
         chosen = [*overrides]
         chosen += [f"data.shards={shards}"] if shards is not None else []
         chosen += [f"data.val_split={split}"] if split is not None else []
-        config = for_evaluation(self.config, chosen)
+        check_overrides(chosen)
+        config = loading.override(self.config, chosen)
         samples = open_samples(config, self.path)
         rank, world_size = 0, 1
         if dist.is_initialized():

@@ -18,6 +18,7 @@ from distseg.config.schema import ScheduleConfig
 from distseg.distributed.ranks import Ranks
 from distseg.models import build_segmentor
 from distseg.models.freezing import freeze
+from distseg.runs.tensor_files import read
 from distseg.tracking.tracker import read_metrics
 from distseg.train import command
 from distseg.train.networks import build_networks
@@ -99,8 +100,6 @@ def test_every_strategy_freezes_alike(
     keys |= {"ema_decay": 0} if stage == 3 else {}
     checkpoint = trained(2, toy_shards, tmp_path / "run", **keys)
     expected = load_file(ddp / "segmentor.network.safetensors")
-    from distseg.runs.tensor_files import read
-
     for name, tensor in read(checkpoint, "segmentor.network").items():
         if name.startswith(FROZEN):
             assert torch.equal(tensor, expected[name]), name

@@ -34,9 +34,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
-    loading.refuse_others(overrides, lambda key: key.at_evaluation)
+    check_overrides(overrides)
     network, config, path = trained_segmentor(run_dir, which)
-    config = for_evaluation(config, overrides)
+    config = loading.override(config, overrides)
     samples = open_samples(config, path)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
@@ -50,10 +50,9 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     return 0
 
 
-def for_evaluation(config: Config, overrides: list[str]) -> Config:
-    """A run's configuration with what may differ when it is scored. InputError for anything else."""
+def check_overrides(overrides: list[str]) -> None:
+    """Raise InputError for a key that may not differ from the run when it is scored."""
     loading.refuse_others(overrides, lambda key: key.at_evaluation)
-    return loading.override(config, overrides)
 
 
 def open_samples(config: Config, path: Path) -> SampleSet:

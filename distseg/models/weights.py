@@ -155,11 +155,11 @@ def load_segmentor(
     _check_layout(segmentor, weights, is_caffe=bool(foreign))
     names = foreign or _names_in(own, weights)
     num_scores = int(segmentor.num_classes) - getattr(segmentor, "is_sigmoid", False)  # type: ignore[arg-type]
-    if any(name in own and not name.startswith("encoder.") for name in names):
-        return _load(segmentor, names, weights, num_scores, None if allow_partial else "segmentor")
-    names = {name.removeprefix("encoder."): key for name, key in names.items()}
-    part = None if allow_partial else "segmentor"
-    return _load(segmentor.encoder, names, weights, num_scores, part)  # type: ignore[arg-type]
+    module = segmentor
+    if not any(name in own and not name.startswith("encoder.") for name in names):
+        module = segmentor.encoder  # type: ignore[assignment]  # the file is of nothing else
+        names = {name.removeprefix("encoder."): key for name, key in names.items()}
+    return _load(module, names, weights, num_scores, None if allow_partial else "segmentor")
 
 
 def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport:
