@@ -11,8 +11,9 @@ place for
   stopped (time limit, preemption)        -> `scontrol requeue`, until the configured steps are done
                                              (an error while it stops, MAX_FAILURES in a row: that
                                              exit code)
-  a rank was lost, or anything else       -> the nodes are started again inside the allocation; after MAX_FAILURES in a
-                                             row that got no step further, that exit code
+  a rank was lost, or anything else       -> the nodes are started again inside the allocation;
+                                             after MAX_FAILURES in a row that got no step further,
+                                             that exit code
 A node that SLURM loses ends the whole job, batch script included; SLURM requeues it by itself.
 """
 
@@ -137,7 +138,7 @@ class Supervisor:
         raise AssertionError
 
     def verdict(self) -> Verdict:
-        """On the last start of the nodes, after `wait`: for a handler that has interrupted `run`."""
+        """On the nodes' last start, after `wait`: for a handler that has interrupted `run`."""
         if self._process is None:
             return Verdict("requeue", "told to stop before the nodes were started")
         return self._judge(_exit_code(self._process), self._noted(self._started))
@@ -148,7 +149,10 @@ class Supervisor:
             return verdict
         if failures_in_a_row(attempts.read(self._run_dir)) < MAX_FAILURES:
             return verdict
-        reason = f"{MAX_FAILURES} failures in a row at step {attempt.first_step}; the last: {verdict.reason}"
+        reason = (
+            f"{MAX_FAILURES} failures in a row at step {attempt.first_step}; "
+            f"the last: {verdict.reason}"
+        )
         return Verdict("fail", reason, exit_code or TEMPORARY)
 
     def _pause(self, seconds: float) -> None:

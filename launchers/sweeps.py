@@ -65,7 +65,10 @@ def sweep(
     """
     directory = Path(directory).absolute()
     if (directory / FILE_NAME).exists():
-        action = f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, or another directory"
+        action = (
+            f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
+            "or another directory"
+        )
         raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
     runs = [
         [*overrides, f"run_dir={directory / f'trial-{number:03d}'}"]
@@ -102,7 +105,10 @@ def resubmit(directory: str | Path) -> list[submitit.Job]:
     orphaned = [row for row in rows if row.state == "orphaned"]
     if orphaned:
         got = "; ".join(f"trial {row.trial}: {' '.join(row.error)}" for row in orphaned)
-        action = "wait until that process has ended, or tell it to save and leave with SIGTERM; then resubmit"
+        action = (
+            "wait until that process has ended, or tell it to save and leave with SIGTERM; "
+            "then resubmit"
+        )
         raise InputError(got, "one job per run directory", action)
     again = {row.trial: row.overrides for row in rows if row.state in TO_RESUBMIT}
     if not again:
@@ -195,7 +201,7 @@ def _inside(folder: str) -> Iterator[None]:
 
 
 def _progress(run_dir: Path) -> tuple[int | None, float | None]:
-    """The last step that is known, and the metric of the finished or else of the last evaluation."""
+    """The last known step, and the metric of the finished or else of the last evaluation."""
     scores = evaluation(run_dir)
     if METRIC in scores:
         return scores.get("step"), scores[METRIC]

@@ -15,11 +15,15 @@ from shards.errors import InputError
 
 Trial = dict[str, Any]  # key of the configuration -> value
 
-EXAMPLE = """base: [preset=stanford, steps=500]        # of every trial
-grid: {loss.adv_weight: [0, 0.01], seed: [0, 1]}          # every combination
-zip: {segmentor_optimizer.lr: [1e-3, 1e-2], segmentor_optimizer.name: [adamw, sgd]}       # first with first, ...
-list: [{ema_decay: 0}, {ema_decay: 0.99, schedule.warmup_steps: 100}]          # as they are
-random: {count: 8, seed: 0, values: {schedule.power: {low: 0.1, high: 10, log: true}, data.crop_px: [240, 320]}}
+EXAMPLE = """\
+base: [preset=stanford, steps=500]                # of every trial
+grid: {loss.adv_weight: [0, 0.01], seed: [0, 1]}  # every combination
+zip: {segmentor_optimizer.lr: [1e-3, 1e-2], segmentor_optimizer.name: [adamw, sgd]}  # in pairs
+list: [{ema_decay: 0}, {ema_decay: 0.99, schedule.warmup_steps: 100}]  # as they are
+random:
+  count: 8
+  seed: 0
+  values: {schedule.power: {low: 0.1, high: 10, log: true}, data.crop_px: [240, 320]}
 """
 
 

@@ -171,7 +171,10 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
         else:
             entries = [entry for entry in content if _understood(entry)]
             if len(entries) != info.num_samples or len(content) != len(entries):
-                what = f"{len(entries)} samples with key, size and an image; the manifest says {info.num_samples}"
+                what = (
+                    f"{len(entries)} samples with key, size and an image; the manifest says "
+                    f"{info.num_samples}"
+                )
                 find(info.index_file, what)
     except ValueError:
         find(info.index_file, "is not JSON, so that no sample of the shard was looked at")
@@ -181,7 +184,8 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
     if sha256_of(path) != info.sha256:
         find(
             info.file,
-            f"its sha256 is not the manifest's ({path.stat().st_size} bytes, {info.num_bytes} as packed)",
+            f"its sha256 is not the manifest's ({path.stat().st_size} bytes, "
+            f"{info.num_bytes} as packed)",
         )
         findings += wrong_frame(directory, info, entries)
     return findings, entries
@@ -340,7 +344,10 @@ def _labels(inspection: Inspection) -> Iterator[Finding]:
         thin = float(np.median([look.thin for look in labels]))
         if thin > THIN_SHARE:
             what = f"{thin:.0%} of the border pixels of the median label are unlike both neighbours"
-            action = "were labels resized with interpolation, or kept as JPEG? resize them with nearest sampling"
+            action = (
+                "were labels resized with interpolation, or kept as JPEG? resize them with nearest "
+                "sampling"
+            )
             yield warn("frayed labels", what, action)
 
 

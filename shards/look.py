@@ -197,9 +197,15 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
     wrong = used[(used >= classes.num_classes) & (used != IGNORE_INDEX)]
     if wrong.size:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")
-        what = f"{look.pixels[wrong].sum()} pixels of {shown}: indices end at {classes.num_classes - 1}, void is 255"
+        what = (
+            f"{look.pixels[wrong].sum()} pixels of {shown}: indices end at "
+            f"{classes.num_classes - 1}, void is 255"
+        )
         if set(wrong.tolist()) <= _grays(classes):
-            what += "; these are gray levels of the classes' colours, so a colour mask was read as indices"
+            what += (
+                "; these are gray levels of the classes' colours, so a colour mask was read as "
+                "indices"
+            )
         look.find(ERROR, "label range", what, CORRECT)
     elif look.pixels[IGNORE_INDEX] == label.size:
         look.find(WARNING, "all void", "no pixel of its label counts", "label it, or leave it out")

@@ -81,16 +81,19 @@ class Manifest:
 
     @staticmethod
     def load(directory: Path) -> Manifest:
-        """Read manifest.json. Raises InputError when it is missing, damaged or of another version."""
+        """Read manifest.json. Raises InputError: it is missing, damaged or of another version."""
         path = directory / FILE_NAME
-        action = f"make it with `distseg pack FILE.h5 --out {directory}` (FILE.h5: from `distseg prepare`)"
+        action = (
+            f"make it with `distseg pack FILE.h5 --out {directory}` "
+            "(FILE.h5: from `distseg prepare`)"
+        )
         if not path.is_file():
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
         return Manifest.parse(path.read_bytes(), str(path), action)
 
     @staticmethod
     def parse(content: bytes, place: str, action: str) -> Manifest:
-        """The manifest in a file's bytes. Raises InputError, with place and action, as `load` does."""
+        """The manifest in a file's bytes. Raises InputError with place and action, like `load`."""
         try:
             text = content.decode()
             values = json.loads(text)

@@ -227,7 +227,7 @@ class MapsReader:
             raise InputError(f"{self.path}: {key}: {got}", "a sound sample", action) from None
 
     def copy_to(self, group: h5py.Group, key: str) -> None:
-        """Copy what is stored of a sample into an empty group of another file, bytes as they are."""
+        """Copy a sample as it is stored into an empty group of another file, byte for byte."""
         stored = self._open()[key]
         group.attrs.update(stored.attrs)
         for name in sorted(stored):
@@ -266,7 +266,10 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
             return from_one_hot(view), len(view)
         except InputError:
             continue
-    got = f"{path}: {'a map that is not one-hot' if views else f'shape {shape} for an image of {size}'}"
+    got = (
+        f"{path}: "
+        f"{'a map that is not one-hot' if views else f'shape {shape} for an image of {size}'}"
+    )
     raise InputError(
         got, "one-hot (C, H, W) or (H, W, C)", "correct the file or remove it with its image"
     )

@@ -155,7 +155,10 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
     """
     there = Manifest.load(out)
     if there.classes != reader.classes:
-        got = f"{out} has the classes {', '.join(there.classes.names)}; the maps {', '.join(reader.classes.names)}"
+        got = (
+            f"{out} has the classes {', '.join(there.classes.names)}; "
+            f"the maps {', '.join(reader.classes.names)}"
+        )
         raise InputError(
             got, "the same names and colours, in the same order", "prepare the maps with those"
         )
@@ -238,7 +241,8 @@ def _publish(
         mark_verified(out, manifest)  # every image was decoded and every label checked on the way
     else:
         say(
-            f"the shards that were in {out} are not verified: training will ask for `distseg inspect {out}`"
+            f"the shards that were in {out} are not verified: "
+            f"training will ask for `distseg inspect {out}`"
         )
 
 

@@ -125,7 +125,10 @@ def test_networks_and_losses_are_plain_torch() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    program = "import sys; from distseg.cli import build_parser; build_parser().format_help(); print(*sys.modules)"
+    program = (
+        "import sys; from distseg.cli import build_parser; build_parser().format_help(); "
+        "print(*sys.modules)"
+    )
     modules = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

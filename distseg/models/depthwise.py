@@ -131,7 +131,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
 
 
 def _reach(size: int, num_taps: int, offset: int, stride: int) -> tuple[int, int, int]:
-    """First input that a set of taps saw, zeros needed before the gradient, its length with them."""
+    """First input that a set of taps saw; zeros before the gradient; its length with them."""
     first = offset % stride
     output = (first - offset) // stride  # the one whose first tap lies on `first`
     return first, num_taps - 1 - output, num_taps - 1 + len(range(first, size, stride))

@@ -245,7 +245,10 @@ def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px
     for label_map in label_maps:
         require_size(label_map, min_size_px, "label map")
         if tuple(label_map.shape[-2:]) != size:
-            got = f"label maps of {size[0]}x{size[1]} and {label_map.shape[-2]}x{label_map.shape[-1]} px in one call"
+            got = (
+                f"label maps of {size[0]}x{size[1]} and "
+                f"{label_map.shape[-2]}x{label_map.shape[-1]} px in one call"
+            )
             raise InputError(got, "one size", "bring them to one size, or call once for each")
         if len(label_map) > len(image):
             got = f"{len(label_map)} label maps for {len(image)} images"

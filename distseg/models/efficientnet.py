@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le 2019; Google's mobile variant): ReLU6, no squeeze-and-excitation."""
+"""EfficientNet-Lite0 (Tan and Le 2019; the mobile variant): ReLU6, no squeeze-and-excitation."""
 
 from __future__ import annotations
 

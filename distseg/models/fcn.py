@@ -1,4 +1,4 @@
-"""FCN-32s, -16s and -8s on VGG16 (Long, Shelhamer, Darrell, CVPR 2015), and FCN-8s trained at once."""
+"""FCN-32s, -16s and -8s on VGG16 (Long, Shelhamer, Darrell 2015), and FCN-8s trained at once."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Upscore(nn.ConvTranspose2d):
 
 
 def _score(channels: int, num_scores: int) -> nn.Conv2d:
-    """Zero at first, so that each finer net starts from the coarser one (section 4.2 of the paper)."""
+    """Zero at first, so that each finer net starts from the coarser one (the paper, 4.2)."""
     layer = nn.Conv2d(channels, num_scores, 1)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

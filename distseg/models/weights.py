@@ -1,4 +1,4 @@
-"""Weights from files: what was loaded, what is missing, what was left over, and nothing executed."""
+"""Weights from files: what was loaded, what is missing, what was left over; nothing executed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,10 @@ def load_segmentor(segmentor: nn.Module, state: Mapping[str, Tensor], source: st
     layout = getattr(segmentor.encoder, "layout", None)
     origin = "caffe" if names else "torchvision" if "fc.weight" in state else None
     if layout and origin and layout != origin:
-        got = f"{source}: weights trained in the {origin} layout, for a network in the {layout} layout"
+        got = (
+            f"{source}: weights trained in the {origin} layout, for a network in the {layout} "
+            "layout"
+        )
         action = (
             f"choose another file, or deeplabv2_resnet101 with segmentor.options.layout={origin}"
         )

@@ -29,7 +29,8 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 MAX_ID = 2**16 - 1  # of a 16-bit gray picture
 PLACE = "{split}"
-LAYOUT = """classes: [{name: sky, color: [70, 130, 180], ids: [1]}, {name: road, color: [128, 64, 128], ids: [2, 3]}]
+LAYOUT = """classes: [{name: sky, color: [70, 130, 180], ids: [1]}, \
+{name: road, color: [128, 64, 128], ids: [2, 3]}]
           void: [0, 255]"""
 
 
@@ -52,15 +53,17 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
     extension.
 
     layout: the YAML file (default: <root>/distseg.yaml). Its keys:
-      classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class indices; ids
-                   default to the place in the list, colours to a rainbow
+      classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class
+                   indices; ids default to the place in the list, colours to a rainbow
       void         mask values, or colours, that are no class (default: [255], for colours none)
-      mask_values  ids (gray values or palette indices; the default) or colors (a class is where its colour is)
+      mask_values  ids (gray values or palette indices; the default) or colors (a class is where
+                   its colour is)
       images, masks  folders (default: images, masks); "{split}" in both stands for each of `splits`
       mask_suffix  what a mask's name has after the image's, e.g. _mask
-      splits       [train, val] with "{split}" above; or {train: FILE, val: FILE}, lists with an id a line; without it a
-                   fifth of a permutation by `seed` (default 0) validates
-      unlabelled   true: an image without a mask is kept without a label, except in val (default: it is missing)
+      splits       [train, val] with "{split}" above; or {train: FILE, val: FILE}, lists with an id
+                   a line; without it a fifth of a permutation by `seed` (default 0) validates
+      unlabelled   true: an image without a mask is kept without a label, except in val (default:
+                   it is missing)
       name         of the data set (default: folder)
 
     Missing: an image without a mask, a mask without an image, an id of a list without a file.
@@ -112,7 +115,7 @@ def _pairs(root: Path, what: _Layout, split: str) -> list[Pair]:
 
 
 def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list[Pair]:
-    """The pairs of one pair of folders, put into splits by lists or by a seed; adds to the notes."""
+    """The pairs of two folders, put into splits by lists or by a seed; adds to the notes."""
     pairs = {pair.id: pair for pair in _pairs(root, what, "")}
     if isinstance(what.splits, dict):
         splits = {split: ids_in_list(root / path) for split, path in what.splits.items()}
@@ -174,7 +177,8 @@ def _read(file: Path) -> _Layout:
     if texts["images"] == texts["masks"] and not texts["mask_suffix"]:
         raise _wrong(
             file,
-            f"images and masks are both in {texts['images']!r} and mask_suffix does not tell them apart",
+            f"images and masks are both in {texts['images']!r} "
+            "and mask_suffix does not tell them apart",
         )
     return _Layout(
         classes, Coding(tuple(codes), colors), splits=splits, unlabelled=unlabelled, **texts

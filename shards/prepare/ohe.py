@@ -1,4 +1,4 @@
-"""The older one-hot layout: one HDF5 file an image, data set "OHE", beside a folder of JPEG files."""
+"""The older one-hot layout: an HDF5 file an image, data set "OHE", beside a folder of JPEGs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _key(path: Path) -> str:
 
 
 def classes_by_number(num_classes: int) -> ClassSet:
-    """Stanford's classes when there are eight, else class-0 onwards in the colours of the rainbow."""
+    """Stanford's classes when there are eight, else class-0 onwards in a rainbow's colours."""
     if num_classes == STANFORD.num_classes:
         return STANFORD
     return ClassSet(tuple(f"class-{index}" for index in range(num_classes)), rainbow(num_classes))

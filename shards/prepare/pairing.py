@@ -141,7 +141,7 @@ def check_listed_once(splits: Mapping[str, Iterable[str]]) -> None:
 
 
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
-    """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates; needs two keys."""
+    """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates."""
     if len(keys) < 2 or seed < 0:
         raise InputError(
             f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them"

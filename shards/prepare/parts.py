@@ -1,4 +1,4 @@
-"""A data set into HDF5 maps: in parts, by several processes, going on where an interrupted run was."""
+"""A data set into HDF5 maps: in parts, by several processes, going on after an interruption."""
 
 from __future__ import annotations
 
@@ -106,7 +106,10 @@ def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except FileNotFoundError:
-        action = "is another process moving the data? When it is done, run the same command again: it goes on"
+        action = (
+            "is another process moving the data? When it is done, "
+            "run the same command again: it goes on"
+        )
         raise InputError(
             f"{path} has vanished since the data were listed", "files that stay", action
         ) from None

@@ -57,7 +57,10 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
         wrong = sorted(set(keys) ^ set(listed)) or sorted(
             {key for key in listed if listed.count(key) > 1}
         )
-        got = f"{folder}: {len(wrong)} ids not listed exactly once or without an image, the first: {wrong[0]}"
+        got = (
+            f"{folder}: {len(wrong)} ids not listed exactly once or without an image, "
+            f"the first: {wrong[0]}"
+        )
         raise InputError(
             got,
             "each image in one list, once",
@@ -91,7 +94,10 @@ def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
             f"{path}: {error}", "rows of whole numbers", "unpack the data set again"
         ) from None
     if values.shape != size:
-        got = f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers for an image {size[0]} x {size[1]}"
+        got = (
+            f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers "
+            f"for an image {size[0]} x {size[1]}"
+        )
         raise InputError(
             got, "one number for every pixel (height x width)", "unpack the data set again"
         )

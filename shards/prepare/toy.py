@@ -1,4 +1,4 @@
-"""The toy set: generated outdoor scenes, for a first run in minutes and for tests; needs no input."""
+"""The toy set: generated outdoor scenes, for a first run in minutes and for tests; no input."""
 
 from __future__ import annotations
 

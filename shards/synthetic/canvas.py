@@ -1,4 +1,4 @@
-"""The picture and its label, painted together: one mask gives both, so that they cannot disagree."""
+"""The picture and its label, painted together: one mask gives both, so they cannot disagree."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.nda
 
 
 def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
-    """Set `share` of the pixels to 255, in place: a few specks, the rest on stretches of borders."""
+    """Set `share` of the pixels to 255, in place: some specks, the rest along borders."""
     height, width = label.shape
     target = round(share * label.size)
     specks = np.zeros_like(label)

@@ -49,7 +49,7 @@ HORIZON_M = 500.0  # a road seen no further: less than a pixel remains
 
 
 def paint_sky(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Gradient and clouds over the whole picture; what lies below the horizon is painted over it."""
+    """Gradient and clouds over the whole picture; what is below the horizon is painted over."""
     light, size = canvas.light, canvas.camera.size
     up = np.linspace(1, 0, canvas.camera.horizon_px, dtype=np.float32)[:, None, None]
     rows = np.array(light.low_sky, np.float32) * (1 - up) + np.array(light.zenith, np.float32) * up

@@ -107,7 +107,7 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
 
 
 def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Generator) -> None:
-    """A tree on its trunk: a round crown of several lobes, a conifer, or a bush; all labelled tree."""
+    """A tree on its trunk: a crown of several lobes, a conifer, or a bush; all labelled tree."""
     kind = ("round", "round", "round", "conifer", "bush")[pick_index(rng, 5)]
     tall = uniform(rng, 1.0, 2.4) if kind == "bush" else uniform(rng, 4.5, 13)
     broad = (
@@ -189,7 +189,7 @@ def _paint_wall(
     grid_m: tuple[float, float],
     seen: tuple[float, float],
 ) -> None:
-    """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in m, light."""
+    """A wall with a window in each cell of `grid_m` (width, height). seen: depth in m, light."""
     depth_m, shade = seen
     outline = [
         wall.at(u, up)
