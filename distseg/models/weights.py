@@ -117,7 +117,8 @@ def load_segmentor(segmentor: nn.Module, state: Mapping[str, Tensor], source: st
         raise InputError(got, "one layout (where a bottleneck has its stride)", action)
     if not names:
         is_whole = any(key.startswith("encoder.") for key in state)
-        return load_into(segmentor if is_whole else segmentor.encoder, state, source)  # type: ignore[arg-type]
+        network = segmentor if is_whole else segmentor.encoder
+        return load_into(network, state, source)  # type: ignore[arg-type]
     renamed = {new: state[old] for new, old in names.items()}
     for key in [key for key in renamed if key.startswith("aspp.") and key in own]:
         if (
