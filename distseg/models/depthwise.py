@@ -18,7 +18,7 @@ Geometry = tuple[Pads, int, int]  # padding, stride, dilation
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Zeros before and after `size` inputs that make ceil(size / stride) outputs.
 
-    The odd one goes after.
+    Where their number is odd, there is one more after.
     """
     reach = (kernel - 1) * dilation
     total = reach - (size - 1) % stride  # what the last output's filter needs beyond the last input
