@@ -231,7 +231,10 @@ def _grays(classes: ClassSet) -> set[int]:
     levels = {
         round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in classes.palette
     }
-    return {level + step for level in levels for step in (-1, 0, 1)}
+    around: set[int] = set()
+    for level in levels:
+        around |= {level - 1, level, level + 1}
+    return around
 
 
 def _other_png(content: bytes) -> str | None:

@@ -146,10 +146,10 @@ class Manifest:
 
         What older packs did not know is not written.
         """
-        splits = {
-            name: vars(split) | {"shards": [_without_none(vars(shard)) for shard in split.shards]}
-            for name, split in self.splits.items()
-        }
+        splits = {}
+        for name, split in self.splits.items():
+            shards = [_without_none(vars(shard)) for shard in split.shards]
+            splits[name] = vars(split) | {"shards": shards}
         content = {
             "version": self.version,
             "name": self.name,
@@ -160,7 +160,10 @@ class Manifest:
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""
-        return [shard for split in self.splits.values() for shard in split.shards]
+        found: list[ShardInfo] = []
+        for split in self.splits.values():
+            found += split.shards
+        return found
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -183,15 +186,11 @@ def hashed(file: BinaryIO) -> hashlib._Hash:
 
 def _from_json(content: dict[str, Any]) -> Manifest:
     palette = tuple((int(r), int(g), int(b)) for r, g, b in content["classes"]["palette"])
-    splits = {
-        name: SplitInfo(
-            tuple(ShardInfo(**shard) for shard in split["shards"]),
-            split["num_samples"],
-            tuple(split["class_pixels"]),
-            split["void_pixels"],
-        )
-        for name, split in content["splits"].items()
-    }
+    splits = {}
+    for name, split in content["splits"].items():
+        shards = tuple(ShardInfo(**shard) for shard in split["shards"])
+        pixels = tuple(split["class_pixels"])
+        splits[name] = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
     classes = ClassSet(tuple(content["classes"]["names"]), palette)
     extra = content.get("left_out", 0), content.get("sources", {})
     return Manifest(content["version"], content["name"], classes, splits, *extra)

@@ -6,6 +6,7 @@ Two folders matched by name, and a small YAML that says what the masks mean.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,10 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 MAX_ID = 2**16 - 1  # of a 16-bit gray picture
 PLACE = "{split}"
+KEYS = (
+    *("classes", "void", "mask_values", "images", "masks"),
+    *("mask_suffix", "splits", "unlabelled", "name"),
+)
 LAYOUT = """classes: [{name: sky, color: [70, 130, 180], ids: [1]}, \
 {name: road, color: [128, 64, 128], ids: [2, 3]}]
           void: [0, 255]"""
@@ -78,7 +83,10 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
         )
     notes: list[str] = []
     if isinstance(what.splits, tuple):
-        pairs = _unlike([pair for split in what.splits for pair in _pairs(root, what, split)])
+        pairs = []
+        for split in what.splits:
+            pairs += _pairs(root, what, split)
+        pairs = _unlike(pairs)
     else:
         pairs = _distributed(root, what, seed or 0, notes)
     tasks = pair_tasks(root, pairs, masked_sample, what.coding, what.name)
@@ -137,38 +145,12 @@ def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list
 
 
 def _read(file: Path) -> _Layout:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _wrong(file, f"{error}") from None
-    if not isinstance(content, dict):
-        raise _wrong(file, f"{type(content).__name__} instead of keys and values")
-    known = (
-        "classes",
-        "void",
-        "mask_values",
-        "images",
-        "masks",
-        "mask_suffix",
-        "splits",
-        "unlabelled",
-        "name",
-    )
-    _check_keys(file, content, known)
+    content = _content(file)
+    _check_keys(file, content, KEYS)
     colors = _choice(file, content, "mask_values", ("ids", "colors")) == "colors"
     classes, codes = _classes(file, content.get("classes"), colors)
-    void = content.get("void", [] if colors else [IGNORE_INDEX])
-    if not isinstance(void, list):
-        raise _wrong(file, f"void: {void!r} is no list")
-    codes += [(_code(file, "void", value, colors), IGNORE_INDEX) for value in void]
-    twice = sorted({value for value, _ in codes if [code for code, _ in codes].count(value) > 1})
-    if twice:
-        raise _wrong(
-            file,
-            f"mask value {twice[0]:#08x} means two things"
-            if colors
-            else f"id {twice[0]} means two things",
-        )
+    codes += _void(file, content, colors)
+    _check_said_once(file, codes, colors)
     texts = {key: _text(file, content, key, default) for key, default in _DEFAULTS.items()}
     unlabelled = content.get("unlabelled", False)
     if not isinstance(unlabelled, bool):
@@ -183,6 +165,32 @@ def _read(file: Path) -> _Layout:
     return _Layout(
         classes, Coding(tuple(codes), colors), splits=splits, unlabelled=unlabelled, **texts
     )
+
+
+def _content(file: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _wrong(file, f"{error}") from None
+    if not isinstance(content, dict):
+        raise _wrong(file, f"{type(content).__name__} instead of keys and values")
+    return content
+
+
+def _void(file: Path, content: Mapping[Any, Any], colors: bool) -> list[tuple[int, int]]:
+    # 255 is void in most masks of ids; of colours none is so common that it could be meant
+    void = content.get("void", [] if colors else [IGNORE_INDEX])
+    if not isinstance(void, list):
+        raise _wrong(file, f"void: {void!r} is no list")
+    return [(_code(file, "void", value, colors), IGNORE_INDEX) for value in void]
+
+
+def _check_said_once(file: Path, codes: list[tuple[int, int]], colors: bool) -> None:
+    times = Counter(value for value, _ in codes)
+    twice = sorted(value for value, count in times.items() if count > 1)
+    if twice:
+        value = f"mask value {twice[0]:#08x}" if colors else f"id {twice[0]}"
+        raise _wrong(file, f"{value} means two things")
 
 
 _DEFAULTS = {"name": "folder", "images": "images", "masks": "masks", "mask_suffix": ""}
@@ -229,6 +237,7 @@ def _code(file: Path, name: str, value: Any, colors: bool) -> int:
 
 
 def _color(file: Path, name: str, value: Any) -> tuple[int, int, int]:
+    # type, not isinstance: YAML's true is an int too
     numbers = isinstance(value, list | tuple) and all(
         type(part) is int and 0 <= part <= 255 for part in value
     )
@@ -250,7 +259,8 @@ def _splits(
         return tuple(dict.fromkeys(splits))
     lists = isinstance(splits, dict) and bool(splits)
     if (splits is None or lists) and not any(placed):
-        if lists and not all(isinstance(text, str) for pair in splits.items() for text in pair):
+        texts_only = not lists or all(isinstance(text, str) for text in (*splits, *splits.values()))
+        if not texts_only:
             raise _wrong(file, f"splits: {splits!r} does not give a file for each name")
         return splits
     got = f"splits: {splits!r} with images {texts['images']!r} and masks {texts['masks']!r}"

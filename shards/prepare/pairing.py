@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -138,6 +138,13 @@ def check_listed_once(splits: Mapping[str, Iterable[str]]) -> None:
                 got = f"{id_} is listed twice ({seen[id_]} and {split})"
                 raise InputError(got, "each id in one list, once", "correct the lists")
             seen[id_] = split
+
+
+def each_id(splits: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(split, id) of every id, in order."""
+    for split, ids in splits.items():
+        for id_ in ids:
+            yield split, id_
 
 
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:

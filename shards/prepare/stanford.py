@@ -9,7 +9,7 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.prepare.dataset import DataSet
-from shards.prepare.pairing import Pair, ids_in_list, pair_tasks, read_image, seeded_splits
+from shards.prepare.pairing import Pair, each_id, ids_in_list, pair_tasks, read_image, seeded_splits
 from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
 UNKNOWN = -1
@@ -38,8 +38,7 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
     splits = _splits(root, sorted(images.keys() | labels.keys()), seed)
     pairs = [
         Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.regions.txt")
-        for split, ids in splits.items()
-        for id_ in ids
+        for split, id_ in each_id(splits)
     ]
     return DataSet(STANFORD, pair_tasks(root, pairs, _sample))
 

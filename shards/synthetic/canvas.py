@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -87,9 +88,7 @@ class Canvas:
 
         None when outside.
         """
-        points = np.array([point for polygon in polygons for point in polygon]).clip(
-            -FAR_PX, FAR_PX
-        )
+        points = np.array(list(chain.from_iterable(polygons))).clip(-FAR_PX, FAR_PX)
         low = np.floor(points.min(axis=0)).clip(0)
         left, top = low.astype(int).tolist()
         right, bottom = np.ceil(points.max(axis=0)).astype(int).tolist()

@@ -152,7 +152,10 @@ def _under(faces: list[list[Point]], top: list[Point]) -> list[list[Point]]:
         (_, left), (_, right) = top[int(at)], top[int(at) + 1]
         return point[0], max(point[1], left + (right - left) * (at - int(at)))
 
-    return [[below(point) for point in face] for face in faces]
+    covered = []
+    for face in faces:
+        covered.append([below(point) for point in face])
+    return covered
 
 
 def _paint_far_trees(canvas: Canvas, rng: np.random.Generator) -> None:
