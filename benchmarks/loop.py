@@ -1,10 +1,11 @@
 """What the training loop adds to the bare alternating step: data, logging, watchdog, agreed stop,
 checkpoints.
 
-Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates, on the batch at
-hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in every interval, and its cost also
-given apart, as runs save far less often.
-Run: python -m benchmarks.loop [--intervals 5] [--steps 8] [key=value ...]    two to three minutes on two CPU cores
+Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates,
+on the batch at hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in
+every interval, and its cost also given apart, as runs save far less often.
+Run: python -m benchmarks.loop [--intervals 5] [--steps 8] [key=value ...]
+Two to three minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -143,22 +144,18 @@ def main() -> None:
     ]
     step = statistics.median(bare)
     print(conditions(options.threads))
-    print(
-        f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (",
-        end="",
-    )
-    print(", ".join(f"{ratio - 1:+.1%}" for ratio in ratios), end=")\n")
+    each = ", ".join(f"{ratio - 1:+.1%}" for ratio in ratios)
+    without = f"loop without saving {statistics.median(ratios) - 1:+.1%} ({each})"
+    print(f"bare step {step * 1e3:.0f} ms; {without}")
     logging, every = statistics.median(TimedTrainer.logging), TrackingConfig().log_every
     print(
-        f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps {logging / every / step:+.2%}"
+        f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps "
+        f"{logging / every / step:+.2%}"
     )
     writing = statistics.median(TimedTrainer.writing[1:-1])
     most = (saving + writing) / 1000 / step
-    print(
-        f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in {writing:.2f} s:",
-        end=" ",
-    )
-    print(f"every 1000 steps at most {most:+.2%}")
+    kept = f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in"
+    print(f"{kept} {writing:.2f} s: every 1000 steps at most {most:+.2%}")
 
 
 if __name__ == "__main__":

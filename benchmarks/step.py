@@ -143,7 +143,7 @@ class _Sum(nn.ModuleList):
 
 
 class _Untracked(nullcontext):
-    """For a FlopCounterMode that need not know the modules: its hooks fail on a gradient to a leaf."""
+    """For a FlopCounterMode that need not know modules: its hooks fail on a gradient to a leaf."""
 
     parents = frozenset({"Global"})
 

@@ -79,7 +79,10 @@ def document(inspection: Inspection) -> dict[str, Any]:
 def _verdict(directory: Path, inspection: Inspection, writable: bool) -> str:
     num_errors = len(inspection.errors)
     num_warnings = len(inspection.findings) - num_errors
-    said = f"{directory}: {num_errors} errors, {num_warnings} warnings in {len(inspection.looks)} samples; "
+    said = (
+        f"{directory}: {num_errors} errors, {num_warnings} warnings in {len(inspection.looks)} "
+        "samples; "
+    )
     if num_errors:
         return said + "training refuses these shards until they are sound"
     if not writable:

@@ -53,7 +53,10 @@ class ShardCache:
                 pass
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                needed = "a file system with file locks (flock), by which the processes of a machine share the cache"
+                needed = (
+                    "a file system with file locks (flock), by which the processes of a machine "
+                    "share the cache"
+                )
                 action = "write data.cache_dir=DIR with a folder on a local disk"
                 raise InputError(f"{directory}: {error.strerror}", needed, action) from None
             action = "choose another with data.cache_dir=DIR"

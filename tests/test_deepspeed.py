@@ -188,7 +188,7 @@ def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) 
 
 
 def copied_buffer(ranks: Ranks, overrides: Sequence[str]) -> Any:
-    """Of a whole copy: a buffer that no state_dict holds, such as an encoder's mean of the pixels."""
+    """Of a whole copy: a buffer that no state_dict holds, such as an encoder's pixel mean."""
     config, (network, _) = (
         make_config("fp32", "simultaneous", "adversarial", overrides),
         make_networks("two_branch"),

@@ -32,7 +32,7 @@ def level_of(found: list[Finding], name: str) -> tuple[str, str]:
 
 
 def three_ranks(ranks: Ranks, run_dir: Path, faults: bool) -> list[Finding]:
-    """examine() on machines that are told apart by name; with faults, rank 1 and rank 2 have some."""
+    """examine() on machines told apart by name; with faults, rank 1 and rank 2 have some."""
     work, clock, versions = 0.01, time.time, checkup.versions
     checkup.compute_seconds = lambda device: work * (3 if faults and ranks.rank == 1 else 1)
     if faults and ranks.rank == 1:

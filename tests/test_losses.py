@@ -131,9 +131,7 @@ def test_pseudo_labels_are_the_own_classes_where_the_discriminator_believes() ->
     assert 0 < int((pseudo != 255).sum()) < int(inside.sum())
 
 
-def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_and_an_empty_mask_gives_zero() -> (
-    None
-):
+def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_zero_under_none() -> None:
     logits = rand(1, 3, 4, 4).requires_grad_()
     probabilities, inside = logits.softmax(1), torch.ones(1, 4, 4, dtype=torch.bool)
     on_fake = torch.full((1, 1, 4, 4), -9.0, dtype=torch.float64)

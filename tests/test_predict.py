@@ -28,7 +28,7 @@ CLASSES = ClassSet(
 
 
 class Colors(nn.Module):
-    """Calls each pixel by its strongest colour channel, or dark: an exact stand-in for a segmentor."""
+    """Calls each pixel by its strongest channel, or dark: an exact stand-in for a segmentor."""
 
     num_classes = 4
 

@@ -259,7 +259,8 @@ out.textContent = JSON.stringify(seen);
 document.body.append(out);
 </script>"""
 PROBE = """
-const charts = () => [...document.querySelectorAll("figure")].filter((f) => f.style.display !== "none").length;
+const figures = () => [...document.querySelectorAll("figure")];
+const charts = () => figures().filter((f) => f.style.display !== "none").length;
 const ranges = () => [...document.querySelectorAll("input[type=range]")];
 seen.ready = document.body.dataset.ready;
 seen.titles = [...document.querySelectorAll("h2")].map((h) => h.textContent);
@@ -394,7 +395,8 @@ HEALTH = """
 seen.lines = nodes("#health ~ div svg title").map((t) => t.textContent);
 seen.verdict = nodes(".verdict").map((v) => [v.className, v.textContent]);
 seen.section = nodes("#health ~ div")[0].textContent;
-seen.curves = nodes("#curves ~ p:not(.note)").map((p) => (p.style.display === "none" ? "" : p.textContent)).join("");
+const shown = (p) => (p.style.display === "none" ? "" : p.textContent);
+seen.curves = nodes("#curves ~ p:not(.note)").map(shown).join("");
 seen.table = nodes("#runs + p + .scroll td").map((c) => c.textContent);
 """
 

@@ -1,4 +1,4 @@
-"""Tables of evaluations: mean and spread by hand, rows by configuration, and only like with like."""
+"""Tables of evaluations: mean and spread by hand, rows by configuration, like with like."""
 
 from __future__ import annotations
 
@@ -155,7 +155,10 @@ def test_different_numbers_of_steps_are_allowed_and_said(
     assert "steps" not in capsys.readouterr().err
     shorter = finished(tmp_path / "shorter", 0.6, "mode=supervised", "seed=3", step=600)
     assert main(["summarize", *map(str, runs), str(shorter)]) == 0
-    note = f"different numbers of steps: 600 ({shorter}/evaluation.json), 900 ({runs[0]}/evaluation.json)"
+    note = (
+        f"different numbers of steps: 600 ({shorter}/evaluation.json), "
+        f"900 ({runs[0]}/evaluation.json)"
+    )
     assert note in capsys.readouterr().err
 
 

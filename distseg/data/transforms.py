@@ -211,7 +211,7 @@ def _write(source: np.ndarray, geometry: _Geometry, smooth: bool, out: np.ndarra
 
 
 def _outside(size: tuple[int, ...], geometry: _Geometry) -> np.ndarray:
-    """(crop_px, crop_px) uint8: 255 where a turned crop sees beyond an image of this size, else 0."""
+    """(crop_px, crop_px) uint8: 255 where a turned crop sees beyond such an image, else 0."""
     outside = np.empty((geometry.crop_px, geometry.crop_px), np.uint8)
     _write(np.zeros(size, np.uint8), geometry, False, outside)
     return outside
