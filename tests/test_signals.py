@@ -17,7 +17,7 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
-from distseg.tracking.verdicts import RATIO
+from distseg.tracking.catalogue import RATIO
 from distseg.train import diagnostics
 from distseg.train.schedules import phase
 from distseg.train.step import Images, Pair, adversarial_step, supervised_step

@@ -4,7 +4,7 @@ are wanted.
 metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>":
 float, ...}. JSON has no word for non-finite floats, so they are written as the strings "NaN",
 "Infinity" and "-Infinity"; `read_metrics` turns them back. Every line of training goes through
-`distseg.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a tracker
+`distseg.tracking.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a tracker
 that does nothing.
 """
 
@@ -15,7 +15,6 @@ import csv
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distseg.config.schema import TrackingConfig
+from distseg.tracking.catalogue import LOSS
 from distseg.tracking.health import HEALTH_FILE, Event, Health
 from distseg.tracking.tensorboard import TensorBoard
 from distseg.tracking.verdicts import NAMED
@@ -103,7 +103,7 @@ class RunTracker:
     def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
         values = {name: float(value) for name, value in metrics.items()}
         events = self._health.update({"step": step, **values})
-        if any(name.startswith("loss/") for name in values):  # no scores of an evaluation
+        if any(name.startswith(LOSS) for name in values):  # no scores of an evaluation
             values |= self._health.flags()
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line.update((name, _json_value(value)) for name, value in values.items())
@@ -256,6 +256,5 @@ def _rewind(path: Path, resume_step: int | None) -> None:
             _log.warning("%s: line %d was unreadable and is removed", path, number)
         if row is not None and resume_step is not None and row["step"] <= resume_step:
             kept.append(text + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with published(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

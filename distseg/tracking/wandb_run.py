@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from shards.files import published
 from shards.sample import IGNORE_INDEX
 
 ID_FILE = "wandb_id.txt"
@@ -284,7 +285,6 @@ def _run_id(path: Path) -> str:
     if path.exists() and (known := path.read_text().strip()):
         return known
     new = secrets.token_hex(4)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(new + "\n")
-    os.replace(temporary, path)
+    with published(path) as partial:
+        partial.write_text(new + "\n")
     return new

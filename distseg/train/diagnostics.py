@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.losses.functional import at_least_float32
-from distseg.tracking.verdicts import RATIO
+from distseg.tracking.catalogue import RATIO
 
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
 # what every rank tells of itself
