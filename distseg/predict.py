@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.evaluate.inference import probabilities, sliding_window
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.files import published, tracked
@@ -29,7 +29,7 @@ from shards.sample import ClassSet, encode_label
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
-MAX_PX = 2048  # larger images take tiles, as their maps would take gigabytes
+MAX_PX = 2048  # larger images take a sliding window, as their maps would take gigabytes
 FREE = ("evaluate.", "precision=")  # what may differ from the run
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
@@ -39,15 +39,15 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, mirror: views that are averaged (see
-    `inference`). max_px: an image with a longer side is labelled in blended tiles of this side,
-    which overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
+    probabilities: also one picture per class. scales, horizontal_flip: test-time
+    augmentation (see `inference`). max_px: an image with a longer side is labelled by a sliding
+    window of this side, whose places overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
     [0, 1]. autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
     scales: tuple[float, ...] = (1.0,)
-    mirror: bool = False
+    horizontal_flip: bool = False
     max_px: int = MAX_PX
     overlap_px: int = 0
     overlay_alpha: float = 0.5
@@ -74,8 +74,8 @@ def run(
     device: str,
     overrides: Sequence[str],
 ) -> int:
-    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run
-    evaluates.
+    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, with the
+    test-time augmentation that its run evaluates with.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
     overrides: key=value of the keys that begin with FREE.
@@ -105,7 +105,7 @@ def run(
     options = replace(
         options,
         scales=tuple(config.evaluate.scales),
-        mirror=config.evaluate.mirror,
+        horizontal_flip=config.evaluate.mirror,
         max_px=config.evaluate.window_px or MAX_PX,
         overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
         device=str(where),
@@ -245,14 +245,21 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def _probabilities(model: nn.Module, image: np.ndarray, options: PredictOptions) -> torch.Tensor:
-    def whole(part: np.ndarray) -> torch.Tensor:
-        views = (options.scales, options.mirror, options.device, options.autocast_dtype)
-        return probabilities(model, part, *views)
+    def at_once(part: np.ndarray) -> torch.Tensor:
+        return probabilities(
+            model,
+            part,
+            options.scales,
+            options.horizontal_flip,
+            device=options.device,
+            autocast_dtype=options.autocast_dtype,
+        )
 
     if max(image.shape[:2]) <= options.max_px:
-        return whole(image)
-    tile_px = options.max_px // 32 * 32
-    return blend_tiles(whole, image, tile_px, options.overlap_px or min(256, tile_px // 128 * 32))
+        return at_once(image)
+    window_px = options.max_px // 32 * 32
+    overlap_px = options.overlap_px or min(256, window_px // 128 * 32)
+    return sliding_window(at_once, image, window_px, overlap_px)
 
 
 def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:

@@ -14,23 +14,16 @@ import yaml
 
 from distseg.config import loading
 from distseg.config.schema import Config, TrackingConfig
-from distseg.evaluate.summary import TITLES
+from distseg.evaluate import document
+from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 from distseg.export.formats import SUFFIXES, Trained, export
 from distseg.runs import checkpoint
+from distseg.tracking.catalogue import SCORES, VALIDATION
 from shards.errors import InputError
 from shards.files import published
 
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
-_OUTLINE = (
-    "data",
-    "split",
-    "num_images",
-    "scales",
-    "mirror",
-    "window_px",
-    "overlap_px",
-    "precision",
-)
+_CONDITIONS = (*SAME_DATA, *SAME_AUGMENTATION, "precision")
 
 
 def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> list[Path]:
@@ -86,16 +79,15 @@ def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
     Details first, training's own last.
     """
-    found: list[dict[str, Any]] = []
-    for path in sorted(
-        run_dir.glob("evaluation*.json"),
-        key=lambda path: (path.name == "evaluation.json", path.name),
-    ):
-        content = json.loads(path.read_text())
-        views = [{key: of.get(key) for key in _OUTLINE} for of in (content, *found)]
-        if content["step"] == step and views[0] not in views[1:]:
-            found.append({key: value for key, value in content.items() if key != "confusion"})
-    return found
+    found: dict[str, dict[str, Any]] = {}
+    of_run = run_dir.glob("evaluation*.json")
+    for path in sorted(of_run, key=lambda path: (path.name == "evaluation.json", path.name)):
+        content = document.read(path)
+        if content["step"] == step:
+            content.pop("confusion", None)
+            conditions = json.dumps([content.get(key) for key in _CONDITIONS])
+            found.setdefault(conditions, content)
+    return list(found.values())
 
 
 def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[str, Any]]) -> str:
@@ -152,17 +144,19 @@ def _classes(about: dict[str, Any]) -> str:
 def _scores(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations:
         return "Not evaluated at this step."
-    names = [name for name in TITLES if any(scores.get(name) is not None for scores in evaluations)]
+    shown = [
+        score for score in SCORES if any(of.get(score.name) is not None for of in evaluations)
+    ]
     lines = [
-        "| data | view | " + " | ".join(TITLES[name] for name in names) + " |",
-        "|---|---|" + "---:|" * len(names),
+        "| data | test-time augmentation | " + " | ".join(score.title for score in shown) + " |",
+        "|---|---|" + "---:|" * len(shown),
     ]
     for scores in evaluations:
         cells = [
             f"{_cell(scores['data'])}, {scores['num_images']} images of {scores['split']}",
-            _view(scores),
+            _augmentation(scores),
         ]
-        cells += [_score(scores, name) for name in names]
+        cells += [_score(scores, score.name) for score in shown]
         lines.append("| " + " | ".join(cells) + " |")
     note = "Per cent; every image once, at full resolution, void excluded, one confusion matrix over all images."
     has_intervals = any("intervals_95" in scores for scores in evaluations)
@@ -178,12 +172,12 @@ def _score(scores: dict[str, Any], name: str) -> str:
     return f"{100 * scores[name]:.1f}{interval}"
 
 
-def _view(scores: dict[str, Any]) -> str:
+def _augmentation(scores: dict[str, Any]) -> str:
     window = f", windows of {scores['window_px']} px" if scores.get("window_px") else ""
     scales = ", ".join(f"{scale:g}" for scale in scores["scales"])
     return (
         f"scale {scales}"
-        + (", mirrored too" if scores["mirror"] else "")
+        + (", flipped too" if scores["horizontal_flip"] else "")
         + window
         + f", {scores['precision']}"
     )
@@ -214,12 +208,12 @@ def _result(scores: dict[str, Any]) -> dict[str, Any]:
     """One entry of a model index, as hubs show them."""
     metrics = [
         {
-            "type": name.removeprefix("val/"),
-            "name": f"{title}, {_view(scores)}",
-            "value": round(scores[name], 4),
+            "type": score.name.removeprefix(VALIDATION),
+            "name": f"{score.title}, {_augmentation(scores)}",
+            "value": round(scores[score.name], 4),
         }
-        for name, title in TITLES.items()
-        if scores.get(name) is not None
+        for score in SCORES
+        if scores.get(score.name) is not None
     ]
     dataset = {"name": scores["data"], "type": "custom", "split": scores["split"]}
     return {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": metrics}

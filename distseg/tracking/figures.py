@@ -106,7 +106,7 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         if line.raw is not None:
             axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
         marker = "o" if line.has_dots else ""
-        style = {"color": line.color, "linestyle": line.style, "label": line.label or "_"}
+        style: dict[str, Any] = {"color": line.color, "linestyle": line.style, "label": line.label or "_"}
         axes.plot(
             line.steps, line.values, lw=1.8, marker=marker, markersize=3, gid=line.name, **style
         )

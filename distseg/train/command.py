@@ -19,7 +19,8 @@ from distseg.distributed.launch import resolve_ranks
 from distseg.distributed.ranks import Ranks, is_shared, on_all, on_main, setup, teardown
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
-from distseg.evaluate.evaluator import Evaluator, View
+from distseg.evaluate.evaluator import Evaluator
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import check_installed, check_settings, check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import synchronise
@@ -121,7 +122,7 @@ def train_and_show(
         done = trainer.fit(stream, stop)
         if done:
             score_again(trainer)
-            network = trainer.evaluator.whole()
+            network = trainer.evaluator.gather_network()
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
         note.finish(
@@ -175,10 +176,15 @@ def build_trainer(
 ) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
-    view = View.of(config.evaluate, config.precision, ranks.device)
+    augmentation = TestTimeAugmentation.of(config.evaluate, config.precision, ranks.device)
     scored = pair.segmentor if ema is None else ema
     evaluator = Evaluator(
-        scored.whole, data.val, ranks, view, config.data.num_threads, watchdog.mark
+        scored.whole,
+        data.val,
+        ranks,
+        augmentation,
+        num_threads=config.data.num_threads,
+        mark=watchdog.mark,
     )
     classes, manifest = data.train.classes, data.train.reader.manifest
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
