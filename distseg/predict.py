@@ -30,7 +30,6 @@ from shards.sample import ClassSet, encode_label
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
 MAX_PX = 2048  # larger images take a sliding window, as their maps would take gigabytes
-FREE = ("evaluate.", "precision=")  # what may differ from the run
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
 
@@ -39,10 +38,10 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, horizontal_flip: test-time
-    augmentation (see `inference`). max_px: an image with a longer side is labelled by a sliding
-    window of this side, whose places overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
-    [0, 1]. autocast_dtype: None for the model's own precision.
+    probabilities: also one picture per class. scales, horizontal_flip: test-time augmentation (see
+    `inference`). max_px: an image with a longer side is labelled by a sliding window of this side,
+    whose places overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class
+    colours in [0, 1]. autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
@@ -78,7 +77,7 @@ def run(
     test-time augmentation that its run evaluates with.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
-    overrides: key=value of the keys that begin with FREE.
+    overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
     """
     from distseg.config import loading
     from distseg.distributed.device import autocast_dtype, resolve_precision
@@ -92,10 +91,7 @@ def run(
             "device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu"
         )
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {' or '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
+    loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
     identity = checkpoint.read_state(checkpoint_path)["identity"]
@@ -105,7 +101,7 @@ def run(
     options = replace(
         options,
         scales=tuple(config.evaluate.scales),
-        horizontal_flip=config.evaluate.mirror,
+        horizontal_flip=config.evaluate.horizontal_flip,
         max_px=config.evaluate.window_px or MAX_PX,
         overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
         device=str(where),

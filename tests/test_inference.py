@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.evaluate.inference import sliding_window, probabilities
+from distseg.evaluate.inference import probabilities, sliding_window
 from shards.errors import InputError
 
 SIZES = [(40, 64), (33, 47), (97, 32), (5, 7), (1, 1), (20, 90)]
@@ -55,7 +55,9 @@ def test_scales_and_mirror_average_the_views(model: nn.Module) -> None:
     plain = [probabilities(model, image, (scale,)) for scale in (0.75, 1.0, 1.5)]
     flipped = [probabilities(model, image[:, ::-1], (scale,)).flip(2) for scale in (0.75, 1.0, 1.5)]
     expected = torch.stack(plain + flipped).mean(0)
-    torch.testing.assert_close(probabilities(model, image, (0.75, 1.0, 1.5), horizontal_flip=True), expected)
+    torch.testing.assert_close(
+        probabilities(model, image, (0.75, 1.0, 1.5), horizontal_flip=True), expected
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -109,7 +111,9 @@ def test_tiles_equal_the_whole_image_for_a_model_that_sees_no_further_than_their
     torch.manual_seed(1)
     model, image = Small(stride=stride).eval(), picture(*size)
     whole = probabilities(model, image)
-    tiled = sliding_window(lambda tile: probabilities(model, tile), image, window_px=128, overlap_px=32)
+    tiled = sliding_window(
+        lambda tile: probabilities(model, tile), image, window_px=128, overlap_px=32
+    )
     torch.testing.assert_close(tiled, whole, rtol=0, atol=2e-6)
 
 

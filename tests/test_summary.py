@@ -136,6 +136,18 @@ def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
     assert "72.0 ± 2.0" in capsys.readouterr().out
 
 
+def test_a_file_that_calls_the_flip_by_its_old_name_compares(runs: list[Path]) -> None:
+    of = [runs[0] / "evaluation-step-00000900-val-mirror.json"]
+    of += [runs[1] / "evaluation-step-00000900-val-flip.json"]
+    for file, name in zip(of, ("mirror", "horizontal_flip"), strict=True):
+        scores = {key: value for key, value in SCORES.items() if key != "horizontal_flip"}
+        file.write_text(json.dumps({**scores, "val/mean_iou": 0.9, name: True}))
+    (row,) = rows([read(file) for file in of])
+    assert row.seeds == (0, 1)
+    with pytest.raises(InputError, match="horizontal_flip is False"):
+        rows([read(of[0]), read(runs[1])])
+
+
 def test_different_numbers_of_steps_are_allowed_and_said(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

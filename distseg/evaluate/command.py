@@ -25,17 +25,6 @@ from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
 
-FREE = (
-    "evaluate.",
-    "data.shards=",
-    "data.cache_",
-    "data.val_split=",
-    "data.num_threads=",
-    "device=",
-    "precision=",
-    "parallel.",
-)
-
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write
@@ -45,11 +34,8 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
+    loading.refuse_others(overrides, lambda key: key.at_evaluation)
     network, config, path = trained_segmentor(run_dir, which)
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {', '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     config = loading.override(config, overrides)
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
@@ -86,7 +72,11 @@ def _evaluator(
 def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     """Write and print the scores of a checkpoint; called on every rank."""
     state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
-    step, identity, precision = state["state"]["step"], state["identity"], evaluator.augmentation.precision
+    step, identity, precision = (
+        state["state"]["step"],
+        state["identity"],
+        evaluator.augmentation.precision,
+    )
     other = (
         "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 SAME_DATA = ("data", "split", "num_images")
 SAME_AUGMENTATION = ("scales", "horizontal_flip", "window_px", "overlap_px")
 # "boundary IoU" was the mean IoU of a trimap; today's is val/mean_boundary_iou
-_RENAMED = {"mirror": "horizontal_flip", "val/boundary_iou": "val/trimap_iou"}
+_RENAMED: dict[str, str] = {"mirror": "horizontal_flip", "val/boundary_iou": "val/trimap_iou"}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -21,4 +21,4 @@ def read(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
-    return {_RENAMED.get(name, name): value for name, value in content.items()}
+    return {_RENAMED.get(str(name), str(name)): value for name, value in content.items()}

@@ -48,7 +48,7 @@ class TestTimeAugmentation:
         """That of a configuration."""
         return cls(
             tuple(options.scales),
-            options.mirror,
+            options.horizontal_flip,
             precision,
             device,
             options.window_px,

@@ -10,26 +10,18 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distseg.config import loading
+from distseg.config.compare import differing
 from distseg.config.schema import Config
 from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 from distseg.tracking.catalogue import CLASS_IOU, CLASSES_COUNTED, MEAN_IOU, SCORES
 from shards.errors import InputError
 
-_OF_THE_ADVERSARY = (
-    "discriminator",
-    "alternation.",
-    "semi.",
-    "loss.adv_",
-    "loss.real_",
-    "loss.scaling_",
-    "loss.map_",
-)
 _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -130,13 +122,13 @@ def read(path: Path) -> Evaluation:
 def rows(evaluations: Sequence[Evaluation]) -> list[Setting]:
     """One row for each configuration, in order of appearance, whatever its seeds.
 
-    Raises InputError when two evaluations are not of the same data and test-time augmentation, and for the same one
-    named twice.
+    Raises InputError when two evaluations are not of the same data and test-time augmentation, and
+    for the same one named twice.
     """
     _check_comparable(evaluations)
     groups: list[list[Evaluation]] = []
     for evaluation in evaluations:
-        same = (group for group in groups if not _differences(group[0], evaluation))
+        same = (group for group in groups if not _differing(group[0], evaluation))
         group = next(same, None)
         if group is None:
             groups.append([evaluation])
@@ -153,7 +145,7 @@ def _in_tables(name: str) -> bool:
 
 def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Setting:
     config = loading.flattened(loading.to_dict(group[0].config))
-    apart = {key for other in groups for key in _differences(group[0], other[0])}
+    apart = {key for other in groups for key in _differing(group[0], other[0])}
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
     name = ", ".join(f"{key}={config.get(key)}" for key in sorted(apart)) or str(
         group[0].config.preset
@@ -163,17 +155,10 @@ def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: lis
     return Setting(name, runs, tuple(e.config.seed for e in group), values)
 
 
-def _differences(one: Evaluation, other: Evaluation) -> dict[str, Any]:
-    """Keys, other than the seed, that made the runs different.
-
-    An adversary's say nothing of a supervised run.
-    """
-    found = loading.differences(one.config, replace(other.config, seed=one.config.seed))
-    if "supervised" in (one.config.mode, other.config.mode):
-        return {
-            key: values for key, values in found.items() if not key.startswith(_OF_THE_ADVERSARY)
-        }
-    return found
+def _differing(one: Evaluation, other: Evaluation) -> list[str]:
+    """Keys, other than the seed, that made the networks of two runs different."""
+    first, second = (loading.flattened(loading.to_dict(e.config)) for e in (one, other))
+    return differing(first, second)
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:

@@ -144,9 +144,7 @@ def _classes(about: dict[str, Any]) -> str:
 def _scores(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations:
         return "Not evaluated at this step."
-    shown = [
-        score for score in SCORES if any(of.get(score.name) is not None for of in evaluations)
-    ]
+    shown = [score for score in SCORES if any(of.get(score.name) is not None for of in evaluations)]
     lines = [
         "| data | test-time augmentation | " + " | ".join(score.title for score in shown) + " |",
         "|---|---|" + "---:|" * len(shown),

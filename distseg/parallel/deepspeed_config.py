@@ -42,7 +42,7 @@ ALLOWED_ZERO = [
 OURS = {  # DeepSpeed's key -> the key of ours that says it
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "accumulate_steps",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "segmentor_optimizer.clip_norm and discriminator_optimizer.clip_norm",
     "optimizer": "segmentor_optimizer and discriminator_optimizer",
     "scheduler": "schedule",
@@ -121,7 +121,7 @@ def generate(
     }
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(
-            1, config.batch_size // world_size // config.accumulate_steps
+            1, config.batch_size // world_size // config.gradient_accumulation_steps
         ),
         # parts of a step are added up by `no_sync`, and divided by nobody
         "gradient_accumulation_steps": 1,

@@ -179,9 +179,7 @@ METRICS = (
     Metric("discriminator/logit_gap", "gap of the discriminator's logits", "logits", _GAP, "gap"),
     Metric(RATIO, "gradient ratio", "ratio", _RATIO, "ratio"),
     # what one confusion matrix gives, then what only `distseg evaluate` computes
-    replace(
-        _score(MEAN_IOU, "mIoU", short="mIoU"), panel=_VALIDATION, label="mean IoU"
-    ),
+    replace(_score(MEAN_IOU, "mIoU", short="mIoU"), panel=_VALIDATION, label="mean IoU"),
     replace(
         _score("val/pixel_accuracy", "pixel accuracy", short="pixel accuracy"),
         panel=_VALIDATION,
@@ -201,9 +199,7 @@ METRICS = (
     Metric("images_per_second", "speed", "images per second", _SPEED, "speed", "higher"),
     Metric("peak_share", "share of peak", "share", _PEAK, "share of peak", "higher"),
     Metric(STEP_SECONDS, "time of a step", "seconds", _TIME, "step", "lower"),
-    Metric(
-        DATA_WAIT_SECONDS, "waiting for data", "seconds", _TIME, "waiting for data", "lower"
-    ),
+    Metric(DATA_WAIT_SECONDS, "waiting for data", "seconds", _TIME, "waiting for data", "lower"),
     Metric("data_wait_share", "share of a step spent waiting for data", "share", better="lower"),
     Metric(SLOWEST_RATIO, "slowest rank over the median", "ratio", _RANKS, "ratio", "lower"),
     Metric(SLOWEST_RANK, "slowest rank", "count"),

@@ -36,6 +36,7 @@ _CELL_INCHES = 2.6  # the longer side of one picture in a panel
 _TITLE_INCHES, _GAP_INCHES, _BAR_INCHES, _ENTRY_INCHES = 0.28, 0.08, 0.85, (0.19, 1.2)
 _NUM_COLUMNS = 4
 
+
 @dataclass(frozen=True)
 class Line:
     """One curve of a panel.
@@ -106,7 +107,11 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         if line.raw is not None:
             axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
         marker = "o" if line.has_dots else ""
-        style: dict[str, Any] = {"color": line.color, "linestyle": line.style, "label": line.label or "_"}
+        style: dict[str, Any] = {
+            "color": line.color,
+            "linestyle": line.style,
+            "label": line.label or "_",
+        }
         axes.plot(
             line.steps, line.values, lw=1.8, marker=marker, markersize=3, gid=line.name, **style
         )

@@ -105,9 +105,7 @@ def _slowest(row: MetricsRow, before: MetricsRow) -> float | None:
     """How much slower the slowest rank is; 1 where it is another one than in the row before."""
     if SLOWEST_RANK not in row:
         return None
-    return (
-        row[SLOWEST_RATIO] if row[SLOWEST_RANK] == before.get(SLOWEST_RANK) else 1.0
-    )
+    return row[SLOWEST_RATIO] if row[SLOWEST_RANK] == before.get(SLOWEST_RANK) else 1.0
 
 
 CHECKS = (

@@ -72,7 +72,7 @@ def check(config: Config, world_size: int) -> tuple[Data, Networks]:
 
     InputError for what could not be trained. Touches no GPU.
     """
-    check_batch("batch_size", config.batch_size, world_size, config.accumulate_steps)
+    check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)

@@ -77,7 +77,7 @@ def open_data(config: Config, world_size: int) -> Data:
                 "write for example data.labelled=1/8, or mode=adversarial",
             )
         size = config.semi.batch_size or config.batch_size
-        check_batch("semi.batch_size", size, world_size, config.accumulate_steps)
+        check_batch("semi.batch_size", size, world_size, config.gradient_accumulation_steps)
         # the labelled ones come first: being fewer, they come more often
         room -= train_set.decoded_bytes(room)
         unlabelled_set = SampleSet(

@@ -189,10 +189,10 @@ class Trainer:
         if batch.unlabelled is not None and self._looks_at_unlabelled(now):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
         if now.is_supervised:
-            metrics = supervised_step(self.pair, labelled, config.accumulate_steps)
+            metrics = supervised_step(self.pair, labelled, config.gradient_accumulation_steps)
         else:
             metrics = adversarial_step(
-                self.pair, now, labelled, unlabelled, config.accumulate_steps
+                self.pair, now, labelled, unlabelled, config.gradient_accumulation_steps
             )
         factor = lr_factor(step, config.steps, config.schedule, self._losses())
         for name, learner, on in self._phases(now):
