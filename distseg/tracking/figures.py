@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from distseg.tracking.catalogue import VALIDATION, Metric, Panel, panels_of
 from distseg.tracking.verdicts import NAMED
@@ -120,11 +120,16 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         axes.axhline(level[0], color="black", linewidth=0.9, linestyle=":", label=level[1])
     if panel.is_log:
         axes.set_yscale("log")
+        # powers as plain numbers: 0.001, not a formula
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     elif panel.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1)
     else:
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if _has_negative(lines) else 0)
+        axes.set_ylim(bottom=axes.get_ylim()[0] if _has_negative(lines) else 0)
+    if panel.unit == "bytes":
+        axes.yaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
