@@ -1,4 +1,6 @@
-"""Tables of evaluations: mean and spread by hand, rows by configuration, and only like with like."""
+"""Tables of evaluations: mean and spread by hand, rows by configuration, and only like with
+like.
+"""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ def boundary_counts(prediction: np.ndarray, label: np.ndarray, num_classes: int)
 
 
 def _boundary_region(mask: np.ndarray, reach_px: int) -> np.ndarray:
-    """The pixels of a mask (H, W) bool within reach_px, in steps to 8 neighbours, of its outside."""
+    """The pixels of a mask (H, W) bool within reach_px, in steps to 8 neighbours, of its
+    outside.
+    """
     region = np.zeros(mask.shape, bool)
     if mask.any():
         box = _bounding_box(mask)  # beyond it there is nothing but outside

@@ -91,7 +91,8 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
         f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
     )
     progress.message(
-        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s"
+        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), "
+        f"{seconds:.1f} s"
     )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))

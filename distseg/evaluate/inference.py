@@ -143,7 +143,8 @@ def sliding_window(
 
     predict: (h, w, 3) uint8 -> (C, h, w) float32. window_px, overlap_px: multiples of 32, the
     overlap at most half of the window. Within a quarter of the overlap from a window's inner edge a
-    prediction lacks context and counts nothing; over the next half it fades in. So a model that looks
+    prediction lacks context and counts nothing; over the next half it fades in. So a model that
+    looks
     no further than overlap_px / 4 gives what it gives for the whole image. Returns (C, H, W)
     float32 on the CPU.
     """
@@ -172,7 +173,9 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _softmax_at(model: nn.Module, image: Tensor, height: int, width: int) -> Tensor:
-    """(1, 3, h, w) -> (1, C, height, width) float32; an image under 32 pixels is padded by its edge."""
+    """(1, 3, h, w) -> (1, C, height, width) float32; an image under 32 pixels is padded by its
+    edge.
+    """
     rows, columns = image.shape[2:]
     missing = (max(0, _MIN_PX - rows), max(0, _MIN_PX - columns))
     if any(missing):

@@ -199,7 +199,9 @@ def sample_deviation(values: Sequence[float]) -> float:
 
 
 def to_markdown(table: Sequence[Setting]) -> str:
-    """A table with one line a row, in per cent: mean ± sample standard deviation over distinct seeds."""
+    """A table with one line a row, in per cent: mean ± sample standard deviation over distinct
+    seeds.
+    """
     columns = _columns(table)
     lines = ["| " + " | ".join(["runs", "seeds", *columns.values()]) + " |"]
     lines.append("|---|" + "---:|" * (1 + len(columns)))

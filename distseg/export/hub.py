@@ -97,8 +97,9 @@ def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[st
     index = {
         "model-index": [{"name": name, "results": [_result(scores) for scores in evaluations]}]
     }
+    about = header | tags | (index if evaluations else {})
     parts = [
-        f"---\n{yaml.safe_dump(header | tags | (index if evaluations else {}), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {name}\n\n{_what(trained)}",
         f"## Use\n\n{_use(form)}",
         f"## Classes\n\n{_classes(trained.metadata)}",
@@ -114,23 +115,29 @@ def _what(trained: Trained) -> str:
     options = ", ".join(f"{key}={value}" for key, value in about["options"].items())
     network = f"`{about['segmentor']}`" + (f" ({options})" if options else "")
     return (
-        f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, {len(about['classes'])} classes, "
+        f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, "
+        f"{len(about['classes'])} classes, "
         f"after step {trained.step} of {trained.config.steps}.\n\n"
         f"Input `image`: (N, 3, H, W) float32, RGB, 8-bit values divided by 255, sides of "
-        f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and deviation are inside the "
-        "network.\nOutput `logits`: (N, C, H, W) float32 at the image's size; argmax over C is the class."
+        f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and "
+        "deviation are inside the "
+        "network.\nOutput `logits`: (N, C, H, W) float32 at the image's size; argmax over C is "
+        "the class."
     )
 
 
 def _use(form: str) -> str:
     uses = {
         "onnx": "Without distseg: `python predict_onnx.py model.onnx picture.jpg labels.png` "
-        "(`pip install onnxruntime pillow`). Classes, colours and preprocessing are in the file's metadata.",
-        "torch-export": "With torch alone: `torch.export.load('model.pt2').module()(image)`; the extra file "
+        "(`pip install onnxruntime pillow`). Classes, colours and preprocessing are in the "
+        "file's metadata.",
+        "torch-export": "With torch alone: `torch.export.load('model.pt2').module()(image)`; the "
+        "extra file "
         "`distseg.json` in it names classes and preprocessing.",
         "safetensors": "",
     }
-    own = "`distseg.export.formats.read_safetensors(Path('model.safetensors'))` is the network, at its own output stride."
+    call = "distseg.export.formats.read_safetensors(Path('model.safetensors'))"
+    own = f"`{call}` is the network, at its own output stride."
     return "\n\n".join(text for text in (uses[form], f"With distseg: {own}") if text)
 
 
@@ -156,7 +163,8 @@ def _scores(evaluations: list[dict[str, Any]]) -> str:
         ]
         cells += [_score(scores, score.name) for score in shown]
         lines.append("| " + " | ".join(cells) + " |")
-    note = "Per cent; every image once, at full resolution, void excluded, one confusion matrix over all images."
+    note = "Per cent; every image once, at full resolution, void excluded, "
+    note += "one confusion matrix over all images."
     has_intervals = any("intervals_95" in scores for scores in evaluations)
     note += " In brackets 95 % bootstrap intervals over images." if has_intervals else ""
     return "\n".join([*lines, "", note])

@@ -260,7 +260,9 @@ def metric(name: str) -> Metric:
 
 
 def ordered(names: Iterable[str]) -> list[Metric]:
-    """The metrics of these names in the catalogue's order; those of families follow, as they come."""
+    """The metrics of these names in the catalogue's order; those of families follow, as they
+    come.
+    """
     distinct = dict.fromkeys(names)
     return [metric(name) for name in sorted(distinct, key=lambda n: _KNOWN.get(n, len(_KNOWN)))]
 

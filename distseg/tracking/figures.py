@@ -89,7 +89,9 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
 
 
 def smoothed(steps: np.ndarray, values: np.ndarray, metric: Metric, **style: Any) -> Line:
-    """A curve as its running mean before its single values; scores of evaluations stay as they are."""
+    """A curve as its running mean before its single values; scores of evaluations stay as they
+    are.
+    """
     if metric.name.startswith(VALIDATION):
         return Line(steps, values, has_dots=True, **style)
     window = max(1, round(_SMOOTHING * len(values)))
@@ -211,7 +213,9 @@ def sample_panel(
 
 
 class _Grid:
-    """A figure of equal pictures in the image's shape, placed by hand: faster than a layout engine."""
+    """A figure of equal pictures in the image's shape, placed by hand: faster than a layout
+    engine.
+    """
 
     def __init__(self, image_size: tuple[int, int], num_rows: int, num_legend_entries: int):
         self._cell = np.array(image_size) / max(image_size) * _CELL_INCHES  # height, width
@@ -271,7 +275,9 @@ def overlay(
 
 
 def error_map(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, black for void."""
+    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, black for
+    void.
+    """
     return _ERROR_COLORS[np.where(label == IGNORE_INDEX, 2, prediction != label)]
 
 

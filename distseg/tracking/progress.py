@@ -1,4 +1,6 @@
-"""How far a training run is: one line that renews itself on a terminal, plain lines in a log file."""
+"""How far a training run is: one line that renews itself on a terminal, plain lines in a log
+file.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ class Progress:
         self._total_steps, self._step = total_steps, start_step
         self._metrics: dict[str, float] = {}
         self._mean_iou = math.nan
-        # (seconds, step), oldest first. Not rich's own estimate: that forgets all that is older than
-        # its window, and so has nothing to go by where rows come more than a minute apart.
+        # (seconds, step), oldest first. Not rich's own estimate: that forgets all that is older
+        # than its window, and so has nothing to go by where rows come more than a minute apart.
         self._recent = deque([(time.monotonic(), start_step)])
         self._next_plain = 0.0
         self._console = console or Console(highlight=False)
@@ -50,7 +52,9 @@ class Progress:
         self._task = self._bar.add_task("", total=total_steps, completed=start_step)
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell the step just done and the newest metrics (names as in metrics.jsonl; host floats)."""
+        """Tell the step just done and the newest metrics (names as in metrics.jsonl; host
+        floats).
+        """
         if not self._enabled:
             return
         now = time.monotonic()

@@ -4,7 +4,8 @@ are wanted.
 metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>":
 float, ...}. JSON has no word for non-finite floats, so they are written as the strings "NaN",
 "Infinity" and "-Infinity"; `read_metrics` turns them back. Every line of training goes through
-`distseg.tracking.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a tracker
+`distseg.tracking.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a
+tracker
 that does nothing.
 """
 
@@ -51,7 +52,9 @@ class Tracker(Protocol):
         """(step, value) of every line with the value `name`, now or before a restart, in order."""
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
-        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B and TensorBoard)."""
+        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B and
+        TensorBoard).
+        """
 
     def masks(
         self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names
@@ -92,7 +95,9 @@ class NullTracker:
 
 
 class RunTracker:
-    """metrics.jsonl, flushed line by line so that a killed process loses nothing; others beside it."""
+    """metrics.jsonl, flushed line by line so that a killed process loses nothing; others beside
+    it.
+    """
 
     def __init__(self, run_dir: Path, wandb_run: WandbRun | None, tensorboard: TensorBoard | None):
         self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
@@ -113,7 +118,10 @@ class RunTracker:
             if events:
                 self._health.save(self._run_dir / HEALTH_FILE)
         except OSError as error:
-            action = "free some space, then run the same command again: it goes on from the last checkpoint"
+            action = (
+                "free some space, then run the same command again: it goes on from the last "
+                "checkpoint"
+            )
             raise InputError(
                 f"{self._file.name}: {error.strerror}", "a disk that can be written", action
             ) from None
@@ -235,7 +243,9 @@ def _json_value(value: float) -> float | str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None, bool]]:
-    """Yield (line number from 1, text, row or None where unreadable, whether it is the last line)."""
+    """Yield (line number from 1, text, row or None where unreadable, whether it is the last
+    line).
+    """
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(texts, start=1):
         try:

@@ -118,9 +118,12 @@ CHECKS = (
         raise_at=0.08,
         clear_at=0.12,
         num_rows=5,
-        meaning="It tells nearly every prediction from ground truth, and is sure of it: what it still teaches the "
-        "segmentor is to look like one-hot maps, and few pixels are believed in semi-supervised training.",
-        advice="Lower discriminator_optimizer.lr (a third), use loss.real_target=0.9 or loss.real_map=scaling, or a "
+        meaning="It tells nearly every prediction from ground truth, and is sure of it: what it "
+        "still teaches the "
+        "segmentor is to look like one-hot maps, and few pixels are believed in semi-supervised "
+        "training.",
+        advice="Lower discriminator_optimizer.lr (a third), use loss.real_target=0.9 or "
+        "loss.real_map=scaling, or a "
         "smaller discriminator (discriminator.options.width).",
     ),
     Check(
@@ -133,9 +136,11 @@ CHECKS = (
         clear_at=0.66,
         num_rows=15,
         num_steps=150,
-        meaning="It cannot tell predictions from ground truth, so that its gradient is noise. (Only a perfect "
+        meaning="It cannot tell predictions from ground truth, so that its gradient is noise. "
+        "(Only a perfect "
         "segmentor deserves that.)",
-        advice="Raise discriminator_optimizer.lr (three times), give it more steps (alternation=blocks, "
+        advice="Raise discriminator_optimizer.lr (three times), give it more steps "
+        "(alternation=blocks, "
         "loss.adv_start_step), or a discriminator that sees more.",
     ),
     Check(
@@ -148,9 +153,11 @@ CHECKS = (
         clear_at=3e-3,
         num_rows=10,
         num_steps=100,
-        meaning="Its gradient at the segmentor's output is less than a thousandth of the cross entropy's: this is "
+        meaning="Its gradient at the segmentor's output is less than a thousandth of the cross "
+        "entropy's: this is "
         "supervised training at the price of an adversarial one.",
-        advice="Raise loss.adv_weight, and look at the reductions: a mean beside a sum over pixels weighs nothing.",
+        advice="Raise loss.adv_weight, and look at the reductions: a mean beside a sum over "
+        "pixels weighs nothing.",
     ),
     Check(
         "mask_is_empty",
@@ -161,7 +168,8 @@ CHECKS = (
         raise_at=1e-3,
         clear_at=5e-3,
         num_rows=5,
-        meaning="The discriminator believes no pixel of the unlabelled images, so that the semi-supervised term is 0.",
+        meaning="The discriminator believes no pixel of the unlabelled images, so that the "
+        "semi-supervised term is 0.",
         advice="Lower semi.threshold, start later (semi.start_step), or weaken the discriminator "
         "(discriminator_optimizer.lr); one that has won believes nothing.",
     ),
@@ -173,8 +181,10 @@ CHECKS = (
         clear_at=1e-9,
         num_rows=1,
         clear_rows=10,
-        meaning="Such a step's update is left out on all ranks; max_skips of them in a row end the run.",
-        advice="Lower the learning rate of the network that grad_norm names, or clip_norm; with fp16 try bf16 or fp32; "
+        meaning="Such a step's update is left out on all ranks; max_skips of them in a row end "
+        "the run.",
+        advice="Lower the learning rate of the network that grad_norm names, or clip_norm; with "
+        "fp16 try bf16 or fp32; "
         "look at the data with `distseg inspect`.",
     ),
     Check(
@@ -185,8 +195,10 @@ CHECKS = (
         raise_at=0.1,
         clear_at=0.05,
         num_rows=5,
-        meaning="More than a tenth of a step is spent waiting for images on the rank that waits longest.",
-        advice="Raise data.num_threads; put shards or data.cache_dir on a local disk; look at what else uses the "
+        meaning="More than a tenth of a step is spent waiting for images on the rank that waits "
+        "longest.",
+        advice="Raise data.num_threads; put shards or data.cache_dir on a local disk; look at "
+        "what else uses the "
         "machine's cores.",
     ),
     Check(
@@ -197,9 +209,11 @@ CHECKS = (
         raise_at=1.2,
         clear_at=1.1,
         num_rows=10,
-        meaning="The same rank needs a fifth more for its forward and its data, again and again, and all others wait "
+        meaning="The same rank needs a fifth more for its forward and its data, again and again, "
+        "and all others wait "
         "for it at every step.",
-        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, fewer cores.",
+        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, "
+        "fewer cores.",
     ),
 )
 NAMED = {check.name: check for check in CHECKS}
