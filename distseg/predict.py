@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from distseg.config.schema import Config
 from distseg.evaluate.inference import probabilities, sliding_window
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
@@ -66,26 +67,25 @@ class PredictOptions:
 
 def run(
     run_dir: Path,
-    which: str,
-    path: Path,
+    images: Path,
     out: Path,
     options: PredictOptions,
+    *,
+    which: str,
     device: str,
     overrides: Sequence[str],
 ) -> int:
-    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, with the
-    test-time augmentation that its run evaluates with.
+    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, with the test-time
+    augmentation that its run evaluates with.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
     overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
     """
     from distseg.config import loading
-    from distseg.distributed.device import autocast_dtype, resolve_precision
-    from distseg.distributed.ranks import Ranks
     from distseg.evaluate.trained import trained_segmentor
     from distseg.runs import checkpoint
 
-    images = collect_images(path)
+    paths = collect_images(images)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu"
@@ -95,20 +95,28 @@ def run(
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
     identity = checkpoint.read_state(checkpoint_path)["identity"]
-    classes = ClassSet(
-        tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"])
-    )
-    options = replace(
-        options,
-        scales=tuple(config.evaluate.scales),
-        horizontal_flip=config.evaluate.horizontal_flip,
-        max_px=config.evaluate.window_px or MAX_PX,
-        overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
-        device=str(where),
-        autocast_dtype=autocast_dtype(resolve_precision(config.precision, Ranks(0, 1, 0, where))),
-    )
-    predict(model, images, out, classes, options)
+    palette = tuple((red, green, blue) for red, green, blue in identity["palette"])
+    classes = ClassSet(tuple(identity["classes"]), palette)
+    predict(model, paths, out, classes, _as_configured(options, config, where))
     return 0
+
+
+def _as_configured(options: PredictOptions, config: Config, where: torch.device) -> PredictOptions:
+    """The options with the test-time augmentation and precision of a configuration."""
+    from distseg.distributed.device import autocast_dtype, resolve_precision
+    from distseg.distributed.ranks import Ranks
+
+    evaluate = config.evaluate
+    precision = resolve_precision(config.precision, Ranks(0, 1, 0, where))
+    return replace(
+        options,
+        scales=tuple(evaluate.scales),
+        horizontal_flip=evaluate.horizontal_flip,
+        max_px=evaluate.window_px or MAX_PX,
+        overlap_px=evaluate.overlap_px if evaluate.window_px else 0,
+        device=str(where),
+        autocast_dtype=autocast_dtype(precision),
+    )
 
 
 def collect_images(path: Path) -> list[Path]:
@@ -162,31 +170,33 @@ def predict(
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
             result = _probabilities(model, image, options)
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
-            planes = (
-                (result * 255).round().to(torch.uint8).cpu().numpy()
-                if options.probabilities
-                else None
-            )
+            planes = _as_bytes(result) if options.probabilities else None
             files = _Files(out, name, classes, options.overlay_alpha)
             written.append(pool.submit(files.write, image, label, planes))
             if len(written) > _NUM_AHEAD:
                 written.popleft().result()
         for future in written:
             future.result()
-    key = [
-        {"index": i, "name": n, "color": c}
-        for i, (n, c) in enumerate(zip(classes.names, classes.palette, strict=True))
-    ]
-    with published(out / CLASSES_FILE) as partial:
-        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_classes(out / CLASSES_FILE, classes)
     seconds = time.perf_counter() - started
-    each = (
-        f"{len(images) / seconds:.1f} images/s"
-        if seconds < len(images)
-        else f"{seconds / len(images):.1f} s an image"
-    )
+    each = f"{len(images) / seconds:.1f} images/s"
+    if seconds >= len(images):
+        each = f"{seconds / len(images):.1f} s an image"
     print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
+
+
+def _as_bytes(probabilities: torch.Tensor) -> np.ndarray:
+    """(C, H, W) in [0, 1] -> uint8, 255 = 1."""
+    return (probabilities * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _write_classes(path: Path, classes: ClassSet) -> None:
+    key = []
+    for index, (name, color) in enumerate(zip(classes.names, classes.palette, strict=True)):
+        key.append({"index": index, "name": name, "color": color})
+    with published(path) as partial:
+        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_image(path: Path) -> np.ndarray:

@@ -21,9 +21,9 @@ from PIL import Image
 
 from distseg.cli import main
 from distseg.report import comparison, content
+from distseg.report.classes import confusion_matrix
 from distseg.report.curves import curve, entries_of, mean_line, panel_svg
 from distseg.report.page import render
-from distseg.report.sections import confusion_matrix
 from distseg.runs.attempts import LABEL_VARIABLE, Note
 from distseg.tracking import catalogue
 from distseg.tracking.figures import Line

@@ -101,32 +101,30 @@ def _where(found_by: Sequence[Checkup], has_machines: bool) -> str:
 
 def common(everyone: Sequence[Checkup]) -> list[CheckResult]:
     """Versions and devices, which must be the same for all."""
-    found = []
-    for name, title in (("versions", "versions"), ("device", "device")):
-        values = [one.values[name] for one in everyone]
-        texts = [
-            value if name == "device" else ", ".join(f"{k} {v}" for k, v in value.items())
-            for value in values
-        ]
-        counts = Counter(texts)
-        if len(counts) == 1:
-            times = f"{len(texts)} x " if name == "device" else ""
-            found.append(CheckResult("ok", title, times + texts[0]))
-            continue
-        usual = counts.most_common(1)[0][0]
-        odd = next(rank for rank, text in enumerate(texts) if text != usual)
-        text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
-        level = (
-            "error"
-            if name == "versions" or len({one.values["kind"] for one in everyone}) > 1
-            else "warning"
+    versions = []
+    for one in everyone:
+        versions.append(
+            ", ".join(f"{name} {text}" for name, text in one.values["versions"].items())
         )
-        found.append(
-            CheckResult(
-                level, title, text, "start all ranks with the same software, on the same devices"
-            )
-        )
-    return found
+    devices = [one.values["device"] for one in everyone]
+    has_kinds = len({one.values["kind"] for one in everyone}) > 1
+    return [
+        _same("versions", versions, everyone, "error"),
+        _same("device", devices, everyone, "error" if has_kinds else "warning"),
+    ]
+
+
+def _same(name: str, texts: Sequence[str], everyone: Sequence[Checkup], level: str) -> CheckResult:
+    """Whether all ranks have the same; level: of the result when not."""
+    counts = Counter(texts)
+    if len(counts) == 1:
+        times = f"{len(texts)} x " if name == "device" else ""
+        return CheckResult("ok", name, times + texts[0])
+    usual = counts.most_common(1)[0][0]
+    odd = next(rank for rank, text in enumerate(texts) if text != usual)
+    text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
+    action = "start all ranks with the same software, on the same devices"
+    return CheckResult(level, name, text, action)
 
 
 def straggler(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:

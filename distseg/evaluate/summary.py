@@ -135,7 +135,8 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Setting]:
         else:
             group.append(evaluation)
     names = [name for name in evaluations[0].scores if _in_tables(name)]
-    names = [name for name in names if all(e.scores.get(name) is not None for e in evaluations)]
+    for evaluation in evaluations:  # a mean is defined where every run has the score
+        names = [name for name in names if evaluation.scores.get(name) is not None]
     return [_setting(group, groups, names) for group in groups]
 
 

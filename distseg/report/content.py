@@ -57,7 +57,7 @@ def collect(run_dir: Path) -> Run:
     saved = _yaml(run_dir / "config.yaml")
     config = flat(with_full_names(saved) if isinstance(saved, dict) else {})
     evaluation = _evaluation(run_dir / "evaluation.json")
-    evaluations = [row for row in rows if any(name.startswith(CLASS_IOU) for name in row)]
+    evaluations = [row for row in rows if _classes(row)]
     classes = _classes(evaluations[-1] if evaluations else {})
     last = max((row["step"] for row in rows), default=0)
     evaluated_at = evaluation.get("step", last) if evaluation else None

@@ -13,7 +13,8 @@ from importlib import resources
 from typing import Any
 
 from distseg.report.curves import STYLES, Curve, Entry, curve, entries_of, panel_svg
-from distseg.report.sections import SECTIONS, Section, swatch
+from distseg.report.markup import Section, swatch
+from distseg.report.sections import SECTIONS
 from distseg.tracking.catalogue import Metric, Panel, panels_of
 from distseg.tracking.figures import reference
 

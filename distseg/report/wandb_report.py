@@ -92,10 +92,10 @@ def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
     keys = sorted({sample["key"] for run in runs for sample in run["samples"]})
     if not keys:
         return []
-    return [
-        wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys])
-        for kind in ("samples", "masks")
-    ]
+    browsers = []
+    for kind in ("samples", "masks"):
+        browsers.append(wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys]))
+    return browsers
 
 
 def spec(report: Any) -> dict[str, Any]:

@@ -270,5 +270,9 @@ def ordered(names: Iterable[str]) -> list[Metric]:
 def panels_of(names: Iterable[str]) -> list[tuple[Panel, list[Metric]]]:
     """The panels that have something to draw, in the page's order, each with its metrics."""
     found = ordered(names)
-    drawn = [(panel, [one for one in found if one.panel is panel]) for panel in PANELS]
-    return [(panel, metrics) for panel, metrics in drawn if metrics]
+    panels = []
+    for panel in PANELS:
+        metrics = [one for one in found if one.panel is panel]
+        if metrics:
+            panels.append((panel, metrics))
+    return panels
