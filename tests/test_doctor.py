@@ -27,8 +27,8 @@ HOSTS = ("here", "there", "yonder")
 
 
 def level_of(found: list[CheckResult], name: str) -> tuple[str, str]:
-    (finding,) = (finding for finding in found if finding.name == name)
-    return finding.level, finding.text
+    (result,) = (result for result in found if result.name == name)
+    return result.level, result.text
 
 
 def three_ranks(ranks: Ranks, run_dir: Path, faults: bool) -> list[CheckResult]:
@@ -90,7 +90,9 @@ def test_the_whole_command(
     )
     assert main([*sound, str(tmp_path)]) == 1
     shown = capsys.readouterr().out
-    assert "manifest.json" in shown and "to do: " in shown and "1 errors" in shown
+    # the table folds long paths anywhere
+    assert "manifest.json" in "".join(shown.split())
+    assert "to do: " in shown and "1 errors" in shown
     damaged = shutil.copytree(toy_shards, tmp_path / "damaged")
     for path in damaged.glob("train*.tar"):
         path.write_bytes(b"\0" * path.stat().st_size)
