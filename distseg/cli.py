@@ -278,9 +278,14 @@ def _predict(options: argparse.Namespace) -> int:
     from distseg import predict
 
     wanted = predict.PredictOptions(probabilities=options.probabilities)
-    where = (options.images, options.out)
     return predict.run(
-        options.run, options.checkpoint, *where, wanted, options.device, options.overrides
+        options.run,
+        options.images,
+        options.out,
+        wanted,
+        which=options.checkpoint,
+        device=options.device,
+        overrides=options.overrides,
     )
 
 

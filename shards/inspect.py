@@ -120,10 +120,11 @@ def _look_at_all(
     directory: Path, manifest: Manifest, pool: ThreadPoolExecutor
 ) -> tuple[list[Finding], list[Look]]:
     """What the checksums and the samples say by themselves; a look at every sample, as packed."""
-    splits, shards = [], []
-    for name, split in manifest.splits.items():
-        splits += [name] * len(split.shards)
-        shards += split.shards
+    splits: list[str] = []
+    shards: list[ShardInfo] = []
+    for name, info in manifest.splits.items():
+        splits += [name] * len(info.shards)
+        shards += info.shards
 
     def check(shard: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
         return _check_shard(directory, shard)

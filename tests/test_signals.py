@@ -17,7 +17,7 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
-from distseg.tracking.verdicts import RATIO
+from distseg.tracking.catalogue import RATIO
 from distseg.train import diagnostics
 from distseg.train.batch import Images
 from distseg.train.schedules import phase

@@ -349,9 +349,9 @@ class LossConfig:
     class_weights: Any = key(
         "none",
         "what a pixel of each class counts in the cross entropy: a number for every class, in "
-        "their order; balanced: all pixels / (classes x pixels of the class); median_frequency: the "
-        "median of the classes' frequencies / the class's, in the images that show it; both by the "
-        "labelled training images",
+        "their order; balanced: all pixels / (classes x pixels of the class); median_frequency: "
+        "the median of the classes' frequencies / the class's, in the images that show it; both "
+        "by the labelled training images",
         source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
     )
     label_smoothing: float = key(

@@ -1,4 +1,4 @@
-"""Weights from files: what was loaded, what is missing, what was left over, and nothing executed."""
+"""Weights from files: what was loaded, missing and left over; and nothing is executed."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def _check_layout(segmentor: nn.Module, weights: Weights, is_caffe: bool) -> Non
     is_torchvision = any(_unwrapped(key)[0] == "fc.weight" for key in weights.state)
     origin = "caffe" if is_caffe else "torchvision" if is_torchvision else None
     if layout and origin and layout != origin:
-        got = f"{weights.source}: weights trained in the {origin} layout, for a network in the {layout} layout"
+        got = f"{weights.source}: weights trained in the {origin} layout, for a network in the "
+        got += f"{layout} layout"
         action = (
             f"choose another file, or deeplabv2_resnet101 with segmentor.options.layout={origin}"
         )

@@ -12,7 +12,8 @@ from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, on_main
 from distseg.distributed.watchdog import Watchdog
-from distseg.evaluate.evaluator import Evaluator, View
+from distseg.evaluate.evaluator import Evaluator
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import saved_precision
@@ -89,9 +90,13 @@ def _evaluator(
 ) -> Evaluator:
     """Of the EMA weights where they are kept."""
     scored = pair.segmentor if ema is None else ema
-    view = View.of(config.evaluate, config.precision, ranks.device)
     return Evaluator(
-        scored.full_network, data.val, ranks, view, config.data.num_threads, watchdog.report
+        scored.full_network,
+        data.val,
+        ranks,
+        TestTimeAugmentation.of(config.evaluate, config.precision, ranks.device),
+        num_threads=config.data.num_threads,
+        mark=watchdog.report,
     )
 
 

@@ -150,7 +150,7 @@ def train_and_show(
         done = trainer.fit(stream, stop)
         if done:
             score_again(trainer)
-            network = trainer.evaluator.whole()
+            network = trainer.evaluator.gather_network()
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
         outcome = ("done", "") if done else ("stopped", stop.reason())

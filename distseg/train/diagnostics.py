@@ -16,7 +16,7 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.losses.adversarial import score_sums
 from distseg.losses.tensors import at_least_float32
-from distseg.tracking.verdicts import RATIO
+from distseg.tracking.catalogue import RATIO
 from distseg.train.counts import mean
 from distseg.train.objective import Scored
 
