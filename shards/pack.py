@@ -92,7 +92,7 @@ def pack(
         return unchanged
     there = _extended(out, reader) if append else None
     earlier = set() if append else _earlier_shards(out, reader.name, overwrite)
-    tasks = []
+    tasks: list[_Task] = []
     for name, keys in sorted(reader.splits.items()):
         tasks += _tasks(name, keys, samples_per_shard)
     overhead = len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD
