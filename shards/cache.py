@@ -105,6 +105,7 @@ class ShardCache:
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
         content = fetch()
+        # not `published`: that is for one writer at a time, and clears away what others have begun
         partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             partial.write_bytes(content)

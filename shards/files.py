@@ -118,7 +118,11 @@ def say(text: str) -> None:
 
 
 def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, with a bar and the time left on a terminal, elsewhere a line every few seconds."""
+    """The items, with a bar and the time left on a terminal, elsewhere a line every few seconds.
+
+    The bar is rich's. Where there is no terminal rich prints nothing until the end, and the log of
+    a job would be silent for hours: the lines are our own.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -120,11 +120,11 @@ def _look_at_all(
     directory: Path, manifest: Manifest, pool: ThreadPoolExecutor
 ) -> tuple[list[Finding], list[Look]]:
     """What the checksums and the samples say by themselves; a look at every sample, as packed."""
-    splits: list[str] = []
+    names: list[str] = []
     shards: list[ShardInfo] = []
-    for name, info in manifest.splits.items():
-        splits += [name] * len(info.shards)
-        shards += info.shards
+    for name, split in manifest.splits.items():
+        names += [name] * len(split.shards)
+        shards += split.shards
 
     def check(shard: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
         return _check_shard(directory, shard)
@@ -133,12 +133,13 @@ def _look_at_all(
         classes = manifest.classes
         return [look_at(directory, chunk.split, chunk.shard, one, classes) for one in chunk.entries]
 
-    findings, chunks = [], []
+    findings: list[Finding] = []
+    chunks: list[_Chunk] = []
     checked = _parallel(pool, check, shards, "checksums of shards")
-    for split, shard, (found, entries) in zip(splits, shards, checked, strict=True):
+    for name, shard, (found, entries) in zip(names, shards, checked, strict=True):
         findings += found
         for start in range(0, len(entries), CHUNK):
-            chunks.append(_Chunk(split, shard, entries[start : start + CHUNK]))
+            chunks.append(_Chunk(name, shard, entries[start : start + CHUNK]))
     looks: list[Look] = []
     for some in _parallel(pool, look, chunks, f"images and labels, {CHUNK} at a time"):
         looks += some
@@ -281,10 +282,8 @@ def _class(index: int, name: str, counts: dict[str, dict[str, Any]]) -> Iterator
     absent = [split for split, count in counts.items() if not count["pixels"]]
     if absent and absent == list(counts):
         # a class too many is at the end of the list; labels from 1 leave the first one empty
-        reason = (
-            "do the labels begin at 1, or" if index == 0 else "is the list of classes too long, or"
-        )
-        action = f"{reason} is it void everywhere? its IoU will be empty"
+        reason = "do the labels begin at 1" if index == 0 else "is the list of classes too long"
+        action = f"{reason}, or is it void everywhere? its IoU will be empty"
         yield _warning("class absent", f"{name!r} ({index}) is in no label", action)
         return
     for split in absent:
