@@ -44,12 +44,14 @@ def set_collective_timeout(seconds: float) -> None:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether oneDNN has bf16 dot products on this CPU; emulated ones are slower than fp32.
+    """Whether oneDNN has bf16 dot products on this CPU, and may use them (ONEDNN_MAX_CPU_ISA).
 
-    Both probes were seen in torch 2.13.0; one that is absent counts as no.
+    Emulated ones are slower than fp32. All three probes were seen in torch 2.13.0; of the CPU's two
+    an absent one counts as no, and where oneDNN cannot be asked, it may.
     """
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    may_use = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
+    return may_use and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def ddp_without_buffer_broadcast() -> dict[str, Any]:

@@ -5,11 +5,11 @@ pickle any more. Both were measured in torch 2.13.0: a DeepLabV3+ with ResNet-10
 state (713 MB), two gloo ranks, alternating, on a machine with far more to do than its two cores
 (so only the ratios tell); seconds, DCP against ours:
 
-    (medians, DDP and FSDP)        DDP              FSDP
-    save                      64.3 : 18.0    116.3 : 28.8
-    load                      40.5 : 10.3     32.1 : 31.0
-    the loop waits, async     16.6 :  2.5     41.2 :  5.7
-    until written, async      70.7 : 16.7    117.5 : 19.1
+                            DDP (medians of 3)    FSDP (medians of 2)
+    save                           70 : 23               91 : 29
+    load                           29 : 10               31 : 25
+    the loop waits, async          14 : 3.4              36 : 8.6
+    until written, async           77 : 19              118 : 22
 
 Both bring every bit back, under DDP and FSDP, on any number of ranks. What decided, besides time:
 
