@@ -5,11 +5,11 @@ pickle any more. Both were measured in torch 2.13.0: a DeepLabV3+ with ResNet-10
 state (713 MB), two gloo ranks, alternating, on a machine with far more to do than its two cores
 (so only the ratios tell); seconds, DCP against ours:
 
-                            DDP (medians of 3)    FSDP (medians of 2)
-    save                           70 : 23               91 : 29
-    load                           29 : 10               31 : 25
-    the loop waits, async          14 : 3.4              36 : 8.6
-    until written, async           77 : 19              118 : 22
+    (medians of three)               DDP         FSDP
+    save                           70 : 23     77 : 29
+    load                           29 : 10     31 : 29
+    the loop waits, async          14 : 3.4    36 : 11
+    until written, async           77 : 19    118 : 24
 
 Both bring every bit back, under DDP and FSDP, on any number of ranks. What decided, besides time:
 
