@@ -3,7 +3,7 @@ decoding alone.
 
 "Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in
 memory, as one rank does from its second epoch on where data.keep_decoded_bytes has room for all.
-Every system gives random scales of 0.5 to 1.5, crops of 321 pixels and mirroring, in batches of 16,
+Every system gives random scales of 0.5 to 1.5, crops of 321 pixels and horizontal flips, in batches of 16,
 with two workers; none changes colours. The systems take turns, each anew, and are timed once their
 queues are in a steady state. "CPU" is processor time a view of this process and its workers: the
 figure to trust on a machine that does other work. Run: python -m benchmarks.data [SHARDS of images

@@ -22,9 +22,9 @@ import torch
 from benchmarks.conditions import conditions
 from distseg.config.schema import TrackingConfig
 from distseg.data.stream import Batch
-from distseg.train import command
+from distseg.train import assembly, command
 from distseg.train.schedules import phase
-from distseg.train.step import Metrics, adversarial_step
+from distseg.train.step import Metrics, training_step
 from distseg.train.trainer import Trainer, to_device
 from shards.files import say
 from shards.pack import pack
@@ -86,7 +86,7 @@ class TimedTrainer(Trainer):
         ]
         before = time.perf_counter()
         for _ in range(self.every):
-            adversarial_step(self.pair, phase(SEMI_STEP, self.config), *parts)
+            training_step(self.pair, phase(SEMI_STEP, self.config), *parts)
             self.pair.segmentor.step(0.0)
             self.pair.discriminator.step(0.0)
         if self.ranks.device.type == "cuda":
@@ -129,11 +129,11 @@ def main() -> None:
             f"checkpoint.every_steps={options.steps}",
             *options.overrides,
         ]
-        save = timed(command.Checkpointer.save, TimedTrainer.saving)
+        save = timed(assembly.Checkpointer.save, TimedTrainer.saving)
         TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
         with (
-            patch.object(command, "Trainer", TimedTrainer),
-            patch.object(command.Checkpointer, "save", save),
+            patch.object(assembly, "Trainer", TimedTrainer),
+            patch.object(assembly.Checkpointer, "save", save),
         ):
             command.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]

@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from distseg.config.schema import Config
 from distseg.evaluate.inference import blend_tiles, probabilities
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
@@ -30,7 +31,6 @@ from shards.sample import ClassSet, encode_label
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
 MAX_PX = 2048  # larger images take tiles, as their maps would take gigabytes
-FREE = ("evaluate.", "precision=")  # what may differ from the run
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
 
@@ -39,7 +39,7 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, mirror: views that are averaged (see
+    probabilities: also one picture per class. scales, horizontal_flip: views that are averaged (see
     `inference`). max_px: an image with a longer side is labelled in blended tiles of this side,
     which overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
     [0, 1]. autocast_dtype: None for the model's own precision.
@@ -47,7 +47,7 @@ class PredictOptions:
 
     probabilities: bool = False
     scales: tuple[float, ...] = (1.0,)
-    mirror: bool = False
+    horizontal_flip: bool = False
     max_px: int = MAX_PX
     overlap_px: int = 0
     overlay_alpha: float = 0.5
@@ -78,41 +78,46 @@ def run(
     evaluates.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
-    overrides: key=value of the keys that begin with FREE.
+    overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
     """
     from distseg.config import loading
-    from distseg.distributed.device import autocast_dtype, resolve_precision
-    from distseg.distributed.ranks import Ranks
-    from distseg.evaluate.trained import trained_segmentor
-    from distseg.runs import checkpoint
+    from distseg.evaluate.trained import trained_classes, trained_segmentor
 
     images = collect_images(path)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu"
-        )
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {' or '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
+    where = choose_device(device)
+    loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
-    identity = checkpoint.read_state(checkpoint_path)["identity"]
-    classes = ClassSet(
-        tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"])
-    )
-    options = replace(
+    predict(model, images, out, trained_classes(checkpoint_path), of_run(options, config, where))
+    return 0
+
+
+def choose_device(device: str) -> torch.device:
+    """auto (cuda where there is one), cpu or cuda. Raises InputError for one that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device={device}", "auto, cpu or cuda", "correct it")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device=cuda, but no CUDA device is visible", "a CUDA device", "choose the device cpu"
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def of_run(options: PredictOptions, config: Config, device: torch.device) -> PredictOptions:
+    """The options with a run's own way of looking at images, on a device."""
+    from distseg.distributed.device import autocast_dtype, resolve_precision
+    from distseg.distributed.ranks import Ranks
+
+    precision = resolve_precision(config.precision, Ranks(0, 1, 0, device))
+    return replace(
         options,
         scales=tuple(config.evaluate.scales),
-        mirror=config.evaluate.mirror,
+        horizontal_flip=config.evaluate.horizontal_flip,
         max_px=config.evaluate.window_px or MAX_PX,
         overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
-        device=str(where),
-        autocast_dtype=autocast_dtype(resolve_precision(config.precision, Ranks(0, 1, 0, where))),
+        device=str(device),
+        autocast_dtype=autocast_dtype(precision),
     )
-    predict(model, images, out, classes, options)
-    return 0
 
 
 def collect_images(path: Path) -> list[Path]:
@@ -164,7 +169,7 @@ def predict(
         model = model.to(options.device).eval()
         pictures = _ahead(pool, load_image, images)
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
-            result = _probabilities(model, image, options)
+            result = image_probabilities(model, image, options)
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
             planes = (
                 (result * 255).round().to(torch.uint8).cpu().numpy()
@@ -244,9 +249,16 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return content.getvalue()
 
 
-def _probabilities(model: nn.Module, image: np.ndarray, options: PredictOptions) -> torch.Tensor:
+def image_probabilities(
+    model: nn.Module, image: np.ndarray, options: PredictOptions
+) -> torch.Tensor:
+    """Class probabilities (C, H, W) float32 of an image (H, W, 3) uint8, in tiles if it is large.
+
+    model: on options.device, in evaluation mode. Raises InputError for another form of image.
+    """
+
     def whole(part: np.ndarray) -> torch.Tensor:
-        views = (options.scales, options.mirror, options.device, options.autocast_dtype)
+        views = (options.scales, options.horizontal_flip, options.device, options.autocast_dtype)
         return probabilities(model, part, *views)
 
     if max(image.shape[:2]) <= options.max_px:

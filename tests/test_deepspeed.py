@@ -24,10 +24,11 @@ from distseg.parallel import check_installed, check_settings, deepspeed_config, 
 from distseg.parallel.parameter_shards import is_sharded, num_elements
 from distseg.runs.checkpoint import find
 from distseg.runs.checkpointer import Checkpointer
+from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import Program, environments, run_ranks
@@ -70,7 +71,7 @@ def make_pair(config: Config, ranks: Ranks) -> Pair:
         wrap(*both, config, ranks)
         for both in zip(make_networks("two_branch"), optimizers, strict=True)
     ]
-    return Pair(*learners, config.loss, config.semi)
+    return Pair.of(config, *learners)
 
 
 def one_step(pair: Pair, config: Config, ranks: Ranks, step: int) -> dict[str, dict[str, float]]:
@@ -78,7 +79,7 @@ def one_step(pair: Pair, config: Config, ranks: Ranks, step: int) -> dict[str, d
     share = slice(
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
-    adversarial_step(
+    training_step(
         pair,
         phase(step, config),
         Images(*(part[share] for part in make_batch(step, torch.float32, 48))),

@@ -143,7 +143,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "split": "val",
         "num_images": 4,
         "scales": [1.0],
-        "mirror": False,
+        "horizontal_flip": False,
     }
     scores = {
         "val/mean_iou": 0.725,

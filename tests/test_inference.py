@@ -55,7 +55,9 @@ def test_scales_and_mirror_average_the_views(model: nn.Module) -> None:
     plain = [probabilities(model, image, (scale,)) for scale in (0.75, 1.0, 1.5)]
     flipped = [probabilities(model, image[:, ::-1], (scale,)).flip(2) for scale in (0.75, 1.0, 1.5)]
     expected = torch.stack(plain + flipped).mean(0)
-    torch.testing.assert_close(probabilities(model, image, (0.75, 1.0, 1.5), mirror=True), expected)
+    torch.testing.assert_close(
+        probabilities(model, image, (0.75, 1.0, 1.5), horizontal_flip=True), expected
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,8 +65,8 @@ def test_a_mirrored_image_gives_the_mirrored_answer(
     model: nn.Module, size: tuple[int, int]
 ) -> None:
     image = picture(*size)
-    straight = probabilities(model, image, (0.5, 1.0), mirror=True)
-    mirrored = probabilities(model, image[:, ::-1], (0.5, 1.0), mirror=True)
+    straight = probabilities(model, image, (0.5, 1.0), horizontal_flip=True)
+    mirrored = probabilities(model, image[:, ::-1], (0.5, 1.0), horizontal_flip=True)
     torch.testing.assert_close(mirrored.flip(2), straight, rtol=0, atol=1e-6)
 
 
@@ -72,7 +74,7 @@ def test_a_mirrored_image_gives_the_mirrored_answer(
 def test_probabilities_sum_to_one_at_the_images_size(
     model: nn.Module, size: tuple[int, int]
 ) -> None:
-    result = probabilities(model, picture(*size), (0.5, 1.25), mirror=True)
+    result = probabilities(model, picture(*size), (0.5, 1.25), horizontal_flip=True)
     assert result.shape == (4, *size) and result.dtype == torch.float32
     torch.testing.assert_close(result.sum(0), torch.ones(size))
     assert result.min() >= 0

@@ -106,6 +106,15 @@ def test_runs_of_several_seeds_are_a_group_with_mean_and_standard_deviation(
     assert differences == {"seed": [0, 1, 0], "loss.adv_weight": [0.05, 0.05, 0.5]}
 
 
+def test_old_and_new_names_of_keys_are_one_group_and_no_difference(runs: list[Path]) -> None:
+    for run, name in zip(runs[:2], ("mirror", "horizontal_flip"), strict=True):
+        saved = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(saved | {"data": {name: False}}))
+    collected = content.collect_all(runs[:2])
+    assert [group["runs"] for group in collected["groups"]] == [[0, 1]]
+    assert [row["key"] for row in collected["differences"]] == ["seed"]
+
+
 def test_a_mean_is_over_finished_runs_and_distinct_seeds(runs: list[Path], tmp_path: Path) -> None:
     mid, again = write_run(tmp_path / "mid", 2, num_rows=20), write_run(tmp_path / "again", 1)
     (mid / "evaluation.json").unlink()

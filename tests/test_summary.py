@@ -19,7 +19,7 @@ SCORES = {
     "split": "val",
     "num_images": 4,
     "scales": [1.0],
-    "mirror": False,
+    "horizontal_flip": False,
 }
 
 
@@ -128,12 +128,24 @@ def test_markdown_and_latex_hold_the_same_figures(runs: list[Path]) -> None:
 def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
     runs: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
-    other = runs[0] / "evaluation-step-00000900-val-mirror.json"
-    other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "mirror": True}))
+    other = runs[0] / "evaluation-step-00000900-val-flip.json"
+    other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "horizontal_flip": True}))
     assert main(["summarize", str(other), "--format", "latex"]) == 0
     assert r"& 1 & $90.0$ \\" in capsys.readouterr().out
     assert main(["summarize", *map(str, runs)]) == 0
     assert "72.0 ± 2.0" in capsys.readouterr().out
+
+
+def test_a_file_that_calls_the_flip_by_its_old_name_compares(runs: list[Path]) -> None:
+    of = [runs[0] / "evaluation-step-00000900-val-mirror.json"]
+    of += [runs[1] / "evaluation-step-00000900-val-flip.json"]
+    for file, name in zip(of, ("mirror", "horizontal_flip"), strict=True):
+        scores = {key: value for key, value in SCORES.items() if key != "horizontal_flip"}
+        file.write_text(json.dumps({**scores, "val/mean_iou": 0.9, name: True}))
+    (row,) = rows([read(file) for file in of])
+    assert row.seeds == (0, 1)
+    with pytest.raises(InputError, match="horizontal_flip is False"):
+        rows([read(of[0]), read(runs[1])])
 
 
 def test_different_numbers_of_steps_are_allowed_and_said(
@@ -150,7 +162,7 @@ def test_different_numbers_of_steps_are_allowed_and_said(
 def test_only_like_is_compared(runs: list[Path], tmp_path: Path) -> None:
     first = read(runs[0])
     for number, (key, value) in enumerate(
-        {"split": "test", "num_images": 5, "mirror": True, "val/iou/x": 1.0}.items()
+        {"split": "test", "num_images": 5, "horizontal_flip": True, "val/iou/x": 1.0}.items()
     ):
         other = read(finished(tmp_path / f"other{number}", 0.5, **{key: value}))
         with pytest.raises(InputError, match=key if not key.startswith("val") else "classes"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -77,17 +79,34 @@ def _join(ranks: Ranks, timeout: timedelta) -> None:
         raise _network_error(error) from None
 
 
-def _rendezvous_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
-    """The key-value store in which the ranks find each other; None: the one torch makes itself."""
+def _rendezvous_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """The key-value store in which the ranks find each other."""
     if ranks.world_size == 1:
         return dist.HashStore()  # no port is needed
     # On one machine torchrun keeps its store when it starts lost ranks again, and their addresses
     # in it, where nobody is any more. So each start has a part of its own. (On several its machines
     # may count the restarts differently.)
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return None
-    store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "any"
+    return dist.PrefixStore(f"start-{start}-{next(_joins)}", _job_store(ranks, timeout))
+
+
+_joins = itertools.count()  # of this process, as many as of every other one
+
+
+_stores: dict[str, dist.Store] = {}  # by address
+
+
+def _job_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Kept from one job of a process to its next: a rank that is quicker would find a server that
+    is about to end.
+    """
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if address not in _stores:
+        found = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        _stores[address] = found[0]
+    _stores[address].set_timeout(timeout)
+    return _stores[address]
 
 
 def _cuda_device(local_rank: int) -> torch.device:
@@ -140,6 +159,27 @@ def teardown() -> None:
     """Leave the job; without effect when it was never joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_alone() -> None:
+    """Raise InputError where this process has joined a job of its own already."""
+    if dist.is_initialized():
+        got = f"a process group of {dist.get_world_size()} rank(s), which this process has made"
+        action = "call torch.distributed.destroy_process_group() first; torchrun's ranks are found"
+        raise InputError(got, "none: distseg joins and leaves its own", action)
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ranks]:
+    """`setup`, and `teardown` however the block ends.
+
+    Raises InputError as `setup` does, and where the process has a process group already.
+    """
+    check_alone()
+    try:
+        yield setup(device, timeout_seconds)
+    finally:
+        teardown()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

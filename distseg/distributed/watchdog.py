@@ -54,7 +54,12 @@ _LOST_PEER = (
 
 
 class LostRankError(RuntimeError):
-    """Another rank died or stalled; the text says which, and where it was last seen."""
+    """Another rank died or stalled; the text says which, and where it was last seen.
+
+    exit_code: what the command that it ends returns; it does so without importing this module.
+    """
+
+    exit_code = LOST_RANK_EXIT_CODE
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,6 @@ from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
 
-FREE = (
-    "evaluate.",
-    "data.shards=",
-    "data.cache_",
-    "data.val_split=",
-    "data.num_threads=",
-    "device=",
-    "precision=",
-    "parallel.",
-)
-
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write
@@ -45,19 +34,14 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
+    loading.refuse_others(overrides, lambda key: key.at_evaluation)
     network, config, path = trained_segmentor(run_dir, which)
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {', '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
-    config = loading.override(config, overrides)
-    reader = open_reader(config.data, config.data.val_split)
-    samples = SampleSet(reader, keep=config.data.keep_classes)
-    check_classes(path, samples)
+    config = for_evaluation(config, overrides)
+    samples = open_samples(config, path)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        reader.tell(watchdog.keep_alive)
-        evaluator = _evaluator(network, config, path, samples, ranks)
+        samples.reader.tell(watchdog.keep_alive)
+        evaluator = evaluator_of(network, config, path, samples, ranks)
         evaluator.details, evaluator.mark = not quick, watchdog.report
         started = time.perf_counter()
         evaluator()
@@ -66,7 +50,21 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     return 0
 
 
-def _evaluator(
+def for_evaluation(config: Config, overrides: list[str]) -> Config:
+    """A run's configuration with what may differ when it is scored. InputError for anything else."""
+    loading.refuse_others(overrides, lambda key: key.at_evaluation)
+    return loading.override(config, overrides)
+
+
+def open_samples(config: Config, path: Path) -> SampleSet:
+    """The split to score; InputError where its classes are not those of the checkpoint at `path`."""
+    reader = open_reader(config.data, config.data.val_split)
+    samples = SampleSet(reader, keep=config.data.keep_classes)
+    check_classes(path, samples)
+    return samples
+
+
+def evaluator_of(
     network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks
 ) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""

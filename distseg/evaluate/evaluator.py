@@ -24,14 +24,14 @@ from distseg.evaluate.tally import Tally
 @dataclass(frozen=True)
 class View:
     """How an image is looked at: softmax probabilities averaged over scales and, if asked, the
-    mirror image.
+    flipped image.
 
     window_px: an image with a longer side is cut into windows that overlap by overlap_px and are
     blended (see `inference.blend_tiles`); 0: never.
     """
 
     scales: tuple[float, ...]
-    mirror: bool
+    horizontal_flip: bool
     precision: str  # resolved: bf16, fp32 or fp64
     device: torch.device
     window_px: int = 0
@@ -42,7 +42,7 @@ class View:
         """The view of a configuration."""
         return cls(
             tuple(options.scales),
-            options.mirror,
+            options.horizontal_flip,
             precision,
             device,
             options.window_px,
@@ -54,14 +54,16 @@ class View:
         dtype = autocast_dtype(self.precision)
 
         def whole(part: np.ndarray) -> Tensor:
-            return probabilities(network, part, self.scales, self.mirror, self.device, dtype)
+            return probabilities(
+                network, part, self.scales, self.horizontal_flip, self.device, dtype
+            )
 
         if not 0 < self.window_px < max(image.shape[:2]):
             return whole(image)
         return blend_tiles(whole, image, self.window_px, self.overlap_px).to(self.device)
 
     def suffix(self) -> str:
-        """For file names: nothing for the plain view, for example "-scales-0.75-1-mirror" for
+        """For file names: nothing for the plain view, for example "-scales-0.75-1-flip" for
         another.
         """
         scales = (
@@ -70,7 +72,7 @@ class View:
             else "-scales-" + "-".join(f"{scale:g}" for scale in self.scales)
         )
         window = f"-window-{self.window_px}-{self.overlap_px}" if self.window_px else ""
-        return scales + ("-mirror" if self.mirror else "") + window
+        return scales + ("-flip" if self.horizontal_flip else "") + window
 
     def to_dict(self) -> dict[str, Any]:
         """What a score depends on."""
@@ -78,7 +80,7 @@ class View:
             {"window_px": self.window_px, "overlap_px": self.overlap_px} if self.window_px else {}
         )
         return (
-            {"scales": list(self.scales), "mirror": self.mirror}
+            {"scales": list(self.scales), "horizontal_flip": self.horizontal_flip}
             | window
             | {"precision": self.precision}
         )

@@ -23,17 +23,17 @@ def probabilities(
     model: nn.Module,
     image: np.ndarray,
     scales: tuple[float, ...] = (1.0,),
-    mirror: bool = False,
+    horizontal_flip: bool = False,
     device: torch.device | str = "cpu",
     autocast_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Class probabilities of every pixel, averaged over scaled and mirrored views of the image.
+    """Class probabilities of every pixel, averaged over scaled and flipped views of the image.
 
     model: a segmentor in evaluation mode on `device`. image: (H, W, 3) uint8 RGB, any size. scales:
-    factors on both sides, one view each, and with `mirror` its mirror image too. autocast_dtype:
-    None for the model's own type. Returns (C, H, W) float32 on `device`, sums to 1 over C. A view
-    gives the softmax of its logits upsampled bilinearly (align_corners=False) to (H, W): the usual
-    average (Chen et al. 2017, section 4.3).
+    factors on both sides, one view each, and with `horizontal_flip` its flipped image too.
+    autocast_dtype: None for the model's own type. Returns (C, H, W) float32 on `device`, sums to 1
+    over C. A view gives the softmax of its logits upsampled bilinearly (align_corners=False) to
+    (H, W): the usual average (Chen et al. 2017, section 4.3).
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         got = f"an image of shape {image.shape} and type {image.dtype}"
@@ -53,9 +53,9 @@ def probabilities(
         for scale in scales:
             view = _resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
             total = total + _softmax_at(model, view, height, width)
-            if mirror:
+            if horizontal_flip:
                 total = total + _softmax_at(model, view.flip(3), height, width).flip(3)
-    return (total / (len(scales) * (1 + mirror)))[0]
+    return (total / (len(scales) * (1 + horizontal_flip)))[0]
 
 
 def blend_tiles(

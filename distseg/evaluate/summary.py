@@ -10,11 +10,12 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distseg.config import loading
+from distseg.config.compare import differing
 from distseg.config.schema import Config
 from shards.errors import InputError
 
@@ -29,16 +30,7 @@ TITLES = {  # name in evaluation.json, all in [0, 1]: title
     "val/max_f1": "maximum F1",
 }
 # else scores do not compare
-_SAME = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px")
-_OF_THE_ADVERSARY = (
-    "discriminator",
-    "alternation.",
-    "semi.",
-    "loss.adv_",
-    "loss.real_",
-    "loss.scaling_",
-    "loss.map_",
-)
+_SAME = ("data", "split", "num_images", "scales", "horizontal_flip", "window_px", "overlap_px")
 _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -139,7 +131,13 @@ def read(path: Path) -> Evaluation:
         raise InputError(
             f"no evaluation in {file}", "a finished run, or a file of `distseg evaluate`", action
         )
-    return Evaluation(file, loading.from_file(file.parent / "config.yaml"), scores)
+    config = loading.from_file(file.parent / "config.yaml")
+    return Evaluation(file, config, with_present_names(scores))
+
+
+def with_present_names(scores: dict[str, Any]) -> dict[str, Any]:
+    """The content of an evaluation file, whose horizontal_flip was once called mirror."""
+    return {("horizontal_flip" if name == "mirror" else name): scores[name] for name in scores}
 
 
 def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
@@ -151,7 +149,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     _check_comparable(evaluations)
     groups: list[list[Evaluation]] = []
     for evaluation in evaluations:
-        same = (group for group in groups if not _differences(group[0], evaluation))
+        same = (group for group in groups if not _differing(group[0], evaluation))
         group = next(same, None)
         if group is None:
             groups.append([evaluation])
@@ -167,7 +165,7 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 def _row(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Row:
     setting = loading.flattened(loading.to_dict(group[0].config))
-    apart = {key for other in groups for key in _differences(group[0], other[0])}
+    apart = {key for other in groups for key in _differing(group[0], other[0])}
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
     name = ", ".join(f"{key}={setting.get(key)}" for key in sorted(apart)) or str(
         group[0].config.preset
@@ -177,17 +175,10 @@ def _row(group: list[Evaluation], groups: list[list[Evaluation]], names: list[st
     return Row(name, runs, tuple(e.config.seed for e in group), values)
 
 
-def _differences(one: Evaluation, other: Evaluation) -> dict[str, Any]:
-    """Keys, other than the seed, that made the runs different.
-
-    An adversary's say nothing of a supervised run.
-    """
-    found = loading.differences(one.config, replace(other.config, seed=one.config.seed))
-    if "supervised" in (one.config.mode, other.config.mode):
-        return {
-            key: values for key, values in found.items() if not key.startswith(_OF_THE_ADVERSARY)
-        }
-    return found
+def _differing(one: Evaluation, other: Evaluation) -> list[str]:
+    """Keys, other than the seed, that made the networks of two runs different."""
+    first, second = (loading.flattened(loading.to_dict(e.config)) for e in (one, other))
+    return differing(first, second)
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:

@@ -10,6 +10,14 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
+from shards.sample import ClassSet
+
+
+def trained_classes(path: Path) -> ClassSet:
+    """The classes that a checkpoint was trained on, with their colours."""
+    identity = checkpoint.read_state(path)["identity"]
+    palette = tuple((red, green, blue) for red, green, blue in identity["palette"])
+    return ClassSet(tuple(identity["classes"]), palette)
 
 
 def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:

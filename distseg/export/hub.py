@@ -14,7 +14,7 @@ import yaml
 
 from distseg.config import loading
 from distseg.config.schema import Config, TrackingConfig
-from distseg.evaluate.summary import TITLES
+from distseg.evaluate.summary import TITLES, with_present_names
 from distseg.export.formats import SUFFIXES, Trained, export
 from shards.errors import InputError
 from shards.files import published, write_json
@@ -25,7 +25,7 @@ _OUTLINE = (
     "split",
     "num_images",
     "scales",
-    "mirror",
+    "horizontal_flip",
     "window_px",
     "overlap_px",
     "precision",
@@ -67,11 +67,13 @@ def _without_places(config: Config) -> Config:
     concern.
     """
     data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
-    segmentor = replace(config.segmentor, init=_last_part(config.segmentor.init))
+    segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
+    discriminator = replace(config.discriminator, init=Path(config.discriminator.init).name)
     parallel = replace(
         config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config)
     )
-    own = {"data": data, "segmentor": segmentor, "parallel": parallel, "tracking": TrackingConfig()}
+    own = {"data": data, "parallel": parallel, "tracking": TrackingConfig()}
+    own |= {"segmentor": segmentor, "discriminator": discriminator}
     return replace(config, run_dir="", **own)  # type: ignore[arg-type]
 
 
@@ -90,7 +92,7 @@ def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
         run_dir.glob("evaluation*.json"),
         key=lambda path: (path.name == "evaluation.json", path.name),
     ):
-        content = json.loads(path.read_text())
+        content = with_present_names(json.loads(path.read_text()))
         views = [{key: of.get(key) for key in _OUTLINE} for of in (content, *found)]
         if content["step"] == step and views[0] not in views[1:]:
             found.append({key: value for key, value in content.items() if key != "confusion"})
@@ -182,7 +184,7 @@ def _view(scores: dict[str, Any]) -> str:
     scales = ", ".join(f"{scale:g}" for scale in scores["scales"])
     return (
         f"scale {scales}"
-        + (", mirrored too" if scores["mirror"] else "")
+        + (", flipped too" if scores["horizontal_flip"] else "")
         + window
         + f", {scores['precision']}"
     )

@@ -35,10 +35,23 @@ from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
 from distseg.models.multiscale import MultiScale
 from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
 from distseg.models.vgg import imagenet_weights_file as vgg_weights_file
-from distseg.models.weights import LoadReport, load_segmentor, read_weights
+from distseg.models.weights import (
+    LoadReport,
+    Weights,
+    load_discriminator,
+    load_segmentor,
+    read_weights,
+)
 from shards.errors import InputError
 
-__all__ = ["BatchNorm2d", "LoadReport", "build_discriminator", "build_segmentor", "set_batch_norm"]
+__all__ = [
+    "BatchNorm2d",
+    "LoadReport",
+    "Weights",
+    "build_discriminator",
+    "build_segmentor",
+    "set_batch_norm",
+]
 
 Segmentor = (
     DeepLabV2ResNet101
@@ -98,15 +111,22 @@ log = logging.getLogger(__name__)
 
 
 def build_segmentor(
-    name: str, num_classes: int, *, init: str = "imagenet", **options: Any
+    name: str,
+    num_classes: int,
+    *,
+    init: str | Weights = "imagenet",
+    init_partial: bool = False,
+    **options: Any,
 ) -> Segmentor:
     """A segmentor: image (N, 3, H, W) float in [0, 1], RGB -> logits (N, C, H/s, W/s), s its
     output_stride.
 
     init: "imagenet" (the encoder's published weights), "random", or a .safetensors or .pth file
-    with weights of the encoder or of the whole segmentor. What was loaded is logged and kept as
-    `init_report` (None for random). Raises InputError for an unknown name or option, a bad value,
-    and weights that are absent or do not fit.
+    with weights of the encoder or of the whole segmentor, or these weights themselves; what they
+    have for another number of classes is made anew. init_partial: accept weights that lack more
+    than a quarter of the tensors. What was loaded is logged and kept as `init_report` (None for
+    random). Raises InputError for an unknown name or option, a bad value, and weights that are
+    absent or do not fit.
     """
     _check("segmentor", name, SEGMENTORS, num_classes, options)
     if init == "random":
@@ -117,22 +137,34 @@ def build_segmentor(
             f"segmentor.init=imagenet for {name}", "a network with published weights", action
         )
     # the file first: building a network only to find no weights would waste the user's time
-    path = IMAGENET[name]() if init == "imagenet" else Path(init)
-    state = read_weights(path)
+    weights = _weights(IMAGENET[name]() if init == "imagenet" else init)
     segmentor = SEGMENTORS[name](num_classes, **options)
-    segmentor.init_report = load_segmentor(segmentor, state, str(path))
+    segmentor.init_report = load_segmentor(segmentor, weights, allow_partial=init_partial)
     log.info("%s", segmentor.init_report)
     return segmentor
 
 
-def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Module:
+def build_discriminator(
+    name: str, num_classes: int, *, init: str | Weights = "random", **options: Any
+) -> nn.Module:
     """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real,
     one per map.
 
-    Raises InputError for an unknown name or option, and for a bad value.
+    init: "random", a file of a discriminator's weights, or these themselves; its input layer is
+    made anew for another number of classes. Raises InputError for an unknown name or option, for a
+    bad value, and for weights that are absent or do not fit.
     """
     _check("discriminator", name, DISCRIMINATORS, num_classes, options)
-    return DISCRIMINATORS[name](num_classes, **options)
+    weights = None if init == "random" else _weights(init)
+    discriminator = DISCRIMINATORS[name](num_classes, **options)
+    if weights is not None:
+        discriminator.init_report = load_discriminator(discriminator, weights)  # type: ignore[assignment]
+        log.info("%s", discriminator.init_report)
+    return discriminator
+
+
+def _weights(init: str | Path | Weights) -> Weights:
+    return init if isinstance(init, Weights) else Weights(read_weights(init), str(init))
 
 
 def _check(

@@ -55,7 +55,7 @@ ALLOWED_ZERO = [
 OURS = {  # DeepSpeed's key -> the key of ours that says it
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "accumulate_steps",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "segmentor_optimizer.clip_norm and discriminator_optimizer.clip_norm",
     "optimizer": "segmentor_optimizer and discriminator_optimizer",
     "scheduler": "schedule",
@@ -132,7 +132,7 @@ def generate(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
-    micro_batch = config.batch_size // world_size // config.accumulate_steps
+    micro_batch = config.batch_size // world_size // config.gradient_accumulation_steps
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, micro_batch),
         # micro-batches are added up by `no_sync`, and divided by nobody

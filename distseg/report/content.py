@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from distseg.config.compare import setting
+from distseg.config.names import with_full_names
 from distseg.evaluate.summary import of_seeds, spread
 from distseg.runs import attempts
 from distseg.tracking.health import Health
@@ -28,11 +30,6 @@ from shards.errors import InputError
 MAX_POINTS = 1200  # of a curve: more than a screen has; longer ones become means of neighbours
 PANEL_PX, PANEL_QUALITY = 1400, 82  # of the pictures in the page, which have text in them
 _NO_SERIES = ("step", "time", "images")
-# keys in which the runs of one group, whose mean is taken, may differ
-_OF_ONE_GROUP = (
-    *("seed", "run_dir", "device", "max_skips", "data.shards", "data.cache_", "data.num_threads"),
-    *("tracking.", "checkpoint.", "parallel.", "evaluate.num_pictures", "data.allow_unverified"),
-)
 SCORES = ("mean_iou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou")
 _IOU = "val/iou/"
 
@@ -75,7 +72,8 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 def collect(run_dir: Path) -> Run:
     """One run. Raises InputError where there is no metrics.jsonl that can be read."""
     rows = read_metrics(run_dir / METRICS_FILE)
-    config = flat(_yaml(run_dir / "config.yaml"))
+    saved = _yaml(run_dir / "config.yaml")
+    config = flat(with_full_names(saved) if isinstance(saved, dict) else {})
     evaluation = _json(run_dir / "evaluation.json")
     iou = [row for row in rows if any(name.startswith(_IOU) for name in row)]
     classes = [
@@ -221,10 +219,8 @@ def grouped(runs: list[Run]) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
-        kept = {
-            key: value for key, value in run["config"].items() if not key.startswith(_OF_ONE_GROUP)
-        }
-        groups.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(index)
+        kept = json.dumps(setting(run["config"]), sort_keys=True, default=str)
+        groups.setdefault(kept, []).append(index)
     found = []
     for members in groups.values():
         own = [runs[i] for i in members]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distseg.runs.tensor_files import read
 from shards.errors import InputError
@@ -91,14 +92,27 @@ def saved_precision(run_dir: Path) -> str | None:
     return read_state(paths[-1])["identity"].get("precision") if paths else None
 
 
+def read_network(path: Path, network: str) -> tuple[str, dict[str, Tensor]]:
+    """The part of a checkpoint that stands for a network, and its tensors.
+
+    network: "segmentor", of which the EMA weights ("ema") are taken where there are any, or
+    "discriminator". Raises InputError where the run had none.
+    """
+    parts = read_state(path)["parts"]
+    part = "ema" if network == "segmentor" and "ema" in parts else network
+    if part not in parts:
+        action = f"write {network}.init=random, or name a run that had one"
+        raise InputError(f"{path} has no {network}", f"a run with a {network}", action)
+    return part, read(path, f"{part}.network")
+
+
 def load_segmentor(path: Path, network: torch.nn.Module) -> str:
     """Copy a checkpoint's segmentor into a network.
 
     Its EMA weights where there are any. Returns which: "ema" or "segmentor". Raises InputError when
     the network is another than the checkpoint's.
     """
-    which = "ema" if "ema" in read_state(path)["parts"] else "segmentor"
-    tensors = read(path, f"{which}.network")
+    which, tensors = read_network(path, "segmentor")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: scores as JSON, curves, and pictures of validation images."""
+"""What a finished run leaves to look at: scores as JSON, curves, pictures of validation images."""
 
 from __future__ import annotations
 
