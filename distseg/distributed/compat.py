@@ -72,6 +72,12 @@ def without_shared_memory_kernel(deepspeed: Any) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def remove_forward_hooks(engine: Any) -> None:
+    """Take an engine's own hooks off its network. Seen in DeepSpeed 0.19.8."""
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+
+
 def begin_zero_micro_batch(engine: Any) -> None:
     """Tell a ZeRO engine (stages 1 to 3) that another forward begins. Seen in DeepSpeed 0.19.8."""
     engine.optimizer.clear_backward_seen_flag()
