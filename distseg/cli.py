@@ -225,6 +225,7 @@ kitti_road  data_road: road, not road, the rest void; task=lane
 ade20k      ADEChallengeData2016: images/, annotations/; 150 classes
 folder      your images and masks, matched by name; layout=FILE.yaml (default: distseg.yaml in --root) names the classes
 ohe         the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of images
+FILE.py:F   your own, as examples/own_data.py: F(root, ...) gives a DataSet or, one by one, samples
 
 An interrupted run goes on where it was, by the same command. Neither that nor --workers changes the file."""
     parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
@@ -289,7 +290,9 @@ warnings  (exit code 0)  classes that a split lacks, void, pictures that are in 
 
 
 def _add_models(commands: argparse._SubParsersAction) -> None:
-    text = "Measure segmentors and discriminators: parameters, output stride, field of view, work at 321x321 px."
+    text = """Measure segmentors and discriminators: parameters, output stride, field of view, work at 321x321 px.
+
+Your own as in training: distseg models segmentor=my_net.py:MyNet discriminator=my_pkg.my_module:MyJudge"""
     parser = _command(
         commands, "models", "list the networks to choose from, with their sizes", text
     )

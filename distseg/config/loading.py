@@ -11,12 +11,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distseg.config import code
 from distseg.config.schema import BOUNDS, CHOICES, Config
+from shards import user_code
 from shards.errors import InputError
 from shards.remote import check_url
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 PRESETS = Path(__file__).parent.parent / "presets"
+OPTIONS = ("segmentor.options.", "discriminator.options.", "data.view_options.")
 
 ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 
@@ -32,6 +35,7 @@ FREE_ON_RESUME = frozenset(
     }
     | {"data.num_threads", "data.worker_type", "data.keep_decoded_bytes", "max_skips"}
     | {"evaluate", "checkpoint", "tracking", "parallel"}
+    | {"code", "allow_changed_code"}  # code.check_unchanged looks at both
 )
 
 
@@ -68,6 +72,10 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
         ):
             # they were the other's
             OmegaConf.update(merged, key.replace(".name", ".options"), {}, merge=False)
+            if key == "segmentor.name" and user_code.is_reference(value):
+                merged.segmentor.init = "random"  # as its constructor makes it
+        if key == "code":
+            raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
         merged = _merge(merged, {key: _parse(key, value)})
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
@@ -88,6 +96,10 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
                 f"{weighted[0]} with mode=supervised", "an adversary for its weight", action
             )
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
+    # wherever the run is evaluated or goes on, the files are found again
+    config.segmentor.name = user_code.absolute(config.segmentor.name)
+    config.discriminator.name = user_code.absolute(config.discriminator.name)
+    config.data.view = user_code.absolute(config.data.view)
     _check(config)
     return config
 
@@ -127,13 +139,18 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """
     before, after = flattened(to_dict(old)), flattened(to_dict(new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return {key: (before.get(key), after.get(key)) for key in keys if not _is_free(key)}
+    keys = [key for key in keys if not _is_free(key) and not code.is_moved(key, old, new)]
+    return {key: (before.get(key), after.get(key)) for key in keys}
 
 
 def check_same(run_dir: Path, config: Config) -> None:
-    """Raise InputError when `run_dir` holds a run of another configuration."""
+    """Raise InputError when `run_dir` holds a run of another configuration or other code."""
     saved = run_dir / CONFIG_FILE
-    changed = differences(from_file(saved), config) if saved.exists() else {}
+    if not saved.exists():
+        return
+    before = from_file(saved)
+    code.check_unchanged(before, config)
+    changed = differences(before, config)
     if changed:
         values = ", ".join(
             f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items()
@@ -194,10 +211,7 @@ def _known() -> tuple[str, ...]:
 def _merge(config: Any, values: dict[str, Any]) -> Any:
     known = _known()
     for key, value in values.items():
-        is_option = any(
-            key.startswith(f"{part}.options.") for part in ("segmentor", "discriminator")
-        )
-        if not is_option and key not in known:
+        if not key.startswith(OPTIONS) and key not in known:
             raise InputError(
                 f"unknown key {key!r}", "a key of the configuration", _nearest(key, known)
             )
@@ -290,6 +304,11 @@ def _check(config: Config) -> None:
     ):
         got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
+    if config.data.view and not user_code.is_reference(config.data.view):
+        raise InputError(f"data.view={config.data.view}", user_code.FORMS, "correct data.view")
+    if config.data.view_options and not config.data.view:
+        got = f"data.view_options.{next(iter(config.data.view_options))} without data.view"
+        raise InputError(got, "a view that takes it", "write data.view=FILE.py:NAME")
     if not config.data.shards:
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)

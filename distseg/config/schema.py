@@ -38,6 +38,9 @@ class DataConfig:
     blur_probability: float = 0.0  # of a Gaussian blur; SimCLR (Chen et al. 2020, appendix A): 0.5
     # its standard deviation, in pixels of the view, is uniform from 0.1 to this (the same)
     blur_max_px: float = 2.0
+    # code of your own, as path/to/file.py:name, that gets each view last; see data/own_view.py
+    view: str = ""
+    view_options: dict[str, Any] = field(default_factory=dict)  # its further keyword arguments
     # each_once: every sample once per epoch; class_balanced: a random class, then one of the
     # samples that show it; rare_class: likewise, and the fewer pixels a class has, the likelier it
     # is (Hoyer et al. 2022, section 3.2)
@@ -60,6 +63,7 @@ class SegmentorConfig:
     `segmentor=NAME` on the command line sets the name.
     """
 
+    # one of `distseg models`, or your own: path/to/file.py:name or package.module:name
     name: str = "deeplabv3plus_efficientnet_lite0"
     init: str = "imagenet"  # imagenet, random, or a file of weights
     # statistics of the rank's images; synchronised: of all; frozen: the stored
@@ -75,6 +79,7 @@ class DiscriminatorConfig:
     Not built in supervised mode.
     """
 
+    # one of `distseg models`, or your own: path/to/file.py:name or package.module:name
     name: str = "two_branch"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -230,6 +235,9 @@ class Config:
     channels_last: bool = True
     ema_decay: float = 0.0  # moving average of the segmentor, used for evaluation; 0: off
     max_skips: int = 20  # stop after so many non-finite gradients in a row
+    # sha256 of each file of your own code by the part that names it; filled in by training
+    code: dict[str, str] = field(default_factory=dict)
+    allow_changed_code: bool = False  # go on with a run though such a file has changed
     data: DataConfig = field(default_factory=DataConfig)
     segmentor: SegmentorConfig = field(default_factory=SegmentorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -17,6 +17,7 @@ from distseg.config.schema import Config, TrackingConfig
 from distseg.evaluate.summary import TITLES
 from distseg.export.formats import SUFFIXES, Trained, export
 from distseg.runs import checkpoint
+from shards import user_code
 from shards.errors import InputError
 from shards.files import published
 
@@ -67,12 +68,29 @@ def _without_places(config: Config) -> Config:
     """The configuration without what names places of the machine or the account, which are nobody's
     concern.
     """
-    data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
-    segmentor = replace(config.segmentor, init=_last_part(config.segmentor.init))
+    data = replace(
+        config.data,
+        shards="",
+        cache_dir="",
+        labelled=_last_part(config.data.labelled),
+        view=user_code.short(config.data.view),
+    )
+    segmentor = replace(
+        config.segmentor,
+        init=_last_part(config.segmentor.init),
+        name=user_code.short(config.segmentor.name),
+    )
+    discriminator = replace(config.discriminator, name=user_code.short(config.discriminator.name))
     parallel = replace(
         config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config)
     )
-    own = {"data": data, "segmentor": segmentor, "parallel": parallel, "tracking": TrackingConfig()}
+    own = {
+        "data": data,
+        "segmentor": segmentor,
+        "discriminator": discriminator,
+        "parallel": parallel,
+        "tracking": TrackingConfig(),
+    }
     return replace(config, run_dir="", **own)  # type: ignore[arg-type]
 
 

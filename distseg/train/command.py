@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distseg.config import loading
+from distseg.config import code, loading
 from distseg.config.schema import Config
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import allow_tf32, resolve_precision, reuse_memory
@@ -20,7 +20,7 @@ from distseg.distributed.ranks import Ranks, is_shared, on_all, on_main, setup, 
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator, View
-from distseg.models import build_discriminator, build_segmentor, set_batch_norm
+from distseg.models import build_discriminator, build_segmentor, check_training, set_batch_norm
 from distseg.parallel import check_installed, check_settings, check_shard_size, wrap
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import attempts, environment
@@ -52,6 +52,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if dry_run:
         print(loading.to_yaml(config), end="")
         return 0
+    config = code.recorded(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
     data, networks = check(config, world_size)
 
@@ -99,6 +100,7 @@ def train_and_show(
         kept if kept and config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
     config = replace(config, precision=precision)
+    work = StepWork.of(config, segmentor, discriminator)
     watchdog.mark("spreading the networks")
     pair = Pair(
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
@@ -109,7 +111,7 @@ def train_and_show(
         config.semi,
     )
     watchdog.mark("looking for checkpoints")
-    trainer = build_trainer(config, ranks, pair, data, run_directory.path, watchdog)
+    trainer = build_trainer(config, ranks, pair, data, watchdog, work)
     stream = open_streams(config, ranks, data, trainer.state.step)
     exit_code, hosts = 1, on_all(ranks, socket.gethostname())
     gc.collect()
@@ -150,6 +152,7 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     segmentor = build_segmentor(
         config.segmentor.name, num_classes, init=config.segmentor.init, **options
     )
+    check_training(config.segmentor.name, segmentor)
     if config.segmentor.batch_norm == "synchronised":
         synchronise(segmentor)
     else:
@@ -159,6 +162,7 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     discriminator = build_discriminator(
         config.discriminator.name, num_classes, **config.discriminator.options
     )
+    check_training(config.discriminator.name, discriminator)
     stride, min_size_px = int(segmentor.output_stride), int(discriminator.min_size_px)  # type: ignore[arg-type]
     stride = 1 if config.loss.map_resolution == "image" else stride
     label_map_px = -(-config.data.crop_px // stride)
@@ -171,9 +175,10 @@ def build_networks(config: Config, num_classes: int) -> Networks:
 
 
 def build_trainer(
-    config: Config, ranks: Ranks, pair: Pair, data: Data, run_dir: Path, watchdog: Watchdog
+    config: Config, ranks: Ranks, pair: Pair, data: Data, watchdog: Watchdog, work: StepWork
 ) -> Trainer:
     """Everything that the loop needs, set to the run's last checkpoint where there is one."""
+    run_dir = Path(config.run_dir)
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
     view = View.of(config.evaluate, config.precision, ranks.device)
     scored = pair.segmentor if ema is None else ema
@@ -210,7 +215,8 @@ def build_trainer(
     )
     progress = Progress(config.steps, state.step, ranks.is_main)
     progress.message(headline(config, ranks, pair, data, state.step))
-    work = StepWork.of(config, data.train.classes.num_classes)
+    if work.uncounted:
+        progress.message(f"operations not counted, so no share of peak: {work.uncounted}")
     peak = convolution_peak(ranks.device, config.precision)
     return Trainer(
         config,

@@ -10,6 +10,7 @@ from distseg.parallel.slices import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.train.inputs import Data
 from distseg.train.step import Pair
+from shards import user_code
 
 
 def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
@@ -17,11 +18,12 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
 
     Networks, ranks, losses with their reductions, where it goes.
     """
-    networks = [f"segmentor {config.segmentor.name} {_millions(pair.segmentor.network)}"]
+    segmentor, discriminator = map(
+        user_code.short, (config.segmentor.name, config.discriminator.name)
+    )
+    networks = [f"segmentor {segmentor} {_millions(pair.segmentor.network)}"]
     if pair.discriminator is not None:
-        networks += [
-            f"discriminator {config.discriminator.name} {_millions(pair.discriminator.network)}"
-        ]
+        networks += [f"discriminator {discriminator} {_millions(pair.discriminator.network)}"]
     images = f"{len(data.train)} labelled"
     batch = (
         f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from distseg.config.schema import Config
+from distseg.data.own_view import OwnView
 from distseg.data.samples import SampleSet, open_reader, plan_for, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
@@ -83,6 +84,7 @@ def open_data(config: Config, world_size: int) -> Data:
         unlabelled_set = SampleSet(
             train, rest, labelled=False, keep=options.keep_classes, keep_decoded_bytes=room
         )
+    own_view(config, there)  # or training would find out what is wrong with it
     return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
 
 
@@ -114,7 +116,9 @@ def open_stream(
 ) -> TrainStream:
     """One stream of training views."""
     data = config.data
-    view = TrainView(**{field.name: getattr(data, field.name) for field in fields(TrainView)})
+    own = own_view(config, samples.classes.num_classes)
+    names = [field.name for field in fields(TrainView) if field.name != "own"]
+    view = TrainView(**{name: getattr(data, name) for name in names}, own=own)
     return TrainStream(
         samples,
         plan_for(samples, data, seed),
@@ -127,3 +131,15 @@ def open_stream(
         start_step=start_step,
         pin_memory=ranks.device.type == "cuda",
     )
+
+
+def own_view(config: Config, num_classes: int) -> OwnView | None:
+    """The view of the user's own, tried on a crop; None where there is none.
+
+    Raises InputError for one that is none, or that draws random numbers of its own.
+    """
+    if not config.data.view:
+        return None
+    view = OwnView(config.data.view, config.data.view_options, num_classes)
+    view.check(config.data.crop_px)
+    return view

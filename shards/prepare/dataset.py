@@ -47,10 +47,11 @@ def absent(key: str, split: str, file: str) -> Sample:
 class DataSet:
     """classes; tasks, in the order that the samples are stored in; notes: what was left out on
     purpose, and why, a line each; name: what the maps are called, when it is not the preparer's
-    name.
+    name; code: sha256 of the preparer, where it may change from one run to the next.
     """
 
     classes: ClassSet
     tasks: Sequence[Task]
     notes: tuple[str, ...] = ()
     name: str = ""
+    code: str = ""
