@@ -211,18 +211,28 @@ def _module(name: str, said: str) -> ModuleType:
     with _searched(folder if run_directory_of(folder) is None else None):
         importlib.invalidate_caches()
         for number in range(1, len(parts) + 1):  # to find a module imports what it lies in
-            whole = ".".join(parts[:number])
-            with _errors_told(said, None, f'`python -c "import {whole}"`'):
-                spec = importlib.util.find_spec(whole)
-                if spec is not None and spec.origin is not None:
-                    _check_place(Path(spec.origin), said)
-                if spec is not None:
-                    importlib.import_module(whole)
-            if spec is None:
-                action = f"correct it, install it, or start where it lies; here is {folder}"
+            if not _imported_module(".".join(parts[:number]), said):
                 needed = "a module that Python finds, or a file: path/to/file.py:name"
-                raise InputError(f"{said}: no module {whole}", needed, action)
+                action = f"correct it, install it, or start where it lies; here is {folder}"
+                got = f"{said}: no module {'.'.join(parts[:number])}"
+                raise InputError(got, needed, action)
     return sys.modules[name]
+
+
+def _imported_module(name: str, said: str) -> bool:
+    """Import a module whose package is imported; False where there is none."""
+    package = name.rpartition(".")[0]
+    if package and not hasattr(sys.modules[package], "__path__"):
+        return False
+    with _errors_told(said, None, f'`python -c "import {name}"`'):
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            return False
+        for place in (spec.origin, *(spec.submodule_search_locations or ())):
+            if place is not None:
+                _check_place(Path(place), said)
+        importlib.import_module(name)
+    return True
 
 
 def _defining_file(value: Any, module: ModuleType) -> Path:
