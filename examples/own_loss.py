@@ -22,7 +22,8 @@ def focal(logits: Tensor, label: Tensor, gamma: float = 2.0) -> tuple[Tensor, Te
 
     Lin et al. 2017, equation 4.
     """
-    scores = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=False)
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = F.interpolate(scores, label.shape[-2:], mode="bilinear", align_corners=False)
     valid = label != VOID
     index = label.long().where(valid, torch.zeros((), dtype=torch.long, device=label.device))
     log_p = scores.log_softmax(1).gather(1, index[:, None])[:, 0]  # (n, H, W)

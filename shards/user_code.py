@@ -259,7 +259,7 @@ def _check_place(path: Path, said: str) -> None:
     run_directory = run_directory_of(path)
     if run_directory is not None:
         got = f"{said}: {path} lies in the run directory {run_directory}"
-        needed = "code outside of it: who opens a run that he was given must run nothing in it"
+        needed = "code outside of it: to open a run must run nothing that lies in it"
         raise InputError(got, needed, "move the file elsewhere")
 
 

@@ -15,7 +15,7 @@ import pytest
 from shards import user_code
 from shards.errors import InputError
 
-NETWORK = '''
+NETWORK = """
 import sys
 from sibling import FACTOR
 PATH = list(sys.path)
@@ -26,7 +26,7 @@ class Net:
 def later():
     import lazy
     return lazy.VALUE
-'''
+"""
 
 
 @pytest.fixture
@@ -128,7 +128,9 @@ def test_worker_processes_know_its_objects(folder: Path) -> None:
     assert done.returncode and "ModuleNotFoundError" in done.stderr
 
 
-@pytest.mark.parametrize("reference", ["net.py:", ":Net", "a b:Net", "net.py:Net()", "a/b:Net", "a..b:Net"])
+@pytest.mark.parametrize(
+    "reference", ["net.py:", ":Net", "a b:Net", "net.py:Net()", "a/b:Net", "a..b:Net"]
+)
 def test_another_form_is_refused(reference: str) -> None:
     assert "path/to/file.py:name" in refused(reference, "segmentor=")
 

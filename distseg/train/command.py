@@ -53,6 +53,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
         print(loading.to_yaml(config), end="")
         return 0
     config = code.recorded(config)
+    loading.check_same(Path(config.run_dir), config)  # again when the directory is this job's
     _, world_size, _ = resolve_ranks(dict(os.environ))
     data, networks = check(config, world_size)
 

@@ -11,7 +11,7 @@ from typing import Any
 from shards import user_code
 from shards.errors import InputError
 from shards.maps import MapsWriter
-from shards.prepare.dataset import DataSet
+from shards.prepare.dataset import DataSet, Task, absent
 from shards.prepare.parts import Prepared
 from shards.sample import ClassSet, Sample
 from shards.user_code import UserCode
@@ -72,7 +72,8 @@ def called(reference: str, arguments: dict[str, Any]) -> DataSet | Generated:
     code = user_code.load(reference, KEY)
     given = user_code.call(code, KEY, arguments, "option")
     if isinstance(given, DataSet):
-        return replace(given, code=code.sha256)
+        tasks = [_whole(task) for task in given.tasks]
+        return replace(given, tasks=tasks, code=code.sha256)
     classes = getattr(sys.modules[code.value.__module__], CLASSES, None)
     if isinstance(given, Iterator) and isinstance(classes, ClassSet):
         return Generated(classes, given, code)
@@ -81,3 +82,9 @@ def called(reference: str, arguments: dict[str, Any]) -> DataSet | Generated:
         got = f"{KEY}={reference} gives samples one by one, and {code.path} has no {CLASSES}"
     needed = f"a DataSet, or a generator of Sample beside {CLASSES} = ClassSet(names, colours)"
     raise InputError(got, needed, f"correct {code.name}")
+
+
+def _whole(task: Task) -> Task:
+    """The task; one whose file is not there as `absent`, so that it is told before time is spent."""
+    lost = [path for path in task.files if not path.is_file()]
+    return replace(task, read=absent, arguments=(str(lost[0]),)) if lost else task
