@@ -259,8 +259,12 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
     pixels, num_unlabelled = np.zeros(256, np.int64), 0
     about: dict[str, dict[str, Any]] = {}
     with published(out / task.file) as partial:
-        # a fixed mtime, user and mode: the same samples give the same bytes
-        with webdataset.TarWriter(str(partial), encoder=False, mtime=0, compress=False) as tar:
+        # a fixed mtime, user and mode: the same samples give the same bytes. A file that TarWriter
+        # opened itself it would leave open where the disk is full.
+        with (
+            partial.open("wb") as file,
+            webdataset.TarWriter(file, encoder=False, mtime=0, compress=False) as tar,
+        ):
             for key in task.keys:
                 sample = reader.read(key)
                 height, width = _check(sample, reader.classes.num_classes)

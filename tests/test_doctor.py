@@ -79,6 +79,7 @@ def test_the_whole_command(
     toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("COLUMNS", "1000")  # a long path breaks no word that is looked for
     monkeypatch.setattr(checkup, "_SECONDS", 0.1)
     sound = ["doctor", "--run-dir", str(tmp_path / "run"), "--device", "cpu", "--shards"]
     assert main([*sound, str(toy_shards)]) == 0

@@ -84,6 +84,7 @@ def test_padding_of_a_tiny_image_does_not_show_in_a_constant_one(model: nn.Modul
     torch.testing.assert_close(tiny, large[:, :9, :6])
 
 
+@pytest.mark.cpu
 def test_bfloat16_autocast_stays_near_full_precision(model: nn.Module) -> None:
     image = picture(64, 64)
     rounded = probabilities(model, image, autocast_dtype=torch.bfloat16)

@@ -157,7 +157,7 @@ def test_a_sweep_that_is_refused_leaves_its_directory_free(
 def test_a_cluster_that_cannot_be_reached_is_told_from_resources_that_it_has_not(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("sbatch", "squeue"):
+    for name in ("sbatch", "squeue", "srun"):
         text = f"{name}: error: fetch_config: DNS SRV lookup failed\n{name}: error: failed to fetch config"
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)

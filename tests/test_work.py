@@ -129,6 +129,7 @@ def test_share_of_peak_is_operations_over_time_over_peak(monkeypatch: pytest.Mon
     assert clock.lap(10, 0.0)["peak_share"] == pytest.approx(10 / 100)
 
 
+@pytest.mark.cpu
 def test_a_convolution_is_measured_in_every_precision() -> None:
     for precision in ("fp32", "bf16", "fp64"):
         assert convolution_peak(torch.device("cpu"), precision) > 1e8  # 0.1 GFLOP/s: any CPU at all

@@ -42,10 +42,13 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether oneDNN has bf16 dot products here; emulated ones are slower than fp32."""
+    """Whether oneDNN has bf16 dot products here, and may use them (see its ONEDNN_MAX_CPU_ISA);
+    emulated ones are slower than fp32.
+    """
     # private, so absent from some releases
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
+    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def allow_tf32(allowed: bool) -> None:

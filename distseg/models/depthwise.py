@@ -14,6 +14,11 @@ from torch.compiler import is_exporting
 Pads = tuple[int, int, int, int]  # left, right, top, bottom: the order of F.pad
 Geometry = tuple[Pads, int, int]  # padding, stride, dilation
 
+# Whether bf16 convolutions on the CPU go to oneDNN: not with AVX2 alone, nor where
+# ONEDNN_MAX_CPU_ISA forbids it. Without it torch's own kernels take 30 to 100 times as long as
+# fp32's, and sum weight gradients over images in bf16.
+_ONEDNN_HAS_BF16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Zeros before and after `size` inputs that make ceil(size / stride) outputs.
@@ -63,7 +68,14 @@ class DepthwiseConv2d(nn.Conv2d):
         pads = same_pads(x, self)
         if x.device.type == "cpu" and _autocast_is_bf16():
             x, weight = x.to(torch.bfloat16), self.weight.to(torch.bfloat16)
-            return _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
+            if _ONEDNN_HAS_BF16:
+                return _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
+            x, padding = _pad(x.float(), pads)
+            with torch.autocast("cpu", enabled=False):
+                y = F.conv2d(
+                    x, weight.float(), None, self.stride, padding, self.dilation, self.groups
+                )
+            return y.to(torch.bfloat16)
         x, padding = _pad(x, pads)
         return F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
 
