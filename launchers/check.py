@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from distseg.config import loading
+from distseg.config import code, loading
 from distseg.config.schema import Config
 from shards.errors import InputError
 from shards.files import nearest_existing
@@ -20,10 +20,11 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     """The configuration of a run on so many ranks. Raises InputError for what training would
     refuse.
 
-    Looked at: keys and values, the shards' manifest, the networks (they are built, on the CPU), the
-    batch size, and whether the run directory can be written and is this run's.
+    Looked at: keys and values, code of the user's own, the shards' manifest, the networks (they are
+    built, on the CPU), the batch size, and whether the run directory can be written and is this
+    run's.
     """
-    config = loading.load(overrides)
+    config = code.recorded(loading.load(overrides))
     _check_run_dir(config)
     _check_shards(config.data.shards)
     # imports torch, which takes seconds; most mistakes are found by now

@@ -55,6 +55,16 @@ def make_config(*overrides: str) -> Config:
     return loading.load([*SETTINGS, *overrides])
 
 
+def work_of(config: Config) -> StepWork:
+    segmentor = build_segmentor(config.segmentor.name, NUM_CLASSES, init="random")
+    if config.mode == "supervised":
+        return StepWork.of(config, segmentor, None)
+    options = config.discriminator.options
+    return StepWork.of(
+        config, segmentor, build_discriminator(config.discriminator.name, NUM_CLASSES, **options)
+    )
+
+
 def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
     """Operations of our own steps on 2 + 1 images, by torch (which overrates gradients of grouped
     convolutions).
@@ -87,7 +97,7 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
 @pytest.mark.parametrize("resolution", ["output", "image"])
 def test_operations_of_a_step_are_those_that_torch_counts(resolution: str) -> None:
     overrides = [f"loss.map_resolution={resolution}"]
-    work = StepWork.of(make_config(*overrides), NUM_CLASSES)
+    work = work_of(make_config(*overrides))
     (found,) = run_ranks(1, counted, overrides)
     for name, (now, is_semi) in PHASES.items():
         # ours are a little more: nobody asks for the gradients of pixels and label maps of ground
@@ -100,7 +110,7 @@ def test_without_an_adversary_no_discriminator_is_counted() -> None:
     config = loading.load(
         ["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"]
     )
-    work = StepWork.of(config, NUM_CLASSES)
+    work = work_of(config)
     assert (
         work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
     )

@@ -11,6 +11,7 @@ from distseg.config.names import KEYS, nearest
 from distseg.config.schema import Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
+from shards.user_code import FORMS, is_reference
 
 # of distseg/losses/terms.py, by the names of their metrics
 BUILT_IN_TERMS = (
@@ -202,6 +203,16 @@ def a_loss_to_minimise(config: Config) -> None:
         raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
 
 
+def a_view_by_reference(config: Config) -> None:
+    """data.view names code, and its options are of one."""
+    data = config.data
+    if data.view and not is_reference(data.view):
+        raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+    if data.view_options and not data.view:
+        got = f"data.view_options.{next(iter(data.view_options))} without data.view"
+        raise InputError(got, "a view that takes it", "write data.view=FILE.py:NAME")
+
+
 def shards_to_train_on(config: Config) -> None:
     """There is a folder or a URL of shards."""
     if not config.data.shards:
@@ -222,6 +233,7 @@ RULES = (
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,
+    a_view_by_reference,
     class_weights_of_a_kind,
     focal_or_smoothed,
     further_terms_within_bounds,

@@ -94,6 +94,12 @@ class DataConfig:
         high=100,
         source="SimCLR, Chen et al. 2020, appendix A",
     )
+    view: str = key(
+        "",
+        "code of your own, as path/to/file.py:name or package.module:name, that gets each training "
+        "crop last; see examples/own_view.py",
+    )
+    view_options: dict[str, Any] = key({}, "further keyword arguments of data.view")
     sampling: str = key(
         "each_once",
         "which sample comes next",
@@ -151,7 +157,9 @@ class SegmentorConfig:
     """
 
     name: str = key(
-        "deeplabv3plus_efficientnet_lite0", "which network; `distseg models` lists them"
+        "deeplabv3plus_efficientnet_lite0",
+        "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
+        "package.module:name",
     )
     init: str = key(
         "imagenet",
@@ -186,7 +194,11 @@ class DiscriminatorConfig:
     Not built in supervised mode.
     """
 
-    name: str = key("two_branch", "which network; `distseg models` lists them")
+    name: str = key(
+        "two_branch",
+        "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
+        "package.module:name",
+    )
     init: str = key(
         "random", "first weights: random; a file of weights; a run directory, as in segmentor.init"
     )
@@ -630,6 +642,14 @@ class Config:
     )
     max_skips: int = key(
         20, "stop after so many non-finite gradients in a row", unit="steps", low=1, on_resume=True
+    )
+    code: dict[str, str] = key(
+        {},
+        "sha256 of each file of your own code, by the part that names it; filled in by training",
+        on_resume=True,
+    )
+    allow_changed_code: bool = key(
+        False, "go on with a run though a file of your own code has changed", on_resume=True
     )
     data: DataConfig = section(DataConfig)
     segmentor: SegmentorConfig = section(SegmentorConfig)

@@ -18,6 +18,7 @@ from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 from distseg.export.formats import SUFFIXES, Trained, export
 from distseg.tracking.catalogue import SCORES, VALIDATION
+from shards import user_code
 from shards.errors import InputError
 from shards.files import published, write_json
 
@@ -60,13 +61,21 @@ def _without_places(config: Config) -> Config:
     concern.
     """
     data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
+    data.view = user_code.short(config.data.view)
     segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
+    segmentor.name = user_code.short(config.segmentor.name)
     discriminator = replace(config.discriminator, init=Path(config.discriminator.init).name)
+    discriminator.name = user_code.short(config.discriminator.name)
+    terms = {
+        name: replace(term, use=user_code.short(term.use))
+        for name, term in config.loss.terms.items()
+    }
     parallel = replace(
         config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config)
     )
     own = {"data": data, "parallel": parallel, "tracking": TrackingConfig()}
     own |= {"segmentor": segmentor, "discriminator": discriminator}
+    own |= {"loss": replace(config.loss, terms=terms)}
     return replace(config, run_dir="", **own)  # type: ignore[arg-type]
 
 

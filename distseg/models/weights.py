@@ -20,7 +20,7 @@ from shards.errors import InputError
 MIN_SHARE = 0.75
 # what checkpoints of others keep a state dict under, and what wrappers put before its names
 _CONTAINERS = ("state_dict", "model_state", "model_state_dict", "model")
-_WRAPPERS = ("module.", "backbone.", "encoder.")
+_WRAPPERS = ("module.", "network.", "backbone.", "encoder.")
 _COUNTER = "num_batches_tracked"
 _COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
 
@@ -160,6 +160,11 @@ def load_segmentor(
         module = segmentor.encoder  # type: ignore[assignment]  # the file is of nothing else
         names = {name.removeprefix("encoder."): key for name, key in names.items()}
     return _load(module, names, weights, num_scores, None if allow_partial else "segmentor")
+
+
+def load_own(network: nn.Module, weights: Weights, num_classes: int) -> LoadReport:
+    """Load weights into a network of the user's own; see load_segmentor. Any share will do."""
+    return _load(network, _names_in(network.state_dict(), weights), weights, num_classes, None)
 
 
 def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport:

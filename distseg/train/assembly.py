@@ -52,7 +52,7 @@ def spread(config: Config, networks: Networks, objective: Objective, ranks: Rank
 
 
 def build_trainer(
-    config: Config, ranks: Ranks, pair: Pair, data: Data, watchdog: Watchdog
+    config: Config, ranks: Ranks, pair: Pair, data: Data, *, watchdog: Watchdog, work: StepWork
 ) -> Trainer:
     """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
@@ -64,6 +64,8 @@ def build_trainer(
         state = TrainState(**checkpoints.load(latest, learners))
     progress = Progress(config.steps, state.step, ranks.is_main)
     progress.message(headline(config, ranks, pair, data, state.step))
+    if work.uncounted:
+        progress.message(f"operations not counted, so no share of peak: {work.uncounted}")
     return Trainer(
         config=config,
         ranks=ranks,
@@ -74,7 +76,7 @@ def build_trainer(
         tracker=_tracker(config, ranks, state.step if latest else None),
         progress=progress,
         watchdog=watchdog,
-        work=StepWork.of(config, data.train.classes.num_classes),
+        work=work,
         peak=convolution_peak(ranks.device, config.precision),
         state=state,
     )

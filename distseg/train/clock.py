@@ -34,7 +34,8 @@ class StepClock:
             "images_per_second": self._batch_size / seconds,
             "data_wait_seconds": (wait_seconds - self._wait) / steps,
             "images": float(step * self._batch_size),
-            "peak_share": self._operations / (steps * seconds * self._peak),
         }
+        if self._operations:  # counted at all
+            values["peak_share"] = self._operations / (steps * seconds * self._peak)
         self.restart(step, wait_seconds)
         return values

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distseg.config import loading
+from distseg.config import code, loading
 from distseg.config.schema import Config
 from distseg.distributed.device import allow_tf32, reuse_memory
 from distseg.distributed.launch import resolve_ranks
@@ -28,6 +28,7 @@ from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
 from distseg.train.assembly import build_trainer, spread, with_precision
 from distseg.train.attempt import noted
+from distseg.train.flops import StepWork
 from distseg.train.headline import extension
 from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
@@ -47,6 +48,7 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     if dry_run:
         print(loading.to_yaml(config), end="")
         return 0
+    config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
     prepared = check(config, world_size)
 
@@ -56,6 +58,13 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     _train_on(ranks, config, prepared)
     teardown()
     return 0
+
+
+def _with_code(config: Config) -> Config:
+    """With the sha256 of code of the user's own; InputError where it is not the run's."""
+    config = code.recorded(config)
+    loading.check_same(Path(config.run_dir), config)  # again when the directory is this job's
+    return config
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     named = {} if preset is None else {"preset": preset}
     config = loading.load([*overrides, *loading.arguments(named | keys)])
     check_alone()
+    config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
     with restored_process():
         prepared = check(config, world_size)
@@ -136,10 +146,11 @@ def train_and_show(
     ranks, data = run_directory.ranks, prepared.data
     on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
     config = with_precision(config, ranks)
+    work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)
     watchdog.report("looking for checkpoints")
-    trainer = build_trainer(config, ranks, pair, data, watchdog)
+    trainer = build_trainer(config, ranks, pair, data, watchdog=watchdog, work=work)
     if run_directory.steps_before is not None:
         trainer.progress.message(extension(config, run_directory.steps_before))
     stream = open_streams(config, ranks, data, trainer.state.step)

@@ -12,6 +12,7 @@ from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
+from shards import user_code
 
 
 def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
@@ -40,11 +41,12 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
 
 
 def _networks(config: Config, pair: Pair) -> str:
-    text = f"segmentor {config.segmentor.name} {_millions(pair.segmentor.network)}"
+    name = user_code.short(config.segmentor.name)
+    text = f"segmentor {name} {_millions(pair.segmentor.network)}"
     if pair.discriminator is None:
         return text
-    other = f"{config.discriminator.name} {_millions(pair.discriminator.network)}"
-    return f"{text} | discriminator {other}"
+    name = user_code.short(config.discriminator.name)
+    return f"{text} | discriminator {name} {_millions(pair.discriminator.network)}"
 
 
 def _batch_norm(segmentor: torch.nn.Module) -> list[str]:
@@ -87,7 +89,8 @@ def _terms(config: Config) -> list[str]:
     """
     loss, semi = config.loss, config.semi
     terms = [_cross_entropy(loss)] if loss.ce_weight else []
-    terms += [f"{term.weight} x {term.use or name}" for name, term in loss.terms.items()]
+    for name, term in loss.terms.items():
+        terms.append(f"{term.weight} x {user_code.short(term.use or name)}")
     if config.mode != "supervised":
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from distseg.config.schema import Config
+from distseg.data.own_view import OwnView
 from distseg.data.samples import SampleSet, open_reader, plan_for, split_labelled
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
@@ -63,6 +64,7 @@ def open_data(config: Config, world_size: int) -> Data:
     room = options.keep_decoded_bytes
     train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
     _check_classes(config, train_set)
+    own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
     unlabelled_set = None
     if config.mode == "semi_supervised":
         unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
@@ -127,7 +129,9 @@ def open_stream(
 ) -> TrainStream:
     """One stream of training crops: so many images a step over all ranks, in the seed's order."""
     data, (batch_size, seed) = config.data, size_and_seed
-    crop = TrainView(**{field.name: getattr(data, field.name) for field in fields(TrainView)})
+    own = own_view(config, samples.classes.num_classes)
+    names = [field.name for field in fields(TrainView) if field.name != "own"]
+    crop = TrainView(**{name: getattr(data, name) for name in names}, own=own)
     return TrainStream(
         samples,
         plan_for(samples, data, seed),
@@ -140,3 +144,15 @@ def open_stream(
         start_step=start_step,
         pin_memory=ranks.device.type == "cuda",
     )
+
+
+def own_view(config: Config, num_classes: int) -> OwnView | None:
+    """The view of the user's own, tried on a crop; None where there is none.
+
+    Raises InputError for one that is none, or that draws random numbers of its own.
+    """
+    if not config.data.view:
+        return None
+    view = OwnView(config.data.view, config.data.view_options, num_classes)
+    view.check(config.data.crop_px)
+    return view

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.models import build_discriminator, build_segmentor, set_batch_norm
+from distseg.models import build_discriminator, build_segmentor, check_training, set_batch_norm
 from distseg.models.freezing import freeze
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.train.initial import initial_weights
@@ -35,6 +35,7 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     chosen = config.discriminator
     init = initial_weights(chosen.init, "discriminator")
     discriminator = build_discriminator(chosen.name, num_classes, init=init, **chosen.options)
+    check_training(chosen.name, discriminator)
     stride = 1 if config.loss.map_resolution == "image" else int(segmentor.output_stride)  # type: ignore[arg-type]
     _check_size(config, stride, int(discriminator.min_size_px))  # type: ignore[arg-type]
     return Networks(segmentor, discriminator)
@@ -49,6 +50,7 @@ def _segmentor(config: Config, num_classes: int) -> nn.Module:
         init_partial=chosen.init_partial,
         **chosen.options,
     )
+    check_training(chosen.name, segmentor)
     if chosen.batch_norm == "synchronised":
         synchronise(segmentor)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from distseg.losses.terms import (
     Adversarial,
     Auxiliary,
     CrossEntropy,
+    FunctionTerm,
     Kind,
     MaskedCrossEntropy,
     Predicted,
@@ -26,6 +28,7 @@ from distseg.losses.terms import (
     count_scores,
 )
 from distseg.train.schedules import Phase
+from shards import user_code
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
@@ -171,15 +174,33 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
 
 def build_term(name: str, asked: TermConfig) -> Term:
     """A term of `loss.terms`. Raises InputError for one that there is not, or wrong options."""
-    use = asked.use or name
+    use, key = asked.use or name, f"loss.terms.{name}"
+    if user_code.is_reference(use):
+        return _own_term(name, use, asked.options)
     if use not in TERMS:
-        got, known = f"loss.terms.{name}.use={use}", ", ".join(TERMS)
-        raise InputError(got, f"one of: {known}", f"correct loss.terms.{name}.use")
+        needed = f"one of: {', '.join(TERMS)}; or your own, as {user_code.FORMS}"
+        raise InputError(f"{key}.use={use}", needed, f"correct {key}.use")
     try:
         term = TERMS[use](**asked.options)
     except TypeError as error:
-        got = f"loss.terms.{name}.options={asked.options}: {error}"
+        got = f"{key}.options={asked.options}: {error}"
         raise InputError(got, f"options of {use}", "correct or remove them") from None
+    term.name = name
+    return term
+
+
+def _own_term(name: str, reference: str, options: dict[str, Any]) -> Term:
+    """A term of the user's own: a class like Term, or a function of logits and label."""
+    key = f"loss.terms.{name}"
+    loaded = user_code.load(reference, f"{key}.use")
+    if not inspect.isclass(loaded.value):
+        given = tuple(user_code.parameters(loaded.value))[:2]
+        user_code.check_options(loaded, options, f"{key}.options", given)
+        return FunctionTerm(loaded.value, name, options)
+    term = user_code.call(loaded, f"{key}.use", options, f"{key}.options")
+    if not isinstance(term, Term):
+        needed = "a class that derives from distseg.losses.Term, or a function"
+        raise InputError(f"{key}.use={reference}", needed, f"correct {loaded.name}")
     term.name = name
     return term
 

@@ -84,14 +84,15 @@ def _parts(folder: Path, name: str, dataset: DataSet, skip_bad: bool) -> list[_P
     parts = []
     for start in range(0, len(dataset.tasks), PART_SAMPLES):
         tasks = tuple(dataset.tasks[start : start + PART_SAMPLES])
-        path = folder / f"{_identity(name, dataset.classes, tasks)}.h5"
+        path = folder / f"{_identity(name, dataset, tasks)}.h5"
         parts.append(_Part(path, name, dataset.classes, tasks, skip_bad))
     return parts
 
 
-def _identity(name: str, classes: ClassSet, tasks: Sequence[Task]) -> str:
+def _identity(name: str, dataset: DataSet, tasks: Sequence[Task]) -> str:
     """Hex digits that change with everything a part is made from."""
-    digest = hashlib.sha256(repr((VERSION, name, classes)).encode())
+    digest = hashlib.sha256(repr((VERSION, name, dataset.classes)).encode())
+    digest.update(dataset.code.encode())
     for task in tasks:
         times = [(status.st_size, status.st_mtime_ns) for status in map(_status, task.files)]
         read = f"{task.read.__module__}.{task.read.__qualname__}"
