@@ -33,13 +33,13 @@ def differing(one: Values, other: Values) -> list[str]:
     How they were evaluated makes none. A key that the mode of one of the two does not use says
     nothing of the pair: that they differ in mode is in the list.
     """
-    modes = (one.get("mode"), other.get("mode"))
     return [
         name
         for name in {**one, **other}
         if one.get(name) != other.get(name)
         and _grouping(name) == "setting"
-        and all(_is_used(name, mode) for mode in modes)
+        and _is_used(name, one.get("mode"))
+        and _is_used(name, other.get("mode"))
     ]
 
 

@@ -144,16 +144,8 @@ class TrainView:
         times. The generator is advanced by the same amount whatever the options and the sample,
         before code of the user's own gets it.
         """
-        draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
-        draws = np.hstack([draws, rng.random((MAX_TRIES, MORE_DRAWS))])
-        for draw in draws:
-            geometry = self._geometry(label.shape, draw)
-            part = geometry.target
-            out_label.fill(IGNORE_INDEX)
-            _write(label, geometry, False, out_label[part])
-            if out_label.min() != IGNORE_INDEX:
-                break
-        inside = out_image[part]
+        geometry, draw = self._draw_crop(label, rng, out_label)
+        inside = out_image[geometry.target]
         if inside.shape != out_image.shape:
             # whole rows at a time: pixel by pixel the assignment takes longer than all the rest
             out_image[:] = np.full((self.crop_px, 3), FILL_RGB, np.uint8)
@@ -169,6 +161,20 @@ class TrainView:
             cv2.flip(out_label, 1, dst=out_label)
         if self.own is not None:
             self.own(out_image, out_label, rng)
+
+    def _draw_crop(
+        self, label: np.ndarray, rng: np.random.Generator, out_label: np.ndarray
+    ) -> tuple[_Geometry, np.ndarray]:
+        """Draw crops until one shows a labelled pixel, and write its label; also its draws."""
+        draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
+        draws = np.hstack([draws, rng.random((MAX_TRIES, MORE_DRAWS))])
+        for draw in draws:
+            geometry = self._geometry(label.shape, draw)
+            out_label.fill(IGNORE_INDEX)
+            _write(label, geometry, False, out_label[geometry.target])
+            if out_label.min() != IGNORE_INDEX:
+                break
+        return geometry, draw
 
     def _geometry(self, size: tuple[int, ...], draw: np.ndarray) -> _Geometry:
         scale = self.scale_min * (self.scale_max / self.scale_min) ** draw[0]

@@ -156,10 +156,9 @@ def clocks(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:
     for _ in range(_EXCHANGES):
         on_all(ranks, None)
         readings.append(on_all(ranks, time.time()))
-    offsets = [
-        statistics.median(one[rank] - one[0] for one in readings)
-        for rank in range(ranks.world_size)
-    ]
+    offsets = []
+    for rank in range(ranks.world_size):
+        offsets.append(statistics.median(one[rank] - one[0] for one in readings))
     skew = max(offsets) - min(offsets)
     if skew <= _MAX_SKEW_SECONDS:
         return CheckResult(

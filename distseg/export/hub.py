@@ -161,7 +161,10 @@ def _classes(about: dict[str, Any]) -> str:
 def _scores(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations:
         return "Not evaluated at this step."
-    shown = [score for score in SCORES if any(of.get(score.name) is not None for of in evaluations)]
+    scored: set[str] = set()
+    for scores in evaluations:
+        scored |= {name for name, value in scores.items() if value is not None}
+    shown = [score for score in SCORES if score.name in scored]
     lines = [
         "| data | test-time augmentation | " + " | ".join(score.title for score in shown) + " |",
         "|---|---|" + "---:|" * len(shown),

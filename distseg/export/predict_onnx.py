@@ -28,7 +28,7 @@ def main(model: str, picture: str, out: str) -> None:
     (logits,) = session.run(["logits"], {"image": pixels.transpose(2, 0, 1)[None]})  # (1, C, H, W)
     label = logits[0].argmax(0).astype(np.uint8)
     colored = Image.fromarray(label)
-    colored.putpalette([part for color in about["palette"] for part in color])
+    colored.putpalette(np.array(about["palette"], np.uint8).tobytes())
     colored.save(out)
     for index in np.unique(label):
         print(f"{about['classes'][index]:20} {(label == index).mean():6.1%} of the pixels")

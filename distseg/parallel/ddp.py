@@ -26,7 +26,8 @@ class DDPLearner(TorchLearner):
         self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks
     ):
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        network = network.to(ranks.device, dtype=dtype_of(config), memory_format=layout)  # type: ignore[call-overload]
+        network = network.to(ranks.device, dtype_of(config))
+        network.to(memory_format=layout)  # type: ignore[call-overload]
         # Running statistics are averaged once a forward; DDP's own broadcast would keep only rank
         # 0's.
         self._ddp = DistributedDataParallel(

@@ -39,8 +39,8 @@ class FSDPLearner(TorchLearner):
         self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks
     ):
         # FSDP shards contiguous parameters only; channels_last is then a matter of the images
-        layout = torch.contiguous_format
-        network = network.to(ranks.device, dtype_of(config)).to(memory_format=layout)  # type: ignore[call-overload]
+        network = network.to(ranks.device, dtype_of(config))
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self._full_copies = FullCopies(network)
         mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
         for block in blocks(network):

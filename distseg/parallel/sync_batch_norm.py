@@ -55,8 +55,8 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
         unbiased = variance * (count / max(1, count - 1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(new.to(running.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
+        for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            kept.lerp_(new.to(kept.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
 
 
 def synchronise(network: nn.Module) -> int:
