@@ -50,6 +50,7 @@ def cpu_multiplies_bf16() -> bool:
     that is absent counts as no.
     """
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    # the user's limit on instructions; a torch without this probe knows of none
     allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
     return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 

@@ -28,6 +28,7 @@ def resolve_precision(precision: str, ranks: Ranks) -> str:
     """
     if precision != "auto":
         return precision
+    # agreed on by all: replicas that compute in different precisions drift apart
     return "bf16" if all(on_all(ranks, _has_bf16(ranks.device))) else "fp32"
 
 
@@ -46,6 +47,7 @@ def allow_tf32(allowed: bool) -> None:
     """Let a GPU round the factors of fp32 products to TF32, in convolutions and matrix products
     alike, or not.
     """
+    # both are set, as torch's own defaults differ: off for matrices, on for convolutions
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -61,16 +63,19 @@ def reuse_memory(heap_bytes: int = 1 << 30) -> bool:
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
+    # ctypes takes every result for a C int, which would cut an address in half
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
     libc.free.argtypes, libc.madvise.argtypes = (
         [ctypes.c_void_p],
         [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
     )
+    # no tensor mapped by itself, nothing given back, and the heap grown by a whole step's memory
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, heap_bytes))
     kept = all(libc.mallopt(name, value) == 1 for name, value in settings)
     start = libc.sbrk(0)
     # more than the heap has free, so that it grows by the padding now
     libc.free(libc.malloc(2 * _HUGE_PAGE))
+    # madvise wants whole pages: from the first boundary of a huge one on
     end, aligned = libc.sbrk(0), -(-start // _HUGE_PAGE) * _HUGE_PAGE
     return kept and end > aligned and libc.madvise(aligned, end - aligned, _MADV_HUGEPAGE) == 0

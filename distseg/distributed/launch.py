@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from shards.errors import InputError
 
+# the step's number of tasks: SLURM_NTASKS is the job's, and a batch script has it too
 SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,6 +67,7 @@ def _whole_numbers(
     except ValueError:
         got = ", ".join(f"{name}={environment[name]!r}" for name in names)
         raise InputError(got, "whole numbers", f"start with {launcher}") from None
+    # the others would wait for a rank that can never come
     if not 0 <= rank < world_size:
         got = f"{names[0]}={rank} with {names[1]}={world_size}"
         raise InputError(got, f"0 <= {names[0]} < {names[1]}", f"start with {launcher}")
@@ -78,8 +80,10 @@ def rendezvous_of_srun(environment: dict[str, str]) -> dict[str, str]:
 
     Values that are set already stay.
     """
+    # a step may run on some of the job's machines only
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
     found = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(port_of_job(environment))}
+    # a user's own choice may be the one port that a firewall lets through
     return {name: environment.get(name, value) for name, value in found.items()}
 
 
@@ -89,6 +93,7 @@ def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
     From 20000 to 29999: below the ephemeral ports, which any connection may hold. attempt: within
     this start, from 0.
     """
+    # computed, not drawn: every rank must come to it alone, before it can talk to any other
     job = int(environment.get("SLURM_JOB_ID") or "0")
     restart = int(environment.get("SLURM_RESTART_COUNT") or "0")
     # jobs that follow each other are 61 apart: room for seven restarts of eight tries each
@@ -98,6 +103,7 @@ def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
 def first_host(nodes: str) -> str:
     """The first name of SLURM's host list: "gpu[003-007,12],login1" gives "gpu003"."""
     # without `scontrol show hostnames`, which a container need not have
+    # the name up to the bracket, then the bracket's first number as text: its zeros belong to it
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
     if first is None:
         raise InputError(

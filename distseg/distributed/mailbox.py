@@ -14,7 +14,7 @@ from typing import Any
 from distseg.distributed.ranks import Ranks, own_store
 from shards.errors import InputError
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02  # asked again and again: a wait inside of the store could not be given up
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Mailbox:
 
     def send(self, round_number: int, failure: Failure | None) -> None:
         """Tell the main rank; on every other one."""
+        # without the store nobody is left to read it; the watchdog tells the user why
         content = None if failure is None else asdict(failure)
         with suppress(RuntimeError):
             self._store.set(f"{round_number}/{self._ranks.rank}", json.dumps(content))
@@ -60,6 +61,7 @@ class Mailbox:
 
         A rank that says nothing in time has failed.
         """
+        # one deadline for all ranks, since they write at the same time
         deadline = time.monotonic() + timeout_seconds
         others = range(1, self._ranks.world_size)
         return [self._receive(f"{round_number}/{rank}", rank, deadline) for rank in others]
@@ -73,6 +75,7 @@ class Mailbox:
             while not self._store.check([key]):
                 if time.monotonic() > deadline or self._given_up.wait(POLL_SECONDS):
                     break
+            # the loop was not broken off: the letter is there
             else:
                 content = json.loads(self._store.get(key))
                 self._store.delete_key(key)  # or the store would grow with every round

@@ -49,12 +49,14 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     taken.
     """
     rank, world_size, local_rank = resolve_ranks(dict(os.environ))
+    # srun tells a rank its number, but not where the ranks meet
     if world_size > 1 and "RANK" not in os.environ:
         os.environ.update(rendezvous_of_srun(dict(os.environ)))
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     own_device = _cuda_device(local_rank) if on_gpu else torch.device("cpu")
     ranks = Ranks(rank, world_size, local_rank, own_device)
     if on_gpu:
+        # before NCCL's first use: it takes the current GPU, number 0 in every new process
         torch.cuda.set_device(own_device)
     elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         # torch counts the machine's cores; of several ranks the launcher sets the number
@@ -105,6 +107,7 @@ def _job_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
     if address not in _stores:
         found = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
         _stores[address] = found[0]
+    # one that was kept has the timeout of the job before
     _stores[address].set_timeout(timeout)
     return _stores[address]
 
@@ -122,6 +125,7 @@ def _cuda_device(local_rank: int) -> torch.device:
 
 def _check_own_gpus(ranks: Ranks) -> None:
     """Raise InputError, on every rank, when two processes of a machine have the same GPU."""
+    # not by its number: where a launcher shows each process one GPU, all of them have number 0
     uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
     owners = on_all(ranks, (socket.gethostname(), uuid))
     shared = [rank for rank, owner in enumerate(owners) if owners.index(owner) != rank]
@@ -140,6 +144,7 @@ def _network_error(error: Exception) -> InputError:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     # torch has one type for all of these, so its words must do
     if "EADDRINUSE" in str(error) or "in use" in str(error):
+        # so that the advice can be followed as it stands
         with socket.socket() as probe:
             probe.bind(("", 0))
             free = probe.getsockname()[1]
@@ -177,6 +182,7 @@ def joined(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ran
     """
     check_alone()
     try:
+        # inside of the try: a setup that fails late has made a process group already
         yield setup(device, timeout_seconds)
     finally:
         teardown()
@@ -184,6 +190,7 @@ def joined(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ran
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place; every rank gets the same bits."""
+    # a process that has joined no job is the whole of it
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -221,6 +228,7 @@ def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         failure = _sendable(error)
+    # the same error everywhere, and no rank goes on alone into the next collective
     failures = [of_rank for of_rank in on_all(ranks, failure) if of_rank is not None]
     if failures:
         raise shared_error(failures[0])
@@ -231,6 +239,7 @@ def shared_error(error: Exception) -> Exception:
     """An error that every rank raises at this place, marked as such, so that one of them tells the
     user.
     """
+    # a mark, and no type of its own: callers still catch it as the InputError that it is
     error.raised_on_all_ranks = True  # type: ignore[attr-defined]
     return error
 

@@ -37,6 +37,7 @@ class StopRequest:
         now = time.monotonic()
         if number == signal.SIGINT and self._flag and now - self._signalled > SECOND_SIGNAL_SECONDS:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        # from the first signal on: torchrun's copy of a Ctrl-C must not start the time anew
         self._signalled = now if not self._flag else self._signalled
         self._flag = 1
         self.signal_name = signal.Signals(number).name
@@ -62,10 +63,12 @@ class StopRequest:
 
     def begin(self, is_wanted: bool = False) -> None:
         """Start to sum the flags of all ranks; `is_wanted` asks for a stop as a signal does."""
+        # read once: a signal that comes later is summed at the next step, on all ranks alike
         self._tensor.fill_(self._flag or is_wanted)
         self._work = dist.all_reduce(self._tensor, async_op=True)
 
     def agreed(self) -> bool:
         """True on all ranks when any rank had been signalled at `begin`."""
+        # begun a step's work ago, so as a rule it is done; nothing of the GPU is waited for
         self._work.wait()
         return bool(self._tensor.item())

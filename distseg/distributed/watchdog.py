@@ -94,7 +94,9 @@ class Watchdog:
     def __init__(
         self, ranks: Ranks, timeout_seconds: float, leave: Callable[[int], Any] = os._exit
     ):
+        # os._exit: sys.exit would end this thread alone, with the main one still in its collective
         self._ranks, self._leave = ranks, leave
+        # seconds; a 32nd, so that nine intervals leave most of a short timeout for the waiting
         self._interval = min(5.0, timeout_seconds / 32)
         # up to: one interval until a beat is heard, three more for stalls, one until it is missed,
         # four until all left
@@ -110,6 +112,7 @@ class Watchdog:
         if ranks.world_size > 1:
             self._store = own_store(ranks)
             set_collective_timeout(COLLECTIVE_SECONDS)
+            # a daemon: a main thread that ends by an error must not wait for it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
@@ -126,6 +129,7 @@ class Watchdog:
         """Tell, from any thread, that what is waited for comes nearer, such as bytes of a long
         download.
         """
+        # without a lock: of two at once one may be lost, and any change at all is a sign of life
         self._num_signs += 1
 
     def __enter__(self) -> Watchdog:
@@ -147,6 +151,7 @@ class Watchdog:
         self._closed.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(self._interval)
+            # after the thread has ended, or its next beat would unsay it
             self._publish_beat(is_done=True)
 
     def explain(self, error: BaseException) -> BaseException:
@@ -155,6 +160,7 @@ class Watchdog:
 
         Of one that is this rank's alone, the others are told.
         """
+        # of an error that every rank raises nobody has to be told, as nobody waits
         is_watching = self._thread is not None and not self._closed.is_set()
         if not is_watching or is_shared(error) or isinstance(error, SystemExit):
             return error
@@ -167,6 +173,7 @@ class Watchdog:
                 "the job's store is gone, and with it the process that keeps it (rank 0 or "
                 "torchrun)"
             )
+        # all others live, so its words only looked like those of a lost peer
         if not silent:
             self._tell_own_failure(error)
             return error
@@ -182,6 +189,7 @@ class Watchdog:
                 self._num_beats += 1
                 self._publish_beat()
                 stalled_seconds = self._job.seconds(self._count_active_intervals())
+                # before a diagnosis of its own: the first is the cause, others follow from it
                 if self._store.check([_DIAGNOSIS]):
                     self._end(self._store.get(_DIAGNOSIS).decode())
                 diagnosis = self._diagnose(stalled_seconds)
@@ -195,6 +203,7 @@ class Watchdog:
 
     def _diagnose(self, stalled_seconds: float) -> str:
         """What is wrong with the rank before this one, or with the job; "" where nothing is."""
+        # a ring: messages grow with the number of ranks, and not with its square
         rank = (self._ranks.rank - 1) % self._ranks.world_size
         beat = self._read_beat(rank)
         silent_seconds = self._neighbour.seconds(beat)
@@ -218,6 +227,7 @@ class Watchdog:
 
     def _count_active_intervals(self) -> int:
         """Of all ranks so far: intervals in which one gave a sign of life, this one included."""
+        # one counter of the whole job: where it stands still, no rank has moved
         num_signs = self._num_signs
         total = self._store.add(_ACTIVE_INTERVALS, int(num_signs != self._num_signs_counted))
         self._num_signs_counted = num_signs
@@ -226,6 +236,7 @@ class Watchdog:
     def _listen_for_silent_ranks(self) -> dict[int, Beat | None] | None:
         """Other ranks without a new beat while this one listens; None where the store is gone."""
         before = self._read_beats()
+        # two beats of a rank that lives, and half an interval for one that is late
         time.sleep(max(2.5 * self._interval, MIN_LISTENING_SECONDS))
         after = self._read_beats()
         if not after:
@@ -244,6 +255,7 @@ class Watchdog:
         what = (str(error) or type(error).__name__).splitlines()[0]
         where = f"rank {self._ranks.rank} on {socket.gethostname()} (at {self._activity})"
         with suppress(RuntimeError, OSError):  # the store may be gone
+            # what is there already came first: this rank's error may follow from it
             if not self._store.check([_DIAGNOSIS]):
                 self._publish_diagnosis(f"{where} has failed: {what}")
 
@@ -278,6 +290,7 @@ class Watchdog:
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _end(self, diagnosis: str) -> None:
+        # first of all: what follows may hang as the training does
         print(f"error on rank {self._ranks.rank}: {diagnosis}", file=sys.stderr, flush=True)
         self.last_words(diagnosis)
         self._wait_for_readers()
