@@ -22,14 +22,16 @@ def real_label_map(
     there, and the other classes share the rest in the prediction's proportions (evenly where it
     leaves them nothing).
     """
+    # the segmentor must not learn to make the ground truth look like its predictions
     predicted = probabilities.detach()
-    one_hot = torch.zeros_like(predicted).scatter_(1, index[:, None], 1.0)
+    one_hot = torch.zeros_like(predicted).scatter_(1, index[:, None], 1.0)  # (N, C, h, w)
     if tau is None:
         return torch.where(valid[:, None], one_hot, predicted)
-    on_truth = (predicted * one_hot).sum(1, keepdim=True)
+    on_truth = (predicted * one_hot).sum(1, keepdim=True)  # (N, 1, h, w)
     others = predicted * (1 - one_hot)
     rest = others.sum(1, keepdim=True)  # 1 - on_truth, without its rounding
     even = (1 - one_hot) / max(1, predicted.shape[1] - 1)
+    # below 1e-6 the quotient is noise; the clamp keeps 0 / 0 out of the branch that is not taken
     shares = torch.where(rest > 1e-6, others / rest.clamp(min=1e-6), even)
     mass = on_truth.clamp(min=tau, max=1.0)
     return torch.where(valid[:, None], one_hot * mass + shares * (1 - mass), predicted)
@@ -42,6 +44,7 @@ def pseudo_label(probabilities: Tensor, scores: Tensor, inside: Tensor, threshol
     to (h, w); inside: (N, h, w) bool, pixels of the image proper. The mask is where the sigmoid of
     the scores is above `threshold`. All are constants here. Returns (N, h, w) uint8.
     """
+    # logits are upsampled and not probabilities, as in the loss that the discriminator learns by
     confidence = upsample(at_least_float32(scores.detach()), inside.shape[-2:]).sigmoid()[:, 0]
     confident = inside & (confidence > threshold)  # (N, h, w)
     return probabilities.detach().argmax(1).where(confident, IGNORE_INDEX).to(torch.uint8)
@@ -57,6 +60,7 @@ def adversarial_sum(scores: Tensor, valid: Tensor | None, target: float) -> Tens
     """
     scores, weight = _weighted(scores, valid)
     targets = torch.full_like(scores, target)
+    # from logits: the logarithm of a sigmoid that was rounded to 0 is infinite
     return F.binary_cross_entropy_with_logits(scores, targets, weight=weight, reduction="sum")
 
 
@@ -67,8 +71,10 @@ def score_sums(scores: Tensor, valid: Tensor | None, real: bool) -> Tensor:
     as of `adversarial_sum`; real: whether the label maps were.
     """
     scores, weight = _weighted(scores.detach(), valid)
+    # float64, as these are summed over all ranks: fp32 counts no further than 2^24
     scores = scores.double()
     sums = torch.stack([((scores > 0) == real).double(), scores.sigmoid(), scores])
+    # sums, weight: (3, N, 1, h, w), (N, 1, h, w)
     return (sums if weight is None else sums * weight).flatten(1).sum(1)
 
 
@@ -80,4 +86,4 @@ def _weighted(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | No
     scores = at_least_float32(scores)
     if valid is None:
         return scores, None
-    return upsample(scores, valid.shape[-2:]), valid[:, None].to(scores.dtype)
+    return upsample(scores, valid.shape[-2:]), valid[:, None].to(scores.dtype)  # both (N, 1, h, w)

@@ -12,8 +12,9 @@ def balanced(pixels: np.ndarray) -> np.ndarray:
     will ask for, gets 0 and is none of the number. Returns (C,) float64; their mean over all
     pixels is 1.
     """
-    per_class = pixels.sum(0)
+    per_class = pixels.sum(0)  # (C,)
     present = per_class > 0
+    # without any pixel all weights are 0, and not a division by 0
     fair = per_class.sum() / max(1, present.sum())
     return np.where(present, fair / np.maximum(per_class, 1), 0.0)
 
@@ -24,8 +25,8 @@ def median_frequency(pixels: np.ndarray) -> np.ndarray:
     A class's frequency is its pixels over all pixels of the samples that show it. pixels, and what
     is returned: as of `balanced`.
     """
-    per_sample = pixels.sum(1)
-    of_samples_with = ((pixels > 0) * per_sample[:, None]).sum(0)
+    per_sample = pixels.sum(1)  # (samples,)
+    of_samples_with = ((pixels > 0) * per_sample[:, None]).sum(0)  # (C,)
     present = of_samples_with > 0
     frequency = pixels.sum(0) / np.maximum(of_samples_with, 1)
     median = np.median(frequency[present]) if present.any() else 0.0

@@ -45,9 +45,11 @@ def cross_entropy_sum(logits: Tensor, label: Tensor, options: PixelOptions = PLA
     """
     scores = upsample(at_least_float32(logits), label.shape[-2:])  # (N, C, H, W)
     target, weights = label.long(), options.class_weights
+    # torch takes weights only in the scores' own type, and on their device
     if weights is not None:
         weights = weights.to(scores)
     if not options.focal_gamma:
+        # a sum: what it is divided by is the count of all ranks, which this one does not know
         return F.cross_entropy(
             scores,
             target,
@@ -56,6 +58,7 @@ def cross_entropy_sum(logits: Tensor, label: Tensor, options: PixelOptions = PLA
             reduction="sum",
             label_smoothing=options.label_smoothing,
         )
+    # ln p of the true class, (N, H, W); 0 at void
     chance = -F.cross_entropy(scores, target, ignore_index=IGNORE_INDEX, reduction="none")
     # 1 - p from ln p, which is exact where p is near 1
     tiny = torch.finfo(scores.dtype).tiny  # at 0 a power below 1 has no finite gradient
@@ -69,6 +72,7 @@ def pixel_weights(label: Tensor, class_weights: Tensor | None, dtype: torch.dtyp
     if class_weights is None:
         return valid.to(dtype)
     index = label.long().where(valid, 0)
+    # (N, H, W); indexing with 255 would be out of range, so void is 0 first and masked after it
     return class_weights.to(label.device, dtype)[index].where(valid, 0)
 
 
@@ -82,11 +86,11 @@ def hard_pixels(logits: Tensor, label: Tensor, options: PixelOptions) -> Tensor:
     """
     scores = upsample(at_least_float32(logits), label.shape[-2:])
     valid = label != IGNORE_INDEX
-    chance = scores.softmax(1).gather(1, label.long().where(valid, 0)[:, None])[:, 0]
+    chance = scores.softmax(1).gather(1, label.long().where(valid, 0)[:, None])[:, 0]  # (N, H, W)
     chance = chance.where(valid, torch.inf).flatten(1)  # (N, H * W), void last
     at_least = (valid.flatten(1).sum(1) * options.ohem_min_share).ceil().long()
     # the at_least-th smallest; of a list that is empty, nothing is below it
     ranked = torch.cat([torch.full_like(chance[:, :1], -torch.inf), chance.sort(1).values], 1)
-    bound = ranked.gather(1, at_least[:, None])
+    bound = ranked.gather(1, at_least[:, None])  # (N, 1)
     hard = (chance < options.ohem_threshold) | (chance <= bound)
     return label.where((hard.view_as(valid)) & valid, IGNORE_INDEX)

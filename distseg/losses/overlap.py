@@ -38,7 +38,8 @@ def lovasz_softmax_sum(logits: Tensor, label: Tensor) -> Tensor:
     chances, truth = _flat(logits, label)
     inside = (label != IGNORE_INDEX).flatten(1)[:, None]
     errors = (truth - chances).abs() * inside  # void pixels have no error, so they come last
-    errors, order = errors.sort(2, descending=True)
+    errors, order = errors.sort(2, descending=True)  # (N, C, P), of each class by itself
+    # the order is a constant: the loss is linear in the errors between two changes of it
     losses = (errors * _jaccard_gradient(truth.gather(2, order))).sum(2)  # (N, C)
     return _mean_of_present(losses, truth).sum()
 
@@ -52,15 +53,18 @@ def _flat(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and one-hot truth, both (N, C, H * W), both 0 at void pixels."""
     scores = upsample(at_least_float32(logits), label.shape[-2:])
     valid = label != IGNORE_INDEX
+    # one_hot refuses an index of 255
     index = label.long().where(valid, 0)
-    truth = F.one_hot(index, scores.shape[1]).permute(0, 3, 1, 2) * valid[:, None]
+    truth = F.one_hot(index, scores.shape[1]).permute(0, 3, 1, 2) * valid[:, None]  # (N, C, H, W)
     chances = scores.softmax(1) * valid[:, None]
     return chances.flatten(2), truth.to(scores.dtype).flatten(2)
 
 
 def _mean_of_present(losses: Tensor, truth: Tensor) -> Tensor:
     """(N,): the mean of losses (N, C) over the classes whose truth (N, C, P) is not empty."""
-    present = (truth.sum(2) > 0).to(losses.dtype)
+    # of a class that is not in the image there is no overlap to improve
+    present = (truth.sum(2) > 0).to(losses.dtype)  # (N, C)
+    # clamp: an image of void alone gives 0, and keeps its graph
     return (losses * present).sum(1) / present.sum(1).clamp(min=1)
 
 
@@ -71,6 +75,7 @@ def _jaccard_gradient(truth: Tensor) -> Tensor:
     """
     total = truth.sum(2, keepdim=True)
     intersection = total - truth.cumsum(2)
+    # never 0: the first pixel either is of the class or was wrongly taken for it
     union = total + (1 - truth).cumsum(2)
     jaccard = 1 - intersection / union
     return torch.cat([jaccard[..., :1], jaccard[..., 1:] - jaccard[..., :-1]], 2)

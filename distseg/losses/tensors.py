@@ -11,6 +11,7 @@ from shards.sample import IGNORE_INDEX
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """bf16 and fp16 become fp32; fp32 and fp64 stay."""
+    # a sum over pixels in bf16 (8 significant bits) stops growing at a few hundred ones
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -18,6 +19,7 @@ def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, half-pixel centres: (N, C, h, w) -> (N, C, *size)."""
     if logits.shape[-2:] == tuple(size):
         return logits
+    # half-pixel centres, as labels have them: with aligned corners edges would move apart
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -27,7 +29,8 @@ def label_at(label: Tensor, size: tuple[int, int] | torch.Size) -> tuple[Tensor,
     label: (N, H, W) uint8, 255 = void. Returns the class indices (N, h, w) int64, 0 at void, and
     the valid mask (N, h, w) bool.
     """
+    # plain "nearest" leans to the top left; class indices up to 255 are exact as floats
     small = F.interpolate(label[:, None].float(), size=tuple(size), mode="nearest-exact")
-    index = small[:, 0].long()
+    index = small[:, 0].long()  # (N, h, w)
     valid = index != IGNORE_INDEX
     return index.where(valid, 0), valid

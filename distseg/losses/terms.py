@@ -75,6 +75,7 @@ class Predicted:
         """(n, H, W) uint8, 255 = void."""
         return self.targets.label
 
+    # kept for all terms of the micro-batch: at this size it is the loss's largest tensor
     @cached_property
     def full_logits(self) -> Tensor:
         """Logits at the label's size, (n, C, H, W), in at least fp32."""
@@ -84,6 +85,7 @@ class Predicted:
         """Of some of the images."""
         optional = (self.auxiliary, self.probabilities, self.scores)
         parts = [None if tensor is None else tensor[chosen] for tensor in optional]
+        # its full_logits are made anew, so a term of some images does not upsample all of them
         return Predicted(self.pixels[chosen], self.targets[chosen], self.logits[chosen], *parts)
 
 
@@ -143,6 +145,7 @@ class CrossEntropy(Term):
         return _number_of(targets.label) if self.per_image else self.candidates(targets)
 
     def candidates(self, targets: Targets) -> Tensor:
+        # known before the forward even where pixels are chosen later: then for the metric `share`
         return self._weight_of(targets.label)
 
     def local_sum(self, seen: Predicted) -> Any:
@@ -159,6 +162,7 @@ class CrossEntropy(Term):
         weights = self.options.class_weights
         if weights is None:
             return (label != IGNORE_INDEX).sum().double()
+        # float64: it is summed over ranks, and fp32 would round counts above 2^24
         return pixel_weights(label, weights, torch.float64).sum()
 
 
@@ -202,6 +206,7 @@ class Adversarial(Term):
 
     def local_sum(self, seen: Predicted) -> Tensor:
         assert seen.scores is not None  # only asked for where the discriminator judges
+        # one score for a whole image counts, however much of the image is void
         valid = seen.targets.valid if self.per_cell else None
         if self.saturating:
             return -adversarial_sum(seen.scores, valid, 0.0)
@@ -233,6 +238,7 @@ class MaskedCrossEntropy(Term):
         assert seen.scores is not None and seen.probabilities is not None
         inside = seen.targets.valid
         pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold)
+        # divided by the pixels kept, as Hung et al. do; UniMatch (Yang et al. 2023) divides by all
         return cross_entropy_sum(seen.logits, pseudo), (pseudo != IGNORE_INDEX).sum().double()
 
 
@@ -280,6 +286,7 @@ class FunctionTerm(Term):
         return (targets.label != IGNORE_INDEX).sum().double()
 
     def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
+        # upsampled for it, so that who writes one needs to know nothing of output strides
         found = self.function(seen.full_logits, seen.label, **self.options)
         if not isinstance(found, tuple) or len(found) != 2:
             raise InputError(
@@ -288,9 +295,11 @@ class FunctionTerm(Term):
                 "return for example losses.sum(), valid.sum()",
             )
         total, count = found
+        # a user's count may be a tensor of any type, or a number
         return total, torch.as_tensor(count, dtype=torch.float64, device=seen.label.device)
 
 
+# by loss.terms.NAME.use; the terms that every run may have are built from keys of their own
 TERMS: dict[str, type[Term]] = {"dice": Dice, "lovasz": LovaszSoftmax}
 
 
