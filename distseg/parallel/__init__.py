@@ -59,6 +59,8 @@ class Learner(Protocol):
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it, a forward and its backward add up gradients that are not yet exchanged."""
 
+    # of several learners, since DDP and FSDP have one backward for both networks: so the
+    # discriminator's all-reduce runs beside the segmentor's backward
     @staticmethod
     def backward(work: Sequence[tuple[Any, Sequence[BackwardStart]]]) -> None:
         """Gradients of several learners of this kind, each from its own starts.
@@ -93,6 +95,7 @@ def backward(work: Sequence[tuple[Learner, Sequence[BackwardStart]]]) -> None:
 
 def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks) -> Learner:
     """Move a network to the rank's device and make it a learner by `config.parallel.strategy`."""
+    # two of them by functions that import late: a run waits for the one that it has chosen
     strategies = {"ddp": DDPLearner, "fsdp": _fsdp, "deepspeed": _deepspeed}
     return strategies[config.parallel.strategy](network, optimizer, config, ranks)
 
@@ -107,6 +110,7 @@ def check_settings(config: Config) -> None:
 
 def check_installed(strategy: str) -> None:
     """Raise InputError when a strategy's package is not there."""
+    # looked for and not imported: DeepSpeed takes seconds
     if strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         action = "pip install 'distseg[deepspeed]', or write parallel.strategy=ddp"
         raise InputError(
@@ -118,6 +122,7 @@ def check_installed(strategy: str) -> None:
 
 def check_shard_size(shard_size: int, world_size: int) -> None:
     """Raise InputError unless the ranks divide into groups of `shard_size` (0: one group)."""
+    # a mesh of (replicas, shards) is a full rectangle of ranks
     if shard_size and world_size % shard_size:
         got = f"parallel.shard_size={shard_size} for {world_size} ranks"
         raise InputError(

@@ -25,6 +25,7 @@ class DDPLearner(TorchLearner):
     def __init__(
         self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks
     ):
+        # before DDP, whose buckets are cut for the parameters as they are when it is made
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         network = network.to(ranks.device, dtype_of(config))
         network.to(memory_format=layout)  # type: ignore[call-overload]
@@ -32,7 +33,9 @@ class DDPLearner(TorchLearner):
         # 0's.
         self._ddp = DistributedDataParallel(
             network,
+            # a list is an error on CPUs
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            # gradients are views of the buckets that are sent: no second copy of them in memory
             gradient_as_bucket_view=True,
             **ddp_without_buffer_broadcast(),
         )
@@ -40,6 +43,7 @@ class DDPLearner(TorchLearner):
 
     def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """See Learner.full_network: it always is."""
+        # a copy: the network itself goes on training with its own weights
         return self.network if tensors is None else copy_with(self.network, tensors)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -60,5 +64,6 @@ class DDPLearner(TorchLearner):
         for learner, of_learner in work:
             parameters += learner.trained
             starts += of_learner
+        # one call: of two, the second would start when the first has waited for its all-reduce
         tensors, gradients = zip(*starts, strict=True)
         torch.autograd.backward(tensors, gradients, inputs=parameters)

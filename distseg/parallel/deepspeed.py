@@ -44,6 +44,7 @@ class DeepSpeedLearner(TorchLearner):
         if self.stage > 0:
             # ZeRO updates flat pieces of parameters: the state is theirs, below
             self.optimizer.state.clear()
+        # before the engine splits the parameters, of which no structure could be copied then
         self._full_copies = FullCopies(network) if self.stage == 3 else None
         self.engine = initialize(
             network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks
@@ -66,6 +67,7 @@ class DeepSpeedLearner(TorchLearner):
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         if self.stage > 0:
+            # the engine's own forward, which would say so, is never called
             begin_zero_micro_batch(self.engine)
         return super().__call__(*inputs)
 
@@ -82,6 +84,7 @@ class DeepSpeedLearner(TorchLearner):
 
         No rank has room for all.
         """
+        # DeepSpeed's word for it: this is not the last micro-batch before a step
         self.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -95,6 +98,7 @@ class DeepSpeedLearner(TorchLearner):
         One backward of each engine, from the one scalar that it takes.
         """
         for learner, starts in reversed(work):
+            # (t * g).sum() has the gradient g at t: so a start that is no scalar becomes one
             scalars = [
                 tensor if gradient is None else (tensor * gradient).sum()
                 for tensor, gradient in starts
@@ -105,6 +109,7 @@ class DeepSpeedLearner(TorchLearner):
         if self.stage > 0:
             begin_zero_backward(self.engine)
             if self._loss_scale is not None:
+                # a wait for the device, with fp16 alone: DeepSpeed wants a number
                 scale = float(self._loss_scale.scale)
                 self.engine.optimizer.override_loss_scale(scale)
                 # the engine multiplies by it again; exactly, as it is a power of two
@@ -126,6 +131,7 @@ class DeepSpeedLearner(TorchLearner):
 
         Full tensors on every rank, named as under DDP, whatever the stage.
         """
+        # the network again, as under stage 3 its own state_dict has empty tensors
         return super().state_dict() | {"network": full_tensors(self.network)}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -133,6 +139,7 @@ class DeepSpeedLearner(TorchLearner):
         with gathered(list(self.network.parameters()), changed=True):
             super().load_state_dict(state)
         if self._zero_state is not None:
+            # ZeRO updates flat fp32 copies, which would overwrite what was loaded at the next step
             self.engine.optimizer.refresh_fp32_params()
             self._zero_state.set(self._named, state["optimizer"])
 

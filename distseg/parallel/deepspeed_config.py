@@ -96,6 +96,7 @@ def user_settings(config: Config) -> dict[str, Any]:
     if not name:
         return {}
     try:
+        # read at the start too (`check`): a bad file must not first fail where an engine is made
         settings = json.loads(Path(name).read_text(encoding="utf-8"))
         zero = settings.get("zero_optimization", {}).keys()
     except (OSError, ValueError, AttributeError) as error:
@@ -107,6 +108,7 @@ def user_settings(config: Config) -> dict[str, Any]:
     refused += [f"zero_optimization.{key}" for key in zero if key not in ALLOWED_ZERO]
     if refused:
         needed = f"only {', '.join(ALLOWED)}; of zero_optimization {', '.join(ALLOWED_ZERO)}"
+        # most of these have a key of ours, which a user of DeepSpeed need not know
         ours = OURS.get(refused[0])
         action = f"set distseg's own {ours} and remove it there" if ours else "remove it there"
         raise InputError(f"{name}: {refused[0]}", needed, action)
@@ -125,6 +127,7 @@ def generate(
     many as there were forward passes.
     """
     stage = config.parallel.zero_stage
+    # elements; buckets beyond the network would be memory that nothing fills
     size = sum(parameter.numel() for parameter in network.parameters())
     bucket = max(2, min(BUCKET, size) // 2 * 2)  # an even number, or DeepSpeed refuses it
     zero: dict[str, Any] = {
@@ -138,11 +141,13 @@ def generate(
         # micro-batches are added up by `no_sync`, and divided by nobody
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm if stage else 0.0,
+        # our fused torch optimizers, the same kernels as under the other strategies
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
     user = user_settings(config)
     zero |= user.get("zero_optimization", {})
+    # a parameter of no more elements than the threshold stays whole: all of a discriminator's
     if stage == 3 and not hasattr(network, "output_stride"):  # which segmentors have
         zero["stage3_param_persistence_threshold"] = size
     return settings | user | {"zero_optimization": zero}
@@ -168,6 +173,8 @@ def initialize(
                 model=network,
                 optimizer=optimizer,
                 config=settings,
+                # the process group exists; DeepSpeed's own search for one may end at a missing
+                # mpi4py
                 dist_init_required=False,
             )
     except ValidationError as error:
@@ -208,5 +215,7 @@ def _device_number_as_local_rank(number: int, is_kept: bool) -> Iterator[None]:
     finally:
         if not is_kept:
             del os.environ["LOCAL_RANK"]
+            # as it was: srun sets no LOCAL_RANK, and half of torchrun's variables are an error for
+            # us
             if launched_with is not None:
                 os.environ["LOCAL_RANK"] = launched_with

@@ -33,16 +33,19 @@ class ZeroOptimizerState:
             pieces = flat_zero_parameters(engine)
         else:
             pieces = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
+        # before the link below, which shows the engine what is there
         for piece in pieces:
             optimizer.state[piece].update(initial_state(piece, config))
         if stage < 3:
             link_zero_optimizer_state(engine)
+        # the same kinds for every piece, as all are of one optimizer
         self._kinds = tuple(next(iter(optimizer.state.values())))
 
     def get(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the full tensors, on every rank, named `<kind>/<parameter>`."""
         tensors = {}
         for name, parameter in parameters.items():
+            # frozen parameters have no state under any strategy; so a checkpoint's names agree
             for kind in self._kinds if parameter.requires_grad else ():
                 tensors[f"{kind}/{name}"] = self._get(parameter, kind)
         return tensors
@@ -56,6 +59,8 @@ class ZeroOptimizerState:
     def _get(self, parameter: Tensor, kind: str) -> Tensor:
         if kind == "step":  # one for each flat piece; all parameters are updated together
             return next(iter(self._optimizer.state.values()))[kind].clone()
+        # not at the top: what is set for DeepSpeed's first import (`_quiet_deepspeed`) must come
+        # first
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, kind)
@@ -83,6 +88,8 @@ def full_tensors(network: nn.Module) -> dict[str, Tensor]:
     tensors = network.state_dict()
     for name, parameter in network.named_parameters():
         if is_split(parameter):
+            # one at a time, so that no second whole network is in memory; cloned, as it goes with
+            # the block
             with gathered([parameter]):
                 tensors[name] = parameter.detach().clone()
     return tensors
@@ -95,6 +102,7 @@ def gathered(parameters: list[nn.Parameter], changed: bool = False) -> Any:
     """
     from deepspeed.runtime.zero import GatheredParameters
 
+    # rank 0 only says whose change counts: all ranks have loaded the same tensors
     return GatheredParameters(parameters, modifier_rank=0 if changed else None)
 
 

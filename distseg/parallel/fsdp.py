@@ -41,12 +41,15 @@ class FSDPLearner(TorchLearner):
         # FSDP shards contiguous parameters only; channels_last is then a matter of the images
         network = network.to(ranks.device, dtype_of(config))
         network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        # while it is still a plain network
         self._full_copies = FullCopies(network)
         mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
+        # layers before the root, which takes what is left
         for block in blocks(network):
             fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh)
         self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
+        # plain tensors in the DTensors' memory: updating one updates the other
         own_shards: dict[Tensor, Tensor] = {
             parameter: nn.Parameter(shard_of(parameter).rows, parameter.requires_grad)
             for parameter in network.parameters()
@@ -90,6 +93,8 @@ class FSDPLearner(TorchLearner):
 
     def _norm_over_ranks(self, norm: Tensor) -> Tensor:
         # Over ALL ranks, so that all get the same bits and decide alike; each replica adds the same
+        # float64: in fp32 the square of a norm above 1.8e19 is infinite, and a step would be
+        # skipped
         squares = all_reduce_sum(norm.double().square()) / self._num_replicas
         return squares.sqrt().to(norm.dtype)
 
@@ -108,6 +113,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     containers = (nn.Sequential, nn.ModuleList)
     found: list[nn.Module] = []
     for child in network.children():
+        # a container within a container is looked into, as it would be gathered whole
         is_layer = isinstance(network, containers) and not isinstance(child, containers)
         num_parameters = sum(parameter.numel() for parameter in child.parameters())
         if is_layer and num_parameters >= BLOCK_PARAMETERS:
@@ -120,6 +126,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 @lru_cache(maxsize=1)  # both networks on one mesh, and so on the same communicators
 def _mesh(world: dist.ProcessGroup, ranks: Ranks, shard_size: int) -> DeviceMesh:
     """All ranks in a row; or (replicas, shards), the ranks of a row next to each other."""
+    # `world` is in the arguments for the cache: a later job of this process has another group
     if shard_size in (0, ranks.world_size):
         return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
     shape = (ranks.world_size // shard_size, shard_size)

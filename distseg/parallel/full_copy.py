@@ -27,6 +27,8 @@ class FullCopies:
         network: the one that was sharded since, which has the buffers that no state_dict holds.
         """
         device = next(iter(tensors.values())).device
+        # to_empty leaves garbage everywhere: buffers without a name in state_dict come from the
+        # network, all else from the tensors
         full = copy.deepcopy(self._structure).to_empty(device=device)
         for own, buffer in zip(full.buffers(), network.buffers(), strict=True):
             own.copy_(buffer)

@@ -19,6 +19,7 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
     No parameter twice.
     """
     encoder = getattr(network, "encoder", None)
+    # by identity, as == of tensors compares their values
     in_encoder = (
         {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
     )
@@ -26,6 +27,8 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
     for name, parameter in network.named_parameters():  # lists a shared parameter once
         if not parameter.requires_grad:
             continue
+        # a bias is told apart only where it has a rate of its own: each group is a launch of
+        # kernels
         is_encoder, is_bias = (
             id(parameter) in in_encoder,
             name.endswith("bias") and config.bias_lr_factor != 1,
@@ -37,6 +40,7 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
             * (config.bias_lr_factor if is_bias else 1.0)
         )
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        # base_lr stays; lr is written from it at each step, so that no rounding adds up
         group = groups.setdefault(
             key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
         )
@@ -57,6 +61,7 @@ def build_optimizer(
     if own_shards is not None:
         for group in groups:
             group["params"] = [own_shards[parameter] for parameter in group["params"]]
+    # fused: a few launches for all tensors, and the kernels that obey found_inf (`guarded_step`)
     optimizer: torch.optim.Optimizer
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
@@ -79,7 +84,10 @@ def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tenso
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
     if config.name == "sgd":
+        # torch's first update copies the gradient; from 0 the same comes out, as there is no
+        # dampening
         return {"momentum_buffer": zeros()}
+    # on the device, where the fused kernels count
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, "exp_avg": zeros(), "exp_avg_sq": zeros()}
 
@@ -95,6 +103,7 @@ def clip(
     over_ranks: from the norm of these gradients to that of all, where other ranks hold the rest.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # in two halves, as clip_grad_norm_ would clip each rank's shards by their own norm
     norm = over_ranks(nn.utils.get_total_norm(gradients))
     if clip_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
@@ -140,6 +149,7 @@ class LossScale:
     def unscale(self, parameters: list[Tensor]) -> None:
         """Divide the gradients by the scale, in place."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # what has overflowed stays infinite, and the norm shows it
         torch._foreach_mul_(gradients, 1.0 / self.scale)
 
     def update(self, skipped: Tensor) -> None:

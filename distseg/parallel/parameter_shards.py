@@ -41,6 +41,7 @@ def shard_of(tensor: Tensor) -> ParameterShard:
         raise RuntimeError("a tensor of a device mesh that this rank is not in")
     # of a mesh (replicas, shards) the last dimension cuts
     index, count = coordinate[-1], mesh.shape[-1]
+    # as FSDP cuts: the last ranks have fewer rows, or none
     rows_per_shard = -(-tensor.shape[0] // count)
     start = min(index * rows_per_shard, tensor.shape[0])
     return ParameterShard(tensor.to_local().detach(), tuple(tensor.shape), start, index, count)
@@ -65,6 +66,8 @@ def sharded_like(rows: Tensor, like: Tensor) -> Tensor:
         return rows
     from torch.distributed.tensor import DTensor
 
+    # unchecked, as the check talks to the other ranks: this is called within `on_each`. Shape and
+    # stride are given, since from the rows alone they would be guessed as of equal shards
     where = (like.device_mesh, like.placements)
     return DTensor.from_local(rows, *where, run_check=False, shape=like.shape, stride=like.stride())
 
@@ -73,6 +76,7 @@ def load_full(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors, joined from all ranks' shards, into a plain network; called on every rank."""
     network.load_state_dict(
         {
+            # a collective for each, in the same order on every rank
             name: tensor.full_tensor() if is_sharded(tensor) else tensor
             for name, tensor in tensors.items()
         }

@@ -32,6 +32,7 @@ class RunningStatistics:
             for buffer in (layer.running_mean, layer.running_var):
                 if layer.training and buffer is not None:
                     buffers.append(buffer)
+        # one flat copy; nothing to do where all layers are frozen
         before = torch.cat(buffers) if buffers else None
         yield
         if before is not None:
@@ -39,7 +40,9 @@ class RunningStatistics:
 
 
 def _average(buffers: list[Tensor], before: Tensor) -> None:
+    # one message for all layers: each is small, and latency would count
     mean = all_reduce_sum(torch.cat(buffers)).div_(torch.distributed.get_world_size())
+    # on the device, and by what all ranks hold: no wait, and no rank decides otherwise
     kept = torch.where(mean.isfinite().all(), mean, before)
     sizes = [buffer.numel() for buffer in buffers]
     for buffer, values in zip(buffers, kept.split(sizes), strict=True):

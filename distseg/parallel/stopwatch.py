@@ -16,6 +16,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device):
+        # a GPU's forward returns long before it is done; events are stamped when it gets there
         self._events = (
             [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             if device.type == "cuda"
@@ -32,6 +33,7 @@ class Stopwatch:
         yield
         if self._events:
             self._events[1].record()
+        # of the GPU only whether there was a forward at all
         self._seconds = time.perf_counter() - began
 
     def seconds(self) -> float:

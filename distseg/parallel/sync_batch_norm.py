@@ -27,6 +27,7 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
+        # the rest of nn.BatchNorm2d.forward is not run
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         if x.is_cuda:
             return SYNC_BATCH_NORM_FUNCTION.apply(
@@ -46,6 +47,7 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
         wide = x if x.dtype == torch.float64 else x.float()  # sums of bf16 would lose digits
         mean = _over_ranks(wide.mean((0, 2, 3)))
         centred = wide - mean[:, None, None]
+        # from centred values: E[x^2] - E[x]^2 cancels where the mean is large
         variance = _over_ranks(centred.square().mean((0, 2, 3)))
         count = x.numel() // x.shape[1] * dist.get_world_size()
         self._track(mean.detach(), variance.detach(), count)
@@ -54,6 +56,7 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        # as torch has it: unbiased in the running variance, biased where it normalises
         unbiased = variance * (count / max(1, count - 1))
         for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
             kept.lerp_(new.to(kept.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
@@ -61,6 +64,7 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
 
 def synchronise(network: nn.Module) -> int:
     """Make every batch normalisation of a network one over all ranks; returns their number."""
+    # exactly this class: a layer that is synchronised already is not counted twice
     layers = [layer for layer in network.modules() if type(layer) is BatchNorm2d]
     for layer in layers:
         layer.__class__ = SynchronisedBatchNorm2d  # the same parameters, buffers and names
@@ -75,6 +79,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        # a copy: the all-reduce works in place, and autograd still has this tensor
         return all_reduce_sum(x.clone())
 
     @staticmethod

@@ -42,6 +42,7 @@ class TorchLearner:
         self._named = dict(network.named_parameters())
         parameters = list(self._named.values())
         self._own_shards = own_shards or dict(zip(parameters, parameters, strict=True))
+        # after the network was moved and spread, since the state is made like the parameters
         self.optimizer = build_optimizer(network, optimizer, self._own_shards)
         self.clip_norm = optimizer.clip_norm
         self.trained = [
@@ -71,6 +72,7 @@ class TorchLearner:
 
     def forward_frozen(self, *inputs: Tensor) -> Any:
         """See Learner.forward_frozen."""
+        # past DDP: its forward would prepare a reduction for a backward that is not its own
         with autocast(self._device_type, self._autocast_dtype):
             return self.network(*inputs)
 
@@ -81,12 +83,16 @@ class TorchLearner:
     def step(self, lr_factor: float) -> dict[str, Tensor]:
         """See Learner.step. Returns scalars on the device: grad_norm, skips, skips_in_a_row."""
         for group in self.optimizer.param_groups:
+            # from the rate as configured: a checkpoint need not hold the present one
             group["lr"] = group["base_lr"] * lr_factor
         norm, skipped = self._update()
         self.counters["skips"] += skipped
+        # times 0 at an update: the row ends without a branch, for which the device would be waited
+        # for
         self.counters["skips_in_a_row"].add_(1).mul_(skipped)
         if self._loss_scale is None:
             return {"grad_norm": norm, **self.counters}
+        # after the step: the scale that the gradients were made with has been divided out
         self._loss_scale.update(skipped)
         return {"grad_norm": norm, "loss_scale": self._loss_scale.scale, **self.counters}
 
