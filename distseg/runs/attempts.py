@@ -81,6 +81,7 @@ def read(run_dir: Path) -> list[Attempt]:
     if not path.is_file():
         return []
     found: list[Attempt] = []
+    # a kill can tear a line within a character
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # torn by a kill
             _add_event(found, json.loads(line))
@@ -91,7 +92,9 @@ def _add_event(found: list[Attempt], line: dict[str, Any]) -> None:
     """Note a line of the file in the attempt that it belongs to, at its end where it is new."""
     label, event = line["label"], line["event"]
     # another start may have come between, of a job that was refused
+    # without a label (no launcher set one) the last attempt is meant
     of_label = [attempt for attempt in found if attempt.label == label or not label]
+    # a rank can fail before the main one has noted any start
     if event == "start" or not of_label:
         of_label = [Attempt(label, started=line["time"])]
         found += of_label
@@ -112,6 +115,7 @@ def _add_event(found: list[Attempt], line: dict[str, Any]) -> None:
 
 
 def _failure(line: dict[str, Any]) -> str:
+    # as subprocess gives it: below 0 for a signal
     code = line["exit_code"]
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     return f"rank {line['rank']} on {line['host']}: {how}"
@@ -124,7 +128,9 @@ def _append(run_dir: Path, event: str, **values: Any) -> None:
         "label": os.environ.get(LABEL_VARIABLE, ""),
         **values,
     }
+    # a note never ends a run that could go on
     with suppress(OSError):  # a full disk was told by what could not be saved
         run_dir.mkdir(parents=True, exist_ok=True)
+        # appended in one piece: the launchers of several machines write here at the same time
         with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

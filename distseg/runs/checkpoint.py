@@ -17,7 +17,7 @@ from torch import Tensor
 from distseg.runs.tensor_files import read
 from shards.errors import InputError
 
-VERSION = 1
+VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
 STATE_FILE, BEST_FILE = "state.json", "best.json"
 
@@ -26,6 +26,7 @@ def published(directory: Path) -> list[Path]:
     """The complete checkpoints in a run's checkpoints/, oldest first."""
     # no looser pattern: a user may keep a copy beside them, which is not ours to count or remove
     paths = sorted(directory.glob("step-" + 8 * "[0-9]"))
+    # state.json is written after all tensors: a folder without it was never finished
     return [path for path in paths if (path / STATE_FILE).is_file()]
 
 
@@ -37,7 +38,9 @@ def find(run_dir: Path, which: str) -> Path:
     directory = run_dir / FOLDER
     by_name = {path.name: path for path in published(directory)}
     if which == "last" and by_name:
+        # by name: with eight digits that is by step
         return by_name[max(by_name)]
+    # "best" before any was scored stays the word, which the error then shows
     wanted = str(read_best(directory).get("step", which)) if which == "best" else which
     name = f"step-{int(wanted):08d}" if wanted.isdecimal() else wanted
     if name in by_name:
@@ -61,6 +64,7 @@ def read_best(directory: Path) -> dict[str, Any]:
     try:
         best = json.loads(path.read_text())
         return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
+    # not passed over as "none yet": the next score would then replace a better one
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: damaged ({error})", "the file that training wrote", "remove it"
@@ -89,6 +93,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def saved_precision(run_dir: Path) -> str | None:
     """The precision of a run's last checkpoint; None before there is one."""
     paths = published(run_dir / FOLDER)
+    # what "auto" became: on other machines it could become something else, and the run would change
     return read_state(paths[-1])["identity"].get("precision") if paths else None
 
 
@@ -99,6 +104,7 @@ def read_network(path: Path, network: str) -> tuple[str, dict[str, Tensor]]:
     "discriminator". Raises InputError where the run had none.
     """
     parts = read_state(path)["parts"]
+    # EMA weights are what the run was evaluated with
     part = "ema" if network == "segmentor" and "ema" in parts else network
     if part not in parts:
         action = f"write {network}.init=random, or name a run that had one"

@@ -110,9 +110,12 @@ class Checkpointer:
 
         The tensors may change when this returns. Waits for the save before.
         """
+        # one at a time: each holds a copy of everything in host memory
         self.wait()
         save = self._copied(learners, state)
+        # on_main holds the other ranks back until the folder is empty, and there
         on_main(self._ranks, lambda: _raise(_failure_of(save, lambda: _clear(save))))
+        # counted by every rank alike: the number of the mailbox's round
         self._num_saves += 1
         if self._async:
             # not a daemon: the interpreter waits for it before it ends
@@ -122,6 +125,7 @@ class Checkpointer:
             self._write(save)
         self._is_pending = True
         if not self._async:
+            # so that an error is raised by the very save that met it
             self.wait()
         return save.target
 
@@ -130,9 +134,11 @@ class Checkpointer:
 
         Raises what went wrong, on every rank. Called on every rank.
         """
+        # the same on all ranks, so all or none enter the collective below
         if not self._is_pending:
             return
         self.close()
+        # the main rank's word, which has heard of every rank's part
         failure = on_main(self._ranks, lambda: self._failure)
         self._is_pending, self._failure = False, None
         _raise(failure)
@@ -161,6 +167,7 @@ class Checkpointer:
         It is kept for as long as none is better. On every rank.
         """
         self.wait()
+        # after the wait: best.json must not name what was never published
         on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
 
     def latest(self) -> Path | None:
@@ -173,6 +180,7 @@ class Checkpointer:
 
         Raises InputError, on all of them, when it is another run's, or damaged for any rank.
         """
+        # by each rank itself, as each reads its tensors there too
         content = on_each(self._ranks, lambda: self._own_content(path))
         for name, learner in learners.items():
             parts, own = content["parts"][name], learner.state_dict()
@@ -187,10 +195,12 @@ class Checkpointer:
         """
         size = 0
         for learner in learners.values():
+            # on every rank, as ZeRO-3 gathers here
             for tensors in learner.state_dict().values():
                 size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         present = len(published(self.directory))
         needed = size * max(1, self._keep_last + 2 - present)  # and the best
+        # now, and not after the hours up to the first checkpoint
         action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
         on_main(self._ranks, lambda: check_space(self.directory, needed, action))
 
@@ -198,6 +208,7 @@ class Checkpointer:
         """What this rank is to write, as copies."""
         parts, tensors = {}, {}
         for name, learner in learners.items():
+            # a collective under ZeRO-3: in the writing thread it could meet one of training's
             of_learner = learner.state_dict()
             parts[name] = list(of_learner)
             for part, of_part in of_learner.items():
@@ -214,22 +225,27 @@ class Checkpointer:
 
     def _write(self, save: _Save) -> None:
         """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
+        # no collective from here on: this may run beside training's
         failure = _failure_of(save, lambda: _write_files(save))
         if self._ranks.is_main:
             others = self._mailbox.collect(self._num_saves, self._timeout)
             failures = [found for found in (failure, *others) if found is not None]
             failure = failures[0] if failures else _failure_of(save, lambda: self._publish(save))
             if failure is not None:
+                # nobody will finish it, and the disk may be full
                 shutil.rmtree(save.partial, ignore_errors=True)
         else:
             self._mailbox.send(self._num_saves, failure)
         self._failure = failure
 
     def _publish(self, save: _Save) -> None:
+        # Content, the folder's entries, the new name, the parent's entry: each is on the disk
+        # before the next. Whenever the power goes, the checkpoint is whole or not there.
         _write_synced(save.partial / STATE_FILE, json.dumps(save.content, indent=1).encode())
         sync_folder(save.partial)
         # the same step again, from a run that was set back
         shutil.rmtree(save.target, ignore_errors=True)
+        # which needs the target gone, unless it is empty
         os.replace(save.partial, save.target)
         sync_folder(self.directory)
         self._prune()
@@ -240,6 +256,7 @@ class Checkpointer:
         self._prune()
 
     def _prune(self) -> None:
+        # only after a publication: until then the older ones are all there is to resume from
         best_step = read_best(self.directory).get("step")
         for path in published(self.directory)[: -self._keep_last]:
             if int(path.name.removeprefix("step-")) != best_step:
@@ -248,6 +265,7 @@ class Checkpointer:
     def _own_content(self, path: Path) -> dict[str, Any]:
         """The state.json of a checkpoint of this run. Raises InputError when it is another's."""
         content = read_state(path)
+        # another order of samples or other classes would go on without an error, and mean nothing
         for key, value in self._identity.items():
             if content["identity"].get(key) != value:
                 got = f"{path}: {key} is {content['identity'].get(key)!r}, this run's is {value!r}"
@@ -265,6 +283,7 @@ def _read_parts(
 
 def _clear(save: _Save) -> None:
     """An empty folder to write to; what killed runs have left goes."""
+    # of every step: a run that was killed may never come to the same step again
     for left in save.partial.parent.glob(".partial-step-*"):
         shutil.rmtree(left, ignore_errors=True)
     save.partial.mkdir(parents=True)
@@ -285,6 +304,7 @@ def _failure_of(save: _Save, work: Callable[[], None]) -> Failure | None:
     except Exception as error:
         if _is_disk_full(error):
             return Failure.of(disk_full(save.target))
+        # bad paths and broken disks are the user's to mend, so without a traceback
         if isinstance(error, OSError | SafetensorError):
             got = f"{save.target} could not be written: {error}"
             return Failure(got, "a disk that takes files", "then run the same command again")

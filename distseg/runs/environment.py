@@ -43,10 +43,12 @@ def facts(ranks: Ranks) -> dict[str, Any]:
         "system": platform.platform(),
         "world_size": ranks.world_size,
         "device": str(ranks.device.type),
+        # a package that was installed has no checkout; it is known by its version
         "code": code_version(Path(__file__).parent.parent),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
     }
+    # the rank's own: a machine may have several kinds
     if ranks.device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(ranks.device)
     slurm = _slurm_facts()
@@ -87,6 +89,7 @@ def _versions() -> dict[str, str]:
 def _slurm_facts() -> dict[str, str]:
     facts = {}
     for name in SLURM_FACTS:
+        # absent outside of SLURM, and some of them in every job
         value = os.environ.get(f"SLURM_{name}")
         if value is not None:
             facts[name.lower()] = value

@@ -19,7 +19,7 @@ from shards.errors import InputError
 from shards.files import published
 
 LOCK_FILE = "lock"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2  # between two looks at a file system that may be shared
 
 
 class RunDirectory:
@@ -38,11 +38,13 @@ class RunDirectory:
     def __init__(self, path: Path, config: Config, ranks: Ranks, visible_seconds: float = 60.0):
         self.path, self.ranks = path, ranks
         self._lock: TextIO | None = None
+        # one rank locks for all: a lock for each would keep the job's own ranks out
         owner, self.steps_before = on_main(ranks, lambda: self._claim(config))
         # the main rank waits in a collective
         patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
         sees = on_all(ranks, self._is_owned_by(owner, patience))
         if not all(sees):
+            # every rank knows of all answers, so every one raises: none waits for the others
             raise shared_error(
                 InputError(
                     f"rank {sees.index(False)} does not see {path.absolute()} as rank 0 has "
@@ -57,6 +59,7 @@ class RunDirectory:
 
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
+            # the file stays: removing it could take away the one that the next job has just locked
             self._lock.close()
 
     def _is_owned_by(self, owner: str, patience_seconds: float) -> bool:
@@ -82,17 +85,22 @@ class RunDirectory:
 
         Returns what the lock file holds, unlike any other, and `steps_before`.
         """
+        # before anything is written: a start that is refused leaves the run as it was
         steps_before = loading.check_same(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK_FILE).open("a")  # not emptied: it may be another job's
+            # the kernel's lock, which ends with the process; a file that stands for one outlives a
+            # kill
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner = f"process {os.getpid()} on {socket.gethostname()} {uuid.uuid4().hex}"
             self._lock.truncate(0)
             self._lock.write(owner)
             self._lock.flush()
+            # on the server, where the other machines look for it
             os.fsync(self._lock.fileno())
         except BlockingIOError:
+            # "process N on HOST": without the random word behind it
             other = " ".join((self.path / LOCK_FILE).read_text().split()[:4])
             got = f"another job is training in {self.path} ({other})"
             raise InputError(
@@ -101,6 +109,7 @@ class RunDirectory:
         except OSError as error:
             got = f"{self.path}: {error.strerror}"
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
+        # saved with the lock held: of two jobs one could save its own over the other's
         with published(self.path / CONFIG_FILE) as partial:
             partial.write_text(loading.to_yaml(config))
         return owner, steps_before

@@ -44,6 +44,7 @@ class TensorFile:
         header = {SHARDS_KEY: json.dumps(self.shards)} if self.shards else None
         # not `save`: it would hold Python's lock, and so training, for seconds
         save_file(self.tensors, path, header)
+        # safetensors does not sync, and a rename can reach the disk before the content
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -64,6 +65,7 @@ def to_host(
     for part, tensors in parts.items():
         shards[part] = {name: shard_of(tensor) for name, tensor in tensors.items()}
     files, is_on_gpu = [], False
+    # by shapes alone, so that all ranks come to the same without a message
     for part, first_rank in _first_writers(shards, world_size).items():
         count = _num_files(shards[part])
         index = rank - first_rank
@@ -81,6 +83,7 @@ def _host_copy(part: str, shards: Shards, index: int, count: int) -> TensorFile:
             continue  # full tensors among shards are in the first file
         rows = shard.rows
         # contiguous, as the format asks for, whatever the layout on the device
+        # pinned, or the copy would be waited for
         host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
         file.tensors[name] = host.copy_(rows, non_blocking=True)
         if shard.count > 1:
@@ -92,6 +95,7 @@ def _until_copied(is_on_gpu: bool) -> Callable[[], None]:
     """Waits for the copies that the device has been given so far, and for nothing after them."""
     if not is_on_gpu:
         return lambda: None
+    # not synchronize(): the device is given the next steps in the meantime
     event = torch.cuda.Event()
     event.record()
     return event.synchronize
@@ -115,11 +119,13 @@ def _first_writers(shards: Mapping[str, Shards], world_size: int) -> dict[str, i
     """
     load = [0] * world_size
     first_ranks = {}
+    # the largest first: one that came last would spoil the balance
     for part in sorted(shards, key=lambda part: _num_bytes(shards[part]), reverse=True):
         # shards 0 to count - 1 are on ranks k * count and those after it
         count = _num_files(shards[part])
         starts = range(0, world_size, count)
         first = min(starts, key=lambda start: sum(load[start : start + count]))
+        # shares of bytes and not of files, which differ by orders of magnitude
         for rank in range(first, first + count):
             load[rank] += _num_bytes(shards[part]) // count
         first_ranks[part] = first
@@ -143,6 +149,7 @@ def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> d
     """
     try:
         with ExitStack() as opened:
+            # open to the end: slices are read from the mapped files when they are asked for
             files = [
                 opened.enter_context(safe_open(path, framework="pt"))
                 for path in _paths(folder, part)
@@ -152,6 +159,7 @@ def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> d
                 tensors[name] = _read_tensor(name, pieces, None if like is None else like.get(name))
             return tensors
     except (OSError, SafetensorError, ValueError) as error:
+        # which is a ValueError, and says more already
         if isinstance(error, InputError):
             raise
         action = f"remove {folder}: the checkpoint before it is then used"
@@ -160,6 +168,7 @@ def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> d
 
 def _paths(folder: Path, part: str) -> list[Path]:
     """The files of a part in order. Raises ValueError when one is missing."""
+    # saved by one rank, or as full tensors
     single = folder / (part + SUFFIX)
     if single.is_file():
         return [single]
@@ -170,6 +179,7 @@ def _paths(folder: Path, part: str) -> list[Path]:
         match = pattern.fullmatch(path.name)
         if match:
             found[int(match[1])] = path
+            # how many there were, by any of their names: the last may be missing
             count = max(count, int(match[2]))
     missing = set(range(1, count + 1)) - found.keys()
     if missing:
@@ -186,6 +196,7 @@ def _pieces(files: list[Any]) -> dict[str, list[_Piece]]:
             start = shards[name][0] if name in shards else 0
             pieces.setdefault(name, []).append(_Piece(file, start))
     for of_tensor in pieces.values():
+        # files come in the order of ranks, rows need not
         of_tensor.sort(key=lambda piece: piece.start)
     return pieces
 
@@ -203,9 +214,11 @@ def _read_tensor(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor
 
 def _read_rows(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor:
     """Of a tensor in several files the rows that this rank holds of `like`; without it, all."""
+    # slices: a rank reads its rows, and not the whole tensor
     stored = [piece.file.get_slice(name) for piece in pieces]
     lengths = [rows.get_shape()[0] for rows in stored]
     total = sum(lengths)
+    # before reading: a gap between files shows here too, as too few rows
     _check_shape(name, (total, *stored[0].get_shape()[1:]), like)
     begin, end = 0, total
     if like is not None:
