@@ -44,6 +44,7 @@ class OwnView:
             self._view = partial(self._code.value, **options)
 
     def __reduce__(self) -> tuple[type[OwnView], tuple[str, dict[str, Any], int]]:
+        # code from a file cannot be pickled; the other process reads the file itself
         return OwnView, self._arguments
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> None:
@@ -52,6 +53,7 @@ class OwnView:
         Raises InputError for an answer of another form, and for classes that there are not.
         """
         answer = self._view(image, label, rng)
+        # at every view and not the first alone: what a function answers may depend on what it draws
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise self._refused(f"answers with a {type(answer).__name__}")
         for name, given, new in zip(("image", "label"), (image, label), answer, strict=True):
@@ -60,6 +62,7 @@ class OwnView:
             if new.shape != given.shape or new.dtype != np.uint8:
                 got = f"gives {name} {new.shape} {new.dtype} for {given.shape} uint8"
                 raise self._refused(got)
+        # copied, as the outputs are parts of a batch, and the answer may be an array that it keeps
         image[...], label[...] = answer
         # 255 + 1 wraps to 0, so one maximum finds any other index that is too large
         highest = int((label + np.uint8(1)).max()) - 1
@@ -70,16 +73,19 @@ class OwnView:
     def check(self, crop_px: int) -> None:
         """Try it twice on one view. Raises InputError for what goes wrong in it, or differs."""
         results = []
+        # twice, as a generator of its own (random, np.random) shows only in a difference
         for _ in range(2):
             rng = np.random.default_rng(0)
             image = rng.integers(0, 256, (crop_px, crop_px, 3), dtype=np.uint8)
             label = rng.integers(0, self._num_classes, (crop_px, crop_px), dtype=np.uint8)
+            # void too, which code for whole labels often forgets
             label[: crop_px // 8] = IGNORE_INDEX
             try:
                 self(image, label, rng)
             except InputError:
                 raise
             except Exception as error:
+                # any error in it is its author's to correct, so it names his line and not ours
                 raise self._refused(user_code.told(error, self._code.path)) from error
             results.append((image, label))
         if not all(np.array_equal(*both) for both in zip(*results, strict=True)):

@@ -71,6 +71,7 @@ class BlockPlan(Plan):
             raise InputError(
                 f"{shards_per_block} shards a block", "at least one", "correct data.shuffle_block"
             )
+        # (shards + 1,): where each shard's samples begin, and the end
         self._starts = np.cumsum([0, *shard_sizes])
         self._per_block = shards_per_block
         self._shard_order = functools.lru_cache(maxsize=2)(self._draw_shard_order)
@@ -87,11 +88,13 @@ class BlockPlan(Plan):
     def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's permutation of the shards, and the offset at which each block begins."""
         order = _generator(self.seed, epoch, SHARD_ORDER).permutation(len(self._starts) - 1)
+        # in the order drawn: where each shard ends, and so after every shards_per_block-th a block
         ends = np.cumsum(np.diff(self._starts)[order])
         return order, np.concatenate([[0], ends[self._per_block - 1 : -1 : self._per_block]])
 
     def _draw_block(self, epoch: int, block: int) -> np.ndarray:
         shards = self._shard_order(epoch)[0][block * self._per_block :][: self._per_block]
+        # few enough to be listed: of all samples of a large set that would be memory on every rank
         samples = np.concatenate([np.arange(*self._starts[shard : shard + 2]) for shard in shards])
         return _generator(self.seed, epoch, BLOCK, block).permutation(samples)
 
@@ -108,12 +111,14 @@ class BalancedPlan(Plan):
 
     def __init__(self, class_pixels: np.ndarray, seed: int, temperature: float | None = None):
         super().__init__(len(class_pixels), seed)
+        # a class that is nowhere could be drawn, and would have no sample to give
         shown = np.flatnonzero(class_pixels.any(axis=0))
         if not len(shown):
             got = f"{len(class_pixels)} samples without a pixel of any class"
             raise InputError(got, "labels, to balance the classes", "write data.sampling=each_once")
         self._samples = [np.flatnonzero(class_pixels[:, index]) for index in shown]
         share = class_pixels.sum(axis=0)[shown] / class_pixels.sum()
+        # relative to the rarest class: the same probabilities, and no exponent above 0
         weights = (
             np.ones(len(shown))
             if temperature is None
@@ -124,6 +129,7 @@ class BalancedPlan(Plan):
 
     def sample_index(self, position: int) -> int:
         """As Plan."""
+        # both from the position, so that this plan too has no state
         draw = _generator(self.seed, position, CHOICE).random(2)
         samples = self._samples[int(np.searchsorted(self._ends, draw[0], side="right"))]
         return int(samples[int(draw[1] * len(samples))])
@@ -137,6 +143,8 @@ def augmentation_rng(seed: int, position: int) -> np.random.Generator:
 def _generator(seed: int, word: int, use: int, part: int = 0) -> np.random.Generator:
     # a plain list with a large word turns into floats
     key = np.array([seed, word], dtype=np.uint64)
+    # Philox, as it counts: every position's numbers are there at once, without those before it.
+    # The counter's lowest word runs with the draws; part and use lie above, out of its reach.
     return np.random.Generator(np.random.Philox(key=key, counter=[0, part, 0, use]))
 
 
@@ -162,6 +170,7 @@ def rank_positions(step: int, batch_size: int, rank: int, world_size: int) -> ra
             f"a multiple of {world_size}, so that every rank gets as much",
             f"batch_size={nearest}",
         )
+    # neighbours: then the slices of any number of ranks, joined in order, are the same batch
     share = batch_size // world_size
     first = step * batch_size + rank * share
     return range(first, first + share)

@@ -23,7 +23,7 @@ from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
 # the one that is less like the classes that stay
-OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))
+OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # two grays
 
 
 def open_reader(options: DataConfig, split: str) -> ShardReader:
@@ -48,6 +48,7 @@ class DecodedSamples:
         self._lock = threading.Lock()
 
     def __contains__(self, index: int) -> bool:
+        # without the lock: to look up one key is atomic, and at worst a sample is decoded once more
         return index in self._samples
 
     def find(self, index: int) -> Decoded | None:
@@ -64,6 +65,8 @@ class DecodedSamples:
         with self._lock:
             if index in self._samples or self._num_bytes + num_bytes > self._max_bytes:
                 return
+            # it will be in several batches: who writes to it is
+            # told, instead of spoiling the next epoch
             for array in arrays:
                 array.flags.writeable = False
             self._num_bytes += num_bytes
@@ -95,9 +98,11 @@ class SampleSet:
     ):
         self.reader, self.labelled = reader, labelled
         self._decoded = DecodedSamples(keep_decoded_bytes)
+        # a range: a list of all indices of a large set would be memory for nothing
         self._indices = range(len(reader)) if indices is None else indices
         self.classes, self._table = _kept(reader.classes, keep)
         unlabelled = set(reader.unlabelled) if labelled else set()
+        # at the start, and not at the step hours later that meets the first of them
         without = {reader.key(i) for i in self._indices} & unlabelled if unlabelled else set()
         if without:
             some = f"{len(without)} samples, {min(without)} for one,"
@@ -132,6 +137,7 @@ class SampleSet:
             if total >= at_most:
                 return at_most
             height, width = self.reader.size(index)
+            # bytes: three of colour and one of label for each pixel
             total += 4 * height * width
         return min(total, at_most)
 
@@ -144,11 +150,13 @@ class SampleSet:
         if self._table is None:
             return counts
         kept = np.zeros((len(counts), self.classes.num_classes), np.int64)
+        # add.at, as several old classes fall on one new: += would keep one of them
         np.add.at(kept.T, self._table[: counts.shape[1]], counts.T)
         return kept
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say which samples will be loaded soon, in this order."""
+        # those in memory need no download
         self.reader.expect(
             [self._indices[index] for index in indices if index not in self._decoded]
         )
@@ -188,12 +196,14 @@ class SampleSet:
         action = "correct the maps and run `distseg pack` again"
         image = decode_image(raw.image)
         if not self.labelled:
+            # class 0, not void: it is how the view tells the image from the fill around it
             return image, np.zeros(image.shape[:2], np.uint8)
         if raw.label is None:
             raise InputError(
                 "no label", "a label for every sample of this split", "choose a labelled split"
             )
         label = decode_label(raw.label)
+        # JPEGs carry a size of their own, so this is only known when both are decoded
         if image.shape[:2] != label.shape:
             got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
             raise InputError(got, "the same height and width", action)
@@ -215,6 +225,7 @@ def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:
 
     Raises InputError as SampleSet.class_pixels does.
     """
+    # drawn with replacement, so shards in blocks would not help; see rules.py
     if options.sampling != "each_once" and samples.labelled:
         temperature = options.rare_class_temperature if options.sampling == "rare_class" else None
         return BalancedPlan(samples.class_pixels(), seed, temperature)
@@ -243,7 +254,9 @@ def split_labelled(
         chosen = _listed(reader, Path(labelled), set(candidates))
     else:
         share = _share(labelled)
+        # max: a plan refuses 0 samples, and the error below says more
         order = Plan(max(1, len(candidates)), seed)
+        # int of an exact fraction: as floats 0.29 of 100 samples are 28
         chosen = {candidates[order.sample_index(p)] for p in range(int(share * len(candidates)))}
     if not chosen:
         got = (
@@ -251,6 +264,7 @@ def split_labelled(
             f"{reader.split}"
         )
         raise InputError(got, "at least one labelled sample", "ask for a larger share")
+    # in packed order: neighbours lie in one shard
     return sorted(chosen), sorted(set(range(len(reader))) - chosen)
 
 
@@ -273,6 +287,7 @@ def _share(text: str) -> Fraction:
 def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
     index_of = {reader.key(index): index for index in range(len(reader))}
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # all of them are looked for first, so that the error says how many
     unknown = [key for key in keys if key not in index_of]
     if unknown:
         got = (
@@ -295,6 +310,7 @@ def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray 
     if unknown or len(set(keep)) != len(keep):
         needed = f"some of: {', '.join(classes.names)}, each once"
         raise InputError(f"data.keep_classes={list(keep)}", needed, "correct data.keep_classes")
+    # 0, "other", is where all classes go that are not named below
     table = np.zeros(256, np.uint8)
     table[IGNORE_INDEX] = IGNORE_INDEX
     for new, name in enumerate(keep, start=1):

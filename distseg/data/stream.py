@@ -81,6 +81,7 @@ class TrainStream:
         start_step: int = 0,
         pin_memory: bool = False,
     ):
+        # first of all, as it refuses a batch size before there are workers to end
         share = len(rank_positions(start_step, batch_size, rank, world_size))
         _check_threads(num_threads)
         cv2.setNumThreads(0)  # OpenCV's own threads would fight with ours over the cores
@@ -110,6 +111,7 @@ class TrainStream:
             raise RuntimeError("the stream is closed")
         start = time.perf_counter()
         try:
+            # before the wait, so that the workers have work meanwhile
             while len(self._pending) < self._num_pending:
                 self._pending.append(self._begin(self._next_step))
                 self._next_step += 1
@@ -118,17 +120,20 @@ class TrainStream:
         except BaseException:  # KeyboardInterrupt too: no worker may outlive it
             self.close()
             raise
+        # not in a finally: time that ended in an error is nobody's wait for data
         self.wait_seconds += time.perf_counter() - start
         return pending.batch
 
     def close(self) -> None:
         """Stop the workers, and drop what they have not finished."""
         self._closed = True
+        # their buffers go at once; workers that still write hold on to their own
         self._pending.clear()
         self._workers.close()
 
     def _begin(self, step: int) -> _Pending:
         """Allocate the batch of a step and hand its samples to the workers."""
+        # each step once, over the ends of epochs too, as positions never end
         while self._next_expected <= step + STEPS_EXPECTED:
             self._samples.expect(
                 [self._plan.sample_index(p) for p in self._positions(self._next_expected)]
@@ -141,6 +146,7 @@ class TrainStream:
         # torch keeps and reuses freed pinned blocks
         image = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
         label = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        # a view: colours stay innermost, as decoded, and convolutions are given channels_last
         batch = Batch(image.permute(0, 3, 1, 2), label, step)
         return _Pending(batch, self._workers.begin(places, image.numpy(), label.numpy()))
 
@@ -163,6 +169,7 @@ class PairedStream:
         return self
 
     def __next__(self) -> Batch:
+        # both have one step per batch, so the same step starts both again after a stop
         return replace(next(self._labelled), unlabelled=next(self._unlabelled))
 
     def close(self) -> None:
@@ -189,6 +196,7 @@ def evaluation_samples(
         )
     _check_threads(num_threads)
     cv2.setNumThreads(0)
+    # checked here: within the generator the errors would wait for its first next()
     return _in_order(samples, range(rank, len(samples), world_size), num_threads)
 
 
@@ -199,6 +207,7 @@ def _in_order(
     if num_threads == 0:
         yield from ((index, *samples.load(index)) for index in indices)
         return
+    # whole pictures of any size, so no batch to write into, and no processes to copy them from
     threads = ThreadPoolExecutor(num_threads, "distseg-data")
     pending: deque[tuple[int, Future[tuple[str, np.ndarray, np.ndarray]]]] = deque()
     try:

@@ -78,6 +78,7 @@ class _Geometry:
         corner = 0.5 - middle
         rows = []
         for span, (to_x, to_y) in ((self.columns, (cos, -sin)), (self.rows, (sin, cos))):
+            # pixels of the image for one of the crop, along this axis
             step = span.seen / span.filled
             start = middle + (to_x + to_y) * corner - span.place
             rows.append([step * to_x, step * to_y, span.first + step * start - 0.5])
@@ -150,6 +151,7 @@ class TrainView:
             # whole rows at a time: pixel by pixel the assignment takes longer than all the rest
             out_image[:] = np.full((self.crop_px, 3), FILL_RGB, np.uint8)
         _write(image, geometry, True, inside)
+        # before the fill is laid over a turned crop: it has one colour in all pictures
         self._recolor(inside, draw)
         if geometry.radians:
             cv2.copyTo(
@@ -166,10 +168,12 @@ class TrainView:
         self, label: np.ndarray, rng: np.random.Generator, out_label: np.ndarray
     ) -> tuple[_Geometry, np.ndarray]:
         """Draw crops until one shows a labelled pixel, and write its label; also its draws."""
+        # all at once, needed or not: how far the generator is then must not depend on the sample
         draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
         draws = np.hstack([draws, rng.random((MAX_TRIES, MORE_DRAWS))])
         for draw in draws:
             geometry = self._geometry(label.shape, draw)
+            # the label alone decides, so the image is warped once however many tries it takes
             out_label.fill(IGNORE_INDEX)
             _write(label, geometry, False, out_label[geometry.target])
             if out_label.min() != IGNORE_INDEX:
@@ -177,6 +181,7 @@ class TrainView:
         return geometry, draw
 
     def _geometry(self, size: tuple[int, ...], draw: np.ndarray) -> _Geometry:
+        # log-uniform: half size is as likely as twice the size
         scale = self.scale_min * (self.scale_max / self.scale_min) ** draw[0]
         rows, columns = (
             self._span(side, scale, place) for side, place in zip(size, draw[1:3], strict=True)
@@ -187,7 +192,9 @@ class TrainView:
 
     def _span(self, side_px: int, scale: float, uniform: float) -> _Span:
         if side_px * scale >= self.crop_px:
+            # whole pixels, so that a plain resize serves; the scale is off by less than half of one
             seen = min(side_px, max(1, round(self.crop_px / scale)))
+            # + 1: both ends are as likely as every place between
             return _Span(int(uniform * (side_px - seen + 1)), seen, 0, self.crop_px)
         filled = max(1, round(side_px * scale))
         room = self.crop_px - filled
@@ -200,6 +207,7 @@ class TrainView:
             cv2.transform(image, _color_matrix(*factors), dst=image)
         if draw[8] < self.blur_probability:
             sigma = BLUR_MIN_PX + (self.blur_max_px - BLUR_MIN_PX) * draw[9]
+            # (0, 0): OpenCV chooses the kernel's side by sigma
             cv2.GaussianBlur(image, (0, 0), sigma, dst=image)
 
 
@@ -210,14 +218,17 @@ def _write(source: np.ndarray, geometry: _Geometry, smooth: bool, out: np.ndarra
     Beyond the image a turned crop sees 255 in a label, and in an image its border drawn out.
     """
     if not geometry.radians:
+        # EXACT: pixel centres at half-integers, as the image's; the older one shifts labels
         interpolation = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST_EXACT
         part = source[geometry.rows.source, geometry.columns.source]
         cv2.resize(part, (out.shape[1], out.shape[0]), dst=out, interpolation=interpolation)
         return
     interpolation, border = cv2.INTER_NEAREST, cv2.BORDER_CONSTANT
     if smooth:
+        # drawn out: at its edge the image must not mix with a constant; beyond it, fill comes later
         interpolation, border = cv2.INTER_LINEAR, cv2.BORDER_REPLICATE
     size = (geometry.crop_px, geometry.crop_px)
+    # the matrix leads from the crop to the image already, which is what OpenCV needs
     flags = interpolation | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(source, geometry.matrix(), size, out, flags, border, IGNORE_INDEX)
 

@@ -95,6 +95,7 @@ class Threads:
         self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray
     ) -> Callable[[], None]:
         """As Workers."""
+        # each task has its own rows of the batch, so they need no lock
         outs = zip(places, image, label, strict=True)
         tasks = [self._pool.submit(self._write, *place, *out) for place, *out in outs]
         return lambda: _wait(tasks)
@@ -128,6 +129,7 @@ class Processes:
         self, places: Sequence[tuple[int, int]], image: np.ndarray, label: np.ndarray
     ) -> Callable[[], None]:
         """As Workers; at most num_batches may be under way."""
+        # there always is one: the stream begins no more batches than it was made for
         block = self._free.pop()
         first = block * self._batch_size
         with _deaf(), _killed_is_said():  # the pool starts its processes here
@@ -140,9 +142,12 @@ class Processes:
             with _killed_is_said():
                 _wait(tasks)
             part = slice(first, first + len(places))
+            # the copy that threads do not need: the batch itself is no shared memory
             np.copyto(image, self._memory.images[part])
             np.copyto(label, self._memory.labels[part])
+            # not before it was copied: the next batch may write there at once
             self._free.append(block)
+            # the workers' readers are their own: this process's has not seen that they were read
             self._write.samples.used([index for index, _ in places])
 
         return finish
@@ -169,6 +174,7 @@ class _PassedDescriptor:
         os.close(self.number)
 
     def __getstate__(self) -> Any:
+        # handed over by multiprocessing: in another process the number means another file
         return reduction.DupFd(self.number)
 
     def __setstate__(self, passed: Any) -> None:
@@ -184,6 +190,7 @@ class _Memory:
     def __init__(self, num_slots: int, crop_px: int):
         self._file = _PassedDescriptor(os.memfd_create("distseg-data"))
         self._num_slots, self._crop_px = num_slots, crop_px
+        # bytes: three of colour and one of label for each pixel
         os.ftruncate(self._file.number, num_slots * crop_px**2 * 4)
         self._map()
 
@@ -216,6 +223,7 @@ def _deaf() -> Iterator[None]:
 
     Here they wait.
     """
+    # per thread, and inherited: the process is deaf before its first line of Python runs
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     try:
         yield
@@ -237,6 +245,7 @@ def _killed_is_said() -> Iterator[None]:
 
 def _wait(tasks: Sequence[Future[None]]) -> None:
     for task in tasks:
+        # in order, so that the first bad sample is told of, whichever was met first
         task.result()
 
 
@@ -246,6 +255,7 @@ _own: tuple[SampleWriter, _Memory]  # of a worker process
 def _start(write: SampleWriter, memory: _Memory, alive: _PassedDescriptor) -> None:
     """In a worker process, before its first task."""
     global _own
+    # there are as many processes as cores wanted
     cv2.setNumThreads(0)
     _own = write, memory
     gc.freeze()  # see distseg.train
@@ -253,6 +263,7 @@ def _start(write: SampleWriter, memory: _Memory, alive: _PassedDescriptor) -> No
     def watch() -> None:
         # returns when the other end is closed: by `close`, or because the process is gone
         os.read(alive.number, 1)
+        # at once, in the middle of a sample: nothing of it could still be wanted
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True).start()
