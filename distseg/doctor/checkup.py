@@ -40,6 +40,7 @@ _SECONDS = 1.0  # that a measurement of speed takes, about
 _MATRIX, _REPEATS = 768, 7
 
 
+# hashable: what several ranks find alike is one key (`command.of_ranks`)
 @dataclass(frozen=True)
 class CheckResult:
     """level: ok, warning (a run may suffer) or error (it would break).
@@ -60,7 +61,7 @@ class Checkup:
     rank: int
     host: str
     results: list[CheckResult] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)  # none is wrong by itself
 
     def add(self, check: Callable[[], CheckResult | None]) -> None:
         """Keep what a check finds.
@@ -69,6 +70,7 @@ class Checkup:
         """
         try:
             found = check()
+        # whatever it is: a rank that is missing at the next exchange would hang the others
         except Exception as error:
             name = check.__name__.replace("_", " ").strip()
             found = CheckResult(
@@ -86,6 +88,7 @@ def versions(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
     }
     if device.type == "cuda":
+        # ranks that differ in these can fail, or wait for ever, in their first collective
         found |= {
             "cuda": str(torch.version.cuda),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),
@@ -97,6 +100,7 @@ def device_name(device: torch.device) -> str:
     """The GPU, or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    # platform.processor() is empty or just "x86_64" on Linux
     lines = (
         Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     )
@@ -110,6 +114,7 @@ def device_memory(device: torch.device) -> CheckResult | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     text = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+    # a fifth is more than the contexts of our own ranks take
     if free < 0.8 * total:
         return CheckResult(
             "warning", "device memory", text, "look for other processes with nvidia-smi"
@@ -120,6 +125,7 @@ def device_memory(device: torch.device) -> CheckResult | None:
 def cores(ranks_here: int) -> CheckResult:
     """Whether every rank of this machine has a core, and no more threads than cores are wanted."""
     there = (
+        # this job's share, which may be fewer than the machine has
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     threads = torch.get_num_threads()
@@ -127,6 +133,7 @@ def cores(ranks_here: int) -> CheckResult:
     if there < ranks_here:
         action = "ask for more cores (srun --cpus-per-task), or start fewer ranks"
         return CheckResult("warning", "cores", text, action)
+    # threads that take turns on a core: often slower than fewer of them
     if ranks_here * threads > there:
         return CheckResult("warning", "cores", text, f"set OMP_NUM_THREADS={there // ranks_here}")
     return CheckResult("ok", "cores", text)
@@ -134,6 +141,7 @@ def cores(ranks_here: int) -> CheckResult:
 
 def open_files() -> CheckResult:
     """How many files a process may open."""
+    # the soft limit counts; its user may raise it up to the other
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return CheckResult("ok", "open files", "no limit")
@@ -164,17 +172,23 @@ def shared_memory(is_needed: bool) -> CheckResult:
 def run_directory(path: Path) -> CheckResult:
     """Whether a run can be written there, how fast, and how much fits."""
     start, written, problem = time.perf_counter(), 0, ""
+    # what will hold the run: the directory itself is made by training
     parent = nearest(path)
+    # named by machine and process, as the first ranks of all machines write at the same time
     probe = parent / f".distseg-doctor-{socket.gethostname()}-{os.getpid()}"
+    # random: a file system that compresses would take zeros at no cost
     content = os.urandom(1 << 20)
     try:
         with probe.open("wb") as file:
+            # by time as well: a slow file system must not make the check slow
             while written < _FILE_BYTES and time.perf_counter() - start < _SECONDS:
                 written += file.write(content)
             file.flush()
+            # within the time: without it the memory's speed would be measured
             os.fsync(file.fileno())
     except OSError as error:
         problem = error.strerror or str(error)
+    # also where the disk was full: what filled it must not stay
     finally:
         with suppress(OSError):
             probe.unlink()
@@ -214,6 +228,7 @@ def shards(location: str, split: str) -> CheckResult:
             if time.perf_counter() - start > _SECONDS:
                 break
         seconds = time.perf_counter() - start
+        # from memory and again and again: here the disk's speed is left out
         decoded, start = 0, time.perf_counter()
         while time.perf_counter() - start < _SECONDS / 2:
             one = raw[decoded % len(raw)]
@@ -235,6 +250,7 @@ def shards(location: str, split: str) -> CheckResult:
 
 def tracking() -> CheckResult:
     """Whether W&B answers where a run would ask it; nothing breaks when it does not."""
+    # by the function that a run asks, so that both come to the same
     mode = choose_mode("auto")
     if mode != "online":
         how = (
@@ -247,6 +263,7 @@ def tracking() -> CheckResult:
             "W&B",
             f"{mode} ({how})" + ("; send runs later by wandb sync" if mode == "offline" else ""),
         )
+    # a company's own server is asked in its place
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     try:
         urllib.request.urlopen(
@@ -263,6 +280,7 @@ def tracking() -> CheckResult:
 
 def compute_seconds(device: torch.device) -> float:
     """The least time of a fixed piece of work: products of matrices on the device."""
+    # larger on a GPU, where a small product is over before its launch
     side = _MATRIX * (8 if device.type == "cuda" else 1)
     matrix = torch.ones(side, side, device=device)
     least = float("inf")
@@ -270,7 +288,9 @@ def compute_seconds(device: torch.device) -> float:
         start = time.perf_counter()
         matrix @ matrix
         if device.type == "cuda":
+            # or the time of the launch alone would be taken
             torch.cuda.synchronize(device)
+        # the least of several: the first warms up, and other work can only add time
         least = min(least, time.perf_counter() - start)
     return least
 
@@ -286,12 +306,14 @@ def check_rank(
     found.values["kind"] = ranks.device.type
     found.add(lambda: device_memory(ranks.device))
     found.add(open_files)
+    # once a machine: side by side they would measure each other
     if ranks.local_rank == 0:
         found.add(lambda: cores(ranks_here))
         found.add(lambda: shared_memory(ranks.device.type == "cuda" and ranks_here > 1))
         found.add(lambda: run_directory(run_dir))
         if location is not None:
             found.add(lambda: shards(location, split))
+    # as in a run, where the main rank alone talks to W&B
     if ranks.is_main:
         found.add(tracking)
     return found

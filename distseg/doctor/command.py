@@ -28,10 +28,10 @@ from distseg.doctor.checkup import CheckResult, Checkup, check_rank, nearest
 TIMEOUT_SECONDS = 60.0  # for all ranks to come, and for a collective
 _SLOW = 1.5  # times the median rank's work: such a rank holds all others up
 _MAX_SKEW_SECONDS = 1.0  # between clocks: logs of several machines, and expiring credentials
-_MESSAGES, _EXCHANGES = 50, 11
+_MESSAGES, _EXCHANGES = 50, 11  # small all-reduces; readings of the clocks, odd for their median
 # about the gradients of a large, of a small network
 _NUM_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
-_SECONDS = 2.0
+_SECONDS = 2.0  # that the large all-reduces take in all, about
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
@@ -41,8 +41,10 @@ def run(run_dir: Path, shards: str | None, split: str, device: str) -> int:
     Raises InputError, as training would, when the ranks do not meet.
     """
     started = time.perf_counter()
+    # a check too: ranks that do not find each other end here, with the reason
     ranks = setup(device, TIMEOUT_SECONDS)
     hosts = on_all(ranks, socket.gethostname())
+    # on every rank, since most of it is exchanged; all get the same list, and so exit alike
     found = examine(ranks, hosts, run_dir, shards, split)
     if ranks.is_main:
         show(
@@ -64,6 +66,7 @@ def examine(
     everyone = on_all(
         ranks, check_rank(ranks, hosts.count(hosts[ranks.rank]), run_dir, shards, split)
     )
+    # after the exchange above: nobody's test of a disk is still running beside these
     together = [straggler(ranks, hosts), clocks(ranks, hosts), communication(ranks)]
     return [
         *common(everyone),
@@ -81,7 +84,9 @@ def of_ranks(everyone: Sequence[Checkup]) -> list[CheckResult]:
     for checkup_of_rank in everyone:
         for result in checkup_of_rank.results:
             alike.setdefault(result, []).append(checkup_of_rank)
+    # several answers to one check: only then it matters who gave which
     num_answers = Counter(result.name for result in alike)
+    # on a single machine its name would say nothing
     has_machines = len({one.host for one in everyone}) > 1
     # by check, in the order in which they were first met
     order = list(num_answers)
@@ -120,6 +125,7 @@ def _same(name: str, texts: Sequence[str], everyone: Sequence[Checkup], level: s
     if len(counts) == 1:
         times = f"{len(texts)} x " if name == "device" else ""
         return CheckResult("ok", name, times + texts[0])
+    # the odd one out is named, not whichever differs from rank 0
     usual = counts.most_common(1)[0][0]
     odd = next(rank for rank, text in enumerate(texts) if text != usual)
     text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
@@ -133,6 +139,7 @@ def straggler(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:
     """
     on_all(ranks, None)  # all at once, as in a step
     seconds = on_all(ranks, checkup.compute_seconds(ranks.device))
+    # of the ranks: one slow rank moves a mean, and would hide in it
     median = statistics.median(seconds)
     text = f"the same work takes {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f} ms"
     slow = [rank for rank, value in enumerate(seconds) if value > _SLOW * median]
@@ -158,6 +165,7 @@ def clocks(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:
         readings.append(on_all(ranks, time.time()))
     offsets = []
     for rank in range(ranks.world_size):
+        # of several: a rank can be late to read its clock when all have met
         offsets.append(statistics.median(one[rank] - one[0] for one in readings))
     skew = max(offsets) - min(offsets)
     if skew <= _MAX_SKEW_SECONDS:
@@ -175,15 +183,18 @@ def clocks(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:
 
 def shared_directory(ranks: Ranks, run_dir: Path, hosts: Sequence[str]) -> CheckResult:
     """Whether every rank sees in the run directory what the main rank writes there."""
+    # of the main rank's making, or every rank would look for a name of its own
     name = on_main(ranks, lambda: f".distseg-doctor-{uuid.uuid4().hex}")
     parent = on_main(ranks, lambda: str(nearest(run_dir)))
     path = Path(parent) / name
     with suppress(OSError):  # that is a result already
         on_main(ranks, lambda: path.touch())
+    # once all have looked (on_all waits for them) it can be removed
     sees = on_all(ranks, path.exists())
     if ranks.is_main:
         with suppress(OSError):
             path.unlink()
+    # `run_directory` has said so already, as an error
     if not sees[0]:
         return CheckResult("ok", "shared directory", "not looked for: it cannot be written")
     blind = [rank for rank, it_sees in enumerate(sees) if not it_sees]
@@ -207,8 +218,10 @@ def communication(ranks: Ranks) -> CheckResult:
             "ok", "all-reduce", "one rank; start it with torchrun or srun to measure the network"
         )
     small = torch.ones(1, device=ranks.device)
+    # bytes / 4: fp32, as gradients are
     large = torch.ones(_NUM_BYTES[ranks.device.type] // 4, device=ranks.device)
     latency, first = _timed(ranks, small, _MESSAGES), _timed(ranks, large, 1)
+    # as many as fit into half of the time, by how long the first took
     times = max(1, min(20, int(_SECONDS / 2 / first)))
     seconds = _timed(ranks, large, times)
     # over each rank's link, by a ring
@@ -226,16 +239,19 @@ def _timed(ranks: Ranks, tensor: torch.Tensor, times: int) -> float:
     dist.all_reduce(tensor.clone())  # the first one connects
     seconds = []
     for _ in range(times):
+        # a copy, or the sums of sums would end at infinity
         work = tensor.clone()
         _wait(ranks)
         start = time.perf_counter()
         dist.all_reduce(work)
         _wait(ranks)
         seconds.append(time.perf_counter() - start)
+    # the slowest rank's, as it is what a step waits for
     return max(on_all(ranks, statistics.median(seconds)))
 
 
 def _wait(ranks: Ranks) -> None:
+    # a collective on a GPU returns before it is done
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
 
@@ -247,6 +263,7 @@ def show(
     console = console or Console(highlight=False)
     table = Table(title=f"distseg doctor: {where}", title_justify="left", box=None, pad_edge=False)
     for column in ("", "check", "found"):
+        # folded and not cut off: the end of a path is what tells it from others
         table.add_column(column, overflow="fold", no_wrap=column != "found")
     for result in found:
         text = Text(result.text)

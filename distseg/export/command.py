@@ -14,6 +14,7 @@ def run(run_dir: Path, which: str, form: str, out: Path | None, hub_folder: Path
     """
     from distseg.export import hub
 
+    # before the checkpoint is read, and before a folder is made
     check_packages(form)
     trained = load(run_dir, which)
     if hub_folder is not None:

@@ -59,6 +59,7 @@ class FullResolution(nn.Module):
         self.segmentor = segmentor
 
     def forward(self, image: Tensor) -> Tensor:
+        # in the file, so that its user needs to know nothing of output strides
         return F.interpolate(
             self.segmentor(image), image.shape[-2:], mode="bilinear", align_corners=False
         )
@@ -97,8 +98,10 @@ def load(run_dir: Path, which: str) -> Trained:
     metadata = describe(
         config.segmentor.name, config.segmentor.options, identity["classes"], identity["palette"]
     )
+    # the code itself is not in the file; its hash says whether what is there now is the same
     if "segmentor" in config.code:
         metadata["code_sha256"] = config.code["segmentor"]
+    # whatever the run computed in: the file is for any device
     return Trained(segmentor.float(), metadata, config, step)
 
 
@@ -117,6 +120,7 @@ def describe(
     action = "divide 8-bit values by 255; mean and deviation are inside the network"
     scores = {"name": "logits", "layout": "NCHW", "type": "float32", "size": "the image's"}
     return {
+        # without the folder, which is of this machine only
         "segmentor": user_code.short(name),
         "options": options,
         "classes": classes,
@@ -144,10 +148,13 @@ def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path)
             "name one with --out, or write --hub-folder",
         )
     writer, reader = _FORMATS[form]
+    # eval: the stored statistics of batch normalisation go into the graph as constants
     original = FullResolution(segmentor).eval().requires_grad_(False)
+    # the check below is inside: when it fails, nothing is left under the name
     with published(out) as partial:
         writer(original, metadata, partial)
         own = isinstance(segmentor, OwnSegmentor) and form == "safetensors"
+        # what was written is read again, as its user will
         exported = _with_weights_of(partial, original) if own else reader(partial)
         return largest_difference(original, exported, form)
 
@@ -161,17 +168,22 @@ def largest_difference(original: FullResolution, exported: Runner, form: str) ->
     checked too. Raises RuntimeError above TOLERANCE, for logits too: they may differ where
     probabilities are all near 0 or 1.
     """
+    # the same images every time, so that a failure can be seen again
     rng, worst = np.random.default_rng(0), 0.0
     for count, height, width in CHECKED_SIZES:
+        # (n, H, W, 3) 8-bit, as pictures are: values between would not test the preprocessing
         images = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-        batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # (n, 3, H, W)
         found, expected = exported(batch), original(batch)
+        # before the subtraction, which could broadcast
         if found.shape != expected.shape:
             raise RuntimeError(
                 f"{form} gives {tuple(found.shape)} for an image of {tuple(batch.shape)}"
             )
+        # one by one, by the function that evaluation and prediction use
         chances = torch.stack([probabilities(original.segmentor, image) for image in images])
         difference = float((found.softmax(1) - chances).abs().max())
+        # fp32 has a relative precision: large logits differ by more
         scale = max(1.0, float(expected.abs().max()))
         of_logits = float((found - expected).abs().max()) / scale
         if not max(difference, of_logits) <= TOLERANCE:  # written so that NaN fails too
@@ -186,6 +198,7 @@ def largest_difference(original: FullResolution, exported: Runner, form: str) ->
 
 def _program(original: FullResolution) -> torch.export.ExportedProgram:
     """The network as a graph, for any number of images of any size in the bounds."""
+    # bounds, as torch.export asks for them, and so that shapes it has not seen are refused
     side = {"min": MIN_SIDE_PX, "max": MAX_SIDE_PX}
     dims = {0: torch.export.Dim("batch", min=1, max=1024)}
     dims |= {2: torch.export.Dim("height", **side), 3: torch.export.Dim("width", **side)}
@@ -194,6 +207,7 @@ def _program(original: FullResolution) -> torch.export.ExportedProgram:
 
 
 def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
+    # its level is changed for the length of the export
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of torchvision, which is not needed
@@ -204,6 +218,7 @@ def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) 
             names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
             program = torch.onnx.export(_program(original), (), **options, **names)
     finally:
+        # as it was: the process may go on with exports of its own
         log.setLevel(level)
     assert program is not None
     for value, channels in (
@@ -213,6 +228,7 @@ def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) 
         shape = value.shape
         assert shape is not None
         value.shape = type(shape)(["batch", channels or shape[1], "height", "width"])
+    # inside the file: a second file beside it would get lost
     program.model.metadata_props[METADATA] = json.dumps(metadata)
     program.save(str(path))
 
@@ -220,6 +236,7 @@ def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) 
 def _read_onnx(path: Path) -> Runner:
     import onnxruntime
 
+    # on the CPU, as the original it is compared with
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
 
@@ -237,6 +254,7 @@ def _read_torch_export(path: Path) -> Runner:
 
 
 def _write_safetensors(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
+    # contiguous, as the format asks for; training may have left them in channels_last
     tensors = {
         name: tensor.contiguous() for name, tensor in original.segmentor.state_dict().items()
     }
@@ -267,6 +285,7 @@ def read_safetensors(path: Path) -> nn.Module:
     """
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[METADATA])
+    # random: every weight follows from the file, and none has to be looked for
     segmentor = build_segmentor(
         about["segmentor"], len(about["classes"]), init="random", **about["options"]
     )
@@ -274,6 +293,7 @@ def read_safetensors(path: Path) -> nn.Module:
     return segmentor.eval()
 
 
+# each with its reader, as no file is kept that was not read back and compared
 _FORMATS: dict[
     str, tuple[Callable[[FullResolution, dict[str, Any], Path], None], Callable[[Path], Runner]]
 ] = {

@@ -22,7 +22,9 @@ from shards import user_code
 from shards.errors import InputError
 from shards.files import published, write_json
 
+# a file of its own, so that it is linted and tested like all others
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
+# what makes two evaluations of a step the same one
 _CONDITIONS = (*SAME_DATA, *SAME_AUGMENTATION, "precision")
 
 
@@ -32,6 +34,7 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
     With ONNX also a program that runs it without distseg. Scores are those of the run's
     evaluation*.json of the same step. Raises InputError for a folder that holds something else.
     """
+    # config.json is the sign of an earlier export, which may be replaced
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds other files",
@@ -39,18 +42,22 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
             "choose another --hub-folder",
         )
     written = []
+    # once, where the form is safetensors itself: its weights are always there
     for each in dict.fromkeys(("safetensors", form)):
         written.append(folder / f"model{SUFFIXES[each]}")
         export(trained.segmentor, trained.metadata, each, written[-1])
+    # of this very step: another checkpoint's scores would be a claim about other weights
     evaluations = _evaluations(run_dir, trained.step)
     write_json(
         folder / "config.json",
         trained.metadata | {"step": trained.step, "evaluations": evaluations},
     )
     texts = {"README.md": model_card(run_dir.name, trained, form, evaluations)}
+    # all keys: what a training of the same network would need
     texts |= {"training.yaml": loading.to_yaml(_without_places(trained.config))}
     texts |= {EXAMPLE.name: EXAMPLE.read_text()} if form == "onnx" else {}
     for name, text in texts.items():
+        # one by one whole: an upload that runs beside meets no half of a file
         with published(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
     return [*written, folder / "config.json", *(folder / name for name in texts)]
@@ -60,6 +67,7 @@ def _without_places(config: Config) -> Config:
     """The configuration without what names places of the machine or the account, which are nobody's
     concern.
     """
+    # copies: the caller's configuration stays as it is
     data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
     data.view = user_code.short(config.data.view)
     segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
@@ -81,6 +89,7 @@ def _without_places(config: Config) -> Config:
 
 def _last_part(path: str) -> str:
     """The name of a file, and any other value as it is (1/8)."""
+    # "1/8" is a share of the labels, and no path
     return Path(path).name if Path(path).suffix or Path(path).is_absolute() else path
 
 
@@ -91,9 +100,11 @@ def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     of_run = run_dir.glob("evaluation*.json")
+    # False sorts before True: training's own last, as the first of equal conditions is kept
     for path in sorted(of_run, key=lambda path: (path.name == "evaluation.json", path.name)):
         content = document.read(path)
         if content["step"] == step:
+            # classes x classes numbers, which no reader of a model card looks at
             content.pop("confusion", None)
             conditions = json.dumps([content.get(key) for key in _CONDITIONS])
             found.setdefault(conditions, content)
@@ -109,6 +120,7 @@ def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[st
     }
     about = header | tags | (index if evaluations else {})
     parts = [
+        # in the order given: name and task are what people look for first
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {name}\n\n{_what(trained)}",
         f"## Use\n\n{_use(form)}",
@@ -164,6 +176,7 @@ def _scores(evaluations: list[dict[str, Any]]) -> str:
     scored: set[str] = set()
     for scores in evaluations:
         scored |= {name for name, value in scores.items() if value is not None}
+    # no empty columns: which scores there are depends on how it was evaluated
     shown = [score for score in SCORES if score.name in scored]
     lines = [
         "| data | test-time augmentation | " + " | ".join(score.title for score in shown) + " |",
@@ -218,6 +231,7 @@ def _training(config: Config) -> str:
     shown = [
         f"{key}={own[key]}"
         for key in named
+        # what differs from the default; the first three are asked for anyway
         if key in ("mode", "steps", "batch_size") or own[key] != default[key]
     ]
     return f"By distseg: {', '.join(shown)}. Every key: `training.yaml`."
@@ -232,6 +246,7 @@ def _result(scores: dict[str, Any]) -> dict[str, Any]:
             "value": round(scores[score.name], 4),
         }
         for score in SCORES
+        # absent where an evaluation did not compute it
         if scores.get(score.name) is not None
     ]
     dataset = {"name": scores["data"], "type": "custom", "split": scores["split"]}
@@ -239,4 +254,5 @@ def _result(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cell(text: str) -> str:
+    # or it would end the cell
     return text.replace("|", "\\|")

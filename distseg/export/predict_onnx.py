@@ -15,8 +15,10 @@ from PIL import Image, ImageOps
 
 
 def main(model: str, picture: str, out: str) -> None:
+    # whatever the installed package has, the GPU first
     session = onnxruntime.InferenceSession(model, providers=onnxruntime.get_available_providers())
     about = json.loads(session.get_modelmeta().custom_metadata_map["distseg"])
+    # cameras store how they were held beside the pixels, which stay unturned
     image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
     if min(image.size) < about["input"]["min_side_px"]:
         sys.exit(
@@ -27,6 +29,7 @@ def main(model: str, picture: str, out: str) -> None:
     pixels = np.asarray(image, np.float32) / 255
     (logits,) = session.run(["logits"], {"image": pixels.transpose(2, 0, 1)[None]})  # (1, C, H, W)
     label = logits[0].argmax(0).astype(np.uint8)
+    # an index picture: programs read the classes from it, people see the colours
     colored = Image.fromarray(label)
     colored.putpalette(np.array(about["palette"], np.uint8).tobytes())
     colored.save(out)
