@@ -13,6 +13,7 @@ from shards.errors import InputError
 def references(config: Config) -> dict[str, str]:
     """Part of the configuration -> the reference to code that it holds (see shards.user_code)."""
     named = {"segmentor": config.segmentor.name, "data.view": config.data.view}
+    # without an adversary the key stays as it is, and its code is never imported
     if config.mode != "supervised":
         named["discriminator"] = config.discriminator.name
     for name, term in config.loss.terms.items():
@@ -37,12 +38,14 @@ def recorded(config: Config) -> Config:
 
 def changed(before: Config, now: Config) -> list[str]:
     """Parts whose file is no more what it was when `before` was recorded."""
+    # parts that are new have no hash from before to be compared with
     return [part for part, sha256 in before.code.items() if now.code.get(part, sha256) != sha256]
 
 
 def check_unchanged(before: Config, now: Config) -> None:
     """Raise InputError when a run would go on with other code, unless `now` allows that."""
     parts = changed(before, now)
+    # an edit of a comment changes the hash too, so there is a way to go on
     if not parts or now.allow_changed_code:
         return
     names = ", ".join(f"{part}={references(now)[part]}" for part in parts)
@@ -55,6 +58,8 @@ def is_moved(key: str, before: Config, now: Config) -> bool:
     """Whether a key names code that is the same but for the folder its file lies in."""
     part = key.removesuffix(".name")
     was, is_ = references(before).get(part), references(now).get(part)
+    # only the folder may be another: with another name in the file it is other code
     if was is None or is_ is None or user_code.short(was) != user_code.short(is_):
         return False
+    # by the hash: a folder moved to another machine has other paths and the same bytes
     return part in before.code and before.code[part] == now.code.get(part)

@@ -37,6 +37,7 @@ def differing(one: Values, other: Values) -> list[str]:
         name
         for name in {**one, **other}
         if one.get(name) != other.get(name)
+        # "view" and "none" leave the trained networks alone
         and _grouping(name) == "setting"
         and _is_used(name, one.get("mode"))
         and _is_used(name, other.get("mode"))
@@ -51,4 +52,5 @@ def _grouping(name: str) -> str:
 
 def _is_used(name: str, mode: Any) -> bool:
     found = find(name)
+    # what this version does not know may be used in any mode
     return found is None or not found.modes or mode in found.modes

@@ -77,9 +77,11 @@ def key(default: Any, meaning: str, *, choices: Choices = (), **about: Any) -> A
     A mutable default is copied for every configuration. choices: words, or words with meanings. The
     grouping, unless it is given, is "none" for what may change on resuming, else "setting".
     """
+    # one form for all readers: words without meanings get empty ones
     words = choices if isinstance(choices, dict) else dict.fromkeys(choices, "")
     metadata = {_METADATA: Key(meaning, default=default, choices=words, **about)}
     if isinstance(default, (list, dict)):
+        # a copy each: configurations that share a list would change together
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -90,10 +92,12 @@ def section(kind: type, **about: Any) -> Any:
     kind: the section's class, whose docstring begins with its meaning. on_resume, at_evaluation,
     at_prediction and modes are handed down; a key can add to them, and has its own grouping.
     """
+    # the docstring's first line, so that the meaning stands in one place
     meaning = (kind.__doc__ or "").partition("\n")[0]
     return field(default_factory=kind, metadata={_METADATA: Key(meaning, **about)})
 
 
+# walked once: checks, help and comparisons all ask again and again
 @cache
 def keys_of(kind: type) -> dict[str, Key]:
     """All keys of a configuration class, by dotted name, in the order of its fields."""
@@ -111,8 +115,10 @@ def _walk(kind: type, above: Key) -> list[tuple[str, Key]]:
     for entry in dataclasses.fields(kind):
         name = f"{above.name}.{entry.name}" if above.name else entry.name
         if _METADATA not in entry.metadata:
+            # a field without meaning would be missing from --help, from checks and from comparisons
             raise TypeError(f"{kind.__name__}.{entry.name} is not made by key() or section()")
         own = _handed_down(replace(entry.metadata[_METADATA], name=name), above)
+        # a section is a field whose default is made by a dataclass
         if dataclasses.is_dataclass(entry.default_factory):
             found.append((name, replace(own, type="section")))
             found.extend(_walk(entry.default_factory, own))
@@ -129,6 +135,8 @@ def _handed_down(own: Key, above: Key) -> Key:
         on_resume=on_resume,
         at_evaluation=own.at_evaluation or above.at_evaluation,
         at_prediction=own.at_prediction or above.at_prediction,
+        # what may change while a run goes on cannot be what tells two settings apart
         grouping=own.grouping or ("none" if on_resume else "setting"),
+        # a key's own are narrower than its section's
         modes=own.modes or above.modes,
     )

@@ -56,8 +56,10 @@ def load(overrides: list[str]) -> Config:
     """
     pairs = [_split(item) for item in overrides]
     presets = [value for key, value in pairs if key == "preset"]
+    # typed: OmegaConf refuses values of another type from here on
     merged = OmegaConf.structured(Config)
     if presets:
+        # before all overrides, wherever it stands among them
         merged = _merge(merged, _preset_values(presets[-1]))
     return _override(merged, pairs)
 
@@ -68,6 +70,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
     Values: strings, numbers, booleans, None, paths, and lists of them.
     """
     return [
+        # JSON is YAML too: lists, true and null are read back as they were
         f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
         for key, value in flattened(dict(values)).items()
     ]
@@ -85,6 +88,7 @@ def refuse_others(overrides: list[str], allowed: Callable[[Key], bool]) -> None:
     """
     for item in overrides:
         found = find(_split(item)[0])
+        # one message for all commands; what is allowed is said beside each key in the schema
         if found is not None and not allowed(found):
             needed = f"one of: {', '.join(abbreviated(allowed))}"
             raise InputError(f"argument {item!r}", needed, "the rest is as the run was trained")
@@ -105,6 +109,7 @@ def from_file(path: Path) -> Config:
 
     Raises InputError when it is not one of this version.
     """
+    # told apart from a damaged file: a wrong path is the usual mistake
     if not path.is_file():
         raise InputError(
             f"no {path}",
@@ -112,9 +117,11 @@ def from_file(path: Path) -> Config:
             "check the path of the run",
         )
     try:
+        # first as plain values, in which old names can be replaced
         saved: Any = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(saved, dict):
             raise ValueError("not a mapping")
+        # keys that are newer than the file get their defaults
         merged = OmegaConf.merge(OmegaConf.structured(Config), with_full_names(saved))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
@@ -170,6 +177,7 @@ def _is_free(name: str) -> bool:
 
 def _split(item: str) -> tuple[str, str]:
     """An override as its key's full name and its value."""
+    # at the first "=": a value may hold more of them
     name, separator, value = item.partition("=")
     if not separator or not name:
         raise InputError(
@@ -184,6 +192,7 @@ def _split(item: str) -> tuple[str, str]:
 def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     for key, value in pairs:
         section, _, last = key.rpartition(".")
+        # options of one network mean nothing, or something else, to another
         is_other = section in NETWORKS and last == "name" and value != OmegaConf.select(merged, key)
         if is_other:
             OmegaConf.update(merged, f"{section}.options", {}, merge=False)
@@ -191,11 +200,16 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
                 merged.segmentor.init = "random"  # as its constructor makes it
         if key == "code":
             raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
+        # one by one, so that an error names the argument that it is in
         merged = _merge(merged, {key: _parse(key, value)})
+    # from here on a plain dataclass: the rest of the package knows nothing of OmegaConf
     config = _resolved(merged)
+    # by what was written here: defaults and presets have weights for other modes too
     if config.mode == "supervised":
         _refuse_weights(pairs)
+    # after all overrides, as the preset's name is in it
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
+    # before the check and the saving: config.yaml is read from other folders
     _make_references_absolute(config)
     check(config, flattened(to_dict(config)))
     return config
@@ -229,6 +243,7 @@ def _refuse_weights(pairs: list[tuple[str, str]]) -> None:
 
 def _parse(key: str, value: str) -> Any:
     try:
+        # by OmegaConf's own rules for a command line: 1e-3 is a number, null is None
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except YAMLError:
         raise InputError(f"{key}={value}", "a YAML value", f"correct {key}") from None
@@ -243,12 +258,14 @@ def _preset_values(name: str) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))
     base = values.pop("base", None)  # another preset, which this one changes
     own, inherited = flattened(values), _preset_values(base) if base else {}
+    # an inherited network's options go with it
     options = tuple(f"{network}.options." for network in NETWORKS if f"{network}.name" in own)
     return {key: value for key, value in inherited.items() if not key.startswith(options)} | own
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:
     for key, value in values.items():
+        # before OmegaConf, whose error does not name the nearest key
         if find(key) is None:
             action = nearest(key, KEYS)
             raise InputError(f"unknown key {key!r}", "a key of the configuration", action)

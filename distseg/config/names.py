@@ -9,6 +9,7 @@ from typing import Any
 from distseg.config.keys import Key, keys_of, sections_of
 from distseg.config.schema import Config
 
+# by dotted names, which are what users, overrides and saved files have in common
 KEYS = keys_of(Config)
 SECTIONS = sections_of(Config)
 
@@ -26,6 +27,7 @@ def full_name(name: str) -> str:
     `segmentor` -> `segmentor.name`; every other word comes back as it is.
     """
     name = OLD_NAMES.get(name, name)
+    # so that `segmentor=NAME` can be written, though a section has no value
     return f"{name}.name" if f"{name}.name" in KEYS else name
 
 
@@ -35,10 +37,12 @@ def find(name: str) -> Key | None:
     `segmentor.options.dropout` is found as `segmentor.options`.
     """
     while name:
+        # from the full name up: what lies in a dictionary is found as the dictionary
         found = KEYS.get(name)
         if found is not None:
             return found
         name = name.rpartition(".")[0]
+        # a plain value has nothing inside of it: steps.foo is no key
         if name in KEYS and not KEYS[name].type.startswith("dict"):
             return None
     return None
@@ -51,6 +55,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """
     choices = list(choices)
     last = word.rpartition(".")[2]
+    # mostly a key in a wrong section, or without one; likeness alone would miss it
     same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
     similar = difflib.get_close_matches(word, choices, n=1, cutoff=0.3)
     found = same_last[:1] or similar
@@ -62,6 +67,7 @@ def abbreviated(chosen: Callable[[Key], bool]) -> list[str]:
     names: list[str] = []
     for name, entry in KEYS.items():
         of_section = [other for other in KEYS.values() if other.section == entry.section]
+        # one word for a section, or a message would list dozens of keys
         if entry.section in SECTIONS and all(chosen(other) for other in of_section):
             name = f"{entry.section}.*"
         if chosen(entry) and name not in names:
@@ -76,6 +82,7 @@ def with_full_names(values: dict[str, Any]) -> dict[str, Any]:
         section, _, name = old.rpartition(".")
         inside = renamed.get(section) if section else renamed
         if isinstance(inside, dict) and name in inside:
+            # copies: the caller's dictionaries stay as they were read
             inside = dict(inside)
             inside[new.rpartition(".")[2]] = inside.pop(name)
             renamed = renamed | {section: inside} if section else inside
@@ -86,6 +93,7 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, keyed by dotted names; empty dictionaries are kept as values."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        # an empty one is a value: options={} differs from options that were never named
         if isinstance(value, dict) and value:
             flat.update(flattened(value, f"{prefix}{name}."))
         else:

@@ -22,6 +22,7 @@ def help_text(name: str) -> str:
     Old names and `segmentor` for `segmentor.name` are understood, but a section goes first. Raises
     InputError for an unknown name, with the nearest one.
     """
+    # `segmentor` is both: the section's overview leads on to segmentor.name
     if name in SECTIONS:
         return section_text(SECTIONS[name])
     found = find(full_name(name))
@@ -35,6 +36,7 @@ def key_text(entry: Key) -> str:
     """A key's type, default, meaning, accepted values, unit, source and where it may change."""
     title = f"{entry.name}: {entry.type} = {_as_written(entry.default)}"
     lines = [title, *_wrapped(entry.meaning)]
+    # so that meanings begin in one column
     width = max(map(len, entry.choices), default=0)
     for word, meaning in entry.choices.items():
         lines += _wrapped(f"{word:{width}}  {meaning}".rstrip(), indent=4)
@@ -94,10 +96,12 @@ def _changes(entry: Key) -> list[str]:
 
 def _as_written(value: Any) -> str:
     """A default as it stands in YAML."""
+    # an empty string as "", which can be seen
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _escaped(cell: str) -> str:
+    # or it would end the cell
     return cell.replace("|", "\\|")
 
 

@@ -14,6 +14,7 @@ from shards.remote import check_url
 from shards.user_code import FORMS, is_reference
 
 # of distseg/losses/terms.py, by the names of their metrics
+# here too, and not imported: the schema must not wait for torch, which losses need
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi"),
     *("segmentor", "discriminator_real", "discriminator_fake"),
@@ -31,6 +32,7 @@ def check(config: Config, values: Mapping[str, Any]) -> None:
     for entry in KEYS.values():
         if entry.is_bounded:
             check_bounds(entry, values[entry.name])
+    # last, so that rules can rely on each value by itself
     for rule in RULES:
         rule(config)
 
@@ -55,6 +57,7 @@ def check_bounds(entry: Key, value: Any) -> None:
 
 
 def _is_within(entry: Key, number: float) -> bool:
+    # NaN fails every comparison, so it is refused where there is any bound
     above = entry.low is None or number >= entry.low
     return above and (entry.high is None or number <= entry.high) and number < math.inf
 
@@ -62,6 +65,7 @@ def _is_within(entry: Key, number: float) -> bool:
 def scales_in_order(config: Config) -> None:
     """data.scale_min is the smaller one."""
     data = config.data
+    # each is within its own bounds, which say nothing of the other
     if data.scale_min > data.scale_max:
         got = f"data.scale_min={data.scale_min} above data.scale_max={data.scale_max}"
         raise InputError(got, "scale_min <= scale_max", "swap them")
@@ -70,6 +74,7 @@ def scales_in_order(config: Config) -> None:
 def one_order_of_samples(config: Config) -> None:
     """Samples are drawn by class, or block by block."""
     data = config.data
+    # one class may lie in a few shards only, which no block need hold
     if data.sampling != "each_once" and data.shuffle_block:
         got = f"data.sampling={data.sampling} with data.shuffle_block={data.shuffle_block}"
         needed = "one of them: classes are drawn from all shards"
@@ -79,6 +84,7 @@ def one_order_of_samples(config: Config) -> None:
 def no_encoder_in_the_discriminator(config: Config) -> None:
     """encoder_lr_factor is of the segmentor's optimizer only."""
     factor = config.discriminator_optimizer.encoder_lr_factor
+    # both optimizers have the same keys, and this one would be passed over in silence
     if factor != 1:
         got = f"discriminator_optimizer.encoder_lr_factor={factor}"
         needed = "1: a discriminator has no encoder"
@@ -87,6 +93,7 @@ def no_encoder_in_the_discriminator(config: Config) -> None:
 
 def a_scale_to_evaluate_at(config: Config) -> None:
     """Test-time augmentation averages over one scale or more."""
+    # an empty list is within every bound
     if not config.evaluate.scales:
         action = "write for example evaluate.scales=[0.75,1,1.25]"
         raise InputError("evaluate.scales=[]", "at least one scale", action)
@@ -95,6 +102,7 @@ def a_scale_to_evaluate_at(config: Config) -> None:
 def windows_that_fit(config: Config) -> None:
     """A sliding window and its overlap are multiples of 32, and neighbours only overlap."""
     window_px, overlap_px = config.evaluate.window_px, config.evaluate.overlap_px
+    # every built-in encoder's stride divides 32: so windows begin on its grid
     if window_px and (window_px % 32 or overlap_px % 32 or 2 * overlap_px > window_px):
         got = f"evaluate.window_px={window_px} with evaluate.overlap_px={overlap_px}"
         needed = "multiples of 32, the overlap at most half the window"
@@ -118,6 +126,7 @@ def nesterov_has_a_momentum(config: Config) -> None:
 
 
 def _check_nesterov(section: str, optimizer: OptimizerConfig) -> None:
+    # adamw would ignore it, and torch's sgd refuses it only when it is made
     if optimizer.nesterov and not (optimizer.name == "sgd" and optimizer.beta1 > 0):
         needed = f"{section}.name=sgd with a momentum ({section}.beta1) above 0"
         raise InputError(f"{section}.nesterov=true", needed, f"correct {section}")
@@ -127,6 +136,7 @@ def evaluations_for_the_schedule(config: Config) -> None:
     """What goes by the validation loss needs evaluations."""
     schedule = config.schedule
     goes_by_loss = schedule.name == "plateau" or schedule.early_stop_patience
+    # otherwise the rate would stay as it is for the whole run, without a word
     if goes_by_loss and not config.evaluate.every_steps:
         needed = (
             "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
@@ -138,6 +148,7 @@ def evaluations_for_the_schedule(config: Config) -> None:
 def shards_of_fsdp(config: Config) -> None:
     """parallel.shard_size is fsdp's."""
     parallel = config.parallel
+    # ignored it would look as if the memory had been split
     if parallel.shard_size and parallel.strategy != "fsdp":
         got = (
             f"parallel.shard_size={parallel.shard_size} with parallel.strategy={parallel.strategy}"
@@ -149,6 +160,7 @@ def shards_of_fsdp(config: Config) -> None:
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = (config.loss.adv_weight, config.semi.adv_weight, config.semi.weight)
+    # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
         got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
@@ -159,6 +171,7 @@ def class_weights_of_a_kind(config: Config) -> None:
     weights, words = config.loss.class_weights, ("none", "balanced", "median_frequency")
     if isinstance(weights, str) and weights in words:
         return
+    # whether it is one for every class is only known with the data
     numbers = weights if isinstance(weights, list) else []
     if not all(_is_weight(number) for number in numbers) or not any(numbers):
         needed = f"one of: {', '.join(words)}; or a number from 0 on for every class, not all 0"
@@ -166,6 +179,7 @@ def class_weights_of_a_kind(config: Config) -> None:
 
 
 def _is_weight(value: Any) -> bool:
+    # True is an int to Python
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 <= value < math.inf
 
@@ -183,9 +197,11 @@ def focal_or_smoothed(config: Config) -> None:
 def further_terms_within_bounds(config: Config) -> None:
     """Weights and steps of loss.terms are not negative, and no name is taken twice."""
     for name, term in config.loss.terms.items():
+        # both would be logged as loss/NAME, one over the other
         if name in BUILT_IN_TERMS:
             action = "give it another name, and name what it is in use"
             raise InputError(f"loss.terms.{name}", "a name that no built-in term has", action)
+        # here, as keys inside of a dictionary have no bounds in the schema
         numbers = {"weight": term.weight, "start_step": term.start_step}
         numbers["warmup_steps"] = term.warmup_steps
         for field, value in numbers.items():
@@ -198,6 +214,7 @@ def a_loss_to_minimise(config: Config) -> None:
     """Without an adversary there is a term of labels."""
     loss = config.loss
     others = any(term.weight for term in loss.terms.values())
+    # with an adversary its term alone is a loss
     if config.mode == "supervised" and not loss.ce_weight and not others:
         got = "mode=supervised with loss.ce_weight=0 and no loss.terms"
         raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
@@ -208,6 +225,7 @@ def a_view_by_reference(config: Config) -> None:
     data = config.data
     if data.view and not is_reference(data.view):
         raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+    # they would be passed over in silence
     if data.view_options and not data.view:
         got = f"data.view_options.{next(iter(data.view_options))} without data.view"
         raise InputError(got, "a view that takes it", "write data.view=FILE.py:NAME")
@@ -218,6 +236,7 @@ def shards_to_train_on(config: Config) -> None:
     if not config.data.shards:
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)
+    # its form alone; whether it answers is found when the manifest is read
     if "://" in config.data.shards:
         check_url(config.data.shards)
 

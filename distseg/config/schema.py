@@ -10,7 +10,7 @@ from typing import Any
 
 from distseg.config.keys import key, section
 
-MAX_SEED = 2**31 - 1
+MAX_SEED = 2**31 - 1  # what every library's generator takes
 MAX_BETA = 0.99999  # of moving averages: at 1 nothing new would come in
 WITH_DISCRIMINATOR = ("adversarial", "semi_supervised")  # modes
 WITH_UNLABELLED = ("semi_supervised",)
@@ -23,23 +23,27 @@ LUC = "Luc et al. 2016"
 class DataConfig:
     """Which samples, and how a training crop is cut from them."""
 
+    # may change: a run is held to the manifest's sha256, so the same shards may lie elsewhere
     shards: str = key(
         "",
         "directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL",
         on_resume=True,
         at_evaluation=True,
     )
+    # off, since a wrong label costs no error, only accuracy
     allow_unverified: bool = key(
         False,
         "train on shards that neither `distseg pack` nor `distseg inspect` vouches for",
         on_resume=True,
     )
+    # never needed again after the run, so the job's own disk goes first
     cache_dir: str = key(
         "",
         'for shards behind a URL; "": $SLURM_TMPDIR, $TMPDIR or the user\'s cache directory',
         on_resume=True,
         at_evaluation=True,
     )
+    # a float, so that 200e9 can be written
     cache_bytes: float = key(
         0,
         "bound of that folder, 200e9 for example; 0: 80 % of what is free on its disk",
@@ -48,6 +52,7 @@ class DataConfig:
         on_resume=True,
         at_evaluation=True,
     )
+    # fixed for a run, as it decides the order of samples; that of the evaluation is not
     train_split: str = key("train", "split of the shards that is trained on")
     val_split: str = key(
         "val", "split of the shards that is evaluated on, after training too", at_evaluation=True
@@ -55,16 +60,20 @@ class DataConfig:
     labelled: str = key(
         "all", "whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line"
     )
+    # apart from `seed`: runs over several seeds must share their labels to be averaged
     labelled_seed: int = key(
         0, "draws the share; the list is saved in the run directory", low=0, high=MAX_SEED
     )
     keep_classes: list[str] = key(
         [], 'names of classes that stay; all others become "other" (index 0); []: all stay'
     )
+    # 255 classes at most: a label is a byte, and 255 is void
     num_classes: int | None = key(
         None, "null: as many as there are; a number must agree with that", low=1, high=255
     )
+    # below 32 px an encoder of stride 32 has no whole cell
     crop_px: int = key(240, "side of the square training crop", unit="px", low=32, high=4096)
+    # bounds keep slips of the decimal point out: beyond them no picture is left to see
     scale_min: float = key(
         0.5,
         "smallest factor of random scaling; log-uniform from here to data.scale_max",
@@ -73,6 +82,7 @@ class DataConfig:
     )
     scale_max: float = key(1.5, "largest factor of random scaling", low=0.05, high=20)
     horizontal_flip: bool = key(True, "swap left and right with probability 1/2")
+    # off by default, as the next two: what helps depends on the data
     rotate_degrees: float = key(
         0.0, "turned by an angle uniform in -+ this; 0: off", unit="degrees", low=0, high=180
     )
@@ -100,6 +110,7 @@ class DataConfig:
         "crop last; see examples/own_view.py",
     )
     view_options: dict[str, Any] = key({}, "further keyword arguments of data.view")
+    # the default is what published recipes do; the others are for classes of few pixels
     sampling: str = key(
         "each_once",
         "which sample comes next",
@@ -110,12 +121,14 @@ class DataConfig:
         },
         source="rare_class: DAFormer, Hoyer et al. 2022, section 3.2",
     )
+    # it divides, so not 0
     rare_class_temperature: float = key(
         0.01,
         "the lower, the more of the rarest classes; 0.01 in the source on Cityscapes",
         low=1e-4,
         source="DAFormer, Hoyer et al. 2022, section 3.2",
     )
+    # in shards, which are what is fetched from far away
     shuffle_block: int = key(
         0,
         "shards whose samples are shuffled together, the shards in random order; 0: all of them",
@@ -123,6 +136,7 @@ class DataConfig:
         low=0,
         high=10**6,
     )
+    # may change: a sample's pixels follow from its position, whoever makes them
     num_threads: int = key(
         2,
         "decoding workers of a rank; 0: in the training thread",
@@ -131,6 +145,7 @@ class DataConfig:
         on_resume=True,
         at_evaluation=True,
     )
+    # threads first: codecs and warp release the interpreter's lock, and nothing is copied
     worker_type: str = key(
         "thread",
         "what decodes",
@@ -140,6 +155,7 @@ class DataConfig:
         },
         on_resume=True,
     )
+    # may change, as it decides what is decoded again and nothing else
     keep_decoded_bytes: float = key(
         0,
         "memory of a rank for training samples that stay decoded, 4e9 for example; threads only",
@@ -167,14 +183,17 @@ class SegmentorConfig:
         "RUN@best and RUN@500 name a checkpoint, and RUN the best, or the last where none was "
         "scored (EMA weights where there are); parts for another number of classes are made anew",
     )
+    # off: weights of another network would load a few tensors, and pass for a good start
     init_partial: bool = key(
         False, "accept weights that lack more than a quarter of the tensors, which stay random"
     )
+    # patterns of names, as they stand in a checkpoint: no list of parts for every network
     freeze: list[str] = key(
         [],
         "parts that are not trained, by patterns of parameters' names: encoder, or "
         '[encoder.layer1,"*.bias"]; batch normalisation in them keeps its statistics',
     )
+    # per rank by default: synchronised waits for all ranks in every layer, forward and backward
     batch_norm: str = key(
         "per_rank",
         "whose statistics normalise in training",
@@ -184,6 +203,7 @@ class SegmentorConfig:
             "synchronised": "those of all ranks' images",
         },
     )
+    # free in form, as each network has its own; checked against its constructor when it is built
     options: dict[str, Any] = key({}, "further keyword arguments of the network")
 
 
@@ -211,6 +231,7 @@ class OptimizerConfig:
 
     name: str = key("adamw", "the update rule", choices=("adamw", "sgd"))
     lr: float = key(1e-3, "learning rate, before the schedule", low=0)
+    # below 1 where the encoder is pretrained and the rest is not
     encoder_lr_factor: float = key(
         1.0, "the encoder's rate is lr times this (segmentor only)", low=0
     )
@@ -221,9 +242,11 @@ class OptimizerConfig:
         source="FCN, Long et al. 2015, section 4.3",
     )
     nesterov: bool = key(False, "Nesterov momentum; sgd only")
+    # of one-dimensional parameters none: shrinking a norm's scale regularises nothing
     weight_decay: float = key(0.01, "of weights with two and more dimensions", low=0)
     beta1: float = key(0.9, "adamw's first moment, sgd's momentum", low=0, high=MAX_BETA)
     beta2: float = key(0.999, "adamw's second moment", low=0, high=MAX_BETA)
+    # of the gradient averaged over all ranks, so it means the same for any number of them
     clip_norm: float = key(5.0, "largest gradient norm; 0: not clipped", low=0)
 
 
@@ -245,12 +268,14 @@ class ScheduleConfig:
         0, "linear from 1/warmup_steps, on top of the above", unit="steps", low=0
     )
     plateau_factor: float = key(0.5, "plateau: the rate is multiplied by this ...", low=0, high=1)
+    # in evaluations, as there is no loss to judge by between two of them
     plateau_patience: int = key(
         3,
         "... after so many evaluations in a row without a lower val/loss",
         unit="evaluations",
         low=1,
     )
+    # never by default: runs that are compared should have as many steps
     early_stop_patience: int = key(
         0,
         "the run ends after so many such evaluations, under any schedule; 0: never",
@@ -271,6 +296,7 @@ class AlternationConfig:
             "blocks": f"some steps of one network, then some of the other ({LUC})",
         },
     )
+    # the segmentor first: of random label maps a discriminator would learn nothing of use
     segmentor: int = key(
         500, "blocks: length of a segmentor block, which comes first", unit="steps", low=1
     )
@@ -281,6 +307,7 @@ class AlternationConfig:
 class TermConfig:
     """A further term of the segmentor's loss; see `loss.terms`."""
 
+    # plain fields: keys inside of a dictionary have no names of their own to be listed by
     use: str = ""
     weight: float = 1.0
     start_step: int = 0
@@ -298,6 +325,7 @@ class LossConfig:
         low=0,
         modes=WITH_DISCRIMINATOR,
     )
+    # non-saturating: it has a gradient where the discriminator is sure
     adv_form: str = key(
         "non_saturating",
         "the segmentor's adversarial term",
@@ -308,6 +336,7 @@ class LossConfig:
         source=f"saturating: {LUC}, eq. 3",
         modes=WITH_DISCRIMINATOR,
     )
+    # by the global step, which every rank knows: none decides for itself
     adv_start_step: int = key(
         0,
         "before it there is no adversary: plain supervised steps, the discriminator untouched",
@@ -322,6 +351,7 @@ class LossConfig:
         low=0,
         modes=WITH_DISCRIMINATOR,
     )
+    # one-sided: a target above 0 for fakes would reward what the segmentor does already
     real_target: float = key(
         1.0,
         "the discriminator's target for real label maps; 0.9: one-sided label smoothing",
@@ -330,6 +360,7 @@ class LossConfig:
         source="Salimans et al. 2016, section 3.4",
         modes=WITH_DISCRIMINATOR,
     )
+    # one-hot maps are told from probabilities by their values alone; scaling takes that away
     real_map: str = key(
         "one_hot",
         "ground truth as the discriminator sees it",
@@ -348,6 +379,7 @@ class LossConfig:
         source=LUC,
         modes=WITH_DISCRIMINATOR,
     )
+    # output: at full size a two-branch discriminator costs more than the segmentor
     map_resolution: str = key(
         "output",
         "size of the label maps that the discriminator sees",
@@ -358,6 +390,7 @@ class LossConfig:
         modes=WITH_DISCRIMINATOR,
     )
     ce_weight: float = key(1.0, "of the cross entropy; 0: the loss is without it", low=0)
+    # a word or a list, which no type of OmegaConf's can say; rules.py checks it
     class_weights: Any = key(
         "none",
         "what a pixel of each class counts in the cross entropy: a number for every class, in "
@@ -366,6 +399,7 @@ class LossConfig:
         "by the labelled training images",
         source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
     )
+    # below 1, where nothing of the truth would be left
     label_smoothing: float = key(
         0.0,
         "share of the cross entropy's target that is spread evenly over the classes",
@@ -388,6 +422,7 @@ class LossConfig:
         high=1,
         source="Shrivastava et al. 2016, for pixels",
     )
+    # or a good network would end with no pixel, and so no gradient, in some images
     ohem_min_share: float = key(
         0.0625,
         "with ohem_threshold: of each image at least this share of its pixels counts, the hardest",
@@ -400,6 +435,7 @@ class LossConfig:
         low=0,
         source="Zhao et al. 2017 (PSPNet)",
     )
+    # by name, so that each has metrics of its own, and an override can reach into one
     terms: dict[str, TermConfig] = key(
         {},
         "further terms by name: loss.terms.dice=0.5, or loss.terms.NAME={use: dice, weight: 0.5, "
@@ -407,6 +443,7 @@ class LossConfig:
         "module:name or file.py:name of your own (default: the name); the weight rises linearly "
         "over warmup_steps from start_step on",
     )
+    # the mean is over ALL ranks' pixels: ranks' own means, averaged, weigh pixels by their rank
     ce_reduction: str = key(
         "mean_valid",
         "of the cross entropy",
@@ -430,6 +467,7 @@ class LossConfig:
 class SemiConfig:
     """The terms on unlabelled images, in mode=semi_supervised (Hung et al. 2018, eq. 4 and 5)."""
 
+    # over all ranks, so that a run on other hardware is the same run
     batch_size: int = key(
         0,
         "GLOBAL: unlabelled images a step; 0: as many as labelled ones",
@@ -445,6 +483,7 @@ class SemiConfig:
         high=1,
         source=f"{HUNG}, eq. 5",
     )
+    # late: pseudo-labels of an untrained segmentor teach it its own errors
     start_step: int = key(5000, "of the masked cross entropy", unit="steps", low=0, source=HUNG)
     adv_weight: float = key(
         0.001, "lambda on the adversarial term of unlabelled images", low=0, source=f"{HUNG}, eq. 4"
@@ -462,6 +501,7 @@ class EvaluateConfig:
     every_steps: int = key(
         0, "steps between two evaluations; 0: only after the last step", unit="steps", low=0
     )
+    # "view", here and below: scores of other views are of the same network, yet never averaged
     scales: list[float] = key(
         [1.0],
         "test-time augmentation: probabilities are averaged over the image at these scales",
@@ -472,6 +512,7 @@ class EvaluateConfig:
     horizontal_flip: bool = key(
         False, "test-time augmentation: and over the flipped image", grouping="view"
     )
+    # for images whose activations would not fit into memory at once
     window_px: int = key(
         0,
         "an image with a longer side is scored by a sliding window of this side, a multiple of 32; "
@@ -481,6 +522,7 @@ class EvaluateConfig:
         high=10**5,
         grouping="view",
     )
+    # at a window's edge the network sees less around a pixel, so neighbours share some
     overlap_px: int = key(
         128,
         "of neighbouring windows: a multiple of 32, at most half the window",
@@ -499,7 +541,9 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     every_steps: int = key(200, "steps between two checkpoints", unit="steps", low=1)
+    # two by default: where the last is damaged there is one before it
     keep_last: int = key(2, "checkpoints besides the best by validation mIoU", low=1)
+    # on: the loop waits for the copy to host memory, and not for the disk
     async_save: bool = key(
         True, "copied to host memory at once, written to the disk while training goes on"
     )
@@ -509,6 +553,7 @@ class CheckpointConfig:
 class TrackingConfig:
     """Where the curves go; metrics.jsonl in the run directory is always written."""
 
+    # nobody is asked for a login, as there is nobody to answer in a batch job
     wandb: str = key(
         "auto",
         "Weights & Biases",
@@ -519,12 +564,14 @@ class TrackingConfig:
             "disabled": "",
         },
     )
+    # free on resuming, like all of this section: where curves go changes no number
     project: str = key("distseg", "of Weights & Biases")
     entity: str | None = key(None, "of Weights & Biases; null: the login's own")
     group: str | None = key(None, "of Weights & Biases")
     job_type: str | None = key(None, "of Weights & Biases")
     tags: list[str] = key([], "of Weights & Biases")
     tensorboard: bool = key(False, "event files in the run directory's tensorboard/ too")
+    # reading a metric waits for the device, so not at every step
     log_every: int = key(10, "steps between two lines of metrics", unit="steps", low=1)
 
 
@@ -532,6 +579,7 @@ class TrackingConfig:
 class ParallelConfig:
     """How the networks are spread over the ranks."""
 
+    # all give the same numbers to rounding, so this is about memory and speed alone
     strategy: str = key(
         "ddp",
         "what a rank holds",
@@ -541,6 +589,7 @@ class ParallelConfig:
             "deepspeed": "as zero_stage says",
         },
     )
+    # the ranks of one machine, for example: then parameters never travel between machines
     shard_size: int = key(
         0,
         "fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one",
@@ -556,9 +605,11 @@ class ParallelConfig:
         high=3,
         source="ZeRO, Rajbhandari et al. 2020",
     )
+    # of its keys only some: the alternating step is proven with no others
     deepspeed_config: str = key(
         "", "deepspeed: a JSON file of its own settings, on top of what is generated"
     )
+    # longer than anything that a rank does between two reports, or sound ranks are ended
     timeout_seconds: float = key(
         300.0,
         "a rank that gives no sign for so long ends the job, and is named",
@@ -566,6 +617,7 @@ class ParallelConfig:
         low=1,
         high=10**6,
     )
+    # seldom, as a comparison waits for the device; replicas that drift apart give no error
     check_every: int = key(
         500,
         "steps between two comparisons of the networks over the ranks; 0: never",
@@ -580,6 +632,7 @@ class Config:
 
     preset: str | None = key(None, "the named recipe that the other keys stand on top of")
     run_dir: str = key("", 'where all of the run is written; "": runs/<preset>', on_resume=True)
+    # one program for all three: they differ in which terms a step has
     mode: str = key(
         "adversarial",
         "what the segmentor learns from",
@@ -589,7 +642,9 @@ class Config:
             "semi_supervised": "both, and unlabelled images",
         },
     )
+    # of the whole run and not more steps from now: so the same command resumes it
     steps: int = key(1000, "updates in all (each of batch_size images)", low=1, high=10**9)
+    # asked for, as the schedule goes by `steps`: another number is another course of the rate
     extend: bool = key(
         False,
         "lets steps be more than when the run was started, so that it is trained on from its last "
@@ -597,12 +652,15 @@ class Config:
         "of the new length has there (poly: it goes up once; constant: nothing changes)",
         on_resume=True,
     )
+    # GLOBAL as well: with as many images a step on any number of ranks, rates need no new choice
     batch_size: int = key(
         16, "GLOBAL: images per step over all ranks", unit="images", low=1, high=10**6
     )
+    # "none": what differs in the seed alone is what means and deviations are taken over
     seed: int = key(
         0, "of first weights and the order of samples", low=0, high=MAX_SEED, grouping="none"
     )
+    # may change: checkpoints hold plain tensors, of no device
     device: str = key(
         "auto",
         "what computes",
@@ -610,6 +668,7 @@ class Config:
         on_resume=True,
         at_evaluation=True,
     )
+    # not on resuming: "auto" is kept as what it first became
     precision: str = key(
         "auto",
         "of forward and backward passes",
@@ -633,6 +692,7 @@ class Config:
         low=1,
         high=10**4,
     )
+    # the layout that convolutions are fastest in, on CPUs and GPUs
     channels_last: bool = key(True, "memory format of images and weights")
     ema_decay: float = key(
         0.0,
@@ -640,9 +700,11 @@ class Config:
         low=0,
         high=MAX_BETA,
     )
+    # some in a row are usual while fp16's loss scale is found; so many mean that training is over
     max_skips: int = key(
         20, "stop after so many non-finite gradients in a row", unit="steps", low=1, on_resume=True
     )
+    # may change, as training fills it in anew; `code.check_unchanged` compares it
     code: dict[str, str] = key(
         {},
         "sha256 of each file of your own code, by the part that names it; filled in by training",
@@ -651,6 +713,8 @@ class Config:
     allow_changed_code: bool = key(
         False, "go on with a run though a file of your own code has changed", on_resume=True
     )
+    # What is said of a section holds for all of its keys. Those down to `semi` shape the networks,
+    # so there each key says for itself what may change; the last four do not.
     data: DataConfig = section(DataConfig)
     segmentor: SegmentorConfig = section(SegmentorConfig)
     discriminator: DiscriminatorConfig = section(DiscriminatorConfig, modes=WITH_DISCRIMINATOR)
