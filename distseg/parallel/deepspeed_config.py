@@ -173,8 +173,7 @@ def initialize(
                 model=network,
                 optimizer=optimizer,
                 config=settings,
-                # the process group exists; DeepSpeed's own search for one may end at a missing
-                # mpi4py
+                # the group exists; DeepSpeed's own search for one may end at a missing mpi4py
                 dist_init_required=False,
             )
     except ValidationError as error:
@@ -215,7 +214,6 @@ def _device_number_as_local_rank(number: int, is_kept: bool) -> Iterator[None]:
     finally:
         if not is_kept:
             del os.environ["LOCAL_RANK"]
-            # as it was: srun sets no LOCAL_RANK, and half of torchrun's variables are an error for
-            # us
+            # as it was: under srun there was none, and half of torchrun's variables are refused
             if launched_with is not None:
                 os.environ["LOCAL_RANK"] = launched_with

@@ -59,8 +59,7 @@ class ZeroOptimizerState:
     def _get(self, parameter: Tensor, kind: str) -> Tensor:
         if kind == "step":  # one for each flat piece; all parameters are updated together
             return next(iter(self._optimizer.state.values()))[kind].clone()
-        # not at the top: what is set for DeepSpeed's first import (`_quiet_deepspeed`) must come
-        # first
+        # not at the top: `_quiet_deepspeed` sets what DeepSpeed reads at its first import
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, kind)
@@ -88,8 +87,7 @@ def full_tensors(network: nn.Module) -> dict[str, Tensor]:
     tensors = network.state_dict()
     for name, parameter in network.named_parameters():
         if is_split(parameter):
-            # one at a time, so that no second whole network is in memory; cloned, as it goes with
-            # the block
+            # one at a time, so that no second whole network is in memory beside the clones
             with gathered([parameter]):
                 tensors[name] = parameter.detach().clone()
     return tensors

@@ -93,8 +93,7 @@ class FSDPLearner(TorchLearner):
 
     def _norm_over_ranks(self, norm: Tensor) -> Tensor:
         # Over ALL ranks, so that all get the same bits and decide alike; each replica adds the same
-        # float64: in fp32 the square of a norm above 1.8e19 is infinite, and a step would be
-        # skipped
+        # float64: in fp32 the square of a norm above 1.8e19 is infinite, which skips a step
         squares = all_reduce_sum(norm.double().square()) / self._num_replicas
         return squares.sqrt().to(norm.dtype)
 

@@ -27,8 +27,7 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
     for name, parameter in network.named_parameters():  # lists a shared parameter once
         if not parameter.requires_grad:
             continue
-        # a bias is told apart only where it has a rate of its own: each group is a launch of
-        # kernels
+        # a bias is told apart only where it has a rate of its own: each group costs a launch
         is_encoder, is_bias = (
             id(parameter) in in_encoder,
             name.endswith("bias") and config.bias_lr_factor != 1,
@@ -84,8 +83,7 @@ def initial_state(parameter: Tensor, config: OptimizerConfig) -> dict[str, Tenso
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
     if config.name == "sgd":
-        # torch's first update copies the gradient; from 0 the same comes out, as there is no
-        # dampening
+        # torch would begin with a copy of the gradient: the same, as there is no dampening
         return {"momentum_buffer": zeros()}
     # on the device, where the fused kernels count
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)

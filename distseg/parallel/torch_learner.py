@@ -42,7 +42,7 @@ class TorchLearner:
         self._named = dict(network.named_parameters())
         parameters = list(self._named.values())
         self._own_shards = own_shards or dict(zip(parameters, parameters, strict=True))
-        # after the network was moved and spread, since the state is made like the parameters
+        # after the network was moved, since the state is made like the parameters
         self.optimizer = build_optimizer(network, optimizer, self._own_shards)
         self.clip_norm = optimizer.clip_norm
         self.trained = [
@@ -87,8 +87,7 @@ class TorchLearner:
             group["lr"] = group["base_lr"] * lr_factor
         norm, skipped = self._update()
         self.counters["skips"] += skipped
-        # times 0 at an update: the row ends without a branch, for which the device would be waited
-        # for
+        # times 0 at an update: the row ends without a branch, which would wait for the device
         self.counters["skips_in_a_row"].add_(1).mul_(skipped)
         if self._loss_scale is None:
             return {"grad_norm": norm, **self.counters}
