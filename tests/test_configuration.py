@@ -285,6 +285,11 @@ def test_the_reference_has_a_row_for_every_key_and_a_table_for_every_section() -
     assert [line[3:] for line in lines if line.startswith("## ")] == list(SECTIONS)
 
 
+def test_the_page_of_the_reference_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference.markdown(), reference.COMMAND
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
