@@ -230,10 +230,9 @@ def _load(
         got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     renewed = _of_other_classes(known, own, num_scores)
-    for name in known.keys() - renewed:
-        if known[name].shape != own[name].shape and not _is_flat_convolution(
-            known[name], own[name]
-        ):
+    for name, tensor in known.items():
+        is_as_large = tensor.shape == own[name].shape or _is_flat_convolution(tensor, own[name])
+        if name not in renewed and not is_as_large:
             got = f"{weights.source}: {name} has shape {tuple(known[name].shape)}"
             needed = f"shape {tuple(own[name].shape)}"
             raise InputError(got, needed, "choose the file of this network")
