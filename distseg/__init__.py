@@ -4,13 +4,13 @@ From Python, with the names and numbers of the command line:
 
     import distseg
 
-    result = distseg.train(preset="toy", run_dir="runs/toy", steps=200)
+    result = distseg.fit(preset="toy", run_dir="runs/toy", steps=200)
     result.scores["val/mean_iou"]                     # as in runs/toy/evaluation.json
     trained = distseg.load("runs/toy", checkpoint="best")
     trained.predict("picture.jpg")                    # (H, W) uint8 indices into trained.classes
     trained.probabilities(array)                      # (C, H, W) float32, of (H, W, 3) uint8 RGB
     trained.evaluate(shards="data/other")             # scores by name, as `distseg evaluate`
-    tuned = distseg.train(preset="road", segmentor={"init": "runs/toy", "freeze": ["encoder"]})
+    tuned = distseg.fit(preset="road", segmentor={"init": "runs/toy", "freeze": ["encoder"]})
 
 The parts, for a loop of your own:
 
@@ -18,11 +18,13 @@ The parts, for a loop of your own:
     from distseg.data.samples import SampleSet, open_reader         # shards -> arrays
     from distseg.data.stream import TrainStream                     # the endless order of batches
     from distseg.distributed.ranks import joined                    # with joined() as ranks: ...
-    from distseg.losses import functional                           # losses, as sums over pixels
+    from distseg.losses import Predicted, Term                      # terms of the loss
     from distseg.models import build_discriminator, build_segmentor
     from distseg.parallel import wrap                               # network -> learner
     from distseg.train.inputs import Data, open_data, open_streams  # all that a Config reads
-    from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+    from distseg.train.batch import Images
+    from distseg.train.schedules import phase                       # what a step updates
+    from distseg.train.step import Pair, training_step              # gradients of a step
     from shards.maps import write_maps                              # samples -> HDF5
     from shards.pack import pack                                    # HDF5 -> shards
 
@@ -34,22 +36,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["InputError", "Trained", "load", "train"]
+__all__ = ["InputError", "Trained", "fit", "load"]
 
-# name -> the module that it is in, or that it is
+# name -> the module that it is in
 _PLACES = {
     "InputError": "shards.errors",
     "Trained": "distseg.api",
+    "fit": "distseg.train.command",
     "load": "distseg.api",
-    "train": "distseg.train",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'distseg' has no attribute {name!r}")
-    module = importlib.import_module(_PLACES[name])
-    return getattr(module, name, module)
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
 
 def __dir__() -> list[str]:

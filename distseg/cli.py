@@ -278,9 +278,14 @@ def _predict(options: argparse.Namespace) -> int:
     from distseg import predict
 
     wanted = predict.PredictOptions(probabilities=options.probabilities)
-    where = (options.images, options.out)
     return predict.run(
-        options.run, options.checkpoint, *where, wanted, options.device, options.overrides
+        options.run,
+        options.images,
+        options.out,
+        wanted,
+        which=options.checkpoint,
+        device=options.device,
+        overrides=options.overrides,
     )
 
 
@@ -356,6 +361,7 @@ folder      your images and masks, matched by name; layout=FILE.yaml (default: d
             --root) names the classes
 ohe         the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of
             images
+FILE.py:F   your own, as examples/own_data.py: F(root, ...) gives a DataSet or, one by one, samples
 
 An interrupted run goes on where it was, by the same command. Neither that nor --workers changes the
 file."""
@@ -475,7 +481,10 @@ def _inspect(options: argparse.Namespace) -> int:
 def _add_models(commands: Commands) -> None:
     text = """\
 Measure segmentors and discriminators: parameters, output stride, field of view, work at
-321x321 px."""
+321x321 px.
+
+Your own as in training: distseg models segmentor=my_net.py:MyNet discriminator=my_pkg.judge:MyJudge
+"""
     summary = "list the networks to choose from, with their sizes"
     parser = _command(commands, "models", summary, text)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these; none: all")

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.evaluate.inference import probabilities, sliding_window
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.files import published, tracked
@@ -30,7 +30,7 @@ from shards.sample import ClassSet, encode_label
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
-MAX_PX = 2048  # larger images take tiles, as their maps would take gigabytes
+MAX_PX = 2048  # larger images take a sliding window, as their maps would take gigabytes
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
 
@@ -39,10 +39,10 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, horizontal_flip: views that are averaged (see
-    `inference`). max_px: an image with a longer side is labelled in blended tiles of this side,
-    which overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
-    [0, 1]. autocast_dtype: None for the model's own precision.
+    probabilities: also one picture per class. scales, horizontal_flip: test-time augmentation (see
+    `inference`). max_px: an image with a longer side is labelled by a sliding window of this side,
+    whose places overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class
+    colours in [0, 1]. autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
@@ -67,15 +67,16 @@ class PredictOptions:
 
 def run(
     run_dir: Path,
-    which: str,
-    path: Path,
+    images: Path,
     out: Path,
     options: PredictOptions,
+    *,
+    which: str,
     device: str,
     overrides: Sequence[str],
 ) -> int:
-    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run
-    evaluates.
+    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, with the test-time
+    augmentation that its run evaluates with.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
     overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
@@ -83,12 +84,12 @@ def run(
     from distseg.config import loading
     from distseg.evaluate.trained import trained_classes, trained_segmentor
 
-    images = collect_images(path)
+    paths = collect_images(images)
     where = choose_device(device)
     loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
-    predict(model, images, out, trained_classes(checkpoint_path), of_run(options, config, where))
+    predict(model, paths, out, trained_classes(checkpoint_path), of_run(options, config, where))
     return 0
 
 
@@ -103,19 +104,20 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def of_run(options: PredictOptions, config: Config, device: torch.device) -> PredictOptions:
-    """The options with a run's own way of looking at images, on a device."""
+def of_run(options: PredictOptions, config: Config, where: torch.device) -> PredictOptions:
+    """The options with the test-time augmentation and precision of a configuration."""
     from distseg.distributed.device import autocast_dtype, resolve_precision
     from distseg.distributed.ranks import Ranks
 
-    precision = resolve_precision(config.precision, Ranks(0, 1, 0, device))
+    evaluate = config.evaluate
+    precision = resolve_precision(config.precision, Ranks(0, 1, 0, where))
     return replace(
         options,
-        scales=tuple(config.evaluate.scales),
-        horizontal_flip=config.evaluate.horizontal_flip,
-        max_px=config.evaluate.window_px or MAX_PX,
-        overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
-        device=str(device),
+        scales=tuple(evaluate.scales),
+        horizontal_flip=evaluate.horizontal_flip,
+        max_px=evaluate.window_px or MAX_PX,
+        overlap_px=evaluate.overlap_px if evaluate.window_px else 0,
+        device=str(where),
         autocast_dtype=autocast_dtype(precision),
     )
 
@@ -171,31 +173,33 @@ def predict(
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
             result = image_probabilities(model, image, options)
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
-            planes = (
-                (result * 255).round().to(torch.uint8).cpu().numpy()
-                if options.probabilities
-                else None
-            )
+            planes = _as_bytes(result) if options.probabilities else None
             files = _Files(out, name, classes, options.overlay_alpha)
             written.append(pool.submit(files.write, image, label, planes))
             if len(written) > _NUM_AHEAD:
                 written.popleft().result()
         for future in written:
             future.result()
-    key = [
-        {"index": i, "name": n, "color": c}
-        for i, (n, c) in enumerate(zip(classes.names, classes.palette, strict=True))
-    ]
-    with published(out / CLASSES_FILE) as partial:
-        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_classes(out / CLASSES_FILE, classes)
     seconds = time.perf_counter() - started
-    each = (
-        f"{len(images) / seconds:.1f} images/s"
-        if seconds < len(images)
-        else f"{seconds / len(images):.1f} s an image"
-    )
+    each = f"{len(images) / seconds:.1f} images/s"
+    if seconds >= len(images):
+        each = f"{seconds / len(images):.1f} s an image"
     print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
+
+
+def _as_bytes(probabilities: torch.Tensor) -> np.ndarray:
+    """(C, H, W) in [0, 1] -> uint8, 255 = 1."""
+    return (probabilities * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _write_classes(path: Path, classes: ClassSet) -> None:
+    key = []
+    for index, (name, color) in enumerate(zip(classes.names, classes.palette, strict=True)):
+        key.append({"index": index, "name": name, "color": color})
+    with published(path) as partial:
+        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_image(path: Path) -> np.ndarray:
@@ -257,14 +261,21 @@ def image_probabilities(
     model: on options.device, in evaluation mode. Raises InputError for another form of image.
     """
 
-    def whole(part: np.ndarray) -> torch.Tensor:
-        views = (options.scales, options.horizontal_flip, options.device, options.autocast_dtype)
-        return probabilities(model, part, *views)
+    def at_once(part: np.ndarray) -> torch.Tensor:
+        return probabilities(
+            model,
+            part,
+            options.scales,
+            options.horizontal_flip,
+            device=options.device,
+            autocast_dtype=options.autocast_dtype,
+        )
 
     if max(image.shape[:2]) <= options.max_px:
-        return whole(image)
-    tile_px = options.max_px // 32 * 32
-    return blend_tiles(whole, image, tile_px, options.overlap_px or min(256, tile_px // 128 * 32))
+        return at_once(image)
+    window_px = options.max_px // 32 * 32
+    overlap_px = options.overlap_px or min(256, window_px // 128 * 32)
+    return sliding_window(at_once, image, window_px, overlap_px)
 
 
 def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:

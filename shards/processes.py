@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from typing import TypeVar
 
 from shards.errors import InputError
+from shards.user_code import ImportedFiles
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -38,7 +39,9 @@ def mapped(
         yield from map(function, tasks)
         return
     spawn = multiprocessing.get_context("spawn")  # HDF5 handles and threads do not survive a fork
-    with ProcessPoolExecutor(min(num_workers, len(tasks)), spawn, _end_with_parent) as pool:
+    # tasks may hold functions of the user's own files, which the workers have to import first
+    start = (spawn, _begin, (ImportedFiles(),))
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), *start) as pool:
         try:
             yield from pool.map(function, tasks)
         except BrokenProcessPool:
@@ -50,7 +53,7 @@ def mapped(
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def _begin(_: ImportedFiles) -> None:
     """A pool's workers outlive a parent that is killed with -9.
 
     They would wait, and write, for ever.

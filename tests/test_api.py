@@ -25,16 +25,18 @@ from distseg.cli import main
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks, joined, teardown
 from distseg.parallel import wrap
-from distseg.train import command, trainer
+from distseg.train import trainer
 from distseg.train.inputs import open_data, open_streams
-from distseg.train.step import Pair, supervised_step
+from distseg.train.networks import build_networks
+from distseg.train.schedules import phase
+from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests.ranks import PATIENCE, Program, run_ranks
 from tests.tiny import SETTINGS, contents
 
 
 def train(shards: Path, run_dir: Path, **keys: Any) -> Any:
-    return distseg.train([f"data.shards={shards}", f"run_dir={run_dir}"], **SETTINGS | keys)
+    return distseg.fit([f"data.shards={shards}", f"run_dir={run_dir}"], **SETTINGS | keys)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +114,8 @@ def test_scores_and_predictions_are_those_of_the_commands(result: Any, tmp_path:
         (lambda run: distseg.load(run).predict(np.zeros((4, 4))), r"\(H, W, 3\) uint8"),
         (lambda run: distseg.load(run).evaluate(["steps=5"]), "as the run was trained"),
         (lambda run: distseg.load(run).evaluate(split="moon"), "moon"),
-        (lambda run: distseg.train(run_dir=run, step=5), "unknown key 'step'"),
-        (lambda run: distseg.train(run_dir=run, steps="many"), "steps"),
+        (lambda run: distseg.fit(run_dir=run, step=5), "unknown key 'step'"),
+        (lambda run: distseg.fit(run_dir=run, steps="many"), "steps"),
     ],
 )
 def test_bad_input_is_one_clear_error(result: Any, call: Any, message: str) -> None:
@@ -236,16 +238,16 @@ def test_ranks_that_train_twice_find_each_other_twice(toy_shards: Path, tmp_path
 def test_a_loop_of_the_parts_is_the_training(toy_shards: Path, tmp_path: Path) -> None:
     keys = SETTINGS | {"mode": "supervised", "data.shards": toy_shards, "ema_decay": 0}
     config = loading.load(loading.arguments(keys | {"run_dir": tmp_path / "run"}))
-    distseg.train(loading.arguments(keys), run_dir=tmp_path / "run")
+    distseg.fit(loading.arguments(keys), run_dir=tmp_path / "run")
     reference = distseg.load(tmp_path / "run", device="cpu").network.state_dict()
     with joined("cpu") as ranks:
         data = open_data(config, ranks.world_size)
-        segmentor, _ = command.build_networks(config, data.train.classes.num_classes)
+        segmentor, _ = build_networks(config, data.train.classes.num_classes)
         learner = wrap(segmentor, config.segmentor_optimizer, config, ranks)
         stream = open_streams(config, ranks, data, start_step=0)
-        for _ in range(config.steps):
+        for step in range(config.steps):
             images = trainer.to_device(next(stream), ranks.device, config)
-            supervised_step(Pair(learner, None, config.loss, config.semi), images)
+            training_step(Pair.of(config, learner), phase(step, config), images)
             learner.step(lr_factor=1.0)
         stream.close()
     assert not dist.is_initialized()

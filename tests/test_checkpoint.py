@@ -317,7 +317,7 @@ def test_what_one_rank_cannot_load_no_rank_loads(tmp_path: Path) -> None:
 
 
 def close_without_the_other(ranks: Ranks, run_dir: Path) -> float:
-    """Seconds that closing takes while another rank, as if it were lost, has not written its part."""
+    """Seconds that closing takes while another rank, as if lost, has not written its part."""
     checkpoints = Checkpointer(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=60.0)
     write = TensorFile.write
 

@@ -20,6 +20,8 @@ from distseg.models.depthwise import (
     same_pads,
 )
 
+pytestmark = pytest.mark.cpu
+
 # kernel, stride, dilation
 GEOMETRIES = [
     (3, 1, 1),

@@ -201,8 +201,11 @@ def test_a_hub_folder_is_all_that_is_needed(
     image = np.random.default_rng(0).integers(0, 256, (71, 90, 3), dtype=np.uint8)
     expected = probabilities(trained_segmentor(finished, "last")[0], image).argmax(0).numpy()
     Image.fromarray(image).save(tmp_path / "picture.png")
-    program = f"""import sys; sys.modules["torch"] = sys.modules["distseg"] = sys.modules["shards"] = None
-import runpy; sys.argv = ["x", "model.onnx", r"{tmp_path / "picture.png"}", r"{tmp_path / "labels.png"}"]
+    picture, labels = tmp_path / "picture.png", tmp_path / "labels.png"
+    program = f"""import sys
+sys.modules["torch"] = sys.modules["distseg"] = sys.modules["shards"] = None
+import runpy
+sys.argv = ["x", "model.onnx", r"{picture}", r"{labels}"]
 runpy.run_path("predict_onnx.py", run_name="__main__")"""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True

@@ -143,7 +143,7 @@ def test_upscore_starts_as_bilinear_upsampling_up_to_the_border(size):
 
 
 class RampEncoder(torch.nn.Module):
-    """Stands for VGG16: fc7 holds the x and y position (px) of its cells' centres, the rest zero."""
+    """Stands for VGG16: fc7 holds its cells' centres, x and y (px), the rest zero."""
 
     def forward(self, image):
         height, width = (-(-side // 32) for side in image.shape[-2:])

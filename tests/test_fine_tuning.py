@@ -21,6 +21,7 @@ from distseg.models.freezing import freeze
 from distseg.runs.tensor_files import read
 from distseg.tracking.tracker import read_metrics
 from distseg.train import command
+from distseg.train.networks import build_networks
 from distseg.train.schedules import lr_factor
 from shards.errors import InputError
 from tests.ranks import run_ranks
@@ -48,8 +49,7 @@ def test_patterns_match_names_and_whole_parts() -> None:
 def _train(ranks: Ranks, keys: dict[str, Any]) -> None:
     """A run on the ranks of a test, which has joined them already."""
     config = loading.load(loading.arguments(keys))
-    data, networks = command.check(config, ranks.world_size)
-    command._train_on(ranks, config, data, networks)
+    command._train_on(ranks, config, command.check(config, ranks.world_size))
 
 
 def trained(num_ranks: int, shards: Path, run_dir: Path, **keys: Any) -> Path:
@@ -67,7 +67,7 @@ def ddp(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_frozen_parts_stay_to_the_bit_and_have_no_optimizer_state(ddp: Path) -> None:
     config = loading.from_file(ddp.parent.parent / "config.yaml")
-    first = command.build_networks(config, 8)[0].state_dict()
+    first = build_networks(config, 8).segmentor.state_dict()
     last = load_file(ddp / "segmentor.network.safetensors")
     for name, tensor in last.items():
         is_frozen = name.startswith(FROZEN)
@@ -115,7 +115,7 @@ def test_every_strategy_freezes_alike(
 
 
 def train(shards: Path, run_dir: Path, **keys: Any) -> Path:
-    done = command.train(**SETTINGS | {"data.shards": shards, "run_dir": run_dir} | keys)
+    done = command.fit(**SETTINGS | {"data.shards": shards, "run_dir": run_dir} | keys)
     return done.run_dir / "checkpoints" / f"step-{done.step:08d}"
 
 

@@ -19,10 +19,11 @@ from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_shard_size, fsdp, wrap
 from distseg.parallel.parameter_shards import shard_of
+from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import run_ranks
@@ -94,7 +95,7 @@ def make_pair(ranks: Ranks, overrides: tuple[str, ...]) -> Any:
         wrap(*both, config, ranks)
         for both in zip(make_networks("two_branch"), optimizers, strict=True)
     ]
-    return Pair(*learners, config.loss, config.semi), config
+    return Pair.of(config, *learners), config
 
 
 def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
@@ -102,7 +103,7 @@ def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
     image, label = (part[share] for part in make_batch(step, torch.float64, 48))
-    adversarial_step(pair, phase(step, config), Images(image, label))
+    training_step(pair, phase(step, config), Images(image, label))
 
 
 def values(network: nn.Module) -> dict[str, Any]:
@@ -204,13 +205,13 @@ def train_in_half(ranks: Ranks) -> list[Any]:
             wrap(*both, config, ranks)
             for both in zip(make_networks("two_branch"), optimizers, strict=True)
         ]
-        pair, counts = Pair(*learners, config.loss, config.semi), []
+        pair, counts = Pair.of(config, *learners), []
         share = slice(
             ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
         )
         for step in range(6):
             image, label = (part[share] for part in make_batch(step, torch.float32, 48))
-            adversarial_step(pair, phase(step, config), Images(image, label))
+            training_step(pair, phase(step, config), Images(image, label))
             said = [learner.step(1.0) for learner in learners]
             counts += [(float(of_it["loss_scale"]), float(of_it["skips"])) for of_it in said]
         found.append((counts, [values(learner.full_network()) for learner in learners]))

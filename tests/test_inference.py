@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.evaluate.inference import probabilities, sliding_window
 from shards.errors import InputError
 
 SIZES = [(40, 64), (33, 47), (97, 32), (5, 7), (1, 1), (20, 90)]
@@ -86,6 +86,7 @@ def test_padding_of_a_tiny_image_does_not_show_in_a_constant_one(model: nn.Modul
     torch.testing.assert_close(tiny, large[:, :9, :6])
 
 
+@pytest.mark.cpu
 def test_bfloat16_autocast_stays_near_full_precision(model: nn.Module) -> None:
     image = picture(64, 64)
     rounded = probabilities(model, image, autocast_dtype=torch.bfloat16)
@@ -111,7 +112,9 @@ def test_tiles_equal_the_whole_image_for_a_model_that_sees_no_further_than_their
     torch.manual_seed(1)
     model, image = Small(stride=stride).eval(), picture(*size)
     whole = probabilities(model, image)
-    tiled = blend_tiles(lambda tile: probabilities(model, tile), image, tile_px=128, overlap_px=32)
+    tiled = sliding_window(
+        lambda tile: probabilities(model, tile), image, window_px=128, overlap_px=32
+    )
     torch.testing.assert_close(tiled, whole, rtol=0, atol=2e-6)
 
 
@@ -122,7 +125,7 @@ def test_tiles_are_bounded_in_size_and_cover_every_pixel_once() -> None:
         shapes.append(tile.shape)
         return torch.ones(1, *tile.shape[:2])
 
-    result = blend_tiles(ones, picture(333, 450), tile_px=128, overlap_px=64)
+    result = sliding_window(ones, picture(333, 450), window_px=128, overlap_px=64)
     torch.testing.assert_close(result, torch.ones(1, 333, 450))
     assert max(max(shape) for shape in shapes) <= 128 and len(shapes) > 9
 
@@ -142,6 +145,6 @@ def test_wrong_scales_and_tiles_are_refused(model: nn.Module) -> None:
             probabilities(model, picture(40, 40), scales)
     for tile_px, overlap_px in ((100, 32), (128, 96), (128, 0)):
         with pytest.raises(InputError, match="multiples of 32"):
-            blend_tiles(
+            sliding_window(
                 lambda tile: torch.ones(1, *tile.shape[:2]), picture(40, 40), tile_px, overlap_px
             )

@@ -64,7 +64,7 @@ def test_imagenet_weights_are_loaded_and_reported():
 
 
 def plain_encoder(state, image):
-    """The encoder written as formulas on a state dict: explicit zero padding, batch norm by hand."""
+    """The encoder as formulas on a state dict: explicit zero padding, batch norm by hand."""
 
     def conv(x, key, stride=1, dilation=1):
         weight = state[f"{key}.weight"]

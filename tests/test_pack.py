@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,14 +205,25 @@ def test_full_disk_leaves_the_earlier_pack(
     shutil.copytree(packed, out)
     monkeypatch.setattr(shards.pack, "check_space", lambda *_: None)
     for num_workers in (0, 2):
-        with pytest.raises(InputError, match="disk full"):
+        with pytest.raises(InputError, match="disk full") as caught:
             pack(maps, out, samples_per_shard=4, num_workers=num_workers)
         assert contents(out) == contents(packed)
+        assert not open_files(small_disk), f"with the frames of {caught.value!r}"
     shutil.rmtree(out)
     (small_disk / "other").write_bytes(bytes(150_000))
-    with pytest.raises(InputError, match="disk full"):
+    with pytest.raises(InputError, match="disk full") as caught:
         pack(maps, out, samples_per_shard=4)
     assert not out.exists() or not list(out.iterdir())
+    assert not open_files(small_disk), f"with the frames of {caught.value!r}"
+
+
+def open_files(folder: Path) -> list[str]:
+    """Files in a folder that this process has open, removed ones too."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of this listing
+            links.append(os.readlink(descriptor))
+    return [path for path in links if path.startswith(f"{folder}/")]
 
 
 def pack_killed(maps: Path, out: Path, at: int) -> bool:

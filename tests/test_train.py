@@ -23,7 +23,7 @@ from distseg.cli import main
 from distseg.data.stream import Batch
 from distseg.distributed import device
 from distseg.distributed.ranks import Ranks
-from distseg.evaluate.evaluator import View
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.tracking.tracker import read_metrics
 from distseg.train import command, trainer
 from shards.manifest import Manifest
@@ -362,9 +362,9 @@ def test_pictures_are_drawn_by_the_network_that_was_scored(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes = []
-    plain = View.__call__
+    plain = TestTimeAugmentation.__call__
     monkeypatch.setattr(
-        View,
+        TestTimeAugmentation,
         "__call__",
         lambda view, network, image: modes.append(network.training) or plain(view, network, image),
     )

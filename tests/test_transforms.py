@@ -29,7 +29,7 @@ def apply(view, image, label, seed=0):
 
 
 class Chosen:
-    """A generator whose draws are chosen: 0.5 but for those named by their place among a try's ten."""
+    """A generator of chosen draws: 0.5 but for those named by their place in a try's ten."""
 
     def __init__(self, **places):
         self._left = np.full((MAX_TRIES, 10), 0.5)

@@ -120,7 +120,7 @@ def differ(ranks: Ranks, wrong: str) -> str:
         torch.nn.init.zeros_(network.bias)
     if ranks.rank == 2 and wrong:
         networks[wrong].bias.data[1] = 1e-30
-    pair: Any = Pair(Learner(networks["segmentor"]), Learner(networks["discriminator"]), None, None)
+    pair: Any = Pair(Learner(networks["segmentor"]), Learner(networks["discriminator"]), None)
     try:
         check_equal(ranks, pair, 7)
     except RuntimeError as error:

@@ -14,8 +14,9 @@ from distseg.cli import main
 from distseg.config import loading
 from distseg.models import build_discriminator, build_segmentor
 from distseg.runs import checkpoint
-from distseg.train.command import build_networks, train
+from distseg.train.command import fit
 from distseg.train.initial import initial_weights
+from distseg.train.networks import build_networks
 from shards.errors import InputError
 from tests.tiny import SETTINGS
 
@@ -112,7 +113,7 @@ def run(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps with eight classes, scored after each, so that the better one is the best."""
     run_dir = tmp_path_factory.mktemp("weights") / "run"
     every_step = {"evaluate.every_steps": 1, "checkpoint.every_steps": 1}
-    train(**SETTINGS | every_step | {"data.shards": toy_shards, "run_dir": run_dir})
+    fit(**SETTINGS | every_step | {"data.shards": toy_shards, "run_dir": run_dir})
     return run_dir
 
 
@@ -142,7 +143,7 @@ def test_the_headline_tells_what_was_loaded(
     toy_shards: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     keys = {"segmentor.init": run, "data.keep_classes": ["sky", "tree"], "steps": 1}
-    train(**SETTINGS | keys | {"data.shards": toy_shards, "run_dir": tmp_path / "run"})
+    fit(**SETTINGS | keys | {"data.shards": toy_shards, "run_dir": tmp_path / "run"})
     printed = re.sub(r"\s+", " ", "".join(capfd.readouterr()))
     assert f"weights: {run}, step" in printed
     assert "EMA weights: 24 tensors loaded; made anew for another number of classes: " in printed
@@ -184,7 +185,7 @@ def test_bad_first_weights_end_it_before_data_are_read(
 
 def test_a_run_without_the_network_is_refused(run: Path, tmp_path: Path, toy_shards: Path) -> None:
     keys = {"mode": "supervised", "steps": 1, "run_dir": tmp_path / "run"}
-    train(**SETTINGS | keys | {"data.shards": toy_shards})
+    fit(**SETTINGS | keys | {"data.shards": toy_shards})
     with pytest.raises(InputError, match="has no discriminator"):
         initial_weights(str(tmp_path / "run"), "discriminator")
     assert initial_weights("random", "segmentor") == "random"

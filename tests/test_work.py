@@ -14,10 +14,11 @@ from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import wrap
+from distseg.train.batch import Images
 from distseg.train.clock import StepClock
 from distseg.train.flops import StepWork, convolution_peak
 from distseg.train.schedules import Phase, phase
-from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.step import Pair, training_step
 from tests.ranks import run_ranks
 
 NUM_CLASSES, SIDE = 5, 129
@@ -37,18 +38,31 @@ SETTINGS = [
         "semi.adv_weight=0.1",
     ),
 ]
-BOTH = Phase(True, True, 0.1)
+OWN = {"cross_entropy": 1.0}
+FOOL = {"adversarial": 0.1}
+MORE = {"adversarial_unlabelled": 0.1, "semi": 1.0}
+BOTH = Phase(True, True, True, OWN | FOOL)
 PHASES = {
-    "supervised": (Phase(True, False), False),
+    "supervised": (Phase(True, False, False, OWN), False),
     "both": (BOTH, False),
-    "both, unlabelled too": (Phase(True, True, 0.1, 0.1, 1.0), True),
-    "the segmentor's turn": (Phase(True, False, 0.1), False),
-    "the discriminator's turn": (Phase(False, True), False),
+    "both, unlabelled too": (Phase(True, True, True, OWN | FOOL | MORE), True),
+    "the segmentor's turn": (Phase(True, False, True, OWN | FOOL), False),
+    "the discriminator's turn": (Phase(False, True, True), False),
 }
 
 
 def make_config(*overrides: str) -> Config:
     return loading.load([*SETTINGS, *overrides])
+
+
+def work_of(config: Config) -> StepWork:
+    segmentor = build_segmentor(config.segmentor.name, NUM_CLASSES, init="random")
+    if config.mode == "supervised":
+        return StepWork.of(config, segmentor, None)
+    options = config.discriminator.options
+    return StepWork.of(
+        config, segmentor, build_discriminator(config.discriminator.name, NUM_CLASSES, **options)
+    )
 
 
 def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
@@ -60,11 +74,10 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
     judge = build_discriminator(
         config.discriminator.name, NUM_CLASSES, **config.discriminator.options
     )
-    pair = Pair(
+    pair = Pair.of(
+        config,
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         wrap(judge, config.discriminator_optimizer, config, ranks),
-        config.loss,
-        config.semi,
     )
     labelled, unlabelled = (
         Images(
@@ -74,10 +87,7 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
     )
 
     def step(now: Phase, is_semi: bool) -> None:
-        if now.is_supervised:
-            supervised_step(pair, labelled)
-        else:
-            adversarial_step(pair, now, labelled, unlabelled if is_semi else None)
+        training_step(pair, now, labelled, unlabelled if is_semi else None)
         for learner in (pair.segmentor, pair.discriminator):
             learner.network.zero_grad(set_to_none=True)
 
@@ -87,7 +97,7 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
 @pytest.mark.parametrize("resolution", ["output", "image"])
 def test_operations_of_a_step_are_those_that_torch_counts(resolution: str) -> None:
     overrides = [f"loss.map_resolution={resolution}"]
-    work = StepWork.of(make_config(*overrides), NUM_CLASSES)
+    work = work_of(make_config(*overrides))
     (found,) = run_ranks(1, counted, overrides)
     for name, (now, is_semi) in PHASES.items():
         # ours are a little more: nobody asks for the gradients of pixels and label maps of ground
@@ -100,7 +110,7 @@ def test_without_an_adversary_no_discriminator_is_counted() -> None:
     config = loading.load(
         ["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"]
     )
-    work = StepWork.of(config, NUM_CLASSES)
+    work = work_of(config)
     assert (
         work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
     )
@@ -119,6 +129,7 @@ def test_share_of_peak_is_operations_over_time_over_peak(monkeypatch: pytest.Mon
     assert clock.lap(10, 0.0)["peak_share"] == pytest.approx(10 / 100)
 
 
+@pytest.mark.cpu
 def test_a_convolution_is_measured_in_every_precision() -> None:
     for precision in ("fp32", "bf16", "fp64"):
         assert convolution_peak(torch.device("cpu"), precision) > 1e8  # 0.1 GFLOP/s: any CPU at all

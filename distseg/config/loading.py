@@ -12,6 +12,7 @@ from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from distseg.config import code
 from distseg.config.keys import Key
 from distseg.config.names import (
     KEYS,
@@ -26,11 +27,13 @@ from distseg.config.names import (
 )
 from distseg.config.rules import check
 from distseg.config.schema import Config
+from shards import user_code
 from shards.errors import InputError
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 PRESETS = Path(__file__).parent.parent / "presets"
 
+TERMS = "loss.terms."
 ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 # Networks: with another name the options of the former one are dropped.
 NETWORKS = tuple(name for name in SECTIONS if f"{name}.name" in KEYS and f"{name}.options" in KEYS)
@@ -127,16 +130,21 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """
     before, after = flattened(to_dict(old)), flattened(to_dict(new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return {name: (before.get(name), after.get(name)) for name in names if not _is_free(name)}
+    names = [name for name in names if not _is_free(name) and not code.is_moved(name, old, new)]
+    return {name: (before.get(name), after.get(name)) for name in names}
 
 
 def check_same(run_dir: Path, config: Config) -> int | None:
-    """Raise InputError when `run_dir` holds a run of another configuration.
+    """Raise InputError when `run_dir` holds a run of another configuration or other code.
 
     Returns the steps that the run had until now where `extend` has made them more, else None.
     """
     saved = run_dir / CONFIG_FILE
-    changed = differences(from_file(saved), config) if saved.exists() else {}
+    if not saved.exists():
+        return None
+    before = from_file(saved)
+    code.check_unchanged(before, config)
+    changed = differences(before, config)
     steps_before, steps = changed.get("steps", (config.steps, config.steps))
     if config.extend and steps > steps_before:
         del changed["steps"]
@@ -179,13 +187,27 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
         is_other = section in NETWORKS and last == "name" and value != OmegaConf.select(merged, key)
         if is_other:
             OmegaConf.update(merged, f"{section}.options", {}, merge=False)
+            if section == "segmentor" and user_code.is_reference(value):
+                merged.segmentor.init = "random"  # as its constructor makes it
+        if key == "code":
+            raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
         merged = _merge(merged, {key: _parse(key, value)})
     config = _resolved(merged)
     if config.mode == "supervised":
         _refuse_weights(pairs)
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
+    _make_references_absolute(config)
     check(config, flattened(to_dict(config)))
     return config
+
+
+def _make_references_absolute(config: Config) -> None:
+    """So that files of the user's own are found again, wherever the run is evaluated or goes on."""
+    config.segmentor.name = user_code.absolute(config.segmentor.name)
+    config.discriminator.name = user_code.absolute(config.discriminator.name)
+    config.data.view = user_code.absolute(config.data.view)
+    for term in config.loss.terms.values():
+        term.use = user_code.absolute(term.use)
 
 
 def _resolved(merged: Any) -> Config:
@@ -233,13 +255,26 @@ def _merge(config: Any, values: dict[str, Any]) -> Any:
         if isinstance(value, str) and isinstance(OmegaConf.select(config, key), ListConfig):
             value = [value]  # a word for a list is a list of one
         try:
-            OmegaConf.update(config, key, value, merge=True)
+            if key.startswith(TERMS):
+                config = OmegaConf.merge(config, _of_term(key, value))
+            else:
+                OmegaConf.update(config, key, value, merge=True)
         except (OmegaConfBaseException, ValueError) as error:
             default = KEYS[key].default if key in KEYS else None
             kind = "a value of the field's type" if default is None else f"a value like {default!r}"
             got = f"{key}={value}: {_first_line(error)}"
             raise InputError(got, kind, f"correct {key}") from None
     return config
+
+
+def _of_term(key: str, value: Any) -> dict[str, Any]:
+    """A key in `loss.terms`, nested: OmegaConf makes no typed entry of a dotted name."""
+    name, _, rest = key.removeprefix(TERMS).partition(".")
+    if not rest and isinstance(value, int | float):
+        rest = "weight"  # the short form loss.terms.dice=0.5
+    for part in reversed([part for part in rest.split(".") if part]):
+        value = {part: value}
+    return {"loss": {"terms": {name: value}}}
 
 
 def _first_line(error: Exception) -> str:

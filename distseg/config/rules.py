@@ -11,6 +11,13 @@ from distseg.config.names import KEYS, nearest
 from distseg.config.schema import Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
+from shards.user_code import FORMS, is_reference
+
+# of distseg/losses/terms.py, by the names of their metrics
+BUILT_IN_TERMS = (
+    *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi"),
+    *("segmentor", "discriminator_real", "discriminator_fake"),
+)
 
 
 def check(config: Config, values: Mapping[str, Any]) -> None:
@@ -147,6 +154,65 @@ def unlabelled_images_have_a_term(config: Config) -> None:
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
 
 
+def class_weights_of_a_kind(config: Config) -> None:
+    """loss.class_weights is a word, or a number for every class."""
+    weights, words = config.loss.class_weights, ("none", "balanced", "median_frequency")
+    if isinstance(weights, str) and weights in words:
+        return
+    numbers = weights if isinstance(weights, list) else []
+    if not all(_is_weight(number) for number in numbers) or not any(numbers):
+        needed = f"one of: {', '.join(words)}; or a number from 0 on for every class, not all 0"
+        raise InputError(f"loss.class_weights={weights}", needed, "correct loss.class_weights")
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
+
+
+def focal_or_smoothed(config: Config) -> None:
+    """The focal loss looks at the true class alone, label smoothing at all."""
+    loss = config.loss
+    if loss.focal_gamma and loss.label_smoothing:
+        got = (
+            f"loss.focal_gamma={loss.focal_gamma} with loss.label_smoothing={loss.label_smoothing}"
+        )
+        raise InputError(got, "one of them", "write loss.label_smoothing=0")
+
+
+def further_terms_within_bounds(config: Config) -> None:
+    """Weights and steps of loss.terms are not negative, and no name is taken twice."""
+    for name, term in config.loss.terms.items():
+        if name in BUILT_IN_TERMS:
+            action = "give it another name, and name what it is in use"
+            raise InputError(f"loss.terms.{name}", "a name that no built-in term has", action)
+        numbers = {"weight": term.weight, "start_step": term.start_step}
+        numbers["warmup_steps"] = term.warmup_steps
+        for field, value in numbers.items():
+            if not _is_weight(value):
+                where = f"loss.terms.{name}.{field}"
+                raise InputError(f"{where}={value}", "a number from 0 on", f"correct {where}")
+
+
+def a_loss_to_minimise(config: Config) -> None:
+    """Without an adversary there is a term of labels."""
+    loss = config.loss
+    others = any(term.weight for term in loss.terms.values())
+    if config.mode == "supervised" and not loss.ce_weight and not others:
+        got = "mode=supervised with loss.ce_weight=0 and no loss.terms"
+        raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
+
+
+def a_view_by_reference(config: Config) -> None:
+    """data.view names code, and its options are of one."""
+    data = config.data
+    if data.view and not is_reference(data.view):
+        raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+    if data.view_options and not data.view:
+        got = f"data.view_options.{next(iter(data.view_options))} without data.view"
+        raise InputError(got, "a view that takes it", "write data.view=FILE.py:NAME")
+
+
 def shards_to_train_on(config: Config) -> None:
     """There is a folder or a URL of shards."""
     if not config.data.shards:
@@ -167,5 +233,10 @@ RULES = (
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,
+    a_view_by_reference,
+    class_weights_of_a_kind,
+    focal_or_smoothed,
+    further_terms_within_bounds,
+    a_loss_to_minimise,
     shards_to_train_on,
 )

@@ -5,7 +5,7 @@ What `key()` takes is in keys.py. Rules between several keys are in rules.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distseg.config.keys import key, section
@@ -94,6 +94,12 @@ class DataConfig:
         high=100,
         source="SimCLR, Chen et al. 2020, appendix A",
     )
+    view: str = key(
+        "",
+        "code of your own, as path/to/file.py:name or package.module:name, that gets each training "
+        "crop last; see examples/own_view.py",
+    )
+    view_options: dict[str, Any] = key({}, "further keyword arguments of data.view")
     sampling: str = key(
         "each_once",
         "which sample comes next",
@@ -151,7 +157,9 @@ class SegmentorConfig:
     """
 
     name: str = key(
-        "deeplabv3plus_efficientnet_lite0", "which network; `distseg models` lists them"
+        "deeplabv3plus_efficientnet_lite0",
+        "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
+        "package.module:name",
     )
     init: str = key(
         "imagenet",
@@ -186,7 +194,11 @@ class DiscriminatorConfig:
     Not built in supervised mode.
     """
 
-    name: str = key("two_branch", "which network; `distseg models` lists them")
+    name: str = key(
+        "two_branch",
+        "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
+        "package.module:name",
+    )
     init: str = key(
         "random", "first weights: random; a file of weights; a run directory, as in segmentor.init"
     )
@@ -266,6 +278,17 @@ class AlternationConfig:
 
 
 @dataclass
+class TermConfig:
+    """A further term of the segmentor's loss; see `loss.terms`."""
+
+    use: str = ""
+    weight: float = 1.0
+    start_step: int = 0
+    warmup_steps: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class LossConfig:
     """Weights and reductions; a weight means nothing without the reductions, so both are named."""
 
@@ -333,6 +356,56 @@ class LossConfig:
             "image": f"the training crop ({HUNG})",
         },
         modes=WITH_DISCRIMINATOR,
+    )
+    ce_weight: float = key(1.0, "of the cross entropy; 0: the loss is without it", low=0)
+    class_weights: Any = key(
+        "none",
+        "what a pixel of each class counts in the cross entropy: a number for every class, in "
+        "their order; balanced: all pixels / (classes x pixels of the class); median_frequency: "
+        "the median of the classes' frequencies / the class's, in the images that show it; both "
+        "by the labelled training images",
+        source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
+    )
+    label_smoothing: float = key(
+        0.0,
+        "share of the cross entropy's target that is spread evenly over the classes",
+        low=0,
+        high=0.99,
+        source="Szegedy et al. 2016, section 7",
+    )
+    focal_gamma: float = key(
+        0.0,
+        "focal loss: a pixel counts (1 - p)^gamma, p its true class's probability; 0: off",
+        low=0,
+        high=10,
+        source="Lin et al. 2017, eq. 4; there: 2",
+    )
+    ohem_threshold: float = key(
+        0.0,
+        "online hard example mining: only pixels whose true class has a lower probability count; "
+        "0: off; 0.7 is usual",
+        low=0,
+        high=1,
+        source="Shrivastava et al. 2016, for pixels",
+    )
+    ohem_min_share: float = key(
+        0.0625,
+        "with ohem_threshold: of each image at least this share of its pixels counts, the hardest",
+        low=0,
+        high=1,
+    )
+    aux_weight: float = key(
+        0.4,
+        "of the cross entropy of an auxiliary head, where the segmentor has one",
+        low=0,
+        source="Zhao et al. 2017 (PSPNet)",
+    )
+    terms: dict[str, TermConfig] = key(
+        {},
+        "further terms by name: loss.terms.dice=0.5, or loss.terms.NAME={use: dice, weight: 0.5, "
+        "start_step: 0, warmup_steps: 0, options: {smooth: 1}}; use is dice, lovasz, or "
+        "module:name or file.py:name of your own (default: the name); the weight rises linearly "
+        "over warmup_steps from start_step on",
     )
     ce_reduction: str = key(
         "mean_valid",
@@ -569,6 +642,14 @@ class Config:
     )
     max_skips: int = key(
         20, "stop after so many non-finite gradients in a row", unit="steps", low=1, on_resume=True
+    )
+    code: dict[str, str] = key(
+        {},
+        "sha256 of each file of your own code, by the part that names it; filled in by training",
+        on_resume=True,
+    )
+    allow_changed_code: bool = key(
+        False, "go on with a run though a file of your own code has changed", on_resume=True
     )
     data: DataConfig = section(DataConfig)
     segmentor: SegmentorConfig = section(SegmentorConfig)

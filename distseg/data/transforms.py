@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from distseg.data.own_view import OwnView
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
@@ -94,7 +95,8 @@ class TrainView:
     probability 1/2. color_jitter: brightness, contrast and saturation are each multiplied by a
     factor uniform in 1 -+ color_jitter; 0 is off. The crop is turned about its middle by an angle
     uniform in -+ rotate_degrees; 0 is off. With blur_probability the image is blurred by a Gaussian
-    whose standard deviation is uniform in [0.1, blur_max_px] pixels of the view.
+    whose standard deviation is uniform in [0.1, blur_max_px] pixels of the view. own: code of the
+    user's that gets the crop last.
 
     Resizing interpolates between the four nearest pixels and does not average over more, so below
     half size it leaves pixels of the image out. (It takes a third of the time of an affine warp,
@@ -109,6 +111,7 @@ class TrainView:
     rotate_degrees: float = 0.0
     blur_probability: float = 0.0
     blur_max_px: float = 2.0
+    own: OwnView | None = None
 
     def __post_init__(self) -> None:
         if self.crop_px < 1:
@@ -138,7 +141,8 @@ class TrainView:
         image (H, W, 3) uint8 RGB and label (H, W) uint8 are read; out_image (crop_px, crop_px, 3)
         uint8 and out_label (crop_px, crop_px) uint8 are overwritten. Outside the image the label is
         255 and the image FILL_RGB. A view without a labelled pixel is drawn again, up to MAX_TRIES
-        times. The generator is advanced by the same amount whatever the options and the sample.
+        times. The generator is advanced by the same amount whatever the options and the sample,
+        before code of the user's own gets it.
         """
         draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
         draws = np.hstack([draws, rng.random((MAX_TRIES, MORE_DRAWS))])
@@ -163,6 +167,8 @@ class TrainView:
             # in place, and last: a flipped source would round some pixels the other way
             cv2.flip(out_image, 1, dst=out_image)
             cv2.flip(out_label, 1, dst=out_label)
+        if self.own is not None:
+            self.own(out_image, out_label, rng)
 
     def _geometry(self, size: tuple[int, ...], draw: np.ndarray) -> _Geometry:
         scale = self.scale_min * (self.scale_max / self.scale_min) ** draw[0]
@@ -211,7 +217,7 @@ def _write(source: np.ndarray, geometry: _Geometry, smooth: bool, out: np.ndarra
 
 
 def _outside(size: tuple[int, ...], geometry: _Geometry) -> np.ndarray:
-    """(crop_px, crop_px) uint8: 255 where a turned crop sees beyond an image of this size, else 0."""
+    """(crop_px, crop_px) uint8: 255 where a turned crop sees beyond such an image, else 0."""
     outside = np.empty((geometry.crop_px, geometry.crop_px), np.uint8)
     _write(np.zeros(size, np.uint8), geometry, False, outside)
     return outside

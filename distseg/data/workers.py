@@ -152,9 +152,9 @@ class Processes:
         if self._closed:
             return
         self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # first: a pool that broke waits, its lock held, for workers that it could not terminate
         os.close(self._lifeline)
-        self._pool.shutdown(wait=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._alive.close()
         self._memory.close()
 

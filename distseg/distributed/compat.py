@@ -44,12 +44,14 @@ def set_collective_timeout(seconds: float) -> None:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether oneDNN has bf16 dot products on this CPU; emulated ones are slower than fp32.
+    """Whether oneDNN has bf16 dot products on this CPU, and may use them (ONEDNN_MAX_CPU_ISA).
 
-    Both probes were seen in torch 2.13.0; one that is absent counts as no.
+    Emulated ones are slower than fp32. All probes were seen in torch 2.13.0; of the first two one
+    that is absent counts as no.
     """
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+    allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
+    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def ddp_without_buffer_broadcast() -> dict[str, Any]:
@@ -68,6 +70,12 @@ def without_shared_memory_kernel(deepspeed: Any) -> None:
     It would need a C++ compiler and ninja at every start. Seen in DeepSpeed 0.19.8.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def remove_forward_hooks(engine: Any) -> None:
+    """Take an engine's own hooks off its network. Seen in DeepSpeed 0.19.8."""
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
 
 
 def begin_zero_micro_batch(engine: Any) -> None:

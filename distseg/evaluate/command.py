@@ -17,7 +17,8 @@ from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, on_main, setup, teardown
 from distseg.distributed.watchdog import Watchdog
-from distseg.evaluate.evaluator import Evaluator, View
+from distseg.evaluate.evaluator import Evaluator
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
 from distseg.evaluate.trained import trained_segmentor
 from distseg.runs import checkpoint
@@ -56,7 +57,7 @@ def check_overrides(overrides: list[str]) -> None:
 
 
 def open_samples(config: Config, path: Path) -> SampleSet:
-    """The split to score; InputError where its classes are not those of the checkpoint at `path`."""
+    """The split to score; InputError where its classes are not those of the checkpoint."""
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(path, samples)
@@ -71,23 +72,29 @@ def evaluator_of(
     precision = (
         trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
-    view = View.of(config.evaluate, precision, ranks.device)
+    augmentation = TestTimeAugmentation.of(config.evaluate, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-    return Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
+    return Evaluator(
+        lambda: network, samples, ranks, augmentation, num_threads=config.data.num_threads
+    )
 
 
 def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     """Write and print the scores of a checkpoint; called on every rank."""
     state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
-    step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
+    step, identity, precision = (
+        state["state"]["step"],
+        state["identity"],
+        evaluator.augmentation.precision,
+    )
     other = (
         "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     )
     other += "" if identity["precision"] == precision else f"-{precision}"
     # beside the full one
-    other += evaluator.view.suffix() + ("" if evaluator.details else "-quick")
+    other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
     # evaluation.json is training's
     out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
@@ -96,7 +103,8 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
         f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
     )
     progress.message(
-        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s"
+        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), "
+        f"{seconds:.1f} s"
     )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))

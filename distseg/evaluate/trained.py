@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
+from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
+from shards import user_code
 from shards.sample import ClassSet
+
+log = logging.getLogger(__name__)
 
 
 def trained_classes(path: Path) -> ClassSet:
@@ -23,11 +29,25 @@ def trained_classes(path: Path) -> ClassSet:
 def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:
     """The segmentor of a run's checkpoint in evaluation mode, its configuration, and the
     checkpoint's path.
+
+    A segmentor of the user's own is imported from the file that the configuration names. Raises
+    InputError where that is not there, and says when it has changed since training.
     """
     config = loading.from_file(run_dir / "config.yaml")
     path = checkpoint.find(run_dir, which)
     num_classes = len(checkpoint.read_state(path)["identity"]["classes"])
+    _warn_of_changed_code(config)
     options = {**config.segmentor.options, "init": "random"}
     network = build_segmentor(config.segmentor.name, num_classes, **options)
     checkpoint.load_segmentor(path, network)
     return network.eval(), config, path
+
+
+def _warn_of_changed_code(config: Config) -> None:
+    reference, recorded = config.segmentor.name, config.code.get("segmentor")
+    if recorded is None or not user_code.is_reference(reference):
+        return
+    rank, _, _ = resolve_ranks(dict(os.environ))
+    loaded = user_code.load(reference, "segmentor")
+    if loaded.sha256 != recorded and rank == 0:
+        log.warning("%s has changed since training: scores may not be the run's", loaded.path)

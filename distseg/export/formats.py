@@ -5,6 +5,7 @@ ONNX, torch.export or safetensors, checked before it is there.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -27,7 +28,9 @@ from distseg.config.schema import Config
 from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
 from distseg.models import build_segmentor
+from distseg.models.own_segmentor import OwnSegmentor
 from distseg.runs import checkpoint
+from shards import user_code
 from shards.errors import InputError
 from shards.files import published
 from shards.sample import IGNORE_INDEX
@@ -94,6 +97,8 @@ def load(run_dir: Path, which: str) -> Trained:
     metadata = describe(
         config.segmentor.name, config.segmentor.options, identity["classes"], identity["palette"]
     )
+    if "segmentor" in config.code:
+        metadata["code_sha256"] = config.code["segmentor"]
     return Trained(segmentor.float(), metadata, config, step)
 
 
@@ -112,7 +117,7 @@ def describe(
     action = "divide 8-bit values by 255; mean and deviation are inside the network"
     scores = {"name": "logits", "layout": "NCHW", "type": "float32", "size": "the image's"}
     return {
-        "segmentor": name,
+        "segmentor": user_code.short(name),
         "options": options,
         "classes": classes,
         "palette": palette,
@@ -142,7 +147,9 @@ def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path)
     original = FullResolution(segmentor).eval().requires_grad_(False)
     with published(out) as partial:
         writer(original, metadata, partial)
-        return largest_difference(original, reader(partial), form)
+        own = isinstance(segmentor, OwnSegmentor) and form == "safetensors"
+        exported = _with_weights_of(partial, original) if own else reader(partial)
+        return largest_difference(original, exported, form)
 
 
 @torch.no_grad()
@@ -243,9 +250,20 @@ def _read_safetensors(path: Path) -> Runner:
     return FullResolution(read_safetensors(path))
 
 
+def _with_weights_of(path: Path, original: FullResolution) -> FullResolution:
+    """A copy of a network of the user's own, whose code is not in the file, with its weights."""
+    copied = copy.deepcopy(original)
+    for parameter in copied.parameters():
+        parameter.zero_()  # what the file does not hold is not there
+    copied.segmentor.load_state_dict(safetensors.torch.load_file(path))
+    return copied
+
+
 def read_safetensors(path: Path) -> nn.Module:
     """The segmentor of an exported .safetensors file, in evaluation mode, built from nothing but
     the file.
+
+    The code of one of the user's own is not in it: it is looked for where Python is started.
     """
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()[METADATA])

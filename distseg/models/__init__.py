@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from distseg.models import own_discriminator, own_segmentor
 from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
 from distseg.models.deeplab import (
     DeepLabV2ResNet101,
@@ -43,6 +44,7 @@ from distseg.models.weights import (
     read_weights,
 )
 from shards.errors import InputError
+from shards.user_code import FORMS, is_reference
 
 __all__ = [
     "BatchNorm2d",
@@ -50,6 +52,7 @@ __all__ = [
     "Weights",
     "build_discriminator",
     "build_segmentor",
+    "check_training",
     "set_batch_norm",
 ]
 
@@ -66,9 +69,10 @@ Segmentor = (
     | FCN8s
     | Dilated8
     | MultiScale
+    | own_segmentor.OwnSegmentor
 )
 
-SEGMENTORS: dict[str, type[Segmentor]] = {
+SEGMENTORS: dict[str, Callable[..., Segmentor]] = {
     "deeplabv2_resnet101": DeepLabV2ResNet101,
     "deeplabv3_resnet50": DeepLabV3ResNet50,
     "deeplabv3_resnet101": DeepLabV3ResNet101,
@@ -121,13 +125,20 @@ def build_segmentor(
     """A segmentor: image (N, 3, H, W) float in [0, 1], RGB -> logits (N, C, H/s, W/s), s its
     output_stride.
 
-    init: "imagenet" (the encoder's published weights), "random", or a .safetensors or .pth file
-    with weights of the encoder or of the whole segmentor, or these weights themselves; what they
-    have for another number of classes is made anew. init_partial: accept weights that lack more
-    than a quarter of the tensors. What was loaded is logged and kept as `init_report` (None for
-    random). Raises InputError for an unknown name or option, a bad value, and weights that are
-    absent or do not fit.
+    name: one of SEGMENTORS, or code of the user's own (see shards.user_code). init: "imagenet" (the
+    encoder's published weights), "random", or a .safetensors or .pth file with weights of the
+    encoder or of the whole segmentor, or these weights themselves; what they have for another
+    number of classes is made anew. init_partial: accept weights that lack more than a quarter of
+    the tensors. What was loaded is logged and kept as `init_report` (None for random). Raises
+    InputError for an unknown name or option, a bad value, and weights that are absent or do not
+    fit.
     """
+    if is_reference(name):
+        _check_num_classes(num_classes)
+        weights = None if init == "random" else _own_weights(name, init)
+        own = own_segmentor.own_segmentor(name, num_classes, weights, options)
+        _log_report(own)
+        return own
     _check("segmentor", name, SEGMENTORS, num_classes, options)
     if init == "random":
         return SEGMENTORS[name](num_classes, **options)
@@ -140,7 +151,7 @@ def build_segmentor(
     weights = _weights(IMAGENET[name]() if init == "imagenet" else init)
     segmentor = SEGMENTORS[name](num_classes, **options)
     segmentor.init_report = load_segmentor(segmentor, weights, allow_partial=init_partial)
-    log.info("%s", segmentor.init_report)
+    _log_report(segmentor)
     return segmentor
 
 
@@ -150,10 +161,14 @@ def build_discriminator(
     """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real,
     one per map.
 
-    init: "random", a file of a discriminator's weights, or these themselves; its input layer is
-    made anew for another number of classes. Raises InputError for an unknown name or option, for a
-    bad value, and for weights that are absent or do not fit.
+    name: one of DISCRIMINATORS, or code of the user's own (see shards.user_code). init: "random", a
+    file of a discriminator's weights, or these themselves; its input layer is made anew for another
+    number of classes. Raises InputError for an unknown name or option, for a bad value, and for
+    weights that are absent or do not fit.
     """
+    if is_reference(name):
+        _check_num_classes(num_classes)
+        return own_discriminator.own_discriminator(name, num_classes, options)
     _check("discriminator", name, DISCRIMINATORS, num_classes, options)
     weights = None if init == "random" else _weights(init)
     discriminator = DISCRIMINATORS[name](num_classes, **options)
@@ -163,8 +178,33 @@ def build_discriminator(
     return discriminator
 
 
+def _own_weights(name: str, init: str | Weights) -> Weights:
+    """Of a network of the user's own, which has none that are published."""
+    if init == "imagenet":
+        got = f"segmentor.init=imagenet for segmentor={name}"
+        action = "write segmentor.init=random: weights are as its constructor makes them"
+        raise InputError(got, "random, or a file of its weights", action)
+    return _weights(init)
+
+
 def _weights(init: str | Path | Weights) -> Weights:
     return init if isinstance(init, Weights) else Weights(read_weights(init), str(init))
+
+
+def check_training(name: str, network: nn.Module) -> None:
+    """Try a network of the user's own in training mode; those of the package are tested.
+
+    Raises InputError for an answer that is none, and for a parameter without a gradient.
+    """
+    if isinstance(network, own_segmentor.OwnSegmentor):
+        own_segmentor.check_training(network, name)
+    if isinstance(network, own_discriminator.OwnDiscriminator):
+        own_discriminator.check_training(network, name)
+
+
+def _log_report(segmentor: Segmentor) -> None:
+    if segmentor.init_report is not None:
+        log.info("%s", segmentor.init_report)
 
 
 def _check(
@@ -175,12 +215,17 @@ def _check(
     options: Mapping[str, Any],
 ) -> None:
     if name not in choices:
-        raise InputError(f"{kind}={name}", f"one of: {', '.join(choices)}", f"correct {kind}.name")
+        needed = f"one of: {', '.join(choices)}; or your own, as {FORMS}"
+        raise InputError(f"{kind}={name}", needed, f"correct {kind}.name")
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]
     for key in options:
         if key not in accepted:
             got = f"{kind}.options.{key}, which {name} does not have"
             raise InputError(got, f"among: {', '.join(accepted)}", f"remove {kind}.options.{key}")
+    _check_num_classes(num_classes)
+
+
+def _check_num_classes(num_classes: int) -> None:
     if not 1 <= num_classes <= 255:
         raise InputError(
             f"num_classes={num_classes}", "1 to 255", "check the classes of the shards"

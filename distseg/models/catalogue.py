@@ -8,9 +8,9 @@ operations by torch's FlopCounterMode, strides and fields of view by `distseg.mo
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,17 +24,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distseg.models import DISCRIMINATORS, SEGMENTORS, build_discriminator, build_segmentor
 from distseg.models.connections import Filled, Forward, geometry
+from shards import user_code
 from shards.errors import InputError
 
 SIZE_PX = 321  # of the images whose work is counted: the crop of Hung et al. 2018
 # of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
 LABEL_STRIDE = 8
 STRIDED_PX = -(-SIZE_PX // LABEL_STRIDE)
+UNKNOWN = (0, 0)  # a field of view
 MIN_WIDTH = 112  # of the tables, in characters: narrower ones would cut numbers off
 NOTE = f"""\
-stride, view   of one logit, in px of what is judged: the image, or the label map (of which head=patch gives many)
-GFLOP          10^9 operations of a forward, a multiply-add counted as two, of convolutions alone; the image has
-               {SIZE_PX}x{SIZE_PX} px, the label map as many (1/1) or {STRIDED_PX}x{STRIDED_PX} (1/{LABEL_STRIDE})"""
+stride, view   of one logit, in px of what is judged: the image, or the label map \
+(of which head=patch gives many)
+GFLOP          10^9 operations of a forward, a multiply-add counted as two, of convolutions alone; \
+the image has
+               {SIZE_PX}x{SIZE_PX} px, the label map as many (1/1) \
+or {STRIDED_PX}x{STRIDED_PX} (1/{LABEL_STRIDE})"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,10 @@ class Entry:
     name: str
     parameters: int
     output_stride: int
-    # of the logit in the middle; None: the whole image, whatever its size
+    # of the logit in the middle; None: the whole image, whatever its size; UNKNOWN
     field_of_view_px: tuple[int, int] | None
     # a forward of one image of 321x321 px, for a discriminator with a label map of that size
-    gflop: float
+    gflop: float | None
     encoder: str | None = None  # segmentors
     encoder_parameters: int | None = None
     # discriminators: with a label map of 41x41 px, the same image
@@ -81,42 +86,48 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
 def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> tuple[list[Entry], list[Entry]]:
     """The segmentors and the discriminators among `names` (none: all), with their default options.
 
-    Raises InputError for an unknown name, and for a number of classes outside 1 to 255.
+    One of the user's own is named as in training: segmentor=FILE.py:NAME, discriminator=... Raises
+    InputError for an unknown name, and for a number of classes outside 1 to 255.
     """
+    own: dict[str, list[str]] = {"segmentor": [], "discriminator": []}
     for name in names:
-        if name not in SEGMENTORS and name not in DISCRIMINATORS:
+        kind, _, reference = name.partition("=")
+        if kind in own and user_code.is_reference(reference):
+            own[kind].append(reference)
+        elif name not in SEGMENTORS and name not in DISCRIMINATORS:
             known = ", ".join([*SEGMENTORS, *DISCRIMINATORS])
-            raise InputError(
-                f"no network {name}", f"among: {known}", "correct the name, or give none for all"
-            )
+            action = "correct the name, give none for all, or your own as segmentor=FILE.py:NAME"
+            raise InputError(f"no network {name}", f"among: {known}", action)
+    segmentors = [name for name in SEGMENTORS if not names or name in names]
+    discriminators = [name for name in DISCRIMINATORS if not names or name in names]
     return (
-        [measure_segmentor(name, num_classes) for name in SEGMENTORS if not names or name in names],
+        [measure_segmentor(name, num_classes) for name in [*segmentors, *own["segmentor"]]],
         [
             measure_discriminator(name, num_classes)
-            for name in DISCRIMINATORS
-            if not names or name in names
+            for name in [*discriminators, *own["discriminator"]]
         ],
     )
 
 
 def measure_segmentor(name: str, num_classes: int, **options: Any) -> Entry:
     """A segmentor built with `options`."""
-    with torch.device("meta"):
+    with _place(name):
         network = build_segmentor(name, num_classes, init="random", **options).eval()
 
     def forward(module: nn.Module, image: Tensor) -> Tensor:
         return module(image)
 
-    encoder = type(network.encoder).__name__
-    stride, field_of_view_px = geometry(network, forward, 3)
+    encoder = network.encoder
+    kind = None if encoder is None else type(encoder).__name__
+    stride, field_of_view_px = _geometry(name, network, forward, 3)
     return Entry(
-        name=name,
+        name=user_code.short(name),
         parameters=num_parameters(network),
         output_stride=stride,
         field_of_view_px=field_of_view_px,
-        gflop=gflop(network, forward, (3, SIZE_PX)),
-        encoder="own" if encoder in vars(nn) else encoder,
-        encoder_parameters=num_parameters(network.encoder),
+        gflop=_gflop(name, network, forward, (3, SIZE_PX)),
+        encoder="own" if kind in vars(nn) else kind,
+        encoder_parameters=None if encoder is None else num_parameters(encoder),
     )
 
 
@@ -125,24 +136,57 @@ def measure_discriminator(name: str, num_classes: int, **options: Any) -> Entry:
 
     Of a mean there is no field.
     """
-    if "head" in inspect.signature(DISCRIMINATORS[name]).parameters:
+    has_heads = name in DISCRIMINATORS and "head" in user_code.parameters(DISCRIMINATORS[name])
+    if has_heads:
         options = {"head": "patch", **options}
-    with torch.device("meta"):
+    with _place(name):
         network = build_discriminator(name, num_classes, **options).eval()
 
     def forward(module: nn.Module, label_map: Tensor) -> Tensor:
         image = torch.ones(1, 3, SIZE_PX, SIZE_PX, dtype=label_map.dtype, device=label_map.device)
         return module(image, label_map)[0]
 
-    stride, field_of_view_px = geometry(network, forward, num_classes)
+    stride, field_of_view_px = _geometry(name, network, forward, num_classes)
     return Entry(
-        name=name,
+        name=user_code.short(name),
         parameters=num_parameters(network),
         output_stride=stride,
         field_of_view_px=field_of_view_px,
-        gflop=gflop(network, forward, (num_classes, SIZE_PX)),
-        gflop_at_stride_8=gflop(network, forward, (num_classes, STRIDED_PX)),
+        gflop=_gflop(name, network, forward, (num_classes, SIZE_PX)),
+        gflop_at_stride_8=_gflop(name, network, forward, (num_classes, STRIDED_PX)),
     )
+
+
+def _place(name: str) -> AbstractContextManager[Any]:
+    """Where a network is built: one of the user's own is tried, which needs values."""
+    return nullcontext() if user_code.is_reference(name) else torch.device("meta")
+
+
+@torch.no_grad()
+def _geometry(
+    name: str, network: nn.Module, forward: Forward, channels: int
+) -> tuple[int, tuple[int, int] | None]:
+    """As `geometry`; of the user's own that the stand-ins cannot follow, the view is UNKNOWN."""
+    try:
+        with torch.enable_grad():
+            return geometry(network, forward, channels)
+    except Exception:
+        if not user_code.is_reference(name):
+            raise
+        side = max(128, int(network.min_size_px))  # type: ignore[arg-type]
+        return side // forward(network, torch.rand(1, channels, side, side)).shape[-1], UNKNOWN
+
+
+def _gflop(
+    name: str, network: nn.Module, forward: Forward, channels_and_size: tuple[int, int]
+) -> float | None:
+    """As `gflop`; None for one of the user's own that does not run without values."""
+    try:
+        return gflop(network, forward, channels_and_size)
+    except Exception:
+        if not user_code.is_reference(name):
+            raise
+        return None
 
 
 def num_parameters(network: nn.Module) -> int:
@@ -151,10 +195,7 @@ def num_parameters(network: nn.Module) -> int:
 
 
 def gflop(network: nn.Module, forward: Forward, channels_and_size: tuple[int, int]) -> float:
-    """10^9 operations of one forward, a multiply-add counted as two.
-
-    `network` is on the meta device.
-    """
+    """10^9 operations of one forward, a multiply-add counted as two; its values are not used."""
     channels, size = channels_and_size
     counter = FlopCounterMode(display=False)
     # fake tensors, which call themselves CPU tensors: under autocast the meta device is refused
@@ -168,10 +209,16 @@ def _segmentor_table(entries: list[Entry], num_classes: int) -> Table:
     for column in ("parameters", "of encoder", "stride", "view", "GFLOP"):
         table.add_column(column, justify="right")
     for entry in entries:
-        parameters, of_encoder = f"{entry.parameters:,}", f"{entry.encoder_parameters:,}"
-        view, work = _view(entry.field_of_view_px), f"{entry.gflop:.1f}"
+        parameters, of_encoder = f"{entry.parameters:,}", f"{entry.encoder_parameters or 0:,}"
+        view, work = _view(entry.field_of_view_px), _number(entry.gflop, 1)
         table.add_row(
-            entry.name, entry.encoder, parameters, of_encoder, str(entry.output_stride), view, work
+            entry.name,
+            entry.encoder or "-",
+            parameters,
+            of_encoder,
+            str(entry.output_stride),
+            view,
+            work,
         )
     return table
 
@@ -182,7 +229,7 @@ def _discriminator_table(entries: list[Entry], num_classes: int) -> Table:
         table.add_column(column, justify="right")
     for entry in entries:
         parameters, view = f"{entry.parameters:,}", _view(entry.field_of_view_px)
-        work = f"{entry.gflop:.1f}", f"{entry.gflop_at_stride_8:.2f}"
+        work = _number(entry.gflop, 1), _number(entry.gflop_at_stride_8, 2)
         table.add_row(entry.name, parameters, str(entry.output_stride), view, *work)
     return table
 
@@ -194,5 +241,11 @@ def _table(title: str, text_columns: tuple[str, ...]) -> Table:
     return table
 
 
+def _number(value: float | None, digits: int) -> str:
+    return "?" if value is None else f"{value:.{digits}f}"
+
+
 def _view(field_of_view_px: tuple[int, int] | None) -> str:
+    if field_of_view_px == UNKNOWN:
+        return "?"
     return "image" if field_of_view_px is None else f"{field_of_view_px[0]}x{field_of_view_px[1]}"

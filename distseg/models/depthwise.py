@@ -14,11 +14,16 @@ from torch.compiler import is_exporting
 Pads = tuple[int, int, int, int]  # left, right, top, bottom: the order of F.pad
 Geometry = tuple[Pads, int, int]  # padding, stride, dilation
 
+# Whether bf16 convolutions on the CPU go to oneDNN: not with AVX2 alone, nor where
+# ONEDNN_MAX_CPU_ISA forbids it. Without it torch's own kernels take 30 to 100 times as long as
+# fp32's, and sum weight gradients over images in bf16.
+_ONEDNN_HAS_BF16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Zeros before and after `size` inputs that make ceil(size / stride) outputs.
 
-    The odd one goes after.
+    Where their number is odd, there is one more after.
     """
     reach = (kernel - 1) * dilation
     total = reach - (size - 1) % stride  # what the last output's filter needs beyond the last input
@@ -63,7 +68,14 @@ class DepthwiseConv2d(nn.Conv2d):
         pads = same_pads(x, self)
         if x.device.type == "cpu" and _autocast_is_bf16():
             x, weight = x.to(torch.bfloat16), self.weight.to(torch.bfloat16)
-            return _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
+            if _ONEDNN_HAS_BF16:
+                return _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
+            x, padding = _pad(x.float(), pads)
+            with torch.autocast("cpu", enabled=False):
+                y = F.conv2d(
+                    x, weight.float(), None, self.stride, padding, self.dilation, self.groups
+                )
+            return y.to(torch.bfloat16)
         x, padding = _pad(x, pads)
         return F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
 
@@ -131,7 +143,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
 
 
 def _reach(size: int, num_taps: int, offset: int, stride: int) -> tuple[int, int, int]:
-    """First input that a set of taps saw, zeros needed before the gradient, its length with them."""
+    """First input that a set of taps saw; zeros before the gradient; its length with them."""
     first = offset % stride
     output = (first - offset) // stride  # the one whose first tap lies on `first`
     return first, num_taps - 1 - output, num_taps - 1 + len(range(first, size, stride))

@@ -42,7 +42,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _keep_statistics(network: nn.Module) -> None:
-    """Statistics of a layer that does not learn must not move either, or it would not stay frozen."""
+    """Statistics of a layer that does not learn must not move either, or it would change."""
     for layer in network.modules():
         if isinstance(layer, BatchNorm2d) and not any(p.requires_grad for p in layer.parameters()):
             layer.frozen = True

@@ -1,4 +1,4 @@
-"""Weights from files: what was loaded, what is missing, what was left over, and nothing executed."""
+"""Weights from files: what was loaded, missing and left over; and nothing is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shards.errors import InputError
 MIN_SHARE = 0.75
 # what checkpoints of others keep a state dict under, and what wrappers put before its names
 _CONTAINERS = ("state_dict", "model_state", "model_state_dict", "model")
-_WRAPPERS = ("module.", "backbone.", "encoder.")
+_WRAPPERS = ("module.", "network.", "backbone.", "encoder.")
 _COUNTER = "num_batches_tracked"
 _COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
 
@@ -163,6 +163,11 @@ def load_segmentor(
     return _load(module, names, weights, num_scores, None if allow_partial else "segmentor")
 
 
+def load_own(network: nn.Module, weights: Weights, num_classes: int) -> LoadReport:
+    """Load weights into a network of the user's own; see load_segmentor. Any share will do."""
+    return _load(network, _names_in(network.state_dict(), weights), weights, num_classes, None)
+
+
 def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport:
     """Load a discriminator's weights; see load_segmentor. All but its input layers must fit."""
     names = _names_in(discriminator.state_dict(), weights)
@@ -174,7 +179,8 @@ def _check_layout(segmentor: nn.Module, weights: Weights, is_caffe: bool) -> Non
     is_torchvision = any(_unwrapped(key)[0] == "fc.weight" for key in weights.state)
     origin = "caffe" if is_caffe else "torchvision" if is_torchvision else None
     if layout and origin and layout != origin:
-        got = f"{weights.source}: weights trained in the {origin} layout, for a network in the {layout} layout"
+        got = f"{weights.source}: weights trained in the {origin} layout, for a network in the "
+        got += f"{layout} layout"
         action = (
             f"choose another file, or deeplabv2_resnet101 with segmentor.options.layout={origin}"
         )

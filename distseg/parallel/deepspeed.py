@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import Config, OptimizerConfig
-from distseg.distributed.compat import begin_zero_backward, begin_zero_micro_batch
+from distseg.distributed.compat import (
+    begin_zero_backward,
+    begin_zero_micro_batch,
+    remove_forward_hooks,
+)
 from distseg.distributed.ranks import Ranks
 from distseg.parallel.deepspeed_config import generate, initialize
 from distseg.parallel.deepspeed_state import ZeroOptimizerState, full_tensors, gathered
@@ -44,21 +48,20 @@ class DeepSpeedLearner(TorchLearner):
         self.engine = initialize(
             network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks
         )
-        # DeepSpeed's first broadcast cannot; and ZeRO flattens anyway
+        # not before: DeepSpeed's first broadcast cannot take it; and ZeRO flattens anyway
         if self.stage == 0 and config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             # in the format that parameters have now
             for parameter, state in self.optimizer.state.items():
                 state.update(initial_state(parameter, optimizer))
-        # timers and profiles, which a copy of the network for a moving average would keep
+        # stage 3 gathers in them; else they are timers, which a copy of the network would keep
         if self.stage < 3:
-            self.engine.module_forward_pre_hook.remove()
-            self.engine.module_forward_post_hook.remove()
-        self._zero_state = (
-            ZeroOptimizerState(self.engine, self.optimizer, optimizer, self.stage)
-            if self.stage > 0
-            else None
-        )
+            remove_forward_hooks(self.engine)
+        self._zero_state: ZeroOptimizerState | None = None
+        if self.stage > 0:
+            self._zero_state = ZeroOptimizerState(
+                self.engine, self.optimizer, optimizer, self.stage
+            )
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""

@@ -1,6 +1,26 @@
 """Writing checkpoints: folders of safetensors files, published whole, with no code in them to run.
 
-MEASURED
+Not torch.distributed.checkpoint (DCP), though its HuggingFaceStorageWriter and -Reader need no
+pickle any more. Both were measured in torch 2.13.0: a DeepLabV3+ with ResNet-101 and its AdamW
+state (713 MB), two gloo ranks, alternating, on a machine with far more to do than its two cores
+(so only the ratios tell); seconds, DCP against ours:
+
+    (medians of three)               DDP         FSDP
+    save                           70 : 23     77 : 29
+    load                           29 : 10     31 : 29
+    the loop waits, async          14 : 3.4    36 : 11
+    until written, async           77 : 19    118 : 24
+
+Both bring every bit back, under DDP and FSDP, on any number of ranks. What decided, besides time:
+
+- DCP knows of no file that is missing. Without the first of two shard files it loads FSDP's
+  parameters without an error and leaves that shard's rows as they were; `tensor_files` says which
+  file is gone.
+- It writes into the final folder, so that a kill leaves what looks like a checkpoint. Publishing,
+  pruning, state.json and the errors of a full disk, most of this file, would be here all the same.
+- It refuses tensors in channels_last, and a plain number among the tensors, such as the step, makes
+  a file that saves without an error and that nothing can read.
+- Its async_save needs a process group of its own for collectives beside training's.
 """
 
 from __future__ import annotations

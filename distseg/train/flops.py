@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from distseg.config.schema import Config
 from distseg.distributed.device import autocast_dtype
-from distseg.models import build_discriminator, build_segmentor
 from distseg.models.catalogue import gflop
+from distseg.models.own_discriminator import OwnDiscriminator
+from distseg.models.own_segmentor import OwnSegmentor
 from distseg.train.schedules import Phase
 
 # of the convolution that stands for the device: DeepLab's at stride 8, 321 px images
@@ -28,31 +30,39 @@ class StepWork:
     segmentor: float
     discriminator: float = 0.0  # for one label map, of the size that the run has, with its image
 
+    uncounted: str = ""  # why there is no count
+
     @classmethod
-    def of(cls, config: Config, num_classes: int) -> StepWork:
-        """Counted on networks without memory, at the size of the run's views."""
-        side = config.data.crop_px
-        with torch.device("meta"):
-            options = config.segmentor.options
-            segmentor = build_segmentor(
-                config.segmentor.name, num_classes, init="random", **options
-            ).eval()
-        of_segmentor = 1e9 * gflop(segmentor, _segment, (3, side))
-        if config.mode == "supervised":
+    def of(cls, config: Config, segmentor: nn.Module, discriminator: nn.Module | None) -> StepWork:
+        """Counted on copies of the networks, without their values, at the size of the run's views.
+
+        A network of the user's own may not run without values: then nothing is counted.
+        """
+        try:
+            return cls._counted(config, segmentor, discriminator)
+        except Exception as error:
+            if not isinstance(segmentor, OwnSegmentor) | isinstance(
+                discriminator, OwnDiscriminator
+            ):
+                raise
+            return cls(0.0, 0.0, (str(error).splitlines() or [type(error).__name__])[0])
+
+    @classmethod
+    def _counted(
+        cls, config: Config, segmentor: nn.Module, discriminator: nn.Module | None
+    ) -> StepWork:
+        side, num_classes = config.data.crop_px, int(segmentor.num_classes)  # type: ignore[arg-type]
+        of_segmentor = 1e9 * gflop(_copy(segmentor), _segment, (3, side))
+        if discriminator is None:
             return cls(of_segmentor)
-        with torch.device("meta"):
-            options = config.discriminator.options
-            discriminator = build_discriminator(
-                config.discriminator.name, num_classes, **options
-            ).eval()
-        stride = 1 if config.loss.map_resolution == "image" else int(segmentor.output_stride)
+        stride = int(segmentor.output_stride)  # type: ignore[arg-type]
+        stride = 1 if config.loss.map_resolution == "image" else stride
 
         def judge(network: nn.Module, label_map: Tensor) -> Tensor:
             return network(torch.empty(1, 3, side, side), label_map)[0]
 
-        return cls(
-            of_segmentor, 1e9 * gflop(discriminator, judge, (num_classes, -(-side // stride)))
-        )
+        label_map = (num_classes, -(-side // stride))
+        return cls(of_segmentor, 1e9 * gflop(_copy(discriminator), judge, label_map))
 
     def of_step(self, now: Phase, num_labelled: int, num_unlabelled: int) -> float:
         """Operations of one step on so many images.
@@ -64,13 +74,17 @@ class StepWork:
         """
         num_images = num_labelled + num_unlabelled
         operations = self.segmentor * num_images * (3 if now.segmentor else 1)
-        if now.is_supervised:
+        if not now.adversary:
             return operations
         on_prediction = 1 + now.segmentor + 2 * now.discriminator
         on_truth = 3 * now.discriminator
         return operations + self.discriminator * (
             on_prediction * num_images + on_truth * num_labelled
         )
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).eval()
 
 
 def _segment(network: nn.Module, pixels: Tensor) -> Tensor:

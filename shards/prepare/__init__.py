@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from shards import user_code
 from shards.errors import InputError
 from shards.maps import MapsReader
+from shards.prepare import own
 from shards.prepare.dataset import DataSet, absent
 from shards.prepare.parts import Prepared, write_dataset
 from shards.processes import check_workers
@@ -22,9 +24,15 @@ Preparer = Callable[..., DataSet]
 
 
 def preparer_of(name: str) -> Preparer:
-    """`samples` of the data set's module. Raises InputError for an unknown name."""
+    """`samples` of the data set's module, or the user's own (see shards.user_code).
+
+    Raises InputError for an unknown name.
+    """
+    if user_code.is_reference(name):
+        return user_code.load(name, own.KEY).value
     if name not in NAMES:
-        raise InputError(f"data set {name!r}", f"one of: {', '.join(NAMES)}", "choose one of them")
+        needed = f"one of: {', '.join(NAMES)}; or your own, as {user_code.FORMS}"
+        raise InputError(f"data set {name!r}", needed, "choose one of them")
     # imported here, so that a data set's own dependencies are paid for by those who use it
     return importlib.import_module(f"shards.prepare.{name}").samples
 
@@ -41,11 +49,13 @@ def prepare(
 ) -> Prepared:
     """Write the maps of a data set to `out`; returns what was written and what was left out.
 
-    root: the unpacked data set (None for a generated one); workers: processes (0: this one), which
-    change nothing in `out`; skip_bad: leave out samples that are missing or unreadable instead of
-    failing; options: the preparer's keyword arguments, also as text. Raises InputError for an
-    unknown name or option, a folder that is not the data set, anything in it that is missing or
-    bad, or an `out` that holds something else.
+    name: one of NAMES, or a function of the user's own (see shards.user_code) of the same form as
+    their `samples`. It may be a generator of samples instead, beside a ClassSet CLASSES in its
+    module, which is read in one go, in this process. root: the unpacked data set (None for a
+    generated one); workers: processes (0: this one), which change nothing in `out`; skip_bad: leave
+    out samples that are missing or unreadable instead of failing; options: the preparer's keyword
+    arguments, also as text. Raises InputError for an unknown name or option, a folder that is not
+    the data set, anything in it that is missing or bad, or an `out` that holds something else.
     """
     preparer = preparer_of(name)
     check_workers(workers)
@@ -62,12 +72,28 @@ def prepare(
         arguments["root"] = root
     elif root is not None:
         raise InputError(f"--root {root}", f"no --root: {name} is generated", "leave it out")
-    dataset = preparer(**arguments)
-    name = dataset.name or name
+    _check_given(name, arguments, parameters)
+    is_own = user_code.is_reference(name)
+    dataset = own.called(name, arguments) if is_own else preparer(**arguments)
+    if isinstance(dataset, own.Generated):
+        if workers or skip_bad:
+            needed = "a preparer that returns a DataSet, whose samples can be read apart"
+            raise InputError(f"--workers or --skip-bad for {name}", needed, "leave them out")
+        _check_out(out, own.name_of(name))
+        return dataset.write(out, own.name_of(name))
+    name = dataset.name or (own.name_of(name) if is_own else name)
     _check_out(out, name)
     if not skip_bad:
         _check_whole(dataset)
     return write_dataset(out, name, dataset, workers, skip_bad)
+
+
+def _check_given(
+    name: str, arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise InputError(f"{name} without {key}", "a value for it", f"write {key}=VALUE")
 
 
 def _check_whole(dataset: DataSet) -> None:
@@ -97,7 +123,7 @@ def _check_out(out: Path, name: str) -> None:
 
 def _parse(
     name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]
-) -> str | int:
+) -> str | int | float:
     options = [option for option in parameters if option != "root"]
     if key not in options:
         raise InputError(
@@ -105,9 +131,11 @@ def _parse(
             f"one of: {', '.join(options) or 'none'}",
             "correct the option",
         )
-    if isinstance(parameters[key].default, str):
+    default = parameters[key].default
+    if isinstance(default, str) or default is inspect.Parameter.empty:
         return str(value)
     try:
-        return int(value)
+        return float(value) if isinstance(default, float) else int(value)
     except ValueError:
-        raise InputError(f"{key}={value}", "a whole number", f"correct {key}") from None
+        needed = "a number" if isinstance(default, float) else "a whole number"
+        raise InputError(f"{key}={value}", needed, f"correct {key}") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards import user_code
 from shards.errors import InputError
 from shards.sample import ClassSet, Sample
 
@@ -27,7 +28,18 @@ class Task:
 
     def run(self) -> Sample:
         """Read the sample. Raises InputError, naming the file, when it cannot be used."""
-        return self.read(self.key, self.split, *self.arguments)
+        action = "replace it, or leave such samples out with --skip-bad"
+        try:
+            sample = self.read(self.key, self.split, *self.arguments)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:  # of a preparer of the user's own
+            got = f"{self.key}: {user_code.told(error)}"
+            raise InputError(got, "a sample that can be read", action) from error
+        if not isinstance(sample, Sample):
+            got = f"{self.key}: {self.read.__qualname__} gives a {type(sample).__name__}"
+            raise InputError(got, "a shards.sample.Sample", f"correct {self.read.__qualname__}")
+        return sample
 
     @property
     def files(self) -> list[Path]:
@@ -47,10 +59,11 @@ def absent(key: str, split: str, file: str) -> Sample:
 class DataSet:
     """classes; tasks, in the order that the samples are stored in; notes: what was left out on
     purpose, and why, a line each; name: what the maps are called, when it is not the preparer's
-    name.
+    name; code: sha256 of the preparer, where it may change from one run to the next.
     """
 
     classes: ClassSet
     tasks: Sequence[Task]
     notes: tuple[str, ...] = ()
     name: str = ""
+    code: str = ""

@@ -1,0 +1,141 @@
+"""A discriminator of the user's own, as the package needs it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distseg.models.checks import require_size
+from distseg.models.trial import Trial, made, random_images, random_label_maps
+from shards import user_code
+from shards.errors import InputError
+
+SIDES = (1, 2, 4, 8, 16, 32, 64, 128)  # of label maps, for the smallest that it takes
+LARGE = 128  # a label map that patches, if there are any, have several of
+FORMS = "forward(image, *label_maps), forward(image, label_map) or forward(label_map)"
+
+
+class OwnDiscriminator(nn.Module):
+    """A network of the user's own behind the interface of the package's discriminators.
+
+    It is called as its forward is written: with image and all label maps, with an image and one
+    label map, or with one label map alone; the last two once for each. Answers of one number per
+    image, (k,) or (k, 1), become (k, 1, 1, 1). Found by trying it, unless it has an attribute of
+    the name: min_size_px, and head, "patch" where an answer has several cells, else "image".
+    """
+
+    def __init__(self, trial: Trial, num_classes: int):
+        super().__init__()
+        self.network, self.num_classes = trial.network, num_classes
+        self.num_inputs = _num_inputs(trial)
+        own_size = getattr(self.network, "min_size_px", None)
+        self.min_size_px = 1 if own_size is None else int(own_size)
+        large = max(LARGE, self.min_size_px)
+        scores = _tried(trial, self, large, training=False)
+        has_cells = scores[0].shape[-2:] != (1, 1)
+        self.head = str(getattr(self.network, "head", "patch" if has_cells else "image"))
+        if own_size is None:
+            self.min_size_px = next(
+                side for side in (*SIDES[:-1], large) if side == large or _takes(trial, self, side)
+            )
+
+    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
+        for label_map in label_maps:
+            require_size(label_map, self.min_size_px, "label map")
+        return judged(self.network, self.num_inputs, image, label_maps)
+
+
+def judged(
+    network: nn.Module, num_inputs: int | None, image: Tensor, label_maps: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The network's logits, called as its forward is written; see _num_inputs."""
+    answers: Any
+    if num_inputs is None:
+        answers = network(image, *label_maps)
+    elif num_inputs == 2:
+        answers = [network(image[: len(each)], each) for each in label_maps]
+    else:
+        answers = [network(each) for each in label_maps]
+    if not isinstance(answers, tuple | list):
+        answers = [answers]
+    return tuple(_scores(answer) for answer in answers)
+
+
+def own_discriminator(
+    reference: str, num_classes: int, options: Mapping[str, Any]
+) -> OwnDiscriminator:
+    """The discriminator that a reference makes (see shards.user_code), tried in evaluation mode.
+
+    Raises InputError for whatever keeps it from being a discriminator.
+    """
+    return OwnDiscriminator(made("discriminator", reference, num_classes, options), num_classes)
+
+
+def check_training(discriminator: OwnDiscriminator, reference: str) -> None:
+    """Try it in training mode.
+
+    Raises InputError for an answer that is none, and unless every parameter and the label map get a
+    gradient.
+    """
+    trial = Trial(
+        discriminator.network, user_code.load(reference, "discriminator"), "discriminator"
+    )
+    side = max(32, discriminator.min_size_px)
+    _tried(trial, discriminator, side, training=True)
+
+
+def _tried(
+    trial: Trial, discriminator: OwnDiscriminator, side: int, training: bool
+) -> list[Tensor]:
+    """Its answers to two label maps, of fewer images and of all. Raises InputError for others."""
+    copy = trial.copied().train(training)
+    label_maps = [random_label_maps(k, discriminator.num_classes, side) for k in (2, 3)]
+    for each in label_maps:
+        each.requires_grad_(training)
+
+    def forward(image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
+        return judged(copy, discriminator.num_inputs, image, label_maps)
+
+    with torch.set_grad_enabled(training):
+        scores = trial.answer(forward, random_images(3, side, side), *label_maps)
+    needed = "for each label map (k, C, h, w) logits (k,), (k, 1) or (k, 1, h', w')"
+    shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each) for each in scores]
+    rows = [shape[:2] if isinstance(shape, tuple) else None for shape in shapes]
+    if rows != [(2, 1), (3, 1)] or any(each.ndim != 4 or each.numel() == 0 for each in scores):
+        got = f"answers {', '.join(map(str, shapes))} to label maps of 2 and 3 images"
+        raise trial.refused(got, needed)
+    for each in scores:
+        trial.check_finite(each, "its logits")
+    if training:
+        trial.check_gradients(copy, scores, label_maps)
+    return list(scores)
+
+
+def _takes(trial: Trial, discriminator: OwnDiscriminator, side: int) -> bool:
+    try:
+        return bool(_tried(trial, discriminator, side, training=False))
+    except InputError:  # part of the search
+        return False
+
+
+def _num_inputs(trial: Trial) -> int | None:
+    """2: an image and a label map; 1: a label map; None: an image and any number of label maps."""
+    taken = list(inspect.signature(trial.network.forward).parameters.values())
+    if any(each.kind is each.VAR_POSITIONAL for each in taken):
+        return None
+    needed = [each for each in taken if each.default is each.empty]
+    if len(needed) not in (1, 2):
+        got = f"forward({', '.join(each.name for each in taken)})"
+        raise trial.refused(got, FORMS)
+    return len(needed)
+
+
+def _scores(answer: Any) -> Any:
+    """One number per image with the dimensions of a map; everything else as it is."""
+    if isinstance(answer, Tensor) and (answer.ndim == 1 or answer.shape[1:] == (1,)):
+        return answer.reshape(-1, 1, 1, 1)
+    return answer

@@ -1,0 +1,120 @@
+"""A network of the user's own, made and tried on random images before anything depends on it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shards import user_code
+from shards.errors import InputError
+from shards.user_code import UserCode
+
+
+def made(key: str, reference: str, num_classes: int, options: Mapping[str, Any]) -> Trial:
+    """The network that a reference makes for so many classes, to be tried.
+
+    key: segmentor or discriminator. Raises InputError as user_code.load and user_code.call do, and
+    for what is no network.
+    """
+    code = user_code.load(reference, key)
+    network = user_code.call(code, key, options, f"{key}.options", num_classes=num_classes)
+    if not isinstance(network, nn.Module):
+        got = f"{key}={reference} makes a {type(network).__name__}"
+        raise InputError(got, "a torch.nn.Module", "return the network itself")
+    return Trial(network, code, key)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A network and where it comes from, for messages."""
+
+    network: nn.Module
+    code: UserCode
+    key: str
+
+    def refused(self, got: str, needed: str, action: str = "") -> InputError:
+        """The error for what the network does."""
+        return InputError(
+            f"{self.key}={self.code.reference}: {got}",
+            needed,
+            action or f"correct {self.code.name}",
+        )
+
+    def copied(self) -> nn.Module:
+        """A copy to try: forwards change statistics, and whatever else a network counts."""
+        try:
+            return copy.deepcopy(self.network)
+        except Exception as error:
+            got = f"cannot be copied: {user_code.told(error, self.code.path)}"
+            raise self.refused(got, "a network that copy.deepcopy copies") from error
+
+    def answer(self, network: Callable[..., Any], *inputs: Tensor) -> Any:
+        """network(*inputs). Raises InputError for what goes wrong in it."""
+        shapes = ", ".join(str(tuple(each.shape)) for each in inputs)
+        try:
+            with undisturbed():
+                return network(*inputs)
+        except Exception as error:
+            got = f"called with {shapes}: {user_code.told(error, self.code.path)}"
+            raise self.refused(got, "an answer to float tensors of any size") from error
+
+    def check_finite(self, answer: Tensor, what: str) -> None:
+        """Raise InputError for NaN and infinity."""
+        if not bool(answer.isfinite().all()):
+            raise self.refused(f"{what} are not finite (NaN or infinity)", "finite numbers")
+
+    def check_gradients(
+        self, network: nn.Module, answers: Iterable[Tensor], inputs: Sequence[Tensor] = ()
+    ) -> None:
+        """Raise InputError unless every parameter that is not frozen gets a gradient of answers.
+
+        network: the copy that gave them. One without would leave the other ranks waiting. inputs:
+        what has to get one besides, the label maps that a segmentor learns through.
+        """
+        wanted = {name: it for name, it in network.named_parameters() if it.requires_grad}
+        if not wanted:
+            raise self.refused("no parameter to train", "parameters with requires_grad")
+        loss = sum((answer.float().square().mean() for answer in answers), torch.zeros(()))
+        if not loss.requires_grad:
+            got = "its answer has no gradient (detached, or computed without one)"
+            raise self.refused(got, "an answer made of its parameters by differentiable steps")
+        sources = [*wanted.values(), *inputs]
+        gradients = torch.autograd.grad(loss, sources, allow_unused=True)
+        without = [name for name, it in zip(wanted, gradients, strict=False) if it is None]
+        if without:
+            some = ", ".join(without[:4]) + (", ..." if without[4:] else "")
+            action = "use it in the forward, or freeze it: parameter.requires_grad_(False)"
+            raise self.refused(f"no gradient reaches {some}", "one for each parameter", action)
+        if any(gradient is None for gradient in gradients):
+            got = "no gradient reaches the label map"
+            raise self.refused(got, "one that the segmentor can follow")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Random numbers drawn within change none that are drawn later, on CPUs."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def random_images(count: int, height: int, width: int) -> Tensor:
+    """(count, 3, height, width) float in [0, 1]; the same at every call."""
+    return torch.rand((count, 3, height, width), generator=torch.Generator().manual_seed(0))
+
+
+def random_label_maps(count: int, num_classes: int, side: int) -> Tensor:
+    """(count, num_classes, side, side) float, sums to 1 over C; the same at every call."""
+    shape = (count, num_classes, side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).softmax(1)
+
+
+def odd_multiple(multiple: int, least: int) -> int:
+    """The first odd multiple from `least` on, which no larger power of 2 divides."""
+    return multiple * (math.ceil(least / multiple) | 1)

@@ -1,0 +1,61 @@
+"""The example of a loss term of one's own, against its formula, and in whole runs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distseg.config.schema import LossConfig
+from shards import user_code
+from tests.ranks import TIMEOUT_SECONDS, Job
+from tests.test_train import SMALL, checkpoint_bytes, curve, kill_after_checkpoint
+
+FOCAL = f"{Path(__file__).parent.parent}/examples/own_loss.py:focal"
+HAS_TERMS = "terms" in {field.name for field in fields(LossConfig)}
+
+
+def test_it_is_the_papers_formula_and_void_counts_nothing() -> None:
+    focal = user_code.load(FOCAL, "loss.terms.focal").value
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 4, 6, 5), generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    label = torch.randint(0, 4, (2, 6, 5), generator=generator).to(torch.uint8)
+    label[0, :2] = 255
+    total, count = focal(logits, label, gamma=2.0)
+    expected = torch.zeros((), dtype=torch.float64)
+    for n, y, x in (label != 255).nonzero().tolist():
+        p = logits[n, :, y, x].exp()[label[n, y, x].long()] / logits[n, :, y, x].exp().sum()
+        expected = expected - (1 - p) ** 2 * p.log()
+    assert int(count) == 60 - 10 and float(total) == pytest.approx(float(expected), rel=1e-12)
+    found, by_hand = (torch.autograd.grad(it, logits)[0] for it in (total, expected))
+    assert torch.allclose(found, by_hand, atol=1e-12)
+    plain = F.cross_entropy(logits, label.long(), ignore_index=255, reduction="sum")
+    assert float(focal(logits, label, gamma=0)[0]) == pytest.approx(float(plain), rel=1e-12)
+
+
+@pytest.mark.skipif(not HAS_TERMS, reason="loss.terms is not a key of this version")
+def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        term = [f"loss.terms.focal.use={FOCAL}", "loss.terms.focal.weight=0.5"]
+        term += ["loss.terms.focal.options.gamma=1"]
+        return ["train", *SMALL, *term, f"data.shards={toy_shards}", f"run_dir={tmp_path / name}"]
+
+    def finish(name: str) -> None:
+        job = Job(2, arguments(name))
+        output, _ = job.communicate(TIMEOUT_SECONDS)
+        assert job.returncode == 0, output
+
+    finish("whole")
+    kill_after_checkpoint(Job(2, arguments("killed")), tmp_path / "killed", "step-00000006")
+    finish("killed")
+    assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert all(
+        "loss/focal" in losses
+        for _, losses in curve(tmp_path / "whole")
+        if "loss/segmentor" in losses
+    )
