@@ -165,7 +165,7 @@ def test_an_old_name_is_understood_with_one_note(
 ) -> None:
     monkeypatch.setattr(loading, "_noted", set())
     value = 3 if KEYS[new].type == "int" else not KEYS[new].default
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="distseg.config"):
         for _ in range(2):
             config = loading.load(["preset=toy", f"{old}={value}"])
     assert loading.flattened(loading.to_dict(config))[new] == value
