@@ -23,8 +23,11 @@ class SmallUNet(nn.Module):
     def __init__(self, num_classes: int, width: int = 16):
         super().__init__()
         self.encoder = nn.ModuleList(
-            [_convolutions(3, width), _convolutions(width, 2 * width)]
-            + [_convolutions(2 * width, 4 * width)]
+            [
+                _convolutions(3, width),
+                _convolutions(width, 2 * width),
+                _convolutions(2 * width, 4 * width),
+            ]
         )
         self.decoder = nn.ModuleList(
             [_convolutions(6 * width, 2 * width), _convolutions(3 * width, width)]

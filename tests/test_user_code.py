@@ -1,4 +1,4 @@
-"""References to code of the user's own: what they give, and one clear error for each that is bad."""
+"""References to code of the user's own: what they give, and one clear error for each bad one."""
 
 from __future__ import annotations
 
