@@ -56,16 +56,16 @@ def main() -> None:
     print(f"{options.ranks} x {found['ddp']['device']}, fp32, {images}")
     trained = f"|S| + |D| = {sizes['segmentor']:,} + {sizes['discriminator']:,} = {ideal:,}"
     print(f"{trained} parameters that are trained")
-    print(
-        f"{'':20}{'all-reduced':>14}{'reduced and cut':>17}{'gathered':>14}{'exposed':>9}{'peak memory':>13}"
-    )
+    heads = f"{'':20}{'all-reduced':>14}{'reduced and cut':>17}{'gathered':>14}"
+    print(f"{heads}{'exposed':>9}{'peak memory':>13}")
     for name, of_it in found.items():
         sent = [f"{of_it['elements'].get(kind, 0) / ideal:.4f}" for kind in KINDS]
         exposed = f"{of_it['step_seconds'] / alone - 1:+.0%}"
-        row = f"{sent[0]:>14}{sent[1]:>17}{sent[2]:>14}{exposed:>9}{of_it['peak_bytes'] / 1e6:>10.0f} MB"
-        print(f"{name:20}{row}")
+        memory = f"{of_it['peak_bytes'] / 1e6:>10.0f} MB"
+        print(f"{name:20}{sent[0]:>14}{sent[1]:>17}{sent[2]:>14}{exposed:>9}{memory}")
     print(
-        "Elements as multiples of |S| + |D|; exposed: of DDP's step without exchange; memory: above the libraries' own."
+        "Elements as multiples of |S| + |D|; exposed: of DDP's step without exchange; "
+        "memory: above the libraries' own."
     )
 
 

@@ -24,7 +24,10 @@ def conditions(threads: int) -> str:
     )
     busy = f"{os.getloadavg()[0]:.1f} processes on average in the minute before"
     when = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    return f"{when}, commit {_commit()}, torch {torch.__version__}\n{device}, {threads} threads a rank, {busy}"
+    return (
+        f"{when}, commit {_commit()}, torch {torch.__version__}\n"
+        f"{device}, {threads} threads a rank, {busy}"
+    )
 
 
 def _processor() -> str:

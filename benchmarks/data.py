@@ -3,11 +3,11 @@ decoding alone.
 
 "Ours" decodes each sample anew for each view, as all others do; "decoded before" finds them in
 memory, as one rank does from its second epoch on where data.keep_decoded_bytes has room for all.
-Every system gives random scales of 0.5 to 1.5, crops of 321 pixels and mirroring, in batches of 16,
-with two workers; none changes colours. The systems take turns, each anew, and are timed once their
-queues are in a steady state. "CPU" is processor time a view of this process and its workers: the
-figure to trust on a machine that does other work. Run: python -m benchmarks.data [SHARDS of images
-like VOC's] [--rounds 5] [--seconds 1.5]
+Every system gives random scales of 0.5 to 1.5, crops of 321 pixels and horizontal flips, in batches
+of 16, with two workers; none changes colours. The systems take turns, each anew, and are timed once
+their queues are in a steady state. "CPU" is processor time a view of this process and its workers:
+the figure to trust on a machine that does other work. Run: python -m benchmarks.data [SHARDS of
+images like VOC's] [--rounds 5] [--seconds 1.5]
 """
 
 from __future__ import annotations
@@ -148,14 +148,11 @@ def compare(systems: dict[str, Callable[[], Iterator[Any]]], rounds: int, second
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
     for _ in range(rounds):
         for name, begin in systems.items():
-            found[name].append(timed(begin(), seconds))
-            print(
-                f"  {name}: {1 / found[name][-1][0]:.0f} views/s, {found[name][-1][1] * 1e6:.0f} us CPU",
-                flush=True,
-            )
-    print(
-        f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}{'by CPU':>9}{'decoded / it':>14}{'aim':>6}"
-    )
+            wall, cpu = timed(begin(), seconds)
+            found[name].append((wall, cpu))
+            print(f"  {name}: {1 / wall:.0f} views/s, {cpu * 1e6:.0f} us CPU", flush=True)
+    heads = f"{'':24}{'views/s':>9}{'CPU us':>9}{'ours / it':>11}"
+    print(f"{heads}{'by CPU':>9}{'decoded / it':>14}{'aim':>6}")
     for name, rows in found.items():
         wall, cpu = (statistics.median(row[place] for row in rows) for place in (0, 1))
         by_wall, by_cpu, kept = (
@@ -165,9 +162,8 @@ def compare(systems: dict[str, Callable[[], Iterator[Any]]], rounds: int, second
             for of, place in (("ours", 0), ("ours", 1), ("ours, decoded before", 0))
         )
         aim = f"{AIMS[name]:.2f}" if name in AIMS else ""
-        print(
-            f"{name:24}{1 / wall:>9.0f}{cpu * 1e6:>9.0f}{by_wall:>11.2f}{by_cpu:>9.2f}{kept:>14.2f}{aim:>6}"
-        )
+        rates = f"{name:24}{1 / wall:>9.0f}{cpu * 1e6:>9.0f}"
+        print(f"{rates}{by_wall:>11.2f}{by_cpu:>9.2f}{kept:>14.2f}{aim:>6}")
 
 
 def resident_mb() -> float:
@@ -188,7 +184,10 @@ def measure_memory(reader: ShardReader) -> None:
             sizes.append(resident_mb())
         source.close()
         last = max(sizes[EPOCHS // 2 :]) - max(sizes[: EPOCHS // 2])
-        epochs = f"{sizes[1]:.0f} MB after 2 epochs, {sizes[-1]:.0f} after {EPOCHS}; second half {last:+.1f} MB"
+        epochs = (
+            f"{sizes[1]:.0f} MB after 2 epochs, {sizes[-1]:.0f} after {EPOCHS}; "
+            f"second half {last:+.1f} MB"
+        )
         print(f"memory, with at most {keep / 1e6:.0f} MB of decoded samples: {epochs}", flush=True)
 
 
@@ -217,13 +216,15 @@ def measure_maps(reader: ShardReader, folder: Path) -> None:
             maps.read(key)
         wall, busy = time.perf_counter() - begun, time.process_time() - cpu
     print(
-        f"HDF5 maps, random reads: {len(order) / wall:.0f} samples/s, {busy / len(order) * 1e6:.0f} us CPU each"
+        f"HDF5 maps, random reads: {len(order) / wall:.0f} samples/s, "
+        f"{busy / len(order) * 1e6:.0f} us CPU each"
     )
     begun, cpu = time.perf_counter(), time.process_time()
     pack(folder / "maps.h5", folder / "again")
     wall, busy = time.perf_counter() - begun, time.process_time() - cpu
     print(
-        f"packing, one process: {len(order) / wall:.0f} samples/s, {busy / len(order) * 1e6:.0f} us CPU each"
+        f"packing, one process: {len(order) / wall:.0f} samples/s, "
+        f"{busy / len(order) * 1e6:.0f} us CPU each"
     )
 
 
@@ -251,7 +252,8 @@ def main() -> None:
         reader = ShardReader(location, "train")
         files = packed_folder(reader, folder / "files")
         print(
-            f"{len(reader)} images, {sum(file.stat().st_size for file, _ in files) / len(files) / 1e3:.1f} kB each"
+            f"{len(reader)} images, "
+            f"{sum(file.stat().st_size for file, _ in files) / len(files) / 1e3:.1f} kB each"
         )
         tars = [location / shard.file for shard in reader.manifest.splits["train"].shards]
         measure_memory(reader)  # first, while nothing else is held

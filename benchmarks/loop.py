@@ -1,10 +1,11 @@
 """What the training loop adds to the bare alternating step: data, logging, watchdog, agreed stop,
 checkpoints.
 
-Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates, on the batch at
-hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in every interval, and its cost also
-given apart, as runs save far less often.
-Run: python -m benchmarks.loop [--intervals 5] [--steps 8] [key=value ...]    two to three minutes on two CPU cores
+Runs `distseg train` on generated scenes, and every few steps the bare step (gradients and updates,
+on the batch at hand) as often; the ratio of the two is the loop's cost. A checkpoint is saved in
+every interval, and its cost also given apart, as runs save far less often.
+Run: python -m benchmarks.loop [--intervals 5] [--steps 8] [key=value ...]
+Two to three minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import torch
 from benchmarks.conditions import conditions
 from distseg.config.schema import TrackingConfig
 from distseg.data.stream import Batch
-from distseg.train import command
+from distseg.train import assembly, command
 from distseg.train.schedules import phase
-from distseg.train.step import Metrics, adversarial_step
+from distseg.train.step import Metrics, training_step
 from distseg.train.trainer import Trainer, to_device
 from shards.files import say
 from shards.pack import pack
@@ -86,7 +87,7 @@ class TimedTrainer(Trainer):
         ]
         before = time.perf_counter()
         for _ in range(self.every):
-            adversarial_step(self.pair, phase(SEMI_STEP, self.config), *parts)
+            training_step(self.pair, phase(SEMI_STEP, self.config), *parts)
             self.pair.segmentor.step(0.0)
             self.pair.discriminator.step(0.0)
         if self.ranks.device.type == "cuda":
@@ -129,11 +130,11 @@ def main() -> None:
             f"checkpoint.every_steps={options.steps}",
             *options.overrides,
         ]
-        save = timed(command.Checkpoints.save, TimedTrainer.saving)
+        save = timed(assembly.Checkpointer.save, TimedTrainer.saving)
         TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
         with (
-            patch.object(command, "Trainer", TimedTrainer),
-            patch.object(command.Checkpoints, "save", save),
+            patch.object(assembly, "Trainer", TimedTrainer),
+            patch.object(assembly.Checkpointer, "save", save),
         ):
             command.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
@@ -143,22 +144,18 @@ def main() -> None:
     ]
     step = statistics.median(bare)
     print(conditions(options.threads))
-    print(
-        f"bare step {step * 1e3:.0f} ms; loop without saving {statistics.median(ratios) - 1:+.1%} (",
-        end="",
-    )
-    print(", ".join(f"{ratio - 1:+.1%}" for ratio in ratios), end=")\n")
+    each = ", ".join(f"{ratio - 1:+.1%}" for ratio in ratios)
+    without = f"loop without saving {statistics.median(ratios) - 1:+.1%} ({each})"
+    print(f"bare step {step * 1e3:.0f} ms; {without}")
     logging, every = statistics.median(TimedTrainer.logging), TrackingConfig().log_every
     print(
-        f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps {logging / every / step:+.2%}"
+        f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps "
+        f"{logging / every / step:+.2%}"
     )
     writing = statistics.median(TimedTrainer.writing[1:-1])
     most = (saving + writing) / 1000 / step
-    print(
-        f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in {writing:.2f} s:",
-        end=" ",
-    )
-    print(f"every 1000 steps at most {most:+.2%}")
+    kept = f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in"
+    print(f"{kept} {writing:.2f} s: every 1000 steps at most {most:+.2%}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,8 @@ def main() -> None:
     del turns[0]  # it warms up
     print(conditions(threads=1))
     print(
-        f"measured, 2 ranks of 1 thread against 1 of 1: {_spread([one / two for one, two, _ in turns])}"
+        "measured, 2 ranks of 1 thread against 1 of 1: "
+        f"{_spread([one / two for one, two, _ in turns])}"
     )
     machine = _spread([one / alone for one, _, alone in turns])
     print(f"  where the 2 exchange nothing: {machine}, what the machine itself allows")
@@ -171,11 +172,11 @@ def main() -> None:
     print(f"modelled: {options.compute_ms:g} ms a step, {options.gradient_bytes} bytes a gradient,")
     within = f"{BYTES_PER_SECOND_IN_NODE / 1e9:.0f} GB/s and {LATENCY_IN_NODE * 1e6:.0f} us"
     print(f"{GPUS_PER_NODE} GPUs a node, within {within},")
+    between = f"{BYTES_PER_SECOND_OF_NODE / 1e9:.0f} GB/s and {LATENCY_OF_NODE * 1e6:.0f} us"
+    print(f"between nodes {between},")
     print(
-        f"between nodes {BYTES_PER_SECOND_OF_NODE / 1e9:.0f} GB/s and {LATENCY_OF_NODE * 1e6:.0f} us,"
-    )
-    print(
-        f"spread {JITTER:.0%}, {HIDING:.0%} of the step hides communication, last bucket {LAST_BUCKET / 1e6:g} MB"
+        f"spread {JITTER:.0%}, {HIDING:.0%} of the step hides communication, "
+        f"last bucket {LAST_BUCKET / 1e6:g} MB"
     )
     payload = [two.sizes[name] * options.gradient_bytes for name in ("segmentor", "discriminator")]
     for gpus in GPUS:

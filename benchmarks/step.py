@@ -30,9 +30,10 @@ from distseg.distributed.device import reuse_memory
 from distseg.distributed.ranks import Ranks, setup
 from distseg.models import build_discriminator, build_segmentor, set_batch_norm
 from distseg.parallel import wrap
+from distseg.train.batch import Images
 from distseg.train.flops import convolution_peak
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 from shards.files import say, tracked
 
 NUM_CLASSES, BATCH = 21, 2
@@ -72,7 +73,7 @@ def our_step(ranks: Ranks, size: int, precision: str) -> Callable[[], None]:
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         wrap(judge, config.discriminator_optimizer, config, ranks),
     ]
-    pair = Pair(*learners, config.loss, config.semi)
+    pair = Pair.of(config, *learners)
     parts = [images(size, labelled) for labelled in (True, False)]
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     labelled, unlabelled = (
@@ -80,7 +81,7 @@ def our_step(ranks: Ranks, size: int, precision: str) -> Callable[[], None]:
     )
 
     def step() -> None:
-        adversarial_step(pair, phase(SEMI_STEP, config), labelled, unlabelled)
+        training_step(pair, phase(SEMI_STEP, config), labelled, unlabelled)
         for learner in learners:
             learner.step(1e-6)  # the rates stay near 0, so that every repetition does the same work
 
@@ -142,7 +143,7 @@ class _Sum(nn.ModuleList):
 
 
 class _Untracked(nullcontext):
-    """For a FlopCounterMode that need not know the modules: its hooks fail on a gradient to a leaf."""
+    """For a FlopCounterMode that need not know modules: its hooks fail on a gradient to a leaf."""
 
     parents = frozenset({"Global"})
 

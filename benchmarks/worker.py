@@ -33,8 +33,9 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, setup, teardown
 from distseg.parallel import wrap
+from distseg.train.batch import Images
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 
 
 def start(num_ranks: int, arguments: list[str], threads: int = 1) -> dict[str, Any]:
@@ -62,10 +63,9 @@ def build(config: Config, ranks: Ranks, size: int, batch: int) -> tuple[Pair, li
         (config.segmentor_optimizer, config.discriminator_optimizer),
         strict=True,
     )
-    pair = Pair(
+    pair = Pair.of(
+        config,
         *(wrap(network, optimizer, config, ranks) for network, optimizer in wrapped),
-        config.loss,
-        config.semi,
     )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
@@ -89,7 +89,7 @@ def stepper(
             for learner in learners:
                 if not exchange and learner is not None:
                     stack.enter_context(learner.no_sync())
-            adversarial_step(pair, phase(SEMI_STEP, config), *parts)
+            training_step(pair, phase(SEMI_STEP, config), *parts)
         for learner in learners:
             if learner is not None:
                 # the rates stay near 0, so that every repetition does the same work

@@ -1,4 +1,7 @@
-"""The `distseg` command. Imports what a subcommand needs only when it runs: --help stays instant."""
+"""The `distseg` command: for each subcommand its parser and what it calls.
+
+What a subcommand needs is imported only when it runs: --help stays instant.
+"""
 
 from __future__ import annotations
 
@@ -19,62 +22,49 @@ EPILOG = """the whole path, with generated scenes:
   distseg evaluate runs/toy
   distseg predict runs/toy picture.jpg --out predictions
 """
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; 130 is what shells give for Ctrl-C
+
+Commands = argparse._SubParsersAction
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code. Bad input is one message on stderr and exit code 2."""
+    """Run a subcommand; returns its exit code. Bad input is one message on stderr, exit code 2."""
     options = parse(arguments)
+    if _rank() != "0":
+        _leave_notes_to_rank_0()
     try:
         return options.handler(options)
     except InputError as error:
-        # one per machine: machines can differ
-        rank, speaks = _rank(), _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"
-        if (
-            rank == "0"
-            or (speaks and not _joined())
-            or (_joined() and not hasattr(error, "raised_on_all_ranks"))
-        ):
-            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-        return 2
+        if _is_told_here(error):
+            where = "" if _rank() == "0" else f" on rank {_rank()}"
+            print(f"error{where}: {error}", file=sys.stderr)
+        return BAD_INPUT
     except RuntimeError as error:
-        if type(error).__name__ != "LostRankError":  # its module imports torch
+        # a failure that is no fault of the program brings its exit code; all others are shown whole
+        exit_code = getattr(error, "exit_code", None)
+        if exit_code is None:
             raise
         print(f"error on rank {_rank()}: {error}", file=sys.stderr)
-        return 75
+        return exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The parsed command line; key=value arguments may stand before, between and after the options."""
+    """The parsed command line; key=value may stand before, between and after the options."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes optional positionals only where it meets the required ones
+    takes_overrides = hasattr(options, "overrides")
     unknown = [
-        word
-        for word in rest
-        if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")
+        word for word in rest if word.startswith("-") or "=" not in word or not takes_overrides
     ]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides += rest
     return options
-
-
-def _rank(of_torchrun: str = "RANK", of_srun: str = "SLURM_PROCID") -> str:
-    in_step = "SLURM_STEP_ID" in os.environ
-    return os.environ.get(of_torchrun, os.environ.get(of_srun, "0") if in_step else "0")
-
-
-def _joined() -> bool:
-    """Whether this process is one of a joined job.
-
-    Before that every rank fails alike, and one of them says so.
-    """
-    torch_distributed = sys.modules.get("torch.distributed")
-    return torch_distributed is not None and torch_distributed.is_initialized()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,47 +92,151 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    text = """Train, evaluate and draw the curves of one run; the same command resumes a run that was stopped.
+def _rank(of_torchrun: str = "RANK", of_srun: str = "SLURM_PROCID") -> str:
+    in_step = "SLURM_STEP_ID" in os.environ
+    return os.environ.get(of_torchrun, os.environ.get(of_srun, "0") if in_step else "0")
 
-On several processes:  torchrun --standalone --nproc_per_node=N -m distseg.train preset=NAME key=value ...
-Later values win:      defaults < preset < command line.  `--dry-run` prints every key with its value.
-Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop; what is left to do
-                       after the last checkpoint (evaluation, pictures) is made up by the same command."""
-    parser = _command(commands, "train", "train a segmentor with an adversary", text)
+
+def _is_told_here(error: InputError) -> bool:
+    """Whether this process prints it: what all ranks met alike is told once per machine or once."""
+    if _rank() == "0":
+        return True
+    if _joined():
+        return not hasattr(error, "raised_on_all_ranks")
+    return _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"  # machines can differ
+
+
+def _leave_notes_to_rank_0() -> None:
+    """All ranks read the same configuration: what it has to note is printed once."""
+    import logging
+
+    logging.getLogger("distseg.config").setLevel(logging.ERROR)
+
+
+def _joined() -> bool:
+    """Whether this process is one of a joined job.
+
+    Before that every rank fails alike, and one of them says so.
+    """
+    torch_distributed = sys.modules.get("torch.distributed")
+    return torch_distributed is not None and torch_distributed.is_initialized()
+
+
+class _KeyHelp(argparse.Action):
+    """`--help`, and `--help KEY` for a key or a section of the configuration."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            parser.print_help()
+            parser.exit()
+        from distseg.config.reference import help_text
+
+        try:
+            print(help_text(values.partition("=")[0]))
+        except InputError as error:
+            parser.exit(BAD_INPUT, f"error: {error}\n")
+        parser.exit()
+
+
+def _command(
+    commands: Commands, name: str, summary: str, text: str, **options: Any
+) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=summary, description=text, formatter_class=raw, **options)
+
+
+def _configured_command(
+    commands: Commands, name: str, summary: str, text: str
+) -> argparse.ArgumentParser:
+    """A command that takes keys of the configuration, and explains them."""
+    parser = _command(commands, name, summary, text, add_help=False)
+    explained = "this help, or that of a key or a section (loss.adv_weight, loss)"
+    parser.add_argument("-h", "--help", action=_KeyHelp, nargs="?", metavar="KEY", help=explained)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, e.g. runs/stanford")
+    parser.add_argument(
+        "--checkpoint", default="last", metavar="WHICH", help="last (default), best, or a step"
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=example)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def _add_train(commands: Commands) -> None:
+    text = """\
+Train, evaluate and draw the curves of one run; the same command resumes a run that was stopped.
+
+On several processes:  torchrun --standalone --nproc_per_node=N -m distseg.train key=value ...
+Later values win:      defaults < preset < command line.  `--dry-run` prints every key's value;
+                       `--help KEY` explains a key, `--help loss` lists a section of them.
+Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop; what
+                       is left to do after the last checkpoint (evaluation, pictures) is made up by
+                       the same command."""
+    parser = _configured_command(commands, "train", "train a segmentor with an adversary", text)
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and stop"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="preset=stanford steps=500 ..."
-    )
+    _add_overrides(parser, "preset=stanford steps=500 ...")
     parser.set_defaults(handler=_train)
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    text = """Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix.
+def _train(options: argparse.Namespace) -> int:
+    from distseg.train import command
 
-Several views of an image are averaged: command.scales=[0.75,1,1.25] command.mirror=true
-Large images in blended windows:        command.window_px=512 command.overlap_px=128
-On several processes:                   torchrun --standalone --nproc_per_node=N -m distseg.evaluate RUN
+    return command.run(options.overrides, options.dry_run)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    text = """\
+Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix.
+
+Test-time augmentation:  evaluate.scales=[0.75,1,1.25] evaluate.horizontal_flip=true
+Sliding window:          evaluate.window_px=512 evaluate.overlap_px=128, for large images
+On several processes:    torchrun --standalone --nproc_per_node=N -m distseg.evaluate RUN
 The scores are written beside the run's config.yaml; `distseg summarize` makes tables of them."""
-    parser = _command(commands, "evaluate", "score a trained run", text)
+    parser = _configured_command(commands, "evaluate", "score a trained run", text)
     _add_run(parser)
     parser.add_argument(
         "--quick", action="store_true", help="without outlines, calibration and intervals"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="data.val_split=val command.mirror=true"
-    )
+    _add_overrides(parser, "data.val_split=val evaluate.horizontal_flip=true")
     parser.set_defaults(handler=_evaluate)
 
 
-def _add_summarize(commands: argparse._SubParsersAction) -> None:
+def _evaluate(options: argparse.Namespace) -> int:
+    from distseg.evaluate import command
+
+    return command.run(options.run, options.checkpoint, options.overrides, options.quick)
+
+
+def _add_summarize(commands: Commands) -> None:
     text = """Tables of evaluated runs; of runs that differ in their seed only, mean and spread.
 
-A run stands for its evaluation.json, what training's last evaluation found; name the file of another evaluation:
-  distseg summarize runs/*/evaluation-step-00000900-val-scales-0.75-1-1.25-mirror.json --format latex
-The spread is the sample standard deviation over seeds. Only like is compared: data, split, classes, views."""
+A run stands for its evaluation.json, what training's last evaluation found; name the file of
+another evaluation:
+  distseg summarize runs/*/evaluation-step-00000900-val-scales-0.75-1-1.25-flip.json
+The spread is the sample standard deviation over seeds. Only like is compared: data, split, classes,
+scales, flip and window."""
     parser = _command(commands, "summarize", "tables of runs, mean and spread over seeds", text)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN|FILE", help="run directories or evaluation*.json"
@@ -151,12 +245,20 @@ The spread is the sample standard deviation over seeds. Only like is compared: d
     parser.set_defaults(handler=_summarize)
 
 
-def _add_predict(commands: argparse._SubParsersAction) -> None:
-    text = """Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image.
+def _summarize(options: argparse.Namespace) -> int:
+    from distseg.evaluate import summary
 
-Images are viewed as the run evaluates, or as command.scales=[0.75,1,1.25] command.mirror=true say. Those with a side
-above 2048 px are labelled in blended tiles; command.window_px=N command.overlap_px=M choose others."""
-    parser = _command(commands, "predict", "label images with a trained run", text)
+    return summary.run(options.runs, options.format)
+
+
+def _add_predict(commands: Commands) -> None:
+    text = """\
+Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image.
+
+Test-time augmentation is as the run evaluates, or as evaluate.scales=[0.75,1,1.25]
+evaluate.horizontal_flip=true say. Images with a side above 2048 px are labelled by a sliding
+window; evaluate.window_px=N evaluate.overlap_px=M choose another."""
+    parser = _configured_command(commands, "predict", "label images with a trained run", text)
     _add_run(parser)
     parser.add_argument(
         "images", type=Path, metavar="IMAGE|FOLDER", help="an image, or a folder of images"
@@ -167,16 +269,31 @@ above 2048 px are labelled in blended tiles; command.window_px=N command.overlap
     parser.add_argument(
         "--probabilities", action="store_true", help="also one probability picture per class"
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="evaluate.mirror=true precision=fp32"
-    )
+    _add_device(parser)
+    _add_overrides(parser, "evaluate.horizontal_flip=true precision=fp32")
     parser.set_defaults(handler=_predict)
 
 
-def _add_report(commands: argparse._SubParsersAction) -> None:
-    text = """Write one HTML page about one or several runs: curves, health, IoU and confusion of classes, predictions,
-what differs between the configurations, and means over seeds. It needs neither a network nor another file."""
+def _predict(options: argparse.Namespace) -> int:
+    from distseg import predict
+
+    wanted = predict.PredictOptions(probabilities=options.probabilities)
+    return predict.run(
+        options.run,
+        options.images,
+        options.out,
+        wanted,
+        which=options.checkpoint,
+        device=options.device,
+        overrides=options.overrides,
+    )
+
+
+def _add_report(commands: Commands) -> None:
+    text = """\
+Write one HTML page about one or several runs: curves, health, IoU and confusion of classes,
+predictions, what differs between the configurations, and means over seeds. It needs neither a
+network nor another file."""
     parser = _command(commands, "report", "an HTML page about runs, to look at or to send", text)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="run directories, finished or not"
@@ -190,17 +307,24 @@ what differs between the configurations, and means over seeds. It needs neither 
     parser.set_defaults(handler=_report)
 
 
-def _add_export(commands: argparse._SubParsersAction) -> None:
-    text = """Write a run's segmentor as one file: image (N, 3, H, W) in [0, 1] -> logits (N, C, H, W), any N, H and W.
+def _report(options: argparse.Namespace) -> int:
+    from distseg import report
+
+    return report.run(options.runs, options.out, options.wandb)
+
+
+def _add_export(commands: Commands) -> None:
+    text = """\
+Write a run's segmentor as one file: image (N, 3, H, W) in [0, 1] -> logits (N, C, H, W), any N,
+H and W.
 
 onnx          runs anywhere, see distseg/export/predict_onnx.py; needs pip install 'distseg[export]'
 torch-export  runs with torch alone: torch.export.load(FILE).module()
 safetensors   the weights, and what to build the network from; also segmentor.init=FILE
-Classes, colours and preprocessing are in the file's metadata. What is written is compared with the original on random
-images of several sizes; a file that differs is not kept."""
-    parser = _command(
-        commands, "export", "a trained run as ONNX, torch.export or safetensors", text
-    )
+Classes, colours and preprocessing are in the file's metadata. What is written is compared with the
+original on random images of several sizes; a file that differs is not kept."""
+    summary = "a trained run as ONNX, torch.export or safetensors"
+    parser = _command(commands, "export", summary, text)
     _add_run(parser)
     parser.add_argument("--format", default="onnx", choices=("onnx", "torch-export", "safetensors"))
     place = parser.add_mutually_exclusive_group()
@@ -213,167 +337,48 @@ images of several sizes; a file that differs is not kept."""
     parser.set_defaults(handler=_export)
 
 
-def _add_prepare(commands: argparse._SubParsersAction) -> None:
-    text = """Read a raw data set, check it, and write images and one-hot label maps into one HDF5 file.
-
-toy         generated outdoor scenes with eight classes; needs no --root
-stanford    Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
-voc         PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE, labels=SegmentationClassAug: train_aug
-cityscapes  leftImg8bit/ and gtFine/, 19 classes; labels=labelTrainIds, test=1 for the unlabelled test images
-camvid      SegNet's layout: train/, trainannot/, ... or command.txt, ...; 11 classes
-kitti_road  data_road: road, not road, the rest void; task=lane
-ade20k      ADEChallengeData2016: images/, annotations/; 150 classes
-folder      your images and masks, matched by name; layout=FILE.yaml (default: distseg.yaml in --root) names the classes
-ohe         the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of images
-FILE.py:F   your own, as examples/own_data.py: F(root, ...) gives a DataSet or, one by one, samples
-
-An interrupted run goes on where it was, by the same command. Neither that nor --workers changes the file."""
-    parser = _command(commands, "prepare", "raw data set -> HDF5 maps", text)
-    parser.add_argument("name", metavar="NAME", help="one of the above")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.h5", help="the file to write"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one"
-    )
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out what is missing or unreadable, and list it",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options of the preparer, e.g. seed=1"
-    )
-    parser.set_defaults(handler=_prepare)
-
-
-def _add_pack(commands: argparse._SubParsersAction) -> None:
-    text = """Write HDF5 maps into checksummed WebDataset shards with a manifest.
-
-The same input gives the same bytes, for any number of workers; where they are there already, nothing is done."""
-    parser = _command(commands, "pack", "HDF5 maps -> shards", text)
-    parser.add_argument("maps", type=Path, metavar="FILE.h5", help="what `distseg prepare` wrote")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory for the shards"
-    )
-    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace another data set that is in the directory"
-    )
-    parser.add_argument(
-        "--append", action="store_true", help="add the maps' splits to the shards that are there"
-    )
-    parser.set_defaults(handler=_pack)
-
-
-def _add_inspect(commands: argparse._SubParsersAction) -> None:
-    text = """Look at packed shards before time is spent on them, and let training accept them when they are sound.
-
-errors    (exit code 1)  damaged or missing files, unreadable images, labels of another size, form or range
-warnings  (exit code 0)  classes that a split lacks, void, pictures that are in two splits, frayed labels, ..."""
-    parser = _command(commands, "inspect", "find what is wrong with shards", text)
-    parser.add_argument("shards", metavar="DIR", help="what `distseg pack` wrote")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="for inspection.json and contact_sheet.png; else the same",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="decoding threads; else one for each core"
-    )
-    parser.set_defaults(handler=_inspect)
-
-
-def _add_models(commands: argparse._SubParsersAction) -> None:
-    text = """Measure segmentors and discriminators: parameters, output stride, field of view, work at 321x321 px.
-
-Your own as in training: distseg models segmentor=my_net.py:MyNet discriminator=my_pkg.my_module:MyJudge"""
-    parser = _command(
-        commands, "models", "list the networks to choose from, with their sizes", text
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these; none: all")
-    parser.add_argument(
-        "--classes", type=int, default=21, metavar="N", help="number of classes (21)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.set_defaults(handler=_models)
-
-
-def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    text = """Look at machine, disk, network and data before a run is started on them, in some seconds.
-
-On all processes of a job:  torchrun --standalone --nproc_per_node=N -m distseg.doctor --run-dir runs/x --shards DIR
-                            srun distseg doctor --run-dir runs/x --shards DIR
-Exit code 1 for what would end or break a run; warnings and measurements leave it 0."""
-    parser = _command(commands, "doctor", "check machine, disk, network and data", text)
-    parser.add_argument(
-        "--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are written"
-    )
-    parser.add_argument("--shards", metavar="DIR|URL", help="packed shards to read")
-    parser.add_argument("--split", default="train", help="of the shards (train)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.set_defaults(handler=_doctor)
-
-
-def _command(
-    commands: argparse._SubParsersAction, name: str, summary: str, text: str
-) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, e.g. runs/stanford")
-    parser.add_argument(
-        "--checkpoint", default="last", metavar="WHICH", help="last (default), best, or a step"
-    )
-
-
-def _train(options: argparse.Namespace) -> int:
-    from distseg.train import command
-
-    return command.run(options.overrides, options.dry_run)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from distseg.evaluate import command
-
-    return command.run(options.run, options.checkpoint, options.overrides, options.quick)
-
-
-def _summarize(options: argparse.Namespace) -> int:
-    from distseg.evaluate import summary
-
-    return summary.run(options.runs, options.format)
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from distseg import predict
-
-    wanted = predict.PredictOptions(probabilities=options.probabilities)
-    where = (options.images, options.out)
-    return predict.run(
-        options.run, options.checkpoint, *where, wanted, options.device, options.overrides
-    )
-
-
-def _report(options: argparse.Namespace) -> int:
-    from distseg import report
-
-    return report.run(options.runs, options.out, options.wandb)
-
-
 def _export(options: argparse.Namespace) -> int:
     from distseg.export import command
 
     return command.run(
         options.run, options.checkpoint, options.format, options.out, options.hub_folder
     )
+
+
+PREPARE = """\
+Read a raw data set, check it, and write images and one-hot label maps into one HDF5 file.
+
+toy         generated outdoor scenes with eight classes; needs no --root
+stanford    Stanford Background (iccv09Data): images/*.jpg, labels/*.regions.txt, optional splits/
+voc         PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE;
+            labels=SegmentationClassAug: train_aug
+cityscapes  leftImg8bit/ and gtFine/, 19 classes; labels=labelTrainIds; test=1 for the unlabelled
+            test images
+camvid      SegNet's layout: train/, trainannot/, ... or train.txt, ...; 11 classes
+kitti_road  data_road: road, not road, the rest void; task=lane
+ade20k      ADEChallengeData2016: images/, annotations/; 150 classes
+folder      your images and masks, matched by name; layout=FILE.yaml (default: distseg.yaml in
+            --root) names the classes
+ohe         the older layout: one HDF5 file per image with a one-hot data set "OHE", and a folder of
+            images
+FILE.py:F   your own, as examples/own_data.py: F(root, ...) gives a DataSet or, one by one, samples
+
+An interrupted run goes on where it was, by the same command. Neither that nor --workers changes the
+file."""
+
+
+def _add_prepare(commands: Commands) -> None:
+    parser = _command(commands, "prepare", "raw data set -> HDF5 maps", PREPARE)
+    parser.add_argument("name", metavar="NAME", help="one of the above")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the unpacked data set")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.h5", help="the file to write"
+    )
+    _add_workers(parser)
+    skipped = "leave out what is missing or unreadable, and list it"
+    parser.add_argument("--skip-bad", action="store_true", help=skipped)
+    _add_overrides(parser, "options of the preparer, e.g. seed=1")
+    parser.set_defaults(handler=_prepare)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -390,9 +395,8 @@ def _prepare(options: argparse.Namespace) -> int:
         )
     how = {"workers": options.workers, "skip_bad": options.skip_bad}
     made = prepare(options.name, options.root, options.out, **how, **settings)
-    print(
-        f"wrote {made.path}: {', '.join(f'{count} {split}' for split, count in made.num_samples.items())}"
-    )
+    counts = ", ".join(f"{count} {split}" for split, count in made.num_samples.items())
+    print(f"wrote {made.path}: {counts}")
     for note in made.notes:
         print(f"note: {note}")
     if made.left_out:
@@ -401,6 +405,27 @@ def _prepare(options: argparse.Namespace) -> int:
         print(f"  {key}: {why}")
     print(f"next: distseg pack {made.path} --out {made.path.with_suffix('')}")
     return 0
+
+
+def _add_pack(commands: Commands) -> None:
+    text = """Write HDF5 maps into checksummed WebDataset shards with a manifest.
+
+The same input gives the same bytes, for any number of workers; where they are there already,
+nothing is done."""
+    parser = _command(commands, "pack", "HDF5 maps -> shards", text)
+    parser.add_argument("maps", type=Path, metavar="FILE.h5", help="what `distseg prepare` wrote")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory for the shards"
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
+    _add_workers(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace another data set that is in the directory"
+    )
+    parser.add_argument(
+        "--append", action="store_true", help="add the maps' splits to the shards that are there"
+    )
+    parser.set_defaults(handler=_pack)
 
 
 def _pack(options: argparse.Namespace) -> int:
@@ -419,6 +444,25 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_inspect(commands: Commands) -> None:
+    text = """\
+Look at packed shards before time is spent on them, and let training accept them when they are
+sound.
+
+errors    (exit code 1)  damaged or missing files, unreadable images, labels of another size, form
+                         or range
+warnings  (exit code 0)  classes that a split lacks, void, pictures that are in two splits, frayed
+                         labels, ..."""
+    parser = _command(commands, "inspect", "find what is wrong with shards", text)
+    parser.add_argument("shards", metavar="DIR", help="what `distseg pack` wrote")
+    place = "for inspection.json and contact_sheet.png; else the same"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=place)
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="decoding threads; else one for each core"
+    )
+    parser.set_defaults(handler=_inspect)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from distseg import inspection
 
@@ -434,16 +478,51 @@ def _inspect(options: argparse.Namespace) -> int:
     return inspection.run(Path(options.shards), options.out, options.threads)
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    from distseg.doctor import command
+def _add_models(commands: Commands) -> None:
+    text = """\
+Measure segmentors and discriminators: parameters, output stride, field of view, work at
+321x321 px.
 
-    return command.run(options.run_dir, options.shards, options.split, options.device)
+Your own as in training: distseg models segmentor=my_net.py:MyNet discriminator=my_pkg.judge:MyJudge
+"""
+    summary = "list the networks to choose from, with their sizes"
+    parser = _command(commands, "models", summary, text)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these; none: all")
+    parser.add_argument(
+        "--classes", type=int, default=21, metavar="N", help="number of classes (21)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(handler=_models)
 
 
 def _models(options: argparse.Namespace) -> int:
     from distseg.models import catalogue
 
     return catalogue.run(options.names, options.classes, options.json)
+
+
+def _add_doctor(commands: Commands) -> None:
+    text = """\
+Look at machine, disk, network and data before a run is started on them, in some seconds.
+
+On all processes of a job:
+  torchrun --standalone --nproc_per_node=N -m distseg.doctor --run-dir runs/x --shards DIR
+  srun distseg doctor --run-dir runs/x --shards DIR
+Exit code 1 for what would end or break a run; warnings and measurements leave it 0."""
+    parser = _command(commands, "doctor", "check machine, disk, network and data", text)
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are written"
+    )
+    parser.add_argument("--shards", metavar="DIR|URL", help="packed shards to read")
+    parser.add_argument("--split", default="train", help="of the shards (train)")
+    _add_device(parser)
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from distseg.doctor import command
+
+    return command.run(options.run_dir, options.shards, options.split, options.device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`distseg inspect`: the findings as a table, the samples as a contact sheet, both as JSON.
 
-Then the verdict.
+Then the conclusion.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
         partial.write_text(json.dumps(document(inspection), indent=1) + "\n")
     contact_sheet(directory, inspection, out / SHEET_FILE)
     console.print(
-        _verdict(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True
+        _conclusion(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True
     )
     console.print(
         f"wrote {out / JSON_FILE} and {out / SHEET_FILE}: look at it",
@@ -76,10 +76,11 @@ def document(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _verdict(directory: Path, inspection: Inspection, writable: bool) -> str:
+def _conclusion(directory: Path, inspection: Inspection, writable: bool) -> str:
     num_errors = len(inspection.errors)
     num_warnings = len(inspection.findings) - num_errors
-    said = f"{directory}: {num_errors} errors, {num_warnings} warnings in {len(inspection.looks)} samples; "
+    counts = f"{num_errors} errors, {num_warnings} warnings in {len(inspection.looks)} samples"
+    said = f"{directory}: {counts}; "
     if num_errors:
         return said + "training refuses these shards until they are sound"
     if not writable:

@@ -21,7 +21,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.config.schema import Config
+from distseg.evaluate.inference import probabilities, sliding_window
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.files import published, tracked
@@ -29,8 +30,7 @@ from shards.sample import ClassSet, encode_label
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
-MAX_PX = 2048  # larger images take tiles, as their maps would take gigabytes
-FREE = ("evaluate.", "precision=")  # what may differ from the run
+MAX_PX = 2048  # larger images take a sliding window, as their maps would take gigabytes
 _NUM_THREADS = 4  # read and write pictures while the network works
 _NUM_AHEAD = 8  # pictures in memory on either side of the network
 
@@ -39,15 +39,15 @@ _NUM_AHEAD = 8  # pictures in memory on either side of the network
 class PredictOptions:
     """How images are looked at and what is written.
 
-    probabilities: also one picture per class. scales, mirror: views that are averaged (see
-    `inference`). max_px: an image with a longer side is labelled in blended tiles of this side,
-    which overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class colours in
-    [0, 1]. autocast_dtype: None for the model's own precision.
+    probabilities: also one picture per class. scales, horizontal_flip: test-time augmentation (see
+    `inference`). max_px: an image with a longer side is labelled by a sliding window of this side,
+    whose places overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class
+    colours in [0, 1]. autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
     scales: tuple[float, ...] = (1.0,)
-    mirror: bool = False
+    horizontal_flip: bool = False
     max_px: int = MAX_PX
     overlap_px: int = 0
     overlay_alpha: float = 0.5
@@ -67,52 +67,59 @@ class PredictOptions:
 
 def run(
     run_dir: Path,
-    which: str,
-    path: Path,
+    images: Path,
     out: Path,
     options: PredictOptions,
+    *,
+    which: str,
     device: str,
     overrides: Sequence[str],
 ) -> int:
-    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, viewed as its run
-    evaluates.
+    """`distseg predict RUN IMAGES --out DIR`: label images with a checkpoint, with the test-time
+    augmentation that its run evaluates with.
 
     which: the checkpoint's name, as `distseg evaluate` takes it. device: auto, cpu or cuda.
-    overrides: key=value of the keys that begin with FREE.
+    overrides: key=value of keys that may be set for predictions (`distseg predict --help KEY`).
     """
     from distseg.config import loading
-    from distseg.distributed.device import autocast_dtype, resolve_precision
-    from distseg.distributed.ranks import Ranks
-    from distseg.evaluate.trained import trained_segmentor
-    from distseg.runs import checkpoint
+    from distseg.evaluate.trained import trained_classes, trained_segmentor
 
-    images = collect_images(path)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device=cuda, but no CUDA device is visible", "a CUDA device", "use --device cpu"
-        )
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {' or '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
+    paths = collect_images(images)
+    where = choose_device(device)
+    loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
-    identity = checkpoint.read_state(checkpoint_path)["identity"]
-    classes = ClassSet(
-        tuple(identity["classes"]), tuple((r, g, b) for r, g, b in identity["palette"])
-    )
-    options = replace(
-        options,
-        scales=tuple(config.evaluate.scales),
-        mirror=config.evaluate.mirror,
-        max_px=config.evaluate.window_px or MAX_PX,
-        overlap_px=config.evaluate.overlap_px if config.evaluate.window_px else 0,
-        device=str(where),
-        autocast_dtype=autocast_dtype(resolve_precision(config.precision, Ranks(0, 1, 0, where))),
-    )
-    predict(model, images, out, classes, options)
+    predict(model, paths, out, trained_classes(checkpoint_path), of_run(options, config, where))
     return 0
+
+
+def choose_device(device: str) -> torch.device:
+    """auto (cuda where there is one), cpu or cuda. Raises InputError for one that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device={device}", "auto, cpu or cuda", "correct it")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device=cuda, but no CUDA device is visible", "a CUDA device", "choose the device cpu"
+        )
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def of_run(options: PredictOptions, config: Config, where: torch.device) -> PredictOptions:
+    """The options with the test-time augmentation and precision of a configuration."""
+    from distseg.distributed.device import autocast_dtype, resolve_precision
+    from distseg.distributed.ranks import Ranks
+
+    evaluate = config.evaluate
+    precision = resolve_precision(config.precision, Ranks(0, 1, 0, where))
+    return replace(
+        options,
+        scales=tuple(evaluate.scales),
+        horizontal_flip=evaluate.horizontal_flip,
+        max_px=evaluate.window_px or MAX_PX,
+        overlap_px=evaluate.overlap_px if evaluate.window_px else 0,
+        device=str(where),
+        autocast_dtype=autocast_dtype(precision),
+    )
 
 
 def collect_images(path: Path) -> list[Path]:
@@ -164,33 +171,35 @@ def predict(
         model = model.to(options.device).eval()
         pictures = _ahead(pool, load_image, images)
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
-            result = _probabilities(model, image, options)
+            result = image_probabilities(model, image, options)
             label = result.argmax(0).to(torch.uint8).cpu().numpy()
-            planes = (
-                (result * 255).round().to(torch.uint8).cpu().numpy()
-                if options.probabilities
-                else None
-            )
+            planes = _as_bytes(result) if options.probabilities else None
             files = _Files(out, name, classes, options.overlay_alpha)
             written.append(pool.submit(files.write, image, label, planes))
             if len(written) > _NUM_AHEAD:
                 written.popleft().result()
         for future in written:
             future.result()
-    key = [
-        {"index": i, "name": n, "color": c}
-        for i, (n, c) in enumerate(zip(classes.names, classes.palette, strict=True))
-    ]
-    with published(out / CLASSES_FILE) as partial:
-        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_classes(out / CLASSES_FILE, classes)
     seconds = time.perf_counter() - started
-    each = (
-        f"{len(images) / seconds:.1f} images/s"
-        if seconds < len(images)
-        else f"{seconds / len(images):.1f} s an image"
-    )
+    each = f"{len(images) / seconds:.1f} images/s"
+    if seconds >= len(images):
+        each = f"{seconds / len(images):.1f} s an image"
     print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
+
+
+def _as_bytes(probabilities: torch.Tensor) -> np.ndarray:
+    """(C, H, W) in [0, 1] -> uint8, 255 = 1."""
+    return (probabilities * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _write_classes(path: Path, classes: ClassSet) -> None:
+    key = []
+    for index, (name, color) in enumerate(zip(classes.names, classes.palette, strict=True)):
+        key.append({"index": index, "name": name, "color": color})
+    with published(path) as partial:
+        partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_image(path: Path) -> np.ndarray:
@@ -244,15 +253,29 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return content.getvalue()
 
 
-def _probabilities(model: nn.Module, image: np.ndarray, options: PredictOptions) -> torch.Tensor:
-    def whole(part: np.ndarray) -> torch.Tensor:
-        views = (options.scales, options.mirror, options.device, options.autocast_dtype)
-        return probabilities(model, part, *views)
+def image_probabilities(
+    model: nn.Module, image: np.ndarray, options: PredictOptions
+) -> torch.Tensor:
+    """Class probabilities (C, H, W) float32 of an image (H, W, 3) uint8, in tiles if it is large.
+
+    model: on options.device, in evaluation mode. Raises InputError for another form of image.
+    """
+
+    def at_once(part: np.ndarray) -> torch.Tensor:
+        return probabilities(
+            model,
+            part,
+            options.scales,
+            options.horizontal_flip,
+            device=options.device,
+            autocast_dtype=options.autocast_dtype,
+        )
 
     if max(image.shape[:2]) <= options.max_px:
-        return whole(image)
-    tile_px = options.max_px // 32 * 32
-    return blend_tiles(whole, image, tile_px, options.overlap_px or min(256, tile_px // 128 * 32))
+        return at_once(image)
+    window_px = options.max_px // 32 * 32
+    overlap_px = options.overlap_px or min(256, window_px // 128 * 32)
+    return sliding_window(at_once, image, window_px, overlap_px)
 
 
 def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:

@@ -33,10 +33,7 @@ WATCH_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """A module with its arguments, as every rank runs it.
-
-    Run_dir: where a rank that fails is noted.
-    """
+    """A module with its arguments, as every rank runs it; where a rank that fails is noted."""
 
     module: str
     arguments: tuple[str, ...]
@@ -51,6 +48,7 @@ def run(work: Work, place: Place) -> int:
     # the ranks inherit this, until they are ready to be stopped
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # torchrun's default is 1, which leaves most cores of a CPU node idle
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // place.num_ranks))
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from distseg.config import code, loading
 from distseg.config.schema import Config
 from shards.errors import InputError
+from shards.files import nearest_existing
 from shards.manifest import FILE_NAME as MANIFEST
 from shards.prepare import NAMES
 
@@ -19,8 +20,9 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     """The configuration of a run on so many ranks. Raises InputError for what training would
     refuse.
 
-    Looked at: keys and values, code of the user's own, the shards' manifest, the networks (they are built, on the CPU), the
-    batch size, and whether the run directory can be written and is this run's.
+    Looked at: keys and values, code of the user's own, the shards' manifest, the networks (they are
+    built, on the CPU), the batch size, and whether the run directory can be written and is this
+    run's.
     """
     config = code.recorded(loading.load(overrides))
     _check_run_dir(config)
@@ -35,7 +37,7 @@ def check_run(overrides: list[str], world_size: int) -> Config:
 def _check_run_dir(config: Config) -> None:
     path = Path(config.run_dir).absolute()
     loading.check_same(path, config)
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    there = nearest_existing(path)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         got = f"run_dir={config.run_dir}: {there} cannot be written"
         raise InputError(got, "a directory that can be written", "write run_dir=DIR")

@@ -19,9 +19,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_submit(commands: argparse._SubParsersAction) -> None:
-    text = """Hand one run to SLURM, or to a process in the background here. All of it is checked first.
+    text = """Hand one run to SLURM, or to a process in the background here. \
+All of it is checked first.
 
-The job saves before its time limit, or when it is preempted, and comes back until the run is done."""
+The job saves before its time limit, or when it is preempted, \
+and comes back until the run is done."""
     parser = _command(commands, "submit", "train as a job of a cluster", text)
     _add_resources(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=voc seed=1 ...")
@@ -31,9 +33,11 @@ The job saves before its time limit, or when it is preempted, and comes back unt
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
     text = """Many runs with other settings, as one array of jobs.
 
-distseg sweep run PLAN.yaml DIR   submit every trial of a plan (grid, zip, list, random: see launchers/trials.py)
+distseg sweep run PLAN.yaml DIR   submit every trial of a plan \
+(grid, zip, list, random: see launchers/trials.py)
 distseg sweep status DIR          states, scores and errors, also while they run
-distseg sweep resubmit DIR        submit again what failed or was lost; each trial goes on from its last checkpoint"""
+distseg sweep resubmit DIR        submit again what failed or was lost; \
+each trial goes on from its last checkpoint"""
     sweep = _command(commands, "sweep", "many runs with other settings", text)
     actions = sweep.add_subparsers(title="actions", required=True, metavar="ACTION")
     parser = _command(

@@ -18,7 +18,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission
 
 from launchers.places import RANKS_VARIABLE
-from launchers.supervisor import Supervisor, Verdict, requeue
+from launchers.supervisor import Decision, Supervisor, requeue
 from shards.errors import InputError
 
 
@@ -37,10 +37,8 @@ class Job:
     ranks_per_node: int | None = None
 
     def __call__(self) -> dict[str, Any]:
-        """Train to the end; returns {"run_dir".
-
-        ..., and what evaluation.json holds}. Raises RunError.
-        """
+        """Train to the end; returns the run directory and what evaluation.json holds. RunError."""
+        # submitit starts its jobs elsewhere than where they were submitted
         os.chdir(self.folder)
         if self.ranks_per_node is not None:
             os.environ[RANKS_VARIABLE] = str(self.ranks_per_node)
@@ -63,24 +61,24 @@ class Job:
         supervisor = _supervisors.get(self.run_dir)
         if supervisor is not None:
             supervisor.stop()
-            supervisor.wait()
-            verdict = supervisor.verdict()
-            if verdict.action == "fail":
-                raise self._error(verdict)
+            supervisor.wait()  # here, since the handler has interrupted `run`
+            decision = supervisor.decision()
+            if decision.action == "fail":
+                raise self._error(decision)
         # Once submitit's `scontrol requeue` is heard, SLURM sends SIGTERM to all of the job: to
         # scontrol too, which would then seem to have failed. What is ignored here, it ignores.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(self)
 
-    def _outcome(self, verdict: Verdict) -> dict[str, Any]:
-        if verdict.action == "requeue" and self.with_srun:
-            requeue()
-        if verdict.action != "done":
-            raise self._error(verdict)
+    def _outcome(self, decision: Decision) -> dict[str, Any]:
+        if decision.action == "requeue" and self.with_srun:
+            requeue()  # returns only when SLURM refuses: then it is an error
+        if decision.action != "done":
+            raise self._error(decision)
         return {"run_dir": self.run_dir} | evaluation(Path(self.run_dir))
 
-    def _error(self, verdict: Verdict) -> RunError:
-        return RunError(f"{self.run_dir}: {verdict.reason} (exit code {verdict.exit_code})")
+    def _error(self, decision: Decision) -> RunError:
+        return RunError(f"{self.run_dir}: {decision.reason} (exit code {decision.exit_code})")
 
 
 _supervisors: dict[str, Supervisor] = {}  # of this process; a Job is pickled, and they are not

@@ -15,9 +15,9 @@ STOP_VARIABLE = "DISTSEG_STOP_SECONDS"  # how long ranks may take to save once t
 
 def stop_signal(seconds: float) -> signal.Signals:
     """What ranks that were told to stop so many seconds ago are sent."""
-    return (
-        signal.SIGKILL if seconds > float(os.environ.get(STOP_VARIABLE) or 240) else signal.SIGUSR1
-    )
+    # below signal_seconds of a job, so that it is this process that ends ranks which hang
+    patience = float(os.environ.get(STOP_VARIABLE) or 240)
+    return signal.SIGKILL if seconds > patience else signal.SIGUSR1
 
 
 def tell_ranks(agent: int, number: signal.Signals) -> None:

@@ -29,10 +29,7 @@ NO_LIMIT = 10**6  # submitit gives up after so many time limits; a run of ours h
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job gets. executor.
-
-    Slurm; local (a process in the background, here); debug (this process waits).
-    """
+    """What a job gets. executor: slurm, local (in the background, here) or debug (waits)."""
 
     executor: str = "slurm"
     nodes: int = 1
@@ -93,6 +90,7 @@ def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
         _adopt_site()
     ranks_per_node = resources.ranks_per_node or resources.gpus_per_node or _ranks_here()
     jobs = []
+    # all before one is submitted: half a sweep in the queue is worse than none
     for overrides in runs:
         config = check_run(overrides, resources.nodes * ranks_per_node)
         jobs.append(
@@ -116,6 +114,7 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
                 submitted = [executor.submit(job) for job in jobs]
             yield from submitted
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        # sbatch writes notes too, and the line with the error last
         text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
         got = f"sbatch: {text[-1].strip()}"
         if NO_CONTROLLER.search(str(error)):
@@ -151,6 +150,7 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
         # submitit believes in one task on one node: that is its process, which starts the nodes
         extra: dict[str, Any] = {"nodes": resources.nodes, "ntasks-per-node": 1, "requeue": True}
         extra |= {"signal": f"B:USR2@{resources.signal_seconds}"}
+        # exclusive alone gives the cores, mem=0 all of the node's memory too
         if resources.gpus_per_node is None:
             extra |= {"exclusive": True, "mem": 0}
         setup = [f"source {shlex.quote(str(SITE_FILE.absolute()))}"] if SITE_FILE.is_file() else []

@@ -11,13 +11,15 @@ place for
   stopped (time limit, preemption)        -> `scontrol requeue`, until the configured steps are done
                                              (an error while it stops, MAX_FAILURES in a row: that
                                              exit code)
-  a rank was lost, or anything else       -> the nodes are started again inside the allocation; after MAX_FAILURES in a
-                                             row that got no step further, that exit code
+  a rank was lost, or anything else       -> the nodes are started again inside the allocation;
+                                             after MAX_FAILURES in a row that got no step further,
+                                             that exit code
 A node that SLURM loses ends the whole job, batch script included; SLURM requeues it by itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -42,7 +44,7 @@ BAD_INPUT, TEMPORARY, INTERRUPTED = 2, 75, 130
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What is to be done: "done", "requeue", "again" (start the nodes again, here) or "fail" with
     an exit code.
     """
@@ -52,22 +54,26 @@ class Verdict:
     exit_code: int = 0
 
 
-def judge(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> Verdict:
-    """The verdict on one start of the nodes. attempt: what the run noted of it, if anything."""
-    codes = [exit_code, *(attempt.exit_codes if attempt else [])]
-    outcome = (
-        attempt.outcome if attempt else ("done" if exit_code == 0 and not stopping else "killed")
-    )
-    reason = attempt.reason if attempt and attempt.reason else f"exit code {exit_code}"
+def decide(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> Decision:
+    """The decision on one start of the nodes. attempt: what the run noted of it, if anything."""
+    codes, reason = [exit_code], f"exit code {exit_code}"
+    # a run that noted nothing was killed, or is none of ours: only its exit code speaks for it
+    outcome = "done" if exit_code == 0 and not stopping else "killed"
+    if attempt is not None:
+        codes += attempt.exit_codes
+        outcome, reason = attempt.outcome, attempt.reason or reason
     if outcome == "done":
-        return Verdict("done", "done")
+        return Decision("done", "done")
+    # one rank is enough: torchrun kills the others, whose codes then say nothing
     if outcome == "refused" or BAD_INPUT in codes:
-        return Verdict("fail", reason, BAD_INPUT)
+        return Decision("fail", reason, BAD_INPUT)
+    # whoever sends that wants no other turn
     if outcome == "stopped" and reason.startswith("SIGINT"):
-        return Verdict("fail", "stopped by hand", INTERRUPTED)
+        return Decision("fail", "stopped by hand", INTERRUPTED)
+    # also where saving failed: the last checkpoint is as good as before
     if outcome == "stopped" or stopping:
-        return Verdict("requeue", reason)
-    return Verdict("again", reason, exit_code or TEMPORARY)
+        return Decision("requeue", reason)
+    return Decision("again", reason, exit_code or TEMPORARY)
 
 
 def may_be_the_machines(attempt: attempts.Attempt | None) -> bool:
@@ -81,13 +87,15 @@ def failures_in_a_row(found: Sequence[attempts.Attempt]) -> int:
     """How many attempts at the end began at one step and failed by the run's own error, not by lost
     ranks.
     """
-    by_itself = [
-        attempt.outcome == "failed"
-        and attempt.first_step == found[-1].first_step
-        and any(code > 0 and code != TEMPORARY for code in attempt.exit_codes)
-        for attempt in reversed(found)
-    ]
-    return [*by_itself, False].index(False)
+    count = 0
+    for attempt in reversed(found):
+        # a rank that was lost takes the others with it: these leave with a signal or TEMPORARY
+        own_error = any(code > 0 and code != TEMPORARY for code in attempt.exit_codes)
+        got_further = attempt.first_step != found[-1].first_step
+        if attempt.outcome != "failed" or got_further or not own_error:
+            break
+        count += 1
+    return count
 
 
 class Supervisor:
@@ -109,56 +117,53 @@ class Supervisor:
         self._stopping_since: float | None = None
         self._told_at = 0.0
 
-    def run(self) -> Verdict:
-        """Start the nodes, again while that may help; the last verdict."""
-        failed_at: list[int | None] = []
+    def run(self) -> Decision:
+        """Start the nodes, again while that may help; the last decision."""
+        num_failures = 0  # in a row, of attempts that began at one step
+        failed_at: int | None = -1  # that step
         last_pause = float(os.environ.get(PAUSE_VARIABLE) or 330)
-        for number in range(10**6):
+        for number in itertools.count():
             self._started = label = self._label(number)
             exit_code = self._run_nodes(label, number)
             attempt = self._noted(label)
-            verdict = self._judge(exit_code, attempt)
-            print(f"{label}: {verdict.action} ({verdict.reason})", flush=True)
+            decision = self._decide(exit_code, attempt)
+            print(f"{label}: {decision.action} ({decision.reason})", flush=True)
             # without a run, nothing says what was reached
-            if verdict.action != "again" or self._run_dir is None:
-                return verdict
+            if decision.action != "again" or self._run_dir is None:
+                return decision
+            # a run that reached another checkpoint in between may fail as often again
             step = attempt.first_step if attempt else None
-            failed_at = [*failed_at, step] if failed_at and failed_at[-1] == step else [step]
-            if len(failed_at) >= MAX_FAILURES:
-                reason = (
-                    f"{MAX_FAILURES} failures in a row at step {step}; the last: {verdict.reason}"
-                )
-                print(reason, flush=True)
-                return Verdict("fail", reason, verdict.exit_code)
+            num_failures = num_failures + 1 if step == failed_at else 1
+            failed_at = step
+            if num_failures >= MAX_FAILURES:
+                return _given_up(step, decision, decision.exit_code, say=True)
+            # an error of the run itself waits for nothing
             if may_be_the_machines(attempt):
-                self._pause(FIRST_PAUSE_SECONDS if len(failed_at) == 1 else last_pause)
+                self._pause(FIRST_PAUSE_SECONDS if num_failures == 1 else last_pause)
             if self._stopping_since is not None:
-                return Verdict("requeue", "told to stop between two tries")
-        raise AssertionError
+                return Decision("requeue", "told to stop between two tries")
+        raise AssertionError  # count() has no end
 
-    def verdict(self) -> Verdict:
-        """On the last start of the nodes, after `wait`: for a handler that has interrupted `run`."""
+    def decision(self) -> Decision:
+        """On the nodes' last start, after `wait`: for a handler that has interrupted `run`."""
         if self._process is None:
-            return Verdict("requeue", "told to stop before the nodes were started")
-        return self._judge(_exit_code(self._process), self._noted(self._started))
+            return Decision("requeue", "told to stop before the nodes were started")
+        return self._decide(_exit_code(self._process), self._noted(self._started))
 
-    def _judge(self, exit_code: int, attempt: attempts.Attempt | None) -> Verdict:
-        verdict = judge(exit_code, attempt, self._stopping_since is not None)
-        if verdict.action != "requeue" or attempt is None or self._run_dir is None:
-            return verdict
+    def _decide(self, exit_code: int, attempt: attempts.Attempt | None) -> Decision:
+        decision = decide(exit_code, attempt, self._stopping_since is not None)
+        # a run that fails whenever it is told to stop would be requeued for ever
+        if decision.action != "requeue" or attempt is None or self._run_dir is None:
+            return decision
         if failures_in_a_row(attempts.read(self._run_dir)) < MAX_FAILURES:
-            return verdict
-        reason = f"{MAX_FAILURES} failures in a row at step {attempt.first_step}; the last: {verdict.reason}"
-        return Verdict("fail", reason, exit_code or TEMPORARY)
+            return decision
+        return _given_up(attempt.first_step, decision, exit_code or TEMPORARY)
 
     def _pause(self, seconds: float) -> None:
-        """Leave SLURM the time to find that a node is dead, which ends this process.
-
-        Unless told to stop.
-        """
+        """Until told to stop, leave SLURM time to find a dead node, which ends this process."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and self._stopping_since is None:
-            time.sleep(0.2)
+            time.sleep(0.2)  # short, so that a wish to stop is heard
 
     def stop(self) -> None:
         """Ask the ranks to save and leave.
@@ -176,6 +181,7 @@ class Supervisor:
             time.sleep(0.2)
 
     def _run_nodes(self, label: str, number: int) -> int:
+        # its own session: Ctrl-C and the job's signals reach this process, which passes them on
         environment = os.environ | {attempts.LABEL_VARIABLE: label, TRY_VARIABLE: str(number)}
         self._process = subprocess.Popen(self._command(), env=environment, start_new_session=True)
         self.wait()
@@ -187,6 +193,7 @@ class Supervisor:
         work = [self._module, *self._arguments]
         if not self._with_srun:
             return [*agent, "--alone", f"--supervisor={os.getpid()}", *work]
+        # one torchrun a node; it starts the ranks, so that a rank's end is noted where it happened
         num_nodes = os.environ["SLURM_JOB_NUM_NODES"]
         srun = [
             "srun",
@@ -206,6 +213,7 @@ class Supervisor:
         if not self._told_at:
             print("told to stop: the ranks save and leave", flush=True)
         number = stop_signal(now - self._stopping_since)
+        # said again and again: ranks that are still starting ignore it
         if now - self._told_at < REPEAT_SECONDS and number != signal.SIGKILL:
             return
         self._told_at = now
@@ -224,7 +232,15 @@ class Supervisor:
 
     def _noted(self, label: str) -> attempts.Attempt | None:
         found = [] if self._run_dir is None else attempts.read(self._run_dir)
+        # another label: the last attempt is an earlier start's, this one died before it noted any
         return found[-1] if found and found[-1].label == label else None
+
+
+def _given_up(step: int | None, last: Decision, exit_code: int, say: bool = False) -> Decision:
+    reason = f"{MAX_FAILURES} failures in a row at step {step}; the last: {last.reason}"
+    if say:
+        print(reason, flush=True)
+    return Decision("fail", reason, exit_code)
 
 
 def _exit_code(process: subprocess.Popen) -> int:
@@ -266,10 +282,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     supervisor = Supervisor(module, rest, run_dir)
+    # SIGUSR1: before the time limit, as --signal of the script says; SIGTERM: preemption
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop())
-    verdict = supervisor.run()
-    code = requeue() if verdict.action == "requeue" else verdict.exit_code
+    decision = supervisor.run()
+    code = requeue() if decision.action == "requeue" else decision.exit_code
     # Python ends without its handlers, and would die of a late one
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -288,6 +305,7 @@ def _checked(overrides: list[str]) -> Path:
 
     Looked at closely only by a job's first start.
     """
+    # accepted at the first start; a requeued job need not build the networks once more
     if int(os.environ.get("SLURM_RESTART_COUNT") or "0"):
         return Path(loading.load(overrides).run_dir)
     num_ranks = int(os.environ["SLURM_JOB_NUM_NODES"]) * ranks_per_node(dict(os.environ))

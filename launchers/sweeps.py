@@ -65,12 +65,16 @@ def sweep(
     """
     directory = Path(directory).absolute()
     if (directory / FILE_NAME).exists():
-        action = f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, or another directory"
+        action = (
+            f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
+            "or another directory"
+        )
         raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
     runs = [
         [*overrides, f"run_dir={directory / f'trial-{number:03d}'}"]
         for number, overrides in enumerate(trials.expand(plan))
     ]
+    # jobs may run elsewhere than here, and `resubmit` may be called from elsewhere
     wanted = Resources(**({"folder": str(directory / "jobs")} | resources))
     wanted = replace(wanted, folder=str(Path(wanted.folder).absolute()))
     jobs = prepare(runs, wanted)
@@ -99,10 +103,14 @@ def resubmit(directory: str | Path) -> list[submitit.Job]:
     directory = Path(directory).absolute()
     content = _read(directory)
     rows = status(directory)
+    # two processes in one run directory would write over each other's checkpoints
     orphaned = [row for row in rows if row.state == "orphaned"]
     if orphaned:
         got = "; ".join(f"trial {row.trial}: {' '.join(row.error)}" for row in orphaned)
-        action = "wait until that process has ended, or tell it to save and leave with SIGTERM; then resubmit"
+        action = (
+            "wait until that process has ended, or tell it to save and leave with SIGTERM; "
+            "then resubmit"
+        )
         raise InputError(got, "one job per run directory", action)
     again = {row.trial: row.overrides for row in rows if row.state in TO_RESUBMIT}
     if not again:
@@ -137,34 +145,53 @@ def status(directory: str | Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for people, best metric first; below, what went wrong in those that failed."""
-    common = set.intersection(*(set(row.overrides) for row in rows)) if len(rows) > 1 else set()
+    """The rows for people, best metric first; below, what went wrong in those that failed.
+
+    Plain text, not rich's table: it must not be cut at the width of a terminal, and is grepped.
+    """
     best_first = sorted(rows, key=lambda row: (row.metric is None, -(row.metric or 0), row.trial))
-    lines = [("trial", "state", "job", "step", METRIC, "settings", "run")]
-    for row in best_first:
-        settings = " ".join(item for item in row.overrides[:-1] if item not in common)
-        numbers = (
-            "" if row.step is None else str(row.step),
-            "" if row.metric is None else f"{row.metric:.4f}",
-        )
-        lines.append(
-            (str(row.trial), row.state, row.job, *numbers, settings, row.url or row.run_dir)
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    common = _common_overrides(rows)
+    lines = [["trial", "state", "job", "step", METRIC, "settings", "run"]]
+    lines += [_cells(row, common) for row in best_first]
+    text = _aligned(lines)
     for row in rows:
         if row.error:
-            text += [f"trial {row.trial} {row.state}:", *(f"  {line}" for line in row.error)]
+            text.append(f"trial {row.trial} {row.state}:")
+            text += [f"  {line}" for line in row.error]
     return "\n".join(text)
 
 
-def _hand_in(directory: Path, content: dict[str, Any], jobs: dict[int, Job]) -> list[submitit.Job]:
-    """Submit jobs of trials.
+def _common_overrides(rows: list[Row]) -> set[str]:
+    """What all trials were given, which tells none from another; of a single trial nothing."""
+    if len(rows) < 2:
+        return set()
+    common = set(rows[0].overrides)
+    for row in rows[1:]:
+        common &= set(row.overrides)
+    return common
 
-    The sweep's file knows the trials before, and each job as soon as it is submitted.
+
+def _cells(row: Row, common: set[str]) -> list[str]:
+    step = "" if row.step is None else str(row.step)
+    metric = "" if row.metric is None else f"{row.metric:.4f}"
+    # the last override is run_dir, which has a column of its own
+    settings = " ".join(item for item in row.overrides[:-1] if item not in common)
+    return [str(row.trial), row.state, row.job, step, metric, settings, row.url or row.run_dir]
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(cells).rstrip())
+    return text
+
+
+def _hand_in(directory: Path, content: dict[str, Any], jobs: dict[int, Job]) -> list[submitit.Job]:
+    """Submit jobs of trials; the sweep's file knows each as soon as it is submitted.
+
+    So whoever is interrupted in between can resubmit the rest, and no job is unknown to the sweep.
     """
     _write(directory, content)
     submission = hand_in(
@@ -195,14 +222,13 @@ def _inside(folder: str) -> Iterator[None]:
 
 
 def _progress(run_dir: Path) -> tuple[int | None, float | None]:
-    """The last step that is known, and the metric of the finished or else of the last evaluation."""
+    """The last known step, and the metric of the finished or else of the last evaluation."""
     scores = evaluation(run_dir)
     if METRIC in scores:
         return scores.get("step"), scores[METRIC]
     path, step, metric = run_dir / "metrics.jsonl", None, None
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    ):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             row = dict(json.loads(line))
         except (ValueError, TypeError):  # being written, or torn by a kill
@@ -226,10 +252,7 @@ def _holder(run_dir: Path) -> str:
 
 
 def _error(paths: JobPaths) -> list[str]:
-    """How a job ended: the end of its exception.
-
-    For a failed or lost run, also what its ranks said of it.
-    """
+    """How a job ended: the end of its exception; of a failed or lost run what its ranks said."""
     end = ["its process ended without a result"]
     if paths.result_pickle.is_file():
         # of our own job; a traceback as text
@@ -257,10 +280,9 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
         "CONFIGURING": "waiting",
     }
     words |= {"REQUEUED": "stopped", "PREEMPTED": "stopped", "SUSPENDED": "stopped"}
-    alive = {
-        job: words.get(state, "lost")
-        for job, state in (_queue() if executor == "slurm" else {}).items()
-    }
+    queue = _queue() if executor == "slurm" else {}
+    # FAILED, TIMEOUT, ...: squeue shows them for some minutes more
+    alive = {job: words.get(state, "lost") for job, state in queue.items()}
     found = {}
     for job in jobs:
         result = JobPaths(folder, job).result_pickle
@@ -276,7 +298,7 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
 def _is_controller(pid: str) -> bool:
     """Whether a process of this machine is submitit's for a local job.
 
-    Not a zombie, nor another with its number.
+    By its command line, which a zombie, or another process with its number, does not have.
     """
     try:
         return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")

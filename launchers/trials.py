@@ -1,4 +1,17 @@
-"""The trials of a sweep: overrides from grids, zipped and listed values, and random draws."""
+"""The trials of a sweep: overrides from grids, zipped and listed values, and random draws.
+
+Why not Optuna here: its samplers and pruners learn from trials that have ended, so they need a
+process or a database that lives as long as the sweep, and trials that start one after another. A
+sweep is one array of jobs, all known and checked before the first is submitted; nothing has to stay
+alive on a login node, and the same plan gives the same trials. Where a search that learns is worth
+it, an objective of Optuna is three lines around `launchers.submit`, which runs, requeues and
+resumes each trial as ever:
+
+    def objective(trial):
+        lr = trial.suggest_float("lr", 1e-5, 1e-2, log=True)
+        job = submit("preset=voc", f"segmentor_optimizer.lr={lr}", f"run_dir=runs/{trial.number}")
+        return job.result()["val/mean_iou"]
+"""
 
 from __future__ import annotations
 
@@ -15,11 +28,15 @@ from shards.errors import InputError
 
 Trial = dict[str, Any]  # key of the configuration -> value
 
-EXAMPLE = """base: [preset=stanford, steps=500]        # of every trial
-grid: {loss.adv_weight: [0, 0.01], seed: [0, 1]}          # every combination
-zip: {segmentor_optimizer.lr: [1e-3, 1e-2], segmentor_optimizer.name: [adamw, sgd]}       # first with first, ...
-list: [{ema_decay: 0}, {ema_decay: 0.99, schedule.warmup_steps: 100}]          # as they are
-random: {count: 8, seed: 0, values: {schedule.power: {low: 0.1, high: 10, log: true}, data.crop_px: [240, 320]}}
+EXAMPLE = """\
+base: [preset=stanford, steps=500]                # of every trial
+grid: {loss.adv_weight: [0, 0.01], seed: [0, 1]}  # every combination
+zip: {segmentor_optimizer.lr: [1e-3, 1e-2], segmentor_optimizer.name: [adamw, sgd]}  # in pairs
+list: [{ema_decay: 0}, {ema_decay: 0.99, schedule.warmup_steps: 100}]  # as they are
+random:
+  count: 8
+  seed: 0
+  values: {schedule.power: {low: 0.1, high: 10, log: true}, data.crop_px: [240, 320]}
 """
 
 
@@ -63,16 +80,17 @@ def expand(plan: dict[str, Any]) -> list[list[str]]:
         raise _bad(f"base: {base!r}", "a list of key=value")
     tables = [parts[name](plan[name]) for name in parts if name in plan]
     merged = [_merge(combination) for combination in itertools.product(*tables)]
-    found = [
-        (*base, *(f"{key}={_text(value)}" for key, value in trial.items())) for trial in merged
-    ]
-    # what is drawn or listed twice is run once
-    return [list(trial) for trial in dict.fromkeys(found)]
+    found: dict[tuple[str, ...], None] = {}  # an ordered set: what is drawn twice is run once
+    for trial in merged:
+        overrides = [f"{key}={_text(value)}" for key, value in trial.items()]
+        found[tuple(base + overrides)] = None
+    return [list(overrides) for overrides in found]
 
 
 def _merge(combination: tuple[Trial, ...]) -> Trial:
     merged: Trial = {}
     for trial in combination:
+        # the later value would win in silence, and half of the trials be the same
         both = merged.keys() & trial.keys()
         if both:
             raise _bad(
@@ -113,11 +131,12 @@ def _random(draw: Any) -> list[Trial]:
         raise _bad(
             f"random: count {count!r}, seed {seed!r}", "a count of at least 1 and a whole seed"
         )
+    # a generator of its own: a plan gives the same trials whatever else draws numbers
     generator = random.Random(seed)
-    return [
-        {key: _draw(key, spec, generator) for key, spec in draw["values"].items()}
-        for _ in range(count)
-    ]
+    trials = []
+    for _ in range(count):
+        trials.append({key: _draw(key, spec, generator) for key, spec in draw["values"].items()})
+    return trials
 
 
 def _draw(key: str, spec: Any, generator: random.Random) -> Any:
@@ -132,6 +151,7 @@ def _draw(key: str, spec: Any, generator: random.Random) -> Any:
         raise _bad(
             f"random: {key}: {spec!r}", "a list, or {low: a, high: b, log: true} with 0 < a < b"
         ) from None
+    # six digits: they stand in names and tables, and say more than a search can tell apart
     if is_log:
         return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.6g}")
     return float(f"{generator.uniform(low, high):.6g}")

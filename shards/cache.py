@@ -53,7 +53,10 @@ class ShardCache:
                 pass
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                needed = "a file system with file locks (flock), by which the processes of a machine share the cache"
+                needed = (
+                    "a file system with file locks (flock), by which the processes of a machine "
+                    "share the cache"
+                )
                 action = "write data.cache_dir=DIR with a folder on a local disk"
                 raise InputError(f"{directory}: {error.strerror}", needed, action) from None
             action = "choose another with data.cache_dir=DIR"
@@ -102,6 +105,7 @@ class ShardCache:
             if hashlib.sha256(content).hexdigest() == sha256:
                 return content
         content = fetch()
+        # not `published`: that is for one writer at a time, and clears away what others have begun
         partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             partial.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,6 +56,12 @@ def published(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all. Raises ValueError for NaN and infinity, which JSON lacks."""
+    with published(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
 def _remove_leftovers(path: Path) -> None:
     """Temporary files for `path` whose writers were killed.
 
@@ -77,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 
 def disk_full(path: Path) -> InputError:
     """The error for a full disk at `path`."""
-    free = shutil.disk_usage(existing_parent(path)).free
+    free = shutil.disk_usage(nearest_existing(path)).free
     return InputError(
         f"disk full at {path} ({free / 1e6:.0f} MB free)",
         "more space",
@@ -89,16 +96,18 @@ def check_space(
     path: Path, num_bytes: int, action: str = "free some space or choose another --out"
 ) -> None:
     """Raise InputError when the disk that `path` will be on has less than `num_bytes` free."""
-    free = shutil.disk_usage(existing_parent(path)).free
+    free = shutil.disk_usage(nearest_existing(path)).free
     if free < num_bytes:
         got = f"{free / 1e6:.1f} MB free for {path}"
         raise InputError(got, f"{num_bytes / 1e6:.1f} MB", action)
 
 
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path`, or itself, that exists."""
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest above it that exists: on its disk, and with its rights, `path` would
+    be made.
+    """
     path = path.absolute()
-    while not path.is_dir():
+    while not path.exists():
         path = path.parent
     return path
 
@@ -109,7 +118,11 @@ def say(text: str) -> None:
 
 
 def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, with a bar and the time left on a terminal, elsewhere a line every few seconds."""
+    """The items, with a bar and the time left on a terminal, elsewhere a line every few seconds.
+
+    The bar is rich's. Where there is no terminal rich prints nothing until the end, and the log of
+    a job would be silent for hours: the lines are our own.
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -33,7 +33,7 @@ class Entry:
 
 
 class _ShardIndex:
-    """A member index as one array: Python objects for every sample would take four times as much."""
+    """A member index as one array: a Python object a sample would take four times as much."""
 
     def __init__(self, content: bytes):
         samples = json.loads(content)
@@ -92,7 +92,10 @@ class Indices:
         for shard, content in zip(self._shards, self._source.indices(self._shards), strict=True):
             for sample in json.loads(content):
                 if "png" in sample["members"] and "pixels" not in sample:
-                    got = f"{self._source.place(shard.index_file)}: no pixels per class and sample, as older packs have"
+                    got = (
+                        f"{self._source.place(shard.index_file)}: no pixels per class and sample, "
+                        "as older packs have"
+                    )
                     raise InputError(
                         got,
                         "them, to balance the classes",

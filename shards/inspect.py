@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ import numpy as np
 from shards.files import tracked
 from shards.look import ERROR, PACK_AGAIN, WARNING, Finding, Look, look_at, wrong_frame
 from shards.manifest import Manifest, ShardInfo, sha256_of
-from shards.sample import IGNORE_INDEX
+from shards.sample import IGNORE_INDEX, ClassSet
 from shards.similar import BITS, MAX_BITS, close_pairs
 from shards.verified import mark_verified, withdraw
 
@@ -90,42 +91,61 @@ def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
     everything else that is wrong is a finding.
     """
     manifest = Manifest.load(directory)
-    shards = [(split, shard) for split, info in manifest.splits.items() for shard in info.shards]
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        checked = _parallel(
-            pool, lambda pair: _check_shard(directory, pair[1]), shards, "checksums of shards"
-        )
-        located = list(zip(shards, checked, strict=True))
-        chunks = [
-            (split, shard, entries[start : start + CHUNK])
-            for (split, shard), (_, entries) in located
-            for start in range(0, len(entries), CHUNK)
-        ]
-        looked = _parallel(
-            pool,
-            lambda chunk: [
-                look_at(directory, chunk[0], chunk[1], entry, manifest.classes)
-                for entry in chunk[2]
-            ],
-            chunks,
-            f"images and labels, {CHUNK} at a time",
-        )
-    looks = [look for chunk in looked for look in chunk]
-    findings = [finding for found, _ in checked for finding in found]
-    findings += [finding for look in looks for finding in look.findings]
+        findings, looks = _look_at_all(directory, manifest, pool)
     damaged = any(finding.level == ERROR for finding in findings)
     inspection = Inspection(manifest, findings, looks)
     findings += _keys(looks)
+    # where samples are damaged or lost, the counts cannot agree: that is known already
     findings += [] if damaged else _counts(inspection)
-    findings += [
-        *_classes(inspection),
-        *_labels(inspection),
-        *_sizes(inspection),
-        *_files(directory, manifest),
-    ]
+    findings += _classes(inspection)
+    findings += _labels(inspection)
+    findings += _sizes(inspection)
+    findings += _files(directory, manifest)
     findings += _duplicates(looks)
     findings.sort(key=lambda finding: finding.level != ERROR)
     return inspection
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some samples of a shard: the work of one task, large enough to be worth handing over."""
+
+    split: str
+    shard: ShardInfo
+    entries: list[dict[str, Any]]
+
+
+def _look_at_all(
+    directory: Path, manifest: Manifest, pool: ThreadPoolExecutor
+) -> tuple[list[Finding], list[Look]]:
+    """What the checksums and the samples say by themselves; a look at every sample, as packed."""
+    names: list[str] = []
+    shards: list[ShardInfo] = []
+    for name, split in manifest.splits.items():
+        names += [name] * len(split.shards)
+        shards += split.shards
+
+    def check(shard: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
+        return _check_shard(directory, shard)
+
+    def look(chunk: _Chunk) -> list[Look]:
+        classes = manifest.classes
+        return [look_at(directory, chunk.split, chunk.shard, one, classes) for one in chunk.entries]
+
+    findings: list[Finding] = []
+    chunks: list[_Chunk] = []
+    checked = _parallel(pool, check, shards, "checksums of shards")
+    for name, shard, (found, entries) in zip(names, shards, checked, strict=True):
+        findings += found
+        for start in range(0, len(entries), CHUNK):
+            chunks.append(_Chunk(name, shard, entries[start : start + CHUNK]))
+    looks: list[Look] = []
+    for some in _parallel(pool, look, chunks, f"images and labels, {CHUNK} at a time"):
+        looks += some
+    for one in looks:
+        findings += one.findings
+    return findings, looks
 
 
 def record(directory: Path, inspection: Inspection) -> None:
@@ -171,7 +191,10 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
         else:
             entries = [entry for entry in content if _understood(entry)]
             if len(entries) != info.num_samples or len(content) != len(entries):
-                what = f"{len(entries)} samples with key, size and an image; the manifest says {info.num_samples}"
+                what = (
+                    f"{len(entries)} samples with key, size and an image; the manifest says "
+                    f"{info.num_samples}"
+                )
                 find(info.index_file, what)
     except ValueError:
         find(info.index_file, "is not JSON, so that no sample of the shard was looked at")
@@ -181,7 +204,8 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
     if sha256_of(path) != info.sha256:
         find(
             info.file,
-            f"its sha256 is not the manifest's ({path.stat().st_size} bytes, {info.num_bytes} as packed)",
+            f"its sha256 is not the manifest's ({path.stat().st_size} bytes, "
+            f"{info.num_bytes} as packed)",
         )
         findings += wrong_frame(directory, info, entries)
     return findings, entries
@@ -190,11 +214,7 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
 def _understood(entry: Any) -> bool:
     try:
         spans = entry["members"]
-        numbers = [
-            entry["height"],
-            entry["width"],
-            *(number for span in spans.values() for number in span),
-        ]
+        numbers = [entry["height"], entry["width"], *chain.from_iterable(spans.values())]
         kinds = {"jpg", "image.png"} & spans.keys()
         return (
             isinstance(entry["key"], str)
@@ -238,110 +258,104 @@ def _counts(inspection: Inspection) -> Iterator[Finding]:
             yield Finding(ERROR, "manifest", "", "", what, "pack again")
 
 
+def _warning(check: str, what: str, action: str) -> Finding:
+    """A warning about the set as a whole, not about a shard or a sample."""
+    return Finding(WARNING, check, "", "", what, action)
+
+
 def _classes(inspection: Inspection) -> Iterator[Finding]:
-    """Classes that are nowhere, in one split only, or in very different shares.
-
-    Colours that look alike.
+    """Classes that are nowhere, in one split only, or in very different shares; colours that are
+    the same.
     """
+    labelled = {}
+    for split, about in inspection.splits().items():
+        if about["samples"] > about["unlabelled"]:
+            labelled[split] = about["classes"]
+    for index, name in enumerate(inspection.manifest.classes.names):
+        counts = {split: classes[name] for split, classes in labelled.items()}
+        yield from _class(index, name, counts)
+    yield from _colors(inspection.manifest.classes)
 
-    def warn(check: str, what: str, action: str) -> Finding:
-        return Finding(WARNING, check, "", "", what, action)
 
-    classes, splits = inspection.manifest.classes, inspection.splits()
-    labelled = {
-        name: split["classes"]
-        for name, split in splits.items()
-        if split["samples"] > split["unlabelled"]
-    }
-    for index, name in enumerate(classes.names):
-        counts = {split: about[name] for split, about in labelled.items()}
-        absent = [split for split, count in counts.items() if not count["pixels"]]
-        if absent and absent == list(counts):
-            reason = (
-                "do the labels begin at 1, or"
-                if index == 0
-                else "is the list of classes too long, or"
-            )
-            action = f"{reason} is it void everywhere? its IoU will be empty"
-            yield warn("class absent", f"{name!r} ({index}) is in no label", action)
-            continue
-        for split in absent:
-            if split == "train":
-                others = ", ".join(
-                    f"{count['images']} images of {o}"
-                    for o, count in counts.items()
-                    if count["pixels"]
-                )
-                what = f"{name!r} ({index}) is never in train, but in {others}"
-                yield warn(
-                    "class never trained", what, "split anew, or take it out: its IoU will be 0"
-                )
-            else:
-                what = f"{name!r} ({index}) is in no label of {split}"
-                yield warn(
-                    "class absent", what, f"split anew: {split} cannot say how well it is learned"
-                )
-        for split, count in counts.items():
-            low, high = sorted((count["share"], counts.get("train", count)["share"]))
-            if low and high > NOTICEABLE and high > CLASS_RATIO * low:
-                shares = (
-                    f"{counts['train']['share']:.3%} of train and {count['share']:.3%} of {split}"
-                )
-                yield warn(
-                    "class shares", f"{name!r} ({index}) is {shares}", "is the split random?"
-                )
+def _class(index: int, name: str, counts: dict[str, dict[str, Any]]) -> Iterator[Finding]:
+    """counts: per split, pixels, share and images of this class."""
+    absent = [split for split, count in counts.items() if not count["pixels"]]
+    if absent and absent == list(counts):
+        # a class too many is at the end of the list; labels from 1 leave the first one empty
+        reason = "do the labels begin at 1" if index == 0 else "is the list of classes too long"
+        action = f"{reason}, or is it void everywhere? its IoU will be empty"
+        yield _warning("class absent", f"{name!r} ({index}) is in no label", action)
+        return
+    for split in absent:
+        if split == "train":
+            shown = [other for other, count in counts.items() if count["pixels"]]
+            others = ", ".join(f"{counts[other]['images']} images of {other}" for other in shown)
+            what = f"{name!r} ({index}) is never in train, but in {others}"
+            action = "split anew, or take it out: its IoU will be 0"
+            yield _warning("class never trained", what, action)
+        else:
+            what = f"{name!r} ({index}) is in no label of {split}"
+            action = f"split anew: {split} cannot say how well it is learned"
+            yield _warning("class absent", what, action)
+    for split, count in counts.items():
+        low, high = sorted((count["share"], counts.get("train", count)["share"]))
+        # of rare classes the shares differ by chance
+        if low and high > NOTICEABLE and high > CLASS_RATIO * low:
+            train = counts["train"]["share"]
+            what = f"{name!r} ({index}) is {train:.3%} of train and {count['share']:.3%} of {split}"
+            yield _warning("class shares", what, "is the split random?")
+
+
+def _colors(classes: ClassSet) -> Iterator[Finding]:
     for color, times in Counter(classes.palette).items():
         if times > 1:
-            names = [
-                name
-                for name, other in zip(classes.names, classes.palette, strict=True)
-                if other == color
-            ]
-            yield warn(
-                "colours",
-                f"{', '.join(names)} have the same colour {color}",
-                "give them different ones",
-            )
+            pairs = zip(classes.names, classes.palette, strict=True)
+            names = ", ".join(name for name, other in pairs if other == color)
+            what = f"{names} have the same colour {color}"
+            yield _warning("colours", what, "give them different ones")
 
 
 def _labels(inspection: Inspection) -> Iterator[Finding]:
     """What labels look like that were made by a wrong conversion, split by split."""
-    for name, split in inspection.splits().items():
-        labels = [
-            look for look in inspection.looks if look.split == name and look.pixels is not None
-        ]
-        pixels = [look.pixels for look in labels if look.pixels is not None]
+    for name, about in inspection.splits().items():
+        labels = []
+        for look in inspection.looks:
+            if look.split == name and look.pixels is not None:
+                labels.append(look)
+        for check, what, action in _odd_labels(name, about, labels):
+            # with one class there is nothing to tell apart: every label is "one class only"
+            if check == "unlabelled" or inspection.manifest.classes.num_classes > 1:
+                yield _warning(check, f"split {name}: {what}", action)
 
-        def warn(check: str, what: str, action: str, name: str = name) -> Finding:
-            return Finding(WARNING, check, "", "", f"split {name}: {what}", action)
 
-        if split["unlabelled"] and (name != "train" or not labels):
-            what = f"{split['unlabelled']} of {split['samples']} samples have no label"
-            yield warn(
-                "unlabelled", what, "label them, or move them into train for mode=semi_supervised"
-            )
-        if not labels or inspection.manifest.classes.num_classes == 1:
-            continue
-        if split["void_share"] > VOID_SHARE:
-            action = "is 255 in the masks a class? it is void here"
-            yield warn("void", f"{split['void_share']:.1%} of the pixels are void", action)
-        used = np.flatnonzero(sum(pixels, np.zeros(256, np.int64)))
-        single = sum(int((counts[:IGNORE_INDEX] > 0).sum() == 1) for counts in pixels)
-        if len(used) == 2 and used[1] == IGNORE_INDEX:
-            what = f"only {used[0]} and 255 occur"
-            yield warn(
-                "0/255 mask", what, "is it a black and white mask? white must be an index: 1"
-            )
-        elif single > ONE_CLASS_SHARE * len(labels):
-            what = f"{single} of {len(labels)} labels have one class only"
-            yield warn(
-                "one class", what, "was the conversion to indices right? see the contact sheet"
-            )
-        thin = float(np.median([look.thin for look in labels]))
-        if thin > THIN_SHARE:
-            what = f"{thin:.0%} of the border pixels of the median label are unlike both neighbours"
-            action = "were labels resized with interpolation, or kept as JPEG? resize them with nearest sampling"
-            yield warn("frayed labels", what, action)
+def _odd_labels(
+    split: str, about: dict[str, Any], labels: list[Look]
+) -> Iterator[tuple[str, str, str]]:
+    """(check, what, action) of a split whose samples have these labels."""
+    if about["unlabelled"] and (split != "train" or not labels):
+        what = f"{about['unlabelled']} of {about['samples']} samples have no label"
+        yield "unlabelled", what, "label them, or move them into train for mode=semi_supervised"
+    if not labels:
+        return
+    if about["void_share"] > VOID_SHARE:
+        what = f"{about['void_share']:.1%} of the pixels are void"
+        yield "void", what, "is 255 in the masks a class? it is void here"
+    pixels, _ = _histogram(labels)
+    used = np.flatnonzero(pixels)
+    single = 0
+    for look in labels:
+        single += look.pixels is not None and int((look.pixels[:IGNORE_INDEX] > 0).sum()) == 1
+    if len(used) == 2 and used[1] == IGNORE_INDEX:
+        what = f"only {used[0]} and 255 occur"
+        yield "0/255 mask", what, "is it a black and white mask? white must be an index: 1"
+    elif single > ONE_CLASS_SHARE * len(labels):
+        what = f"{single} of {len(labels)} labels have one class only"
+        yield "one class", what, "was the conversion to indices right? see the contact sheet"
+    thin = float(np.median([look.thin for look in labels]))
+    if thin > THIN_SHARE:
+        what = f"{thin:.0%} of the border pixels of the median label are unlike both neighbours"
+        action = "were labels resized with interpolation, or kept as JPEG? "
+        yield "frayed labels", what, action + "resize them with nearest sampling"
 
 
 def _sizes(inspection: Inspection) -> Iterator[Finding]:

@@ -197,9 +197,15 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
     wrong = used[(used >= classes.num_classes) & (used != IGNORE_INDEX)]
     if wrong.size:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")
-        what = f"{look.pixels[wrong].sum()} pixels of {shown}: indices end at {classes.num_classes - 1}, void is 255"
+        what = (
+            f"{look.pixels[wrong].sum()} pixels of {shown}: indices end at "
+            f"{classes.num_classes - 1}, void is 255"
+        )
         if set(wrong.tolist()) <= _grays(classes):
-            what += "; these are gray levels of the classes' colours, so a colour mask was read as indices"
+            what += (
+                "; these are gray levels of the classes' colours, so a colour mask was read as "
+                "indices"
+            )
         look.find(ERROR, "label range", what, CORRECT)
     elif look.pixels[IGNORE_INDEX] == label.size:
         look.find(WARNING, "all void", "no pixel of its label counts", "label it, or leave it out")
@@ -225,7 +231,10 @@ def _grays(classes: ClassSet) -> set[int]:
     levels = {
         round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in classes.palette
     }
-    return {level + step for level in levels for step in (-1, 0, 1)}
+    around: set[int] = set()
+    for level in levels:
+        around |= {level - 1, level, level + 1}
+    return around
 
 
 def _other_png(content: bytes) -> str | None:

@@ -81,16 +81,19 @@ class Manifest:
 
     @staticmethod
     def load(directory: Path) -> Manifest:
-        """Read manifest.json. Raises InputError when it is missing, damaged or of another version."""
+        """Read manifest.json. Raises InputError: it is missing, damaged or of another version."""
         path = directory / FILE_NAME
-        action = f"make it with `distseg pack FILE.h5 --out {directory}` (FILE.h5: from `distseg prepare`)"
+        action = (
+            f"make it with `distseg pack FILE.h5 --out {directory}` "
+            "(FILE.h5: from `distseg prepare`)"
+        )
         if not path.is_file():
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
         return Manifest.parse(path.read_bytes(), str(path), action)
 
     @staticmethod
     def parse(content: bytes, place: str, action: str) -> Manifest:
-        """The manifest in a file's bytes. Raises InputError, with place and action, as `load` does."""
+        """The manifest in a file's bytes. Raises InputError with place and action, like `load`."""
         try:
             text = content.decode()
             values = json.loads(text)
@@ -143,10 +146,10 @@ class Manifest:
 
         What older packs did not know is not written.
         """
-        splits = {
-            name: vars(split) | {"shards": [_without_none(vars(shard)) for shard in split.shards]}
-            for name, split in self.splits.items()
-        }
+        splits = {}
+        for name, split in self.splits.items():
+            shards = [_without_none(vars(shard)) for shard in split.shards]
+            splits[name] = vars(split) | {"shards": shards}
         content = {
             "version": self.version,
             "name": self.name,
@@ -157,7 +160,10 @@ class Manifest:
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""
-        return [shard for split in self.splits.values() for shard in split.shards]
+        found: list[ShardInfo] = []
+        for split in self.splits.values():
+            found += split.shards
+        return found
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -180,15 +186,11 @@ def hashed(file: BinaryIO) -> hashlib._Hash:
 
 def _from_json(content: dict[str, Any]) -> Manifest:
     palette = tuple((int(r), int(g), int(b)) for r, g, b in content["classes"]["palette"])
-    splits = {
-        name: SplitInfo(
-            tuple(ShardInfo(**shard) for shard in split["shards"]),
-            split["num_samples"],
-            tuple(split["class_pixels"]),
-            split["void_pixels"],
-        )
-        for name, split in content["splits"].items()
-    }
+    splits = {}
+    for name, split in content["splits"].items():
+        shards = tuple(ShardInfo(**shard) for shard in split["shards"])
+        pixels = tuple(split["class_pixels"])
+        splits[name] = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
     classes = ClassSet(tuple(content["classes"]["names"]), palette)
     extra = content.get("left_out", 0), content.get("sources", {})
     return Manifest(content["version"], content["name"], classes, splits, *extra)

@@ -142,6 +142,17 @@ class _Output(io.FileIO):
         self.check()
 
 
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}"
+        )
+    if not path.is_file():
+        raise InputError(
+            f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`"
+        )
+
+
 class MapsReader:
     """Reads what `write_maps` wrote.
 
@@ -151,38 +162,9 @@ class MapsReader:
     def __init__(self, path: Path):
         self.path = path
         self._file: h5py.File | None = None
-        if path.is_dir():
-            raise InputError(
-                f"{path} is a folder",
-                "one file of HDF5 maps",
-                f"of the older layout, {OLDER_ACTION}",
-            )
-        if not path.is_file():
-            raise InputError(
-                f"no file {path}",
-                "HDF5 maps",
-                "make them with `distseg prepare NAME --out FILE.h5`",
-            )
+        _check_file(path)
         try:
-            attributes = dict(self._open().attrs)
-            if isinstance(self._open().get("OHE"), h5py.Dataset):
-                raise InputError(
-                    f"{path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION
-                )
-            if attributes.get("version") != VERSION:
-                got = f"{path}: version {attributes.get('version')}"
-                raise InputError(
-                    got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`"
-                )
-            self.name = str(attributes["name"])
-            palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
-            self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
-            # keys in the order written
-            self.splits: dict[str, list[str]] = json.loads(attributes["splits"])
-            # bad samples: key, why
-            self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
-            # of all labels, by index
-            self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))
+            self._read_attributes(dict(self._open().attrs))
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             self.close()
             if isinstance(error, InputError):
@@ -191,6 +173,26 @@ class MapsReader:
             raise InputError(
                 got, "a sound file of HDF5 maps", "make it again with `distseg prepare`"
             ) from None
+
+    def _read_attributes(self, attributes: dict[str, Any]) -> None:
+        if isinstance(self._open().get("OHE"), h5py.Dataset):
+            raise InputError(
+                f"{self.path}: one label map of the older layout", "HDF5 maps", OLDER_ACTION
+            )
+        if attributes.get("version") != VERSION:
+            got = f"{self.path}: version {attributes.get('version')}"
+            raise InputError(
+                got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`"
+            )
+        self.name = str(attributes["name"])
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
+        self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
+        # keys in the order written
+        self.splits: dict[str, list[str]] = json.loads(attributes["splits"])
+        # bad samples: key, why
+        self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
+        # of all labels, by index
+        self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))
 
     def __len__(self) -> int:
         return sum(len(keys) for keys in self.splits.values())
@@ -227,7 +229,7 @@ class MapsReader:
             raise InputError(f"{self.path}: {key}: {got}", "a sound sample", action) from None
 
     def copy_to(self, group: h5py.Group, key: str) -> None:
-        """Copy what is stored of a sample into an empty group of another file, bytes as they are."""
+        """Copy a sample as it is stored into an empty group of another file, byte for byte."""
         stored = self._open()[key]
         group.attrs.update(stored.attrs)
         for name in sorted(stored):
@@ -266,7 +268,10 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
             return from_one_hot(view), len(view)
         except InputError:
             continue
-    got = f"{path}: {'a map that is not one-hot' if views else f'shape {shape} for an image of {size}'}"
+    got = (
+        f"{path}: "
+        f"{'a map that is not one-hot' if views else f'shape {shape} for an image of {size}'}"
+    )
     raise InputError(
         got, "one-hot (C, H, W) or (H, W, C)", "correct the file or remove it with its image"
     )

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,40 +83,26 @@ def pack(
     shards; to append, for other classes, a split or a key that is there.
     """
     check_workers(num_workers)
-    if samples_per_shard < 1 or (overwrite and append):
-        got = f"samples_per_shard={samples_per_shard}, overwrite={overwrite}, append={append}"
-        raise InputError(
-            got, "at least one sample per shard, and not both of the others", "correct them"
-        )
+    _check_options(samples_per_shard, overwrite, append)
     reader = MapsReader(maps)
     sources = dict.fromkeys(sorted(reader.splits), source_of(maps, samples_per_shard))
     unchanged = _unchanged(out, sources)
     if unchanged is not None:
-        say(f"{out} holds these maps already: nothing to do")
-        if unchanged.splits.keys() == sources.keys() and not is_verified(out, unchanged):
-            # its bytes are those that a pack which looks at everything has written
-            mark_verified(out, unchanged)
+        _say_unchanged(out, unchanged, sources)
         return unchanged
     there = _extended(out, reader) if append else None
     earlier = set() if append else _earlier_shards(out, reader.name, overwrite)
-    tasks = [
-        task
-        for name, keys in sorted(reader.splits.items())
-        for task in _tasks(name, keys, samples_per_shard)
-    ]
-    check_space(
-        out, maps.stat().st_size + len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD
-    )
+    tasks: list[_Task] = []
+    for name, keys in sorted(reader.splits.items()):
+        tasks += _tasks(name, keys, samples_per_shard)
+    overhead = len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD
+    check_space(out, maps.stat().st_size + overhead)
     reader.close()
     staging = out / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # of a pack that was killed
     try:
         written = _write_all(reader, staging, tasks, num_workers)
-        shards = list(zip(tasks, written, strict=True))
-        splits = {
-            name: _split([shard for task, shard in shards if task.split == name], reader)
-            for name in sorted(reader.splits)
-        }
+        splits = _splits(tasks, written, reader)
         manifest = Manifest(
             VERSION, reader.name, reader.classes, splits, len(reader.left_out), sources
         )
@@ -123,6 +110,21 @@ def pack(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Manifest.load(out)
+
+
+def _check_options(samples_per_shard: int, overwrite: bool, append: bool) -> None:
+    if samples_per_shard < 1 or (overwrite and append):
+        got = f"samples_per_shard={samples_per_shard}, overwrite={overwrite}, append={append}"
+        raise InputError(
+            got, "at least one sample per shard, and not both of the others", "correct them"
+        )
+
+
+def _say_unchanged(out: Path, there: Manifest, sources: dict[str, str]) -> None:
+    say(f"{out} holds these maps already: nothing to do")
+    if there.splits.keys() == sources.keys() and not is_verified(out, there):
+        # its bytes are those that a pack which looks at everything has written
+        mark_verified(out, there)
 
 
 def source_of(maps: Path, samples_per_shard: int) -> str:
@@ -155,7 +157,10 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
     """
     there = Manifest.load(out)
     if there.classes != reader.classes:
-        got = f"{out} has the classes {', '.join(there.classes.names)}; the maps {', '.join(reader.classes.names)}"
+        got = (
+            f"{out} has the classes {', '.join(there.classes.names)}; "
+            f"the maps {', '.join(reader.classes.names)}"
+        )
         raise InputError(
             got, "the same names and colours, in the same order", "prepare the maps with those"
         )
@@ -164,7 +169,7 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
         raise InputError(
             f"split {twice[0]!r} is in {out} already", "a new split", "pack both into another --out"
         )
-    new = {key for keys in reader.splits.values() for key in keys}
+    new = set(chain.from_iterable(reader.splits.values()))
     for split in there.splits:
         shared = sorted(new & set(ShardReader(out, split).keys))
         if shared:
@@ -201,7 +206,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
             raise InputError(
                 got, needed, "choose another --out, or replace all of them with --overwrite"
             )
-        named = {file for shard in there.shards() for file in (shard.file, shard.index_file)}
+        named = _files_of(there)
     present = {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
     # a pack was killed, perhaps while it moved its shards into place
     if overwrite or (out / STAGING).is_dir():
@@ -221,7 +226,7 @@ def _publish(
     it. Its shards are not looked at again: all together are verified where they were.
     """
     is_sound = there is None or is_verified(out, there)
-    named = {file for shard in manifest.shards() for file in (shard.file, shard.index_file)}
+    named = _files_of(manifest)
     if there is not None:
         splits, sources = there.splits | manifest.splits, there.sources | manifest.sources
         manifest = replace(
@@ -238,8 +243,16 @@ def _publish(
         mark_verified(out, manifest)  # every image was decoded and every label checked on the way
     else:
         say(
-            f"the shards that were in {out} are not verified: training will ask for `distseg inspect {out}`"
+            f"the shards that were in {out} are not verified: "
+            f"training will ask for `distseg inspect {out}`"
         )
+
+
+def _files_of(manifest: Manifest) -> set[str]:
+    names: set[str] = set()
+    for shard in manifest.shards():
+        names |= {shard.file, shard.index_file}
+    return names
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
@@ -326,6 +339,15 @@ def _index(path: Path, about: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
             entry = samples.setdefault(key, {"key": key, **about[key], "members": {}})
             entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
     return list(samples.values())
+
+
+def _splits(
+    tasks: list[_Task], written: list[_Written], reader: MapsReader
+) -> dict[str, SplitInfo]:
+    shards: dict[str, list[_Written]] = {name: [] for name in sorted(reader.splits)}
+    for task, shard in zip(tasks, written, strict=True):
+        shards[task.split].append(shard)
+    return {name: _split(of_split, reader) for name, of_split in shards.items()}
 
 
 def _split(written: list[_Written], reader: MapsReader) -> SplitInfo:

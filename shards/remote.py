@@ -1,4 +1,4 @@
-"""Shards behind a URL: fetched in ranges, with patience, verified, and kept in the machine's cache."""
+"""Shards behind a URL: fetched in ranges, with patience; verified; kept in the machine's cache."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ INDEX_FETCHERS = 16
 
 
 def check_url(url: str) -> None:
-    """Raise InputError, without repeating it, for a URL that cannot be used or holds credentials."""
+    """Raise InputError, not repeating it, for a URL that holds credentials or cannot be used."""
     parts = urlsplit(url)
     if parts.scheme not in PACKAGES:
         known = ", ".join(f"{scheme}://" for scheme in PACKAGES)
@@ -58,7 +58,10 @@ def check_url(url: str) -> None:
         )
     if "@" in parts.netloc or parts.query or parts.fragment:
         needed = "a plain URL: this one would be written to config.yaml, logs and W&B"
-        action = "put the credentials where the tools of the store look: ~/.netrc, AWS_* variables, gcloud's login"
+        action = (
+            "put the credentials where the tools of the store look: ~/.netrc, AWS_* variables, "
+            "gcloud's login"
+        )
         raise InputError(
             f"data.shards with credentials or a query ({parts.scheme}://)", needed, action
         )
@@ -179,9 +182,15 @@ class Remote:
             return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
         times = "" if _is_final(error) else f" ({num_attempts} attempts)"
         if _is_forbidden(error):
-            times += "; S3 says so of a file that is not there, too, to those who may not list the bucket"
+            times += (
+                "; S3 says so of a file that is not there, too, to those who may not list the "
+                "bucket"
+            )
         needed = f"the file, with no more than {STALL_SECONDS:g} s between two bytes"
-        action = "check the address, the network and this machine's credentials, then run the same command again"
+        action = (
+            "check the address, the network and this machine's credentials, "
+            "then run the same command again"
+        )
         return InputError(f"{self.url(name)}: {_described(error)}{times}", needed, action)
 
     def _files(self) -> Any:
@@ -412,7 +421,7 @@ def _is_forbidden(error: Exception) -> bool:
 
 
 def _described(error: Exception) -> str:
-    """Kind and text of an error; URLs inside it are left out, since redirects may carry signatures."""
+    """Kind and text of an error without its URLs, since redirects may carry signatures."""
     text = re.sub(r"\w+://[^\s'\"]*", "(URL)", str(error).partition("\n")[0])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

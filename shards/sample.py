@@ -17,7 +17,8 @@ from shards.errors import InputError
 IGNORE_INDEX = 255  # void: not counted, not trained on
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-ISAL_ERROR: type[Exception] = isal_zlib.error  # type: ignore[assignment]  # its stubs say an instance
+# the stubs of isal say that its error is an instance
+ISAL_ERROR: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 # what Pillow raises for damaged files: SyntaxError for a broken PNG chunk, a bomb for an absurd
 # size
 UNREADABLE = (

@@ -1,4 +1,4 @@
-"""Where the shards of a data set lie: in a folder, or behind a URL. The reader sees no difference."""
+"""Where a data set's shards lie: in a folder, or behind a URL. The reader sees no difference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_OPEN = 128
 
 
 class Source(Protocol):
-    """A place that shards are read from; safe to share between threads, to fork with and to pickle."""
+    """A place that shards are read from; threads may share it; it may be forked and pickled."""
 
     def manifest(self) -> Manifest:
         """What is there. Raises InputError when there is none, or a damaged one."""

@@ -46,14 +46,20 @@ def check_verified(reader: ShardReader) -> None:
     that manifest's.
     """
     if reader.find(FILE_NAME) != _record(reader.manifest).encode():
-        got = f"{reader.location}: shards that were not verified, or not since their manifest was written"
+        got = (
+            f"{reader.location}: shards that were not verified, or not since their manifest was "
+            "written"
+        )
         where = (
             "DIR` there, where they are a folder"
             if "://" in str(reader.location)
             else f"{reader.location}`"
         )
-        action = f"run `distseg inspect {where}, which takes about as long as an epoch's reading, or write "
-        raise InputError(got, "shards that were looked at", action + "data.allow_unverified=true")
+        action = (
+            f"run `distseg inspect {where}, which takes about as long as an epoch's reading, "
+            "or write data.allow_unverified=true"
+        )
+        raise InputError(got, "shards that were looked at", action)
 
 
 def _record(manifest: Manifest) -> str:

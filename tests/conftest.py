@@ -20,7 +20,7 @@ TOY_SIZES += ((60, 80), (75, 50), (48, 64), (90, 100))
 
 
 def toy_samples() -> list[Sample]:
-    """Twelve samples of random blobs in their classes' colours, some void; the same at every call."""
+    """Twelve samples of random blobs in their classes' colours, some void; always the same."""
     samples = []
     for index, (height, width) in enumerate(TOY_SIZES):
         rng = np.random.default_rng(index)

@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from distseg.evaluate.boundary import TOLERANCE, compare_outlines
+from distseg.evaluate.boundary import (
+    BOUNDARY_WIDTH,
+    TOLERANCE,
+    boundary_counts,
+    compare_outlines,
+)
 
 
 def outline(classes: np.ndarray, index: int) -> list[tuple[int, int]]:
@@ -66,7 +71,7 @@ def test_outlines_equal_brute_force(size: tuple[int, int], shift: int) -> None:
     found = compare_outlines(prediction, label)
     f1_sum, num_classes, band = brute_force(prediction, label)
     assert found.f1_sum == pytest.approx(f1_sum, abs=1e-12) and found.num_classes == num_classes
-    np.testing.assert_array_equal(found.band, band)
+    np.testing.assert_array_equal(found.trimap, band)
 
 
 def test_a_perfect_prediction_scores_one_a_distant_one_zero() -> None:
@@ -78,7 +83,7 @@ def test_a_perfect_prediction_scores_one_a_distant_one_zero() -> None:
         moved[:, 50 + shift :] = 1
         assert compare_outlines(moved, label).f1_sum == pytest.approx(f1), shift
     nothing = compare_outlines(label, np.zeros_like(label))  # outlines that are nowhere true
-    assert nothing.num_classes == 2 and nothing.f1_sum == 0 and not nothing.band.any()
+    assert nothing.num_classes == 2 and nothing.f1_sum == 0 and not nothing.trimap.any()
 
 
 def test_a_line_of_void_between_two_classes_is_their_outline() -> None:
@@ -91,9 +96,9 @@ def test_a_line_of_void_between_two_classes_is_their_outline() -> None:
     found = compare_outlines(prediction, label)
     assert found.num_classes == 2 and found.f1_sum == 2
     assert (
-        not found.band[label == 255].any()
-        and found.band[:, [297, 303]].all()
-        and not found.band[:, [290, 310]].any()
+        not found.trimap[label == 255].any()
+        and found.trimap[:, [297, 303]].all()
+        and not found.trimap[:, [290, 310]].any()
     )
     far = np.zeros_like(label)
     far[:, 320:] = 1
@@ -121,4 +126,56 @@ def test_an_image_of_void_or_of_one_class_has_no_outline() -> None:
     void = np.full((20, 30), 255, np.uint8)
     for label in (void, np.zeros_like(void)):
         found = compare_outlines(np.zeros_like(void), label)
-        assert (found.f1_sum, found.num_classes, found.band.any()) == (0, 0, False)
+        assert (found.f1_sum, found.num_classes, found.trimap.any()) == (0, 0, False)
+
+
+def region(mask: np.ndarray, reach_px: int) -> set[tuple[int, int]]:
+    """The definition: members of which a pixel at most reach_px rows and columns away is none."""
+    members = {(int(y), int(x)) for y, x in np.argwhere(mask)}
+    reach = range(-reach_px, reach_px + 1)
+    return {
+        (y, x)
+        for y, x in members
+        if any((y + down, x + right) not in members for down in reach for right in reach)
+    }
+
+
+# d = 1, 2, 2 and 4 px
+@pytest.mark.parametrize("size", [(8, 6), (40, 52), (31, 90), (110, 150)])
+@pytest.mark.parametrize("void_share", [0.0, 0.02])
+def test_boundary_counts_equal_the_definition(size: tuple[int, int], void_share: float) -> None:
+    label = blocks(2, size)
+    prediction = np.roll(label, (2, -1), (0, 1))
+    prediction[: size[0] // 3, : size[1] // 4] = 5  # nowhere true
+    label[np.random.default_rng(0).random(size) < void_share] = 255
+    label[size[0] // 2 : size[0] // 2 + 2, : size[1] // 2] = 255
+    reach_px = max(1, round(BOUNDARY_WIDTH * math.hypot(*size)))
+    found = boundary_counts(prediction, label, 7)
+    for index in range(7):
+        truth = region(label == index, reach_px)
+        guess = region((prediction == index) & (label != 255), reach_px)
+        assert found[:, index].tolist() == [len(truth & guess), len(truth | guess)], index
+    assert found[1, 5] > 0 and not found[0, 5] and not found[:, 6].any()
+
+
+def test_boundary_iou_of_a_square_follows_its_side() -> None:
+    """A square of 60 px, and one of 56 px inside of it, in a large image: d = 8 px."""
+    label, prediction = np.zeros((240, 320), np.uint8), np.zeros((240, 320), np.uint8)
+    label[100:160, 100:160] = 1
+    prediction[102:158, 102:158] = 1
+    truth, guess = 60**2 - 44**2, 56**2 - 40**2
+    both = 56**2 - 44**2  # the inner one's outer edge to the outer one's inner edge
+    assert boundary_counts(prediction, label, 2)[:, 1].tolist() == [both, truth + guess - both]
+    same, union = boundary_counts(label, label, 2)
+    assert same.tolist() == union.tolist() and same[1] == truth
+    assert same[0] == 240 * 320 - 224 * 304 + (76**2 - 60**2)  # the image's border is a boundary
+
+
+def test_what_is_predicted_in_void_changes_no_boundary_count() -> None:
+    label = blocks(3, (60, 80))
+    label[20:30] = 255
+    one, other = label.copy(), label.copy()
+    one[20:30], other[20:30] = 0, 3
+    np.testing.assert_array_equal(boundary_counts(one, label, 5), boundary_counts(other, label, 5))
+    void = np.full((20, 30), 255, np.uint8)
+    assert not boundary_counts(np.zeros_like(void), void, 5).any()

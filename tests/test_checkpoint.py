@@ -20,8 +20,8 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.models.weights import read_weights
 from distseg.parallel import fsdp
-from distseg.runs import checkpoint
-from distseg.runs.checkpoint import Checkpoints
+from distseg.runs import checkpoint, checkpointer
+from distseg.runs.checkpointer import Checkpointer
 from distseg.runs.tensor_files import TensorFile, read
 from distseg.train.ema import MovingAverage
 from shards.errors import InputError
@@ -55,7 +55,7 @@ def names(run_dir: Path) -> list[str]:
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, {"seed": 1}, RANKS)
+    checkpoints = Checkpointer(tmp_path, 2, {"seed": 1}, RANKS)
     saved = Holder(0.0)
     saved.tensors["network"]["weight"].normal_()
     checkpoints.save({"segmentor": saved}, state(7))
@@ -69,7 +69,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_keeps_the_last_ones_and_the_best(tmp_path: Path, async_save: bool) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS, async_save=async_save)
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS, async_save=async_save)
     for step, mean_iou in ((10, 0.2), (20, 0.5), (30, 0.3), (40, 0.5), (50, 0.4)):
         checkpoints.save({"segmentor": Holder(step)}, state(step))
         checkpoints.mark_best(step, mean_iou)
@@ -91,7 +91,7 @@ def test_keeps_the_last_ones_and_the_best(tmp_path: Path, async_save: bool) -> N
 def test_a_crash_at_any_point_of_saving_leaves_the_one_before(
     tmp_path: Path, crash_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS)
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS)
     checkpoints.save({"segmentor": Holder(1)}, state(1))
     calls = 0
     fsync = os.fsync
@@ -119,7 +119,7 @@ def test_a_crash_at_any_point_of_saving_leaves_the_one_before(
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS)
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS)
     checkpoints.save({"segmentor": Holder(1)}, state(1))
 
     def full(descriptor: int) -> None:
@@ -137,21 +137,21 @@ def test_too_little_space_is_said_before_training(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(InputError, match="MB free"):
-        Checkpoints(tmp_path / "not" / "yet", 2, {}, RANKS).check_space({"segmentor": Holder(1)})
+        Checkpointer(tmp_path / "not" / "yet", 2, {}, RANKS).check_space({"segmentor": Holder(1)})
 
 
 def test_another_runs_checkpoint_is_refused_by_name_of_the_difference(tmp_path: Path) -> None:
-    path = Checkpoints(tmp_path, 2, {"seed": 1}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    path = Checkpointer(tmp_path, 2, {"seed": 1}, RANKS).save({"segmentor": Holder(1)}, state(1))
     with pytest.raises(InputError, match="seed is 1, this run's is 2"):
-        Checkpoints(tmp_path, 2, {"seed": 2}, RANKS).load(path, {"segmentor": Holder(0)})
+        Checkpointer(tmp_path, 2, {"seed": 2}, RANKS).load(path, {"segmentor": Holder(0)})
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    path = Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     file = path / "segmentor.network.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(InputError, match="segmentor"):
-        Checkpoints(tmp_path, 2, {}, RANKS).load(path, {"segmentor": Holder(0)})
+        Checkpointer(tmp_path, 2, {}, RANKS).load(path, {"segmentor": Holder(0)})
     meta = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(meta | {"version": 99}))
     with pytest.raises(InputError, match="version 99"):
@@ -164,7 +164,7 @@ def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: 
     pair, config = make_pair(ranks, overrides)
     ema = MovingAverage(pair.segmentor, 0.9)
     learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
-    checkpoints = Checkpoints(target, 2, {}, ranks, async_save=True)
+    checkpoints = Checkpointer(target, 2, {}, ranks, async_save=True)
     if start is not None:
         for learner in learners.values():  # nothing that is not loaded may pass for it
             for tensors in learner.state_dict().values():
@@ -182,7 +182,7 @@ def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: 
     checkpoints.wait()
 
 
-def _slice_of_network(folder: Path) -> Path:
+def _shard_of_network(folder: Path) -> Path:
     return folder / "segmentor.network.2-of-3.safetensors"
 
 
@@ -202,31 +202,31 @@ def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path
     assert len(first) == 8 and [path.name for path in first] == [path.name for path in last]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in last]
     assert float(read(first[0].parent, "discriminator.counters")["skips"]) == 1
-    sliced = checkpoint.find(tmp_path / "1", "last")
-    assert len(list(sliced.glob("segmentor.optimizer.*-of-3.safetensors"))) == 3
-    pieces = read(sliced, "segmentor.optimizer")
+    sharded = checkpoint.find(tmp_path / "1", "last")
+    assert len(list(sharded.glob("segmentor.optimizer.*-of-3.safetensors"))) == 3
+    pieces = read(sharded, "segmentor.optimizer")
     assert all(
         torch.equal(tensor, pieces[name])
         for name, tensor in read(first[0].parent, "segmentor.optimizer").items()
     )
     whole, joined = (
         read(first[0].parent, "segmentor.network"),
-        read_weights(_slice_of_network(sliced)),
+        read_weights(_shard_of_network(sharded)),
     )
     # as segmentor.init reads it
     assert all(torch.equal(tensor, joined[name]) for name, tensor in whole.items())
-    (sliced / "segmentor.network.3-of-3.safetensors").unlink()
+    (sharded / "segmentor.network.3-of-3.safetensors").unlink()
     with pytest.raises(InputError, match=r"segmentor\.network\.3-of-3"):
-        read_weights(_slice_of_network(sliced))
-    (sliced / "segmentor.optimizer.2-of-3.safetensors").unlink()
+        read_weights(_shard_of_network(sharded))
+    (sharded / "segmentor.optimizer.2-of-3.safetensors").unlink()
     with pytest.raises(InputError, match=r"segmentor\.optimizer: file 2 is missing"):
-        read(sliced, "segmentor.optimizer")
+        read(sharded, "segmentor.optimizer")
 
 
 def test_writing_goes_on_beside_training_with_the_values_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, 2, {}, RANKS, async_save=True)
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS, async_save=True)
     go, write = threading.Event(), TensorFile.write
 
     def slowly(file: TensorFile, folder: Path) -> None:
@@ -250,7 +250,7 @@ def save_badly(ranks: Ranks, run_dir: Path, fault: str) -> tuple[str, bool]:
 
     What is raised by the third, and whether it was known.
     """
-    checkpoints = Checkpoints(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=1.0)
+    checkpoints = Checkpointer(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=1.0)
     learners = {"segmentor": Holder(1), "discriminator": Holder(2)}
     checkpoints.save(learners, state(1))
     checkpoints.wait()
@@ -286,7 +286,7 @@ def test_a_failure_on_one_rank_reaches_all_and_harms_no_checkpoint(
         assert text in said and is_known_to_all
     assert names(tmp_path) == ["step-00000001"]
     holder = Holder(0)
-    Checkpoints(tmp_path, 2, {}, RANKS).load(
+    Checkpointer(tmp_path, 2, {}, RANKS).load(
         checkpoint.find(tmp_path, "last"), {"segmentor": holder}
     )
     assert (holder.tensors["network"]["weight"] == 1).all()
@@ -296,13 +296,13 @@ def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
     """What is said of a checkpoint that one rank cannot read, which then none may have begun to
     load.
     """
-    checkpoints, holder = Checkpoints(run_dir, 2, {}, ranks), Holder(0)
+    checkpoints, holder = Checkpointer(run_dir, 2, {}, ranks), Holder(0)
 
     def damaged(*arguments: Any) -> Any:
         raise InputError("segmentor.network: damaged here", "a whole checkpoint", "remove it")
 
     if ranks.rank == 1:
-        checkpoint.read = damaged
+        checkpointer.read = damaged
     try:
         checkpoints.load(checkpoint.find(run_dir, "last"), {"segmentor": holder})
     except InputError as error:
@@ -312,13 +312,13 @@ def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
 
 
 def test_what_one_rank_cannot_load_no_rank_loads(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     assert run_ranks(2, load_badly, tmp_path) == [("segmentor.network: damaged here", True)] * 2
 
 
 def close_without_the_other(ranks: Ranks, run_dir: Path) -> float:
-    """Seconds that closing takes while another rank, as if it were lost, has not written its part."""
-    checkpoints = Checkpoints(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=60.0)
+    """Seconds that closing takes while another rank, as if lost, has not written its part."""
+    checkpoints = Checkpointer(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=60.0)
     write = TensorFile.write
 
     def slowly(file: TensorFile, folder: Path) -> None:
@@ -341,7 +341,7 @@ def test_closing_does_not_wait_for_a_lost_rank(tmp_path: Path) -> None:
 
 
 def die_writing(run_dir: Path) -> None:
-    checkpoints = Checkpoints(run_dir, 2, {}, RANKS, async_save=True)
+    checkpoints = Checkpointer(run_dir, 2, {}, RANKS, async_save=True)
     checkpoints.save({"segmentor": Holder(1)}, state(1))
     checkpoints.wait()
     write = TensorFile.write
@@ -364,7 +364,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
     assert (
         tmp_path / "checkpoints" / ".partial-step-00000002" / "segmentor.network.safetensors"
     ).is_file()
-    checkpoints, holder = Checkpoints(tmp_path, 2, {}, RANKS), Holder(0)
+    checkpoints, holder = Checkpointer(tmp_path, 2, {}, RANKS), Holder(0)
     checkpoints.load(checkpoint.find(tmp_path, "last"), {"segmentor": holder})
     assert (holder.tensors["network"]["weight"] == 1).all()
     checkpoints.save({"segmentor": holder}, state(3))  # which clears the leftovers away
@@ -375,9 +375,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    path = Checkpoints(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     other: Any = Holder(0)
     # to which the saved one could be broadcast
     other.tensors["network"]["weight"] = torch.zeros(4, 1, 2, 2)
     with pytest.raises(InputError, match=r"weight of shape \(4, 3, 2, 2\)"):
-        Checkpoints(tmp_path, 2, {}, RANKS).load(path, {"segmentor": other})
+        Checkpointer(tmp_path, 2, {}, RANKS).load(path, {"segmentor": other})

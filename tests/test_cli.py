@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from distseg import cli
 from distseg.cli import main, parse
 
 
@@ -67,3 +68,22 @@ def test_bad_input_is_one_message_and_exit_code_2(
     message = capsys.readouterr().err
     assert message.startswith("error: ") and expected in message and "Traceback" not in message
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_that_brings_an_exit_code_is_one_message_and_others_stay_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    class LostError(RuntimeError):
+        exit_code = 75
+
+    def fails(options: object) -> int:
+        raise error
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "_doctor", fails)
+    error: RuntimeError = LostError("rank 1 is silent")
+    assert main(["doctor"]) == 75
+    assert capsys.readouterr().err == "error on rank 3: rank 1 is silent\n"
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])

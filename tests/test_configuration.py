@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
-from distseg.config import loading
+from distseg.cli import main
+from distseg.config import compare, loading, reference
+from distseg.config.keys import Key, key, keys_of
+from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_names
+from distseg.config.schema import Config
 from shards.errors import InputError
 
 
@@ -55,8 +63,12 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("steps=0", "from 1 to 1000000000"),
         ("steps", "key=value"),
         ("loss.adv_weight=nan", "loss.adv_weight=nan"),
-        ("data.mirror=maybe", "data.mirror"),
+        ("data.horizontal_flip=maybe", "data.horizontal_flip"),
         ("data=3", "unknown key 'data'"),
+        ("loss.adv_form=hinge", "one of: non_saturating, saturating"),
+        ("evaluate.scales=[1,9]", "numbers from 0.1 to 8"),
+        ("data.cache_bytes=-1", "a finite number from 0 on"),
+        ("data.crop_px.more=1", "unknown key 'data.crop_px.more'"),
         ("evaluate.scales=[]", "at least one scale"),
         ("evaluate.scales=[1,", "a YAML value"),
         ("evaluate.scales=[nan]", "from 0.1 to 8"),
@@ -91,3 +103,206 @@ def test_a_preset_with_another_network_leaves_its_bases_options_behind() -> None
     assert (base.discriminator.name, base.discriminator.options) == ("two_branch", {"width": 0.5})
     assert (semi.discriminator.name, semi.discriminator.options) == ("fully_convolutional", {})
     assert semi.segmentor == base.segmentor
+
+
+@dataclass
+class Example:
+    """A schema of its own."""
+
+    side: int = key(2, "a side", unit="px", low=1, high=4, on_resume=True)
+    names: list[str] = key(["a"], "some names")
+    word: str = key("x", "a word", choices=("x", "y"))
+
+
+def test_a_key_is_an_ordinary_field_that_omegaconf_understands() -> None:
+    assert Example() == Example(2, ["a"], "x")
+    assert Example().names is not Example().names
+    merged = OmegaConf.merge(OmegaConf.structured(Example), {"side": 3})
+    assert OmegaConf.to_object(merged) == Example(3, ["a"], "x")
+    with pytest.raises(TypeError, match="positional"):
+        key(1, "meaning", "px")  # type: ignore[misc]
+    expected = Key(
+        *("a side", "side", "int", 2), low=1, high=4, unit="px", on_resume=True, grouping="none"
+    )
+    assert keys_of(Example)["side"] == expected
+    assert keys_of(Example)["word"].choices == {"x": "", "y": ""}
+
+
+def test_a_field_without_a_description_is_refused() -> None:
+    @dataclass
+    class Bare:
+        side: int = 2
+
+    with pytest.raises(TypeError, match=r"Bare\.side"):
+        keys_of(Bare)
+
+
+def test_the_keys_are_those_of_the_configuration_with_their_defaults() -> None:
+    values = loading.flattened(loading.to_dict(Config()))
+    assert list(KEYS) == list(values)
+    assert {name: entry.default for name, entry in KEYS.items()} == values
+    for name, entry in KEYS.items():
+        assert entry.meaning, name
+        assert not entry.choices or entry.default in entry.choices, name
+
+
+def test_what_holds_for_a_section_holds_for_its_keys() -> None:
+    assert KEYS["tracking.tags"].on_resume and not KEYS["tracking.tags"].at_evaluation
+    assert KEYS["evaluate.every_steps"].at_prediction
+    assert KEYS["discriminator_optimizer.lr"].modes == ("adversarial", "semi_supervised")
+    assert KEYS["segmentor_optimizer.lr"].modes == () and KEYS["loss.ce_reduction"].modes == ()
+    assert KEYS["evaluate.scales"].grouping == "view" and KEYS["evaluate.scales"].on_resume
+
+
+def test_a_key_of_a_dictionary_is_found_as_that_dictionary() -> None:
+    assert find("segmentor.options.width") is KEYS["segmentor.options"]
+    assert find("segmentor") is None and find("data.shards.more") is None and find("") is None
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_an_old_name_is_understood_with_one_note(
+    old: str, new: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_noted", set())
+    value = 3 if KEYS[new].type == "int" else not KEYS[new].default
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            config = loading.load(["preset=toy", f"{old}={value}"])
+    assert loading.flattened(loading.to_dict(config))[new] == value
+    assert [record.getMessage() for record in caplog.records] == [
+        f"note: {old} is now called {new}"
+    ]
+
+
+def with_old_names(config: Config) -> str:
+    """config.yaml as a version before the renaming wrote it."""
+    values = loading.to_dict(config)
+    for old, new in OLD_NAMES.items():
+        section, _, name = old.rpartition(".")
+        inside = values[section] if section else values
+        inside[name] = inside.pop(new.rpartition(".")[2])
+    assert not set(OLD_NAMES.values()) & loading.flattened(values).keys()
+    return yaml.safe_dump(values)
+
+
+def test_a_saved_configuration_with_old_names_is_read_without_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["data.horizontal_flip=false", "evaluate.horizontal_flip=true"]
+    config = loading.load(["preset=toy", *options, "gradient_accumulation_steps=4"])
+    path = tmp_path / loading.CONFIG_FILE
+    path.write_text(with_old_names(config))
+    assert loading.from_file(path) == config and not caplog.records
+    loading.check_same(tmp_path, config)
+    other = loading.load(["preset=toy", *options, "gradient_accumulation_steps=2"])
+    with pytest.raises(InputError, match="gradient_accumulation_steps: 4 there, 2 now"):
+        loading.check_same(tmp_path, other)
+
+
+def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / loading.CONFIG_FILE
+    for content in ("[1, 2]", "steps: many", "stpes: 3", "a: [", "data: {mirror: maybe}"):
+        path.write_text(content)
+        with pytest.raises(InputError, match="of this version"):
+            loading.from_file(path)
+
+
+def test_present_names_stay_as_they_are() -> None:
+    values = {"data": {"horizontal_flip": True, "shards": "x"}, "steps": 3, "semi": None}
+    assert with_full_names(values) == values
+    assert with_full_names({"data": "mirror", "evaluate": {"mirror": True}}) == {
+        "data": "mirror",
+        "evaluate": {"horizontal_flip": True},
+    }
+
+
+def flat(*overrides: str) -> dict[str, object]:
+    return loading.flattened(loading.to_dict(loading.load(["preset=toy", *overrides])))
+
+
+def test_runs_that_differ_in_seed_and_place_only_are_one_setting() -> None:
+    free = ["seed=3", "run_dir=x", "data.shards=y", "data.worker_type=process", "max_skips=3"]
+    one, other = flat(), flat(*free, "tracking.tags=[a]", "evaluate.num_pictures=0")
+    assert compare.setting(one) == compare.setting(other) and not compare.differing(one, other)
+
+
+def test_a_view_sets_scores_apart_but_not_networks() -> None:
+    one, other = flat(), flat("evaluate.horizontal_flip=true")
+    assert compare.setting(one) != compare.setting(other) and not compare.differing(one, other)
+
+
+def test_a_key_that_a_mode_does_not_use_makes_no_difference() -> None:
+    plain, other = flat("mode=supervised"), flat("mode=supervised", "semi.weight=0")
+    other |= {"loss.adv_form": "saturating", "discriminator.options.width": 2}
+    assert compare.setting(plain) == compare.setting(other) and not compare.differing(plain, other)
+    assert compare.differing(flat(), flat("semi.threshold=0.9")) == []
+    semi = ["mode=semi_supervised", "data.labelled=1/8"]
+    differs = compare.differing(flat(*semi), flat(*semi, "semi.threshold=0.9"))
+    assert differs == ["semi.threshold"]
+
+
+def test_an_unknown_key_of_another_version_is_a_difference() -> None:
+    assert compare.differing(flat(), {**flat(), "data.cutmix": 1}) == ["data.cutmix"]
+
+
+def test_help_says_all_that_is_known_of_a_key() -> None:
+    text = reference.help_text("loss.adv_form")
+    for part in (
+        "loss.adv_form: str = non_saturating",
+        "saturating      - BCE(D(fake), fake)",
+        "used with:  mode=adversarial or semi_supervised",
+        "Luc et al. 2016, eq. 3",
+        "may change: never",
+    ):
+        assert part in text
+    text = reference.help_text("evaluate.mirror")
+    assert text.startswith("evaluate.horizontal_flip: bool = false")
+    assert "may change: on resuming, at evaluation, at prediction" in text
+    assert "range:      from 32 to 4096" in reference.help_text("data.crop_px")
+    assert "unit:       px" in reference.help_text("data.crop_px")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_help_of_a_key_and_of_a_section(command: str, capsys: pytest.CaptureFixture) -> None:
+    for arguments, code, part in (
+        (["--help", "semi.threshold"], 0, "T_semi"),
+        (["-h", "semi.threshold=0.3"], 0, "T_semi"),
+        (["--help", "semi"], 0, "semi.adv_start_step = 0"),
+        (["--help"], 0, "usage: distseg"),
+        (["--help", "semi.treshold"], 2, "did you mean semi.threshold?"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main([command, *arguments])
+        seen = capsys.readouterr()
+        assert exit_.value.code == code and part in (seen.err if code else seen.out)
+
+
+def test_the_reference_has_a_row_for_every_key_and_a_table_for_every_section() -> None:
+    lines = reference.markdown().splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(KEYS)
+    assert all(row.replace("\\|", "").count("|") == 6 for row in rows)
+    assert [line[3:] for line in lines if line.startswith("## ")] == list(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evaluate", "run", "steps=5"], "precision, data.shards, data.cache_dir"),
+        (["evaluate", "run", "mode=supervised"], "evaluate.*, parallel.*"),
+        (["predict", "run", "image.png", "--out", "x", "device=cpu"], "one of: precision, eval"),
+        (["predict", "run", "image.png", "--out", "x", "accumulate_steps=2"], "as the run was tr"),
+    ],
+)
+def test_what_is_fixed_by_training_is_refused_elsewhere(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("image.png").touch()
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert f"argument {arguments[-1]!r}" in message and expected in message

@@ -61,7 +61,8 @@ def camvid(root: Path) -> None:
             picture(root / split / f"{split}_{index}.png")
             mask(root / f"{split}annot" / f"annot_{9 - index}.png", ids(12))
             lines[split] += (
-                f"/SegNet/CamVid/{split}/{split}_{index}.png /SegNet/CamVid/{split}annot/annot_{9 - index}.png\n"
+                f"/SegNet/CamVid/{split}/{split}_{index}.png "
+                f"/SegNet/CamVid/{split}annot/annot_{9 - index}.png\n"
             )
     for split in lines:
         (root / f"{split}.txt").write_text(lines[split])
@@ -88,7 +89,7 @@ def ade20k(root: Path) -> None:
 
 
 def by_hand(codes: dict[int, int]) -> Callable[[Path], np.ndarray]:
-    """A mask read in the plainest way: one pixel after the other; what is not in the table is void."""
+    """A mask read in the plainest way, pixel by pixel; what is not in the table is void."""
 
     def read(path: Path) -> np.ndarray:
         values = np.asarray(Image.open(path)).astype(int)

@@ -21,12 +21,14 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import check_installed, check_settings, deepspeed_config, wrap
-from distseg.parallel.slices import is_sliced, num_elements
-from distseg.runs.checkpoint import Checkpoints, find
+from distseg.parallel.parameter_shards import is_sharded, num_elements
+from distseg.runs.checkpoint import find
+from distseg.runs.checkpointer import Checkpointer
+from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import Program, environments, run_ranks
@@ -69,7 +71,7 @@ def make_pair(config: Config, ranks: Ranks) -> Pair:
         wrap(*both, config, ranks)
         for both in zip(make_networks("two_branch"), optimizers, strict=True)
     ]
-    return Pair(*learners, config.loss, config.semi)
+    return Pair.of(config, *learners)
 
 
 def one_step(pair: Pair, config: Config, ranks: Ranks, step: int) -> dict[str, dict[str, float]]:
@@ -77,7 +79,7 @@ def one_step(pair: Pair, config: Config, ranks: Ranks, step: int) -> dict[str, d
     share = slice(
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
-    adversarial_step(
+    training_step(
         pair,
         phase(step, config),
         Images(*(part[share] for part in make_batch(step, torch.float32, 48))),
@@ -94,14 +96,14 @@ def learners_of(pair: Pair) -> dict[str, Any]:
 
 def state_of(learner: Any) -> dict[str, Any]:
     """Every tensor that a checkpoint would hold, and of the network that would be evaluated."""
-    parts = learner.state_dict() | {"evaluated": learner.whole().state_dict()}
+    parts = learner.state_dict() | {"evaluated": learner.full_network().state_dict()}
     named = {
         f"{part}/{name}": tensor
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
     return {
-        name: (t.full_tensor() if is_sliced(t) else t).numpy().copy() for name, t in named.items()
+        name: (t.full_tensor() if is_sharded(t) else t).numpy().copy() for name, t in named.items()
     }
 
 
@@ -173,7 +175,7 @@ def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) 
     config.segmentor_optimizer.name = "adamw"
     pair = make_pair(config, ranks)
     learners = learners_of(pair)
-    checkpoints = Checkpoints(run_dir, 2, {}, ranks)
+    checkpoints = Checkpointer(run_dir, 2, {}, ranks)
     if resumed:
         for step in range(2):  # nothing of what these change may stay
             one_step(pair, config, ranks, step + 10)
@@ -186,7 +188,7 @@ def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) 
 
 
 def copied_buffer(ranks: Ranks, overrides: Sequence[str]) -> Any:
-    """Of a whole copy: a buffer that no state_dict holds, such as an encoder's mean of the pixels."""
+    """Of a whole copy: a buffer that no state_dict holds, such as an encoder's pixel mean."""
     config, (network, _) = (
         make_config("fp32", "simultaneous", "adversarial", overrides),
         make_networks("two_branch"),
@@ -195,7 +197,7 @@ def copied_buffer(ranks: Ranks, overrides: Sequence[str]) -> Any:
     size = sum(parameter.numel() for parameter in network.parameters())
     learner = wrap(network, config.segmentor_optimizer, config, ranks)
     assert sum(num_elements(parameter) for parameter in learner.network.parameters()) == size
-    whole: Any = learner.whole()
+    whole: Any = learner.full_network()
     return whole.mean.tolist()
 
 

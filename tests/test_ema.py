@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from distseg.parallel.whole_copy import with_values
+from distseg.parallel.full_copy import copy_with
 from distseg.train.ema import MovingAverage
 
 
 def learner(network: nn.Module) -> Any:
     """As much of a learner as an average looks at."""
-    return SimpleNamespace(network=network, whole=lambda tensors: with_values(network, tensors))
+    return SimpleNamespace(
+        network=network, full_network=lambda tensors: copy_with(network, tensors)
+    )
 
 
 def test_the_average_follows_its_formula_and_copies_whole_numbers() -> None:
@@ -35,10 +37,10 @@ def test_the_average_follows_its_formula_and_copies_whole_numbers() -> None:
                 else tensor
             )
             expected[name] = new.clone()
-        for name, tensor in average.whole().state_dict().items():
+        for name, tensor in average.full_network().state_dict().items():
             assert (tensor - expected[name]).abs().max() < 1e-12, name
-    assert average.whole()[1].num_batches_tracked == 5
-    assert not average.whole().training and source.training
+    assert average.full_network()[1].num_batches_tracked == 5
+    assert not average.full_network().training and source.training
 
 
 def test_a_loaded_average_goes_on_as_the_saved_one() -> None:
@@ -55,5 +57,5 @@ def test_a_loaded_average_goes_on_as_the_saved_one() -> None:
     other._pairs = [(own, new) for (own, _), (_, new) in zip(other._pairs, one._pairs, strict=True)]
     for average in (one, other):
         average.update()
-    assert torch.equal(one.whole().weight, other.whole().weight)
+    assert torch.equal(one.full_network().weight, other.full_network().weight)
     assert int(other.num_updates) == 2

@@ -18,12 +18,14 @@ from distseg.distributed.ranks import Ranks
 from distseg.models import BatchNorm2d, build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.sync_batch_norm import synchronise
-from distseg.train.schedules import lr_factor, phase
-from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.batch import Images
+from distseg.train.schedules import Phase, lr_factor, phase
+from distseg.train.step import Pair, training_step
 from distseg.train.trainer import logged
 from tests.ranks import run_ranks
 
 NUM_CLASSES, BATCH, STEPS = 4, 12, 6
+SUPERVISED = Phase(segmentor=True, discriminator=False, weights={"cross_entropy": 1.0})
 # its label maps, a quarter, must be 32 wide
 IMAGE_PX = {"two_branch": 48, "fully_convolutional": 128}
 
@@ -90,11 +92,10 @@ def train(ranks: Ranks, case: Sequence[str], overrides: Sequence[str] = ()) -> A
     precision, alternation, discriminator, mode = (*case, "adversarial")[:4]
     config = make_config(precision, alternation, mode, overrides)
     segmentor, judge = make_networks(discriminator)
-    pair = Pair(
-        wrap(segmentor, config.segmentor_optimizer, config, ranks), None, config.loss, config.semi
-    )
+    learners = [wrap(segmentor, config.segmentor_optimizer, config, ranks)]
     if mode == "adversarial":
-        pair.discriminator = wrap(judge, config.discriminator_optimizer, config, ranks)
+        learners.append(wrap(judge, config.discriminator_optimizer, config, ranks))
+    pair = Pair.of(config, *learners)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     payload, leaks = count_payload(pair) if config.parallel.strategy == "ddp" else [], []
     share = slice(
@@ -103,10 +104,7 @@ def train(ranks: Ranks, case: Sequence[str], overrides: Sequence[str] = ()) -> A
     for step in range(STEPS):
         image, label = (part[share] for part in make_batch(step, dtype, IMAGE_PX[discriminator]))
         now = phase(step, config)
-        if mode == "supervised":
-            supervised_step(pair, Images(image, label))
-        else:
-            adversarial_step(pair, now, Images(image, label))
+        training_step(pair, now, Images(image, label))
         leaks += [f"segmentor at {step}"] * (not now.segmentor and has_gradient(segmentor))
         leaks += [f"discriminator at {step}"] * (not now.discriminator and has_gradient(judge))
         factor = lr_factor(step, config.steps, config.schedule)
@@ -114,8 +112,8 @@ def train(ranks: Ranks, case: Sequence[str], overrides: Sequence[str] = ()) -> A
             pair.segmentor.step(factor)
         if now.discriminator and pair.discriminator is not None:
             pair.discriminator.step(factor)
-    judge = judge if pair.discriminator is None else pair.discriminator.whole()
-    return parameters_of(pair.segmentor.whole()), parameters_of(judge), payload, leaks
+    judge = judge if pair.discriminator is None else pair.discriminator.full_network()
+    return parameters_of(pair.segmentor.full_network()), parameters_of(judge), payload, leaks
 
 
 def count_payload(pair: Pair) -> list[int]:
@@ -238,11 +236,10 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
     segmentor = nn.Sequential(nn.Conv2d(3, NUM_CLASSES, 4, stride=4), nn.BatchNorm2d(NUM_CLASSES))
     segmentor.output_stride = 4
     judge = build_discriminator("two_branch", NUM_CLASSES, width=0.25)
-    pair = Pair(
+    pair = Pair.of(
+        config,
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         wrap(judge, config.discriminator_optimizer, config, ranks),
-        config.loss,
-        config.semi,
     )
     share = slice(
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
@@ -253,8 +250,8 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
         if step == 1 and ranks.rank == ranks.world_size - 1:
             image[0, 0, 0, 0] = float("nan")
         with torch.no_grad():  # the layer itself, outside of what spreads it over the ranks
-            own = pair.segmentor.whole()[0](image)  # type: ignore[index]
-        adversarial_step(pair, phase(step, config), Images(image, label))
+            own = pair.segmentor.full_network()[0](image)  # type: ignore[index]
+        training_step(pair, phase(step, config), Images(image, label))
         counts = {
             name: learner.step(1.0)
             for name, learner in (("S", pair.segmentor), ("D", pair.discriminator))
@@ -264,7 +261,7 @@ def bad_batch_on_one_rank(ranks: Ranks, overrides: Sequence[str] = ()) -> Any:
         }
         state = {
             name: tensor.clone().numpy()
-            for name, tensor in pair.segmentor.whole().state_dict().items()
+            for name, tensor in pair.segmentor.full_network().state_dict().items()
         }
         history.append((own.mean((0, 2, 3)).numpy(), skips, state))
     return history
@@ -322,13 +319,12 @@ def train_synchronised(ranks: Ranks, overrides: Sequence[str] = ()) -> dict[str,
     )
     for step in range(STEPS):
         image, label = (part[share] for part in make_batch(step, torch.float64, 48))
-        adversarial_step(
-            Pair(*learners, config.loss, config.semi), phase(step, config), Images(image, label)
-        )
+        training_step(Pair.of(config, *learners), phase(step, config), Images(image, label))
         for learner in learners:
             learner.step(1.0)
     return {
-        name: tensor.clone().numpy() for name, tensor in learners[0].whole().state_dict().items()
+        name: tensor.clone().numpy()
+        for name, tensor in learners[0].full_network().state_dict().items()
     }
 
 

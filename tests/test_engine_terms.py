@@ -17,8 +17,9 @@ from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
+from distseg.train.batch import Images
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
 
@@ -114,7 +115,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
             (judge, config.discriminator_optimizer),
         )
     ]
-    pair = Pair(*learners, config.loss, config.semi)
+    pair = Pair.of(config, *learners)
     share = slice(
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
@@ -124,14 +125,14 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> tuple[dict,
             Images(part.pixels[share].to(dtype_of(config)), part.label[share]) for part in parts
         )
         now = phase(step, config)
-        adversarial_step(
+        training_step(
             pair, now, labelled, unlabelled if config.mode == "semi_supervised" else None, num_parts
         )
         if now.segmentor:
             learners[0].step(1.0)
         if now.discriminator:
             learners[1].step(1.0)
-    return values_of(learners[0].whole()), values_of(learners[1].whole())
+    return values_of(learners[0].full_network()), values_of(learners[1].full_network())
 
 
 def values_of(network: nn.Module) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from distseg.export import command, formats
 from distseg.export.formats import FullResolution, describe
 from distseg.export.hub import EXAMPLE
 from distseg.models import SEGMENTORS, build_segmentor
-from distseg.runs.checkpoint import Checkpoints
+from distseg.runs.checkpointer import Checkpointer
 
 CLASSES, PALETTE = ["sky", "a|b", "road"], [[86, 180, 233], [0, 110, 70], [120, 120, 120]]
 MULTISCALE = {"hidden": 16}
@@ -135,7 +135,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     identity = {"classes": CLASSES, "palette": PALETTE, "precision": "fp32"}
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     learner = Learner(network=lively("multiscale", **MULTISCALE))
-    Checkpoints(run_dir, 1, identity, ranks).save({"segmentor": learner}, {"step": 7})
+    Checkpointer(run_dir, 1, identity, ranks).save({"segmentor": learner}, {"step": 7})
     (run_dir / "config.yaml").write_text(loading.to_yaml(config))
     about = {
         "step": 7,
@@ -143,7 +143,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "split": "val",
         "num_images": 4,
         "scales": [1.0],
-        "mirror": False,
+        "horizontal_flip": False,
     }
     scores = {
         "val/mean_iou": 0.725,
@@ -201,8 +201,11 @@ def test_a_hub_folder_is_all_that_is_needed(
     image = np.random.default_rng(0).integers(0, 256, (71, 90, 3), dtype=np.uint8)
     expected = probabilities(trained_segmentor(finished, "last")[0], image).argmax(0).numpy()
     Image.fromarray(image).save(tmp_path / "picture.png")
-    program = f"""import sys; sys.modules["torch"] = sys.modules["distseg"] = sys.modules["shards"] = None
-import runpy; sys.argv = ["x", "model.onnx", r"{tmp_path / "picture.png"}", r"{tmp_path / "labels.png"}"]
+    picture, labels = tmp_path / "picture.png", tmp_path / "labels.png"
+    program = f"""import sys
+sys.modules["torch"] = sys.modules["distseg"] = sys.modules["shards"] = None
+import runpy
+sys.argv = ["x", "model.onnx", r"{picture}", r"{labels}"]
 runpy.run_path("predict_onnx.py", run_name="__main__")"""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True

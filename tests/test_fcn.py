@@ -67,7 +67,10 @@ def test_fully_connected_weights_become_the_same_function_as_convolutions(tmp_pa
     }
     state |= {"classifier.6.weight": torch.zeros(1000, 8)}
     torch.save(state, tmp_path / "vgg.pth")
-    segmentor = build_segmentor("fcn8s_vgg16", 2, init=str(tmp_path / "vgg.pth"), fc_channels=8)
+    init = {"init": str(tmp_path / "vgg.pth"), "fc_channels": 8}
+    with pytest.raises(InputError, match=r"segmentor\.init_partial=true"):
+        build_segmentor("fcn8s_vgg16", 2, **init)
+    segmentor = build_segmentor("fcn8s_vgg16", 2, **init, init_partial=True)
     pool5 = torch.randn(1, 512, 7, 7)
     expected = F.linear(pool5.flatten(1), state["classifier.0.weight"], state["classifier.0.bias"])
     middle = segmentor.encoder.classifier[0](pool5)[:, :, 3, 3]
@@ -140,7 +143,7 @@ def test_upscore_starts_as_bilinear_upsampling_up_to_the_border(size):
 
 
 class RampEncoder(torch.nn.Module):
-    """Stands for VGG16: fc7 holds the x and y position (px) of its cells' centres, the rest zero."""
+    """Stands for VGG16: fc7 holds its cells' centres, x and y (px), the rest zero."""
 
     def forward(self, image):
         height, width = (-(-side // 32) for side in image.shape[-2:])

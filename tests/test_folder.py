@@ -29,7 +29,10 @@ void: [0, 255]
 """
 BY_COLOR = """
 mask_values: colors
-classes: [{name: sky, color: [255, 128, 0]}, {name: road, color: [1, 2, 3]}, {name: car, color: [1, 3, 2]}]
+classes:
+- {name: sky, color: [255, 128, 0]}
+- {name: road, color: [1, 2, 3]}
+- {name: car, color: [1, 3, 2]}
 void: [[0, 0, 0], [250, 250, 250]]
 """
 

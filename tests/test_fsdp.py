@@ -1,4 +1,4 @@
-"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold slices
+"""FSDP2: DDP's steps, from parameters, gradients and optimizer states that the ranks hold shards
 of.
 """
 
@@ -18,11 +18,12 @@ from distseg.cli import main
 from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_shard_size, fsdp, wrap
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
+from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step
+from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms
 from tests.ranks import run_ranks
@@ -94,7 +95,7 @@ def make_pair(ranks: Ranks, overrides: tuple[str, ...]) -> Any:
         wrap(*both, config, ranks)
         for both in zip(make_networks("two_branch"), optimizers, strict=True)
     ]
-    return Pair(*learners, config.loss, config.semi), config
+    return Pair.of(config, *learners), config
 
 
 def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
@@ -102,7 +103,7 @@ def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
     image, label = (part[share] for part in make_batch(step, torch.float64, 48))
-    adversarial_step(pair, phase(step, config), Images(image, label))
+    training_step(pair, phase(step, config), Images(image, label))
 
 
 def values(network: nn.Module) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def values(network: nn.Module) -> dict[str, Any]:
 def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
     """Three steps; in the second, a part of the last rank's gradient of one network is infinite.
 
-    Under DDP before gradients are averaged; under FSDP after it, in the slices of one rank alone.
+    Under DDP before gradients are averaged; under FSDP after it, in the shards of one rank alone.
     """
     pair, config = make_pair(ranks, overrides)
     learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
@@ -128,14 +129,14 @@ def spoil(ranks: Ranks, overrides: tuple[str, ...], spoiled: str) -> list[Any]:
         gradients(ranks, pair, config, step)
         [hook.remove() for hook in hooks]
         if bad and overrides:
-            some = [p for p in bad if slice_of(p.grad).rows.numel()]
-            slice_of(some[-1].grad).rows.view(-1)[0] = float("inf")
+            some = [p for p in bad if shard_of(p.grad).rows.numel()]
+            shard_of(some[-1].grad).rows.view(-1)[0] = float("inf")
         metrics = {
             name: {k: float(v) for k, v in learner.step(1.0).items()}
             for name, learner in learners.items()
         }
         history.append(
-            (metrics, {name: values(learner.whole()) for name, learner in learners.items()})
+            (metrics, {name: values(learner.full_network()) for name, learner in learners.items()})
         )
     return history
 
@@ -204,16 +205,16 @@ def train_in_half(ranks: Ranks) -> list[Any]:
             wrap(*both, config, ranks)
             for both in zip(make_networks("two_branch"), optimizers, strict=True)
         ]
-        pair, counts = Pair(*learners, config.loss, config.semi), []
+        pair, counts = Pair.of(config, *learners), []
         share = slice(
             ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
         )
         for step in range(6):
             image, label = (part[share] for part in make_batch(step, torch.float32, 48))
-            adversarial_step(pair, phase(step, config), Images(image, label))
+            training_step(pair, phase(step, config), Images(image, label))
             said = [learner.step(1.0) for learner in learners]
             counts += [(float(of_it["loss_scale"]), float(of_it["skips"])) for of_it in said]
-        found.append((counts, [values(learner.whole()) for learner in learners]))
+        found.append((counts, [values(learner.full_network()) for learner in learners]))
     return found
 
 
@@ -237,13 +238,13 @@ def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
         pair.segmentor.step(1.0)
         pair.discriminator.step(1.0)
         ema.update()
-        seen.append(values(ema.whole()))
+        seen.append(values(ema.full_network()))
         check_equal(ranks, pair, step)
-    size = sum(slice_of(tensor).rows.numel() for tensor in ema.state_dict()["network"].values())
+    size = sum(shard_of(tensor).rows.numel() for tensor in ema.state_dict()["network"].values())
     return [*seen, {"held": np.array(size)}]
 
 
-def test_the_moving_average_is_that_of_ddp_from_slices() -> None:
+def test_the_moving_average_is_that_of_ddp_from_shards() -> None:
     (expected,) = run_ranks(1, average, ())
     for num_ranks, overrides in ((2, FSDP), (4, HYBRID)):
         for got in run_ranks(num_ranks, average, overrides):
@@ -255,7 +256,7 @@ def test_the_moving_average_is_that_of_ddp_from_slices() -> None:
 def find_difference(ranks: Ranks, overrides: tuple[str, ...], wrong: int) -> str:
     pair, _ = make_pair(ranks, overrides)
     if ranks.rank == wrong:
-        slice_of(next(pair.discriminator.network.parameters())).rows.view(-1)[0] += 1
+        shard_of(next(pair.discriminator.network.parameters())).rows.view(-1)[0] += 1
     try:
         check_equal(ranks, pair, 7)
     except RuntimeError as error:
@@ -263,7 +264,7 @@ def find_difference(ranks: Ranks, overrides: tuple[str, ...], wrong: int) -> str
     return ""
 
 
-def test_replicas_that_hold_different_slices_are_found() -> None:
+def test_replicas_that_hold_different_shards_are_found() -> None:
     for text in run_ranks(4, find_difference, HYBRID, 3):
         assert "the discriminator of rank 3 differs" in text
     assert run_ranks(4, find_difference, HYBRID, -1) == [""] * 4
@@ -293,7 +294,7 @@ def run_large(ranks: Ranks) -> list[float]:
     for network, inputs in networks:
         learner = wrap(network, config.segmentor_optimizer, config, ranks)
         assert len(fsdp.blocks(network)) > 1
-        plain = learner.whole()
+        plain = learner.full_network()
         plain.requires_grad_().train()
         results = []
         for forward in (learner, plain):
@@ -336,11 +337,11 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
         sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors"))
         for run in ("whole", "killed")
     ]
-    # five of them in two slices, and the counters of both networks and the average
+    # five of them in two shards, and the counters of both networks and the average
     assert len(files[0]) == 13
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
-    # from the slices, on one rank
+    # from the shards, on one rank
     assert main(["evaluate", str(tmp_path / "whole"), "--quick"]) == 0
     names = ("evaluation.json", "evaluation-step-00000012-val-quick.json")
     scores = [json.loads((tmp_path / "whole" / name).read_text()) for name in names]

@@ -14,9 +14,10 @@ import pytest
 
 from distseg.cli import main
 from distseg.config.schema import TrackingConfig
+from distseg.tracking.catalogue import RATIO
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import open_tracker, read_metrics
-from distseg.tracking.verdicts import CHECKS, NAMED, RATIO
+from distseg.tracking.verdicts import CHECKS, NAMED
 from tests.test_train import SEMI, SMALL
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.evaluate.inference import probabilities, sliding_window
 from shards.errors import InputError
 
 SIZES = [(40, 64), (33, 47), (97, 32), (5, 7), (1, 1), (20, 90)]
@@ -55,7 +55,9 @@ def test_scales_and_mirror_average_the_views(model: nn.Module) -> None:
     plain = [probabilities(model, image, (scale,)) for scale in (0.75, 1.0, 1.5)]
     flipped = [probabilities(model, image[:, ::-1], (scale,)).flip(2) for scale in (0.75, 1.0, 1.5)]
     expected = torch.stack(plain + flipped).mean(0)
-    torch.testing.assert_close(probabilities(model, image, (0.75, 1.0, 1.5), mirror=True), expected)
+    torch.testing.assert_close(
+        probabilities(model, image, (0.75, 1.0, 1.5), horizontal_flip=True), expected
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,8 +65,8 @@ def test_a_mirrored_image_gives_the_mirrored_answer(
     model: nn.Module, size: tuple[int, int]
 ) -> None:
     image = picture(*size)
-    straight = probabilities(model, image, (0.5, 1.0), mirror=True)
-    mirrored = probabilities(model, image[:, ::-1], (0.5, 1.0), mirror=True)
+    straight = probabilities(model, image, (0.5, 1.0), horizontal_flip=True)
+    mirrored = probabilities(model, image[:, ::-1], (0.5, 1.0), horizontal_flip=True)
     torch.testing.assert_close(mirrored.flip(2), straight, rtol=0, atol=1e-6)
 
 
@@ -72,7 +74,7 @@ def test_a_mirrored_image_gives_the_mirrored_answer(
 def test_probabilities_sum_to_one_at_the_images_size(
     model: nn.Module, size: tuple[int, int]
 ) -> None:
-    result = probabilities(model, picture(*size), (0.5, 1.25), mirror=True)
+    result = probabilities(model, picture(*size), (0.5, 1.25), horizontal_flip=True)
     assert result.shape == (4, *size) and result.dtype == torch.float32
     torch.testing.assert_close(result.sum(0), torch.ones(size))
     assert result.min() >= 0
@@ -110,7 +112,9 @@ def test_tiles_equal_the_whole_image_for_a_model_that_sees_no_further_than_their
     torch.manual_seed(1)
     model, image = Small(stride=stride).eval(), picture(*size)
     whole = probabilities(model, image)
-    tiled = blend_tiles(lambda tile: probabilities(model, tile), image, tile_px=128, overlap_px=32)
+    tiled = sliding_window(
+        lambda tile: probabilities(model, tile), image, window_px=128, overlap_px=32
+    )
     torch.testing.assert_close(tiled, whole, rtol=0, atol=2e-6)
 
 
@@ -121,7 +125,7 @@ def test_tiles_are_bounded_in_size_and_cover_every_pixel_once() -> None:
         shapes.append(tile.shape)
         return torch.ones(1, *tile.shape[:2])
 
-    result = blend_tiles(ones, picture(333, 450), tile_px=128, overlap_px=64)
+    result = sliding_window(ones, picture(333, 450), window_px=128, overlap_px=64)
     torch.testing.assert_close(result, torch.ones(1, 333, 450))
     assert max(max(shape) for shape in shapes) <= 128 and len(shapes) > 9
 
@@ -141,6 +145,6 @@ def test_wrong_scales_and_tiles_are_refused(model: nn.Module) -> None:
             probabilities(model, picture(40, 40), scales)
     for tile_px, overlap_px in ((100, 32), (128, 96), (128, 0)):
         with pytest.raises(InputError, match="multiples of 32"):
-            blend_tiles(
+            sliding_window(
                 lambda tile: torch.ones(1, *tile.shape[:2]), picture(40, 40), tile_px, overlap_px
             )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from distseg.losses import functional
+from distseg.losses import adversarial, cross_entropy, tensors
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,7 @@ def test_cross_entropy_sums_valid_pixels_of_upsampled_logits() -> None:
         0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
     )
     label[0, :3] = 255
-    total = functional.cross_entropy_sum(logits, label)
+    total = cross_entropy.cross_entropy_sum(logits, label)
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
     expected = torch.zeros((), dtype=torch.float64)
     for n in range(2):
@@ -37,7 +37,7 @@ def test_cross_entropy_sums_valid_pixels_of_upsampled_logits() -> None:
 
 def test_cross_entropy_of_void_alone_is_zero_with_a_live_graph() -> None:
     logits = rand(1, 3, 4, 4).requires_grad_()
-    total = functional.cross_entropy_sum(logits, torch.full((1, 8, 8), 255, dtype=torch.uint8))
+    total = cross_entropy.cross_entropy_sum(logits, torch.full((1, 8, 8), 255, dtype=torch.uint8))
     (gradient,) = torch.autograd.grad(total, logits)
     assert total == 0 and (gradient == 0).all()
 
@@ -45,7 +45,7 @@ def test_cross_entropy_of_void_alone_is_zero_with_a_live_graph() -> None:
 @pytest.mark.parametrize("target", [1.0, 0.9, 0.0])
 def test_adversarial_loss_per_image_is_its_formula(target: float) -> None:
     logits = rand(3, 1, 1, 1).requires_grad_()
-    total = functional.adversarial_sum(logits, None, target)
+    total = adversarial.adversarial_sum(logits, None, target)
     chance = torch.sigmoid(logits)
     expected = -(target * chance.log() + (1 - target) * (1 - chance).log()).sum()
     assert abs(total - expected) < 1e-12
@@ -59,8 +59,8 @@ def test_adversarial_loss_per_cell_sums_over_valid_pixels(real: bool) -> None:
     valid = rand(2, 8, 8, seed=1) > 0
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)[:, 0]
     expected = sum(math.log1p(math.exp(-z if real else z)) for z in up[valid].tolist())
-    assert abs(functional.adversarial_sum(logits, valid, real) - expected) < 1e-10
-    correct, chances, scores = functional.verdict_sums(logits, valid, real).tolist()
+    assert abs(adversarial.adversarial_sum(logits, valid, real) - expected) < 1e-10
+    correct, chances, scores = adversarial.score_sums(logits, valid, real).tolist()
     assert correct == int(((up[valid] > 0) == real).sum())
     assert abs(chances - sum(1 / (1 + math.exp(-z)) for z in up[valid].tolist())) < 1e-10
     assert abs(scores - up[valid].sum()) < 1e-10
@@ -72,8 +72,8 @@ def test_void_looks_the_same_in_the_real_and_the_fake_label_map() -> None:
         0, 4, (2, 24, 24), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
     )
     label[:, 8:16, 4:] = 255
-    index, valid = functional.label_at(label, probabilities.shape[-2:])
-    real = functional.real_label_map(index, valid, probabilities)
+    index, valid = tensors.label_at(label, probabilities.shape[-2:])
+    real = adversarial.real_label_map(index, valid, probabilities)
     centre = label[:, 2::4, 2::4]  # the pixel nearest to the centre of each 4 x 4 cell
     assert torch.equal(valid, centre != 255)
     assert torch.equal(real.argmax(1)[valid], centre[valid].long())
@@ -89,7 +89,7 @@ def test_scaling_is_the_formula_of_the_paper() -> None:
     index = torch.randint(0, 4, (2, 5, 5), generator=torch.Generator().manual_seed(4))
     valid = torch.ones(2, 5, 5, dtype=torch.bool)
     valid[:, 2] = False
-    scaled = functional.real_label_map(index, valid, probabilities, tau=0.9)
+    scaled = adversarial.real_label_map(index, valid, probabilities, tau=0.9)
     for n, y, x in ((n, y, x) for n in range(2) for y in range(5) for x in range(5)):
         s, truth = probabilities[n, :, y, x].detach(), int(index[n, y, x])
         expected = s.clone()
@@ -107,7 +107,7 @@ def test_scaling_of_a_certain_prediction_stays_a_distribution() -> None:
     certain = torch.zeros(1, 3, 1, 2, dtype=torch.float64)
     certain[0, 1] = 1.0  # right in the first pixel, wrong in the second
     index = torch.tensor([[[1, 0]]])
-    scaled = functional.real_label_map(
+    scaled = adversarial.real_label_map(
         index, torch.ones(1, 1, 2, dtype=torch.bool), certain, tau=0.9
     )
     assert torch.equal(scaled[0, :, 0, 0], torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64))
@@ -121,7 +121,7 @@ def test_pseudo_labels_are_the_own_classes_where_the_discriminator_believes() ->
     on_fake = rand(2, 1, 2, 2, seed=5)
     inside = torch.ones(2, 4, 4, dtype=torch.bool)
     inside[1, :, 3] = False
-    pseudo = functional.pseudo_label(probabilities, on_fake, inside, threshold=0.4)
+    pseudo = adversarial.pseudo_label(probabilities, on_fake, inside, threshold=0.4)
     up = torch.nn.functional.interpolate(on_fake, (4, 4), mode="bilinear", align_corners=False)[
         :, 0
     ]
@@ -131,16 +131,14 @@ def test_pseudo_labels_are_the_own_classes_where_the_discriminator_believes() ->
     assert 0 < int((pseudo != 255).sum()) < int(inside.sum())
 
 
-def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_and_an_empty_mask_gives_zero() -> (
-    None
-):
+def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_zero_under_none() -> None:
     logits = rand(1, 3, 4, 4).requires_grad_()
     probabilities, inside = logits.softmax(1), torch.ones(1, 4, 4, dtype=torch.bool)
     on_fake = torch.full((1, 1, 4, 4), -9.0, dtype=torch.float64)
     on_fake[..., 1, 2] = 9.0
-    pseudo = functional.pseudo_label(probabilities, on_fake, inside, threshold=0.2)
+    pseudo = adversarial.pseudo_label(probabilities, on_fake, inside, threshold=0.2)
     (gradient,) = torch.autograd.grad(
-        functional.cross_entropy_sum(logits, pseudo), logits, retain_graph=True
+        cross_entropy.cross_entropy_sum(logits, pseudo), logits, retain_graph=True
     )
     touched = gradient[0].abs().sum(0) > 0
     assert touched[1, 2] and int(touched.sum()) == 1
@@ -148,7 +146,7 @@ def test_the_semi_supervised_term_has_a_gradient_under_its_mask_only_and_an_empt
     expected = chances - torch.nn.functional.one_hot(chances.argmax(), 3)  # d CE / d logits
     assert (gradient[0, :, 1, 2] - expected).abs().max() < 1e-12
 
-    empty = functional.pseudo_label(probabilities, on_fake - 99, inside, threshold=0.2)
-    total = functional.cross_entropy_sum(logits, empty)
+    empty = adversarial.pseudo_label(probabilities, on_fake - 99, inside, threshold=0.2)
+    total = cross_entropy.cross_entropy_sum(logits, empty)
     (gradient,) = torch.autograd.grad(total, logits)
     assert total == 0 and (gradient == 0).all()

@@ -143,7 +143,7 @@ def test_failed_write_leaves_the_earlier_file(maps: Path, monkeypatch: pytest.Mo
 def test_full_disk_is_one_error_wherever_it_strikes(
     maps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HDF5 itself ends in a segmentation fault when it cannot write what it still holds at closing."""
+    """HDF5 itself ends in a segmentation fault if it cannot write what it holds at closing."""
     before, samples, write = maps.read_bytes(), toy_samples(), os.write
     left = 0
 

@@ -24,8 +24,8 @@ from shards.prepare import parts, prepare
 from shards.sample import encode_label
 
 YAML = """
-classes: [{name: sky}, {name: tree}, {name: road}, {name: grass}, {name: water}, {name: building}, {name: mountain},
-          {name: foreground}]
+classes: [{name: sky}, {name: tree}, {name: road}, {name: grass}, {name: water}, {name: building},
+          {name: mountain}, {name: foreground}]
 """
 
 

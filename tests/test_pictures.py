@@ -59,6 +59,7 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
         "Discriminator on real label maps",
         "Discriminator on predictions",
         "Segmentor",
+        "Adversarial term, unweighted",
         "Validation",
     ]
     raw, smooth, undecided = figure.axes[0].lines
@@ -68,17 +69,14 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
     np.testing.assert_allclose(np.asarray(smooth.get_ydata())[100], values[97:104].mean())
     assert np.isfinite(np.asarray(smooth.get_ydata())).all()
     np.testing.assert_allclose(undecided.get_ydata(), np.log(2))
-    scores = figure.axes[3]
+    scores = figure.axes[4]
     assert scores.get_ylim() == (0, 1)
     assert scores.get_legend_handles_labels()[1] == [
         "mean IoU, last 50.0%",
         "pixel accuracy, last 80.0%",
     ]
-    assert figure.axes[2].get_legend_handles_labels()[1] == [
-        "total",
-        "cross entropy",
-        "adversarial, unweighted",
-    ]
+    assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy"]
+    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided (ln 2)"]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
@@ -91,7 +89,7 @@ def test_curves_of_a_supervised_run_have_no_discriminator(
     assert titles(figures[0]) == ["Segmentor"]
     assert (
         figures[0].axes[-1].get_xlabel() == "training step"
-        and figures[0].axes[0].get_ylabel() == "loss (nats)"
+        and figures[0].axes[0].get_ylabel() == "loss, nats"
     )
 
 

@@ -28,7 +28,7 @@ CLASSES = ClassSet(
 
 
 class Colors(nn.Module):
-    """Calls each pixel by its strongest colour channel, or dark: an exact stand-in for a segmentor."""
+    """Calls each pixel by its strongest channel, or dark: an exact stand-in for a segmentor."""
 
     num_classes = 4
 
@@ -86,9 +86,9 @@ def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(
     path = save(tmp_path / "a.png", image)
     sides = []
 
-    def counted(model: nn.Module, part: np.ndarray, *options: Any) -> Tensor:
+    def counted(model: nn.Module, part: np.ndarray, *options: Any, **more: Any) -> Tensor:
         sides.append(max(part.shape))
-        return probabilities(model, part, *options)
+        return probabilities(model, part, *options, **more)
 
     monkeypatch.setattr(predict_module, "probabilities", counted)
     (index,) = predict(Colors(), [path], tmp_path / "out", CLASSES, PredictOptions(max_px=128))

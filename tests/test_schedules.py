@@ -44,7 +44,9 @@ def test_early_stopping_counts_evaluations_since_the_best() -> None:
 
 
 def test_simultaneous_updates_both_at_every_step() -> None:
-    assert {phase(step, config_of()) for step in range(50)} == {Phase(True, True, adv_weight=0.5)}
+    weights = {"cross_entropy": 1.0, "auxiliary": 0.4, "adversarial": 0.5}
+    expected = Phase(True, True, adversary=True, weights=weights)
+    assert all(phase(step, config_of()) == expected for step in range(50))
 
 
 def test_blocks_update_one_network_at_a_time_in_blocks() -> None:
@@ -53,29 +55,42 @@ def test_blocks_update_one_network_at_a_time_in_blocks() -> None:
     )
     phases = [phase(step, config) for step in range(12)]
     assert "".join("S" if now.segmentor else "D" for now in phases) == "SSSDDSSSDDSS"
-    assert all(now.segmentor != now.discriminator for now in phases)
-    assert all(now.adv_weight == (0.5 if now.segmentor else 0.0) for now in phases)
+    assert all(now.segmentor != now.discriminator and now.adversary for now in phases)
+    of_adversary = [now.weights.get("adversarial") for now in phases]
+    assert of_adversary == [0.5 if now.segmentor else None for now in phases]
 
 
 def test_the_adversary_starts_late_and_warms_up() -> None:
     config = config_of("loss.adv_start_step=3", "loss.adv_warmup_steps=4", "alternation=blocks")
     config.alternation.segmentor, config.alternation.discriminator = 5, 1
-    weights = [phase(step, config).adv_weight for step in range(9)]
+    weights = [phase(step, config).weights.get("adversarial", 0) for step in range(9)]
     assert weights == [0, 0, 0, 0.125, 0.25, 0.375, 0.5, 0.5, 0]
-    assert [phase(step, config).is_supervised for step in range(4)] == [True, True, True, False]
-    assert phase(8, config) == Phase(segmentor=False, discriminator=True)
+    assert [phase(step, config).adversary for step in range(4)] == [False, False, False, True]
+    assert phase(8, config) == Phase(segmentor=False, discriminator=True, adversary=True)
+
+
+def test_in_the_segmentors_turn_an_adversary_without_weight_is_not_asked() -> None:
+    now = phase(0, config_of("alternation=blocks", "loss.adv_weight=0"))
+    assert now.segmentor and not now.adversary and "adversarial" not in now.weights
+    assert phase(0, config_of("loss.adv_weight=0")).adversary  # it watches, and learns
 
 
 def test_terms_on_unlabelled_images_begin_at_their_steps() -> None:
     config = config_of("mode=semi_supervised", "semi.start_step=4", "semi.adv_start_step=2")
-    weights = [
-        (phase(step, config).semi_adv_weight, phase(step, config).semi_weight) for step in range(6)
-    ]
+    names = ("adversarial_unlabelled", "semi")
+    weights = [tuple(phase(step, config).weights[name] for name in names) for step in range(6)]
     assert weights == [(0, 0), (0, 0), (0.001, 0), (0.001, 0), (0.001, 0.1), (0.001, 0.1)]
-    assert phase(9, config_of("semi.start_step=0")).semi_weight == 0  # of another mode
+    assert "semi" not in phase(9, config_of("semi.start_step=0")).weights  # of another mode
+
+
+def test_further_terms_begin_at_their_steps_and_warm_up() -> None:
+    settings = ["loss.terms.dice={weight: 0.8, start_step: 2, warmup_steps: 4}"]
+    config = loading.load(["data.shards=unused", "mode=supervised", *settings])
+    weights = [phase(step, config).weights["dice"] for step in range(8)]
+    assert weights == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
 
 
 def test_supervised_mode_never_has_an_adversary() -> None:
     config = loading.load(["data.shards=unused", "mode=supervised"])
-    assert phase(7, config) == Phase(segmentor=True, discriminator=False)
-    assert phase(7, config).is_supervised
+    weights = {"cross_entropy": 1.0, "auxiliary": 0.4}
+    assert phase(7, config) == Phase(segmentor=True, discriminator=False, weights=weights)

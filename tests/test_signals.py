@@ -17,11 +17,13 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
-from distseg.tracking.verdicts import RATIO
+from distseg.tracking.catalogue import RATIO
 from distseg.train import diagnostics
+from distseg.train.batch import Images
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.step import Pair, training_step
 from tests.ranks import run_ranks
+from tests.test_engine import SUPERVISED
 from tests.test_engine_terms import BATCH, CASES, SIZE, make_config, make_images, make_networks
 
 STEP = 2  # by which the semi-supervised term is on
@@ -44,10 +46,9 @@ def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) ->
         make_networks(config),
         (config.segmentor_optimizer, config.discriminator_optimizer),
     )
-    pair = Pair(
+    pair = Pair.of(
+        config,
         *(wrap(*both, config, ranks) for both in zip(networks, optimizers, strict=True)),
-        config.loss,
-        config.semi,
     )
     share = slice(
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
@@ -58,7 +59,7 @@ def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) ->
     )
     now = replace(phase(STEP, config), watched=True)
     rest = unlabelled if config.mode == "semi_supervised" else None
-    metrics = adversarial_step(pair, now, labelled, rest, num_parts)
+    metrics = training_step(pair, now, labelled, rest, num_parts)
     grad_norm = {
         f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)
     }
@@ -169,8 +170,8 @@ def passes(ranks: Ranks) -> list[tuple[int, int]]:
     ]
     for watched in (False, True):
         counts[:] = [0, 0]
-        adversarial_step(
-            Pair(*learners, config.loss, config.semi),
+        training_step(
+            Pair.of(config, *learners),
             replace(phase(STEP, config), watched=watched),
             *images,
         )
@@ -194,8 +195,8 @@ def two_paces(ranks: Ranks) -> tuple[dict[str, float], float]:
     if ranks.rank == 1:
         segmentor.register_forward_hook(lambda *_: time.sleep(0.03))
     images = make_images(STEP, True)
-    metrics = supervised_step(
-        Pair(learner, None, config.loss, config.semi), Images(images.pixels[:2], images.label[:2])
+    metrics = training_step(
+        Pair.of(config, learner), SUPERVISED, Images(images.pixels[:2], images.label[:2])
     )
     seconds = learner.stopwatch.seconds()
     own = {

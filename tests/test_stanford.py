@@ -1,4 +1,4 @@
-"""Stanford Background, from a small set in its layout and, where there is one, from the real data."""
+"""Stanford Background, from a small set in its layout and, where it is, from the real data."""
 
 from __future__ import annotations
 

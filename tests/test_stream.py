@@ -25,7 +25,7 @@ from shards.errors import InputError
 from shards.reader import ShardReader
 from shards.sample import decode_image, decode_label, encode_label
 
-VIEW = TrainView(48, 0.5, 1.5, mirror=True, color_jitter=0.4)
+VIEW = TrainView(48, 0.5, 1.5, horizontal_flip=True, color_jitter=0.4)
 
 
 @pytest.fixture(scope="module")

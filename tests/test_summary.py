@@ -1,4 +1,6 @@
-"""Tables of evaluations: mean and spread by hand, rows by configuration, and only like with like."""
+"""Tables of evaluations: mean and spread by hand, rows by configuration, and only like with
+like.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ SCORES = {
     "split": "val",
     "num_images": 4,
     "scales": [1.0],
-    "mirror": False,
+    "horizontal_flip": False,
 }
 
 
@@ -128,12 +130,24 @@ def test_markdown_and_latex_hold_the_same_figures(runs: list[Path]) -> None:
 def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
     runs: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
-    other = runs[0] / "evaluation-step-00000900-val-mirror.json"
-    other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "mirror": True}))
+    other = runs[0] / "evaluation-step-00000900-val-flip.json"
+    other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "horizontal_flip": True}))
     assert main(["summarize", str(other), "--format", "latex"]) == 0
     assert r"& 1 & $90.0$ \\" in capsys.readouterr().out
     assert main(["summarize", *map(str, runs)]) == 0
     assert "72.0 ± 2.0" in capsys.readouterr().out
+
+
+def test_a_file_that_calls_the_flip_by_its_old_name_compares(runs: list[Path]) -> None:
+    of = [runs[0] / "evaluation-step-00000900-val-mirror.json"]
+    of += [runs[1] / "evaluation-step-00000900-val-flip.json"]
+    for file, name in zip(of, ("mirror", "horizontal_flip"), strict=True):
+        scores = {key: value for key, value in SCORES.items() if key != "horizontal_flip"}
+        file.write_text(json.dumps({**scores, "val/mean_iou": 0.9, name: True}))
+    (row,) = rows([read(file) for file in of])
+    assert row.seeds == (0, 1)
+    with pytest.raises(InputError, match="horizontal_flip is False"):
+        rows([read(of[0]), read(runs[1])])
 
 
 def test_different_numbers_of_steps_are_allowed_and_said(
@@ -143,14 +157,15 @@ def test_different_numbers_of_steps_are_allowed_and_said(
     assert "steps" not in capsys.readouterr().err
     shorter = finished(tmp_path / "shorter", 0.6, "mode=supervised", "seed=3", step=600)
     assert main(["summarize", *map(str, runs), str(shorter)]) == 0
-    note = f"different numbers of steps: 600 ({shorter}/evaluation.json), 900 ({runs[0]}/evaluation.json)"
+    note = f"different numbers of steps: 600 ({shorter}/evaluation.json), "
+    note += f"900 ({runs[0]}/evaluation.json)"
     assert note in capsys.readouterr().err
 
 
 def test_only_like_is_compared(runs: list[Path], tmp_path: Path) -> None:
     first = read(runs[0])
     for number, (key, value) in enumerate(
-        {"split": "test", "num_images": 5, "mirror": True, "val/iou/x": 1.0}.items()
+        {"split": "test", "num_images": 5, "horizontal_flip": True, "val/iou/x": 1.0}.items()
     ):
         other = read(finished(tmp_path / f"other{number}", 0.5, **{key: value}))
         with pytest.raises(InputError, match=key if not key.startswith("val") else "classes"):
@@ -175,10 +190,26 @@ def test_an_overview_says_how_many_classes_count() -> None:
         "val/mean_iou": 0.5,
         "val/num_classes_counted": 2,
         "confusion": [[1, 0, 0]] * 3,
-        "val/boundary_iou": None,
+        "val/trimap_iou": None,
     }
     assert overview(report) == [
         "mIoU                     50.0%  mean over 2 of 3 classes in labels or predictions"
     ]
     report["intervals_95"] = {"val/mean_iou": [0.4, 0.625]}
     assert "50.0%  (40.0% to 62.5%)" in overview(report)[0]
+
+
+def test_a_file_of_an_earlier_version_is_read_under_todays_names(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    """`mirror` was the flip, and `boundary_iou` what is called trimap IoU now."""
+    old = finished(tmp_path / "old", 0.5, "mode=supervised", "seed=5")
+    content = json.loads((old / "evaluation.json").read_text())
+    content["mirror"] = content.pop("horizontal_flip")
+    (old / "evaluation.json").write_text(json.dumps(content | {"val/boundary_iou": 0.25}))
+    new = finished(tmp_path / "new", 0.5, "mode=supervised", "seed=6", **{"val/trimap_iou": 0.75})
+    (row,) = rows([read(old), read(new)])
+    assert row.values["val/trimap_iou"] == (0.25, 0.75)
+    header, _, cells = to_markdown([row]).splitlines()
+    assert "| trimap IoU |" in header and "boundary" not in header
+    assert cells.endswith("| 50.0 ± 35.4 |")

@@ -12,7 +12,7 @@ from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note, note_failure
 from launchers import supervisor
 from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node
-from launchers.supervisor import Supervisor, Verdict, judge, may_be_the_machines
+from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
 from shards.errors import InputError
 
 
@@ -41,11 +41,11 @@ def attempt(outcome: str, reason: str = "", exit_codes: tuple[int, ...] = ()) ->
         (0, None, True, "requeue", 0),
     ],
 )
-def test_verdicts(
+def test_decisions(
     exit_code: int, noted: Attempt | None, stopping: bool, action: str, code: int
 ) -> None:
-    verdict = judge(exit_code, noted, stopping)
-    assert (verdict.action, verdict.exit_code) == (action, code)
+    decision = decide(exit_code, noted, stopping)
+    assert (decision.action, decision.exit_code) == (action, code)
 
 
 class Scripted(Supervisor):
@@ -64,9 +64,9 @@ class Scripted(Supervisor):
 
 def test_failures_without_progress_come_to_an_end_and_others_do_not() -> None:
     scripted = Scripted([0, 0, 10, 10, 20, 20, 20, 30])
-    verdict = scripted.run()
-    assert scripted.steps == [30] and verdict.action == "fail" and verdict.exit_code == 1
-    assert "3 failures in a row at step 20" in verdict.reason
+    decision = scripted.run()
+    assert scripted.steps == [30] and decision.action == "fail" and decision.exit_code == 1
+    assert "3 failures in a row at step 20" in decision.reason
 
 
 class Unsaved(Supervisor):
@@ -94,17 +94,17 @@ def test_a_run_that_always_fails_while_it_stops_is_not_requeued_for_ever(
     turns = [(0, 1), (0, 1), (8, 1), (8, -9), (8, 1), (8, 1)]
     for step, code in turns:
         assert Unsaved(tmp_path, step, code).run().action == "requeue"
-    verdict = Unsaved(tmp_path, 8, 1).run()
-    assert (verdict.action, verdict.exit_code) == ("fail", 1)
-    assert verdict.reason == "3 failures in a row at step 8; the last: RuntimeError: not saved"
+    decision = Unsaved(tmp_path, 8, 1).run()
+    assert (decision.action, decision.exit_code) == ("fail", 1)
+    assert decision.reason == "3 failures in a row at step 8; the last: RuntimeError: not saved"
 
 
 @pytest.mark.parametrize("action", ["requeue", "done", "fail"])
 def test_a_submitit_job_comes_back_unless_its_run_would_fail_again(
     action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdict = Verdict(action, "why", 1 if action == "fail" else 0)
-    monkeypatch.setattr(Supervisor, "verdict", lambda _: verdict)
+    decision = Decision(action, "why", 1 if action == "fail" else 0)
+    monkeypatch.setattr(Supervisor, "decision", lambda _: decision)
     job = Job((), "run", str(tmp_path), with_srun=False)
     monkeypatch.setattr(
         "launchers.job._supervisors", {"run": Supervisor("distseg.train", [], with_srun=False)}
@@ -137,7 +137,7 @@ def test_the_exit_code_of_a_rank_comes_through_torchrun(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent.parent}")
     monkeypatch.setenv("DISTSEG_RANKS_PER_NODE", "2")
     run = Supervisor("leaves", [], with_srun=False)
-    assert run.run() == Verdict("again", "exit code 7", 7)
+    assert run.run() == Decision("again", "exit code 7", 7)
 
 
 def test_a_step_of_srun_gives_node_port_and_ranks() -> None:

@@ -158,7 +158,10 @@ def test_a_cluster_that_cannot_be_reached_is_told_from_resources_that_it_has_not
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("sbatch", "squeue", "srun"):
-        text = f"{name}: error: fetch_config: DNS SRV lookup failed\n{name}: error: failed to fetch config"
+        text = (
+            f"{name}: error: fetch_config: DNS SRV lookup failed\n"
+            f"{name}: error: failed to fetch config"
+        )
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -224,8 +227,8 @@ def test_bad_input_is_refused_at_submission(
     assert "width" in refused(*good, "discriminator.options.depth=3", **local)
     text = refused("preset=voc", **local)
     assert (
-        "distseg prepare voc --root ROOT --out data/voc.h5 && distseg pack data/voc.h5 --out data/voc"
-        in text
+        "distseg prepare voc --root ROOT --out data/voc.h5 "
+        "&& distseg pack data/voc.h5 --out data/voc" in text
     )
     assert "sbatch slurm/pack_shards.sh voc --root ROOT --out data/voc.h5" in text
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""The generated scenes: the same everywhere, laid out by rule, and not to be had by colour alone."""
+"""The generated scenes: the same everywhere, laid out by rule, not to be had by colour alone."""
 
 from __future__ import annotations
 

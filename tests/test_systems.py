@@ -23,11 +23,13 @@ from distseg.distributed.ranks import Ranks
 from distseg.evaluate.metrics import confusion_matrix, scores
 from distseg.models import DISCRIMINATORS, SEGMENTORS, build_discriminator, build_segmentor, resnet
 from distseg.parallel import wrap
+from distseg.train.batch import Images
 from distseg.train.schedules import phase
-from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.step import Pair, training_step
 from distseg.train.trainer import to_device
 from shards.reader import ShardReader
 from tests.ranks import run_ranks
+from tests.test_engine import SUPERVISED
 
 CROP = 48
 
@@ -86,15 +88,14 @@ def train_every_pair(
         for other in DISCRIMINATORS:
             narrow = {} if other == "fully_convolutional" else {"width": 0.125}
             judge = build_discriminator(other, 8, **narrow)
-            pair = Pair(
+            pair = Pair.of(
+                config,
                 segmentor,
                 wrap(judge, config.discriminator_optimizer, config, ranks),
-                config.loss,
-                config.semi,
             )
             before = fingerprint(network), fingerprint(judge)
             for step, part in enumerate(images):
-                metrics = adversarial_step(pair, phase(step, config), part)
+                metrics = training_step(pair, phase(step, config), part)
                 for learner in (segmentor, pair.discriminator):
                     learner.step(1.0)
             after = fingerprint(network), fingerprint(judge)
@@ -135,10 +136,10 @@ def learn_by_heart(ranks: Ranks, shards: Path, name: str) -> float:
         ranks,
     )
     images = blocks_of_colour(4 * max(16, learner.network.output_stride))
-    pair = Pair(learner, None, config.loss, config.semi)
+    pair = Pair.of(config, learner)
     score = 0.0
     for step in range(600):
-        supervised_step(pair, images)
+        training_step(pair, SUPERVISED, images)
         learner.step(1.0)
         if step % 25 == 24:
             score = miou(learner, images)

@@ -23,7 +23,7 @@ from distseg.cli import main
 from distseg.data.stream import Batch
 from distseg.distributed import device
 from distseg.distributed.ranks import Ranks
-from distseg.evaluate.evaluator import View
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.tracking.tracker import read_metrics
 from distseg.train import command, trainer
 from shards.manifest import Manifest
@@ -258,6 +258,25 @@ def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(
         )
 
 
+def test_a_run_of_a_version_with_other_names_of_keys_goes_on(
+    toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    kill_after_checkpoint(start(1, toy_shards, run_dir), run_dir, "step-00000003")
+    path = run_dir / "config.yaml"
+    present = path.read_text()
+    old = present.replace("horizontal_flip", "mirror")
+    old = old.replace("gradient_accumulation_steps", "accumulate_steps")
+    assert old.count("mirror: ") == 2 and "\naccumulate_steps: 1\n" in old
+    path.write_text(old)
+    other = finish(start(1, toy_shards, run_dir, "accumulate_steps=2"), expected_code=2)
+    assert "gradient_accumulation_steps: 1 there, 2 now" in other
+    output = finish(start(1, toy_shards, run_dir, "data.mirror=true"))
+    assert "resumed at step" in output and path.read_text() == present
+    assert output.count("note: data.mirror is now called data.horizontal_flip") == 1
+    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])
+
+
 def test_an_evaluation_that_a_kill_prevented_is_made_up(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -320,7 +339,7 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
 def test_fp16_trains_with_a_loss_scale_of_its_own_for_each_network_and_resumes(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    half = ["precision=fp16", "accumulate_steps=2"]
+    half = ["precision=fp16", "gradient_accumulation_steps=2"]
     finish(start(2, toy_shards, tmp_path / "whole", *half))
     kill_after_checkpoint(
         start(2, toy_shards, tmp_path / "killed", *half), tmp_path / "killed", "step-00000006"
@@ -343,9 +362,9 @@ def test_pictures_are_drawn_by_the_network_that_was_scored(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes = []
-    plain = View.__call__
+    plain = TestTimeAugmentation.__call__
     monkeypatch.setattr(
-        View,
+        TestTimeAugmentation,
         "__call__",
         lambda view, network, image: modes.append(network.training) or plain(view, network, image),
     )

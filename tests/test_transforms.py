@@ -29,7 +29,7 @@ def apply(view, image, label, seed=0):
 
 
 class Chosen:
-    """A generator whose draws are chosen: 0.5 but for those named by their place among a try's ten."""
+    """A generator of chosen draws: 0.5 but for those named by their place in a try's ten."""
 
     def __init__(self, **places):
         self._left = np.full((MAX_TRIES, 10), 0.5)
@@ -65,7 +65,7 @@ def drawn(view, size, seed=0):
         filled = max(1, round(side * factor)) if fits else view.crop_px
         room = view.crop_px - filled
         spans.append((int(u * (side - seen + 1)), seen, room - int(u * (room + 1)), filled))
-    return spans, view.mirror and mirror < 0.5
+    return spans, view.horizontal_flip and mirror < 0.5
 
 
 def nearest(source, spans, crop_px, outside, ties=(0, 0)):
@@ -100,7 +100,7 @@ def bilinear(source, spans):
 
 def test_at_scale_one_and_full_size_it_is_the_identity():
     image, label = noise(64, 64)
-    seen, seen_label = apply(TrainView(64, mirror=False), image, label)
+    seen, seen_label = apply(TrainView(64, horizontal_flip=False), image, label)
     assert np.array_equal(seen, image) and np.array_equal(seen_label, label)
 
 
@@ -151,8 +151,8 @@ def test_image_equals_interpolating_what_was_cut_out(height, width, seed):
 @settings(deadline=None)
 def test_mirror_is_exact(height, width, seed):
     image, label = noise(height, width)
-    plain = apply(TrainView(40, 0.5, 1.5, mirror=False), image, label, seed)
-    chosen = apply(TrainView(40, 0.5, 1.5, mirror=True), image, label, seed)
+    plain = apply(TrainView(40, 0.5, 1.5, horizontal_flip=False), image, label, seed)
+    chosen = apply(TrainView(40, 0.5, 1.5, horizontal_flip=True), image, label, seed)
     turn = slice(
         None, None, -1 if np.random.default_rng(seed).random((MAX_TRIES, 7))[0, 3] < 0.5 else None
     )
@@ -183,7 +183,7 @@ def test_a_turned_label_equals_its_formula(height, width, seed, degrees):
     pixel it falls in.
     """
     _, label = noise(height, width)
-    view = TrainView(40, 0.5, 1.5, mirror=False, rotate_degrees=degrees)
+    view = TrainView(40, 0.5, 1.5, horizontal_flip=False, rotate_degrees=degrees)
     _, seen_label = apply(view, np.zeros((height, width, 3), np.uint8), label, seed)
     rng = np.random.default_rng(seed)
     rng.random((MAX_TRIES, 7))
@@ -210,7 +210,7 @@ def test_a_turned_label_equals_its_formula(height, width, seed, degrees):
 def test_a_quarter_turn_is_exact(draw, quarters):
     image, label = noise(64, 64)
     seen, seen_label = seen_with(
-        TrainView(64, mirror=False, rotate_degrees=90), image, label, _7=draw
+        TrainView(64, horizontal_flip=False, rotate_degrees=90), image, label, _7=draw
     )
     assert np.array_equal(seen_label, np.rot90(label, quarters))
     assert np.array_equal(seen, np.rot90(image, quarters))
@@ -240,7 +240,7 @@ def test_image_and_label_turn_together_and_the_fill_stays_as_it_is():
 @pytest.mark.parametrize("draw", [0.2, 1.0])
 def test_blur_equals_a_gaussian_sum(draw):
     image, label = noise(40, 40)
-    view = TrainView(40, mirror=False, blur_probability=0.5, blur_max_px=2.0)
+    view = TrainView(40, horizontal_flip=False, blur_probability=0.5, blur_max_px=2.0)
     seen, seen_label = seen_with(view, image, label, _8=0.49, _9=draw)
     sigma = BLUR_MIN_PX + (2.0 - BLUR_MIN_PX) * draw
     kernel = np.exp(-0.5 * (np.arange(-8, 9) / sigma) ** 2)
@@ -277,7 +277,10 @@ def test_scale_is_log_uniform():
     label = np.tile(np.repeat(np.arange(10, dtype=np.uint8), 20), (200, 1))
     for seed in range(20):
         _, shown = apply(
-            TrainView(100, 0.5, 2.0, mirror=False), np.zeros((200, 200, 3), np.uint8), label, seed
+            TrainView(100, 0.5, 2.0, horizontal_flip=False),
+            np.zeros((200, 200, 3), np.uint8),
+            label,
+            seed,
         )
         first, count, _, _ = drawn(view, label.shape, seed)[0][1]
         assert set(np.unique(shown)) - {255} == set(
@@ -321,7 +324,7 @@ def test_one_option_does_not_shift_the_others():
         plain = apply(TrainView(40, 0.5, 1.5), image, label, seed)[1]
         recolored = TrainView(40, 0.5, 1.5, color_jitter=0.8, blur_probability=0.5)
         assert np.array_equal(plain, apply(recolored, image, label, seed)[1])
-        still = apply(TrainView(40, 0.5, 1.5, mirror=False), image, label, seed)[1]
+        still = apply(TrainView(40, 0.5, 1.5, horizontal_flip=False), image, label, seed)[1]
         assert np.array_equal(plain, still) or np.array_equal(plain, still[:, ::-1])
 
 
@@ -329,7 +332,9 @@ def test_one_option_does_not_shift_the_others():
 def test_color_jitter_equals_three_float_operations(strength):
     image, label = noise(30, 30)
     for seed in range(10):
-        seen, _ = apply(TrainView(30, mirror=False, color_jitter=strength), image, label, seed)
+        seen, _ = apply(
+            TrainView(30, horizontal_flip=False, color_jitter=strength), image, label, seed
+        )
         draws = np.random.default_rng(seed).random((MAX_TRIES, 7))[0, 4:]
         brightness, contrast, saturation = 1 - strength + 2 * strength * draws
         rgb = image.astype(np.float64)
@@ -342,7 +347,7 @@ def test_color_jitter_equals_three_float_operations(strength):
 
 def test_color_jitter_off_and_neutral_change_nothing():
     image, label = noise(30, 30)
-    seen, _ = apply(TrainView(30, mirror=False), image, label)
+    seen, _ = apply(TrainView(30, horizontal_flip=False), image, label)
     assert np.array_equal(seen, image)
     assert np.array_equal(cv2.transform(image, _color_matrix(1, 1, 1)), image)
 

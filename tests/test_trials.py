@@ -52,13 +52,17 @@ def test_random_draws_are_in_their_bounds_log_uniform_and_the_same_each_time() -
 
 
 def test_values_arrive_in_the_configuration_as_they_were(tmp_path: Path) -> None:
-    values = {"evaluate.scales": [[0.5, 1.0]], "evaluate.mirror": [True], "tracking.group": [None]}
+    values = {
+        "evaluate.scales": [[0.5, 1.0]],
+        "evaluate.horizontal_flip": [True],
+        "tracking.group": [None],
+    }
     values |= {"segmentor_optimizer.lr": [1e-4], "tracking.tags": [["a", "b c"]]}
     (overrides,) = expand({"base": ["preset=toy"], "grid": values})
     config = loading.load(overrides)
     assert (
         config.evaluate.scales == [0.5, 1.0]
-        and config.evaluate.mirror is True
+        and config.evaluate.horizontal_flip is True
         and config.tracking.group is None
     )
     assert config.segmentor_optimizer.lr == 1e-4 and config.tracking.tags == ["a", "b c"]

@@ -71,7 +71,7 @@ def records(path: Path) -> list[Any]:
 
 
 def history(path: Path) -> list[dict[str, Any]]:
-    """One dict a row; what was logged as a picture is a dict in it, stored as (name, field) pairs."""
+    """One dict a row; what was logged as a picture is a dict, stored as (name, field) pairs."""
     rows: list[dict[str, Any]] = []
     for record in records(path):
         if record.WhichOneof("record_type") != "history":

@@ -67,16 +67,16 @@ def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
     left, said, start = [], io.StringIO(), time.monotonic()
     quiet = contextlib.redirect_stderr(said), contextlib.suppress(InputError)
     with quiet[0], quiet[1], Watchdog(ranks, SHORT, left.append) as watchdog:
-        watchdog.mark("step 7")
+        watchdog.report("step 7")
         while ranks.rank == 1 and case == "busy" and time.monotonic() < start + 3 * SHORT:
-            watchdog.alive()  # as a download's chunks do
+            watchdog.keep_alive()  # as a download's chunks do
             time.sleep(0.05)
         if case == "busy":
             torch.distributed.all_reduce(torch.zeros(1))
         if case == "fails" and ranks.rank == 1:
             raise InputError("damaged", "a whole one", "copy it again")
         if ranks.rank != 1:
-            watchdog.mark("step 8")
+            watchdog.report("step 8")
         while case != "busy" and not left and time.monotonic() < start + 8 * SHORT:
             time.sleep(0.01)
     seconds = time.monotonic() - start
@@ -120,7 +120,7 @@ def differ(ranks: Ranks, wrong: str) -> str:
         torch.nn.init.zeros_(network.bias)
     if ranks.rank == 2 and wrong:
         networks[wrong].bias.data[1] = 1e-30
-    pair: Any = Pair(Learner(networks["segmentor"]), Learner(networks["discriminator"]), None, None)
+    pair: Any = Pair(Learner(networks["segmentor"]), Learner(networks["discriminator"]), None)
     try:
         check_equal(ranks, pair, 7)
     except RuntimeError as error:

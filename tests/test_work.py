@@ -14,10 +14,11 @@ from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import wrap
+from distseg.train.batch import Images
 from distseg.train.clock import StepClock
 from distseg.train.flops import StepWork, convolution_peak
 from distseg.train.schedules import Phase, phase
-from distseg.train.step import Images, Pair, adversarial_step, supervised_step
+from distseg.train.step import Pair, training_step
 from tests.ranks import run_ranks
 
 NUM_CLASSES, SIDE = 5, 129
@@ -37,13 +38,16 @@ SETTINGS = [
         "semi.adv_weight=0.1",
     ),
 ]
-BOTH = Phase(True, True, 0.1)
+OWN = {"cross_entropy": 1.0}
+FOOL = {"adversarial": 0.1}
+MORE = {"adversarial_unlabelled": 0.1, "semi": 1.0}
+BOTH = Phase(True, True, True, OWN | FOOL)
 PHASES = {
-    "supervised": (Phase(True, False), False),
+    "supervised": (Phase(True, False, False, OWN), False),
     "both": (BOTH, False),
-    "both, unlabelled too": (Phase(True, True, 0.1, 0.1, 1.0), True),
-    "the segmentor's turn": (Phase(True, False, 0.1), False),
-    "the discriminator's turn": (Phase(False, True), False),
+    "both, unlabelled too": (Phase(True, True, True, OWN | FOOL | MORE), True),
+    "the segmentor's turn": (Phase(True, False, True, OWN | FOOL), False),
+    "the discriminator's turn": (Phase(False, True, True), False),
 }
 
 
@@ -70,11 +74,10 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
     judge = build_discriminator(
         config.discriminator.name, NUM_CLASSES, **config.discriminator.options
     )
-    pair = Pair(
+    pair = Pair.of(
+        config,
         wrap(segmentor, config.segmentor_optimizer, config, ranks),
         wrap(judge, config.discriminator_optimizer, config, ranks),
-        config.loss,
-        config.semi,
     )
     labelled, unlabelled = (
         Images(
@@ -84,10 +87,7 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
     )
 
     def step(now: Phase, is_semi: bool) -> None:
-        if now.is_supervised:
-            supervised_step(pair, labelled)
-        else:
-            adversarial_step(pair, now, labelled, unlabelled if is_semi else None)
+        training_step(pair, now, labelled, unlabelled if is_semi else None)
         for learner in (pair.segmentor, pair.discriminator):
             learner.network.zero_grad(set_to_none=True)
 

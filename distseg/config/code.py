@@ -15,6 +15,8 @@ def references(config: Config) -> dict[str, str]:
     named = {"segmentor": config.segmentor.name, "data.view": config.data.view}
     if config.mode != "supervised":
         named["discriminator"] = config.discriminator.name
+    for name, term in config.loss.terms.items():
+        named[f"loss.terms.{name}.use"] = term.use
     return {part: text for part, text in named.items() if user_code.is_reference(text)}
 
 

@@ -1,6 +1,6 @@
-"""The configuration as typed parts.
+"""The configuration as typed sections: every key with its default, meaning, unit and rules.
 
-Every key with its default, meaning and unit. Loading is configuration.py's.
+What `key()` takes is in keys.py. Rules between several keys are in rules.py.
 """
 
 from __future__ import annotations
@@ -8,52 +8,145 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distseg.config.keys import key, section
+
+MAX_SEED = 2**31 - 1
+MAX_BETA = 0.99999  # of moving averages: at 1 nothing new would come in
+WITH_DISCRIMINATOR = ("adversarial", "semi_supervised")  # modes
+WITH_UNLABELLED = ("semi_supervised",)
+
+HUNG = "Hung et al. 2018"
+LUC = "Luc et al. 2016"
+
 
 @dataclass
 class DataConfig:
-    """Which samples, and how a training view is cut from them."""
+    """Which samples, and how a training crop is cut from them."""
 
-    # directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL
-    shards: str = ""
-    # train on shards that neither `distseg pack` nor `distseg inspect` vouches for
-    allow_unverified: bool = False
-    # for shards behind a URL; "": $SLURM_TMPDIR, $TMPDIR or the user's cache directory
-    cache_dir: str = ""
-    # bound of that folder, 200e9 for example; 0: 80 % of what is free on its disk
-    cache_bytes: float = 0
-    train_split: str = "train"
-    val_split: str = "val"
-    # whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line
-    labelled: str = "all"
-    labelled_seed: int = 0  # draws the share; the list is saved in the run directory
-    # all others become "other" (index 0); []: all stay
-    keep_classes: list[str] = field(default_factory=list)
-    num_classes: int | None = None  # None: as many as there are; a number must agree with that
-    crop_px: int = 240  # side of the square training view, pixels
-    scale_min: float = 0.5  # the view's scale is log-uniform between these two
-    scale_max: float = 1.5
-    mirror: bool = True  # horizontal, with probability 1/2
-    rotate_degrees: float = 0.0  # turned by an angle uniform in -+ this, 0 to 180; 0: off
-    color_jitter: float = 0.0  # strength of brightness, contrast and saturation changes, 0 to 1
-    blur_probability: float = 0.0  # of a Gaussian blur; SimCLR (Chen et al. 2020, appendix A): 0.5
-    # its standard deviation, in pixels of the view, is uniform from 0.1 to this (the same)
-    blur_max_px: float = 2.0
-    # code of your own, as path/to/file.py:name, that gets each view last; see data/own_view.py
-    view: str = ""
-    view_options: dict[str, Any] = field(default_factory=dict)  # its further keyword arguments
-    # each_once: every sample once per epoch; class_balanced: a random class, then one of the
-    # samples that show it; rare_class: likewise, and the fewer pixels a class has, the likelier it
-    # is (Hoyer et al. 2022, section 3.2)
-    sampling: str = "each_once"
-    # the lower, the more of the rarest (the same: 0.01 on Cityscapes)
-    rare_class_temperature: float = 0.01
-    # shards whose samples are shuffled together, the shards in random order; 0: all of them
-    shuffle_block: int = 0
-    num_threads: int = 2  # decoding workers a rank; 0: in the training thread
-    # thread; process: where one interpreter's lock is too narrow for many workers
-    worker_type: str = "thread"
-    # memory a rank, 4e9 for example: training samples that stay decoded; threads only
-    keep_decoded_bytes: float = 0
+    shards: str = key(
+        "",
+        "directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL",
+        on_resume=True,
+        at_evaluation=True,
+    )
+    allow_unverified: bool = key(
+        False,
+        "train on shards that neither `distseg pack` nor `distseg inspect` vouches for",
+        on_resume=True,
+    )
+    cache_dir: str = key(
+        "",
+        'for shards behind a URL; "": $SLURM_TMPDIR, $TMPDIR or the user\'s cache directory',
+        on_resume=True,
+        at_evaluation=True,
+    )
+    cache_bytes: float = key(
+        0,
+        "bound of that folder, 200e9 for example; 0: 80 % of what is free on its disk",
+        unit="bytes",
+        low=0,
+        on_resume=True,
+        at_evaluation=True,
+    )
+    train_split: str = key("train", "split of the shards that is trained on")
+    val_split: str = key(
+        "val", "split of the shards that is evaluated on, after training too", at_evaluation=True
+    )
+    labelled: str = key(
+        "all", "whose labels are used: all; a share, 1/8 or 0.125; a file with one key a line"
+    )
+    labelled_seed: int = key(
+        0, "draws the share; the list is saved in the run directory", low=0, high=MAX_SEED
+    )
+    keep_classes: list[str] = key(
+        [], 'names of classes that stay; all others become "other" (index 0); []: all stay'
+    )
+    num_classes: int | None = key(
+        None, "null: as many as there are; a number must agree with that", low=1, high=255
+    )
+    crop_px: int = key(240, "side of the square training crop", unit="px", low=32, high=4096)
+    scale_min: float = key(
+        0.5,
+        "smallest factor of random scaling; log-uniform from here to data.scale_max",
+        low=0.05,
+        high=20,
+    )
+    scale_max: float = key(1.5, "largest factor of random scaling", low=0.05, high=20)
+    horizontal_flip: bool = key(True, "swap left and right with probability 1/2")
+    rotate_degrees: float = key(
+        0.0, "turned by an angle uniform in -+ this; 0: off", unit="degrees", low=0, high=180
+    )
+    color_jitter: float = key(
+        0.0, "strength of brightness, contrast and saturation changes", low=0, high=1
+    )
+    blur_probability: float = key(
+        0.0,
+        "of a Gaussian blur; 0.5 in the source",
+        low=0,
+        high=1,
+        source="SimCLR, Chen et al. 2020, appendix A",
+    )
+    blur_max_px: float = key(
+        2.0,
+        "the blur's standard deviation is uniform from 0.1 to this",
+        unit="px of the crop",
+        low=0.1,
+        high=100,
+        source="SimCLR, Chen et al. 2020, appendix A",
+    )
+    view: str = key(
+        "",
+        "code of your own, as path/to/file.py:name or package.module:name, that gets each training "
+        "crop last; see examples/own_view.py",
+    )
+    view_options: dict[str, Any] = key({}, "further keyword arguments of data.view")
+    sampling: str = key(
+        "each_once",
+        "which sample comes next",
+        choices={
+            "each_once": "every sample once per epoch",
+            "class_balanced": "a random class, then one of the samples that show it",
+            "rare_class": "likewise; the fewer pixels a class has, the likelier it is",
+        },
+        source="rare_class: DAFormer, Hoyer et al. 2022, section 3.2",
+    )
+    rare_class_temperature: float = key(
+        0.01,
+        "the lower, the more of the rarest classes; 0.01 in the source on Cityscapes",
+        low=1e-4,
+        source="DAFormer, Hoyer et al. 2022, section 3.2",
+    )
+    shuffle_block: int = key(
+        0,
+        "shards whose samples are shuffled together, the shards in random order; 0: all of them",
+        unit="shards",
+        low=0,
+        high=10**6,
+    )
+    num_threads: int = key(
+        2,
+        "decoding workers of a rank; 0: in the training thread",
+        low=0,
+        high=256,
+        on_resume=True,
+        at_evaluation=True,
+    )
+    worker_type: str = key(
+        "thread",
+        "what decodes",
+        choices={
+            "thread": "threads of the training process",
+            "process": "processes: where one interpreter's lock is too narrow for many workers",
+        },
+        on_resume=True,
+    )
+    keep_decoded_bytes: float = key(
+        0,
+        "memory of a rank for training samples that stay decoded, 4e9 for example; threads only",
+        unit="bytes",
+        low=0,
+        on_resume=True,
+    )
 
 
 @dataclass
@@ -63,13 +156,35 @@ class SegmentorConfig:
     `segmentor=NAME` on the command line sets the name.
     """
 
-    # one of `distseg models`, or your own: path/to/file.py:name or package.module:name
-    name: str = "deeplabv3plus_efficientnet_lite0"
-    init: str = "imagenet"  # imagenet, random, or a file of weights
-    # statistics of the rank's images; synchronised: of all; frozen: the stored
-    batch_norm: str = "per_rank"
-    # further keyword arguments of the network
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = key(
+        "deeplabv3plus_efficientnet_lite0",
+        "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
+        "package.module:name",
+    )
+    init: str = key(
+        "imagenet",
+        "first weights: imagenet; random; a file of weights; a run directory, of which RUN@last, "
+        "RUN@best and RUN@500 name a checkpoint, and RUN the best, or the last where none was "
+        "scored (EMA weights where there are); parts for another number of classes are made anew",
+    )
+    init_partial: bool = key(
+        False, "accept weights that lack more than a quarter of the tensors, which stay random"
+    )
+    freeze: list[str] = key(
+        [],
+        "parts that are not trained, by patterns of parameters' names: encoder, or "
+        '[encoder.layer1,"*.bias"]; batch normalisation in them keeps its statistics',
+    )
+    batch_norm: str = key(
+        "per_rank",
+        "whose statistics normalise in training",
+        choices={
+            "per_rank": "those of the rank's images",
+            "frozen": "the stored ones",
+            "synchronised": "those of all ranks' images",
+        },
+    )
+    options: dict[str, Any] = key({}, "further keyword arguments of the network")
 
 
 @dataclass
@@ -79,262 +194,475 @@ class DiscriminatorConfig:
     Not built in supervised mode.
     """
 
-    # one of `distseg models`, or your own: path/to/file.py:name or package.module:name
-    name: str = "two_branch"
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = key(
+        "two_branch",
+        "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
+        "package.module:name",
+    )
+    init: str = key(
+        "random", "first weights: random; a file of weights; a run directory, as in segmentor.init"
+    )
+    options: dict[str, Any] = key({}, "further keyword arguments of the network")
 
 
 @dataclass
 class OptimizerConfig:
     """One network's optimizer; biases and other one-dimensional parameters are not decayed."""
 
-    name: str = "adamw"  # adamw or sgd
-    lr: float = 1e-3
-    encoder_lr_factor: float = 1.0  # the encoder's rate is lr times this (segmentor only)
-    bias_lr_factor: float = 1.0  # biases' rate is the layer's times this (Long et al. 2015: 2)
-    nesterov: bool = False  # sgd only
-    weight_decay: float = 0.01
-    beta1: float = 0.9  # adamw's first moment, sgd's momentum
-    beta2: float = 0.999
-    clip_norm: float = 5.0  # largest gradient norm; 0: not clipped
+    name: str = key("adamw", "the update rule", choices=("adamw", "sgd"))
+    lr: float = key(1e-3, "learning rate, before the schedule", low=0)
+    encoder_lr_factor: float = key(
+        1.0, "the encoder's rate is lr times this (segmentor only)", low=0
+    )
+    bias_lr_factor: float = key(
+        1.0,
+        "the rate of biases is their layer's times this; 2 in the source",
+        low=0,
+        source="FCN, Long et al. 2015, section 4.3",
+    )
+    nesterov: bool = key(False, "Nesterov momentum; sgd only")
+    weight_decay: float = key(0.01, "of weights with two and more dimensions", low=0)
+    beta1: float = key(0.9, "adamw's first moment, sgd's momentum", low=0, high=MAX_BETA)
+    beta2: float = key(0.999, "adamw's second moment", low=0, high=MAX_BETA)
+    clip_norm: float = key(5.0, "largest gradient norm; 0: not clipped", low=0)
 
 
 @dataclass
 class ScheduleConfig:
     """The learning rate's course over the steps of the run, for both networks."""
 
-    name: str = "poly"  # poly: (1 - step/steps)^power; constant; plateau: see below
-    power: float = 0.9  # Chen et al. 2016 (DeepLab), section 4.1
-    warmup_steps: int = 0  # linear from 1/warmup_steps, on top of the above
-    plateau_factor: float = 0.5  # plateau: the rate is multiplied by this ...
-    plateau_patience: int = 3  # ... after so many evaluations in a row without a lower val/loss
-    # the run ends after so many such evaluations, under any schedule; 0: never
-    early_stop_patience: int = 0
+    name: str = key(
+        "poly",
+        "its form",
+        choices={
+            "poly": "(1 - step / steps) ^ power",
+            "constant": "the optimizer's lr all the time",
+            "plateau": "multiplied by plateau_factor whenever val/loss has stopped falling",
+        },
+    )
+    power: float = key(0.9, "of poly", low=0, source="DeepLab, Chen et al. 2016, section 4.1")
+    warmup_steps: int = key(
+        0, "linear from 1/warmup_steps, on top of the above", unit="steps", low=0
+    )
+    plateau_factor: float = key(0.5, "plateau: the rate is multiplied by this ...", low=0, high=1)
+    plateau_patience: int = key(
+        3,
+        "... after so many evaluations in a row without a lower val/loss",
+        unit="evaluations",
+        low=1,
+    )
+    early_stop_patience: int = key(
+        0,
+        "the run ends after so many such evaluations, under any schedule; 0: never",
+        unit="evaluations",
+        low=0,
+    )
 
 
 @dataclass
 class AlternationConfig:
     """Who is updated at which step; the phase follows from the global step alone."""
 
-    # simultaneous: both at every step (Hung et al. 2018); blocks (Luc et al. 2016)
-    name: str = "simultaneous"
-    segmentor: int = 500  # blocks: steps of one segmentor block, which comes first
-    discriminator: int = 500  # blocks: steps of one discriminator block
+    name: str = key(
+        "simultaneous",
+        "which networks a step updates",
+        choices={
+            "simultaneous": f"both at every step ({HUNG})",
+            "blocks": f"some steps of one network, then some of the other ({LUC})",
+        },
+    )
+    segmentor: int = key(
+        500, "blocks: length of a segmentor block, which comes first", unit="steps", low=1
+    )
+    discriminator: int = key(500, "blocks: length of a discriminator block", unit="steps", low=1)
+
+
+@dataclass
+class TermConfig:
+    """A further term of the segmentor's loss; see `loss.terms`."""
+
+    use: str = ""
+    weight: float = 1.0
+    start_step: int = 0
+    warmup_steps: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class LossConfig:
     """Weights and reductions; a weight means nothing without the reductions, so both are named."""
 
-    adv_weight: float = 0.05  # lambda on the adversarial term; 0: the discriminator only watches
-    # + BCE(D(fake), real); saturating: - BCE(D(fake), fake), Luc et al. 2016 eq. 3
-    adv_form: str = "non_saturating"
-    # before it there is no adversary: plain supervised steps, the discriminator untouched
-    adv_start_step: int = 0
-    adv_warmup_steps: int = 0  # adv_weight rises linearly over so many steps from adv_start_step on
-    # the discriminator's target for real label maps; 0.9: one-sided label smoothing
-    real_target: float = 1.0
-    # ground truth as the discriminator sees it; scaling: softened, Luc et al. 2016
-    real_map: str = "one_hot"
-    scaling_tau: float = 0.9  # scaling: at least this mass stays on the true class
-    # label maps at the segmentor's output resolution (Luc et al.); image: at the view's
-    map_resolution: str = "output"
-    # mean over the valid pixels of the global batch; sum: their sum per image
-    ce_reduction: str = "mean_valid"
-    # mean over the discriminator's (valid) outputs of the global batch; sum: per image
-    adv_reduction: str = "mean"
+    adv_weight: float = key(
+        0.05,
+        "lambda on the adversarial term; 0: the discriminator only watches",
+        low=0,
+        modes=WITH_DISCRIMINATOR,
+    )
+    adv_form: str = key(
+        "non_saturating",
+        "the segmentor's adversarial term",
+        choices={
+            "non_saturating": "+ BCE(D(fake), real)",
+            "saturating": "- BCE(D(fake), fake)",
+        },
+        source=f"saturating: {LUC}, eq. 3",
+        modes=WITH_DISCRIMINATOR,
+    )
+    adv_start_step: int = key(
+        0,
+        "before it there is no adversary: plain supervised steps, the discriminator untouched",
+        unit="steps",
+        low=0,
+        modes=WITH_DISCRIMINATOR,
+    )
+    adv_warmup_steps: int = key(
+        0,
+        "adv_weight rises linearly over so many steps from adv_start_step on",
+        unit="steps",
+        low=0,
+        modes=WITH_DISCRIMINATOR,
+    )
+    real_target: float = key(
+        1.0,
+        "the discriminator's target for real label maps; 0.9: one-sided label smoothing",
+        low=0.5,
+        high=1,
+        source="Salimans et al. 2016, section 3.4",
+        modes=WITH_DISCRIMINATOR,
+    )
+    real_map: str = key(
+        "one_hot",
+        "ground truth as the discriminator sees it",
+        choices={
+            "one_hot": "1 for the true class, 0 for the others",
+            "scaling": "softened: scaling_tau or more for the true class",
+        },
+        source=f"scaling: {LUC}",
+        modes=WITH_DISCRIMINATOR,
+    )
+    scaling_tau: float = key(
+        0.9,
+        "scaling: at least this mass stays on the true class",
+        low=0,
+        high=1,
+        source=LUC,
+        modes=WITH_DISCRIMINATOR,
+    )
+    map_resolution: str = key(
+        "output",
+        "size of the label maps that the discriminator sees",
+        choices={
+            "output": f"the segmentor's output ({LUC})",
+            "image": f"the training crop ({HUNG})",
+        },
+        modes=WITH_DISCRIMINATOR,
+    )
+    ce_weight: float = key(1.0, "of the cross entropy; 0: the loss is without it", low=0)
+    class_weights: Any = key(
+        "none",
+        "what a pixel of each class counts in the cross entropy: a number for every class, in "
+        "their order; balanced: all pixels / (classes x pixels of the class); median_frequency: "
+        "the median of the classes' frequencies / the class's, in the images that show it; both "
+        "by the labelled training images",
+        source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
+    )
+    label_smoothing: float = key(
+        0.0,
+        "share of the cross entropy's target that is spread evenly over the classes",
+        low=0,
+        high=0.99,
+        source="Szegedy et al. 2016, section 7",
+    )
+    focal_gamma: float = key(
+        0.0,
+        "focal loss: a pixel counts (1 - p)^gamma, p its true class's probability; 0: off",
+        low=0,
+        high=10,
+        source="Lin et al. 2017, eq. 4; there: 2",
+    )
+    ohem_threshold: float = key(
+        0.0,
+        "online hard example mining: only pixels whose true class has a lower probability count; "
+        "0: off; 0.7 is usual",
+        low=0,
+        high=1,
+        source="Shrivastava et al. 2016, for pixels",
+    )
+    ohem_min_share: float = key(
+        0.0625,
+        "with ohem_threshold: of each image at least this share of its pixels counts, the hardest",
+        low=0,
+        high=1,
+    )
+    aux_weight: float = key(
+        0.4,
+        "of the cross entropy of an auxiliary head, where the segmentor has one",
+        low=0,
+        source="Zhao et al. 2017 (PSPNet)",
+    )
+    terms: dict[str, TermConfig] = key(
+        {},
+        "further terms by name: loss.terms.dice=0.5, or loss.terms.NAME={use: dice, weight: 0.5, "
+        "start_step: 0, warmup_steps: 0, options: {smooth: 1}}; use is dice, lovasz, or "
+        "module:name or file.py:name of your own (default: the name); the weight rises linearly "
+        "over warmup_steps from start_step on",
+    )
+    ce_reduction: str = key(
+        "mean_valid",
+        "of the cross entropy",
+        choices={
+            "mean_valid": "mean over the valid pixels of the global batch",
+            "sum": "their sum per image",
+        },
+    )
+    adv_reduction: str = key(
+        "mean",
+        "of the adversarial and the discriminator's term",
+        choices={
+            "mean": "mean over the discriminator's (valid) outputs of the global batch",
+            "sum": "their sum per image",
+        },
+        modes=WITH_DISCRIMINATOR,
+    )
 
 
 @dataclass
 class SemiConfig:
     """The terms on unlabelled images, in mode=semi_supervised (Hung et al. 2018, eq. 4 and 5)."""
 
-    batch_size: int = 0  # GLOBAL: unlabelled images a step; 0: as many as labelled ones
-    weight: float = 0.1  # lambda_semi on the masked cross entropy
-    threshold: float = 0.2  # T_semi: a pixel is believed where D(fake) is above it
-    start_step: int = 5000  # of the masked cross entropy
-    adv_weight: float = 0.001  # on the adversarial term
-    adv_start_step: int = 0  # of that term, not before loss.adv_start_step
-    discriminate: bool = True  # the discriminator learns from their label maps too
+    batch_size: int = key(
+        0,
+        "GLOBAL: unlabelled images a step; 0: as many as labelled ones",
+        unit="images",
+        low=0,
+        high=10**6,
+    )
+    weight: float = key(0.1, "lambda_semi on the masked cross entropy", low=0, source=HUNG)
+    threshold: float = key(
+        0.2,
+        "T_semi: a pixel is in the confidence mask where D(fake) is above it",
+        low=0,
+        high=1,
+        source=f"{HUNG}, eq. 5",
+    )
+    start_step: int = key(5000, "of the masked cross entropy", unit="steps", low=0, source=HUNG)
+    adv_weight: float = key(
+        0.001, "lambda on the adversarial term of unlabelled images", low=0, source=f"{HUNG}, eq. 4"
+    )
+    adv_start_step: int = key(
+        0, "of that term, not before loss.adv_start_step", unit="steps", low=0
+    )
+    discriminate: bool = key(True, "the discriminator learns from their label maps too")
 
 
 @dataclass
 class EvaluateConfig:
     """Full-resolution evaluation on the validation split."""
 
-    every_steps: int = 0  # 0: only after the last step
-    scales: list[float] = field(default_factory=lambda: [1.0])  # probabilities averaged over these
-    mirror: bool = False  # and over the mirrored image
-    # an image with a longer side is scored in blended windows of this side; 0: in one piece
-    window_px: int = 0
-    # of two windows; both are multiples of 32, the overlap at most half the window
-    overlap_px: int = 128
-    num_pictures: int = 6  # validation images shown in pictures/ after the run
+    every_steps: int = key(
+        0, "steps between two evaluations; 0: only after the last step", unit="steps", low=0
+    )
+    scales: list[float] = key(
+        [1.0],
+        "test-time augmentation: probabilities are averaged over the image at these scales",
+        low=0.1,
+        high=8,
+        grouping="view",
+    )
+    horizontal_flip: bool = key(
+        False, "test-time augmentation: and over the flipped image", grouping="view"
+    )
+    window_px: int = key(
+        0,
+        "an image with a longer side is scored by a sliding window of this side, a multiple of 32; "
+        "0: in one piece",
+        unit="px",
+        low=0,
+        high=10**5,
+        grouping="view",
+    )
+    overlap_px: int = key(
+        128,
+        "of neighbouring windows: a multiple of 32, at most half the window",
+        unit="px",
+        low=32,
+        high=10**5,
+        grouping="view",
+    )
+    num_pictures: int = key(
+        6, "validation images shown in pictures/ after the run", unit="images", low=0, high=64
+    )
 
 
 @dataclass
 class CheckpointConfig:
     """When to save, and what to keep."""
 
-    every_steps: int = 200
-    keep_last: int = 2  # besides the best by validation mIoU
-    # copied to host memory at once, written to the disk while training goes on
-    async_save: bool = True
+    every_steps: int = key(200, "steps between two checkpoints", unit="steps", low=1)
+    keep_last: int = key(2, "checkpoints besides the best by validation mIoU", low=1)
+    async_save: bool = key(
+        True, "copied to host memory at once, written to the disk while training goes on"
+    )
 
 
 @dataclass
 class TrackingConfig:
     """Where the curves go; metrics.jsonl in the run directory is always written."""
 
-    wandb: str = "auto"  # auto: online with a login, else offline; online; offline; disabled
-    project: str = "distseg"
-    entity: str | None = None
-    group: str | None = None
-    job_type: str | None = None
-    tags: list[str] = field(default_factory=list)
-    tensorboard: bool = False  # event files in the run directory's tensorboard/ too
-    log_every: int = 10  # steps between two lines of metrics
+    wandb: str = key(
+        "auto",
+        "Weights & Biases",
+        choices={
+            "auto": "online with a login, else offline",
+            "online": "",
+            "offline": "",
+            "disabled": "",
+        },
+    )
+    project: str = key("distseg", "of Weights & Biases")
+    entity: str | None = key(None, "of Weights & Biases; null: the login's own")
+    group: str | None = key(None, "of Weights & Biases")
+    job_type: str | None = key(None, "of Weights & Biases")
+    tags: list[str] = key([], "of Weights & Biases")
+    tensorboard: bool = key(False, "event files in the run directory's tensorboard/ too")
+    log_every: int = key(10, "steps between two lines of metrics", unit="steps", low=1)
 
 
 @dataclass
 class ParallelConfig:
     """How the networks are spread over the ranks."""
 
-    # ddp: every rank holds all; fsdp: a slice of parameters, gradients, optimizer state; deepspeed:
-    # see zero_stage
-    strategy: str = "ddp"
-    # fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one
-    shard_size: int = 0
-    # deepspeed: ranks hold parts of optimizer state (1), gradients too (2), parameters too (3)
-    zero_stage: int = 1
-    # deepspeed: a JSON file of its own settings, on top of what is generated
-    deepspeed_config: str = ""
-    # a rank that gives no sign for so long ends the job, and is named
-    timeout_seconds: float = 300.0
-    check_every: int = 500  # steps between two comparisons of the networks over the ranks; 0: never
+    strategy: str = key(
+        "ddp",
+        "what a rank holds",
+        choices={
+            "ddp": "all of both networks",
+            "fsdp": "a shard of parameters, gradients and optimizer state",
+            "deepspeed": "as zero_stage says",
+        },
+    )
+    shard_size: int = key(
+        0,
+        "fsdp: ranks that share one copy, the next ones hold another; 0: all ranks share one",
+        unit="ranks",
+        low=0,
+        high=10**6,
+    )
+    zero_stage: int = key(
+        1,
+        "deepspeed: ranks hold shards of the optimizer state (1), gradients too (2), parameters "
+        "too (3)",
+        low=0,
+        high=3,
+        source="ZeRO, Rajbhandari et al. 2020",
+    )
+    deepspeed_config: str = key(
+        "", "deepspeed: a JSON file of its own settings, on top of what is generated"
+    )
+    timeout_seconds: float = key(
+        300.0,
+        "a rank that gives no sign for so long ends the job, and is named",
+        unit="s",
+        low=1,
+        high=10**6,
+    )
+    check_every: int = key(
+        500,
+        "steps between two comparisons of the networks over the ranks; 0: never",
+        unit="steps",
+        low=0,
+    )
 
 
 @dataclass
 class Config:
     """Everything a run depends on. Saved in the run directory before the first step."""
 
-    preset: str | None = None
-    run_dir: str = ""  # default: runs/<preset>
-    mode: str = "adversarial"  # adversarial, supervised or semi_supervised
-    steps: int = 1000  # updates in all (each of batch_size images)
-    batch_size: int = 16  # GLOBAL: images per step over all ranks
-    seed: int = 0
-    device: str = "auto"  # auto: cuda where there is one; cpu; cuda
-    # auto: bf16 where the device computes in it, else fp32; bf16; fp16; fp32; fp64
-    precision: str = "auto"
-    # fp32 products on a GPU in TF32: a mantissa of 10 bits, several times as fast
-    tf32: bool = True
-    compile: bool = False  # torch.compile for both networks: slow to start, worth it on a GPU
-    # a step's images are taken in so many parts, one after the other, to save memory
-    accumulate_steps: int = 1
-    channels_last: bool = True
-    ema_decay: float = 0.0  # moving average of the segmentor, used for evaluation; 0: off
-    max_skips: int = 20  # stop after so many non-finite gradients in a row
-    # sha256 of each file of your own code by the part that names it; filled in by training
-    code: dict[str, str] = field(default_factory=dict)
-    allow_changed_code: bool = False  # go on with a run though such a file has changed
-    data: DataConfig = field(default_factory=DataConfig)
-    segmentor: SegmentorConfig = field(default_factory=SegmentorConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    segmentor_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    alternation: AlternationConfig = field(default_factory=AlternationConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    semi: SemiConfig = field(default_factory=SemiConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("adversarial", "supervised", "semi_supervised"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "bf16", "fp16", "fp32", "fp64"),
-    "data.sampling": ("each_once", "class_balanced", "rare_class"),
-    "data.worker_type": ("thread", "process"),
-    "segmentor.batch_norm": ("per_rank", "frozen", "synchronised"),
-    "segmentor_optimizer.name": ("adamw", "sgd"),
-    "discriminator_optimizer.name": ("adamw", "sgd"),
-    "schedule.name": ("poly", "constant", "plateau"),
-    "alternation.name": ("simultaneous", "blocks"),
-    "loss.adv_form": ("non_saturating", "saturating"),
-    "loss.real_map": ("one_hot", "scaling"),
-    "loss.map_resolution": ("output", "image"),
-    "loss.ce_reduction": ("mean_valid", "sum"),
-    "loss.adv_reduction": ("mean", "sum"),
-    "tracking.wandb": ("auto", "online", "offline", "disabled"),
-    "parallel.strategy": ("ddp", "fsdp", "deepspeed"),
-}
-
-# inclusive bounds; None: open
-BOUNDS: dict[str, tuple[float | None, float | None]] = {
-    "steps": (1, 10**9),
-    "batch_size": (1, 10**6),
-    "seed": (0, 2**31 - 1),
-    "accumulate_steps": (1, 10**4),
-    "ema_decay": (0, 0.99999),
-    "max_skips": (1, None),
-    "data.num_classes": (1, 255),
-    "data.crop_px": (32, 4096),
-    "data.scale_min": (0.05, 20),
-    "data.scale_max": (0.05, 20),
-    "data.rotate_degrees": (0, 180),
-    "data.color_jitter": (0, 1),
-    "data.blur_probability": (0, 1),
-    "data.blur_max_px": (0.1, 100),
-    "data.rare_class_temperature": (1e-4, None),
-    "data.shuffle_block": (0, 10**6),
-    "data.num_threads": (0, 256),
-    "data.cache_bytes": (0, None),
-    "data.keep_decoded_bytes": (0, None),
-    "data.labelled_seed": (0, 2**31 - 1),
-    "segmentor_optimizer.lr": (0, None),
-    "segmentor_optimizer.encoder_lr_factor": (0, None),
-    "segmentor_optimizer.bias_lr_factor": (0, None),
-    "discriminator_optimizer.bias_lr_factor": (0, None),
-    "segmentor_optimizer.beta1": (0, 0.99999),
-    "segmentor_optimizer.beta2": (0, 0.99999),
-    "segmentor_optimizer.clip_norm": (0, None),
-    "segmentor_optimizer.weight_decay": (0, None),
-    "discriminator_optimizer.lr": (0, None),
-    "discriminator_optimizer.beta1": (0, 0.99999),
-    "discriminator_optimizer.beta2": (0, 0.99999),
-    "discriminator_optimizer.clip_norm": (0, None),
-    "discriminator_optimizer.weight_decay": (0, None),
-    "schedule.power": (0, None),
-    "schedule.warmup_steps": (0, None),
-    "schedule.plateau_factor": (0, 1),
-    "schedule.plateau_patience": (1, None),
-    "schedule.early_stop_patience": (0, None),
-    "alternation.segmentor": (1, None),
-    "alternation.discriminator": (1, None),
-    "loss.adv_weight": (0, None),
-    "loss.adv_start_step": (0, None),
-    "loss.adv_warmup_steps": (0, None),
-    "loss.real_target": (0.5, 1),
-    "loss.scaling_tau": (0, 1),
-    "semi.batch_size": (0, 10**6),
-    "semi.weight": (0, None),
-    "semi.threshold": (0, 1),
-    "semi.start_step": (0, None),
-    "semi.adv_weight": (0, None),
-    "semi.adv_start_step": (0, None),
-    "evaluate.every_steps": (0, None),
-    "evaluate.window_px": (0, 10**5),
-    "evaluate.overlap_px": (32, 10**5),
-    "evaluate.num_pictures": (0, 64),
-    "checkpoint.every_steps": (1, None),
-    "checkpoint.keep_last": (1, None),
-    "tracking.log_every": (1, None),
-    "parallel.shard_size": (0, 10**6),
-    "parallel.zero_stage": (0, 3),
-    "parallel.timeout_seconds": (1, 10**6),
-    "parallel.check_every": (0, None),
-}
+    preset: str | None = key(None, "the named recipe that the other keys stand on top of")
+    run_dir: str = key("", 'where all of the run is written; "": runs/<preset>', on_resume=True)
+    mode: str = key(
+        "adversarial",
+        "what the segmentor learns from",
+        choices={
+            "adversarial": "labels and a discriminator",
+            "supervised": "labels alone",
+            "semi_supervised": "both, and unlabelled images",
+        },
+    )
+    steps: int = key(1000, "updates in all (each of batch_size images)", low=1, high=10**9)
+    extend: bool = key(
+        False,
+        "lets steps be more than when the run was started, so that it is trained on from its last "
+        "checkpoint and its history stays; the learning rate at a step is from then on what a run "
+        "of the new length has there (poly: it goes up once; constant: nothing changes)",
+        on_resume=True,
+    )
+    batch_size: int = key(
+        16, "GLOBAL: images per step over all ranks", unit="images", low=1, high=10**6
+    )
+    seed: int = key(
+        0, "of first weights and the order of samples", low=0, high=MAX_SEED, grouping="none"
+    )
+    device: str = key(
+        "auto",
+        "what computes",
+        choices={"auto": "cuda where there is one", "cpu": "", "cuda": ""},
+        on_resume=True,
+        at_evaluation=True,
+    )
+    precision: str = key(
+        "auto",
+        "of forward and backward passes",
+        choices={
+            "auto": "bf16 where the device computes in it, else fp32",
+            "bf16": "autocast, parameters stay fp32",
+            "fp16": "autocast with loss scaling, parameters stay fp32",
+            "fp32": "",
+            "fp64": "parameters too",
+        },
+        at_evaluation=True,
+        at_prediction=True,
+    )
+    tf32: bool = key(
+        True, "fp32 products on a GPU in TF32: a mantissa of 10 bits, several times as fast"
+    )
+    compile: bool = key(False, "torch.compile for both networks: slow to start, worth it on a GPU")
+    gradient_accumulation_steps: int = key(
+        1,
+        "micro-batches: a step's images are taken in so many, one after the other, to save memory",
+        low=1,
+        high=10**4,
+    )
+    channels_last: bool = key(True, "memory format of images and weights")
+    ema_decay: float = key(
+        0.0,
+        "exponential moving average (EMA) of the segmentor's weights, used for evaluation; 0: off",
+        low=0,
+        high=MAX_BETA,
+    )
+    max_skips: int = key(
+        20, "stop after so many non-finite gradients in a row", unit="steps", low=1, on_resume=True
+    )
+    code: dict[str, str] = key(
+        {},
+        "sha256 of each file of your own code, by the part that names it; filled in by training",
+        on_resume=True,
+    )
+    allow_changed_code: bool = key(
+        False, "go on with a run though a file of your own code has changed", on_resume=True
+    )
+    data: DataConfig = section(DataConfig)
+    segmentor: SegmentorConfig = section(SegmentorConfig)
+    discriminator: DiscriminatorConfig = section(DiscriminatorConfig, modes=WITH_DISCRIMINATOR)
+    segmentor_optimizer: OptimizerConfig = section(OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = section(OptimizerConfig, modes=WITH_DISCRIMINATOR)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    alternation: AlternationConfig = section(AlternationConfig, modes=WITH_DISCRIMINATOR)
+    loss: LossConfig = section(LossConfig)
+    semi: SemiConfig = section(SemiConfig, modes=WITH_UNLABELLED)
+    evaluate: EvaluateConfig = section(
+        EvaluateConfig, on_resume=True, at_evaluation=True, at_prediction=True
+    )
+    checkpoint: CheckpointConfig = section(CheckpointConfig, on_resume=True)
+    tracking: TrackingConfig = section(TrackingConfig, on_resume=True)
+    parallel: ParallelConfig = section(ParallelConfig, on_resume=True, at_evaluation=True)

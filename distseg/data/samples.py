@@ -101,7 +101,10 @@ class SampleSet:
         without = {reader.key(i) for i in self._indices} & unlabelled if unlabelled else set()
         if without:
             some = f"{len(without)} samples, {min(without)} for one,"
-            action = "prepare and pack the data with labels, or list the labelled ones: data.labelled=FILE"
+            action = (
+                "prepare and pack the data with labels, or list the labelled ones: "
+                "data.labelled=FILE"
+            )
             raise InputError(
                 f"{some} have no label in the split {reader.split}",
                 "a label for every sample",
@@ -243,7 +246,10 @@ def split_labelled(
         order = Plan(max(1, len(candidates)), seed)
         chosen = {candidates[order.sample_index(p)] for p in range(int(share * len(candidates)))}
     if not chosen:
-        got = f"data.labelled={labelled} leaves none of the {len(candidates)} labelled samples of {reader.split}"
+        got = (
+            f"data.labelled={labelled} leaves none of the {len(candidates)} labelled samples of "
+            f"{reader.split}"
+        )
         raise InputError(got, "at least one labelled sample", "ask for a larger share")
     return sorted(chosen), sorted(set(range(len(reader))) - chosen)
 
@@ -269,7 +275,10 @@ def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     unknown = [key for key in keys if key not in index_of]
     if unknown:
-        got = f"{path}: {len(unknown)} keys are not in the split {reader.split}, {unknown[0]!r} for one"
+        got = (
+            f"{path}: {len(unknown)} keys are not in the split {reader.split}, "
+            f"{unknown[0]!r} for one"
+        )
         raise InputError(got, f"keys such as {reader.key(0)!r}, one a line", "correct the list")
     without = [key for key in keys if index_of[key] not in candidates]
     if without:
@@ -279,7 +288,7 @@ def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
 
 
 def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray | None]:
-    """The classes that stay, and a table from the old index to the new one (None: nothing changes)."""
+    """The classes that stay, and a table from old to new index (None: nothing changes)."""
     if not keep:
         return classes, None
     unknown = [name for name in keep if name not in classes.names]

@@ -1,5 +1,5 @@
-"""The training view: random scale, crop, rotation, mirror, colour and blur of a sample, each array
-resampled once.
+"""The training view: random scale, crop, rotation, horizontal flip, colour and blur of a sample,
+each array resampled once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILL_RGB = (
 )  # ImageNet's mean colour, so that the fill is near 0 once a network has normalised it
 GRAY = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
 MAX_TRIES = 10  # draws of a crop until one holds a labelled pixel
-DRAWS_PER_TRY = 7  # scale, two positions, mirror, brightness, contrast, saturation
+DRAWS_PER_TRY = 7  # scale, two positions, flip, brightness, contrast, saturation
 # angle, whether to blur, how much; behind the others, so that these are what they always were
 MORE_DRAWS = 3
 # the smallest standard deviation of a blur, as in SimCLR (Chen et al. 2020, appendix A)
@@ -91,12 +91,12 @@ class TrainView:
     crop_px: side of the view, pixels. The scale is log-uniform in [scale_min, scale_max], but for
     rounding: a whole number of the image's pixels is cut out and resized (half-pixel centres) to a
     whole number of the view's. The crop lies inside the scaled image where that is larger, and the
-    image inside the crop where it is smaller. mirror: left and right are swapped with probability
-    1/2. color_jitter: brightness, contrast and saturation are each multiplied by a factor uniform
-    in 1 -+ color_jitter; 0 is off. The crop is turned about its middle by an angle uniform in -+
-    rotate_degrees; 0 is off. With blur_probability the image is blurred by a Gaussian whose
-    standard deviation is uniform in [0.1, blur_max_px] pixels of the view. own: code of the user's
-    that gets the view last.
+    image inside the crop where it is smaller. horizontal_flip: left and right are swapped with
+    probability 1/2. color_jitter: brightness, contrast and saturation are each multiplied by a
+    factor uniform in 1 -+ color_jitter; 0 is off. The crop is turned about its middle by an angle
+    uniform in -+ rotate_degrees; 0 is off. With blur_probability the image is blurred by a Gaussian
+    whose standard deviation is uniform in [0.1, blur_max_px] pixels of the view. own: code of the
+    user's that gets the crop last.
 
     Resizing interpolates between the four nearest pixels and does not average over more, so below
     half size it leaves pixels of the image out. (It takes a third of the time of an affine warp,
@@ -106,7 +106,7 @@ class TrainView:
     crop_px: int
     scale_min: float = 1.0
     scale_max: float = 1.0
-    mirror: bool = True
+    horizontal_flip: bool = True
     color_jitter: float = 0.0
     rotate_degrees: float = 0.0
     blur_probability: float = 0.0
@@ -142,7 +142,7 @@ class TrainView:
         uint8 and out_label (crop_px, crop_px) uint8 are overwritten. Outside the image the label is
         255 and the image FILL_RGB. A view without a labelled pixel is drawn again, up to MAX_TRIES
         times. The generator is advanced by the same amount whatever the options and the sample,
-        before a view of the user's own gets it.
+        before code of the user's own gets it.
         """
         draws = rng.random((MAX_TRIES, DRAWS_PER_TRY))
         draws = np.hstack([draws, rng.random((MAX_TRIES, MORE_DRAWS))])
@@ -163,8 +163,8 @@ class TrainView:
             cv2.copyTo(
                 np.full_like(out_image, FILL_RGB), _outside(label.shape, geometry), dst=out_image
             )
-        if self.mirror and draw[3] < 0.5:
-            # in place, and last: a mirrored source would round some pixels the other way
+        if self.horizontal_flip and draw[3] < 0.5:
+            # in place, and last: a flipped source would round some pixels the other way
             cv2.flip(out_image, 1, dst=out_image)
             cv2.flip(out_label, 1, dst=out_label)
         if self.own is not None:
@@ -217,7 +217,7 @@ def _write(source: np.ndarray, geometry: _Geometry, smooth: bool, out: np.ndarra
 
 
 def _outside(size: tuple[int, ...], geometry: _Geometry) -> np.ndarray:
-    """(crop_px, crop_px) uint8: 255 where a turned crop sees beyond an image of this size, else 0."""
+    """(crop_px, crop_px) uint8: 255 where a turned crop sees beyond such an image, else 0."""
     outside = np.empty((geometry.crop_px, geometry.crop_px), np.uint8)
     _write(np.zeros(size, np.uint8), geometry, False, outside)
     return outside

@@ -152,7 +152,7 @@ class Processes:
         if self._closed:
             return
         self._closed = True
-        # first: a pool that broke waits for the workers it could not terminate, being deaf, with its lock held
+        # first: a pool that broke waits, its lock held, for workers that it could not terminate
         os.close(self._lifeline)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._alive.close()

@@ -10,6 +10,7 @@ import platform
 
 import torch
 
+from distseg.distributed.compat import cpu_multiplies_bf16
 from distseg.distributed.ranks import Ranks, on_all
 
 # glibc's malloc.h and Linux's madvise
@@ -33,22 +34,12 @@ def resolve_precision(precision: str, ranks: Ranks) -> str:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _cpu_has_bf16()
+    return cpu_multiplies_bf16()
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """The dtype of torch.autocast for a resolved precision; None for full precision."""
     return _AUTOCAST_DTYPES.get(precision)
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether oneDNN has bf16 dot products here, and may use them (see its ONEDNN_MAX_CPU_ISA);
-    emulated ones are slower than fp32.
-    """
-    # private, so absent from some releases
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
-    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -20,6 +20,7 @@ def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
 
     Raises InputError when only some are set or they contradict each other: half a job would hang.
     """
+    # torchrun first: inside a job of SLURM its ranks see the variables of both
     launched = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment]
     if launched:
         return _ranks_of_torchrun(environment, launched)
@@ -43,22 +44,16 @@ def _ranks_of_torchrun(
 ) -> tuple[int, int, int]:
     missing = [name for name in TORCHRUN_VARIABLES if name not in environment]
     if missing:
-        action = (
-            "start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset "
-            + ", ".join(launched)
-        )
+        there = ", ".join(launched)
         raise InputError(
-            f"{', '.join(launched)} set but not {', '.join(missing)}",
+            f"{there} set but not {', '.join(missing)}",
             "all of torchrun's variables",
-            action,
+            f"start with `torchrun --nproc_per_node=N -m distseg.train ...`, or unset {there}",
         )
     rank, world_size, local_rank = _whole_numbers(environment, TORCHRUN_VARIABLES[:3], "torchrun")
-    if not environment["MASTER_PORT"].isdecimal() or int(environment["MASTER_PORT"]) > 65535:
-        raise InputError(
-            f"MASTER_PORT={environment['MASTER_PORT']}",
-            "a port from 0 to 65535",
-            "start with torchrun",
-        )
+    port = environment["MASTER_PORT"]
+    if not port.isdecimal() or int(port) > 65535:
+        raise InputError(f"MASTER_PORT={port}", "a port from 0 to 65535", "start with torchrun")
     return rank, world_size, local_rank
 
 
@@ -94,15 +89,15 @@ def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
     From 20000 to 29999: below the ephemeral ports, which any connection may hold. attempt: within
     this start, from 0.
     """
-    job, restart = (
-        int(environment.get(name) or "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-    )
-    # jobs that follow each other are 61 apart
+    job = int(environment.get("SLURM_JOB_ID") or "0")
+    restart = int(environment.get("SLURM_RESTART_COUNT") or "0")
+    # jobs that follow each other are 61 apart: room for seven restarts of eight tries each
     return 20000 + (61 * job + 8 * restart + attempt) % 10000
 
 
 def first_host(nodes: str) -> str:
     """The first name of SLURM's host list: "gpu[003-007,12],login1" gives "gpu003"."""
+    # without `scontrol show hostnames`, which a container need not have
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
     if first is None:
         raise InputError(

@@ -8,20 +8,40 @@ import json
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from distseg.distributed.ranks import Ranks, own_store
+from shards.errors import InputError
 
-Problem = dict[str, str]  # the parts of an InputError, or one "text"
 POLL_SECONDS = 0.02
 
 
-class Reports:
-    """Rounds in which every other rank tells the main one how its part went: None for good, or a
-    Problem.
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on a rank, in words that can be sent: an exception need not be."""
 
-    Made on every rank at once. They travel through the job's key-value store; when that is gone, so
-    is its process, and the watchdog says so.
+    got: str
+    needed: str = ""  # with `action`: of an InputError; "" for any other error
+    action: str = ""
+
+    @staticmethod
+    def of(error: InputError) -> Failure:
+        return Failure(error.got, error.needed, error.action)
+
+    def to_error(self) -> Exception:
+        """The exception to raise for it."""
+        if not self.needed:
+            return RuntimeError(self.got)
+        return InputError(self.got, self.needed, self.action)
+
+
+class Mailbox:
+    """Rounds in which every other rank tells the main one how its part went: None for good, or a
+    Failure.
+
+    Made on every rank at once. The letters travel through the job's key-value store; when that is
+    gone, so is its process, and the watchdog says so.
     """
 
     def __init__(self, ranks: Ranks):
@@ -29,31 +49,32 @@ class Reports:
         self._store: Any = None if ranks.world_size == 1 else own_store(ranks)
         self._given_up = threading.Event()
 
-    def send(self, round_number: int, problem: Problem | None) -> None:
+    def send(self, round_number: int, failure: Failure | None) -> None:
         """Tell the main rank; on every other one."""
+        content = None if failure is None else asdict(failure)
         with suppress(RuntimeError):
-            self._store.set(f"{round_number}/{self._ranks.rank}", json.dumps(problem))
+            self._store.set(f"{round_number}/{self._ranks.rank}", json.dumps(content))
 
-    def of_others(self, round_number: int, timeout_seconds: float) -> list[Problem | None]:
-        """All other ranks' reports, as they come.
+    def collect(self, round_number: int, timeout_seconds: float) -> list[Failure | None]:
+        """What all other ranks have sent, waiting for each. On the main rank.
 
-        A rank that says nothing in time has a problem. On the main rank.
+        A rank that says nothing in time has failed.
         """
         deadline = time.monotonic() + timeout_seconds
-        return [self._of(rank, round_number, deadline) for rank in range(1, self._ranks.world_size)]
+        others = range(1, self._ranks.world_size)
+        return [self._receive(f"{round_number}/{rank}", rank, deadline) for rank in others]
 
     def give_up(self) -> None:
-        """Wait for no report any more: those who are to send them may be gone."""
+        """Wait for no rank any more: those who are to send may be gone."""
         self._given_up.set()
 
-    def _of(self, rank: int, round_number: int, deadline: float) -> Problem | None:
-        key = f"{round_number}/{rank}"
-        with suppress(RuntimeError):
+    def _receive(self, key: str, rank: int, deadline: float) -> Failure | None:
+        with suppress(RuntimeError):  # the store is gone
             while not self._store.check([key]):
                 if time.monotonic() > deadline or self._given_up.wait(POLL_SECONDS):
                     break
             else:
-                report = json.loads(self._store.get(key))
-                self._store.delete_key(key)
-                return report
-        return {"text": f"rank {rank} has not written its part of the checkpoint in time"}
+                content = json.loads(self._store.get(key))
+                self._store.delete_key(key)  # or the store would grow with every round
+                return None if content is None else Failure(**content)
+        return Failure(f"rank {rank} has not written its part of the checkpoint in time")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distseg.distributed.compat import job_store
 from distseg.distributed.launch import rendezvous_of_srun, resolve_ranks
 from shards.errors import InputError
 
@@ -46,40 +49,64 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     taken.
     """
     rank, world_size, local_rank = resolve_ranks(dict(os.environ))
-    if world_size > 1:
-        os.environ.update(rendezvous_of_srun(dict(os.environ)) if "RANK" not in os.environ else {})
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    where = _cuda_device(local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(where)
+    if world_size > 1 and "RANK" not in os.environ:
+        os.environ.update(rendezvous_of_srun(dict(os.environ)))
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    own_device = _cuda_device(local_rank) if on_gpu else torch.device("cpu")
+    ranks = Ranks(rank, world_size, local_rank, own_device)
+    if on_gpu:
+        torch.cuda.set_device(own_device)
     elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        # torch counts the machine's cores; of several ranks the launcher sets the number
         torch.set_num_threads(_usable_cores())
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    options: dict[str, Any] = {
-        "rank": rank,
-        "world_size": world_size,
-        "timeout": timedelta(seconds=timeout_seconds),
-    }
-    if world_size == 1:
-        options["store"] = dist.HashStore()  # no port is needed
-    try:
-        if world_size > 1 and os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # On one machine torchrun keeps its store when it starts lost ranks again, and their
-            # addresses in it, where nobody is any more. (On several its machines may count the
-            # restarts differently.)
-            store, _, _ = next(
-                dist.rendezvous("env://", rank, world_size, timeout=options["timeout"])
-            )
-            options["store"] = dist.PrefixStore(
-                f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-            )
-        dist.init_process_group(backend, **options)
-    except dist.DistError as error:
-        raise _network_error(error) from None
-    ranks = Ranks(rank, world_size, local_rank, where)
-    if cuda:
+    _join(ranks, timedelta(seconds=timeout_seconds))
+    if on_gpu:
         _check_own_gpus(ranks)
     return ranks
+
+
+def _join(ranks: Ranks, timeout: timedelta) -> None:
+    """Make the job's process group. Raises InputError where the ranks do not find each other."""
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            store=_rendezvous_store(ranks, timeout),
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise _network_error(error) from None
+
+
+def _rendezvous_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """The key-value store in which the ranks find each other."""
+    if ranks.world_size == 1:
+        return dist.HashStore()  # no port is needed
+    # On one machine torchrun keeps its store when it starts lost ranks again, and their addresses
+    # in it, where nobody is any more. So each start has a part of its own. (On several its machines
+    # may count the restarts differently.)
+    on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "any"
+    return dist.PrefixStore(f"start-{start}-{next(_joins)}", _job_store(ranks, timeout))
+
+
+_joins = itertools.count()  # of this process, as many as of every other one
+
+
+_stores: dict[str, dist.Store] = {}  # by address
+
+
+def _job_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """Kept from one job of a process to its next: a rank that is quicker would find a server that
+    is about to end.
+    """
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if address not in _stores:
+        found = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        _stores[address] = found[0]
+    _stores[address].set_timeout(timeout)
+    return _stores[address]
 
 
 def _cuda_device(local_rank: int) -> torch.device:
@@ -105,12 +132,13 @@ def _check_own_gpus(ranks: Ranks) -> None:
 
 
 def _usable_cores() -> int:
-    """Cores that this process may run on, which a cluster's job can have fewer of than the machine."""
+    """Cores that this process may run on: a cluster's job can have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _network_error(error: Exception) -> InputError:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # torch has one type for all of these, so its words must do
     if "EADDRINUSE" in str(error) or "in use" in str(error):
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -131,6 +159,27 @@ def teardown() -> None:
     """Leave the job; without effect when it was never joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_alone() -> None:
+    """Raise InputError where this process has joined a job of its own already."""
+    if dist.is_initialized():
+        got = f"a process group of {dist.get_world_size()} rank(s), which this process has made"
+        action = "call torch.distributed.destroy_process_group() first; torchrun's ranks are found"
+        raise InputError(got, "none: distseg joins and leaves its own", action)
+
+
+@contextmanager
+def joined(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ranks]:
+    """`setup`, and `teardown` however the block ends.
+
+    Raises InputError as `setup` does, and where the process has a process group already.
+    """
+    check_alone()
+    try:
+        yield setup(device, timeout_seconds)
+    finally:
+        teardown()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -154,6 +203,7 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
         except Exception as error:
             outcome = [None, _sendable(error)]
     if ranks.world_size > 1:
+        # by gloo: over NCCL the message would queue behind the GPU's work
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
     if outcome[1] is not None:
         raise shared_error(outcome[1])
@@ -191,6 +241,7 @@ def is_shared(error: BaseException) -> bool:
 
 
 def _sendable(error: Exception) -> Exception:
+    # some hold an open file or a lock, and could not reach the other ranks
     try:
         pickle.dumps(error)
     except Exception:
@@ -214,17 +265,4 @@ def own_store(ranks: Ranks) -> Any:
     torchrun has started again since is not read.
     """
     name = on_main(ranks, lambda: uuid.uuid4().hex)
-    store = dist.distributed_c10d._get_default_store()
-    # absent from older releases, which then share the connection
-    clone = getattr(store, "clone", None)
-    return dist.PrefixStore(name, clone() if clone is not None else store)
-
-
-def wait_longer(seconds: float) -> None:
-    """Give the job's collectives so much time.
-
-    After the first ones, from which on something else finds lost ranks.
-    """
-    # has been there for years, but promises nothing
-    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    return dist.PrefixStore(name, job_store())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
 SECOND_SIGNAL_SECONDS = 2.0
 
@@ -22,10 +24,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._flag, self._signalled = 0, 0.0
+        # on the CPU, so by gloo: it takes part in no order of the GPU's collectives
         self._tensor = torch.zeros(1, dtype=torch.int32)
         self._work: Any = None
         self.signal_name = ""
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        # Python lets no other thread set handlers, and calls them in none
+        self._listens = threading.current_thread() is threading.main_thread()
+        for number in SIGNALS if self._listens else ():
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
@@ -38,8 +43,9 @@ class StopRequest:
 
     def release(self) -> None:
         """Let SIGTERM and Ctrl-C end the process again; SIGUSR1, a mere warning, still does not."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._listens:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @staticmethod
     def ignore() -> None:

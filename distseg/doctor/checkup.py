@@ -1,4 +1,6 @@
-"""What one process measures of the machine that it is on; each check takes at most a second or two."""
+"""What one process measures of the machine that it is on; each check takes at most a second or
+two.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ _MATRIX, _REPEATS = 768, 7
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """level: ok, warning (a run may suffer) or error (it would break).
 
     Action: what to do, for the latter two.
@@ -53,14 +55,14 @@ class Finding:
 
 @dataclass
 class Checkup:
-    """One rank's findings, and values that the ranks compare."""
+    """One rank's results, and values that the ranks compare."""
 
     rank: int
     host: str
-    findings: list[Finding] = field(default_factory=list)
+    results: list[CheckResult] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, check: Callable[[], Finding | None]) -> None:
+    def add(self, check: Callable[[], CheckResult | None]) -> None:
         """Keep what a check finds.
 
         One that fails itself is an error, and the other ranks do not wait for this one.
@@ -69,9 +71,11 @@ class Checkup:
             found = check()
         except Exception as error:
             name = check.__name__.replace("_", " ").strip()
-            found = Finding("error", name, f"{type(error).__name__}: {error}", "see the message")
+            found = CheckResult(
+                "error", name, f"{type(error).__name__}: {error}", "see the message"
+            )
         if found is not None:
-            self.findings.append(found)
+            self.results.append(found)
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -100,18 +104,20 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.machine()
 
 
-def device_memory(device: torch.device) -> Finding | None:
+def device_memory(device: torch.device) -> CheckResult | None:
     """Whether somebody else has the GPU's memory."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     text = f"{free / 1e9:.0f} of {total / 1e9:.0f} GB free"
     if free < 0.8 * total:
-        return Finding("warning", "device memory", text, "look for other processes with nvidia-smi")
-    return Finding("ok", "device memory", text)
+        return CheckResult(
+            "warning", "device memory", text, "look for other processes with nvidia-smi"
+        )
+    return CheckResult("ok", "device memory", text)
 
 
-def cores(ranks_here: int) -> Finding:
+def cores(ranks_here: int) -> CheckResult:
     """Whether every rank of this machine has a core, and no more threads than cores are wanted."""
     there = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -120,42 +126,42 @@ def cores(ranks_here: int) -> Finding:
     text = f"{there} for {ranks_here} rank(s) of {threads} thread(s)"
     if there < ranks_here:
         action = "ask for more cores (srun --cpus-per-task), or start fewer ranks"
-        return Finding("warning", "cores", text, action)
+        return CheckResult("warning", "cores", text, action)
     if ranks_here * threads > there:
-        return Finding("warning", "cores", text, f"set OMP_NUM_THREADS={there // ranks_here}")
-    return Finding("ok", "cores", text)
+        return CheckResult("warning", "cores", text, f"set OMP_NUM_THREADS={there // ranks_here}")
+    return CheckResult("ok", "cores", text)
 
 
-def open_files() -> Finding:
+def open_files() -> CheckResult:
     """How many files a process may open."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return Finding("ok", "open files", "no limit")
+        return CheckResult("ok", "open files", "no limit")
     level = "error" if limit < _MIN_FILES else "warning" if limit < _FEW_FILES else "ok"
     known = "" if most == resource.RLIM_INFINITY else f" (up to {most} allowed)"
-    return Finding(
+    return CheckResult(
         level, "open files", f"{limit} a process", f"write ulimit -n 4096 before the command{known}"
     )
 
 
-def shared_memory(is_needed: bool) -> Finding:
+def shared_memory(is_needed: bool) -> CheckResult:
     """Room in /dev/shm; is_needed.
 
     Several GPUs of this machine are used, between which NCCL passes data there.
     """
     if not SHARED_MEMORY.is_dir():
-        return Finding(
+        return CheckResult(
             "error" if is_needed else "ok", "shared memory", f"no {SHARED_MEMORY}", "mount it"
         )
     usage = shutil.disk_usage(SHARED_MEMORY)
     text = f"{usage.free / 1e9:.2f} of {usage.total / 1e9:.2f} GB free"
     if usage.free >= _MIN_SHARED_BYTES:
-        return Finding("ok", "shared memory", text)
+        return CheckResult("ok", "shared memory", text)
     action = "start the container with --shm-size=1g (or --ipc=host), or remove old files there"
-    return Finding("error" if is_needed else "warning", "shared memory", text, action)
+    return CheckResult("error" if is_needed else "warning", "shared memory", text, action)
 
 
-def run_directory(path: Path) -> Finding:
+def run_directory(path: Path) -> CheckResult:
     """Whether a run can be written there, how fast, and how much fits."""
     start, written, problem = time.perf_counter(), 0, ""
     parent = nearest(path)
@@ -174,14 +180,16 @@ def run_directory(path: Path) -> Finding:
             probe.unlink()
     if problem:
         action = "choose another with --run-dir, and run_dir=DIR in training"
-        return Finding("error", "run directory", f"{parent} cannot be written: {problem}", action)
+        return CheckResult(
+            "error", "run directory", f"{parent} cannot be written: {problem}", action
+        )
     speed, free = written / (time.perf_counter() - start), shutil.disk_usage(parent).free
     text = f"{path}: {speed / 1e6:.0f} MB/s written, {free / 1e9:.1f} GB free"
     if free < _MIN_FREE_BYTES:
-        return Finding("error", "run directory", text, "free some space, or choose another")
+        return CheckResult("error", "run directory", text, "free some space, or choose another")
     if free < _LITTLE_FREE_BYTES:
-        return Finding("warning", "run directory", text, "a run with checkpoints may take more")
-    return Finding("ok", "run directory", text)
+        return CheckResult("warning", "run directory", text, "a run with checkpoints may take more")
+    return CheckResult("ok", "run directory", text)
 
 
 def nearest(path: Path) -> Path:
@@ -192,8 +200,10 @@ def nearest(path: Path) -> Path:
     return path
 
 
-def shards(location: str, split: str) -> Finding:
-    """How fast samples are read and decoded by one thread. Shards that are not there are an error."""
+def shards(location: str, split: str) -> CheckResult:
+    """How fast samples are read and decoded by one thread. Shards that are not there are an
+    error.
+    """
     try:
         samples = SampleSet(open_reader(DataConfig(shards=location), split), labelled=False)
         raw, num_bytes, start = [], 0, time.perf_counter()
@@ -213,16 +223,17 @@ def shards(location: str, split: str) -> Finding:
             decoded += 1
         rate = decoded / (time.perf_counter() - start)
     except InputError as error:
-        return Finding("error", "shards", error.got, error.action)
-    return Finding(
+        return CheckResult("error", "shards", error.got, error.action)
+    return CheckResult(
         "ok",
         "shards",
-        f"{len(samples)} samples in {split}; {len(raw) / seconds:.0f} read a second ({num_bytes / seconds / 1e6:.0f} "
+        f"{len(samples)} samples in {split}; {len(raw) / seconds:.0f} read a second "
+        f"({num_bytes / seconds / 1e6:.0f} "
         f"MB/s, may be cached), {rate:.0f} decoded a second by a thread",
     )
 
 
-def tracking() -> Finding:
+def tracking() -> CheckResult:
     """Whether W&B answers where a run would ask it; nothing breaks when it does not."""
     mode = choose_mode("auto")
     if mode != "online":
@@ -231,7 +242,7 @@ def tracking() -> Finding:
             if "WANDB_MODE" not in os.environ
             else f"WANDB_MODE={os.environ['WANDB_MODE']}"
         )
-        return Finding(
+        return CheckResult(
             "ok",
             "W&B",
             f"{mode} ({how})" + ("; send runs later by wandb sync" if mode == "offline" else ""),
@@ -246,8 +257,8 @@ def tracking() -> Finding:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         action = "set WANDB_MODE=offline and send the runs later by wandb sync; or see HTTPS_PROXY"
-        return Finding("warning", "W&B", f"{url} does not answer: {reason}", action)
-    return Finding("ok", "W&B", f"{url} answers")
+        return CheckResult("warning", "W&B", f"{url} does not answer: {reason}", action)
+    return CheckResult("ok", "W&B", f"{url} answers")
 
 
 def compute_seconds(device: torch.device) -> float:
@@ -267,7 +278,9 @@ def compute_seconds(device: torch.device) -> float:
 def check_rank(
     ranks: Ranks, ranks_here: int, run_dir: Path, location: str | None, split: str
 ) -> Checkup:
-    """All that this rank can find by itself; what belongs to the machine is left to its first rank."""
+    """All that this rank can find by itself; what belongs to the machine is left to its first
+    rank.
+    """
     found = Checkup(ranks.rank, socket.gethostname())
     found.values = {"versions": versions(ranks.device), "device": device_name(ranks.device)}
     found.values["kind"] = ranks.device.type

@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup, teardown
 from distseg.doctor import checkup
-from distseg.doctor.checkup import Checkup, Finding, check_rank, nearest
+from distseg.doctor.checkup import CheckResult, Checkup, check_rank, nearest
 
 TIMEOUT_SECONDS = 60.0  # for all ranks to come, and for a collective
 _SLOW = 1.5  # times the median rank's work: such a rank holds all others up
@@ -50,12 +51,12 @@ def run(run_dir: Path, shards: str | None, split: str, device: str) -> int:
             time.perf_counter() - started,
         )
     teardown()
-    return int(any(finding.level == "error" for finding in found))
+    return int(any(result.level == "error" for result in found))
 
 
 def examine(
     ranks: Ranks, hosts: Sequence[str], run_dir: Path, shards: str | None, split: str
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Everything that is found, the same list on every rank.
 
     hosts: the name of every rank's machine.
@@ -72,63 +73,61 @@ def examine(
     ]
 
 
-def of_ranks(everyone: Sequence[Checkup]) -> list[Finding]:
-    """The ranks' own findings; what several found alike is said once, and where else it was found."""
-    found: dict[tuple[str, str, str], list[Checkup]] = {}
-    for one in everyone:
-        for finding in one.findings:
-            found.setdefault((finding.name, finding.level, finding.text), []).append(one)
-    actions = {(f.name, f.level, f.text): f.action for one in everyone for f in one.findings}
-    per_name = Counter(name for name, _, _ in found)
+def of_ranks(everyone: Sequence[Checkup]) -> list[CheckResult]:
+    """The ranks' own results; what several found alike is said once, and where else it was
+    found.
+    """
+    alike: dict[CheckResult, list[Checkup]] = {}
+    for checkup_of_rank in everyone:
+        for result in checkup_of_rank.results:
+            alike.setdefault(result, []).append(checkup_of_rank)
+    num_answers = Counter(result.name for result in alike)
+    has_machines = len({one.host for one in everyone}) > 1
+    # by check, in the order in which they were first met
+    order = list(num_answers)
     merged = []
-    for (name, level, text), of in found.items():
-        several = len({one.host for one in everyone}) > 1
-        where = (
-            f"{', '.join(dict.fromkeys(one.host for one in of))}: "
-            if several and per_name[name] > 1
-            else ""
-        )
-        which = (
-            f"rank {', '.join(str(one.rank) for one in of)}: "
-            if not where and per_name[name] > 1
-            else where
-        )
-        merged.append(Finding(level, name, which + text, actions[name, level, text]))
-    order = list(dict.fromkeys(finding.name for finding in merged))
-    return sorted(merged, key=lambda finding: order.index(finding.name))
+    for result, found_by in sorted(alike.items(), key=lambda item: order.index(item[0].name)):
+        where = _where(found_by, has_machines) if num_answers[result.name] > 1 else ""
+        merged.append(replace(result, text=where + result.text))
+    return merged
 
 
-def common(everyone: Sequence[Checkup]) -> list[Finding]:
+def _where(found_by: Sequence[Checkup], has_machines: bool) -> str:
+    """The machines, or on a single one the ranks, as the beginning of a text."""
+    if has_machines:
+        return f"{', '.join(dict.fromkeys(one.host for one in found_by))}: "
+    return f"rank {', '.join(str(one.rank) for one in found_by)}: "
+
+
+def common(everyone: Sequence[Checkup]) -> list[CheckResult]:
     """Versions and devices, which must be the same for all."""
-    found = []
-    for name, title in (("versions", "versions"), ("device", "device")):
-        values = [one.values[name] for one in everyone]
-        texts = [
-            value if name == "device" else ", ".join(f"{k} {v}" for k, v in value.items())
-            for value in values
-        ]
-        counts = Counter(texts)
-        if len(counts) == 1:
-            times = f"{len(texts)} x " if name == "device" else ""
-            found.append(Finding("ok", title, times + texts[0]))
-            continue
-        usual = counts.most_common(1)[0][0]
-        odd = next(rank for rank, text in enumerate(texts) if text != usual)
-        text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
-        level = (
-            "error"
-            if name == "versions" or len({one.values["kind"] for one in everyone}) > 1
-            else "warning"
+    versions = []
+    for one in everyone:
+        versions.append(
+            ", ".join(f"{name} {text}" for name, text in one.values["versions"].items())
         )
-        found.append(
-            Finding(
-                level, title, text, "start all ranks with the same software, on the same devices"
-            )
-        )
-    return found
+    devices = [one.values["device"] for one in everyone]
+    has_kinds = len({one.values["kind"] for one in everyone}) > 1
+    return [
+        _same("versions", versions, everyone, "error"),
+        _same("device", devices, everyone, "error" if has_kinds else "warning"),
+    ]
 
 
-def straggler(ranks: Ranks, hosts: Sequence[str]) -> Finding:
+def _same(name: str, texts: Sequence[str], everyone: Sequence[Checkup], level: str) -> CheckResult:
+    """Whether all ranks have the same; level: of the result when not."""
+    counts = Counter(texts)
+    if len(counts) == 1:
+        times = f"{len(texts)} x " if name == "device" else ""
+        return CheckResult("ok", name, times + texts[0])
+    usual = counts.most_common(1)[0][0]
+    odd = next(rank for rank, text in enumerate(texts) if text != usual)
+    text = f"rank {odd} on {everyone[odd].host} has {texts[odd]}, others {usual}"
+    action = "start all ranks with the same software, on the same devices"
+    return CheckResult(level, name, text, action)
+
+
+def straggler(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:
     """Whether a rank takes much longer than the others for the same work, which they do at the same
     time.
     """
@@ -138,7 +137,7 @@ def straggler(ranks: Ranks, hosts: Sequence[str]) -> Finding:
     text = f"the same work takes {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f} ms"
     slow = [rank for rank, value in enumerate(seconds) if value > _SLOW * median]
     if not slow:
-        return Finding(
+        return CheckResult(
             "ok",
             "slow ranks",
             text if ranks.world_size > 1 else f"one rank; work takes {1e3 * median:.1f} ms",
@@ -148,10 +147,10 @@ def straggler(ranks: Ranks, hosts: Sequence[str]) -> Finding:
         for rank in slow[:4]
     )
     action = "look for other processes there, throttling, or too few cores; every step waits for it"
-    return Finding("warning", "slow ranks", f"{text}: {named}", action)
+    return CheckResult("warning", "slow ranks", f"{text}: {named}", action)
 
 
-def clocks(ranks: Ranks, hosts: Sequence[str]) -> Finding:
+def clocks(ranks: Ranks, hosts: Sequence[str]) -> CheckResult:
     """The largest difference of two ranks' clocks, from what they read when all have met."""
     readings = []
     for _ in range(_EXCHANGES):
@@ -163,49 +162,49 @@ def clocks(ranks: Ranks, hosts: Sequence[str]) -> Finding:
     ]
     skew = max(offsets) - min(offsets)
     if skew <= _MAX_SKEW_SECONDS:
-        return Finding(
+        return CheckResult(
             "ok", "clocks", f"agree within {1e3 * skew:.0f} ms" if ranks.world_size > 1 else "one"
         )
     worst = max(
         range(len(offsets)), key=lambda rank: abs(offsets[rank] - statistics.median(offsets))
     )
     text = f"differ by {skew:.1f} s; that of {hosts[worst]} most"
-    return Finding(
+    return CheckResult(
         "warning", "clocks", text, "let the machines follow a time server (chrony, ntpd)"
     )
 
 
-def shared_directory(ranks: Ranks, run_dir: Path, hosts: Sequence[str]) -> Finding:
+def shared_directory(ranks: Ranks, run_dir: Path, hosts: Sequence[str]) -> CheckResult:
     """Whether every rank sees in the run directory what the main rank writes there."""
     name = on_main(ranks, lambda: f".distseg-doctor-{uuid.uuid4().hex}")
     parent = on_main(ranks, lambda: str(nearest(run_dir)))
     path = Path(parent) / name
-    with suppress(OSError):  # that is a finding already
+    with suppress(OSError):  # that is a result already
         on_main(ranks, lambda: path.touch())
     sees = on_all(ranks, path.exists())
     if ranks.is_main:
         with suppress(OSError):
             path.unlink()
     if not sees[0]:
-        return Finding("ok", "shared directory", "not looked for: it cannot be written")
+        return CheckResult("ok", "shared directory", "not looked for: it cannot be written")
     blind = [rank for rank, it_sees in enumerate(sees) if not it_sees]
     if blind:
         text = f"rank {blind[0]} on {hosts[blind[0]]} does not see what rank 0 writes in {parent}"
-        return Finding(
+        return CheckResult(
             "error",
             "shared directory",
             text,
             "choose a --run-dir on a file system that all machines share",
         )
-    return Finding(
+    return CheckResult(
         "ok", "shared directory", "all ranks see it" if ranks.world_size > 1 else "one rank"
     )
 
 
-def communication(ranks: Ranks) -> Finding:
+def communication(ranks: Ranks) -> CheckResult:
     """Latency and bandwidth of an all-reduce over all ranks."""
     if ranks.world_size == 1:
-        return Finding(
+        return CheckResult(
             "ok", "all-reduce", "one rank; start it with torchrun or srun to measure the network"
         )
     small = torch.ones(1, device=ranks.device)
@@ -216,8 +215,9 @@ def communication(ranks: Ranks) -> Finding:
     # over each rank's link, by a ring
     moved = 2 * (ranks.world_size - 1) / ranks.world_size * large.numel() * 4
     backend = "NCCL" if ranks.device.type == "cuda" else "gloo"
-    text = f"{backend}: {1e6 * latency:.0f} us for one number, {moved / seconds / 1e9:.2f} GB/s per rank "
-    return Finding(
+    text = f"{backend}: {1e6 * latency:.0f} us for one number, "
+    text += f"{moved / seconds / 1e9:.2f} GB/s per rank "
+    return CheckResult(
         "ok", "all-reduce", text + f"({large.numel() * 4 >> 20} MiB in {1e3 * seconds:.1f} ms)"
     )
 
@@ -242,27 +242,25 @@ def _wait(ranks: Ranks) -> None:
 
 
 def show(
-    found: Sequence[Finding], where: str, seconds: float, console: Console | None = None
+    found: Sequence[CheckResult], where: str, seconds: float, console: Console | None = None
 ) -> None:
-    """Print the findings, each with what to do about it."""
+    """Print the results, each with what to do about it."""
     console = console or Console(highlight=False)
     table = Table(title=f"distseg doctor: {where}", title_justify="left", box=None, pad_edge=False)
     for column in ("", "check", "found"):
         table.add_column(column, overflow="fold", no_wrap=column != "found")
-    for finding in found:
-        text = Text(finding.text)
-        if finding.level != "ok":
-            text.append(f"\nto do: {finding.action}", "bold")
-        table.add_row(Text(finding.level, _STYLES[finding.level]), finding.name, text)
+    for result in found:
+        text = Text(result.text)
+        if result.level != "ok":
+            text.append(f"\nto do: {result.action}", "bold")
+        table.add_row(Text(result.level, _STYLES[result.level]), result.name, text)
     console.print(table)
-    counts = Counter(finding.level for finding in found)
-    verdict = (
-        "a run would break"
-        if counts["error"]
-        else "a run may suffer"
-        if counts["warning"]
-        else "fit for a run"
-    )
+    counts = Counter(result.level for result in found)
+    outcome = "fit for a run"
+    if counts["error"]:
+        outcome = "a run would break"
+    elif counts["warning"]:
+        outcome = "a run may suffer"
     console.print(
-        f"{counts['error']} errors, {counts['warning']} warnings: {verdict} ({seconds:.1f} s)"
+        f"{counts['error']} errors, {counts['warning']} warnings: {outcome} ({seconds:.1f} s)"
     )

@@ -1,6 +1,8 @@
 """How well a prediction meets the outlines of the classes.
 
-Boundary F1, and the pixels around them (a trimap).
+Boundary F1 and the pixels around the true outlines (a trimap): Csurka et al. 2013. Boundary IoU:
+Cheng et al. 2021. The three treat void and the image's border differently, as their sources do or
+leave open; each function says how.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import numpy as np
 
 from shards.sample import IGNORE_INDEX
 
-TOLERANCE = 0.0075  # of the image's diagonal: Csurka et al. 2013, section 2.2
+# both shares of the image's diagonal
+TOLERANCE = 0.0075  # Csurka et al. 2013, section 2.2
+BOUNDARY_WIDTH = 0.02  # Cheng et al. 2021, section 5
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,13 @@ class Outlines:
     """One image's outlines, scored.
 
     f1_sum, num_classes: boundary F1 summed over the classes with an outline in truth or prediction,
-    and how many those are. band: (H, W) bool, the labelled pixels within the tolerance of an
+    and how many those are. trimap: (H, W) bool, the labelled pixels within the tolerance of an
     outline of the truth.
     """
 
     f1_sum: float
     num_classes: int
-    band: np.ndarray
+    trimap: np.ndarray
 
 
 def compare_outlines(prediction: np.ndarray, label: np.ndarray) -> Outlines:
@@ -46,19 +50,52 @@ def compare_outlines(prediction: np.ndarray, label: np.ndarray) -> Outlines:
     truth, depth = _without_void(label)
     shallow = depth <= reach_px
     on_truth, on_prediction = _on_outline(truth) & shallow, _on_outline(prediction) & shallow
-    band = (_distance_to(on_truth) <= reach_px) & (label != IGNORE_INDEX)
+    trimap = (_distance_to(on_truth) <= reach_px) & (label != IGNORE_INDEX)
     classes = np.union1d(truth[on_truth], prediction[on_prediction])
     f1 = [
         _f1(on_truth & (truth == c), on_prediction & (prediction == c), reach_px) for c in classes
     ]
-    return Outlines(math.fsum(f1), len(f1), band)
+    return Outlines(math.fsum(f1), len(f1), trimap)
+
+
+def boundary_counts(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels of the intersection and of the union of each class's two boundary regions: (2, C)
+    int64, whose quotient over the sums of all images is Boundary IoU (Cheng et al. 2021, eq. 2).
+
+    prediction, label: (H, W) uint8, label 255 for void. A mask's boundary region are its pixels no
+    more than d from a pixel outside of it, d = 2 % of the diagonal, rounded, at least 1, counted in
+    steps to any of 8 neighbours as the authors' program does. As there, what lies beyond the
+    image's border is outside. So is void, of both masks: what is predicted there counts nowhere,
+    and a mask that void cuts has its boundary there.
+    """
+    reach_px = max(1, round(BOUNDARY_WIDTH * math.hypot(*label.shape)))
+    counted = label != IGNORE_INDEX
+    counts = np.zeros((2, num_classes), np.int64)
+    for index in np.union1d(label[counted], prediction[counted]):
+        truth = _boundary_region(label == index, reach_px)
+        predicted = _boundary_region((prediction == index) & counted, reach_px)
+        counts[:, index] = (truth & predicted).sum(), (truth | predicted).sum()
+    return counts
+
+
+def _boundary_region(mask: np.ndarray, reach_px: int) -> np.ndarray:
+    """The pixels of a mask (H, W) bool within reach_px, in steps to 8 neighbours, of its
+    outside.
+    """
+    region = np.zeros(mask.shape, bool)
+    if mask.any():
+        box = _bounding_box(mask)  # beyond it there is nothing but outside
+        padded = np.pad(mask[box], 1).view(np.uint8)
+        steps = cv2.distanceTransform(padded, cv2.DIST_C, 3)[1:-1, 1:-1]
+        region[box] = mask[box] & (steps <= reach_px)
+    return region
 
 
 def _f1(truth: np.ndarray, prediction: np.ndarray, reach_px: float) -> float:
     """F1 of two outlines (H, W) bool, of which at least one has a pixel."""
     if not truth.any() or not prediction.any():
         return 0.0
-    rows, columns = _window(truth | prediction)
+    rows, columns = _bounding_box(truth | prediction)
     # distances within it need nothing outside
     truth, prediction = truth[rows, columns], prediction[rows, columns]
     precision = float((_distance_to(truth)[prediction] <= reach_px).mean())
@@ -66,7 +103,7 @@ def _f1(truth: np.ndarray, prediction: np.ndarray, reach_px: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _window(mask: np.ndarray) -> tuple[slice, slice]:
+def _bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
     """The smallest rows and columns that hold all of `mask`, which is not empty."""
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

@@ -17,23 +17,14 @@ from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, on_main, setup, teardown
 from distseg.distributed.watchdog import Watchdog
-from distseg.evaluate.evaluator import Evaluator, View
+from distseg.evaluate.evaluator import Evaluator
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
 from distseg.evaluate.trained import trained_segmentor
 from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
-
-FREE = (
-    "evaluate.",
-    "data.shards=",
-    "data.cache_",
-    "data.val_split=",
-    "data.num_threads=",
-    "device=",
-    "precision=",
-    "parallel.",
-)
+from shards.files import write_json
 
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
@@ -44,20 +35,15 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
+    check_overrides(overrides)
     network, config, path = trained_segmentor(run_dir, which)
-    fixed = [item for item in overrides if not item.startswith(FREE)]
-    if fixed:
-        needed = f"a key that begins with {', '.join(FREE)}"
-        raise InputError(f"argument {fixed[0]!r}", needed, "the rest is as the run was trained")
     config = loading.override(config, overrides)
-    reader = open_reader(config.data, config.data.val_split)
-    samples = SampleSet(reader, keep=config.data.keep_classes)
-    check_classes(path, samples)
+    samples = open_samples(config, path)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        reader.tell(watchdog.alive)
-        evaluator = _evaluator(network, config, path, samples, ranks)
-        evaluator.details, evaluator.mark = not quick, watchdog.mark
+        samples.reader.tell(watchdog.keep_alive)
+        evaluator = evaluator_of(network, config, path, samples, ranks)
+        evaluator.details, evaluator.mark = not quick, watchdog.report
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, path, time.perf_counter() - started)
@@ -65,7 +51,20 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     return 0
 
 
-def _evaluator(
+def check_overrides(overrides: list[str]) -> None:
+    """Raise InputError for a key that may not differ from the run when it is scored."""
+    loading.refuse_others(overrides, lambda key: key.at_evaluation)
+
+
+def open_samples(config: Config, path: Path) -> SampleSet:
+    """The split to score; InputError where its classes are not those of the checkpoint."""
+    reader = open_reader(config.data, config.data.val_split)
+    samples = SampleSet(reader, keep=config.data.keep_classes)
+    check_classes(path, samples)
+    return samples
+
+
+def evaluator_of(
     network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks
 ) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""
@@ -73,23 +72,29 @@ def _evaluator(
     precision = (
         trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
-    view = View.of(config.evaluate, precision, ranks.device)
+    augmentation = TestTimeAugmentation.of(config.evaluate, precision, ranks.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
-    return Evaluator(lambda: network, samples, ranks, view, config.data.num_threads)
+    return Evaluator(
+        lambda: network, samples, ranks, augmentation, num_threads=config.data.num_threads
+    )
 
 
 def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     """Write and print the scores of a checkpoint; called on every rank."""
     state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
-    step, identity, precision = state["state"]["step"], state["identity"], evaluator.view.precision
+    step, identity, precision = (
+        state["state"]["step"],
+        state["identity"],
+        evaluator.augmentation.precision,
+    )
     other = (
         "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     )
     other += "" if identity["precision"] == precision else f"-{precision}"
     # beside the full one
-    other += evaluator.view.suffix() + ("" if evaluator.details else "-quick")
+    other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
     # evaluation.json is training's
     out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
@@ -98,14 +103,15 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
         f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
     )
     progress.message(
-        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), {seconds:.1f} s"
+        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), "
+        f"{seconds:.1f} s"
     )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))
 
 
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    checkpoint.write_json(path, report)
+    write_json(path, report)
     return report
 
 

@@ -4,95 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distseg.config.schema import EvaluateConfig
 from distseg.data.samples import SampleSet
 from distseg.data.stream import evaluation_samples
-from distseg.distributed.device import autocast_dtype
 from distseg.distributed.ranks import Ranks
-from distseg.evaluate.inference import blend_tiles, probabilities
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.metrics import SegmentationScores
 from distseg.evaluate.tally import Tally
-
-
-@dataclass(frozen=True)
-class View:
-    """How an image is looked at: softmax probabilities averaged over scales and, if asked, the
-    mirror image.
-
-    window_px: an image with a longer side is cut into windows that overlap by overlap_px and are
-    blended (see `inference.blend_tiles`); 0: never.
-    """
-
-    scales: tuple[float, ...]
-    mirror: bool
-    precision: str  # resolved: bf16, fp32 or fp64
-    device: torch.device
-    window_px: int = 0
-    overlap_px: int = 128
-
-    @classmethod
-    def of(cls, options: EvaluateConfig, precision: str, device: torch.device) -> View:
-        """The view of a configuration."""
-        return cls(
-            tuple(options.scales),
-            options.mirror,
-            precision,
-            device,
-            options.window_px,
-            options.overlap_px,
-        )
-
-    def __call__(self, network: nn.Module, image: np.ndarray) -> Tensor:
-        """Class probabilities (C, H, W) float32 on the device, of an image (H, W, 3) uint8 RGB."""
-        dtype = autocast_dtype(self.precision)
-
-        def whole(part: np.ndarray) -> Tensor:
-            return probabilities(network, part, self.scales, self.mirror, self.device, dtype)
-
-        if not 0 < self.window_px < max(image.shape[:2]):
-            return whole(image)
-        return blend_tiles(whole, image, self.window_px, self.overlap_px).to(self.device)
-
-    def suffix(self) -> str:
-        """For file names: nothing for the plain view, for example "-scales-0.75-1-mirror" for
-        another.
-        """
-        scales = (
-            ""
-            if self.scales == (1.0,)
-            else "-scales-" + "-".join(f"{scale:g}" for scale in self.scales)
-        )
-        window = f"-window-{self.window_px}-{self.overlap_px}" if self.window_px else ""
-        return scales + ("-mirror" if self.mirror else "") + window
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a score depends on."""
-        window = (
-            {"window_px": self.window_px, "overlap_px": self.overlap_px} if self.window_px else {}
-        )
-        return (
-            {"scales": list(self.scales), "mirror": self.mirror}
-            | window
-            | {"precision": self.precision}
-        )
+from distseg.tracking.catalogue import VALIDATION
 
 
 @dataclass
 class Evaluator:
     """Scores a network on a split, on all ranks together, and keeps the last result."""
 
-    # the network to score with all its parameters, called on every rank
-    whole: Callable[[], nn.Module]
+    # the network to score, with every parameter on this rank; called on every rank
+    gather_network: Callable[[], nn.Module]
     samples: SampleSet
     ranks: Ranks
-    view: View
+    augmentation: TestTimeAugmentation
+    _: KW_ONLY
     num_threads: int = 2
     # told of every image, so that slow ones are no stall
     mark: Callable[[str], None] = lambda what: None
@@ -110,7 +46,7 @@ class Evaluator:
         Rank r looks at images r, r + world_size, ...; nothing is padded or dropped: every image is
         counted once, or RuntimeError is raised.
         """
-        network = self.whole()
+        network = self.gather_network()
         was_training = network.training
         network.eval()
         num_classes, device = self.samples.classes.num_classes, self.ranks.device
@@ -118,20 +54,22 @@ class Evaluator:
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
         for index, _, image, array in evaluation_samples(self.samples, *shares):
             self.mark("evaluation")
-            tally.add(index, self.view(network, image), torch.from_numpy(array).to(device))
+            label = torch.from_numpy(array).to(device)
+            tally.add(index, self.augmentation(network, image), label)
         network.train(was_training)
         tally.sum_over_ranks()
-        self.tally, self.result, self.extra = tally, tally.scores(), tally.others()
+        self.tally, self.result = tally, tally.scores()
+        self.extra = tally.others(self.samples.classes.names)
         return self.result
 
     def named(self) -> dict[str, float]:
         """The last result under its names in metrics.jsonl.
 
-        Val/mean_iou, val/iou/<class>, ..., in [0, 1].
+        val/mean_iou, val/iou/<class>, ..., in [0, 1].
         """
         assert self.result is not None
         values = self.result.to_dict(self.samples.classes.names) | self.extra
-        return {f"val/{name}": value for name, value in values.items()}
+        return {f"{VALIDATION}{name}": value for name, value in values.items()}
 
     def report(self, step: int) -> dict[str, Any]:
         """What evaluation.json holds.
@@ -141,12 +79,12 @@ class Evaluator:
         assert self.tally is not None
         reader = self.samples.reader
         about = {"step": step, "data": reader.manifest.name, "split": reader.split}
-        about |= {"num_images": self.tally.num_images} | self.view.to_dict()
+        about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
         scores = {
             name: None if math.isnan(value) else value for name, value in self.named().items()
         }
         if self.details:
             about["intervals_95"] = {
-                f"val/{name}": list(pair) for name, pair in self.tally.intervals().items()
+                f"{VALIDATION}{name}": list(pair) for name, pair in self.tally.intervals().items()
             }
         return about | scores | {"confusion": self.tally.confusion.tolist()}

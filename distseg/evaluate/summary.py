@@ -1,6 +1,6 @@
 """Evaluations as tables.
 
-One on a screen, several in Markdown, LaTeX or JSON, with mean and spread over seeds.
+One on a screen, several in Markdown, LaTeX or JSON, with mean and sample deviation over seeds.
 """
 
 from __future__ import annotations
@@ -10,35 +10,18 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distseg.config import loading
+from distseg.config.compare import differing
 from distseg.config.schema import Config
+from distseg.evaluate import document
+from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
+from distseg.tracking.catalogue import CLASS_IOU, CLASSES_COUNTED, MEAN_IOU, SCORES
 from shards.errors import InputError
 
-TITLES = {  # name in evaluation.json, all in [0, 1]: title
-    "val/mean_iou": "mIoU",
-    "val/pixel_accuracy": "pixel accuracy",
-    "val/mean_class_accuracy": "class accuracy",
-    "val/frequency_weighted_iou": "frequency-weighted IoU",
-    "val/boundary_f1": "boundary F1",
-    "val/boundary_iou": "boundary IoU",
-    "val/calibration_error": "calibration error",
-    "val/max_f1": "maximum F1",
-}
-# else scores do not compare
-_SAME = ("data", "split", "num_images", "scales", "mirror", "window_px", "overlap_px")
-_OF_THE_ADVERSARY = (
-    "discriminator",
-    "alternation.",
-    "semi.",
-    "loss.adv_",
-    "loss.real_",
-    "loss.scaling_",
-    "loss.map_",
-)
 _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -51,20 +34,19 @@ def overview(report: dict[str, Any]) -> list[str]:
 
     Scores with their intervals, and how many classes mIoU counts.
     """
-    counted = f"{report['val/num_classes_counted']:.0f} of {len(report['confusion'])} classes"
+    counted = f"{report[CLASSES_COUNTED]:.0f} of {len(report['confusion'])} classes"
     intervals = report.get("intervals_95", {})
     lines = []
-    for name, title in TITLES.items():
-        if report.get(name) is None:
+    for score in SCORES:
+        if report.get(score.name) is None:
             continue
-        line = f"{title:24}{report[name]:6.1%}"
-        if name in intervals:
-            low, high = intervals[name]
+        line = f"{score.title:24}{report[score.name]:6.1%}"
+        if score.name in intervals:
+            low, high = intervals[score.name]
             line += f"  ({low:.1%} to {high:.1%})"
-        lines.append(
-            line
-            + (f"  mean over {counted} in labels or predictions" if name == "val/mean_iou" else "")
-        )
+        if score.name == MEAN_IOU:
+            line += f"  mean over {counted} in labels or predictions"
+        lines.append(line)
     if intervals:
         lines.append("in brackets: 95 % of 1000 sets of as many images drawn from these")
     return lines
@@ -80,7 +62,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Row:
+class Setting:
     """Evaluations whose runs differ in nothing but the seed.
 
     name: what sets them apart from the other rows; values: per score, one number a run, in the
@@ -124,93 +106,81 @@ def read(path: Path) -> Evaluation:
     """
     file = path / "evaluation.json" if path.is_dir() else path
     try:
-        scores = json.loads(file.read_text())
-        known = (
-            isinstance(scores, dict) and {"val/mean_iou", "split", "data", "step"} <= scores.keys()
-        )
+        scores = document.read(file)
+        is_known = {MEAN_IOU, "split", "data", "step"} <= scores.keys()
     except (OSError, ValueError):
-        known = False
-    if not known:
-        action = (
-            f"run `distseg evaluate {path}`, and name the file it writes"
-            if path.is_dir()
-            else "check the path"
-        )
-        raise InputError(
-            f"no evaluation in {file}", "a finished run, or a file of `distseg evaluate`", action
-        )
+        is_known = False
+    if not is_known:
+        action = "check the path"
+        if path.is_dir():
+            action = f"run `distseg evaluate {path}`, and name the file it writes"
+        needed = "a finished run, or a file of `distseg evaluate`"
+        raise InputError(f"no evaluation in {file}", needed, action)
     return Evaluation(file, loading.from_file(file.parent / "config.yaml"), scores)
 
 
-def rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+def rows(evaluations: Sequence[Evaluation]) -> list[Setting]:
     """One row for each configuration, in order of appearance, whatever its seeds.
 
-    Raises InputError when two evaluations are not of the same data and views, and for the same one
-    named twice.
+    Raises InputError when two evaluations are not of the same data and test-time augmentation, and
+    for the same one named twice.
     """
     _check_comparable(evaluations)
     groups: list[list[Evaluation]] = []
     for evaluation in evaluations:
-        same = (group for group in groups if not _differences(group[0], evaluation))
+        same = (group for group in groups if not _differing(group[0], evaluation))
         group = next(same, None)
         if group is None:
             groups.append([evaluation])
         else:
             group.append(evaluation)
-    present = [[name for name in e.scores if e.scores[name] is not None] for e in evaluations]
-    names = [
-        name for name in evaluations[0].scores if name in TITLES or name.startswith("val/iou/")
-    ]
-    names = [name for name in names if all(name in of_run for of_run in present)]
-    return [_row(group, groups, names) for group in groups]
+    names = [name for name in evaluations[0].scores if _in_tables(name)]
+    for evaluation in evaluations:  # a mean is defined where every run has the score
+        names = [name for name in names if evaluation.scores.get(name) is not None]
+    return [_setting(group, groups, names) for group in groups]
 
 
-def _row(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Row:
-    setting = loading.flattened(loading.to_dict(group[0].config))
-    apart = {key for other in groups for key in _differences(group[0], other[0])}
+def _in_tables(name: str) -> bool:
+    return name.startswith(CLASS_IOU) or name in (score.name for score in SCORES)
+
+
+def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Setting:
+    config = loading.flattened(loading.to_dict(group[0].config))
+    apart = {key for other in groups for key in _differing(group[0], other[0])}
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
-    name = ", ".join(f"{key}={setting.get(key)}" for key in sorted(apart)) or str(
+    name = ", ".join(f"{key}={config.get(key)}" for key in sorted(apart)) or str(
         group[0].config.preset
     )
     values = {name: tuple(float(e.scores[name]) for e in group) for name in names}
     runs = tuple(str(e.path.parent) for e in group)
-    return Row(name, runs, tuple(e.config.seed for e in group), values)
+    return Setting(name, runs, tuple(e.config.seed for e in group), values)
 
 
-def _differences(one: Evaluation, other: Evaluation) -> dict[str, Any]:
-    """Keys, other than the seed, that made the runs different.
-
-    An adversary's say nothing of a supervised run.
-    """
-    found = loading.differences(one.config, replace(other.config, seed=one.config.seed))
-    if "supervised" in (one.config.mode, other.config.mode):
-        return {
-            key: values for key, values in found.items() if not key.startswith(_OF_THE_ADVERSARY)
-        }
-    return found
+def _differing(one: Evaluation, other: Evaluation) -> list[str]:
+    """Keys, other than the seed, that made the networks of two runs different."""
+    first, second = (loading.flattened(loading.to_dict(e.config)) for e in (one, other))
+    return differing(first, second)
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
     first = evaluations[0]
     for place, other in enumerate(evaluations):
-        twice = [e.path for e in evaluations[:place] if e.path.resolve() == other.path.resolve()]
-        if twice:
+        if other.path.resolve() in (e.path.resolve() for e in evaluations[:place]):
             raise InputError(f"{other.path} twice", "each evaluation once", "name it once")
-        for key in (*_SAME, "classes"):
-            here, there = (
-                _classes(e) if key == "classes" else e.scores.get(key) for e in (first, other)
-            )
-            if here != there:
-                got = f"{key} is {there} in {other.path}, and {here} in {first.path}"
-                raise InputError(
-                    got, "evaluations of the same data in the same views", "leave one of them out"
-                )
+        here, there = _conditions(first), _conditions(other)
+        for key in here:
+            if here[key] != there[key]:
+                got = f"{key} is {there[key]} in {other.path}, and {here[key]} in {first.path}"
+                needed = "evaluations of the same data with the same test-time augmentation"
+                raise InputError(got, needed, "leave one of them out")
 
 
-def _classes(evaluation: Evaluation) -> list[str]:
-    return [
-        name.removeprefix("val/iou/") for name in evaluation.scores if name.startswith("val/iou/")
-    ]
+def _conditions(evaluation: Evaluation) -> dict[str, Any]:
+    """What scores that are compared have in common."""
+    scores = evaluation.scores
+    classes = [name.removeprefix(CLASS_IOU) for name in scores if name.startswith(CLASS_IOU)]
+    found = {key: scores.get(key) for key in (*SAME_DATA, *SAME_AUGMENTATION)}
+    return found | {"classes": classes}
 
 
 def of_seeds(seeds: Sequence[Any], values: Sequence[float]) -> list[float]:
@@ -224,15 +194,17 @@ def of_seeds(seeds: Sequence[Any], values: Sequence[float]) -> list[float]:
     return [statistics.fmean(group) for group in groups.values()]
 
 
-def spread(values: Sequence[float]) -> float:
+def sample_deviation(values: Sequence[float]) -> float:
     """The sample standard deviation (n - 1), NaN for a single value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def to_markdown(table: Sequence[Row]) -> str:
-    """A table with one line a row, in per cent: mean ± spread over distinct seeds."""
+def to_markdown(table: Sequence[Setting]) -> str:
+    """A table with one line a row, in per cent: mean ± sample standard deviation over distinct
+    seeds.
+    """
     columns = _columns(table)
-    lines = ["| " + " | ".join(["runs", "seeds", *(TITLES[name] for name in columns)]) + " |"]
+    lines = ["| " + " | ".join(["runs", "seeds", *columns.values()]) + " |"]
     lines.append("|---|" + "---:|" * (1 + len(columns)))
     for row in table:
         seeds = str(len(set(row.seeds)))
@@ -245,10 +217,10 @@ def to_markdown(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def to_latex(table: Sequence[Row]) -> str:
+def to_latex(table: Sequence[Setting]) -> str:
     """Rows for a tabular, in per cent, after a comment that names the columns."""
     columns = _columns(table)
-    lines = ["% " + " & ".join(["runs", "seeds", *(TITLES[name] for name in columns)])]
+    lines = ["% " + " & ".join(["runs", "seeds", *columns.values()])]
     for row in table:
         name = "".join(_LATEX.get(letter, letter) for letter in row.name)
         cells = [f"${_cell(row.of_seeds(name), chr(92) + 'pm')}$" for name in columns]
@@ -256,17 +228,17 @@ def to_latex(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def to_json(table: Sequence[Row]) -> str:
+def to_json(table: Sequence[Setting]) -> str:
     """Everything, per-class IoU included, in [0, 1].
 
-    The values are of each run, the spread over one seed is null.
+    The values are of each run; "spread", the sample standard deviation, is null over one seed.
     """
     content = []
     for row in table:
         scores = {}
         for name, values in row.values.items():
             of_seeds = row.of_seeds(name)
-            deviation = spread(of_seeds)
+            deviation = sample_deviation(of_seeds)
             scores[name] = {"mean": statistics.fmean(of_seeds), "values": list(values)}
             scores[name]["spread"] = None if math.isnan(deviation) else deviation
         content.append(
@@ -275,11 +247,12 @@ def to_json(table: Sequence[Row]) -> str:
     return json.dumps(content, indent=1)
 
 
-def _columns(table: Sequence[Row]) -> list[str]:
-    return [name for name in TITLES if name in table[0].values]
+def _columns(table: Sequence[Setting]) -> dict[str, str]:
+    """Titles by the names of the scores that the table has."""
+    return {score.name: score.title for score in SCORES if score.name in table[0].values}
 
 
 def _cell(values: Sequence[float], plus_minus: str) -> str:
-    deviation = spread(values)
+    deviation = sample_deviation(values)
     mean = f"{100 * statistics.fmean(values):.1f}"
     return mean if math.isnan(deviation) else f"{mean} {plus_minus} {100 * deviation:.1f}"

@@ -5,12 +5,14 @@ Every image once, and the same bits for any number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from distseg.distributed.ranks import all_reduce_sum
-from distseg.evaluate.boundary import compare_outlines
+from distseg.evaluate.boundary import boundary_counts, compare_outlines
 from distseg.evaluate.metrics import (
     NUM_BINS,
     NUM_THRESHOLDS,
@@ -47,10 +49,10 @@ class Tally:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.details = details
-        self.confusion, self._band_confusion = (
-            zeros(num_classes, num_classes),
-            zeros(num_classes, num_classes),
-        )
+        self.confusion = zeros(num_classes, num_classes)
+        self._trimap_confusion = zeros(num_classes, num_classes)
+        # of boundary regions: pixels of the intersection, of the union
+        self._boundary = zeros(2, num_classes)
         self._at_thresholds = zeros(2, NUM_THRESHOLDS)
         self._times_seen = zeros(num_images)
         # right, true and predicted pixels
@@ -78,13 +80,14 @@ class Tally:
             self._add_outlines(index, prediction, label)
 
     def _add_outlines(self, index: int, prediction: Tensor, label: Tensor) -> None:
-        outlines = compare_outlines(prediction.cpu().numpy(), label.cpu().numpy())
-        self._values[index, _F1_SUM], self._values[index, _F1_CLASSES] = (
-            outlines.f1_sum,
-            outlines.num_classes,
-        )
-        in_band = label.where(torch.from_numpy(outlines.band).to(label.device), IGNORE_INDEX)
-        self._band_confusion += confusion_matrix(prediction, in_band, len(self.confusion))
+        num_classes, device = len(self.confusion), label.device
+        maps = prediction.cpu().numpy(), label.cpu().numpy()
+        outlines = compare_outlines(*maps)
+        self._values[index, _F1_SUM] = outlines.f1_sum
+        self._values[index, _F1_CLASSES] = outlines.num_classes
+        in_trimap = label.where(torch.from_numpy(outlines.trimap).to(device), IGNORE_INDEX)
+        self._trimap_confusion += confusion_matrix(prediction, in_trimap, num_classes)
+        self._boundary += torch.from_numpy(boundary_counts(*maps, num_classes)).to(device)
 
     def sum_over_ranks(self) -> None:
         """Make every rank's counts those of all ranks.
@@ -94,8 +97,8 @@ class Tally:
         for counts in (self.confusion, self._at_thresholds, self._times_seen, self._values):
             all_reduce_sum(counts)
         if self.details:
-            all_reduce_sum(self._margins)
-            all_reduce_sum(self._band_confusion)
+            for counts in (self._margins, self._trimap_confusion, self._boundary):
+                all_reduce_sum(counts)
         wrong = (self._times_seen != 1).nonzero().flatten().tolist()
         if wrong:
             times = int(self._times_seen[wrong[0]])
@@ -112,28 +115,39 @@ class Tally:
         """Those of the confusion matrix. Raises InputError where no pixel has a label."""
         return scores(self.confusion)
 
-    def others(self) -> dict[str, float]:
+    def others(self, class_names: Sequence[str]) -> dict[str, float]:
         """Scores that no confusion matrix gives.
 
         loss: mean of -ln p(label) over the labelled pixels, nats; max_f1 and its threshold, for two
-        classes. With details also boundary_f1, the mean over images of the mean over an image's
-        classes (see `boundary`), boundary_iou, the mean IoU of the pixels within the tolerance of a
-        true outline, and calibration_error. NaN where no image has an outline.
+        classes. With details also what `_outlines` gives, and calibration_error.
         """
         values = self._values.cpu()
         found = {"loss": float(values[:, _LOSS].sum() / self.confusion.sum().cpu())}
         if len(self.confusion) == 2:
             found["max_f1"], found["max_f1_threshold"] = max_f1(self._at_thresholds)
         if self.details:
-            outlined = values[values[:, _F1_CLASSES] > 0]
-            found["boundary_f1"] = float((outlined[:, _F1_SUM] / outlined[:, _F1_CLASSES]).mean())
-            has_band = bool(self._band_confusion.sum())
-            found["boundary_iou"] = (
-                scores(self._band_confusion).mean_iou if has_band else float("nan")
-            )
+            found |= self._outlines(values, class_names)
             calibration = values[:, _CALIBRATION:].sum(0).reshape(3, NUM_BINS)
             found["calibration_error"] = calibration_error(calibration)
         return found
+
+    def _outlines(self, values: Tensor, class_names: Sequence[str]) -> dict[str, float]:
+        """Scores of outlines, see `boundary`; NaN where no image has one.
+
+        boundary_f1: the mean over images of the mean over an image's classes; trimap_iou: the mean
+        IoU of the pixels within the tolerance of a true outline; boundary_iou/<class> and their
+        mean, mean_boundary_iou, over the classes in truth or prediction.
+        """
+        outlined = values[values[:, _F1_CLASSES] > 0]
+        boundary_f1 = float((outlined[:, _F1_SUM] / outlined[:, _F1_CLASSES]).mean())
+        has_trimap = bool(self._trimap_confusion.sum())
+        trimap_iou = scores(self._trimap_confusion).mean_iou if has_trimap else float("nan")
+        intersection, union = self._boundary.cpu().double()
+        of_classes = intersection / union  # 0 / 0 is NaN: absent
+        found = {"boundary_f1": boundary_f1, "trimap_iou": trimap_iou}
+        found["mean_boundary_iou"] = float(of_classes.nanmean())
+        each = zip(class_names, of_classes.tolist(), strict=True)
+        return found | {f"boundary_iou/{name}": iou for name, iou in each}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % bootstrap intervals over images; only with details."""

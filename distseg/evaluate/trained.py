@@ -14,8 +14,16 @@ from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
 from shards import user_code
+from shards.sample import ClassSet
 
 log = logging.getLogger(__name__)
+
+
+def trained_classes(path: Path) -> ClassSet:
+    """The classes that a checkpoint was trained on, with their colours."""
+    identity = checkpoint.read_state(path)["identity"]
+    palette = tuple((red, green, blue) for red, green, blue in identity["palette"])
+    return ClassSet(tuple(identity["classes"]), palette)
 
 
 def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:

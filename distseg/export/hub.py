@@ -14,24 +14,16 @@ import yaml
 
 from distseg.config import loading
 from distseg.config.schema import Config, TrackingConfig
-from distseg.evaluate.summary import TITLES
+from distseg.evaluate import document
+from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 from distseg.export.formats import SUFFIXES, Trained, export
-from distseg.runs import checkpoint
+from distseg.tracking.catalogue import SCORES, VALIDATION
 from shards import user_code
 from shards.errors import InputError
-from shards.files import published
+from shards.files import published, write_json
 
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
-_OUTLINE = (
-    "data",
-    "split",
-    "num_images",
-    "scales",
-    "mirror",
-    "window_px",
-    "overlap_px",
-    "precision",
-)
+_CONDITIONS = (*SAME_DATA, *SAME_AUGMENTATION, "precision")
 
 
 def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> list[Path]:
@@ -51,7 +43,7 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
         written.append(folder / f"model{SUFFIXES[each]}")
         export(trained.segmentor, trained.metadata, each, written[-1])
     evaluations = _evaluations(run_dir, trained.step)
-    checkpoint.write_json(
+    write_json(
         folder / "config.json",
         trained.metadata | {"step": trained.step, "evaluations": evaluations},
     )
@@ -68,29 +60,22 @@ def _without_places(config: Config) -> Config:
     """The configuration without what names places of the machine or the account, which are nobody's
     concern.
     """
-    data = replace(
-        config.data,
-        shards="",
-        cache_dir="",
-        labelled=_last_part(config.data.labelled),
-        view=user_code.short(config.data.view),
-    )
-    segmentor = replace(
-        config.segmentor,
-        init=_last_part(config.segmentor.init),
-        name=user_code.short(config.segmentor.name),
-    )
-    discriminator = replace(config.discriminator, name=user_code.short(config.discriminator.name))
+    data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
+    data.view = user_code.short(config.data.view)
+    segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
+    segmentor.name = user_code.short(config.segmentor.name)
+    discriminator = replace(config.discriminator, init=Path(config.discriminator.init).name)
+    discriminator.name = user_code.short(config.discriminator.name)
+    terms = {
+        name: replace(term, use=user_code.short(term.use))
+        for name, term in config.loss.terms.items()
+    }
     parallel = replace(
         config.parallel, deepspeed_config=_last_part(config.parallel.deepspeed_config)
     )
-    own = {
-        "data": data,
-        "segmentor": segmentor,
-        "discriminator": discriminator,
-        "parallel": parallel,
-        "tracking": TrackingConfig(),
-    }
+    own = {"data": data, "parallel": parallel, "tracking": TrackingConfig()}
+    own |= {"segmentor": segmentor, "discriminator": discriminator}
+    own |= {"loss": replace(config.loss, terms=terms)}
     return replace(config, run_dir="", **own)  # type: ignore[arg-type]
 
 
@@ -104,16 +89,15 @@ def _evaluations(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
     Details first, training's own last.
     """
-    found: list[dict[str, Any]] = []
-    for path in sorted(
-        run_dir.glob("evaluation*.json"),
-        key=lambda path: (path.name == "evaluation.json", path.name),
-    ):
-        content = json.loads(path.read_text())
-        views = [{key: of.get(key) for key in _OUTLINE} for of in (content, *found)]
-        if content["step"] == step and views[0] not in views[1:]:
-            found.append({key: value for key, value in content.items() if key != "confusion"})
-    return found
+    found: dict[str, dict[str, Any]] = {}
+    of_run = run_dir.glob("evaluation*.json")
+    for path in sorted(of_run, key=lambda path: (path.name == "evaluation.json", path.name)):
+        content = document.read(path)
+        if content["step"] == step:
+            content.pop("confusion", None)
+            conditions = json.dumps([content.get(key) for key in _CONDITIONS])
+            found.setdefault(conditions, content)
+    return list(found.values())
 
 
 def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[str, Any]]) -> str:
@@ -123,8 +107,9 @@ def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[st
     index = {
         "model-index": [{"name": name, "results": [_result(scores) for scores in evaluations]}]
     }
+    about = header | tags | (index if evaluations else {})
     parts = [
-        f"---\n{yaml.safe_dump(header | tags | (index if evaluations else {}), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {name}\n\n{_what(trained)}",
         f"## Use\n\n{_use(form)}",
         f"## Classes\n\n{_classes(trained.metadata)}",
@@ -140,23 +125,29 @@ def _what(trained: Trained) -> str:
     options = ", ".join(f"{key}={value}" for key, value in about["options"].items())
     network = f"`{about['segmentor']}`" + (f" ({options})" if options else "")
     return (
-        f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, {len(about['classes'])} classes, "
+        f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, "
+        f"{len(about['classes'])} classes, "
         f"after step {trained.step} of {trained.config.steps}.\n\n"
         f"Input `image`: (N, 3, H, W) float32, RGB, 8-bit values divided by 255, sides of "
-        f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and deviation are inside the "
-        "network.\nOutput `logits`: (N, C, H, W) float32 at the image's size; argmax over C is the class."
+        f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and "
+        "deviation are inside the "
+        "network.\nOutput `logits`: (N, C, H, W) float32 at the image's size; argmax over C is "
+        "the class."
     )
 
 
 def _use(form: str) -> str:
     uses = {
         "onnx": "Without distseg: `python predict_onnx.py model.onnx picture.jpg labels.png` "
-        "(`pip install onnxruntime pillow`). Classes, colours and preprocessing are in the file's metadata.",
-        "torch-export": "With torch alone: `torch.export.load('model.pt2').module()(image)`; the extra file "
+        "(`pip install onnxruntime pillow`). Classes, colours and preprocessing are in the "
+        "file's metadata.",
+        "torch-export": "With torch alone: `torch.export.load('model.pt2').module()(image)`; the "
+        "extra file "
         "`distseg.json` in it names classes and preprocessing.",
         "safetensors": "",
     }
-    own = "`distseg.export.formats.read_safetensors(Path('model.safetensors'))` is the network, at its own output stride."
+    call = "distseg.export.formats.read_safetensors(Path('model.safetensors'))"
+    own = f"`{call}` is the network, at its own output stride."
     return "\n\n".join(text for text in (uses[form], f"With distseg: {own}") if text)
 
 
@@ -170,19 +161,20 @@ def _classes(about: dict[str, Any]) -> str:
 def _scores(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations:
         return "Not evaluated at this step."
-    names = [name for name in TITLES if any(scores.get(name) is not None for scores in evaluations)]
+    shown = [score for score in SCORES if any(of.get(score.name) is not None for of in evaluations)]
     lines = [
-        "| data | view | " + " | ".join(TITLES[name] for name in names) + " |",
-        "|---|---|" + "---:|" * len(names),
+        "| data | test-time augmentation | " + " | ".join(score.title for score in shown) + " |",
+        "|---|---|" + "---:|" * len(shown),
     ]
     for scores in evaluations:
         cells = [
             f"{_cell(scores['data'])}, {scores['num_images']} images of {scores['split']}",
-            _view(scores),
+            _augmentation(scores),
         ]
-        cells += [_score(scores, name) for name in names]
+        cells += [_score(scores, score.name) for score in shown]
         lines.append("| " + " | ".join(cells) + " |")
-    note = "Per cent; every image once, at full resolution, void excluded, one confusion matrix over all images."
+    note = "Per cent; every image once, at full resolution, void excluded, "
+    note += "one confusion matrix over all images."
     has_intervals = any("intervals_95" in scores for scores in evaluations)
     note += " In brackets 95 % bootstrap intervals over images." if has_intervals else ""
     return "\n".join([*lines, "", note])
@@ -196,12 +188,12 @@ def _score(scores: dict[str, Any], name: str) -> str:
     return f"{100 * scores[name]:.1f}{interval}"
 
 
-def _view(scores: dict[str, Any]) -> str:
+def _augmentation(scores: dict[str, Any]) -> str:
     window = f", windows of {scores['window_px']} px" if scores.get("window_px") else ""
     scales = ", ".join(f"{scale:g}" for scale in scores["scales"])
     return (
         f"scale {scales}"
-        + (", mirrored too" if scores["mirror"] else "")
+        + (", flipped too" if scores["horizontal_flip"] else "")
         + window
         + f", {scores['precision']}"
     )
@@ -232,12 +224,12 @@ def _result(scores: dict[str, Any]) -> dict[str, Any]:
     """One entry of a model index, as hubs show them."""
     metrics = [
         {
-            "type": name.removeprefix("val/"),
-            "name": f"{title}, {_view(scores)}",
-            "value": round(scores[name], 4),
+            "type": score.name.removeprefix(VALIDATION),
+            "name": f"{score.title}, {_augmentation(scores)}",
+            "value": round(scores[score.name], 4),
         }
-        for name, title in TITLES.items()
-        if scores.get(name) is not None
+        for score in SCORES
+        if scores.get(score.name) is not None
     ]
     dataset = {"name": scores["data"], "type": "custom", "split": scores["split"]}
     return {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": metrics}

@@ -20,7 +20,8 @@ def main(model: str, picture: str, out: str) -> None:
     image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
     if min(image.size) < about["input"]["min_side_px"]:
         sys.exit(
-            f"{picture} is {image.size} px; enlarge it to at least {about['input']['min_side_px']} on each side"
+            f"{picture} is {image.size} px; enlarge it to at least "
+            f"{about['input']['min_side_px']} on each side"
         )
     # (H, W, 3) in [0, 1]; the rest of the preprocessing is in the model
     pixels = np.asarray(image, np.float32) / 255

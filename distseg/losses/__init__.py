@@ -1,1 +1,9 @@
-"""Losses in plain PyTorch, as sums and counts: means are taken over all ranks."""
+"""Losses in plain PyTorch, as sums and counts over this process's pixels.
+
+Means are taken elsewhere, over all ranks: a mean over one rank's own valid pixels is not the mean
+over the batch. Nothing here knows of ranks or of the configuration.
+"""
+
+from distseg.losses.terms import Predicted, Targets, Term
+
+__all__ = ["Predicted", "Targets", "Term"]

@@ -36,13 +36,20 @@ from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
 from distseg.models.multiscale import MultiScale
 from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
 from distseg.models.vgg import imagenet_weights_file as vgg_weights_file
-from distseg.models.weights import LoadReport, load_segmentor, read_weights
+from distseg.models.weights import (
+    LoadReport,
+    Weights,
+    load_discriminator,
+    load_segmentor,
+    read_weights,
+)
 from shards.errors import InputError
 from shards.user_code import FORMS, is_reference
 
 __all__ = [
     "BatchNorm2d",
     "LoadReport",
+    "Weights",
     "build_discriminator",
     "build_segmentor",
     "check_training",
@@ -108,20 +115,28 @@ log = logging.getLogger(__name__)
 
 
 def build_segmentor(
-    name: str, num_classes: int, *, init: str = "imagenet", **options: Any
+    name: str,
+    num_classes: int,
+    *,
+    init: str | Weights = "imagenet",
+    init_partial: bool = False,
+    **options: Any,
 ) -> Segmentor:
     """A segmentor: image (N, 3, H, W) float in [0, 1], RGB -> logits (N, C, H/s, W/s), s its
     output_stride.
 
     name: one of SEGMENTORS, or code of the user's own (see shards.user_code). init: "imagenet" (the
     encoder's published weights), "random", or a .safetensors or .pth file with weights of the
-    encoder or of the whole segmentor. What was loaded is logged and kept as `init_report` (None for
-    random). Raises InputError for an unknown name or option, a bad value, and weights that are
-    absent or do not fit.
+    encoder or of the whole segmentor, or these weights themselves; what they have for another
+    number of classes is made anew. init_partial: accept weights that lack more than a quarter of
+    the tensors. What was loaded is logged and kept as `init_report` (None for random). Raises
+    InputError for an unknown name or option, a bad value, and weights that are absent or do not
+    fit.
     """
     if is_reference(name):
         _check_num_classes(num_classes)
-        own = own_segmentor.own_segmentor(name, num_classes, init, options)
+        weights = None if init == "random" else _own_weights(name, init)
+        own = own_segmentor.own_segmentor(name, num_classes, weights, options)
         _log_report(own)
         return own
     _check("segmentor", name, SEGMENTORS, num_classes, options)
@@ -133,26 +148,47 @@ def build_segmentor(
             f"segmentor.init=imagenet for {name}", "a network with published weights", action
         )
     # the file first: building a network only to find no weights would waste the user's time
-    path = IMAGENET[name]() if init == "imagenet" else Path(init)
-    state = read_weights(path)
+    weights = _weights(IMAGENET[name]() if init == "imagenet" else init)
     segmentor = SEGMENTORS[name](num_classes, **options)
-    segmentor.init_report = load_segmentor(segmentor, state, str(path))
+    segmentor.init_report = load_segmentor(segmentor, weights, allow_partial=init_partial)
     _log_report(segmentor)
     return segmentor
 
 
-def build_discriminator(name: str, num_classes: int, **options: Any) -> nn.Module:
+def build_discriminator(
+    name: str, num_classes: int, *, init: str | Weights = "random", **options: Any
+) -> nn.Module:
     """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real,
     one per map.
 
-    name: one of DISCRIMINATORS, or code of the user's own (see shards.user_code). Raises InputError
-    for an unknown name or option, and for a bad value.
+    name: one of DISCRIMINATORS, or code of the user's own (see shards.user_code). init: "random", a
+    file of a discriminator's weights, or these themselves; its input layer is made anew for another
+    number of classes. Raises InputError for an unknown name or option, for a bad value, and for
+    weights that are absent or do not fit.
     """
     if is_reference(name):
         _check_num_classes(num_classes)
         return own_discriminator.own_discriminator(name, num_classes, options)
     _check("discriminator", name, DISCRIMINATORS, num_classes, options)
-    return DISCRIMINATORS[name](num_classes, **options)
+    weights = None if init == "random" else _weights(init)
+    discriminator = DISCRIMINATORS[name](num_classes, **options)
+    if weights is not None:
+        discriminator.init_report = load_discriminator(discriminator, weights)  # type: ignore[assignment]
+        log.info("%s", discriminator.init_report)
+    return discriminator
+
+
+def _own_weights(name: str, init: str | Weights) -> Weights:
+    """Of a network of the user's own, which has none that are published."""
+    if init == "imagenet":
+        got = f"segmentor.init=imagenet for segmentor={name}"
+        action = "write segmentor.init=random: weights are as its constructor makes them"
+        raise InputError(got, "random, or a file of its weights", action)
+    return _weights(init)
+
+
+def _weights(init: str | Path | Weights) -> Weights:
+    return init if isinstance(init, Weights) else Weights(read_weights(init), str(init))
 
 
 def check_training(name: str, network: nn.Module) -> None:

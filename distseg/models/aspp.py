@@ -1,6 +1,6 @@
-"""Atrous spatial pyramid pooling of DeepLabV2, V3 and V3+ (Chen et al.
+"""Atrous spatial pyramid pooling of DeepLabV2, V3 and V3+, and the layers it is made of.
 
-2016 to 2018), and the layers it is made of.
+Chen et al. 2016, 2017 and 2018.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class ASPP(nn.Module):
         self,
         in_channels: int,
         dropout: float,
+        *,
         channels: int = LIGHT_CHANNELS,
         rates: Sequence[int] = LIGHT_RATES,
         branch: Callable[[int, int, int], nn.Module] = separable,
@@ -73,10 +74,15 @@ class ASPP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = self.mean(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
-        return self.dropout(
-            self.mix(torch.cat([self.point(x), *(branch(x) for branch in self.atrous), mean], 1))
-        )
+        # the order of the branches is that in which their gradients are added up
+        # fmt: off
+        mean = self.mean(x.mean((2, 3), keepdim=True))     # (N, channels, 1, 1)
+        mean = mean.expand(-1, -1, *x.shape[-2:])          # (N, channels, h, w)
+        branches = [self.point(x)]                         # (N, channels, h, w)
+        branches += [branch(x) for branch in self.atrous]  # (N, channels, h, w) each
+        x = torch.cat([*branches, mean], 1)                # (N, channels * (2 + rates), h, w)
+        return self.dropout(self.mix(x))                   # (N, channels, h, w)
+        # fmt: on
 
 
 class SummedClassifiers(nn.Module):
@@ -109,9 +115,8 @@ class SummedClassifiers(nn.Module):
         # (N, rates * classes * 9, h * w)
         outputs = F.conv2d(x, torch.cat(taps)[:, :, None, None]).flatten(2)
         outputs = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-        total = torch.stack([cast(Tensor, classifier.bias) for classifier in classifiers]).sum(0)[
-            :, None, None
-        ]
+        biases = torch.stack([cast(Tensor, classifier.bias) for classifier in classifiers])
+        total = biases.sum(0)[:, None, None]  # (classes, 1, 1)
         for part, rate in zip(outputs.chunk(len(self.rates), 1), self.rates, strict=True):
             total = total + F.fold(part, x.shape[-2:], 3, dilation=rate, padding=rate)
         return total

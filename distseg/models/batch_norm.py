@@ -13,10 +13,7 @@ MODES = ("per_rank", "frozen")
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with `frozen`.
-
-    The stored statistics are used, and a later .train() does not undo it.
-    """
+    """nn.BatchNorm2d with `frozen`: it uses the stored statistics, and no .train() undoes that."""
 
     frozen = False
 
@@ -35,8 +32,11 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     if norm.training:
         return norm(conv(x))
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight, bias = conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+    # fmt: off
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (channels,)
+    weight = conv.weight * scale.view(-1, 1, 1, 1)               # (channels, in, k, k)
+    bias = norm.bias - norm.running_mean * scale                 # (channels,)
+    # fmt: on
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -34,9 +34,12 @@ STRIDED_PX = -(-SIZE_PX // LABEL_STRIDE)
 UNKNOWN = (0, 0)  # a field of view
 MIN_WIDTH = 112  # of the tables, in characters: narrower ones would cut numbers off
 NOTE = f"""\
-stride, view   of one logit, in px of what is judged: the image, or the label map (of which head=patch gives many)
-GFLOP          10^9 operations of a forward, a multiply-add counted as two, of convolutions alone; the image has
-               {SIZE_PX}x{SIZE_PX} px, the label map as many (1/1) or {STRIDED_PX}x{STRIDED_PX} (1/{LABEL_STRIDE})"""
+stride, view   of one logit, in px of what is judged: the image, or the label map \
+(of which head=patch gives many)
+GFLOP          10^9 operations of a forward, a multiply-add counted as two, of convolutions alone; \
+the image has
+               {SIZE_PX}x{SIZE_PX} px, the label map as many (1/1) \
+or {STRIDED_PX}x{STRIDED_PX} (1/{LABEL_STRIDE})"""
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,10 @@ def _window(weight: Tensor) -> Tensor:
     return torch.full((1, 1, height, width), 1 / (height * width), dtype=torch.float64)
 
 
-_PER_PIXEL = "relu relu6 leaky_relu hardtanh elu gelu silu hardswish mish tanh sigmoid hardsigmoid softplus clamp"
+_PER_PIXEL = (
+    "relu relu6 leaky_relu hardtanh elu gelu silu hardswish mish tanh sigmoid hardsigmoid softplus "
+    "clamp"
+)
 _PER_PIXEL += " softmax log_softmax batch_norm layer_norm dropout"
 # by the names under which torch's functions and methods are intercepted; a last "_" means in place
 STAND_INS: dict[str, Callable] = {

@@ -1,5 +1,4 @@
-"""DeepLabV2, V3 and V3+ (Chen et al. 2016, 2017, 2018) on ResNets, V3 and V3+ on EfficientNet-Lite0
-too.
+"""DeepLabV2, V3 and V3+ (Chen et al. 2016, 2017, 2018) on ResNets; V3 and V3+ on Lite0 too.
 
 All of them: forward takes an image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32, and gives
 logits (N, C, ceil(H/s), ceil(W/s)), s the `output_stride`, on a grid that starts at the image's
@@ -69,16 +68,19 @@ class DeepLabV2ResNet101(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        x, grid = _on_nodes(image, self.output_stride)
-        x = self.encoder(x)[-1]  # (N, 2048, h + 1, w + 1)
-        return _off_nodes(self.aspp(x), grid)
+        # fmt: off
+        x, grid = _on_nodes(image, self.output_stride)  # (N, 3, 8h + 4, 8w + 4)
+        x = self.encoder(x)[-1]                         # (N, 2048, h + 1, w + 1)
+        x = self.aspp(x)                                # (N, C, h + 1, w + 1)
+        return _off_nodes(x, grid)                      # (N, C, h, w)
+        # fmt: on
 
 
-class _DeepLabV3ResNet(nn.Module):
-    """Atrous spatial pyramid pooling on the last map of a ResNet; nothing finer is used.
+class _OnResNet(nn.Module):
+    """A ResNet and the paper's atrous spatial pyramid pooling; `_add_head` says what follows.
 
-    encoder_stride: 16, or 8 with doubled rates; the logits have it too. dropout: probability before
-    the classifier. width: see ResNet.
+    encoder_stride: 16, or 8 with doubled rates. dropout: probability behind the pooling. width: see
+    ResNet.
     """
 
     depth: int
@@ -95,15 +97,38 @@ class _DeepLabV3ResNet(nn.Module):
     ):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
-        self.num_classes, self.output_stride = num_classes, encoder_stride
+        self.num_classes = num_classes
         self.encoder = ResNet(self.depth, encoder_stride, width=width)
-        self.aspp = _paper_aspp(8 * EXPANSION * width, encoder_stride, dropout)
-        self.classifier = init_classifier(nn.Conv2d(CHANNELS, num_classes, 1))
+        rates = [rate * 16 // encoder_stride for rate in RATES]
+        self.aspp = ASPP(
+            8 * EXPANSION * width, dropout, channels=CHANNELS, rates=rates, branch=dense
+        )
+        self._add_head(encoder_stride, width)
+
+    def _add_head(self, encoder_stride: int, width: int) -> None:
+        """Add the layers from the pooling to the logits."""
+        raise NotImplementedError
+
+
+class _DeepLabV3ResNet(_OnResNet):
+    """Atrous spatial pyramid pooling on the last map of a ResNet; nothing finer is used.
+
+    The logits have encoder_stride. Options as above.
+    """
+
+    def _add_head(self, encoder_stride: int, width: int) -> None:
+        self.output_stride = encoder_stride
+        self.classifier = init_classifier(nn.Conv2d(CHANNELS, self.num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        x, grid = _on_nodes(image, self.output_stride)
-        return _off_nodes(self.classifier(self.aspp(self.encoder(x)[-1])), grid)
+        # fmt: off
+        x, grid = _on_nodes(image, self.output_stride)  # (N, 3, s * h + s/2, s * w + s/2)
+        x = self.encoder(x)[-1]                         # (N, 2048, h + 1, w + 1)
+        x = self.aspp(x)                                # (N, 256, h + 1, w + 1)
+        x = self.classifier(x)                          # (N, C, h + 1, w + 1)
+        return _off_nodes(x, grid)                      # (N, C, h, w)
+        # fmt: on
 
 
 class DeepLabV3ResNet50(_DeepLabV3ResNet):
@@ -118,45 +143,34 @@ class DeepLabV3ResNet101(_DeepLabV3ResNet):
     depth = 101
 
 
-class _DeepLabV3PlusResNet(nn.Module):
+class _DeepLabV3PlusResNet(_OnResNet):
     """Atrous spatial pyramid pooling, refined with layer1's map at 1/4 by two 3x3 convolutions.
 
-    encoder_stride: of the pooling, 16, or 8 with doubled rates; the logits have stride 4. dropout:
-    probability before the decoder. width: see ResNet.
+    The logits have stride 4, whatever encoder_stride. Options as above.
     """
 
-    depth: int
     output_stride = 4
-    min_size_px = 32
-    init_report: LoadReport | None = None
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        encoder_stride: int = 16,
-        dropout: float = 0.1,
-        width: int = WIDTH,
-    ):
-        super().__init__()
-        require_number("segmentor.options.dropout", dropout, 0, 0.9)
-        self.num_classes = num_classes
-        self.encoder = ResNet(self.depth, encoder_stride, width=width)
+    def _add_head(self, encoder_stride: int, width: int) -> None:
         self.upsampling = encoder_stride // self.output_stride
-        self.aspp = _paper_aspp(8 * EXPANSION * width, encoder_stride, dropout)
         self.skip = conv_bn_relu(EXPANSION * width, DECODER_SKIP)
         self.refine = nn.Sequential(
             dense(CHANNELS + DECODER_SKIP, CHANNELS), dense(CHANNELS, CHANNELS)
         )
-        self.classifier = init_classifier(nn.Conv2d(CHANNELS, num_classes, 1))
+        self.classifier = init_classifier(nn.Conv2d(CHANNELS, self.num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        x, grid = _on_nodes(image, self.output_stride)
-        quarter, x = self.encoder(x)  # (N, 256, h + 1, w + 1), (N, 2048, H/s, W/s)
-        skip = self.skip(quarter)  # (N, 48, h + 1, w + 1)
-        x = upsample_nodes(self.aspp(x), self.upsampling, (skip.shape[-2], skip.shape[-1]))
-        return _off_nodes(self.classifier(self.refine(_beside(x, skip))), grid)
+        # fmt: off
+        x, grid = _on_nodes(image, self.output_stride)          # (N, 3, 4h + 2, 4w + 2)
+        quarter, x = self.encoder(x)                            # (N, 256, h + 1, w + 1) and last
+        skip = self.skip(quarter)                               # (N, 48, h + 1, w + 1)
+        x = self.aspp(x)                                        # (N, 256, ...) at encoder_stride
+        x = upsample_nodes(x, self.upsampling, _size_of(skip))  # (N, 256, h + 1, w + 1)
+        x = self.refine(_beside(x, skip))                       # (N, 256, h + 1, w + 1)
+        x = self.classifier(x)                                  # (N, C, h + 1, w + 1)
+        return _off_nodes(x, grid)                              # (N, C, h, w)
+        # fmt: on
 
 
 class DeepLabV3PlusResNet50(_DeepLabV3PlusResNet):
@@ -171,13 +185,12 @@ class DeepLabV3PlusResNet101(_DeepLabV3PlusResNet):
     depth = 101
 
 
-class DeepLabV3Lite0(nn.Module):
-    """A light DeepLabV3: DeepLabV3Plus below without its decoder, logits at stride 16.
+class _OnLite0(nn.Module):
+    """EfficientNet-Lite0 and a light pooling at its stride 16; `_add_head` says what follows.
 
-    dropout: as there.
+    dropout: probability behind the pooling.
     """
 
-    output_stride = 16
     min_size_px = 32
     init_report: LoadReport | None = None
 
@@ -187,7 +200,20 @@ class DeepLabV3Lite0(nn.Module):
         self.num_classes = num_classes
         self.encoder = EfficientNetLite0()
         self.aspp = ASPP(list(TAPS.values())[-1], dropout)
-        self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, num_classes, 1))
+        self._add_head()
+
+    def _add_head(self) -> None:
+        """Add the layers from the pooling to the logits."""
+        raise NotImplementedError
+
+
+class DeepLabV3Lite0(_OnLite0):
+    """A light DeepLabV3: DeepLabV3Plus below without its decoder, logits at stride 16."""
+
+    output_stride = 16
+
+    def _add_head(self) -> None:
+        self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, self.num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
@@ -195,46 +221,43 @@ class DeepLabV3Lite0(nn.Module):
         height, width = (side // self.output_stride for side in image.shape[-2:])
         # SAME padding puts cell i of a whole grid on pixel 16i + 15: with 7 more before, on 16i + 8
         # of the image
-        x = self.encoder(with_margin(image, 7, 9))[-1]  # (N, 320, h + 1, w + 1)
-        return self.classifier(self.aspp(x))[..., :height, :width]
+        # fmt: off
+        x = with_margin(image, 7, 9)    # (N, 3, 16h + 16, 16w + 16)
+        x = self.encoder(x)[-1]         # (N, 320, h + 1, w + 1)
+        x = self.aspp(x)                # (N, 128, h + 1, w + 1)
+        x = self.classifier(x)          # (N, C, h + 1, w + 1)
+        return x[..., :height, :width]  # (N, C, h, w)
+        # fmt: on
 
 
-class DeepLabV3Plus(nn.Module):
+class DeepLabV3Plus(_OnLite0):
     """A light DeepLabV3+ on EfficientNet-Lite0: stride 16, refined by the encoder's maps at 1/8 and
     1/4.
 
-    dropout: probability before the decoder. Its decoder has two steps, the paper's one.
+    Its decoder has two steps, the paper's one.
     """
 
     output_stride = 4
-    min_size_px = 32
-    init_report: LoadReport | None = None
 
-    def __init__(self, num_classes: int, *, dropout: float = 0.1):
-        super().__init__()
-        require_number("segmentor.options.dropout", dropout, 0, 0.9)
-        self.num_classes = num_classes
-        self.encoder = EfficientNetLite0()
-        quarter, eighth, sixteenth = TAPS.values()
-        self.aspp = ASPP(sixteenth, dropout)
+    def _add_head(self) -> None:
+        quarter, eighth, _ = TAPS.values()
         self.skip_eighth = conv_bn_relu(eighth, SKIP_EIGHTH)
         self.refine_eighth = separable(LIGHT_CHANNELS + SKIP_EIGHTH, LIGHT_CHANNELS)
         self.skip_quarter = conv_bn_relu(quarter, SKIP_QUARTER)
         self.refine_quarter = separable(LIGHT_CHANNELS + SKIP_QUARTER, LIGHT_CHANNELS)
-        self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, num_classes, 1))
+        self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, self.num_classes, 1))
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        quarter, eighth, sixteenth = self.encoder(image)
-        x = self.aspp(sixteenth)  # (N, 128, H/16, W/16)
-        x = self.refine_eighth(_join(x, self.skip_eighth(eighth)))  # (N, 128, H/8, W/8)
-        x = self.refine_quarter(_join(x, self.skip_quarter(quarter)))  # (N, 128, H/4, W/4)
-        return self.classifier(x)
-
-
-def _paper_aspp(in_channels: int, encoder_stride: int, dropout: float) -> ASPP:
-    rates = [rate * 16 // encoder_stride for rate in RATES]
-    return ASPP(in_channels, dropout, CHANNELS, rates, dense)
+        # fmt: off
+        quarter, eighth, sixteenth = self.encoder(image)  # (N, 24, H/4, W/4), 1/8, 1/16
+        x = self.aspp(sixteenth)                          # (N, 128, H/16, W/16)
+        x = _join(x, self.skip_eighth(eighth))            # (N, 176, H/8, W/8)
+        x = self.refine_eighth(x)                         # (N, 128, H/8, W/8)
+        x = _join(x, self.skip_quarter(quarter))          # (N, 160, H/4, W/4)
+        x = self.refine_quarter(x)                        # (N, 128, H/4, W/4)
+        return self.classifier(x)                         # (N, C, H/4, W/4)
+        # fmt: on
 
 
 def _on_nodes(image: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
@@ -257,9 +280,8 @@ def _off_nodes(logits: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _join(coarse: Tensor, skip: Tensor) -> Tensor:
     """`coarse` upsampled to the grid of `skip`, and `skip`, side by side."""
-    return _beside(
-        F.interpolate(coarse, skip.shape[-2:], mode="bilinear", align_corners=False), skip
-    )
+    up = F.interpolate(coarse, _size_of(skip), mode="bilinear", align_corners=False)
+    return _beside(up, skip)
 
 
 def _beside(up: Tensor, skip: Tensor) -> Tensor:
@@ -269,3 +291,7 @@ def _beside(up: Tensor, skip: Tensor) -> Tensor:
         # slower
         up.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
     return torch.cat([up, skip], 1)
+
+
+def _size_of(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]

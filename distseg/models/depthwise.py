@@ -23,7 +23,7 @@ _ONEDNN_HAS_BF16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Zeros before and after `size` inputs that make ceil(size / stride) outputs.
 
-    The odd one goes after.
+    Where their number is odd, there is one more after.
     """
     reach = (kernel - 1) * dilation
     total = reach - (size - 1) % stride  # what the last output's filter needs beyond the last input
@@ -143,7 +143,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
 
 
 def _reach(size: int, num_taps: int, offset: int, stride: int) -> tuple[int, int, int]:
-    """First input that a set of taps saw, zeros needed before the gradient, its length with them."""
+    """First input that a set of taps saw; zeros before the gradient; its length with them."""
     first = offset % stride
     output = (first - offset) // stride  # the one whose first tap lies on `first`
     return first, num_taps - 1 - output, num_taps - 1 + len(range(first, size, stride))

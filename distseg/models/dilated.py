@@ -1,7 +1,4 @@
-"""Dilated-8 (Yu and Koltun, ICLR 2016).
-
-VGG16 at output stride 8, and a context module over its scores.
-"""
+"""Dilated-8 (Yu and Koltun 2016): VGG16 at output stride 8, a context module over its scores."""
 
 from __future__ import annotations
 
@@ -68,10 +65,14 @@ class Dilated8(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
         image = to_multiple(image, self.output_stride)
+        # fmt: off
+        x = self._scores(image)                  # (N, C, h, w), h = H/8 and w = W/8
         if self.border == "zeros" or isinstance(self.context, nn.Identity):
-            return self.context(self._scores(image))  # (N, C, H/8, W/8)
-        scores = F.pad(self._scores(image), (SCORE_MARGIN,) * 4)
-        return _without_margin(self.context(scores), SCORE_MARGIN)
+            return self.context(x)               # (N, C, h, w)
+        x = F.pad(x, (SCORE_MARGIN,) * 4)        # (N, C, h + 66, w + 66)
+        x = self.context(x)                      # (N, C, h + 66, w + 66)
+        return _without_margin(x, SCORE_MARGIN)  # (N, C, h, w)
+        # fmt: on
 
     def _scores(self, image: Tensor) -> Tensor:
         """The front end: (N, 3, H, W) -> (N, C, H/8, W/8)."""
@@ -79,8 +80,12 @@ class Dilated8(nn.Module):
             return self.score(self.encoder(image))
         # with its padding inside a margin as wide as its reach, the rest is what valid convolutions
         # give
-        features = self.encoder(mirrored(image, IMAGE_MARGIN_PX))
-        return self.score(_without_margin(features, IMAGE_MARGIN_PX // self.output_stride))
+        # fmt: off
+        x = mirrored(image, IMAGE_MARGIN_PX)                           # (N, 3, H + 384, W + 384)
+        x = self.encoder(x)                                            # (N, F, h + 48, w + 48)
+        x = _without_margin(x, IMAGE_MARGIN_PX // self.output_stride)  # (N, F, h, w), F of fc7
+        return self.score(x)                                           # (N, C, h, w)
+        # fmt: on
 
 
 class DilatedVGG16(VGG16):
@@ -101,7 +106,11 @@ class DilatedVGG16(VGG16):
         _dilate(self.classifier[0], 4)
 
     def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
-        return self.classifier(self.features((image - self.mean) / self.std))
+        # fmt: off
+        x = (image - self.mean) / self.std  # (N, 3, H, W)
+        x = self.features(x)                # (N, 512, H/8, W/8)
+        return self.classifier(x)           # (N, fc_channels, H/8, W/8)
+        # fmt: on
 
 
 def context_module(num_classes: int, widths: tuple[int, ...], noise: float = 0.01) -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 All are called as discriminator(image, *label_maps), image (N, 3, H, W) float in [0, 1], RGB, each
 label map (k, C, h, w) float, summing to 1 over C, with k <= N: it belongs to the first k images,
-and h, w are the same for all. So one call judges the ground truth of the labelled images and the
+and h, w are the same for all. So one call takes the ground truth of the labelled images and the
 predictions for all images, which come after them in the batch, and what is computed of the image is
 computed once. The answer is one tensor of k rows of logits per label map, > 0 = real. InputError:
 more label maps than images, sizes that differ or are too small.
@@ -51,9 +51,7 @@ class TwoBranch(nn.Module):
             raise InputError(
                 got, "true or false", "true: the label map is at a quarter of the image or so"
             )
-        thin, branch, *trunk = (
-            round(width * channels) or 1 for channels in (16, 64, 128, 256, 512)
-        )
+        thin, branch, *trunk = (round(width * wide) or 1 for wide in (16, 64, 128, 256, 512))
         self.num_classes, self.head, self.image_pool = num_classes, head, image_pool
         self.label_conv = nn.Conv2d(num_classes, branch, 5, padding=2)
         self.image_conv1 = nn.Conv2d(3, thin, 5, padding=2)
@@ -69,40 +67,48 @@ class TwoBranch(nn.Module):
             nn.Conv2d(trunk[1], trunk[2], 3, padding=1),
             nn.ReLU(inplace=True),
         )
+        # of fake and real; the name is that of saved weights
         self.verdict = nn.Conv2d(trunk[2], 2, 3, padding=1)
         _init_hidden(self, self.verdict)
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        image_part = self._image_part(
-            _images_with_maps(image, label_maps, self.min_size_px), label_maps[0].shape[-2:]
-        )
-        return tuple(
-            self._judge(label_map, image_part[: len(label_map)]) for label_map in label_maps
-        )
+        image = _images_with_maps(image, label_maps, self.min_size_px)
+        # computed once, whatever the number of label maps
+        of_image = self._of_image(image, label_maps[0].shape[-2:])  # (N, 128, h, w)
+        answers = []
+        for label_map in label_maps:
+            # the first k images are those of the k label maps
+            answers.append(self._logits(label_map, of_image[: len(label_map)]))
+        return tuple(answers)
 
-    def _image_part(self, image: Tensor, label_size: torch.Size) -> Tensor:
-        """What the image adds to `meet`.
-
-        The convolution of a concatenation is the sum over its halves.
-        """
+    def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor:
+        """What the image adds to `meet`: a concatenation's convolution is a sum over halves."""
         if self.image_pool:
             size = (4 * label_size[0], 4 * label_size[1])
             if tuple(image.shape[-2:]) != size:
                 image = F.interpolate(image, size, mode="bilinear", align_corners=False)
         else:
             image = _shrunk(image, label_size)
-        x = self._halved(self.image_conv1(2 * image - 1).relu_())  # (N, 16, 2h, 2w)
-        x = self._halved(self.image_conv2(x).relu_())  # (N, 64, h, w)
-        return F.conv2d(x, self.meet.weight[:, x.shape[1] :], self.meet.bias, padding=1)
+        # fmt: off
+        x = self.image_conv1(2 * image - 1)                    # (N, 16, 4h, 4w); unpooled: h, w
+        x = self._halved(x.relu_())                            # (N, 16, 2h, 2w)
+        x = self._halved(self.image_conv2(x).relu_())          # (N, 64, h, w)
+        weight = self.meet.weight[:, x.shape[1] :]             # (128, 64, 3, 3), the image's half
+        return F.conv2d(x, weight, self.meet.bias, padding=1)  # (N, 128, h, w)
+        # fmt: on
 
     def _halved(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 2) if self.image_pool else x
 
-    def _judge(self, label_map: Tensor, image_part: Tensor) -> Tensor:
-        x = self.label_conv(label_map).relu_()  # (k, 64, h, w)
-        x = F.conv2d(x, self.meet.weight[:, : x.shape[1]], padding=1) + image_part  # (k, 128, h, w)
-        z = self.verdict(self.trunk(x))  # (k, 2, h/4, w/4)
-        return _log_odds(z, self.head)
+    def _logits(self, label_map: Tensor, of_image: Tensor) -> Tensor:
+        # fmt: off
+        x = self.label_conv(label_map).relu_()         # (k, 64, h, w)
+        weight = self.meet.weight[:, : x.shape[1]]     # (128, 64, 3, 3), the label map's half
+        x = F.conv2d(x, weight, padding=1) + of_image  # (k, 128, h, w)
+        x = self.trunk(x)                              # (k, 512, h/4, w/4)
+        scores = self.verdict(x)                       # (k, 2, h/4, w/4)
+        return _log_odds(scores, self.head)            # (k, 1, h/4, w/4) or (k, 1, 1, 1)
+        # fmt: on
 
 
 class SingleBranch(nn.Module):
@@ -134,12 +140,8 @@ class SingleBranch(nn.Module):
         require_choice("discriminator.options.inputs", inputs, INPUTS)
         require_choice("discriminator.options.image_range", image_range, tuple(RANGES))
         require_number("discriminator.options.width", width, 0.05, 8)
-        self.num_classes, self.head, self.inputs, self.image_range = (
-            num_classes,
-            head,
-            inputs,
-            image_range,
-        )
+        self.num_classes, self.head = num_classes, head
+        self.inputs, self.image_range = inputs, image_range
         layers: list[nn.Module] = []
         channels = num_classes * (3 if inputs == "product" else 1)
         for step in self.layout:
@@ -152,19 +154,28 @@ class SingleBranch(nn.Module):
                 nn.ReLU(inplace=True),
             ]
             channels = hidden
-        self.layers = nn.Sequential(
-            *layers, nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2)
-        )
-        _init_hidden(self, self.layers[-1])
+        last = nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2)
+        self.layers = nn.Sequential(*layers, last)
+        _init_hidden(self, last)
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
         image = _images_with_maps(image, label_maps, self.min_size_px)
         if self.inputs == "basic":
-            return tuple(_log_odds(self.layers(label_map), self.head) for label_map in label_maps)
+            return tuple(self._logits(label_map) for label_map in label_maps)
         low, high = RANGES[self.image_range]
-        colors = low + (high - low) * _shrunk(image, label_maps[0].shape[-2:])  # (N, 3, h, w)
-        products = (_product(colors[: len(label_map)], label_map) for label_map in label_maps)
-        return tuple(_log_odds(self.layers(product), self.head) for product in products)
+        small = _shrunk(image, label_maps[0].shape[-2:])  # (N, 3, h, w)
+        colors = low + (high - low) * small  # (N, 3, h, w)
+        answers = []
+        for label_map in label_maps:
+            product = _product(colors[: len(label_map)], label_map)  # (k, 3C, h, w)
+            answers.append(self._logits(product))
+        return tuple(answers)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        # fmt: off
+        scores = self.layers(x)              # (k, 2, h/4, w/4)
+        return _log_odds(scores, self.head)  # (k, 1, h/4, w/4) or (k, 1, 1, 1)
+        # fmt: on
 
 
 class LargeFOV(SingleBranch):
@@ -233,7 +244,11 @@ class FullyConvolutional(nn.Module):
 
     def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
         _images_with_maps(image, label_maps, self.min_size_px)
-        return tuple(_pool(self.layers(label_map), self.head) for label_map in label_maps)
+        answers = []
+        for label_map in label_maps:
+            logits = self.layers(label_map)  # (k, 1, h/32, w/32)
+            answers.append(_pool(logits, self.head))  # the same, or (k, 1, 1, 1)
+        return tuple(answers)
 
 
 def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px: int) -> Tensor:
@@ -245,7 +260,10 @@ def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px
     for label_map in label_maps:
         require_size(label_map, min_size_px, "label map")
         if tuple(label_map.shape[-2:]) != size:
-            got = f"label maps of {size[0]}x{size[1]} and {label_map.shape[-2]}x{label_map.shape[-1]} px in one call"
+            got = (
+                f"label maps of {size[0]}x{size[1]} and "
+                f"{label_map.shape[-2]}x{label_map.shape[-1]} px in one call"
+            )
             raise InputError(got, "one size", "bring them to one size, or call once for each")
         if len(label_map) > len(image):
             got = f"{len(label_map)} label maps for {len(image)} images"
@@ -256,9 +274,9 @@ def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px
 
 
 def _shrunk(image: Tensor, size: torch.Size) -> Tensor:
-    """The image at `size`. Averaged over what each pixel now covers.
+    """The image at `size`, averaged over what each pixel now covers.
 
-    At an eighth, four pixels of 64 would be noise.
+    At an eighth, bilinear interpolation would look at four pixels of 64: noise.
     """
     if image.shape[-2:] == size:
         return image
@@ -266,11 +284,13 @@ def _shrunk(image: Tensor, size: torch.Size) -> Tensor:
 
 
 def _product(colors: Tensor, label_map: Tensor) -> Tensor:
-    """colors: (k, 3, h, w), label_map.
-
-    (k, C, h, w) -> (k, 3C, h, w): red times each map, then green, then blue.
-    """
-    return (colors.unsqueeze(2) * label_map.unsqueeze(1)).flatten(1, 2)
+    """(k, 3, h, w), (k, C, h, w) -> (k, 3C, h, w): red times each map, then green, then blue."""
+    # fmt: off
+    colors = colors.unsqueeze(2)        # (k, 3, 1, h, w)
+    label_map = label_map.unsqueeze(1)  # (k, 1, C, h, w)
+    products = colors * label_map       # (k, 3, C, h, w)
+    return products.flatten(1, 2)       # (k, 3C, h, w)
+    # fmt: on
 
 
 def _log_odds(scores: Tensor, head: str) -> Tensor:
@@ -281,7 +301,7 @@ def _log_odds(scores: Tensor, head: str) -> Tensor:
 
 
 def _init_hidden(network: nn.Module, last: nn.Module) -> None:
-    """He initialisation of all convolutions but the last, whose default keeps the first verdicts
+    """He initialisation of all convolutions but the last, whose default keeps the first logits
     near 0.
     """
     for layer in network.modules():

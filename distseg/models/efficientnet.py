@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le 2019; Google's mobile variant): ReLU6, no squeeze-and-excitation."""
+"""EfficientNet-Lite0 (Tan and Le 2019; the mobile variant): ReLU6, no squeeze-and-excitation."""
 
 from __future__ import annotations
 
@@ -69,14 +69,16 @@ class EfficientNetLite0(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        x = (image * 255 - 127) / 128  # as the weights were trained
+        # fmt: off
+        x = (image * 255 - 127) / 128                  # (N, 3, H, W), as the weights were trained
         x = self._relu(self._bn0(self._conv_stem(x)))  # (N, 32, H/2, W/2)
         taps = []
         for index, block in enumerate(self._blocks):
-            x = block(x)
+            x = block(x)                               # (N, stage.channels, H/2 to H/16, ...)
             if index in TAPS:
-                taps.append(x)
+                taps.append(x)                         # (N, 24, H/4, W/4), 40 at 1/8, 320 at 1/16
         return tuple(taps)
+        # fmt: on
 
 
 class Block(nn.Module):
@@ -98,11 +100,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
+        # fmt: off
         if self._expand_conv is not None:
-            y = self._relu(self._bn0(self._expand_conv(y)))
-        y = self._relu(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self._has_skip else y
+            y = self._relu(self._bn0(self._expand_conv(y)))  # (N, width, h, w)
+        y = self._relu(self._bn1(self._depthwise_conv(y)))   # (N, width, h / stride, w / stride)
+        y = self._bn2(self._project_conv(y))                 # (N, stage.channels, ...)
+        return x + y if self._has_skip else y                # (N, stage.channels, ...)
+        # fmt: on
 
 
 def imagenet_weights_file() -> Path:

@@ -1,4 +1,4 @@
-"""FCN-32s, -16s and -8s on VGG16 (Long, Shelhamer, Darrell, CVPR 2015), and FCN-8s trained at once."""
+"""FCN-32s, -16s and -8s on VGG16 (Long, Shelhamer, Darrell 2015), and FCN-8s trained at once."""
 
 from __future__ import annotations
 
@@ -61,15 +61,20 @@ class _FCN(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
-        pool3, pool4, fc7 = self.encoder(to_multiple(image, self.output_stride))
-        score = self.score_fr(fc7)  # (N, C, H/32, W/32)
-        if self.output_stride <= 16:  # (N, C, H/16, W/16)
-            score = self.upscore2(score, pool4) + self.score_pool4(_scaled(pool4, self.pool4_scale))
-        if self.output_stride <= 8:  # (N, C, H/8, W/8)
-            score = self.upscore_pool4(score, pool3) + self.score_pool3(
-                _scaled(pool3, self.pool3_scale)
-            )
-        return torch.cat([torch.zeros_like(score), score], 1) if self.is_sigmoid else score
+        # fmt: off
+        image = to_multiple(image, self.output_stride)                 # (N, 3, H, W), whole cells
+        pool3, pool4, fc7 = self.encoder(image)                        # at 1/8, 1/16, 1/32
+        x = self.score_fr(fc7)                                         # (N, C, H/32, W/32)
+        if self.output_stride <= 16:
+            skip = _scaled(pool4, self.pool4_scale)                    # (N, 512, H/16, W/16)
+            x = self.upscore2(x, pool4) + self.score_pool4(skip)       # (N, C, H/16, W/16)
+        if self.output_stride <= 8:
+            skip = _scaled(pool3, self.pool3_scale)                    # (N, 256, H/8, W/8)
+            x = self.upscore_pool4(x, pool3) + self.score_pool3(skip)  # (N, C, H/8, W/8)
+        if self.is_sigmoid:
+            x = torch.cat([torch.zeros_like(x), x], 1)                 # (N, 2, h, w)
+        return x                                                       # (N, C, h, w)
+        # fmt: on
 
 
 class FCN32s(_FCN):
@@ -117,7 +122,7 @@ class Upscore(nn.ConvTranspose2d):
 
 
 def _score(channels: int, num_scores: int) -> nn.Conv2d:
-    """Zero at first, so that each finer net starts from the coarser one (section 4.2 of the paper)."""
+    """Zero at first, so that each finer net starts from the coarser one (the paper, 4.2)."""
     layer = nn.Conv2d(channels, num_scores, 1)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -18,10 +18,8 @@ from torch.compiler import is_exporting
 
 
 def num_cells(side: int, stride: int) -> int:
-    """How many cells of `stride` pixels cover `side` pixels.
-
-    No negative number: ONNX rounds their quotients up.
-    """
+    """How many cells of `stride` pixels cover `side` pixels, rounded up."""
+    # not -(-side // stride): ONNX rounds the quotient of a negative number towards zero
     return (side + stride - 1) // stride
 
 
@@ -38,9 +36,8 @@ def to_multiple(image: Tensor, stride: int) -> Tensor:
 
 
 def with_margin(image: Tensor, before: int, after: int = 0) -> Tensor:
-    """The image with so many more pixels above and to the left, below and to the right.
-
-    Its border, repeated.
+    """The image with its border repeated, `before` px above and to the left, `after` px below and
+    to the right.
     """
     return F.pad(image, (before, after, before, after), mode="replicate")
 

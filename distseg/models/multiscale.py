@@ -1,7 +1,4 @@
-"""The multi-scale network of Farabet et al.
-
-(PAMI 2013), as Luc et al. 2016 use it on Stanford Background.
-"""
+"""The multi-scale network of Farabet et al. 2013, as Luc et al. 2016 use it on Stanford."""
 
 from __future__ import annotations
 
@@ -77,15 +74,19 @@ class MultiScale(nn.Module):
         require_size(image, self.min_size_px)
         # (h, w) of the logits
         grid = tuple(num_cells(side, self.output_stride) for side in image.shape[-2:])
-        with torch.autocast(image.device.type, enabled=False):  # small differences of pixels
+        # bands are small differences of pixels, which half precision would round to steps
+        with torch.autocast(image.device.type, enabled=False):
             levels = self._levels(image, grid)
         features = []
-        for level in levels:
-            x = self.encoder(level)  # (N, 256, h / 2^k, w / 2^k), rounded up
+        # fmt: off
+        for level in levels:                            # (N, 3, 4h / 2^k, 4w / 2^k)
+            x = self.encoder(level)                     # (N, 256, h / 2^k, w / 2^k), rounded up
             if is_exporting() or x.shape[-2:] != grid:  # see grids.py
                 x = F.interpolate(x, grid, mode="bilinear", align_corners=False)
-            features.append(x)
-        return self.classifier(torch.cat(features, 1))  # (N, C, h, w)
+            features.append(x)                          # (N, 256, h, w)
+        x = torch.cat(features, 1)                      # (N, 768, h, w)
+        return self.classifier(x)                       # (N, C, h, w)
+        # fmt: on
 
     def _levels(self, image: Tensor, grid: tuple[int, ...]) -> list[Tensor]:
         """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the
@@ -94,6 +95,7 @@ class MultiScale(nn.Module):
         sizes = [tuple(4 * num_cells(side, 2**k) for side in grid) for k in range(SCALES)]
         whole = not is_exporting() and image.shape[-2:] == sizes[0]
         levels = [image if whole else _resize(image, sizes[0])]
+        # each from the one before, whose filter is half as wide as one over the image
         for size in sizes[1:]:
             levels.append(_resize(levels[-1], size))
         if self.pyramid == "gaussian":
@@ -134,15 +136,14 @@ def _resize(x: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 def _locally_normalised(x: Tensor) -> Tensor:
     """Zero mean and unit deviation in a window around each pixel.
 
-    The deviation at least the image's mean one.
+    Divides by the image's mean deviation at least, or flat sky would be blown up to noise.
     """
+
+    half = WINDOW_PX // 2
 
     def mean(y: Tensor) -> Tensor:
         # a box is separable, and so is the count of its pixels inside the image
-        for window, padding in (
-            ((WINDOW_PX, 1), (WINDOW_PX // 2, 0)),
-            ((1, WINDOW_PX), (0, WINDOW_PX // 2)),
-        ):
+        for window, padding in (((WINDOW_PX, 1), (half, 0)), ((1, WINDOW_PX), (0, half))):
             y = F.avg_pool2d(y, window, stride=1, padding=padding, count_include_pad=False)
         return y
 

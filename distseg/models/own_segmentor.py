@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from distseg.models.batch_norm import BatchNorm2d
 from distseg.models.grids import cropped, num_cells, to_multiple
 from distseg.models.trial import Trial, made, odd_multiple, random_images
-from distseg.models.weights import LoadReport, load_into, read_weights
+from distseg.models.weights import LoadReport, Weights, load_own
 from shards import user_code
 from shards.errors import InputError
 
@@ -80,24 +79,16 @@ class OwnSegmentor(nn.Module):
 
 
 def own_segmentor(
-    reference: str, num_classes: int, init: str, options: Mapping[str, Any]
+    reference: str, num_classes: int, weights: Weights | None, options: Mapping[str, Any]
 ) -> OwnSegmentor:
     """The segmentor that a reference makes (see shards.user_code), tried in evaluation mode.
 
-    init: "random", as its constructor makes it; or a file with weights of it or its encoder. Raises
-    InputError for whatever keeps it from being a segmentor.
+    weights: of it or its encoder; None: as its constructor makes them. Raises InputError for
+    whatever keeps it from being a segmentor.
     """
-    if init == "imagenet":
-        got = f"segmentor.init=imagenet for segmentor={reference}"
-        action = "write segmentor.init=random: weights are as its constructor makes them"
-        raise InputError(got, "random, or a file of its weights", action)
-    state = None if init == "random" else read_weights(Path(init))
     segmentor = OwnSegmentor(made("segmentor", reference, num_classes, options), num_classes)
-    if state is not None:
-        parts = (segmentor, segmentor.network, segmentor.encoder)
-        fitting = [part for part in parts if part and part.state_dict().keys() & state.keys()]
-        target = fitting[0] if fitting else segmentor.network
-        segmentor.init_report = load_into(target, state, init)
+    if weights is not None:
+        segmentor.init_report = load_own(segmentor.network, weights, num_classes)
     return segmentor
 
 

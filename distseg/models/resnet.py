@@ -1,7 +1,4 @@
-"""ResNet-50 and ResNet-101 (He et al.
-
-2016) as dense encoders, with the state-dict keys of torchvision.
-"""
+"""ResNet-50 and -101 (He et al. 2016) as dense encoders; state-dict keys are torchvision's."""
 
 from __future__ import annotations
 
@@ -64,30 +61,37 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=layout == "caffe")
         first, second, third, fourth = NUM_BLOCKS[depth]
         at_8 = 2 if output_stride == 8 else 1  # dilation that replaces layer3's stride
-        self.layer1 = _stage(width, width, first, layout)
-        self.layer2 = _stage(4 * width, 2 * width, second, layout, stride=2)
+        self.layer1 = _stage(width, width, first, layout=layout)
+        self.layer2 = _stage(4 * width, 2 * width, second, layout=layout, stride=2)
         self.layer3 = _stage(
-            8 * width, 4 * width, third, layout, stride=2 // at_8, dilations=(1, at_8)
+            8 * width, 4 * width, third, layout=layout, stride=2 // at_8, dilations=(1, at_8)
         )
-        self.layer4 = _stage(16 * width, 8 * width, fourth, layout, dilations=(at_8, 2 * at_8))
+        self.layer4 = _stage(
+            16 * width, 8 * width, fourth, layout=layout, dilations=(at_8, 2 * at_8)
+        )
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        mean, std = (
-            (MEAN, STD)
-            if layout == "torchvision"
-            else ([m / 255 for m in CAFFE_MEAN], [1 / 255] * 3)
-        )
+        mean, std = MEAN, STD
+        if layout == "caffe":
+            # no division by a deviation there: pixels of 0 to 255, less the mean
+            red, green, blue = CAFFE_MEAN
+            mean, std = (red / 255, green / 255, blue / 255), (1 / 255, 1 / 255, 1 / 255)
+        # not in the state dict: published files have no such keys
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        x = (image - self.mean) / self.std  # (N, 3, H, W)
+        # fmt: off
+        x = (image - self.mean) / self.std                 # (N, 3, H, W)
         if self.is_bgr:
-            x = x.flip(1)
+            x = x.flip(1)                                  # (N, 3, H, W)
         x = self.relu(conv_norm(x, self.conv1, self.bn1))  # (N, 64, H/2, W/2)
-        quarter = self.layer1(self.maxpool(x))  # (N, 256, H/4, W/4)
-        return quarter, self.layer4(self.layer3(self.layer2(quarter)))  # (N, 2048, H/s, W/s)
+        quarter = self.layer1(self.maxpool(x))             # (N, 256, H/4, W/4)
+        x = self.layer2(quarter)                           # (N, 512, H/8, W/8)
+        x = self.layer3(x)                                 # (N, 1024, H/s, W/s)
+        return quarter, self.layer4(x)                     # (N, 2048, H/s, W/s)
+        # fmt: on
 
 
 class Bottleneck(nn.Module):
@@ -117,11 +121,15 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(shortcut, BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(conv_norm(x, self.conv1, self.bn1))
-        y = self.relu(conv_norm(y, self.conv2, self.bn2))
-        y = conv_norm(y, self.conv3, self.bn3)
+        # fmt: off
+        y = self.relu(conv_norm(x, self.conv1, self.bn1))  # (N, width, h, w)
+        y = self.relu(conv_norm(y, self.conv2, self.bn2))  # (N, width, h / stride, w / stride)
+        y = conv_norm(y, self.conv3, self.bn3)             # (N, 4 * width, ...)
+        if self.downsample is not None:
+            x = conv_norm(x, *self.downsample)             # (N, 4 * width, ...)
         # in place: no gradient needs the convolution's own output
-        return self.relu(y.add_(x if self.downsample is None else conv_norm(x, *self.downsample)))
+        return self.relu(y.add_(x))                        # (N, 4 * width, ...)
+        # fmt: on
 
 
 def imagenet_weights_file(depth: int) -> Path:
@@ -133,6 +141,7 @@ def _stage(
     in_channels: int,
     width: int,
     num_blocks: int,
+    *,
     layout: str,
     stride: int = 1,
     dilations: tuple[int, int] = (1, 1),
@@ -144,9 +153,10 @@ def _stage(
     was its own (torchvision), and the new one if the stride came before it (Caffe): so the
     conventions of torchvision's replace_stride_with_dilation and of DeepLabV2 are one rule.
     """
-    strides, first = (
-        ((1, stride), dilations[0]) if layout == "torchvision" else ((stride, 1), dilations[1])
-    )
+    if layout == "torchvision":
+        strides, first = (1, stride), dilations[0]
+    else:
+        strides, first = (stride, 1), dilations[1]
     blocks = [Bottleneck(in_channels, width, strides, first, is_first=True)]
     for _ in range(num_blocks - 1):
         blocks.append(Bottleneck(EXPANSION * width, width, (1, 1), dilations[1], is_first=False))

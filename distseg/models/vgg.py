@@ -59,11 +59,14 @@ class VGG16(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = (image - self.mean) / self.std  # (N, 3, H, W)
-        pool3 = self.features[: POOL3 + 1](x)  # (N, 256, H/8, W/8), sizes rounded up
+        # fmt: off
+        x = (image - self.mean) / self.std                   # (N, 3, H, W)
+        pool3 = self.features[: POOL3 + 1](x)                # (N, 256, H/8, W/8), rounded up
         pool4 = self.features[POOL3 + 1 : POOL4 + 1](pool3)  # (N, 512, H/16, W/16)
-        pool5 = self.features[POOL4 + 1 :](pool4)  # (N, 512, H/32, W/32)
-        return pool3, pool4, self.classifier(pool5)  # fc7: (N, fc_channels, H/32, W/32)
+        pool5 = self.features[POOL4 + 1 :](pool4)            # (N, 512, H/32, W/32)
+        fc7 = self.classifier(pool5)                         # (N, fc_channels, H/32, W/32)
+        return pool3, pool4, fc7
+        # fmt: on
 
 
 class Halve(nn.MaxPool2d):

@@ -1,12 +1,13 @@
-"""Weights from files: what was loaded, what is missing, what was left over, and nothing executed."""
+"""Weights from files: what was loaded, missing and left over; and nothing is executed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,22 +16,54 @@ from torch import Tensor, nn
 
 from shards.errors import InputError
 
+# the least share of a network's (or its encoder's) tensors that a file must have, unless told
+MIN_SHARE = 0.75
+# what checkpoints of others keep a state dict under, and what wrappers put before its names
+_CONTAINERS = ("state_dict", "model_state", "model_state_dict", "model")
+_WRAPPERS = ("module.", "network.", "backbone.", "encoder.")
+_COUNTER = "num_batches_tracked"
+_COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict that is in memory already, and where it is from, for messages."""
+
+    state: Mapping[str, Tensor]
+    source: str
+
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Keys of the module that were loaded or are missing, and keys of the file that nobody took."""
+    """Keys of the module that were loaded or are missing, and keys of the file that nobody took.
+
+    renewed: of those missing, the ones that the file has for another number of classes.
+    """
 
     source: str
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
+    renewed: tuple[str, ...] = ()
+
+    @property
+    def num_tensors(self) -> int:
+        """Of the module, without counters of batches, which older files lack."""
+        return sum(not key.endswith(_COUNTER) for key in self.loaded) + len(self.missing)
+
+    @property
+    def share(self) -> float:
+        """How many of these the file knows, from 0 to 1."""
+        absent = len(self.missing) - len(self.renewed)
+        return 1 - absent / self.num_tensors
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.loaded)} tensors loaded"
-        if self.missing:
-            text += (
-                f"; {len(self.missing)} not in the file, left as they were: {_some(self.missing)}"
-            )
+        if self.renewed:
+            text += f"; made anew for another number of classes: {_some(self.renewed)}"
+        absent = tuple(key for key in self.missing if key not in self.renewed)
+        if absent:
+            text += f"; {len(absent)} not in the file, left as they were: {_some(absent)}"
         if self.left_over:
             text += f"; {len(self.left_over)} not used: {_some(self.left_over)}"
         return text
@@ -56,11 +89,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors file, or from a torch file read with weights_only=True.
 
     A file of slices, as a sharded run's checkpoints have them (NAME.1-of-8.safetensors), is joined
-    with its like. Raises InputError when the file is missing, unreadable, or holds anything but
+    with its like. A state dict within {"state_dict": ...}, {"model": ...} or {"model_state": ...}
+    is taken out. Raises InputError when the file is missing, unreadable, or holds anything but
     tensors by name.
     """
     path = Path(path)
-    action = "check the path after segmentor.init=, or write segmentor.init=random"
+    action = "check the path after init=, or write init=random"
     if not path.is_file():
         raise InputError(f"no file of weights at {path}", "a .safetensors or .pth file", action)
     is_safetensors = path.suffix == ".safetensors"
@@ -71,6 +105,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} cannot be read: {reason}", "a state dict of tensors only", action
         ) from None
+    state = _without_containers(state)
     if not isinstance(state, Mapping) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):
@@ -94,69 +129,164 @@ def _joined(path: Path) -> dict[str, Tensor]:
     return {key: torch.cat(rows) if len(rows) > 1 else rows[0] for key, rows in pieces.items()}
 
 
-def load_segmentor(segmentor: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Load a whole segmentor's weights, its encoder's, or those of AdvSemiSeg's DeepLabV2; see
-    load_into.
+def _without_containers(content: Any) -> Any:
+    """{"model": {"state_dict": {...}}} and the like -> the innermost mapping."""
+    while isinstance(content, Mapping):
+        held = [content[key] for key in _CONTAINERS if isinstance(content.get(key), Mapping)]
+        if not held:
+            break
+        content = held[0]
+    return content
 
-    Of the latter, atrous classifiers for another number of classes are left out and reported: its
-    COCO start has them. Raises InputError, too, when an encoder's `layout` is not the one that the
-    weights were trained with.
+
+def load_segmentor(
+    segmentor: nn.Module, weights: Weights, *, allow_partial: bool = False
+) -> LoadReport:
+    """Load a whole segmentor's weights, its encoder's, or those of AdvSemiSeg's DeepLabV2.
+
+    Names may have wrappers' prefixes (module., backbone., encoder., _orig_mod.), in any nesting.
+    What the file has for another number of classes keeps its initial weights and is reported.
+    allow_partial: take files with less than MIN_SHARE of the tensors too. Raises InputError when
+    shapes differ otherwise, no key or too few fit, two fit one tensor, or an encoder's `layout` is
+    not the one that the weights were trained with.
     """
     own = segmentor.state_dict()
-    names = _advsemiseg_names(state)
+    foreign = _advsemiseg_names(weights.state)
+    _check_layout(segmentor, weights, is_caffe=bool(foreign))
+    names = foreign or _names_in(own, weights)
+    num_scores = int(segmentor.num_classes) - getattr(segmentor, "is_sigmoid", False)  # type: ignore[arg-type]
+    module = segmentor
+    if not any(name in own and not name.startswith("encoder.") for name in names):
+        module = segmentor.encoder  # type: ignore[assignment]  # the file is of nothing else
+        names = {name.removeprefix("encoder."): key for name, key in names.items()}
+    return _load(module, names, weights, num_scores, None if allow_partial else "segmentor")
+
+
+def load_own(network: nn.Module, weights: Weights, num_classes: int) -> LoadReport:
+    """Load weights into a network of the user's own; see load_segmentor. Any share will do."""
+    return _load(network, _names_in(network.state_dict(), weights), weights, num_classes, None)
+
+
+def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport:
+    """Load a discriminator's weights; see load_segmentor. All but its input layers must fit."""
+    names = _names_in(discriminator.state_dict(), weights)
+    return _load(discriminator, names, weights, int(discriminator.num_classes), "discriminator")  # type: ignore[arg-type]
+
+
+def _check_layout(segmentor: nn.Module, weights: Weights, is_caffe: bool) -> None:
     layout = getattr(segmentor.encoder, "layout", None)
-    origin = "caffe" if names else "torchvision" if "fc.weight" in state else None
+    is_torchvision = any(_unwrapped(key)[0] == "fc.weight" for key in weights.state)
+    origin = "caffe" if is_caffe else "torchvision" if is_torchvision else None
     if layout and origin and layout != origin:
-        got = f"{source}: weights trained in the {origin} layout, for a network in the {layout} layout"
+        got = f"{weights.source}: weights trained in the {origin} layout, for a network in the "
+        got += f"{layout} layout"
         action = (
             f"choose another file, or deeplabv2_resnet101 with segmentor.options.layout={origin}"
         )
         raise InputError(got, "one layout (where a bottleneck has its stride)", action)
-    if not names:
-        is_whole = any(key.startswith("encoder.") for key in state)
-        return load_into(segmentor if is_whole else segmentor.encoder, state, source)  # type: ignore[arg-type]
-    renamed = {new: state[old] for new, old in names.items()}
-    for key in [key for key in renamed if key.startswith("aspp.") and key in own]:
-        if (
-            renamed[key].shape[:1] != own[key].shape[:1]
-            and renamed[key].shape[1:] == own[key].shape[1:]
-        ):
-            del renamed[key]
-    report = load_into(segmentor, renamed, source)
-    taken = {names[key] for key in report.loaded}
-    return replace(report, left_over=tuple(key for key in state if key not in taken))
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Copy every tensor of `state` whose key the module has; the rest of both sides goes into the
-    report.
+def _names_in(own: Collection[str], weights: Weights) -> dict[str, str]:
+    """Names as a network has them -> keys of the file, wrappers' prefixes understood.
 
-    A fully connected weight (out, in) fits a convolution (out, C, k, k) with C * k * k = in, as
-    when VGG's classifier is made convolutional. Raises InputError when shapes differ otherwise, or
-    no key fits.
+    Of a key that the network has not at all, the name without them.
+    """
+    unwrapped = {key: _unwrapped(key) for key in weights.state}
+    # where a file says which of its names are an encoder's, no others are
+    has_parts = any(in_encoder for _, in_encoder in unwrapped.values())
+    names: dict[str, str] = {}
+    for key, (name, in_encoder) in unwrapped.items():
+        inside = [] if has_parts and not in_encoder else [f"encoder.{name}"]
+        possible = [key, *inside, name] if in_encoder else [key, name, *inside]
+        name = next((candidate for candidate in possible if candidate in own), name)
+        if name in names and name in own:
+            got = f"{weights.source}: {names[name]} and {key} both stand for {name}"
+            raise InputError(got, "one network in the file", "save the one to start from alone")
+        names[name] = key
+    return names
+
+
+def _unwrapped(key: str) -> tuple[str, bool]:
+    """A key without wrappers' prefixes, and whether one of them says that it is an encoder's."""
+    name = key.replace(_COMPILED, "")
+    taken: set[str] = set()
+    while prefix := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), ""):
+        taken.add(prefix)
+        name = name.removeprefix(prefix)
+    return name, bool(taken & {"backbone.", "encoder."})
+
+
+def _load(
+    module: nn.Module,
+    names: Mapping[str, str],
+    weights: Weights,
+    num_scores: int,
+    whole_part: str | None,
+) -> LoadReport:
+    """Copy every tensor whose name the module has; the rest of both sides goes into the report.
+
+    names: names -> keys of the file. A fully connected weight (out, in) fits a convolution (out, C,
+    k, k) with C * k * k = in, as when VGG's classifier is made convolutional. whole_part: what to
+    call the module where it must be known to MIN_SHARE; None: any share will do.
     """
     own = module.state_dict()
-    loaded = tuple(key for key in own if key in state)
-    if not loaded:
-        got = f"{source}: none of its keys fits ({_some(tuple(state))})"
+    known = {name: weights.state[key] for name, key in names.items() if name in own}
+    if not known:
+        got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
-    for key in loaded:
-        if state[key].shape != own[key].shape and not _is_flat_convolution(state[key], own[key]):
-            got = f"{source}: {key} has shape {tuple(state[key].shape)}"
-            raise InputError(
-                got, f"shape {tuple(own[key].shape)}", "choose the file of this network"
-            )
-    module.load_state_dict(
-        {key: state[key].reshape(own[key].shape) for key in loaded}, strict=False
-    )
-    return LoadReport(
-        source=source,
-        loaded=loaded,
+    renewed = _of_other_classes(known, own, num_scores)
+    for name in known.keys() - renewed:
+        if known[name].shape != own[name].shape and not _is_flat_convolution(
+            known[name], own[name]
+        ):
+            got = f"{weights.source}: {name} has shape {tuple(known[name].shape)}"
+            needed = f"shape {tuple(own[name].shape)}"
+            raise InputError(got, needed, "choose the file of this network")
+    report = LoadReport(
+        source=weights.source,
+        loaded=tuple(name for name in own if name in known and name not in renewed),
         missing=tuple(
-            key for key in own if key not in state and not key.endswith("num_batches_tracked")
+            name
+            for name in own
+            if (name not in known or name in renewed) and not name.endswith(_COUNTER)
         ),
-        left_over=tuple(key for key in state if key not in own),
+        left_over=tuple(key for name, key in names.items() if name not in own or name in renewed),
+        renewed=tuple(name for name in own if name in renewed),
     )
+    if whole_part and report.share < MIN_SHARE:
+        raise _too_little(report, whole_part)
+    fitting = {name: known[name].reshape(own[name].shape) for name in report.loaded}
+    module.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _too_little(report: LoadReport, part: str) -> InputError:
+    known = f"{report.share:.0%} of the {report.num_tensors} tensors of the {part}"
+    got = f"{report.source}: only {known} are in it"
+    got += f" (missing: {_some(report.missing)}"
+    got += f"; unexpected: {_some(report.left_over)})" if report.left_over else ")"
+    action = f"choose the file of this network, or write {part}.init=random"
+    if part == "segmentor":
+        action = "choose the file of this network, or write segmentor.init_partial=true"
+    return InputError(got, f"at least {MIN_SHARE:.0%}", action)
+
+
+def _of_other_classes(
+    known: Mapping[str, Tensor], own: Mapping[str, Tensor], num_scores: int
+) -> set[str]:
+    """Names whose tensors differ from the module's in nothing but the number of classes.
+
+    That is: every size that differs is `num_scores` here and, there, one and the same number.
+    """
+    sizes: dict[str, set[int]] = {}
+    for name, tensor in known.items():
+        if tensor.ndim != own[name].ndim:
+            continue
+        pairs = set(zip(tensor.shape, own[name].shape, strict=True))
+        differing = {(there, here) for there, here in pairs if there != here}
+        if differing and all(here == num_scores for _, here in differing):
+            sizes[name] = {there for there, _ in differing}
+    return set(sizes) if len(set().union(*sizes.values())) == 1 else set()
 
 
 def _advsemiseg_names(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -168,7 +298,7 @@ def _advsemiseg_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """
     names = {}
     for key in state:
-        name = key.removeprefix("Scale.")
+        name = _unwrapped(key)[0].removeprefix("Scale.")
         is_classifier = name.startswith("layer5.conv2d_list.")
         names[
             name.replace("layer5.conv2d_list", "aspp") if is_classifier else f"encoder.{name}"

@@ -15,11 +15,12 @@ from distseg.config.schema import Config, OptimizerConfig
 from distseg.distributed.ranks import Ranks
 from distseg.parallel.ddp import DDPLearner
 from distseg.parallel.stopwatch import Stopwatch
+from distseg.parallel.torch_learner import BackwardStart
 from shards.errors import InputError
 
 __all__ = [
+    "BackwardStart",
     "Learner",
-    "Root",
     "backward",
     "check_installed",
     "check_settings",
@@ -27,20 +28,17 @@ __all__ = [
     "wrap",
 ]
 
-# where a backward begins: a tensor, and its gradient (None: 1, for a scalar)
-Root = tuple[Tensor, Tensor | None]
-
 
 class Learner(Protocol):
     """A network that can be trained, whatever spreads it over the ranks."""
 
-    network: nn.Module  # bare: its attributes and parameter count; its parameters may be slices
+    network: nn.Module  # bare: its attributes and parameter count; its parameters may be shards
     stopwatch: Stopwatch  # of this rank's last forward
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The network with all its parameters on this rank, for evaluation; called on every rank.
 
-        tensors: values to copy in instead of its own, named and sliced as in its state_dict.
+        tensors: values to copy in instead of its own, named and sharded as in its state_dict.
         """
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -49,11 +47,11 @@ class Learner(Protocol):
         The gradients of a later backward will be averaged over the ranks.
         """
 
-    def frozen(self, *inputs: Tensor) -> Any:
+    def forward_frozen(self, *inputs: Tensor) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss times this learner's loss scale (fp16), as every root of `backward` must be.
+        """The loss times this learner's loss scale (fp16), as every start of `backward` must be.
 
         Else itself.
         """
@@ -62,8 +60,8 @@ class Learner(Protocol):
         """Within it, a forward and its backward add up gradients that are not yet exchanged."""
 
     @staticmethod
-    def backward(work: Sequence[tuple[Any, Sequence[Root]]]) -> None:
-        """Gradients of several learners of this kind, each from its own roots.
+    def backward(work: Sequence[tuple[Any, Sequence[BackwardStart]]]) -> None:
+        """Gradients of several learners of this kind, each from its own starts.
 
         See `backward` below.
         """
@@ -84,11 +82,11 @@ class Learner(Protocol):
         """Copy in what `state_dict` gave."""
 
 
-def backward(work: Sequence[tuple[Learner, Sequence[Root]]]) -> None:
-    """Gradients of all learners of a step, each from its own roots, averaged over the ranks when
+def backward(work: Sequence[tuple[Learner, Sequence[BackwardStart]]]) -> None:
+    """Gradients of all learners of a step, each from its own starts, averaged over the ranks when
     this returns.
 
-    The learners are of one kind, and the roots of one lead to no parameter of another.
+    The learners are of one kind, and the starts of one lead to no parameter of another.
     """
     type(work[0][0]).backward(work)
 

@@ -5,27 +5,18 @@ Every rank holds the whole network, gradients are averaged as backward goes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.compat import ddp_without_buffer_broadcast
 from distseg.distributed.ranks import Ranks
-from distseg.parallel.torch_learner import TorchLearner, dtype_of
-from distseg.parallel.whole_copy import with_values
-
-# torch 2.13 renamed the argument
-_BROADCAST = (
-    "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-)
-_NO_BUFFER_BROADCAST: dict[str, Any] = {
-    "forward_sync_buffers" if _BROADCAST else "broadcast_buffers": False
-}
+from distseg.parallel.full_copy import copy_with
+from distseg.parallel.torch_learner import BackwardStart, TorchLearner, dtype_of
 
 
 class DDPLearner(TorchLearner):
@@ -41,21 +32,21 @@ class DDPLearner(TorchLearner):
         self._ddp = DistributedDataParallel(
             network,
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-            **_NO_BUFFER_BROADCAST,
             gradient_as_bucket_view=True,
+            **ddp_without_buffer_broadcast(),
         )
         super().__init__(network, self._ddp, optimizer, config, ranks)
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """See Learner.whole: it always is."""
-        return self.network if tensors is None else with_values(self.network, tensors)
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """See Learner.full_network: it always is."""
+        return self.network if tensors is None else copy_with(self.network, tensors)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See Learner.no_sync."""
         return self._ddp.no_sync()
 
     @staticmethod
-    def backward(work: Sequence[tuple[DDPLearner, Sequence[tuple[Tensor, Tensor | None]]]]) -> None:
+    def backward(work: Sequence[tuple[DDPLearner, Sequence[BackwardStart]]]) -> None:
         """See distseg.parallel.backward: ONE backward into the parameters of all learners.
 
         Autograd runs the graph made last first: the discriminator's gradients are ready, and their
@@ -63,6 +54,10 @@ class DDPLearner(TorchLearner):
         only at the very end. Naming the parameters leaves out every gradient that nobody asked for,
         such as the one to the fake label maps.
         """
-        parameters = [parameter for learner, _ in work for parameter in learner.trained]
-        roots, gradients = zip(*(root for _, roots in work for root in roots), strict=True)
-        torch.autograd.backward(roots, gradients, inputs=parameters)
+        parameters: list[Tensor] = []
+        starts: list[BackwardStart] = []
+        for learner, of_learner in work:
+            parameters += learner.trained
+            starts += of_learner
+        tensors, gradients = zip(*starts, strict=True)
+        torch.autograd.backward(tensors, gradients, inputs=parameters)

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.compat import (
+    begin_zero_backward,
+    begin_zero_micro_batch,
+    remove_forward_hooks,
+)
 from distseg.distributed.ranks import Ranks
 from distseg.parallel.deepspeed_config import generate, initialize
-from distseg.parallel.deepspeed_state import OptimizerState, gathered, whole_tensors
+from distseg.parallel.deepspeed_state import ZeroOptimizerState, full_tensors, gathered
+from distseg.parallel.full_copy import FullCopies, copy_with
 from distseg.parallel.optimizers import initial_state
-from distseg.parallel.torch_learner import TorchLearner
-from distseg.parallel.whole_copy import WholeCopy, with_values
+from distseg.parallel.torch_learner import BackwardStart, TorchLearner
 
 
 class DeepSpeedLearner(TorchLearner):
@@ -37,39 +42,39 @@ class DeepSpeedLearner(TorchLearner):
         network = network.to(ranks.device)
         super().__init__(network, network, optimizer, config, ranks)
         if self.stage > 0:
-            # ZeRO updates flat parts of parameters: the state is theirs, below
+            # ZeRO updates flat pieces of parameters: the state is theirs, below
             self.optimizer.state.clear()
-        self._copy = WholeCopy(network) if self.stage == 3 else None
+        self._full_copies = FullCopies(network) if self.stage == 3 else None
         self.engine = initialize(
             network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks
         )
-        # DeepSpeed's first broadcast cannot; and ZeRO flattens anyway
+        # not before: DeepSpeed's first broadcast cannot take it; and ZeRO flattens anyway
         if self.stage == 0 and config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             # in the format that parameters have now
             for parameter, state in self.optimizer.state.items():
                 state.update(initial_state(parameter, optimizer))
-        # timers and profiles, which a copy of the network for a moving average would keep
+        # stage 3 gathers in them; else they are timers, which a copy of the network would keep
         if self.stage < 3:
-            self.engine.module_forward_pre_hook.remove()
-            self.engine.module_forward_post_hook.remove()
-        self._split = (
-            OptimizerState(self.engine, self.optimizer, optimizer, self.stage)
-            if self.stage > 0
-            else None
-        )
+            remove_forward_hooks(self.engine)
+        self._zero_state: ZeroOptimizerState | None = None
+        if self.stage > 0:
+            self._zero_state = ZeroOptimizerState(
+                self.engine, self.optimizer, optimizer, self.stage
+            )
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         if self.stage > 0:
-            self.engine.optimizer.clear_backward_seen_flag()  # a part of the images begins
+            begin_zero_micro_batch(self.engine)
         return super().__call__(*inputs)
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """See Learner.whole. At stage 3 a copy, as of this call."""
-        if self._copy is None:
-            return self.network if tensors is None else with_values(self.network, tensors)
-        return self._copy(self.network, whole_tensors(self.network) if tensors is None else tensors)
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """See Learner.full_network. At stage 3 a copy, as of this call."""
+        if self._full_copies is None:
+            return self.network if tensors is None else copy_with(self.network, tensors)
+        values = full_tensors(self.network) if tensors is None else tensors
+        return self._full_copies.make(self.network, values)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -84,23 +89,21 @@ class DeepSpeedLearner(TorchLearner):
             self.engine.set_gradient_accumulation_boundary(True)
 
     @staticmethod
-    def backward(
-        work: Sequence[tuple[DeepSpeedLearner, Sequence[tuple[Tensor, Tensor | None]]]],
-    ) -> None:
+    def backward(work: Sequence[tuple[DeepSpeedLearner, Sequence[BackwardStart]]]) -> None:
         """See distseg.parallel.backward.
 
         One backward of each engine, from the one scalar that it takes.
         """
-        for learner, roots in reversed(work):
-            terms = [
-                root if gradient is None else (root * gradient).sum() for root, gradient in roots
+        for learner, starts in reversed(work):
+            scalars = [
+                tensor if gradient is None else (tensor * gradient).sum()
+                for tensor, gradient in starts
             ]
-            learner._backward(torch.stack(terms).sum())
+            learner._backward(torch.stack(scalars).sum())
 
     def _backward(self, total: Tensor) -> None:
-        if self.stage > 0:  # what the engine's own forward would have prepared
-            self.engine.optimizer.backward_prologue()
-            self.engine.optimizer.enter_backward()
+        if self.stage > 0:
+            begin_zero_backward(self.engine)
             if self._loss_scale is not None:
                 scale = float(self._loss_scale.scale)
                 self.engine.optimizer.override_loss_scale(scale)
@@ -121,17 +124,21 @@ class DeepSpeedLearner(TorchLearner):
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """See Learner.state_dict.
 
-        Whole tensors on every rank, named as under DDP, whatever the stage.
+        Full tensors on every rank, named as under DDP, whatever the stage.
         """
-        return super().state_dict() | {"network": whole_tensors(self.network)}
+        return super().state_dict() | {"network": full_tensors(self.network)}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """See Learner.load_state_dict. Called on every rank, with the same tensors."""
         with gathered(list(self.network.parameters()), changed=True):
             super().load_state_dict(state)
-        if self._split is not None:
+        if self._zero_state is not None:
             self.engine.optimizer.refresh_fp32_params()
-            self._split.set(self._named, state["optimizer"])
+            self._zero_state.set(self._named, state["optimizer"])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        return super()._optimizer_tensors() if self._split is None else self._split.get(self._named)
+        return (
+            super()._optimizer_tensors()
+            if self._zero_state is None
+            else self._zero_state.get(self._named)
+        )

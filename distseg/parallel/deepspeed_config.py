@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.compat import without_shared_memory_kernel
 from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
 
@@ -25,24 +28,34 @@ BUCKET = 2**23
 
 # What of a user's file may stand on top of ours; the alternating step is proven with nothing else.
 ALLOWED = [
-    *(
-        "zero_optimization",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-    ),
-    *("comms_logger", "steps_per_print", "dump_state", "memory_breakdown"),
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "steps_per_print",
+    "dump_state",
+    "memory_breakdown",
 ]
 ALLOWED_ZERO = [
-    *("contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions"),
-    *("allgather_bucket_size", "overlap_comm", "sub_group_size", "round_robin_gradients"),
-    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
-    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"),
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "sub_group_size",
+    "round_robin_gradients",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
 ]
 OURS = {  # DeepSpeed's key -> the key of ours that says it
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "accumulate_steps",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "segmentor_optimizer.clip_norm and discriminator_optimizer.clip_norm",
     "optimizer": "segmentor_optimizer and discriminator_optimizer",
     "scheduler": "schedule",
@@ -54,10 +67,12 @@ OURS = {  # DeepSpeed's key -> the key of ours that says it
 
 
 def check(config: Config) -> None:
-    """Raise InputError for what does not go with parallel.strategy=deepspeed; needs no DeepSpeed."""
-    what = (
-        f"parallel.strategy=deepspeed with {{}}, parallel.zero_stage={config.parallel.zero_stage}"
-    )
+    """Raise InputError for what does not go with parallel.strategy=deepspeed.
+
+    Needs no DeepSpeed.
+    """
+    stage = config.parallel.zero_stage
+    what = f"parallel.strategy=deepspeed with {{}}, parallel.zero_stage={stage}"
     if config.precision == "fp64":
         needed = "precision=fp32, bf16 or fp16: DeepSpeed updates parameters in fp32"
         raise InputError(what.format("precision=fp64"), needed, "or write parallel.strategy=ddp")
@@ -65,7 +80,7 @@ def check(config: Config) -> None:
         raise InputError(
             what.format("compile=true"), "compile=false", "or write parallel.strategy=ddp"
         )
-    if config.ema_decay > 0 and config.parallel.zero_stage == 3:
+    if config.ema_decay > 0 and stage == 3:
         needed = "whole parameters at every step, which stage 3 does not keep"
         action = "write parallel.zero_stage=2, or ema_decay=0"
         raise InputError(what.format(f"ema_decay={config.ema_decay}"), needed, action)
@@ -109,21 +124,18 @@ def generate(
     passes go through its graph, the proxy's and its own, and DeepSpeed gathers a parameter for as
     many as there were forward passes.
     """
-    stage, size = (
-        config.parallel.zero_stage,
-        sum(parameter.numel() for parameter in network.parameters()),
-    )
+    stage = config.parallel.zero_stage
+    size = sum(parameter.numel() for parameter in network.parameters())
     bucket = max(2, min(BUCKET, size) // 2 * 2)  # an even number, or DeepSpeed refuses it
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    micro_batch = config.batch_size // world_size // config.gradient_accumulation_steps
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": max(
-            1, config.batch_size // world_size // config.accumulate_steps
-        ),
-        # parts of a step are added up by `no_sync`, and divided by nobody
+        "train_micro_batch_size_per_gpu": max(1, micro_batch),
+        # micro-batches are added up by `no_sync`, and divided by nobody
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm if stage else 0.0,
         "zero_allow_untested_optimizer": True,
@@ -143,40 +155,58 @@ def initialize(
 
     Raises InputError for a value that DeepSpeed does not take.
     """
-    # It would take a GPU that it sees, whatever device=cpu says; read when it is imported first.
-    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
-    import deepspeed
+    deepspeed = _quiet_deepspeed(ranks.device)
     from pydantic import ValidationError  # which DeepSpeed requires
 
-    # its warnings are of our optimizer, which it has not tested
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings(
-        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
-    )  # its own calls
-    # An all-reduce for inference on CPUs, which nobody calls here: made with a C++ compiler and
-    # ninja at every start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It insists on it, and takes it for the number of the GPU, which need not be the local rank: a
-    # launcher may show each process its own GPU alone. Stage 3 reads it again in every forward.
-    launched_with = os.environ.get("LOCAL_RANK")
     number = ranks.local_rank if ranks.device.index is None else ranks.device.index
-    os.environ["LOCAL_RANK"] = str(number)
+    # stage 3 reads it again in every forward
+    is_kept = settings["zero_optimization"]["stage"] == 3
     try:
-        engine, *_ = deepspeed.initialize(
-            args=SimpleNamespace(device_rank=number),
-            model=network,
-            optimizer=optimizer,
-            config=settings,
-            dist_init_required=False,
-        )
+        with _device_number_as_local_rank(number, is_kept):
+            engine, *_ = deepspeed.initialize(
+                args=SimpleNamespace(device_rank=number),
+                model=network,
+                optimizer=optimizer,
+                config=settings,
+                dist_init_required=False,
+            )
     except ValidationError as error:
         got = f"DeepSpeed's settings: {error}"
         raise InputError(
             got, "values of DeepSpeed's types", "correct the file parallel.deepspeed_config"
         ) from None
+    return engine
+
+
+def _quiet_deepspeed(device: torch.device) -> Any:
+    """The package, without what it would do and say on its own account."""
+    # It would take a GPU that it sees, whatever device=cpu says; read when it is imported first.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # its warnings are of our optimizer, which it has not tested
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # these are of its own calls
+    warnings.filterwarnings(
+        "ignore", message=".*(all_gather_into|reduce_scatter)_tensor", category=FutureWarning
+    )
+    without_shared_memory_kernel(deepspeed)
+    return deepspeed
+
+
+@contextmanager
+def _device_number_as_local_rank(number: int, is_kept: bool) -> Iterator[None]:
+    """LOCAL_RANK set to the number of this process's GPU, and afterwards back, unless `is_kept`.
+
+    DeepSpeed insists on the variable and takes it for that number, which need not be the local
+    rank: a launcher may show each process its own GPU alone.
+    """
+    launched_with = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(number)
+    try:
+        yield
     finally:
-        if settings["zero_optimization"]["stage"] < 3:
+        if not is_kept:
             del os.environ["LOCAL_RANK"]
             if launched_with is not None:
                 os.environ["LOCAL_RANK"] = launched_with
-    return engine

@@ -1,4 +1,4 @@
-"""FSDP2: every rank holds a slice of each parameter, its gradient and its optimizer state."""
+"""FSDP2: every rank holds a shard of each parameter, its gradient and its optimizer state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 
 from distseg.config.schema import Config, OptimizerConfig
 from distseg.distributed.ranks import Ranks, all_reduce_sum
-from distseg.parallel.slices import of_same_slice, slice_of
-from distseg.parallel.torch_learner import TorchLearner, dtype_of
-from distseg.parallel.whole_copy import WholeCopy
+from distseg.parallel.full_copy import FullCopies
+from distseg.parallel.parameter_shards import shard_of, sharded_like
+from distseg.parallel.torch_learner import BackwardStart, TorchLearner, dtype_of
 
 # The segmentor's logits are a view, of which FSDP warns at every start; nothing here changes them
 # in place.
@@ -39,23 +39,24 @@ class FSDPLearner(TorchLearner):
         self, network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks
     ):
         # FSDP shards contiguous parameters only; channels_last is then a matter of the images
-        network = network.to(ranks.device, dtype_of(config)).to(
-            memory_format=torch.contiguous_format
-        )  # type: ignore[call-overload]
-        self._copy = WholeCopy(network)
+        layout = torch.contiguous_format
+        network = network.to(ranks.device, dtype_of(config)).to(memory_format=layout)  # type: ignore[call-overload]
+        self._full_copies = FullCopies(network)
         mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
         for block in blocks(network):
             fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh)
         self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
-        held: dict[Tensor, Tensor] = {
-            p: nn.Parameter(slice_of(p).rows, p.requires_grad) for p in network.parameters()
+        own_shards: dict[Tensor, Tensor] = {
+            parameter: nn.Parameter(shard_of(parameter).rows, parameter.requires_grad)
+            for parameter in network.parameters()
         }
-        super().__init__(network, network, optimizer, config, ranks, held)
+        super().__init__(network, network, optimizer, config, ranks, own_shards=own_shards)
 
-    def whole(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """See Learner.whole: a copy, as of this call."""
-        return self._copy(self.network, self.network.state_dict() if tensors is None else tensors)
+    def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """See Learner.full_network: a copy, as of this call."""
+        values = self.network.state_dict() if tensors is None else tensors
+        return self._full_copies.make(self.network, values)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -67,9 +68,7 @@ class FSDPLearner(TorchLearner):
             self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     @staticmethod
-    def backward(
-        work: Sequence[tuple[FSDPLearner, Sequence[tuple[Tensor, Tensor | None]]]],
-    ) -> None:
+    def backward(work: Sequence[tuple[FSDPLearner, Sequence[BackwardStart]]]) -> None:
         """See distseg.parallel.backward: ONE backward, the discriminator's graph first, as it was
         made last.
 
@@ -77,22 +76,26 @@ class FSDPLearner(TorchLearner):
         backward towards named tensors goes past them. The gradient that reaches the fake label
         maps, a leaf, is lost with them.
         """
-        roots, gradients = zip(*(root for _, roots in work for root in roots), strict=True)
-        torch.autograd.backward(roots, gradients)
+        starts: list[BackwardStart] = []
+        for _, of_learner in work:
+            starts += of_learner
+        tensors, gradients = zip(*starts, strict=True)
+        torch.autograd.backward(tensors, gradients)
 
     def _take_gradients(self) -> None:
-        for parameter, tensor in self._held.items():
+        for parameter, tensor in self._own_shards.items():
             if parameter.grad is not None:
-                tensor.grad, parameter.grad = slice_of(parameter.grad).rows, None
+                tensor.grad = shard_of(parameter.grad).rows
+                parameter.grad = None  # or the next backward would add to it
 
-    def _norm_of_all(self, norm: Tensor) -> Tensor:
+    def _norm_over_ranks(self, norm: Tensor) -> Tensor:
         # Over ALL ranks, so that all get the same bits and decide alike; each replica adds the same
         squares = all_reduce_sum(norm.double().square()) / self._num_replicas
         return squares.sqrt().to(norm.dtype)
 
-    def _as_part_of(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+    def _sharded_as(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         counts_steps = tensor.ndim == 0  # AdamW's; no parameter is a single number
-        return tensor if counts_steps else of_same_slice(tensor, parameter)
+        return tensor if counts_steps else sharded_like(tensor, parameter)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -102,14 +105,12 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     Others are used through more than their forward, such as a weight that is read by the layer
     around it.
     """
+    containers = (nn.Sequential, nn.ModuleList)
     found: list[nn.Module] = []
     for child in network.children():
-        is_layer = isinstance(network, nn.Sequential | nn.ModuleList)
-        is_layer = is_layer and not isinstance(child, nn.Sequential | nn.ModuleList)
-        if (
-            is_layer
-            and sum(parameter.numel() for parameter in child.parameters()) >= BLOCK_PARAMETERS
-        ):
+        is_layer = isinstance(network, containers) and not isinstance(child, containers)
+        num_parameters = sum(parameter.numel() for parameter in child.parameters())
+        if is_layer and num_parameters >= BLOCK_PARAMETERS:
             found.append(child)
         else:
             found += blocks(child)

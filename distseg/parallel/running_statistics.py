@@ -8,16 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distseg.distributed.compat import BATCH_NORM
 from distseg.distributed.ranks import all_reduce_sum
 
 
 class RunningStatistics:
-    """The running means and variances of a network whose copies on the ranks see different images."""
+    """A network's running means and variances, where its copies see different images."""
 
     def __init__(self, network: nn.Module):
-        self._layers = [
-            m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
+        self._layers = [layer for layer in network.modules() if isinstance(layer, BATCH_NORM)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -28,10 +27,11 @@ class RunningStatistics:
         with all the data would keep, but for the variance between the ranks' means. Not finite on
         any rank: all keep those of before.
         """
-        moving = [layer for layer in self._layers if layer.training]
-        buffers = [
-            b for layer in moving for b in (layer.running_mean, layer.running_var) if b is not None
-        ]
+        buffers: list[Tensor] = []
+        for layer in self._layers:
+            for buffer in (layer.running_mean, layer.running_var):
+                if layer.training and buffer is not None:
+                    buffers.append(buffer)
         before = torch.cat(buffers) if buffers else None
         yield
         if before is not None:
@@ -41,7 +41,8 @@ class RunningStatistics:
 def _average(buffers: list[Tensor], before: Tensor) -> None:
     mean = all_reduce_sum(torch.cat(buffers)).div_(torch.distributed.get_world_size())
     kept = torch.where(mean.isfinite().all(), mean, before)
-    for buffer, values in zip(buffers, kept.split([b.numel() for b in buffers]), strict=True):
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, values in zip(buffers, kept.split(sizes), strict=True):
         # .data: autograd kept the buffer for the backward, which in training reads the batch's
         # statistics instead
         buffer.data.copy_(values)

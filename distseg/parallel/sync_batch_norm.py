@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
+from distseg.distributed.compat import SYNC_BATCH_NORM_FUNCTION
 from distseg.distributed.ranks import all_reduce_sum
 from distseg.models.batch_norm import BatchNorm2d
 
@@ -15,9 +15,13 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
     """A BatchNorm2d whose statistics in training are those of all ranks' images, with the gradients
     that follow.
 
-    Every rank must hold as many values, as equal shares of a batch do. On a GPU this is torch's own
-    kernel; torch has none for the CPU, so there it is written out: mean and variance in two
-    all-reduces, and two more in the backward.
+    Every rank must hold as many values, as equal shares of a batch do. On a GPU this is what
+    nn.SyncBatchNorm runs; torch has nothing for the CPU, so there it is written out: mean and
+    variance in two all-reduces, and two more in the backward.
+
+    Not nn.SyncBatchNorm itself on the GPU: the layer is chosen when the network is built, before
+    the device is known, and nn.SyncBatchNorm raises ValueError on a CPU, as does DDP around a
+    network that contains one (torch 2.13.0).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,18 +29,26 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
             return super().forward(x)
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         if x.is_cuda:
-            statistics = (self.running_mean, self.running_var)
-            group = (dist.group.WORLD, dist.get_world_size())
-            return TorchFunction.apply(
-                x, self.weight, self.bias, *statistics, self.eps, self.momentum, *group
+            return SYNC_BATCH_NORM_FUNCTION.apply(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                self.eps,
+                self.momentum,
+                dist.group.WORLD,
+                dist.get_world_size(),
             )
-        wide = x if x.dtype == torch.float64 else x.float()
+        return self._normalised_on_cpu(x)
+
+    def _normalised_on_cpu(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()  # sums of bf16 would lose digits
         mean = _over_ranks(wide.mean((0, 2, 3)))
         centred = wide - mean[:, None, None]
         variance = _over_ranks(centred.square().mean((0, 2, 3)))
-        self._track(
-            mean.detach(), variance.detach(), x.numel() // x.shape[1] * dist.get_world_size()
-        )
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        self._track(mean.detach(), variance.detach(), count)
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
@@ -48,7 +60,7 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
 
 
 def synchronise(network: nn.Module) -> int:
-    """Make every batch normalisation of a network one over all ranks; returns how many there are."""
+    """Make every batch normalisation of a network one over all ranks; returns their number."""
     layers = [layer for layer in network.modules() if type(layer) is BatchNorm2d]
     for layer in layers:
         layer.__class__ = SynchronisedBatchNorm2d  # the same parameters, buffers and names

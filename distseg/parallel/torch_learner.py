@@ -16,12 +16,15 @@ from distseg.parallel.optimizers import LossScale, build_optimizer, clip, guarde
 from distseg.parallel.running_statistics import RunningStatistics
 from distseg.parallel.stopwatch import Stopwatch
 
+# Where a backward begins: a tensor, and the gradient that has reached it (None: 1, for a scalar)
+BackwardStart = tuple[Tensor, Tensor | None]
+
 
 class TorchLearner:
     """A network already spread over the ranks, with its optimizer; see distseg.parallel.Learner.
 
-    forward: the network with whatever exchanges its gradients. held: the tensor that this rank
-    holds of a parameter, which the optimizer works on; the parameter itself, where it is whole.
+    forward: the network with whatever exchanges its gradients. own_shards: the tensor that this
+    rank holds of a parameter, which the optimizer works on; None: the parameters themselves.
     """
 
     def __init__(
@@ -31,17 +34,20 @@ class TorchLearner:
         optimizer: OptimizerConfig,
         config: Config,
         ranks: Ranks,
-        held: dict[Tensor, Tensor] | None = None,
+        *,
+        own_shards: dict[Tensor, Tensor] | None = None,
     ):
         self.network, self._forward = network, forward
-        # now: under FSDP a forward puts whole ones in their place
+        # listed now, as under FSDP a forward puts full ones in their place
         self._named = dict(network.named_parameters())
-        self._held = held or {parameter: parameter for parameter in self._named.values()}
-        self.optimizer = build_optimizer(network, optimizer, self._held)
+        parameters = list(self._named.values())
+        self._own_shards = own_shards or dict(zip(parameters, parameters, strict=True))
+        self.optimizer = build_optimizer(network, optimizer, self._own_shards)
         self.clip_norm = optimizer.clip_norm
         self.trained = [
-            self._held[parameter] for parameter in self._named.values() if parameter.requires_grad
+            self._own_shards[parameter] for parameter in parameters if parameter.requires_grad
         ]
+        # on the device, so that counting waits for nothing
         self.counters = {
             name: torch.zeros((), device=ranks.device) for name in ("skips", "skips_in_a_row")
         }
@@ -63,8 +69,8 @@ class TorchLearner:
         ):
             return self._forward(*inputs)
 
-    def frozen(self, *inputs: Tensor) -> Any:
-        """See Learner.frozen."""
+    def forward_frozen(self, *inputs: Tensor) -> Any:
+        """See Learner.forward_frozen."""
         with autocast(self._device_type, self._autocast_dtype):
             return self.network(*inputs)
 
@@ -91,8 +97,8 @@ class TorchLearner:
         """
         self._take_gradients()
         if self._loss_scale is not None:
-            self._loss_scale.unscale(self.trained)
-        norm = clip(self.trained, self.clip_norm, self._norm_of_all)
+            self._loss_scale.unscale(self.trained)  # before the norm, which is the user's unit
+        norm = clip(self.trained, self.clip_norm, self._norm_over_ranks)
         skipped = guarded_step(self.optimizer, norm)
         self.optimizer.zero_grad()
         return norm, skipped
@@ -100,11 +106,11 @@ class TorchLearner:
     def _take_gradients(self) -> None:
         """Give the gradients of this step to the tensors in `trained`.
 
-        Where parameters are whole, they have them.
+        Where parameters are not sharded, they have them.
         """
 
-    def _norm_of_all(self, norm: Tensor) -> Tensor:
-        """The norm of the whole gradient from that of this rank's part."""
+    def _norm_over_ranks(self, norm: Tensor) -> Tensor:
+        """The norm of the full gradient from that of this rank's shards."""
         return norm
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -116,14 +122,13 @@ class TorchLearner:
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """See Learner.load_state_dict. Copies into the existing tensors: their memory format stays."""
+        """See Learner.load_state_dict. Copies into the same tensors: their memory format stays."""
         self.network.load_state_dict(state["network"])
-        for part in ("optimizer", "counters"):
-            own = self._optimizer_tensors() if part == "optimizer" else self._counts()
-            if own.keys() != state[part].keys():
-                raise KeyError(
-                    f"{part} state: {sorted(own.keys() ^ state[part].keys())[:4]} on one side only"
-                )
+        own_parts = {"optimizer": self._optimizer_tensors(), "counters": self._counts()}
+        for part, own in own_parts.items():
+            different = own.keys() ^ state[part].keys()
+            if different:
+                raise KeyError(f"{part} state: {sorted(different)[:4]} on one side only")
             for name, tensor in own.items():
                 tensor.copy_(state[part][name])
 
@@ -131,14 +136,15 @@ class TorchLearner:
         return self.counters | ({} if self._loss_scale is None else self._loss_scale.state())
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{kind}/{name}": self._as_part_of(parameter, tensor)
-            for name, parameter in self._named.items()
-            for kind, tensor in self.optimizer.state.get(self._held[parameter], {}).items()
-        }
+        tensors = {}
+        for name, parameter in self._named.items():
+            state = self.optimizer.state.get(self._own_shards[parameter], {})
+            for kind, tensor in state.items():
+                tensors[f"{kind}/{name}"] = self._sharded_as(parameter, tensor)
+        return tensors
 
-    def _as_part_of(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """An optimizer's tensor, as a slice where its parameter is one."""
+    def _sharded_as(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """An optimizer's tensor, as a shard where its parameter is one."""
         return tensor
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,26 +16,25 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from distseg.evaluate.summary import of_seeds, spread
+from distseg.config.names import with_full_names
+from distseg.evaluate import document
+from distseg.report.comparison import (
+    Curve,
+    Run,
+    check_distinct,
+    differences,
+    distinct_names,
+    grouped,
+    plain,
+    thin,
+)
 from distseg.runs import attempts
+from distseg.tracking.catalogue import CLASS_IOU, HEALTH, MEAN_IOU, SCORES, STEP_SECONDS
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
-from distseg.tracking.verdicts import NAMED
-from shards.errors import InputError
 
-MAX_POINTS = 1200  # of a curve: more than a screen has; longer ones become means of neighbours
 PANEL_PX, PANEL_QUALITY = 1400, 82  # of the pictures in the page, which have text in them
 _NO_SERIES = ("step", "time", "images")
-# keys in which the runs of one group, whose mean is taken, may differ
-_OF_ONE_GROUP = (
-    *("seed", "run_dir", "device", "max_skips", "data.shards", "data.cache_", "data.num_threads"),
-    *("tracking.", "checkpoint.", "parallel.", "evaluate.num_pictures", "data.allow_unverified"),
-)
-SCORES = ("mean_iou", "pixel_accuracy", "mean_class_accuracy", "frequency_weighted_iou")
-_IOU = "val/iou/"
-
-Run = dict[str, Any]
-Curve = tuple[list[int], list[float | None]]  # steps, values
 
 
 def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
@@ -46,43 +43,25 @@ def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
 
     Raises InputError for a run that is named twice.
     """
-    for place, path in enumerate(run_dirs):
-        if path.resolve() in (other.resolve() for other in run_dirs[:place]):
-            raise InputError(f"{path} twice", "each run once", "name it once")
+    check_distinct(run_dirs)
     runs = [collect(path) for path in run_dirs]
     thin(runs)
     for run, name in zip(runs, distinct_names(run_dirs), strict=True):
         run["name"] = name
-    groups = grouped(runs)
-    checks = {
-        name: {"title": c.title, "meaning": c.meaning, "advice": c.advice}
-        for name, c in NAMED.items()
-    }
-    return {"runs": runs, "groups": groups, "differences": differences(runs), "checks": checks}
-
-
-def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Each path's last part, with as many parts before it as all need to differ.
-
-    The paths are distinct.
-    """
-    parts = [path.resolve().parts for path in paths]
-    counts = range(1, max(len(p) for p in parts) + 1)
-    named = (["/".join(p[-count:]) for p in parts] for count in counts)
-    return next(names for names in named if len(set(names)) == len(names))
+    return {"runs": runs, "groups": grouped(runs), "differences": differences(runs)}
 
 
 def collect(run_dir: Path) -> Run:
     """One run. Raises InputError where there is no metrics.jsonl that can be read."""
     rows = read_metrics(run_dir / METRICS_FILE)
-    config = flat(_yaml(run_dir / "config.yaml"))
-    evaluation = _json(run_dir / "evaluation.json")
-    iou = [row for row in rows if any(name.startswith(_IOU) for name in row)]
-    classes = [
-        name.removeprefix(_IOU) for name in (iou[-1] if iou else {}) if name.startswith(_IOU)
-    ]
-    scores = next((row for row in reversed(rows) if "val/mean_iou" in row), {}) | evaluation
+    saved = _yaml(run_dir / "config.yaml")
+    config = flat(with_full_names(saved) if isinstance(saved, dict) else {})
+    evaluation = _evaluation(run_dir / "evaluation.json")
+    evaluations = [row for row in rows if _classes(row)]
+    classes = _classes(evaluations[-1] if evaluations else {})
     last = max((row["step"] for row in rows), default=0)
+    evaluated_at = evaluation.get("step", last) if evaluation else None
+    scores = next((row for row in reversed(rows) if MEAN_IOU in row), {}) | evaluation
     return {
         "mode": config.get("mode"),
         "preset": config.get("preset"),
@@ -90,23 +69,28 @@ def collect(run_dir: Path) -> Run:
         "step": last,
         "steps": config.get("steps"),
         "minutes": _minutes(rows),
-        "is_finished": bool(evaluation)
-        and evaluation.get("step", last) == config.get("steps", last),
-        "scores": {name: _plain(scores.get(f"val/{name}")) for name in SCORES},
+        "is_finished": evaluated_at is not None and evaluated_at == config.get("steps", last),
+        "scores": {score.name: plain(scores.get(score.name)) for score in SCORES},
         "num_images": scores.get("num_images"),
         "series": series(rows),
         "classes": classes,
-        "iou": [
-            {"step": row["step"], "values": [_plain(row.get(_IOU + name)) for name in classes]}
-            for row in iou
-        ],
+        "iou": [_class_iou(row, classes) for row in evaluations],
         "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
-        "health": lanes(rows),
-        "attempts": starts(run_dir),
+        "health": health_spans(rows),
+        "attempts": attempt_rows(run_dir),
         "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
         "config": config,
     }
+
+
+def _classes(scores: dict[str, Any]) -> list[str]:
+    return [name.removeprefix(CLASS_IOU) for name in scores if name.startswith(CLASS_IOU)]
+
+
+def _class_iou(row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    values = [plain(row.get(CLASS_IOU + name)) for name in classes]
+    return {"step": row["step"], "values": values}
 
 
 def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
@@ -114,61 +98,23 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for row in rows:
         for name, value in row.items():
-            if (
-                name not in _NO_SERIES
-                and not name.startswith((_IOU, "health/"))
-                and isinstance(value, (int, float))
-            ):
+            is_curve = name not in _NO_SERIES and not name.startswith((CLASS_IOU, HEALTH))
+            if is_curve and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
-                values.append(_plain(value))
+                values.append(plain(value))
     return found
 
 
-def thin(runs: Sequence[Run]) -> None:
-    """Replace every metric that has more than MAX_POINTS in some run by means, on one grid of steps
-    for all runs.
-    """
-    for name in {name for run in runs for name in run["series"]}:
-        having = [run["series"] for run in runs if name in run["series"]]
-        if max(len(curves[name][0]) for curves in having) > MAX_POINTS:
-            width = _round(max(curves[name][0][-1] for curves in having) / MAX_POINTS)
-            for curves in having:
-                steps, values = curves[name]
-                curves[name] = thinned(steps, values, width)
-
-
-def thinned(steps: list[int], values: list[float | None], width: int) -> Curve:
-    """Means over `width` steps, at the last of them or of the run.
-
-    None for one with a value that is not finite.
-    """
-    parts: dict[int, list[float | None]] = {}
-    for step, value in zip(steps, values, strict=True):
-        parts.setdefault(min(-(-step // width) * width, steps[-1]), []).append(value)
-    return list(parts), [_mean(part) for part in parts.values()]
-
-
-def _mean(values: list[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return _plain(statistics.fmean(there)) if len(there) == len(values) else None
-
-
-def _round(value: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... that is no smaller."""
-    power = 10 ** max(0, math.floor(math.log10(value)))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value)
-
-
-def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every verdict whose signal is in the run's rows: from which step to which it held (to
+def health_spans(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every check whose signal is in the run's rows: from which step to which it held (to
     None: still does).
 
     judged_from: the step from which on there were rows enough to tell, None where there are not.
     """
     health = Health(rows)
     spans: dict[str, list[dict[str, Any]]] = {
-        name.removeprefix("health/"): [] for name in health.flags()
+        name.removeprefix(HEALTH): [] for name in health.flags()
     }
     for event in health.events:
         if event.raised:
@@ -183,114 +129,25 @@ def lanes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def starts(run_dir: Path) -> list[dict[str, Any]]:
-    """One row for each attempt, with times in the time zone of the machine that makes the report."""
+def attempt_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """One row for each attempt; times are in the zone of the machine that makes the report."""
     found = attempts.read(run_dir)
     rows = []
     for attempt in found:
         may_run = attempt.ended is None and attempt is found[-1]
-        rows.append(
-            {
-                "label": attempt.label,
-                "started": _local(attempt.started),
-                "ended": _local(attempt.ended),
-                "hosts": ", ".join(attempt.hosts),
-                "ranks": attempt.world_size,
-                "from step": attempt.first_step,
-                "to step": attempt.last_step,
-                "outcome": "running or killed" if may_run else attempt.outcome,
-                "reason": attempt.reason,
-            }
-        )
+        row: dict[str, Any] = {"label": attempt.label}
+        row |= {"started": _local(attempt.started), "ended": _local(attempt.ended)}
+        row |= {"hosts": ", ".join(attempt.hosts), "ranks": attempt.world_size}
+        row |= {"from step": attempt.first_step, "to step": attempt.last_step}
+        row["outcome"] = "running or killed" if may_run else attempt.outcome
+        rows.append(row | {"reason": attempt.reason})
     return rows
 
 
 def _local(seconds: float | None) -> str | None:
-    return (
-        None
-        if seconds is None
-        else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    )
-
-
-def grouped(runs: list[Run]) -> list[dict[str, Any]]:
-    """Runs whose configurations differ in nothing but the seed and where they ran, with the mean of
-    finished ones.
-
-    note: over how many runs the mean is taken, and why over no more.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        kept = {
-            key: value for key, value in run["config"].items() if not key.startswith(_OF_ONE_GROUP)
-        }
-        groups.setdefault(json.dumps(kept, sort_keys=True, default=str), []).append(index)
-    found = []
-    for members in groups.values():
-        own = [runs[i] for i in members]
-        finished = [run for run in own if run["is_finished"]]
-        scores = {name: _mean_and_spread(finished, name) for name in SCORES}
-        found.append(
-            {
-                "runs": members,
-                "name": _common_name(own),
-                "note": _note(own, finished),
-                "scores": scores,
-            }
-        )
-    return found
-
-
-def _common_name(runs: list[Run]) -> str:
-    seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
-    return (
-        runs[0]["name"]
-        if len(runs) == 1
-        else f"{runs[0]['preset'] or 'run'}, {runs[0]['mode']}, seeds {seeds}"
-    )
-
-
-def _note(runs: list[Run], finished: list[Run]) -> str:
-    notes = [f"n = {len(finished)} of {len(runs)}"]
-    others = [run["name"] for run in runs if run not in finished]
-    if others:
-        notes.append(f"{_listed(others)} {'is' if len(others) == 1 else 'are'} not finished")
-    for seed in dict.fromkeys(run["seed"] for run in finished):
-        same = [run["name"] for run in finished if run["seed"] == seed]
-        if len(same) > 1:
-            notes.append(f"{_listed(same)} have seed {seed} and count as one")
-    return "; ".join(notes)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _mean_and_spread(runs: list[Run], name: str) -> dict[str, Any]:
-    """Mean and sample standard deviation of a score over distinct seeds.
-
-    None where a run lacks the score.
-    """
-    values = [run["scores"][name] for run in runs]
-    if not values or None in values:
-        return {"mean": None, "spread": None, "count": 0}
-    each = of_seeds([run["seed"] for run in runs], values)
-    return {
-        "mean": statistics.fmean(each),
-        "spread": spread(each) if len(each) > 1 else None,
-        "count": len(each),
-    }
-
-
-def differences(runs: list[Run]) -> list[dict[str, Any]]:
-    """The configuration keys in which the runs differ, with each run's value (None.
-
-    It has no such key).
-    """
-    keys = sorted({key for run in runs for key in run["config"]})
-    found = [{"key": key, "values": [run["config"].get(key) for run in runs]} for key in keys]
-    different = [row for row in found if any(value != row["values"][0] for value in row["values"])]
-    return [row for row in different if row["key"] != "run_dir"]
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -300,9 +157,8 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = (
-                json.dumps(value) if isinstance(value, (list, dict)) else value
-            )
+            is_nested = isinstance(value, (list, dict))
+            found[f"{prefix}{key}"] = json.dumps(value) if is_nested else value
     return found
 
 
@@ -317,12 +173,8 @@ def samples(folder: Path) -> list[dict[str, str]]:
             picture = picture.resize((PANEL_PX, height_px), Image.Resampling.LANCZOS)
         data = io.BytesIO()
         picture.save(data, "WEBP", quality=PANEL_QUALITY)
-        found.append(
-            {
-                "key": path.stem,
-                "url": "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode(),
-            }
-        )
+        url = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+        found.append({"key": path.stem, "url": url})
     return found
 
 
@@ -333,19 +185,13 @@ def _confusion(run_dir: Path, classes: list[str]) -> dict[str, Any] | None:
     matrix: rows = truth; file, split and step: what it was found by, None where the file does not
     say.
     """
-    others = sorted(
-        run_dir.glob("evaluation-*.json"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in [run_dir / "evaluation.json", *others]:
-        document = _json(path)
-        names = [name.removeprefix(_IOU) for name in document if name.startswith(_IOU)]
-        if document.get("confusion") and names == classes:
-            about = {
-                "file": path.name,
-                "split": document.get("split"),
-                "step": document.get("step"),
-            }
-            return about | {"matrix": document["confusion"]}
+    others = run_dir.glob("evaluation-*.json")
+    newest_first = sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in [run_dir / "evaluation.json", *newest_first]:
+        content = _evaluation(path)
+        if content.get("confusion") and _classes(content) == classes:
+            about = {"file": path.name, "split": content.get("split"), "step": content.get("step")}
+            return about | {"matrix": content["confusion"]}
     return None
 
 
@@ -356,24 +202,24 @@ def _minutes(rows: list[dict[str, Any]]) -> float | None:
     """
     total, before = 0.0, 0
     for row in rows:
-        if "step_seconds" in row:
-            total, before = total + row["step_seconds"] * (row["step"] - before), row["step"]
+        if STEP_SECONDS in row:
+            total, before = total + row[STEP_SECONDS] * (row["step"] - before), row["step"]
     return total / 60 if before else None
 
 
-def _plain(value: Any) -> float | None:
-    """For JSON, which has no word for what is not finite."""
-    return (
-        float(f"{value:.6g}") if isinstance(value, (int, float)) and math.isfinite(value) else None
-    )
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        return document.read(path)
+    except (OSError, ValueError):
+        return {}
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return document if isinstance(document, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _yaml(path: Path) -> Any:

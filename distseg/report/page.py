@@ -1,45 +1,134 @@
-"""The report's page: its data as JSON, its style and its script, all in one file."""
+"""The report's page: HTML, style and SVG in one file, without a script.
+
+What a run wrote is escaped and stands in the page as text, never as HTML. A checkbox for every run
+and every mean hides its curves and its column of class IoU, by the style sheet alone.
+"""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from datetime import datetime
+from html import escape
 from importlib import resources
 from typing import Any
 
-from distseg.report.panels import PANELS
+from distseg.report.curves import STYLES, Curve, Entry, curve, entries_of, panel_svg
+from distseg.report.markup import Section, swatch
+from distseg.report.sections import SECTIONS
+from distseg.tracking.catalogue import Metric, Panel, panels_of
+from distseg.tracking.figures import reference
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
+style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
-<noscript>This page draws its curves with JavaScript, which is switched off here.</noscript>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
+<h1>{heading}</h1>
+<p class="note">distseg report of {made}</p>
+<nav>{links}</nav>
+{sections}
 </body>
 </html>
 """
 
 
 def render(collected: dict[str, Any]) -> str:
-    """The whole page; everything that a run wrote goes through JSON and is put in as text, never as
-    HTML.
-    """
-    names = ", ".join(run["name"] for run in collected["runs"])
-    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    document = collected | {"panels": [panel.to_dict() for panel in PANELS], "made": made}
-    data = json.dumps(document, allow_nan=False, default=str).replace("<", "\\u003c")
-    title = f"distseg: {names}".replace("&", "&amp;").replace("<", "&lt;")
-    script = '"use strict";\n(() => {\n' + _file("curves.js") + _file("sections.js") + "})();\n"
-    return _PAGE.format(title=title, style=_file("page.css"), script=script, data=data)
+    """The whole page."""
+    runs, entries = collected["runs"], entries_of(collected)
+    sections = [make(collected, entries) for make in SECTIONS]
+    sections.insert(2, curves_section(collected, entries))
+    shown = [section for section in sections if section is not None]
+    links = [f'<a href="#{section.id}">{escape(section.title)}</a>' for section in shown]
+    texts = [section.to_html() for section in shown]
+    texts.insert(1, legend(entries))
+    heading = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
+    return _PAGE.format(
+        title="distseg: " + escape(", ".join(run["name"] for run in runs)),
+        style=style(entries),
+        heading=escape(heading),
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        links="\n".join(links),
+        sections="\n".join(texts),
+    )
 
 
-def _file(name: str) -> str:
-    return resources.files("distseg.report").joinpath(name).read_text(encoding="utf-8")
+def style(entries: list[Entry]) -> str:
+    """The style sheet, with the rules that hide what is not checked."""
+    text = resources.files("distseg.report").joinpath("page.css").read_text(encoding="utf-8")
+    rules = [
+        f"body:has(#show-{entry.place}:not(:checked)) .{entry.css_class} {{ display: none; }}"
+        for entry in entries
+    ]
+    return "\n".join([text, *rules])
+
+
+def legend(entries: list[Entry]) -> str:
+    """The names of all curves, each with a box to check; for one run there is nothing to choose."""
+    if len(entries) == 1:
+        return ""
+    labels = []
+    for entry in entries:
+        checked = " checked" if entry.is_shown else ""
+        box = f'<input type="checkbox" id="show-{entry.place}"{checked}>'
+        labels.append(f"<label>{box}{swatch(entry)}{escape(entry.name)}</label>")
+    return f'<div class="bar">{"".join(labels)}</div>'
+
+
+def curves_section(collected: dict[str, Any], entries: list[Entry]) -> Section:
+    """A figure for every panel that has something to say."""
+    runs = collected["runs"]
+    names = [name for run in runs for name, curve in run["series"].items() if any(curve[1])]
+    figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in panels_of(names)]
+    note = (
+        "Over training steps. Thin: single logged steps; thick: their running mean; of a mean over "
+        "runs, the shaded band spans the lowest to the highest."
+    )
+    content = f'<div class="charts">{"".join(figures)}</div>' if figures else "<p>No rows yet.</p>"
+    return Section("curves", "Curves", note, content)
+
+
+def panel_figure(
+    panel: Panel, metrics: list[Metric], entries: list[Entry], runs: list[dict[str, Any]]
+) -> str:
+    """A panel with its title and legend."""
+    drawn: list[Curve] = []
+    for entry in entries:
+        for place, metric in enumerate(metrics):
+            line_style = STYLES[place % len(STYLES)][0]
+            label = f"{entry.name}, {metric.label}" if len(metrics) > 1 else entry.name
+            look = {"label": label, "color": entry.color, "style": line_style}
+            found = curve(entry, metric, runs, name=entry.css_class, **look)
+            if found is not None:
+                last = metric.text(float(found.line.values[-1]))
+                line = replace(found.line, label=f"{label}: {last} at step {found.last_step}")
+                drawn.append(replace(found, line=line))
+    svg = panel_svg(panel, [one.line for one in drawn])
+    title = f"{escape(panel.title)} <small>{escape(panel.unit)}</small>"
+    marks = "".join(f"<span>{mark}</span>" for mark in _marks(panel, metrics, drawn, runs))
+    caption = f"<figcaption>{title}</figcaption>"
+    return f'<figure>{caption}{svg}<div class="legend">{marks}</div></figure>'
+
+
+def _marks(
+    panel: Panel, metrics: list[Metric], drawn: list[Curve], runs: list[dict[str, Any]]
+) -> list[str]:
+    marks = []
+    if len(metrics) > 1:
+        for place, metric in enumerate(metrics):
+            border = f"border-top-style: {STYLES[place % len(STYLES)][1]}"
+            marks.append(f'<i class="swatch" style="{border}"></i>{escape(metric.label)}')
+    level = reference(panel)
+    if level is not None:
+        marks.append(f"····· {escape(level[1])}")
+    without = {index: one.last_step for one in drawn for index in one.without}
+    if without:
+        names = ", ".join(runs[index]["name"] for index in without)
+        step = max(without.values())
+        marks.append(escape(f"no value at step {step}, so in no mean: {names}"))
+    return marks

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distseg.report.panels import PANELS, Panel
+from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel, panels_of
 from distseg.tracking.wandb_run import ID_FILE, choose_mode
 from shards.errors import InputError
 from shards.files import published
@@ -42,65 +42,60 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     """A wandb_workspaces Report of these runs alone, with a panel for every one of the page's that
     has data.
     """
-    try:
-        wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
-    except ImportError:
-        action = (
-            "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
-        )
-        raise InputError(
-            "--wandb, and wandb-workspaces is not installed", "wandb-workspaces", action
-        ) from None
+    wr = _workspaces()
     ids = [_run_id(path) for path in run_dirs]
-    config = collected["runs"][0]["config"]
+    runs = collected["runs"]
+    config = runs[0]["config"]
     place = {
         "project": config.get("tracking.project") or "distseg",
         "entity": config.get("tracking.entity") or "",
     }
-    names = [run["name"] for run in collected["runs"]]
-    chosen = f"Metric('ID') in {ids!r}"
-    runset = wr.Runset(**place, name="runs", filters=chosen)
-    has = {metric for run in collected["runs"] for metric in run["series"]}
-    curves = [
-        _line_plot(wr, panel, has) for panel in PANELS if has & {name for name, _ in panel.metrics}
-    ]
-    classes = sorted({name for run in collected["runs"] for name in run["classes"]})
-    iou = [
-        wr.BarPlot(
-            title="IoU of each class, last evaluation",
-            metrics=[f"val/iou/{name}" for name in classes],
-        )
-    ]
-    keys = sorted({sample["key"] for run in collected["runs"] for sample in run["samples"]})
-    media = [
-        wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys])
-        for kind in ("samples", "masks")
-    ]
-    blocks = [
-        wr.H2("Curves"),
-        wr.PanelGrid(runsets=[runset], panels=_placed(wr, curves)),
-        *(
-            [wr.H2("Classes"), wr.PanelGrid(runsets=[runset], panels=_placed(wr, iou, wide=True))]
-            if classes
-            else []
-        ),
-        *(
-            [
-                wr.H2("Predictions"),
-                wr.PanelGrid(runsets=[runset], panels=_placed(wr, media, wide=True)),
-            ]
-            if keys
-            else []
-        ),
-        wr.H2("Configurations"),
-        wr.PanelGrid(
-            runsets=[runset], panels=_placed(wr, [wr.RunComparer(diff_only="split")], wide=True)
-        ),
-    ]
+    runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
+    metrics = [metric for run in runs for metric in run["series"]]
+    curves = [_line_plot(wr, panel, found) for panel, found in panels_of(metrics)]
+    sections = {
+        "Curves": _placed(wr, curves),
+        "Classes": _placed(wr, _class_plots(wr, runs), wide=True),
+        "Predictions": _placed(wr, _media(wr, runs), wide=True),
+        "Configurations": _placed(wr, [wr.RunComparer(diff_only="split")], wide=True),
+    }
+    blocks = []
+    for title, panels in sections.items():
+        if panels or title == "Curves":
+            blocks += [wr.H2(title), wr.PanelGrid(runsets=[runset], panels=panels)]
+    names = [run["name"] for run in runs]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
     return wr.Report(
         **place, title=title, description=", ".join(names), blocks=blocks, width="fluid"
     )
+
+
+def _workspaces() -> Any:
+    """The module that builds reports. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module("wandb_workspaces.reports.v2")
+    except ImportError:
+        got = "--wandb, and wandb-workspaces is not installed"
+        action = (
+            "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
+        )
+        raise InputError(got, "wandb-workspaces", action) from None
+
+
+def _class_plots(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
+    classes = sorted({name for run in runs for name in run["classes"]})
+    metrics = [CLASS_IOU + name for name in classes]
+    return [wr.BarPlot(title="IoU of each class, last evaluation", metrics=metrics)] * bool(metrics)
+
+
+def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
+    keys = sorted({sample["key"] for run in runs for sample in run["samples"]})
+    if not keys:
+        return []
+    browsers = []
+    for kind in ("samples", "masks"):
+        browsers.append(wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys]))
+    return browsers
 
 
 def spec(report: Any) -> dict[str, Any]:
@@ -109,11 +104,11 @@ def spec(report: Any) -> dict[str, Any]:
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
-def _line_plot(wr: Any, panel: Panel, has: set[str]) -> Any:
-    metrics = [name for name, _ in panel.metrics if name in has]
+def _line_plot(wr: Any, panel: Panel, metrics: Sequence[Metric]) -> Any:
+    names = [metric.name for metric in metrics]
     bounds = {"range_y": (0.0, 1.0)} if panel.is_share else {}
     return wr.LinePlot(
-        title=panel.title, x="step", y=metrics, title_y=panel.unit, log_y=panel.is_log, **bounds
+        title=panel.title, x="step", y=names, title_y=panel.unit, log_y=panel.is_log, **bounds
     )
 
 
@@ -129,6 +124,9 @@ def _placed(wr: Any, panels: list[Any], wide: bool = False) -> list[Any]:
 def _run_id(run_dir: Path) -> str:
     path = run_dir / ID_FILE
     if not path.is_file():
-        action = "leave --wandb out, or report runs made with tracking.wandb=online (or offline, and `wandb sync`)"
+        action = (
+            "leave --wandb out, or report runs made with tracking.wandb=online (or offline, and "
+            "`wandb sync`)"
+        )
         raise InputError(f"{run_dir} has no {ID_FILE}", "runs that W&B has", action)
     return path.read_text(encoding="utf-8").strip()

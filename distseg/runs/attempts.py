@@ -59,12 +59,11 @@ class Note:
 
     def fail(self, step: int, error: Exception) -> None:
         """Note that it ended by an exception."""
-        text = error.got if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        self.finish(
-            step,
-            "refused" if isinstance(error, InputError) else "failed",
-            (text.splitlines() or [""])[0],
-        )
+        if isinstance(error, InputError):
+            outcome, text = "refused", error.got
+        else:
+            outcome, text = "failed", f"{type(error).__name__}: {error}"
+        self.finish(step, outcome, (text.splitlines() or [""])[0])
 
     def _write(self, event: str, **values: Any) -> None:
         if self._run_dir is not None:
@@ -79,16 +78,17 @@ def note_failure(run_dir: Path, host: str, rank: int, exit_code: int) -> None:
 def read(run_dir: Path) -> list[Attempt]:
     """All attempts in order; [] where there were none."""
     path = run_dir / FILE_NAME
+    if not path.is_file():
+        return []
     found: list[Attempt] = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    ):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # torn by a kill
-            _take(found, json.loads(line))
+            _add_event(found, json.loads(line))
     return found
 
 
-def _take(found: list[Attempt], line: dict[str, Any]) -> None:
+def _add_event(found: list[Attempt], line: dict[str, Any]) -> None:
+    """Note a line of the file in the attempt that it belongs to, at its end where it is new."""
     label, event = line["label"], line["event"]
     # another start may have come between, of a job that was refused
     of_label = [attempt for attempt in found if attempt.label == label or not label]
@@ -97,24 +97,24 @@ def _take(found: list[Attempt], line: dict[str, Any]) -> None:
         found += of_label
     attempt = of_label[-1]
     if event == "start":
-        attempt.hosts, attempt.world_size, attempt.first_step = (
-            line["hosts"],
-            line["world_size"],
-            line["step"],
-        )
+        attempt.hosts = line["hosts"]
+        attempt.world_size = line["world_size"]
+        attempt.first_step = line["step"]
     elif event == "end":
         attempt.ended, attempt.last_step = line["time"], line["step"]
         attempt.outcome, attempt.reason = line["outcome"], line["reason"]
     elif event == "failure":
         attempt.exit_codes.append(line["exit_code"])
+        # the first rank's failure is the cause, and the main rank's own words say more than a code
         if attempt.ended is None:
-            code = line["exit_code"]
-            how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            attempt.outcome, attempt.reason = (
-                "failed",
-                f"rank {line['rank']} on {line['host']}: {how}",
-            )
             attempt.ended = line["time"]
+            attempt.outcome, attempt.reason = "failed", _failure(line)
+
+
+def _failure(line: dict[str, Any]) -> str:
+    code = line["exit_code"]
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"rank {line['rank']} on {line['host']}: {how}"
 
 
 def _append(run_dir: Path, event: str, **values: Any) -> None:

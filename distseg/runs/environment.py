@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +20,39 @@ from distseg.distributed.ranks import Ranks
 
 PACKAGES = ("distseg", "torch", "numpy", "deepspeed", "wandb", "webdataset")
 SLURM_FACTS = (
-    *(
-        "JOB_ID",
-        "JOB_NAME",
-        "JOB_PARTITION",
-        "JOB_NODELIST",
-        "JOB_NUM_NODES",
-        "NTASKS",
-        "RESTART_COUNT",
-    ),
-    *("ARRAY_JOB_ID", "ARRAY_TASK_ID", "CLUSTER_NAME"),
+    "JOB_ID",
+    "JOB_NAME",
+    "JOB_PARTITION",
+    "JOB_NODELIST",
+    "JOB_NUM_NODES",
+    "NTASKS",
+    "RESTART_COUNT",
+    "ARRAY_JOB_ID",
+    "ARRAY_TASK_ID",
+    "CLUSTER_NAME",
 )
-_GIT_SECONDS = 5.0
+_GIT_SECONDS = 5.0  # the checkout may lie on a file system that has stopped answering
 
 
 def facts(ranks: Ranks) -> dict[str, Any]:
     """Plain values for environment.json and W&B."""
-    versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     found: dict[str, Any] = {
-        "versions": versions,
+        "versions": _versions(),
         "python": platform.python_version(),
         "host": platform.node(),
-    }
-    found |= {
         "system": platform.platform(),
         "world_size": ranks.world_size,
         "device": str(ranks.device.type),
-    }
-    found |= {
         "code": code_version(Path(__file__).parent.parent),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
     }
     if ranks.device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(ranks.device)
-    slurm = {
-        name.lower(): os.environ[f"SLURM_{name}"]
-        for name in SLURM_FACTS
-        if f"SLURM_{name}" in os.environ
-    }
-    return found | ({"slurm": slurm} if slurm else {})
+    slurm = _slurm_facts()
+    if slurm:
+        found["slurm"] = slurm
+    return found
 
 
 def code_version(folder: Path) -> str | None:
@@ -66,27 +60,34 @@ def code_version(folder: Path) -> str | None:
 
     None where there is no checkout.
     """
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    # --exclude: the commit itself, whatever tags there are
+    what = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+            ["git", "-C", str(folder), *what],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    """Of those packages that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _slurm_facts() -> dict[str, str]:
+    facts = {}
+    for name in SLURM_FACTS:
+        value = os.environ.get(f"SLURM_{name}")
+        if value is not None:
+            facts[name.lower()] = value
+    return facts

@@ -30,26 +30,34 @@ class RunDirectory:
     configuration, when it cannot be written, or when a rank does not see it: every rank writes its
     part of a checkpoint there. visible_seconds: how long another machine may need to see what was
     written; NFS keeps what it knows of a folder for up to 60 s.
+
+    A context, which gives the lock back. steps_before: what the run's steps were until now, where
+    `extend=true` has made them more.
     """
 
     def __init__(self, path: Path, config: Config, ranks: Ranks, visible_seconds: float = 60.0):
-        self.path = path
+        self.path, self.ranks = path, ranks
         self._lock: TextIO | None = None
-        owner = on_main(ranks, lambda: self._claim(config))
+        owner, self.steps_before = on_main(ranks, lambda: self._claim(config))
         # the main rank waits in a collective
         patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
-        blind = [
-            rank
-            for rank, sees in enumerate(on_all(ranks, self._is_owned_by(owner, patience)))
-            if not sees
-        ]
-        if blind:
-            got = f"rank {blind[0]} does not see {path.absolute()} as rank 0 has written it, for {patience:.0f} s"
-            needed, action = (
-                "a directory that all machines share",
-                "write run_dir=DIR on a shared file system",
+        sees = on_all(ranks, self._is_owned_by(owner, patience))
+        if not all(sees):
+            raise shared_error(
+                InputError(
+                    f"rank {sees.index(False)} does not see {path.absolute()} as rank 0 has "
+                    f"written it, for {patience:.0f} s",
+                    "a directory that all machines share",
+                    "write run_dir=DIR on a shared file system",
+                )
             )
-            raise shared_error(InputError(got, needed, action))
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _is_owned_by(self, owner: str, patience_seconds: float) -> bool:
         """Whether this rank comes to see the lock file of the main one.
@@ -69,9 +77,12 @@ class RunDirectory:
                 with suppress(OSError):
                     os.listdir(folder)
 
-    def _claim(self, config: Config) -> str:
-        """Lock, and save the configuration; returns what is now in the lock file, unlike any other."""
-        loading.check_same(self.path, config)
+    def _claim(self, config: Config) -> tuple[str, int | None]:
+        """Lock, and save the configuration.
+
+        Returns what the lock file holds, unlike any other, and `steps_before`.
+        """
+        steps_before = loading.check_same(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK_FILE).open("a")  # not emptied: it may be another job's
@@ -92,4 +103,4 @@ class RunDirectory:
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
         with published(self.path / CONFIG_FILE) as partial:
             partial.write_text(loading.to_yaml(config))
-        return owner
+        return owner, steps_before

@@ -1,6 +1,6 @@
 """Tensors on the disk as safetensors.
 
-In one file, or in one for each slice where the ranks hold slices.
+In one file, or in one for each shard where the ranks hold parameter shards.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distseg.parallel.slices import Slice, of_same_slice, slice_of
+from distseg.parallel.parameter_shards import ParameterShard, shard_of, sharded_like
 from shards.errors import InputError
 
 SUFFIX = ".safetensors"
-SLICES_KEY = "slices"  # in a file's header: {tensor: [first row, rows of the whole tensor]}
+# in a file's header: {tensor: [first row, rows of the full tensor]}; the word is the format's
+SHARDS_KEY = "slices"
+
+Shards = Mapping[str, ParameterShard]  # of the tensors of a part, by name
 
 
 @dataclass
@@ -32,16 +35,15 @@ class TensorFile:
 
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    # first row, rows of the whole tensor
-    slices: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # first row, rows of the full tensor
+    shards: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it, and wait until it is on the disk. Raises OSError or SafetensorError."""
         path = folder / (self.name + SUFFIX)
+        header = {SHARDS_KEY: json.dumps(self.shards)} if self.shards else None
         # not `save`: it would hold Python's lock, and so training, for seconds
-        save_file(
-            self.tensors, path, {SLICES_KEY: json.dumps(self.slices)} if self.slices else None
-        )
+        save_file(self.tensors, path, header)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -51,73 +53,90 @@ class TensorFile:
 
 def to_host(
     parts: Mapping[str, Mapping[str, Tensor]], rank: int, world_size: int
-) -> tuple[list[TensorFile], Any]:
+) -> tuple[list[TensorFile], Callable[[], None]]:
     """The files of this rank, and a function that returns when the device has copied all into them.
 
-    parts: {"segmentor.network": {name: tensor}, ...}, the same on every rank but for the slices it
+    parts: {"segmentor.network": {name: tensor}, ...}, the same on every rank but for the shards it
     holds. Every file has one writer, and all ranks about as much to write. The tensors may change
     as soon as this has returned.
     """
-    held = {
-        part: {name: slice_of(tensor) for name, tensor in tensors.items()}
-        for part, tensors in parts.items()
-    }
-    files, on_device = [], False
-    for part, first in _writers(held, world_size).items():
-        count = _num_files(held[part])
-        if not first <= rank < first + count:
-            continue
-        file = TensorFile(part if count == 1 else f"{part}.{rank - first + 1}-of-{count}")
-        for name, piece in held[part].items():
-            if piece.count == 1 and rank > first:
-                continue  # whole tensors among slices are in the first file
-            on_device = on_device or piece.rows.is_cuda
-            host = torch.empty(
-                piece.rows.shape, dtype=piece.rows.dtype, pin_memory=piece.rows.is_cuda
-            )
-            file.tensors[name] = host.copy_(piece.rows, non_blocking=True)
-            if piece.count > 1:
-                file.slices[name] = piece.start, piece.shape[0]
-        files.append(file)
-    return files, _copied(on_device)
+    shards: dict[str, Shards] = {}
+    for part, tensors in parts.items():
+        shards[part] = {name: shard_of(tensor) for name, tensor in tensors.items()}
+    files, is_on_gpu = [], False
+    for part, first_rank in _first_writers(shards, world_size).items():
+        count = _num_files(shards[part])
+        index = rank - first_rank
+        if 0 <= index < count:
+            files.append(_host_copy(part, shards[part], index, count))
+            is_on_gpu |= any(shard.rows.is_cuda for shard in shards[part].values())
+    return files, _until_copied(is_on_gpu)
 
 
-def _copied(on_device: bool) -> Callable[[], None]:
-    if not on_device:
+def _host_copy(part: str, shards: Shards, index: int, count: int) -> TensorFile:
+    """File `index` (from 0) of the `count` of a part, with copies that may still be under way."""
+    file = TensorFile(part if count == 1 else f"{part}.{index + 1}-of-{count}")
+    for name, shard in shards.items():
+        if shard.count == 1 and index > 0:
+            continue  # full tensors among shards are in the first file
+        rows = shard.rows
+        # contiguous, as the format asks for, whatever the layout on the device
+        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+        file.tensors[name] = host.copy_(rows, non_blocking=True)
+        if shard.count > 1:
+            file.shards[name] = shard.start, shard.shape[0]
+    return file
+
+
+def _until_copied(is_on_gpu: bool) -> Callable[[], None]:
+    """Waits for the copies that the device has been given so far, and for nothing after them."""
+    if not is_on_gpu:
         return lambda: None
     event = torch.cuda.Event()
     event.record()
     return event.synchronize
 
 
-def _num_files(tensors: Mapping[str, Slice]) -> int:
-    return max((piece.count for piece in tensors.values()), default=1)
+def _num_files(shards: Shards) -> int:
+    return max((shard.count for shard in shards.values()), default=1)
 
 
-def _writers(held: Mapping[str, Mapping[str, Slice]], world_size: int) -> dict[str, int]:
+def _num_bytes(shards: Shards) -> int:
+    """Of the full tensors."""
+    return sum(
+        torch.Size(shard.shape).numel() * shard.rows.element_size() for shard in shards.values()
+    )
+
+
+def _first_writers(shards: Mapping[str, Shards], world_size: int) -> dict[str, int]:
     """For each part the first of the ranks that write its files, one each.
 
     The largest parts to the idlest ranks.
     """
     load = [0] * world_size
-
-    def num_bytes(part: str) -> int:
-        return sum(torch.Size(p.shape).numel() * p.rows.element_size() for p in held[part].values())
-
-    chosen = {}
-    for part in sorted(held, key=num_bytes, reverse=True):
-        # slices 0 to count - 1 are on ranks k * count and those after it
-        count = _num_files(held[part])
-        first = min(range(0, world_size, count), key=lambda start: sum(load[start : start + count]))
+    first_ranks = {}
+    for part in sorted(shards, key=lambda part: _num_bytes(shards[part]), reverse=True):
+        # shards 0 to count - 1 are on ranks k * count and those after it
+        count = _num_files(shards[part])
+        starts = range(0, world_size, count)
+        first = min(starts, key=lambda start: sum(load[start : start + count]))
         for rank in range(first, first + count):
-            load[rank] += num_bytes(part) // count
-        chosen[part] = first
-    return chosen
+            load[rank] += _num_bytes(shards[part]) // count
+        first_ranks[part] = first
+    return first_ranks
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor's rows in one file, from row `start` of the full tensor on."""
+
+    file: Any  # open, as safe_open gives it
+    start: int
 
 
 def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of a part, from however many files; of those that are slices in `like`, this
-    rank's slice.
+    """The tensors of a part, from however many files; of those that are sharded in `like`, this
+    rank's shard.
 
     Raises InputError for a damaged file, a missing one, and a tensor of another shape than in
     `like`.
@@ -128,15 +147,10 @@ def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> d
                 opened.enter_context(safe_open(path, framework="pt"))
                 for path in _paths(folder, part)
             ]
-            pieces: dict[str, list[tuple[int, Any]]] = {}
-            for file in files:
-                starts = json.loads((file.metadata() or {}).get(SLICES_KEY, "{}"))
-                for name in file.keys():  # noqa: SIM118  # not a mapping
-                    pieces.setdefault(name, []).append((starts.get(name, [0])[0], file))
-            return {
-                name: _joined(name, sorted(found, key=_start), like)
-                for name, found in pieces.items()
-            }
+            tensors = {}
+            for name, pieces in _pieces(files).items():
+                tensors[name] = _read_tensor(name, pieces, None if like is None else like.get(name))
+            return tensors
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -144,55 +158,72 @@ def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> d
         raise InputError(f"{folder}: {part}: {error}", "a whole checkpoint", action) from None
 
 
-def _start(piece: tuple[int, Any]) -> int:
-    return piece[0]
-
-
 def _paths(folder: Path, part: str) -> list[Path]:
     """The files of a part in order. Raises ValueError when one is missing."""
-    whole = folder / (part + SUFFIX)
-    if whole.is_file():
-        return [whole]
+    single = folder / (part + SUFFIX)
+    if single.is_file():
+        return [single]
     pattern = re.compile(re.escape(part) + r"\.(\d+)-of-(\d+)" + re.escape(SUFFIX))
-    found = {
-        int(m[1]): (int(m[2]), path)
-        for path in folder.iterdir()
-        if (m := pattern.fullmatch(path.name))
-    }
-    missing = (
-        set(range(1, max((count for count, _ in found.values()), default=1) + 1)) - found.keys()
-    )
+    found: dict[int, Path] = {}
+    count = 1
+    for path in folder.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match:
+            found[int(match[1])] = path
+            count = max(count, int(match[2]))
+    missing = set(range(1, count + 1)) - found.keys()
     if missing:
         raise ValueError(f"file {min(missing)} is missing" if found else "there is no such file")
-    return [found[index][1] for index in sorted(found)]
+    return [found[index] for index in sorted(found)]
 
 
-def _joined(name: str, pieces: list[tuple[int, Any]], like: Mapping[str, Tensor] | None) -> Tensor:
-    """A tensor, or this rank's slice of it, from the files that hold its rows."""
-    wanted = None if like is None or name not in like else like[name]
-    if len(pieces) == 1 and (wanted is None or slice_of(wanted).count == 1):
-        found = pieces[0][1].get_tensor(name)
-        _check_shape(name, tuple(found.shape), wanted)
-        # FSDP's tensors are of their own kind even where one rank holds all their rows
-        return found if wanted is None else of_same_slice(found.to(wanted.device), wanted)
-    rows = [file.get_slice(name) for _, file in pieces]
-    lengths = [piece.get_shape()[0] for piece in rows]
+def _pieces(files: list[Any]) -> dict[str, list[_Piece]]:
+    """Where the rows of each tensor lie, in their order."""
+    pieces: dict[str, list[_Piece]] = {}
+    for file in files:
+        shards = json.loads((file.metadata() or {}).get(SHARDS_KEY, "{}"))
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            start = shards[name][0] if name in shards else 0
+            pieces.setdefault(name, []).append(_Piece(file, start))
+    for of_tensor in pieces.values():
+        of_tensor.sort(key=lambda piece: piece.start)
+    return pieces
+
+
+def _read_tensor(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor:
+    """A tensor, or this rank's shard of it where `like` is one."""
+    if len(pieces) == 1 and (like is None or shard_of(like).count == 1):
+        found = pieces[0].file.get_tensor(name)
+        _check_shape(name, tuple(found.shape), like)
+    else:
+        found = _read_rows(name, pieces, like)
+    # FSDP's tensors are of their own kind even where one rank holds all their rows
+    return found if like is None else sharded_like(found.to(like.device), like)
+
+
+def _read_rows(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor:
+    """Of a tensor in several files the rows that this rank holds of `like`; without it, all."""
+    stored = [piece.file.get_slice(name) for piece in pieces]
+    lengths = [rows.get_shape()[0] for rows in stored]
     total = sum(lengths)
-    _check_shape(name, (total, *rows[0].get_shape()[1:]), wanted)
-    own = None if wanted is None else slice_of(wanted)
-    begin, end = (0, total) if own is None else (own.start, own.start + own.rows.shape[0])
-    taken: list[Tensor] = []
-    for (start, _), piece, length in zip(pieces, rows, lengths, strict=True):
-        low, high = max(begin, start), min(end, start + length)
-        if low < high or (begin == end and not taken):
-            taken.append(piece[max(0, low - start) : max(0, high - start)])
-    joined = torch.cat(taken)
-    return joined if wanted is None else of_same_slice(joined.to(wanted.device), wanted)
+    _check_shape(name, (total, *stored[0].get_shape()[1:]), like)
+    begin, end = 0, total
+    if like is not None:
+        shard = shard_of(like)
+        begin, end = shard.start, shard.start + shard.rows.shape[0]
+    taken = []
+    for piece, rows, length in zip(pieces, stored, lengths, strict=True):
+        first, last = max(begin - piece.start, 0), min(end - piece.start, length)
+        if first < last:
+            taken.append(rows[first:last])
+    # a rank that holds no row still needs the type and the other dimensions
+    return torch.cat(taken) if taken else stored[0][0:0]
 
 
-def _check_shape(name: str, shape: tuple[int, ...], wanted: Tensor | None) -> None:
-    if wanted is not None and shape != tuple(wanted.shape):
-        got = f"the checkpoint's {name} of shape {shape}"
+def _check_shape(name: str, shape: tuple[int, ...], like: Tensor | None) -> None:
+    if like is not None and shape != tuple(like.shape):
         raise InputError(
-            got, f"{tuple(wanted.shape)}", "choose another run_dir, or the run's own settings"
+            f"the checkpoint's {name} of shape {shape}",
+            f"{tuple(like.shape)}",
+            "choose another run_dir, or the run's own settings",
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
+from distseg.tracking.catalogue import VALIDATION, Metric, Panel, panels_of
+from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet
 
@@ -27,46 +30,31 @@ _DPI = 120
 # right, wrong, void
 _ERROR_COLORS = np.array([[222, 222, 222], [213, 17, 17], [0, 0, 0]], np.uint8)
 _SMOOTHING = 0.03  # the smoothed line's window, as a share of the run
+# of a run's own metrics in one panel, in turn
+_OF_A_METRIC = ((BLUE, "-"), (ORANGE, "--"), (PURPLE, ":"), (GREEN, "-."), (GRAY, "-"))
 _CELL_INCHES = 2.6  # the longer side of one picture in a panel
 _TITLE_INCHES, _GAP_INCHES, _BAR_INCHES, _ENTRY_INCHES = 0.28, 0.08, 0.85, (0.19, 1.2)
 _NUM_COLUMNS = 4
 
-# title of the panel, unit of its y axis, (metric, name in the legend, colour, line style)
-_CURVES = (
-    (
-        "Discriminator on real label maps",
-        "loss (nats)",
-        (("loss/discriminator_real", "real", BLUE, "-"),),
-    ),
-    (
-        "Discriminator on predictions",
-        "loss (nats)",
-        (("loss/discriminator_fake", "fake", ORANGE, "-"),),
-    ),
-    (
-        "Segmentor",
-        "loss (nats)",
-        (
-            ("loss/segmentor", "total", GREEN, "-"),
-            ("loss/cross_entropy", "cross entropy", GRAY, "--"),
-            ("loss/adversarial", "adversarial, unweighted", PURPLE, ":"),
-            ("loss/semi", "semi-supervised, unweighted", BLUE, "-."),
-        ),
-    ),
-    (
-        "Unlabelled pixels that the discriminator believes",
-        "share",
-        (("semi/mask_share", "share", GREEN, "-"),),
-    ),
-    (
-        "Validation",
-        "score",
-        (
-            ("val/mean_iou", "mean IoU", BLUE, "-"),
-            ("val/pixel_accuracy", "pixel accuracy", ORANGE, "--"),
-        ),
-    ),
-)
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a panel.
+
+    steps, values: (n,) float, NaN where a value is not finite. label: "" for none in the legend.
+    raw: single values behind a running mean. low, high: edges of a band. name: of the curve's group
+    in an SVG, where a style sheet can hide it.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    label: str
+    color: str
+    style: str = "-"
+    has_dots: bool = False
+    raw: np.ndarray | None = None
+    band: tuple[np.ndarray, np.ndarray] | None = None
+    name: str | None = None
 
 
 def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
@@ -77,33 +65,87 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     validation scores (if there are any); of noisy losses the single values are thin and a running
     mean is thick.
     """
-    panels = []
-    for title, unit, lines in _CURVES:
-        drawn = [(series, line) for line in lines if len((series := _series(metrics, line[0]))[0])]
-        if drawn:
-            panels.append((title, unit, drawn))
-    panels = panels or [("no metrics yet", "", [])]
+    names = dict.fromkeys(name for row in metrics for name in row)
+    panels = [found for found in panels_of(names) if found[0].in_picture]
+    panels = panels or [(Panel("no metrics yet", ""), [])]
     figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), dpi=_DPI, layout="constrained")
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (title, unit, drawn) in zip(all_axes, panels, strict=True):
-        for (steps, values), (name, label, color, style) in drawn:
-            if unit in (
-                "score",
-                "share",
-            ):  # often one evaluation, whose number says more than a dot
-                label = f"{label}, last {values[-1]:.1%}"
-            _curve(
-                axes,
-                steps,
-                values,
-                noisy=not name.startswith("val/"),
-                label=label,
-                color=color,
-                linestyle=style,
-            )
-        _dress(axes, title, unit)
+    for axes, (panel, drawn) in zip(all_axes, panels, strict=True):
+        lines = []
+        for place, metric in enumerate(drawn):
+            steps, values = _series(metrics, metric.name)
+            label = metric.label
+            if panel.is_share:  # often one evaluation, whose number says more than a dot
+                label = f"{label}, last {metric.text(values[-1])}"
+            color, style = _OF_A_METRIC[place % len(_OF_A_METRIC)]
+            lines.append(smoothed(steps, values, metric, label=label, color=color, style=style))
+        draw_panel(axes, panel, lines)
+        axes.set_title(panel.title, loc="left", fontsize=10)
+        axes.set_ylabel(panel.unit)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False, loc="best", fontsize=9)
     all_axes[-1].set_xlabel("training step")
     save(figure, out)
+
+
+def smoothed(steps: np.ndarray, values: np.ndarray, metric: Metric, **style: Any) -> Line:
+    """A curve as its running mean before its single values; scores of evaluations stay as they
+    are.
+    """
+    if metric.name.startswith(VALIDATION):
+        return Line(steps, values, has_dots=True, **style)
+    window = max(1, round(_SMOOTHING * len(values)))
+    if window == 1:
+        return Line(steps, values, **style)
+    return Line(steps, running_mean(values, window), raw=values, **style)
+
+
+def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
+    """Draw curves into axes, with the panel's scale and its reference level."""
+    for line in lines:
+        if line.band is not None:
+            band = axes.fill_between(line.steps, *line.band, color=line.color, alpha=0.15, lw=0)
+            band.set_gid(line.name)
+        if line.raw is not None:
+            axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
+        marker = "o" if line.has_dots else ""
+        style: dict[str, Any] = {
+            "color": line.color,
+            "linestyle": line.style,
+            "label": line.label or "_",
+        }
+        axes.plot(
+            line.steps, line.values, lw=1.8, marker=marker, markersize=3, gid=line.name, **style
+        )
+    level = reference(panel)
+    if level is not None:
+        axes.axhline(level[0], color="black", linewidth=0.9, linestyle=":", label=level[1])
+    if panel.is_log:
+        axes.set_yscale("log")
+        # powers as plain numbers: 0.001, not a formula
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    elif panel.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(0, 1)
+    else:
+        axes.set_ylim(bottom=axes.get_ylim()[0] if _has_negative(lines) else 0)
+    if panel.unit == "bytes":
+        axes.yaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def reference(panel: Panel) -> tuple[float, str] | None:
+    """The level that a panel's curves are compared with, and what it is."""
+    if panel.check:
+        return NAMED[panel.check].raise_at, f"{NAMED[panel.check].title} below"
+    return panel.reference
+
+
+def _has_negative(lines: Sequence[Line]) -> bool:
+    return any(bool((line.values < 0).any()) for line in lines)
 
 
 def iou_bars(per_class: dict[str, float], out: Path) -> None:
@@ -171,7 +213,9 @@ def sample_panel(
 
 
 class _Grid:
-    """A figure of equal pictures in the image's shape, placed by hand: faster than a layout engine."""
+    """A figure of equal pictures in the image's shape, placed by hand: faster than a layout
+    engine.
+    """
 
     def __init__(self, image_size: tuple[int, int], num_rows: int, num_legend_entries: int):
         self._cell = np.array(image_size) / max(image_size) * _CELL_INCHES  # height, width
@@ -231,7 +275,9 @@ def overlay(
 
 
 def error_map(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, black for void."""
+    """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, black for
+    void.
+    """
     return _ERROR_COLORS[np.where(label == IGNORE_INDEX, 2, prediction != label)]
 
 
@@ -239,15 +285,6 @@ def _series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, n
     pairs = [(row["step"], row[name]) for row in metrics if name in row]
     table = np.array(pairs, float).reshape(-1, 2)
     return table[:, 0], table[:, 1]
-
-
-def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, noisy: bool, **style: Any) -> None:
-    window = max(1, round(_SMOOTHING * len(values)))
-    if noisy and window > 1:
-        axes.plot(steps, values, color=style["color"], linewidth=0.6, alpha=0.3)
-        axes.plot(steps, running_mean(values, window), linewidth=1.8, **style)
-    else:
-        axes.plot(steps, values, linewidth=1.8, marker="" if noisy else "o", markersize=3, **style)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -267,25 +304,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(
         sums[end] - sums[first], found, out=np.full(len(values), np.nan), where=found > 0
     )
-
-
-def _dress(axes: Axes, title: str, unit: str) -> None:
-    if title.startswith("Discriminator"):  # what a discriminator that cannot tell has on either
-        axes.axhline(
-            math.log(2), color="black", linewidth=0.9, linestyle=":", label="undecided (ln 2)"
-        )
-    if unit in ("score", "share"):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(0, 1)
-    else:
-        axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_ylabel(unit)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 def _error_title(prediction: np.ndarray, label: np.ndarray) -> str:

@@ -4,7 +4,7 @@ A pure function of the rows of metrics.jsonl, in their order: a run that goes on
 file and stands where it stood, and any run's file can be judged afterwards. A verdict is raised by
 the mean of a signal over several logged rows, since one row is one batch, and cleared when several
 in a row are clearly better, so that it does not flicker. What is looked for, with its thresholds,
-is in distseg.verdicts.
+is in distseg.tracking.verdicts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distseg.tracking.verdicts import CHECKS, NAMED, Check, Row
+from distseg.tracking.catalogue import HEALTH, LOSS, SLOWEST_RANK
+from distseg.tracking.verdicts import CHECKS, NAMED, Check, MetricsRow
 from shards.files import published
 
 HEALTH_FILE = "health.json"
@@ -95,26 +96,26 @@ class Event:
 class Health:
     """The verdicts on one run; `update` takes its rows in order."""
 
-    def __init__(self, rows: Iterable[Row] = ()):
+    def __init__(self, rows: Iterable[MetricsRow] = ()):
         self.events: list[Event] = []
         self.on: dict[str, Event] = {}
         self.judged_from: dict[str, int] = {}  # the first step at which a check had rows enough
         self.step = 0
-        self._before: Row = {}
+        self._before: MetricsRow = {}
         self._windows = {check.name: Window(check) for check in CHECKS}
         for row in rows:
             self.update(row)
 
-    def update(self, row: Row) -> list[Event]:
+    def update(self, row: MetricsRow) -> list[Event]:
         """Take in a row; what it changed."""
         self.step = row["step"]
         found = [event for check in CHECKS if (event := self._judge(check, row)) is not None]
-        if any(name.startswith("loss/") for name in row):
+        if any(name.startswith(LOSS) for name in row):
             self._before = row
         self.events += found
         return found
 
-    def _judge(self, check: Check, row: Row) -> Event | None:
+    def _judge(self, check: Check, row: MetricsRow) -> Event | None:
         value = check.measure(row, self._before)
         if value is None or not math.isfinite(value):
             return None
@@ -123,7 +124,7 @@ class Health:
         if window.is_full():
             self.judged_from.setdefault(name, row["step"])
         if name not in self.on and window.is_bad():
-            detail = f"rank {row['ranks/slowest']:.0f}" if name == "slow_rank" else ""
+            detail = f"rank {row[SLOWEST_RANK]:.0f}" if name == "slow_rank" else ""
             self.on[name] = Event(row["step"], name, True, window.since, window.mean(), detail)
             return self.on[name]
         if name in self.on and window.is_good():
@@ -133,7 +134,7 @@ class Health:
     def flags(self) -> dict[str, float]:
         """1 or 0 for every verdict that the rows so far could tell, as in metrics.jsonl."""
         return {
-            f"health/{name}": float(name in self.on)
+            f"{HEALTH}{name}": float(name in self.on)
             for name, window in self._windows.items()
             if window
         }

@@ -1,4 +1,6 @@
-"""How far a training run is: one line that renews itself on a terminal, plain lines in a log file."""
+"""How far a training run is: one line that renews itself on a terminal, plain lines in a log
+file.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +9,17 @@ import time
 from collections import deque
 from datetime import datetime, timedelta
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+from distseg.tracking import catalogue
+from distseg.tracking.catalogue import CLASS_IOU, MEAN_IOU, SCORES, VALIDATION
 
 _PLAIN_SECONDS = 10.0  # between lines in a log file
 _SPEED_SECONDS = 60.0  # the time left follows from the speed over this window
 _BAR_CELLS = 16
-_LOSSES = {  # metric -> name on the line; what a run does not have is left out
-    "loss/segmentor": "loss",
-    "loss/cross_entropy": "ce",
-    "loss/adversarial": "adv",
-    "loss/semi": "semi",
-    "semi/mask_share": "mask",
-    "loss/discriminator_real": "D real",
-    "loss/discriminator_fake": "D fake",
-}
-_SCORES = {
-    "mean_iou": "mIoU",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_class_accuracy": "class accuracy",
-}
 
 
 class Progress:
@@ -44,15 +35,26 @@ class Progress:
         self._total_steps, self._step = total_steps, start_step
         self._metrics: dict[str, float] = {}
         self._mean_iou = math.nan
-        self._recent = deque([(time.monotonic(), start_step)])  # (seconds, step), oldest first
+        # (seconds, step), oldest first. Not rich's own estimate: that forgets all that is older
+        # than its window, and so has nothing to go by where rows come more than a minute apart.
+        self._recent = deque([(time.monotonic(), start_step)])
         self._next_plain = 0.0
         self._console = console or Console(highlight=False)
-        # started by the first update, so that a mere table needs no close()
-        self._live: Live | None = None
         self._enabled = enabled
+        self._bar = rich_progress.Progress(
+            rich_progress.BarColumn(_BAR_CELLS),
+            _LineColumn(self),
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            disable=not self._console.is_terminal,  # a log file gets plain lines instead
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step)
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell the step just done and the newest metrics (names as in metrics.jsonl; host floats)."""
+        """Tell the step just done and the newest metrics (names as in metrics.jsonl; host
+        floats).
+        """
         if not self._enabled:
             return
         now = time.monotonic()
@@ -62,7 +64,8 @@ class Progress:
         while len(self._recent) > 2 and now - self._recent[0][0] > _SPEED_SECONDS:
             self._recent.popleft()
         if self._console.is_terminal:
-            self._show_live()
+            self._bar.start()  # only now, so that a mere table of scores needs no close()
+            self._bar.update(self._task, completed=step)
         elif now >= self._next_plain:
             self._next_plain = now + _PLAIN_SECONDS
             self._print_line()
@@ -71,13 +74,11 @@ class Progress:
         """Print the scores of an evaluation, all in [0, 1] under their names in metrics.jsonl
         (val/...).
         """
-        self._mean_iou = scores.get("val/mean_iou", math.nan)
+        self._mean_iou = scores.get(MEAN_IOU, math.nan)
         if self._enabled:
-            known = [
-                (f"val/{name}", label) for name, label in _SCORES.items() if f"val/{name}" in scores
-            ]
-            title = [f"step {step:,}"] + [f"{label} {scores[name]:.1%}" for name, label in known]
-            self._console.print("  ".join(title), style="bold")
+            shown = [score for score in SCORES if score.short and score.name in scores]
+            named = [f"{score.short} {score.text(scores[score.name])}" for score in shown]
+            self._console.print("  ".join([f"step {step:,}", *named]), style="bold")
             self._console.print(_class_table(scores))
 
     def message(self, text: str) -> None:
@@ -96,9 +97,7 @@ class Progress:
         if not self._enabled:
             return
         self._enabled = False
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._bar.stop()
         if len(self._recent) > 1:
             self._print_line()
 
@@ -107,25 +106,11 @@ class Progress:
         (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
         if last_step <= first_step or last_time <= first_time:
             return math.nan
-        return (
-            (self._total_steps - self._step) * (last_time - first_time) / (last_step - first_step)
-        )
+        seconds_per_step = (last_time - first_time) / (last_step - first_step)
+        return (self._total_steps - self._step) * seconds_per_step
 
-    def _show_live(self) -> None:
-        if self._live is None:
-            self._live = Live(
-                console=self._console,
-                get_renderable=self._line,
-                refresh_per_second=4,
-                transient=True,
-            )
-            self._live.start()
-
-    def _print_line(self) -> None:
-        # A log line is never cut at the width of a terminal that is not there.
-        self._console.print(self._line(), soft_wrap=True)
-
-    def _line(self) -> Text:
+    def line(self) -> Text:
+        """The present state: one line, which a terminal cuts at its width."""
         share = self._step / self._total_steps if self._total_steps else 1.0
         parts = [f"step {self._step:,}/{self._total_steps:,}  {share:6.1%}"]
         if "images_per_second" in self._metrics:
@@ -137,15 +122,25 @@ class Progress:
         # before the losses, whose last ones a narrow terminal cuts off
         if not math.isnan(self._mean_iou):
             parts.append(f"mIoU {self._mean_iou:.1%}")
-        losses = ((label, self._metrics.get(name)) for name, label in _LOSSES.items())
-        parts += [f"{label} {value:.3f}" for label, value in losses if value is not None]
-        text = Text(no_wrap=True, overflow="ellipsis")
-        if self._live is not None:
-            done = round(share * _BAR_CELLS)
-            text.append("━" * done, "cyan").append(
-                "━" * (_BAR_CELLS - done), "bright_black"
-            ).append(" ")
-        return text.append("  ".join(parts))
+        for metric in catalogue.ordered(self._metrics):
+            if metric.short and not metric.name.startswith(VALIDATION):
+                parts.append(f"{metric.short} {metric.text(self._metrics[metric.name])}")
+        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+    def _print_line(self) -> None:
+        # A log line is never cut at the width of a terminal that is not there.
+        self._console.print(self.line(), soft_wrap=True)
+
+
+class _LineColumn(rich_progress.ProgressColumn):
+    """The text beside rich's bar."""
+
+    def __init__(self, progress: Progress):
+        super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self._progress = progress
+
+    def render(self, task: rich_progress.Task) -> Text:
+        return self._progress.line()
 
 
 def _duration(seconds: float) -> str:
@@ -163,10 +158,11 @@ def _class_table(scores: dict[str, float]) -> Table:
     """One row a class; three classes a row where there are many, so that a table stays on one
     screen.
     """
-    prefix = "val/iou/"
-    classes = [
-        (name.removeprefix(prefix), iou) for name, iou in scores.items() if name.startswith(prefix)
-    ]
+    classes = {
+        name.removeprefix(CLASS_IOU): iou
+        for name, iou in scores.items()
+        if name.startswith(CLASS_IOU)
+    }
     num_columns = 1 if len(classes) <= 10 else 3
     table = Table()
     for _ in range(num_columns):
@@ -176,7 +172,7 @@ def _class_table(scores: dict[str, float]) -> Table:
     for row in range(num_rows):
         cells: list[Text] = []  # Text, because a plain string's [brackets] would be read as markup
         # down the columns, in the order of the class indices
-        for name, iou in classes[row::num_rows]:
+        for name, iou in list(classes.items())[row::num_rows]:
             cells += [Text(name), Text("absent" if math.isnan(iou) else f"{iou:.1%}")]
         table.add_row(*cells)
     return table

@@ -4,7 +4,8 @@ are wanted.
 metrics.jsonl holds one strict JSON object a line: {"step": int, "time": Unix seconds, "<name>":
 float, ...}. JSON has no word for non-finite floats, so they are written as the strings "NaN",
 "Infinity" and "-Infinity"; `read_metrics` turns them back. Every line of training goes through
-`distseg.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a tracker
+`distseg.tracking.health`, whose verdicts are written beside. Rank 0 writes; every other rank gets a
+tracker
 that does nothing.
 """
 
@@ -15,7 +16,6 @@ import csv
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distseg.config.schema import TrackingConfig
+from distseg.tracking.catalogue import LOSS
 from distseg.tracking.health import HEALTH_FILE, Event, Health
 from distseg.tracking.tensorboard import TensorBoard
 from distseg.tracking.verdicts import NAMED
@@ -51,7 +52,9 @@ class Tracker(Protocol):
         """(step, value) of every line with the value `name`, now or before a restart, in order."""
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
-        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B and TensorBoard)."""
+        """Show a PNG or JPEG file, or a uint8 (H, W, 3) RGB array, at `step` (W&B and
+        TensorBoard).
+        """
 
     def masks(
         self, step: int, name: str, picture: np.ndarray, masks: dict[str, np.ndarray], names: Names
@@ -92,7 +95,9 @@ class NullTracker:
 
 
 class RunTracker:
-    """metrics.jsonl, flushed line by line so that a killed process loses nothing; others beside it."""
+    """metrics.jsonl, flushed line by line so that a killed process loses nothing; others beside
+    it.
+    """
 
     def __init__(self, run_dir: Path, wandb_run: WandbRun | None, tensorboard: TensorBoard | None):
         self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
@@ -103,7 +108,7 @@ class RunTracker:
     def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
         values = {name: float(value) for name, value in metrics.items()}
         events = self._health.update({"step": step, **values})
-        if any(name.startswith("loss/") for name in values):  # no scores of an evaluation
+        if any(name.startswith(LOSS) for name in values):  # no scores of an evaluation
             values |= self._health.flags()
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line.update((name, _json_value(value)) for name, value in values.items())
@@ -113,7 +118,10 @@ class RunTracker:
             if events:
                 self._health.save(self._run_dir / HEALTH_FILE)
         except OSError as error:
-            action = "free some space, then run the same command again: it goes on from the last checkpoint"
+            action = (
+                "free some space, then run the same command again: it goes on from the last "
+                "checkpoint"
+            )
             raise InputError(
                 f"{self._file.name}: {error.strerror}", "a disk that can be written", action
             ) from None
@@ -235,7 +243,9 @@ def _json_value(value: float) -> float | str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None, bool]]:
-    """Yield (line number from 1, text, row or None where unreadable, whether it is the last line)."""
+    """Yield (line number from 1, text, row or None where unreadable, whether it is the last
+    line).
+    """
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(texts, start=1):
         try:
@@ -256,6 +266,5 @@ def _rewind(path: Path, resume_step: int | None) -> None:
             _log.warning("%s: line %d was unreadable and is removed", path, number)
         if row is not None and resume_step is not None and row["step"] <= resume_step:
             kept.append(text + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with published(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

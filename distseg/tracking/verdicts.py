@@ -12,9 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# of their norms, at the segmentor's output; see distseg.train.diagnostics
-RATIO = "gradient/adversarial_to_cross_entropy"
-Row = dict[str, Any]  # of metrics.jsonl: "step" and named floats
+from distseg.tracking.catalogue import (
+    ADVERSARIAL_WEIGHT,
+    DATA_WAIT_SECONDS,
+    DISCRIMINATOR_ACCURACY,
+    DISCRIMINATOR_FAKE,
+    DISCRIMINATOR_REAL,
+    LOSS,
+    MASK_SHARE,
+    RATIO,
+    SLOWEST_RANK,
+    SLOWEST_RATIO,
+    STEP_SECONDS,
+)
+
+MetricsRow = dict[str, Any]  # of metrics.jsonl: "step" and named floats
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Check:
 
     name: str
     title: str
-    measure: Callable[[Row, Row], float | None]
+    measure: Callable[[MetricsRow, MetricsRow], float | None]
     raise_at: float
     clear_at: float
     num_rows: int
@@ -43,34 +55,34 @@ class Check:
         return value <= bound if self.raise_at < self.clear_at else value >= bound
 
 
-def _fake_loss(row: Row, before: Row) -> float | None:
+def _fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
     """The discriminator's loss on predictions, where it is right about nearly all label maps.
 
     Else as if undecided.
     """
-    if "loss/discriminator_fake" not in row or "discriminator/accuracy" not in row:
+    if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
-    return row["loss/discriminator_fake"] if row["discriminator/accuracy"] >= 0.9 else math.log(2)
+    return row[DISCRIMINATOR_FAKE] if row[DISCRIMINATOR_ACCURACY] >= 0.9 else math.log(2)
 
 
-def _both_losses(row: Row, before: Row) -> float | None:
-    if "loss/discriminator_fake" not in row or "discriminator/accuracy" not in row:
+def _both_losses(row: MetricsRow, before: MetricsRow) -> float | None:
+    if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
-    return (row["loss/discriminator_real"] + row["loss/discriminator_fake"]) / 2
+    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2
 
 
-def _influence(row: Row, before: Row) -> float | None:
-    return row.get(RATIO) if row.get("weight/adversarial", 0) > 0 else None
+def _influence(row: MetricsRow, before: MetricsRow) -> float | None:
+    return row.get(RATIO) if row.get(ADVERSARIAL_WEIGHT, 0) > 0 else None
 
 
-def _not_finite(row: Row, before: Row) -> float | None:
+def _not_finite(row: MetricsRow, before: MetricsRow) -> float | None:
     """1 for a loss that is not finite, or the share of steps since the row before whose update was
     skipped.
 
     Without a loss scale, which finds its size by skipping now and then, one skipped update is as
     bad.
     """
-    losses = [value for name, value in row.items() if name.startswith("loss/")]
+    losses = [value for name, value in row.items() if name.startswith(LOSS)]
     if not losses:
         return None
     if not all(math.isfinite(value) for value in losses):
@@ -83,19 +95,17 @@ def _not_finite(row: Row, before: Row) -> float | None:
     return worst
 
 
-def _wait_share(row: Row, before: Row) -> float | None:
-    if "data_wait_seconds" not in row or not row.get("step_seconds"):
+def _wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
+    if DATA_WAIT_SECONDS not in row or not row.get(STEP_SECONDS):
         return None
-    return row["data_wait_seconds"] / row["step_seconds"]
+    return row[DATA_WAIT_SECONDS] / row[STEP_SECONDS]
 
 
-def _slowest(row: Row, before: Row) -> float | None:
+def _slowest(row: MetricsRow, before: MetricsRow) -> float | None:
     """How much slower the slowest rank is; 1 where it is another one than in the row before."""
-    if "ranks/slowest" not in row:
+    if SLOWEST_RANK not in row:
         return None
-    return (
-        row["ranks/slowest_ratio"] if row["ranks/slowest"] == before.get("ranks/slowest") else 1.0
-    )
+    return row[SLOWEST_RATIO] if row[SLOWEST_RANK] == before.get(SLOWEST_RANK) else 1.0
 
 
 CHECKS = (
@@ -108,9 +118,12 @@ CHECKS = (
         raise_at=0.08,
         clear_at=0.12,
         num_rows=5,
-        meaning="It tells nearly every prediction from ground truth, and is sure of it: what it still teaches the "
-        "segmentor is to look like one-hot maps, and few pixels are believed in semi-supervised training.",
-        advice="Lower discriminator_optimizer.lr (a third), use loss.real_target=0.9 or loss.real_map=scaling, or a "
+        meaning="It tells nearly every prediction from ground truth, and is sure of it: what it "
+        "still teaches the "
+        "segmentor is to look like one-hot maps, and few pixels are believed in semi-supervised "
+        "training.",
+        advice="Lower discriminator_optimizer.lr (a third), use loss.real_target=0.9 or "
+        "loss.real_map=scaling, or a "
         "smaller discriminator (discriminator.options.width).",
     ),
     Check(
@@ -123,9 +136,11 @@ CHECKS = (
         clear_at=0.66,
         num_rows=15,
         num_steps=150,
-        meaning="It cannot tell predictions from ground truth, so that its gradient is noise. (Only a perfect "
+        meaning="It cannot tell predictions from ground truth, so that its gradient is noise. "
+        "(Only a perfect "
         "segmentor deserves that.)",
-        advice="Raise discriminator_optimizer.lr (three times), give it more steps (alternation=blocks, "
+        advice="Raise discriminator_optimizer.lr (three times), give it more steps "
+        "(alternation=blocks, "
         "loss.adv_start_step), or a discriminator that sees more.",
     ),
     Check(
@@ -138,20 +153,23 @@ CHECKS = (
         clear_at=3e-3,
         num_rows=10,
         num_steps=100,
-        meaning="Its gradient at the segmentor's output is less than a thousandth of the cross entropy's: this is "
+        meaning="Its gradient at the segmentor's output is less than a thousandth of the cross "
+        "entropy's: this is "
         "supervised training at the price of an adversarial one.",
-        advice="Raise loss.adv_weight, and look at the reductions: a mean beside a sum over pixels weighs nothing.",
+        advice="Raise loss.adv_weight, and look at the reductions: a mean beside a sum over "
+        "pixels weighs nothing.",
     ),
     Check(
         "mask_is_empty",
         "the confidence mask is empty",
-        lambda row, before: row.get("semi/mask_share"),
+        lambda row, before: row.get(MASK_SHARE),
         # recorded: 0.09 to 0.98; at 0.1 % a batch of eight 240 x 240 images has 460 pixels left, of
         # one object's edge
         raise_at=1e-3,
         clear_at=5e-3,
         num_rows=5,
-        meaning="The discriminator believes no pixel of the unlabelled images, so that the semi-supervised term is 0.",
+        meaning="The discriminator believes no pixel of the unlabelled images, so that the "
+        "semi-supervised term is 0.",
         advice="Lower semi.threshold, start later (semi.start_step), or weaken the discriminator "
         "(discriminator_optimizer.lr); one that has won believes nothing.",
     ),
@@ -163,8 +181,10 @@ CHECKS = (
         clear_at=1e-9,
         num_rows=1,
         clear_rows=10,
-        meaning="Such a step's update is left out on all ranks; max_skips of them in a row end the run.",
-        advice="Lower the learning rate of the network that grad_norm names, or clip_norm; with fp16 try bf16 or fp32; "
+        meaning="Such a step's update is left out on all ranks; max_skips of them in a row end "
+        "the run.",
+        advice="Lower the learning rate of the network that grad_norm names, or clip_norm; with "
+        "fp16 try bf16 or fp32; "
         "look at the data with `distseg inspect`.",
     ),
     Check(
@@ -175,8 +195,10 @@ CHECKS = (
         raise_at=0.1,
         clear_at=0.05,
         num_rows=5,
-        meaning="More than a tenth of a step is spent waiting for images on the rank that waits longest.",
-        advice="Raise data.num_threads; put shards or data.cache_dir on a local disk; look at what else uses the "
+        meaning="More than a tenth of a step is spent waiting for images on the rank that waits "
+        "longest.",
+        advice="Raise data.num_threads; put shards or data.cache_dir on a local disk; look at "
+        "what else uses the "
         "machine's cores.",
     ),
     Check(
@@ -187,9 +209,11 @@ CHECKS = (
         raise_at=1.2,
         clear_at=1.1,
         num_rows=10,
-        meaning="The same rank needs a fifth more for its forward and its data, again and again, and all others wait "
+        meaning="The same rank needs a fifth more for its forward and its data, again and again, "
+        "and all others wait "
         "for it at every step.",
-        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, fewer cores.",
+        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, "
+        "fewer cores.",
     ),
 )
 NAMED = {check.name: check for check in CHECKS}

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from shards.files import published
 from shards.sample import IGNORE_INDEX
 
 ID_FILE = "wandb_id.txt"
@@ -56,7 +57,8 @@ def choose_mode(wanted: str) -> str:
             return "online" if _has_login() else "offline"
     if wanted == "online" and not _has_login():
         _log.warning(
-            "W&B: no login found (run `wandb login`); writing offline, upload later with `wandb sync`"
+            "W&B: no login found (run `wandb login`); writing offline, upload later with `wandb "
+            "sync`"
         )
         return "offline"
     return wanted
@@ -90,7 +92,9 @@ class WandbRun:
         self._queue(lambda run: _log_row(run, step, values))
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str) -> None:
-        """Queue a picture: a file, or uint8 (H, W, 3) RGB that the caller does not write to again."""
+        """Queue a picture: a file, or uint8 (H, W, 3) RGB that the caller does not write to
+        again.
+        """
 
         def show(run: Any) -> None:
             import wandb
@@ -284,7 +288,6 @@ def _run_id(path: Path) -> str:
     if path.exists() and (known := path.read_text().strip()):
         return known
     new = secrets.token_hex(4)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(new + "\n")
-    os.replace(temporary, path)
+    with published(path) as partial:
+        partial.write_text(new + "\n")
     return new

@@ -15,23 +15,23 @@ class StepClock:
 
     def restart(self, step: int, wait_seconds: float) -> None:
         """Begin a lap now: what came before, such as an evaluation, is no part of a step's time."""
-        self._time, self._wait, self._step, self._operations = (
-            time.perf_counter(),
-            wait_seconds,
-            step,
-            0.0,
-        )
+        self._time, self._wait = time.perf_counter(), wait_seconds
+        self._step, self._operations = step, 0.0
 
     def count(self, operations: float) -> None:
         """A step of so many operations on this rank is done."""
         self._operations += operations
 
     def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
-        now = time.perf_counter()
+        """The speed since the last lap, and begin another.
+
+        step: steps done by now; wait_seconds: waited for data, since the stream was opened.
+        """
         steps = step - self._step
-        seconds = max(now - self._time, 1e-9) / steps
-        values = {"step_seconds": seconds, "images_per_second": self._batch_size / seconds}
-        values |= {
+        seconds = max(time.perf_counter() - self._time, 1e-9) / steps
+        values = {
+            "step_seconds": seconds,
+            "images_per_second": self._batch_size / seconds,
             "data_wait_seconds": (wait_seconds - self._wait) / steps,
             "images": float(step * self._batch_size),
         }

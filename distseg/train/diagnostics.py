@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import resource
 import statistics
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distseg.distributed.ranks import Ranks, all_reduce_sum
-from distseg.losses.functional import at_least_float32
-from distseg.tracking.verdicts import RATIO
+from distseg.losses.adversarial import score_sums
+from distseg.losses.tensors import at_least_float32
+from distseg.tracking.catalogue import RATIO
+from distseg.train.counts import mean
+from distseg.train.objective import Scored
 
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
 # what every rank tells of itself
@@ -39,6 +41,20 @@ def gradients_at_output(
     through_softmax = chances * (proxy - (chances * proxy).sum(1, keepdim=True))
     squares = [at_least_float32(gradient).square().sum() for gradient in (through_softmax, own)]
     return dict(zip(_SQUARES, squares, strict=True))
+
+
+def of_scores(real: Scored, fake: Scored) -> dict[str, Tensor]:
+    """The discriminator's accuracy, its mean probabilities, and the gap between its logits."""
+    of_real = score_sums(real.scores, real.mask, real=True)
+    of_fake = score_sums(fake.scores, fake.mask, real=False)
+    on_real, on_fake = mean(of_real, real.num_scores), mean(of_fake, fake.num_scores)
+    right, all_scores = of_real[0] + of_fake[0], real.num_scores + fake.num_scores
+    return {
+        "discriminator/accuracy": mean(right, all_scores),
+        "discriminator/on_real": on_real[1],
+        "discriminator/on_fake": on_fake[1],
+        "discriminator/logit_gap": on_real[2] - on_fake[2],
+    }
 
 
 def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> dict[str, float]:
@@ -98,16 +114,3 @@ def memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in KiB
-
-
-def weights_of(now: Any, has_unlabelled: bool) -> dict[str, float]:
-    """The weights of the segmentor's terms in a phase, by the names of the terms."""
-    if now.is_supervised or not now.segmentor:
-        return {}
-    weights = {"weight/adversarial": now.adv_weight}
-    if has_unlabelled:
-        weights |= {
-            "weight/adversarial_unlabelled": now.semi_adv_weight,
-            "weight/semi": now.semi_weight,
-        }
-    return weights

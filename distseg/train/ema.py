@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from distseg.parallel import Learner
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
 
 
 class MovingAverage:
     """average = decay * average + (1 - decay) * network after every update; whole-number buffers
     are copied.
 
-    Where this rank holds slices of the network's parameters, it averages those. The decay warms up
+    Where this rank holds shards of the network's parameters, it averages those. The decay warms up
     as (1 + n) / (10 + n) after n updates, so that the initial weights are soon forgotten (the rule
     of TensorFlow's ExponentialMovingAverage).
     """
@@ -27,12 +27,12 @@ class MovingAverage:
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))
         self.num_updates = torch.zeros((), dtype=torch.int64)
 
-    def whole(self) -> nn.Module:
+    def full_network(self) -> nn.Module:
         """A copy of the averaged network with all its parameters, in evaluation mode.
 
         Called on every rank.
         """
-        return self._source.whole(self._average).eval()
+        return self._source.full_network(self._average).eval()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -40,11 +40,14 @@ class MovingAverage:
         self.num_updates += 1
         n = int(self.num_updates)
         decay = min(self.decay, (1 + n) / (10 + n))
-        floating = [(a, b) for a, b in self._pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floating], [b for _, b in floating], 1.0 - decay)
-        for a, b in self._pairs:
-            if not a.is_floating_point():
-                a.copy_(b)
+        averages, present = [], []
+        for average, tensor in self._pairs:
+            if average.is_floating_point():
+                averages.append(average)
+                present.append(tensor)
+            else:
+                average.copy_(tensor)
+        torch._foreach_lerp_(averages, present, 1.0 - decay)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The averaged network's tensors and the number of updates."""
@@ -54,11 +57,11 @@ class MovingAverage:
         """Copy in what `state_dict` gave."""
         if self._average.keys() != state["network"].keys():
             different = sorted(self._average.keys() ^ state["network"].keys())
-            raise KeyError(f"averaged network: {different[:4]} on one side only")
+            raise KeyError(f"EMA weights: {different[:4]} on one side only")
         for name, tensor in self._average.items():
             tensor.copy_(state["network"][name])
         self.num_updates.copy_(state["counters"]["num_updates"])
 
 
 def _held(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [slice_of(tensor).rows for tensor in tensors.values()]
+    return [shard_of(tensor).rows for tensor in tensors.values()]

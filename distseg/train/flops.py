@@ -74,7 +74,7 @@ class StepWork:
         """
         num_images = num_labelled + num_unlabelled
         operations = self.segmentor * num_images * (3 if now.segmentor else 1)
-        if now.is_supervised:
+        if not now.adversary:
             return operations
         on_prediction = 1 + now.segmentor + 2 * now.discriminator
         on_truth = 3 * now.discriminator

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from distseg.config.schema import Config
+from distseg.config.schema import Config, LossConfig
 from distseg.distributed.ranks import Ranks
-from distseg.parallel.slices import num_elements
+from distseg.parallel import Learner
+from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.train.inputs import Data
+from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
 from shards import user_code
 
@@ -18,33 +20,66 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
 
     Networks, ranks, losses with their reductions, where it goes.
     """
-    segmentor, discriminator = map(
-        user_code.short, (config.segmentor.name, config.discriminator.name)
-    )
-    networks = [f"segmentor {segmentor} {_millions(pair.segmentor.network)}"]
-    if pair.discriminator is not None:
-        networks += [f"discriminator {discriminator} {_millions(pair.discriminator.network)}"]
+    lines = [_networks(config, pair), *_frozen(config, pair.segmentor.network)]
+    if not step:
+        reports = [getattr(it.network, "init_report", None) for it in _learners(pair)]
+        lines += [f"weights: {report}" for report in reports if report is not None]
+    lines.append(f"loss: {' + '.join(_terms(config))}")
+    lines += _batch_norm(pair.segmentor.network) if ranks.world_size > 1 else []
+    batch = f"batch {config.batch_size} = "
+    batch += f"{ranks.world_size} x {config.batch_size // ranks.world_size}"
     images = f"{len(data.train)} labelled"
-    batch = (
-        f"batch {config.batch_size} = {ranks.world_size} x {config.batch_size // ranks.world_size}"
-    )
     if data.unlabelled is not None:
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
-    lines = [" | ".join(networks), f"loss: {' + '.join(_terms(config))}"]
-    num_layers = sum(
-        isinstance(m, SynchronisedBatchNorm2d) for m in pair.segmentor.network.modules()
-    )
-    if num_layers and ranks.world_size > 1:
-        lines += [
-            f"batch norm: synchronised, {num_layers} layers that wait for all ranks in forward and backward"
-        ]
-    lines += [f"images: {images} for training, {len(data.val)} for validation"]
+    lines.append(f"images: {images} for training, {len(data.val)} for validation")
     where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
-    lines += [f"{where} | {config.precision} | {batch} | {config.run_dir}"]
+    lines.append(f"{where} | {config.precision} | {batch} | {config.run_dir}")
     if step:
-        lines += [f"resumed at step {step} of {config.steps}"]
+        lines.append(f"resumed at step {step} of {config.steps}")
     return "\n".join(lines)
+
+
+def _networks(config: Config, pair: Pair) -> str:
+    name = user_code.short(config.segmentor.name)
+    text = f"segmentor {name} {_millions(pair.segmentor.network)}"
+    if pair.discriminator is None:
+        return text
+    name = user_code.short(config.discriminator.name)
+    return f"{text} | discriminator {name} {_millions(pair.discriminator.network)}"
+
+
+def _batch_norm(segmentor: torch.nn.Module) -> list[str]:
+    """That layers wait for all ranks, where some do."""
+    layers = [m for m in segmentor.modules() if isinstance(m, SynchronisedBatchNorm2d)]
+    what = "layers that wait for all ranks in forward and backward"
+    return [f"batch norm: synchronised, {len(layers)} {what}"] if layers else []
+
+
+def extension(config: Config, steps_before: int) -> str:
+    """That a run is trained on, and what that means for its learning rate."""
+    text = f"extended from {steps_before} to {config.steps} steps; its history stays"
+    if config.schedule.name != "poly":
+        return f"{text}; the learning rate's {config.schedule.name} course knows no last step"
+    before, now = (
+        lr_factor(steps_before, steps, config.schedule) for steps in (steps_before, config.steps)
+    )
+    what = f"the learning rate at step {steps_before} is {now:.3g} of its base, not {before:.3g}"
+    return f"{text}; {what}, as in a run of {config.steps} steps from the start"
+
+
+def _learners(pair: Pair) -> list[Learner]:
+    return [pair.segmentor, *([] if pair.discriminator is None else [pair.discriminator])]
+
+
+def _frozen(config: Config, network: torch.nn.Module) -> list[str]:
+    """How many parameters train, where some are chosen not to."""
+    if not config.segmentor.freeze:
+        return []
+    parameters = list(network.parameters())
+    count = sum(num_elements(p) for p in parameters if p.requires_grad)
+    share = f"{count:,} of {sum(map(num_elements, parameters)):,} parameters of the segmentor train"
+    return [f"frozen: {', '.join(config.segmentor.freeze)}; {share}"]
 
 
 def _terms(config: Config) -> list[str]:
@@ -53,16 +88,34 @@ def _terms(config: Config) -> list[str]:
     A weight means nothing without it.
     """
     loss, semi = config.loss, config.semi
-    terms = [f"cross entropy ({loss.ce_reduction})"]
+    terms = [_cross_entropy(loss)] if loss.ce_weight else []
+    for name, term in loss.terms.items():
+        terms.append(f"{term.weight} x {user_code.short(term.use or name)}")
     if config.mode != "supervised":
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
-        terms += [f"{loss.adv_weight} x adversarial ({how})"]
+        terms.append(f"{loss.adv_weight} x adversarial ({how})")
     if config.mode == "semi_supervised":
-        terms += [f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})"]
+        terms.append(f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})")
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
-        terms += [f"{semi.weight} x semi-supervised cross entropy ({where})"]
+        terms.append(f"{semi.weight} x semi-supervised cross entropy ({where})")
     return terms
+
+
+def _cross_entropy(loss: LossConfig) -> str:
+    """The cross entropy with whatever is not its default."""
+    how = [loss.ce_reduction]
+    if loss.class_weights != "none":
+        weights = loss.class_weights
+        how.append(f"{weights} class weights" if isinstance(weights, str) else "class weights")
+    if loss.label_smoothing:
+        how.append(f"label smoothing {loss.label_smoothing}")
+    if loss.focal_gamma:
+        how.append(f"focal, gamma {loss.focal_gamma}")
+    if loss.ohem_threshold:
+        how.append(f"hard pixels, p < {loss.ohem_threshold}")
+    weight = "" if loss.ce_weight == 1 else f"{loss.ce_weight} x "
+    return f"{weight}cross entropy ({', '.join(how)})"
 
 
 def _millions(network: torch.nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,18 +19,17 @@ from shards.verified import check_verified
 LABELLED_FILE = "labelled.txt"
 
 
-def check_batch(key: str, batch_size: int, world_size: int, num_parts: int) -> None:
-    """Raise InputError unless ranks and parts divide the images of a step evenly."""
-    if batch_size % (world_size * num_parts):
-        divisor = world_size * num_parts
+def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: int) -> None:
+    """Raise InputError unless ranks and micro-batches divide the images of a step evenly."""
+    divisor = world_size * num_micro_batches
+    if batch_size % divisor:
         below, above = batch_size // divisor * divisor, -(-batch_size // divisor) * divisor
-        got = f"{key}={batch_size} for {world_size} ranks" + (
-            f" and {num_parts} parts" if num_parts > 1 else ""
-        )
+        got = f"{key}={batch_size} for {world_size} ranks"
+        if num_micro_batches > 1:
+            got += f" and gradient_accumulation_steps={num_micro_batches}"
         nearest = f"{below} or {above}" if below else str(above)
-        raise InputError(
-            got, f"a multiple of {divisor}", f"write {key}={nearest}, or start other ranks"
-        )
+        action = f"write {key}={nearest}, or start other ranks"
+        raise InputError(got, f"a multiple of {divisor}", action)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,10 @@ class Data:
 
 
 def open_data(config: Config, world_size: int) -> Data:
-    """The sample sets of a run; InputError when they are not there or do not fit the configuration."""
+    """The sample sets of a run.
+
+    InputError when they are not there or do not fit the configuration.
+    """
     options = config.data
     train, val = (open_reader(options, name) for name in (options.train_split, options.val_split))
     if not options.allow_unverified:
@@ -61,31 +63,40 @@ def open_data(config: Config, world_size: int) -> Data:
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)
     room = options.keep_decoded_bytes
     train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
-    there, asked = train_set.classes.num_classes, options.num_classes
-    if asked not in (None, there):
-        names = ", ".join(train_set.classes.names)
-        got = f"data.num_classes={asked}, but {options.shards} has {there} classes ({names})"
-        raise InputError(
-            got, "the same number", f"write data.num_classes={there}, or choose other shards"
-        )
+    _check_classes(config, train_set)
+    own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
     unlabelled_set = None
     if config.mode == "semi_supervised":
-        if not rest:
-            got = f"mode=semi_supervised, but all {len(labelled)} samples of {train.split} are used with their labels"
-            raise InputError(
-                got,
-                "unlabelled samples",
-                "write for example data.labelled=1/8, or mode=adversarial",
-            )
-        size = config.semi.batch_size or config.batch_size
-        check_batch("semi.batch_size", size, world_size, config.accumulate_steps)
-        # the labelled ones come first: being fewer, they come more often
-        room -= train_set.decoded_bytes(room)
-        unlabelled_set = SampleSet(
-            train, rest, labelled=False, keep=options.keep_classes, keep_decoded_bytes=room
-        )
-    own_view(config, there)  # or training would find out what is wrong with it
+        unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
     return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
+
+
+def _check_classes(config: Config, samples: SampleSet) -> None:
+    """Raise InputError where data.num_classes is not the number of classes."""
+    classes, asked = samples.classes, config.data.num_classes
+    if asked not in (None, classes.num_classes):
+        there, names = classes.num_classes, ", ".join(classes.names)
+        got = f"data.num_classes={asked}, but {config.data.shards} has {there} classes ({names})"
+        action = f"write data.num_classes={there}, or choose other shards"
+        raise InputError(got, "the same number", action)
+
+
+def _open_unlabelled(
+    config: Config, world_size: int, labelled: SampleSet, rest: Sequence[int]
+) -> SampleSet:
+    """The samples whose labels are not used."""
+    if not rest:
+        which = f"all {len(labelled)} samples of {labelled.reader.split}"
+        got = f"mode=semi_supervised, but {which} are used with their labels"
+        action = "write for example data.labelled=1/8, or mode=adversarial"
+        raise InputError(got, "unlabelled samples", action)
+    size = config.semi.batch_size or config.batch_size
+    check_batch("semi.batch_size", size, world_size, config.gradient_accumulation_steps)
+    # the labelled ones come first: being fewer, they come more often
+    room = config.data.keep_decoded_bytes
+    room -= labelled.decoded_bytes(room)
+    keep = config.data.keep_classes
+    return SampleSet(labelled.reader, rest, labelled=False, keep=keep, keep_decoded_bytes=room)
 
 
 def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
@@ -100,29 +111,31 @@ def open_streams(
     config: Config, ranks: Ranks, data: Data, start_step: int
 ) -> TrainStream | PairedStream:
     """This rank's part of the endless sequence of batches, from `start_step` on."""
-    labelled = open_stream(config, ranks, data.train, start_step, config.batch_size, config.seed)
+    own = (config.batch_size, config.seed)
+    labelled = open_stream(config, ranks, data.train, start_step, own)
     if data.unlabelled is None:
         return labelled
-    batch_size = config.semi.batch_size or config.batch_size
-    # beyond every seed that a user can choose: another order, other views
-    seed = config.seed + 2**32
-    return PairedStream(
-        labelled, open_stream(config, ranks, data.unlabelled, start_step, batch_size, seed)
-    )
+    # beyond every seed that a user can choose: another order, other crops
+    other = (config.semi.batch_size or config.batch_size, config.seed + 2**32)
+    return PairedStream(labelled, open_stream(config, ranks, data.unlabelled, start_step, other))
 
 
 def open_stream(
-    config: Config, ranks: Ranks, samples: SampleSet, start_step: int, batch_size: int, seed: int
+    config: Config,
+    ranks: Ranks,
+    samples: SampleSet,
+    start_step: int,
+    size_and_seed: tuple[int, int],
 ) -> TrainStream:
-    """One stream of training views."""
-    data = config.data
+    """One stream of training crops: so many images a step over all ranks, in the seed's order."""
+    data, (batch_size, seed) = config.data, size_and_seed
     own = own_view(config, samples.classes.num_classes)
     names = [field.name for field in fields(TrainView) if field.name != "own"]
-    view = TrainView(**{name: getattr(data, name) for name in names}, own=own)
+    crop = TrainView(**{name: getattr(data, name) for name in names}, own=own)
     return TrainStream(
         samples,
         plan_for(samples, data, seed),
-        view,
+        crop,
         batch_size=batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,

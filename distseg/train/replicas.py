@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from distseg.distributed.ranks import Ranks, on_all, shared_error
-from distseg.parallel.slices import slice_of
+from distseg.parallel.parameter_shards import shard_of
 from distseg.train.step import Pair
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a rank holds of a network, as sums over bits.
+
+    shard: which parameter shards it has (0 where parameters are full), and the sum over them;
+    full: the sum over parameters and buffers that every rank has in full.
+    """
+
+    shard: int
+    of_shard: int
+    full: int
 
 
 def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
     """Raise RuntimeError, on every rank, unless all ranks hold the same networks, bit by bit.
 
     Compared is what more than one rank holds: everything under DDP and ZeRO stages 0 to 2; under
-    FSDP the slices of ranks with the same ones (`shard_size`) and whatever is whole, such as
-    buffers; at ZeRO stage 3, which has a part on one rank only, what is whole: buffers, the
+    FSDP the shards of ranks with the same ones (`shard_size`) and whatever is full, such as
+    buffers; at ZeRO stage 3, which has a part on one rank only, what is full: buffers, the
     discriminator, parameters below DeepSpeed's threshold.
     """
-    named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator}
-    sums = on_all(
-        ranks, {name: _fingerprint(it.network) for name, it in named.items() if it is not None}
-    )
-    for name in sums[0]:
-        of_ranks = [of_rank[name] for of_rank in sums]
-        # a rank's slices are compared with those of the first rank that holds the same ones
-        first = {which: of_slices for (which, of_slices), _ in reversed(of_ranks)}
-        expected = [(first[which], of_ranks[0][1]) for (which, _), _ in of_ranks]
-        found = [(of_slices, of_whole) for (_, of_slices), of_whole in of_ranks]
-        others = ", ".join(str(rank) for rank in range(len(found)) if found[rank] != expected[rank])
+    own = {"segmentor": _fingerprint(pair.segmentor.network)}
+    if pair.discriminator is not None:
+        own["discriminator"] = _fingerprint(pair.discriminator.network)
+    of_ranks = on_all(ranks, own)
+    for name in own:
+        others = different([of_rank[name] for of_rank in of_ranks])
         if others:
-            text = f"step {step}: the {name} of rank {others} differs from rank 0's, perhaps in the last checkpoint too"
-            error = RuntimeError(
-                f"{text}. A faulty device, or a network that draws random numbers per rank?"
-            )
-            raise shared_error(error)
+            which = f"the {name} of rank {', '.join(map(str, others))} differs from rank 0's"
+            text = f"step {step}: {which}, perhaps in the last checkpoint too"
+            cause = "A faulty device, or a network that draws random numbers per rank?"
+            raise shared_error(RuntimeError(f"{text}. {cause}"))
+
+
+def different(of_ranks: Sequence[Fingerprint]) -> list[int]:
+    """The ranks whose part is not that of the first rank which should hold the same."""
+    first: dict[int, int] = {}
+    others = []
+    for rank, own in enumerate(of_ranks):
+        expected = first.setdefault(own.shard, own.of_shard)
+        if own.of_shard != expected or own.full != of_ranks[0].full:
+            others.append(rank)
+    return others
 
 
 @torch.no_grad()
-def _fingerprint(network: torch.nn.Module) -> tuple[tuple[int, int], int]:
-    """((which slices, a sum over their bits), the same sum over parameters and buffers that are
-    whole).
-    """
-    held = [slice_of(tensor) for tensor in network.state_dict().values()]
-    slices = [part.rows for part in held if part.count > 1]
-    which = max(part.index for part in held)
-    return (which, _bit_sum(slices)), _bit_sum([part.rows for part in held if part.count == 1])
+def _fingerprint(network: torch.nn.Module) -> Fingerprint:
+    held = [shard_of(tensor) for tensor in network.state_dict().values()]
+    sharded = [part.rows for part in held if part.count > 1]
+    full = [part.rows for part in held if part.count == 1]
+    return Fingerprint(max(part.index for part in held), _bit_sum(sharded), _bit_sum(full))
 
 
 def _bit_sum(tensors: list[torch.Tensor]) -> int:

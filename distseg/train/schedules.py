@@ -6,64 +6,72 @@ The learning rate's factor, which network is updated, and the terms' weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from distseg.config.schema import Config, ScheduleConfig
+from distseg.config.schema import Config, LossConfig, ScheduleConfig
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Which networks are updated in one step, and the weights of the terms that the adversary
-    brings.
+    """Which networks are updated in one step, and the weights of the segmentor's terms by name.
 
+    adversary: whether the discriminator judges at all; else the step is a plain supervised one.
     watched: whether the step is logged, so that signals are measured which no loss needs.
     """
 
     segmentor: bool
     discriminator: bool
-    adv_weight: float = 0.0  # on labelled images
-    semi_adv_weight: float = 0.0  # on unlabelled images
-    semi_weight: float = 0.0  # of the masked cross entropy on unlabelled images
+    adversary: bool = False
+    weights: Mapping[str, float] = field(default_factory=dict)
     watched: bool = False
-
-    @property
-    def is_supervised(self) -> bool:
-        """Whether nothing but the labelled images' cross entropy matters."""
-        return not (self.discriminator or self.adv_weight or self.has_unlabelled_terms)
-
-    @property
-    def has_unlabelled_terms(self) -> bool:
-        """Whether unlabelled images change the segmentor's loss."""
-        return bool(self.semi_adv_weight or self.semi_weight)
 
 
 def phase(step: int, config: Config) -> Phase:
-    """The phase of a step (counted from 0), the same on every rank because it depends on nothing
-    else.
+    """The phase of a step (counted from 0).
 
-    "simultaneous": both (Hung et al. 2018); "blocks": so many steps of the segmentor, then so many
-    of the discriminator, and so on (Luc et al. 2016, "slow alternating scheme"; the paper does not
-    say who begins).
+    The same on every rank because it depends on nothing else. "simultaneous": both (Hung et al.
+    2018); "blocks": so many steps of the segmentor, then so many of the discriminator, and so on
+    (Luc et al. 2016, "slow alternating scheme"; the paper does not say who begins).
     """
-    loss, semi, alternation = config.loss, config.semi, config.alternation
-    since_start = step - loss.adv_start_step
+    alternation, own = config.alternation, _own_weights(step, config.loss)
+    since_start = step - config.loss.adv_start_step
     if config.mode == "supervised" or since_start < 0:
-        return Phase(segmentor=True, discriminator=False)
+        return Phase(segmentor=True, discriminator=False, weights=own)
     turn = since_start % (alternation.segmentor + alternation.discriminator)
     if alternation.name == "blocks" and turn >= alternation.segmentor:
-        return Phase(segmentor=False, discriminator=True)
-    rise = min(1.0, (since_start + 1) / loss.adv_warmup_steps) if loss.adv_warmup_steps else 1.0
-    unlabelled = config.mode == "semi_supervised"
-    return Phase(
-        segmentor=True,
-        discriminator=alternation.name == "simultaneous",
-        adv_weight=loss.adv_weight * rise,
-        semi_adv_weight=semi.adv_weight * rise
-        if unlabelled and step >= semi.adv_start_step
-        else 0.0,
-        semi_weight=semi.weight if unlabelled and step >= semi.start_step else 0.0,
-    )
+        return Phase(segmentor=False, discriminator=True, adversary=True)
+    both, brought = alternation.name == "simultaneous", _adversarial_weights(step, config)
+    if not both and not any(brought.values()):  # nobody would look at what the adversary says
+        return Phase(segmentor=True, discriminator=False, weights=own)
+    return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought)
+
+
+def _own_weights(step: int, loss: LossConfig) -> dict[str, float]:
+    """Of the terms that need no adversary, and of the user's, which may."""
+    weights = {"cross_entropy": loss.ce_weight, "auxiliary": loss.aux_weight}
+    for name, term in loss.terms.items():
+        weights[name] = term.weight * _rise(step - term.start_step, term.warmup_steps)
+    return weights
+
+
+def _adversarial_weights(step: int, config: Config) -> dict[str, float]:
+    """Of the terms that the adversary brings."""
+    loss, semi = config.loss, config.semi
+    rise = _rise(step - loss.adv_start_step, loss.adv_warmup_steps)
+    weights = {"adversarial": loss.adv_weight * rise}
+    if config.mode == "semi_supervised":
+        started = step >= semi.adv_start_step
+        weights["adversarial_unlabelled"] = semi.adv_weight * rise if started else 0.0
+        weights["semi"] = semi.weight if step >= semi.start_step else 0.0
+    return weights
+
+
+def _rise(since_start: int, warmup_steps: int) -> float:
+    """The share of a weight, `since_start` steps after its first: 0 before, then linearly to 1."""
+    if since_start < 0:
+        return 0.0
+    return min(1.0, (since_start + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def lr_factor(

@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: scores as JSON, curves, and pictures of validation images."""
+"""What a finished run leaves to look at: scores as JSON, curves, pictures of validation images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 
 from distseg.data.samples import SampleSet
-from distseg.runs.checkpoint import write_json
 from distseg.tracking import figures
 from distseg.tracking.tracker import METRICS_FILE, read_metrics
 from distseg.train.trainer import Trainer
+from shards.files import write_json
 
 
 def score_again(trainer: Trainer) -> None:
@@ -45,7 +45,7 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     count = min(trainer.config.evaluate.num_pictures, len(val_set))
     for index in (i * len(val_set) // count for i in range(count)):
         key, image, label = val_set.load(index)
-        probabilities = evaluator.view(network, image).cpu().numpy()
+        probabilities = evaluator.augmentation(network, image).cpu().numpy()
         out = run_dir / "pictures" / "samples" / f"{key}.png"
         figures.sample_panel(image, label, probabilities, val_set.classes, out)
         trainer.tracker.image(step, f"samples/{key}", out)

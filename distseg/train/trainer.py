@@ -14,16 +14,19 @@ from distseg.distributed.ranks import Ranks, on_main, shared_error
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
-from distseg.runs.checkpoint import Checkpoints
+from distseg.parallel import Learner
+from distseg.runs.checkpointer import Checkpointer
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
+from distseg.train.batch import Images
 from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
 from distseg.train.flops import StepWork
 from distseg.train.replicas import check_equal
-from distseg.train.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
-from distseg.train.step import Images, Metrics, Pair, adversarial_step, supervised_step
+from distseg.train.schedules import Phase, lr_factor, phase
+from distseg.train.step import Metrics, Pair, training_step
+from distseg.train.validation import ValidationHistory
 from shards.errors import InputError
 
 
@@ -37,13 +40,13 @@ class TrainState:
     step: int = 0  # steps done, so also the position in the order of samples / batch_size
 
 
-def memory_of(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
+def saved_parts(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
     """Everything with a state_dict, by its name in a checkpoint."""
     named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
     return {name: learner for name, learner in named.items() if learner is not None}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
     """The loop: steps, logging, evaluation, checkpoints, and the agreed stop."""
 
@@ -52,57 +55,37 @@ class Trainer:
     pair: Pair
     ema: MovingAverage | None
     evaluator: Evaluator
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     tracker: Tracker
     progress: Progress
     watchdog: Watchdog
     work: StepWork
     peak: float  # operations per second of convolutions on this rank
     state: TrainState = field(default_factory=TrainState)
-    # (step, val/loss) of every evaluation so far, from metrics.jsonl: what plateaus and early
-    # stopping go by
-    _val_losses: list[tuple[int, float]] = field(default_factory=list)
+    _validation: ValidationHistory = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._validation = ValidationHistory(self.config.schedule)
 
     def fit(self, stream: TrainStream | PairedStream, stop: StopRequest) -> bool:
         """Train from state.step to config.steps.
 
         True when done, False when stopped by a signal before.
         """
-        self._val_losses = on_main(self.ranks, lambda: self.tracker.history("val/loss"))
+        # in metrics.jsonl, and not in checkpoints: an evaluation comes after its checkpoint
+        for step, loss in on_main(self.ranks, lambda: self.tracker.history("val/loss")):
+            self._validation.add(step, loss)
         if self._is_done():
             stop.release()
         if self._owes_evaluation():
             self.evaluate()
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
         while not self._is_done():
-            self.watchdog.mark(f"step {self.state.step + 1}, waiting for data")
-            batch = next(stream)
-            self.watchdog.mark(f"step {self.state.step + 1}")
-            stop.begin(self.checkpoints.failed)
-            metrics = self.train_step(batch)
-            clock.count(self._operations(self.state.step))
-            if logged(self.state.step, self.config):
-                self._log(
-                    self.state.step + 1,
-                    metrics,
-                    clock.lap(self.state.step + 1, stream.wait_seconds),
-                )
-            self.state.step += 1
-            if _due(self.state.step, self.config.parallel.check_every):
-                check_equal(self.ranks, self.pair, self.state.step)
-            stopping = stop.agreed() and not self._is_done()
-            if (
-                stopping
-                or self._evaluation_due()
-                or _due(self.state.step, self.config.checkpoint.every_steps)
-            ):
-                self.watchdog.mark(f"step {self.state.step}, saving")
-                self.checkpoints.save(memory_of(self.pair, self.ema), asdict(self.state))
-            # within the time that a signal leaves; an evaluation due now is made up on resuming
-            if stopping:
-                self.checkpoints.wait()
-                where = f"step {self.state.step} of {self.config.steps}"
-                self.progress.message(f"stopped at {where} ({stop.reason()}), checkpoint saved")
+            self._advance(stream, stop, clock)
+            is_stopping = stop.agreed() and not self._is_done()
+            self._save_if_due(is_stopping)
+            if is_stopping:
+                self._leave(stop)
                 return False
             if self._is_done():
                 self.checkpoints.wait()
@@ -114,63 +97,63 @@ class Trainer:
         stop.release()
         return True
 
+    def _advance(
+        self, stream: TrainStream | PairedStream, stop: StopRequest, clock: StepClock
+    ) -> None:
+        """One step, logged and checked where that is due."""
+        step = self.state.step
+        self.watchdog.report(f"step {step + 1}, waiting for data")
+        batch = next(stream)
+        self.watchdog.report(f"step {step + 1}")
+        stop.begin(self.checkpoints.failed)
+        metrics = self.train_step(batch)
+        clock.count(self._operations(step))
+        if logged(step, self.config):
+            self._log(step + 1, metrics, clock.lap(step + 1, stream.wait_seconds))
+        self.state.step += 1
+        if _due(self.state.step, self.config.parallel.check_every):
+            check_equal(self.ranks, self.pair, self.state.step)
+
+    def _save_if_due(self, is_stopping: bool) -> None:
+        """A checkpoint before every evaluation and stop, and every so many steps."""
+        is_due = _due(self.state.step, self.config.checkpoint.every_steps)
+        if is_due or is_stopping or self._evaluation_due():
+            self.watchdog.report(f"step {self.state.step}, saving")
+            self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
+
+    def _leave(self, stop: StopRequest) -> None:
+        """Within the time that a signal leaves; an evaluation due now is made up on resuming."""
+        self.checkpoints.wait()
+        where = f"step {self.state.step} of {self.config.steps}"
+        self.progress.message(f"stopped at {where} ({stop.reason()}), checkpoint saved")
+
     def evaluate(self) -> None:
-        """Score the segmentor on the validation split; note the score, and whether it is the best."""
+        """Score the segmentor on the validation split; note the score, and if it is the best."""
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
-        named = self.evaluator.named()
-        self.tracker.log(self.state.step, named)
-        prefix = "val/iou/"
-        rows = [
-            (name.removeprefix(prefix), iou)
-            for name, iou in named.items()
-            if name.startswith(prefix)
-        ]
+        values = self.evaluator.named()
+        self.tracker.log(self.state.step, values)
+        classes = self.evaluator.samples.classes.names
+        rows = [(name, values[f"val/iou/{name}"]) for name in classes]
         self.tracker.table(self.state.step, "classes", ("class", "IoU"), rows)
-        self.progress.evaluation(self.state.step, named)
-        before = stops_early(self._losses(), self.config.schedule), self._num_plateaus()
-        self._val_losses.append((self.state.step, named["val/loss"]))
-        if self._num_plateaus() > before[1]:
-            factor = self.config.schedule.plateau_factor
-            self.progress.message(
-                f"val/loss on a plateau at step {self.state.step}: learning rates times {factor}"
-            )
-        if stops_early(self._losses(), self.config.schedule) and not before[0]:
-            self.progress.message(
-                f"val/loss no longer falls: training ends at step {self.state.step}"
-            )
+        self.progress.evaluation(self.state.step, values)
+        for news in self._validation.add(self.state.step, values["val/loss"]):
+            self.progress.message(news)
 
     def _is_done(self) -> bool:
         """Whether the last step is behind, or validation has stopped improving.
 
         The same on every rank.
         """
-        return self.state.step >= self.config.steps or stops_early(
-            self._losses(), self.config.schedule
-        )
-
-    def _losses(self) -> list[float]:
-        return [loss for _, loss in self._val_losses]
-
-    def _num_plateaus(self) -> int:
-        schedule = self.config.schedule
-        return (
-            num_plateaus(self._losses(), schedule.plateau_patience)
-            if schedule.name == "plateau"
-            else 0
-        )
+        return self.state.step >= self.config.steps or self._validation.stops_early
 
     def _evaluation_due(self) -> bool:
-        return self.state.step == self.config.steps or _due(
-            self.state.step, self.config.evaluate.every_steps
-        )
+        is_last = self.state.step == self.config.steps
+        return is_last or _due(self.state.step, self.config.evaluate.every_steps)
 
     def _owes_evaluation(self) -> bool:
-        """Whether the run was stopped between a checkpoint and the evaluation that belongs to it."""
-        return (
-            self.state.step > 0
-            and self._evaluation_due()
-            and self.state.step not in dict(self._val_losses)
-        )
+        """Whether the run was stopped between a checkpoint and its evaluation."""
+        step = self.state.step
+        return step > 0 and self._evaluation_due() and step not in self._validation.steps
 
     def train_step(self, batch: Batch) -> Metrics:
         """One step on this rank's part of a batch: gradients, then the updates that the phase asks
@@ -181,45 +164,32 @@ class Trainer:
         """
         config, step = self.config, self.state.step
         # A pure function of the step, so that there is no random state to save
-        torch.manual_seed(
-            int(np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0])
-        )
-        now = replace(phase(step, config), watched=logged(step, config))
+        seed = np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        current = replace(phase(step, config), watched=logged(step, config))
         labelled, unlabelled = to_device(batch, self.ranks.device, config), None
-        if batch.unlabelled is not None and self._looks_at_unlabelled(now):
+        if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
-        if now.is_supervised:
-            metrics = supervised_step(self.pair, labelled, config.accumulate_steps)
-        else:
-            metrics = adversarial_step(
-                self.pair, now, labelled, unlabelled, config.accumulate_steps
-            )
-        factor = lr_factor(step, config.steps, config.schedule, self._losses())
-        for name, learner, on in self._phases(now):
-            if on:
-                metrics |= {f"{key}/{name}": value for key, value in learner.step(factor).items()}
-                metrics[f"lr/{name}"] = torch.tensor(
-                    factor * getattr(config, f"{name}_optimizer").lr
-                )
-        if self.ema is not None and now.segmentor:
+        num_micro_batches = config.gradient_accumulation_steps
+        metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
+        factor = lr_factor(step, config.steps, config.schedule, self._validation.losses)
+        if current.segmentor:
+            metrics |= _update("segmentor", self.pair.segmentor, factor)
+            metrics["lr/segmentor"] = torch.tensor(factor * config.segmentor_optimizer.lr)
+        if current.discriminator and self.pair.discriminator is not None:
+            metrics |= _update("discriminator", self.pair.discriminator, factor)
+            metrics["lr/discriminator"] = torch.tensor(factor * config.discriminator_optimizer.lr)
+        if self.ema is not None and current.segmentor:
             self.ema.update()
         return metrics
 
-    def _looks_at_unlabelled(self, now: Phase) -> bool:
-        return now.has_unlabelled_terms or (now.discriminator and self.config.semi.discriminate)
-
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""
-        now, num_unlabelled = phase(step, self.config), 0
-        if self.config.mode == "semi_supervised" and self._looks_at_unlabelled(now):
-            num_unlabelled = self.config.semi.batch_size or self.config.batch_size
-        return (
-            self.work.of_step(now, self.config.batch_size, num_unlabelled) / self.ranks.world_size
-        )
-
-    def _phases(self, now: Phase) -> list[tuple[str, Any, bool]]:
-        both = [("segmentor", self.pair.segmentor, now.segmentor)]
-        return [*both, ("discriminator", self.pair.discriminator, now.discriminator)]
+        config, current, num_unlabelled = self.config, phase(step, self.config), 0
+        if config.mode == "semi_supervised" and self.pair.objective.uses_unlabelled(current):
+            num_unlabelled = config.semi.batch_size or config.batch_size
+        total = self.work.of_step(current, config.batch_size, num_unlabelled)
+        return total / self.ranks.world_size
 
     def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
         """All scalars at once: the means over the ranks, what each tells of itself, the weights of
@@ -233,20 +203,26 @@ class Trainer:
         values = diagnostics.gather(metrics, own, self.ranks) | speed
         # of the rank that waits most
         values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
-        values |= diagnostics.weights_of(
-            phase(step - 1, self.config), self.config.mode == "semi_supervised"
-        )
+        values |= self.pair.objective.weights(phase(step - 1, self.config))
         for event in self.tracker.log(step, values):
             self.progress.warning(event.text())
         self.progress.update(step, values)
         for name in ("segmentor", "discriminator"):
-            in_a_row = values.get(f"skips_in_a_row/{name}", 0)
-            if in_a_row >= self.config.max_skips:
-                got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
-                action = f"start again in another run_dir with a lower {name}_optimizer.lr, or with precision=fp32"
-                raise shared_error(
-                    InputError(got, f"fewer than max_skips={self.config.max_skips}", action)
-                )
+            self._check_skips(name, values.get(f"skips_in_a_row/{name}", 0), step)
+
+    def _check_skips(self, name: str, in_a_row: float, step: int) -> None:
+        """Raise InputError, on every rank, when a network's gradients are not finite any more."""
+        if in_a_row < self.config.max_skips:
+            return
+        got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
+        lower = f"a lower {name}_optimizer.lr, or with precision=fp32"
+        needed = f"fewer than max_skips={self.config.max_skips}"
+        raise shared_error(InputError(got, needed, f"start again in another run_dir with {lower}"))
+
+
+def _update(name: str, learner: Learner, lr_factor: float) -> Metrics:
+    """A network's update, and what it tells, under the network's name."""
+    return {f"{key}/{name}": value for key, value in learner.step(lr_factor).items()}
 
 
 def logged(step: int, config: Config) -> bool:
@@ -257,12 +233,12 @@ def logged(step: int, config: Config) -> bool:
     """
     every = config.tracking.log_every
     end = min((step // every + 1) * every, config.steps)
-    updated = _updated(phase(step, config))
-    return all(_updated(phase(later, config)) != updated for later in range(step + 1, end))
+    own = _updated(phase(step, config))
+    return all(_updated(phase(later, config)) != own for later in range(step + 1, end))
 
 
-def _updated(now: Phase) -> tuple[bool, bool]:
-    return now.segmentor, now.discriminator
+def _updated(current: Phase) -> tuple[bool, bool]:
+    return current.segmentor, current.discriminator
 
 
 def to_device(batch: Batch, device: torch.device, config: Config) -> Images:

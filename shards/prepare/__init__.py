@@ -51,11 +51,11 @@ def prepare(
 
     name: one of NAMES, or a function of the user's own (see shards.user_code) of the same form as
     their `samples`. It may be a generator of samples instead, beside a ClassSet CLASSES in its
-    module, which is read in one go, in this process. root: the unpacked data set (None for a generated one); workers: processes (0: this one), which
-    change nothing in `out`; skip_bad: leave out samples that are missing or unreadable instead of
-    failing; options: the preparer's keyword arguments, also as text. Raises InputError for an
-    unknown name or option, a folder that is not the data set, anything in it that is missing or
-    bad, or an `out` that holds something else.
+    module, which is read in one go, in this process. root: the unpacked data set (None for a
+    generated one); workers: processes (0: this one), which change nothing in `out`; skip_bad: leave
+    out samples that are missing or unreadable instead of failing; options: the preparer's keyword
+    arguments, also as text. Raises InputError for an unknown name or option, a folder that is not
+    the data set, anything in it that is missing or bad, or an `out` that holds something else.
     """
     preparer = preparer_of(name)
     check_workers(workers)

@@ -60,7 +60,9 @@ def samples(root: Path) -> DataSet:
     there = [
         split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()
     ]
-    pairs = [pair for split in there for pair in _pairs(root, split)]
+    pairs = []
+    for split in there:
+        pairs += _pairs(root, split)
     tasks = pair_tasks(root, pairs, masked_sample, CODING, "CamVid")
     notes = tuple(f"there is no {split}" for split in SPLITS if split not in there)
     return DataSet(CAMVID, tasks, notes)

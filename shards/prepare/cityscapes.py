@@ -61,27 +61,9 @@ def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
     if labels not in CODINGS:
         raise InputError(f"labels={labels}", f"one of: {', '.join(CODINGS)}", "correct it")
     root = locate(root, "leftImg8bit")
-    pairs: list[Pair] = []
-    for split in ("train", "val", "test")[: 3 if test else 2]:
-        folders = root / "leftImg8bit" / split, root / "gtFine" / split
-        images, masks = (
-            files_by_id(folders[0], "_leftImg8bit"),
-            files_by_id(folders[1], f"_gtFine_{labels}"),
-        )
-        if not images:
-            raise InputError(
-                f"no images in {folders[0]}", "<city>/<id>_leftImg8bit.png", "unpack leftImg8bit"
-            )
-        if not masks and split != "test":
-            needed = f"<city>/<id>_gtFine_{labels}.png"
-            raise InputError(
-                f"no {labels} in {folders[1]}", needed, f"unpack gtFine, or write {_other(labels)}"
-            )
-        for id_ in sorted(images if split == "test" else images.keys() | masks.keys()):
-            mask = None if split == "test" else folders[1] / f"{id_}_gtFine_{labels}.png"
-            pairs.append(
-                Pair(id_.rpartition("/")[2], split, folders[0] / f"{id_}_leftImg8bit.png", mask)
-            )
+    pairs = _pairs(root, "train", labels) + _pairs(root, "val", labels)
+    if test:
+        pairs += _pairs(root, "test", labels)
     tasks = pair_tasks(root, pairs, masked_sample, CODINGS[labels], "cityscapes")
     extra = [
         name
@@ -91,6 +73,29 @@ def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
     return DataSet(
         CITYSCAPES, tasks, tuple(f"leftImg8bit/{name} has no fine labels" for name in extra)
     )
+
+
+def _pairs(root: Path, split: str, labels: str) -> list[Pair]:
+    folder, fine = root / "leftImg8bit" / split, root / "gtFine" / split
+    images = files_by_id(folder, "_leftImg8bit")
+    masks = files_by_id(fine, f"_gtFine_{labels}")
+    if not images:
+        raise InputError(
+            f"no images in {folder}", "<city>/<id>_leftImg8bit.png", "unpack leftImg8bit"
+        )
+    if not masks and split != "test":
+        needed = f"<city>/<id>_gtFine_{labels}.png"
+        raise InputError(
+            f"no {labels} in {fine}", needed, f"unpack gtFine, or write {_other(labels)}"
+        )
+    pairs = []
+    # the test masks are there, but void throughout: taken as labels they would score 0 pixels
+    for id_ in sorted(images if split == "test" else images.keys() | masks.keys()):
+        mask = None if split == "test" else fine / f"{id_}_gtFine_{labels}.png"
+        image = folder / f"{id_}_leftImg8bit.png"
+        # the city stands in the name too
+        pairs.append(Pair(id_.rpartition("/")[2], split, image, mask))
+    return pairs
 
 
 def _other(labels: str) -> str:

@@ -6,6 +6,7 @@ Two folders matched by name, and a small YAML that says what the masks mean.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,12 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 MAX_ID = 2**16 - 1  # of a 16-bit gray picture
 PLACE = "{split}"
-LAYOUT = """classes: [{name: sky, color: [70, 130, 180], ids: [1]}, {name: road, color: [128, 64, 128], ids: [2, 3]}]
+KEYS = (
+    *("classes", "void", "mask_values", "images", "masks"),
+    *("mask_suffix", "splits", "unlabelled", "name"),
+)
+LAYOUT = """classes: [{name: sky, color: [70, 130, 180], ids: [1]}, \
+{name: road, color: [128, 64, 128], ids: [2, 3]}]
           void: [0, 255]"""
 
 
@@ -52,15 +58,17 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
     extension.
 
     layout: the YAML file (default: <root>/distseg.yaml). Its keys:
-      classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class indices; ids
-                   default to the place in the list, colours to a rainbow
+      classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class
+                   indices; ids default to the place in the list, colours to a rainbow
       void         mask values, or colours, that are no class (default: [255], for colours none)
-      mask_values  ids (gray values or palette indices; the default) or colors (a class is where its colour is)
+      mask_values  ids (gray values or palette indices; the default) or colors (a class is where
+                   its colour is)
       images, masks  folders (default: images, masks); "{split}" in both stands for each of `splits`
       mask_suffix  what a mask's name has after the image's, e.g. _mask
-      splits       [train, val] with "{split}" above; or {train: FILE, val: FILE}, lists with an id a line; without it a
-                   fifth of a permutation by `seed` (default 0) validates
-      unlabelled   true: an image without a mask is kept without a label, except in val (default: it is missing)
+      splits       [train, val] with "{split}" above; or {train: FILE, val: FILE}, lists with an id
+                   a line; without it a fifth of a permutation by `seed` (default 0) validates
+      unlabelled   true: an image without a mask is kept without a label, except in val (default:
+                   it is missing)
       name         of the data set (default: folder)
 
     Missing: an image without a mask, a mask without an image, an id of a list without a file.
@@ -75,7 +83,10 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
         )
     notes: list[str] = []
     if isinstance(what.splits, tuple):
-        pairs = _unlike([pair for split in what.splits for pair in _pairs(root, what, split)])
+        pairs = []
+        for split in what.splits:
+            pairs += _pairs(root, what, split)
+        pairs = _unlike(pairs)
     else:
         pairs = _distributed(root, what, seed or 0, notes)
     tasks = pair_tasks(root, pairs, masked_sample, what.coding, what.name)
@@ -112,7 +123,7 @@ def _pairs(root: Path, what: _Layout, split: str) -> list[Pair]:
 
 
 def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list[Pair]:
-    """The pairs of one pair of folders, put into splits by lists or by a seed; adds to the notes."""
+    """The pairs of two folders, put into splits by lists or by a seed; adds to the notes."""
     pairs = {pair.id: pair for pair in _pairs(root, what, "")}
     if isinstance(what.splits, dict):
         splits = {split: ids_in_list(root / path) for split, path in what.splits.items()}
@@ -134,38 +145,12 @@ def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list
 
 
 def _read(file: Path) -> _Layout:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _wrong(file, f"{error}") from None
-    if not isinstance(content, dict):
-        raise _wrong(file, f"{type(content).__name__} instead of keys and values")
-    known = (
-        "classes",
-        "void",
-        "mask_values",
-        "images",
-        "masks",
-        "mask_suffix",
-        "splits",
-        "unlabelled",
-        "name",
-    )
-    _check_keys(file, content, known)
+    content = _content(file)
+    _check_keys(file, content, KEYS)
     colors = _choice(file, content, "mask_values", ("ids", "colors")) == "colors"
     classes, codes = _classes(file, content.get("classes"), colors)
-    void = content.get("void", [] if colors else [IGNORE_INDEX])
-    if not isinstance(void, list):
-        raise _wrong(file, f"void: {void!r} is no list")
-    codes += [(_code(file, "void", value, colors), IGNORE_INDEX) for value in void]
-    twice = sorted({value for value, _ in codes if [code for code, _ in codes].count(value) > 1})
-    if twice:
-        raise _wrong(
-            file,
-            f"mask value {twice[0]:#08x} means two things"
-            if colors
-            else f"id {twice[0]} means two things",
-        )
+    codes += _void(file, content, colors)
+    _check_said_once(file, codes, colors)
     texts = {key: _text(file, content, key, default) for key, default in _DEFAULTS.items()}
     unlabelled = content.get("unlabelled", False)
     if not isinstance(unlabelled, bool):
@@ -174,11 +159,38 @@ def _read(file: Path) -> _Layout:
     if texts["images"] == texts["masks"] and not texts["mask_suffix"]:
         raise _wrong(
             file,
-            f"images and masks are both in {texts['images']!r} and mask_suffix does not tell them apart",
+            f"images and masks are both in {texts['images']!r} "
+            "and mask_suffix does not tell them apart",
         )
     return _Layout(
         classes, Coding(tuple(codes), colors), splits=splits, unlabelled=unlabelled, **texts
     )
+
+
+def _content(file: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _wrong(file, f"{error}") from None
+    if not isinstance(content, dict):
+        raise _wrong(file, f"{type(content).__name__} instead of keys and values")
+    return content
+
+
+def _void(file: Path, content: Mapping[Any, Any], colors: bool) -> list[tuple[int, int]]:
+    # 255 is void in most masks of ids; of colours none is so common that it could be meant
+    void = content.get("void", [] if colors else [IGNORE_INDEX])
+    if not isinstance(void, list):
+        raise _wrong(file, f"void: {void!r} is no list")
+    return [(_code(file, "void", value, colors), IGNORE_INDEX) for value in void]
+
+
+def _check_said_once(file: Path, codes: list[tuple[int, int]], colors: bool) -> None:
+    times = Counter(value for value, _ in codes)
+    twice = sorted(value for value, count in times.items() if count > 1)
+    if twice:
+        value = f"mask value {twice[0]:#08x}" if colors else f"id {twice[0]}"
+        raise _wrong(file, f"{value} means two things")
 
 
 _DEFAULTS = {"name": "folder", "images": "images", "masks": "masks", "mask_suffix": ""}
@@ -225,6 +237,7 @@ def _code(file: Path, name: str, value: Any, colors: bool) -> int:
 
 
 def _color(file: Path, name: str, value: Any) -> tuple[int, int, int]:
+    # type, not isinstance: YAML's true is an int too
     numbers = isinstance(value, list | tuple) and all(
         type(part) is int and 0 <= part <= 255 for part in value
     )
@@ -246,7 +259,8 @@ def _splits(
         return tuple(dict.fromkeys(splits))
     lists = isinstance(splits, dict) and bool(splits)
     if (splits is None or lists) and not any(placed):
-        if lists and not all(isinstance(text, str) for pair in splits.items() for text in pair):
+        texts_only = not lists or all(isinstance(text, str) for text in (*splits, *splits.values()))
+        if not texts_only:
             raise _wrong(file, f"splits: {splits!r} does not give a file for each name")
         return splits
     got = f"splits: {splits!r} with images {texts['images']!r} and masks {texts['masks']!r}"

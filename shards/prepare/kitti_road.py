@@ -12,7 +12,7 @@ from pathlib import Path
 from shards.errors import InputError
 from shards.prepare.dataset import DataSet
 from shards.prepare.masks import Coding, color_code, masked_sample
-from shards.prepare.pairing import Pair, files_by_id, locate, pair_tasks, seeded_splits
+from shards.prepare.pairing import Pair, each_id, files_by_id, locate, pair_tasks, seeded_splits
 from shards.sample import IGNORE_INDEX, ClassSet
 
 NOT_ROAD, ROAD, OTHER = (255, 0, 0), (255, 0, 255), (0, 0, 0)
@@ -37,18 +37,11 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     if task not in TASKS:
         raise InputError(f"task={task}", f"one of: {', '.join(TASKS)}", "correct it")
     folder = locate(root, "training/image_2", "data_road") / "training"
-    images = files_by_id(folder / "image_2")
-    masks = {
-        id_.replace(f"_{task}_", "_"): path
-        for id_, path in files_by_id(folder / "gt_image_2").items()
-        if task in id_
-    }
+    images, masks = files_by_id(folder / "image_2"), _masks(folder, task)
     wanted = images.keys() | masks.keys()
     if task == "lane":
+        # only these scenes have a lane to keep to: the others have no marks, or many lanes
         wanted = {id_ for id_ in wanted if id_.startswith("um_")}
-    if not masks:
-        got = f"no *_{task}_*.png in {folder / 'gt_image_2'}"
-        raise InputError(got, "the ground truth of the training images", "unpack all of data_road")
     splits = seeded_splits(sorted(wanted), seed)
     pairs = [
         Pair(
@@ -57,8 +50,7 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
             folder / "image_2" / f"{id_}.png",
             masks.get(id_, folder / "gt_image_2" / _mask_name(id_, task)),
         )
-        for split, ids in splits.items()
-        for id_ in ids
+        for split, id_ in each_id(splits)
     ]
     others = len(images.keys() - wanted)
     notes: tuple[str, ...] = (
@@ -67,6 +59,19 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
     return DataSet(KITTI_ROAD, pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)
+
+
+def _masks(folder: Path, task: str) -> dict[str, Path]:
+    """The masks of a task, by the ids of their images."""
+    truth = folder / "gt_image_2"
+    masks = {}
+    for id_, path in files_by_id(truth).items():
+        if task in id_:
+            masks[id_.replace(f"_{task}_", "_")] = path
+    if not masks:
+        got = f"no *_{task}_*.png in {truth}"
+        raise InputError(got, "the ground truth of the training images", "unpack all of data_road")
+    return masks
 
 
 def _mask_name(id_: str, task: str) -> str:

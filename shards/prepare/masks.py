@@ -72,7 +72,10 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
             "use the original masks, not coloured copies",
         )
     if values.shape[:2] != size:
-        got = f"{path}: {values.shape[0]} x {values.shape[1]} pixels for an image {size[0]} x {size[1]}"
+        got = (
+            f"{path}: {values.shape[0]} x {values.shape[1]} pixels "
+            f"for an image {size[0]} x {size[1]}"
+        )
         raise InputError(got, "a mask of the image's size", "replace the image or the mask")
     if coding.colors:
         wide = values.astype(np.uint32)
@@ -85,7 +88,10 @@ def _indices(path: Path, values: np.ndarray, coding: Coding) -> np.ndarray:
     place = np.searchsorted(known, values).clip(max=len(known) - 1)
     wrong = values[known[place] != values]
     if wrong.size:
-        got = f"{path}: {_named(int(wrong[0]), coding)} in {np.count_nonzero(wrong == wrong[0])} pixels"
+        got = (
+            f"{path}: {_named(int(wrong[0]), coding)} "
+            f"in {np.count_nonzero(wrong == wrong[0])} pixels"
+        )
         listed = ", ".join(
             _named(value, coding).split(" ", 1)[1] for value in known[:NUM_LISTED].tolist()
         )

@@ -1,4 +1,4 @@
-"""The older one-hot layout: one HDF5 file an image, data set "OHE", beside a folder of JPEG files."""
+"""The older one-hot layout: an HDF5 file an image, data set "OHE", beside a folder of JPEGs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from shards.errors import InputError
 from shards.maps import read_older_label
 from shards.prepare.dataset import DataSet
-from shards.prepare.pairing import Pair, pair_tasks, read_image, seeded_splits
+from shards.prepare.pairing import Pair, each_id, pair_tasks, read_image, seeded_splits
 from shards.sample import STANFORD, ClassSet, Sample
 
 LABEL_PREFIX = "h5py_"  # as in h5py_0000047.regions.txt, which is HDF5 whatever its name says
@@ -36,8 +36,7 @@ def samples(root: Path, seed: int = 0) -> DataSet:
         Pair(
             id_, split, root / "images" / f"{id_}.jpg", labels.get(id_, root / "h5py" / f"{id_}.h5")
         )
-        for split, ids in splits.items()
-        for id_ in ids
+        for split, id_ in each_id(splits)
     ]
     num_classes = _num_classes([pair for pair in pairs if pair.id in images.keys() & labels.keys()])
     return DataSet(classes_by_number(num_classes), pair_tasks(root, pairs, _sample, num_classes))
@@ -65,7 +64,7 @@ def _key(path: Path) -> str:
 
 
 def classes_by_number(num_classes: int) -> ClassSet:
-    """Stanford's classes when there are eight, else class-0 onwards in the colours of the rainbow."""
+    """Stanford's classes when there are eight, else class-0 onwards in a rainbow's colours."""
     if num_classes == STANFORD.num_classes:
         return STANFORD
     return ClassSet(tuple(f"class-{index}" for index in range(num_classes)), rainbow(num_classes))

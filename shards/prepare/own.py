@@ -85,6 +85,6 @@ def called(reference: str, arguments: dict[str, Any]) -> DataSet | Generated:
 
 
 def _whole(task: Task) -> Task:
-    """The task; one whose file is not there as `absent`, so that it is told before time is spent."""
+    """The task; one whose file is not there as `absent`, which is told before time is spent."""
     lost = [path for path in task.files if not path.is_file()]
     return replace(task, read=absent, arguments=(str(lost[0]),)) if lost else task

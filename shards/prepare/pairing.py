@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -140,8 +140,15 @@ def check_listed_once(splits: Mapping[str, Iterable[str]]) -> None:
             seen[id_] = split
 
 
+def each_id(splits: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(split, id) of every id, in order."""
+    for split, ids in splits.items():
+        for id_ in ids:
+            yield split, id_
+
+
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
-    """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates; needs two keys."""
+    """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates."""
     if len(keys) < 2 or seed < 0:
         raise InputError(
             f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them"

@@ -1,8 +1,9 @@
-"""A data set into HDF5 maps: in parts, by several processes, going on where an interrupted run was."""
+"""A data set into HDF5 maps: in parts, by several processes, going on after an interruption."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def write_dataset(
         say(f"going on: {num_done} of {len(dataset.tasks)} samples are done")
     _remove_others(folder, parts)
     try:
-        keys = (key for written in mapped(_write_part, todo, num_workers) for key in written)
+        keys = itertools.chain.from_iterable(mapped(_write_part, todo, num_workers))
         for _ in tracked(keys, len(dataset.tasks) - num_done, f"preparing {name}"):
             pass
         prepared = _join(out, name, dataset, parts)
@@ -100,14 +101,18 @@ def _identity(name: str, dataset: DataSet, tasks: Sequence[Task]) -> str:
 
 
 def _bytes(part: _Part) -> int:
-    return sum(_status(path).st_size for task in part.tasks for path in task.files)
+    files = itertools.chain.from_iterable(task.files for task in part.tasks)
+    return sum(_status(path).st_size for path in files)
 
 
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except FileNotFoundError:
-        action = "is another process moving the data? When it is done, run the same command again: it goes on"
+        action = (
+            "is another process moving the data? When it is done, "
+            "run the same command again: it goes on"
+        )
         raise InputError(
             f"{path} has vanished since the data were listed", "files that stay", action
         ) from None

@@ -9,7 +9,7 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.prepare.dataset import DataSet
-from shards.prepare.pairing import Pair, ids_in_list, pair_tasks, read_image, seeded_splits
+from shards.prepare.pairing import Pair, each_id, ids_in_list, pair_tasks, read_image, seeded_splits
 from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
 UNKNOWN = -1
@@ -38,8 +38,7 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
     splits = _splits(root, sorted(images.keys() | labels.keys()), seed)
     pairs = [
         Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.regions.txt")
-        for split, ids in splits.items()
-        for id_ in ids
+        for split, id_ in each_id(splits)
     ]
     return DataSet(STANFORD, pair_tasks(root, pairs, _sample))
 
@@ -57,7 +56,10 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
         wrong = sorted(set(keys) ^ set(listed)) or sorted(
             {key for key in listed if listed.count(key) > 1}
         )
-        got = f"{folder}: {len(wrong)} ids not listed exactly once or without an image, the first: {wrong[0]}"
+        got = (
+            f"{folder}: {len(wrong)} ids not listed exactly once or without an image, "
+            f"the first: {wrong[0]}"
+        )
         raise InputError(
             got,
             "each image in one list, once",
@@ -91,7 +93,10 @@ def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
             f"{path}: {error}", "rows of whole numbers", "unpack the data set again"
         ) from None
     if values.shape != size:
-        got = f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers for an image {size[0]} x {size[1]}"
+        got = (
+            f"{path}: {values.shape[0]} rows of {values.shape[1]} numbers "
+            f"for an image {size[0]} x {size[1]}"
+        )
         raise InputError(
             got, "one number for every pixel (height x width)", "unpack the data set again"
         )

@@ -1,4 +1,4 @@
-"""The toy set: generated outdoor scenes, for a first run in minutes and for tests; needs no input."""
+"""The toy set: generated outdoor scenes, for a first run in minutes and for tests; no input."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed}", "a whole number from 0 to 2^63 - 1", "choose another")
     splits = (("train", 0, num_train), ("val", VAL_START, num_val))
-    tasks = [
-        Task(f"{split}-{number:05d}", split, _scene, (seed, start + number, number))
-        for split, start, count in splits
-        for number in range(count)
-    ]
+    tasks = []
+    for split, start, count in splits:
+        for number in range(count):
+            key = f"{split}-{number:05d}"
+            tasks.append(Task(key, split, _scene, (seed, start + number, number)))
     return DataSet(STANFORD, tasks)
 
 

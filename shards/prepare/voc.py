@@ -12,6 +12,7 @@ from shards.prepare.masks import Coding, masked_sample
 from shards.prepare.pairing import (
     Pair,
     check_listed_once,
+    each_id,
     files_by_id,
     ids_in_list,
     locate,
@@ -87,8 +88,7 @@ def samples(
     check_listed_once(splits)
     pairs = [
         Pair(id_, split, folder / "JPEGImages" / f"{id_}.jpg", folder / labels / f"{id_}.png")
-        for split, ids in splits.items()
-        for id_ in ids
+        for split, id_ in each_id(splits)
     ]
     unlisted = len(files_by_id(folder / "JPEGImages").keys() - {pair.id for pair in pairs})
     notes = (f"{unlisted} images of JPEGImages are in no list",) if unlisted else ()

@@ -8,6 +8,10 @@ colour alone (a histogram of 32 levels a channel) reaches a validation mIoU of 0
 place (16 levels, 8 x 8 cells of the picture) 0.43, and a small U-Net trained for 700 steps of 16
 crops about 0.7: what is left has to come from shape and layout.
 
+That is why it is more than a page of code: of simpler pictures a network learns the colours, and
+neither the demo nor a test of training would show whether it learns anything else. A real set in
+its place would have to be downloaded, where clusters often have no network, under its own licence.
+
 A scene depends on nothing but its arguments: integer noise, elementwise arithmetic and exact or
 integer OpenCV calls (noise.py), so neither process nor number of threads changes a pixel. Another
 version of NumPy (its streams) or of OpenCV (`fillPoly`, `ellipse`, `resize`) could.

@@ -1,9 +1,10 @@
-"""The picture and its label, painted together: one mask gives both, so that they cannot disagree."""
+"""The picture and its label, painted together: one mask gives both, so they cannot disagree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -87,9 +88,7 @@ class Canvas:
 
         None when outside.
         """
-        points = np.array([point for polygon in polygons for point in polygon]).clip(
-            -FAR_PX, FAR_PX
-        )
+        points = np.array(list(chain.from_iterable(polygons))).clip(-FAR_PX, FAR_PX)
         low = np.floor(points.min(axis=0)).clip(0)
         left, top = low.astype(int).tolist()
         right, bottom = np.ceil(points.max(axis=0)).astype(int).tolist()
@@ -122,7 +121,7 @@ def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.nda
 
 
 def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
-    """Set `share` of the pixels to 255, in place: a few specks, the rest on stretches of borders."""
+    """Set `share` of the pixels to 255, in place: some specks, the rest along borders."""
     height, width = label.shape
     target = round(share * label.size)
     specks = np.zeros_like(label)

@@ -49,7 +49,7 @@ HORIZON_M = 500.0  # a road seen no further: less than a pixel remains
 
 
 def paint_sky(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Gradient and clouds over the whole picture; what lies below the horizon is painted over it."""
+    """Gradient and clouds over the whole picture; what is below the horizon is painted over."""
     light, size = canvas.light, canvas.camera.size
     up = np.linspace(1, 0, canvas.camera.horizon_px, dtype=np.float32)[:, None, None]
     rows = np.array(light.low_sky, np.float32) * (1 - up) + np.array(light.zenith, np.float32) * up
@@ -152,7 +152,10 @@ def _under(faces: list[list[Point]], top: list[Point]) -> list[list[Point]]:
         (_, left), (_, right) = top[int(at)], top[int(at) + 1]
         return point[0], max(point[1], left + (right - left) * (at - int(at)))
 
-    return [[below(point) for point in face] for face in faces]
+    covered = []
+    for face in faces:
+        covered.append([below(point) for point in face])
+    return covered
 
 
 def _paint_far_trees(canvas: Canvas, rng: np.random.Generator) -> None:

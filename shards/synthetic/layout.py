@@ -49,7 +49,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """Sky colours, the tint of what is lit, and the haze. sun: -1 from the left, 1 from the right."""
+    """Sky colours, the tint of what is lit, the haze. sun: -1 from the left, 1 from the right."""
 
     zenith: RGB
     low_sky: RGB

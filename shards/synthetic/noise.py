@@ -43,7 +43,9 @@ def ridge(rng: np.random.Generator, levels: int, roughness: float) -> list[float
     strength = 0.6
     for _ in range(levels):
         middles = [(a + b) / 2 + (rng.random() * 2 - 1) * strength for a, b in pairwise(line)]
-        line = [value for pair in zip(line, middles, strict=False) for value in pair] + [line[-1]]
+        finer = line + middles
+        finer[::2], finer[1::2] = line, middles  # there is one middle less than points
+        line = finer
         strength *= roughness
     return line
 

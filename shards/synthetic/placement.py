@@ -22,7 +22,7 @@ LAST_HOUSE_M = 130.0  # a street's rows of houses end here: further ones would b
 
 @dataclass(frozen=True)
 class Site:
-    """A scene whose land is painted. ground: (H, W) uint8, the label before anything stood there."""
+    """A scene with painted land. ground: (H, W) uint8, the label before anything stood there."""
 
     canvas: Canvas
     layout: Layout

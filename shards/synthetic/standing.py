@@ -69,9 +69,8 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     The side that faces the camera, a gabled roof, the front, windows.
     """
     wall = _scaled(WALLS[pick_index(rng, len(WALLS))], uniform(rng, 0.85, 1.1))
-    brush = Brush(
-        wall, _scaled(wall, uniform(rng, 0.75, 0.95)), ("fine", "coarse")[pick_index(rng, 2)]
-    )
+    worn, grain = _scaled(wall, uniform(rng, 0.75, 0.95)), ("fine", "coarse")[pick_index(rng, 2)]
+    brush = Brush(wall, worn, grain)
     pane = PANES[pick_index(rng, len(PANES))]
     glass = Brush(pane, _scaled(pane, 0.7), "coarse")
     roof = ROOFS[pick_index(rng, len(ROOFS))]
@@ -80,11 +79,9 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     x_m = block.left if block.left > 0 else block.right
     # a side wall on the left of the view looks to the right, and is lit when the sun is there
     shade = 1 + (0.08 if (x_m < 0) == (canvas.light.sun > 0) else -0.35) * canvas.light.contrast
-    point, middle, rise = (
-        canvas.camera.point,
-        (block.left + block.right) / 2,
-        block.height + block.gable,
-    )
+    point = canvas.camera.point
+    middle, rise = (block.left + block.right) / 2, block.height + block.gable
+    dim = 1 - 0.15 * canvas.light.contrast  # of the front, which looks at the camera
     if block.gable:
         eaves = [point(x_m, block.height, block.near), point(x_m, block.height, block.far)]
         top = [point(middle, rise, block.far), point(middle, rise, block.near)]
@@ -97,17 +94,15 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     front = Wall(
         lambda u, up: point(block.left + u, up, block.near), block.right - block.left, block.height
     )
-    _paint_wall(
-        canvas, front, (brush, glass), grid_m, (block.near, 1 - 0.15 * canvas.light.contrast)
-    )
+    _paint_wall(canvas, front, (brush, glass), grid_m, (block.near, dim))
     if block.gable:
         corners = ((block.left, block.height), (middle, rise), (block.right, block.height))
         outline = [point(x, up, block.near) for x, up in corners]
-        canvas.fill([outline], BUILDING, brush, block.near, 1 - 0.15 * canvas.light.contrast)
+        canvas.fill([outline], BUILDING, brush, block.near, dim)
 
 
 def paint_tree(canvas: Canvas, x_m: float, depth_m: float, rng: np.random.Generator) -> None:
-    """A tree on its trunk: a round crown of several lobes, a conifer, or a bush; all labelled tree."""
+    """A tree on its trunk: a crown of several lobes, a conifer, or a bush; all labelled tree."""
     kind = ("round", "round", "round", "conifer", "bush")[pick_index(rng, 5)]
     tall = uniform(rng, 1.0, 2.4) if kind == "bush" else uniform(rng, 4.5, 13)
     broad = (
@@ -189,7 +184,7 @@ def _paint_wall(
     grid_m: tuple[float, float],
     seen: tuple[float, float],
 ) -> None:
-    """A wall and its windows, one to a cell of `grid_m` (width, height). seen: depth in m, light."""
+    """A wall with a window in each cell of `grid_m` (width, height). seen: depth in m, light."""
     depth_m, shade = seen
     outline = [
         wall.at(u, up)

@@ -1,7 +1,8 @@
 """A real SLURM cluster on one machine: slurmctld, a slurmd for each node, munged. Needs root and
 Debian's packages.
 
-    python -m tests.slurm.cluster COMMAND...      run COMMAND with the cluster's environment, then stop the cluster
+    python -m tests.slurm.cluster COMMAND...      run COMMAND with the cluster's environment,
+                                                  then stop the cluster
 
 Every daemon has its own namespaces: a host name (node1, ...), a loopback address (127.0.10.1, ...)
 and its processes, which all die with it, as in a power cut. CPUs, memory and GPUs are what
@@ -92,7 +93,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES DefaultTime=5 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=batch Nodes=ALL Default=YES DefaultTime=5 State=UP PriorityTier=1 \
+PreemptMode=REQUEUE GraceTime=60
 PartitionName=urgent Nodes=ALL DefaultTime=5 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -246,7 +248,8 @@ class Cluster:
             f" Gres=gpu:{self.gpus}" if self.gpus else ""
         )
         nodes = [
-            f"NodeName={name} NodeHostname={name} NodeAddr=127.0.10.{i + 1} Port={port + 1 + i} {common}"
+            f"NodeName={name} NodeHostname={name} NodeAddr=127.0.10.{i + 1} Port={port + 1 + i} "
+            f"{common}"
             for i, name in enumerate(self.nodes)
         ]
         numbers = {

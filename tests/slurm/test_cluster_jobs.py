@@ -1,4 +1,4 @@
-"""Jobs through submitit on a real cluster: results, exceptions and preemptions come back to Python."""
+"""Jobs through submitit on a real cluster: results, exceptions and preemptions come back."""
 
 from __future__ import annotations
 

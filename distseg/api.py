@@ -1,0 +1,127 @@
+"""A trained run as an object: `distseg.load(run_dir)` labels images and scores splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks
+from distseg.evaluate.command import check_overrides, evaluator_of, open_samples
+from distseg.evaluate.trained import trained_classes, trained_segmentor
+from distseg.predict import (
+    PredictOptions,
+    choose_device,
+    image_probabilities,
+    load_image,
+    of_run,
+)
+from distseg.runs import checkpoint
+from shards.errors import InputError
+from shards.sample import ClassSet
+
+# (H, W, 3) uint8 RGB, or the path of a picture
+Image = np.ndarray | str | Path
+
+
+def load(run_dir: str | Path, checkpoint: str | int = "last", device: str = "auto") -> Trained:
+    """The segmentor of a run's checkpoint, ready to use; its EMA weights where the run has them.
+
+    checkpoint: "last", "best" or a step. device: auto, cpu or cuda. Raises InputError where there
+    is no such run, checkpoint or device.
+    """
+    where = choose_device(device)
+    network, config, path = trained_segmentor(Path(run_dir), str(checkpoint))
+    return Trained(network.to(where), config, path, where, trained_classes(path))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained segmentor with what it needs: its configuration, its classes and a device."""
+
+    network: nn.Module  # in evaluation mode: (N, 3, H, W) in [0, 1] -> logits at its own stride
+    config: Config
+    path: Path  # of the checkpoint
+    device: torch.device
+    class_set: ClassSet
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by index."""
+        return self.class_set.names
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """Their colours, RGB from 0 to 255."""
+        return self.class_set.palette
+
+    @property
+    def step(self) -> int:
+        """Steps that it was trained for."""
+        return int(checkpoint.read_state(self.path)["state"]["step"])
+
+    def predict(self, image: Image) -> np.ndarray:
+        """The class of every pixel, (H, W) uint8: what `distseg predict` writes.
+
+        image: (H, W, 3) uint8 RGB, or a path, whose picture is turned as its EXIF orientation says.
+        Raises InputError for another form of array, and for a file that is not a picture.
+        """
+        return self._probabilities(image).argmax(0).to(torch.uint8).cpu().numpy()
+
+    def probabilities(self, image: Image) -> np.ndarray:
+        """(C, H, W) float32, sums to 1 over C; `image` as in `predict`."""
+        return self._probabilities(image).cpu().numpy()
+
+    def evaluate(
+        self,
+        overrides: Sequence[str] = (),
+        *,
+        shards: str | Path | None = None,
+        split: str | None = None,
+        quick: bool = False,
+    ) -> dict[str, Any]:
+        """Scores of a split, as `distseg evaluate` finds them and evaluation*.json holds them.
+
+        overrides: its arguments, ["evaluate.scales=[0.75,1]"]. shards, split: the run's own where
+        not given. quick: without outlines, calibration and intervals. Writes nothing. Where the
+        caller has a process group, it shares the images over it and is called on every rank, each
+        with the device that the group's collectives take; else this process scores all of them.
+        Returns {"val/mean_iou": ..., "val/iou/<class>": ..., "confusion": ..., ...}; None for the
+        score of an absent class. Raises InputError for a key that belongs to training, and for
+        shards of other classes.
+        """
+        chosen = [*overrides]
+        chosen += [f"data.shards={shards}"] if shards is not None else []
+        chosen += [f"data.val_split={split}"] if split is not None else []
+        check_overrides(chosen)
+        config = loading.override(self.config, chosen)
+        samples = open_samples(config, self.path)
+        rank, world_size = 0, 1
+        if dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+        ranks = Ranks(rank, world_size, 0, self.device)
+        evaluator = evaluator_of(self.network, config, self.path, samples, ranks)
+        evaluator.details = not quick
+        evaluator()
+        return evaluator.report(self.step)
+
+    def _probabilities(self, image: Image) -> torch.Tensor:
+        pixels = image if isinstance(image, np.ndarray) else _read(Path(image))
+        options = of_run(PredictOptions(), self.config, self.device)
+        return image_probabilities(self.network, pixels, options)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return load_image(path)
+    except Exception as error:  # Pillow's plugins raise more kinds than they document
+        got = f"{path} cannot be read: {error}"
+        raise InputError(got, "an 8-bit or 16-bit image", "check the path and the file") from None

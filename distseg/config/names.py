@@ -1,0 +1,93 @@
+"""Names of keys: which there are, what they were once called, and the nearest to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from distseg.config.keys import Key, keys_of, sections_of
+from distseg.config.schema import Config
+
+KEYS = keys_of(Config)
+SECTIONS = sections_of(Config)
+
+# Understood in this version, with a note; in a saved config.yaml without one.
+OLD_NAMES = {
+    "data.mirror": "data.horizontal_flip",
+    "evaluate.mirror": "evaluate.horizontal_flip",
+    "accumulate_steps": "gradient_accumulation_steps",
+}
+
+
+def full_name(name: str) -> str:
+    """A key's present name, of an old one or of the short form of a section that has a name.
+
+    `segmentor` -> `segmentor.name`; every other word comes back as it is.
+    """
+    name = OLD_NAMES.get(name, name)
+    return f"{name}.name" if f"{name}.name" in KEYS else name
+
+
+def find(name: str) -> Key | None:
+    """The key of that present name, or the dictionary that it lies in; None: there is none.
+
+    `segmentor.options.dropout` is found as `segmentor.options`.
+    """
+    while name:
+        found = KEYS.get(name)
+        if found is not None:
+            return found
+        name = name.rpartition(".")[0]
+        if name in KEYS and not KEYS[name].type.startswith("dict"):
+            return None
+    return None
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """What to do about a word that is none of the choices: take the most similar, or any of them.
+
+    Of dotted names those with the same last part come first.
+    """
+    choices = list(choices)
+    last = word.rpartition(".")[2]
+    same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    similar = difflib.get_close_matches(word, choices, n=1, cutoff=0.3)
+    found = same_last[:1] or similar
+    return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"
+
+
+def abbreviated(chosen: Callable[[Key], bool]) -> list[str]:
+    """The names of all chosen keys, with `evaluate.*` for a section that is chosen as a whole."""
+    names: list[str] = []
+    for name, entry in KEYS.items():
+        of_section = [other for other in KEYS.values() if other.section == entry.section]
+        if entry.section in SECTIONS and all(chosen(other) for other in of_section):
+            name = f"{entry.section}.*"
+        if chosen(entry) and name not in names:
+            names.append(name)
+    return names
+
+
+def with_full_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries of a saved configuration, with old names of keys replaced."""
+    renamed = dict(values)
+    for old, new in OLD_NAMES.items():
+        section, _, name = old.rpartition(".")
+        inside = renamed.get(section) if section else renamed
+        if isinstance(inside, dict) and name in inside:
+            inside = dict(inside)
+            inside[new.rpartition(".")[2]] = inside.pop(name)
+            renamed = renamed | {section: inside} if section else inside
+    return renamed
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keyed by dotted names; empty dictionaries are kept as values."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flattened(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

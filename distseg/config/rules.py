@@ -1,0 +1,242 @@
+"""Every check of a configuration that needs no data: of each value alone, then of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from distseg.config.keys import Key
+from distseg.config.names import KEYS, nearest
+from distseg.config.schema import Config, OptimizerConfig
+from shards.errors import InputError
+from shards.remote import check_url
+from shards.user_code import FORMS, is_reference
+
+# of distseg/losses/terms.py, by the names of their metrics
+BUILT_IN_TERMS = (
+    *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi"),
+    *("segmentor", "discriminator_real", "discriminator_fake"),
+)
+
+
+def check(config: Config, values: Mapping[str, Any]) -> None:
+    """Raise InputError for the first value or combination that no run can have.
+
+    values: the same configuration by dotted names.
+    """
+    for entry in KEYS.values():
+        if entry.choices:
+            check_choice(entry, values[entry.name])
+    for entry in KEYS.values():
+        if entry.is_bounded:
+            check_bounds(entry, values[entry.name])
+    for rule in RULES:
+        rule(config)
+
+
+def check_choice(entry: Key, value: Any) -> None:
+    """Raise InputError for a word that the key does not accept."""
+    if value not in entry.choices:
+        needed = f"one of: {', '.join(entry.choices)}"
+        raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
+
+
+def check_bounds(entry: Key, value: Any) -> None:
+    """Raise InputError for a number outside the key's bounds, NaN and infinity included.
+
+    None is a default that is filled in later; of a list every number is checked.
+    """
+    numbers = value if isinstance(value, list) else [value]
+    if not all(number is None or _is_within(entry, number) for number in numbers):
+        number = "a number" if entry.high is not None else "a finite number"
+        kind = "numbers" if isinstance(value, list) else number
+        raise InputError(f"{entry.name}={value}", f"{kind} {entry.range}", f"correct {entry.name}")
+
+
+def _is_within(entry: Key, number: float) -> bool:
+    above = entry.low is None or number >= entry.low
+    return above and (entry.high is None or number <= entry.high) and number < math.inf
+
+
+def scales_in_order(config: Config) -> None:
+    """data.scale_min is the smaller one."""
+    data = config.data
+    if data.scale_min > data.scale_max:
+        got = f"data.scale_min={data.scale_min} above data.scale_max={data.scale_max}"
+        raise InputError(got, "scale_min <= scale_max", "swap them")
+
+
+def one_order_of_samples(config: Config) -> None:
+    """Samples are drawn by class, or block by block."""
+    data = config.data
+    if data.sampling != "each_once" and data.shuffle_block:
+        got = f"data.sampling={data.sampling} with data.shuffle_block={data.shuffle_block}"
+        needed = "one of them: classes are drawn from all shards"
+        raise InputError(got, needed, "write data.shuffle_block=0")
+
+
+def no_encoder_in_the_discriminator(config: Config) -> None:
+    """encoder_lr_factor is of the segmentor's optimizer only."""
+    factor = config.discriminator_optimizer.encoder_lr_factor
+    if factor != 1:
+        got = f"discriminator_optimizer.encoder_lr_factor={factor}"
+        needed = "1: a discriminator has no encoder"
+        raise InputError(got, needed, "set discriminator_optimizer.lr alone")
+
+
+def a_scale_to_evaluate_at(config: Config) -> None:
+    """Test-time augmentation averages over one scale or more."""
+    if not config.evaluate.scales:
+        action = "write for example evaluate.scales=[0.75,1,1.25]"
+        raise InputError("evaluate.scales=[]", "at least one scale", action)
+
+
+def windows_that_fit(config: Config) -> None:
+    """A sliding window and its overlap are multiples of 32, and neighbours only overlap."""
+    window_px, overlap_px = config.evaluate.window_px, config.evaluate.overlap_px
+    if window_px and (window_px % 32 or overlap_px % 32 or 2 * overlap_px > window_px):
+        got = f"evaluate.window_px={window_px} with evaluate.overlap_px={overlap_px}"
+        needed = "multiples of 32, the overlap at most half the window"
+        action = "write for example evaluate.window_px=512 evaluate.overlap_px=128"
+        raise InputError(got, needed, action)
+
+
+def frozen_statistics_are_trained(config: Config) -> None:
+    """Batch normalisation is frozen only where weights come with statistics."""
+    if config.segmentor.batch_norm == "frozen" and config.segmentor.init == "random":
+        got = "segmentor.batch_norm=frozen with segmentor.init=random"
+        needed = "stored statistics; those of random weights let deep networks explode"
+        action = "write segmentor.batch_norm=per_rank, or segmentor.init=FILE"
+        raise InputError(got, needed, action)
+
+
+def nesterov_has_a_momentum(config: Config) -> None:
+    """Nesterov's is a form of sgd's momentum, for either network."""
+    _check_nesterov("segmentor_optimizer", config.segmentor_optimizer)
+    _check_nesterov("discriminator_optimizer", config.discriminator_optimizer)
+
+
+def _check_nesterov(section: str, optimizer: OptimizerConfig) -> None:
+    if optimizer.nesterov and not (optimizer.name == "sgd" and optimizer.beta1 > 0):
+        needed = f"{section}.name=sgd with a momentum ({section}.beta1) above 0"
+        raise InputError(f"{section}.nesterov=true", needed, f"correct {section}")
+
+
+def evaluations_for_the_schedule(config: Config) -> None:
+    """What goes by the validation loss needs evaluations."""
+    schedule = config.schedule
+    goes_by_loss = schedule.name == "plateau" or schedule.early_stop_patience
+    if goes_by_loss and not config.evaluate.every_steps:
+        needed = (
+            "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
+        )
+        action = "write for example evaluate.every_steps=100"
+        raise InputError("evaluate.every_steps=0", needed, action)
+
+
+def shards_of_fsdp(config: Config) -> None:
+    """parallel.shard_size is fsdp's."""
+    parallel = config.parallel
+    if parallel.shard_size and parallel.strategy != "fsdp":
+        got = (
+            f"parallel.shard_size={parallel.shard_size} with parallel.strategy={parallel.strategy}"
+        )
+        action = "write parallel.strategy=fsdp, or parallel.shard_size=0"
+        raise InputError(got, "networks in parameter shards", action)
+
+
+def unlabelled_images_have_a_term(config: Config) -> None:
+    """The semi-supervised mode has a weight above 0."""
+    weights = (config.loss.adv_weight, config.semi.adv_weight, config.semi.weight)
+    if config.mode == "semi_supervised" and not any(weights):
+        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
+        raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
+
+
+def class_weights_of_a_kind(config: Config) -> None:
+    """loss.class_weights is a word, or a number for every class."""
+    weights, words = config.loss.class_weights, ("none", "balanced", "median_frequency")
+    if isinstance(weights, str) and weights in words:
+        return
+    numbers = weights if isinstance(weights, list) else []
+    if not all(_is_weight(number) for number in numbers) or not any(numbers):
+        needed = f"one of: {', '.join(words)}; or a number from 0 on for every class, not all 0"
+        raise InputError(f"loss.class_weights={weights}", needed, "correct loss.class_weights")
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
+
+
+def focal_or_smoothed(config: Config) -> None:
+    """The focal loss looks at the true class alone, label smoothing at all."""
+    loss = config.loss
+    if loss.focal_gamma and loss.label_smoothing:
+        got = (
+            f"loss.focal_gamma={loss.focal_gamma} with loss.label_smoothing={loss.label_smoothing}"
+        )
+        raise InputError(got, "one of them", "write loss.label_smoothing=0")
+
+
+def further_terms_within_bounds(config: Config) -> None:
+    """Weights and steps of loss.terms are not negative, and no name is taken twice."""
+    for name, term in config.loss.terms.items():
+        if name in BUILT_IN_TERMS:
+            action = "give it another name, and name what it is in use"
+            raise InputError(f"loss.terms.{name}", "a name that no built-in term has", action)
+        numbers = {"weight": term.weight, "start_step": term.start_step}
+        numbers["warmup_steps"] = term.warmup_steps
+        for field, value in numbers.items():
+            if not _is_weight(value):
+                where = f"loss.terms.{name}.{field}"
+                raise InputError(f"{where}={value}", "a number from 0 on", f"correct {where}")
+
+
+def a_loss_to_minimise(config: Config) -> None:
+    """Without an adversary there is a term of labels."""
+    loss = config.loss
+    others = any(term.weight for term in loss.terms.values())
+    if config.mode == "supervised" and not loss.ce_weight and not others:
+        got = "mode=supervised with loss.ce_weight=0 and no loss.terms"
+        raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
+
+
+def a_view_by_reference(config: Config) -> None:
+    """data.view names code, and its options are of one."""
+    data = config.data
+    if data.view and not is_reference(data.view):
+        raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+    if data.view_options and not data.view:
+        got = f"data.view_options.{next(iter(data.view_options))} without data.view"
+        raise InputError(got, "a view that takes it", "write data.view=FILE.py:NAME")
+
+
+def shards_to_train_on(config: Config) -> None:
+    """There is a folder or a URL of shards."""
+    if not config.data.shards:
+        action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
+        raise InputError("no data.shards", "a directory of packed shards", action)
+    if "://" in config.data.shards:
+        check_url(config.data.shards)
+
+
+RULES = (
+    scales_in_order,
+    one_order_of_samples,
+    no_encoder_in_the_discriminator,
+    a_scale_to_evaluate_at,
+    windows_that_fit,
+    frozen_statistics_are_trained,
+    nesterov_has_a_momentum,
+    evaluations_for_the_schedule,
+    shards_of_fsdp,
+    unlabelled_images_have_a_term,
+    a_view_by_reference,
+    class_weights_of_a_kind,
+    focal_or_smoothed,
+    further_terms_within_bounds,
+    a_loss_to_minimise,
+    shards_to_train_on,
+)

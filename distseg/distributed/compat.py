@@ -1,0 +1,106 @@
+"""What distseg uses of torch and DeepSpeed that they do not promise to keep, in one place.
+
+Each entry names the versions that it was seen in, and what happens where it is absent. Whoever
+raises an upper bound in pyproject.toml looks through this file first. DeepSpeed is optional and
+slow to import, so its entries take an engine and import nothing at the top.
+"""
+
+from __future__ import annotations
+
+import inspect
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules._functions import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+# The class of all batch normalisations, nn.SyncBatchNorm too. Seen in torch 2.13.0.
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+# The autograd function inside nn.SyncBatchNorm, on GPUs only. Seen in torch 2.13.0.
+SYNC_BATCH_NORM_FUNCTION = SyncBatchNorm
+
+
+def job_store() -> Any:
+    """The job's key-value store, over a connection of its own where torch can open one.
+
+    On a shared connection a call that waits holds up every other one. `_get_default_store` and
+    `clone` were seen in torch 2.13.0; older releases have no `clone`, and share the connection.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)
+    return clone() if clone is not None else store
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """Give the collectives of the job's process group so much time, from now on.
+
+    `_set_pg_timeout` was seen in torch 2.13.0. Where it is absent, they keep what they began with.
+    """
+    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether oneDNN has bf16 dot products on this CPU, and may use them (ONEDNN_MAX_CPU_ISA).
+
+    Emulated ones are slower than fp32. All probes were seen in torch 2.13.0; of the first two one
+    that is absent counts as no.
+    """
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    allowed = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)()
+    return allowed and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def ddp_without_buffer_broadcast() -> dict[str, Any]:
+    """The argument that keeps DistributedDataParallel from sending rank 0's buffers to all ranks.
+
+    `forward_sync_buffers` in torch 2.13.0, which warns of the name before it: `broadcast_buffers`.
+    """
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    renamed = "forward_sync_buffers"
+    return {renamed if renamed in parameters else "broadcast_buffers": False}
+
+
+def without_shared_memory_kernel(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling an all-reduce for inference on CPUs, which nobody calls here.
+
+    It would need a C++ compiler and ninja at every start. Seen in DeepSpeed 0.19.8.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def remove_forward_hooks(engine: Any) -> None:
+    """Take an engine's own hooks off its network. Seen in DeepSpeed 0.19.8."""
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+
+
+def begin_zero_micro_batch(engine: Any) -> None:
+    """Tell a ZeRO engine (stages 1 to 3) that another forward begins. Seen in DeepSpeed 0.19.8."""
+    engine.optimizer.clear_backward_seen_flag()
+
+
+def begin_zero_backward(engine: Any) -> None:
+    """Prepare a ZeRO engine (stages 1 to 3) for the backward of a forward that was not its own.
+
+    What DeepSpeedEngine.forward does before it returns. Seen in DeepSpeed 0.19.8.
+    """
+    engine.optimizer.backward_prologue()
+    engine.optimizer.enter_backward()
+
+
+def link_zero_optimizer_state(engine: Any) -> None:
+    """Show a ZeRO engine (stages 1 and 2) the optimizer state that is there before its first step.
+
+    It would look for it after that step, too late for a checkpoint before it. Seen in DeepSpeed
+    0.19.8.
+    """
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def flat_zero_parameters(engine: Any) -> list[torch.Tensor]:
+    """The flat fp32 tensors of ZeRO stage 3's own optimizer. Seen in DeepSpeed 0.19.8."""
+    return engine.optimizer.fp32_partitioned_groups_flat

@@ -1,0 +1,33 @@
+"""Precision and resolution: what every loss does to logits and labels first."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shards.sample import IGNORE_INDEX
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """bf16 and fp16 become fp32; fp32 and fp64 stay."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear, half-pixel centres: (N, C, h, w) -> (N, C, *size)."""
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def label_at(label: Tensor, size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:
+    """The label at another resolution, by the nearest pixel.
+
+    label: (N, H, W) uint8, 255 = void. Returns the class indices (N, h, w) int64, 0 at void, and
+    the valid mask (N, h, w) bool.
+    """
+    small = F.interpolate(label[:, None].float(), size=tuple(size), mode="nearest-exact")
+    index = small[:, 0].long()
+    valid = index != IGNORE_INDEX
+    return index.where(valid, 0), valid

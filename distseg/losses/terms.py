@@ -1,0 +1,303 @@
+"""Loss terms of the segmentor: each one a thing of its own, which the step sums.
+
+A term of your own is a class with the members of `Term`, or just a function of (logits, label) that
+returns a sum and a count (see `FunctionTerm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from distseg.losses.adversarial import adversarial_sum, pseudo_label
+from distseg.losses.cross_entropy import (
+    PLAIN,
+    PixelOptions,
+    cross_entropy_sum,
+    hard_pixels,
+    pixel_weights,
+)
+from distseg.losses.overlap import dice_sum, lovasz_softmax_sum, valid_images
+from distseg.losses.tensors import at_least_float32, label_at, upsample
+from shards.errors import InputError
+from shards.sample import IGNORE_INDEX
+
+Kind = Literal["labelled", "unlabelled"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is known of images before any network has seen them.
+
+    label: (n, H, W) uint8, 255 = void; of unlabelled images 0 inside and 255 outside. index:
+    (n, h, w) int64, the label at the resolution of the label maps, 0 at void. valid: (n, h, w)
+    bool, where that is not void.
+    """
+
+    label: Tensor
+    index: Tensor
+    valid: Tensor
+
+    @classmethod
+    def at(cls, label: Tensor, size: tuple[int, int] | torch.Size) -> Targets:
+        """Of a label, for label maps of a size."""
+        return cls(label, *label_at(label, size))
+
+    def __getitem__(self, chosen: slice) -> Targets:
+        return Targets(self.label[chosen], self.index[chosen], self.valid[chosen])
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Images of a micro-batch, and what the networks say of them.
+
+    pixels: (n, 3, H, W) float in [0, 1]. logits: (n, C, h, w), with a graph. auxiliary: logits of
+    the auxiliary head, (n, C, h'', w''); None: there is none. In a step without the adversary the
+    others are None: probabilities (n, C, h, w), the softmax of the logits; scores, the
+    discriminator's logits on them, (n, 1, h', w') or (n, 1, 1, 1), whose graph ends at the
+    probabilities.
+    """
+
+    pixels: Tensor
+    targets: Targets
+    logits: Tensor
+    auxiliary: Tensor | None = None
+    probabilities: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def label(self) -> Tensor:
+        """(n, H, W) uint8, 255 = void."""
+        return self.targets.label
+
+    @cached_property
+    def full_logits(self) -> Tensor:
+        """Logits at the label's size, (n, C, H, W), in at least fp32."""
+        return upsample(at_least_float32(self.logits), self.label.shape[-2:])
+
+    def __getitem__(self, chosen: slice) -> Predicted:
+        """Of some of the images."""
+        optional = (self.auxiliary, self.probabilities, self.scores)
+        parts = [None if tensor is None else tensor[chosen] for tensor in optional]
+        return Predicted(self.pixels[chosen], self.targets[chosen], self.logits[chosen], *parts)
+
+
+class Term:
+    """One term of the segmentor's loss; its value is the sum of `local_sum` over all ranks and
+    micro-batches, divided by the sum of `count`.
+
+    name: of its metrics, loss/<name> and weight/<name>.
+    images: whose term it is; unlabelled ones are there in mode=semi_supervised.
+    through_discriminator: its gradient comes through the discriminator's scores. All others' comes
+    through the logits.
+    chooses: which pixels take part is only known when they are predicted; `local_sum` then returns
+    (sum, how many), and that is what the sum is divided by, unless the term is
+    per_image: divided by the number of images.
+    share: of a term that chooses, the metric that says how many took part of the candidates.
+    """
+
+    name: str
+    images: Kind = "labelled"
+    through_discriminator: bool = False
+    chooses: bool = False
+    per_image: bool = False
+    share: str = ""
+
+    def count(self, targets: Targets) -> Tensor:
+        """What this rank's sum is divided by: a scalar, float64, known from the labels alone.
+
+        So the counts of all terms are summed over the ranks at once, before the first forward.
+        """
+        raise NotImplementedError  # of the term's own class
+
+    def candidates(self, targets: Targets) -> Tensor:
+        """Of how many `share` is a share: a scalar, float64, known from the labels alone."""
+        return self.count(targets)
+
+    def local_sum(self, seen: Predicted) -> Any:
+        """The sum over this rank's images, a scalar with a graph, even where nothing is counted."""
+        raise NotImplementedError  # of the term's own class
+
+
+@dataclass
+class CrossEntropy(Term):
+    """The cross entropy of labelled pixels (Luc et al. 2016, l_mce; Hung et al. 2018, eq. 3).
+
+    per_image: the sum over pixels for each image, instead of the mean over valid pixels.
+    """
+
+    options: PixelOptions = PLAIN
+    per_image: bool = False
+    name: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        self.chooses = self.options.ohem_threshold > 0
+        self.share = f"share/{self.name}" if self.chooses else ""
+
+    def count(self, targets: Targets) -> Tensor:
+        return _number_of(targets.label) if self.per_image else self.candidates(targets)
+
+    def candidates(self, targets: Targets) -> Tensor:
+        return self._weight_of(targets.label)
+
+    def local_sum(self, seen: Predicted) -> Any:
+        return self._sum(seen.logits, seen.label)
+
+    def _sum(self, logits: Tensor, label: Tensor) -> Any:
+        if not self.chooses:
+            return cross_entropy_sum(logits, label, self.options)
+        hard = hard_pixels(logits, label, self.options)
+        return cross_entropy_sum(logits, hard, self.options), self._weight_of(hard)
+
+    def _weight_of(self, label: Tensor) -> Tensor:
+        """The valid pixels, each as much as its class weighs."""
+        weights = self.options.class_weights
+        if weights is None:
+            return (label != IGNORE_INDEX).sum().double()
+        return pixel_weights(label, weights, torch.float64).sum()
+
+
+@dataclass
+class Auxiliary(CrossEntropy):
+    """Deep supervision: the same cross entropy of an auxiliary head (Zhao et al. 2017, PSPNet,
+    section 3.3).
+    """
+
+    name: str = "auxiliary"
+
+    def local_sum(self, seen: Predicted) -> Any:
+        if seen.auxiliary is None:
+            raise InputError(
+                "a segmentor that returns no auxiliary logits while it trains",
+                'a dict with "out" and "aux"',
+                "remove the attribute has_auxiliary of the network",
+            )
+        return self._sum(seen.auxiliary, seen.label)
+
+
+@dataclass
+class Adversarial(Term):
+    """The segmentor's reward for label maps that the discriminator takes for real.
+
+    saturating: - BCE(D(s(x)), fake), Luc et al. 2016, eq. 3; otherwise + BCE(D(s(x)), real), which
+    has the same fixed points and a gradient where the discriminator is sure (Goodfellow et al.
+    2014, section 3). per_cell: the discriminator gives a score per cell, and valid ones count;
+    otherwise one per image. per_image: the sum over cells for each image, instead of their mean.
+    """
+
+    name: str = "adversarial"
+    images: Kind = "labelled"
+    saturating: bool = False
+    per_cell: bool = True
+    per_image: bool = False
+    through_discriminator = True
+
+    def count(self, targets: Targets) -> Tensor:
+        return count_scores(targets, self.per_cell and not self.per_image)
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        assert seen.scores is not None  # only asked for where the discriminator judges
+        valid = seen.targets.valid if self.per_cell else None
+        if self.saturating:
+            return -adversarial_sum(seen.scores, valid, 0.0)
+        return adversarial_sum(seen.scores, valid, 1.0)
+
+
+@dataclass
+class MaskedCrossEntropy(Term):
+    """Cross entropy of unlabelled pixels against the segmentor's own classes, under the confidence
+    mask of the discriminator (Hung et al. 2018, eq. 5).
+
+    threshold: T_semi. per_image: the sum for each image, instead of the mean over the mask.
+    """
+
+    threshold: float = 0.2
+    per_image: bool = False
+    name: str = "semi"
+    share: str = "semi/mask_share"
+    images: Kind = "unlabelled"
+    chooses = True
+
+    def count(self, targets: Targets) -> Tensor:
+        return _number_of(targets.label)  # asked for where the term is per image
+
+    def candidates(self, targets: Targets) -> Tensor:
+        return targets.valid.sum().double()
+
+    def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
+        assert seen.scores is not None and seen.probabilities is not None
+        inside = seen.targets.valid
+        pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold)
+        return cross_entropy_sum(seen.logits, pseudo), (pseudo != IGNORE_INDEX).sum().double()
+
+
+@dataclass
+class Dice(Term):
+    """1 - soft Dice, of each image, the mean over its classes; see `overlap.dice_sum`."""
+
+    smooth: float = 1.0
+    name: str = "dice"
+
+    def count(self, targets: Targets) -> Tensor:
+        return valid_images(targets.label)
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        return dice_sum(seen.full_logits, seen.label, self.smooth)
+
+
+@dataclass
+class LovaszSoftmax(Term):
+    """The Lovasz-softmax loss of each image; see `overlap.lovasz_softmax_sum`."""
+
+    name: str = "lovasz"
+
+    def count(self, targets: Targets) -> Tensor:
+        return valid_images(targets.label)
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        return lovasz_softmax_sum(seen.full_logits, seen.label)
+
+
+@dataclass
+class FunctionTerm(Term):
+    """A function (logits (n, C, H, W), label (n, H, W) uint8, **options) -> (sum, count) as a term.
+
+    The mean is over all ranks; with gradient accumulation, over the micro-batches of their global
+    means, as the count comes only with each of them.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    chooses = True
+
+    def count(self, targets: Targets) -> Tensor:
+        return (targets.label != IGNORE_INDEX).sum().double()
+
+    def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
+        found = self.function(seen.full_logits, seen.label, **self.options)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise InputError(
+                f"{self.name}: the function returned a {type(found).__name__}",
+                "a sum and a count: means are taken over all ranks, which one rank's mean is not",
+                "return for example losses.sum(), valid.sum()",
+            )
+        total, count = found
+        return total, torch.as_tensor(count, dtype=torch.float64, device=seen.label.device)
+
+
+TERMS: dict[str, type[Term]] = {"dice": Dice, "lovasz": LovaszSoftmax}
+
+
+def count_scores(targets: Targets, per_cell: bool) -> Tensor:
+    """How many scores there are on label maps: valid cells, or images; a scalar, float64."""
+    return targets.valid.sum().double() if per_cell else _number_of(targets.label)
+
+
+def _number_of(label: Tensor) -> Tensor:
+    return torch.tensor(len(label), dtype=torch.float64, device=label.device)

@@ -1,0 +1,312 @@
+"""Writing checkpoints: folders of safetensors files, published whole, with no code in them to run.
+
+Not torch.distributed.checkpoint (DCP), though its HuggingFaceStorageWriter and -Reader need no
+pickle any more. Both were measured in torch 2.13.0: a DeepLabV3+ with ResNet-101 and its AdamW
+state (713 MB), two gloo ranks, alternating, on a machine with far more to do than its two cores
+(so only the ratios tell); seconds, DCP against ours:
+
+    (medians of three)               DDP         FSDP
+    save                           70 : 23     77 : 29
+    load                           29 : 10     31 : 29
+    the loop waits, async          14 : 3.4    36 : 11
+    until written, async           77 : 19    118 : 24
+
+Both bring every bit back, under DDP and FSDP, on any number of ranks. What decided, besides time:
+
+- DCP knows of no file that is missing. Without the first of two shard files it loads FSDP's
+  parameters without an error and leaves that shard's rows as they were; `tensor_files` says which
+  file is gone.
+- It writes into the final folder, so that a kill leaves what looks like a checkpoint. Publishing,
+  pruning, state.json and the errors of a full disk, most of this file, would be here all the same.
+- It refuses tensors in channels_last, and a plain number among the tensors, such as the step, makes
+  a file that saves without an error and that nothing can read.
+- Its async_save needs a process group of its own for collectives beside training's.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from distseg.distributed.mailbox import Failure, Mailbox
+from distseg.distributed.ranks import Ranks, on_each, on_main, shared_error
+from distseg.runs.checkpoint import (
+    BEST_FILE,
+    FOLDER,
+    STATE_FILE,
+    VERSION,
+    published,
+    read_best,
+    read_state,
+)
+from distseg.runs.tensor_files import TensorFile, read, to_host
+from shards.errors import InputError
+from shards.files import check_space, disk_full, sync_folder, write_json
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """What this rank writes of one checkpoint, in host memory or on its way there."""
+
+    target: Path
+    files: list[TensorFile]
+    wait_for_copies: Callable[[], None]  # from the device
+    content: dict[str, Any]  # of state.json
+
+    @property
+    def partial(self) -> Path:
+        """Where the files lie until all are there; hidden, so that nobody takes it for whole."""
+        return self.target.with_name(f".partial-{self.target.name}")
+
+
+class Checkpointer:
+    """The checkpoints of one run: save, load, prune.
+
+    checkpoints/step-00000500/<learner>.<part>.safetensors and state.json, written by all ranks in a
+    hidden folder beside it and renamed when complete and on the disk: a checkpoint is there whole
+    or not at all. Of parameter shards (FSDP), <part>.1-of-8 and so on; any number of ranks, under
+    any strategy, reads either. `identity` holds what a checkpoint must agree on with the run that
+    loads it (key -> value). async_save: the files are written while training goes on. What goes
+    wrong then is raised by the next call of `save`, `mark_best` or `wait`, on every rank; `failed`
+    tells before. timeout_seconds: how much longer than the main rank another may write.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        keep_last: int,
+        identity: dict[str, Any],
+        ranks: Ranks,
+        *,
+        async_save: bool = False,
+        timeout_seconds: float = 300.0,
+    ):
+        self.directory = run_dir / FOLDER
+        self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
+        self._async, self._timeout = async_save, timeout_seconds
+        self._mailbox = Mailbox(ranks)
+        self._num_saves = 0
+        self._thread: threading.Thread | None = None
+        self._is_pending = False  # a save whose outcome nobody has asked for
+        # what went wrong in it, as far as this rank knows: the main one all
+        self._failure: Failure | None = None
+
+    def save(self, learners: dict[str, Any], state: dict[str, Any]) -> Path:
+        """Write and publish; called on every rank at the same step. Returns the checkpoint's
+        folder.
+
+        The tensors may change when this returns. Waits for the save before.
+        """
+        self.wait()
+        save = self._copied(learners, state)
+        on_main(self._ranks, lambda: _raise(_failure_of(save, lambda: _clear(save))))
+        self._num_saves += 1
+        if self._async:
+            # not a daemon: the interpreter waits for it before it ends
+            self._thread = threading.Thread(target=self._write, args=(save,), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(save)
+        self._is_pending = True
+        if not self._async:
+            self.wait()
+        return save.target
+
+    def wait(self) -> None:
+        """Until the last save is published.
+
+        Raises what went wrong, on every rank. Called on every rank.
+        """
+        if not self._is_pending:
+            return
+        self.close()
+        failure = on_main(self._ranks, lambda: self._failure)
+        self._is_pending, self._failure = False, None
+        _raise(failure)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows already that the last save went wrong."""
+        return self._failure is not None
+
+    def give_up(self) -> None:
+        """Wait for no other rank.
+
+        It may be gone. What it has not written by now leaves the save incomplete.
+        """
+        self._mailbox.give_up()
+
+    def close(self) -> None:
+        """Let this rank's writing end, for better or worse."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def mark_best(self, step: int, mean_iou: float) -> None:
+        """Tell the score of the checkpoint just saved.
+
+        It is kept for as long as none is better. On every rank.
+        """
+        self.wait()
+        on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; the main rank looks, for all."""
+        self.wait()
+        return on_main(self._ranks, lambda: next(reversed(published(self.directory)), None))
+
+    def load(self, path: Path, learners: dict[str, Any]) -> dict[str, Any]:
+        """Copy a checkpoint into the learners; returns its state. Called on every rank.
+
+        Raises InputError, on all of them, when it is another run's, or damaged for any rank.
+        """
+        content = on_each(self._ranks, lambda: self._own_content(path))
+        for name, learner in learners.items():
+            parts, own = content["parts"][name], learner.state_dict()
+            # read on all ranks before any of them changes its learner
+            reading = functools.partial(_read_parts, path, name, parts, own)
+            learner.load_state_dict(on_each(self._ranks, reading))
+        return content["state"]
+
+    def check_space(self, learners: dict[str, Any]) -> None:
+        """Raise InputError, on every rank, when the disk cannot hold what will be kept and one
+        being written.
+        """
+        size = 0
+        for learner in learners.values():
+            for tensors in learner.state_dict().values():
+                size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        present = len(published(self.directory))
+        needed = size * max(1, self._keep_last + 2 - present)  # and the best
+        action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
+        on_main(self._ranks, lambda: check_space(self.directory, needed, action))
+
+    def _copied(self, learners: dict[str, Any], state: dict[str, Any]) -> _Save:
+        """What this rank is to write, as copies."""
+        parts, tensors = {}, {}
+        for name, learner in learners.items():
+            of_learner = learner.state_dict()
+            parts[name] = list(of_learner)
+            for part, of_part in of_learner.items():
+                tensors[f"{name}.{part}"] = of_part
+        content = {
+            "version": VERSION,
+            "state": state,
+            "identity": self._identity,
+            "parts": parts,
+        }
+        files, wait_for_copies = to_host(tensors, self._ranks.rank, self._ranks.world_size)
+        target = self.directory / f"step-{state['step']:08d}"
+        return _Save(target, files, wait_for_copies, content)
+
+    def _write(self, save: _Save) -> None:
+        """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
+        failure = _failure_of(save, lambda: _write_files(save))
+        if self._ranks.is_main:
+            others = self._mailbox.collect(self._num_saves, self._timeout)
+            failures = [found for found in (failure, *others) if found is not None]
+            failure = failures[0] if failures else _failure_of(save, lambda: self._publish(save))
+            if failure is not None:
+                shutil.rmtree(save.partial, ignore_errors=True)
+        else:
+            self._mailbox.send(self._num_saves, failure)
+        self._failure = failure
+
+    def _publish(self, save: _Save) -> None:
+        _write_synced(save.partial / STATE_FILE, json.dumps(save.content, indent=1).encode())
+        sync_folder(save.partial)
+        # the same step again, from a run that was set back
+        shutil.rmtree(save.target, ignore_errors=True)
+        os.replace(save.partial, save.target)
+        sync_folder(self.directory)
+        self._prune()
+
+    def _mark_best(self, step: int, mean_iou: float) -> None:
+        if mean_iou > read_best(self.directory).get("mean_iou", -1.0):
+            write_json(self.directory / BEST_FILE, {"step": step, "mean_iou": mean_iou})
+        self._prune()
+
+    def _prune(self) -> None:
+        best_step = read_best(self.directory).get("step")
+        for path in published(self.directory)[: -self._keep_last]:
+            if int(path.name.removeprefix("step-")) != best_step:
+                shutil.rmtree(path)
+
+    def _own_content(self, path: Path) -> dict[str, Any]:
+        """The state.json of a checkpoint of this run. Raises InputError when it is another's."""
+        content = read_state(path)
+        for key, value in self._identity.items():
+            if content["identity"].get(key) != value:
+                got = f"{path}: {key} is {content['identity'].get(key)!r}, this run's is {value!r}"
+                raise InputError(
+                    got, "a checkpoint of the same data and settings", "choose another run_dir"
+                )
+        return content
+
+
+def _read_parts(
+    path: Path, name: str, parts: list[str], own: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    return {part: read(path, f"{name}.{part}", own.get(part)) for part in parts}
+
+
+def _clear(save: _Save) -> None:
+    """An empty folder to write to; what killed runs have left goes."""
+    for left in save.partial.parent.glob(".partial-step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    save.partial.mkdir(parents=True)
+
+
+def _write_files(save: _Save) -> None:
+    save.wait_for_copies()
+    for file in save.files:
+        file.write(save.partial)
+
+
+def _failure_of(save: _Save, work: Callable[[], None]) -> Failure | None:
+    """What went wrong in `work`; None: nothing."""
+    try:
+        work()
+    except InputError as error:
+        return Failure.of(error)
+    except Exception as error:
+        if _is_disk_full(error):
+            return Failure.of(disk_full(save.target))
+        if isinstance(error, OSError | SafetensorError):
+            got = f"{save.target} could not be written: {error}"
+            return Failure(got, "a disk that takes files", "then run the same command again")
+        return Failure(f"saving {save.target}: {type(error).__name__}: {error}")
+    return None
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+        return True
+    # safetensors gives the system's error as text
+    return any(f"(os error {number})" in str(error) for number in _DISK_IS_FULL)
+
+
+def _raise(failure: Failure | None) -> None:
+    """Raise the error of a failure that all ranks were told of; of None, nothing."""
+    if failure is not None:
+        raise shared_error(failure.to_error())
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

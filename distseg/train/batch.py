@@ -1,0 +1,70 @@
+"""The images of a step on this rank, and the micro-batches that they are taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from distseg.losses.terms import Kind
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one kind on this rank's device.
+
+    pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
+    the label says only where they are: 0 inside, 255 outside.
+    """
+
+    pixels: Tensor
+    label: Tensor
+
+    def __getitem__(self, chosen: slice) -> Images:
+        return Images(self.pixels[chosen], self.label[chosen])
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Labelled images, and unlabelled ones in semi-supervised mode."""
+
+    labelled: Images
+    unlabelled: Images | None = None
+
+    @cached_property
+    def all(self) -> Images:
+        """All images, the labelled ones first, in the labelled ones' memory format."""
+        one, other = self.labelled, self.unlabelled
+        if other is None:
+            return one
+        channels_last = one.pixels.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        pixels = torch.cat([one.pixels, other.pixels]).contiguous(memory_format=layout)
+        return Images(pixels, torch.cat([one.label, other.label]))
+
+    def slices(self) -> dict[Kind, slice]:
+        """Where the images of each kind are among all."""
+        count = len(self.labelled.label)
+        if self.unlabelled is None:
+            return {"labelled": slice(0, count)}
+        return {"labelled": slice(0, count), "unlabelled": slice(count, None)}
+
+    def split(self, count: int) -> Iterator[MicroBatch]:
+        """In `count` micro-batches of one size; the configuration makes sure that it divides."""
+        if count == 1:
+            yield self
+            return
+        for index in range(count):
+            labelled = self.labelled[_share(self.labelled, index, count)]
+            unlabelled = self.unlabelled
+            if unlabelled is not None:
+                unlabelled = unlabelled[_share(unlabelled, index, count)]
+            yield MicroBatch(labelled, unlabelled)
+
+
+def _share(images: Images, index: int, count: int) -> slice:
+    size = len(images.label) // count
+    return slice(index * size, (index + 1) * size)

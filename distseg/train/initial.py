@@ -1,0 +1,31 @@
+"""Where the networks' first weights come from: another run, or what `models` finds by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distseg.models import Weights
+from distseg.runs import checkpoint
+
+
+def initial_weights(init: str, network: str) -> str | Weights:
+    """What `build_segmentor` and `build_discriminator` take as `init`.
+
+    init: a run directory stands for its best checkpoint, or its last where none was scored;
+    RUN@last, RUN@best and RUN@500 name one. Anything else ("random", a file) comes back as it is.
+    network: "segmentor" (its EMA weights where the run has them) or "discriminator". Raises
+    InputError where a run has no such checkpoint, or no such network.
+    """
+    run_dir, which = Path(init), ""
+    if "@" in init and not run_dir.exists():
+        name, _, which = init.rpartition("@")
+        run_dir = Path(name)
+    if not run_dir.is_dir():
+        return init
+    if not which:
+        is_scored = bool(checkpoint.read_best(run_dir / checkpoint.FOLDER))
+        which = "best" if is_scored else "last"
+    path = checkpoint.find(run_dir, which)
+    part, tensors = checkpoint.read_network(path, network)
+    step = checkpoint.read_state(path)["state"]["step"]
+    return Weights(tensors, f"{run_dir}, step {step}{', EMA weights' if part == 'ema' else ''}")

@@ -1,0 +1,271 @@
+"""What the two networks are trained for: the segmentor's terms and the discriminator's task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config.schema import Config, LossConfig, TermConfig
+from distseg.data.samples import SampleSet
+from distseg.losses.class_weights import balanced, median_frequency
+from distseg.losses.cross_entropy import PixelOptions
+from distseg.losses.terms import (
+    TERMS,
+    Adversarial,
+    Auxiliary,
+    CrossEntropy,
+    FunctionTerm,
+    Kind,
+    MaskedCrossEntropy,
+    Predicted,
+    Targets,
+    Term,
+    count_scores,
+)
+from distseg.train.schedules import Phase
+from shards import user_code
+from shards.errors import InputError
+from shards.sample import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How the discriminator looks at label maps, and what it is trained for.
+
+    at_image_size: label maps have the image's resolution, not that of the segmentor's output.
+    scaling_tau: of the softened ground truth (Luc et al. 2016); None: one-hot. real_target: for
+    real label maps; below 1 is one-sided label smoothing. per_cell: its scores are one per cell,
+    not one per image. per_image: its losses are sums over cells for each image. on_unlabelled: it
+    learns from the label maps of unlabelled images too.
+    """
+
+    at_image_size: bool = False
+    scaling_tau: float | None = None
+    real_target: float = 1.0
+    per_cell: bool = True
+    per_image: bool = False
+    on_unlabelled: bool = True
+
+    def mask(self, targets: Targets) -> Tensor | None:
+        """The valid mask of its scores, (n, h, w); None where each image has one score."""
+        return targets.valid if self.per_cell else None
+
+    def num_scores(self, targets: Targets) -> Tensor:
+        """How many scores it gives on one label map of each image: a scalar, float64."""
+        return count_scores(targets, self.per_cell)
+
+    def divisor(self, targets: Targets) -> Tensor:
+        """What its loss on those is divided by: a scalar, float64."""
+        return count_scores(targets, self.per_cell and not self.per_image)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The discriminator's scores on real or on fake label maps of this rank's images.
+
+    scores: (n, 1, h', w') or (n, 1, 1, 1); mask: of Judging.mask. Over all ranks: divisor, of the
+    loss, and num_scores.
+    """
+
+    scores: Tensor
+    mask: Tensor | None
+    divisor: Tensor
+    num_scores: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The terms of the segmentor's loss, and the discriminator's task."""
+
+    terms: tuple[Term, ...]
+    judging: Judging
+
+    def active(self, phase: Phase) -> Iterator[tuple[Term, float]]:
+        """The terms that a phase asks for, with their weights.
+
+        The adversarial one is computed at weight 0 too, where the discriminator only watches.
+        """
+        for term in self.terms:
+            weight = phase.weights.get(term.name, 0.0)
+            watched = phase.adversary and term.name == "adversarial"
+            if (weight or watched) and (phase.adversary or not _needs_adversary(term)):
+                yield term, weight
+
+    def uses_unlabelled(self, phase: Phase) -> bool:
+        """Whether anything in a phase looks at unlabelled images."""
+        if phase.discriminator and self.judging.on_unlabelled:
+            return True
+        return any(term.images == "unlabelled" for term, _ in self.active(phase))
+
+    def weights(self, phase: Phase) -> dict[str, float]:
+        """The weights of the terms beside the cross entropy, under their names in the metrics."""
+        if not phase.segmentor:
+            return {}
+        others = [term.name for term in self.terms if term.name != "cross_entropy"]
+        return {f"weight/{name}": phase.weights[name] for name in others if name in phase.weights}
+
+
+def _needs_adversary(term: Term) -> bool:
+    return term.through_discriminator or term.images == "unlabelled"
+
+
+def build_objective(
+    config: Config,
+    segmentor: nn.Module,
+    discriminator: nn.Module | None = None,
+    samples: SampleSet | None = None,
+) -> Objective:
+    """The objective of a run, of its bare networks.
+
+    samples: the labelled ones, whose pixels may give the weights of classes. Raises InputError for
+    class weights that do not fit, and for a term that is none or cannot be trained.
+    """
+    loss, semi = config.loss, config.semi
+    pixels = PixelOptions(
+        class_weights=None if samples is None else class_weights(loss, samples),
+        label_smoothing=loss.label_smoothing,
+        focal_gamma=loss.focal_gamma,
+        ohem_threshold=loss.ohem_threshold,
+        ohem_min_share=loss.ohem_min_share,
+    )
+    in_sums = loss.ce_reduction == "sum"
+    terms: list[Term] = [CrossEntropy(pixels, in_sums)]
+    if getattr(segmentor, "has_auxiliary", False):
+        terms.append(Auxiliary(pixels, in_sums))
+    further = [build_term(name, asked) for name, asked in loss.terms.items()]
+    if samples is not None:
+        check_terms(further, samples.classes.num_classes)
+    terms += further
+    judging = _judging(config, discriminator)
+    if config.mode != "supervised":
+        terms.append(_adversarial("adversarial", "labelled", loss, judging))
+    if config.mode == "semi_supervised":
+        terms.append(_adversarial("adversarial_unlabelled", "unlabelled", loss, judging))
+        terms.append(MaskedCrossEntropy(semi.threshold, in_sums))
+    return Objective(tuple(terms), judging)
+
+
+def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) -> Adversarial:
+    return Adversarial(
+        name,
+        images,
+        saturating=loss.adv_form == "saturating",
+        per_cell=judging.per_cell,
+        per_image=judging.per_image,
+    )
+
+
+def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
+    loss = config.loss
+    return Judging(
+        at_image_size=loss.map_resolution == "image",
+        scaling_tau=loss.scaling_tau if loss.real_map == "scaling" else None,
+        real_target=loss.real_target,
+        per_cell=getattr(discriminator, "head", None) == "patch",
+        per_image=loss.adv_reduction == "sum",
+        on_unlabelled=config.semi.discriminate,
+    )
+
+
+def build_term(name: str, asked: TermConfig) -> Term:
+    """A term of `loss.terms`. Raises InputError for one that there is not, or wrong options."""
+    use, key = asked.use or name, f"loss.terms.{name}"
+    if user_code.is_reference(use):
+        return _own_term(name, use, asked.options)
+    if use not in TERMS:
+        needed = f"one of: {', '.join(TERMS)}; or your own, as {user_code.FORMS}"
+        raise InputError(f"{key}.use={use}", needed, f"correct {key}.use")
+    try:
+        term = TERMS[use](**asked.options)
+    except TypeError as error:
+        got = f"{key}.options={asked.options}: {error}"
+        raise InputError(got, f"options of {use}", "correct or remove them") from None
+    term.name = name
+    return term
+
+
+def _own_term(name: str, reference: str, options: dict[str, Any]) -> Term:
+    """A term of the user's own: a class like Term, or a function of logits and label."""
+    key = f"loss.terms.{name}"
+    loaded = user_code.load(reference, f"{key}.use")
+    if not inspect.isclass(loaded.value):
+        given = tuple(user_code.parameters(loaded.value))[:2]
+        user_code.check_options(loaded, options, f"{key}.options", given)
+        return FunctionTerm(loaded.value, name, options)
+    term = user_code.call(loaded, f"{key}.use", options, f"{key}.options")
+    if not isinstance(term, Term):
+        needed = "a class that derives from distseg.losses.Term, or a function"
+        raise InputError(f"{key}.use={reference}", needed, f"correct {loaded.name}")
+    term.name = name
+    return term
+
+
+def check_terms(terms: Sequence[Term], num_classes: int) -> None:
+    """Raise InputError for a term that gives no finite sum with a gradient, on random images.
+
+    So that what a term of the user's own gets wrong is said before data are read.
+    """
+    for term in terms:
+        seen = _random(num_classes)
+        source = seen.scores if term.through_discriminator else seen.logits
+        assert source is not None  # of `_random`
+        try:
+            term.count(seen.targets)
+            found = term.local_sum(seen)
+        except Exception as error:  # whatever the user's own code raises
+            got = f"loss.terms.{term.name}: {type(error).__name__}: {error}"
+            raise InputError(got, _NEEDED, "correct the term") from error
+        problem = _problem_of(found[0] if term.chooses else found, source)
+        if problem:
+            raise InputError(f"loss.terms.{term.name}: {problem}", _NEEDED, "correct the term")
+
+
+_NEEDED = "a sum and a count (or of a Term the sum alone), the sum a finite scalar with a gradient"
+
+
+def _problem_of(total: Any, source: Tensor) -> str:
+    """What is wrong with a term's sum on random images; "" for nothing."""
+    if not isinstance(total, Tensor):
+        return f"a {type(total).__name__} instead of a tensor"
+    if total.ndim:
+        return f"a sum of shape {tuple(total.shape)}"
+    if not total.isfinite():
+        return f"a sum of {float(total)}"
+    if not total.requires_grad:
+        return "no gradient: the sum does not depend on the networks"
+    (gradient,) = torch.autograd.grad(total, source, allow_unused=True)
+    return "" if gradient is not None and gradient.any() else "no gradient at the networks' output"
+
+
+def _random(num_classes: int) -> Predicted:
+    """Two random images of 32 px at stride 4, with void, and what networks could say of them."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 32, 32, generator=generator)
+    label = torch.randint(0, num_classes, (2, 32, 32), generator=generator).to(torch.uint8)
+    label[:, :4] = IGNORE_INDEX
+    logits = torch.randn(2, num_classes, 8, 8, generator=generator).requires_grad_()
+    scores = torch.randn(2, 1, 8, 8, generator=generator).requires_grad_()
+    targets = Targets.at(label, (8, 8))
+    return Predicted(pixels, targets, logits, logits, logits.softmax(1), scores)
+
+
+def class_weights(loss: LossConfig, samples: SampleSet) -> Tensor | None:
+    """The weights (C,) of `loss.class_weights`; None: none. Raises InputError for a wrong list.
+
+    balanced and median_frequency follow from the pixels of the samples that are labelled.
+    """
+    asked, names = loss.class_weights, samples.classes.names
+    if asked == "none":
+        return None
+    if isinstance(asked, str):
+        formulas = {"balanced": balanced, "median_frequency": median_frequency}
+        return torch.from_numpy(formulas[asked](samples.class_pixels()))
+    if len(asked) != len(names):
+        got = f"loss.class_weights with {len(asked)} numbers for {len(names)} classes"
+        raise InputError(got, f"one for each of: {', '.join(names)}", "correct loss.class_weights")
+    return torch.tensor(asked, dtype=torch.float64)

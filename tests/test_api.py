@@ -1,0 +1,255 @@
+"""`import distseg`: training, trained runs and the parts, in a process that lives on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import distseg
+from distseg.cli import main
+from distseg.config import loading
+from distseg.distributed.ranks import Ranks, joined, teardown
+from distseg.parallel import wrap
+from distseg.train import trainer
+from distseg.train.inputs import open_data, open_streams
+from distseg.train.networks import build_networks
+from distseg.train.schedules import phase
+from distseg.train.step import Pair, training_step
+from shards.errors import InputError
+from tests.ranks import PATIENCE, Program, run_ranks
+from tests.tiny import SETTINGS, contents
+
+
+def train(shards: Path, run_dir: Path, **keys: Any) -> Any:
+    return distseg.fit([f"data.shards={shards}", f"run_dir={run_dir}"], **SETTINGS | keys)
+
+
+@pytest.fixture(scope="module")
+def result(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run of two steps."""
+    return train(toy_shards, tmp_path_factory.mktemp("api") / "run")
+
+
+def process_state() -> dict[str, Any]:
+    """What a library must leave as it finds it."""
+    return {
+        "handlers": [signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)],
+        "threads": (torch.get_num_threads(), cv2.getNumThreads()),
+        "frozen": gc.get_freeze_count(),
+        "random": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "joined": dist.is_initialized(),
+    }
+
+
+def test_importing_distseg_imports_nothing_and_takes_no_time() -> None:
+    program = "import sys, time; t = time.perf_counter(); import distseg; "
+    program += "print(time.perf_counter() - t, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert float(out[0]) < 0.1 * PATIENCE and out[1:] == ["False", "False"]
+    with pytest.raises(AttributeError, match="no attribute 'trains'"):
+        _ = distseg.trains
+
+
+def test_every_place_that_the_documentation_names_is_there() -> None:
+    lines = re.findall(r"^    (from [\w.]+ import .+?)(?: +#.*)?$", distseg.__doc__ or "", re.M)
+    assert len(lines) == 11
+    for line in lines:
+        exec(line, {})
+    assert set(distseg.__all__) <= set(dir(distseg))
+    assert distseg.InputError is InputError
+
+
+def test_scores_and_predictions_are_those_of_the_commands(result: Any, tmp_path: Path) -> None:
+    run_dir = result.run_dir
+    assert (result.step, result.finished) == (2, True)
+    assert result.scores == json.loads((run_dir / "evaluation.json").read_text())
+    trained = distseg.load(run_dir, device="cpu")
+    assert main(["evaluate", str(run_dir), "device=cpu", "evaluate.scales=[1,0.5]"]) == 0
+    (written,) = run_dir.glob("evaluation-step-00000002-val-*.json")
+    scores = trained.evaluate(["evaluate.scales=[1,0.5]"], split="val")
+    assert scores == json.loads(written.read_text())
+    assert trained.evaluate(quick=True)["val/mean_iou"] == result.scores["val/mean_iou"]
+
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    arguments = [str(run_dir), str(tmp_path / "picture.png"), "--out", str(tmp_path / "out")]
+    assert main(["predict", *arguments, "--device", "cpu"]) == 0
+    label = trained.predict(pixels)
+    assert label.dtype == np.uint8 and label.shape == (70, 50)
+    assert (label == np.asarray(Image.open(tmp_path / "out" / "picture.png"))).all()
+    assert (label == trained.predict(tmp_path / "picture.png")).all()
+    probabilities = trained.probabilities(str(tmp_path / "picture.png"))
+    assert probabilities.shape == (len(trained.classes), 70, 50)
+    assert probabilities.dtype == np.float32 and (probabilities.argmax(0) == label).all()
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
+    assert len(trained.palette) == len(trained.classes) == trained.network.num_classes
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run: distseg.load(run / "nowhere"), "a run directory of distseg"),
+        (lambda run: distseg.load(run, checkpoint=7), "no checkpoint '7'"),
+        (lambda run: distseg.load(run, device="tpu"), "auto, cpu or cuda"),
+        (lambda run: distseg.load(run).predict("missing.png"), r"missing\.png cannot be read"),
+        (lambda run: distseg.load(run).predict(np.zeros((4, 4))), r"\(H, W, 3\) uint8"),
+        (lambda run: distseg.load(run).evaluate(["steps=5"]), "as the run was trained"),
+        (lambda run: distseg.load(run).evaluate(split="moon"), "moon"),
+        (lambda run: distseg.fit(run_dir=run, step=5), "unknown key 'step'"),
+        (lambda run: distseg.fit(run_dir=run, steps="many"), "steps"),
+    ],
+)
+def test_bad_input_is_one_clear_error(result: Any, call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(result.run_dir)
+
+
+def test_two_trainings_in_one_process_are_those_of_two_processes_and_leave_it_as_it_was(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    before = process_state()
+    seeds, own, others = (3, 4), tmp_path / "own", tmp_path / "others"
+    for seed in seeds:
+        train(toy_shards, own / str(seed), seed=seed)
+        assert process_state() == before
+    for seed in seeds:
+        run_dir = others / str(seed)
+        arguments = loading.arguments(
+            SETTINGS | {"data.shards": toy_shards, "run_dir": run_dir, "seed": seed}
+        )
+        output, _ = (program := Program(["train", *arguments])).communicate()
+        assert program.returncode == 0, output
+        checkpoint = Path("checkpoints") / "step-00000002"
+        assert contents(own / str(seed) / checkpoint) == contents(run_dir / checkpoint)
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, step = process_state(), trainer.Trainer.train_step
+
+    def failing(self: Any, batch: Any) -> Any:
+        if self.state.step == 2:
+            raise ZeroDivisionError("in the middle")
+        return step(self, batch)
+
+    settings = {"checkpoint": {"every_steps": 1}, "steps": 4}
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "train_step", failing)
+        with pytest.raises(ZeroDivisionError) as error:
+            train(toy_shards, tmp_path / "run", **settings)
+    assert process_state() == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    # the error is still held, and with it all that its frames name: the lock is free all the same
+    assert train(toy_shards, tmp_path / "run", **settings).step == 4 and error.value
+    whole = train(toy_shards, tmp_path / "whole", **settings)
+    last = Path("checkpoints") / "step-00000004"
+    assert contents(tmp_path / "run" / last) == contents(whole.run_dir / last)
+
+
+def test_a_signal_stops_it_at_a_step_and_the_caller_gets_its_handlers_back(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, step = process_state(), trainer.Trainer.train_step
+
+    def signalled(self: Any, batch: Any) -> Any:
+        if self.state.step == 1:  # once: a second Ctrl-C does not wait for the step
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", signalled)
+    stopped = train(toy_shards, tmp_path / "run", steps=50)
+    # agreed upon at the beginning of the step after
+    assert (stopped.step, stopped.finished, stopped.scores) == (3, False, {})
+    assert process_state() == before
+
+
+def test_it_trains_in_another_thread_too(toy_shards: Path, tmp_path: Path, result: Any) -> None:
+    results: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: results.append(train(toy_shards, tmp_path / "run").scores)
+    )
+    thread.start()
+    thread.join()
+    assert results == [result.scores]
+
+
+def test_a_process_group_of_the_caller_is_refused_for_training_and_stays(
+    toy_shards: Path, tmp_path: Path, result: Any
+) -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        with pytest.raises(InputError, match="destroy_process_group"):
+            train(toy_shards, tmp_path / "run")
+        with pytest.raises(InputError, match="destroy_process_group"), joined("cpu"):
+            pass
+        assert dist.is_initialized() and not (tmp_path / "run").exists()
+        scores = distseg.load(result.run_dir, device="cpu").evaluate(quick=True)
+        assert scores["val/mean_iou"] == result.scores["val/mean_iou"]
+    finally:
+        dist.destroy_process_group()
+
+
+def _evaluate(ranks: Ranks, run_dir: Path) -> dict[str, Any]:
+    return distseg.load(run_dir, device="cpu").evaluate()
+
+
+def test_scores_shared_over_a_callers_ranks_are_those_of_one_process(result: Any) -> None:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks do: sums in another order have other bits
+    alone = distseg.load(result.run_dir, device="cpu").evaluate()
+    torch.set_num_threads(num_threads)
+    assert run_ranks(2, _evaluate, result.run_dir) == [alone, alone]
+
+
+def _train_twice(ranks: Ranks, shards: Path, folder: Path) -> None:
+    teardown()  # of the test's own job
+    for name in ("first", "second"):
+        train(shards, folder / name)
+
+
+def test_ranks_that_train_twice_find_each_other_twice(toy_shards: Path, tmp_path: Path) -> None:
+    run_ranks(2, _train_twice, toy_shards, tmp_path)
+    first, second = (tmp_path / name / "checkpoints/step-00000002" for name in ("first", "second"))
+    assert contents(first) == contents(second)
+
+
+def test_a_loop_of_the_parts_is_the_training(toy_shards: Path, tmp_path: Path) -> None:
+    keys = SETTINGS | {"mode": "supervised", "data.shards": toy_shards, "ema_decay": 0}
+    config = loading.load(loading.arguments(keys | {"run_dir": tmp_path / "run"}))
+    distseg.fit(loading.arguments(keys), run_dir=tmp_path / "run")
+    reference = distseg.load(tmp_path / "run", device="cpu").network.state_dict()
+    with joined("cpu") as ranks:
+        data = open_data(config, ranks.world_size)
+        segmentor, _ = build_networks(config, data.train.classes.num_classes)
+        learner = wrap(segmentor, config.segmentor_optimizer, config, ranks)
+        stream = open_streams(config, ranks, data, start_step=0)
+        for step in range(config.steps):
+            images = trainer.to_device(next(stream), ranks.device, config)
+            training_step(Pair.of(config, learner), phase(step, config), images)
+            learner.step(lr_factor=1.0)
+        stream.close()
+    assert not dist.is_initialized()
+    own = segmentor.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in reference.items())

@@ -1,0 +1,167 @@
+"""Frozen parts under every strategy, and runs that are trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distseg.cli import main
+from distseg.config import loading
+from distseg.config.schema import ScheduleConfig
+from distseg.distributed.ranks import Ranks
+from distseg.models import build_segmentor
+from distseg.models.freezing import freeze
+from distseg.runs.tensor_files import read
+from distseg.tracking.tracker import read_metrics
+from distseg.train import command
+from distseg.train.networks import build_networks
+from distseg.train.schedules import lr_factor
+from shards.errors import InputError
+from tests.ranks import run_ranks
+from tests.tiny import SETTINGS, contents
+
+FREEZE = {"segmentor.freeze": ["encoder", "classifier.0*"]}
+FROZEN = ("encoder.", "classifier.0")
+
+
+def test_patterns_match_names_and_whole_parts() -> None:
+    network = build_segmentor("multiscale", 3, init="random", norm="batch", hidden=8).train()
+    freeze(network, ["encoder.[04]", "*.9.bias"])
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    names = {name for name, _ in network.named_parameters()}
+    assert names - trained == {"encoder.0.weight", "encoder.4.weight", "encoder.9.bias"}
+    # the layer still learns its scale, so its statistics move
+    assert network.encoder[9].training and network.encoder[1].training
+    freeze(network, ["encoder"])
+    assert not any(network.train().encoder[index].training for index in (1, 5, 9))
+    assert network.classifier[1].training
+    with pytest.raises(InputError, match="something to train"):
+        freeze(network, ["encoder", "classifier"])
+
+
+def _train(ranks: Ranks, keys: dict[str, Any]) -> None:
+    """A run on the ranks of a test, which has joined them already."""
+    config = loading.load(loading.arguments(keys))
+    command._train_on(ranks, config, command.check(config, ranks.world_size))
+
+
+def trained(num_ranks: int, shards: Path, run_dir: Path, **keys: Any) -> Path:
+    keys = SETTINGS | FREEZE | {"steps": 4, "checkpoint.every_steps": 2} | keys
+    keys |= {"data.shards": shards, "run_dir": run_dir, "segmentor_optimizer.weight_decay": 0.1}
+    run_ranks(num_ranks, _train, keys)
+    return run_dir / "checkpoints" / f"step-{keys['steps']:08d}"
+
+
+@pytest.fixture(scope="module")
+def ddp(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a run on two ranks with a frozen encoder."""
+    return trained(2, toy_shards, tmp_path_factory.mktemp("frozen") / "ddp")
+
+
+def test_frozen_parts_stay_to_the_bit_and_have_no_optimizer_state(ddp: Path) -> None:
+    config = loading.from_file(ddp.parent.parent / "config.yaml")
+    first = build_networks(config, 8).segmentor.state_dict()
+    last = load_file(ddp / "segmentor.network.safetensors")
+    for name, tensor in last.items():
+        is_frozen = name.startswith(FROZEN)
+        assert torch.equal(tensor, first[name]) == is_frozen, name
+    averaged = load_file(ddp / "ema.network.safetensors")
+    assert all(torch.equal(averaged[n], first[n]) for n in first if n.startswith(FROZEN))
+    states = load_file(ddp / "segmentor.optimizer.safetensors")
+    assert {name.split("/", 1)[1] for name in states} == {
+        f"classifier.{part}" for part in ("1.weight", "1.bias", "4.weight", "4.bias")
+    }
+
+
+def test_a_run_with_frozen_parts_resumes_to_the_same_bits(
+    toy_shards: Path, tmp_path: Path, ddp: Path
+) -> None:
+    shutil.copytree(ddp.parent.parent, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / ddp.name)
+    assert contents(trained(2, toy_shards, tmp_path / "run")) == contents(ddp)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stage"), [("fsdp", 0), *(("deepspeed", stage) for stage in range(4))]
+)
+def test_every_strategy_freezes_alike(
+    toy_shards: Path, tmp_path: Path, ddp: Path, strategy: str, stage: int
+) -> None:
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed")
+    keys: dict[str, Any] = {"parallel.strategy": strategy, "parallel.zero_stage": stage}
+    keys |= {"ema_decay": 0} if stage == 3 else {}
+    checkpoint = trained(2, toy_shards, tmp_path / "run", **keys)
+    expected = load_file(ddp / "segmentor.network.safetensors")
+    for name, tensor in read(checkpoint, "segmentor.network").items():
+        if name.startswith(FROZEN):
+            assert torch.equal(tensor, expected[name]), name
+        else:
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+    names = {name.split("/", 1)[1] for name in read(checkpoint, "segmentor.optimizer")}
+    assert len(names) == 4 and not any(name.startswith(FROZEN) for name in names)
+    # the same command goes on from its own checkpoint
+    shutil.rmtree(checkpoint)
+    again = trained(2, toy_shards, tmp_path / "run", **keys)
+    for name, tensor in read(again, "segmentor.network").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def train(shards: Path, run_dir: Path, **keys: Any) -> Path:
+    done = command.fit(**SETTINGS | {"data.shards": shards, "run_dir": run_dir} | keys)
+    return done.run_dir / "checkpoints" / f"step-{done.step:08d}"
+
+
+def test_the_headline_counts_the_parameters_that_train(
+    toy_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    train(toy_shards, tmp_path / "run", **FREEZE, steps=1)
+    network = build_segmentor("multiscale", 8, init="random", norm="batch", hidden=8)
+    counts = {name: p.numel() for name, p in network.named_parameters()}
+    own = sum(count for name, count in counts.items() if not name.startswith(FROZEN))
+    printed = re.sub(r"\s+", " ", "".join(capfd.readouterr()))
+    assert f"{own:,} of {sum(counts.values()):,} parameters of the segmentor train" in printed
+
+
+def test_a_run_that_is_extended_is_one_that_was_always_so_long(
+    toy_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    whole = train(toy_shards, tmp_path / "whole", steps=4)
+    run_dir = tmp_path / "run"
+    train(toy_shards, run_dir, steps=2)
+    with pytest.raises(InputError, match="write extend=true to train on to step 4"):
+        train(toy_shards, run_dir, steps=4)
+    with pytest.raises(InputError, match="steps: 2 there, 1 now"):
+        train(toy_shards, run_dir, steps=1, extend=True)
+    capfd.readouterr()
+    assert contents(train(toy_shards, run_dir, steps=4, extend=True)) == contents(whole)
+    printed = re.sub(r"\s+", " ", "".join(capfd.readouterr()))
+    assert "extended from 2 to 4 steps; its history stays" in printed
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss/segmentor" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val/mean_iou" in line] == [2, 4]
+    assert json.loads((run_dir / "evaluation.json").read_text())["step"] == 4
+    # from now on it is a run of four steps, with or without the key
+    keys = SETTINGS | {"data.shards": toy_shards, "run_dir": run_dir, "steps": 4}
+    assert main(["train", *loading.arguments(keys)]) == 0
+
+
+def test_an_extended_poly_run_has_the_rates_of_a_longer_one(
+    toy_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    train(toy_shards, tmp_path / "run", steps=2, schedule="poly")
+    train(toy_shards, tmp_path / "run", steps=5, schedule="poly", extend=True)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rates = [line["lr/segmentor"] / 1e-3 for line in lines if "lr/segmentor" in line]
+    poly = ScheduleConfig(name="poly")
+    expected = [lr_factor(step, 2 if step < 2 else 5, poly) for step in range(5)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+    printed = re.sub(r"\s+", " ", "".join(capfd.readouterr()))
+    assert f"the learning rate at step 2 is {expected[2]:.3g} of its base, not 0" in printed

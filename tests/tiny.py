@@ -1,0 +1,28 @@
+"""Settings of runs that take a second, for tests of what is around the networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SETTINGS = {
+    "segmentor": {"name": "multiscale", "init": "random", "options": {"norm": "batch"}},
+    "discriminator": {"options": {"width": 0.125}},
+    "data": {"crop_px": 48, "num_threads": 1},
+    "tracking": {"wandb": "disabled", "log_every": 1},
+    "evaluate": {"num_pictures": 0},
+    "schedule": {"name": "constant"},
+    "segmentor_optimizer": {"lr": 1e-3},
+    "batch_size": 4,
+    "steps": 2,
+    "ema_decay": 0.9,
+    "precision": "fp32",
+    "device": "cpu",
+}
+SETTINGS["segmentor"]["options"]["hidden"] = 8  # type: ignore[index]
+
+
+def contents(folder: Path, pattern: str = "*.safetensors") -> dict[str, bytes]:
+    """The bytes of all tensors of a checkpoint, by file."""
+    files = {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
+    assert files, f"nothing in {folder}"
+    return files
