@@ -158,7 +158,8 @@ def load_segmentor(
     module = segmentor
     if not any(name in own and not name.startswith("encoder.") for name in names):
         module = segmentor.encoder  # type: ignore[assignment]  # the file is of nothing else
-        names = {name.removeprefix("encoder."): key for name, key in names.items()}
+        # what it has beside must not be taken for a part of the encoder by its name
+        names = {n.removeprefix("encoder."): key for n, key in names.items() if n in own}
     return _load(module, names, weights, num_scores, None if allow_partial else "segmentor")
 
 
@@ -235,22 +236,23 @@ def _load(
         got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     renewed = _of_other_classes(known, own, num_scores)
-    for name in known.keys() - renewed:
-        if known[name].shape != own[name].shape and not _is_flat_convolution(
-            known[name], own[name]
-        ):
+    for name, tensor in known.items():
+        is_as_large = tensor.shape == own[name].shape or _is_flat_convolution(tensor, own[name])
+        if name not in renewed and not is_as_large:
             got = f"{weights.source}: {name} has shape {tuple(known[name].shape)}"
             needed = f"shape {tuple(own[name].shape)}"
             raise InputError(got, needed, "choose the file of this network")
+    loaded = tuple(name for name in own if name in known and name not in renewed)
+    taken = {names[name] for name in loaded}
     report = LoadReport(
         source=weights.source,
-        loaded=tuple(name for name in own if name in known and name not in renewed),
+        loaded=loaded,
         missing=tuple(
             name
             for name in own
             if (name not in known or name in renewed) and not name.endswith(_COUNTER)
         ),
-        left_over=tuple(key for name, key in names.items() if name not in own or name in renewed),
+        left_over=tuple(key for key in weights.state if key not in taken),
         renewed=tuple(name for name in own if name in renewed),
     )
     if whole_part and report.share < MIN_SHARE:
