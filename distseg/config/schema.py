@@ -643,7 +643,7 @@ class Config:
         },
     )
     # of the whole run and not more steps from now: so the same command resumes it
-    steps: int = key(1000, "updates in all (each of batch_size images)", low=1, high=10**9)
+    steps: int = key(1000, "updates in all (each of batch_size images)", low=1, high=10**8 - 1)
     # asked for, as the schedule goes by `steps`: another number is another course of the rate
     extend: bool = key(
         False,
