@@ -141,7 +141,7 @@ def values_of(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def reference(overrides: list[str]) -> tuple[dict, dict]:
+def reference(overrides: list[str], num_micro_batches: int = 1) -> tuple[dict, dict]:
     """The same steps by the papers' formulas, in one process on the whole batch."""
     config = make_config(overrides)
     segmentor, judge = (network.double() for network in make_networks(config))
@@ -153,7 +153,7 @@ def reference(overrides: list[str]) -> tuple[dict, dict]:
         )
     ]
     for step in range(STEPS):
-        losses = reference_losses(config, step, segmentor, judge)
+        losses = reference_losses(config, step, segmentor, judge, num_micro_batches)
         now = phase(step, config)
         networks = [(segmentor, now.segmentor), (judge, now.discriminator)]
         gradients = [
@@ -171,7 +171,7 @@ def reference(overrides: list[str]) -> tuple[dict, dict]:
 
 
 def reference_losses(
-    config: Config, step: int, segmentor: nn.Module, judge: nn.Module
+    config: Config, step: int, segmentor: nn.Module, judge: nn.Module, num_micro_batches: int = 1
 ) -> tuple[Tensor, Tensor]:
     loss, semi = config.loss, config.semi
     labelled, unlabelled = make_images(step, True), make_images(step, False)
@@ -240,10 +240,13 @@ def reference_losses(
             )
             believed = inside & (torch.sigmoid(z[:, 0]) > semi.threshold).detach()
             assert 0 < believed.sum() < inside.sum() or not semi.weight  # a mask worth testing
-            own = F.cross_entropy(logits_u, chances_u.detach().argmax(1), reduction="none")[
-                believed
-            ]
-            s_loss = s_loss + semi.weight * mean(own, loss.ce_reduction == "sum")
+            own = F.cross_entropy(logits_u, chances_u.detach().argmax(1), reduction="none")
+            # how many pixels the mask has is known of a micro-batch only when it is predicted
+            for some, mask in zip(
+                own.chunk(num_micro_batches), believed.chunk(num_micro_batches), strict=True
+            ):
+                value = mean(some[mask], loss.ce_reduction == "sum")
+                s_loss = s_loss + semi.weight * value / num_micro_batches
     d_loss = d_loss + mean(bce(on_fake_constant, 0.0), sums)
     return s_loss, d_loss
 
@@ -286,3 +289,12 @@ def test_images_taken_in_parts_give_the_same_steps(num_ranks: int, num_parts: in
     for of_rank in run_ranks(num_ranks, train_in_parts, num_parts):
         for got, wanted in zip(of_rank, expected, strict=True):
             check_equal("in parts", got, wanted)
+
+
+def train_masked(ranks: Ranks) -> tuple[dict, dict]:
+    return train(ranks, CASES["semi, a score per cell"], 3)
+
+
+def test_the_masked_term_is_the_mean_over_the_micro_batches_of_their_means() -> None:
+    (got,) = run_ranks(1, train_masked)
+    check_equal("masked", got, reference(CASES["semi, a score per cell"], 3))
