@@ -83,7 +83,8 @@ def _versions() -> dict[str, str]:
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return versions
+    # with its build (+cpu, +cu130), which the metadata of a CUDA wheel leave out
+    return versions | {"torch": torch.__version__}
 
 
 def _slurm_facts() -> dict[str, str]:
