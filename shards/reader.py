@@ -52,7 +52,7 @@ class ShardReader:
                 f"no split {split!r} in {location}", f"one of: {there}", "correct the split's name"
             )
         self._shards = self.manifest.splits[split].shards
-        # `self._entries` reads what is needed: of a set of millions of samples nothing yet
+        # of a set of millions of samples no index is read yet
         self._entries = Indices(self._source, self._shards)
 
     def __len__(self) -> int:

@@ -157,7 +157,8 @@ class Remote:
         )
 
     def _chunk(self, name: str, start: int, num_bytes: int) -> bytes:
-        # the end is asked for by number, since servers answer a range behind the end with an error
+        # by the manifest's length: of a file that has grown since the rest is not asked for, and
+        # its sha256 tells
         stop = min(start + CHUNK_BYTES, num_bytes)
         content = self._files().cat_file(self.url(name), start=start, end=stop)
         if len(content) == num_bytes:  # from a server that knows no ranges
@@ -423,8 +424,8 @@ def _nothing() -> None:
 def _filesystem(scheme: str, stall_seconds: float) -> Any:
     import fsspec
 
-    # fsspec would hand out one instance to all, with a loop that is another process's after a fork,
-    # and would list folders from memory while shards are still being copied there
+    # an instance of our own, since the one for s3 is changed below; no listings from memory: a
+    # shard that is copied there while the run waits must be seen
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
         # botocore's own attempts off: two layers of patience would multiply

@@ -65,8 +65,6 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
         raise InputError(got, "1 or more of each", "ask for more scenes")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed}", "a whole number from 0 to 2^63 - 1", "choose another")
-    # the indices of the splits begin far apart, instead of one after the other: more training
-    # scenes would else change which scenes validate
     splits = (("train", 0, num_train), ("val", VAL_START, num_val))
     tasks = []
     for split, start, count in splits:
