@@ -102,7 +102,6 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--slurm {name}", "NAME=VALUE", "write for example --slurm partition=gpu"
             )
-    # as sbatch spells it, --partition=gpu, or as here
     slurm = {name.lstrip("-"): value for name, _, value in pairs}
     return {name: getattr(options, name) for name in names} | {"slurm": slurm}
 

@@ -49,8 +49,7 @@ class Place:
     def alone(environment: dict[str, str]) -> Place:
         """This machine, as the only one."""
         with socket.socket() as probe:
-            # port 0: the kernel picks a free one, so that runs side by side on a machine do not
-            # meet
+            # port 0: the kernel picks a free one, so that runs on one machine do not meet
             probe.bind(("127.0.0.1", 0))
             return Place(1, 0, ranks_per_node(environment), "127.0.0.1", probe.getsockname()[1])
 

@@ -107,7 +107,6 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
     # "local" and "debug" by name: where there is an srun, AutoExecutor would take SLURM by itself
     executor = _executor(resources, parallelism)
     try:
-        # an array of one has another kind of job id, and needs none
         if len(jobs) == 1 or resources.executor != "slurm":
             for job in jobs:
                 yield executor.submit(job)
@@ -165,7 +164,6 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
             slurm_additional_parameters=extra | resources.slurm,
             slurm_use_srun=False,
             slurm_setup=setup,
-            # one file in order of time: an error stands behind the step at which it happened
             slurm_stderr_to_stdout=True,
             slurm_array_parallelism=parallelism,
         )

@@ -198,7 +198,7 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
                 "its sha256 is not the manifest's, so that no sample of the shard was looked at",
             )
         else:
-            entries = [entry for entry in content if _understood(entry)]  # JSON, but of what
+            entries = [entry for entry in content if _understood(entry)]
             if len(entries) != info.num_samples or len(content) != len(entries):
                 what = (
                     f"{len(entries)} samples with key, size and an image; the manifest says "
@@ -375,11 +375,9 @@ def _odd_labels(
 
 def _sizes(inspection: Inspection) -> Iterator[Finding]:
     for name in inspection.manifest.splits:
+        # by the longer side: a portrait is no other size than a landscape
         sized = [
-            # by the longer side: a portrait is no other size than a landscape
-            (max(look.size), look)
-            for look in inspection.looks
-            if look.split == name and look.size
+            (max(look.size), look) for look in inspection.looks if look.split == name and look.size
         ]
         if not sized:
             continue

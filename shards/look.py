@@ -178,7 +178,6 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
             what,
             "see in the contact sheet whether its label is turned too",
         )
-    # RGBA and LA
     if "A" in mode:
         what = f"{mode} image: training drops its transparency, whatever is underneath shows"
         look.find(WARNING, "transparent image", what, "put it on a background of your choice")
@@ -202,7 +201,7 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
     look.pixels = np.bincount(label.ravel(), minlength=256).astype(np.uint32)
     look.label_digest = hashlib.blake2b(label.tobytes(), digest_size=16).digest()
     look.thin = thin_share(label)
-    used = np.flatnonzero(look.pixels)  # label values that occur
+    used = np.flatnonzero(look.pixels)
     wrong = used[(used >= classes.num_classes) & (used != IGNORE_INDEX)]
     if wrong.size:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if wrong.size > 5 else "")

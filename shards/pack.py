@@ -46,8 +46,8 @@ SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
 MEMBER_OVERHEAD, TAR_OVERHEAD = 8192, 16384
 
 
-@dataclass(frozen=True)
 # small and plain: it travels to a worker process, which reads the samples itself
+@dataclass(frozen=True)
 class _Task:
     """One shard to write."""
 

@@ -16,8 +16,8 @@ from shards.manifest import ShardInfo
 from shards.source import open_source
 
 
-@dataclass(frozen=True)
 # undecoded: what is read here is decoded and warped by the caller's threads, in one go
+@dataclass(frozen=True)
 class RawSample:
     """A sample as stored: key, image file bytes, label PNG bytes (None when unlabelled)."""
 

@@ -136,8 +136,7 @@ class Remote:
             # the descriptor stays open: it is the cache's, and so is the lock that goes with it
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 # what is here already is read once more: a running sha256 cannot be kept beside the
-                # file, and a part that this disk has spoilt is found before the rest is fetched in
-                # vain
+                # file
                 digest = hashed(file)
             position = os.lseek(descriptor, 0, os.SEEK_END)
             while position < num_bytes:

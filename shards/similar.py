@@ -32,8 +32,7 @@ def fingerprint(image: np.ndarray) -> np.ndarray | None:
     None for an image without structure, which would be like any other of its kind.
     """
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    # INTER_AREA averages, so that noise and JPEG blocks do not reach the thumbnail: (SIDE + 1, SIDE
-    # + 1)
+    # INTER_AREA averages, so that noise and JPEG blocks do not reach the thumbnail of 12 x 12
     small = cv2.resize(gray, (SIDE + 1, SIDE + 1), interpolation=cv2.INTER_AREA).astype(np.int16)
     if small.std() < FLAT:
         return None

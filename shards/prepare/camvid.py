@@ -58,11 +58,9 @@ def samples(root: Path) -> DataSet:
     is read, for an unreadable file, a mask of another size or with values above 11.
     """
     root = locate(root, "train", "CamVid")
+    # a split's list alone is enough: its paths may lead elsewhere below the root
     there = [
-        # a split's list alone is enough: its paths may lead elsewhere below the root
-        split
-        for split in SPLITS
-        if (root / split).is_dir() or (root / f"{split}.txt").is_file()
+        split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()
     ]
     pairs = []
     for split in there:

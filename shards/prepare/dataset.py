@@ -12,9 +12,9 @@ from shards.errors import InputError
 from shards.sample import ClassSet, Sample
 
 
-@dataclass(frozen=True)
 # no closures: a task is pickled for worker processes, and its repr is part of the name of the work
 # that was done
+@dataclass(frozen=True)
 class Task:
     """A sample that is still to be read: read(key, split, *arguments) gives it, in any process.
 

@@ -35,9 +35,9 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
 # one of many small files: HDF5 has one writer at a time, and a file whose writer was killed cannot
 # be relied on
+@dataclass(frozen=True)
 class _Part:
     """A run of a data set's samples, stored as maps of their own until all are there."""
 

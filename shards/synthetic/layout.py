@@ -89,7 +89,7 @@ class PlaceKind:
     road: float
 
 
-# dice in the order of the table: a place more would shift those behind it, and every scene with
+# looked up by one draw, in this order: a place more would shift those behind it, and every scene with
 # them
 PLACES = {
     "street": PlaceKind(0.28, mountains=0.40, road=1.0),

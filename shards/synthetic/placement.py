@@ -47,10 +47,9 @@ class Site:
         else:
             for _ in range(pick_index(self.rng, 4)):
                 blocks += self._lone_house()
+        # by the near edge, which hides what stands behind it
         return [
-            # by the near edge, which hides what stands behind it
-            (block.near, partial(paint_block, self.canvas, block, self.rng))
-            for block in blocks
+            (block.near, partial(paint_block, self.canvas, block, self.rng)) for block in blocks
         ]
 
     def _lone_house(self) -> list[Block]:
