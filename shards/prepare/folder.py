@@ -75,7 +75,6 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
     read, for an unreadable file, a mask of another size or with what is neither a class nor void.
     """
     file = Path(layout) if layout else root / "distseg.yaml"
-    # all of the YAML is checked before the first picture is listed
     what = _read(file)
     if what.splits is not None and seed is not None:
         raise InputError(
@@ -86,7 +85,6 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
         pairs = []
         for split in what.splits:
             pairs += _pairs(root, what, split)
-        # keys are unique over all splits, but folders train/ and val/ may both begin with 0001.jpg
         pairs = _unlike(pairs)
     else:
         pairs = _distributed(root, what, seed or 0, notes)
@@ -99,6 +97,7 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
 
 def _unlike(pairs: list[Pair]) -> list[Pair]:
     """The pairs, with the split before each id where two splits number their images alike."""
+    # folders train/ and val/ may both begin with 0001.jpg; where none do, ids stay short
     if len({pair.id for pair in pairs}) == len(pairs):
         return pairs
     return [replace(pair, id=f"{pair.split}/{pair.id}") for pair in pairs]
@@ -151,8 +150,8 @@ def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list
 
 def _read(file: Path) -> _Layout:
     content = _content(file)
+    # first, since a misspelt key has no effect, and its default would be believed
     _check_keys(file, content, KEYS)
-    # keys before values, since a misspelt key has no effect, and its default would be believed
     colors = _choice(file, content, "mask_values", ("ids", "colors")) == "colors"
     classes, codes = _classes(file, content.get("classes"), colors)
     codes += _void(file, content, colors)

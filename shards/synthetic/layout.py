@@ -89,8 +89,8 @@ class PlaceKind:
     road: float
 
 
-# looked up by one draw, in this order: a place more would shift those behind it, and every scene with
-# them
+# looked up by one draw, in this order: a place more would shift those behind it, and with them
+# every scene
 PLACES = {
     "street": PlaceKind(0.28, mountains=0.40, road=1.0),
     "country": PlaceKind(0.52, mountains=0.75, road=0.9),
