@@ -27,6 +27,7 @@ from distseg.runs import attempts
 from launchers.places import Place
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 
+# nodes of a job do not start together: an image or an environment may have to be loaded on each
 JOIN_SECONDS = 300  # how long the machines of a job wait for each other
 WATCH_SECONDS = 0.5
 
@@ -49,6 +50,7 @@ def run(work: Work, place: Place) -> int:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # torchrun's default is 1, which leaves most cores of a CPU node idle
+    # of the cores that the job may use, which on a shared node are fewer than the machine has
     os.environ.setdefault(
         "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // place.num_ranks))
     )
@@ -57,6 +59,8 @@ def run(work: Work, place: Place) -> int:
         max_nodes=place.num_nodes,
         nproc_per_node=place.num_ranks,
         run_id=f"distseg-{place.port}",
+        # static: the nodes are known and stay, so that node 0 is where rank 0 is, whatever the
+        # order they come in
         rdzv_backend="static",
         rdzv_endpoint=f"{place.first_host}:{place.port}",
         rdzv_configs={"rank": place.node, "timeout": JOIN_SECONDS},
@@ -65,9 +69,12 @@ def run(work: Work, place: Place) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", work.module, *work.arguments)
     except ChildFailedError as error:
+        # the first in time: the others were killed by torchrun because of it
         rank, failure = error.get_first_failure()
         if work.run_dir is not None:
             attempts.note_failure(work.run_dir, socket.gethostname(), rank, failure.exitcode)
+        # as a shell has it: an exit code of -9 would arrive as 247, and be taken for an error of
+        # the run's own
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -78,6 +85,7 @@ def stop_without(supervisor: int) -> None:
     """Wait until the parent process is no longer the one of this id, then tell the ranks to stop
     until they have.
     """
+    # an orphan gets another parent at once, so that this cannot miss it
     while os.getppid() == supervisor:
         time.sleep(WATCH_SECONDS)
     since = time.monotonic()

@@ -24,6 +24,7 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     built, on the CPU), the batch size, and whether the run directory can be written and is this
     run's.
     """
+    # from the cheapest check to the dearest
     config = code.recorded(loading.load(overrides))
     _check_run_dir(config)
     _check_shards(config.data.shards)
@@ -36,7 +37,10 @@ def check_run(overrides: list[str], world_size: int) -> Config:
 
 def _check_run_dir(config: Config) -> None:
     path = Path(config.run_dir).absolute()
+    # a run directory is gone on with only by the run that began it: another one's checkpoints would
+    # load, or fail halfway
     loading.check_same(path, config)
+    # nothing is made here: a job that is never started leaves no empty folder behind
     there = nearest_existing(path)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         got = f"run_dir={config.run_dir}: {there} cannot be written"
@@ -46,6 +50,7 @@ def _check_run_dir(config: Config) -> None:
 def _check_shards(shards: str) -> None:
     """Raise InputError, with the commands that make them, for shards that are not there."""
     folder = Path(shards)
+    # a bucket is left to the job: a login node may not have its credentials, or the network to it
     if "://" in shards or (folder / MANIFEST).is_file():
         return
     name = folder.name if folder.name in NAMES else "NAME"

@@ -48,6 +48,7 @@ each trial goes on from its last checkpoint"""
         "--parallelism", type=int, default=4, metavar="N", help="trials at a time, on SLURM (4)"
     )
     _add_resources(parser)
+    # DIR behind PLAN.yaml: argparse takes positional arguments in the order that they were added
     actions_of = {"run": (parser, _sweep_run)}
     for name, handler in (("status", _sweep_status), ("resubmit", _sweep_resubmit)):
         actions_of[name] = (
@@ -94,6 +95,7 @@ def _command(
 
 def _resources(options: argparse.Namespace) -> dict[str, Any]:
     names = ("executor", "nodes", "gpus_per_node", "ranks_per_node", "minutes", "signal_seconds")
+    # at the first "=": a value may have others, as in --slurm gres=gpu:1 or export=A=B
     pairs = [option.partition("=") for option in options.slurm]
     for name, separator, _ in pairs:
         if not separator:
@@ -105,12 +107,13 @@ def _resources(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    # inside, here and below: `distseg --help` need not wait for submitit
     from launchers import submit
 
     job = submit(*options.overrides, **_resources(options))
     print(f"job {job.job_id}: output in {job.paths.stdout}")
     if options.executor == "debug":
-        job.result()
+        job.result()  # raises what the run did, so that the exit code says it
     return 0
 
 

@@ -31,6 +31,7 @@ class Job:
     """One run of `distseg train` with these overrides, by as many jobs as it takes."""
 
     overrides: tuple[str, ...]
+    # plain values only: submitit pickles this on the login node, and again for each requeue
     run_dir: str
     folder: str  # relative paths in the overrides start here
     with_srun: bool  # on SLURM; else on this machine alone
@@ -41,6 +42,7 @@ class Job:
         # submitit starts its jobs elsewhere than where they were submitted
         os.chdir(self.folder)
         if self.ranks_per_node is not None:
+            # by the environment, since srun passes that on to the agents of all nodes
             os.environ[RANKS_VARIABLE] = str(self.ranks_per_node)
         _supervisors[self.run_dir] = supervisor = Supervisor(
             "distseg.train", self.overrides, Path(self.run_dir), self.with_srun
@@ -50,6 +52,7 @@ class Job:
         try:
             return self._outcome(supervisor.run())
         finally:
+            # submitit's own handler, which it set before it called us
             signal.signal(signal.SIGTERM, before)
 
     def checkpoint(self, *_: Any) -> DelayedSubmission:
@@ -61,6 +64,8 @@ class Job:
         supervisor = _supervisors.get(self.run_dir)
         if supervisor is not None:
             supervisor.stop()
+            # submitit leaves the process when this returns, and SLURM kills whatever still runs
+            # then
             supervisor.wait()  # here, since the handler has interrupted `run`
             decision = supervisor.decision()
             if decision.action == "fail":
@@ -68,9 +73,11 @@ class Job:
         # Once submitit's `scontrol requeue` is heard, SLURM sends SIGTERM to all of the job: to
         # scontrol too, which would then seem to have failed. What is ignored here, it ignores.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # the same Job: what the run has reached lies in its run directory, not in here
         return DelayedSubmission(self)
 
     def _outcome(self, decision: Decision) -> dict[str, Any]:
+        # the nodes may have stopped before submitit's signal came, by a SIGTERM of a preemption
         if decision.action == "requeue" and self.with_srun:
             requeue()  # returns only when SLURM refuses: then it is an error
         if decision.action != "done":

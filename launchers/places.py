@@ -26,16 +26,22 @@ class Place:
     def of_step(environment: dict[str, str]) -> Place:
         """This task of a step of srun that has one task per node."""
         try:
+            # the step's variables, not the job's: they are right where srun was given fewer nodes,
+            # too
             num_nodes, node = (
                 int(environment["SLURM_STEP_NUM_NODES"]),
                 int(environment["SLURM_NODEID"]),
             )
             nodes = environment["SLURM_STEP_NODELIST"]
+        # never a default: each node would then train by itself, as node 0 of one, and all of them
+        # write to one run directory
         except (KeyError, ValueError) as error:
             action = "start it with srun, or with --alone for one machine"
             raise InputError(
                 f"SLURM's variables: {error}", "those of a step of srun", action
             ) from None
+        # computed alike on every node, so that nobody has to be told; another one for each try,
+        # since a rank of the last that hangs may still hold its port
         port = port_of_job(environment, int(environment.get(TRY_VARIABLE, "0")))
         return Place(num_nodes, node, ranks_per_node(environment), first_host(nodes), port)
 
@@ -43,6 +49,7 @@ class Place:
     def alone(environment: dict[str, str]) -> Place:
         """This machine, as the only one."""
         with socket.socket() as probe:
+            # port 0: the kernel picks a free one, so that runs on one machine do not meet
             probe.bind(("127.0.0.1", 0))
             return Place(1, 0, ranks_per_node(environment), "127.0.0.1", probe.getsockname()[1])
 

@@ -23,6 +23,8 @@ def stop_signal(seconds: float) -> signal.Signals:
 def tell_ranks(agent: int, number: signal.Signals) -> None:
     """Send a signal to the ranks of an agent: its child processes, none when it has just ended."""
     with suppress(OSError):
+        # children alone, not the process group: SIGKILL would end the agent too, and nobody would
+        # note how its ranks ended
         for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), number)

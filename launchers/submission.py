@@ -104,12 +104,15 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
 
     Each is yielded once it is submitted.
     """
+    # "local" and "debug" by name: where there is an srun, AutoExecutor would take SLURM by itself
     executor = _executor(resources, parallelism)
     try:
         if len(jobs) == 1 or resources.executor != "slurm":
             for job in jobs:
                 yield executor.submit(job)
         else:
+            # one call of sbatch, and SLURM itself holds to `parallelism`, with nothing of ours left
+            # running
             with executor.batch():  # one array
                 submitted = [executor.submit(job) for job in jobs]
             yield from submitted
@@ -149,6 +152,8 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
     if resources.executor == "slurm":
         # submitit believes in one task on one node: that is its process, which starts the nodes
         extra: dict[str, Any] = {"nodes": resources.nodes, "ntasks-per-node": 1, "requeue": True}
+        # USR2 is what submitit listens to; NCCL may catch USR1. Without B: only the steps are
+        # signalled, and a batch script that uses no srun of its own would not hear it
         extra |= {"signal": f"B:USR2@{resources.signal_seconds}"}
         # exclusive alone gives the cores, mem=0 all of the node's memory too
         if resources.gpus_per_node is None:
@@ -176,6 +181,7 @@ def _adopt_site() -> None:
     """
     if not SITE_FILE.is_file():
         return
+    # NUL between variables: values may have line breaks. What the file prints goes elsewhere
     script = f"source {SITE_FILE} >&2 && env -0"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     if done.returncode:
@@ -187,4 +193,5 @@ def _adopt_site() -> None:
     for item in done.stdout.split("\0"):
         name, _, value = item.partition("=")
         if name.startswith("SBATCH_"):
+            # set by hand for one submission counts more than the site's file
             os.environ.setdefault(name, value)

@@ -36,10 +36,13 @@ from launchers.places import TRY_VARIABLE, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError
 
+# a transient fault goes away by the second try; a third comes after SLURM had time to find a dead
+# node
 MAX_FAILURES = 3
 # before the last try: above SLURM's SlurmdTimeout, which is 300 s by default
 PAUSE_VARIABLE = "DISTSEG_PAUSE_SECONDS"
 FIRST_PAUSE_SECONDS = 5.0
+# argparse's code, also ours; EX_TEMPFAIL of sysexits.h; 128 + SIGINT
 BAD_INPUT, TEMPORARY, INTERRUPTED = 2, 75, 130
 
 
@@ -60,6 +63,7 @@ def decide(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> 
     # a run that noted nothing was killed, or is none of ours: only its exit code speaks for it
     outcome = "done" if exit_code == 0 and not stopping else "killed"
     if attempt is not None:
+        # srun gives the highest code of its tasks, the notes give each rank's
         codes += attempt.exit_codes
         outcome, reason = attempt.outcome, attempt.reason or reason
     if outcome == "done":
@@ -73,6 +77,7 @@ def decide(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> 
     # also where saving failed: the last checkpoint is as good as before
     if outcome == "stopped" or stopping:
         return Decision("requeue", reason)
+    # never 0: SLURM would call the job COMPLETED, and jobs that depend on it would start
     return Decision("again", reason, exit_code or TEMPORARY)
 
 
@@ -123,6 +128,8 @@ class Supervisor:
         failed_at: int | None = -1  # that step
         last_pause = float(os.environ.get(PAUSE_VARIABLE) or 330)
         for number in itertools.count():
+            # a new label each time: an attempt that noted nothing must not be judged by the one
+            # before
             self._started = label = self._label(number)
             exit_code = self._run_nodes(label, number)
             attempt = self._noted(label)
@@ -155,6 +162,7 @@ class Supervisor:
         # a run that fails whenever it is told to stop would be requeued for ever
         if decision.action != "requeue" or attempt is None or self._run_dir is None:
             return decision
+        # from the file, not from a counter: each turn is another process, maybe on other nodes
         if failures_in_a_row(attempts.read(self._run_dir)) < MAX_FAILURES:
             return decision
         return _given_up(attempt.first_step, decision, exit_code or TEMPORARY)
@@ -170,11 +178,13 @@ class Supervisor:
 
         Only notes the wish: it may be called in a signal handler.
         """
+        # the first wish counts: SLURM may repeat its signal, which must not lengthen the patience
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
 
     def wait(self) -> None:
         """Wait until the nodes have ended, passing a wish to stop on."""
+        # polled, not waited for: a wish to stop, noted by a handler, has to be passed on meanwhile
         while self._process is not None and self._process.poll() is None:
             if self._stopping_since is not None:
                 self._tell_ranks(self._process)
@@ -194,6 +204,8 @@ class Supervisor:
         if not self._with_srun:
             return [*agent, "--alone", f"--supervisor={os.getpid()}", *work]
         # one torchrun a node; it starts the ranks, so that a rank's end is noted where it happened
+        # said in full, since srun does not take over every option of sbatch; one task per node is
+        # what Place counts on
         num_nodes = os.environ["SLURM_JOB_NUM_NODES"]
         srun = [
             "srun",
@@ -205,6 +217,8 @@ class Supervisor:
         # of an exclusive node a step gets no GPU that it does not ask for
         if "SLURM_GPUS_ON_NODE" in os.environ:
             srun += [f"--gpus-per-node={os.environ['SLURM_GPUS_ON_NODE']}"]
+        # without it the other nodes would wait in a collective for the one that is gone, until
+        # their time limit
         return [*srun, "--kill-on-bad-exit=1", *agent, *work]
 
     def _tell_ranks(self, process: subprocess.Popen) -> None:
@@ -254,6 +268,7 @@ def requeue() -> int:
     Returns only when SLURM refuses to.
     """
     job = os.environ["SLURM_JOB_ID"]
+    # a preemption may have requeued it already: requeued again, the new start would be ended
     state = subprocess.run(
         ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True
     ).stdout.strip()
@@ -277,6 +292,7 @@ def main(arguments: list[str]) -> int:
     module, rest = arguments[0], arguments[1:]
     try:
         _check_in_job()
+        # other modules, as an evaluation, have no run that could be gone on with
         run_dir = _checked(rest) if module == "distseg.train" else None
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -284,6 +300,7 @@ def main(arguments: list[str]) -> int:
     supervisor = Supervisor(module, rest, run_dir)
     # SIGUSR1: before the time limit, as --signal of the script says; SIGTERM: preemption
     for number in (signal.SIGUSR1, signal.SIGTERM):
+        # a flag and no more: to save in a handler could hang in a collective, or tear a file
         signal.signal(number, lambda *_: supervisor.stop())
     decision = supervisor.run()
     code = requeue() if decision.action == "requeue" else decision.exit_code

@@ -64,6 +64,7 @@ def sweep(
     the directory holds a sweep.
     """
     directory = Path(directory).absolute()
+    # its trials have the same run directories: they would go on from another plan's checkpoints
     if (directory / FILE_NAME).exists():
         action = (
             f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
@@ -115,6 +116,7 @@ def resubmit(directory: str | Path) -> list[submitit.Job]:
     again = {row.trial: row.overrides for row in rows if row.state in TO_RESUBMIT}
     if not again:
         return []
+    # as when it was submitted: data.shards and own code may be relative paths
     with _inside(content.get("cwd", os.getcwd())):
         jobs = prepare(list(again.values()), Resources(**content["resources"]))
         return _hand_in(directory, content, dict(zip(again, jobs, strict=True)))
@@ -129,12 +131,14 @@ def status(directory: str | Path) -> list[Row]:
     )
     rows = []
     for number, entry in enumerate(content["trials"]):
+        # the last override, since `sweep` adds it last
         run_dir = Path(entry["overrides"][-1].removeprefix("run_dir="))
         url = run_dir / URL_FILE
         state = states.get(entry["job"], "not submitted")
         row = Row(number, entry["overrides"], state, entry["job"] or "", str(run_dir))
         row.url = url.read_text().strip() if url.is_file() else ""
         row.step, row.metric = _progress(run_dir)
+        # running trials are not asked for their lock: its test takes it for a moment
         if row.state in TO_RESUBMIT:
             row.error = _error(JobPaths(folder, row.job)) if row.job else []
             holder = _holder(run_dir)
@@ -193,6 +197,8 @@ def _hand_in(directory: Path, content: dict[str, Any], jobs: dict[int, Job]) -> 
 
     So whoever is interrupted in between can resubmit the rest, and no job is unknown to the sweep.
     """
+    # before the first job: a kill in between leaves trials "not submitted", never jobs that no
+    # sweep knows
     _write(directory, content)
     submission = hand_in(
         list(jobs.values()), Resources(**content["resources"]), content["parallelism"]
@@ -247,6 +253,7 @@ def _holder(run_dir: Path) -> str:
             # for a moment; asked only of runs that have no job
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
+            # process and host, without the token that follows
             return " ".join(file.read().split()[:4])
     return ""
 
@@ -280,6 +287,7 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
         "CONFIGURING": "waiting",
     }
     words |= {"REQUEUED": "stopped", "PREEMPTED": "stopped", "SUSPENDED": "stopped"}
+    # one squeue for all jobs: one each would load the controller, and be refused at some sites
     queue = _queue() if executor == "slurm" else {}
     # FAILED, TIMEOUT, ...: squeue shows them for some minutes more
     alive = {job: words.get(state, "lost") for job, state in queue.items()}
@@ -301,6 +309,7 @@ def _is_controller(pid: str) -> bool:
     By its command line, which a zombie, or another process with its number, does not have.
     """
     try:
+        # process ids are used again: a kill -0 would take any process of that number for the job
         return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
@@ -310,6 +319,7 @@ def _queue() -> dict[str, str]:
     """{job: state} of all jobs that SLURM still knows of, an array's one by one."""
     action = "look at the sweep where its jobs were submitted"
     try:
+        # -r: an array's waiting tasks are else one line, 12_[3-7], in which no job is found
         done = subprocess.run(
             ["squeue", "-h", "-r", "-o", "%i|%T"], capture_output=True, text=True, timeout=60
         )

@@ -43,6 +43,7 @@ random:
 def from_file(path: Path) -> dict[str, Any]:
     """The plan in a YAML file. Raises InputError when it is none."""
     try:
+        # safe_load: a plan may come from others, and YAML's tags can call code
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(
@@ -78,10 +79,12 @@ def expand(plan: dict[str, Any]) -> list[list[str]]:
         isinstance(word, str) and "=" in word for word in base
     ):
         raise _bad(f"base: {base!r}", "a list of key=value")
+    # in the order of `parts`, not of the file: a plan whose lines were moved gives the same trials
     tables = [parts[name](plan[name]) for name in parts if name in plan]
     merged = [_merge(combination) for combination in itertools.product(*tables)]
     found: dict[tuple[str, ...], None] = {}  # an ordered set: what is drawn twice is run once
     for trial in merged:
+        # as text, as a person would write them: a trial can be repeated by hand from the table
         overrides = [f"{key}={_text(value)}" for key, value in trial.items()]
         found[tuple(base + overrides)] = None
     return [list(overrides) for overrides in found]
@@ -170,7 +173,9 @@ def _columns(part: str, values: Any) -> dict[str, list[Any]]:
 def _text(value: Any) -> str:
     """A value as it is written in an override."""
     if value is None or isinstance(value, bool):
+        # YAML's words: str(None) would arrive as the text "None"
         return {None: "null", True: "true", False: "false"}[value]
+    # one line, however long: a line break would end the override
     if isinstance(value, (list, dict)):
         return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()
     return str(value)

@@ -18,5 +18,6 @@ class InputError(ValueError):
         return f"{self.got}\n  needed: {self.needed}\n  to do:  {self.action}"
 
 
+# no InputError: the reader first tries another copy, and only then bothers the user
 class DamageError(Exception):
     """Bytes that are not the ones that were packed."""

@@ -29,22 +29,28 @@ def published(path: Path) -> Iterator[Path]:
 
     Raises InputError for a full disk or a folder that cannot be written; `path` is then as it was.
     """
+    # beside `path`, since os.replace is atomic within one file system only; hidden, so that a
+    # shell's *.tar passes it by; with the process id, so that two writers do not mix their bytes
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         yield partial
+        # synced before the rename: after a power cut some file systems have the new name, but not
+        # the bytes
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
+        # EDQUOT: full for this user alone, by quota
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise InputError(
                 f"{path}: {error.strerror}", "a folder that can be written", "choose another place"
             ) from None
+        # another process took it for the leftover of a killed writer, see below
         if error.errno == errno.ENOENT and not partial.exists():
             got = f"{path} is being written by another process too"
             raise InputError(
@@ -75,6 +81,7 @@ def _remove_leftovers(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder last through a power cut."""
+    # a rename changes the folder, which a sync of the file does not write
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,6 +121,7 @@ def nearest_existing(path: Path) -> Path:
 
 def say(text: str) -> None:
     """A line for the person at the terminal, beside the bars of `tracked`."""
+    # brackets in paths and keys are no markup; unwrapped, a message can be grepped in a log
     Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -123,8 +131,10 @@ def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     The bar is rich's. Where there is no terminal rich prints nothing until the end, and the log of
     a job would be silent for hours: the lines are our own.
     """
+    # stderr: what a command prints may be piped
     console = Console(stderr=True)
     if console.is_terminal:
+        # transient below: the bar is gone at the end, and the terminal holds messages only
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             yield from progress.track(items, total=total)

@@ -38,6 +38,7 @@ class _ShardIndex:
     def __init__(self, content: bytes):
         samples = json.loads(content)
         self.keys = [sample["key"] for sample in samples]
+        # reshape: of no sample at all the array would be (0,)
         self.numbers = np.array([_numbers(sample) for sample in samples], np.int64).reshape(-1, 8)
 
     def entry(self, shard: int, place: int) -> Entry:
@@ -72,6 +73,7 @@ class Indices:
 
     def shard_of(self, indices: Sequence[int]) -> np.ndarray:
         """Number of the shard that each sample lies in."""
+        # right: the first sample of a shard belongs to it, and not to the one before
         return np.searchsorted(self.starts, np.asarray(indices), side="right") - 1
 
     def __getitem__(self, index: int) -> Entry:
@@ -89,6 +91,7 @@ class Indices:
 
         Raises InputError for shards of a pack that did not count them.
         """
+        # read once more, not held: asked for once, before training, and longer than the places
         for shard, content in zip(self._shards, self._source.indices(self._shards), strict=True):
             for sample in json.loads(content):
                 if "png" in sample["members"] and "pixels" not in sample:
@@ -109,6 +112,8 @@ class Indices:
             if found is not None:
                 self._held.move_to_end(shard)
                 return found
+        # outside of the lock: threads that read other shards do not wait for a far index; that two
+        # may fetch the same one does no harm
         (content,) = self._source.indices([self._shards[shard]])
         found = _ShardIndex(content)
         self._keep(shard, found)
@@ -124,6 +129,7 @@ class Indices:
             if shard not in self._held:
                 self._held[shard] = index
                 self._num_held += len(index.keys)
+            # the one just asked for stays, even where it alone is above the bound
             while self._num_held > self._max_indexed and len(self._held) > 1:
                 self._num_held -= len(self._held.popitem(last=False)[1].keys)
 
@@ -135,6 +141,7 @@ class Indices:
         return {
             name: value
             for name, value in self.__dict__.items()
+            # a lock cannot be pickled, and a worker reads the few indices that it needs
             if name not in ("_held", "_num_held", "_lock")
         }
 
@@ -145,5 +152,6 @@ class Indices:
 
 def _numbers(sample: dict[str, Any]) -> tuple[int, ...]:
     members = sample["members"]
+    # an original that is a PNG is called .image.png, since .png is the label
     image = next(members[kind] for kind in ("jpg", "image.png") if kind in members)
     return (sample["height"], sample["width"], *image, *members.get("png", (0, 0, 0)))

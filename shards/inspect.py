@@ -28,7 +28,9 @@ from shards.verified import mark_verified, withdraw
 
 CHUNK = 16  # samples a task
 MAX_COMPARED = 100_000  # pictures; more take minutes
+# THIN_SHARE lies between the sound labels and the resized ones that look.thin_share was measured on
 VOID_SHARE, ONE_CLASS_SHARE, THIN_SHARE = 0.3, 0.5, 0.14  # of a split, above which it is mentioned
+# longest side to shortest; a class's share in two splits; a share below which chance decides
 SIZE_RATIO, CLASS_RATIO, NOTICEABLE = 4.0, 10.0, 0.001
 SMALL_SHARD, LARGE_SHARD, MANY_SHARDS = 1e6, 4e9, 100  # bytes, bytes, files
 Item = TypeVar("Item")
@@ -58,8 +60,9 @@ class Inspection:
 
     def _split(self, name: str) -> dict[str, Any]:
         looks = [look for look in self.looks if look.split == name]
-        pixels, images = _histogram(looks)
+        pixels, images = _histogram(looks)  # (256,) int64 each, void at 255
         classes = self.manifest.classes.names
+        # shares are of the pixels that count: with void among them, two splits would not compare
         valid, every = int(pixels[: len(classes)].sum()), int(pixels.sum())
         sizes = sorted(
             (look.size for look in looks if look.size), key=lambda size: size[0] * size[1]
@@ -69,6 +72,7 @@ class Inspection:
             "unlabelled": sum("png" not in look.entry["members"] for look in looks),
             "shards": len(self.manifest.splits[name].shards),
             "bytes": sum(shard.num_bytes for shard in self.manifest.splits[name].shards),
+            # max(1, ...): a split of unlabelled images has no pixel
             "void_share": int(pixels[IGNORE_INDEX]) / max(1, every),
             "smallest": sizes[0] if sizes else None,
             "median": sizes[len(sizes) // 2] if sizes else None,
@@ -91,6 +95,8 @@ def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
     everything else that is wrong is a finding.
     """
     manifest = Manifest.load(directory)
+    # threads, not processes: hashing and decoding run without the interpreter's lock, and the looks
+    # need not be pickled
     with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
         findings, looks = _look_at_all(directory, manifest, pool)
     damaged = any(finding.level == ERROR for finding in findings)
@@ -103,6 +109,7 @@ def inspect(directory: Path, num_threads: int | None = None) -> Inspection:
     findings += _sizes(inspection)
     findings += _files(directory, manifest)
     findings += _duplicates(looks)
+    # stable: within a level the order of the checks stays
     findings.sort(key=lambda finding: finding.level != ERROR)
     return inspection
 
@@ -135,6 +142,7 @@ def _look_at_all(
 
     findings: list[Finding] = []
     chunks: list[_Chunk] = []
+    # checksums first: they show where samples can be located at all
     checked = _parallel(pool, check, shards, "checksums of shards")
     for name, shard, (found, entries) in zip(names, shards, checked, strict=True):
         findings += found
@@ -151,6 +159,7 @@ def _look_at_all(
 def record(directory: Path, inspection: Inspection) -> None:
     """Make training accept the shards, or refuse them when there are errors."""
     if inspection.errors:
+        # a record of an earlier, sound state would let training start
         withdraw(directory)
     else:
         mark_verified(directory, inspection.manifest)
@@ -213,6 +222,7 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
 
 def _understood(entry: Any) -> bool:
     try:
+        # whatever stands in a file that was damaged, or made by others, must end as a finding
         spans = entry["members"]
         numbers = [entry["height"], entry["width"], *chain.from_iterable(spans.values())]
         kinds = {"jpg", "image.png"} & spans.keys()
@@ -231,11 +241,12 @@ def _histogram(looks: Sequence[Look]) -> tuple[np.ndarray, np.ndarray]:
     for look in looks:
         if look.pixels is not None:
             pixels += look.pixels
-            images += look.pixels > 0
+            images += look.pixels > 0  # images, not pixels, that have the class
     return pixels, images
 
 
 def _keys(looks: list[Look]) -> list[Finding]:
+    # over all splits: `pack --append` refuses a key that another split has, too
     times, findings = Counter(look.key for look in looks), []
     for look in looks:
         if times[look.key] > 1:
@@ -269,6 +280,7 @@ def _classes(inspection: Inspection) -> Iterator[Finding]:
     """
     labelled = {}
     for split, about in inspection.splits().items():
+        # a split without labels would report every class as absent
         if about["samples"] > about["unlabelled"]:
             labelled[split] = about["classes"]
     for index, name in enumerate(inspection.manifest.classes.names):
@@ -298,6 +310,7 @@ def _class(index: int, name: str, counts: dict[str, dict[str, Any]]) -> Iterator
             action = f"split anew: {split} cannot say how well it is learned"
             yield _warning("class absent", what, action)
     for split, count in counts.items():
+        # without a train split each is compared to itself, and nothing is said
         low, high = sorted((count["share"], counts.get("train", count)["share"]))
         # of rare classes the shares differ by chance
         if low and high > NOTICEABLE and high > CLASS_RATIO * low:
@@ -344,6 +357,7 @@ def _odd_labels(
     used = np.flatnonzero(pixels)
     single = 0
     for look in labels:
+        # void aside: an object cut out of void is one class, too
         single += look.pixels is not None and int((look.pixels[:IGNORE_INDEX] > 0).sum()) == 1
     if len(used) == 2 and used[1] == IGNORE_INDEX:
         what = f"only {used[0]} and 255 occur"
@@ -351,6 +365,7 @@ def _odd_labels(
     elif single > ONE_CLASS_SHARE * len(labels):
         what = f"{single} of {len(labels)} labels have one class only"
         yield "one class", what, "was the conversion to indices right? see the contact sheet"
+    # the median: a few labels of wires and fences are thin by nature
     thin = float(np.median([look.thin for look in labels]))
     if thin > THIN_SHARE:
         what = f"{thin:.0%} of the border pixels of the median label are unlike both neighbours"
@@ -360,6 +375,7 @@ def _odd_labels(
 
 def _sizes(inspection: Inspection) -> Iterator[Finding]:
     for name in inspection.manifest.splits:
+        # by the longer side: a portrait is no other size than a landscape
         sized = [
             (max(look.size), look) for look in inspection.looks if look.split == name and look.size
         ]
@@ -383,6 +399,7 @@ def _files(directory: Path, manifest: Manifest) -> Iterator[Finding]:
                 WARNING, "shard size", shard.file, "", what, "pack with fewer --samples-per-shard"
             )
     mean = sum(shard.num_bytes for shard in shards) / max(1, len(shards))
+    # many and small: a small set has small shards, and nothing to gain from fewer
     if len(shards) > MANY_SHARDS and mean < SMALL_SHARD:
         what = f"{len(shards)} shards of {mean / 1e6:.2f} MB: every rank opens them all"
         yield Finding(WARNING, "shard size", "", "", what, "pack with more --samples-per-shard")
@@ -397,9 +414,11 @@ def _duplicates(looks: list[Look]) -> Iterator[Finding]:
     first: dict[bytes, Look] = {}
     for look in looks:
         if look.image_digest:
+            # each against the first: three copies are two findings, not three
             one = first.setdefault(look.image_digest, look)
             if one is not look:
                 yield _twice(one, look, 0, same_pixels=True)
+    # exact copies are found by now, and would be found once more
     kept = [look for look in first.values() if look.fingerprint is not None]
     if len(kept) > MAX_COMPARED:
         what = (
@@ -415,6 +434,7 @@ def _duplicates(looks: list[Look]) -> Iterator[Finding]:
 
 
 def _twice(one: Look, other: Look, bits: int, same_pixels: bool) -> Finding:
+    # in two splits it is worse: the score is then in part of what was trained on
     across = one.split != other.split
     check = (
         ("same" if same_pixels else "nearly same")
@@ -423,6 +443,7 @@ def _twice(one: Look, other: Look, bits: int, same_pixels: bool) -> Finding:
     )
     what = f"in {one.split}, is {other.key} in {other.split} ({other.shard})"
     what += "" if same_pixels else f" within {bits} of {BITS} bits (up to {MAX_BITS} count)"
+    # labelled twice, and differently: one of the two labels is wrong
     if same_pixels and one.label_digest != other.label_digest:
         what += ", with another label"
     action = (

@@ -22,7 +22,8 @@ from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image, deco
 from shards.similar import fingerprint
 
 ERROR, WARNING = "error", "warning"
-EXIF_ORIENTATION = 274
+EXIF_ORIENTATION = 274  # the tag's number in EXIF
+# headers, and members with their padding, are whole blocks
 BLOCK = 512  # a tar's unit
 PACK_AGAIN = "copy the shard again, or pack again"
 CORRECT = "correct the source, then `distseg prepare` and `distseg pack` again"
@@ -69,6 +70,7 @@ def look_at(
     look = Look(split, info.file, entry["key"], entry)
     members = read_members(directory, look)
     kinds = [kind for kind in ("jpg", "image.png") if kind in members]
+    # image: (H, W, 3) uint8
     if kinds and (image := _image(look, members[kinds[0]])) is not None:
         look.fingerprint = fingerprint(image)
         if image.min() == image.max():
@@ -87,6 +89,7 @@ def read_members(directory: Path, look: Look) -> dict[str, bytes]:
     """The sample's members with the bytes that were packed, by kind; findings for the others."""
     members = {}
     try:
+        # opened anew: threads that shared a file would move each other's position
         with (directory / look.shard).open("rb") as file:
             for kind, (offset, length, crc32) in look.entry["members"].items():
                 file.seek(offset)
@@ -112,6 +115,7 @@ def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]])
     Training never reads these bytes; plain webdataset does, and silently drops what follows.
     """
     findings, end, key = [], 0, ""
+    # by hand: tarfile stops at the first damage, and would not say what lies behind it
     with (directory / info.file).open("rb") as file:
         for entry in entries:
             for kind, (offset, length, _) in sorted(
@@ -123,6 +127,7 @@ def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]])
                 padding, header = between[: -end % BLOCK], between[-end % BLOCK :]
                 try:
                     with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+                        # a header that is damaged raises here, by its own checksum
                         member = tar.next()
                     assert member is not None  # or opening it had failed
                     whole = not any(padding) and (member.name, member.size) == (
@@ -149,6 +154,8 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
     try:
         image = decode_image(content)
         with Image.open(io.BytesIO(content)) as opened:
+            # simplejpeg ignores the orientation, and viewers follow it: a label drawn in a viewer
+            # is turned
             turned = opened.getexif().get(EXIF_ORIENTATION, 1)
             mode = opened.mode
     except (InputError, *UNREADABLE) as error:
@@ -163,7 +170,7 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
             f"image of {look.size} pixels (rows, columns), {expected} in the index",
             "pack again",
         )
-    if turned not in (0, 1):
+    if turned not in (0, 1):  # 1: upright; 0: not said
         what = f"EXIF says that viewers turn it (orientation {turned}); training does not"
         look.find(
             WARNING,
@@ -174,13 +181,14 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
     if "A" in mode:
         what = f"{mode} image: training drops its transparency, whatever is underneath shows"
         look.find(WARNING, "transparent image", what, "put it on a background of your choice")
+    # 16 bytes: no two pictures meet by chance, and a Look stays small
     look.image_digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
     return image
 
 
 def _label(look: Look, content: bytes, classes: ClassSet) -> None:
     try:
-        label = decode_label(content)
+        label = decode_label(content)  # (H, W) uint8
     except InputError as error:
         look.find(ERROR, "label format", _other_png(content) or error.got, CORRECT)
         return
@@ -219,6 +227,8 @@ def thin_share(label: np.ndarray) -> float:
     Stanford Background, VOC and the toy scenes: 0.01 to 0.035; resized with bilinear sampling 0.15
     to 0.59, kept as JPEG 0.45 to 0.65. Void does not count: thin outlines of it are common.
     """
+    # (H, W - 1) and (H - 1, W) bool, then (H - 2, W - 2) each: the outermost pixels lack a
+    # neighbour
     across, down = label[:, 1:] != label[:, :-1], label[1:] != label[:-1]
     left, right, above, below = across[1:-1, :-1], across[1:-1, 1:], down[:-1, 1:-1], down[1:, 1:-1]
     border = (left | right | above | below) & (label[1:-1, 1:-1] != IGNORE_INDEX)
@@ -228,6 +238,7 @@ def thin_share(label: np.ndarray) -> float:
 
 def _grays(classes: ClassSet) -> set[int]:
     """Gray levels of the palette, as Pillow and OpenCV compute them, with their rounding."""
+    # both libraries weigh the channels by ITU-R 601
     levels = {
         round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in classes.palette
     }

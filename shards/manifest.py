@@ -29,6 +29,7 @@ class ShardInfo:
     num_bytes: int
     sha256: str
     index_sha256: str
+    # younger than version 1, so optional: manifests without it keep their bytes and their sha256
     num_unlabelled: int | None = None
 
     @property
@@ -62,6 +63,7 @@ class Manifest:
     left_out: int = 0
     sources: dict[str, str] = field(default_factory=dict)
 
+    # it writes into __dict__, past the guard of a frozen dataclass
     @cached_property
     def sha256(self) -> str:
         """Identity of the data: of the canonical JSON, which names the sha256 of every shard."""
@@ -102,10 +104,13 @@ class Manifest:
                     f"{place}: version {values['version']}", f"version {VERSION}", action
                 )
             manifest = _from_json(values)
+            # written once more and compared: finds an edit by hand, a lost field, and a sha256 that
+            # is not the content's
             if manifest._file_text() != text:
                 raise ValueError("not the bytes that were written")
             return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # a ClassSet's InputError does not name the file, and is wrapped like the others
             if isinstance(error, InputError) and place in error.got:
                 raise
             raise InputError(
@@ -135,6 +140,7 @@ class Manifest:
     def _file_text(self) -> str:
         content = self._content() | {"sha256": self.sha256}
         if self.sources:
+            # with the data's sha256 in it: sources taken from another manifest do not fit
             sealed = hashlib.sha256(
                 (self.sha256 + repr(sorted(self.sources.items()))).encode()
             ).hexdigest()
@@ -156,6 +162,7 @@ class Manifest:
             "classes": asdict(self.classes),
             "splits": splits,
         }
+        # nothing, not 0: else each manifest from before it would have another sha256
         return content | ({"left_out": self.left_out} if self.left_out else {})
 
     def shards(self) -> list[ShardInfo]:
@@ -179,12 +186,14 @@ def sha256_of(path: Path) -> str:
 def hashed(file: BinaryIO) -> hashlib._Hash:
     """The running sha256 of a file, from where it stands to its end."""
     digest = hashlib.sha256()
+    # 1 MiB at a time: a shard may be larger than the memory; hashlib lets other threads run
     while block := file.read(1 << 20):
         digest.update(block)
     return digest
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
+    # JSON has lists only, which would equal no ClassSet of ours, nor be hashable
     palette = tuple((int(r), int(g), int(b)) for r, g, b in content["classes"]["palette"])
     splits = {}
     for name, split in content["splits"].items():
@@ -192,5 +201,5 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         pixels = tuple(split["class_pixels"])
         splits[name] = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
     classes = ClassSet(tuple(content["classes"]["names"]), palette)
-    extra = content.get("left_out", 0), content.get("sources", {})
+    extra = content.get("left_out", 0), content.get("sources", {})  # absent in older packs
     return Manifest(content["version"], content["name"], classes, splits, *extra)

@@ -60,22 +60,28 @@ class MapsWriter:
     @contextmanager
     def publishing(path: Path, name: str, classes: ClassSet) -> Iterator[MapsWriter]:
         """A writer for `path`, which appears, whole, when the block ends without an error."""
+        # left in reverse: HDF5 writes its rest, _Output says whether all of it has reached the
+        # disk, and only then the file gets its name
         with published(path) as partial, _Output(partial) as output, h5py.File(output, "w") as file:
             writer = MapsWriter(file, output, classes)
             file.attrs.update(version=VERSION, name=name)
             file.attrs["class_names"] = list(classes.names)
             file.attrs["palette"] = np.array(classes.palette, np.uint8)
             yield writer
+            # as text: HDF5 keeps a string of variable length on its heap, while an attribute that
+            # is an array of keys must be below 64 kB
             file.attrs["splits"] = json.dumps(writer.splits)
             file.attrs["pixels"] = writer.pixels
             file.attrs["left_out"] = json.dumps(writer.left_out)
 
     def add(self, sample: Sample) -> None:
         """Write a sample."""
+        # before HDF5 has a group for it: what fails here leaves nothing half-written
         check_sample(sample, self._classes.num_classes)
         _write_sample(self._new(sample.key, sample.split), sample, self._classes.num_classes)
         if sample.label is not None:
             self.pixels += np.bincount(sample.label.ravel(), minlength=256)
+        # after each sample, since HDF5 was not told: else it would go on for hours on a full disk
         self._output.check()
 
     def copy(self, maps: MapsReader) -> None:
@@ -101,10 +107,11 @@ class MapsWriter:
 
 def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
     group.attrs.update(split=sample.split, source_id=sample.source_id)
+    # HDF5's filters, the checksum among them, work on chunks only: one for the whole image
     image = np.frombuffer(sample.image, np.uint8)
     group.create_dataset("image", data=image, chunks=image.shape, fletcher32=True)
     if sample.label is not None:
-        label_map = to_one_hot(sample.label, num_classes)
+        label_map = to_one_hot(sample.label, num_classes)  # (C, H, W) uint8
         # one chunk a sample: every other chunking reads 8 to 24 times slower
         zstd = hdf5plugin.Zstd(clevel=3)
         group.create_dataset(
@@ -119,7 +126,7 @@ class _Output(io.FileIO):
     """
 
     def __init__(self, path: Path):
-        super().__init__(path, "w+")
+        super().__init__(path, "w+")  # HDF5 reads back what it wrote
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
@@ -130,6 +137,7 @@ class _Output(io.FileIO):
                 left = left[os.write(self.fileno(), left) :]  # may be short
             except OSError as error:
                 self.error = error
+        # as if all had gone well: see the class
         return size
 
     def check(self) -> None:
@@ -138,6 +146,7 @@ class _Output(io.FileIO):
             raise self.error
 
     def __exit__(self, *exception: object) -> None:
+        # closed first: an error must not leave the descriptor open, and the full disk in use
         self.close()
         self.check()
 
@@ -164,6 +173,7 @@ class MapsReader:
         self._file: h5py.File | None = None
         _check_file(path)
         try:
+            # now, in the main process: a damaged file is refused before workers are started
             self._read_attributes(dict(self._open().attrs))
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             self.close()
@@ -223,6 +233,7 @@ class MapsReader:
             label = from_one_hot(group["label_map"][()]) if "label_map" in group else None
             split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
             return Sample(key, group["image"][()].tobytes(), label, split, source_id)
+        # h5py raises any of them, by where the damage lies: header, name, chunk or checksum
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             got = error.got if isinstance(error, InputError) else f"not readable ({error})"
             action = "make the maps again with `distseg prepare`"
@@ -255,12 +266,13 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
     """
     try:
         with h5py.File(path, "r") as file:
-            stored = file["OHE"][()]
+            stored = file["OHE"][()]  # (C, H, W) or (H, W, C)
     except (OSError, RuntimeError, KeyError) as error:
         raise InputError(
             f"{path}: {error}", 'an HDF5 file with a data set "OHE"', "replace the file"
         ) from None
     shape = stored.shape
+    # the layout says nowhere which axis has the classes: the image's size does
     views = [stored] if len(shape) == 3 and shape[1:] == size else []
     views += [np.moveaxis(stored, 2, 0)] if len(shape) == 3 and shape[:2] == size else []
     for view in views:  # two for a cube: C == H == W

@@ -39,12 +39,14 @@ from shards.verified import is_verified, mark_verified
 STAGING = ".packing"
 # of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
 LAYOUT = 2
+# ours alone: what else lies in the folder is never removed
 SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
 # bytes, at most: three tar headers with padding and a sample's lines of the index; a tar's end and
 # its manifest entry
 MEMBER_OVERHEAD, TAR_OVERHEAD = 8192, 16384
 
 
+# small and plain: it travels to a worker process, which reads the samples itself
 @dataclass(frozen=True)
 class _Task:
     """One shard to write."""
@@ -95,7 +97,7 @@ def pack(
     for name, keys in sorted(reader.splits.items()):
         tasks += _tasks(name, keys, samples_per_shard)
     overhead = len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD
-    check_space(out, maps.stat().st_size + overhead)
+    check_space(out, maps.stat().st_size + overhead)  # labels take less as PNG than as maps
     reader.close()  # an open HDF5 file does not survive a fork; each worker opens it for itself
     with _staging(out) as staging:
         written = _write_all(reader, staging, tasks, num_workers)
@@ -112,6 +114,7 @@ def _staging(out: Path) -> Iterator[Path]:
     try:
         yield staging
     finally:
+        # also after an error: half-written shards would fill the disk that the error may be about
         shutil.rmtree(staging, ignore_errors=True)
 
 
@@ -134,6 +137,8 @@ def _say_unchanged(out: Path, there: Manifest, sources: dict[str, str]) -> None:
 def source_of(maps: Path, samples_per_shard: int) -> str:
     """Hex digits that are the same when packing gives the same bytes."""
     return hashlib.sha256(
+        # by content, not by time: maps that were prepared again are the same bytes, and cost no
+        # packing
         f"{sha256_of(maps)} {samples_per_shard} {VERSION}.{LAYOUT}".encode()
     ).hexdigest()
 
@@ -142,12 +147,15 @@ def _unchanged(out: Path, sources: dict[str, str]) -> Manifest | None:
     """The manifest in `out` when all of these splits are there, from the same sources and with
     every byte.
     """
+    # a staging folder: a pack was killed, perhaps while it moved its shards over those of the
+    # manifest
     if not (out / FILE_NAME).is_file() or (out / STAGING).is_dir():
         return None
     try:
         there = Manifest.load(out)
         if any(there.sources.get(split) != source for split, source in sources.items()):
             return None
+        # every byte of them: else a shard that was cut off since would be kept by "nothing to do"
         there.verify(out)
     except InputError:
         return None  # damaged: packing again is the way to mend it
@@ -160,6 +168,7 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
     Raises InputError when they cannot.
     """
     there = Manifest.load(out)
+    # the order, too: labels are indices into it, and would change their meaning in silence
     if there.classes != reader.classes:
         got = (
             f"{out} has the classes {', '.join(there.classes.names)}; "
@@ -173,6 +182,8 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
         raise InputError(
             f"split {twice[0]!r} is in {out} already", "a new split", "pack both into another --out"
         )
+    # a key in two splits would mean that an image is trained on and validated on, or that two
+    # images answer to one name in reports
     new = set(chain.from_iterable(reader.splits.values()))
     for split in there.splits:
         shared = sorted(new & set(ShardReader(out, split).keys))
@@ -201,6 +212,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
             there = Manifest.load(out)
         except InputError as error:
             raise InputError(error.got, needed, action) from None
+        # by name, so that a second pack of other data into a folder by mistake destroys nothing
         if there.name != name:
             got = f"{out} holds the data set {there.name!r}, the maps are {name!r}"
             raise InputError(got, needed, action)
@@ -211,6 +223,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
                 got, needed, "choose another --out, or replace all of them with --overwrite"
             )
         named = _files_of(there)
+    # by their form, since after a kill no manifest need name what lies here
     present = {path.name for path in out.glob("*") if SHARD_NAME.fullmatch(path.name)}
     # a pack was killed, perhaps while it moved its shards into place
     if overwrite or (out / STAGING).is_dir():
@@ -236,12 +249,17 @@ def _publish(
         manifest = replace(
             there, splits=splits, sources=sources, left_out=there.left_out + manifest.left_out
         )
+    # saved before the first shard moves: a disk that is full stops here, with the old pack whole
     manifest.save(staging)
     for file in sorted(named):
         os.replace(staging / file, out / file)
     for file in earlier - named:  # plain webdataset globs would find them
         (out / file).unlink(missing_ok=True)
+    # last: until here the old manifest, which does not fit any more, makes readers refuse the
+    # folder; a kill leaves the staging folder, by which the next pack knows
     os.replace(staging / FILE_NAME, out / FILE_NAME)
+    # the folder on the disk before the record: what says "verified" must never outlive a rename
+    # that a power cut takes back
     sync_folder(out)
     if is_sound:
         mark_verified(out, manifest)  # every image was decoded and every label checked on the way
@@ -261,19 +279,21 @@ def _files_of(manifest: Manifest) -> set[str]:
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:
     for number, start in enumerate(range(0, len(keys), samples_per_shard)):
+        # six digits, as in webdataset's own lists of shards: train-{000000..000041}.tar
         yield _Task(split, f"{split}-{number:06d}.tar", keys[start : start + samples_per_shard])
 
 
 def _write_all(
     reader: MapsReader, out: Path, tasks: list[_Task], num_workers: int
 ) -> list[_Written]:
+    # a shard a task: no two processes share a file, and which of them wrote it changes no byte
     written = mapped(partial(_write_shard, reader, out), tasks, num_workers)
     return list(tracked(written, len(tasks), f"packing {out.parent.name}"))
 
 
 def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
     """Write one tar and its member index, each whole or not at all."""
-    pixels, num_unlabelled = np.zeros(256, np.int64), 0
+    pixels, num_unlabelled = np.zeros(256, np.int64), 0  # (256,) int64
     about: dict[str, dict[str, Any]] = {}
     with published(out / task.file) as partial:
         # a fixed mtime, user and mode: the same samples give the same bytes. A file that TarWriter
@@ -284,6 +304,7 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
         ):
             for key in task.keys:
                 sample = reader.read(key)
+                # checked once, here, so that training need not: what is packed can be decoded
                 height, width = _check(sample, reader.classes.num_classes)
                 about[key] = {"height": int(height), "width": int(width)}
                 if sample.label is None:
@@ -295,11 +316,13 @@ def _write_shard(reader: MapsReader, out: Path, task: _Task) -> _Written:
                     }
                     pixels += counts
                 tar.write(_members(sample))
+        # read back from the file: offsets and crc32 of what lies there, not of what was meant
         index = _index(partial, about)
     path = out / task.file
     index_path = path.with_suffix(".index.json")
     with published(index_path) as partial:
         partial.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
+    # of the files as they lie on the disk, which are what a reader will compare
     checksums = (sha256_of(path), sha256_of(index_path))
     return _Written(
         ShardInfo(task.file, len(task.keys), path.stat().st_size, *checksums, num_unlabelled),
@@ -323,6 +346,8 @@ def _members(sample: Sample) -> dict[str, Any]:
     extension = image_extension(sample.image)
     members: dict[str, Any] = {
         "__key__": sample.key,
+        # webdataset tells members apart by what follows the first dot: a PNG original must not take
+        # the label's name
         "image.png" if extension == "png" else extension: sample.image,
     }
     if sample.label is not None:
@@ -337,10 +362,13 @@ def _index(path: Path, about: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
     samples: dict[str, dict[str, Any]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
+            # at the first dot, as webdataset does; check_sample keeps dots out of keys
             key, _, kind = member.name.partition(".")
             content = tar.extractfile(member)
             assert content is not None  # every member is a file
             entry = samples.setdefault(key, {"key": key, **about[key], "members": {}})
+            # a crc32 of each member: a reader that takes one sample cannot hash the whole shard,
+            # and without one a flipped bit in a JPEG would be trained on
             entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
     return list(samples.values())
 
@@ -355,6 +383,7 @@ def _manifest(
 def _splits(
     tasks: list[_Task], written: list[_Written], reader: MapsReader
 ) -> dict[str, SplitInfo]:
+    # sorted, as the tasks are: the manifest's bytes must not depend on the order in the maps
     shards: dict[str, list[_Written]] = {name: [] for name in sorted(reader.splits)}
     for task, shard in zip(tasks, written, strict=True):
         shards[task.split].append(shard)
@@ -362,6 +391,7 @@ def _splits(
 
 
 def _split(written: list[_Written], reader: MapsReader) -> SplitInfo:
+    # (256,) by label value
     pixels = sum((shard.pixels for shard in written), np.zeros(256, np.int64)).tolist()
     infos = tuple(shard.info for shard in written)
     num_samples = sum(info.num_samples for info in infos)

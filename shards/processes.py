@@ -35,14 +35,19 @@ def mapped(
     them; a worker that was killed is an InputError. Workers end when this process does, however it
     ends.
     """
+    # without a pool at all, so that a debugger, a profiler and a notebook see plain calls
     if num_workers == 0 or not tasks:
         yield from map(function, tasks)
         return
     spawn = multiprocessing.get_context("spawn")  # HDF5 handles and threads do not survive a fork
     # tasks may hold functions of the user's own files, which the workers have to import first
     start = (spawn, _begin, (ImportedFiles(),))
+    # a pool of concurrent.futures, since multiprocessing.Pool waits for ever for a task whose
+    # worker was killed
     with ProcessPoolExecutor(min(num_workers, len(tasks)), *start) as pool:
         try:
+            # in the order of the tasks, whoever is first: the caller's file has one order of
+            # samples
             yield from pool.map(function, tasks)
         except BrokenProcessPool:
             action = "use fewer --workers; the same command goes on"
@@ -50,6 +55,7 @@ def mapped(
                 "a worker process was killed", "memory for all workers", action
             ) from None
         finally:
+            # else leaving the block would first do all that waits, after the first error or Ctrl-C
             pool.shutdown(cancel_futures=True)
 
 
@@ -62,7 +68,9 @@ def _begin(_: ImportedFiles) -> None:
     assert parent is not None  # this runs in workers only
 
     def watch() -> None:
+        # ready once the parent has ended, by whatever signal
         wait([parent.sentinel])
+        # sys.exit would end this thread only
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -16,6 +16,7 @@ from shards.manifest import ShardInfo
 from shards.source import open_source
 
 
+# undecoded: what is read here is decoded and warped by the caller's threads, in one go
 @dataclass(frozen=True)
 class RawSample:
     """A sample as stored: key, image file bytes, label PNG bytes (None when unlabelled)."""
@@ -40,6 +41,8 @@ class ShardReader:
         self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0
     ):
         self.location, self.split = location, split
+        # manifest, split, indices: the cheap checks first, and all of them before a rank or a GPU
+        # is touched
         self._source = open_source(location, cache_dir, cache_bytes)
         self.manifest = self._source.manifest()
         self.classes = self.manifest.classes
@@ -49,6 +52,7 @@ class ShardReader:
                 f"no split {split!r} in {location}", f"one of: {there}", "correct the split's name"
             )
         self._shards = self.manifest.splits[split].shards
+        # of a set of millions of samples no index is read yet
         self._entries = Indices(self._source, self._shards)
 
     def __len__(self) -> int:
@@ -89,7 +93,7 @@ class ShardReader:
 
         Raises InputError for shards of a pack that did not count them.
         """
-        counts = np.zeros((len(self), self.classes.num_classes), np.int64)
+        counts = np.zeros((len(self), self.classes.num_classes), np.int64)  # (samples, classes)
         for index, pixels in enumerate(self._entries.pixels()):
             for value, count in (pixels or {}).items():
                 if int(value) < self.classes.num_classes:  # the other one is void
@@ -141,9 +145,11 @@ class ShardReader:
 
     def _shards_of(self, indices: Sequence[int]) -> list[ShardInfo]:
         """Each once, in the order of first use."""
+        # a dict, since a set would lose the order, by which they are fetched ahead
         return [self._shards[number] for number in dict.fromkeys(self.shard_of(indices).tolist())]
 
     def _read(self, entry: Entry, with_label: bool) -> RawSample:
+        # opened once for both members: in between, a cached shard could be removed to make room
         with self._source.open(self._shards[entry.shard]) as descriptor:
             image = _member(descriptor, entry.image)
             label = (
@@ -154,7 +160,9 @@ class ShardReader:
 
 def _member(descriptor: int, where: tuple[int, int, int]) -> bytes:
     offset, length, crc32 = where
+    # pread has no position to move: threads share the descriptor without a lock
     content = os.pread(descriptor, length, offset)
+    # a file that was cut off gives fewer bytes, and no error
     if len(content) != length or isal_zlib.crc32(content) != crc32:
         raise DamageError("its bytes are not the ones that were packed")
     return content

@@ -43,7 +43,9 @@ GIVEN_UP_SECONDS = 60.0
 SAID_PAUSE = 2.0  # seconds: a pause as long is said
 MAX_DAMAGED = 3  # whole transfers that end in another sha256
 SHARDS_AHEAD = 8  # fetched and not read yet; also never more than a quarter of the cache
+# several at a time, since a single connection seldom fills the line to an object store
 FETCHERS = 4
+# indices are small: there the time to the first byte counts, and many can wait for theirs at once
 INDEX_FETCHERS = 16
 
 
@@ -56,6 +58,7 @@ def check_url(url: str) -> None:
         raise InputError(
             f"data.shards with {parts.scheme}://", f"a local folder, or {known}", action
         )
+    # user:password@host, and the signature of a pre-signed URL
     if "@" in parts.netloc or parts.query or parts.fragment:
         needed = "a plain URL: this one would be written to config.yaml, logs and W&B"
         action = (
@@ -88,6 +91,7 @@ class Remote:
         self._url, self._scheme = url.rstrip("/"), urlsplit(url).scheme
         module, extra = PACKAGES[self._scheme]
         try:
+            # now, not at the first request: on a cluster that may be hours in the queue later
             importlib.import_module(module)
         except ImportError:
             action = f"pip install 'distseg[{extra}]'"
@@ -102,6 +106,7 @@ class Remote:
 
     def read(self, name: str) -> bytes:
         """All of a small file."""
+        # `_files` inside of the attempt: to connect may fail, and come back, as a request does
         return self._insist(name, lambda: self._files().cat_file(self.url(name)))
 
     def find(self, name: str) -> bytes | None:
@@ -110,7 +115,7 @@ class Remote:
         def request() -> bytes | None:
             try:
                 return self._files().cat_file(self.url(name))
-            except FileNotFoundError:
+            except FileNotFoundError:  # an answer, not a failure
                 return None
 
         return self._insist(name, request)
@@ -128,17 +133,22 @@ class Remote:
         name, num_bytes = shard.file, shard.num_bytes
         for _ in range(MAX_DAMAGED):
             os.lseek(descriptor, 0, os.SEEK_SET)
+            # the descriptor stays open: it is the cache's, and so is the lock that goes with it
             with os.fdopen(descriptor, "rb", closefd=False) as file:
+                # what is here already is read once more: a running sha256 cannot be kept beside the
+                # file
                 digest = hashed(file)
             position = os.lseek(descriptor, 0, os.SEEK_END)
             while position < num_bytes:
                 chunk = self._insist(name, partial(self._chunk, name, position, num_bytes))
+                # on the disk chunk by chunk: a kill costs the one that is under way
                 _write(descriptor, chunk)
                 digest.update(chunk)
                 position += len(chunk)
                 moved()
             if digest.hexdigest() == shard.sha256:
                 return
+            # from the beginning: the sha256 is of the whole, and does not say which chunk is wrong
             os.ftruncate(descriptor, 0)
         got = f"{self.url(name)}: its sha256 is not the manifest's, {MAX_DAMAGED} times in a row"
         raise InputError(
@@ -146,10 +156,13 @@ class Remote:
         )
 
     def _chunk(self, name: str, start: int, num_bytes: int) -> bytes:
+        # by the manifest's length: of a file that has grown since the rest is not asked for, and
+        # its sha256 tells
         stop = min(start + CHUNK_BYTES, num_bytes)
         content = self._files().cat_file(self.url(name), start=start, end=stop)
         if len(content) == num_bytes:  # from a server that knows no ranges
             return content[start:]
+        # nothing at all would be asked for again and again without a pause
         if not 0 < len(content) <= stop - start:
             raise OSError(f"{len(content)} bytes came for {stop - start} asked")
         return content  # fewer are fine: the rest is asked for next
@@ -175,6 +188,8 @@ class Remote:
         raise AssertionError("unreachable")
 
     def _failure(self, name: str, error: Exception, num_attempts: int) -> InputError:
+        # most often a folder that was copied in part, or another path: said apart from a server's
+        # trouble
         if isinstance(error, FileNotFoundError):
             action = (
                 "correct data.shards, or copy all of the packed folder there, manifest.json last"
@@ -199,6 +214,7 @@ class Remote:
         Its event loop does not survive a fork.
         """
         with self._lock:
+            # made at the first request of a process, so that forked workers each have their own
             if self._filesystem is None or self._owner != os.getpid():
                 self._owner, self._filesystem = (
                     os.getpid(),
@@ -214,6 +230,8 @@ class Remote:
         return {
             name: value
             for name, value in self.__dict__.items()
+            # connections and locks are this process's; what it has learned of a server that is gone
+            # goes along
             if name not in ("_filesystem", "_owner", "_lock")
         }
 
@@ -235,6 +253,7 @@ class RemoteSource:
     _owner: int
 
     def __init__(self, url: str, cache_dir: str = "", cache_bytes: float = 0):
+        # the URL before the cache: a mistyped one leaves no folder behind
         self._remote = Remote(url)
         self._cache = ShardCache(
             Path(cache_dir).expanduser() if cache_dir else default_cache_dir(), int(cache_bytes)
@@ -252,6 +271,7 @@ class RemoteSource:
 
     def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
         """As Source, many at a time."""
+        # map keeps the order of the shards, which numbers the samples
         with ThreadPoolExecutor(INDEX_FETCHERS) as pool:
             yield from pool.map(self._index, shards)
 
@@ -272,6 +292,7 @@ class RemoteSource:
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """As Source: some of those that are not here are fetched now, in threads."""
+        # those that are here would take places among the few that may be ahead
         self._prefetch().expect([shard for shard in shards if not self._cache.has(shard)])
 
     def tell(self, moved: Callable[[], None]) -> None:
@@ -292,6 +313,8 @@ class RemoteSource:
 
     def _fetch_index(self, shard: ShardInfo) -> bytes:
         content = self._remote.read(shard.index_file)
+        # not tried again: other bytes without an error are most often another pack's, under one
+        # manifest
         if hashlib.sha256(content).hexdigest() != shard.index_sha256:
             got = f"{self.place(shard.index_file)}: its sha256 is not the manifest's"
             raise InputError(
@@ -300,6 +323,7 @@ class RemoteSource:
         return content
 
     def _opened(self, shard: ShardInfo) -> AbstractContextManager[int]:
+        # of this moment: `tell` may be called by another thread while the download runs
         moved = self._moved
         return self._cache.open(
             shard, lambda descriptor: self._remote.download(shard, descriptor, moved), moved
@@ -307,6 +331,7 @@ class RemoteSource:
 
     def _bring(self, shard: ShardInfo) -> None:
         self._index(shard)  # of a large set it was not read at the start
+        # opened and let go: it is in the cache, and may make room for others again
         with self._opened(shard):
             pass
 
@@ -321,10 +346,13 @@ class RemoteSource:
             return self._prefetching
 
     def _forget(self) -> None:
+        # a callback belongs to the process that gave it
         self._prefetching, self._moved = None, _nothing
         self._owner, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        # threads and callbacks stay here; the cache is a folder with flocks, which all processes
+        # share
         return {"_remote": self._remote, "_cache": self._cache}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -345,12 +373,14 @@ class Prefetch:
         self._wanted: OrderedDict[str, ShardInfo] = OrderedDict()  # in the order of need, by sha256
         # bytes of shards that are under way, or here and not read yet
         self._ahead: dict[str, int] = {}
+        # a queue without a bound: _begin keeps it short
         self._lock, self._queue, self._threads = threading.Lock(), SimpleQueue[ShardInfo](), 0
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """These are needed soon, after those that are expected already."""
         with self._lock:
             for shard in shards:
+                # twice in the plan, as at the seam of two epochs: once is enough
                 if shard.sha256 not in self._ahead:
                     self._wanted.setdefault(shard.sha256, shard)
             self._begin()
@@ -360,11 +390,14 @@ class Prefetch:
         with self._lock:
             self._ahead.pop(shard.sha256, None)
             self._wanted.pop(shard.sha256, None)  # overtaken: the reader fetches it itself
+            # a place among those ahead is free again
             self._begin()
 
     def _begin(self) -> None:
         while self._wanted and len(self._ahead) < SHARDS_AHEAD:
             shard = next(iter(self._wanted.values()))
+            # one at least: a shard above the bound would never come, and the reader wait for it
+            # without a head start
             if self._ahead and sum(self._ahead.values()) + shard.num_bytes > self._max_bytes:
                 break
             del self._wanted[shard.sha256]
@@ -377,6 +410,8 @@ class Prefetch:
 
     def _work(self) -> None:
         while True:
+            # the reader that needs the shard fetches it itself, and gets the error in its own
+            # thread, where it can be raised
             with suppress(InputError, OSError):
                 self._bring(self._queue.get())
 
@@ -388,8 +423,11 @@ def _nothing() -> None:
 def _filesystem(scheme: str, stall_seconds: float) -> Any:
     import fsspec
 
+    # an instance of our own, since the one for s3 is changed below; no listings from memory: a
+    # shard that is copied there while the run waits must be seen
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if scheme == "s3":
+        # botocore's own attempts off: two layers of patience would multiply
         limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds}
         files = fsspec.filesystem(
             "s3", config_kwargs={**limits, "retries": {"total_max_attempts": 1}}, **options
@@ -398,6 +436,8 @@ def _filesystem(scheme: str, stall_seconds: float) -> Any:
         return files
     import aiohttp
 
+    # no limit for the whole: over a slow line a chunk may take minutes, as long as bytes keep
+    # coming
     limit = aiohttp.ClientTimeout(total=None, sock_connect=stall_seconds, sock_read=stall_seconds)
     if scheme == "gs":
         return fsspec.filesystem("gs", requests_timeout=limit, **options)
@@ -407,11 +447,13 @@ def _filesystem(scheme: str, stall_seconds: float) -> Any:
 
 def _is_final(error: Exception) -> bool:
     """Whether another attempt would get the same answer."""
+    # aiohttp says status, gcsfs code; 408, 425 and 429 ask to come again later
     status = getattr(error, "status", None) or getattr(error, "code", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
     return (
         refused
         or isinstance(error, FileNotFoundError | PermissionError)
+        # botocore's NoCredentialsError and its kin, by name: without s3:// it need not be installed
         or "Credentials" in type(error).__name__
     )
 
@@ -422,6 +464,7 @@ def _is_forbidden(error: Exception) -> bool:
 
 def _described(error: Exception) -> str:
     """Kind and text of an error without its URLs, since redirects may carry signatures."""
+    # the first line only: some libraries put a whole HTML page into the text
     text = re.sub(r"\w+://[^\s'\"]*", "(URL)", str(error).partition("\n")[0])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -429,4 +472,5 @@ def _described(error: Exception) -> str:
 def _write(descriptor: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
+        # os.write may take less than it was given, near the end of a disk above all
         view = view[os.write(descriptor, view) :]

@@ -38,10 +38,12 @@ class ClassSet:
     palette: tuple[tuple[int, int, int], ...]
 
     def __post_init__(self) -> None:
+        # labels are uint8 with 255 for void: a larger set would need another label format
         if not 1 <= len(self.names) <= IGNORE_INDEX:
             raise InputError(
                 f"{len(self.names)} classes", "1 to 255 (index 255 is void)", "merge some classes"
             )
+        # metrics and tables are keyed by name: two of one name would overwrite each other
         if len(set(self.names)) != len(self.names):
             raise InputError(f"class names {self.names}", "each name once", "rename the classes")
         if len(self.palette) != len(self.names):
@@ -62,6 +64,7 @@ class ClassSet:
 
 
 # Okabe and Ito's colours for colour-blind readers, some moved towards the things they stand for
+# here, not in prepare/: the generated scenes have these classes, too
 STANFORD = ClassSet(
     names=("sky", "tree", "road", "grass", "water", "building", "mountain", "foreground"),
     palette=(
@@ -112,9 +115,11 @@ def check_sample(sample: Sample, num_classes: int) -> None:
     label = sample.label
     if label is None:
         return
+    # the size from the header alone: whoever packs or prepares decodes the whole image elsewhere
     if label.dtype != np.uint8 or label.shape != size:
         got = f"{sample.key}: image of {size} pixels with a {label.dtype} label of {label.shape}"
         raise InputError(got, "a uint8 label of the image's height and width", "correct the pair")
+    # an index without a class would be a device-side assert in a loss on a GPU, hours later
     wrong = label[(label >= num_classes) & (label != IGNORE_INDEX)]
     if wrong.size:
         got = f"{sample.key}: label {int(wrong.max())} in {wrong.size} pixels"
@@ -124,6 +129,7 @@ def check_sample(sample: Sample, num_classes: int) -> None:
 
 def image_extension(image: bytes) -> str:
     """ "jpg" or "png", from the first bytes. Raises InputError for anything else."""
+    # by content: what a file's name says may be wrong, and members of a tar are named after this
     if image.startswith(JPEG_SIGNATURE):
         return "jpg"
     if image.startswith(PNG_SIGNATURE):
@@ -135,6 +141,7 @@ def image_size(image: bytes) -> tuple[int, int]:
     """(height, width) from the header. Raises InputError for an unreadable image."""
     image_extension(image)
     try:
+        # Pillow reads no more than the header until pixels are asked for
         with Image.open(io.BytesIO(image)) as opened:
             return opened.height, opened.width
     except UNREADABLE as error:
@@ -147,10 +154,12 @@ def decode_image(image: bytes) -> np.ndarray:
     """(H, W, 3) uint8 RGB. Raises InputError for an unreadable, truncated or 16-bit gray image."""
     try:
         if image_extension(image) == "jpg":
+            # the same pixels as Pillow's, in less time
             return simplejpeg.decode_jpeg(image, colorspace="RGB")
         with Image.open(io.BytesIO(image)) as opened:
             if opened.mode.startswith("I"):  # Pillow would cut every value above 255 to 255
                 raise InputError("an image of 16-bit gray values", "8 bits a channel", "convert it")
+            # palettes and gray are resolved; an alpha channel is dropped
             return np.asarray(opened.convert("RGB"))
     except UNREADABLE as error:
         if isinstance(error, InputError):
@@ -167,8 +176,10 @@ def encode_label(label: np.ndarray) -> bytes:
     """
     height, width = label.shape
     rows = np.zeros((height, width + 1), np.uint8)  # the leading 0 of each row is its filter type
+    # by hand: Pillow chooses a filter for each row, which makes labels larger and slower to decode
     rows[:, 1:] = label
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    # level 9: written once, read in every epoch
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b""))
     return PNG_SIGNATURE + b"".join(_chunk(kind, content) for kind, content in chunks)
 
@@ -179,8 +190,12 @@ def decode_label(png: bytes) -> np.ndarray:
     Raises InputError for any other PNG.
     """
     try:
+        # by place, not by walking through the chunks: encode_label writes this one form, whose IHDR
+        # is at 8 and IDAT at 33. Other PNGs fail one of the checks below
         width, height, *form = struct.unpack(">IIBBBBB", png[16:29])
         length = struct.unpack(">I", png[33:37])[0]
+        # the chunk's own crc32 is not looked at, since the reader has checked the member's; rows:
+        # (height, width + 1) uint8, with the filter type in front
         rows = np.frombuffer(isal_zlib.decompress(png[41 : 41 + length]), np.uint8).reshape(
             height, width + 1
         )
@@ -188,6 +203,7 @@ def decode_label(png: bytes) -> np.ndarray:
             png[:8] == PNG_SIGNATURE
             and png[12:16] == b"IHDR"
             and png[37:41] == b"IDAT"
+            # beside the data: signature 8, IHDR 25, frames of IDAT and IEND 12 each
             and len(png) == length + 57
         )
     except (struct.error, ISAL_ERROR, ValueError):
@@ -203,6 +219,7 @@ def decode_label(png: bytes) -> np.ndarray:
 
 def to_one_hot(label: np.ndarray, num_classes: int) -> np.ndarray:
     """(H, W) uint8 -> one-hot (C, H, W) uint8; a void pixel is an all-zero column."""
+    # a view: a bool is a byte that is 0 or 1 already, and a copy would double the memory
     return (label[None] == np.arange(num_classes, dtype=np.uint8)[:, None, None]).view(np.uint8)
 
 
@@ -212,6 +229,7 @@ def from_one_hot(label_map: np.ndarray) -> np.ndarray:
     InputError for other values.
     """
     binary = label_map == 1
+    # uint16: of more than 255 planes a sum in uint8 would wrap to a lawful 0 or 1
     if not np.array_equal(binary, label_map) or (binary.sum(axis=0, dtype=np.uint16) > 1).any():
         raise InputError(
             "a label map that is not one-hot",

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
+# comparisons with a neighbour, not gray levels: they stay when a copy is brightened, resized or
+# saved again
 SIDE = 11
 BITS = 2 * SIDE * SIDE
 # Bits in which two pictures may differ and still count as one. Measured on Stanford Background and
@@ -19,6 +21,7 @@ BITS = 2 * SIDE * SIDE
 # rows and columns 96 %, without 5 % one in twenty, mirrored none.
 MAX_BITS = 32
 FLAT = 4.0  # standard deviation of gray levels under which a thumbnail has no structure to hash
+# of rows and columns: a block of the product is 64 MiB of float32, however many pictures
 BLOCK = 4096
 
 
@@ -29,6 +32,7 @@ def fingerprint(image: np.ndarray) -> np.ndarray | None:
     None for an image without structure, which would be like any other of its kind.
     """
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    # INTER_AREA averages, so that noise and JPEG blocks do not reach the thumbnail of 12 x 12
     small = cv2.resize(gray, (SIDE + 1, SIDE + 1), interpolation=cv2.INTER_AREA).astype(np.int16)
     if small.std() < FLAT:
         return None
@@ -44,13 +48,19 @@ def close_pairs(
 
     All N^2 / 2 of them, as matrix products: about 10 s for 20,000 images on two busy cores.
     """
+    # +1 and -1: their product is the number of equal bits less that of different ones, so that one
+    # matrix product compares all pairs of a block; whole numbers this small are exact in float32
     signs = np.where(fingerprints, np.float32(1), np.float32(-1))
     num_bits = signs.shape[1]
     for top in range(0, len(signs), BLOCK):
+        # from the diagonal on: the blocks below it hold the same pairs
         for left in range(top, len(signs), BLOCK):
+            # (BLOCK, BLOCK)
             same_minus_other = signs[top : top + BLOCK] @ signs[left : left + BLOCK].T
             rows, columns = np.nonzero(same_minus_other >= num_bits - 2 * max_bits)
             for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+                # in the blocks on the diagonal each pair is there twice, and each picture with
+                # itself
                 if top + row < left + column:
                     yield (
                         top + row,

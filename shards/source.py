@@ -18,6 +18,7 @@ from shards.manifest import Manifest, ShardInfo, sha256_of
 MAX_OPEN = 128
 
 
+# a Protocol of what the reader calls: a further kind of store needs no base class and no registry
 class Source(Protocol):
     """A place that shards are read from; threads may share it; it may be forked and pickled."""
 
@@ -35,6 +36,8 @@ class Source(Protocol):
         it does not like.
         """
 
+    # expect and used are apart from open, since the process that plans the order and those that
+    # read samples need not be the same
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """These will be opened soon, in this order: what takes time may begin."""
 
@@ -65,6 +68,7 @@ def open_source(location: str | Path, cache_dir: str = "", cache_bytes: float = 
 
 @dataclass
 class _Opened:
+    # users: reads under way in other threads, during which it must stay open
     descriptor: int
     users: int = 0
 
@@ -93,6 +97,8 @@ class LocalSource:
         """
         for shard in shards:
             path, index = self._directory / shard.file, self._directory / shard.index_file
+            # the length only: to hash a large set takes minutes, and each member's crc32 is checked
+            # at its read
             if not path.is_file() or path.stat().st_size != shard.num_bytes:
                 found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
                 raise InputError(
@@ -100,6 +106,7 @@ class LocalSource:
                     f"{shard.num_bytes} bytes, as packed",
                     "copy or pack it again",
                 )
+            # an index is small, and wrong offsets would make every sample of the shard look damaged
             if not index.is_file() or sha256_of(index) != shard.index_sha256:
                 action = "copy or pack it again"
                 raise InputError(
@@ -110,6 +117,8 @@ class LocalSource:
     @contextmanager
     def open(self, shard: ShardInfo) -> Iterator[int]:
         """As Source. Raises OSError when the file cannot be opened."""
+        # counted under the lock: a descriptor closed too early would be given to the next file
+        # opened, and another shard's bytes be read
         with self._lock:
             if shard.file not in self._opened:
                 self._opened[shard.file] = _Opened(
@@ -123,6 +132,7 @@ class LocalSource:
             yield opened.descriptor
         finally:
             with self._lock:
+                # not closed: the next sample is likely to be of the same shard
                 opened.users -= 1
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
@@ -142,6 +152,7 @@ class LocalSource:
         surplus = len(self._opened) - self._max_open
         if surplus <= 0:
             return
+        # the least recently used come first
         idle = [file for file, opened in self._opened.items() if not opened.users]
         for file in idle[:surplus]:
             os.close(self._opened.pop(file).descriptor)
@@ -151,6 +162,7 @@ class LocalSource:
         self._owner, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        # descriptors and locks mean nothing in another process: it opens its own
         return {"_directory": self._directory, "_max_open": self._max_open}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

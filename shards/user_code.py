@@ -25,6 +25,7 @@ from typing import Any
 from shards.errors import InputError
 
 SUFFIX = ".py"
+# said in every message about a reference, so that the two forms are learned from the first mistake
 FORMS = "package.module:name or path/to/file.py:name"
 
 
@@ -35,6 +36,8 @@ class UserCode:
     reference: str
     value: Callable[..., Any]
     path: Path
+    # recorded with the run: code that has changed since is said when the run is resumed or
+    # evaluated
     sha256: str
 
     @property
@@ -45,6 +48,7 @@ class UserCode:
 
 def is_reference(text: str) -> bool:
     """Whether a value names code, and not one of the choices that the package has."""
+    # no name of the package's own choices has a colon
     return ":" in text
 
 
@@ -53,6 +57,7 @@ def absolute(reference: str) -> str:
     place, _, name = reference.rpartition(":")
     if not place.endswith(SUFFIX):
         return reference
+    # not resolved: a link to the newest version of a file is meant to be followed anew
     return f"{Path(place).expanduser().absolute()}:{name}"
 
 
@@ -70,14 +75,19 @@ def load(reference: str, key: str) -> UserCode:
     file or module that is not there or lies in a run directory, what goes wrong in the import (with
     its line), and a name that is not there or cannot be called.
     """
+    # at the last colon, since folders may have colons in their names
     place, _, name = reference.rpartition(":")
     said = f"{key}={reference}"
     if not name.isidentifier() or not place or place != place.strip():
         raise InputError(said, FORMS, f"correct {key}")
+    # the suffix decides, not whether there is such a file: a misspelt path must not be looked for
+    # as a module
     module = _file(place, said) if place.endswith(SUFFIX) else _module(place, said)
     value = getattr(module, name, None)
     if not hasattr(module, name):
         there = [each for each, it in vars(module).items() if callable(it) and each[0] != "_"]
+        # a cutoff below difflib's 0.6: names of one file are few, and a far guess is better than
+        # none
         near = difflib.get_close_matches(name, there, n=1, cutoff=0.3)
         action = f"did you mean {near[0]}?" if near else f"correct {key}"
         raise InputError(f"{said}: no {name} in {place}", "the name of a class or function", action)
@@ -85,6 +95,7 @@ def load(reference: str, key: str) -> UserCode:
         got = f"{said}: {name} is of type {type(value).__name__}"
         raise InputError(got, "a class or a function", f"correct {key}")
     path = _defining_file(value, module)
+    # again for what a module takes from elsewhere: a name may be re-exported from a file in a run
     _check_place(path, said)
     return UserCode(reference, value, path, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -107,6 +118,7 @@ def call(
         return code.value(**given, **options)
     except InputError:
         raise
+    # whatever it is: the frames of ours above it would hide the user's own line
     except Exception as error:
         got = f"{said}: {told(error, code.path)}"
         raise InputError(got, "a call that comes to its end", f"correct {code.name}") from error
@@ -121,12 +133,14 @@ def check_options(
     """
     taken = parameters(code.value)
     takes_any = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    # what the package gives by itself is no option, even where the name is known
     free = [name for name in taken if name not in given]
     unknown = [name for name in options if name not in free and not takes_any]
     if unknown:
         got = f"{options_key}.{unknown[0]}, which {code.name} does not have"
         choices = f"among: {', '.join(free) or 'none'}"
         raise InputError(got, choices, f"remove {options_key}.{unknown[0]}")
+    # now: else it would be Python's own error in the middle of a start on many ranks
     missing = [name for name in free if _is_required(taken[name]) and name not in options]
     if missing:
         example = f"write {options_key}.{missing[0]}=..."
@@ -136,6 +150,7 @@ def check_options(
 def parameters(value: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a callable by name; none where Python does not know them."""
     try:
+        # classes of C extensions and some builtins have no signature
         return inspect.signature(value).parameters
     except (TypeError, ValueError):
         return {}
@@ -143,11 +158,13 @@ def parameters(value: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 def told(error: BaseException, path: Path | None = None) -> str:
     """An error in one line, with the last line of `path` that it went through (None: of all)."""
+    # its traceback ends in our own compile(): the place is in the error
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if path is not None and frame.filename == str(path)]
+    # the user's own line rather than the library's that it called
     last = (own or frames)[-1:]
     return f"{text} ({last[0].filename}, line {last[0].lineno})" if last else text
 
@@ -159,9 +176,12 @@ class ImportedFiles:
     """
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[list[str]]]:
+        # by reference of a function: pickle would else look for module user_code_..., which a new
+        # process does not have
         return _import_again, ([str(path) for path in _imported],)
 
 
+# process-wide, as sys.modules is: both say what has been run
 _imported: dict[Path, str] = {}  # file -> sha256 of what was run
 
 
@@ -178,8 +198,12 @@ def _file(place: str, said: str) -> ModuleType:
         raise InputError(f"{said}: no file {path}", "a Python file", action + str(Path.cwd()))
     _check_place(path, said)
     name = module_name(path)
+    # read once, hashed and compiled: what is recorded is what runs, even if the file is saved
+    # meanwhile
     source = path.read_bytes()
     sha256 = hashlib.sha256(source).hexdigest()
+    # the same classes for the same file: imported twice, isinstance and pickle would tell them
+    # apart
     if _imported.get(path) == sha256:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -188,8 +212,11 @@ def _file(place: str, said: str) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses and pickle look for it there
     try:
         with _searched(path.parent), _errors_told(said, path, f"`python {path}`"):
+            # compiled under the file's path, so that tracebacks show its lines; no .pyc, which
+            # could be stale
             exec(compile(source, str(path), "exec"), vars(module))
     except InputError:
+        # half-imported, it would be found by the next try, and by pickle
         del sys.modules[name]
         raise
     _imported[path] = sha256
@@ -209,6 +236,7 @@ def _module(name: str, said: str) -> ModuleType:
     # as `python -m` has it, unless that would take code out of a run directory
     folder = Path.cwd()
     with _searched(folder if run_directory_of(folder) is None else None):
+        # finders remember a folder's listing: a file written a moment ago would not be found
         importlib.invalidate_caches()
         for number in range(1, len(parts) + 1):  # to find a module imports what it lies in
             if not _imported_module(".".join(parts[:number]), said):
@@ -222,9 +250,12 @@ def _module(name: str, said: str) -> ModuleType:
 def _imported_module(name: str, said: str) -> bool:
     """Import a module whose package is imported; False where there is none."""
     package = name.rpartition(".")[0]
+    # a plain module has nothing inside: find_spec would raise
     if package and not hasattr(sys.modules[package], "__path__"):
         return False
     with _errors_told(said, None, f'`python -c "import {name}"`'):
+        # looked for before it is imported, so that nothing of a run directory runs before it is
+        # refused
         spec = importlib.util.find_spec(name)
         if spec is None:
             return False
@@ -237,6 +268,7 @@ def _imported_module(name: str, said: str) -> bool:
 
 def _defining_file(value: Any, module: ModuleType) -> Path:
     """Of a name that a package takes from one of its modules: that module's."""
+    # the sha256 is to be of the code itself, not of the __init__.py that passes its name on
     defining = sys.modules.get(getattr(value, "__module__", None) or "", module)
     file = getattr(defining, "__file__", None) or getattr(module, "__file__", None)
     if file is None:
@@ -248,8 +280,10 @@ def _defining_file(value: Any, module: ModuleType) -> Path:
 
 def run_directory_of(path: Path) -> Path | None:
     """The run directory that a path lies in: a folder with config.yaml and checkpoints/."""
+    # links followed: a link out of a run directory, or into one, is where it leads
     real = path.resolve()
     for folder in (real, *real.parents):
+        # both, since a project of the user's own may well have a config.yaml
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return folder
     return None
@@ -269,11 +303,14 @@ def _searched(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    # first, for this import: as with `python file.py`, the file's neighbours are its own
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
+        # last from then on, for imports inside of functions: in front, a neighbour called e.g.
+        # yaml.py would replace a library for all of the program
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
 
@@ -291,5 +328,6 @@ def _errors_told(said: str, path: Path | None, command: str) -> Iterator[None]:
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
+    # *args and **kwargs have no default, and need nothing
     many = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     return parameter.default is parameter.empty and parameter.kind not in many

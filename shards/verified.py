@@ -26,18 +26,21 @@ CHECKS = 1  # a later version that finds more errors raises it, and asks for ano
 
 def mark_verified(directory: Path, manifest: Manifest) -> None:
     """Write the record, whole or not at all. Raises InputError for a full or read-only disk."""
+    # whole or not at all: a torn record would ask for an inspection without a reason
     with published(directory / FILE_NAME) as partial:
         partial.write_text(_record(manifest))
 
 
 def withdraw(directory: Path) -> None:
     """Take the record away, if there is one."""
+    # removed, not rewritten as "bad": no record and a bad one have the same consequence
     (directory / FILE_NAME).unlink(missing_ok=True)
 
 
 def is_verified(directory: Path, manifest: Manifest) -> bool:
     """Whether the record in `directory` is this manifest's. Reads one line: no shard is opened."""
     path = directory / FILE_NAME
+    # as bytes: another manifest, an older CHECKS and an edit by hand are all just "not this record"
     return path.is_file() and path.read_bytes() == _record(manifest).encode()
 
 
@@ -45,6 +48,7 @@ def check_verified(reader: ShardReader) -> None:
     """Raise InputError, with the command to run, unless the record beside a reader's manifest is
     that manifest's.
     """
+    # through the reader's source, so that it holds for a bucket as it does for a folder
     if reader.find(FILE_NAME) != _record(reader.manifest).encode():
         got = (
             f"{reader.location}: shards that were not verified, or not since their manifest was "

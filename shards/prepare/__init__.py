@@ -34,6 +34,8 @@ def preparer_of(name: str) -> Preparer:
         needed = f"one of: {', '.join(NAMES)}; or your own, as {user_code.FORMS}"
         raise InputError(f"data set {name!r}", needed, "choose one of them")
     # imported here, so that a data set's own dependencies are paid for by those who use it
+    # by name, with one function of one form in each module: a new data set is a file and a word in
+    # NAMES
     return importlib.import_module(f"shards.prepare.{name}").samples
 
 
@@ -93,11 +95,14 @@ def _check_given(
 ) -> None:
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
+            # before the call, where Python would say it as a TypeError with a function's name
             raise InputError(f"{name} without {key}", "a value for it", f"write {key}=VALUE")
 
 
 def _check_whole(dataset: DataSet) -> None:
     """Raise the InputError of missing files, before time is spent on those that are there."""
+    # all of them are counted: one missing file is a typo, thousands an archive that was not
+    # unpacked
     lost = [task for task in dataset.tasks if task.read is absent]
     try:
         for task in lost:
@@ -109,6 +114,7 @@ def _check_whole(dataset: DataSet) -> None:
 
 def _check_out(out: Path, name: str) -> None:
     """Only maps of the same data set are replaced, and only when the new ones are complete."""
+    # a file of hours of work must not be lost to a mistyped --out
     if not out.exists():
         return
     try:
@@ -124,6 +130,7 @@ def _check_out(out: Path, name: str) -> None:
 def _parse(
     name: str, key: str, value: str | int, parameters: Mapping[str, inspect.Parameter]
 ) -> str | int | float:
+    # root has a flag of its own, which is checked as a folder
     options = [option for option in parameters if option != "root"]
     if key not in options:
         raise InputError(
@@ -131,6 +138,7 @@ def _parse(
             f"one of: {', '.join(options) or 'none'}",
             "correct the option",
         )
+    # the command line knows text only: the default's type says what is meant
     default = parameters[key].default
     if isinstance(default, str) or default is inspect.Parameter.empty:
         return str(value)

@@ -42,6 +42,7 @@ PALETTE = (
     (0, 128, 192),
 )
 CAMVID = ClassSet(NAMES, PALETTE)
+# one behind the last class, while 255 is void in the shards
 VOID = 11
 CODING = Coding((*((index, index) for index in range(VOID)), (VOID, IGNORE_INDEX)))
 SPLITS = ("train", "val", "test")
@@ -57,6 +58,7 @@ def samples(root: Path) -> DataSet:
     is read, for an unreadable file, a mask of another size or with values above 11.
     """
     root = locate(root, "train", "CamVid")
+    # a split's list alone is enough: its paths may lead elsewhere below the root
     there = [
         split for split in SPLITS if (root / split).is_dir() or (root / f"{split}.txt").is_file()
     ]
@@ -64,6 +66,7 @@ def samples(root: Path) -> DataSet:
     for split in there:
         pairs += _pairs(root, split)
     tasks = pair_tasks(root, pairs, masked_sample, CODING, "CamVid")
+    # copies without test are common, so that it is a note and no error
     notes = tuple(f"there is no {split}" for split in SPLITS if split not in there)
     return DataSet(CAMVID, tasks, notes)
 
@@ -76,6 +79,7 @@ def _pairs(root: Path, split: str) -> list[Pair]:
             raise InputError(
                 f"no images in {root / split}", "at least one", "unpack the data set again"
             )
+        # ids of both folders: one without the other becomes a task that says so
         ids = sorted(images.keys() | masks.keys())
         return [
             Pair(id_, split, root / split / f"{id_}.png", root / f"{split}annot" / f"{id_}.png")
@@ -86,6 +90,7 @@ def _pairs(root: Path, split: str) -> list[Pair]:
         raise InputError(
             f"{listed}: {len(paths)} paths", "an image and its mask a line", "correct the list"
         )
+    # the lists name paths of the machine that they were written on
     inside = [root.joinpath(*Path(path).parts[-2:]) for path in paths]
     return [
         Pair(image.stem, split, image, mask)

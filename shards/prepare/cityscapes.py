@@ -39,11 +39,13 @@ TABLE = (
 )
 NUM_LABEL_IDS = 34  # 0 to 33; 255 is how an 8-bit picture holds -1, the license plate
 CITYSCAPES = ClassSet(tuple(name for _, name, _ in TABLE), tuple(color for _, _, color in TABLE))
+# from the table's order alone, so that names, colours and train ids cannot get out of step
 _TRAIN_IDS = {label_id: index for index, (label_id, _, _) in enumerate(TABLE)}
 CODINGS = {
     "labelIds": Coding(
         tuple((id_, _TRAIN_IDS.get(id_, IGNORE_INDEX)) for id_ in (*range(NUM_LABEL_IDS), 255))
     ),
+    # nothing but train ids: a labelIds mask under this name has values above 18, and is refused
     "labelTrainIds": Coding(tuple((id_, id_) for id_ in (*range(len(TABLE)), IGNORE_INDEX))),
 }
 
@@ -61,6 +63,7 @@ def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
     if labels not in CODINGS:
         raise InputError(f"labels={labels}", f"one of: {', '.join(CODINGS)}", "correct it")
     root = locate(root, "leftImg8bit")
+    # val is the split that papers report, and stays whole
     pairs = _pairs(root, "train", labels) + _pairs(root, "val", labels)
     if test:
         pairs += _pairs(root, "test", labels)
@@ -83,6 +86,7 @@ def _pairs(root: Path, split: str, labels: str) -> list[Pair]:
         raise InputError(
             f"no images in {folder}", "<city>/<id>_leftImg8bit.png", "unpack leftImg8bit"
         )
+    # most often the other kind of masks is there: the message names its option
     if not masks and split != "test":
         needed = f"<city>/<id>_gtFine_{labels}.png"
         raise InputError(

@@ -12,6 +12,8 @@ from shards.errors import InputError
 from shards.sample import ClassSet, Sample
 
 
+# no closures: a task is pickled for worker processes, and its repr is part of the name of the work
+# that was done
 @dataclass(frozen=True)
 class Task:
     """A sample that is still to be read: read(key, split, *arguments) gives it, in any process.
@@ -31,11 +33,12 @@ class Task:
         action = "replace it, or leave such samples out with --skip-bad"
         try:
             sample = self.read(self.key, self.split, *self.arguments)
-        except InputError:
+        except InputError:  # says already what is wrong where
             raise
         except (OSError, ValueError) as error:  # of a preparer of the user's own
             got = f"{self.key}: {user_code.told(error)}"
             raise InputError(got, "a sample that can be read", action) from error
+        # of a user's preparer that forgets to return, most often
         if not isinstance(sample, Sample):
             got = f"{self.key}: {self.read.__qualname__} gives a {type(sample).__name__}"
             raise InputError(got, "a shards.sample.Sample", f"correct {self.read.__qualname__}")
@@ -44,6 +47,7 @@ class Task:
     @property
     def files(self) -> list[Path]:
         """The files that `run` reads."""
+        # by type, so that a preparer need not list its files twice
         return [argument for argument in self.arguments if isinstance(argument, Path)]
 
 
@@ -63,6 +67,8 @@ class DataSet:
     """
 
     classes: ClassSet
+    # a sequence, not an iterator: its length is known for progress, and its parts can be gone on
+    # from
     tasks: Sequence[Task]
     notes: tuple[str, ...] = ()
     name: str = ""

@@ -97,6 +97,7 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
 
 def _unlike(pairs: list[Pair]) -> list[Pair]:
     """The pairs, with the split before each id where two splits number their images alike."""
+    # folders train/ and val/ may both begin with 0001.jpg; where none do, ids stay short
     if len({pair.id for pair in pairs}) == len(pairs):
         return pairs
     return [replace(pair, id=f"{pair.split}/{pair.id}") for pair in pairs]
@@ -113,6 +114,8 @@ def _pairs(root: Path, what: _Layout, split: str) -> list[Pair]:
             f"no JPEG or PNG in {folders[0]}", "images", "correct `images` in the YAML, or --root"
         )
     pairs = []
+    # ids of both folders: a mask without an image is a mistake, too, and becomes a task that says
+    # so
     for id_ in sorted(images.keys() | masks.keys()):
         mask = masks.get(id_)
         if mask is None and not (what.unlabelled and split != "val"):
@@ -128,6 +131,8 @@ def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list
         splits = {split: ids_in_list(root / path) for split, path in what.splits.items()}
         check_listed_once(splits)
     else:
+        # labelled images only are drawn: one without a mask could not validate, and would shrink
+        # the split
         splits = seeded_splits([id_ for id_, pair in pairs.items() if pair.label is not None], seed)
         splits["train"] += [id_ for id_, pair in pairs.items() if pair.label is None]
     placed = []
@@ -145,10 +150,12 @@ def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list
 
 def _read(file: Path) -> _Layout:
     content = _content(file)
+    # first, since a misspelt key has no effect, and its default would be believed
     _check_keys(file, content, KEYS)
     colors = _choice(file, content, "mask_values", ("ids", "colors")) == "colors"
     classes, codes = _classes(file, content.get("classes"), colors)
     codes += _void(file, content, colors)
+    # a value of two classes: one of them would win by its place in the list
     _check_said_once(file, codes, colors)
     texts = {key: _text(file, content, key, default) for key, default in _DEFAULTS.items()}
     unlabelled = content.get("unlabelled", False)
@@ -230,6 +237,7 @@ def _classes(file: Path, entries: Any, colors: bool) -> tuple[ClassSet, list[tup
 def _code(file: Path, name: str, value: Any, colors: bool) -> int:
     if colors:
         return color_code(_color(file, name, value))
+    # type, not isinstance: YAML reads yes and true as True, which is an int in Python
     if type(value) is not int or not 0 <= value <= MAX_ID:
         raise _wrong(file, f"{name}: id {value!r} is no whole number from 0 to {MAX_ID}")
     return value
@@ -283,6 +291,7 @@ def _choice(file: Path, content: Mapping[str, Any], key: str, choices: tuple[str
 def _check_keys(file: Path, content: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for key in content:
         if key not in known:
+            # str: YAML's keys may be numbers, or true
             near = difflib.get_close_matches(str(key), known, 1)
             raise _wrong(
                 file,

@@ -17,6 +17,7 @@ from shards.sample import IGNORE_INDEX, ClassSet
 
 NOT_ROAD, ROAD, OTHER = (255, 0, 0), (255, 0, 255), (0, 0, 0)
 KITTI_ROAD = ClassSet(("not road", "road"), (NOT_ROAD, ROAD))
+# three colours and no others: a picture that was resized smoothly, or kept as JPEG, is refused
 CODING = Coding(
     ((color_code(NOT_ROAD), 0), (color_code(ROAD), 1), (color_code(OTHER), IGNORE_INDEX)),
     colors=True,
@@ -42,12 +43,14 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     if task == "lane":
         # only these scenes have a lane to keep to: the others have no marks, or many lanes
         wanted = {id_ for id_ in wanted if id_.startswith("um_")}
+    # sorted, since a permutation of another order would be another split
     splits = seeded_splits(sorted(wanted), seed)
     pairs = [
         Pair(
             id_,
             split,
             folder / "image_2" / f"{id_}.png",
+            # the name that a missing mask would have, for the message about it
             masks.get(id_, folder / "gt_image_2" / _mask_name(id_, task)),
         )
         for split, id_ in each_id(splits)
@@ -56,6 +59,7 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     notes: tuple[str, ...] = (
         (f"{others} training images are not of the scenes with lanes",) if others else ()
     )
+    # said, not only done: who counts the files would miss them
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
     return DataSet(KITTI_ROAD, pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)
@@ -67,6 +71,7 @@ def _masks(folder: Path, task: str) -> dict[str, Path]:
     masks = {}
     for id_, path in files_by_id(truth).items():
         if task in id_:
+            # um_road_000001 is the mask of um_000001
             masks[id_.replace(f"_{task}_", "_")] = path
     if not masks:
         got = f"no *_{task}_*.png in {truth}"

@@ -25,12 +25,14 @@ def samples(root: Path, seed: int = 0) -> DataSet:
     readable one.
     """
     images = {path.stem: path for path in (root / "images").glob("*.jpg")}
+    # hidden files are a file manager's, not label maps
     labels = {_key(path): path for path in sorted((root / "h5py").glob("[!.]*"))}
     if not images or not labels:
         side = "h5py/*" if images else "images/*.jpg"
         raise InputError(
             f"no {side} in {root}", "images/ and h5py/ with a file for each id", "correct --root"
         )
+    # ids of both, so that a lost file does not change how the others are split
     splits = seeded_splits(sorted(images.keys() | labels.keys()), seed)
     pairs = [
         Pair(
@@ -38,6 +40,7 @@ def samples(root: Path, seed: int = 0) -> DataSet:
         )
         for split, id_ in each_id(splits)
     ]
+    # the layout keeps no class names: the number of planes of a map is all that is known
     num_classes = _num_classes([pair for pair in pairs if pair.id in images.keys() & labels.keys()])
     return DataSet(classes_by_number(num_classes), pair_tasks(root, pairs, _sample, num_classes))
 
@@ -48,6 +51,7 @@ def _num_classes(pairs: list[Pair]) -> int:
     for pair in pairs:
         assert pair.label is not None  # ids of both folders
         try:
+            # the image's size tells (C, H, W) from (H, W, C)
             return read_older_label(pair.label, read_image(pair.image)[1])[1]
         except InputError as error:
             first = first or error
@@ -65,6 +69,7 @@ def _key(path: Path) -> str:
 
 def classes_by_number(num_classes: int) -> ClassSet:
     """Stanford's classes when there are eight, else class-0 onwards in a rainbow's colours."""
+    # the layout was made for Stanford Background: eight planes are its classes, in its order
     if num_classes == STANFORD.num_classes:
         return STANFORD
     return ClassSet(tuple(f"class-{index}" for index in range(num_classes)), rainbow(num_classes))
@@ -78,7 +83,7 @@ def rainbow(num_colors: int) -> tuple[tuple[int, int, int], ...]:
 
 def _sample(key: str, split: str, image_path: Path, label_path: Path, num_classes: int) -> Sample:
     image, size = read_image(image_path)
-    label, found = read_older_label(label_path, size)
+    label, found = read_older_label(label_path, size)  # (H, W) uint8
     if found != num_classes:
         got = f"{label_path}: {found} classes, the first map has {num_classes}"
         raise InputError(got, "the same classes in every map", "correct the file")

@@ -41,8 +41,11 @@ class Generated:
         goes wrong in the generator.
         """
         with MapsWriter.publishing(out, name, self.classes) as writer:
+            # one after the other: a generator cannot be shared among processes, nor gone on with in
+            # its middle
             for sample in self._checked():
                 writer.add(sample)
+            # an empty file of maps would pack, and fail in training only
             if not writer.splits:
                 needed, action = "at least one sample", "check --root and the code"
                 raise InputError(f"{self.code.reference} gives no sample", needed, action)
@@ -58,6 +61,7 @@ class Generated:
                 yield sample
         except InputError:
             raise
+        # a generator fails between two samples as well, where no call of ours is in sight
         except Exception as error:
             got = f"{said}: {user_code.told(error, self.code.path)}"
             raise InputError(got, "samples to the end", action) from error
@@ -72,8 +76,10 @@ def called(reference: str, arguments: dict[str, Any]) -> DataSet | Generated:
     code = user_code.load(reference, KEY)
     given = user_code.call(code, KEY, arguments, "option")
     if isinstance(given, DataSet):
+        # the sha256 makes parts that older code wrote worthless: they are never gone on from
         tasks = [_whole(task) for task in given.tasks]
         return replace(given, tasks=tasks, code=code.sha256)
+    # beside the function, since the file of maps begins with its classes, before the first sample
     classes = getattr(sys.modules[code.value.__module__], CLASSES, None)
     if isinstance(given, Iterator) and isinstance(classes, ClassSet):
         return Generated(classes, given, code)

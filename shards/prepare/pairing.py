@@ -40,6 +40,7 @@ def pair_tasks(
     tasks: list[Task] = []
     named: dict[str, Pair] = {}
     for pair in pairs:
+        # a "." would cut the key short in a tar, a "/" make a folder of it
         key = pair.id.replace("/", "_").replace(".", "_")
         if key in named:
             got = f"{pair.image} and {named[key].image} would both be called {key!r}"
@@ -50,8 +51,12 @@ def pair_tasks(
             )
         named[key] = pair
         files = [path for path in (pair.image, pair.label) if path is not None]
+        # lists and links come with the data: one from elsewhere must not make us read what lies
+        # outside
         for path in files:
             check_inside(root, path)
+        # a task that fails, not an error: with --skip-bad it is left out, and counted, like a
+        # damaged one
         lost = [str(path) for path in files if not path.is_file()]
         what = (absent, (lost[0],)) if lost else (read, (pair.image, pair.label, *more))
         tasks.append(Task(key, pair.split, *what))
@@ -65,6 +70,8 @@ def check_inside(root: Path, path: Path) -> None:
 
     A list's "../x", or a link.
     """
+    # to resolve costs a system call for each part of the path: that of the folder is kept, since a
+    # set has many files in few folders
     real = path.resolve() if path.is_symlink() else _resolved(path.parent) / path.name
     if not real.is_relative_to(_resolved(root)):
         action = "copy it there, or give a folder that holds both as --root"
@@ -99,15 +106,18 @@ def files_by_id(
     Hidden files are passed over. Raises InputError for two files of one id.
     """
     found: dict[str, Path] = {}
+    # sorted: a folder's own order differs from disk to disk, and with it the order of the maps
     for path in sorted(folder.rglob("*.*")):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if (
+            # .JPG and .jpg: cameras write both
             path.suffix.lower() not in suffixes
             or path.name.startswith(".")
             or not stem.endswith(suffix)
         ):
             continue
         key = stem.removesuffix(suffix)
+        # a.jpg and a.png: which of them the mask belongs to cannot be told
         if key in found:
             raise InputError(
                 f"{found[key]} and {path}", "one file for each id", "remove one of them"
@@ -119,6 +129,7 @@ def files_by_id(
 def ids_in_list(path: Path) -> list[str]:
     """The words of a list, an id a line. Raises InputError for an empty or unreadable one."""
     try:
+        # at any white space: lists come with Windows' line ends, and with blank lines
         ids = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
@@ -153,9 +164,13 @@ def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
         raise InputError(
             f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them"
         )
+    # Philox by name: default_rng may be another generator in a later NumPy, and the split another
+    # one
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(keys))
+    # one at least, however few there are
     val = {keys[index] for index in order[: max(1, len(keys) // VAL_SHARE)]}
     return {
+        # in the order of the keys: the permutation says who validates, not who comes first
         "train": [key for key in keys if key not in val],
         "val": [key for key in keys if key in val],
     }
@@ -168,6 +183,7 @@ def read_image(path: Path) -> tuple[bytes, tuple[int, int]]:
     """
     try:
         content = path.read_bytes()
+        # the bytes go on as they are, the pixels are dropped: JPEG coded again would lose quality
         return content, decode_image(content).shape[:2]
     except OSError as error:
         raise InputError(

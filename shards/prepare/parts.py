@@ -35,6 +35,8 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
+# one of many small files: HDF5 has one writer at a time, and a file whose writer was killed cannot
+# be relied on
 @dataclass(frozen=True)
 class _Part:
     """A run of a data set's samples, stored as maps of their own until all are there."""
@@ -58,17 +60,21 @@ def write_dataset(
     maps. Raises InputError for the first bad sample otherwise, a split without samples, too little
     space.
     """
+    # beside `out`: on the disk that has the space, and where the same command looks again
     folder = out.with_name(f".{out.name}.parts")
     parts = _parts(folder, name, dataset, skip_bad)
     todo = [part for part in parts if not _done(part)]
+    # also a look at every file, before the first is read
     sizes = [_bytes(part) for part in parts]
     waiting = sum(_bytes(part) for part in todo)
     check_space(out, sum(sizes) + waiting)  # the images alone, in the parts and in the file
     num_done = sum(len(part.tasks) for part in parts) - sum(len(part.tasks) for part in todo)
     if num_done:
         say(f"going on: {num_done} of {len(dataset.tasks)} samples are done")
+    # of files that have changed since, or of other options: no run would ever go on from them
     _remove_others(folder, parts)
     try:
+        # only what is left to do goes to the workers: what is done is read once, when all is joined
         keys = itertools.chain.from_iterable(mapped(_write_part, todo, num_workers))
         for _ in tracked(keys, len(dataset.tasks) - num_done, f"preparing {name}"):
             pass
@@ -76,6 +82,7 @@ def write_dataset(
     finally:
         with suppress(OSError):
             folder.rmdir()  # when nothing is in it to go on from
+    # last: until `out` has its name, the parts are all there is
     shutil.rmtree(folder, ignore_errors=True)
     return prepared
 
@@ -83,6 +90,8 @@ def write_dataset(
 def _parts(folder: Path, name: str, dataset: DataSet, skip_bad: bool) -> list[_Part]:
     parts = []
     for start in range(0, len(dataset.tasks), PART_SAMPLES):
+        # cut by number, whatever the workers are: the same parts, so the same names, for 0 or 8 of
+        # them
         tasks = tuple(dataset.tasks[start : start + PART_SAMPLES])
         path = folder / f"{_identity(name, dataset, tasks)}.h5"
         parts.append(_Part(path, name, dataset.classes, tasks, skip_bad))
@@ -94,7 +103,10 @@ def _identity(name: str, dataset: DataSet, tasks: Sequence[Task]) -> str:
     digest = hashlib.sha256(repr((VERSION, name, dataset.classes)).encode())
     digest.update(dataset.code.encode())
     for task in tasks:
+        # size and time, not content: to read all files just to see that nothing changed would take
+        # as long as the work
         times = [(status.st_size, status.st_mtime_ns) for status in map(_status, task.files)]
+        # by name: the repr of a function has its address in it, which differs in each process
         read = f"{task.read.__module__}.{task.read.__qualname__}"
         digest.update(repr((task.key, task.split, read, task.arguments, times)).encode())
     return digest.hexdigest()[:32]
@@ -126,6 +138,7 @@ def _done(part: _Part) -> bool:
     if not part.path.is_file():
         return False
     with MapsReader(part.path) as reader:
+        # opened, too: a file that is damaged raises instead of counting as done
         return part.skip_bad or not reader.left_out
 
 
@@ -145,6 +158,7 @@ def _write_part(part: _Part) -> list[str]:
             except InputError as error:
                 if not part.skip_bad:
                     raise
+                # kept in the maps: whoever trains on them later can see what is missing, and why
                 writer.left_out[task.key] = error.got
     return [task.key for task in part.tasks]
 
@@ -152,14 +166,17 @@ def _write_part(part: _Part) -> list[str]:
 def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepared:
     with MapsWriter.publishing(out, name, dataset.classes) as writer:
         for part in tracked(parts, len(parts), f"writing {out.name}"):
+            # in the data set's order, one file open at a time
             with MapsReader(part.path) as reader:
                 writer.copy(reader)
+        # a run without its validation set would find out at its first evaluation
         empty = {task.split for task in dataset.tasks} - writer.splits.keys()
         if empty:
             raise InputError(
                 f"split {min(empty)!r}: all samples are bad", "a good one", "replace the files"
             )
     notes = [*dataset.notes]
+    # not strict: pixels has 256 places, of which those behind the classes are void or unused
     labelled = zip(dataset.classes.names, writer.pixels, strict=False)
     absent = (
         [class_name for class_name, count in labelled if count == 0] if writer.pixels.any() else []

@@ -25,6 +25,8 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
     unreadable image, or a label of another size or with values not -1 to 7.
     """
     folders = root / "images", root / "labels"
+    # by id on both sides: the n-th image and the n-th label of two sorted folders need not belong
+    # together
     images = {path.stem: path for path in folders[0].glob("*.jpg")}
     labels = {
         path.name.removesuffix(".regions.txt"): path for path in folders[1].glob("*.regions.txt")
@@ -35,6 +37,7 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
             "the folder that the data set was unpacked to",
             "correct --root",
         )
+    # ids of both folders, so that a lost file does not change how the others are split
     splits = _splits(root, sorted(images.keys() | labels.keys()), seed)
     pairs = [
         Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.regions.txt")
@@ -47,11 +50,13 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
     folder = root / "splits"
     if not folder.is_dir():
         return seeded_splits(keys, seed or 0)
+    # given and without effect, it would be believed
     if seed is not None:
         got = f"seed={seed} where {folder} lists the splits"
         raise InputError(got, "either lists or a seed", "leave out seed, or remove splits/")
     splits = {name: _list(folder, name) for name in ("train", "val")}
     listed = splits["train"] + splits["val"]
+    # exactly once each: an image in both lists would be validated on after it was trained on
     if sorted(listed) != keys:
         wrong = sorted(set(keys) ^ set(listed)) or sorted(
             {key for key in listed if listed.count(key) > 1}
@@ -87,6 +92,8 @@ def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # loadtxt only warns of an empty file
+            # no comment sign: a "#" in a damaged file would cut the line in silence; ndmin for an
+            # image of a single row
             values = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
     except (ValueError, Warning) as error:
         raise InputError(
@@ -106,5 +113,6 @@ def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:
         raise InputError(
             got, f"0 to {STANFORD.num_classes - 1}, or {UNKNOWN} for unknown", "correct the file"
         )
+    # after the check of the range, or 255 would be outside of it; (H, W)
     values[values == UNKNOWN] = IGNORE_INDEX
     return values.astype(np.uint8)

@@ -70,11 +70,15 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
     for split, start, count in splits:
         for number in range(count):
             key = f"{split}-{number:05d}"
+            # numbers only: the scene is painted by the worker that stores it
             tasks.append(Task(key, split, _scene, (seed, start + number, number)))
     return DataSet(STANFORD, tasks)
 
 
 def _scene(key: str, split: str, seed: int, index: int, number: int) -> Sample:
+    # (H, W, 3) uint8 and (H, W) uint8; the size goes by the number, so that a short set has all
+    # sizes, too
     image, label = render_scene(seed, index, SIZES[number % len(SIZES)])
     jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY)
+    # its arguments as the source: the scene can be painted again from them
     return Sample(key, jpeg, label, split, f"toy seed={seed} index={index}")

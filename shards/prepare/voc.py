@@ -57,12 +57,15 @@ def voc_palette(num_colors: int) -> tuple[tuple[int, int, int], ...]:
         channels = [0, 0, 0]
         for place in range(8):
             for channel in range(3):
+                # index 1 is (128, 0, 0), 2 is (0, 128, 0), 3 both: neighbours in number are far
+                # apart in colour
                 channels[channel] |= (index >> (3 * place + channel) & 1) << (7 - place)
         colors.append((channels[0], channels[1], channels[2]))
     return tuple(colors)
 
 
 VOC = ClassSet(NAMES, voc_palette(len(NAMES)))
+# values stay as they are: what the coding adds is that any other value is refused
 CODING = Coding((*((index, index) for index in range(len(NAMES))), (IGNORE_INDEX, IGNORE_INDEX)))
 
 
@@ -79,17 +82,22 @@ def samples(
     size, in colours, or with other values than 0 to 20 and 255.
     """
     folder = locate(root, "JPEGImages", "VOC2012", "VOCdevkit/VOC2012")
+    # the devkit's lists are of 2012's own annotations; the 10,582 images of "train_aug" have a list
+    # of their own, which users bring along
     lists = {"train": train_list, "val": val_list}
     default = folder / "ImageSets" / "Segmentation"
     splits = {
         split: ids_in_list(Path(given) if given else default / f"{split}.txt")
         for split, given in lists.items()
     }
+    # lists that are put together by hand (train_aug) may contain validation images, and the score
+    # then means nothing
     check_listed_once(splits)
     pairs = [
         Pair(id_, split, folder / "JPEGImages" / f"{id_}.jpg", folder / labels / f"{id_}.png")
         for split, id_ in each_id(splits)
     ]
+    # most of VOC has no segmentation: said as a note, so that it is not taken for a loss
     unlisted = len(files_by_id(folder / "JPEGImages").keys() - {pair.id for pair in pairs})
     notes = (f"{unlisted} images of JPEGImages are in no list",) if unlisted else ()
     return DataSet(VOC, pair_tasks(root, pairs, masked_sample, CODING, "VOC2012"), notes)

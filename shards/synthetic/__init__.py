@@ -31,6 +31,7 @@ from shards.synthetic.placement import Site
 __all__ = ["VOID_SHARE", "render_scene", "scene_layout"]
 
 MIN_SIDE_PX = 32
+# as in hand-made sets, where void lies along borders: training and metrics have to leave it out
 VOID_SHARE = (0.006, 0.018)  # least and greatest share of void pixels in a scene
 
 
@@ -42,12 +43,16 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarr
     Raises InputError for a negative seed or index and for smaller sizes.
     """
     rng = _checked_rng(seed, index, size)
+    # first, so that scene_layout can draw it alone from the same numbers
     layout = plan_layout(rng, size)
     canvas = Canvas(layout, rng)
+    # from the back to the front, as a painter: what is near covers what is far, in the label too
     paint_sky(canvas, rng)
     paint_far(canvas, layout, rng)
     paint_ground(canvas, layout, rng)
+    # a copy of the label: things look for bare ground, and must not see each other
     Site(canvas, layout, canvas.label.copy(), rng).paint()
+    # after all that is painted: void lies on the borders of what is seen
     add_void(canvas.label, uniform(rng, *VOID_SHARE), rng)
     return _exposed(canvas, rng), canvas.label
 
@@ -70,6 +75,8 @@ def _exposed(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     """The picture as a camera gives it: uneven light, sensor noise, rounded to bytes."""
     patches = fractal(rng, canvas.camera.size, (90, 90), 1)[..., None]
     grain = rng.integers(-128, 128, canvas.image.shape, np.int8).astype(np.float32)
+    # uneven light and grain: else a network would find the brushes' exact colours
     image = canvas.image * (np.float32(0.88) + np.float32(0.24) * patches)
     image += grain * np.float32(uniform(rng, 0.015, 0.075))
+    # clipped first: a float above 255 as uint8 is what the processor makes of it
     return np.rint(image).clip(0, 255).astype(np.uint8)

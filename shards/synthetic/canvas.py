@@ -13,6 +13,7 @@ from shards.sample import IGNORE_INDEX, STANFORD
 from shards.synthetic.layout import RGB, Camera, Layout, Light, Point
 from shards.synthetic.noise import fractal, on_ground
 
+# the order of STANFORD's names: a label here is an index there
 SKY, TREE, ROAD, GRASS, WATER, BUILDING, MOUNTAIN, FOREGROUND = range(STANFORD.num_classes)
 SUBPIXELS = 4  # a mask is drawn this many times larger and averaged: smooth edges
 # no polygon reaches further outside: a point near the camera would overflow fixed point
@@ -36,6 +37,7 @@ class Canvas:
 
     def __init__(self, layout: Layout, rng: np.random.Generator):
         self.camera, self.light = layout.camera, layout.light
+        # floats until the end: rounded at each brush, thin haze would vanish
         self.image = np.zeros((*self.camera.size, 3), np.float32)
         self.label = np.full(self.camera.size, SKY, np.uint8)
         self.noise = _noises(self.camera, rng)
@@ -63,6 +65,7 @@ class Canvas:
         mix = self.noise[brush.noise][where][..., None]
         self.blend(where, alpha, first + (second - first) * mix)
         if label is not None:
+            # a pixel belongs to what covers more than half of it, while its colour is mixed
             self.label[where][alpha[..., 0] > 0.5] = label
 
     def darken(self, polygon: Sequence[Point], strength: float) -> None:
@@ -78,6 +81,7 @@ class Canvas:
 
     def blend(self, where: tuple[slice, slice], alpha: np.ndarray, color: np.ndarray) -> None:
         """Cover a window of the picture with a colour, (h, w, 3) or (3,), by alpha (h, w, 1)."""
+        # a view: the next line writes into the picture
         region = self.image[where]
         region += alpha * (color - region)
 
@@ -99,11 +103,14 @@ class Canvas:
         if width <= 0 or height <= 0:
             return None
         mask = np.zeros((height * SUBPIXELS, width * SUBPIXELS), np.uint8)
+        # 16ths of a subpixel, by shift=4 below: integers, which every machine fills alike
         fixed = np.rint((points - low) * (SUBPIXELS * 16)).astype(np.int32)
         start = 0
         for polygon in polygons:  # one at a time: together, overlaps would cancel
             cv2.fillPoly(mask, [fixed[start : start + len(polygon)]], 255, shift=4)
             start += len(polygon)
+        # of bytes and by a whole factor: INTER_AREA then adds up integers, which every machine does
+        # alike
         alpha = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA) * np.float32(
             1 / 255
         )
@@ -113,6 +120,7 @@ class Canvas:
 def tone(light: Light, color: RGB, depth_m: float, shade: float = 1.0) -> np.ndarray:
     """(3,) float32: a colour under the scene's light, seen through the haze of `depth_m`."""
     haze = depth_m / (depth_m + light.haze_m)
+    # one number after the other: a matrix product may add up in another order elsewhere
     lit = [part * tint * shade for part, tint in zip(color, light.tint, strict=True)]
     return np.array(
         [part * (1 - haze) + sky * haze for part, sky in zip(lit, light.low_sky, strict=True)],
@@ -125,15 +133,18 @@ def add_void(label: np.ndarray, share: float, rng: np.random.Generator) -> None:
     height, width = label.shape
     target = round(share * label.size)
     specks = np.zeros_like(label)
+    # a fifth: enough that void is not at borders only
     while np.count_nonzero(specks) < target // 5:
         center = int(rng.integers(width)), int(rng.integers(height))
         axes = int(rng.integers(1, 4)), int(rng.integers(1, 3))
         cv2.ellipse(specks, center, axes, 0, 0, 360, 1, -1)
     kernel = np.ones((3, 3), np.uint8)
+    # (H, W) bool: where the 3 x 3 around a pixel has two classes
     border = (cv2.dilate(label, kernel) != cv2.erode(label, kernel)) & (specks == 0)
     rows, columns = np.nonzero(border)
     # smooth noise: whole stretches of a border go, not single pixels
     order = fractal(rng, label.shape, (24, 24), 2)[rows, columns]
+    # stable: equal values keep their order, which the other kinds leave to the processor
     chosen = np.argsort(order, kind="stable")[: max(target - np.count_nonzero(specks), 0)]
     label[specks > 0] = IGNORE_INDEX
     label[rows[chosen], columns[chosen]] = IGNORE_INDEX
@@ -144,7 +155,8 @@ def _noises(camera: Camera, rng: np.random.Generator) -> dict[str, np.ndarray]:
     below = np.arange(1, height - camera.horizon_px + 1, dtype=np.float32)[:, None]
     columns = np.arange(camera.size[1], dtype=np.float32)[None] - np.float32(camera.vanishing_px)
     distance = np.float32(len(below)) / below  # 1 in the lowest row
-    texture = fractal(rng, (160, 160), (20, 20), 5)
+    texture = fractal(rng, (160, 160), (20, 20), 5)  # laid out on the ground
+    # wide and low, as crests are that are seen from the side
     waves = fractal(rng, (160, 160), (6, 40), 3)
     fields = {
         "fine": fractal(rng, camera.size, (5, 5), 3),

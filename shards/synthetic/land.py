@@ -69,6 +69,7 @@ def paint_far(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> None:
     """
     if layout.has_mountains:
         peak = uniform(rng, 0.4, 0.9)
+        # a lower range, if any, is nearer, so it comes second
         for part in (1.0, uniform(rng, 0.45, 0.75))[: 1 + chance(rng, 0.6)]:
             _paint_ridge(
                 canvas,
@@ -88,6 +89,8 @@ def paint_ground(canvas: Canvas, layout: Layout, rng: np.random.Generator) -> No
     meadow = MEADOWS[pick_index(rng, len(MEADOWS))]
     near, far = (tone(canvas.light, color, 0) for color in (meadow.first, meadow.second))
     rows = np.arange(1, height - horizon + 1, dtype=np.float32)[:, None, None]
+    # the camera's own formula, a row at a time: rows begin at 1, since the horizon is infinitely
+    # far
     depth = np.float32(canvas.camera.focal_px * canvas.camera.height_m) / rows
     haze = depth / (depth + np.float32(canvas.light.haze_m))
     color = near + (far - near) * canvas.noise["ground"][horizon:, :, None]
@@ -114,6 +117,7 @@ def _paint_ridge(canvas: Canvas, rng: np.random.Generator, peak: float, depth_m:
     width, base = canvas.camera.size[1], canvas.camera.horizon_px
     line = ridge(rng, 6, uniform(rng, 0.42, 0.62))
     low, high = min(line), max(line)
+    # a little wider than the picture, so that no range ends in view
     step = width * 1.04 / (len(line) - 1)
     up = [(0.12 + 0.88 * (value - low) / (high - low)) * peak * base for value in line]
     top = [(-0.02 * width + i * step, base - rise) for i, rise in enumerate(up)]
@@ -132,6 +136,7 @@ def _paint_ridge(canvas: Canvas, rng: np.random.Generator, peak: float, depth_m:
             faces.append([(x0, y0), (x1, y1), (x1 + slide, foot1), (x0 + slide, foot0)])
     if faces:
         shade = 1 - 0.25 - 0.25 * canvas.light.contrast
+        # None: the whole range is labelled by now, and shade is no class
         canvas.fill(_under(faces, top), None, brush, depth_m, shade)
     if chance(rng, 0.35):
         snow_line = uniform(rng, 0.55, 0.8) * peak * base
@@ -148,6 +153,7 @@ def _under(faces: list[list[Point]], top: list[Point]) -> list[list[Point]]:
     step, first = top[1][0] - top[0][0], top[0][0]
 
     def below(point: Point) -> Point:
+        # the last segment's end belongs to it, or there would be no point behind
         at = min(max((point[0] - first) / step, 0), len(top) - 1.001)
         (_, left), (_, right) = top[int(at)], top[int(at) + 1]
         return point[0], max(point[1], left + (right - left) * (at - int(at)))
@@ -164,6 +170,7 @@ def _paint_far_trees(canvas: Canvas, rng: np.random.Generator) -> None:
     base, rise = canvas.camera.horizon_px, height * uniform(rng, 0.03, 0.10)
     left, right = sorted((uniform(rng, -0.6, 1.0), uniform(rng, 0.2, 1.6)))
     columns = range(int(left * width), int(right * width), 4)
+    # ragged: a straight edge would be told from a wall by nothing but colour
     tops = [(float(x), base - rise * uniform(rng, 0.7, 1.3)) for x in columns]
     if tops:
         outline = [(tops[0][0], base), *tops, (tops[-1][0], base)]
@@ -214,6 +221,7 @@ def _lake(canvas: Canvas, rng: np.random.Generator) -> list[Point]:
     upper, lower = [], []
     for i in range(33):
         t = i / 32
+        # a half circle: both shores meet at the ends
         taper = math.sqrt(4 * t * (1 - t))
         x = left + (right - left) * t
         upper.append((x, middle + (top - middle) * taper * (1 + 0.1 * far[i])))
@@ -233,6 +241,8 @@ def _paint_water(
     where, alpha = found
     ripple = canvas.noise["ripple"][where]
     rows = np.arange(where[0].start, where[0].stop)[:, None]
+    # a row below the horizon shows the row as far above it, moved by ripples, and never water
+    # itself
     shaken = (
         2 * horizon - 1 - rows + ((ripple - 0.5) * uniform(rng, 2, 14)).astype(np.int64)
     ).clip(0, horizon - 1)
@@ -251,6 +261,7 @@ def _bends(
     """(depth, x) of a centre line that starts at the camera and swings more with distance."""
     line = ridge(rng, 5, 0.4)
     steps = [i / 32 for i in range(33)]
+    # cubed: most points are near, where a bend is many pixels wide
     depths = [2.0 + (far_m - 2.0) * t * t * t for t in steps]
     return [
         (d, x_m + swing_m * t * (line[i] - line[0]))

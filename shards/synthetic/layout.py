@@ -89,6 +89,8 @@ class PlaceKind:
     road: float
 
 
+# looked up by one draw, in this order: a place more would shift those behind it, and with them
+# every scene
 PLACES = {
     "street": PlaceKind(0.28, mountains=0.40, road=1.0),
     "country": PlaceKind(0.52, mountains=0.75, road=0.9),
@@ -97,6 +99,7 @@ PLACES = {
 }
 
 # zenith, low sky, tint, haze_m, contrast, cloud: clear, overcast, evening, dusk, haze, rain, dust
+# so unlike each other that no class has a colour of its own
 WEATHERS: tuple[tuple[RGB, RGB, RGB, float, float, RGB], ...] = (
     ((82, 140, 208), (188, 212, 232), (1.0, 0.99, 0.95), 700, 1.0, (240, 242, 245)),
     ((152, 158, 166), (198, 201, 204), (0.82, 0.84, 0.86), 350, 0.2, (128, 132, 138)),
@@ -110,6 +113,7 @@ WEATHERS: tuple[tuple[RGB, RGB, RGB, float, float, RGB], ...] = (
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """One double in [low, high)."""
+    # from random() alone, here and below: the fewest steps between the generator's bits and a draw
     return low + (high - low) * rng.random()
 
 
@@ -125,6 +129,8 @@ def pick_index(rng: np.random.Generator, count: int) -> int:
 
 def scene_rng(seed: int, index: int) -> np.random.Generator:
     """The generator that a scene is drawn from: no two pairs (seed, index) share numbers."""
+    # a counter with the pair as its key: scene 7 needs no scenes before it, so that any worker can
+    # paint any
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
 
 
@@ -132,11 +138,13 @@ def plan_layout(rng: np.random.Generator, size: tuple[int, int]) -> Layout:
     """Draw place, camera and light; uses the first numbers of the scene's generator."""
     height, width = size
     draw = rng.random()
+    # the last reaches to 1.0, and a draw stays below it
     place = next(name for name, kind in PLACES.items() if draw < kind.up_to)
     camera = Camera(
         size=size,
         horizon_px=int(height * uniform(rng, 0.34, 0.60)),
         vanishing_px=width * uniform(rng, 0.25, 0.75),
+        # from the area: portrait and landscape see things equally large
         focal_px=math.sqrt(height * width) * uniform(rng, 0.85, 1.25),
         height_m=uniform(rng, 1.7, 3.4) if place == "street" else uniform(rng, 1.8, 5.5),
     )

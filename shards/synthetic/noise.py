@@ -24,11 +24,15 @@ def fractal(
     height, width = size
     total = np.zeros(size, np.float32)
     for octave in range(octaves):
+        # two grid points a side at least: INTER_LINEAR_EXACT has nothing to blend between with one
         rows = max(2, round(height / cell_px[0] * 2**octave) + 1)
         columns = max(2, round(width / cell_px[1] * 2**octave) + 1)
+        # bytes: of floats OpenCV has no exact resize
         grid = rng.integers(0, 256, (rows, columns), np.uint8)
         layer = cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+        # a power of two as weight: the product is exact, on every machine
         total += layer.astype(np.float32) * np.float32(0.5**octave)
+    # 127.5 times the sum of the weights, 1 + 1/2 + 1/4 + ...
     mean = 127.5 * (2 - 0.5 ** (octaves - 1))
     # a sum of layers keeps to the middle: a gain of 1.7 uses the whole range again
     return ((total - np.float32(mean)) * np.float32(1.7 / (2 * mean)) + np.float32(0.5)).clip(0, 1)
@@ -56,9 +60,11 @@ def on_ground(texture: np.ndarray, depth: np.ndarray, across: np.ndarray) -> np.
     depth: (rows, 1), across: (rows, W), where each pixel meets the ground, in texels. It repeats
     mirrored.
     """
+    # an index into the texture, not a warp: the same pixels on every machine
     return texture[_mirrored(depth, len(texture)), _mirrored(across, len(texture))]
 
 
 def _mirrored(position: np.ndarray, length: int) -> np.ndarray:
+    # mirrored, since a plain repeat would show a seam
     index = position.astype(np.int64) % (2 * length)
     return np.where(index < length, index, 2 * length - 1 - index)

@@ -34,17 +34,20 @@ class Site:
         them.
         """
         items = [*self._buildings(), *self._trees(), *self._things()]
+        # by depth alone: where two are equal, the functions behind them have no order
         for _, paint in sorted(items, key=lambda item: -item[0]):
             paint()
 
     def _buildings(self) -> list[Item]:
         blocks: list[Block] = []
         if self.layout.place == "street":
+            # each side by itself: a street that is open to one side is seen, too
             for side in (-1, 1):
                 blocks += self._row_of_houses(side) if chance(self.rng, 0.9) else []
         else:
             for _ in range(pick_index(self.rng, 4)):
                 blocks += self._lone_house()
+        # by the near edge, which hides what stands behind it
         return [
             (block.near, partial(paint_block, self.canvas, block, self.rng)) for block in blocks
         ]
@@ -66,6 +69,7 @@ class Site:
         rng = self.rng
         depth_m = self.layout.camera.nearest_m * uniform(rng, 0.6, 2.5)
         edge_m = uniform(rng, 7.5, 13)
+        # one usual height for a row: houses of a street are alike
         usual_m = uniform(rng, 4, 18)
         blocks: list[Block] = []
         while depth_m < LAST_HOUSE_M and len(blocks) < 8:
@@ -109,11 +113,13 @@ class Site:
         camera = self.layout.camera
         height, width = camera.size
         below = height - camera.horizon_px
+        # rows, not depths: drawn by depth, nearly everything would be a few pixels large
         low, high = camera.horizon_px + below / reach[1], camera.horizon_px + below / reach[0]
         for _ in range(TRIES):
             row, column = uniform(self.rng, low, high), uniform(self.rng, 0, width)
             depth_m = camera.depth(row)
             half_px = camera.focal_px * half_m / depth_m
+            # both edges and the middle: a car half on grass would teach a wrong rule
             feet = (
                 int(min(max(at, 0), width - 1))
                 for at in (column - half_px, column, column + half_px)

@@ -75,6 +75,7 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
     glass = Brush(pane, _scaled(pane, 0.7), "coarse")
     roof = ROOFS[pick_index(rng, len(ROOFS))]
     grid_m = uniform(rng, 2.2, 4.0), uniform(rng, 2.8, 3.8)
+    # under the house, so before it; it darkens only, and leaves the label to the ground
     _cast_shadow(canvas, block)
     x_m = block.left if block.left > 0 else block.right
     # a side wall on the left of the view looks to the right, and is lit when the sun is there
@@ -86,6 +87,7 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
         eaves = [point(x_m, block.height, block.near), point(x_m, block.height, block.far)]
         top = [point(middle, rise, block.far), point(middle, rise, block.near)]
         canvas.fill([[*eaves, *top]], BUILDING, Brush(roof, _scaled(roof, 0.75)), block.near, shade)
+    # a house straight ahead shows no side
     if block.left > 0 or block.right < 0:
         side = Wall(
             lambda u, up: point(x_m, up, block.near + u), block.far - block.near, block.height
@@ -95,6 +97,7 @@ def paint_block(canvas: Canvas, block: Block, rng: np.random.Generator) -> None:
         lambda u, up: point(block.left + u, up, block.near), block.right - block.left, block.height
     )
     _paint_wall(canvas, front, (brush, glass), grid_m, (block.near, dim))
+    # the gable's triangle last: it stands in the plane of the front, before the roof
     if block.gable:
         corners = ((block.left, block.height), (middle, rise), (block.right, block.height))
         outline = [point(x, up, block.near) for x, up in corners]
@@ -157,6 +160,7 @@ def _lobe(
     """A circle with a leafy edge around (x, up), in metres."""
     rough = [1 + 0.16 * (2 * rng.random() - 1) for _ in CIRCLE]
     return [
+        # not below the ground, where a bush's lobes would reach
         at(center[0] + radii[0] * c * r, max(center[1] + radii[1] * s * r, 0.0))
         for (c, s), r in zip(CIRCLE, rough, strict=True)
     ]
@@ -191,6 +195,7 @@ def _paint_wall(
         for u, up in ((0, 0), (0, wall.height), (wall.length, wall.height), (wall.length, 0))
     ]
     canvas.fill([outline], BUILDING, brushes[0], depth_m, shade)
+    # bounded: panes of far towers would be finer than pixels
     columns, storeys = min(int(wall.length / grid_m[0]), 12), min(int(wall.height / grid_m[1]), 10)
     panes = []
     for column in range(columns):
@@ -199,6 +204,7 @@ def _paint_wall(
             low, high = ((storey + part) * grid_m[1] for part in (0.3, 0.8))
             panes.append([wall.at(u0, low), wall.at(u0, high), wall.at(u1, high), wall.at(u1, low)])
     if panes:
+        # None: a window is a part of its building
         canvas.fill(panes, None, brushes[1], depth_m, 0.9 * shade)
 
 
@@ -218,6 +224,7 @@ def _cast_shadow(canvas: Canvas, block: Block) -> None:
 def shadow_ellipse(canvas: Canvas, x_m: float, depth_m: float, half_m: float) -> None:
     """The shadow of something round, `half_m` wide to each side, on the ground under it."""
     shift = -canvas.light.sun * half_m * 0.4
+    # a share of the depth at most: an ellipse that reached behind the camera has no picture
     deep = min(half_m * 0.6, depth_m * 0.3)
     canvas.darken(
         [canvas.camera.point(x_m + shift + half_m * c, 0, depth_m + deep * s) for c, s in CIRCLE],

@@ -13,6 +13,7 @@ from shards.synthetic.standing import CIRCLE, shadow_ellipse
 # colour's name, polygon: x to the right, y up from the ground, metres
 Part = tuple[str, tuple[Point, ...]]
 
+# several for each part: a thing with one colour of its own would be learned without its shape
 COLORS: dict[str, tuple[RGB, ...]] = {
     "paint": (
         (176, 32, 30),
@@ -63,6 +64,7 @@ class Thing:
     half_m: float  # half of its width, for shadow and placement
 
 
+# wheels behind the body in the list are painted over it
 CAR_SIDE = Thing(
     (
         (
@@ -248,7 +250,10 @@ def paint_thing(
     All of it is labelled foreground.
     """
     size = uniform(rng, 0.9, 1.1)
+    # mirrored at random, as crops are in training: no side is the usual one
     side = 1 if chance(rng, 0.5) else -1
+    # a colour for each name, once: both legs of a person wear the same trousers, and the draws do
+    # not depend on the parts
     picked = {name: choices[pick_index(rng, len(choices))] for name, choices in COLORS.items()}
     fade = uniform(rng, 0.6, 0.85)
     shadow_ellipse(canvas, x_m, depth_m, thing.half_m * 1.1)
