@@ -109,15 +109,17 @@ def tables(inspection: Inspection) -> Iterator[Table]:
             name, *counts, f"{split['bytes'] / 1e6:,.0f}", f"{split['void_share']:.1%}", *sizes
         )
     yield about
-    columns = [f"{name} {what}" for name in splits for what in ("pixels", "images")]
+    columns: list[str] = []
+    for name in splits:
+        columns += [f"{name} pixels", f"{name} images"]
     histogram = _table(
         "classes: share of the pixels that are not void, and images", "class", right=columns
     )
     for index, name in enumerate(inspection.manifest.classes.names):
         of_class = [split["classes"][name] for split in splits.values()]
-        cells = [
-            cell for count in of_class for cell in (f"{count['share']:.2%}", f"{count['images']:,}")
-        ]
+        cells: list[str] = []
+        for count in of_class:
+            cells += [f"{count['share']:.2%}", f"{count['images']:,}"]
         histogram.add_row(f"{index} {name}", *cells)
     yield histogram
     if inspection.findings:
@@ -197,9 +199,8 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
 def _chosen(inspection: Inspection) -> list[Look]:
     looks = [look for look in inspection.looks if look.size is not None]
     flagged = {finding.sample for finding in inspection.findings if finding.sample}
-    chosen = {
-        id(look): look for look in [look for look in looks if look.key in flagged][:NUM_FLAGGED]
-    }
+    with_findings = [look for look in looks if look.key in flagged]
+    chosen = {id(look): look for look in with_findings[:NUM_FLAGGED]}
     labelled = [look for look in looks if look.pixels is not None]
     for split in inspection.manifest.splits:
         of_split = [look for look in labelled if look.split == split]

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,16 @@ def predict(
         for future in written:
             future.result()
     _write_classes(out / CLASSES_FILE, classes)
-    seconds = time.perf_counter() - started
-    each = f"{len(images) / seconds:.1f} images/s"
-    if seconds >= len(images):
-        each = f"{seconds / len(images):.1f} s an image"
-    print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
+    took = _speed(len(images), time.perf_counter() - started)
+    print(f"{took}, reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
+
+
+def _speed(count: int, seconds: float) -> str:
+    each = f"{count / seconds:.1f} images/s"
+    if seconds >= count:
+        each = f"{seconds / count:.1f} s an image"
+    return f"{count} images in {seconds:.1f} s ({each})"
 
 
 def _as_bytes(probabilities: torch.Tensor) -> np.ndarray:
@@ -232,7 +237,7 @@ class _Files:
     def write(self, image: np.ndarray, label: np.ndarray, planes: np.ndarray | None) -> None:
         self._put(f"{self.name}.png", encode_label(label))
         color = Image.fromarray(label)
-        color.putpalette([part for color in self.classes.palette for part in color])
+        color.putpalette(list(chain.from_iterable(self.classes.palette)))
         self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
         mixed = overlay(image, label, self.classes, self.alpha)
         self._put(

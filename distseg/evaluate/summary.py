@@ -146,12 +146,16 @@ def _in_tables(name: str) -> bool:
 
 def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Setting:
     config = loading.flattened(loading.to_dict(group[0].config))
-    apart = {key for other in groups for key in _differing(group[0], other[0])}
+    apart: set[str] = set()
+    for other in groups:
+        apart |= set(_differing(group[0], other[0]))
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
     name = ", ".join(f"{key}={config.get(key)}" for key in sorted(apart)) or str(
         group[0].config.preset
     )
-    values = {name: tuple(float(e.scores[name]) for e in group) for name in names}
+    values = {}
+    for score in names:
+        values[score] = tuple(float(e.scores[score]) for e in group)
     runs = tuple(str(e.path.parent) for e in group)
     return Setting(name, runs, tuple(e.config.seed for e in group), values)
 

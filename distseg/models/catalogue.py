@@ -69,9 +69,10 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
     """
     segmentors, discriminators = measure(tuple(names), num_classes)
     if as_json:
-        kinds = {"segmentors": segmentors, "discriminators": discriminators}
-        document = {kind: [asdict(entry) for entry in entries] for kind, entries in kinds.items()}
-        print(json.dumps({"num_classes": num_classes, "size_px": SIZE_PX, **document}, indent=2))
+        document: dict[str, Any] = {"num_classes": num_classes, "size_px": SIZE_PX}
+        document["segmentors"] = [asdict(entry) for entry in segmentors]
+        document["discriminators"] = [asdict(entry) for entry in discriminators]
+        print(json.dumps(document, indent=2))
         return 0
     console = Console()
     console.width = max(console.width, MIN_WIDTH)

@@ -21,8 +21,8 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     where nothing is left to train.
     """
     parameters = dict(network.named_parameters())
-    matched = {pattern: [n for n in parameters if _matches(n, pattern)] for pattern in patterns}
-    for pattern, names in matched.items():
+    for pattern in patterns:
+        names = [name for name in parameters if _matches(name, pattern)]
         if not names:
             parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in parameters))
             got = f"segmentor.freeze: {pattern!r} matches no parameter"

@@ -92,7 +92,9 @@ class MultiScale(nn.Module):
         """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the
         same image.
         """
-        sizes = [tuple(4 * num_cells(side, 2**k) for side in grid) for k in range(SCALES)]
+        sizes = []
+        for k in range(SCALES):
+            sizes.append(tuple(4 * num_cells(side, 2**k) for side in grid))
         whole = not is_exporting() and image.shape[-2:] == sizes[0]
         levels = [image if whole else _resize(image, sizes[0])]
         # each from the one before, whose filter is half as wide as one over the image

@@ -235,13 +235,7 @@ def _load(
         got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     renewed = _of_other_classes(known, own, num_scores)
-    for name in known.keys() - renewed:
-        if known[name].shape != own[name].shape and not _is_flat_convolution(
-            known[name], own[name]
-        ):
-            got = f"{weights.source}: {name} has shape {tuple(known[name].shape)}"
-            needed = f"shape {tuple(own[name].shape)}"
-            raise InputError(got, needed, "choose the file of this network")
+    _check_shapes({name: known[name] for name in known.keys() - renewed}, own, weights.source)
     report = LoadReport(
         source=weights.source,
         loaded=tuple(name for name in own if name in known and name not in renewed),
@@ -258,6 +252,14 @@ def _load(
     fitting = {name: known[name].reshape(own[name].shape) for name in report.loaded}
     module.load_state_dict(fitting, strict=False)
     return report
+
+
+def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    for name, tensor in given.items():
+        if tensor.shape != own[name].shape and not _is_flat_convolution(tensor, own[name]):
+            got = f"{source}: {name} has shape {tuple(tensor.shape)}"
+            needed = f"shape {tuple(own[name].shape)}"
+            raise InputError(got, needed, "choose the file of this network")
 
 
 def _too_little(report: LoadReport, part: str) -> InputError:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ _BLUE = ((247, 251, 255), (8, 48, 107))  # of 0 and 1, evenly dark for all reade
 def iou_section(collected: Collected, entries: list[Entry]) -> Section | None:
     """Every class's IoU at the last evaluation, for runs and means, and at evaluations before."""
     runs = collected["runs"]
-    classes = list(dict.fromkeys(name for run in runs for name in run["classes"]))
+    classes = list(dict.fromkeys(chain.from_iterable(run["classes"] for run in runs)))
     if not classes:
         return None
     columns = [(entry, *_last_iou(entry, runs)) for entry in entries]

@@ -47,7 +47,7 @@ def thin(runs: Sequence[Run]) -> None:
     """Replace every metric that has more than MAX_POINTS in some run by means, on one grid of steps
     for all runs.
     """
-    for name in {name for run in runs for name in run["series"]}:
+    for name in set().union(*(run["series"] for run in runs)):
         having = [run["series"] for run in runs if name in run["series"]]
         if max(len(curves[name][0]) for curves in having) > MAX_POINTS:
             width = _round(max(curves[name][0][-1] for curves in having) / MAX_POINTS)
@@ -146,7 +146,7 @@ def differences(runs: list[Run]) -> list[dict[str, Any]]:
     key).
     """
     found = []
-    for key in sorted({key for run in runs for key in run["config"]} - {"run_dir"}):
+    for key in sorted(set().union(*(run["config"] for run in runs)) - {"run_dir"}):
         values = [run["config"].get(key) for run in runs]
         if any(value != values[0] for value in values):
             found.append({"key": key, "values": values})

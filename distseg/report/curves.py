@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import matplotlib as mpl
@@ -77,7 +78,7 @@ def entries_of(collected: dict[str, Any]) -> list[Entry]:
     """
     groups = [group for group in collected["groups"] if len(group["runs"]) > 1]
     by_means = bool(groups) and len(collected["runs"]) > 4
-    averaged = {index for group in groups for index in group["runs"]}
+    averaged = set(chain.from_iterable(group["runs"] for group in groups))
     entries = []
     for index, run in enumerate(collected["runs"]):
         is_shown = not (by_means and index in averaged)

@@ -83,7 +83,9 @@ def legend(entries: list[Entry]) -> str:
 def curves_section(collected: dict[str, Any], entries: list[Entry]) -> Section:
     """A figure for every panel that has something to say."""
     runs = collected["runs"]
-    names = [name for run in runs for name, curve in run["series"].items() if any(curve[1])]
+    names: list[str] = []
+    for run in runs:
+        names += [name for name, (_, values) in run["series"].items() if any(values)]
     figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in panels_of(names)]
     note = (
         "Over training steps. Thin: single logged steps; thick: their running mean; of a mean over "
@@ -126,7 +128,9 @@ def _marks(
     level = reference(panel)
     if level is not None:
         marks.append(f"····· {escape(level[1])}")
-    without = {index: one.last_step for one in drawn for index in one.without}
+    without: dict[int, int] = {}
+    for one in drawn:
+        without |= dict.fromkeys(one.without, one.last_step)
     if without:
         names = ", ".join(runs[index]["name"] for index in without)
         step = max(without.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from html import escape
+from itertools import chain
 from typing import Any
 
 from distseg.report.classes import confusion_section, iou_section
@@ -26,7 +27,10 @@ from distseg.tracking.verdicts import NAMED
 def runs_section(collected: Collected, entries: list[Entry]) -> Section:
     """One row for every run, and for every group the means over seeds."""
     runs, groups = collected["runs"], [g for g in collected["groups"] if len(g["runs"]) > 1]
-    scores = [s for s in SCORES if {run["scores"][s.name] for run in runs} != {None}]
+    scores = []
+    for score in SCORES:
+        if {run["scores"][score.name] for run in runs} != {None}:
+            scores.append(score)
     head = ["run", "mode", "seed", "steps", *(s.title for s in scores), "minutes", "health"]
     best = {}
     for score in scores:
@@ -217,7 +221,7 @@ def environment_section(collected: Collected, entries: list[Entry]) -> Section |
 
 def _of_every_run(runs: list[Run], what: str, title: str) -> tuple[str, int]:
     """A table of a run's dictionaries beside one another, and how many keys it has."""
-    keys = list(dict.fromkeys(key for run in runs for key in run[what]))
+    keys = list(dict.fromkeys(chain.from_iterable(run[what] for run in runs)))
     rows = []
     for key in keys:
         rows.append([Cell(key), *(Cell(or_dash(run[what].get(key)), "text") for run in runs)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
         "entity": config.get("tracking.entity") or "",
     }
     runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
-    metrics = [metric for run in runs for metric in run["series"]]
+    metrics = chain.from_iterable(run["series"] for run in runs)
     curves = [_line_plot(wr, panel, found) for panel, found in panels_of(metrics)]
     sections = {
         "Curves": _placed(wr, curves),
@@ -83,13 +84,14 @@ def _workspaces() -> Any:
 
 
 def _class_plots(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
-    classes = sorted({name for run in runs for name in run["classes"]})
+    classes = sorted(set().union(*(run["classes"] for run in runs)))
     metrics = [CLASS_IOU + name for name in classes]
     return [wr.BarPlot(title="IoU of each class, last evaluation", metrics=metrics)] * bool(metrics)
 
 
 def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
-    keys = sorted({sample["key"] for run in runs for sample in run["samples"]})
+    found = chain.from_iterable(run["samples"] for run in runs)
+    keys = sorted({sample["key"] for sample in found})
     if not keys:
         return []
     browsers = []

@@ -7,6 +7,7 @@ styles differ as well.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     validation scores (if there are any); of noisy losses the single values are thin and a running
     mean is thick.
     """
-    names = dict.fromkeys(name for row in metrics for name in row)
+    names = dict.fromkeys(itertools.chain.from_iterable(metrics))
     panels = [found for found in panels_of(names) if found[0].in_picture]
     panels = panels or [(Panel("no metrics yet", ""), [])]
     figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), dpi=_DPI, layout="constrained")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
@@ -56,6 +59,7 @@ def build_trainer(
 ) -> Trainer:
     """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
+    scored = pair.segmentor if ema is None else ema
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     checkpoints.check_space(learners)
@@ -71,7 +75,7 @@ def build_trainer(
         ranks=ranks,
         pair=pair,
         ema=ema,
-        evaluator=_evaluator(config, ranks, pair, ema, data, watchdog),
+        evaluator=_evaluator(config, ranks, scored.full_network, data, watchdog),
         checkpoints=checkpoints,
         tracker=_tracker(config, ranks, state.step if latest else None),
         progress=progress,
@@ -85,15 +89,12 @@ def build_trainer(
 def _evaluator(
     config: Config,
     ranks: Ranks,
-    pair: Pair,
-    ema: MovingAverage | None,
+    gather_network: Callable[[], nn.Module],
     data: Data,
     watchdog: Watchdog,
 ) -> Evaluator:
-    """Of the EMA weights where they are kept."""
-    scored = pair.segmentor if ema is None else ema
     return Evaluator(
-        scored.full_network,
+        gather_network,
         data.val,
         ranks,
         TestTimeAugmentation.of(config.evaluate, config.precision, ranks.device),
