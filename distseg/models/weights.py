@@ -235,10 +235,12 @@ def _load(
         got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     renewed = _of_other_classes(known, own, num_scores)
-    _check_shapes({name: known[name] for name in known.keys() - renewed}, own, weights.source)
+    # in the network's order, so that the first layer that does not fit is the one that is named
+    loaded = tuple(name for name in own if name in known and name not in renewed)
+    _check_shapes({name: known[name] for name in loaded}, own, weights.source)
     report = LoadReport(
         source=weights.source,
-        loaded=tuple(name for name in own if name in known and name not in renewed),
+        loaded=loaded,
         missing=tuple(
             name
             for name in own
