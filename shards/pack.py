@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -70,8 +71,7 @@ def pack(
     overwrite: bool = False,
     append: bool = False,
 ) -> Manifest:
-    """Write <split>-<number>.tar shards with their member indices, then manifest.json; returns the
-    manifest.
+    """Write <split>-<number>.tar shards, their member indices, then the manifest, and return it.
 
     The bytes depend on the maps and samples_per_shard alone, not on the number of worker processes
     (0: none). Members of a sample: .jpg (original bytes; .image.png for a PNG original), .png
@@ -82,8 +82,7 @@ def pack(
     unreadable image, too little disk space, or, unless `overwrite`, a directory that holds other
     shards; to append, for other classes, a split or a key that is there.
     """
-    check_workers(num_workers)
-    _check_options(samples_per_shard, overwrite, append)
+    _check_options(samples_per_shard, num_workers, overwrite, append)
     reader = MapsReader(maps)
     sources = dict.fromkeys(sorted(reader.splits), source_of(maps, samples_per_shard))
     unchanged = _unchanged(out, sources)
@@ -97,22 +96,27 @@ def pack(
         tasks += _tasks(name, keys, samples_per_shard)
     overhead = len(reader) * MEMBER_OVERHEAD + len(tasks) * TAR_OVERHEAD
     check_space(out, maps.stat().st_size + overhead)
-    reader.close()
-    staging = out / STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # of a pack that was killed
-    try:
+    reader.close()  # an open HDF5 file does not survive a fork; each worker opens it for itself
+    with _staging(out) as staging:
         written = _write_all(reader, staging, tasks, num_workers)
-        splits = _splits(tasks, written, reader)
-        manifest = Manifest(
-            VERSION, reader.name, reader.classes, splits, len(reader.left_out), sources
-        )
+        manifest = _manifest(reader, _splits(tasks, written, reader), sources)
         _publish(staging, out, manifest, earlier, there)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return Manifest.load(out)
 
 
-def _check_options(samples_per_shard: int, overwrite: bool, append: bool) -> None:
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """The folder that shards are written in until all are whole; gone afterwards."""
+    staging = out / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # of a pack that was killed
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_options(samples_per_shard: int, num_workers: int, overwrite: bool, append: bool) -> None:
+    check_workers(num_workers)
     if samples_per_shard < 1 or (overwrite and append):
         got = f"samples_per_shard={samples_per_shard}, overwrite={overwrite}, append={append}"
         raise InputError(
@@ -339,6 +343,13 @@ def _index(path: Path, about: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
             entry = samples.setdefault(key, {"key": key, **about[key], "members": {}})
             entry["members"][kind] = [member.offset_data, member.size, zlib.crc32(content.read())]
     return list(samples.values())
+
+
+def _manifest(
+    reader: MapsReader, splits: dict[str, SplitInfo], sources: dict[str, str]
+) -> Manifest:
+    left_out = len(reader.left_out)
+    return Manifest(VERSION, reader.name, reader.classes, splits, left_out, sources)
 
 
 def _splits(

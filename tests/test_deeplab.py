@@ -6,6 +6,7 @@ Published sizes, grids that lie on the image, atrous pooling by hand, foreign we
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_doubled_rates_give_the_strided_pooling_at_every_second_cell():
         network.aspp.mean[0].weight.data.zero_()  # the mean over twice as many cells is another one
     image = torch.rand(1, 3, 225, 257, dtype=torch.float64)
     with torch.no_grad():
-        fine, coarse = (network.aspp(network.encoder(image)[1]) for network in (dense, strided))
+        fine, coarse = (network.aspp(network.encoder(image)[-1]) for network in (dense, strided))
     torch.testing.assert_close(fine[..., ::2, ::2], coarse)
 
 
@@ -346,3 +347,48 @@ def test_a_saved_segmentor_loads_whole(name, options, stride, tmp_path):
 def test_other_numbers_of_branches_are_refused():
     with pytest.raises(InputError, match=r"aspp_branches=3(.|\n)*4 or 2"):
         build_segmentor("deeplabv2_resnet101", 3, init="random", aspp_branches=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("deeplabv3_resnet50", {"encoder_stride": 8}),
+        ("deeplabv3_resnet50", {}),
+        ("deeplabv3plus_resnet50", {}),
+        ("deeplabv3plus_resnet50", {"encoder_stride": 8}),
+    ],
+)
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)])
+def test_an_auxiliary_head_lies_on_the_cells_of_the_logits_and_changes_nothing_else(
+    name: str, options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    plain = build_segmentor(name, 5, init="random", width=8, **options)
+    torch.manual_seed(0)
+    network = build_segmentor(name, 5, init="random", width=8, auxiliary=True, **options)
+    own = network.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in plain.state_dict().items())
+    assert network.has_auxiliary and not plain.has_auxiliary
+    image = torch.rand(2, 3, *size)
+    assert torch.equal(plain.eval()(image), network.eval()(image))  # a tensor, as ever
+    answer = network.train()(image)
+    assert answer["out"].shape == answer["aux"].shape == plain.train()(image).shape
+    (answer["aux"].square().sum()).backward()
+    reached = {key for key, p in network.named_parameters() if p.grad is not None}
+    assert {"auxiliary.0.0.weight", "auxiliary.2.weight"} <= reached
+    assert not any(key.startswith(("encoder.layer4", "aspp", "classifier")) for key in reached)
+
+
+def test_the_auxiliary_heads_cells_are_those_of_layer3() -> None:
+    """A head that copies layer3's first channel gives it at the places of the logits' cells."""
+    network = build_segmentor(
+        "deeplabv3plus_resnet50", 5, init="random", width=8, auxiliary=True
+    ).train()
+    network.auxiliary = torch.nn.Identity()
+    seen: dict[str, torch.Tensor] = {}
+    network.encoder.layer3.register_forward_hook(lambda *at: seen.update(map=at[2]))
+    answer = network(torch.rand(2, 3, 64, 96))
+    # cell i + 1 of layer3's map lies on the image's i-th cell of 16 px, so on 4 * i of 4 px cells,
+    # less the one that the margin adds before the image
+    fine, coarse = answer["aux"], seen["map"]
+    torch.testing.assert_close(fine[..., 3::4, 3::4], coarse[..., 1:5, 1:7])

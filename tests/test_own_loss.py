@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from distseg.config.schema import LossConfig
+from distseg.config.schema import TermConfig
+from distseg.train.objective import build_term, check_terms
 from shards import user_code
+from shards.errors import InputError
 from tests.ranks import TIMEOUT_SECONDS, Job
 from tests.test_train import SMALL, checkpoint_bytes, curve, kill_after_checkpoint
 
 FOCAL = f"{Path(__file__).parent.parent}/examples/own_loss.py:focal"
-HAS_TERMS = "terms" in {field.name for field in fields(LossConfig)}
 
 
 def test_it_is_the_papers_formula_and_void_counts_nothing() -> None:
@@ -30,14 +30,13 @@ def test_it_is_the_papers_formula_and_void_counts_nothing() -> None:
     for n, y, x in (label != 255).nonzero().tolist():
         p = logits[n, :, y, x].exp()[label[n, y, x].long()] / logits[n, :, y, x].exp().sum()
         expected = expected - (1 - p) ** 2 * p.log()
-    assert int(count) == 60 - 10 and float(total) == pytest.approx(float(expected), rel=1e-12)
+    assert int(count) == 60 - 10 and total.item() == pytest.approx(float(expected), rel=1e-12)
     found, by_hand = (torch.autograd.grad(it, logits)[0] for it in (total, expected))
     assert torch.allclose(found, by_hand, atol=1e-12)
     plain = F.cross_entropy(logits, label.long(), ignore_index=255, reduction="sum")
     assert float(focal(logits, label, gamma=0)[0]) == pytest.approx(float(plain), rel=1e-12)
 
 
-@pytest.mark.skipif(not HAS_TERMS, reason="loss.terms is not a key of this version")
 def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
     def arguments(name: str) -> list[str]:
         term = [f"loss.terms.focal.use={FOCAL}", "loss.terms.focal.weight=0.5"]
@@ -59,3 +58,35 @@ def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, tmp_path: Path)
         for _, losses in curve(tmp_path / "whole")
         if "loss/segmentor" in losses
     )
+
+
+CLASS = """
+import torch
+from distseg.losses import Predicted, Targets, Term
+
+
+class Entropy(Term):
+    images = "unlabelled"
+
+    def __init__(self, power=1.0):
+        self.power = power
+
+    def count(self, targets: Targets):
+        return targets.valid.sum().double()
+
+    def local_sum(self, seen: Predicted):
+        log_p = seen.logits.float().log_softmax(1)
+        return (-(log_p.exp() * log_p).sum(1) ** self.power * seen.targets.valid).sum()
+"""
+
+
+def test_a_class_of_ones_own_is_a_term_on_unlabelled_images(tmp_path: Path) -> None:
+    (tmp_path / "entropy.py").write_text(CLASS)
+    path = f"{tmp_path}/entropy.py"
+    term = build_term("mine", TermConfig(f"{path}:Entropy", options={"power": 2.0}))
+    assert (term.name, term.images) == ("mine", "unlabelled")
+    check_terms([term], 4)
+    with pytest.raises(InputError, match=r"loss\.terms\.mine\.options[\s\S]*pwoer"):
+        build_term("mine", TermConfig(f"{path}:Entropy", options={"pwoer": 2.0}))
+    with pytest.raises(InputError, match=r"derives from distseg\.losses\.Term"):
+        build_term("mine", TermConfig(f"{path}:NoTerm"))

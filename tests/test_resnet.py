@@ -85,7 +85,7 @@ def test_values_are_torchvisions(output_stride, size, expected):
         [(torch.sin(y * 0.3) + 1) / 2, (torch.cos(x * 0.2) + 1) / 2, ((x + y) % 7) / 6.0]
     )
     with torch.no_grad():
-        last = network(image.double()[None])[1]
+        last = network(image.double()[None])[-1]
     assert last.shape == (1, 2048, *size)
     values = [last.mean().item(), last.std().item(), *last[0, (3, 800, 2000), 2, 4].tolist()]
     assert values == pytest.approx(expected, rel=1e-5)
@@ -150,7 +150,7 @@ def test_encoder_equals_the_formulas(depth, output_stride, layout):
         expected = plain_resnet(network.state_dict(), image, depth, output_stride, layout)
         # means and deviations of the pixels are kept in float32
         torch.testing.assert_close(
-            network(image)[1], expected, rtol=1e-5, atol=1e-6 * expected.max().item()
+            network(image)[-1], expected, rtol=1e-5, atol=1e-6 * expected.max().item()
         )
 
 
@@ -163,7 +163,7 @@ def test_gradients_through_stored_statistics_equal_the_formulas(frozen):
     state = {key: value.clone() for key, value in network.state_dict().items()}
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     image = torch.rand(2, 3, 66, 79, dtype=torch.float64)
-    network(image)[1].square().mean().backward()
+    network(image)[-1].square().mean().backward()
     for name in names:
         state[name].requires_grad_()
     plain_resnet(state, image, 50, 16, "torchvision").square().mean().backward()

@@ -89,7 +89,8 @@ class Evaluator:
         about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
         scores = {
             # JSON has no NaN, and the strict readers of other languages refuse it
-            name: None if math.isnan(value) else value for name, value in self.named().items()
+            name: None if math.isnan(value) else value
+            for name, value in self.named().items()
         }
         if self.details:
             # a thousand resamples, which take longer than one evaluation within training should

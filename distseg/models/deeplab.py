@@ -7,6 +7,8 @@ corner. An image smaller than that and a bad option raise InputError.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ RATES = (6, 12, 18)  # at encoder stride 16, doubled at 8: Chen et al. 2017, sec
 CHANNELS = 256  # of ASPP and decoder, Chen et al. 2017 and 2018
 DECODER_SKIP = 48  # channels left of the encoder's map at 1/4: Chen et al. 2018, section 4.1
 SKIP_QUARTER, SKIP_EIGHTH = 32, 48  # of the light decoder
+
+Size = tuple[int, int]  # height, width
 
 
 class DeepLabV2ResNet101(nn.Module):
@@ -79,11 +83,13 @@ class DeepLabV2ResNet101(nn.Module):
 class _OnResNet(nn.Module):
     """A ResNet and the paper's atrous spatial pyramid pooling; `_add_head` says what follows.
 
-    encoder_stride: 16, or 8 with doubled rates. dropout: probability behind the pooling. width: see
-    ResNet.
+    encoder_stride: 16, or 8 with doubled rates. dropout: probability behind the pooling. auxiliary:
+    a second head on layer3 (Zhao et al. 2017; torchvision's form), whose logits forward gives in
+    training mode: {"out": logits, "aux": logits of the same size}. width: see ResNet.
     """
 
     depth: int
+    upsampling: int  # of layer3's and layer4's maps to the logits' resolution
     min_size_px = 32
     init_report: LoadReport | None = None
 
@@ -93,10 +99,14 @@ class _OnResNet(nn.Module):
         *,
         encoder_stride: int = 16,
         dropout: float = 0.1,
+        auxiliary: bool = False,
         width: int = WIDTH,
     ):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
+        if not isinstance(auxiliary, bool):
+            got = f"segmentor.options.auxiliary={auxiliary}"
+            raise InputError(got, "true or false", "correct segmentor.options.auxiliary")
         self.num_classes = num_classes
         self.encoder = ResNet(self.depth, encoder_stride, width=width)
         rates = [rate * 16 // encoder_stride for rate in RATES]
@@ -104,10 +114,27 @@ class _OnResNet(nn.Module):
             8 * EXPANSION * width, dropout, channels=CHANNELS, rates=rates, branch=dense
         )
         self._add_head(encoder_stride, width)
+        # last, so that the other layers' first weights do not depend on it
+        self.has_auxiliary = auxiliary
+        if auxiliary:
+            self.auxiliary = _fcn_head(4 * EXPANSION * width, num_classes)
 
     def _add_head(self, encoder_stride: int, width: int) -> None:
         """Add the layers from the pooling to the logits."""
-        raise NotImplementedError
+        raise NotImplementedError  # in the class of each version
+
+    def _answer(self, logits: Tensor, third: Tensor, size: Size, grid: Size) -> Any:
+        """The logits (N, C, h, w), with the auxiliary head's where they are trained.
+
+        third: layer3's map, at encoder_stride; size: of the nodes (h + 1, w + 1) of the logits.
+        """
+        if not (self.training and self.has_auxiliary):
+            return logits
+        # fmt: off
+        x = self.auxiliary(third)                          # (N, C, ...) at encoder_stride
+        x = upsample_nodes(x, self.upsampling, size)       # (N, C, h + 1, w + 1)
+        return {"out": logits, "aux": _off_nodes(x, grid)} # (N, C, h, w) both
+        # fmt: on
 
 
 class _DeepLabV3ResNet(_OnResNet):
@@ -117,17 +144,18 @@ class _DeepLabV3ResNet(_OnResNet):
     """
 
     def _add_head(self, encoder_stride: int, width: int) -> None:
-        self.output_stride = encoder_stride
+        self.output_stride, self.upsampling = encoder_stride, 1
         self.classifier = init_classifier(nn.Conv2d(CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
         require_size(image, self.min_size_px)
         # fmt: off
         x, grid = _on_nodes(image, self.output_stride)  # (N, 3, s * h + s/2, s * w + s/2)
-        x = self.encoder(x)[-1]                         # (N, 2048, h + 1, w + 1)
+        _, third, x = self.encoder(x)                   # (N, 1024 and 2048, h + 1, w + 1)
         x = self.aspp(x)                                # (N, 256, h + 1, w + 1)
         x = self.classifier(x)                          # (N, C, h + 1, w + 1)
-        return _off_nodes(x, grid)                      # (N, C, h, w)
+        size, x = _size_of(x), _off_nodes(x, grid)      # (N, C, h, w)
+        return self._answer(x, third, size, grid)
         # fmt: on
 
 
@@ -159,17 +187,18 @@ class _DeepLabV3PlusResNet(_OnResNet):
         )
         self.classifier = init_classifier(nn.Conv2d(CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
         require_size(image, self.min_size_px)
         # fmt: off
         x, grid = _on_nodes(image, self.output_stride)          # (N, 3, 4h + 2, 4w + 2)
-        quarter, x = self.encoder(x)                            # (N, 256, h + 1, w + 1) and last
+        quarter, third, x = self.encoder(x)                     # (N, 256, h + 1, w + 1), ...
         skip = self.skip(quarter)                               # (N, 48, h + 1, w + 1)
         x = self.aspp(x)                                        # (N, 256, ...) at encoder_stride
         x = upsample_nodes(x, self.upsampling, _size_of(skip))  # (N, 256, h + 1, w + 1)
         x = self.refine(_beside(x, skip))                       # (N, 256, h + 1, w + 1)
         x = self.classifier(x)                                  # (N, C, h + 1, w + 1)
-        return _off_nodes(x, grid)                              # (N, C, h, w)
+        x = _off_nodes(x, grid)                                 # (N, C, h, w)
+        return self._answer(x, third, _size_of(skip), grid)
         # fmt: on
 
 
@@ -282,6 +311,13 @@ def _join(coarse: Tensor, skip: Tensor) -> Tensor:
     """`coarse` upsampled to the grid of `skip`, and `skip`, side by side."""
     up = F.interpolate(coarse, _size_of(skip), mode="bilinear", align_corners=False)
     return _beside(up, skip)
+
+
+def _fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:
+    """A 3x3 convolution to a quarter of the channels, and the scores (torchvision's FCNHead)."""
+    channels = in_channels // 4
+    classifier = init_classifier(nn.Conv2d(channels, num_classes, 1))
+    return nn.Sequential(dense(in_channels, channels), nn.Dropout(0.1), classifier)
 
 
 def _beside(up: Tensor, skip: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ IMAGENET_FILES = {
 
 
 class ResNet(nn.Module):
-    """image (N, 3, H, W) float in [0, 1], RGB -> maps of layer1 (N, 256, H/4, W/4), of layer4 (N,
-    2048, H/s, W/s).
+    """image (N, 3, H, W) float in [0, 1], RGB -> maps of layer1 (N, 256, H/4, W/4), of layer3 (N,
+    1024, H/s, W/s) and of layer4 (N, 2048, H/s, W/s).
 
     Sizes are rounded up; cell i of a stride-s map lies on pixel s * i. output_stride s: 8 or 16;
     strides beyond it are replaced by dilation so that the map holds what the strided network would
@@ -81,7 +81,7 @@ class ResNet(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # fmt: off
         x = (image - self.mean) / self.std                 # (N, 3, H, W)
         if self.is_bgr:
@@ -89,8 +89,8 @@ class ResNet(nn.Module):
         x = self.relu(conv_norm(x, self.conv1, self.bn1))  # (N, 64, H/2, W/2)
         quarter = self.layer1(self.maxpool(x))             # (N, 256, H/4, W/4)
         x = self.layer2(quarter)                           # (N, 512, H/8, W/8)
-        x = self.layer3(x)                                 # (N, 1024, H/s, W/s)
-        return quarter, self.layer4(x)                     # (N, 2048, H/s, W/s)
+        third = self.layer3(x)                             # (N, 1024, H/s, W/s)
+        return quarter, third, self.layer4(third)          # (N, 2048, H/s, W/s)
         # fmt: on
 
 

@@ -158,7 +158,8 @@ def load_segmentor(
     module = segmentor
     if not any(name in own and not name.startswith("encoder.") for name in names):
         module = segmentor.encoder  # type: ignore[assignment]  # the file is of nothing else
-        names = {name.removeprefix("encoder."): key for name, key in names.items()}
+        # what it has beside must not be taken for a part of the encoder by its name
+        names = {n.removeprefix("encoder."): key for n, key in names.items() if n in own}
     return _load(module, names, weights, num_scores, None if allow_partial else "segmentor")
 
 
@@ -235,9 +236,10 @@ def _load(
         got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     renewed = _of_other_classes(known, own, num_scores)
-    # in the network's order, so that the first layer that does not fit is the one that is named
-    loaded = tuple(name for name in own if name in known and name not in renewed)
-    _check_shapes({name: known[name] for name in loaded}, own, weights.source)
+    kept = {name: tensor for name, tensor in known.items() if name not in renewed}
+    _check_shapes(kept, own, weights.source)
+    loaded = tuple(name for name in own if name in kept)
+    taken = {names[name] for name in loaded}
     report = LoadReport(
         source=weights.source,
         loaded=loaded,
@@ -246,7 +248,7 @@ def _load(
             for name in own
             if (name not in known or name in renewed) and not name.endswith(_COUNTER)
         ),
-        left_over=tuple(key for name, key in names.items() if name not in own or name in renewed),
+        left_over=tuple(key for key in weights.state if key not in taken),
         renewed=tuple(name for name in own if name in renewed),
     )
     if whole_part and report.share < MIN_SHARE:

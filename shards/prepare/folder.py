@@ -54,8 +54,7 @@ class _Layout:
 
 
 def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
-    """Images (JPEG, PNG) and masks below `root`, subfolders included, matched by path without
-    extension.
+    """Images (JPEG, PNG) and masks below `root` and its subfolders, matched by path and stem.
 
     layout: the YAML file (default: <root>/distseg.yaml). Its keys:
       classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class
