@@ -59,7 +59,6 @@ class Evaluator:
         for index, _, image, array in evaluation_samples(self.samples, *shares):
             self.mark("evaluation")
             label = torch.from_numpy(array).to(device)
-            # scored at the label's own size: a label that is resized is another ground truth
             tally.add(index, self.augmentation(network, image), label)
         network.train(was_training)
         # one exchange at the end: ranks may have an image more or less, so nothing can be agreed on

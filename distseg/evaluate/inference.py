@@ -123,25 +123,20 @@ def probabilities(
             f"scales={scales}", "at least one factor above 0", "scales=(1.0,) is the plain image"
         )
     device = torch.device(device)
-    # of the parameters: an fp64 run is scored in fp64
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     # HWC bytes seen as NCHW are channels_last already, and are copied to the device as bytes.
     # (1, 3, H, W)
     pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].to(dtype) / 255
     height, width = image.shape[:2]
-    # a scalar, since C is known only when the network has answered
     total = torch.zeros((), device=device)
-    # around the loop: autocast keeps the weights that it has cast until it is left
     with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
         for scale in scales:
-            # rounded to whole pixels, and the logits go back to (H, W) itself, so no grid is lost
             scaled = _resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
             total = total + _softmax_at(model, scaled, height, width)
             if horizontal_flip:
                 # flipped back before it is added: probabilities belong to pixels, not to places in
                 # the copy
                 total = total + _softmax_at(model, scaled.flip(3), height, width).flip(3)
-    # (C, H, W)
     return (total / (len(scales) * (1 + horizontal_flip)))[0]
 
 
@@ -201,7 +196,6 @@ def _softmax_at(model: nn.Module, image: Tensor, height: int, width: int) -> Ten
     if any(missing):
         logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
         logits = logits[:, :, :rows, :columns]
-    # logits, not probabilities, are interpolated: so is the loss in training
     if logits.shape[2:] != (height, width):
         logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
     return logits.softmax(dim=1)
@@ -230,5 +224,4 @@ def _spans(length: int, window_px: int, overlap_px: int) -> list[tuple[int, int,
         spans.append((start, end, weights))
         if end == length:
             return spans
-        # a multiple of 32, as both are: all windows' cells lie on one grid
         start += window_px - overlap_px

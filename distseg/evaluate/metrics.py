@@ -64,7 +64,6 @@ def log_loss_sum(
     index = label.long().where(valid, 0)
     # a chance that fp32 has rounded to 0 would make the mean of a whole split infinite
     chances = probabilities.gather(0, index[None])[0].clamp(min=torch.finfo(torch.float32).tiny)
-    # added in float64, as millions of fp32 terms lose the small ones
     return -(chances[valid].double().log().sum())
 
 
@@ -100,7 +99,6 @@ class SegmentationScores:
             "num_classes_counted": self.num_classes_counted,
             "num_pixels": self.num_pixels,
         }
-        # absent classes stay, so that the columns of two evaluations are the same
         return values | {
             f"iou/{name}": iou for name, iou in zip(class_names, self.per_class_iou, strict=True)
         }
@@ -112,7 +110,6 @@ def scores(confusion: torch.Tensor) -> SegmentationScores:
 
     Raises InputError when no pixel was counted, because no score is defined then.
     """
-    # float64 is exact up to 2^53 pixels; CPU, as some GPUs add in another order
     counts = confusion.to("cpu", torch.float64)
     hits, truth, union = (
         counts.diagonal(),
@@ -150,6 +147,7 @@ def threshold_counts(
     images or ranks are added.
     """
     valid = label != ignore_index
+    # in double: k / 255 as fp32 times 255 may land a bin too low or too high
     bins = (
         (probability[valid].double() * (NUM_THRESHOLDS - 1))
         .floor()

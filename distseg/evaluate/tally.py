@@ -68,13 +68,11 @@ class Tally:
         device, 255 = void.
         """
         num_classes = len(self.confusion)
-        # of two equal probabilities the first class, as for torch everywhere
         prediction = probabilities.argmax(dim=0).to(torch.uint8)
         confusion = confusion_matrix(prediction, label, num_classes)
         self.confusion += confusion
         self._times_seen[index] += 1
         self._values[index, _LOSS] = log_loss_sum(probabilities, label)
-        # of two classes alone one is "the positive one", as road is in KITTI's benchmark
         if num_classes == 2:
             self._at_thresholds += threshold_counts(probabilities[1], label)
         if self.details:
@@ -178,7 +176,6 @@ def bootstrap(margins: np.ndarray, seed: int = 0) -> dict[str, tuple[float, floa
     num_images, _, num_classes = margins.shape
     if not margins[:, 1].any():
         raise ValueError("no labelled pixel")
-    # (images, 3 C)
     flat = margins.reshape(num_images, -1).astype(np.float64)  # sums below 2^53 pixels are exact
     # a fixed seed: the same evaluation gives the same interval
     rng = np.random.default_rng(seed)
