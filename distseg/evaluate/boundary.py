@@ -138,8 +138,7 @@ def _distance_to(mask: np.ndarray) -> np.ndarray:
 
     Infinite where that is empty.
     """
-    # OpenCV's distance to nothing is a large number, which may be within a tolerance of a huge
-    # image
+    # OpenCV's distance to nothing is some large number, not infinity
     if not mask.any():
         return np.full(mask.shape, np.inf, np.float32)
     return cv2.distanceTransform((~mask).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

@@ -59,8 +59,6 @@ class TestTimeAugmentation:
         """Class probabilities (C, H, W) float32 on the device, of an image (H, W, 3) uint8 RGB."""
 
         def at_once(part: np.ndarray) -> Tensor:
-            # probabilities and not logits are averaged: logits of two scales may differ by a factor
-            # alone
             return probabilities(
                 network,
                 part,

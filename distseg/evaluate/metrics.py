@@ -199,8 +199,7 @@ def calibration_counts(
     # bin
     bins = ((confidence * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
     right = (prediction == label[valid]).double()
-    # sums, from which the error of any number of images and ranks follows; a mean of errors would
-    # be smaller
+    # sums, which add over images and ranks, as errors do not
     kinds = (torch.ones_like(confidence), right, confidence)
     return torch.stack([torch.bincount(bins, weights, minlength=NUM_BINS) for weights in kinds])
 

@@ -84,7 +84,7 @@ class Tally:
 
     def _add_outlines(self, index: int, prediction: Tensor, label: Tensor) -> None:
         num_classes, device = len(self.confusion), label.device
-        # OpenCV has no GPU here; this is what makes details slow
+        # outlines are OpenCV's work, on the CPU
         maps = prediction.cpu().numpy(), label.cpu().numpy()
         outlines = compare_outlines(*maps)
         self._values[index, _F1_SUM] = outlines.f1_sum
