@@ -127,6 +127,7 @@ def measure_segmentor(name: str, num_classes: int, **options: Any) -> Entry:
         output_stride=stride,
         field_of_view_px=field_of_view_px,
         gflop=_gflop(name, network, forward, (3, SIZE_PX)),
+        # the encoder of a user's network may be a plain nn.Sequential, whose class says nothing
         encoder="own" if kind in vars(nn) else kind,
         encoder_parameters=None if encoder is None else num_parameters(encoder),
     )
@@ -139,11 +140,13 @@ def measure_discriminator(name: str, num_classes: int, **options: Any) -> Entry:
     """
     has_heads = name in DISCRIMINATORS and "head" in user_code.parameters(DISCRIMINATORS[name])
     if has_heads:
+        # with one score per image the field would be the whole image, whatever the layers
         options = {"head": "patch", **options}
     with _place(name):
         network = build_discriminator(name, num_classes, **options).eval()
 
     def forward(module: nn.Module, label_map: Tensor) -> Tensor:
+        # only there to be asked for: what is followed back is the label map
         image = torch.ones(1, 3, SIZE_PX, SIZE_PX, dtype=label_map.dtype, device=label_map.device)
         return module(image, label_map)[0]
 
@@ -169,12 +172,14 @@ def _geometry(
 ) -> tuple[int, tuple[int, int] | None]:
     """As `geometry`; of the user's own that the stand-ins cannot follow, the view is UNKNOWN."""
     try:
+        # the view is followed back by a gradient; all else here needs none
         with torch.enable_grad():
             return geometry(network, forward, channels)
     except Exception:
         if not user_code.is_reference(name):
             raise
         side = max(128, int(network.min_size_px))  # type: ignore[arg-type]
+        # measured once at a plain size: stand-ins cannot follow operators that they do not know
         return side // forward(network, torch.rand(1, channels, side, side)).shape[-1], UNKNOWN
 
 

@@ -40,9 +40,11 @@ def geometry(
     stride, sides = 0, []
     for axis in (2, 3):
         for length in PROBES_PX:
+            # narrow across: a strip costs as much as it is long, not its square
             shape = [1, channels] + [getattr(network, "min_size_px", 32)] * 2
             shape[axis] = length
             num_logits, gradient = _middle_gradient(network, forward, shape, axis)
+            # the quotient of sides, as a last cell may be cut off
             stride = round(length / num_logits)
             seen = (gradient != 0).any(3 - axis).nonzero().ravel()
             if len(seen) == 0:
@@ -53,6 +55,7 @@ def geometry(
                     "look for a detached tensor, or mend distseg/models/connections.py",
                 )
             first, last = int(seen[0]), int(seen[-1])
+            # seen to its ends: a field as long as the strip may be longer
             if first > 0 and last < length - 1:
                 sides.append(last - first + 1)
                 break
@@ -132,6 +135,8 @@ def _by_name(names: str, values: tuple, named: Mapping[str, Any]) -> dict[str, A
 
 def _convolution(x: Tensor, weight: Tensor, bias: Any = None, *values: Any, **named: Any) -> Tensor:
     options = _by_name("stride padding dilation groups", values, named)
+    # with one channel there are no groups; a grouped layer is taken as seeing all channels, at the
+    # same places
     options.pop("groups", None)
     y = F.conv2d(_one_channel(x), _window(weight), None, **options)
     return y.expand(-1, weight.shape[0], -1, -1)
@@ -141,6 +146,7 @@ def _transposed_convolution(
     x: Tensor, weight: Tensor, bias: Any = None, *values: Any, **named: Any
 ) -> Tensor:
     options = _by_name("stride padding output_padding groups dilation", values, named)
+    # its weight has the output channels of one group
     groups = options.pop("groups", 1)
     y = F.conv_transpose2d(_one_channel(x), _window(weight), None, **options)
     return y.expand(-1, weight.shape[1] * groups, -1, -1)
@@ -157,6 +163,7 @@ def _pooling(x: Tensor, kernel_size: Any, *values: Any, **named: Any) -> Tensor:
 
 def _sum(x: Any, y: Any, **_: Any) -> Any:
     if _is_shared(x) and _is_shared(y) and x.shape == y.shape:
+        # a plain sum would give every channel memory of its own again
         return (x[:, :1] + y[:, :1]).expand_as(x)
     return x + y
 
