@@ -164,7 +164,6 @@ def predict(
     before anything is computed.
     """
     _check_fits(model, images, out, classes)
-    # all names before the first file, so that no two results can meet
     names = _output_names(images, classes)
     started = time.perf_counter()
     written: deque[Future[None]] = deque()

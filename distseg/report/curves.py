@@ -163,7 +163,7 @@ def panel_svg(panel: Panel, lines: Sequence[Line]) -> str:
         axes.margins(x=0.01)
         FigureCanvasSVG(figure)
         text = io.StringIO()
-        # no date and no version: the same curves give the same page
+        # no date and no version: the same curves give the same bytes
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing, transparent=True)
     return embedded(text.getvalue(), panel.title, lines)

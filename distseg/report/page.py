@@ -91,7 +91,7 @@ def curves_section(collected: dict[str, Any], entries: list[Entry]) -> Section:
     runs = collected["runs"]
     names: list[str] = []
     for run in runs:
-        # a metric that never had a finite value has nothing to draw
+        # nowhere finite, or 0 throughout as skipped updates should be: nothing to draw
         names += [name for name, (_, values) in run["series"].items() if any(values)]
     figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in panels_of(names)]
     note = (
