@@ -47,6 +47,8 @@ _PLACES = {
 }
 
 
+# Python asks here for names that the module does not have (PEP 562): so `import distseg` costs no
+# torch, which `distseg --help` and the launchers need not wait for.
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'distseg' has no attribute {name!r}")

@@ -38,8 +38,10 @@ def load(run_dir: str | Path, checkpoint: str | int = "last", device: str = "aut
     checkpoint: "last", "best" or a step. device: auto, cpu or cuda. Raises InputError where there
     is no such run, checkpoint or device.
     """
+    # before the checkpoint is read, which takes longer than to see that a device is missing
     where = choose_device(device)
     network, config, path = trained_segmentor(Path(run_dir), str(checkpoint))
+    # the classes from the checkpoint: the shards may be on another machine
     return Trained(network.to(where), config, path, where, trained_classes(path))
 
 
@@ -101,20 +103,26 @@ class Trained:
         chosen = [*overrides]
         chosen += [f"data.shards={shards}"] if shards is not None else []
         chosen += [f"data.val_split={split}"] if split is not None else []
+        # the same rules as for the command, or a score from here could not be compared with one
+        # from there
         check_overrides(chosen)
         config = loading.override(self.config, chosen)
         samples = open_samples(config, self.path)
         rank, world_size = 0, 1
+        # a group of the caller's own is used and left alone: `setup` would make another one beside
+        # it
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         ranks = Ranks(rank, world_size, 0, self.device)
         evaluator = evaluator_of(self.network, config, self.path, samples, ranks)
         evaluator.details = not quick
+        # writes nothing: the run's directory may be read-only, and belongs to the run
         evaluator()
         return evaluator.report(self.step)
 
     def _probabilities(self, image: Image) -> torch.Tensor:
         pixels = image if isinstance(image, np.ndarray) else _read(Path(image))
+        # as the run evaluates, so that pictures and scores are of the same probabilities
         options = of_run(PredictOptions(), self.config, self.device)
         return image_probabilities(self.network, pixels, options)
 

@@ -29,12 +29,15 @@ Commands = argparse._SubParsersAction
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code. Bad input is one message on stderr, exit code 2."""
+    # outside of the `try`: argparse ends the process by itself, with exit code 2 too
     options = parse(arguments)
+    # before the handler, whose first act is to read the configuration
     if _rank() != "0":
         _leave_notes_to_rank_0()
     try:
         return options.handler(options)
     except InputError as error:
+        # torchrun shows the output of all ranks: 64 times the same message would hide it
         if _is_told_here(error):
             where = "" if _rank() == "0" else f" on rank {_rank()}"
             print(f"error{where}: {error}", file=sys.stderr)
@@ -46,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return exit_code
+    # no traceback: it shows where the program was, and not what went wrong
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -54,12 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The parsed command line; key=value may stand before, between and after the options."""
     parser = build_parser()
+    # key=value may stand anywhere, which argparse alone does not allow
     options, rest = parser.parse_known_args(arguments)
     # argparse takes optional positionals only where it meets the required ones
     takes_overrides = hasattr(options, "overrides")
     unknown = [
         word for word in rest if word.startswith("-") or "=" not in word or not takes_overrides
     ]
+    # an option that is misspelt must not pass for a value
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
@@ -93,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _rank(of_torchrun: str = "RANK", of_srun: str = "SLURM_PROCID") -> str:
+    # SLURM_PROCID alone makes no rank: a batch script may have it too, outside of any step
     in_step = "SLURM_STEP_ID" in os.environ
     return os.environ.get(of_torchrun, os.environ.get(of_srun, "0") if in_step else "0")
 
@@ -102,6 +109,7 @@ def _is_told_here(error: InputError) -> bool:
     if _rank() == "0":
         return True
     if _joined():
+        # an error of this rank alone is told by it: nobody else knows
         return not hasattr(error, "raised_on_all_ranks")
     return _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"  # machines can differ
 
@@ -118,6 +126,7 @@ def _joined() -> bool:
 
     Before that every rank fails alike, and one of them says so.
     """
+    # looked up, not imported: where torch has not been loaded, nothing has joined
     torch_distributed = sys.modules.get("torch.distributed")
     return torch_distributed is not None and torch_distributed.is_initialized()
 
@@ -138,6 +147,7 @@ class _KeyHelp(argparse.Action):
         from distseg.config.reference import help_text
 
         try:
+            # `--help loss.adv_weight=0.1` is asked as well, of a command line that is at hand
             print(help_text(values.partition("=")[0]))
         except InputError as error:
             parser.exit(BAD_INPUT, f"error: {error}\n")
@@ -155,6 +165,7 @@ def _configured_command(
     commands: Commands, name: str, summary: str, text: str
 ) -> argparse.ArgumentParser:
     """A command that takes keys of the configuration, and explains them."""
+    # without argparse's own --help, which takes no argument
     parser = _command(commands, name, summary, text, add_help=False)
     explained = "this help, or that of a key or a section (loss.adv_weight, loss)"
     parser.add_argument("-h", "--help", action=_KeyHelp, nargs="?", metavar="KEY", help=explained)
@@ -197,6 +208,7 @@ Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next 
         "--dry-run", action="store_true", help="print the resolved configuration and stop"
     )
     _add_overrides(parser, "preset=stanford steps=500 ...")
+    # a function per command, whose imports are its own: none pays for what another needs
     parser.set_defaults(handler=_train)
 
 
@@ -384,11 +396,13 @@ def _add_prepare(commands: Commands) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     from shards.prepare import prepare
 
+    # plain text: each preparer knows the types of its options
     pairs = [option.partition("=") for option in options.overrides]
     for key, separator, _ in pairs:
         if not separator:
             raise InputError(f"argument {key!r}", "key=value", "write for example seed=1")
     settings: dict[str, Any] = {key: value for key, _, value in pairs}
+    # they would reach the preparer twice, as options and as settings
     if settings.keys() & {"workers", "skip_bad"}:
         raise InputError(
             "workers or skip_bad as key=value", "an option", "write --workers N, --skip-bad"
@@ -403,6 +417,7 @@ def _prepare(options: argparse.Namespace) -> int:
         print(f"left out, because they are bad: {len(made.left_out)}")
     for key, why in made.left_out.items():
         print(f"  {key}: {why}")
+    # each step of the way names the next one
     print(f"next: distseg pack {made.path} --out {made.path.with_suffix('')}")
     return 0
 
@@ -439,6 +454,7 @@ def _pack(options: argparse.Namespace) -> int:
     print(f"{options.out}: {counts}")
     if manifest.left_out:
         print(f"left out when the maps were prepared, because they are bad: {manifest.left_out}")
+    # a data set of one split is no run yet: --append adds the other
     if {"train", "val"} <= manifest.splits.keys():
         print(f"next: distseg train data.shards={options.out}")
     return 0
@@ -466,10 +482,12 @@ warnings  (exit code 0)  classes that a split lacks, void, pictures that are in 
 def _inspect(options: argparse.Namespace) -> int:
     from distseg import inspection
 
+    # None is one for each core, and 0 no thread at all
     if options.threads is not None and options.threads < 1:
         raise InputError(
             f"--threads {options.threads}", "at least 1", "correct it, or leave it out"
         )
+    # inspecting writes verified.json beside the shards, which is possible in a folder only
     if "://" in options.shards:
         action = (
             "run it where they are a folder, and copy verified.json there too; or copy them here"

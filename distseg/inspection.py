@@ -43,11 +43,14 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
     """
     inspection = inspect(directory, num_threads)
     console = Console()
+    # piped into a file a console is 80 columns wide, which would fold every row
     console.width = max(console.width, MIN_WIDTH)
     for table in tables(inspection):
         console.print(table)
+    # data are often on a disk that users can only read; inspecting them must work all the same
     writable = os.access(directory, os.W_OK)
     if writable:
+        # before the pictures: what training asks for is there even if drawing fails
         record(directory, inspection)
     out = out or directory
     with published(out / JSON_FILE) as partial:
@@ -61,6 +64,7 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    # for scripts: `distseg inspect DIR && distseg train ...`
     return 1 if inspection.errors else 0
 
 
@@ -70,6 +74,7 @@ def document(inspection: Inspection) -> dict[str, Any]:
         "data": inspection.manifest.name,
         "manifest_sha256": inspection.manifest.sha256,
         "sound": not inspection.errors,
+        # what "near" meant when the file was written: the bounds may change
         "near_duplicate_bits": [MAX_BITS, BITS],
         "splits": inspection.splits(),
         "findings": [asdict(finding) for finding in inspection.findings],
@@ -109,17 +114,20 @@ def tables(inspection: Inspection) -> Iterator[Table]:
             name, *counts, f"{split['bytes'] / 1e6:,.0f}", f"{split['void_share']:.1%}", *sizes
         )
     yield about
-    columns = [f"{name} {what}" for name in splits for what in ("pixels", "images")]
+    columns: list[str] = []
+    for name in splits:
+        columns += [f"{name} pixels", f"{name} images"]
     histogram = _table(
         "classes: share of the pixels that are not void, and images", "class", right=columns
     )
     for index, name in enumerate(inspection.manifest.classes.names):
         of_class = [split["classes"][name] for split in splits.values()]
-        cells = [
-            cell for count in of_class for cell in (f"{count['share']:.2%}", f"{count['images']:,}")
-        ]
+        cells: list[str] = []
+        for count in of_class:
+            cells += [f"{count['share']:.2%}", f"{count['images']:,}"]
         histogram.add_row(f"{index} {name}", *cells)
     yield histogram
+    # no table at all says "nothing found" more plainly than an empty one
     if inspection.findings:
         yield _findings(inspection)
 
@@ -128,6 +136,8 @@ def _findings(inspection: Inspection) -> Table:
     table = Table(title="findings", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("", "where", "what", "to do"):
         table.add_column(column, overflow="fold")
+    # One fault in a labelling tool gives thousands of findings of a kind, which would hide the
+    # others.
     of_kind = Counter((finding.level, finding.check) for finding in inspection.findings)
     shown: Counter[tuple[str, str]] = Counter()
     for finding in inspection.findings:
@@ -142,6 +152,7 @@ def _findings(inspection: Inspection) -> Table:
                 f"{finding.check}: {finding.what}",
                 finding.action,
             )
+        # at the last of its kind, so that the note stands below those that are shown
         elif shown[kind] == of_kind[kind]:
             rest = f"{of_kind[kind] - SHOWN} more of {finding.check}"
             table.add_row(f"[{style}]{finding.level}", "", rest, f"see {JSON_FILE}")
@@ -169,14 +180,17 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
         if (cell := _cell(directory, look, classes)) is not None
     ]
     num_rows = max(1, -(-len(cells) // NUM_COLUMNS))
+    # inches, in which matplotlib counts
     height, width = (side / DPI for side in CELL_PX)
     legend = legend_entries(classes, with_void=False)  # void is left uncovered
     legend_columns = int(NUM_COLUMNS * width / 1.4)
     below = 0.25 * -(-len(legend) // legend_columns) + 0.2
+    # of its own and not pyplot's: no display, and freed with the function
     figure = Figure(figsize=(NUM_COLUMNS * width, num_rows * (height + 0.25) + below), dpi=DPI)
     grid = {"left": 0.005, "right": 0.995, "top": 1 - 0.25 / figure.get_figheight()}
     grid |= {"bottom": below / figure.get_figheight(), "wspace": 0.02, "hspace": 0.25 / height}
     axes = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False, gridspec_kw=grid).ravel()
+    # the last row may have cells that nothing is drawn into
     for one in axes:
         one.set_axis_off()
     for one, (look, cell) in zip(axes, cells, strict=False):
@@ -195,15 +209,18 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
 
 
 def _chosen(inspection: Inspection) -> list[Look]:
+    # others cannot be decoded, and are in the table of findings
     looks = [look for look in inspection.looks if look.size is not None]
     flagged = {finding.sample for finding in inspection.findings if finding.sample}
-    chosen = {
-        id(look): look for look in [look for look in looks if look.key in flagged][:NUM_FLAGGED]
-    }
+    # what may be wrong comes first, but leaves room for what is right
+    with_findings = [look for look in looks if look.key in flagged]
+    # by identity, as a sample can be flagged and the best of a class too
+    chosen = {id(look): look for look in with_findings[:NUM_FLAGGED]}
     labelled = [look for look in looks if look.pixels is not None]
     for split in inspection.manifest.splits:
         of_split = [look for look in labelled if look.split == split]
         for index in range(inspection.manifest.classes.num_classes if of_split else 0):
+            # most of its pixels, not most pixels: a large picture is no better example
             best = max(of_split, key=lambda look: _share(look, index))
             if _share(best, index) > 0 and len(chosen) < NUM_CELLS:
                 chosen[id(best)] = best
@@ -228,13 +245,16 @@ def _cell(directory: Path, look: Look, classes: ClassSet) -> np.ndarray | None:
         return None
     image = decode_image(content)
     height, width = CELL_PX[0], CELL_PX[1] // 2 - 2
+    # one scale for both sides, or a road sign would look like another one
     scale = min(height / image.shape[0], width / image.shape[1])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    # area for the picture, nearest for the label: indices have no means
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     pair = [image]
     if look.pixels is not None:
         label = cv2.resize(decode_label(members["png"]), size, interpolation=cv2.INTER_NEAREST)
         pair.append(overlay(image, label, classes, alpha=0.6))
+    # white, as void is black in many palettes
     cell = np.full((*CELL_PX, 3), 255, np.uint8)
     for place, picture in enumerate(pair):
         top, left = (height - size[1]) // 2, place * (CELL_PX[1] // 2) + (width - size[0]) // 2

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class PredictOptions:
     autocast_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        # below, the window's overlap would be most of it
         if self.max_px < 128:
             raise InputError(
                 f"max_px={self.max_px}", "at least 128 pixels", "keep the default of 2048"
@@ -84,8 +86,10 @@ def run(
     from distseg.config import loading
     from distseg.evaluate.trained import trained_classes, trained_segmentor
 
+    # cheapest first: a wrong path is told before a checkpoint is read
     paths = collect_images(images)
     where = choose_device(device)
+    # a key of training would be taken without an effect
     loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, checkpoint_path = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
@@ -115,6 +119,7 @@ def of_run(options: PredictOptions, config: Config, where: torch.device) -> Pred
         options,
         scales=tuple(evaluate.scales),
         horizontal_flip=evaluate.horizontal_flip,
+        # a run that takes images whole still needs a bound here: users bring what they like
         max_px=evaluate.window_px or MAX_PX,
         overlap_px=evaluate.overlap_px if evaluate.window_px else 0,
         device=str(where),
@@ -134,8 +139,10 @@ def collect_images(path: Path) -> list[Path]:
         raise InputError(
             f"{path} does not exist", "an image or a folder of images", "check the path"
         )
+    # not into subfolders: results lie in one folder, where names would collide
     images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not images:
+        # the usual mistake is one folder too high, so the error names the right one
         deeper = next(
             (p.parent for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None
         )
@@ -156,19 +163,16 @@ def predict(
     index pictures, in the order of `images`. Raises InputError that lists all unreadable images
     before anything is computed.
     """
-    if out.resolve() in {image.resolve().parent for image in images}:
-        raise InputError(
-            f"{out} holds the images themselves", "another folder", "choose another --out"
-        )
-    if model.num_classes != classes.num_classes:
-        got = f"a network with {model.num_classes} classes and {classes.num_classes} class names"
-        raise InputError(got, "as many names as classes", "use the classes it was trained on")
+    _check_fits(model, images, out, classes)
     names = _output_names(images, classes)
     started = time.perf_counter()
     written: deque[Future[None]] = deque()
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        # the last of 10,000 may be broken, and an hour later is no time to say so
         _check(images, pool)
         model = model.to(options.device).eval()
+        # threads, not processes: decoders let go of the GIL, and a picture need not be copied to a
+        # process
         pictures = _ahead(pool, load_image, images)
         for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
             result = image_probabilities(model, image, options)
@@ -176,21 +180,42 @@ def predict(
             planes = _as_bytes(result) if options.probabilities else None
             files = _Files(out, name, classes, options.overlay_alpha)
             written.append(pool.submit(files.write, image, label, planes))
+            # bounded: a slow disk would fill the memory with pictures that wait to be written
             if len(written) > _NUM_AHEAD:
                 written.popleft().result()
+        # errors of writing are raised here: an exception in a pool is silent until it is asked for
         for future in written:
             future.result()
+    # last: a folder that has it is complete
     _write_classes(out / CLASSES_FILE, classes)
-    seconds = time.perf_counter() - started
-    each = f"{len(images) / seconds:.1f} images/s"
-    if seconds >= len(images):
-        each = f"{seconds / len(images):.1f} s an image"
-    print(f"{len(images)} images in {seconds:.1f} s ({each}), reading and writing included: {out}")
+    took = _speed(len(images), time.perf_counter() - started)
+    print(f"{took}, reading and writing included: {out}")
     return [out / f"{name}.png" for name in names]
+
+
+def _check_fits(model: nn.Module, images: list[Path], out: Path, classes: ClassSet) -> None:
+    """Raise InputError for an `out` that holds the images, and for another network's classes."""
+    # A.png would overwrite A.png, and the images would be gone
+    if out.resolve() in {image.resolve().parent for image in images}:
+        raise InputError(
+            f"{out} holds the images themselves", "another folder", "choose another --out"
+        )
+    # else names of classes would be given to the wrong ones without an error
+    if model.num_classes != classes.num_classes:
+        got = f"a network with {model.num_classes} classes and {classes.num_classes} class names"
+        raise InputError(got, "as many names as classes", "use the classes it was trained on")
+
+
+def _speed(count: int, seconds: float) -> str:
+    each = f"{count / seconds:.1f} images/s"
+    if seconds >= count:
+        each = f"{seconds / count:.1f} s an image"
+    return f"{count} images in {seconds:.1f} s ({each})"
 
 
 def _as_bytes(probabilities: torch.Tensor) -> np.ndarray:
     """(C, H, W) in [0, 1] -> uint8, 255 = 1."""
+    # rounded: plain truncation would never give 255 for less than exactly 1
     return (probabilities * 255).round().to(torch.uint8).cpu().numpy()
 
 
@@ -209,11 +234,13 @@ def load_image(path: Path) -> np.ndarray:
     OSError, ValueError or another of Pillow's errors for a file that is not such an image.
     """
     with Image.open(path) as opened:
+        # phones store a picture as the sensor saw it, and turn it by this tag
         image: Image.Image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):  # 16 bits, some of them in 32
             values = np.asarray(image)
             if values.min() < 0 or values.max() > 65535:
                 raise ValueError("values beyond 16 bits")
+            # 257 = 65535 / 255, so that white stays white
             return np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, axis=2)
         if image.mode == "F":
             raise ValueError("floating-point values of unknown range")
@@ -231,8 +258,9 @@ class _Files:
 
     def write(self, image: np.ndarray, label: np.ndarray, planes: np.ndarray | None) -> None:
         self._put(f"{self.name}.png", encode_label(label))
+        # a palette picture: the indices are its pixels, and the colours only a table beside them
         color = Image.fromarray(label)
-        color.putpalette([part for color in self.classes.palette for part in color])
+        color.putpalette(list(chain.from_iterable(self.classes.palette)))
         self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
         mixed = overlay(image, label, self.classes, self.alpha)
         self._put(
@@ -271,8 +299,10 @@ def image_probabilities(
             autocast_dtype=options.autocast_dtype,
         )
 
+    # whole where it fits: a window has less context at its edges
     if max(image.shape[:2]) <= options.max_px:
         return at_once(image)
+    # multiples of 32, on which the cells of all windows fall together
     window_px = options.max_px // 32 * 32
     overlap_px = options.overlap_px or min(256, window_px // 128 * 32)
     return sliding_window(at_once, image, window_px, overlap_px)
@@ -280,6 +310,7 @@ def image_probabilities(
 
 def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:
     """Raise one InputError that names every image that cannot be read."""
+    # all of them in one error: a user mends a folder once
     problems = [problem for problem in pool.map(_problem, images) if problem]
     if problems:
         shown = "\n  ".join(problems[:20]) + (
@@ -299,6 +330,7 @@ def _problem(path: Path) -> str:
                 image.draft("L", (image.width // 8, image.height // 8))
                 image.load()
                 return ""
+        # decoded whole: a PNG that is cut opens without an error
         load_image(path)
     except Exception as error:  # Pillow's plugins raise more kinds than they document
         return f"{path}: {error}"
@@ -334,6 +366,7 @@ def _class_suffixes(classes: ClassSet) -> list[str]:
 
     The index keeps apart names that differ in signs only.
     """
+    # class names may have slashes and spaces, which paths must not
     cleaned = [re.sub(r"[^\w-]+", "_", name) for name in classes.names]
     unique = len({name.casefold() for name in cleaned}) == len(cleaned)
     return [
@@ -348,6 +381,7 @@ def _ahead(
     """The results of `read` in order, a few of them computed ahead."""
     waiting: deque[Future[np.ndarray]] = deque()
     for path in paths:
+        # read while the network works, and no further ahead than memory allows
         waiting.append(pool.submit(read, path))
         if len(waiting) > _NUM_AHEAD:
             yield waiting.popleft().result()

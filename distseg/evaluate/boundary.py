@@ -44,17 +44,24 @@ def compare_outlines(prediction: np.ndarray, label: np.ndarray) -> Outlines:
     surround, as in PASCAL VOC, have outlines; those deeper in void than the tolerance do not count,
     in either map.
     """
+    # filling void needs a labelled pixel somewhere to fill it from
     if (label == IGNORE_INDEX).all():
         return Outlines(0.0, 0, np.zeros(label.shape, bool))
     reach_px = TOLERANCE * math.hypot(*label.shape)
+    # (H, W) each: classes without void, and px to the nearest labelled pixel
     truth, depth = _without_void(label)
     shallow = depth <= reach_px
     on_truth, on_prediction = _on_outline(truth) & shallow, _on_outline(prediction) & shallow
+    # the truth's outlines alone: with the prediction's too, a bad one would choose where it is
+    # scored
     trimap = (_distance_to(on_truth) <= reach_px) & (label != IGNORE_INDEX)
+    # also those that the prediction made up, which score 0: else inventing a class would cost
+    # nothing
     classes = np.union1d(truth[on_truth], prediction[on_prediction])
     f1 = [
         _f1(on_truth & (truth == c), on_prediction & (prediction == c), reach_px) for c in classes
     ]
+    # a sum and a count, as several images are averaged by whoever adds them
     return Outlines(math.fsum(f1), len(f1), trimap)
 
 
@@ -68,6 +75,8 @@ def boundary_counts(prediction: np.ndarray, label: np.ndarray, num_classes: int)
     image's border is outside. So is void, of both masks: what is predicted there counts nowhere,
     and a mask that void cuts has its boundary there.
     """
+    # per image, as in the authors' program: a share of the diagonal, so that sizes of images
+    # compare
     reach_px = max(1, round(BOUNDARY_WIDTH * math.hypot(*label.shape)))
     counted = label != IGNORE_INDEX
     counts = np.zeros((2, num_classes), np.int64)
@@ -85,7 +94,9 @@ def _boundary_region(mask: np.ndarray, reach_px: int) -> np.ndarray:
     region = np.zeros(mask.shape, bool)
     if mask.any():
         box = _bounding_box(mask)  # beyond it there is nothing but outside
+        # one pixel of outside all around, as the image's border is outside of every mask
         padded = np.pad(mask[box], 1).view(np.uint8)
+        # exact for steps to 8 neighbours, of which a 3 x 3 mask is all that there is
         steps = cv2.distanceTransform(padded, cv2.DIST_C, 3)[1:-1, 1:-1]
         region[box] = mask[box] & (steps <= reach_px)
     return region
@@ -95,9 +106,11 @@ def _f1(truth: np.ndarray, prediction: np.ndarray, reach_px: float) -> float:
     """F1 of two outlines (H, W) bool, of which at least one has a pixel."""
     if not truth.any() or not prediction.any():
         return 0.0
+    # most classes cover little of an image, and a distance transform costs as much as its area
     rows, columns = _bounding_box(truth | prediction)
     # distances within it need nothing outside
     truth, prediction = truth[rows, columns], prediction[rows, columns]
+    # distances to all of an outline, looked up at the pixels of the other
     precision = float((_distance_to(truth)[prediction] <= reach_px).mean())
     recall = float((_distance_to(prediction)[truth] <= reach_px).mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -125,6 +138,7 @@ def _distance_to(mask: np.ndarray) -> np.ndarray:
 
     Infinite where that is empty.
     """
+    # OpenCV's distance to nothing is some large number, not infinity
     if not mask.any():
         return np.full(mask.shape, np.inf, np.float32)
     return cv2.distanceTransform((~mask).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
@@ -134,6 +148,7 @@ def _without_void(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The label with every void pixel as the labelled one nearest to it, and its distance to that
     (0 elsewhere).
     """
+    # void has no class, and an outline against it would be one that nobody drew
     void = label == IGNORE_INDEX
     if not void.any():
         return label, np.zeros(label.shape, np.float32)
@@ -142,6 +157,7 @@ def _without_void(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     nearest = cv2.distanceTransformWithLabels(
         void.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
     )[1]
+    # OpenCV numbers the labelled pixels, and says of each void one which is nearest
     class_of = np.zeros(nearest.max() + 1, label.dtype)
     class_of[nearest[~void]] = label[~void]
     return class_of[nearest], _distance_to(~void)

@@ -35,15 +35,20 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     training's must: scoring reads each sample once and soon, and ends at the first damaged or
     impossible one with its name.
     """
+    # before the network is built: a key that may not differ would score another network, or none
     check_overrides(overrides)
+    # everything that can refuse comes before the ranks join, where leaving alone hangs the others
     network, config, path = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
     samples = open_samples(config, path)
     ranks = setup(config.device, config.parallel.timeout_seconds)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
+        # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)
         evaluator = evaluator_of(network, config, path, samples, ranks)
+        # each image is reported: a split at full resolution takes longer than the time limit
         evaluator.details, evaluator.mark = not quick, watchdog.report
+        # after all is open: the time told is that of scoring
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, path, time.perf_counter() - started)
@@ -68,11 +73,14 @@ def evaluator_of(
     network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks
 ) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""
+    # "auto" means the run's own precision: another machine's choice would give other scores than
+    # training's
     trained_in = checkpoint.read_state(path)["identity"]["precision"]
     precision = (
         trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
     augmentation = TestTimeAugmentation.of(config.evaluate, precision, ranks.device)
+    # as in training: another memory format runs other kernels, with other rounding
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
     network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
@@ -89,6 +97,7 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
         state["identity"],
         evaluator.augmentation.precision,
     )
+    # part of the file's name is whatever makes scores incomparable, so that none overwrites another
     other = (
         "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
     )
@@ -97,6 +106,7 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
     # evaluation.json is training's
     out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"
+    # the main rank writes, and all learn of a full disk
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
     counted = (
@@ -117,6 +127,7 @@ def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 def check_classes(path: Path, samples: SampleSet) -> None:
     """Raise InputError when a checkpoint was trained on other classes than the shards have."""
+    # names and their order: the same number of other classes would score without an error
     trained_on = checkpoint.read_state(path)["identity"]["classes"]
     classes = samples.classes
     if trained_on != list(classes.names):

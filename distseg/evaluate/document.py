@@ -21,4 +21,5 @@ def read(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
+    # renamed when read, so that nothing else has to know both names
     return {_RENAMED.get(str(name), str(name)): value for name, value in content.items()}

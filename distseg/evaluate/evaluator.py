@@ -46,17 +46,23 @@ class Evaluator:
         Rank r looks at images r, r + world_size, ...; nothing is padded or dropped: every image is
         counted once, or RuntimeError is raised.
         """
+        # a collective under FSDP and ZeRO-3, so before anything that can fail on one rank alone
         network = self.gather_network()
+        # DDP gives the very network that is trained, which goes on afterwards as it was
         was_training = network.training
         network.eval()
         num_classes, device = self.samples.classes.num_classes, self.ranks.device
         tally = Tally(len(self.samples), num_classes, device, self.details)
+        # interleaved, as data sets are often sorted by size or scene, and the slowest rank is
+        # waited for
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
         for index, _, image, array in evaluation_samples(self.samples, *shares):
             self.mark("evaluation")
             label = torch.from_numpy(array).to(device)
             tally.add(index, self.augmentation(network, image), label)
         network.train(was_training)
+        # one exchange at the end: ranks may have an image more or less, so nothing can be agreed on
+        # per image
         tally.sum_over_ranks()
         self.tally, self.result = tally, tally.scores()
         self.extra = tally.others(self.samples.classes.names)
@@ -81,9 +87,12 @@ class Evaluator:
         about = {"step": step, "data": reader.manifest.name, "split": reader.split}
         about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
         scores = {
-            name: None if math.isnan(value) else value for name, value in self.named().items()
+            # JSON has no NaN, and the strict readers of other languages refuse it
+            name: None if math.isnan(value) else value
+            for name, value in self.named().items()
         }
         if self.details:
+            # a thousand resamples, which take longer than one evaluation within training should
             about["intervals_95"] = {
                 f"{VALIDATION}{name}": list(pair) for name, pair in self.tally.intervals().items()
             }

@@ -68,13 +68,16 @@ class TestTimeAugmentation:
                 autocast_dtype=autocast_dtype(self.precision),
             )
 
+        # an image that fits is taken whole: windows would only hide context from it
         if not 0 < self.window_px < max(image.shape[:2]):
             return at_once(image)
+        # on the CPU until now: the map of a large image may not fit beside the network
         return sliding_window(at_once, image, self.window_px, self.overlap_px).to(self.device)
 
     def suffix(self) -> str:
         """For file names: nothing for the plain image, for example "-scales-0.75-1-flip" else."""
         parts = []
+        # in file names, so that evaluations of one checkpoint lie beside one another
         if self.scales != (1.0,):
             parts += ["scales", *(f"{scale:g}" for scale in self.scales)]
         if self.horizontal_flip:
@@ -129,6 +132,8 @@ def probabilities(
             scaled = _resized(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
             total = total + _softmax_at(model, scaled, height, width)
             if horizontal_flip:
+                # flipped back before it is added: probabilities belong to pixels, not to places in
+                # the copy
                 total = total + _softmax_at(model, scaled.flip(3), height, width).flip(3)
     return (total / (len(scales) * (1 + horizontal_flip)))[0]
 
@@ -157,14 +162,17 @@ def sliding_window(
     total = torch.zeros(())
     for top, bottom, row_weight in _spans(height, window_px, overlap_px):
         for left, right, column_weight in _spans(width, window_px, overlap_px):
+            # (C, h, w), off the device at once: only one window's map is there at a time
             part = predict(image[top:bottom, left:right]).cpu()
             if total.ndim == 0:
                 total = torch.zeros(part.shape[0], height, width)
+            # weights of all windows at a pixel sum to 1, so nothing is to be divided by at the end
             total[:, top:bottom, left:right] += part * row_weight[:, None] * column_weight
     return total
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    # the plain image keeps its bits: resampling to the same size may round
     if pixels.shape[2:] == (height, width):
         return pixels
     return F.interpolate(
@@ -179,7 +187,9 @@ def _softmax_at(model: nn.Module, image: Tensor, height: int, width: int) -> Ten
     rows, columns = image.shape[2:]
     missing = (max(0, _MIN_PX - rows), max(0, _MIN_PX - columns))
     if any(missing):
+        # at the right and below, where cropping afterwards takes it off again
         image = F.pad(image, (0, missing[1], 0, missing[0]), mode="replicate")
+    # a softmax in half precision would not sum to 1, and its ties would decide classes
     logits = model(image).float()
     if any(missing):
         logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
@@ -195,6 +205,7 @@ def _spans(length: int, window_px: int, overlap_px: int) -> list[tuple[int, int,
     (start, end, weights of its pixels); the weights of a pixel sum to 1.
     """
     fade_px, blind_px = overlap_px // 2, overlap_px // 4
+    # (overlap_px,): blind, a ramp through its pixels' centres, full
     fade_in = torch.cat(
         [torch.zeros(blind_px), (torch.arange(fade_px) + 0.5) / fade_px, torch.ones(blind_px)]
     )
@@ -202,6 +213,7 @@ def _spans(length: int, window_px: int, overlap_px: int) -> list[tuple[int, int,
     start = 0
     while True:
         end = min(start + window_px, length)
+        # the image's own border needs no fading: nothing beyond it is known to any window
         weights = torch.ones(end - start)
         if start > 0:
             weights[:overlap_px] = fade_in

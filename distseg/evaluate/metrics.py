@@ -33,7 +33,10 @@ def confusion_matrix(
             got, "the same shape", "resize the logits to the label's size before taking the class"
         )
     valid = label != ignore_index
+    # int64, as uint8 x num_classes would wrap around
     truth, guess = label[valid].long(), prediction[valid].long()
+    # bincount would make a longer array of an index too large, and fail at the reshape without a
+    # name
     for name, classes in (("label", truth), ("prediction", guess)):
         if classes.numel():
             low, high = (int(bound) for bound in classes.aminmax())
@@ -44,6 +47,7 @@ def confusion_matrix(
                     f"0 to {num_classes - 1}",
                     "check the number of classes of data and network",
                 )
+    # pairs as one number: a single pass, where one mask per class takes C^2 of them
     counts = torch.bincount(truth * num_classes + guess, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
@@ -58,6 +62,7 @@ def log_loss_sum(
     """
     valid = label != ignore_index
     index = label.long().where(valid, 0)
+    # a chance that fp32 has rounded to 0 would make the mean of a whole split infinite
     chances = probabilities.gather(0, index[None])[0].clamp(min=torch.finfo(torch.float32).tiny)
     return -(chances[valid].double().log().sum())
 
@@ -142,6 +147,7 @@ def threshold_counts(
     images or ranks are added.
     """
     valid = label != ignore_index
+    # in double: k / 255 as fp32 times 255 may land a bin too low or too high
     bins = (
         (probability[valid].double() * (NUM_THRESHOLDS - 1))
         .floor()
@@ -162,8 +168,10 @@ def max_f1(counts: torch.Tensor) -> tuple[float, float]:
     image plane).
     """
     # (2, 256): pixels at or above k / 255
+    # sums from the right: whoever passes a threshold has passed all lower ones
     at_least = counts.to("cpu", torch.float64).flip(1).cumsum(1).flip(1)
     false_positives, true_positives = at_least
+    # at threshold 0 everything is predicted positive
     positives = true_positives[0]
     if positives == 0:
         return float("nan"), float("nan")
@@ -187,8 +195,11 @@ def calibration_counts(
     valid = label != ignore_index
     confidence, prediction = (part[valid] for part in probabilities.max(dim=0))
     confidence = confidence.double()
+    # half-open to the left, as Guo et al. have them: a confidence of exactly k / 15 is in the lower
+    # bin
     bins = ((confidence * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
     right = (prediction == label[valid]).double()
+    # sums, which add over images and ranks, as errors do not
     kinds = (torch.ones_like(confidence), right, confidence)
     return torch.stack([torch.bincount(bins, weights, minlength=NUM_BINS) for weights in kinds])
 

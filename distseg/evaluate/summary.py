@@ -34,10 +34,13 @@ def overview(report: dict[str, Any]) -> list[str]:
 
     Scores with their intervals, and how many classes mIoU counts.
     """
+    # said with the mean: classes in neither labels nor predictions are left out, and splits differ
+    # in them
     counted = f"{report[CLASSES_COUNTED]:.0f} of {len(report['confusion'])} classes"
     intervals = report.get("intervals_95", {})
     lines = []
     for score in SCORES:
+        # a file of an earlier version, or --quick
         if report.get(score.name) is None:
             continue
         line = f"{score.title:24}{report[score.name]:6.1%}"
@@ -85,6 +88,7 @@ def run(paths: Sequence[Path], form: str) -> int:
     form: markdown, latex or json.
     """
     printers = {"markdown": to_markdown, "latex": to_latex, "json": to_json}
+    # all are read before anything is printed: half a table would be taken for the whole
     evaluations = [read(path) for path in paths]
     print(printers[form](rows(evaluations)))
     # allowed, since the best checkpoints of runs seldom are of one step
@@ -104,6 +108,7 @@ def read(path: Path) -> Evaluation:
 
     Raises InputError when it is none.
     """
+    # training's own, of its last step; every other one has to be named, as there may be several
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         scores = document.read(file)
@@ -125,9 +130,11 @@ def rows(evaluations: Sequence[Evaluation]) -> list[Setting]:
     Raises InputError when two evaluations are not of the same data and test-time augmentation, and
     for the same one named twice.
     """
+    # before means are taken: scores of other images or scales differ for reasons of their own
     _check_comparable(evaluations)
     groups: list[list[Evaluation]] = []
     for evaluation in evaluations:
+        # compared with the first of each group: equal in all keys but the seed is transitive
         same = (group for group in groups if not _differing(group[0], evaluation))
         group = next(same, None)
         if group is None:
@@ -146,12 +153,17 @@ def _in_tables(name: str) -> bool:
 
 def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Setting:
     config = loading.flattened(loading.to_dict(group[0].config))
-    apart = {key for other in groups for key in _differing(group[0], other[0])}
+    apart: set[str] = set()
+    for other in groups:
+        apart |= set(_differing(group[0], other[0]))
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
+    # only what differs: a full configuration has some hundred keys
     name = ", ".join(f"{key}={config.get(key)}" for key in sorted(apart)) or str(
         group[0].config.preset
     )
-    values = {name: tuple(float(e.scores[name]) for e in group) for name in names}
+    values = {}
+    for score in names:
+        values[score] = tuple(float(e.scores[score]) for e in group)
     runs = tuple(str(e.path.parent) for e in group)
     return Setting(name, runs, tuple(e.config.seed for e in group), values)
 
@@ -178,6 +190,7 @@ def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
 def _conditions(evaluation: Evaluation) -> dict[str, Any]:
     """What scores that are compared have in common."""
     scores = evaluation.scores
+    # the classes too: mIoU over seven is no mIoU over eight
     classes = [name.removeprefix(CLASS_IOU) for name in scores if name.startswith(CLASS_IOU)]
     found = {key: scores.get(key) for key in (*SAME_DATA, *SAME_AUGMENTATION)}
     return found | {"classes": classes}
@@ -196,6 +209,7 @@ def of_seeds(seeds: Sequence[Any], values: Sequence[float]) -> list[float]:
 
 def sample_deviation(values: Sequence[float]) -> float:
     """The sample standard deviation (n - 1), NaN for a single value."""
+    # n - 1: seeds are a sample, and with three of them n would say a fifth too little
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
@@ -240,6 +254,7 @@ def to_json(table: Sequence[Setting]) -> str:
             of_seeds = row.of_seeds(name)
             deviation = sample_deviation(of_seeds)
             scores[name] = {"mean": statistics.fmean(of_seeds), "values": list(values)}
+            # null, not 0: one seed says nothing of the spread
             scores[name]["spread"] = None if math.isnan(deviation) else deviation
         content.append(
             {"name": row.name, "runs": list(row.runs), "seeds": list(row.seeds), "scores": scores}

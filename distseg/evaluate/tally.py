@@ -49,15 +49,18 @@ class Tally:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.details = details
+        # int64 everywhere that things are counted: whole numbers add to the same bits in any order
         self.confusion = zeros(num_classes, num_classes)
         self._trimap_confusion = zeros(num_classes, num_classes)
         # of boundary regions: pixels of the intersection, of the union
         self._boundary = zeros(2, num_classes)
         self._at_thresholds = zeros(2, NUM_THRESHOLDS)
+        # kept per image, or one image twice and another one not at all would pass for all
         self._times_seen = zeros(num_images)
         # right, true and predicted pixels
         self._margins = zeros(num_images if details else 0, 3, num_classes)
         num_values = _CALIBRATION + 3 * NUM_BINS if details else 1
+        # (images, values): a rank fills its rows, and sums over ranks add zeros to them
         self._values = zeros(num_images, num_values, dtype=torch.float64)
 
     def add(self, index: int, probabilities: Tensor, label: Tensor) -> None:
@@ -81,10 +84,12 @@ class Tally:
 
     def _add_outlines(self, index: int, prediction: Tensor, label: Tensor) -> None:
         num_classes, device = len(self.confusion), label.device
+        # outlines are OpenCV's work, on the CPU
         maps = prediction.cpu().numpy(), label.cpu().numpy()
         outlines = compare_outlines(*maps)
         self._values[index, _F1_SUM] = outlines.f1_sum
         self._values[index, _F1_CLASSES] = outlines.num_classes
+        # what lies outside of the trimap becomes void, and is counted by nothing
         in_trimap = label.where(torch.from_numpy(outlines.trimap).to(device), IGNORE_INDEX)
         self._trimap_confusion += confusion_matrix(prediction, in_trimap, num_classes)
         self._boundary += torch.from_numpy(boundary_counts(*maps, num_classes)).to(device)
@@ -94,11 +99,14 @@ class Tally:
 
         Raises RuntimeError unless every image was seen once.
         """
+        # the same order on every rank: collectives pair up by it
         for counts in (self.confusion, self._at_thresholds, self._times_seen, self._values):
             all_reduce_sum(counts)
         if self.details:
             for counts in (self._margins, self._trimap_confusion, self._boundary):
                 all_reduce_sum(counts)
+        # the promise of an exact evaluation, checked: a padded sampler would break it without a
+        # trace
         wrong = (self._times_seen != 1).nonzero().flatten().tolist()
         if wrong:
             times = int(self._times_seen[wrong[0]])
@@ -122,6 +130,7 @@ class Tally:
         classes. With details also what `_outlines` gives, and calibration_error.
         """
         values = self._values.cpu()
+        # summed on the CPU in the images' order, so that no number of ranks changes a bit
         found = {"loss": float(values[:, _LOSS].sum() / self.confusion.sum().cpu())}
         if len(self.confusion) == 2:
             found["max_f1"], found["max_f1_threshold"] = max_f1(self._at_thresholds)
@@ -138,11 +147,14 @@ class Tally:
         IoU of the pixels within the tolerance of a true outline; boundary_iou/<class> and their
         mean, mean_boundary_iou, over the classes in truth or prediction.
         """
+        # images without any outline, all of one class, have no F1
         outlined = values[values[:, _F1_CLASSES] > 0]
         boundary_f1 = float((outlined[:, _F1_SUM] / outlined[:, _F1_CLASSES]).mean())
         has_trimap = bool(self._trimap_confusion.sum())
         trimap_iou = scores(self._trimap_confusion).mean_iou if has_trimap else float("nan")
         intersection, union = self._boundary.cpu().double()
+        # sums over all images first, as for IoU: means of the images' own would weigh small objects
+        # more
         of_classes = intersection / union  # 0 / 0 is NaN: absent
         found = {"boundary_f1": boundary_f1, "trimap_iou": trimap_iou}
         found["mean_boundary_iou"] = float(of_classes.nanmean())
@@ -165,9 +177,11 @@ def bootstrap(margins: np.ndarray, seed: int = 0) -> dict[str, tuple[float, floa
     if not margins[:, 1].any():
         raise ValueError("no labelled pixel")
     flat = margins.reshape(num_images, -1).astype(np.float64)  # sums below 2^53 pixels are exact
+    # a fixed seed: the same evaluation gives the same interval
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(NUM_RESAMPLES // _CHUNK):
+        # how often each image is drawn, (resamples, images): then resampling is one matrix product
         times = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=_CHUNK)
         drawn.append((times.astype(np.float64) @ flat).reshape(_CHUNK, 3, num_classes))
     hits, truth, predicted = np.concatenate(drawn).transpose(1, 0, 2)  # (resamples, C) each

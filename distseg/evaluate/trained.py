@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 def trained_classes(path: Path) -> ClassSet:
     """The classes that a checkpoint was trained on, with their colours."""
+    # of the checkpoint, not of the shards: these may have moved, or been packed anew
     identity = checkpoint.read_state(path)["identity"]
     palette = tuple((red, green, blue) for red, green, blue in identity["palette"])
     return ClassSet(tuple(identity["classes"]), palette)
@@ -37,17 +38,23 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Pat
     path = checkpoint.find(run_dir, which)
     num_classes = len(checkpoint.read_state(path)["identity"]["classes"])
     _warn_of_changed_code(config)
+    # random, as the checkpoint replaces all of it: the file of the first weights may be gone
     options = {**config.segmentor.options, "init": "random"}
     network = build_segmentor(config.segmentor.name, num_classes, **options)
+    # its EMA weights where the run has them, as those are what training scored
     checkpoint.load_segmentor(path, network)
+    # dropout and batch statistics would make scores depend on chance and on the batch
     return network.eval(), config, path
 
 
 def _warn_of_changed_code(config: Config) -> None:
     reference, recorded = config.segmentor.name, config.code.get("segmentor")
+    # runs of earlier versions recorded none
     if recorded is None or not user_code.is_reference(reference):
         return
+    # the ranks have not joined yet, so the environment has to say who talks
     rank, _, _ = resolve_ranks(dict(os.environ))
     loaded = user_code.load(reference, "segmentor")
+    # no error: a comment that was added changes no score, and only the user can tell
     if loaded.sha256 != recorded and rank == 0:
         log.warning("%s has changed since training: scores may not be the run's", loaded.path)

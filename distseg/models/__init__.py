@@ -73,6 +73,7 @@ Segmentor = (
     | own_segmentor.OwnSegmentor
 )
 
+# a dict in sight of its use and no registry: whoever looks for a name finds its class by a search
 SEGMENTORS: dict[str, Callable[..., Segmentor]] = {
     "deeplabv2_resnet101": DeepLabV2ResNet101,
     "deeplabv3_resnet50": DeepLabV3ResNet50,
@@ -97,6 +98,7 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "small_fov_light": SmallFOVLight,
 }
 # where the encoder's published weights lie
+# called only for init=imagenet: looking for a file must not fail those who need none
 IMAGENET: dict[str, Callable[[], Path]] = {
     "deeplabv2_resnet101": partial(resnet_weights_file, 101),
     "deeplabv3_resnet50": partial(resnet_weights_file, 50),
@@ -137,6 +139,7 @@ def build_segmentor(
     if is_reference(name):
         _check_num_classes(num_classes)
         weights = None if init == "random" else _own_weights(name, init)
+        # a wrapper, so that nothing else has to ask whose network it is
         own = own_segmentor.own_segmentor(name, num_classes, weights, options)
         _log_report(own)
         return own
@@ -222,6 +225,7 @@ def _check(
     if name not in choices:
         needed = f"one of: {', '.join(choices)}; or your own, as {FORMS}"
         raise InputError(f"{kind}={name}", needed, f"correct {kind}.name")
+    # from the constructor's own signature: an option has no second list that could be forgotten
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]
     for key in options:
         if key not in accepted:
@@ -231,6 +235,7 @@ def _check(
 
 
 def _check_num_classes(num_classes: int) -> None:
+    # labels are bytes, in which 255 is void
     if not 1 <= num_classes <= 255:
         raise InputError(
             f"num_classes={num_classes}", "1 to 255", "check the classes of the shards"

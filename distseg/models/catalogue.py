@@ -69,9 +69,10 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
     """
     segmentors, discriminators = measure(tuple(names), num_classes)
     if as_json:
-        kinds = {"segmentors": segmentors, "discriminators": discriminators}
-        document = {kind: [asdict(entry) for entry in entries] for kind, entries in kinds.items()}
-        print(json.dumps({"num_classes": num_classes, "size_px": SIZE_PX, **document}, indent=2))
+        document: dict[str, Any] = {"num_classes": num_classes, "size_px": SIZE_PX}
+        document["segmentors"] = [asdict(entry) for entry in segmentors]
+        document["discriminators"] = [asdict(entry) for entry in discriminators]
+        print(json.dumps(document, indent=2))
         return 0
     console = Console()
     console.width = max(console.width, MIN_WIDTH)
@@ -126,6 +127,7 @@ def measure_segmentor(name: str, num_classes: int, **options: Any) -> Entry:
         output_stride=stride,
         field_of_view_px=field_of_view_px,
         gflop=_gflop(name, network, forward, (3, SIZE_PX)),
+        # the encoder of a user's network may be a plain nn.Sequential, whose class says nothing
         encoder="own" if kind in vars(nn) else kind,
         encoder_parameters=None if encoder is None else num_parameters(encoder),
     )
@@ -138,11 +140,13 @@ def measure_discriminator(name: str, num_classes: int, **options: Any) -> Entry:
     """
     has_heads = name in DISCRIMINATORS and "head" in user_code.parameters(DISCRIMINATORS[name])
     if has_heads:
+        # with one score per image the field would be the whole image, whatever the layers
         options = {"head": "patch", **options}
     with _place(name):
         network = build_discriminator(name, num_classes, **options).eval()
 
     def forward(module: nn.Module, label_map: Tensor) -> Tensor:
+        # only there to be asked for: what is followed back is the label map
         image = torch.ones(1, 3, SIZE_PX, SIZE_PX, dtype=label_map.dtype, device=label_map.device)
         return module(image, label_map)[0]
 
@@ -168,12 +172,14 @@ def _geometry(
 ) -> tuple[int, tuple[int, int] | None]:
     """As `geometry`; of the user's own that the stand-ins cannot follow, the view is UNKNOWN."""
     try:
+        # the view is followed back by a gradient; all else here needs none
         with torch.enable_grad():
             return geometry(network, forward, channels)
     except Exception:
         if not user_code.is_reference(name):
             raise
         side = max(128, int(network.min_size_px))  # type: ignore[arg-type]
+        # measured once at a plain size: stand-ins cannot follow operators that they do not know
         return side // forward(network, torch.rand(1, channels, side, side)).shape[-1], UNKNOWN
 
 

@@ -12,6 +12,7 @@ from shards.errors import InputError
 def require_size(x: Tensor, min_size_px: int, what: str = "image") -> None:
     """Raise InputError when `x` (N, C, H, W) is smaller than `min_size_px` on a side."""
     height, width = x.shape[-2:]
+    # before the layers, whose own error would name a kernel and a tensor of some inner size
     if height < min_size_px or width < min_size_px:
         got = f"{what} of {height}x{width} px"
         raise InputError(
@@ -27,5 +28,6 @@ def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def require_number(key: str, value: Any, low: float, high: float) -> None:
     """Raise InputError when an option is not a number from `low` to `high`."""
+    # a bool is an int to Python, and `dropout=true` would pass for 1
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{key}={value}", f"a number from {low} to {high}", f"correct {key}")

@@ -40,9 +40,11 @@ def geometry(
     stride, sides = 0, []
     for axis in (2, 3):
         for length in PROBES_PX:
+            # narrow across: a strip costs as much as it is long, not its square
             shape = [1, channels] + [getattr(network, "min_size_px", 32)] * 2
             shape[axis] = length
             num_logits, gradient = _middle_gradient(network, forward, shape, axis)
+            # the quotient of sides, as a last cell may be cut off
             stride = round(length / num_logits)
             seen = (gradient != 0).any(3 - axis).nonzero().ravel()
             if len(seen) == 0:
@@ -53,6 +55,7 @@ def geometry(
                     "look for a detached tensor, or mend distseg/models/connections.py",
                 )
             first, last = int(seen[0]), int(seen[-1])
+            # seen to its ends: a field as long as the strip may be longer
             if first > 0 and last < length - 1:
                 sides.append(last - first + 1)
                 break
@@ -125,52 +128,42 @@ def _whole(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x + x.mean((1, 2, 3), keepdim=True)  # normalised by the statistics of the image
 
 
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    y = F.conv2d(_one_channel(x), _window(weight), None, stride, padding, dilation)
+def _by_name(names: str, values: tuple, named: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call by their names, whichever of them were given by position."""
+    return dict(zip(names.split(), values, strict=False)) | dict(named)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Any = None, *values: Any, **named: Any) -> Tensor:
+    options = _by_name("stride padding dilation groups", values, named)
+    # with one channel there are no groups; a grouped layer is taken as seeing all channels, at the
+    # same places
+    options.pop("groups", None)
+    y = F.conv2d(_one_channel(x), _window(weight), None, **options)
     return y.expand(-1, weight.shape[0], -1, -1)
 
 
 def _transposed_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
+    x: Tensor, weight: Tensor, bias: Any = None, *values: Any, **named: Any
 ) -> Tensor:
-    y = F.conv_transpose2d(
-        _one_channel(x), _window(weight), None, stride, padding, output_padding, 1, dilation
-    )
+    options = _by_name("stride padding output_padding groups dilation", values, named)
+    # its weight has the output channels of one group
+    groups = options.pop("groups", 1)
+    y = F.conv_transpose2d(_one_channel(x), _window(weight), None, **options)
     return y.expand(-1, weight.shape[1] * groups, -1, -1)
 
 
-def _pooling(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Tensor:
-    if return_indices or dilation not in (1, (1, 1)):
-        got = f"max_pool2d with dilation={dilation}, return_indices={return_indices}"
+def _pooling(x: Tensor, kernel_size: Any, *values: Any, **named: Any) -> Tensor:
+    options = _by_name("stride padding dilation ceil_mode return_indices", values, named)
+    dilation, indices = options.pop("dilation", 1), options.pop("return_indices", False)
+    if indices or dilation not in (1, (1, 1)):
+        got = f"max_pool2d with dilation={dilation}, return_indices={indices}"
         raise InputError(got, "a plain one", "teach distseg/models/connections.py this pooling")
-    return _each_channel(F.avg_pool2d)(x, kernel_size, stride, padding, ceil_mode)
+    return _each_channel(F.avg_pool2d)(x, kernel_size, **options)
 
 
 def _sum(x: Any, y: Any, **_: Any) -> Any:
     if _is_shared(x) and _is_shared(y) and x.shape == y.shape:
+        # a plain sum would give every channel memory of its own again
         return (x[:, :1] + y[:, :1]).expand_as(x)
     return x + y
 
@@ -211,13 +204,14 @@ def _window(weight: Tensor) -> Tensor:
 
 
 _PER_PIXEL = (
-    "relu relu6 leaky_relu hardtanh elu gelu silu hardswish mish tanh sigmoid hardsigmoid softplus "
-    "clamp"
+    *("relu", "relu6", "leaky_relu", "hardtanh", "elu", "gelu", "silu", "hardswish", "mish"),
+    *("tanh", "sigmoid", "hardsigmoid", "softplus", "clamp", "softmax", "log_softmax"),
+    *("batch_norm", "layer_norm", "dropout"),
 )
-_PER_PIXEL += " softmax log_softmax batch_norm layer_norm dropout"
 # by the names under which torch's functions and methods are intercepted; a last "_" means in place
 STAND_INS: dict[str, Callable] = {
-    **{name + suffix: _same for name in _PER_PIXEL.split() for suffix in ("", "_")},
+    **dict.fromkeys(_PER_PIXEL, _same),
+    **dict.fromkeys((f"{name}_" for name in _PER_PIXEL), _same),
     **dict.fromkeys(("group_norm", "instance_norm"), _whole),
     "conv2d": _convolution,
     "conv_transpose2d": _transposed_convolution,

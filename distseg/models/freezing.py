@@ -21,15 +21,17 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     where nothing is left to train.
     """
     parameters = dict(network.named_parameters())
-    matched = {pattern: [n for n in parameters if _matches(n, pattern)] for pattern in patterns}
-    for pattern, names in matched.items():
+    for pattern in patterns:
+        names = [name for name in parameters if _matches(name, pattern)]
         if not names:
             parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in parameters))
             got = f"segmentor.freeze: {pattern!r} matches no parameter"
             action = "correct the pattern, for example segmentor.freeze=encoder"
             raise InputError(got, f"names that begin with {parts}", action)
         for name in names:
+            # before the learner is built: DDP must not wait for a gradient that never comes
             parameters[name].requires_grad_(False)
+    # a step without any gradient would fail in the backward, some minutes later
     if not any(parameter.requires_grad for parameter in parameters.values()):
         got = f"segmentor.freeze={list(patterns)}: all {len(parameters)} parameters are frozen"
         raise InputError(got, "something to train", "freeze less, for example the encoder alone")
@@ -38,6 +40,7 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _matches(name: str, pattern: str) -> bool:
+    # by case on every system: names of parameters are no file names
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
@@ -45,5 +48,7 @@ def _keep_statistics(network: nn.Module) -> None:
     """Statistics of a layer that does not learn must not move either, or it would change."""
     for layer in network.modules():
         if isinstance(layer, BatchNorm2d) and not any(p.requires_grad for p in layer.parameters()):
+            # the flag alone acts at the next train() or eval(), which is called here so that it
+            # acts at once
             layer.frozen = True
             layer.train(layer.training)

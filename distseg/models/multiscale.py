@@ -61,13 +61,16 @@ class MultiScale(nn.Module):
             nn.Dropout(dropout),
             nn.Conv2d(hidden, num_classes, 1),
         )
+        # by the activation: a tanh that starts out saturated would not learn
         gain = nn.init.calculate_gain(activation)  # type: ignore[arg-type]
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_normal_(layer.weight, gain)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        # small first logits: the loss begins near ln C, that of a network without an opinion
         nn.init.normal_(self.classifier[-1].weight, std=0.01)  # type: ignore[arg-type]
+        # not persistent: a constant, which checkpoints need not hold
         self.register_buffer("yuv", torch.tensor(YUV).view(3, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -92,18 +95,23 @@ class MultiScale(nn.Module):
         """The pyramid. Each level is stretched to whole cells of 4 px, so that all grids cover the
         same image.
         """
-        sizes = [tuple(4 * num_cells(side, 2**k) for side in grid) for k in range(SCALES)]
+        sizes = []
+        for k in range(SCALES):
+            sizes.append(tuple(4 * num_cells(side, 2**k) for side in grid))
         whole = not is_exporting() and image.shape[-2:] == sizes[0]
         levels = [image if whole else _resize(image, sizes[0])]
         # each from the one before, whose filter is half as wide as one over the image
         for size in sizes[1:]:
             levels.append(_resize(levels[-1], size))
+        # to [-1, 1], the range of a tanh
         if self.pyramid == "gaussian":
             return [2 * level - 1 for level in levels]
+        # (N, 3, ...) YUV: brightness apart from colour, so that each is normalised by itself
         levels = [F.conv2d(level, self.yuv.to(level)) for level in levels]
         bands = [
             fine - _resize(coarse, fine.shape[-2:]) for fine, coarse in itertools.pairwise(levels)
         ]
+        # the last level is no band: it keeps what is left, the coarsest brightness and colour
         return [_locally_normalised(band) for band in [*bands, levels[-1]]]
 
 
@@ -130,6 +138,7 @@ def _layer(
 
 
 def _resize(x: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
+    # antialias: plain bilinear shrinking skips pixels, and fine texture would come back as coarse
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
@@ -148,5 +157,6 @@ def _locally_normalised(x: Tensor) -> Tensor:
         return y
 
     centred = x - mean(x)
+    # of centred values and not E[x^2] - E[x]^2, whose difference cancels on flat sky
     deviation = mean(centred.square()).clamp(min=0).sqrt()
     return centred / deviation.clamp(min=1e-3).maximum(deviation.mean((2, 3), keepdim=True))

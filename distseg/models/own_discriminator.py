@@ -37,6 +37,8 @@ class OwnDiscriminator(nn.Module):
         self.num_inputs = _num_inputs(trial)
         own_size = getattr(self.network, "min_size_px", None)
         self.min_size_px = 1 if own_size is None else int(own_size)
+        # one size is tried whatever it asks for; the smallest is searched only where it does not
+        # say
         large = max(LARGE, self.min_size_px)
         scores = _tried(trial, self, large, training=False)
         has_cells = scores[0].shape[-2:] != (1, 1)
@@ -60,6 +62,7 @@ def judged(
     if num_inputs is None:
         answers = network(image, *label_maps)
     elif num_inputs == 2:
+        # ground truth has the labelled images alone, which are the first
         answers = [network(image[: len(each)], each) for each in label_maps]
     else:
         answers = [network(each) for each in label_maps]
@@ -96,8 +99,11 @@ def _tried(
 ) -> list[Tensor]:
     """Its answers to two label maps, of fewer images and of all. Raises InputError for others."""
     copy = trial.copied().train(training)
+    # of 2 and 3 images, so that answers of another number are told from those of a mean over images
     label_maps = [random_label_maps(k, discriminator.num_classes, side) for k in (2, 3)]
     for each in label_maps:
+        # the segmentor learns through the label map: without its gradient the adversary teaches
+        # nothing
         each.requires_grad_(training)
 
     def forward(image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:

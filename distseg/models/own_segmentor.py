@@ -46,9 +46,13 @@ class OwnSegmentor(nn.Module):
         self.network, self.num_classes = trial.network, num_classes
         for layer in self.network.modules():
             if type(layer) is nn.BatchNorm2d:
+                # the class alone is changed: weights, statistics and whoever else holds the layer
+                # keep it
                 layer.__class__ = BatchNorm2d
         self.min_size_px = int(getattr(self.network, "min_size_px", 32))
         self.size_multiple = int(getattr(self.network, "size_multiple", 1))
+        # a copy: forwards of the trial would move counters and statistics of the network that is
+        # trained
         evaluated = Evaluated(trial, trial.copied().eval(), num_classes)
         self.output_stride = evaluated.output_stride(self.size_multiple)
         if not hasattr(self.network, "size_multiple"):
@@ -69,10 +73,13 @@ class OwnSegmentor(nn.Module):
                 image = to_multiple(image, stride)  # or the last cell would hang over
             size = image.shape[-2:]
             below, right = (num_cells(side, multiple) * multiple - side for side in size)
+            # the border is repeated: zeros would be an edge that is in no picture
             answer = self.network(F.pad(image, (0, right, 0, below), mode="replicate"))
         if not isinstance(answer, Mapping):
             return _cropped(answer, size, stride)
         logits = _cropped(answer[OUT], size, stride)
+        # in evaluation always a tensor, as exports, predictions and scores know of no auxiliary
+        # head
         if not self.training or answer.get(AUXILIARY) is None:
             return logits
         return {OUT: logits, AUXILIARY: _like(answer[AUXILIARY], answer[OUT], logits)}
@@ -133,9 +140,11 @@ class Evaluated:
         """At two sizes, or a network of one size would be taken for one of any."""
         sides = _sides(multiple)
         strides = set()
+        # not square, or a network that swaps both sides would pass
         for height, width in (sides, sides[::-1]):
             logits = self.logits(height, width)
             strides |= {height / logits.shape[2], width / logits.shape[3]}
+        # height and width at both sizes: four quotients, which have to be one
         stride = strides.pop()
         if strides or not stride.is_integer() or stride > MAX_STRIDE:
             got = f"logits of {_size(logits)} for {height}x{width} px"
@@ -145,9 +154,11 @@ class Evaluated:
 
     def size_multiple(self, stride: int) -> int:
         """The smallest of MULTIPLES whose multiples it takes: U-Nets, for one, join halved maps."""
+        # upwards: the smallest pads least
         return next((each for each in MULTIPLES[:-1] if self._takes(each, stride)), MULTIPLES[-1])
 
     def _takes(self, multiple: int, stride: int) -> bool:
+        # odd multiples, as an even one would be a multiple of twice the number as well
         height, width = odd_multiple(multiple, 32), odd_multiple(multiple, 65)
         try:
             logits = self.logits(height, width)

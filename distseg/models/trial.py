@@ -50,6 +50,7 @@ class Trial:
     def copied(self) -> nn.Module:
         """A copy to try: forwards change statistics, and whatever else a network counts."""
         try:
+            # the trained network itself stays as its constructor left it
             return copy.deepcopy(self.network)
         except Exception as error:
             got = f"cannot be copied: {user_code.told(error, self.code.path)}"
@@ -81,12 +82,15 @@ class Trial:
         wanted = {name: it for name, it in network.named_parameters() if it.requires_grad}
         if not wanted:
             raise self.refused("no parameter to train", "parameters with requires_grad")
+        # of all answers, or an auxiliary head's parameters would count as unreached
         loss = sum((answer.float().square().mean() for answer in answers), torch.zeros(()))
         if not loss.requires_grad:
             got = "its answer has no gradient (detached, or computed without one)"
             raise self.refused(got, "an answer made of its parameters by differentiable steps")
         sources = [*wanted.values(), *inputs]
+        # not `backward`: None tells a parameter that nothing reached from one whose gradient is 0
         gradients = torch.autograd.grad(loss, sources, allow_unused=True)
+        # zip ends with the parameters: the inputs' gradients follow them
         without = [name for name, it in zip(wanted, gradients, strict=False) if it is None]
         if without:
             some = ", ".join(without[:4]) + (", ..." if without[4:] else "")
@@ -100,6 +104,8 @@ class Trial:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Random numbers drawn within change none that are drawn later, on CPUs."""
+    # a trial must not change the seed's first weights and crops; CPU alone, as networks are tried
+    # there
     with torch.random.fork_rng(devices=[]):
         yield
 

@@ -20,6 +20,7 @@ from shards.errors import InputError
 MIN_SHARE = 0.75
 # what checkpoints of others keep a state dict under, and what wrappers put before its names
 _CONTAINERS = ("state_dict", "model_state", "model_state_dict", "model")
+# of DDP, of this package's own networks, and of segmentation libraries
 _WRAPPERS = ("module.", "network.", "backbone.", "encoder.")
 _COUNTER = "num_batches_tracked"
 _COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
@@ -49,6 +50,7 @@ class LoadReport:
     @property
     def num_tensors(self) -> int:
         """Of the module, without counters of batches, which older files lack."""
+        # counters are left out, as a file without them is as good
         return sum(not key.endswith(_COUNTER) for key in self.loaded) + len(self.missing)
 
     @property
@@ -76,6 +78,7 @@ def torchvision_file(network: str, files: Sequence[str]) -> Path:
     Nothing is downloaded here: compute nodes often have no network. Raises InputError when there is
     none.
     """
+    # where torchvision puts them: a machine that has used them once needs no second copy
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for file in files:
         if (folder / file).is_file():
@@ -99,7 +102,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"no file of weights at {path}", "a .safetensors or .pth file", action)
     is_safetensors = path.suffix == ".safetensors"
     try:
+        # weights_only: a pickle runs what it likes when it is opened
         state = _joined(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+    # what the two readers raise for files that are cut, empty or something else
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -153,7 +158,9 @@ def load_segmentor(
     own = segmentor.state_dict()
     foreign = _advsemiseg_names(weights.state)
     _check_layout(segmentor, weights, is_caffe=bool(foreign))
+    # a layout is recognised by its own keys, whatever the file is called
     names = foreign or _names_in(own, weights)
+    # a sigmoid's scores leave out one class
     num_scores = int(segmentor.num_classes) - getattr(segmentor, "is_sigmoid", False)  # type: ignore[arg-type]
     module = segmentor
     if not any(name in own and not name.startswith("encoder.") for name in names):
@@ -176,6 +183,7 @@ def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport
 
 def _check_layout(segmentor: nn.Module, weights: Weights, is_caffe: bool) -> None:
     layout = getattr(segmentor.encoder, "layout", None)
+    # the classifier of ImageNet, which torchvision's files have and no segmentation network keeps
     is_torchvision = any(_unwrapped(key)[0] == "fc.weight" for key in weights.state)
     origin = "caffe" if is_caffe else "torchvision" if is_torchvision else None
     if layout and origin and layout != origin:
@@ -198,6 +206,8 @@ def _names_in(own: Collection[str], weights: Weights) -> dict[str, str]:
     names: dict[str, str] = {}
     for key, (name, in_encoder) in unwrapped.items():
         inside = [] if has_parts and not in_encoder else [f"encoder.{name}"]
+        # the name as it stands comes first, and of guesses those that the file's own prefix speaks
+        # for
         possible = [key, *inside, name] if in_encoder else [key, name, *inside]
         name = next((candidate for candidate in possible if candidate in own), name)
         if name in names and name in own:
@@ -236,13 +246,9 @@ def _load(
         got = f"{weights.source}: none of its keys fits ({_some(tuple(weights.state))})"
         raise InputError(got, f"keys like {_some(tuple(own))}", "choose the file of this network")
     renewed = _of_other_classes(known, own, num_scores)
-    for name, tensor in known.items():
-        is_as_large = tensor.shape == own[name].shape or _is_flat_convolution(tensor, own[name])
-        if name not in renewed and not is_as_large:
-            got = f"{weights.source}: {name} has shape {tuple(known[name].shape)}"
-            needed = f"shape {tuple(own[name].shape)}"
-            raise InputError(got, needed, "choose the file of this network")
-    loaded = tuple(name for name in own if name in known and name not in renewed)
+    kept = {name: tensor for name, tensor in known.items() if name not in renewed}
+    _check_shapes(kept, own, weights.source)
+    loaded = tuple(name for name in own if name in kept)
     taken = {names[name] for name in loaded}
     report = LoadReport(
         source=weights.source,
@@ -257,9 +263,18 @@ def _load(
     )
     if whole_part and report.share < MIN_SHARE:
         raise _too_little(report, whole_part)
+    # reshaped: a fully connected layer's numbers lie in memory as the convolution's do
     fitting = {name: known[name].reshape(own[name].shape) for name in report.loaded}
     module.load_state_dict(fitting, strict=False)
     return report
+
+
+def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    for name, tensor in given.items():
+        if tensor.shape != own[name].shape and not _is_flat_convolution(tensor, own[name]):
+            got = f"{source}: {name} has shape {tuple(tensor.shape)}"
+            needed = f"shape {tuple(own[name].shape)}"
+            raise InputError(got, needed, "choose the file of this network")
 
 
 def _too_little(report: LoadReport, part: str) -> InputError:
@@ -288,6 +303,7 @@ def _of_other_classes(
         differing = {(there, here) for there, here in pairs if there != here}
         if differing and all(here == num_scores for _, here in differing):
             sizes[name] = {there for there, _ in differing}
+    # of one other number: layers that differ by several are another network, not other classes
     return set(sizes) if len(set().union(*sizes.values())) == 1 else set()
 
 

@@ -22,6 +22,7 @@ def run(runs: list[Path], out: Path | None, to_wandb: bool) -> int:
     Raises InputError for a folder that holds no run.
     """
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    # said before any run is read
     if out.is_dir():
         raise InputError(
             f"--out {out}, which is a folder",
@@ -30,9 +31,11 @@ def run(runs: list[Path], out: Path | None, to_wandb: bool) -> int:
         )
     collected = collect_all(runs)
     page = render(collected)
+    # a page that someone has open is replaced whole
     with published(out) as partial:
         partial.write_text(page, encoding="utf-8")
     print(f"wrote {out} ({len(page) / 1e6:.1f} MB): open it in a browser, or send it as it is")
+    # the page first: it needs nobody, and stays whatever W&B answers
     if to_wandb:
         from distseg.report.wandb_report import publish
 

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,11 @@ _BLUE = ((247, 251, 255), (8, 48, 107))  # of 0 and 1, evenly dark for all reade
 def iou_section(collected: Collected, entries: list[Entry]) -> Section | None:
     """Every class's IoU at the last evaluation, for runs and means, and at evaluations before."""
     runs = collected["runs"]
-    classes = list(dict.fromkeys(name for run in runs for name in run["classes"]))
+    # of all runs, in the order of the first that has them: data sets may differ
+    classes = list(dict.fromkeys(chain.from_iterable(run["classes"] for run in runs)))
     if not classes:
         return None
+    # (entry, [(seed, IoU by class)], step)
     columns = [(entry, *_last_iou(entry, runs)) for entry in entries]
     columns = [column for column in columns if column[1]]
     head = ["class", *(f"{entry.name}, step {step}" for entry, _, step in columns)]
@@ -57,11 +60,13 @@ def iou_section(collected: Collected, entries: list[Entry]) -> Section | None:
 def _last_iou(entry: Entry, runs: list[Run]) -> tuple[list[tuple[Any, dict[str, float]]], int]:
     """(seed, IoU by class) of the runs with the newest evaluation, and its step."""
     having = [runs[index] for index in entry.runs if runs[index]["iou"]]
+    # a mean of evaluations at different steps would be one of no network
     newest = max((run["iou"][-1]["step"] for run in having), default=0)
     found = []
     for run in having:
         if run["iou"][-1]["step"] == newest:
             values = zip(run["classes"], run["iou"][-1]["values"], strict=True)
+            # without absent classes, which have no IoU to take a mean of
             found.append((run["seed"], {name: iou for name, iou in values if iou is not None}))
     return found, newest
 
@@ -72,11 +77,13 @@ def _iou_cell(entry: Entry, of_runs: list[tuple[Any, dict[str, float]]], name: s
     if not pairs:
         return Cell("absent", kind)
     seeds, values = zip(*pairs, strict=True)
+    # the same seed again is the same sample, up to what GPUs round
     weights = [1 / seeds.count(seed) for seed in seeds]  # the runs of one seed count as one
     mean = float(np.average(values, weights=weights))
     text = f"{100 * mean:.1f}"
     if len(values) > 1:
         text += f" ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    # a quarter opaque, so that the number on it stays readable
     faint = f"{entry.color}40"
     bar = f"background: linear-gradient(to right, {faint} {mean:.1%}, transparent {mean:.1%})"
     return Cell(text, kind, style=bar, title=f"{entry.name}, {name}: {text} %")
@@ -84,6 +91,7 @@ def _iou_cell(entry: Entry, of_runs: list[tuple[Any, dict[str, float]]], name: s
 
 def _history(run: Run) -> str:
     count = len(run["iou"])
+    # first and last always, and others evenly between; unique, as rounding may repeat one
     chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_EVALUATIONS)).astype(int))
     evaluations = [run["iou"][place] for place in chosen.tolist()]
     head = ["class", *(f"step {evaluation['step']}" for evaluation in evaluations)]
@@ -99,6 +107,7 @@ def _heat(share: float | None, title: str = "") -> Cell:
     if share is None:
         return number("–", title=title)
     red, green, blue = _blue(np.array(share)).tolist()
+    # white on the darker cells, where black could not be read
     ink = "; color: #fff" if share > 0.3 else ""
     style = f"background: #{red:02x}{green:02x}{blue:02x}{ink}"
     return number(f"{100 * share:.1f}", style=style, title=title)
@@ -120,6 +129,7 @@ def confusion_section(collected: Collected, entries: list[Entry]) -> Section:
         source = f"{entry.name}: from {about['file']}"
         source += f", split {about['split']}" if about["split"] else ""
         source += "" if about["step"] is None else f", checkpoint of step {about['step']}"
+        # the first is open, the others one click away: a matrix of 21 classes fills a screen
         content = confusion_matrix(run["classes"], np.array(about["matrix"], float))
         parts.append(details(source, content, entry, is_open=not parts))
     note = (
@@ -136,8 +146,10 @@ def confusion_section(collected: Collected, entries: list[Entry]) -> Section:
 def confusion_matrix(classes: Sequence[str], counts: np.ndarray) -> str:
     """A matrix of pixels (C, C), rows = truth, as HTML."""
     totals = counts.sum(1, keepdims=True)
+    # rows of classes that never occur stay 0 instead of 0 / 0
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     confused = _confusions(classes, counts, shares)
+    # 150 classes would be 22,500 cells
     if len(classes) > MAX_CELLS:
         return _picture(_blue(shares)) + confused
     rows = []
@@ -155,7 +167,9 @@ def _taken(name: str, other: str, share: float, count: float) -> str:
 
 def _confusions(classes: Sequence[str], counts: np.ndarray, shares: np.ndarray) -> str:
     """The errors with most pixels, in words."""
+    # by pixels and not by share: rare classes are confused by large shares of next to nothing
     wrong = np.where(np.eye(len(classes), dtype=bool), 0, counts)
+    # stable, so that the same matrix gives the same list
     worst = np.argsort(wrong, axis=None, kind="stable")[::-1][:_NUM_CONFUSIONS]
     lines = []
     for truth, guess in zip(*np.unravel_index(worst, counts.shape), strict=True):
@@ -169,6 +183,7 @@ def _confusions(classes: Sequence[str], counts: np.ndarray, shares: np.ndarray) 
 
 
 def _picture(colors: np.ndarray) -> str:
+    # enlarged here: browsers that are asked to enlarge blur the cells
     large = colors.repeat(_CELL_PX, 0).repeat(_CELL_PX, 1)
     data = io.BytesIO()
     Image.fromarray(large).save(data, "PNG")

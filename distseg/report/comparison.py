@@ -24,6 +24,8 @@ def check_distinct(paths: Sequence[Path]) -> None:
     """Raise InputError for a run that is named twice."""
     seen: set[Path] = set()
     for path in paths:
+        # resolved, as one run may be reached by two names; its mean with itself would look like two
+        # seeds
         if path.resolve() in seen:
             raise InputError(f"{path} twice", "each run once", "name it once")
         seen.add(path.resolve())
@@ -34,6 +36,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
     The paths are distinct.
     """
+    # `.` and `..` say nothing to whoever gets the page
     parts = [path.resolve().parts for path in paths]
     count = 1
     while True:
@@ -47,9 +50,10 @@ def thin(runs: Sequence[Run]) -> None:
     """Replace every metric that has more than MAX_POINTS in some run by means, on one grid of steps
     for all runs.
     """
-    for name in {name for run in runs for name in run["series"]}:
+    for name in set().union(*(run["series"] for run in runs)):
         having = [run["series"] for run in runs if name in run["series"]]
         if max(len(curves[name][0]) for curves in having) > MAX_POINTS:
+            # one width for all runs, or means over runs would have no steps in common
             width = _round(max(curves[name][0][-1] for curves in having) / MAX_POINTS)
             for curves in having:
                 steps, values = curves[name]
@@ -63,18 +67,22 @@ def thinned(steps: list[int], values: list[float | None], width: int) -> Curve:
     """
     parts: dict[int, list[float | None]] = {}
     for step, value in zip(steps, values, strict=True):
+        # the last part may be short, and then ends where the run does
         parts.setdefault(min(-(-step // width) * width, steps[-1]), []).append(value)
     return list(parts), [_mean(part) for part in parts.values()]
 
 
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
+    # None among them makes the whole part None: a NaN that was thinned away would look like a good
+    # run
     return plain(statistics.fmean(known)) if len(known) == len(values) else None
 
 
 def plain(value: Any) -> float | None:
     """A number of six digits; None for what is not finite, or no number."""
     if isinstance(value, (int, float)) and math.isfinite(value):
+        # more digits would only make the page larger
         return float(f"{value:.6g}")
     return None
 
@@ -93,11 +101,14 @@ def grouped(runs: list[Run]) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[int]] = {}
     for index, run in enumerate(runs):
+        # as text, since dictionaries cannot be keys; sorted, since files of versions order keys
+        # differently
         kept = json.dumps(setting(run["config"]), sort_keys=True, default=str)
         groups.setdefault(kept, []).append(index)
     found = []
     for members in groups.values():
         own = [runs[i] for i in members]
+        # a run that goes on has scores of an earlier step, which would pull the mean down
         finished = [run for run in own if run["is_finished"]]
         group = {"runs": members, "name": _common_name(own), "note": _note(own, finished)}
         scores = {score.name: _mean_and_deviation(finished, score.name) for score in SCORES}
@@ -134,9 +145,11 @@ def _mean_and_deviation(runs: list[Run], name: str) -> dict[str, Any]:
     None where a run lacks the score.
     """
     values = [run["scores"][name] for run in runs]
+    # a mean over those that have a score would not be the mean that its row promises
     if not values or None in values:
         return {"mean": None, "deviation": None, "count": 0}
     each = of_seeds([run["seed"] for run in runs], values)
+    # JSON and the page have None for "unknown", where the function has NaN
     deviation = sample_deviation(each) if len(each) > 1 else None
     return {"mean": statistics.fmean(each), "deviation": deviation, "count": len(each)}
 
@@ -146,7 +159,8 @@ def differences(runs: list[Run]) -> list[dict[str, Any]]:
     key).
     """
     found = []
-    for key in sorted({key for run in runs for key in run["config"]} - {"run_dir"}):
+    # run_dir differs in every two runs, and says nothing
+    for key in sorted(set().union(*(run["config"] for run in runs)) - {"run_dir"}):
         values = [run["config"].get(key) for run in runs]
         if any(value != values[0] for value in values):
             found.append({"key": key, "values": values})

@@ -45,6 +45,7 @@ def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
     """
     check_distinct(run_dirs)
     runs = [collect(path) for path in run_dirs]
+    # after all are read, as one grid serves them all
     thin(runs)
     for run, name in zip(runs, distinct_names(run_dirs), strict=True):
         run["name"] = name
@@ -53,13 +54,18 @@ def collect_all(run_dirs: Sequence[Path]) -> dict[str, Any]:
 
 def collect(run_dir: Path) -> Run:
     """One run. Raises InputError where there is no metrics.jsonl that can be read."""
+    # the one file that a run must have; everything else may be missing in one that was stopped
     rows = read_metrics(run_dir / METRICS_FILE)
     saved = _yaml(run_dir / "config.yaml")
+    # under today's names: a run of an earlier version compares with one of this
     config = flat(with_full_names(saved) if isinstance(saved, dict) else {})
+    # of a run that is finished; until then the newest row with scores stands in for it
     evaluation = _evaluation(run_dir / "evaluation.json")
     evaluations = [row for row in rows if _classes(row)]
+    # the newest row's, whose order is the classes' own
     classes = _classes(evaluations[-1] if evaluations else {})
     last = max((row["step"] for row in rows), default=0)
+    # a run that was extended has an evaluation.json of its old end, and is not finished by it
     evaluated_at = evaluation.get("step", last) if evaluation else None
     scores = next((row for row in reversed(rows) if MEAN_IOU in row), {}) | evaluation
     return {
@@ -68,6 +74,7 @@ def collect(run_dir: Path) -> Run:
         "seed": config.get("seed"),
         "step": last,
         "steps": config.get("steps"),
+        # the training's time, not the attempts': queues are no property of a method
         "minutes": _minutes(rows),
         "is_finished": evaluated_at is not None and evaluated_at == config.get("steps", last),
         "scores": {score.name: plain(scores.get(score.name)) for score in SCORES},
@@ -98,10 +105,12 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for row in rows:
         for name, value in row.items():
+            # scores of classes are a table: 150 curves in a panel show nothing
             is_curve = name not in _NO_SERIES and not name.startswith((CLASS_IOU, HEALTH))
             if is_curve and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
+                # None, where JSON has no NaN: the curve has a gap there
                 values.append(plain(value))
     return found
 
@@ -112,11 +121,13 @@ def health_spans(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     judged_from: the step from which on there were rows enough to tell, None where there are not.
     """
+    # judged anew by today's thresholds, whatever the run's own version wrote
     health = Health(rows)
     spans: dict[str, list[dict[str, Any]]] = {
         name.removeprefix(HEALTH): [] for name in health.flags()
     }
     for event in health.events:
+        # the events of a check alternate: raised, cleared, raised
         if event.raised:
             spans[event.name].append(
                 {"from": event.step, "to": None, "since": event.since, "detail": event.detail}
@@ -134,6 +145,7 @@ def attempt_rows(run_dir: Path) -> list[dict[str, Any]]:
     found = attempts.read(run_dir)
     rows = []
     for attempt in found:
+        # the last one without an end may be going on; an earlier one cannot, as another has begun
         may_run = attempt.ended is None and attempt is found[-1]
         row: dict[str, Any] = {"label": attempt.label}
         row |= {"started": _local(attempt.started), "ended": _local(attempt.ended)}
@@ -147,6 +159,7 @@ def attempt_rows(run_dir: Path) -> list[dict[str, Any]]:
 def _local(seconds: float | None) -> str | None:
     if seconds is None:
         return None
+    # with the zone's name, as the page may be read in another one
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
@@ -158,6 +171,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
             found |= flat(value, f"{prefix}{key}.")
         else:
             is_nested = isinstance(value, (list, dict))
+            # as text: what is compared and shown is a cell
             found[f"{prefix}{key}"] = json.dumps(value) if is_nested else value
     return found
 
@@ -170,6 +184,7 @@ def samples(folder: Path) -> list[dict[str, str]]:
             picture = file.convert("RGB")
         if picture.width > PANEL_PX:
             height_px = round(picture.height * PANEL_PX / picture.width)
+            # drawn larger than a page shows them
             picture = picture.resize((PANEL_PX, height_px), Image.Resampling.LANCZOS)
         data = io.BytesIO()
         picture.save(data, "WEBP", quality=PANEL_QUALITY)
@@ -185,10 +200,12 @@ def _confusion(run_dir: Path, classes: list[str]) -> dict[str, Any] | None:
     matrix: rows = truth; file, split and step: what it was found by, None where the file does not
     say.
     """
+    # by the time of writing, since names sort by step and not by when they were made
     others = run_dir.glob("evaluation-*.json")
     newest_first = sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
     for path in [run_dir / "evaluation.json", *newest_first]:
         content = _evaluation(path)
+        # only with the same classes: a matrix beside other names would be read wrongly
         if content.get("confusion") and _classes(content) == classes:
             about = {"file": path.name, "split": content.get("split"), "step": content.get("step")}
             return about | {"matrix": content["confusion"]}
@@ -202,6 +219,7 @@ def _minutes(rows: list[dict[str, Any]]) -> float | None:
     """
     total, before = 0.0, 0
     for row in rows:
+        # rows of evaluations have no time of a step
         if STEP_SECONDS in row:
             total, before = total + row[STEP_SECONDS] * (row["step"] - before), row["step"]
     return total / 60 if before else None
@@ -210,6 +228,7 @@ def _minutes(rows: list[dict[str, Any]]) -> float | None:
 def _evaluation(path: Path) -> dict[str, Any]:
     try:
         return document.read(path)
+    # a file that is torn or missing takes its section away, not the page
     except (OSError, ValueError):
         return {}
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import matplotlib as mpl
@@ -63,6 +64,7 @@ class Entry:
 
     @property
     def color(self) -> str:
+        # a mean has its first run's colour: where there are many, those runs are hidden at first
         return COLORS[self.runs[0] % len(COLORS)]
 
     @property
@@ -76,8 +78,9 @@ def entries_of(collected: dict[str, Any]) -> list[Entry]:
     Of more than four runs only those are shown at first that are in no mean.
     """
     groups = [group for group in collected["groups"] if len(group["runs"]) > 1]
+    # more than four lines in a panel of this size cannot be followed
     by_means = bool(groups) and len(collected["runs"]) > 4
-    averaged = {index for group in groups for index in group["runs"]}
+    averaged = set(chain.from_iterable(group["runs"] for group in groups))
     entries = []
     for index, run in enumerate(collected["runs"]):
         is_shown = not (by_means and index in averaged)
@@ -104,6 +107,7 @@ class Curve:
 
 def curve(entry: Entry, metric: Metric, runs: Sequence[Run], **style: Any) -> Curve | None:
     """The curve of an entry; None where none of its runs has the metric."""
+    # only runs that have come as far: the mean of fewer and fewer jumps where each of them ends
     ends = {i: runs[i]["series"][metric.name][0][-1] for i in _having(entry, metric, runs)}
     if not ends:
         return None
@@ -112,6 +116,7 @@ def curve(entry: Entry, metric: Metric, runs: Sequence[Run], **style: Any) -> Cu
     lines = [_line_of(runs[index], metric, **style) for index in members]
     line = lines[0]
     if len(lines) > 1:
+        # over smoothed curves, which are what the panel shows of single runs too
         line = mean_line(lines, [runs[index]["seed"] for index in members], **style)
     without = tuple(index for index in entry.runs if index not in members)
     return Curve(line, last_step, members, without)
@@ -130,8 +135,10 @@ def mean_line(lines: Sequence[Line], seeds: Sequence[Any], **style: Any) -> Line
     """The mean over runs at the steps that all of them have, in which the runs of one seed count as
     one; the band spans the lowest to the highest. NaN where one of them is not finite.
     """
+    # runs may log at other steps, and interpolated values were never measured
     steps = reduce(np.intersect1d, [line.steps for line in lines])
     values = np.stack([line.values[np.isin(line.steps, steps)] for line in lines])
+    # the runs of one seed count as one
     weights = [1 / seeds.count(seed) for seed in seeds]
     mean = np.average(values, axis=0, weights=weights)
     band = values.min(0), values.max(0)  # NaN where one is NaN, as the mean
@@ -142,9 +149,12 @@ def panel_svg(panel: Panel, lines: Sequence[Line]) -> str:
     """The panel as an SVG element: each line's `name` is the class of its curve there, its `label`
     what is shown when the pointer rests on it.
     """
+    # numbered for matplotlib, whose ids have to be unique; `embedded` puts the classes in their
+    # place
     shown = [replace(line, name=f"curve-{place}", label="") for place, line in enumerate(lines)]
     if len(lines) > _MAX_RAW:
         shown = [replace(line, raw=None) for line in shown]
+    # set for this figure alone: the process may draw others
     with mpl.rc_context(_SVG):
         size = (WIDTH_PX / 72, HEIGHT_PX / 72)  # matplotlib's SVG counts in 1/72 of an inch
         figure = Figure(figsize=size, layout="constrained")
@@ -153,6 +163,7 @@ def panel_svg(panel: Panel, lines: Sequence[Line]) -> str:
         axes.margins(x=0.01)
         FigureCanvasSVG(figure)
         text = io.StringIO()
+        # no date and no version: the same curves give the same bytes
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing, transparent=True)
     return embedded(text.getvalue(), panel.title, lines)
@@ -162,15 +173,19 @@ def embedded(svg: str, label: str, lines: Sequence[Line]) -> str:
     """Matplotlib's SVG file as an element of a page: without names that others have too, and
     numbers no finer than a tenth of a pixel.
     """
+    # the file's head has a size and a DOCTYPE of its own, which the page must not have
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    # HTML knows no namespaces, and browsers take the plain name
     body = body.replace("xlink:href", "href")
     for place, line in enumerate(lines):
         title = f'<g class="{line.name}"><title>{html.escape(line.label)}</title>'
         body = body.replace(f'<g id="curve-{place}">', title)
+    # ids have to be unique in a page of many figures; only those that something points to are kept
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
     body = re.sub(r"\n *", "\n", body)
+    # six digits by default, and numbers are most of what a curve is
     body = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(\d\.\d)\d+", r"\1", m[0]), body)
     head = f'viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}" role="img" aria-label="{html.escape(label)}"'
     return f"<svg {head}>{body}"

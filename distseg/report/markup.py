@@ -39,7 +39,9 @@ class Cell:
 
     def to_html(self) -> str:
         pairs = {"class": self.kind, "style": self.style, "title": self.title}
+        # values are escaped too: names of runs and classes are whatever users chose
         attributes = [f' {key}="{escape(value)}"' for key, value in pairs.items() if value]
+        # `html` is what this package made itself; everything from files comes as `text`
         return f"<td{''.join(attributes)}>{self.html or escape(self.text)}</td>"
 
 
@@ -66,6 +68,7 @@ def table(
     for row in rows:
         lines.append(f"<tr>{''.join(cell.to_html() for cell in row)}</tr>")
     body = f'<table class="{kind}"><tr>{titles}</tr>{"".join(lines)}</table>'
+    # a wide table would make the whole page scroll sideways
     return f'<div class="scroll">{body}</div>'
 
 
@@ -82,6 +85,7 @@ def named(entry: Entry, note: str = "") -> Cell:
 
 
 def or_dash(value: Any) -> str:
+    # a dash and not None, which readers who do not program take for a value
     return "–" if value is None else str(value)
 
 

@@ -18,6 +18,8 @@ from distseg.report.sections import SECTIONS
 from distseg.tracking.catalogue import Metric, Panel, panels_of
 from distseg.tracking.figures import reference
 
+# The policy forbids scripts and every address: should something escape escaping, it can neither run
+# nor call home.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -42,10 +44,13 @@ def render(collected: dict[str, Any]) -> str:
     """The whole page."""
     runs, entries = collected["runs"], entries_of(collected)
     sections = [make(collected, entries) for make in SECTIONS]
+    # after the table of runs and their health, which say whether a curve is worth a look
     sections.insert(2, curves_section(collected, entries))
+    # a section without content would be a heading that leads nowhere
     shown = [section for section in sections if section is not None]
     links = [f'<a href="#{section.id}">{escape(section.title)}</a>' for section in shown]
     texts = [section.to_html() for section in shown]
+    # below the table of runs, whose marks it explains, and above all that its boxes hide
     texts.insert(1, legend(entries))
     heading = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
     return _PAGE.format(
@@ -61,6 +66,7 @@ def render(collected: dict[str, Any]) -> str:
 def style(entries: list[Entry]) -> str:
     """The style sheet, with the rules that hide what is not checked."""
     text = resources.files("distseg.report").joinpath("page.css").read_text(encoding="utf-8")
+    # :has() in CSS, so that no script is needed
     rules = [
         f"body:has(#show-{entry.place}:not(:checked)) .{entry.css_class} {{ display: none; }}"
         for entry in entries
@@ -83,7 +89,10 @@ def legend(entries: list[Entry]) -> str:
 def curves_section(collected: dict[str, Any], entries: list[Entry]) -> Section:
     """A figure for every panel that has something to say."""
     runs = collected["runs"]
-    names = [name for run in runs for name, curve in run["series"].items() if any(curve[1])]
+    names: list[str] = []
+    for run in runs:
+        # nowhere finite, or 0 throughout as skipped updates should be: nothing to draw
+        names += [name for name, (_, values) in run["series"].items() if any(values)]
     figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in panels_of(names)]
     note = (
         "Over training steps. Thin: single logged steps; thick: their running mean; of a mean over "
@@ -100,9 +109,11 @@ def panel_figure(
     drawn: list[Curve] = []
     for entry in entries:
         for place, metric in enumerate(metrics):
+            # colours tell runs apart, so metrics of one panel differ in their dashes
             line_style = STYLES[place % len(STYLES)][0]
             label = f"{entry.name}, {metric.label}" if len(metrics) > 1 else entry.name
             look = {"label": label, "color": entry.color, "style": line_style}
+            # its class is the entry's, by which the style sheet hides it
             found = curve(entry, metric, runs, name=entry.css_class, **look)
             if found is not None:
                 last = metric.text(float(found.line.values[-1]))
@@ -126,7 +137,10 @@ def _marks(
     level = reference(panel)
     if level is not None:
         marks.append(f"····· {escape(level[1])}")
-    without = {index: one.last_step for one in drawn for index in one.without}
+    without: dict[int, int] = {}
+    for one in drawn:
+        # a mean that silently leaves a run out would be taken for one over all
+        without |= dict.fromkeys(one.without, one.last_step)
     if without:
         names = ", ".join(runs[index]["name"] for index in without)
         step = max(without.values())

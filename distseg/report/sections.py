@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from html import escape
+from itertools import chain
 from typing import Any
 
 from distseg.report.classes import confusion_section, iou_section
@@ -26,7 +27,11 @@ from distseg.tracking.verdicts import NAMED
 def runs_section(collected: Collected, entries: list[Entry]) -> Section:
     """One row for every run, and for every group the means over seeds."""
     runs, groups = collected["runs"], [g for g in collected["groups"] if len(g["runs"]) > 1]
-    scores = [s for s in SCORES if {run["scores"][s.name] for run in runs} != {None}]
+    scores = []
+    for score in SCORES:
+        # a column of dashes would only push the others out of the window
+        if {run["scores"][score.name] for run in runs} != {None}:
+            scores.append(score)
     head = ["run", "mode", "seed", "steps", *(s.title for s in scores), "minutes", "health"]
     best = {}
     for score in scores:
@@ -38,6 +43,7 @@ def runs_section(collected: Collected, entries: list[Entry]) -> Section:
         cells = [_score(run["scores"][s.name], s, best[s.name], len(runs)) for s in scores]
         minutes = "–" if run["minutes"] is None else f"{run['minutes']:.1f}"
         rows.append([*about, number(steps), *cells, number(minutes), Cell(summary(run), "text")])
+    # entries are the runs and then the groups, in this order; see `entries_of`
     for group, entry in zip(groups, entries[len(runs) :], strict=True):
         cells = [number(_with_deviation(group["scores"][s.name])) for s in scores]
         mode = Cell(or_dash(runs[group["runs"][0]]["mode"]))
@@ -53,6 +59,7 @@ def runs_section(collected: Collected, entries: list[Entry]) -> Section:
 
 
 def _score(value: float | None, metric: Metric, best: float | None, num_runs: int) -> Cell:
+    # of one run every score would be the best
     is_best = num_runs > 1 and value is not None and value == best
     text = "–" if value is None else f"{100 * value:.1f}"
     return Cell(text, "number best" if is_best else "number", title=metric.title)
@@ -67,6 +74,7 @@ def _with_deviation(score: dict[str, Any]) -> str:
 
 def summary(run: Run) -> str:
     """A run's health in a few words."""
+    # not "nothing found", which a run of an earlier version cannot claim
     if not run["health"]:
         return "no signals"
     # of the spans of a verdict only the last one can be open
@@ -75,6 +83,7 @@ def summary(run: Run) -> str:
     for when, checks in (("at the end", at_end), ("for a while", before)):
         if checks:
             return f"{when}: " + "; ".join(NAMED[check["name"]].title for check in checks)
+    # the most important first: what holds at the end, then what held for a while
     early = sum(check["judged_from"] is None for check in run["health"])
     rest = f"; too early to tell for {early} of {len(run['health'])} checks" if early else ""
     return "nothing found" + rest
@@ -83,8 +92,10 @@ def summary(run: Run) -> str:
 def health_section(collected: Collected, entries: list[Entry]) -> Section:
     """A bar over the steps for each check and run, and in words what was found."""
     runs = collected["runs"]
+    # at least 1, by which all places are divided
     last = max([1, *(run["step"] for run in runs)])
     rows, found, early = [], [], []
+    # in the order of the catalogue of checks, so that two pages can be laid side by side
     for name, check in NAMED.items():
         tracks = []
         for run, entry in zip(runs, entries, strict=False):
@@ -112,6 +123,7 @@ def health_section(collected: Collected, entries: list[Entry]) -> Section:
 def _track(seen: dict[str, Any], run: Run, entry: Entry, last: int) -> str:
     """One run's line of a check, in shares of the width."""
     title = NAMED[seen["name"]].title
+    # what could not be judged is dotted and not green
     judged_from = run["step"] if seen["judged_from"] is None else seen["judged_from"]
     early = f"{entry.name}: {title}? Too early to tell"
     parts = [_bar("early", 0, judged_from / last, early)]
@@ -119,6 +131,7 @@ def _track(seen: dict[str, Any], run: Run, entry: Entry, last: int) -> str:
     for span in seen["spans"]:
         end = run["step"] if span["to"] is None else span["to"]
         label = f"{entry.name}: {title}, since step {span['since']}"
+        # from the first row that it goes by, as that is when it began, not when it was told
         parts.append(_bar("bad", span["since"] / last, end / last, label, entry.color))
     return f'<div class="track">{"".join(parts)}</div>'
 
@@ -156,6 +169,7 @@ def gallery_section(collected: Collected, entries: list[Entry]) -> Section | Non
     for run, entry in zip(collected["runs"], entries, strict=False):
         for sample in run["samples"]:
             text = f"{sample['key']}: picture, label, prediction and errors of {run['name']}"
+            # lazy: a page of many runs has more pictures than a browser should decode at once
             image = f'<img src="{sample["url"]}" alt="{escape(text)}" loading="lazy">'
             label = f"{swatch(entry)} {escape(run['name'])}"
             figure = f"<figure>{label}{image}</figure>"
@@ -177,6 +191,7 @@ def attempts_section(collected: Collected, entries: list[Entry]) -> Section | No
     if not found:
         return None
     keys = list(found[0][2])
+    # only starts by the supervisor have labels
     if not any(attempt["label"] for _, _, attempt in found):
         keys.remove("label")
     rows = []
@@ -217,13 +232,15 @@ def environment_section(collected: Collected, entries: list[Entry]) -> Section |
 
 def _of_every_run(runs: list[Run], what: str, title: str) -> tuple[str, int]:
     """A table of a run's dictionaries beside one another, and how many keys it has."""
-    keys = list(dict.fromkeys(key for run in runs for key in run[what]))
+    # the union, as versions differ in their keys: a dash where a run has none
+    keys = list(dict.fromkeys(chain.from_iterable(run[what] for run in runs)))
     rows = []
     for key in keys:
         rows.append([Cell(key), *(Cell(or_dash(run[what].get(key)), "text") for run in runs)])
     return table([title, *(run["name"] for run in runs)], rows), len(keys)
 
 
+# the order of the page; each gives None where it has nothing to show
 SECTIONS: tuple[Callable[[Collected, list[Entry]], Section | None], ...] = (
     *(runs_section, health_section, iou_section, confusion_section, gallery_section),
     *(attempts_section, differences_section, configuration_section, environment_section),

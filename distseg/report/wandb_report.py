@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def publish(run_dirs: Sequence[Path], collected: dict[str, Any], spec_path: Path
     Raises InputError when wandb-workspaces is not installed, and for runs that W&B never had.
     """
     report = build(run_dirs, collected)
+    # before anything is sent: without a network the JSON is what is left of the work
     with published(spec_path) as partial:
         partial.write_text(json.dumps(spec(report), indent=1) + "\n", encoding="utf-8")
     if choose_mode("auto") != "online":
@@ -50,8 +52,9 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
         "project": config.get("tracking.project") or "distseg",
         "entity": config.get("tracking.entity") or "",
     }
+    # by id, which stays; names of W&B's runs can be changed, and are not unique
     runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
-    metrics = [metric for run in runs for metric in run["series"]]
+    metrics = chain.from_iterable(run["series"] for run in runs)
     curves = [_line_plot(wr, panel, found) for panel, found in panels_of(metrics)]
     sections = {
         "Curves": _placed(wr, curves),
@@ -74,6 +77,7 @@ def _workspaces() -> Any:
     """The module that builds reports. Raises InputError where it is not installed."""
     try:
         return importlib.import_module("wandb_workspaces.reports.v2")
+    # an extra that few need, and not wandb itself, which tracking uses
     except ImportError:
         got = "--wandb, and wandb-workspaces is not installed"
         action = (
@@ -83,13 +87,15 @@ def _workspaces() -> Any:
 
 
 def _class_plots(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
-    classes = sorted({name for run in runs for name in run["classes"]})
+    classes = sorted(set().union(*(run["classes"] for run in runs)))
+    # the last value of each, which is what a bar plot of W&B takes
     metrics = [CLASS_IOU + name for name in classes]
     return [wr.BarPlot(title="IoU of each class, last evaluation", metrics=metrics)] * bool(metrics)
 
 
 def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
-    keys = sorted({sample["key"] for run in runs for sample in run["samples"]})
+    found = chain.from_iterable(run["samples"] for run in runs)
+    keys = sorted({sample["key"] for sample in found})
     if not keys:
         return []
     browsers = []
@@ -100,12 +106,14 @@ def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
 
 def spec(report: Any) -> dict[str, Any]:
     """The report's JSON, as W&B stores it."""
+    # private, as the public API only sends a report and cannot give its JSON
     model = report._to_model()
     return json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def _line_plot(wr: Any, panel: Panel, metrics: Sequence[Metric]) -> Any:
     names = [metric.name for metric in metrics]
+    # as on the page: shares are drawn from 0 to 1
     bounds = {"range_y": (0.0, 1.0)} if panel.is_share else {}
     return wr.LinePlot(
         title=panel.title, x="step", y=names, title_y=panel.unit, log_y=panel.is_log, **bounds

@@ -65,6 +65,7 @@ class Metric:
 
     def text(self, value: float | None) -> str:
         """A value for people, with its unit."""
+        # a dash, as 0 is a measurement
         if value is None:
             return "–"
         if self.unit == "share":
@@ -77,15 +78,18 @@ class Metric:
 
     def best(self, values: Sequence[float | None]) -> float | None:
         """The best of several values; None where none is known or no direction is better."""
+        # a NaN would win or lose by its place in the list
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known or not self.better:
             return None
         return max(known) if self.better == "higher" else min(known)
 
 
+# what a binary cross entropy costs that always answers 1/2
 _UNDECIDED = (math.log(2), "undecided (ln 2)")
 _NATS = "loss, nats"
 
+# two panels: their sum would hide which of the two is learnt
 _ON_REAL = Panel("Discriminator on real label maps", _NATS, _UNDECIDED, in_picture=True)
 _ON_FAKE = Panel("Discriminator on predictions", _NATS, _UNDECIDED, in_picture=True)
 _SEGMENTOR = Panel("Segmentor", _NATS, in_picture=True)
@@ -95,6 +99,7 @@ _CERTAINTY = Panel(
 )
 _ACCURACY = Panel("Discriminator's accuracy", "share", (0.5, "chance"), is_share=True)
 _GAP = Panel("Gap between its logits on real and fake", "logits", (0.0, "blind"))
+# its threshold is the health check's, so that picture and verdict cannot disagree
 _RATIO = Panel(
     "Gradient ratio",
     "adversarial over cross entropy, at the output",
@@ -102,6 +107,7 @@ _RATIO = Panel(
     is_log=True,
 )
 _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
+# terms of the user's own, whose unit nobody knows
 _OTHER_TERMS = Panel("Other terms, unweighted", "loss", in_picture=True)
 _MASK = Panel("Confidence mask", "share of unlabelled pixels", is_share=True, in_picture=True)
 _VALIDATION = Panel("Validation", "score", is_share=True, in_picture=True)
@@ -126,6 +132,7 @@ PANELS = (
 
 
 def _score(name: str, title: str, better: Better = "higher", short: str = "") -> Metric:
+    # no panel of its own: for the few that training watches, METRICS adds one
     return Metric(name, title, "share", better=better, short=short, is_score=True)
 
 
@@ -187,11 +194,13 @@ METRICS = (
     ),
     _score("val/mean_class_accuracy", "class accuracy", short="class accuracy"),
     _score("val/frequency_weighted_iou", "frequency-weighted IoU"),
+    # needs outlines, so absent from evaluations within training
     _score("val/boundary_f1", "boundary F1"),
     _score("val/mean_boundary_iou", "boundary IoU"),
     _score("val/trimap_iou", "trimap IoU"),
     _score("val/calibration_error", "calibration error", better="lower"),
     _score("val/max_f1", "maximum F1"),
+    # of two classes alone, as these two are
     Metric("val/max_f1_threshold", "threshold of the maximum F1", "probability"),
     Metric("val/loss", "validation loss", "nats", _VALIDATION_LOSS, "loss", "lower"),
     Metric(CLASSES_COUNTED, "classes that mIoU counts", "count"),
@@ -202,6 +211,7 @@ METRICS = (
     Metric(DATA_WAIT_SECONDS, "waiting for data", "seconds", _TIME, "waiting for data", "lower"),
     Metric("data_wait_share", "share of a step spent waiting for data", "share", better="lower"),
     Metric(SLOWEST_RATIO, "slowest rank over the median", "ratio", _RANKS, "ratio", "lower"),
+    # a rank's number: no curve, but the health check names it
     Metric(SLOWEST_RANK, "slowest rank", "count"),
     Metric("memory_bytes", "memory", "bytes", _MEMORY, "memory", "lower"),
 )
@@ -224,6 +234,7 @@ class Family:
     def member(self, name: str) -> Metric:
         """The metric of that name."""
         rest = name.removeprefix(self.prefix)
+        # class names are the data set's, underscores and all; names of terms are keys
         words = rest if self.prefix in (CLASS_IOU, BOUNDARY_IOU) else rest.replace("_", " ")
         title = self.title.replace("{}", words)
         short = words if self.on_line else ""
@@ -235,12 +246,14 @@ FAMILIES = (
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
     # of a term that a configuration adds
+    # after METRICS, which come first: a known term keeps its title
     Family(LOSS, "{} term", "loss", _OTHER_TERMS, on_line=True),
     Family("weight/", "weight of the {} term", "weight", _WEIGHTS),
     Family("grad_norm/", "gradient norm of the {}", "norm", _GRADIENTS),
     Family("lr/", "learning rate of the {}", "rate", _RATES),
     Family("loss_scale/", "loss scale of the {}", "factor", _SCALE),
     Family("skips/", "skipped updates of the {}", "count", _SKIPS, "lower"),
+    # no panel: it is 0 but for moments that the verdict tells of
     Family("skips_in_a_row/", "updates of the {} skipped in a row", "count", better="lower"),
     Family(HEALTH, "{}", "flag", better="lower"),
 )
@@ -256,6 +269,7 @@ def metric(name: str) -> Metric:
     for family in FAMILIES:
         if name.startswith(family.prefix):
             return family.member(name)
+    # no error: files of later versions, and of users, have names that are not here
     return Metric(name, name, "")
 
 
@@ -263,6 +277,7 @@ def ordered(names: Iterable[str]) -> list[Metric]:
     """The metrics of these names in the catalogue's order; those of families follow, as they
     come.
     """
+    # the sort is stable, so that members of families stay in the order of the file
     distinct = dict.fromkeys(names)
     return [metric(name) for name in sorted(distinct, key=lambda n: _KNOWN.get(n, len(_KNOWN)))]
 
@@ -272,6 +287,7 @@ def panels_of(names: Iterable[str]) -> list[tuple[Panel, list[Metric]]]:
     found = ordered(names)
     panels = []
     for panel in PANELS:
+        # by identity: panels of equal fields would be drawn twice
         metrics = [one for one in found if one.panel is panel]
         if metrics:
             panels.append((panel, metrics))

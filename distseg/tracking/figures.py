@@ -7,6 +7,7 @@ styles differ as well.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,10 +66,13 @@ def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     validation scores (if there are any); of noisy losses the single values are thin and a running
     mean is thick.
     """
-    names = dict.fromkeys(name for row in metrics for name in row)
+    names = dict.fromkeys(itertools.chain.from_iterable(metrics))
+    # the losses of the published figures; the report has the others
     panels = [found for found in panels_of(names) if found[0].in_picture]
+    # a run that was stopped before its first logged step has a picture too
     panels = panels or [(Panel("no metrics yet", ""), [])]
     figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), dpi=_DPI, layout="constrained")
+    # one x axis for all: an event is looked for downwards
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (panel, drawn) in zip(all_axes, panels, strict=True):
         lines = []
@@ -94,6 +98,7 @@ def smoothed(steps: np.ndarray, values: np.ndarray, metric: Metric, **style: Any
     """
     if metric.name.startswith(VALIDATION):
         return Line(steps, values, has_dots=True, **style)
+    # a share and not a number of rows: a run of 500 steps and one of 50,000 look alike
     window = max(1, round(_SMOOTHING * len(values)))
     if window == 1:
         return Line(steps, values, **style)
@@ -104,9 +109,11 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     """Draw curves into axes, with the panel's scale and its reference level."""
     for line in lines:
         if line.band is not None:
+            # the group's id is what the report's style sheet takes hold of
             band = axes.fill_between(line.steps, *line.band, color=line.color, alpha=0.15, lw=0)
             band.set_gid(line.name)
         if line.raw is not None:
+            # thin and behind, as single batches scatter more than runs differ
             axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
         marker = "o" if line.has_dots else ""
         style: dict[str, Any] = {
@@ -129,9 +136,11 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, 1)
     else:
+        # from 0, so that a loss which has halved looks so
         axes.set_ylim(bottom=axes.get_ylim()[0] if _has_negative(lines) else 0)
     if panel.unit == "bytes":
         axes.yaxis.set_major_formatter(EngFormatter())
+    # 10k, as five digits would touch each other
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -156,6 +165,7 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
     names, values = list(per_class), np.array(list(per_class.values()), float)
     figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
+    # an absent class gets a row without a bar: leaving it out would look like a data set without it
     axes.barh(names, np.nan_to_num(values), color=BLUE, height=0.7)
     for row, value in enumerate(values):
         text = "absent" if math.isnan(value) else f"{value:.1%}"
@@ -169,6 +179,7 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
         figure.legend(loc="outside upper right", frameon=False)
     axes.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), xlabel="intersection over union")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    # the first class on top, as in every table
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
@@ -199,9 +210,11 @@ def sample_panel(
     )
     grid = _Grid(image.shape[:2], 1 + math.ceil(classes.num_classes / _NUM_COLUMNS), len(legend))
     for column, (title, picture) in enumerate(top):
+        # nearest: interpolated colours would be those of other classes, or of none
         grid.axes(0, column, title).imshow(picture, interpolation="nearest")
     for index, (name, plane) in enumerate(zip(classes.names, probabilities, strict=True)):
         axes = grid.axes(1 + index // _NUM_COLUMNS, index % _NUM_COLUMNS, name)
+        # 0 to 1 on all: a scale of its own would show a class of 1 % as certain
         scale = axes.imshow(plane, cmap="viridis", vmin=0, vmax=1)
     bar = grid.figure.colorbar(scale, cax=grid.bar_axes(), ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.set_label("probability", fontsize=8)
@@ -218,6 +231,7 @@ class _Grid:
     """
 
     def __init__(self, image_size: tuple[int, int], num_rows: int, num_legend_entries: int):
+        # the image's shape, so that pictures are neither squeezed nor framed by white
         self._cell = np.array(image_size) / max(image_size) * _CELL_INCHES  # height, width
         self._width = _NUM_COLUMNS * (self._cell[1] + _GAP_INCHES) + _BAR_INCHES
         self.legend_columns = max(1, int(self._width / _ENTRY_INCHES[1]))
@@ -244,6 +258,7 @@ class _Grid:
     def _at(self, left: float, bottom: float, width: float, height: float) -> Axes:
         """left, and bottom counted downwards from the top edge: inches."""
         across, up = self._width, self._height
+        # matplotlib counts in shares of the figure, from the bottom
         return self.figure.add_axes((left / across, 1 - bottom / up, width / across, height / up))
 
 
@@ -252,12 +267,14 @@ def colourise(label: np.ndarray, classes: ClassSet) -> np.ndarray:
 
     Void is black, or white where a class is black.
     """
+    # (256, 3): one row for every value of a byte, so that no index is out of range
     colors = np.full((256, 3), _void_color(classes), np.uint8)
     colors[: classes.num_classes] = classes.palette
     return colors[label]
 
 
 def _void_color(classes: ClassSet) -> tuple[int, int, int]:
+    # PASCAL VOC's background is black, from which void must be told
     return (255, 255, 255) if (0, 0, 0) in classes.palette else (0, 0, 0)
 
 
@@ -278,6 +295,7 @@ def error_map(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 RGB: red where prediction and label differ, gray where not, black for
     void.
     """
+    # the comparison's False and True are 0 and 1, right and wrong
     return _ERROR_COLORS[np.where(label == IGNORE_INDEX, 2, prediction != label)]
 
 
@@ -292,7 +310,9 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
     NaN where there is none.
     """
+    # One NaN would make a hole of a whole window, just where a reader looks for what happened.
     finite = np.isfinite(values)
+    # cumulative sums: the cost does not grow with the window
     sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     places = np.arange(len(values))
@@ -326,6 +346,7 @@ def legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
 
 def save(figure: Figure, out: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
+    # no pyplot, which keeps every figure in a registry of the process until it is closed
     FigureCanvasAgg(figure)
     with published(out) as partial:
         figure.savefig(partial, format="png")

@@ -28,6 +28,7 @@ class Window:
 
     def __init__(self, check: Check):
         self._check = check
+        # two memories: the long one raises a verdict, the short one clears it
         self._rows: deque[tuple[int, float]] = deque()
         self._recent: deque[float] = deque(maxlen=check.clear_rows)
 
@@ -38,6 +39,7 @@ class Window:
         """Take in a row, and leave out those that are no longer needed."""
         self._rows.append((step, value))
         self._recent.append(value)
+        # Only as many as needed both by number and by steps: `log_every` may be 1 or 1,000.
         while (
             len(self._rows) > self._check.num_rows
             and self._rows[1][0] <= step - self._check.num_steps
@@ -50,6 +52,7 @@ class Window:
 
     def mean(self) -> float:
         """Over all of them."""
+        # fsum: a replay of the file must come to the same side of a threshold as the run did
         return math.fsum(value for _, value in self._rows) / len(self._rows)
 
     def is_full(self) -> bool:
@@ -64,6 +67,7 @@ class Window:
 
     def is_good(self) -> bool:
         check = self._check
+        # each of them, not their mean: one good batch must not clear what a mean has raised
         better = (not check.beyond(value, check.clear_at) for value in self._recent)
         return len(self._recent) == check.clear_rows and all(better)
 
@@ -102,27 +106,35 @@ class Health:
         self.judged_from: dict[str, int] = {}  # the first step at which a check had rows enough
         self.step = 0
         self._before: MetricsRow = {}
+        # every check from the start: a signal that never comes leaves its window empty, which
+        # `flags` omits
         self._windows = {check.name: Window(check) for check in CHECKS}
+        # a run that goes on replays its file here, so that no state of this is in checkpoints
         for row in rows:
             self.update(row)
 
     def update(self, row: MetricsRow) -> list[Event]:
         """Take in a row; what it changed."""
         self.step = row["step"]
+        # each row is judged whatever became of the others: checks do not know of one another
         found = [event for check in CHECKS if (event := self._judge(check, row)) is not None]
+        # rows of evaluations have no counts of skips, from which the next difference is taken
         if any(name.startswith(LOSS) for name in row):
             self._before = row
         self.events += found
         return found
 
     def _judge(self, check: Check, row: MetricsRow) -> Event | None:
+        # None: the row says nothing, which is neither good nor bad
         value = check.measure(row, self._before)
         if value is None or not math.isfinite(value):
             return None
         window, name = self._windows[check.name], check.name
         window.add(row["step"], value)
+        # from here on "nothing found" means something; before, reports call it too early
         if window.is_full():
             self.judged_from.setdefault(name, row["step"])
+        # raised once, and told again only after it was cleared
         if name not in self.on and window.is_bad():
             detail = f"rank {row[SLOWEST_RANK]:.0f}" if name == "slow_rank" else ""
             self.on[name] = Event(row["step"], name, True, window.since, window.mean(), detail)
@@ -144,6 +156,7 @@ class Health:
         before.
         """
         now = [asdict(event) | _words(NAMED[name]) for name, event in self.on.items()]
+        # whole or not at all, since people and schedulers read it while the run writes
         with published(path) as partial:
             document = {
                 "step": self.step,

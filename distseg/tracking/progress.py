@@ -45,10 +45,12 @@ class Progress:
             rich_progress.BarColumn(_BAR_CELLS),
             _LineColumn(self),
             console=self._console,
+            # often enough to look alive; each redraw takes time from the interpreter that trains
             refresh_per_second=4,
             transient=True,
             disable=not self._console.is_terminal,  # a log file gets plain lines instead
         )
+        # from start_step: a resumed run's bar begins where it was stopped
         self._task = self._bar.add_task("", total=total_steps, completed=start_step)
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
@@ -59,8 +61,10 @@ class Progress:
             return
         now = time.monotonic()
         self._step = step
+        # updated, not replaced: in blocks the two networks' losses come in turn
         self._metrics.update(metrics)
         self._recent.append((now, step))
+        # two at least, or a step longer than the window would leave nothing to go by
         while len(self._recent) > 2 and now - self._recent[0][0] > _SPEED_SECONDS:
             self._recent.popleft()
         if self._console.is_terminal:
@@ -84,6 +88,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line of text above the live line."""
         if self._enabled:
+            # markup off: a path or a class name with [brackets] is text
             self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def warning(self, text: str) -> None:
@@ -98,6 +103,7 @@ class Progress:
             return
         self._enabled = False
         self._bar.stop()
+        # the live line is transient: without this nothing of the last state stays on the screen
         if len(self._recent) > 1:
             self._print_line()
 
@@ -117,6 +123,7 @@ class Progress:
             parts.append(f"{self._metrics['images_per_second']:.1f} img/s")
         left = self.seconds_left()
         if math.isfinite(left) and self._step < self._total_steps:
+            # the clock and not the duration alone: people ask whether to wait for it
             end = datetime.now() + timedelta(seconds=left)
             parts.append(f"left {_duration(left)} (ends {end:%H:%M}{_days_ahead(end)})")
         # before the losses, whose last ones a narrow terminal cuts off
@@ -163,6 +170,7 @@ def _class_table(scores: dict[str, float]) -> Table:
         for name, iou in scores.items()
         if name.startswith(CLASS_IOU)
     }
+    # 150 classes of ADE20K in one column are three screens
     num_columns = 1 if len(classes) <= 10 else 3
     table = Table()
     for _ in range(num_columns):

@@ -31,6 +31,7 @@ class TensorBoard:
         check_installed()
         from tensorboardX import SummaryWriter
 
+        # everything of a run that starts anew, and what follows the checkpoint of one that goes on
         purge_step = 0 if resume_step is None else resume_step + 1
         # files are named by the second; a restart must not write into the file of the attempt
         # before
@@ -49,6 +50,7 @@ class TensorBoard:
             from PIL import Image
 
             with Image.open(picture) as file:
+                # event files hold pixels, and cannot point to a file
                 picture = np.asarray(file.convert("RGB"))
         self._writer.add_image(name, picture, step, dataformats="HWC")
 

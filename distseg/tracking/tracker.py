@@ -101,11 +101,14 @@ class RunTracker:
 
     def __init__(self, run_dir: Path, wandb_run: WandbRun | None, tensorboard: TensorBoard | None):
         self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
+        # replayed before the file is opened for more: a resumed run stands where the stopped one
+        # stood
         self._health = Health(read_metrics(self._path) if self._path.is_file() else ())
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb, self._tensorboard = wandb_run, tensorboard
 
     def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
+        # plain floats: scalars of NumPy and torch are no JSON
         values = {name: float(value) for name, value in metrics.items()}
         events = self._health.update({"step": step, **values})
         if any(name.startswith(LOSS) for name in values):  # no scores of an evaluation
@@ -113,7 +116,10 @@ class RunTracker:
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line.update((name, _json_value(value)) for name, value in values.items())
         try:
+            # allow_nan=False: a bare NaN would make the whole file unreadable to strict parsers
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            # To the system at each line, which survives a kill of the process. fsync would survive
+            # one of the machine too, and hold up the loop for a network disk.
             self._file.flush()
             if events:
                 self._health.save(self._run_dir / HEALTH_FILE)
@@ -125,9 +131,11 @@ class RunTracker:
             raise InputError(
                 f"{self._file.name}: {error.strerror}", "a disk that can be written", action
             ) from None
+        # after the file, which is the record: whatever they do, the line is written
         for writer in self._writers():
             writer.log(step, values)
         for event in events:
+            # by mail only what is bad: nobody wants to be woken by good news
             if event.raised and self._wandb is not None:
                 self._wandb.alert(
                     NAMED[event.name].title, event.text(), is_error=event.name == "not_finite"
@@ -135,6 +143,7 @@ class RunTracker:
         return events
 
     def history(self, name: str) -> list[tuple[int, float]]:
+        # read again, not kept: it is asked for once, when a run goes on
         return [(row["step"], row[name]) for row in read_metrics(self._path) if name in row]
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str = "") -> None:
@@ -149,6 +158,7 @@ class RunTracker:
 
     def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
         path = self._run_dir / "tables" / f"{name}-step-{step:08d}.csv"
+        # newline="": the csv module writes its own, and Windows would add another
         with published(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([columns, *rows])
         if self._wandb is not None:
@@ -158,6 +168,7 @@ class RunTracker:
         with contextlib.suppress(OSError):  # a full disk was told by log()
             self._file.close()
         if exit_code == 0:
+            # a run without verdicts has the file too, and it says that nothing was found
             self._health.save(self._run_dir / HEALTH_FILE)
         for writer in self._writers():
             writer.finish(exit_code)
@@ -185,6 +196,8 @@ def open_tracker(
         return NullTracker()
     run_dir.mkdir(parents=True, exist_ok=True)
     metrics_path = run_dir / METRICS_FILE
+    # Steps after the checkpoint will be done again, and a curve with two values of one step is
+    # none.
     _rewind(metrics_path, resume_step)
     if "environment" in config:
         with published(run_dir / ENVIRONMENT_FILE) as partial:
@@ -227,6 +240,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     for name, v in row.items()
                 }
             )
+        # the last line alone can be torn by a kill; an earlier one was damaged by something else
         elif not is_last:
             raise InputError(
                 f"line {number} of {path} is not a JSON object with a step",
@@ -246,6 +260,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None, bool]]
     """Yield (line number from 1, text, row or None where unreadable, whether it is the last
     line).
     """
+    # errors="replace": a torn line may end within a character
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(texts, start=1):
         try:

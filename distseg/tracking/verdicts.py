@@ -52,6 +52,8 @@ class Check:
 
     def beyond(self, value: float, bound: float) -> bool:
         """Whether a value is on the bad side of a bound."""
+        # the order of the two bounds tells which side is bad, so there is no third field to
+        # contradict it
         return value <= bound if self.raise_at < self.clear_at else value >= bound
 
 
@@ -62,16 +64,19 @@ def _fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
     """
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
+    # A small loss alone is no proof: it may be small since everything is called fake.
     return row[DISCRIMINATOR_FAKE] if row[DISCRIMINATOR_ACCURACY] >= 0.9 else math.log(2)
 
 
 def _both_losses(row: MetricsRow, before: MetricsRow) -> float | None:
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
+    # the mean of both, as ln 2 is the level of each when it answers 1/2 to everything
     return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2
 
 
 def _influence(row: MetricsRow, before: MetricsRow) -> float | None:
+    # at weight 0 the term is only watched, by intention
     return row.get(RATIO) if row.get(ADVERSARIAL_WEIGHT, 0) > 0 else None
 
 
@@ -82,6 +87,7 @@ def _not_finite(row: MetricsRow, before: MetricsRow) -> float | None:
     Without a loss scale, which finds its size by skipping now and then, one skipped update is as
     bad.
     """
+    # a row of an evaluation says nothing of gradients
     losses = [value for name, value in row.items() if name.startswith(LOSS)]
     if not losses:
         return None
@@ -90,7 +96,9 @@ def _not_finite(row: MetricsRow, before: MetricsRow) -> float | None:
     worst = 0.0
     for name in ("segmentor", "discriminator"):
         skipped = row.get(f"skips/{name}", 0.0) - before.get(f"skips/{name}", 0.0)
+        # since the row before: counts grow over the run, and rows may be any number of steps apart
         steps = max(1, row["step"] - before.get("step", 0))
+        # fp16's scale doubles until a step overflows, so that some skips belong to it
         worst = max(worst, skipped / steps if f"loss_scale/{name}" in row else float(skipped > 0))
     return worst
 
@@ -105,6 +113,7 @@ def _slowest(row: MetricsRow, before: MetricsRow) -> float | None:
     """How much slower the slowest rank is; 1 where it is another one than in the row before."""
     if SLOWEST_RANK not in row:
         return None
+    # some rank always is the slowest; only the same one again and again is a slow machine
     return row[SLOWEST_RATIO] if row[SLOWEST_RANK] == before.get(SLOWEST_RANK) else 1.0
 
 

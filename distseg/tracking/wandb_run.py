@@ -49,6 +49,8 @@ def choose_mode(wanted: str) -> str:
     "auto" follows WANDB_MODE where that is set. "online" without a login would ask for one on the
     terminal, which nobody reads in a batch job, so it becomes "offline" with a warning.
     """
+    # said in the environment means said by the cluster or the user, who know more than a default
+    # does
     if wanted == "auto":
         by_environment = os.environ.get("WANDB_MODE", "")
         if by_environment in ("online", "offline", "disabled"):
@@ -81,14 +83,17 @@ class WandbRun:
         self._config = without_secrets(config)
         self._id = _run_id(run_dir / ID_FILE)
         self._actions: queue.Queue[_Action | None] = queue.Queue(_QUEUE_LENGTH)
+        # set once, for good: a service that has died would be waited for again and again
         self._failed = threading.Event()
         self._num_dropped = 0
         self._exit_code = 0
+        # a daemon, so that an upload that hangs cannot keep the process
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Queue one row; rows of the same step become one row of the W&B history."""
+        # a closure, run in the thread: whoever calls here never touches wandb
         self._queue(lambda run: _log_row(run, step, values))
 
     def image(self, step: int, name: str, picture: Path | np.ndarray, caption: str) -> None:
@@ -144,10 +149,12 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         """Let the thread write out what is queued and end the run; wait at most a minute."""
+        # before the None: the thread reads it when it has come to that
         self._exit_code = exit_code
         deadline = time.monotonic() + _FINISH_SECONDS
         with contextlib.suppress(queue.Full):  # still full after a minute: told below
             self._actions.put(None, timeout=_FINISH_SECONDS if self._thread.is_alive() else 0.01)
+        # one deadline for both waits, or the end could take twice the promised time
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._num_dropped:
             _log.warning(
@@ -160,12 +167,14 @@ class WandbRun:
         if self._failed.is_set():
             return
         try:
+            # a full queue drops the row: waiting here would have the training wait for a network
             self._actions.put_nowait(action)
         except queue.Full:
             self._num_dropped += 1
 
     def _work(self) -> None:
         try:
+            # in the thread too: a login and a start can take half a minute
             run = self._start()
             while (action := self._actions.get()) is not None:
                 action(run)
@@ -180,6 +189,7 @@ class WandbRun:
 
         if self._mode == "online":
             try:
+                # "allow": one command starts a run and goes on with it
                 run = self._init("online", resume="allow")
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
@@ -190,6 +200,7 @@ class WandbRun:
                 run = self._init("offline", resume=None)
             else:
                 print(f"W&B: {run.url}", flush=True)
+                # for people: the way from a run directory to its page
                 (self._run_dir / URL_FILE).write_text(f"{run.url}\n")
         else:
             run = self._init("offline", resume=None)
@@ -258,6 +269,7 @@ def without_secrets(value: Any, _name: str = "") -> Any:
     if _SECRET_NAME.search(_name):
         return "<removed>"
     for name, secret in os.environ.items():
+        # shorter ones would be found within ordinary words, and tear holes into the config
         if len(secret) >= 8 and _SECRET_NAME.search(name):
             value = value.replace(secret, "<removed>")
     return _URL_LOGIN.sub("<removed>@", value)
@@ -275,6 +287,7 @@ def _log_row(run: Any, step: int, values: dict[str, Any]) -> None:
 def _has_login() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    # a server of the user's own has a login of its own
     server = os.environ.get("WANDB_BASE_URL")
     hosts = (urlsplit(server).netloc,) if server else _LOGIN_HOSTS
     try:
@@ -287,6 +300,7 @@ def _has_login() -> bool:
 def _run_id(path: Path) -> str:
     if path.exists() and (known := path.read_text().strip()):
         return known
+    # chosen here and kept beside the run, so that every attempt writes into the same W&B run
     new = secrets.token_hex(4)
     with published(path) as partial:
         partial.write_text(new + "\n")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
@@ -35,6 +38,8 @@ def with_precision(config: Config, ranks: Ranks) -> Config:
 
     A run goes on in the precision that it began in: "auto" may differ on another machine.
     """
+    # the main rank looks, for all: ranks that see a shared disk differently would choose
+    # differently
     kept = on_main(ranks, lambda: saved_precision(Path(config.run_dir)))
     if kept is None or config.precision != "auto":
         kept = resolve_precision(config.precision, ranks)
@@ -47,6 +52,9 @@ def spread(config: Config, networks: Networks, objective: Objective, ranks: Rank
     discriminator = None
     if networks.discriminator is not None:
         optimizer = config.discriminator_optimizer
+        # Two learners, not one module of both: DDP waits for a gradient of every parameter it
+        # wraps, and in steps of one network the other has none ("Expected to have finished
+        # reduction").
         discriminator = wrap(networks.discriminator, optimizer, config, ranks)
     return Pair(segmentor, discriminator, objective)
 
@@ -55,14 +63,22 @@ def build_trainer(
     config: Config, ranks: Ranks, pair: Pair, data: Data, *, watchdog: Watchdog, work: StepWork
 ) -> Trainer:
     """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
+    # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
+    # average and of the networks, so nothing that has been looked up goes stale.
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
+    scored = pair.segmentor if ema is None else ema
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
+    # a disk that is too small is said now, not by the first save some hours from here
     checkpoints.check_space(learners)
     latest = checkpoints.latest()
     if latest is not None:
+        # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
+        # to go on: the order of samples, the phases and random numbers follow from the step and the
+        # seed.
         state = TrainState(**checkpoints.load(latest, learners))
     progress = Progress(config.steps, state.step, ranks.is_main)
+    # after loading, as it tells at which step the run goes on
     progress.message(headline(config, ranks, pair, data, state.step))
     if work.uncounted:
         progress.message(f"operations not counted, so no share of peak: {work.uncounted}")
@@ -71,8 +87,10 @@ def build_trainer(
         ranks=ranks,
         pair=pair,
         ema=ema,
-        evaluator=_evaluator(config, ranks, pair, ema, data, watchdog),
+        evaluator=_evaluator(config, ranks, scored.full_network, data, watchdog),
         checkpoints=checkpoints,
+        # None, not 0, of a run without a checkpoint: its metrics.jsonl is then begun anew, and what
+        # an attempt wrote that never reached a checkpoint goes
         tracker=_tracker(config, ranks, state.step if latest else None),
         progress=progress,
         watchdog=watchdog,
@@ -85,19 +103,18 @@ def build_trainer(
 def _evaluator(
     config: Config,
     ranks: Ranks,
-    pair: Pair,
-    ema: MovingAverage | None,
+    gather_network: Callable[[], nn.Module],
     data: Data,
     watchdog: Watchdog,
 ) -> Evaluator:
-    """Of the EMA weights where they are kept."""
-    scored = pair.segmentor if ema is None else ema
+    # a function, not a network: under FSDP it is joined from all ranks anew for each evaluation
     return Evaluator(
-        scored.full_network,
+        gather_network,
         data.val,
         ranks,
         TestTimeAugmentation.of(config.evaluate, config.precision, ranks.device),
         num_threads=config.data.num_threads,
+        # an evaluation takes longer than the time limit; each image is a sign of life
         mark=watchdog.report,
     )
 
@@ -105,10 +122,14 @@ def _evaluator(
 def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
     """With what a checkpoint must agree on with the run that loads it."""
     classes, manifest = data.train.classes, data.train.reader.manifest
+    # Another split, another order of classes or other samples would make the numbers of one run two
+    # runs'. (That the configuration is the same does not say that the shards at its path are.)
     identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
+    # left out of runs with all labels, whose samples the manifest names already
     if config.data.labelled != "all":
         identity["labelled_sha256"] = sha256_of_keys(data.train.keys)
     identity["palette"] = [list(color) for color in classes.palette]
+    # position in the order of samples = step x batch_size, so neither may change on the way
     identity["batch_size"], identity["seed"] = config.batch_size, config.seed
     identity["precision"] = config.precision
     return Checkpointer(

@@ -40,8 +40,12 @@ class MicroBatch:
         one, other = self.labelled, self.unlabelled
         if other is None:
             return one
+        # said, not left to torch.cat: convolutions in another format are slower, and round
+        # differently
         channels_last = one.pixels.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
+        # One forward of all images: batch normalisation sees the statistics of both kinds together,
+        # and the segmentor's gradients are exchanged once.
         pixels = torch.cat([one.pixels, other.pixels]).contiguous(memory_format=layout)
         return Images(pixels, torch.cat([one.label, other.label]))
 
@@ -50,6 +54,7 @@ class MicroBatch:
         count = len(self.labelled.label)
         if self.unlabelled is None:
             return {"labelled": slice(0, count)}
+        # labelled first, so that a discriminator's k-th label map goes with the k-th image
         return {"labelled": slice(0, count), "unlabelled": slice(count, None)}
 
     def split(self, count: int) -> Iterator[MicroBatch]:
@@ -58,6 +63,8 @@ class MicroBatch:
             yield self
             return
         for index in range(count):
+            # The k-th share of both kinds. A micro-batch of one kind alone would have batch
+            # normalisation see statistics of that kind alone.
             labelled = self.labelled[_share(self.labelled, index, count)]
             unlabelled = self.unlabelled
             if unlabelled is not None:

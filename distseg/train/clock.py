@@ -15,11 +15,13 @@ class StepClock:
 
     def restart(self, step: int, wait_seconds: float) -> None:
         """Begin a lap now: what came before, such as an evaluation, is no part of a step's time."""
+        # perf_counter: the wall clock of a node can be set back by NTP in the middle of a lap
         self._time, self._wait = time.perf_counter(), wait_seconds
         self._step, self._operations = step, 0.0
 
     def count(self, operations: float) -> None:
         """A step of so many operations on this rank is done."""
+        # summed, not multiplied by steps: phases of one network do less than those of both
         self._operations += operations
 
     def lap(self, step: int, wait_seconds: float) -> dict[str, float]:
@@ -28,10 +30,13 @@ class StepClock:
         step: steps done by now; wait_seconds: waited for data, since the stream was opened.
         """
         steps = step - self._step
+        # Nothing waits for the device here. Logging does, once in every lap, so laps are right on
+        # the whole although each of their ends is a little early.
         seconds = max(time.perf_counter() - self._time, 1e-9) / steps
         values = {
             "step_seconds": seconds,
             "images_per_second": self._batch_size / seconds,
+            # the stream counts since it was opened, and the reader wants it for one step
             "data_wait_seconds": (wait_seconds - self._wait) / steps,
             "images": float(step * self._batch_size),
         }

@@ -44,12 +44,16 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     be used.
     """
     config = loading.load(overrides)
+    # before the dry run's output, which promises that the same arguments could be trained
     check_settings(config)
     if dry_run:
         print(loading.to_yaml(config), end="")
         return 0
+    # only now: it looks into the run directory, which a dry run leaves alone
     config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
+    # Before the ranks join. Bad input is then met by all of them alike, by each on its own; once in
+    # the process group, a rank that leaves alone would be waited for.
     prepared = check(config, world_size)
 
     ranks = setup(config.device, config.parallel.timeout_seconds)
@@ -91,9 +95,11 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     """
     named = {} if preset is None else {"preset": preset}
     config = loading.load([*overrides, *loading.arguments(named | keys)])
+    # again in `joined`; here before shards are opened and networks are built for nothing
     check_alone()
     config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
+    # around the check as well, which seeds torch's generator to build the networks
     with restored_process():
         prepared = check(config, world_size)
         with joined(config.device, config.parallel.timeout_seconds) as ranks:
@@ -104,7 +110,11 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
     """From checked input to the finished run, on every rank of a job that is joined."""
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
+        # A shard from far away may take longer than the time limit. Its bytes count as signs of
+        # life, or the watchdog would end a job that merely waits for the network.
         prepared.data.tell(watchdog.keep_alive)
+        # From here on a signal asks for a stop at a step boundary; until now it ended the process,
+        # which had nothing to lose.
         stop = StopRequest()
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
             return train_and_show(config, run_directory, prepared, watchdog, stop)
@@ -124,12 +134,14 @@ def check(config: Config, world_size: int) -> Prepared:
 
     InputError for what could not be trained. Touches no GPU.
     """
+    # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
     check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
     if config.tracking.tensorboard:
         tensorboard.check_installed()
+    # the shards alone know how many classes there are, so data come before networks
     data = open_data(config, world_size)
     networks = build_networks(config, data.train.classes.num_classes)
     return Prepared(data, networks, build_objective(config, *networks, data.train))
@@ -144,7 +156,10 @@ def train_and_show(
 ) -> TrainResult:
     """From the networks to the finished run, on every rank alike."""
     ranks, data = run_directory.ranks, prepared.data
+    # Before the first checkpoint: a run that goes on reads this list instead of drawing again, so
+    # that it stays with its samples whatever the rule for drawing becomes.
     on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
+    # not earlier: it asks the run directory, which is this job's alone only since it is locked
     config = with_precision(config, ranks)
     work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
     watchdog.report("spreading the networks")
@@ -154,16 +169,20 @@ def train_and_show(
     if run_directory.steps_before is not None:
         trainer.progress.message(extension(config, run_directory.steps_before))
     stream = open_streams(config, ranks, data, trainer.state.step)
+    # first, or what waits to be collected would be frozen with the rest and never be freed
     gc.collect()
     # what is here stays: looking through it again and again took 7 % of the time of decoding
     gc.freeze()
     with noted(trainer, stream) as note:
         done = trainer.fit(stream, stop)
         if done:
+            # Evaluation and the gathering of shards are collectives: every rank takes part in both
+            # before any of them closes its watchdog and leaves.
             score_again(trainer)
             network = trainer.evaluator.gather_network()
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
+        # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
         scores = trainer.evaluator.report(trainer.state.step) if done else {}

@@ -20,7 +20,11 @@ def mean(local_sum: Tensor, count: Tensor) -> Tensor:
     A count of 0 gives 0 with a live graph: a rank that skipped its backward would leave the others
     waiting.
     """
+    # `where` and not an `if`, which would wait for the device
     divisor = count.where(count > 0, 1)
+    # The learners average gradients over ranks, as DDP does. Times the world size that is the sum,
+    # and over the global count it is the mean, whatever the share of void on each rank. A mean of
+    # the ranks' own means is another number: pixels on a rank with much void would count more.
     return local_sum * (dist.get_world_size() / divisor).to(local_sum.dtype)
 
 
@@ -28,6 +32,7 @@ def mean(local_sum: Tensor, count: Tensor) -> Tensor:
 class Counts:
     """Counts over all ranks and micro-batches of a step, the same on every rank."""
 
+    # float64, as fp32 counts no further than 2^24 pixels: 64 images of 512 x 512 px
     sums: Mapping[str, Tensor]  # scalars, float64
     num_micro_batches: int
 
@@ -40,14 +45,20 @@ class Counts:
         They follow from the labels alone, so one all-reduce before the first forward gives them
         all.
         """
+        # Without them every loss would need a collective of its own, between the forwards that it
+        # stops.
         judging, local = objective.judging, {}
+        # all terms, active or not: what is sent must not depend on anything that ranks could see
+        # differently
         for term in objective.terms:
             if term.images in targets:
                 local[f"term/{term.name}"] = term.count(targets[term.images])
                 local[f"candidates/{term.name}"] = term.candidates(targets[term.images])
         for kind, of_kind in targets.items():
+            # two numbers: reductions divide the loss by images, but accuracy is always over scores
             local[f"divisor/{kind}"] = judging.divisor(of_kind)
             local[f"scores/{kind}"] = judging.num_scores(of_kind)
+        # in one message, as its cost is the latency, not the bytes
         summed = all_reduce_sum(torch.stack(list(local.values())))
         return cls(dict(zip(local, summed, strict=True)), num_micro_batches)
 
@@ -64,6 +75,7 @@ class Counts:
 
         Times the number of micro-batches, so that the means of all of them add up to their mean.
         """
+        # cloned: the sum is taken in place, and the local count is a metric yet
         return all_reduce_sum(local.clone()) * self.num_micro_batches
 
     def judged(self, kinds: Sequence[Kind]) -> tuple[Tensor, Tensor]:

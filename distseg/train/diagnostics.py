@@ -20,6 +20,7 @@ from distseg.tracking.catalogue import RATIO
 from distseg.train.counts import mean
 from distseg.train.objective import Scored
 
+# squares, since sums of these over micro-batches and ranks are right, and those of norms are not
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
 # what every rank tells of itself
 _OF_A_RANK = ("forward_seconds", "data_wait_seconds", "memory_bytes")
@@ -36,9 +37,15 @@ def gradients_at_output(
     probabilities, of the same shape, on the same loss scale. Summed over parts and ranks they give
     the ratio of the norms over the global batch, see `summary`.
     """
+    # To the logits alone, which is no pass through the network. The graph stays for the one
+    # backward.
     (own,) = torch.autograd.grad(cross_entropy, logits, retain_graph=True)
+    # detached: this product is looked at, and nothing of it may reach the parameters
     chances = probabilities.detach()
+    # (n, C, h, w): the softmax's Jacobian times the proxy, by hand. autograd.grad would say the
+    # same, but through a graph that the backward has yet to use.
     through_softmax = chances * (proxy - (chances * proxy).sum(1, keepdim=True))
+    # at least fp32: below 6e-8 an fp16 is 0, and squares of gradients are smaller
     squares = [at_least_float32(gradient).square().sum() for gradient in (through_softmax, own)]
     return dict(zip(_SQUARES, squares, strict=True))
 
@@ -47,6 +54,7 @@ def of_scores(real: Scored, fake: Scored) -> dict[str, Tensor]:
     """The discriminator's accuracy, its mean probabilities, and the gap between its logits."""
     of_real = score_sums(real.scores, real.mask, real=True)
     of_fake = score_sums(fake.scores, fake.mask, real=False)
+    # scaled as losses are, since `gather` divides every metric by the number of ranks
     on_real, on_fake = mean(of_real, real.num_scores), mean(of_fake, fake.num_scores)
     right, all_scores = of_real[0] + of_fake[0], real.num_scores + fake.num_scores
     return {
@@ -64,10 +72,14 @@ def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> d
     own: this rank's values for all names in `_OF_A_RANK`. Called on every rank, which all get the
     same values.
     """
+    # Every rank adds its row to zeros, so that one sum is a gather too and no second message is
+    # needed.
     told = torch.zeros(ranks.world_size, len(_OF_A_RANK), dtype=torch.float64)
     told[ranks.rank] = torch.tensor([own[name] for name in _OF_A_RANK], dtype=torch.float64)
+    # in float64: the ranks' rows hold bytes of memory, which fp32 would round
     packed = [value.detach().double().to(ranks.device).reshape(1) for value in metrics.values()]
     packed.append(told.flatten().to(ranks.device))
+    # one copy to the host for all metrics; `.item()` of each would wait for the device as often
     sums = all_reduce_sum(torch.cat(packed)).tolist()
     means = {name: total / ranks.world_size for name, total in zip(metrics, sums, strict=False)}
     width = len(_OF_A_RANK)
@@ -84,6 +96,8 @@ def summary(means: dict[str, float]) -> dict[str, float]:
     Without it where one is 0 / 0.
     """
     values = {name: value for name, value in means.items() if name not in _SQUARES}
+    # The ratio of sums, not the sum of ratios: it is the global batch's, whatever the
+    # micro-batches.
     adversarial, own = (means.get(name, 0.0) for name in _SQUARES)
     return values | ({RATIO: (adversarial / own) ** 0.5} if own > 0 else {})
 
@@ -97,9 +111,12 @@ def pace(of_ranks: list[list[float]]) -> dict[str, float]:
     FSDP, ZeRO-3 and synchronised batch norm a forward waits for all ranks itself, so that this
     stays near 1 whoever is slow.
     """
+    # the largest, as a step takes as long as its slowest rank, and fails as soon as one has no
+    # memory
     forward, wait, memory = zip(*of_ranks, strict=True)
     values = {"data_wait_seconds": max(wait), "memory_bytes": max(memory)}
     own = [sum(pair) for pair in zip(forward, wait, strict=True)]
+    # the mean would hide a slow rank among few, as it is part of it
     others = statistics.median_low(own)  # of two ranks the quicker one
     if len(own) > 1 and others > 0:
         values |= {

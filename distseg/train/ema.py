@@ -20,11 +20,15 @@ class MovingAverage:
 
     def __init__(self, source: Learner, decay: float):
         self.decay = decay
+        # state_dict and not parameters: buffers too, as averaged weights beside the last batch's
+        # running statistics would be scored with statistics of other weights
         self._source, new = source, source.network.state_dict()
         self._average = {name: tensor.clone() for name, tensor in new.items()}
         # Looked up once: the learner's tensors stay the same memory, and to list those of FSDP
         # takes long
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))
+        # a tensor, as checkpoints hold nothing else; on the CPU, so that reading it waits for no
+        # device
         self.num_updates = torch.zeros((), dtype=torch.int64)
 
     def full_network(self) -> nn.Module:
@@ -38,14 +42,18 @@ class MovingAverage:
     def update(self) -> None:
         """Take in the source's present state."""
         self.num_updates += 1
+        # counted in updates of the segmentor, not in steps: in blocks of the discriminator nothing
+        # moves
         n = int(self.num_updates)
         decay = min(self.decay, (1 + n) / (10 + n))
+        # for one foreach call, instead of a kernel's launch for each of some hundred tensors
         averages, present = [], []
         for average, tensor in self._pairs:
             if average.is_floating_point():
                 averages.append(average)
                 present.append(tensor)
             else:
+                # counters of batches, which have no average that is whole
                 average.copy_(tensor)
         torch._foreach_lerp_(averages, present, 1.0 - decay)
 
@@ -55,10 +63,12 @@ class MovingAverage:
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Copy in what `state_dict` gave."""
+        # told by name: `copy_` would leave those that are missing at this process's initial weights
         if self._average.keys() != state["network"].keys():
             different = sorted(self._average.keys() ^ state["network"].keys())
             raise KeyError(f"EMA weights: {different[:4]} on one side only")
         for name, tensor in self._average.items():
+            # into the same memory, which `_pairs` and a strategy's own views point to
             tensor.copy_(state["network"][name])
         self.num_updates.copy_(state["counters"]["num_updates"])
 

@@ -39,8 +39,12 @@ class StepWork:
         A network of the user's own may not run without values: then nothing is counted.
         """
         try:
+            # Counted once at the start. A counter in the loop would slow down every step, and
+            # FlopCounterMode does not survive autograd.grad to a leaf, which the step is built on.
             return cls._counted(config, segmentor, discriminator)
         except Exception as error:
+            # of the package's own networks it is an error of the program, which nobody would see in
+            # a missing curve
             if not isinstance(segmentor, OwnSegmentor) | isinstance(
                 discriminator, OwnDiscriminator
             ):
@@ -55,6 +59,7 @@ class StepWork:
         of_segmentor = 1e9 * gflop(_copy(segmentor), _segment, (3, side))
         if discriminator is None:
             return cls(of_segmentor)
+        # of the label map: at the image's size it is 64 times as large as at stride 8
         stride = int(segmentor.output_stride)  # type: ignore[arg-type]
         stride = 1 if config.loss.map_resolution == "image" else stride
 
@@ -73,9 +78,12 @@ class StepWork:
         taken off: it is below a hundredth.)
         """
         num_images = num_labelled + num_unlabelled
+        # a phase of the discriminator alone needs the prediction, but no gradient of it
         operations = self.segmentor * num_images * (3 if now.segmentor else 1)
         if not now.adversary:
             return operations
+        # forward; gradients of the label map for the segmentor; of parameters and activations for
+        # its own loss
         on_prediction = 1 + now.segmentor + 2 * now.discriminator
         on_truth = 3 * now.discriminator
         return operations + self.discriminator * (
@@ -84,6 +92,7 @@ class StepWork:
 
 
 def _copy(network: nn.Module) -> nn.Module:
+    # counting runs the forward, in which dropout and running statistics would otherwise move
     return copy.deepcopy(network).eval()
 
 
@@ -99,6 +108,7 @@ def convolution_peak(device: torch.device, precision: str) -> float:
     It stands for the best that a segmentation network could get here, on whatever part of the
     machine this rank has: about 0.1 s on a CPU core, a few ms on a GPU.
     """
+    # the run's own precision: a share of the bf16 peak would say little about an fp32 run
     dtype = autocast_dtype(precision) or (torch.float64 if precision == "fp64" else torch.float32)
     images, weight = (
         torch.full(shape, 0.5, dtype=dtype, device=device).contiguous(
@@ -110,7 +120,9 @@ def convolution_peak(device: torch.device, precision: str) -> float:
     for _ in range(_REPETITIONS[device.type] + 1):  # the first one chooses an algorithm
         before = time.perf_counter()
         nn.functional.conv2d(images, weight, padding=1)
+        # a kernel is only queued when the call returns
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - before)
+    # the median: one repetition that something else interrupts moves a mean
     return 2 * images.numel() * _CHANNELS * 9 / statistics.median(seconds[1:])

@@ -21,11 +21,14 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     Networks, ranks, losses with their reductions, where it goes.
     """
     lines = [_networks(config, pair), *_frozen(config, pair.segmentor.network)]
+    # on resuming these were replaced by the checkpoint's, and would mislead
     if not step:
         reports = [getattr(it.network, "init_report", None) for it in _learners(pair)]
         lines += [f"weights: {report}" for report in reports if report is not None]
     lines.append(f"loss: {' + '.join(_terms(config))}")
     lines += _batch_norm(pair.segmentor.network) if ranks.world_size > 1 else []
+    # over all ranks and per rank: both are called "batch size" elsewhere, and learning rates go by
+    # the first
     batch = f"batch {config.batch_size} = "
     batch += f"{ranks.world_size} x {config.batch_size // ranks.world_size}"
     images = f"{len(data.train)} labelled"
@@ -53,14 +56,17 @@ def _batch_norm(segmentor: torch.nn.Module) -> list[str]:
     """That layers wait for all ranks, where some do."""
     layers = [m for m in segmentor.modules() if isinstance(m, SynchronisedBatchNorm2d)]
     what = "layers that wait for all ranks in forward and backward"
+    # worth a line: each layer waits for all ranks twice a step, which is what slows such runs down
     return [f"batch norm: synchronised, {len(layers)} {what}"] if layers else []
 
 
 def extension(config: Config, steps_before: int) -> str:
     """That a run is trained on, and what that means for its learning rate."""
     text = f"extended from {steps_before} to {config.steps} steps; its history stays"
+    # poly alone is a function of the share of the run that is done
     if config.schedule.name != "poly":
         return f"{text}; the learning rate's {config.schedule.name} course knows no last step"
+    # the jump of the rate is the one thing that an extended run does not share with a longer one
     before, now = (
         lr_factor(steps_before, steps, config.schedule) for steps in (steps_before, config.steps)
     )
@@ -77,6 +83,7 @@ def _frozen(config: Config, network: torch.nn.Module) -> list[str]:
     if not config.segmentor.freeze:
         return []
     parameters = list(network.parameters())
+    # elements of the full parameter: under ZeRO-3 numel() of what this rank holds is often 0
     count = sum(num_elements(p) for p in parameters if p.requires_grad)
     share = f"{count:,} of {sum(map(num_elements, parameters)):,} parameters of the segmentor train"
     return [f"frozen: {', '.join(config.segmentor.freeze)}; {share}"]

@@ -17,6 +17,7 @@ def initial_weights(init: str, network: str) -> str | Weights:
     InputError where a run has no such checkpoint, or no such network.
     """
     run_dir, which = Path(init), ""
+    # a directory whose own name has an @ comes first
     if "@" in init and not run_dir.exists():
         name, _, which = init.rpartition("@")
         run_dir = Path(name)
@@ -24,8 +25,13 @@ def initial_weights(init: str, network: str) -> str | Weights:
         return init
     if not which:
         is_scored = bool(checkpoint.read_best(run_dir / checkpoint.FOLDER))
+        # A run that never evaluated has no best. Its last is what the user means, and the headline
+        # says so.
         which = "best" if is_scored else "last"
     path = checkpoint.find(run_dir, which)
+    # the network's tensors alone, whichever strategy wrote them: an optimizer would belong to other
+    # data
     part, tensors = checkpoint.read_network(path, network)
     step = checkpoint.read_state(path)["state"]["step"]
+    # as tensors, not as a path: `models` is plain torch and knows nothing of checkpoints
     return Weights(tensors, f"{run_dir}, step {step}{', EMA weights' if part == 'ema' else ''}")

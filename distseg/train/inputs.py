@@ -21,6 +21,8 @@ LABELLED_FILE = "labelled.txt"
 
 def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: int) -> None:
     """Raise InputError unless ranks and micro-batches divide the images of a step evenly."""
+    # Equal shares only. Unequal ones would have ranks wait for the largest, and a batch that is
+    # padded or cut short is not the configured one.
     divisor = world_size * num_micro_batches
     if batch_size % divisor:
         below, above = batch_size // divisor * divisor, -(-batch_size // divisor) * divisor
@@ -55,14 +57,22 @@ def open_data(config: Config, world_size: int) -> Data:
     InputError when they are not there or do not fit the configuration.
     """
     options = config.data
+    # a reader reads manifest and index here, and no sample yet: names and sizes are enough to
+    # refuse
     train, val = (open_reader(options, name) for name in (options.train_split, options.val_split))
+    # The training split's verification is the data set's: what `distseg inspect` found sound stays
+    # so as long as the manifest has the same sum.
     if not options.allow_unverified:
         check_verified(train)
     saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
     wanted = str(saved) if options.labelled != "all" and saved.is_file() else options.labelled
+    # drawn by a seed of its own, so that runs of several seeds can share their labelled images
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)
     room = options.keep_decoded_bytes
+    # the labels that a fraction leaves out are not read at all: `rest` goes into a set without
+    # labels
     train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
+    # after `keep_classes`, which changes how many there are
     _check_classes(config, train_set)
     own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
     unlabelled_set = None
@@ -103,6 +113,7 @@ def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
     """Write which samples are labelled, where that is a choice; a list that is there stays."""
     path = run_dir / LABELLED_FILE
     if config.data.labelled != "all" and not path.is_file():
+        # whole or not at all: half a list would be taken for the run's choice by the next attempt
         with published(path) as partial:
             partial.write_text("\n".join(data.train.keys) + "\n", encoding="utf-8")
 
@@ -111,6 +122,8 @@ def open_streams(
     config: Config, ranks: Ranks, data: Data, start_step: int
 ) -> TrainStream | PairedStream:
     """This rank's part of the endless sequence of batches, from `start_step` on."""
+    # labelled images have the order that they have without unlabelled ones, so that such runs
+    # compare
     own = (config.batch_size, config.seed)
     labelled = open_stream(config, ranks, data.train, start_step, own)
     if data.unlabelled is None:
@@ -130,8 +143,11 @@ def open_stream(
     """One stream of training crops: so many images a step over all ranks, in the seed's order."""
     data, (batch_size, seed) = config.data, size_and_seed
     own = own_view(config, samples.classes.num_classes)
+    # the fields of a view are keys of the `data` section, so that a new one needs no line here
     names = [field.name for field in fields(TrainView) if field.name != "own"]
     crop = TrainView(**{name: getattr(data, name) for name in names}, own=own)
+    # Everything but rank and world size is the same on every rank: the stream is cut, not drawn, by
+    # rank.
     return TrainStream(
         samples,
         plan_for(samples, data, seed),
@@ -142,6 +158,8 @@ def open_stream(
         num_threads=data.num_threads,
         worker_type=data.worker_type,
         start_step=start_step,
+        # pinned memory is what lets a copy to the GPU go on beside its work; without a GPU it only
+        # costs
         pin_memory=ranks.device.type == "cuda",
     )
 
@@ -154,5 +172,7 @@ def own_view(config: Config, num_classes: int) -> OwnView | None:
     if not config.data.view:
         return None
     view = OwnView(config.data.view, config.data.view_options, num_classes)
+    # Tried before the run: in a worker, an error of the user's own code would come steps later, and
+    # a view that draws random numbers of its own would break resuming without any error.
     view.check(config.data.crop_px)
     return view

@@ -28,13 +28,17 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     Raises InputError for options and weights that do not fit, and for training crops that are too
     small for the discriminator.
     """
+    # every rank draws the same weights, so that a seed means the same under every strategy
     torch.manual_seed(config.seed)
+    # the segmentor first: with or without a discriminator a seed gives it the same weights
     segmentor = _segmentor(config, num_classes)
     if config.mode == "supervised":
         return Networks(segmentor, None)
     chosen = config.discriminator
     init = initial_weights(chosen.init, "discriminator")
     discriminator = build_discriminator(chosen.name, num_classes, init=init, **chosen.options)
+    # in training mode, on random images: a parameter without a gradient would leave other ranks
+    # waiting
     check_training(chosen.name, discriminator)
     stride = 1 if config.loss.map_resolution == "image" else int(segmentor.output_stride)  # type: ignore[arg-type]
     _check_size(config, stride, int(discriminator.min_size_px))  # type: ignore[arg-type]
@@ -50,7 +54,11 @@ def _segmentor(config: Config, num_classes: int) -> nn.Module:
         init_partial=chosen.init_partial,
         **chosen.options,
     )
+    # before batch norms are replaced and parameters frozen, as it tries the network as the user
+    # wrote it
     check_training(chosen.name, segmentor)
+    # freezing comes last: it keeps the statistics of batch norms that are frozen whole, as they are
+    # by now
     if chosen.batch_norm == "synchronised":
         synchronise(segmentor)
     else:

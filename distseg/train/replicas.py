@@ -33,9 +33,11 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
     buffers; at ZeRO stage 3, which has a part on one rank only, what is full: buffers, the
     discriminator, parameters below DeepSpeed's threshold.
     """
+    # a few numbers a rank: sending weights to compare them would cost as much as a step
     own = {"segmentor": _fingerprint(pair.segmentor.network)}
     if pair.discriminator is not None:
         own["discriminator"] = _fingerprint(pair.discriminator.network)
+    # Every rank gets all fingerprints and finds the same, so all of them raise, and none waits.
     of_ranks = on_all(ranks, own)
     for name in own:
         others = different([of_rank[name] for of_rank in of_ranks])
@@ -48,6 +50,7 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
 
 def different(of_ranks: Sequence[Fingerprint]) -> list[int]:
     """The ranks whose part is not that of the first rank which should hold the same."""
+    # by shard: ranks of different shards hold different rows, and only those of one can be compared
     first: dict[int, int] = {}
     others = []
     for rank, own in enumerate(of_ranks):
@@ -59,6 +62,8 @@ def different(of_ranks: Sequence[Fingerprint]) -> list[int]:
 
 @torch.no_grad()
 def _fingerprint(network: torch.nn.Module) -> Fingerprint:
+    # buffers too: running statistics that drift apart are scored, and no gradient would ever show
+    # it
     held = [shard_of(tensor) for tensor in network.state_dict().values()]
     sharded = [part.rows for part in held if part.count > 1]
     full = [part.rows for part in held if part.count == 1]
@@ -67,7 +72,11 @@ def _fingerprint(network: torch.nn.Module) -> Fingerprint:
 
 def _bit_sum(tensors: list[torch.Tensor]) -> int:
     """A sum over the bits of tensors, each with a weight of its own."""
+    # Bits, not values: 0.0 == -0.0 and NaN != NaN, and a float sum depends on its order.
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    # integers wrap around without an error, and to the same sum in any order
     sums = [tensor.contiguous().view(integers[tensor.element_size()]).sum() for tensor in tensors]
+    # odd weights, which are invertible modulo 2^64: two tensors that were swapped give another sum
     weighted = [(2 * place + 1) * value for place, value in enumerate(sums)]
+    # one copy to the host for all tensors
     return int(torch.stack(weighted).sum()) if weighted else 0

@@ -21,6 +21,8 @@ def restored_process() -> Iterator[None]:
     """However the block ends: signal handlers, numbers of threads, TF32, random states, environment
     variables and what the garbage collector looks at are afterwards as they were before.
     """
+    # For `distseg.fit` in a notebook or a test, whose process goes on. The command needs none of
+    # this: its process ends.
     environment, num_threads, cv2_threads = (
         dict(os.environ),
         torch.get_num_threads(),
@@ -28,6 +30,8 @@ def restored_process() -> Iterator[None]:
     )
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     random_state = torch.get_rng_state()
+    # asking for the state of a CUDA that is not initialised would initialise it, for a run on the
+    # CPU too
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     num_frozen = gc.get_freeze_count()
@@ -39,6 +43,8 @@ def restored_process() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # no other may
             for number, handler in handlers.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        # the loop seeds torch at each step, so a caller's next random numbers would be those of our
+        # last step
         torch.set_rng_state(random_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
@@ -46,6 +52,7 @@ def restored_process() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = tf32[1]
         torch.set_num_threads(num_threads)
         cv2.setNumThreads(cv2_threads)
+        # srun's rendezvous is written there, and would be read by a second job of this process
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)

@@ -34,11 +34,17 @@ def phase(step: int, config: Config) -> Phase:
     2018); "blocks": so many steps of the segmentor, then so many of the discriminator, and so on
     (Luc et al. 2016, "slow alternating scheme"; the paper does not say who begins).
     """
+    # Called at the same step on every rank, and several times: it reads neither state nor data, so
+    # no rank can be in another phase, and a resumed run is in the right one.
     alternation, own = config.alternation, _own_weights(step, config.loss)
     since_start = step - config.loss.adv_start_step
+    # before adv_start_step the discriminator is not even run: a warm-up costs what supervised
+    # training does
     if config.mode == "supervised" or since_start < 0:
         return Phase(segmentor=True, discriminator=False, weights=own)
+    # counted from adv_start_step, or a late start would fall into the middle of a block
     turn = since_start % (alternation.segmentor + alternation.discriminator)
+    # no weights: nothing of the segmentor's loss is computed while it stands still
     if alternation.name == "blocks" and turn >= alternation.segmentor:
         return Phase(segmentor=False, discriminator=True, adversary=True)
     both, brought = alternation.name == "simultaneous", _adversarial_weights(step, config)
@@ -58,10 +64,13 @@ def _own_weights(step: int, loss: LossConfig) -> dict[str, float]:
 def _adversarial_weights(step: int, config: Config) -> dict[str, float]:
     """Of the terms that the adversary brings."""
     loss, semi = config.loss, config.semi
+    # one rise for both adversarial terms, which are one discriminator's
     rise = _rise(step - loss.adv_start_step, loss.adv_warmup_steps)
     weights = {"adversarial": loss.adv_weight * rise}
     if config.mode == "semi_supervised":
         started = step >= semi.adv_start_step
+        # a start of its own: Hung et al. 2018 use the confidence mask once the discriminator has
+        # learnt
         weights["adversarial_unlabelled"] = semi.adv_weight * rise if started else 0.0
         weights["semi"] = semi.weight if step >= semi.start_step else 0.0
     return weights
@@ -71,6 +80,7 @@ def _rise(since_start: int, warmup_steps: int) -> float:
     """The share of a weight, `since_start` steps after its first: 0 before, then linearly to 1."""
     if since_start < 0:
         return 0.0
+    # + 1, so that the first step of a warm-up is not a step without the term
     return min(1.0, (since_start + 1) / warmup_steps) if warmup_steps else 1.0
 
 
@@ -85,8 +95,12 @@ def lr_factor(
     """
     factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if schedule.name == "poly":
+        # of num_steps, so a run that is extended goes on as one of so many steps from the start
+        # would
         factor *= max(0.0, 1.0 - step / num_steps) ** schedule.power
     if schedule.name == "plateau":
+        # a pure function of the losses so far: no scheduler object that a checkpoint would have to
+        # hold
         factor *= schedule.plateau_factor ** num_plateaus(val_losses, schedule.plateau_patience)
     return factor
 
@@ -113,5 +127,7 @@ def stops_early(val_losses: Sequence[float], schedule: ScheduleConfig) -> bool:
 
 
 def _since_best(val_losses: Sequence[float]) -> int:
+    # NaN compares false with everything, itself included: `min` of a list with one depends on the
+    # order
     finite = [loss for loss in val_losses if loss == loss]
     return len(val_losses) - 1 - list(val_losses).index(min(finite)) if finite else len(val_losses)

@@ -16,6 +16,7 @@ from shards.files import write_json
 
 def score_again(trainer: Trainer) -> None:
     """Evaluate, on all ranks, when the run had been complete before this process began."""
+    # evaluation.json and the pictures may be what the earlier process was stopped in
     if trainer.evaluator.result is None:
         trainer.evaluator()
 
@@ -36,13 +37,17 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     evaluator = trainer.evaluator
     assert evaluator.result is not None
     network.eval()  # training is over
+    # first: the scores are what the run was for, and drawing is what can fail
     write_json(run_dir / "evaluation.json", evaluator.report(step))
     class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
     figures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
     curves = run_dir / "pictures" / "curves.png"
+    # from the file and not from memory: it has the steps of earlier attempts too
     figures.curves(read_metrics(run_dir / METRICS_FILE), curves)
     trainer.tracker.image(step, "curves", curves)
     count = min(trainer.config.evaluate.num_pictures, len(val_set))
+    # evenly over the split, and the same images in every run of it, so that reports lay them side
+    # by side
     for index in (i * len(val_set) // count for i in range(count)):
         key, image, label = val_set.load(index)
         probabilities = evaluator.augmentation(network, image).cpu().numpy()
@@ -50,5 +55,6 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
         figures.sample_panel(image, label, probabilities, val_set.classes, out)
         trainer.tracker.image(step, f"samples/{key}", out)
         masks = {"label": label, "prediction": probabilities.argmax(0).astype(np.uint8)}
+        # besides the panel: in W&B masks can be switched on and off over the picture
         trainer.tracker.masks(step, f"masks/{key}", image, masks, val_set.classes.names)
     trainer.progress.message(f"curves and pictures: {run_dir / 'pictures'}")

@@ -42,6 +42,7 @@ class TrainState:
 
 def saved_parts(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
     """Everything with a state_dict, by its name in a checkpoint."""
+    # these names are file names in checkpoints: renaming one makes old checkpoints unreadable
     named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
     return {name: learner for name, learner in named.items() if learner is not None}
 
@@ -73,16 +74,26 @@ class Trainer:
         True when done, False when stopped by a signal before.
         """
         # in metrics.jsonl, and not in checkpoints: an evaluation comes after its checkpoint
+        # the main rank's file, sent to all: every rank must come to the same learning rate and the
+        # same end
         for step, loss in on_main(self.ranks, lambda: self.tracker.history("val/loss")):
             self._validation.add(step, loss)
+        # a run that was complete is only evaluated and drawn again, which a signal may end at once
         if self._is_done():
             stop.release()
+        # made up before the next step, or plateau schedules of the resumed run would know one loss
+        # less
         if self._owes_evaluation():
             self.evaluate()
+        # after that evaluation, which is no part of a step's time
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
         while not self._is_done():
             self._advance(stream, stop, clock)
+            # the sum of the flags that `begin` started before the step: by now it has arrived long
+            # since
             is_stopping = stop.agreed() and not self._is_done()
+            # Save, then stop or evaluate. A stop without a checkpoint loses steps, and an
+            # evaluation can fail or be killed.
             self._save_if_due(is_stopping)
             if is_stopping:
                 self._leave(stop)
@@ -93,6 +104,7 @@ class Trainer:
             # after saving, so that nothing that goes wrong here costs a step
             if self._evaluation_due():
                 self.evaluate()
+                # or the evaluation would count as a slow step
                 clock.restart(self.state.step, stream.wait_seconds)
         stop.release()
         return True
@@ -101,13 +113,18 @@ class Trainer:
         self, stream: TrainStream | PairedStream, stop: StopRequest, clock: StepClock
     ) -> None:
         """One step, logged and checked where that is due."""
+        # reported before `next`, so that a rank without data is told from one in a collective
         step = self.state.step
         self.watchdog.report(f"step {step + 1}, waiting for data")
         batch = next(stream)
         self.watchdog.report(f"step {step + 1}")
+        # A failed save is asked for like a stop: one rank's disk alone may be full, and raising
+        # here would leave the others waiting. At the agreed stop `save` raises it on all.
         stop.begin(self.checkpoints.failed)
+        # between `begin` and `agreed`, so that the flags travel while the device works
         metrics = self.train_step(batch)
         clock.count(self._operations(step))
+        # nothing is read from the device in other steps: the host stays ahead of it
         if logged(step, self.config):
             self._log(step + 1, metrics, clock.lap(step + 1, stream.wait_seconds))
         self.state.step += 1
@@ -116,9 +133,12 @@ class Trainer:
 
     def _save_if_due(self, is_stopping: bool) -> None:
         """A checkpoint before every evaluation and stop, and every so many steps."""
+        # an evaluation needs its checkpoint: `mark_best` names the step just saved
         is_due = _due(self.state.step, self.config.checkpoint.every_steps)
         if is_due or is_stopping or self._evaluation_due():
             self.watchdog.report(f"step {self.state.step}, saving")
+            # collective: every rank comes here at the same step, as all of the conditions are
+            # agreed on
             self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
 
     def _leave(self, stop: StopRequest) -> None:
@@ -136,6 +156,7 @@ class Trainer:
         rows = [(name, values[f"val/iou/{name}"]) for name in classes]
         self.tracker.table(self.state.step, "classes", ("class", "IoU"), rows)
         self.progress.evaluation(self.state.step, values)
+        # on every rank, from values that all share: the schedule and the end follow from them
         for news in self._validation.add(self.state.step, values["val/loss"]):
             self.progress.message(news)
 
@@ -164,21 +185,31 @@ class Trainer:
         """
         config, step = self.config, self.state.step
         # A pure function of the step, so that there is no random state to save
+        # The rank is part of it: dropout with equal masks on all ranks would be less random than on
+        # one.
         seed = np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         current = replace(phase(step, config), watched=logged(step, config))
         labelled, unlabelled = to_device(batch, self.ranks.device, config), None
+        # read and decoded all the same, so that the order of the stream does not depend on the
+        # schedule
         if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
         num_micro_batches = config.gradient_accumulation_steps
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
+        # one factor for both networks: their base rates stand in the configuration, the course is
+        # one
         factor = lr_factor(step, config.steps, config.schedule, self._validation.losses)
+        # Both updates come after all gradients: a discriminator that has moved is not the one whose
+        # gradient the segmentor was given.
         if current.segmentor:
             metrics |= _update("segmentor", self.pair.segmentor, factor)
             metrics["lr/segmentor"] = torch.tensor(factor * config.segmentor_optimizer.lr)
         if current.discriminator and self.pair.discriminator is not None:
             metrics |= _update("discriminator", self.pair.discriminator, factor)
             metrics["lr/discriminator"] = torch.tensor(factor * config.discriminator_optimizer.lr)
+        # only where the segmentor may have moved, or a block of the discriminator would age the
+        # average
         if self.ema is not None and current.segmentor:
             self.ema.update()
         return metrics
@@ -189,12 +220,15 @@ class Trainer:
         if config.mode == "semi_supervised" and self.pair.objective.uses_unlabelled(current):
             num_unlabelled = config.semi.batch_size or config.batch_size
         total = self.work.of_step(current, config.batch_size, num_unlabelled)
+        # ranks have equal shares, so no rank needs to be asked
         return total / self.ranks.world_size
 
     def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
         """All scalars at once: the means over the ranks, what each tells of itself, the weights of
         the terms.
         """
+        # seconds() waits for the last forward on a GPU: here, where the host is about to wait
+        # anyway
         own = {
             "forward_seconds": self.pair.segmentor.stopwatch.seconds(),
             "data_wait_seconds": speed.pop("data_wait_seconds"),
@@ -204,6 +238,7 @@ class Trainer:
         # of the rank that waits most
         values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
         values |= self.pair.objective.weights(phase(step - 1, self.config))
+        # verdicts are told by whoever keeps the rows: the null tracker of other ranks has none
         for event in self.tracker.log(step, values):
             self.progress.warning(event.text())
         self.progress.update(step, values)
@@ -212,6 +247,7 @@ class Trainer:
 
     def _check_skips(self, name: str, in_a_row: float, step: int) -> None:
         """Raise InputError, on every rank, when a network's gradients are not finite any more."""
+        # from values that all ranks share, so that all raise at the same step
         if in_a_row < self.config.max_skips:
             return
         got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
@@ -232,6 +268,7 @@ def logged(step: int, config: Config) -> bool:
     So under `blocks` the curves of both networks go on, whichever of them the interval ends with.
     """
     every = config.tracking.log_every
+    # the run's last step ends an interval too, whatever `log_every` is
     end = min((step // every + 1) * every, config.steps)
     own = _updated(phase(step, config))
     return all(_updated(phase(later, config)) != own for later in range(step + 1, end))
@@ -244,6 +281,7 @@ def _updated(current: Phase) -> tuple[bool, bool]:
 def to_device(batch: Batch, device: torch.device, config: Config) -> Images:
     """A batch on the device, the pixels in [0, 1], in the run's precision and memory format."""
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    # Bytes travel, a quarter of fp32's; the division is done where the pixels are used.
     image = batch.image.to(device, non_blocking=True).to(dtype).div_(255)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return Images(image.contiguous(memory_format=layout), batch.label.to(device, non_blocking=True))

@@ -11,16 +11,21 @@ class ValidationHistory:
 
     def __init__(self, schedule: ScheduleConfig):
         self._schedule = schedule
+        # steps beside losses, as a resumed run asks whether the evaluation of its checkpoint was
+        # done
         self.steps: list[int] = []
         self.losses: list[float] = []
 
     @property
     def stops_early(self) -> bool:
         """Whether the run ends because validation has stopped improving."""
+        # asked anew each time, from losses that all ranks share: nobody has to send a decision
         return stops_early(self.losses, self._schedule)
 
     def add(self, step: int, loss: float) -> list[str]:
         """Take in an evaluation; returns what it changes, in words."""
+        # told once, at the evaluation that changes it, and not again on resuming, which adds old
+        # ones unheard
         before, had_stopped = self._num_plateaus(), self.stops_early
         self.steps.append(step)
         self.losses.append(loss)
