@@ -83,7 +83,8 @@ def evaluator_of(
     # as in training: another memory format runs other kernels, with other rounding
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    network = network.to(ranks.device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    network = network.to(ranks.device, dtype=dtype)
+    network = network.to(memory_format=layout)  # type: ignore[call-overload]
     return Evaluator(
         lambda: network, samples, ranks, augmentation, num_threads=config.data.num_threads
     )

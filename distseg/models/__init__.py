@@ -181,8 +181,9 @@ def build_discriminator(
     weights = None if init == "random" else _weights(init)
     discriminator = DISCRIMINATORS[name](num_classes, **options)
     if weights is not None:
-        discriminator.init_report = load_discriminator(discriminator, weights)  # type: ignore[assignment]
-        log.info("%s", discriminator.init_report)
+        report = load_discriminator(discriminator, weights)
+        discriminator.init_report = report  # type: ignore[assignment]
+        log.info("%s", report)
     return discriminator
 
 

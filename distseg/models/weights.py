@@ -161,7 +161,7 @@ def load_segmentor(
     # a layout is recognised by its own keys, whatever the file is called
     names = foreign or _names_in(own, weights)
     # a sigmoid's scores leave out one class
-    num_scores = int(segmentor.num_classes) - getattr(segmentor, "is_sigmoid", False)  # type: ignore[arg-type]
+    num_scores = _num_classes(segmentor) - getattr(segmentor, "is_sigmoid", False)
     module = segmentor
     if not any(name in own and not name.startswith("encoder.") for name in names):
         module = segmentor.encoder  # type: ignore[assignment]  # the file is of nothing else
@@ -178,7 +178,11 @@ def load_own(network: nn.Module, weights: Weights, num_classes: int) -> LoadRepo
 def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport:
     """Load a discriminator's weights; see load_segmentor. All but its input layers must fit."""
     names = _names_in(discriminator.state_dict(), weights)
-    return _load(discriminator, names, weights, int(discriminator.num_classes), "discriminator")  # type: ignore[arg-type]
+    return _load(discriminator, names, weights, _num_classes(discriminator), "discriminator")
+
+
+def _num_classes(network: nn.Module) -> int:
+    return int(network.num_classes)  # type: ignore[arg-type]
 
 
 def _check_layout(segmentor: nn.Module, weights: Weights, is_caffe: bool) -> None:

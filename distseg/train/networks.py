@@ -40,7 +40,9 @@ def build_networks(config: Config, num_classes: int) -> Networks:
     # in training mode, on random images: a parameter without a gradient would leave other ranks
     # waiting
     check_training(chosen.name, discriminator)
-    stride = 1 if config.loss.map_resolution == "image" else int(segmentor.output_stride)  # type: ignore[arg-type]
+    stride = int(segmentor.output_stride)  # type: ignore[arg-type]
+    if config.loss.map_resolution == "image":
+        stride = 1
     _check_size(config, stride, int(discriminator.min_size_px))  # type: ignore[arg-type]
     return Networks(segmentor, discriminator)
 

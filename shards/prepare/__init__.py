@@ -61,20 +61,7 @@ def prepare(
     """
     preparer = preparer_of(name)
     check_workers(workers)
-    parameters = inspect.signature(preparer).parameters
-    arguments: dict[str, Any] = {
-        key: _parse(name, key, value, parameters) for key, value in options.items()
-    }
-    if "root" in parameters:
-        if root is None or not root.is_dir():
-            action = f"write --root DIR, the folder that {name} was unpacked to"
-            raise InputError(
-                f"--root {root}" if root else "no --root", "the folder of the data set", action
-            )
-        arguments["root"] = root
-    elif root is not None:
-        raise InputError(f"--root {root}", f"no --root: {name} is generated", "leave it out")
-    _check_given(name, arguments, parameters)
+    arguments = _arguments(name, root, options, inspect.signature(preparer).parameters)
     is_own = user_code.is_reference(name)
     dataset = own.called(name, arguments) if is_own else preparer(**arguments)
     if isinstance(dataset, own.Generated):
@@ -88,6 +75,28 @@ def prepare(
     if not skip_bad:
         _check_whole(dataset)
     return write_dataset(out, name, dataset, workers, skip_bad)
+
+
+def _arguments(
+    name: str,
+    root: Path | None,
+    options: Mapping[str, str | int],
+    parameters: Mapping[str, inspect.Parameter],
+) -> dict[str, Any]:
+    """The preparer's arguments by name; InputError for what it does not take, or lacks."""
+    arguments: dict[str, Any] = {}
+    for key, value in options.items():
+        arguments[key] = _parse(name, key, value, parameters)
+    if "root" in parameters:
+        if root is None or not root.is_dir():
+            got = f"--root {root}" if root else "no --root"
+            action = f"write --root DIR, the folder that {name} was unpacked to"
+            raise InputError(got, "the folder of the data set", action)
+        arguments["root"] = root
+    elif root is not None:
+        raise InputError(f"--root {root}", f"no --root: {name} is generated", "leave it out")
+    _check_given(name, arguments, parameters)
+    return arguments
 
 
 def _check_given(
