@@ -10,7 +10,7 @@ From Python, with the names and numbers of the command line:
     trained.predict("picture.jpg")                    # (H, W) uint8 indices into trained.classes
     trained.probabilities(array)                      # (C, H, W) float32, of (H, W, 3) uint8 RGB
     trained.evaluate(shards="data/other")             # scores by name, as `distseg evaluate`
-    tuned = distseg.fit(preset="road", segmentor={"init": "runs/toy", "freeze": ["encoder"]})
+    tuned = distseg.fit(preset="stanford", segmentor={"init": "runs/toy", "freeze": ["encoder"]})
 
 The parts, for a loop of your own:
 

@@ -165,7 +165,7 @@ def test_an_old_name_is_understood_with_one_note(
 ) -> None:
     monkeypatch.setattr(loading, "_noted", set())
     value = 3 if KEYS[new].type == "int" else not KEYS[new].default
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="distseg.config"):
         for _ in range(2):
             config = loading.load(["preset=toy", f"{old}={value}"])
     assert loading.flattened(loading.to_dict(config))[new] == value
@@ -283,6 +283,11 @@ def test_the_reference_has_a_row_for_every_key_and_a_table_for_every_section() -
     assert [row.split("`")[1] for row in rows] == list(KEYS)
     assert all(row.replace("\\|", "").count("|") == 6 for row in rows)
     assert [line[3:] for line in lines if line.startswith("## ")] == list(SECTIONS)
+
+
+def test_the_page_of_the_reference_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference.markdown(), reference.COMMAND
 
 
 @pytest.mark.parametrize(

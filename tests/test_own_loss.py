@@ -30,11 +30,11 @@ def test_it_is_the_papers_formula_and_void_counts_nothing() -> None:
     for n, y, x in (label != 255).nonzero().tolist():
         p = logits[n, :, y, x].exp()[label[n, y, x].long()] / logits[n, :, y, x].exp().sum()
         expected = expected - (1 - p) ** 2 * p.log()
-    assert int(count) == 60 - 10 and total.item() == pytest.approx(float(expected), rel=1e-12)
+    assert int(count) == 60 - 10 and total.item() == pytest.approx(expected.item(), rel=1e-12)
     found, by_hand = (torch.autograd.grad(it, logits)[0] for it in (total, expected))
     assert torch.allclose(found, by_hand, atol=1e-12)
     plain = F.cross_entropy(logits, label.long(), ignore_index=255, reduction="sum")
-    assert float(focal(logits, label, gamma=0)[0]) == pytest.approx(float(plain), rel=1e-12)
+    assert focal(logits, label, gamma=0)[0].item() == pytest.approx(plain.item(), rel=1e-12)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:

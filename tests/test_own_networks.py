@@ -342,6 +342,21 @@ def judge(network: type) -> nn.Module:
     return build_discriminator(reference(network), NUM_CLASSES)
 
 
+def test_a_discriminators_weights_load_from_a_file_by_either_name(tmp_path: Path) -> None:
+    patches = f"{EXAMPLES}/own_discriminator.py:Patches"
+    first = build_discriminator(patches, NUM_CLASSES)
+    state = {name: torch.rand_like(it) for name, it in first.state_dict().items()}
+    save_file(state, tmp_path / "run.safetensors")
+    own = {name.removeprefix("network."): it for name, it in state.items()}
+    save_file(own, tmp_path / "own.safetensors")
+    for name in ("run", "own"):
+        init = str(tmp_path / f"{name}.safetensors")
+        made = build_discriminator(patches, NUM_CLASSES, init=init).state_dict()
+        assert all(torch.equal(made[key], tensor) for key, tensor in state.items())
+    with pytest.raises(InputError, match="no file of weights"):
+        build_discriminator(patches, NUM_CLASSES, init=str(tmp_path / "absent.safetensors"))
+
+
 def test_a_discriminator_is_called_as_its_forward_is_written() -> None:
     torch.manual_seed(0)
     image = torch.rand(3, 3, 64, 64)

@@ -1,6 +1,6 @@
 """The reference of all keys, as text for `--help KEY` and as Markdown.
 
-`python -m distseg.config.reference` prints the Markdown.
+`python -m distseg.config.reference` prints the Markdown, which docs/configuration.md holds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from distseg.config.names import KEYS, SECTIONS, find, full_name, nearest
 from shards.errors import InputError
 
 WIDTH = 96  # of the text, columns
+COMMAND = "python -m distseg.config.reference > docs/configuration.md"
 
 
 def help_text(name: str) -> str:
@@ -62,7 +63,8 @@ def section_text(section: Key) -> str:
 def markdown() -> str:
     """The whole reference: a table for the top and for each section."""
     how = "Set keys as `key=value`; `distseg train --help KEY` explains one."
-    lines = ["# Configuration", "", how]
+    origin = f"This page is generated from `distseg/config/schema.py`: `{COMMAND}`."
+    lines = ["# Configuration", "", origin, how]
     for name, meaning in [("", ""), *((s.name, s.meaning) for s in SECTIONS.values())]:
         lines += ["", f"## {name}", "", meaning] if name else []
         lines += ["", "| key | default | values | meaning | may change |", "|---|---|---|---|---|"]

@@ -40,6 +40,7 @@ from distseg.models.weights import (
     LoadReport,
     Weights,
     load_discriminator,
+    load_own,
     load_segmentor,
     read_weights,
 )
@@ -171,7 +172,11 @@ def build_discriminator(
     """
     if is_reference(name):
         _check_num_classes(num_classes)
-        return own_discriminator.own_discriminator(name, num_classes, options)
+        own = own_discriminator.own_discriminator(name, num_classes, options)
+        if init != "random":
+            own.init_report = load_own(own.network, _weights(init), num_classes)
+            log.info("%s", own.init_report)
+        return own
     _check("discriminator", name, DISCRIMINATORS, num_classes, options)
     weights = None if init == "random" else _weights(init)
     discriminator = DISCRIMINATORS[name](num_classes, **options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distseg.models.checks import require_size
 from distseg.models.trial import Trial, made, random_images, random_label_maps
+from distseg.models.weights import LoadReport
 from shards import user_code
 from shards.errors import InputError
 
@@ -27,6 +28,8 @@ class OwnDiscriminator(nn.Module):
     image, (k,) or (k, 1), become (k, 1, 1, 1). Found by trying it, unless it has an attribute of
     the name: min_size_px, and head, "patch" where an answer has several cells, else "image".
     """
+
+    init_report: LoadReport | None = None  # what was taken from a file of weights
 
     def __init__(self, trial: Trial, num_classes: int):
         super().__init__()

@@ -1,0 +1,61 @@
+"""What README, CONTRIBUTING and docs/ name is there: files, modules, keys."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from distseg.config.names import OLD_NAMES, SECTIONS, find, full_name
+from tests.test_imports import ROOMS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+FOLDERS = r"(?:distseg|shards|launchers|examples|tests|docs|benchmarks|slurm)"
+
+
+def tree(package: str) -> str:
+    """The lines of README's tree that are of one package."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"^    {package}/ .*\n(?:     +.*\n)*", text, re.M)
+    assert found is not None
+    return found[0]
+
+
+def test_the_tree_of_the_readme_is_the_file_system() -> None:
+    entries = re.findall(r"^      (\S+)", tree("distseg"), re.M)
+    rooms = [entry.rstrip("/") for entry in entries if (ROOT / "distseg" / entry).is_dir()]
+    assert rooms == [*ROOMS, "presets"]
+    modules = {path.name for path in (ROOT / "distseg").glob("*.py")} - {"__init__.py"}
+    assert modules == {entry for entry in entries if entry.endswith(".py")}
+
+
+@pytest.mark.parametrize("package", ["distseg", "shards", "launchers"])
+def test_every_file_of_the_tree_is_in_its_folder(package: str) -> None:
+    folder = ROOT / package
+    for line in tree(package).splitlines():
+        entry = re.match(r"      (\w+)/", line)
+        folder = ROOT / package / entry[1] if entry else folder
+        for name in re.findall(r"\w+\.py", line):
+            assert (folder / name).is_file() or (ROOT / package / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_that_a_page_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(rf"(?<![\w/.]){FOLDERS}/[\w/.]*\w", text):
+        assert (ROOT / path).exists() or not Path(path).suffix, path
+    for link in re.findall(r"\]\(([\w.]+)\)", text):
+        assert (ROOT / page).with_name(link).is_file(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_that_a_page_sets_is_one_by_its_present_name(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    keys = set(re.findall(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[\w.]+)=", text))
+    for command in re.findall(r"distseg[ .](?:train|evaluate) (.*)", text.replace("\\\n", "")):
+        keys |= set(re.findall(r"(?<=[ \[])([a-z_]+)=", f" {command}"))
+    for key in keys:
+        assert key not in OLD_NAMES and find(full_name(key)) is not None, key
