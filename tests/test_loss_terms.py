@@ -201,6 +201,11 @@ CASES = {
     "focal": ["loss.focal_gamma=2", "loss.ce_weight=0.5"],
     "hard pixels": ["loss.ohem_threshold=0.25", "loss.ohem_min_share=0.1"],
     "without cross entropy": ["loss.ce_weight=0", "loss.terms.dice=1", "loss.aux_weight=0.2"],
+    "no term of the auxiliary head": ["loss.aux_weight=0"],
+    "no term of the logits at first": [
+        "loss.ce_weight=0",
+        "loss.terms.dice={weight: 1, start_step: 2}",
+    ],
 }
 BATCH = 6
 
@@ -252,7 +257,7 @@ def train_all(ranks: Ranks, num_micro_batches: int = 1) -> list[dict[str, Any]]:
     return [train(ranks, case, num_micro_batches) for case in chosen]
 
 
-def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor) -> Tensor:
+def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor, step: int) -> Tensor:
     """On the whole batch, by the functions that are tested above, and plain division."""
     loss = config.loss
     weights = class_weights_of(config)
@@ -271,7 +276,8 @@ def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor) -> Ten
     num_images = int((label != 255).flatten(1).any(1).sum())
     for name, term in loss.terms.items():
         function = {"dice": dice_sum, "lovasz": lovasz_softmax_sum}[term.use or name]
-        total = total + term.weight * function(output["out"], label) / num_images
+        weight = term.weight if step >= term.start_step else 0.0
+        total = total + weight * function(output["out"], label) / num_images
     return total
 
 
@@ -284,7 +290,7 @@ def reference(overrides: list[str]) -> dict[str, Any]:
     for step in range(3):
         images = images_of(step)
         optimizer.zero_grad()
-        reference_loss(config, network(images.pixels), images.label).backward()
+        reference_loss(config, network(images.pixels), images.label, step).backward()
         optimizer.step()
     return {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
 

@@ -28,6 +28,7 @@ from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
 Kind = Literal["labelled", "unlabelled"]
+Head = Literal["logits", "auxiliary"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Predicted:
         """(n, H, W) uint8, 255 = void."""
         return self.targets.label
 
+    def heads(self) -> dict[Head, Tensor]:
+        """The segmentor's outputs, by name."""
+        heads: dict[Head, Tensor] = {"logits": self.logits}
+        return heads if self.auxiliary is None else heads | {"auxiliary": self.auxiliary}
+
     @cached_property
     def full_logits(self) -> Tensor:
         """Logits at the label's size, (n, C, H, W), in at least fp32."""
@@ -94,7 +100,7 @@ class Term:
     name: of its metrics, loss/<name> and weight/<name>.
     images: whose term it is; unlabelled ones are there in mode=semi_supervised.
     through_discriminator: its gradient comes through the discriminator's scores. All others' comes
-    through the logits.
+    through `head`, the segmentor's logits or auxiliary logits.
     chooses: which pixels take part is only known when they are predicted; `local_sum` then returns
     (sum, how many), and that is what the sum is divided by, unless the term is
     per_image: divided by the number of images.
@@ -104,6 +110,7 @@ class Term:
     name: str
     images: Kind = "labelled"
     through_discriminator: bool = False
+    head: Head = "logits"
     chooses: bool = False
     per_image: bool = False
     share: str = ""
@@ -169,6 +176,7 @@ class Auxiliary(CrossEntropy):
     """
 
     name: str = "auxiliary"
+    head: Head = "auxiliary"
 
     def local_sum(self, seen: Predicted) -> Any:
         if seen.auxiliary is None:

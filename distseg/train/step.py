@@ -173,13 +173,20 @@ def segmentor_losses(
     through_logits: list[Tensor] = []
     through_discriminator: list[Tensor] = []
     metrics: Metrics = {}
+    unreached = seen.heads()
     for term, weight in objective.active(phase):
         value, share = term_mean(term, parts[term.images], counts)
         metrics |= {f"loss/{term.name}": value} | share
-        one_way = through_discriminator if term.through_discriminator else through_logits
-        one_way.append(weight * value)
-    # without a term of its own, the graph must still lead to all of the segmentor's parameters
-    own = _total(through_logits or [0 * seen.logits.sum()])
+        if term.through_discriminator:
+            through_discriminator.append(weight * value)
+            continue
+        through_logits.append(weight * value)
+        if value.requires_grad:
+            unreached.pop(term.head, None)
+    # the graph must lead to all of the segmentor's parameters: the ranks wait for each one's
+    # gradient
+    through_logits += [0 * at_least_float32(head).sum() for head in unreached.values()]
+    own = _total(through_logits)
     adversarial = _total(through_discriminator or [torch.zeros_like(own)])
     return own, adversarial, metrics | {"loss/segmentor": own + adversarial}
 
