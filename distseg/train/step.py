@@ -110,7 +110,8 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         (proxy,) = torch.autograd.grad(scaled, fake, retain_graph=phase.discriminator)
         work += [(segmentor, [(segmentor.scaled(own), None), (probabilities, proxy)])]
         if phase.watched:
-            of_labels = segmentor.scaled(metrics.get("loss/cross_entropy", own))
+            of_labels = _weighted_cross_entropy(phase, metrics, own)
+            of_labels = segmentor.scaled(of_labels)
             metrics |= diagnostics.gradients_at_output(of_labels, logits, proxy, probabilities)
     if on_real is not None:
         of_real, of_fake = split_scores(judging, batch, seen, on_real, counts)
@@ -223,6 +224,13 @@ def discriminator_loss(real: Scored, fake: Scored, real_target: float) -> tuple[
     on_fake = mean(adversarial_sum(fake.scores, fake.mask, 0.0), fake.divisor)
     metrics = {"loss/discriminator_real": on_real, "loss/discriminator_fake": on_fake}
     return on_real + on_fake, metrics
+
+
+def _weighted_cross_entropy(phase: Phase, metrics: Metrics, own: Tensor) -> Tensor:
+    """Of the labelled pixels; all terms that come through the logits where there is none."""
+    if "loss/cross_entropy" not in metrics:
+        return own
+    return phase.weights["cross_entropy"] * metrics["loss/cross_entropy"]
 
 
 def _total(values: list[Tensor]) -> Tensor:
