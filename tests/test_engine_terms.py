@@ -4,6 +4,7 @@ plain formulas.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
+from distseg.losses.terms import Predicted, Targets, Term
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
@@ -286,3 +288,36 @@ def test_images_taken_in_parts_give_the_same_steps(num_ranks: int, num_parts: in
     for of_rank in run_ranks(num_ranks, train_in_parts, num_parts):
         for got, wanted in zip(of_rank, expected, strict=True):
             check_equal("in parts", got, wanted)
+
+
+class Trusted(Term):
+    """Weighs the entropy by the discriminator's scores, and forgets to detach them."""
+
+    name = "mine"
+
+    def count(self, targets: Targets) -> Tensor:
+        return targets.valid.sum().double()
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        assert seen.scores is not None
+        log_p = seen.logits.log_softmax(1)
+        trust = seen.scores.sigmoid().mean((1, 2, 3))[:, None, None]
+        return (-(log_p.exp() * log_p).sum(1) * trust * seen.targets.valid).sum()
+
+
+def judges_norm(ranks: Ranks, terms: list[Term]) -> float:
+    """Of the discriminator's gradient."""
+    config = make_config(CASES["semi, a score per cell"])
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    networks = zip(make_networks(config), optimizers, strict=True)
+    pair = Pair.of(config, *(wrap(*both, config, ranks) for both in networks))
+    pair.objective = replace(pair.objective, terms=(*pair.objective.terms, *terms))
+    now = phase(2, config)
+    now = replace(now, weights={**now.weights, "mine": 5.0})
+    training_step(pair, now, make_images(2, True), make_images(2, False))
+    return float(pair.discriminator.step(1.0)["grad_norm"])  # type: ignore[union-attr]
+
+
+def test_a_term_of_ones_own_does_not_train_the_discriminator() -> None:
+    (alone,), (beside,) = run_ranks(1, judges_norm, []), run_ranks(1, judges_norm, [Trusted()])
+    assert alone == beside > 0

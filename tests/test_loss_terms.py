@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -360,6 +361,70 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_a_term_that_cannot_train_is_refused_before_training(function: Any, named: str) -> None:
     with pytest.raises(InputError, match=rf"loss\.terms\.mine[\s\S]*{named}"):
         check_terms([FunctionTerm(function, "mine")], NUM_CLASSES)
+
+
+class Chooser(OfMyOwn):
+    """Chooses its pixels, so that it needs no count of its own."""
+
+    chooses = True
+
+    def __init__(self, answer: Any):
+        self.answer = answer
+
+    def count(self, targets: Targets) -> Tensor:
+        raise AssertionError("asked for")
+
+    def local_sum(self, seen: Predicted) -> Any:
+        return self.answer(seen.full_logits.square().sum(), (seen.label != 255).sum())
+
+
+class WithoutTensor(OfMyOwn):
+    def count(self, targets: Targets) -> Any:
+        return len(targets.label)
+
+
+def test_what_a_class_counts_is_checked() -> None:
+    check_terms([Chooser(lambda total, number: (total, number))], NUM_CLASSES)
+    check_terms([Chooser(lambda total, number: (total, 7))], NUM_CLASSES)
+    for term, named in (
+        (Chooser(lambda total, number: total), "a Tensor instead of a sum and how many"),
+        (Chooser(lambda total, number: (total, number[None])), "a count that is no"),
+        (WithoutTensor(), "a count that is no tensor of one number"),
+    ):
+        with pytest.raises(InputError, match=rf"loss\.terms\.mine: {named}"):
+            check_terms([term], NUM_CLASSES)
+
+
+TERM_FILE = """
+from distseg.losses import Term
+
+
+class OnUnlabelled(Term):
+    images = "unlabelled"
+
+
+class Rewarded(Term):
+    through_discriminator = True
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "needed"),
+    [
+        ("OnUnlabelled", "supervised", "mode=semi_supervised"),
+        ("OnUnlabelled", "adversarial", "mode=semi_supervised"),
+        ("Rewarded", "supervised", "mode=adversarial or semi_supervised"),
+    ],
+)
+def test_a_term_that_the_mode_never_computes_is_refused(
+    tmp_path: Path, name: str, mode: str, needed: str
+) -> None:
+    (tmp_path / "term.py").write_text(TERM_FILE)
+    use = f"loss.terms.mine.use={tmp_path}/term.py:{name}"
+    config = configure([f"mode={mode}", use])
+    with pytest.raises(InputError, match=rf"loss\.terms\.mine, a term[\s\S]*{needed}"):
+        build_objective(config, TinySegmentor())
+    build_objective(configure([f"mode={mode}", use, "loss.terms.mine.weight=0"]), TinySegmentor())
 
 
 def test_unknown_terms_and_options_are_refused_by_name() -> None:

@@ -42,8 +42,9 @@ class Counts:
         """
         judging, local = objective.judging, {}
         for term in objective.terms:
-            if term.images in targets:
+            if term.images in targets and term.is_counted:
                 local[f"term/{term.name}"] = term.count(targets[term.images])
+            if term.images in targets and term.share:
                 local[f"candidates/{term.name}"] = term.candidates(targets[term.images])
         for kind, of_kind in targets.items():
             local[f"divisor/{kind}"] = judging.divisor(of_kind)

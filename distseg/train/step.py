@@ -171,12 +171,14 @@ def segmentor_losses(
     with a graph: loss/<term>, unweighted; loss/segmentor, the sum.
     """
     parts = {kind: seen[where] for kind, where in batch.slices().items()}
+    own_parts = {kind: part.with_constant_scores() for kind, part in parts.items()}
     through_logits: list[Tensor] = []
     through_discriminator: list[Tensor] = []
     metrics: Metrics = {}
     unreached = seen.heads()
     for term, weight in objective.active(phase):
-        value, share = term_mean(term, parts[term.images], counts)
+        some = (parts if term.through_discriminator else own_parts)[term.images]
+        value, share = term_mean(term, some, counts)
         metrics |= {f"loss/{term.name}": value} | share
         if term.through_discriminator:
             through_discriminator.append(weight * value)
@@ -196,7 +198,8 @@ def term_mean(term: Term, seen: Predicted, counts: Counts) -> tuple[Tensor, Metr
     """A term's mean over the global batch; and the metric of its share, where it has one."""
     if not term.chooses:
         return mean(term.local_sum(seen), counts.of_term(term)), {}
-    local_sum, chosen = term.local_sum(seen)
+    local_sum, number = term.local_sum(seen)
+    chosen = torch.as_tensor(number, dtype=torch.float64, device=seen.label.device).detach()
     count = counts.of_term(term) if term.per_image else counts.chosen(chosen)
     share = {term.share: mean(chosen, counts.candidates(term))} if term.share else {}
     return mean(local_sum, count), share
