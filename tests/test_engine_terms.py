@@ -321,3 +321,38 @@ def judges_norm(ranks: Ranks, terms: list[Term]) -> float:
 def test_a_term_of_ones_own_does_not_train_the_discriminator() -> None:
     (alone,), (beside,) = run_ranks(1, judges_norm, []), run_ranks(1, judges_norm, [Trusted()])
     assert alone == beside > 0
+
+
+class Cells(Term):
+    """1 for each valid cell of the label maps."""
+
+    name = "mine"
+
+    def count(self, targets: Targets) -> Tensor:
+        return targets.valid.sum().double()
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        assert seen.logits.shape[-2:] == seen.targets.valid.shape[-2:]
+        return 0 * seen.logits.sum() + seen.targets.valid.sum()
+
+
+def mean_of_cells(ranks: Ranks, resolution: str) -> list[float]:
+    """In a step before the adversary, and in one with it."""
+    config = make_config([f"loss.map_resolution={resolution}", "loss.adv_start_step=1"])
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    networks = zip(make_networks(config), optimizers, strict=True)
+    pair = Pair.of(config, *(wrap(*both, config, ranks) for both in networks))
+    pair.objective = replace(pair.objective, terms=(*pair.objective.terms, Cells()))
+    values = []
+    for step in (0, 1):
+        now = phase(step, config)
+        now = replace(now, weights={**now.weights, "mine": 1.0})
+        metrics = training_step(pair, now, make_images(step, True))
+        values.append(float(metrics["loss/mine"]))
+    return values
+
+
+@pytest.mark.parametrize("resolution", ["output", "image"])
+def test_label_maps_have_one_size_in_all_steps_of_a_run(resolution: str) -> None:
+    (values,) = run_ranks(1, mean_of_cells, resolution)
+    assert values == pytest.approx([1.0, 1.0])

@@ -129,7 +129,8 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
 def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Metrics:
     """Gradients of a step without the adversary, of the labelled images alone."""
     images = batch.labelled
-    logits, auxiliary = predict(pair.segmentor, images.pixels)
+    at_image_size = pair.objective.judging.at_image_size  # as in the steps with the adversary
+    logits, auxiliary = predict(pair.segmentor, images.pixels, at_image_size)
     targets = Targets.at(images.label, logits.shape[-2:])
     seen = Predicted(images.pixels, targets, logits, auxiliary)
     loss, _, metrics = segmentor_losses(pair.objective, phase, MicroBatch(images), seen, counts)
