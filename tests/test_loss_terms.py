@@ -21,6 +21,7 @@ from distseg.losses.overlap import dice_sum, lovasz_softmax_sum
 from distseg.losses.terms import FunctionTerm, Predicted, Targets, Term
 from distseg.parallel import wrap
 from distseg.train.batch import Images
+from distseg.train.headline import without_effect
 from distseg.train.objective import build_objective, build_term, check_terms
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
@@ -311,6 +312,27 @@ def test_terms_with_gradient_accumulation_are_the_same_means() -> None:
     (got,) = run_ranks(1, train_all, 3)
     for mine, wanted in zip(got, expected, strict=True):
         assert max(abs(mine[name] - wanted[name]).max() for name in wanted) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [
+        (
+            ["segmentor_optimizer.encoder_lr_factor=0.1"],
+            "segmentor_optimizer.encoder_lr_factor=0.1",
+        ),
+        (["loss.aux_weight=0.2"], "loss.aux_weight=0.2"),
+        (["loss.ohem_min_share=0.5"], "loss.ohem_min_share=0.5"),
+        (["loss.ce_weight=0", "loss.terms.dice=1", "loss.focal_gamma=2"], "loss.focal_gamma=2.0"),
+    ],
+)
+def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
+    plain = nn.Conv2d(3, NUM_CLASSES, 1)  # no encoder, no auxiliary head
+    (line,) = without_effect(configure(asked), plain)
+    assert line.startswith(f"note: {key} has no effect, as ")
+    plain.encoder, plain.has_auxiliary = nn.Identity(), True
+    assert not without_effect(configure([*asked, "loss.ohem_threshold=0.7"]), plain)
+    assert not without_effect(configure([]), nn.Conv2d(3, NUM_CLASSES, 1))
 
 
 def mean_square(logits: Tensor, label: Tensor, power: float = 2.0) -> tuple[Tensor, Tensor]:
