@@ -42,6 +42,18 @@ def test_a_part_is_chosen_by_its_name_and_drops_the_other_ones_options() -> None
     assert kept.discriminator.options == {"width": 0.5}
 
 
+def test_options_and_weights_are_of_the_network_that_is_named_wherever_they_stand() -> None:
+    asked = ["segmentor.options.dropout=0.2", "segmentor.init=weights.pth"]
+    for name in ("segmentor=deeplabv3_resnet50", "segmentor=net.py:Net"):
+        before, after = (
+            loading.load(["preset=toy", *both]) for both in ([*asked, name], [name, *asked])
+        )
+        assert before == after
+        assert (
+            before.segmentor.options == {"dropout": 0.2} and before.segmentor.init == "weights.pth"
+        )
+
+
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = loading.load(
         ["preset=toy", "evaluate.scales=[0.75,1,1.25]", "segmentor.options.dropout=0.2"]

@@ -4,6 +4,7 @@ plain formulas.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
+from distseg.losses.terms import Predicted, Targets, Term
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
@@ -298,3 +300,71 @@ def train_masked(ranks: Ranks) -> tuple[dict, dict]:
 def test_the_masked_term_is_the_mean_over_the_micro_batches_of_their_means() -> None:
     (got,) = run_ranks(1, train_masked)
     check_equal("masked", got, reference(CASES["semi, a score per cell"], 3))
+
+
+class Trusted(Term):
+    """Weighs the entropy by the discriminator's scores, and forgets to detach them."""
+
+    name = "mine"
+
+    def count(self, targets: Targets) -> Tensor:
+        return targets.valid.sum().double()
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        assert seen.scores is not None
+        log_p = seen.logits.log_softmax(1)
+        trust = seen.scores.sigmoid().mean((1, 2, 3))[:, None, None]
+        return (-(log_p.exp() * log_p).sum(1) * trust * seen.targets.valid).sum()
+
+
+def judges_norm(ranks: Ranks, terms: list[Term]) -> float:
+    """Of the discriminator's gradient."""
+    config = make_config(CASES["semi, a score per cell"])
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    networks = zip(make_networks(config), optimizers, strict=True)
+    pair = Pair.of(config, *(wrap(*both, config, ranks) for both in networks))
+    pair.objective = replace(pair.objective, terms=(*pair.objective.terms, *terms))
+    now = phase(2, config)
+    now = replace(now, weights={**now.weights, "mine": 5.0})
+    training_step(pair, now, make_images(2, True), make_images(2, False))
+    return float(pair.discriminator.step(1.0)["grad_norm"])  # type: ignore[union-attr]
+
+
+def test_a_term_of_ones_own_does_not_train_the_discriminator() -> None:
+    (alone,), (beside,) = run_ranks(1, judges_norm, []), run_ranks(1, judges_norm, [Trusted()])
+    assert alone == beside > 0
+
+
+class Cells(Term):
+    """1 for each valid cell of the label maps."""
+
+    name = "mine"
+
+    def count(self, targets: Targets) -> Tensor:
+        return targets.valid.sum().double()
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        assert seen.logits.shape[-2:] == seen.targets.valid.shape[-2:]
+        return 0 * seen.logits.sum() + seen.targets.valid.sum()
+
+
+def mean_of_cells(ranks: Ranks, resolution: str) -> list[float]:
+    """In a step before the adversary, and in one with it."""
+    config = make_config([f"loss.map_resolution={resolution}", "loss.adv_start_step=1"])
+    optimizers = (config.segmentor_optimizer, config.discriminator_optimizer)
+    networks = zip(make_networks(config), optimizers, strict=True)
+    pair = Pair.of(config, *(wrap(*both, config, ranks) for both in networks))
+    pair.objective = replace(pair.objective, terms=(*pair.objective.terms, Cells()))
+    values = []
+    for step in (0, 1):
+        now = phase(step, config)
+        now = replace(now, weights={**now.weights, "mine": 1.0})
+        metrics = training_step(pair, now, make_images(step, True))
+        values.append(float(metrics["loss/mine"]))
+    return values
+
+
+@pytest.mark.parametrize("resolution", ["output", "image"])
+def test_label_maps_have_one_size_in_all_steps_of_a_run(resolution: str) -> None:
+    (values,) = run_ranks(1, mean_of_cells, resolution)
+    assert values == pytest.approx([1.0, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from distseg.losses.overlap import dice_sum, lovasz_softmax_sum
 from distseg.losses.terms import FunctionTerm, Predicted, Targets, Term
 from distseg.parallel import wrap
 from distseg.train.batch import Images
+from distseg.train.headline import without_effect
 from distseg.train.objective import build_objective, build_term, check_terms
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
@@ -201,6 +203,11 @@ CASES = {
     "focal": ["loss.focal_gamma=2", "loss.ce_weight=0.5"],
     "hard pixels": ["loss.ohem_threshold=0.25", "loss.ohem_min_share=0.1"],
     "without cross entropy": ["loss.ce_weight=0", "loss.terms.dice=1", "loss.aux_weight=0.2"],
+    "no term of the auxiliary head": ["loss.aux_weight=0"],
+    "no term of the logits at first": [
+        "loss.ce_weight=0",
+        "loss.terms.dice={weight: 1, start_step: 2}",
+    ],
 }
 BATCH = 6
 
@@ -252,7 +259,7 @@ def train_all(ranks: Ranks, num_micro_batches: int = 1) -> list[dict[str, Any]]:
     return [train(ranks, case, num_micro_batches) for case in chosen]
 
 
-def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor) -> Tensor:
+def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor, step: int) -> Tensor:
     """On the whole batch, by the functions that are tested above, and plain division."""
     loss = config.loss
     weights = class_weights_of(config)
@@ -271,7 +278,8 @@ def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor) -> Ten
     num_images = int((label != 255).flatten(1).any(1).sum())
     for name, term in loss.terms.items():
         function = {"dice": dice_sum, "lovasz": lovasz_softmax_sum}[term.use or name]
-        total = total + term.weight * function(output["out"], label) / num_images
+        weight = term.weight if step >= term.start_step else 0.0
+        total = total + weight * function(output["out"], label) / num_images
     return total
 
 
@@ -284,7 +292,7 @@ def reference(overrides: list[str]) -> dict[str, Any]:
     for step in range(3):
         images = images_of(step)
         optimizer.zero_grad()
-        reference_loss(config, network(images.pixels), images.label).backward()
+        reference_loss(config, network(images.pixels), images.label, step).backward()
         optimizer.step()
     return {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
 
@@ -304,6 +312,27 @@ def test_terms_with_gradient_accumulation_are_the_same_means() -> None:
     (got,) = run_ranks(1, train_all, 3)
     for mine, wanted in zip(got, expected, strict=True):
         assert max(abs(mine[name] - wanted[name]).max() for name in wanted) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [
+        (
+            ["segmentor_optimizer.encoder_lr_factor=0.1"],
+            "segmentor_optimizer.encoder_lr_factor=0.1",
+        ),
+        (["loss.aux_weight=0.2"], "loss.aux_weight=0.2"),
+        (["loss.ohem_min_share=0.5"], "loss.ohem_min_share=0.5"),
+        (["loss.ce_weight=0", "loss.terms.dice=1", "loss.focal_gamma=2"], "loss.focal_gamma=2.0"),
+    ],
+)
+def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
+    plain = nn.Conv2d(3, NUM_CLASSES, 1)  # no encoder, no auxiliary head
+    (line,) = without_effect(configure(asked), plain)
+    assert line.startswith(f"note: {key} has no effect, as ")
+    plain.encoder, plain.has_auxiliary = nn.Identity(), True
+    assert not without_effect(configure([*asked, "loss.ohem_threshold=0.7"]), plain)
+    assert not without_effect(configure([]), nn.Conv2d(3, NUM_CLASSES, 1))
 
 
 def mean_square(logits: Tensor, label: Tensor, power: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -354,6 +383,70 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_a_term_that_cannot_train_is_refused_before_training(function: Any, named: str) -> None:
     with pytest.raises(InputError, match=rf"loss\.terms\.mine[\s\S]*{named}"):
         check_terms([FunctionTerm(function, "mine")], NUM_CLASSES)
+
+
+class Chooser(OfMyOwn):
+    """Chooses its pixels, so that it needs no count of its own."""
+
+    chooses = True
+
+    def __init__(self, answer: Any):
+        self.answer = answer
+
+    def count(self, targets: Targets) -> Tensor:
+        raise AssertionError("asked for")
+
+    def local_sum(self, seen: Predicted) -> Any:
+        return self.answer(seen.full_logits.square().sum(), (seen.label != 255).sum())
+
+
+class WithoutTensor(OfMyOwn):
+    def count(self, targets: Targets) -> Any:
+        return len(targets.label)
+
+
+def test_what_a_class_counts_is_checked() -> None:
+    check_terms([Chooser(lambda total, number: (total, number))], NUM_CLASSES)
+    check_terms([Chooser(lambda total, number: (total, 7))], NUM_CLASSES)
+    for term, named in (
+        (Chooser(lambda total, number: total), "a Tensor instead of a sum and how many"),
+        (Chooser(lambda total, number: (total, number[None])), "a count that is no"),
+        (WithoutTensor(), "a count that is no tensor of one number"),
+    ):
+        with pytest.raises(InputError, match=rf"loss\.terms\.mine: {named}"):
+            check_terms([term], NUM_CLASSES)
+
+
+TERM_FILE = """
+from distseg.losses import Term
+
+
+class OnUnlabelled(Term):
+    images = "unlabelled"
+
+
+class Rewarded(Term):
+    through_discriminator = True
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "needed"),
+    [
+        ("OnUnlabelled", "supervised", "mode=semi_supervised"),
+        ("OnUnlabelled", "adversarial", "mode=semi_supervised"),
+        ("Rewarded", "supervised", "mode=adversarial or semi_supervised"),
+    ],
+)
+def test_a_term_that_the_mode_never_computes_is_refused(
+    tmp_path: Path, name: str, mode: str, needed: str
+) -> None:
+    (tmp_path / "term.py").write_text(TERM_FILE)
+    use = f"loss.terms.mine.use={tmp_path}/term.py:{name}"
+    config = configure([f"mode={mode}", use])
+    with pytest.raises(InputError, match=rf"loss\.terms\.mine, a term[\s\S]*{needed}"):
+        build_objective(config, TinySegmentor())
+    build_objective(configure([f"mode={mode}", use, "loss.terms.mine.weight=0"]), TinySegmentor())
 
 
 def test_unknown_terms_and_options_are_refused_by_name() -> None:

@@ -30,6 +30,7 @@ STEP = 2  # by which the semi-supervised term is on
 SEMI = CASES["semi, a score per cell"]
 AT_IMAGE = [*SEMI, "loss.map_resolution=image"]
 GAP = ["discriminator.options.head=gap"]
+WEIGHTED = [*GAP, "loss.ce_weight=0.25"]
 STRATEGIES: dict[str, list[str]] = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
 if importlib.util.find_spec("deepspeed") is not None:
     STRATEGIES |= {
@@ -97,6 +98,7 @@ def reference(case: list[str]) -> dict[str, float]:
     adversarial = sum(w * F.softplus(-z).mean() for w, z in zip(weights, fakes, strict=False))
     up = F.interpolate(logits[0], (SIZE, SIZE), mode="bilinear")
     cross_entropy = F.cross_entropy(up, labelled.label.long(), ignore_index=255)
+    cross_entropy = config.loss.ce_weight * cross_entropy
     from_adversary = torch.autograd.grad(adversarial, logits, retain_graph=True)
     (own,) = torch.autograd.grad(cross_entropy, logits[:1])
     chances = logits[0].softmax(1).detach().permute(0, 2, 3, 1).clone()
@@ -116,6 +118,7 @@ def reference(case: list[str]) -> dict[str, float]:
 def measure_all(ranks: Ranks) -> dict[str, dict[str, float]]:
     values = {strategy: measure(ranks, SEMI, strategy) for strategy in STRATEGIES}
     values |= {"at image": measure(ranks, AT_IMAGE, "ddp"), "gap": measure(ranks, GAP, "ddp")}
+    values["weighted"] = measure(ranks, WEIGHTED, "ddp")
     return values | (
         {"in parts": measure(ranks, GAP, "ddp", 2)} if BATCH // ranks.world_size % 2 == 0 else {}
     )
@@ -126,6 +129,7 @@ def test_signals_are_those_of_the_joined_batch_under_every_strategy(num_ranks: i
     torch.set_num_threads(1)
     expected = {strategy: reference(SEMI) for strategy in STRATEGIES}
     expected |= {"at image": reference(AT_IMAGE), "gap": reference(GAP), "in parts": reference(GAP)}
+    expected["weighted"] = reference(WEIGHTED)
     norms = []
     for of_rank in run_ranks(num_ranks, measure_all):
         for case, values in of_rank.items():

@@ -188,4 +188,12 @@ def test_a_run_without_the_network_is_refused(run: Path, tmp_path: Path, toy_sha
     fit(**SETTINGS | keys | {"data.shards": toy_shards})
     with pytest.raises(InputError, match="has no discriminator"):
         initial_weights(str(tmp_path / "run"), "discriminator")
-    assert initial_weights("random", "segmentor") == "random"
+
+
+def test_a_folder_of_its_name_is_no_match_for_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("random", "imagenet"):  # data often lie in a folder called imagenet
+        (tmp_path / word).mkdir()
+        assert initial_weights(word, "segmentor") == word

@@ -190,15 +190,15 @@ def _split(item: str) -> tuple[str, str]:
 
 
 def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
-    for key, value in pairs:
-        section, _, last = key.rpartition(".")
+    # names first: what else an argument says of a network is of the one that is named
+    for key, value in sorted(pairs, key=lambda pair: not _names_network(pair[0])):
+        section = key.rpartition(".")[0]
         # options of one network mean nothing, or something else, to another
-        is_other = section in NETWORKS and last == "name" and value != OmegaConf.select(merged, key)
-        if is_other:
+        if _names_network(key) and value != OmegaConf.select(merged, key):
             OmegaConf.update(merged, f"{section}.options", {}, merge=False)
             if section == "segmentor" and user_code.is_reference(value):
                 merged.segmentor.init = "random"  # as its constructor makes it
-        if key == "code":
+        if key.partition(".")[0] == "code":
             raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
         # one by one, so that an error names the argument that it is in
         merged = _merge(merged, {key: _parse(key, value)})
@@ -213,6 +213,10 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     _make_references_absolute(config)
     check(config, flattened(to_dict(config)))
     return config
+
+
+def _names_network(key: str) -> bool:
+    return key.removesuffix(".name") in NETWORKS
 
 
 def _make_references_absolute(config: Config) -> None:

@@ -7,7 +7,7 @@ returns a sum and a count (see `FunctionTerm`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
 Kind = Literal["labelled", "unlabelled"]
+Head = Literal["logits", "auxiliary"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,19 @@ class Predicted:
     probabilities: Tensor | None = None
     scores: Tensor | None = None
 
+    def with_constant_scores(self) -> Predicted:
+        """For terms whose gradient must not reach the discriminator."""
+        return self if self.scores is None else replace(self, scores=self.scores.detach())
+
     @property
     def label(self) -> Tensor:
         """(n, H, W) uint8, 255 = void."""
         return self.targets.label
+
+    def heads(self) -> dict[Head, Tensor]:
+        """The segmentor's outputs, by name."""
+        heads: dict[Head, Tensor] = {"logits": self.logits}
+        return heads if self.auxiliary is None else heads | {"auxiliary": self.auxiliary}
 
     # kept for all terms of the micro-batch: at this size it is the loss's largest tensor
     @cached_property
@@ -96,22 +106,28 @@ class Term:
     name: of its metrics, loss/<name> and weight/<name>.
     images: whose term it is; unlabelled ones are there in mode=semi_supervised.
     through_discriminator: its gradient comes through the discriminator's scores. All others' comes
-    through the logits.
+    through `head`, the segmentor's logits or auxiliary logits.
     chooses: which pixels take part is only known when they are predicted; `local_sum` then returns
     (sum, how many), and that is what the sum is divided by, unless the term is
-    per_image: divided by the number of images.
+    per_image: divided by `count`, the number of images.
     share: of a term that chooses, the metric that says how many took part of the candidates.
     """
 
     name: str
     images: Kind = "labelled"
     through_discriminator: bool = False
+    head: Head = "logits"
     chooses: bool = False
     per_image: bool = False
     share: str = ""
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the labels alone tell what the sum is divided by."""
+        return self.per_image or not self.chooses
+
     def count(self, targets: Targets) -> Tensor:
-        """What this rank's sum is divided by: a scalar, float64, known from the labels alone.
+        """What this rank's sum is divided by where it `is_counted`: a scalar, float64.
 
         So the counts of all terms are summed over the ranks at once, before the first forward.
         """
@@ -173,6 +189,7 @@ class Auxiliary(CrossEntropy):
     """
 
     name: str = "auxiliary"
+    head: Head = "auxiliary"
 
     def local_sum(self, seen: Predicted) -> Any:
         if seen.auxiliary is None:
@@ -229,7 +246,7 @@ class MaskedCrossEntropy(Term):
     chooses = True
 
     def count(self, targets: Targets) -> Tensor:
-        return _number_of(targets.label)  # asked for where the term is per image
+        return _number_of(targets.label)
 
     def candidates(self, targets: Targets) -> Tensor:
         return targets.valid.sum().double()
@@ -282,10 +299,7 @@ class FunctionTerm(Term):
     options: dict[str, Any] = field(default_factory=dict)
     chooses = True
 
-    def count(self, targets: Targets) -> Tensor:
-        return (targets.label != IGNORE_INDEX).sum().double()
-
-    def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
+    def local_sum(self, seen: Predicted) -> tuple[Tensor, Any]:
         # upsampled for it, so that who writes one needs to know nothing of output strides
         found = self.function(seen.full_logits, seen.label, **self.options)
         if not isinstance(found, tuple) or len(found) != 2:
@@ -294,9 +308,7 @@ class FunctionTerm(Term):
                 "a sum and a count: means are taken over all ranks, which one rank's mean is not",
                 "return for example losses.sum(), valid.sum()",
             )
-        total, count = found
-        # a user's count may be a tensor of any type, or a number
-        return total, torch.as_tensor(count, dtype=torch.float64, device=seen.label.device)
+        return found
 
 
 # by loss.terms.NAME.use; the terms that every run may have are built from keys of their own

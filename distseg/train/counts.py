@@ -51,8 +51,9 @@ class Counts:
         # all terms, active or not: what is sent must not depend on anything that ranks could see
         # differently
         for term in objective.terms:
-            if term.images in targets:
+            if term.images in targets and term.is_counted:
                 local[f"term/{term.name}"] = term.count(targets[term.images])
+            if term.images in targets and term.share:
                 local[f"candidates/{term.name}"] = term.candidates(targets[term.images])
         for kind, of_kind in targets.items():
             # two numbers: reductions divide the loss by images, but accuracy is always over scores

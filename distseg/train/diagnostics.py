@@ -32,10 +32,10 @@ def gradients_at_output(
     """Squared sizes of the gradients of both kinds of terms at the logits, as the segmentor
     receives them.
 
-    cross_entropy: the term on labelled images, a scalar with its graph, which is kept; logits,
-    probabilities: (n, C, h, w); proxy: the weighted adversarial terms' gradient at the
-    probabilities, of the same shape, on the same loss scale. Summed over parts and ranks they give
-    the ratio of the norms over the global batch, see `summary`.
+    cross_entropy: the weighted term on labelled images, a scalar with its graph, which is kept;
+    logits, probabilities: (n, C, h, w); proxy: the weighted adversarial terms' gradient at the
+    probabilities, of the same shape, on the same loss scale. Summed over micro-batches and ranks
+    they give the ratio of the norms over the global batch, see `summary`.
     """
     # To the logits alone, which is no pass through the network. The graph stays for the one
     # backward.

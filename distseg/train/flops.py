@@ -34,7 +34,7 @@ class StepWork:
 
     @classmethod
     def of(cls, config: Config, segmentor: nn.Module, discriminator: nn.Module | None) -> StepWork:
-        """Counted on copies of the networks, without their values, at the size of the run's views.
+        """Counted on copies of the networks, without their values, at the size of the run's crops.
 
         A network of the user's own may not run without values: then nothing is counted.
         """
@@ -69,23 +69,23 @@ class StepWork:
         label_map = (num_classes, -(-side // stride))
         return cls(of_segmentor, 1e9 * gflop(_copy(discriminator), judge, label_map))
 
-    def of_step(self, now: Phase, num_labelled: int, num_unlabelled: int) -> float:
+    def of_step(self, phase: Phase, num_labelled: int, num_unlabelled: int) -> float:
         """Operations of one step on so many images.
 
         A forward is one unit, the gradients of a network's parameters another, those of its
-        activations a third; the latter are computed twice in a discriminator whose verdict on a
-        prediction serves both losses. (The gradient of the pixels, which nobody asks for, is not
+        activations a third; the latter are computed twice in a discriminator whose scores on a
+        prediction serve both losses. (The gradient of the pixels, which nobody asks for, is not
         taken off: it is below a hundredth.)
         """
         num_images = num_labelled + num_unlabelled
         # a phase of the discriminator alone needs the prediction, but no gradient of it
-        operations = self.segmentor * num_images * (3 if now.segmentor else 1)
-        if not now.adversary:
+        operations = self.segmentor * num_images * (3 if phase.segmentor else 1)
+        if not phase.adversary:
             return operations
         # forward; gradients of the label map for the segmentor; of parameters and activations for
         # its own loss
-        on_prediction = 1 + now.segmentor + 2 * now.discriminator
-        on_truth = 3 * now.discriminator
+        on_prediction = 1 + phase.segmentor + 2 * phase.discriminator
+        on_truth = 3 * phase.discriminator
         return operations + self.discriminator * (
             on_prediction * num_images + on_truth * num_labelled
         )

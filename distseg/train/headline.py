@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from distseg.config.loading import to_dict
+from distseg.config.names import KEYS, flattened
 from distseg.config.schema import Config, LossConfig
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import Learner
@@ -25,7 +27,9 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     if not step:
         reports = [getattr(it.network, "init_report", None) for it in _learners(pair)]
         lines += [f"weights: {report}" for report in reports if report is not None]
-    lines.append(f"loss: {' + '.join(_terms(config))}")
+    has_auxiliary = bool(getattr(pair.segmentor.network, "has_auxiliary", False))
+    lines.append(f"loss: {' + '.join(_terms(config, has_auxiliary))}")
+    lines += without_effect(config, pair.segmentor.network)
     lines += _batch_norm(pair.segmentor.network) if ranks.world_size > 1 else []
     # over all ranks and per rank: both are called "batch size" elsewhere, and learning rates go by
     # the first
@@ -89,13 +93,38 @@ def _frozen(config: Config, network: torch.nn.Module) -> list[str]:
     return [f"frozen: {', '.join(config.segmentor.freeze)}; {share}"]
 
 
-def _terms(config: Config) -> list[str]:
+def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
+    """A line for each setting that this segmentor and the other settings leave without effect."""
+    loss, factor = config.loss, config.segmentor_optimizer.encoder_lr_factor
+    has_auxiliary = bool(getattr(segmentor, "has_auxiliary", False))
+    has_cross_entropy = bool(loss.ce_weight or (has_auxiliary and loss.aux_weight))
+    reasons: dict[str, str] = {}
+    if factor != 1 and getattr(segmentor, "encoder", None) is None:
+        reasons["segmentor_optimizer.encoder_lr_factor"] = "the segmentor has no encoder"
+    if not has_auxiliary:
+        reasons["loss.aux_weight"] = "the segmentor has no auxiliary head"
+    if not loss.ohem_threshold:
+        reasons["loss.ohem_min_share"] = "loss.ohem_threshold is 0"
+    if not has_cross_entropy:
+        names = ("class_weights", "label_smoothing", "focal_gamma", "ohem_threshold")
+        reasons |= {f"loss.{name}": "the loss is without cross entropy" for name in names}
+    values = flattened(to_dict(config))
+    return [
+        f"note: {key}={values[key]} has no effect, as {reason}"
+        for key, reason in reasons.items()
+        if values[key] != KEYS[key].default
+    ]
+
+
+def _terms(config: Config, has_auxiliary: bool) -> list[str]:
     """The segmentor's loss, each term with its weight and reduction.
 
     A weight means nothing without it.
     """
     loss, semi = config.loss, config.semi
     terms = [_cross_entropy(loss)] if loss.ce_weight else []
+    if has_auxiliary and loss.aux_weight:
+        terms.append(f"{loss.aux_weight} x cross entropy of the auxiliary head")
     for name, term in loss.terms.items():
         terms.append(f"{term.weight} x {user_code.short(term.use or name)}")
     if config.mode != "supervised":

@@ -12,10 +12,12 @@ def initial_weights(init: str, network: str) -> str | Weights:
     """What `build_segmentor` and `build_discriminator` take as `init`.
 
     init: a run directory stands for its best checkpoint, or its last where none was scored;
-    RUN@last, RUN@best and RUN@500 name one. Anything else ("random", a file) comes back as it is.
+    RUN@last, RUN@best and RUN@500 name one. Anything else (a word, a file) comes back as it is.
     network: "segmentor" (its EMA weights where the run has them) or "discriminator". Raises
     InputError where a run has no such checkpoint, or no such network.
     """
+    if init in ("imagenet", "random"):  # whatever folders lie here
+        return init
     run_dir, which = Path(init), ""
     # a directory whose own name has an @ comes first
     if "@" in init and not run_dir.exists():

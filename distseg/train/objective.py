@@ -138,6 +138,9 @@ def build_objective(
     if getattr(segmentor, "has_auxiliary", False):
         terms.append(Auxiliary(pixels, in_sums))
     further = [build_term(name, asked) for name, asked in loss.terms.items()]
+    for term in further:
+        if loss.terms[term.name].weight:
+            _check_mode(term, config.mode)
     if samples is not None:
         check_terms(further, samples.classes.num_classes)
     terms += further
@@ -205,6 +208,17 @@ def _own_term(name: str, reference: str, options: dict[str, Any]) -> Term:
     return term
 
 
+def _check_mode(term: Term, mode: str) -> None:
+    """Raise InputError for a term that no step of this mode would compute."""
+    modes, what = ("semi_supervised",), "on unlabelled images"
+    if term.images == "labelled":
+        modes, what = ("adversarial", "semi_supervised"), "through the discriminator"
+    if _needs_adversary(term) and mode not in modes:
+        action = f"write mode={modes[0]}, or loss.terms.{term.name}.weight=0"
+        got = f"loss.terms.{term.name}, a term {what}, with mode={mode}"
+        raise InputError(got, f"mode={' or '.join(modes)}", action)
+
+
 def check_terms(terms: Sequence[Term], num_classes: int) -> None:
     """Raise InputError for a term that gives no finite sum with a gradient, on random images.
 
@@ -215,17 +229,30 @@ def check_terms(terms: Sequence[Term], num_classes: int) -> None:
         source = seen.scores if term.through_discriminator else seen.logits
         assert source is not None  # of `_random`
         try:
-            term.count(seen.targets)
+            count = term.count(seen.targets) if term.is_counted else None
             found = term.local_sum(seen)
         except Exception as error:  # whatever the user's own code raises
             got = f"loss.terms.{term.name}: {type(error).__name__}: {error}"
             raise InputError(got, _NEEDED, "correct the term") from error
-        problem = _problem_of(found[0] if term.chooses else found, source)
+        problem = _problem_of_counts(term, count, found)
+        problem = problem or _problem_of(found[0] if term.chooses else found, source)
         if problem:
             raise InputError(f"loss.terms.{term.name}: {problem}", _NEEDED, "correct the term")
 
 
 _NEEDED = "a sum and a count (or of a Term the sum alone), the sum a finite scalar with a gradient"
+
+
+def _problem_of_counts(term: Term, count: Any, found: Any) -> str:
+    """What is wrong with what a term's sum is divided by; "" for nothing."""
+    counts = [count] if term.is_counted else []
+    if term.chooses:
+        if not isinstance(found, tuple) or len(found) != 2:
+            return f"a {type(found).__name__} instead of a sum and how many took part"
+        # a plain number will do here: nothing is stacked with it
+        counts.append(torch.tensor(found[1]) if isinstance(found[1], int | float) else found[1])
+    are_numbers = all(isinstance(each, Tensor) and not each.ndim for each in counts)
+    return "" if are_numbers else "a count that is no tensor of one number"
 
 
 def _problem_of(total: Any, source: Tensor) -> str:
@@ -235,7 +262,7 @@ def _problem_of(total: Any, source: Tensor) -> str:
     if total.ndim:
         return f"a sum of shape {tuple(total.shape)}"
     if not total.isfinite():
-        return f"a sum of {float(total)}"
+        return f"a sum of {float(total.detach())}"
     if not total.requires_grad:
         return "no gradient: the sum does not depend on the networks"
     (gradient,) = torch.autograd.grad(total, source, allow_unused=True)

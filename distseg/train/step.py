@@ -1,5 +1,10 @@
 """The alternating step of a segmentor and a discriminator: `alternate` shows the whole of it.
 
+The discriminator judges predictions that are a leaf of its graph, and the adversary's gradient at
+that leaf, the proxy, is handed on to the segmentor's probabilities. So one D(fake) serves the
+losses of both networks, the discriminator's parameters see nothing of the segmentor's loss, and
+neither network needs to be frozen, under any parallel strategy.
+
 `training_step` accumulates the gradients of micro-batches around it. Which terms there are stands
 in objective.py, what their sums are divided by in counts.py, and what a logged step is looked at
 for besides in diagnostics.py.
@@ -28,6 +33,7 @@ from distseg.train.objective import Judging, Objective, Scored, build_objective
 from distseg.train.schedules import Phase
 
 Metrics = dict[str, Tensor]
+Starts = list[tuple[Learner, list[BackwardStart]]]  # of one backward through several networks
 
 
 @dataclass
@@ -92,43 +98,36 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     # Judge: ground truth of the labelled images and all predictions, these as a leaf of the graph
     targets = Targets.at(batch.all.label, probabilities.shape[-2:])
     fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
-    if phase.discriminator:
-        real = ground_truth(targets, probabilities, batch, judging.scaling_tau)
-        on_real, on_fake = discriminator(pixels, real, fake)  # (n, 1, h', w') each
-    else:
-        on_real, (on_fake,) = None, discriminator.forward_frozen(pixels, fake)
+    real = ground_truth(targets, probabilities, batch, judging) if phase.discriminator else None
+    on_real, on_fake = judge(discriminator, pixels, real, fake)  # (n, 1, h', w') each
     seen = Predicted(pixels, targets, logits, auxiliary, probabilities, on_fake)
 
-    # Losses. The adversary's gradient reaches the segmentor through a proxy, the gradient at its
-    # probabilities: so one D(fake) serves the losses of both networks, the discriminator's
-    # parameters see nothing of the segmentor's, and neither network needs to be frozen.
-    work: list[tuple[Learner, list[BackwardStart]]] = []
-    metrics: Metrics = {}
+    # Losses, the adversary's through a proxy: its gradient at the segmentor's probabilities
+    starts, metrics = Starts(), Metrics()
     if phase.segmentor:
         own, adversarial, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
         scaled = segmentor.scaled(adversarial)
         (proxy,) = torch.autograd.grad(scaled, fake, retain_graph=phase.discriminator)
-        work += [(segmentor, [(segmentor.scaled(own), None), (probabilities, proxy)])]
+        starts += [(segmentor, [(segmentor.scaled(own), None), (probabilities, proxy)])]
         if phase.watched:
-            of_labels = segmentor.scaled(metrics.get("loss/cross_entropy", own))
-            metrics |= diagnostics.gradients_at_output(of_labels, logits, proxy, probabilities)
+            cross_entropy = segmentor.scaled(_weighted_cross_entropy(phase, metrics, own))
+            metrics |= diagnostics.gradients_at_output(cross_entropy, logits, proxy, probabilities)
     if on_real is not None:
-        of_real, of_fake = split_scores(judging, batch, seen, on_real, counts)
-        loss, values = discriminator_loss(of_real, of_fake, judging.real_target)
-        work += [(discriminator, [(discriminator.scaled(loss), None)])]
-        metrics |= values
-        if phase.watched:
-            metrics |= diagnostics.of_scores(of_real, of_fake)
+        scores = split_scores(judging, batch, seen, on_real, counts)
+        loss, values = discriminator_loss(*scores, judging.real_target)
+        starts += [(discriminator, [(discriminator.scaled(loss), None)])]
+        metrics |= values | (diagnostics.of_scores(*scores) if phase.watched else {})
 
     # One backward for both, so that the exchange of one's gradients hides behind the other's
-    backward(work)
+    backward(starts)
     return metrics
 
 
 def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Metrics:
     """Gradients of a step without the adversary, of the labelled images alone."""
     images = batch.labelled
-    logits, auxiliary = predict(pair.segmentor, images.pixels)
+    at_image_size = pair.objective.judging.at_image_size  # as in the steps with the adversary
+    logits, auxiliary = predict(pair.segmentor, images.pixels, at_image_size)
     targets = Targets.at(images.label, logits.shape[-2:])
     seen = Predicted(images.pixels, targets, logits, auxiliary)
     loss, _, metrics = segmentor_losses(pair.objective, phase, MicroBatch(images), seen, counts)
@@ -154,11 +153,25 @@ def predict(
 
 
 def ground_truth(
-    targets: Targets, probabilities: Tensor, batch: MicroBatch, scaling_tau: float | None
+    targets: Targets, probabilities: Tensor, batch: MicroBatch, judging: Judging
 ) -> Tensor:
-    """The label maps (n, C, h, w) of the labelled images."""
+    """The label maps (n, C, h, w) of the labelled images, as the discriminator is to see them."""
     n = len(batch.labelled.label)
-    return real_label_map(targets.index[:n], targets.valid[:n], probabilities[:n], scaling_tau)
+    index, valid = targets.index[:n], targets.valid[:n]
+    return real_label_map(index, valid, probabilities[:n], judging.scaling_tau)
+
+
+def judge(
+    discriminator: Learner, pixels: Tensor, real: Tensor | None, fake: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The discriminator's scores on real and on fake label maps, (n, 1, h', w') or (n, 1, 1, 1).
+
+    real None: it is not updated in this step, so its parameters and gradients are left alone.
+    """
+    if real is None:
+        (on_fake,) = discriminator.forward_frozen(pixels, fake)
+        return None, on_fake
+    return discriminator(pixels, real, fake)
 
 
 def segmentor_losses(
@@ -170,16 +183,25 @@ def segmentor_losses(
     with a graph: loss/<term>, unweighted; loss/segmentor, the sum.
     """
     parts = {kind: seen[where] for kind, where in batch.slices().items()}
+    own_parts = {kind: part.with_constant_scores() for kind, part in parts.items()}
     through_logits: list[Tensor] = []
     through_discriminator: list[Tensor] = []
     metrics: Metrics = {}
+    unreached = seen.heads()
     for term, weight in objective.active(phase):
-        value, share = term_mean(term, parts[term.images], counts)
+        some = (parts if term.through_discriminator else own_parts)[term.images]
+        value, share = term_mean(term, some, counts)
         metrics |= {f"loss/{term.name}": value} | share
-        one_way = through_discriminator if term.through_discriminator else through_logits
-        one_way.append(weight * value)
-    # without a term of its own, the graph must still lead to all of the segmentor's parameters
-    own = _total(through_logits or [0 * seen.logits.sum()])
+        if term.through_discriminator:
+            through_discriminator.append(weight * value)
+            continue
+        through_logits.append(weight * value)
+        if value.requires_grad:
+            unreached.pop(term.head, None)
+    # the graph must lead to all of the segmentor's parameters: the ranks wait for each one's
+    # gradient
+    through_logits += [0 * at_least_float32(head).sum() for head in unreached.values()]
+    own = _total(through_logits)
     adversarial = _total(through_discriminator or [torch.zeros_like(own)])
     return own, adversarial, metrics | {"loss/segmentor": own + adversarial}
 
@@ -188,7 +210,8 @@ def term_mean(term: Term, seen: Predicted, counts: Counts) -> tuple[Tensor, Metr
     """A term's mean over the global batch; and the metric of its share, where it has one."""
     if not term.chooses:
         return mean(term.local_sum(seen), counts.of_term(term)), {}
-    local_sum, chosen = term.local_sum(seen)
+    local_sum, number = term.local_sum(seen)
+    chosen = torch.as_tensor(number, dtype=torch.float64, device=seen.label.device).detach()
     count = counts.of_term(term) if term.per_image else counts.chosen(chosen)
     share = {term.share: mean(chosen, counts.candidates(term))} if term.share else {}
     return mean(local_sum, count), share
@@ -216,6 +239,13 @@ def discriminator_loss(real: Scored, fake: Scored, real_target: float) -> tuple[
     on_fake = mean(adversarial_sum(fake.scores, fake.mask, 0.0), fake.divisor)
     metrics = {"loss/discriminator_real": on_real, "loss/discriminator_fake": on_fake}
     return on_real + on_fake, metrics
+
+
+def _weighted_cross_entropy(phase: Phase, metrics: Metrics, own: Tensor) -> Tensor:
+    """Of the labelled pixels; all terms that come through the logits where there is none."""
+    if "loss/cross_entropy" not in metrics:
+        return own
+    return phase.weights["cross_entropy"] * metrics["loss/cross_entropy"]
 
 
 def _total(values: list[Tensor]) -> Tensor:
