@@ -210,9 +210,9 @@ def _own_term(name: str, reference: str, options: dict[str, Any]) -> Term:
 
 def _check_mode(term: Term, mode: str) -> None:
     """Raise InputError for a term that no step of this mode would compute."""
-    modes, what = ("semi_supervised",), "on unlabelled images"
+    modes, what = ["semi_supervised"], "on unlabelled images"
     if term.images == "labelled":
-        modes, what = ("adversarial", "semi_supervised"), "through the discriminator"
+        modes, what = ["adversarial", "semi_supervised"], "through the discriminator"
     if _needs_adversary(term) and mode not in modes:
         action = f"write mode={modes[0]}, or loss.terms.{term.name}.weight=0"
         got = f"loss.terms.{term.name}, a term {what}, with mode={mode}"
