@@ -73,6 +73,9 @@ def test_in_the_segmentors_turn_an_adversary_without_weight_is_not_asked() -> No
     now = phase(0, config_of("alternation=blocks", "loss.adv_weight=0"))
     assert now.segmentor and not now.adversary and "adversarial" not in now.weights
     assert phase(0, config_of("loss.adv_weight=0")).adversary  # it watches, and learns
+    # a term beside the built-in ones may go by what it says
+    asked = phase(0, config_of("alternation=blocks", "loss.adv_weight=0", "loss.terms.dice=1"))
+    assert asked.adversary
 
 
 def test_terms_on_unlabelled_images_begin_at_their_steps() -> None:

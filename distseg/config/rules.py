@@ -159,7 +159,9 @@ def shards_of_fsdp(config: Config) -> None:
 
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
-    weights = (config.loss.adv_weight, config.semi.adv_weight, config.semi.weight)
+    weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
+    # one of the user's own may be of unlabelled images, which is known when it is imported
+    weights += [term.weight for term in config.loss.terms.values() if is_reference(term.use)]
     # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
         got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"

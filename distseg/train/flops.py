@@ -55,7 +55,8 @@ class StepWork:
     def _counted(
         cls, config: Config, segmentor: nn.Module, discriminator: nn.Module | None
     ) -> StepWork:
-        side, num_classes = config.data.crop_px, int(segmentor.num_classes)  # type: ignore[arg-type]
+        side = config.data.crop_px
+        num_classes = int(segmentor.num_classes)  # type: ignore[arg-type]
         of_segmentor = 1e9 * gflop(_copy(segmentor), _segment, (3, side))
         if discriminator is None:
             return cls(of_segmentor)

@@ -48,7 +48,8 @@ def phase(step: int, config: Config) -> Phase:
     if alternation.name == "blocks" and turn >= alternation.segmentor:
         return Phase(segmentor=False, discriminator=True, adversary=True)
     both, brought = alternation.name == "simultaneous", _adversarial_weights(step, config)
-    if not both and not any(brought.values()):  # nobody would look at what the adversary says
+    further = any(term.weight for term in config.loss.terms.values())  # which may ask it
+    if not (both or further or any(brought.values())):  # nobody would look at what it says
         return Phase(segmentor=True, discriminator=False, weights=own)
     return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought)
 

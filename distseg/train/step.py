@@ -54,6 +54,12 @@ class Pair:
         objective = build_objective(config, segmentor.network, judge)
         return cls(segmentor, discriminator, objective)
 
+    @property
+    def adversary(self) -> Learner:
+        """The discriminator, of a mode that has one."""
+        assert self.discriminator is not None  # else no phase asks for it
+        return self.discriminator
+
 
 def training_step(
     pair: Pair,
@@ -86,9 +92,8 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     Luc et al. 2016: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real), the discriminator
     BCE(D(y), real) + BCE(D(s(x)), fake); Hung et al. 2018 add terms on unlabelled images.
     """
-    segmentor, discriminator = pair.segmentor, pair.discriminator
-    assert discriminator is not None  # a phase with an adversary is of a mode that has one
-    pixels, judging = batch.all.pixels, pair.objective.judging
+    segmentor, discriminator, judging = pair.segmentor, pair.adversary, pair.objective.judging
+    pixels = batch.all.pixels
 
     # Predict
     with torch.set_grad_enabled(phase.segmentor):
