@@ -12,6 +12,11 @@ from tests.style import circles, measure
 KEPT = (
     "modules outside of rooms",
     "import circles",
+    "longest function, lines",
+    "functions above 40 lines",
+    "lines above 100 columns",
+    "nested comprehensions in 100 statements",
+    "comment lines in 100 of code",
 )
 
 COUNTED = '''"""Of a module,
