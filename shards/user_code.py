@@ -16,7 +16,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -187,7 +187,10 @@ _imported: dict[Path, str] = {}  # file -> sha256 of what was run
 
 def _import_again(paths: list[str]) -> ImportedFiles:
     for path in paths:
-        _file(path, path)
+        # one that is gone by now may be of other work that this process has done: what does need
+        # it fails when it is unpickled
+        with suppress(InputError):
+            _file(path, path)
     return ImportedFiles()
 
 
