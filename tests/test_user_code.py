@@ -162,6 +162,7 @@ def test_an_import_that_fails_is_told_with_its_line(
     assert user_code.module_name(folder / "bad.py") not in sys.modules
     if "\x00" not in source:
         monkeypatch.chdir(folder)
+        monkeypatch.delitem(sys.modules, "bad", raising=False)  # of another test
         refused("bad:f", message)
         monkeypatch.delitem(sys.modules, "bad", raising=False)
 
