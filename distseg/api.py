@@ -100,7 +100,7 @@ class Trained:
         score of an absent class. Raises InputError for a key that belongs to training, and for
         shards of other classes.
         """
-        chosen = [*overrides]
+        chosen = loading.words(overrides)
         chosen += [f"data.shards={shards}"] if shards is not None else []
         chosen += [f"data.val_split={split}"] if split is not None else []
         # the same rules as for the command, or a score from here could not be compared with one

@@ -253,3 +253,14 @@ def test_a_loop_of_the_parts_is_the_training(toy_shards: Path, tmp_path: Path) -
     assert not dist.is_initialized()
     own = segmentor.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in reference.items())
+
+
+def test_values_that_are_no_keys_are_refused_and_numpys_are_taken() -> None:
+    assert loading.arguments({"steps": np.int64(5), "data": {"shards": Path("a")}}) == [
+        "steps=5",
+        "data.shards=a",
+    ]
+    with pytest.raises(InputError, match="seed=<object"):
+        loading.arguments({"seed": object()})
+    with pytest.raises(InputError, match="a list of key=value"):
+        distseg.fit("steps=3")  # type: ignore[arg-type]

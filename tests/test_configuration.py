@@ -323,3 +323,14 @@ def test_what_is_fixed_by_training_is_refused_elsewhere(
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert f"argument {arguments[-1]!r}" in message and expected in message
+
+
+@pytest.mark.parametrize("option", ["num_classes", "init", "name"])
+def test_an_option_that_the_package_gives_is_refused(option: str) -> None:
+    with pytest.raises(InputError, match=rf"segmentor\.options\.{option}"):
+        loading.load(["preset=toy", "segmentor=my.py:Net", f"segmentor.options.{option}=5"])
+
+
+def test_a_loss_term_has_a_name() -> None:
+    with pytest.raises(InputError, match="a name"):
+        loading.load(["preset=toy", "loss.terms={'': {use: dice}}"])

@@ -14,6 +14,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 from distseg.config import loading
+from distseg.config.schema import TermConfig
 from distseg.distributed.ranks import Ranks
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions, cross_entropy_sum, hard_pixels
@@ -383,6 +384,39 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_a_term_that_cannot_train_is_refused_before_training(function: Any, named: str) -> None:
     with pytest.raises(InputError, match=rf"loss\.terms\.mine[\s\S]*{named}"):
         check_terms([FunctionTerm(function, "mine")], NUM_CLASSES)
+
+
+def in_place(logits: Tensor, label: Tensor) -> tuple[Tensor, int]:
+    label[label == 255] = 0  # of the label that all terms read
+    return logits.square().sum(), 1
+
+
+@pytest.mark.parametrize("count", [-5, math.nan, math.inf])
+def test_a_count_that_divides_by_nothing_is_refused(count: float) -> None:
+    term = FunctionTerm(lambda logits, label: (logits.square().sum(), count), "mine")
+    with pytest.raises(InputError, match="a count of"):
+        check_terms([term], NUM_CLASSES)
+
+
+def test_a_term_that_changes_what_others_read_is_refused() -> None:
+    with pytest.raises(InputError, match="changes its label in place"):
+        check_terms([FunctionTerm(in_place, "mine")], NUM_CLASSES)
+
+
+def test_a_term_of_probabilities_needs_the_adversary_in_every_step() -> None:
+    class Sharp(OfMyOwn):
+        def local_sum(self, seen: Predicted) -> Tensor:
+            return seen.probabilities.square().sum()  # type: ignore[union-attr]
+
+    check_terms([Sharp()], NUM_CLASSES)
+    with pytest.raises(InputError, match="a step without the adversary"):
+        check_terms([Sharp()], NUM_CLASSES, without_adversary=True)
+
+
+@pytest.mark.parametrize("smooth", [-1, "a", math.nan])
+def test_dice_takes_no_smoothing_below_0(smooth: Any) -> None:
+    with pytest.raises(InputError, match="smooth="):
+        build_term("dice", TermConfig(options={"smooth": smooth}))
 
 
 class Chooser(OfMyOwn):

@@ -239,6 +239,27 @@ def test_weights_load_from_a_file_by_either_name(tmp_path: Path) -> None:
         assert torch.equal(made.network.encoder.weight, state["encoder.weight"])
 
 
+class Lazy(nn.Module):
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.classifier = nn.LazyConv2d(num_classes, 1)
+
+
+class NoMultiple(Strided):
+    size_multiple = 0
+
+
+class NoHead(nn.Module):
+    head = "patches"  # of no such name
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.classifier = nn.Conv2d(num_classes, 1, 1)
+
+    def forward(self, label_map: Tensor) -> Tensor:
+        return self.classifier(label_map)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -251,6 +272,8 @@ def test_weights_load_from_a_file_by_either_name(tmp_path: Path) -> None:
         (Raises, "RuntimeError: out of order .*test_own_networks.py, line"),
         (NoClasses, "NoClasses does not take num_classes"),
         (no_network, "makes a list"),
+        (Lazy, "weight has no shape yet"),
+        (NoMultiple, "size_multiple=0"),
     ],
 )
 def test_what_is_no_segmentor_is_refused(network: object, message: str) -> None:
@@ -382,6 +405,7 @@ def test_a_discriminator_is_called_as_its_forward_is_written() -> None:
         (TwoScores, r"answers \(2, 2, 64, 64\), \(3, 2, 64, 64\)"),
         (Three, r"forward\(image, label_map, more\)"),
         (BlindToLabels, "no gradient reaches the label map"),
+        (NoHead, "head='patches'"),
     ],
 )
 def test_what_is_no_discriminator_is_refused(network: type, message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,37 @@ def load(overrides: list[str]) -> Config:
 def arguments(values: Mapping[str, Any]) -> list[str]:
     """Values from Python as `key=value` arguments: {"data": {"crop_px": 48}} -> data.crop_px=48.
 
-    Values: strings, numbers, booleans, None, paths, and lists of them.
+    Values: strings, numbers (of NumPy too), booleans, None, paths, and lists of them. Raises
+    InputError for others.
     """
-    return [
-        # JSON is YAML too: lists, true and null are read back as they were
-        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}"
-        for key, value in flattened(dict(values)).items()
-    ]
+    return [f"{key}={_as_text(key, value)}" for key, value in flattened(dict(values)).items()]
+
+
+def _as_text(key: str, value: Any) -> str:
+    if isinstance(value, str | Path):
+        return str(value)
+
+    def plain(other: Any) -> Any:
+        if isinstance(other, Path):
+            return str(other)
+        # numbers and arrays of NumPy, and tensors, have it
+        if hasattr(other, "tolist"):
+            return other.tolist()
+        got = f"{key}={other!r}, a {type(other).__name__}"
+        raise InputError(
+            got, "a string, a number, a bool, None, a path or a list", f"correct {key}"
+        )
+
+    # JSON is YAML too: lists, true and null are read back as they were
+    return json.dumps(value, default=plain)
+
+
+def words(overrides: Sequence[str]) -> list[str]:
+    """A list of `key=value` from Python. Raises InputError for one string, which is none."""
+    if isinstance(overrides, str):
+        needed, action = "a list of key=value", f"write [{overrides!r}]"
+        raise InputError(f"overrides {overrides!r}", needed, action)
+    return list(overrides)
 
 
 def override(config: Config, overrides: list[str]) -> Config:

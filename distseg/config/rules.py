@@ -199,6 +199,8 @@ def focal_or_smoothed(config: Config) -> None:
 def further_terms_within_bounds(config: Config) -> None:
     """Weights and steps of loss.terms are not negative, and no name is taken twice."""
     for name, term in config.loss.terms.items():
+        if not str(name).strip():
+            raise InputError(f"loss.terms.{name}", "a name", "write loss.terms.NAME")
         # both would be logged as loss/NAME, one over the other
         if name in BUILT_IN_TERMS:
             action = "give it another name, and name what it is in use"
@@ -220,6 +222,19 @@ def a_loss_to_minimise(config: Config) -> None:
     if config.mode == "supervised" and not loss.ce_weight and not others:
         got = "mode=supervised with loss.ce_weight=0 and no loss.terms"
         raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
+
+
+def options_of_the_network_alone(config: Config) -> None:
+    """No option stands in for what the package gives to each network by itself."""
+    given = ("name", "num_classes", "init", "init_partial")
+    for section, options in (
+        ("segmentor", config.segmentor.options),
+        ("discriminator", config.discriminator.options),
+    ):
+        for name in given:
+            if name in options:
+                got, action = f"{section}.options.{name}", f"remove {section}.options.{name}"
+                raise InputError(got, f"options other than {', '.join(given)}", action)
 
 
 def a_view_by_reference(config: Config) -> None:
@@ -258,6 +273,7 @@ RULES = (
     class_weights_of_a_kind,
     focal_or_smoothed,
     further_terms_within_bounds,
+    options_of_the_network_alone,
     a_loss_to_minimise,
     shards_to_train_on,
 )

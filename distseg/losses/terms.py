@@ -6,6 +6,7 @@ returns a sum and a count (see `FunctionTerm`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -196,7 +197,7 @@ class Auxiliary(CrossEntropy):
             raise InputError(
                 "a segmentor that returns no auxiliary logits while it trains",
                 'a dict with "out" and "aux"',
-                "remove the attribute has_auxiliary of the network",
+                "return them in every training step, or in none",
             )
         return self._sum(seen.auxiliary, seen.label)
 
@@ -265,6 +266,12 @@ class Dice(Term):
 
     smooth: float = 1.0
     name: str = "dice"
+
+    def __post_init__(self) -> None:
+        # below 0 the quotient may be divided by nothing
+        is_number = isinstance(self.smooth, int | float) and not isinstance(self.smooth, bool)
+        if not is_number or not 0 <= self.smooth < math.inf:
+            raise InputError(f"smooth={self.smooth}", "a number from 0 on", "correct smooth")
 
     def count(self, targets: Targets) -> Tensor:
         return valid_images(targets.label)

@@ -36,13 +36,18 @@ class OwnDiscriminator(nn.Module):
         self.network, self.num_classes = trial.network, num_classes
         self.num_inputs = _num_inputs(trial)
         own_size = getattr(self.network, "min_size_px", None)
-        self.min_size_px = 1 if own_size is None else int(own_size)
+        self.min_size_px = 1 if own_size is None else trial.positive("min_size_px", 1)
         # one size is tried whatever it asks for; the smallest is searched only where it does not
         # say
         large = max(LARGE, self.min_size_px)
         scores = _tried(trial, self, large, training=False)
         has_cells = scores[0].shape[-2:] != (1, 1)
         self.head = str(getattr(self.network, "head", "patch" if has_cells else "image"))
+        # its losses are means over cells or over images, by this word
+        if self.head not in ("patch", "image") or (self.head == "image" and has_cells):
+            got = f"head={self.head!r}, with scores of {tuple(scores[0].shape)}"
+            needed = "'patch', or 'image' where an image has one score"
+            raise trial.refused(got, needed, "correct the attribute head, or remove it")
         if own_size is None:
             self.min_size_px = next(
                 side for side in (*SIDES[:-1], large) if side == large or _takes(trial, self, side)

@@ -49,8 +49,8 @@ class OwnSegmentor(nn.Module):
                 # the class alone is changed: weights, statistics and whoever else holds the layer
                 # keep it
                 layer.__class__ = BatchNorm2d
-        self.min_size_px = int(getattr(self.network, "min_size_px", 32))
-        self.size_multiple = int(getattr(self.network, "size_multiple", 1))
+        self.min_size_px = trial.positive("min_size_px", 32)
+        self.size_multiple = trial.positive("size_multiple", 1)
         # a copy: forwards of the trial would move counters and statistics of the network that is
         # trained
         evaluated = Evaluated(trial, trial.copied().eval(), num_classes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from shards import user_code
 from shards.errors import InputError
@@ -28,7 +29,13 @@ def made(key: str, reference: str, num_classes: int, options: Mapping[str, Any])
     if not isinstance(network, nn.Module):
         got = f"{key}={reference} makes a {type(network).__name__}"
         raise InputError(got, "a torch.nn.Module", "return the network itself")
-    return Trial(network, code, key)
+    trial = Trial(network, code, key)
+    # a trial is of a copy, which would not give the network itself its shapes
+    lazy = [name for name, it in network.named_parameters() if is_lazy(it)]
+    if lazy:
+        needed = "parameters whose shapes the constructor knows, as of nn.Conv2d"
+        raise trial.refused(f"{lazy[0]} has no shape yet, as of nn.LazyConv2d", needed)
+    return trial
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,13 @@ class Trial:
             needed,
             action or f"correct {self.code.name}",
         )
+
+    def positive(self, name: str, default: int) -> int:
+        """An attribute of the network in pixels. Raises InputError for one that is no such."""
+        value = getattr(self.network, name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refused(f"{name}={value!r}", "a whole number of pixels, from 1 on")
+        return value
 
     def copied(self) -> nn.Module:
         """A copy to try: forwards change statistics, and whatever else a network counts."""

@@ -107,6 +107,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     # what the two readers raise for files that are cut, empty or something else
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        # torch's own message tells the user to open it without that protection
+        if isinstance(error, UnpicklingError):
+            reason = "it is no torch file, or holds more than tensors, which could run code"
         raise InputError(
             f"{path} cannot be read: {reason}", "a state dict of tensors only", action
         ) from None

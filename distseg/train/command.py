@@ -94,7 +94,7 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     On several ranks, one that is lost ends all processes, as the command does.
     """
     named = {} if preset is None else {"preset": preset}
-    config = loading.load([*overrides, *loading.arguments(named | keys)])
+    config = loading.load([*loading.words(overrides), *loading.arguments(named | keys)])
     # again in `joined`; here before shards are opened and networks are built for nothing
     check_alone()
     config = _with_code(config)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from distseg.losses.terms import (
     Auxiliary,
     CrossEntropy,
     FunctionTerm,
+    Head,
     Kind,
     MaskedCrossEntropy,
     Predicted,
@@ -135,14 +137,18 @@ def build_objective(
     )
     in_sums = loss.ce_reduction == "sum"
     terms: list[Term] = [CrossEntropy(pixels, in_sums)]
-    if getattr(segmentor, "has_auxiliary", False):
+    has_auxiliary = getattr(segmentor, "has_auxiliary", False)
+    if has_auxiliary:
         terms.append(Auxiliary(pixels, in_sums))
     further = [build_term(name, asked) for name, asked in loss.terms.items()]
     for term in further:
         if loss.terms[term.name].weight:
             _check_mode(term, config.mode)
+        _check_head(term, has_auxiliary)
     if samples is not None:
-        check_terms(further, samples.classes.num_classes)
+        # steps before it look as those of mode=supervised do
+        late = config.mode == "supervised" or loss.adv_start_step > 0
+        check_terms(further, samples.classes.num_classes, without_adversary=late)
     terms += further
     judging = _judging(config, discriminator)
     if config.mode != "supervised":
@@ -219,25 +225,55 @@ def _check_mode(term: Term, mode: str) -> None:
         raise InputError(got, f"mode={' or '.join(modes)}", action)
 
 
-def check_terms(terms: Sequence[Term], num_classes: int) -> None:
+def _check_head(term: Term, has_auxiliary: bool) -> None:
+    """Raise InputError for a term of images or of a head that there are not."""
+    key = f"loss.terms.{term.name}"
+    for name, choices in (("images", get_args(Kind)), ("head", get_args(Head))):
+        value = getattr(term, name)
+        if value not in choices:
+            got, needed = f"{key}: {name}={value!r}", f"one of: {', '.join(choices)}"
+            raise InputError(got, needed, f"correct {name} of the term")
+    if term.head == "auxiliary" and not has_auxiliary:
+        needed = "a segmentor that has an auxiliary head"
+        raise InputError(f"{key}, a term of the auxiliary logits", needed, f"remove {key}")
+
+
+def check_terms(
+    terms: Sequence[Term], num_classes: int, *, without_adversary: bool = False
+) -> None:
     """Raise InputError for a term that gives no finite sum with a gradient, on random images.
 
     So that what a term of the user's own gets wrong is said before data are read.
+    without_adversary: there are steps in which nothing is known of probabilities and scores.
     """
     for term in terms:
         seen = _random(num_classes)
-        source = seen.scores if term.through_discriminator else seen.logits
-        assert source is not None  # of `_random`
-        try:
-            count = term.count(seen.targets) if term.is_counted else None
-            found = term.local_sum(seen)
-        except Exception as error:  # whatever the user's own code raises
-            got = f"loss.terms.{term.name}: {type(error).__name__}: {error}"
-            raise InputError(got, _NEEDED, "correct the term") from error
-        problem = _problem_of_counts(term, count, found)
-        problem = problem or _problem_of(found[0] if term.chooses else found, source)
-        if problem:
-            raise InputError(f"loss.terms.{term.name}: {problem}", _NEEDED, "correct the term")
+        _try(term, seen)
+        if without_adversary and not _needs_adversary(term):
+            bare = replace(_random(num_classes), probabilities=None, scores=None)
+            _try(term, bare, " in a step without the adversary, which has no probabilities")
+
+
+def _try(term: Term, seen: Predicted, when: str = "") -> None:
+    """Raise InputError for what a term gets wrong on images."""
+    source = seen.scores if term.through_discriminator else seen.logits
+    assert source is not None  # of `_random`
+    # copies, to see whether it writes into what the other terms get, too
+    given = {"label": seen.label, "logits": seen.logits, "full_logits": seen.full_logits}
+    before = {name: tensor.detach().clone() for name, tensor in given.items()}
+    try:
+        count = term.count(seen.targets) if term.is_counted else None
+        found = term.local_sum(seen)
+    except Exception as error:  # whatever the user's own code raises
+        got = f"loss.terms.{term.name}{when}: {type(error).__name__}: {error}"
+        raise InputError(got, _NEEDED, "correct the term") from error
+    problem = _problem_of_counts(term, count, found)
+    for name, tensor in given.items():
+        if not torch.equal(tensor, before[name]):
+            problem = f"changes its {name} in place, which other terms read: work on a clone"
+    problem = problem or _problem_of(found[0] if term.chooses else found, source)
+    if problem:
+        raise InputError(f"loss.terms.{term.name}: {problem}", _NEEDED, "correct the term")
 
 
 _NEEDED = "a sum and a count (or of a Term the sum alone), the sum a finite scalar with a gradient"
@@ -251,8 +287,11 @@ def _problem_of_counts(term: Term, count: Any, found: Any) -> str:
             return f"a {type(found).__name__} instead of a sum and how many took part"
         # a plain number will do here: nothing is stacked with it
         counts.append(torch.tensor(found[1]) if isinstance(found[1], int | float) else found[1])
-    are_numbers = all(isinstance(each, Tensor) and not each.ndim for each in counts)
-    return "" if are_numbers else "a count that is no tensor of one number"
+    if not all(isinstance(each, Tensor) and not each.ndim for each in counts):
+        return "a count that is no tensor of one number"
+    # a count of 0 is of images without a valid pixel; these below would be taken for one
+    wrong = [float(each) for each in counts if not 0 <= float(each) < math.inf]
+    return f"a count of {wrong[0]}" if wrong else ""
 
 
 def _problem_of(total: Any, source: Tensor) -> str:
