@@ -249,6 +249,17 @@ class NoMultiple(Strided):
     size_multiple = 0
 
 
+class LayerCalledHead(nn.Module):
+    """As many networks have one: it says nothing of the scores."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.head = nn.Conv2d(num_classes, 1, 1)
+
+    def forward(self, label_map: Tensor) -> Tensor:
+        return self.head(label_map)
+
+
 class NoHead(nn.Module):
     head = "patches"  # of no such name
 
@@ -386,6 +397,7 @@ def test_a_discriminator_is_called_as_its_forward_is_written() -> None:
     maps = [torch.rand(k, NUM_CLASSES, 16, 16) for k in (2, 3)]
     plain, pair, every = judge(OnLabelMap), judge(OnOneOfEach), judge(OnAll)
     assert [it.head for it in (plain, pair, every)] == ["patch", "image", "image"]
+    assert judge(LayerCalledHead).head == "patch"
     assert [it.min_size_px for it in (plain, pair, every)] == [4, 4, 4]
     for found, label_map in zip(plain(image, *maps), maps, strict=True):
         assert torch.equal(found, plain.network(label_map)) and found.shape[1:] == (1, 4, 4)

@@ -42,7 +42,10 @@ class OwnDiscriminator(nn.Module):
         large = max(LARGE, self.min_size_px)
         scores = _tried(trial, self, large, training=False)
         has_cells = scores[0].shape[-2:] != (1, 1)
-        self.head = str(getattr(self.network, "head", "patch" if has_cells else "image"))
+        own_head = getattr(self.network, "head", None)
+        # a word: many networks call a layer of theirs so
+        is_said = isinstance(own_head, str)
+        self.head = str(own_head) if is_said else "patch" if has_cells else "image"
         # its losses are means over cells or over images, by this word
         if self.head not in ("patch", "image") or (self.head == "image" and has_cells):
             got = f"head={self.head!r}, with scores of {tuple(scores[0].shape)}"
