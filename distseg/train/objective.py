@@ -141,10 +141,7 @@ def build_objective(
     if has_auxiliary:
         terms.append(Auxiliary(pixels, in_sums))
     further = [build_term(name, asked) for name, asked in loss.terms.items()]
-    for term in further:
-        if loss.terms[term.name].weight:
-            _check_mode(term, config.mode)
-        _check_head(term, has_auxiliary)
+    _check_places(further, config, has_auxiliary)
     if samples is not None:
         # steps before it look as those of mode=supervised do
         late = config.mode == "supervised" or loss.adv_start_step > 0
@@ -212,6 +209,14 @@ def _own_term(name: str, reference: str, options: dict[str, Any]) -> Term:
         raise InputError(f"{key}.use={reference}", needed, f"correct {loaded.name}")
     term.name = name
     return term
+
+
+def _check_places(terms: Sequence[Term], config: Config, has_auxiliary: bool) -> None:
+    """Raise InputError for a term of what this run does not have."""
+    for term in terms:
+        _check_head(term, has_auxiliary)
+        if config.loss.terms[term.name].weight:
+            _check_mode(term, config.mode)
 
 
 def _check_mode(term: Term, mode: str) -> None:
