@@ -52,6 +52,9 @@ def test_options_and_weights_are_of_the_network_that_is_named_wherever_they_stan
         assert (
             before.segmentor.options == {"dropout": 0.2} and before.segmentor.init == "weights.pth"
         )
+    # and with the network that they were said of they go
+    other = ["segmentor=multiscale", "segmentor.options.hidden=64", "segmentor=fcn32s_vgg16"]
+    assert loading.load(["preset=toy", "segmentor.init=random", *other]).segmentor.options == {}
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:

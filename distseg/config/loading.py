@@ -214,8 +214,7 @@ def _split(item: str) -> tuple[str, str]:
 
 
 def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
-    # names first: what else an argument says of a network is of the one that is named
-    for key, value in sorted(pairs, key=lambda pair: not _names_network(pair[0])):
+    for key, value in _behind_their_network(pairs):
         section = key.rpartition(".")[0]
         # options of one network mean nothing, or something else, to another
         if _names_network(key) and value != OmegaConf.select(merged, key):
@@ -237,6 +236,23 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     _make_references_absolute(config)
     check(config, flattened(to_dict(config)))
     return config
+
+
+def _behind_their_network(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The overrides, with what is said of a network before it is first named moved behind that.
+
+    It is of the network that is named. What is said after a name goes with it when another follows.
+    """
+    first: dict[str, int] = {}
+    for place, (key, _) in enumerate(pairs):
+        if _names_network(key):
+            first.setdefault(key.rpartition(".")[0], place)
+
+    def order(place: int) -> tuple[int, int]:
+        named = first.get(pairs[place][0].partition(".")[0], -1)
+        return (named, 1) if place < named else (place, 0)
+
+    return [pairs[place] for place in sorted(range(len(pairs)), key=order)]
 
 
 def _names_network(key: str) -> bool:
