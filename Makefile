@@ -24,12 +24,14 @@ slurm-demo: $(VENV)/.user  # as root, with Debian's slurmctld slurmd slurm-clien
 	test -d $(SHARDS) || ($(BIN)/distseg prepare toy --out data/toy.h5 && $(BIN)/distseg pack data/toy.h5 --out data/toy)
 	$(BIN)/python -m tests.slurm.cluster tests/slurm/demo.sh $(SHARDS)
 
+# two tests at a time, each on up to three processes: most wait for something now and then
+JOBS ?= 2
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest -q --ignore=tests/slurm
+	$(BIN)/python -m pytest -q --ignore=tests/slurm -n $(JOBS) --dist worksteal
 
 # as a CPU without AVX512 and bf16 computes; on such a CPU it is what `make test` does
 test-avx2: $(VENV)/.developer
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q --ignore=tests/slurm -m 'cpu and not slow'
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q --ignore=tests/slurm -n $(JOBS) -m 'cpu and not slow'
 
 # a real cluster on this machine; as root, with slurmctld slurmd slurm-client munge from apt-get install
 test-slurm: $(VENV)/.developer

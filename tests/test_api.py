@@ -45,6 +45,12 @@ def result(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(toy_shards, tmp_path_factory.mktemp("api") / "run")
 
 
+@pytest.fixture(autouse=True)
+def nothing_frozen() -> None:
+    """As in a program that has not trained yet: tests before may have, by the command."""
+    gc.unfreeze()
+
+
 def process_state() -> dict[str, Any]:
     """What a library must leave as it finds it."""
     return {
