@@ -62,7 +62,11 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
     # said, not only done: who counts the files would miss them
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
-    return DataSet(KITTI_ROAD, pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)
+    return DataSet(
+        KITTI_ROAD,
+        pair_tasks(root, pairs, masked_sample, coding=CODING, source="kitti_road"),
+        notes,
+    )
 
 
 def _masks(folder: Path, task: str) -> dict[str, Path]:
