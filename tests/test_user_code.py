@@ -208,3 +208,24 @@ def test_a_call_is_refused_for_what_it_does_not_take_or_needs(folder: Path) -> N
         make("net", depth=1)
     with pytest.raises(InputError, match=r"KeyError: 'depth' .*calls.py, line 1"):
         make("net", width=1)
+
+
+@pytest.mark.parametrize("what", ["raise SystemExit(0)", "raise KeyboardInterrupt"])
+def test_what_leaves_the_program_is_an_error_of_the_file(what: str, tmp_path: Path) -> None:
+    at_import, in_call = tmp_path / "leaves.py", tmp_path / "net.py"
+    at_import.write_text(f"class Net: pass\n{what}\n")
+    refused(f"{at_import}:Net", r"leaves.py, line 2\)")
+    in_call.write_text(f"def net(num_classes):\n    {what}\n")
+    loaded = user_code.load(f"{in_call}:net", "segmentor")
+    with pytest.raises(InputError, match=r"net.py, line 2\)"):
+        user_code.call(loaded, "segmentor", {}, "segmentor.options", num_classes=3)
+
+
+def test_a_signal_that_interrupts_code_of_the_users_own_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import os, signal\ndef net(num_classes):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while True: pass\n"
+    )
+    loaded = user_code.load(f"{tmp_path}/net.py:net", "segmentor")
+    with pytest.raises(KeyboardInterrupt):
+        user_code.call(loaded, "segmentor", {}, "segmentor.options", num_classes=3)
