@@ -143,7 +143,7 @@ def check(config: Config, world_size: int) -> Prepared:
         tensorboard.check_installed()
     # the shards alone know how many classes there are, so data come before networks
     data = open_data(config, world_size)
-    networks = build_networks(config, data.train.classes.num_classes)
+    networks = build_networks(config, data.train.classes.num_classes, world_size)
     return Prepared(data, networks, build_objective(config, *networks, data.train))
 
 
