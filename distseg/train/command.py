@@ -183,7 +183,7 @@ def train_and_show(
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
+        scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
-        scores = trainer.evaluator.report(trainer.state.step) if done else {}
         return TrainResult(run_directory.path, trainer.state.step, done, scores)

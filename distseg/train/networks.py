@@ -50,7 +50,7 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     discriminator = build_discriminator(
         chosen.name, num_classes, init=init, label_map_px=images.label_map_px, **chosen.options
     )
-    _check_size(config, images.label_map_px, int(discriminator.min_size_px))  # type: ignore[arg-type]
+    _check_size(config, images.label_map_px, discriminator)
     # in training mode, on random images: a parameter without a gradient would leave other ranks
     # waiting
     check_training(chosen.name, discriminator)
@@ -115,9 +115,10 @@ def _check_learns(config: Config, segmentor: nn.Module) -> None:
         raise InputError(got, needed, "freeze less, for example the encoder alone")
 
 
-def _check_size(config: Config, label_map_px: int, min_size_px: int) -> None:
+def _check_size(config: Config, label_map_px: int, discriminator: nn.Module) -> None:
     """Raise InputError unless label maps are as large as the discriminator needs."""
     crop_px = config.data.crop_px
+    min_size_px = int(discriminator.min_size_px)  # type: ignore[arg-type]
     stride = -(-crop_px // label_map_px)
     if label_map_px < min_size_px:
         got = f"data.crop_px={crop_px}: label maps of {label_map_px} pixels at stride {stride}"

@@ -136,23 +136,21 @@ def build_objective(
         ohem_threshold=loss.ohem_threshold,
         ohem_min_share=loss.ohem_min_share,
     )
-    in_sums, judging = loss.ce_reduction == "sum", _judging(config, discriminator)
+    in_sums = loss.ce_reduction == "sum"
     terms: list[Term] = [CrossEntropy(pixels, in_sums)]
     has_auxiliary = getattr(segmentor, "has_auxiliary", False)
     if has_auxiliary:
         terms.append(Auxiliary(pixels, in_sums))
     further = [build_term(name, asked) for name, asked in loss.terms.items()]
     _check_places(further, config, has_auxiliary)
-    if samples is not None:
+    if samples is not None and further:
         # steps before it look as those of mode=supervised do
         late = config.mode == "supervised" or loss.adv_start_step > 0
-        check_terms(
-            further,
-            samples.classes.num_classes,
-            without_adversary=late,
-            score_side=_score_side(config, segmentor, discriminator) if further else 8,
-        )
+        side = _score_side(config, segmentor, discriminator)
+        num_classes = samples.classes.num_classes
+        check_terms(further, num_classes, without_adversary=late, score_side=side)
     terms += further
+    judging = _judging(config, discriminator)
     if config.mode != "supervised":
         terms.append(_adversarial("adversarial", "labelled", loss, judging))
     if config.mode == "semi_supervised":
