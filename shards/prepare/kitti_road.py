@@ -55,9 +55,10 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
         )
         for split, id_ in each_id(splits)
     ]
-    others, notes = len(images.keys() - wanted), ()
+    others = len(images.keys() - wanted)
+    notes: tuple[str, ...] = ()
     if others:
-        notes = (f"{others} training images are not of the scenes with lanes",)
+        notes += (f"{others} training images are not of the scenes with lanes",)
     # said, not only done: who counts the files would miss them
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
