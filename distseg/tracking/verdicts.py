@@ -107,16 +107,16 @@ def _not_finite(row: MetricsRow, before: MetricsRow) -> float | None:
 
 def _growth(row: MetricsRow, before: MetricsRow) -> float | None:
     """The power of ten by which a loss is above the level that it began at; the largest one."""
-    highest = before.get(HIGHEST_LEVEL, SUM_LEVEL)
-    powers = []
+    highest = float(before.get(HIGHEST_LEVEL, SUM_LEVEL))
+    powers: list[float] = []
     for name in LEVELLED:
-        value = row.get(name, math.nan)
+        value = float(row.get(name, math.nan))
         if math.isfinite(value):
             # from 1 nat on, since a loss that began near 0 may well become 100 times as large; and
             # up to what an untrained network can have, since a run may explode before its first row
-            level = min(max(1.0, before.get(LEVEL + name, highest)), highest)
+            level = min(max(1.0, float(before.get(LEVEL + name, highest))), highest)
             powers.append(math.log10(max(value, 1.0) / level))
-    return max(powers, default=None)
+    return max(powers) if powers else None
 
 
 def _wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
