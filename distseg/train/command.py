@@ -33,6 +33,7 @@ from distseg.train.headline import extension
 from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
+from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
 from distseg.train.showcase import score_again, show
 
@@ -113,6 +114,7 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         # A shard from far away may take longer than the time limit. Its bytes count as signs of
         # life, or the watchdog would end a job that merely waits for the network.
         prepared.data.tell(watchdog.keep_alive)
+        check_same_code(ranks, config)
         # From here on a signal asks for a stop at a step boundary; until now it ended the process,
         # which had nothing to lose.
         stop = StopRequest()
