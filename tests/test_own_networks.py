@@ -590,3 +590,15 @@ def test_all_of_the_logits_way_frozen_is_refused() -> None:
     for more in ("loss.aux_weight=0", "mode=adversarial"):
         with pytest.raises(InputError, match="all that the logits come from"):
             build_networks(loading.load(settings(own, freeze, more)), NUM_CLASSES)
+
+
+def test_a_run_that_goes_on_needs_its_first_weights_no_more(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    own = settings(f"segmentor={reference(Strided)}", f"run_dir={run_dir}")
+    config = loading.load([*own, f"segmentor.init={tmp_path}/gone.pth"])
+    with pytest.raises(InputError, match="no file of weights"):
+        build_networks(config, NUM_CLASSES)
+    (run_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    segmentor, _ = build_networks(config, NUM_CLASSES)
+    assert segmentor.awaits_checkpoint  # without one, `build_trainer` refuses to begin

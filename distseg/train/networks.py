@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from distseg.config.schema import Config
 from distseg.models import (
+    Weights,
     build_discriminator,
     build_segmentor,
     check_step,
@@ -20,6 +22,7 @@ from distseg.models import (
 from distseg.models.freezing import freeze
 from distseg.models.trial import StepImages, shaped
 from distseg.parallel.sync_batch_norm import synchronise
+from distseg.runs import checkpoint
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
 
@@ -42,10 +45,11 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     torch.manual_seed(config.seed)
     # the segmentor first: with or without a discriminator a seed gives it the same weights
     segmentor = _segmentor(config, num_classes, world_size)
+    segmentor.awaits_checkpoint = is_resumed(config)  # type: ignore[assignment]
     if config.mode == "supervised":
         return Networks(segmentor, None)
     chosen = config.discriminator
-    init = initial_weights(chosen.init, "discriminator")
+    init = _first_weights(config, "discriminator")
     images = _step_images(config, world_size, segmentor)
     discriminator = build_discriminator(
         chosen.name, num_classes, init=init, label_map_px=images.label_map_px, **chosen.options
@@ -76,7 +80,7 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     segmentor = build_segmentor(
         chosen.name,
         num_classes,
-        init=initial_weights(chosen.init, "segmentor"),
+        init=_first_weights(config, "segmentor"),
         init_partial=chosen.init_partial,
         **chosen.options,
     )
@@ -98,6 +102,23 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     freeze(segmentor, chosen.freeze)
     _check_learns(config, segmentor)
     return segmentor
+
+
+def _first_weights(config: Config, network: str) -> str | Weights:
+    """Of a network; "random" where a checkpoint is about to replace them.
+
+    So a run goes on where its file of first weights is gone. `build_trainer` sees to it that there
+    is a checkpoint then.
+    """
+    if is_resumed(config):
+        return "random"
+    chosen = config.segmentor if network == "segmentor" else config.discriminator
+    return initial_weights(chosen.init, network)
+
+
+def is_resumed(config: Config) -> bool:
+    """Whether the run has a checkpoint that it goes on from."""
+    return bool(checkpoint.published(Path(config.run_dir) / checkpoint.FOLDER))
 
 
 def _check_learns(config: Config, segmentor: nn.Module) -> None:
