@@ -54,7 +54,7 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     discriminator = build_discriminator(
         chosen.name, num_classes, init=init, label_map_px=images.label_map_px, **chosen.options
     )
-    _check_size(config, images.label_map_px, discriminator)
+    _check_size(config, images.label_map_px, _stride(config, segmentor), discriminator)
     # in training mode, on random images: a parameter without a gradient would leave other ranks
     # waiting
     check_training(chosen.name, discriminator)
@@ -65,13 +65,12 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
 def _step_images(config: Config, world_size: int, segmentor: nn.Module) -> StepImages:
     """What the networks get at a time, on one of so many ranks."""
     parts, crop_px = world_size * config.gradient_accumulation_steps, config.data.crop_px
-    stride = int(segmentor.output_stride)  # type: ignore[arg-type]
     unlabelled = config.semi.batch_size or config.batch_size
     return StepImages(
         num_labelled=config.batch_size // parts,
         num_unlabelled=unlabelled // parts if config.mode == "semi_supervised" else 0,
         side_px=crop_px,
-        label_map_px=crop_px if config.loss.map_resolution == "image" else -(-crop_px // stride),
+        label_map_px=-(-crop_px // _stride(config, segmentor)),
     )
 
 
@@ -88,6 +87,8 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     # wrote it
     check_training(chosen.name, segmentor)
     images = _step_images(config, world_size, segmentor)
+    if config.loss.adv_start_step:  # before it steps are of labelled images alone
+        images = replace(images, num_unlabelled=0)
     if chosen.batch_norm == "synchronised":
         # its statistics are of all ranks' images together
         images = replace(images, num_labelled=images.num_labelled * world_size)
@@ -136,11 +137,16 @@ def _check_learns(config: Config, segmentor: nn.Module) -> None:
         raise InputError(got, needed, "freeze less, for example the encoder alone")
 
 
-def _check_size(config: Config, label_map_px: int, discriminator: nn.Module) -> None:
+def _stride(config: Config, segmentor: nn.Module) -> int:
+    """Of the label maps that the discriminator judges."""
+    at_image_size = config.loss.map_resolution == "image"
+    return 1 if at_image_size else int(segmentor.output_stride)  # type: ignore[arg-type]
+
+
+def _check_size(config: Config, label_map_px: int, stride: int, discriminator: nn.Module) -> None:
     """Raise InputError unless label maps are as large as the discriminator needs."""
     crop_px = config.data.crop_px
     min_size_px = int(discriminator.min_size_px)  # type: ignore[arg-type]
-    stride = -(-crop_px // label_map_px)
     if label_map_px < min_size_px:
         got = f"data.crop_px={crop_px}: label maps of {label_map_px} pixels at stride {stride}"
         needed = f"at least {min_size_px} pixels for the discriminator {config.discriminator.name}"
