@@ -121,6 +121,11 @@ class Trained:
         return evaluator.report(self.step)
 
     def _probabilities(self, image: Image) -> torch.Tensor:
+        if not isinstance(image, np.ndarray | str | Path):
+            got, needed = f"an image of type {type(image).__name__}", "a NumPy array, or a path"
+            raise InputError(
+                got, f"{needed}: (H, W, 3) uint8 RGB", "convert it, as np.asarray does"
+            )
         pixels = image if isinstance(image, np.ndarray) else _read(Path(image))
         # as the run evaluates, so that pictures and scores are of the same probabilities
         options = of_run(PredictOptions(), self.config, self.device)

@@ -300,7 +300,8 @@ def image_probabilities(
         )
 
     # whole where it fits: a window has less context at its edges
-    if max(image.shape[:2]) <= options.max_px:
+    # one of another form too, which is refused there
+    if image.ndim != 3 or max(image.shape[:2]) <= options.max_px:
         return at_once(image)
     # multiples of 32, on which the cells of all windows fall together
     window_px = options.max_px // 32 * 32

@@ -8,6 +8,7 @@ is ever taken from a run directory: those are passed on, and to open one must ru
 from __future__ import annotations
 
 import difflib
+import dis
 import hashlib
 import importlib
 import importlib.util
@@ -119,7 +120,9 @@ def call(
     except InputError:
         raise
     # whatever it is: the frames of ours above it would hide the user's own line
-    except Exception as error:
+    except BaseException as error:
+        if not is_own(error):
+            raise
         got = f"{said}: {told(error, code.path)}"
         raise InputError(got, "a call that comes to its end", f"correct {code.name}") from error
 
@@ -167,6 +170,23 @@ def told(error: BaseException, path: Path | None = None) -> str:
     # the user's own line rather than the library's that it called
     last = (own or frames)[-1:]
     return f"{text} ({last[0].filename}, line {last[0].lineno})" if last else text
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether code has raised an error itself; False: Ctrl-C has interrupted it.
+
+    SystemExit is its own: who calls it means to use it, and not to end by it.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return not isinstance(error, GeneratorExit)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    # a signal interrupts at any instruction, the code's own at its `raise`
+    return trace is not None and trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
+
+
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class ImportedFiles:
@@ -324,7 +344,9 @@ def _errors_told(said: str, path: Path | None, command: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (Exception, SystemExit) as error:  # the latter: a script, which parses its arguments
+    except BaseException as error:  # SystemExit too: of a script, which parses its arguments
+        if not is_own(error):
+            raise
         got = f"{said} cannot be imported: {told(error, path)}"
         action = f"correct it; {command} shows the whole error"
         raise InputError(got, "a file that can be imported", action) from error

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
+from distseg.distributed.ranks import Ranks
+from distseg.distributed.watchdog import LostRankError, Watchdog
 from distseg.runs import attempts
+from distseg.train.attempt import noted
 from shards.errors import InputError
 
 
@@ -60,3 +67,41 @@ def test_an_end_belongs_to_the_start_of_its_label(
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     attempts.Note(None, ["a"], 0).finish(1, "done")
     assert attempts.read(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+def test_an_attempt_has_one_end(tmp_path: Path) -> None:
+    note = attempts.Note(tmp_path, ["a", "b"], 0)
+    # as when a rank is lost: its collective fails, and the watchdog's thread has found out
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda step: note.finish(step, "failed", "rank 1 is gone"), range(8)))
+    note.fail(9, RuntimeError("Connection closed by peer"))
+    lines = (tmp_path / attempts.FILE_NAME).read_text().splitlines()
+    assert ["end" in line for line in lines] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "reason"),
+    [
+        (RuntimeError("[gloo] Connection closed by peer"), "failed", "rank 1 on b has failed: x"),
+        (InputError("bad", "good", "mend"), "refused", "bad"),
+        (KeyboardInterrupt(), "killed", ""),
+        (SystemExit(0), "failed", "RuntimeError: SystemExit: 0"),
+    ],
+)
+def test_of_a_lost_rank_the_watchdogs_words_are_noted(
+    error: BaseException, outcome: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = Watchdog(Ranks(0, 1, 0, torch.device("cpu")), 5.0)
+    lost = LostRankError("rank 1 on b has failed: x")
+    monkeypatch.setattr(watchdog, "explain", lambda e: lost if isinstance(e, RuntimeError) else e)
+    trainer = MagicMock(
+        ranks=watchdog._ranks, watchdog=watchdog, config=SimpleNamespace(run_dir=str(tmp_path))
+    )
+    trainer.state.step = 4
+    ends = pytest.raises((LostRankError, InputError, KeyboardInterrupt))
+    with ends, watchdog, noted(trainer, MagicMock()):
+        raise error
+    text = (tmp_path / attempts.FILE_NAME).read_text()
+    assert text.count('"end"') == (outcome != "killed")
+    (attempt,) = attempts.read(tmp_path)
+    assert (attempt.outcome, attempt.reason) == (outcome, reason)

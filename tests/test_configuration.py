@@ -15,6 +15,8 @@ from distseg.config import compare, loading, reference
 from distseg.config.keys import Key, key, keys_of
 from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_names
 from distseg.config.schema import Config
+from distseg.runs import checkpoint
+from distseg.train.initial import initial_weights
 from shards.errors import InputError
 
 
@@ -337,3 +339,52 @@ def test_an_option_that_the_package_gives_is_refused(option: str) -> None:
 def test_a_loss_term_has_a_name() -> None:
     with pytest.raises(InputError, match="a name"):
         loading.load(["preset=toy", "loss.terms={'': {use: dice}}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.terms.dice=abc", r"loss\.terms\.dice=abc\n.*weight, a number"),
+        ("loss.terms.dice=null", r"loss\.terms\.dice=None\n.*weight, a number"),
+        ("loss.terms=3", r"loss\.terms=3\n.*terms by their names"),
+        ("loss.terms.dice.wieght=1", r"dice\.wieght\n.*one of: use, weight.*\n.*weight"),
+        ("loss.terms.loss/x=1", r"loss/x\n.*letters"),
+        ("loss.terms.discriminator.use=dice", r"a name that no built-in term has"),
+    ],
+)
+def test_a_wrong_term_is_told_in_the_words_of_the_configuration(
+    override: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as found:
+        loading.load(["preset=toy", override])
+    assert "TermConfig" not in str(found.value)
+    short = loading.load(["preset=toy", "loss.terms={dice: 3}"])
+    assert short.loss.terms["dice"].weight == 3.0
+
+
+def test_an_adversarial_run_has_a_loss() -> None:
+    zero = ["preset=toy", "mode=adversarial", "loss.ce_weight=0", "loss.adv_weight=0"]
+    with pytest.raises(InputError, match=r"mode=adversarial with loss\.ce_weight=0"):
+        loading.load(zero)
+    loading.load([*zero, "loss.adv_weight=0.1"])
+    loading.load([*zero, "loss.terms.dice=1"])
+
+
+def test_a_run_is_not_extended_to_fewer_steps(tmp_path: Path) -> None:
+    config = loading.load(["preset=toy", "steps=12"])
+    (tmp_path / "config.yaml").write_text(loading.to_yaml(config))
+    fewer = loading.override(config, ["steps=5", "extend=true"])
+    with pytest.raises(InputError, match=r"extend=true with steps=5, and .* of 12 steps"):
+        loading.check_same(tmp_path, fewer)
+
+
+def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="train first"):
+        checkpoint.find(tmp_path, "77")
+    folder = tmp_path / "checkpoints" / "step-00000012"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no checkpoint '77'[\s\S]*or last: 12$"):
+        checkpoint.find(tmp_path, "77")
+    with pytest.raises(InputError, match=r"segmentor\.init=.*@\n"):
+        initial_weights(f"{tmp_path}@", "segmentor")

@@ -138,7 +138,7 @@ def test_a_run_that_is_extended_is_one_that_was_always_so_long(
     train(toy_shards, run_dir, steps=2)
     with pytest.raises(InputError, match="write extend=true to train on to step 4"):
         train(toy_shards, run_dir, steps=4)
-    with pytest.raises(InputError, match="steps: 2 there, 1 now"):
+    with pytest.raises(InputError, match="extend=true with steps=1"):
         train(toy_shards, run_dir, steps=1, extend=True)
     capfd.readouterr()
     assert contents(train(toy_shards, run_dir, steps=4, extend=True)) == contents(whole)

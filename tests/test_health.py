@@ -17,7 +17,7 @@ from distseg.config.schema import TrackingConfig
 from distseg.tracking.catalogue import RATIO
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import open_tracker, read_metrics
-from distseg.tracking.verdicts import CHECKS, NAMED
+from distseg.tracking.verdicts import CHECKS, MEAN_LEVEL, NAMED
 from tests.test_train import SEMI, SMALL
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README
@@ -50,6 +50,7 @@ BAD: dict[str, dict[str, Any]] = {
     "no_influence": {RATIO: 1.3e-4},
     "mask_is_empty": {"semi/mask_share": 0.0},
     "not_finite": {"loss/adversarial": math.nan},
+    "exploding": {"loss/cross_entropy": 300.0},
     "data_starved": {"data_wait_seconds": 0.3},
     "slow_rank": {"ranks/slowest_ratio": 1.5},
 }
@@ -263,3 +264,27 @@ def test_a_toy_run_with_an_empty_mask_says_so_in_the_terminal_and_on_the_disk(
         assert all(name in row for row in rows), name
     assert (tmp_path / "run" / "tables" / "classes-step-00000009.csv").is_file()
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 1
+
+
+def of_loss(step: int, value: float) -> dict[str, Any]:
+    return {"step": step, "loss/cross_entropy": value, "loss/segmentor": value}
+
+
+@pytest.mark.parametrize("value", [1e6, 1e20, 1e33])
+def test_an_explosion_is_told_before_it_is_infinite(value: float) -> None:
+    for rows in ([of_loss(1, 2.1), of_loss(2, value)], [of_loss(10, value)]):
+        # from the first row on it is known by what an untrained network has
+        assert names(Health(rows, highest_level=MEAN_LEVEL)) == {"exploding"}
+    assert names(Health([of_loss(1, 2.1), of_loss(2, value)])) == {"exploding"}
+    grown = [of_loss(step, 3.0 * 10.0**step) for step in range(5)]
+    assert [event.step for event in Health(grown).events] == [2]
+
+
+def test_sums_over_pixels_and_small_losses_that_come_back_are_no_explosion() -> None:
+    sums = [of_loss(step, value) for step, value in enumerate((1.6e6, 9e5, 4e4, 1.2e6))]
+    assert not Health(sums).events
+    # a discriminator that was sure, and is mistaken for once
+    rows = [{"step": step, "loss/discriminator_fake": 0.7} for step in range(5)]
+    rows += [{"step": step, "loss/discriminator_fake": 1e-6} for step in range(5, 50)]
+    rows += [{"step": 50, "loss/discriminator_fake": 60.0}]
+    assert not Health(rows, MEAN_LEVEL).events

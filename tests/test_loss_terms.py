@@ -22,10 +22,18 @@ from distseg.losses.overlap import dice_sum, lovasz_softmax_sum
 from distseg.losses.terms import FunctionTerm, Predicted, Targets, Term
 from distseg.parallel import wrap
 from distseg.train.batch import Images
+from distseg.train.counts import Counts
+from distseg.train.finite import not_finite as not_finite_step
 from distseg.train.headline import without_effect
-from distseg.train.objective import build_objective, build_term, check_terms
+from distseg.train.objective import (
+    Judging,
+    Objective,
+    build_objective,
+    build_term,
+    check_terms,
+)
 from distseg.train.schedules import phase
-from distseg.train.step import Pair, training_step
+from distseg.train.step import Pair, term_mean, training_step
 from shards.errors import InputError
 from shards.sample import ClassSet
 from tests.ranks import run_ranks
@@ -489,3 +497,38 @@ def test_unknown_terms_and_options_are_refused_by_name() -> None:
         build_term("dicey", config.loss.terms["dicey"])
     with pytest.raises(InputError, match="smoth"):
         build_term("dice", config.loss.terms["dice"])
+
+
+def divided(ranks: Ranks, of_rank_1: list[float]) -> list[float]:
+    logits, label = make()
+    seen = Predicted(torch.zeros(3, 3, 8, 8), Targets.at(label, (2, 2)), logits.detach())
+    values = []
+    for count in of_rank_1:
+        own = count if ranks.rank else 20.0
+        term = FunctionTerm(lambda logits, label, own=own: (logits.sum(), own), "mine")
+        of_step = Counts.over_ranks(Objective((term,), Judging()), {"labelled": seen.targets}, 1)
+        values.append(float(term_mean(term, seen, of_step)[0] / seen.full_logits.sum()))
+    return values
+
+
+def test_a_count_that_is_none_on_one_rank_is_nan_on_all() -> None:
+    for found in run_ranks(2, divided, [math.nan, -1.0, math.inf, 0.0, 20.0]):
+        assert all(math.isnan(value) for value in found[:3])
+        # 2 ranks, whose gradients are averaged
+        assert found[3:] == pytest.approx([2 / 20, 2 / 40])
+
+
+def test_a_run_that_is_not_finite_any_more_ends_with_an_error() -> None:
+    config = loading.load(["data.shards=unused", "steps=50", "loss.terms.mine.use=a.py:f"])
+    bad = {"loss/cross_entropy": 2.0, "loss/mine": math.nan, "loss/segmentor": math.nan}
+    error = not_finite_step(config, 10, bad)
+    assert error is not None and "loss.terms.mine is nan at step 10" in error.got
+    all_bad = dict.fromkeys(bad, math.inf)
+    # one such step is a blip, twenty in a row are not, nor is the last
+    assert not_finite_step(config, 10, all_bad | {"skips_in_a_row/segmentor": 1.0}) is None
+    error = not_finite_step(config, 40, all_bad | {"skips_in_a_row/segmentor": 20.0})
+    assert error is not None and "20 non-finite gradients in a row" in error.got
+    assert "cross_entropy, mine, segmentor" in error.got
+    error = not_finite_step(config, 50, all_bad | {"skips_in_a_row/segmentor": 1.0})
+    assert error is not None and "at the last step, 50" in error.got
+    assert not_finite_step(config, 50, dict.fromkeys(bad, 1.0)) is None

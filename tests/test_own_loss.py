@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from distseg.config import loading
 from distseg.config.schema import TermConfig
-from distseg.train.objective import build_term, check_terms
+from distseg.models import build_discriminator, build_segmentor
+from distseg.train.objective import build_objective, build_term, check_terms
 from shards import user_code
 from shards.errors import InputError
 from tests.ranks import TIMEOUT_SECONDS, Job
@@ -94,3 +97,75 @@ def test_a_class_of_ones_own_is_a_term_on_unlabelled_images(tmp_path: Path) -> N
         build_term("mine", TermConfig(f"{path}:Entropy", options={"pwoer": 2.0}))
     with pytest.raises(InputError, match=r"derives from distseg\.losses\.Term"):
         build_term("mine", TermConfig(f"{path}:NoTerm"))
+
+
+OWN = """
+import sys
+import torch
+from distseg.losses import Term
+
+
+def mean_alone(logits, label):
+    return logits.mean()
+
+
+def leaves(logits, label):
+    sys.exit(0)
+
+
+class Hinge(Term):
+    through_discriminator = True
+
+    def count(self, targets):
+        return torch.tensor(len(targets.label), dtype=torch.float64)
+
+    def local_sum(self, seen):
+        if seen.scores.shape[-1] != self.side:
+            raise ValueError(f"scores of {tuple(seen.scores.shape)}")
+        return seen.scores.relu().sum() + seen.scores.sum()
+
+
+class PerImage(Hinge):
+    side = 1
+
+
+class PerCell(Hinge):
+    side = 2  # of the two-branch network's, where label maps have 8
+"""
+
+
+def test_what_an_own_term_gets_wrong_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    for name, message in (
+        ("mean_alone", "loss.terms.mine: the function returned a Tensor"),
+        ("leaves", "loss.terms.mine: SystemExit: 0"),
+    ):
+        with pytest.raises(InputError) as found:
+            check_terms([build_term("mine", TermConfig(f"{tmp_path}/own.py:{name}"))], 4)
+        text = str(found.value)
+        assert text.startswith(message) and text.count("needed:") == text.count("to do:") == 1
+
+
+@pytest.mark.parametrize(("head", "own"), [("gap", "PerImage"), ("patch", "PerCell")])
+def test_own_terms_are_tried_with_scores_as_the_discriminator_gives_them(
+    head: str, own: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    other = {"PerImage": "PerCell", "PerCell": "PerImage"}[own]
+    config = loading.load(
+        [
+            *("data.shards=unused", "mode=adversarial", "data.crop_px=64"),
+            *("segmentor=multiscale", "segmentor.init=random", "discriminator=two_branch"),
+            *(f"discriminator.options.head={head}", "discriminator.options.width=0.25"),
+        ]
+    )
+    segmentor = build_segmentor("multiscale", 4, init="random")
+    judge = build_discriminator("two_branch", 4, head=head, width=0.25)
+    samples = SimpleNamespace(classes=SimpleNamespace(num_classes=4, names=tuple("abcd")))
+    for name, fits in ((own, True), (other, False)):
+        config.loss.terms = {"mine": TermConfig(f"{tmp_path}/own.py:{name}", weight=1.0)}
+        if fits:
+            assert build_objective(config, segmentor, judge, samples).terms[1].name == "mine"
+            continue
+        with pytest.raises(InputError, match=r"loss.terms.mine: ValueError: scores of"):
+            build_objective(config, segmentor, judge, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from distseg.models.own_segmentor import OwnSegmentor
 from distseg.parallel.optimizers import parameter_groups
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.train.flops import StepWork
+from distseg.train.networks import build_networks
 from shards.errors import InputError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -456,3 +458,147 @@ def test_models_lists_them_with_their_sizes(capsys: pytest.CaptureFixture) -> No
     assert rows[f"{file}:OnLabelMap"][1:3] == ["4", "10x10"] and "two_branch" not in text
     assert main(["models", reference(Strided)]) == 2
     assert "segmentor=FILE.py:NAME" in capsys.readouterr().err
+
+
+class Pooled(Strided):
+    """Batch normalisation of a 1x1 map, as of PSPNet's coarsest level."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.context = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.encoder(image).relu()
+        return self.head(x + self.context(x))
+
+
+class Growing(Strided):
+    """A buffer that takes the size of what it has seen."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.seen = image.detach().mean((0, 1, 2))
+        return super().forward(image)
+
+
+class SmallTable(Strided):
+    """As with absolute positions: larger images than its table are an error."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image + torch.zeros(400, 400)[: image.shape[-2], : image.shape[-1]])
+
+
+class Softmaxed(Strided):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).softmax(1)
+
+
+class Sigmoided(OnLabelMap):
+    def forward(self, label_map: Tensor) -> Tensor:
+        return super().forward(label_map).sigmoid()
+
+
+class PooledJudge(nn.Sequential):
+    def __init__(self, num_classes: int):
+        super().__init__(
+            nn.Conv2d(num_classes, 8, 3, 2, 1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 1, 1),
+        )
+
+
+def settings(*more: str) -> list[str]:
+    return ["data.shards=unused", "mode=supervised", "data.crop_px=48", "batch_size=2", *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "world_size", "refused"),
+    [
+        ((), 1, False),
+        ((), 2, True),
+        (("gradient_accumulation_steps=2",), 1, True),
+        (("segmentor.batch_norm=synchronised",), 2, False),
+        (("data.crop_px=512",), 2, True),
+    ],
+)
+def test_a_batch_norm_of_one_value_is_told_before_training(
+    more: tuple[str, ...], world_size: int, refused: bool
+) -> None:
+    config = loading.load(settings(f"segmentor={reference(Pooled)}", *more))
+    if not refused:
+        build_networks(config, NUM_CLASSES, world_size)
+        return
+    with pytest.raises(InputError, match=r"more than 1 value[\s\S]*1 image[\s\S]*batch_size"):
+        build_networks(config, NUM_CLASSES, world_size)
+
+
+def test_a_batch_norm_of_one_value_in_a_discriminator_too() -> None:
+    more = (f"discriminator={reference(PooledJudge)}", "mode=adversarial")
+    own = f"segmentor={reference(Strided)}"
+    config = loading.load(settings(own, *more))
+    build_networks(config, NUM_CLASSES, 1)
+    with pytest.raises(InputError, match=r"discriminator=.*PooledJudge[\s\S]*1 label map"):
+        build_networks(config, NUM_CLASSES, 2)
+
+
+def test_what_depends_on_the_size_of_the_crop_is_found_at_that_size() -> None:
+    own = f"segmentor={reference(SmallTable)}"
+    build_networks(loading.load(settings(own)), NUM_CLASSES)
+    with pytest.raises(InputError, match=r"called with \(2, 3, 416, 416\): RuntimeError"):
+        build_networks(loading.load(settings(own, "data.crop_px=416")), NUM_CLASSES)
+
+
+def test_a_buffer_that_changes_its_shape_is_refused() -> None:
+    with pytest.raises(InputError, match=r"seen has the shape \(192,\) after a forward"):
+        check_training(reference(Growing), built(Growing))
+
+
+def test_probabilities_are_no_logits() -> None:
+    for network in (Softmaxed, Sigmoided):
+        made = built(network) if network is Softmaxed else judge(network)
+        with pytest.raises(InputError, match="the range of probabilities"):
+            check_training(reference(network), made)
+
+
+def test_a_discriminator_for_larger_label_maps_is_refused_at_once() -> None:
+    started = time.process_time()
+    with pytest.raises(InputError, match="min_size_px=1000, for label maps of 12 px"):
+        build_discriminator(reference(Huge), NUM_CLASSES, label_map_px=12)
+    with pytest.raises(InputError, match="size_multiple=4097"):
+        built(HugeMultiple)
+    assert time.process_time() - started < 1
+
+
+class Huge(OnLabelMap):
+    min_size_px = 1000
+
+
+class HugeMultiple(Strided):
+    size_multiple = 4097
+
+
+def test_all_of_the_logits_way_frozen_is_refused() -> None:
+    own = f"segmentor={reference(WithAuxiliary)}"
+    freeze = "segmentor.freeze=[network.backbone,network.classifier]"
+    build_networks(loading.load(settings(own, freeze)), NUM_CLASSES)  # the auxiliary head alone
+    for more in ("loss.aux_weight=0", "mode=adversarial"):
+        with pytest.raises(InputError, match="all that the logits come from"):
+            build_networks(loading.load(settings(own, freeze, more)), NUM_CLASSES)
+
+
+def test_a_run_that_goes_on_needs_its_first_weights_no_more(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    own = settings(f"segmentor={reference(Strided)}", f"run_dir={run_dir}")
+    config = loading.load([*own, f"segmentor.init={tmp_path}/gone.pth"])
+    with pytest.raises(InputError, match="no file of weights"):
+        build_networks(config, NUM_CLASSES)
+    (run_dir / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    segmentor, _ = build_networks(config, NUM_CLASSES)
+    assert segmentor.awaits_checkpoint  # without one, `build_trainer` refuses to begin

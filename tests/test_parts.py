@@ -5,6 +5,7 @@ Bad samples are never silent.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -21,7 +22,11 @@ from shards.manifest import Manifest
 from shards.maps import MapsReader
 from shards.pack import pack
 from shards.prepare import parts, prepare
-from shards.sample import encode_label
+from shards.prepare.camvid import CODING
+from shards.prepare.dataset import DataSet
+from shards.prepare.masks import masked_sample
+from shards.prepare.pairing import Pair, pair_tasks
+from shards.sample import STANFORD, encode_label
 
 YAML = """
 classes: [{name: sky}, {name: tree}, {name: road}, {name: grass}, {name: water}, {name: building},
@@ -231,3 +236,18 @@ def test_a_file_that_vanishes_meanwhile_is_named(
     monkeypatch.setattr(parts, when, lose)
     with pytest.raises(InputError, match=rf"(?s){image}.*{message}"):
         prepare("folder", root, tmp_path / "maps.h5")
+
+
+def test_a_part_keeps_its_identity(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"content")
+    pair = Pair("a", "train", tmp_path / "a.png", tmp_path / "b.png")
+    tasks = pair_tasks(tmp_path, [pair], masked_sample, coding=CODING, source="CamVid")
+    # by place, although the function takes them by name: parts of before are gone on from
+    arguments = (pair.image, pair.label, CODING, "CamVid")
+    times = [(7, path.stat().st_mtime_ns) for path in (pair.image, pair.label)]
+    digest = hashlib.sha256(repr((1, "camvid", STANFORD)).encode())
+    read = "shards.prepare.masks.masked_sample"
+    digest.update(repr(("a", "train", read, arguments, times)).encode())
+    found = parts._identity("camvid", DataSet(STANFORD, tasks), tasks)
+    assert found == digest.hexdigest()[:32]

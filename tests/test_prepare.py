@@ -39,6 +39,8 @@ def test_request_that_cannot_be_met(
 def test_only_maps_of_the_same_data_are_replaced(tmp_path: Path) -> None:
     samples, out = toy_samples(), tmp_path / "maps.h5"
     (tmp_path / "thesis.txt").write_text("words")
+    with pytest.raises(InputError, match=r"write --out .*/raw\.h5"):
+        prepare("toy", None, tmp_path / "raw", num_train=1, num_val=1)
     for path in (tmp_path / "thesis.txt", tmp_path):
         with pytest.raises(InputError, match="exists"):
             prepare("toy", None, path, num_train=1, num_val=1)

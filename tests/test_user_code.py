@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from distseg.config import code, loading
+from distseg.train import replicas
 from shards import user_code
 from shards.errors import InputError
+from shards.neighbours import neighbours
 
 NETWORK = """
 import sys
@@ -208,3 +211,65 @@ def test_a_call_is_refused_for_what_it_does_not_take_or_needs(folder: Path) -> N
         make("net", depth=1)
     with pytest.raises(InputError, match=r"KeyError: 'depth' .*calls.py, line 1"):
         make("net", width=1)
+
+
+@pytest.mark.parametrize("what", ["raise SystemExit(0)", "raise KeyboardInterrupt"])
+def test_what_leaves_the_program_is_an_error_of_the_file(what: str, tmp_path: Path) -> None:
+    at_import, in_call = tmp_path / "leaves.py", tmp_path / "net.py"
+    at_import.write_text(f"class Net: pass\n{what}\n")
+    refused(f"{at_import}:Net", r"leaves.py, line 2\)")
+    in_call.write_text(f"def net(num_classes):\n    {what}\n")
+    loaded = user_code.load(f"{in_call}:net", "segmentor")
+    with pytest.raises(InputError, match=r"net.py, line 2\)"):
+        user_code.call(loaded, "segmentor", {}, "segmentor.options", num_classes=3)
+
+
+def test_a_signal_that_interrupts_code_of_the_users_own_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import os, signal\ndef net(num_classes):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while True: pass\n"
+    )
+    loaded = user_code.load(f"{tmp_path}/net.py:net", "segmentor")
+    with pytest.raises(KeyboardInterrupt):
+        user_code.call(loaded, "segmentor", {}, "segmentor.options", num_classes=3)
+
+
+def test_files_that_a_file_imports_are_its_neighbours(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "own_parts").mkdir(parents=True)
+    (folder / "net.py").write_text(
+        "import json\nimport pytest\nfrom own_width import WIDTH\nimport own_parts.blocks\n"
+        "from shards.sample import Sample\nclass Net: pass\n"
+    )
+    (folder / "own_width.py").write_text("WIDTH = 3\n")
+    (folder / "unused.py").write_text("")
+    (folder / "own_parts" / "__init__.py").write_text("")
+    (folder / "own_parts" / "blocks.py").write_text("from . import deep\n")
+    (folder / "own_parts" / "deep.py").write_text("DEPTH = 2\n")
+    found = neighbours(user_code.load(f"{folder}/net.py:Net", "segmentor"))
+    in_package = [f"own_parts/{name}.py" for name in ("__init__", "blocks", "deep")]
+    assert list(found) == [*in_package, "own_width.py"]
+    assert found["own_width.py"] == hashlib.sha256(b"WIDTH = 3\n").hexdigest()
+
+
+def test_what_a_file_imports_is_recorded_and_compared(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from other_width import WIDTH\nclass Net: pass\n")
+    (tmp_path / "other_width.py").write_text("WIDTH = 3\n")
+    config = loading.load(["data.shards=x", f"segmentor={tmp_path}/net.py:Net"])
+    before = code.recorded(config)
+    assert set(before.code) == {"segmentor", "segmentor:other_width.py"}
+    code.check_unchanged(before, code.recorded(config))
+    (tmp_path / "other_width.py").write_text("WIDTH = 4\n")
+    with pytest.raises(InputError, match=r"net\.py:Net imports other_width\.py: the file has"):
+        code.check_unchanged(before, code.recorded(config))
+
+
+def test_ranks_with_other_files_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = loading.load(["data.shards=x", "segmentor=net.py:Net"])
+    config.code = {"segmentor": "a"}
+    answers = [("host0", {"segmentor": "a"}), ("host1", {"segmentor": "b"})]
+    monkeypatch.setattr(replicas, "on_all", lambda ranks, own: answers)
+    with pytest.raises(InputError, match=r"segmentor=.*net\.py:Net differs on rank 1 \(host1\)"):
+        replicas.check_same_code(None, config)  # type: ignore[arg-type]
+    answers[1] = answers[0]
+    replicas.check_same_code(None, config)  # type: ignore[arg-type]

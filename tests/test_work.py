@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.step import flops_of
 from distseg.config import loading
@@ -111,9 +112,46 @@ def test_without_an_adversary_no_discriminator_is_counted() -> None:
         ["data.shards=unused", f"data.crop_px={SIDE}", SETTINGS[5], "mode=supervised"]
     )
     work = work_of(config)
-    assert (
-        work.discriminator == 0 and work.of_step(phase(0, config), 1, 0) == 3 * work.segmentor > 0
+    of_step = work.of_step(phase(0, config), 1, 0)
+    # nobody asks for the gradient of the pixels
+    assert work.discriminator == 0 and of_step == pytest.approx(3 * work.segmentor, rel=0.03)
+
+
+class WithFrozenParts(nn.Module):
+    """An encoder, a classifier and an auxiliary head."""
+
+    output_stride, num_classes = 4, NUM_CLASSES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1)
+        )
+        self.classifier = nn.Sequential(nn.Conv2d(16, 32, 3, 1, 1), nn.Conv2d(32, NUM_CLASSES, 1))
+        self.auxiliary = nn.Conv2d(16, NUM_CLASSES, 3, 1, 1)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.encoder(image)
+        return {"out": self.classifier(x), "aux": self.auxiliary(x)}
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("encoder",), ("encoder.0",), ("classifier.0", "encoder"), ("auxiliary",)]
+)
+def test_frozen_parts_and_auxiliary_heads_count_as_torch_counts_them(
+    frozen: tuple[str, ...],
+) -> None:
+    config = loading.load(["data.shards=unused", "data.crop_px=64", "mode=supervised"])
+    network = WithFrozenParts()
+    for name in frozen:
+        network.get_submodule(name).requires_grad_(False)
+    work = StepWork.of(config, network, None)
+    forward = flops_of(lambda: network(torch.rand(2, 3, 64, 64)))
+    assert 2 * work.segmentor == forward
+    whole = flops_of(
+        lambda: sum(it.sum() for it in network(torch.rand(2, 3, 64, 64)).values()).backward()
     )
+    assert work.of_step(Phase(True, False, False, OWN), 2, 0) == whole
 
 
 def test_share_of_peak_is_operations_over_time_over_peak(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from distseg.config.schema import Config
 from shards import user_code
 from shards.errors import InputError
+from shards.neighbours import neighbours
 
 
 def references(config: Config) -> dict[str, str]:
@@ -24,7 +25,8 @@ def references(config: Config) -> dict[str, str]:
 def recorded(config: Config) -> Config:
     """The configuration with the sha256 of each file of the user's own, which are imported.
 
-    Raises InputError as user_code.load does, and for a file in the run's own directory.
+    Files beside it that it imports are recorded as PART:FILE. Raises InputError as user_code.load
+    does, and for a file in the run's own directory.
     """
     run_dir, code = Path(config.run_dir).resolve(), {}
     for part, reference in references(config).items():
@@ -33,6 +35,7 @@ def recorded(config: Config) -> Config:
             got = f"{part}={reference}: {loaded.path} lies in run_dir={config.run_dir}"
             raise InputError(got, "code outside of run directories", "move the file elsewhere")
         code[part] = loaded.sha256
+        code |= {f"{part}:{name}": sha256 for name, sha256 in neighbours(loaded).items()}
     return replace(config, code=code)
 
 
@@ -48,10 +51,17 @@ def check_unchanged(before: Config, now: Config) -> None:
     # an edit of a comment changes the hash too, so there is a way to go on
     if not parts or now.allow_changed_code:
         return
-    names = ", ".join(f"{part}={references(now)[part]}" for part in parts)
+    names = ", ".join(_named(part, now) for part in parts)
     got = f"{names}: the file has changed since the run in {now.run_dir} started"
     action = "restore it, write run_dir=DIR to start a new run, or allow_changed_code=true"
     raise InputError(got, "the same code to resume a run", action)
+
+
+def _named(part: str, config: Config) -> str:
+    """A part with its reference, and with the file that it imports where that is meant."""
+    part, _, file = part.partition(":")
+    said = f"{part}={references(config)[part]}"
+    return f"{said} imports {file}" if file else said
 
 
 def is_moved(key: str, before: Config, now: Config) -> bool:

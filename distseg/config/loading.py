@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from distseg.config.names import (
     with_full_names,
 )
 from distseg.config.rules import check
-from distseg.config.schema import Config
+from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
 
@@ -179,6 +180,10 @@ def check_same(run_dir: Path, config: Config) -> int | None:
     steps_before, steps = changed.get("steps", (config.steps, config.steps))
     if config.extend and steps > steps_before:
         del changed["steps"]
+    if config.extend and steps < steps_before:
+        got = f"extend=true with steps={steps}, and {run_dir} is a run of {steps_before} steps"
+        action = f"write a larger steps, or evaluate the checkpoint of step {steps}"
+        raise InputError(got, f"more than {steps_before} steps", action)
     if changed:
         values = ", ".join(
             f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items()
@@ -316,10 +321,13 @@ def _merge(config: Any, values: dict[str, Any]) -> Any:
         if isinstance(value, str) and isinstance(OmegaConf.select(config, key), ListConfig):
             value = [value]  # a word for a list is a list of one
         try:
-            if key.startswith(TERMS):
-                config = OmegaConf.merge(config, _of_term(key, value))
+            if f"{key}.".startswith(TERMS):
+                for term in _of_terms(key, value):
+                    config = OmegaConf.merge(config, term)
             else:
                 OmegaConf.update(config, key, value, merge=True)
+        except InputError:
+            raise
         except (OmegaConfBaseException, ValueError) as error:
             default = KEYS[key].default if key in KEYS else None
             kind = "a value of the field's type" if default is None else f"a value like {default!r}"
@@ -328,11 +336,32 @@ def _merge(config: Any, values: dict[str, Any]) -> Any:
     return config
 
 
+def _of_terms(key: str, value: Any) -> Iterator[dict[str, Any]]:
+    """`loss.terms`, or a key in it, nested: OmegaConf makes no typed entry of a dotted name."""
+    if f"{key}." != TERMS:
+        yield _of_term(key, value)
+        return
+    if not isinstance(value, dict):
+        action = "write for example loss.terms.dice=0.5"
+        raise InputError(f"{key}={value}", "terms by their names", action)
+    for name, term in value.items():
+        yield _of_term(f"{TERMS}{name}", term)
+
+
 def _of_term(key: str, value: Any) -> dict[str, Any]:
-    """A key in `loss.terms`, nested: OmegaConf makes no typed entry of a dotted name."""
     name, _, rest = key.removeprefix(TERMS).partition(".")
     if not rest and isinstance(value, int | float):
         rest = "weight"  # the short form loss.terms.dice=0.5
+    if not rest and not isinstance(value, dict):
+        action = f"write for example {TERMS}{name}=0.5, or {TERMS}{name}.use={value or 'dice'}"
+        raise InputError(f"{key}={value}", "the term's weight, a number", action)
+    known = [field.name for field in fields(TermConfig)]
+    for part in [rest.partition(".")[0]] if rest else value:
+        if part not in known:
+            action = nearest(str(part), known)
+            raise InputError(
+                f"unknown key {TERMS}{name}.{part}", f"one of: {', '.join(known)}", action
+            )
     for part in reversed([part for part in rest.split(".") if part]):
         value = {part: value}
     return {"loss": {"terms": {name: value}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from shards.user_code import FORMS, is_reference
 # here too, and not imported: the schema must not wait for torch, which losses need
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi"),
-    *("segmentor", "discriminator_real", "discriminator_fake"),
+    *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
 )
 
 
@@ -199,8 +200,10 @@ def focal_or_smoothed(config: Config) -> None:
 def further_terms_within_bounds(config: Config) -> None:
     """Weights and steps of loss.terms are not negative, and no name is taken twice."""
     for name, term in config.loss.terms.items():
-        if not str(name).strip():
-            raise InputError(f"loss.terms.{name}", "a name", "write loss.terms.NAME")
+        # a part of names of metrics: a slash would make another family of it
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            needed = "a name of letters, digits, _ and -"
+            raise InputError(f"loss.terms.{name}", needed, "write loss.terms.NAME")
         # both would be logged as loss/NAME, one over the other
         if name in BUILT_IN_TERMS:
             action = "give it another name, and name what it is in use"
@@ -215,12 +218,15 @@ def further_terms_within_bounds(config: Config) -> None:
 
 
 def a_loss_to_minimise(config: Config) -> None:
-    """Without an adversary there is a term of labels."""
-    loss = config.loss
-    others = any(term.weight for term in loss.terms.values())
-    # with an adversary its term alone is a loss
-    if config.mode == "supervised" and not loss.ce_weight and not others:
-        got = "mode=supervised with loss.ce_weight=0 and no loss.terms"
+    """The segmentor has a term above 0; that of an adversary will do."""
+    loss, named = config.loss, "loss.ce_weight=0"
+    weights = [loss.ce_weight, *(term.weight for term in loss.terms.values())]
+    if config.mode == "adversarial":
+        weights.append(loss.adv_weight)
+        named += ", loss.adv_weight=0"
+    # of the third mode: unlabelled_images_have_a_term
+    if config.mode != "semi_supervised" and not any(weights):
+        got = f"mode={config.mode} with {named} and no loss.terms"
         raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
 
 

@@ -84,7 +84,9 @@ class OwnView:
                 self(image, label, rng)
             except InputError:
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not user_code.is_own(error):
+                    raise
                 # any error in it is its author's to correct, so it names his line and not ours
                 raise self._refused(user_code.told(error, self._code.path)) from error
             results.append((image, label))

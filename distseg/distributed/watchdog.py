@@ -138,6 +138,9 @@ class Watchdog:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             cause = error if error is None else self.explain(error)
+            # noted by now, unless it looked like what follows from another rank's end
+            if isinstance(cause, Exception):
+                self.last_words((str(cause).splitlines() or [type(cause).__name__])[0])
             if cause is not error:
                 raise cause from None  # type: ignore[misc]
         finally:
@@ -164,7 +167,7 @@ class Watchdog:
         is_watching = self._thread is not None and not self._closed.is_set()
         if not is_watching or is_shared(error) or isinstance(error, SystemExit):
             return error
-        if not _is_of_lost_peer(error):
+        if not is_of_lost_peer(error):
             self._tell_own_failure(error)
             return error
         silent = self._listen_for_silent_ranks()
@@ -317,7 +320,8 @@ class _Unchanged:
         return now - self._since
 
 
-def _is_of_lost_peer(error: BaseException) -> bool:
+def is_of_lost_peer(error: BaseException) -> bool:
+    """Whether a collective's error says that another rank is gone."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in _LOST_PEER)
 

@@ -14,6 +14,7 @@ from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
 from shards import user_code
+from shards.neighbours import neighbours
 from shards.sample import ClassSet
 
 log = logging.getLogger(__name__)
@@ -56,5 +57,9 @@ def _warn_of_changed_code(config: Config) -> None:
     rank, _, _ = resolve_ranks(dict(os.environ))
     loaded = user_code.load(reference, "segmentor")
     # no error: a comment that was added changes no score, and only the user can tell
-    if loaded.sha256 != recorded and rank == 0:
-        log.warning("%s has changed since training: scores may not be the run's", loaded.path)
+    now = {"segmentor": loaded.sha256}
+    now |= {f"segmentor:{name}": sha256 for name, sha256 in neighbours(loaded).items()}
+    for part in config.code.keys() & now.keys() if rank == 0 else ():
+        if config.code[part] != now[part]:
+            path = loaded.path.parent / (part.partition(":")[2] or loaded.path.name)
+            log.warning("%s has changed since training: scores may not be the run's", path)

@@ -311,7 +311,7 @@ class FunctionTerm(Term):
         found = self.function(seen.full_logits, seen.label, **self.options)
         if not isinstance(found, tuple) or len(found) != 2:
             raise InputError(
-                f"{self.name}: the function returned a {type(found).__name__}",
+                f"loss.terms.{self.name}: the function returned a {type(found).__name__}",
                 "a sum and a count: means are taken over all ranks, which one rank's mean is not",
                 "return for example losses.sum(), valid.sum()",
             )

@@ -35,6 +35,7 @@ from distseg.models.efficientnet import imagenet_weights_file as lite0_weights_f
 from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
 from distseg.models.multiscale import MultiScale
 from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
+from distseg.models.trial import StepImages
 from distseg.models.vgg import imagenet_weights_file as vgg_weights_file
 from distseg.models.weights import (
     LoadReport,
@@ -53,6 +54,7 @@ __all__ = [
     "Weights",
     "build_discriminator",
     "build_segmentor",
+    "check_step",
     "check_training",
     "set_batch_norm",
 ]
@@ -160,19 +162,25 @@ def build_segmentor(
 
 
 def build_discriminator(
-    name: str, num_classes: int, *, init: str | Weights = "random", **options: Any
+    name: str,
+    num_classes: int,
+    *,
+    init: str | Weights = "random",
+    label_map_px: int | None = None,
+    **options: Any,
 ) -> nn.Module:
     """A discriminator: image and label maps (k, C, h, w) float -> a tuple of logits, > 0 = real,
     one per map.
 
     name: one of DISCRIMINATORS, or code of the user's own (see shards.user_code). init: "random", a
     file of a discriminator's weights, or these themselves; its input layer is made anew for another
-    number of classes. Raises InputError for an unknown name or option, for a bad value, and for
+    number of classes. label_map_px: the side of the label maps that one of the user's own is to
+    judge; None: any. Raises InputError for an unknown name or option, for a bad value, and for
     weights that are absent or do not fit.
     """
     if is_reference(name):
         _check_num_classes(num_classes)
-        own = own_discriminator.own_discriminator(name, num_classes, options)
+        own = own_discriminator.own_discriminator(name, num_classes, options, label_map_px)
         if init != "random":
             own.init_report = load_own(own.network, _weights(init), num_classes)
             log.info("%s", own.init_report)
@@ -209,6 +217,17 @@ def check_training(name: str, network: nn.Module) -> None:
         own_segmentor.check_training(network, name)
     if isinstance(network, own_discriminator.OwnDiscriminator):
         own_discriminator.check_training(network, name)
+
+
+def check_step(name: str, network: nn.Module, images: StepImages) -> None:
+    """Try a network of the user's own in training mode on what a step gives it.
+
+    Raises InputError for what goes wrong in it.
+    """
+    if isinstance(network, own_segmentor.OwnSegmentor):
+        own_segmentor.check_step(network, name, images)
+    if isinstance(network, own_discriminator.OwnDiscriminator):
+        own_discriminator.check_step(network, name, images)
 
 
 def _log_report(segmentor: Segmentor) -> None:

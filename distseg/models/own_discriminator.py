@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.models.checks import require_size
-from distseg.models.trial import Trial, made, random_images, random_label_maps
+from distseg.models.trial import StepImages, Trial, made, random_images, random_label_maps
 from distseg.models.weights import LoadReport
 from shards import user_code
 from shards.errors import InputError
@@ -31,12 +31,17 @@ class OwnDiscriminator(nn.Module):
 
     init_report: LoadReport | None = None  # what was taken from a file of weights
 
-    def __init__(self, trial: Trial, num_classes: int):
+    def __init__(self, trial: Trial, num_classes: int, label_map_px: int | None = None):
         super().__init__()
         self.network, self.num_classes = trial.network, num_classes
         self.num_inputs = _num_inputs(trial)
         own_size = getattr(self.network, "min_size_px", None)
         self.min_size_px = 1 if own_size is None else trial.positive("min_size_px", 1)
+        # before anything of that size is tried, which may take minutes
+        if label_map_px is not None and self.min_size_px > label_map_px:
+            got = f"min_size_px={self.min_size_px}, for label maps of {label_map_px} px in training"
+            action = "write a larger data.crop_px, or loss.map_resolution=image"
+            raise trial.refused(got, "label maps that are as large", action)
         # one size is tried whatever it asks for; the smallest is searched only where it does not
         # say
         large = max(LARGE, self.min_size_px)
@@ -80,13 +85,18 @@ def judged(
 
 
 def own_discriminator(
-    reference: str, num_classes: int, options: Mapping[str, Any]
+    reference: str,
+    num_classes: int,
+    options: Mapping[str, Any],
+    label_map_px: int | None = None,
 ) -> OwnDiscriminator:
     """The discriminator that a reference makes (see shards.user_code), tried in evaluation mode.
 
-    Raises InputError for whatever keeps it from being a discriminator.
+    label_map_px: of the label maps that it is to judge; None: any size. Raises InputError for
+    whatever keeps it from being a discriminator.
     """
-    return OwnDiscriminator(made("discriminator", reference, num_classes, options), num_classes)
+    trial = made("discriminator", reference, num_classes, options)
+    return OwnDiscriminator(trial, num_classes, label_map_px)
 
 
 def check_training(discriminator: OwnDiscriminator, reference: str) -> None:
@@ -99,7 +109,37 @@ def check_training(discriminator: OwnDiscriminator, reference: str) -> None:
         discriminator.network, user_code.load(reference, "discriminator"), "discriminator"
     )
     side = max(32, discriminator.min_size_px)
-    _tried(trial, discriminator, side, training=True)
+    scores = _tried(trial, discriminator, side, training=True)
+    label_map = random_label_maps(2, discriminator.num_classes, side)
+    image = random_images(2, side, side)
+
+    def answers(redrawn: nn.Module) -> tuple[Tensor, ...]:
+        return judged(redrawn, discriminator.num_inputs, image, (label_map,))
+
+    # above 0 is real: one that is never below 0 could call nothing fake
+    trial.check_range(scores, answers, lambda each: each < 0)
+
+
+def check_step(discriminator: OwnDiscriminator, reference: str, images: StepImages) -> None:
+    """Try it in training mode on what a step gives it. Raises InputError for what goes wrong."""
+    trial = Trial(
+        discriminator.network, user_code.load(reference, "discriminator"), "discriminator"
+    )
+    side, of_maps = images.side_px, images.label_map_px
+    # three stand for any number, as two for the labelled ones: what one image lacks is a second
+    real, fake = (
+        random_label_maps(count, discriminator.num_classes, of_maps)
+        for count in (min(images.num_labelled, 2), min(images.num_all, 3))
+    )
+    pixels = random_images(len(fake), side, side)
+    needed = (
+        f"scores of {images.num_labelled} label map(s) of {of_maps}x{of_maps} at a time, with "
+        f"images of {side}x{side} px"
+    )
+    with torch.no_grad():
+        # of predictions alone too, as in the segmentor's turn of alternation=blocks
+        for label_maps in ((real, fake), (fake,)):
+            trial.tried(discriminator.train(), pixels, *label_maps, needed=needed)
 
 
 def _tried(
@@ -129,6 +169,7 @@ def _tried(
         trial.check_finite(each, "its logits")
     if training:
         trial.check_gradients(copy, scores, label_maps)
+        trial.check_same_tensors(copy)
     return list(scores)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distseg.models.batch_norm import BatchNorm2d
 from distseg.models.grids import cropped, num_cells, to_multiple
-from distseg.models.trial import Trial, made, odd_multiple, random_images
+from distseg.models.trial import MAX_SIZE_PX, StepImages, Trial, made, odd_multiple, random_images
 from distseg.models.weights import LoadReport, Weights, load_own
 from shards import user_code
 from shards.errors import InputError
@@ -120,6 +120,33 @@ def check_training(segmentor: OwnSegmentor, reference: str) -> None:
         needed = f"the size that it has in evaluation mode: stride {segmentor.output_stride}"
         raise trial.refused(got, needed)
     trial.check_gradients(network, logits.values())
+    trial.check_same_tensors(network)
+    images = random_images(2, height, width)
+
+    def answers(redrawn: nn.Module) -> list[Tensor]:
+        found = trial.answer(redrawn, images)
+        return [found[OUT] if isinstance(found, Mapping) else found]
+
+    trial.check_range([logits[OUT]], answers, lambda each: (each < 0) | (each > 1))
+
+
+def check_step(segmentor: OwnSegmentor, reference: str, images: StepImages) -> None:
+    """Try it in training mode on what a step gives it; its batch normalisation is chosen by now.
+
+    Raises InputError for what goes wrong in it, and for logits of another size.
+    """
+    trial = Trial(segmentor.network, user_code.load(reference, "segmentor"), "segmentor")
+    side, count = images.side_px, images.num_all
+    needed = f"an answer in training to {count} image(s) of {side}x{side} px at a time"
+    with torch.no_grad():
+        # two stand for any number: what one image lacks is a second one
+        pixels = random_images(min(count, 2), side, side)
+        answer = trial.tried(segmentor.train(), pixels, needed=needed)
+    logits = answer[OUT] if isinstance(answer, Mapping) else answer
+    cells = num_cells(side, segmentor.output_stride)
+    if tuple(logits.shape[-2:]) != (cells, cells):
+        got = f"logits of {_size(logits)} for {side}x{side} px in training mode"
+        raise trial.refused(got, f"{cells}x{cells}, by its stride of {segmentor.output_stride}")
 
 
 @dataclass(frozen=True)
@@ -170,6 +197,8 @@ class Evaluated:
 def _sides(multiple: int) -> tuple[int, int]:
     """Two sides that every stride divides, and `multiple`."""
     common = math.lcm(MAX_STRIDE, multiple)
+    # a number without a factor of 2 would ask for images that no memory holds
+    common = common if common <= MAX_SIZE_PX else multiple
     least = math.ceil(128 / common)
     return least * common, (least + 1) * common
 

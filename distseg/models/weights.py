@@ -91,7 +91,7 @@ def torchvision_file(network: str, files: Sequence[str]) -> Path:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors file, or from a torch file read with weights_only=True.
 
-    A file of slices, as a sharded run's checkpoints have them (NAME.1-of-8.safetensors), is joined
+    A file of parameter shards, as FSDP's checkpoints have them (NAME.1-of-8.safetensors), is joined
     with its like. A state dict within {"state_dict": ...}, {"model": ...} or {"model_state": ...}
     is taken out. Raises InputError when the file is missing, unreadable, or holds anything but
     tensors by name.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,11 +52,16 @@ class Note:
     def __init__(self, run_dir: Path | None, hosts: list[str], step: int):
         """Note that it goes on from `step`. hosts: of every rank, in order."""
         self._run_dir = run_dir
+        self._ending, self._is_ended = threading.Lock(), False
         self._write("start", step=step, hosts=list(dict.fromkeys(hosts)), world_size=len(hosts))
 
     def finish(self, step: int, outcome: str, reason: str = "") -> None:
-        """Note how it ended; outcome and reason as in Attempt."""
-        self._write("end", step=step, outcome=outcome, reason=reason)
+        """Note how it ended, as in Attempt; of several calls the first counts."""
+        # the watchdog's thread notes a lost rank while the main thread fails by the same loss
+        with self._ending:
+            if not self._is_ended:
+                self._is_ended = True
+                self._write("end", step=step, outcome=outcome, reason=reason)
 
     def fail(self, step: int, error: Exception) -> None:
         """Note that it ended by an exception."""

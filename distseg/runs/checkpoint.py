@@ -45,12 +45,11 @@ def find(run_dir: Path, which: str) -> Path:
     name = f"step-{int(wanted):08d}" if wanted.isdecimal() else wanted
     if name in by_name:
         return by_name[name]
-    there = ", ".join(by_name) or "none"
-    raise InputError(
-        f"no checkpoint {wanted!r} in {directory}",
-        f"last, best or a step (there: {there})",
-        "train first",
-    )
+    steps = [str(int(name.removeprefix("step-"))) for name in by_name]
+    got, there = f"no checkpoint {wanted!r} in {directory}", ", ".join(steps) or "none"
+    # "best" is no way out of where nothing was scored
+    action = f"name one of these steps, or last: {there}" if steps else "train first"
+    raise InputError(got, f"last, best or a step (there: {there})", action)
 
 
 def read_best(directory: Path) -> dict[str, Any]:

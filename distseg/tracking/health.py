@@ -11,13 +11,24 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distseg.tracking.catalogue import HEALTH, LOSS, SLOWEST_RANK
-from distseg.tracking.verdicts import CHECKS, NAMED, Check, MetricsRow
+from distseg.tracking.verdicts import (
+    CHECKS,
+    HIGHEST_LEVEL,
+    LEVEL,
+    LEVEL_ROWS,
+    LEVELLED,
+    NAMED,
+    SUM_LEVEL,
+    Check,
+    MetricsRow,
+)
 from shards.files import published
 
 HEALTH_FILE = "health.json"
@@ -98,14 +109,18 @@ class Event:
 
 
 class Health:
-    """The verdicts on one run; `update` takes its rows in order."""
+    """The verdicts on one run; `update` takes its rows in order.
 
-    def __init__(self, rows: Iterable[MetricsRow] = ()):
+    highest_level: of a loss of an untrained network, see verdicts; of sums where it is not known.
+    """
+
+    def __init__(self, rows: Iterable[MetricsRow] = (), highest_level: float = SUM_LEVEL):
         self.events: list[Event] = []
         self.on: dict[str, Event] = {}
         self.judged_from: dict[str, int] = {}  # the first step at which a check had rows enough
         self.step = 0
-        self._before: MetricsRow = {}
+        self._first: dict[str, list[float]] = {name: [] for name in LEVELLED}
+        self._before: MetricsRow = {HIGHEST_LEVEL: highest_level}
         # every check from the start: a signal that never comes leaves its window empty, which
         # `flags` omits
         self._windows = {check.name: Window(check) for check in CHECKS}
@@ -120,9 +135,19 @@ class Health:
         found = [event for check in CHECKS if (event := self._judge(check, row)) is not None]
         # rows of evaluations have no counts of skips, from which the next difference is taken
         if any(name.startswith(LOSS) for name in row):
-            self._before = row
+            self._before = row | self._levels(row)
         self.events += found
         return found
+
+    def _levels(self, row: MetricsRow) -> dict[str, float]:
+        """At which level losses began, up to this row, and how high that may be."""
+        levels = {HIGHEST_LEVEL: self._before[HIGHEST_LEVEL]}
+        for name, first in self._first.items():
+            if len(first) < LEVEL_ROWS and math.isfinite(row.get(name, math.nan)):
+                first.append(row[name])
+            if first:
+                levels[LEVEL + name] = statistics.median_low(first)
+        return levels
 
     def _judge(self, check: Check, row: MetricsRow) -> Event | None:
         # None: the row says nothing, which is neither good nor bad

@@ -27,7 +27,7 @@ from distseg.config.schema import TrackingConfig
 from distseg.tracking.catalogue import LOSS
 from distseg.tracking.health import HEALTH_FILE, Event, Health
 from distseg.tracking.tensorboard import TensorBoard
-from distseg.tracking.verdicts import NAMED
+from distseg.tracking.verdicts import MEAN_LEVEL, NAMED, SUM_LEVEL
 from distseg.tracking.wandb_run import Names, WandbRun, choose_mode
 from shards.errors import InputError
 from shards.files import published
@@ -99,11 +99,18 @@ class RunTracker:
     it.
     """
 
-    def __init__(self, run_dir: Path, wandb_run: WandbRun | None, tensorboard: TensorBoard | None):
+    def __init__(
+        self,
+        run_dir: Path,
+        wandb_run: WandbRun | None,
+        tensorboard: TensorBoard | None,
+        highest_level: float = SUM_LEVEL,
+    ):
         self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
         # replayed before the file is opened for more: a resumed run stands where the stopped one
         # stood
-        self._health = Health(read_metrics(self._path) if self._path.is_file() else ())
+        rows = read_metrics(self._path) if self._path.is_file() else ()
+        self._health = Health(rows, highest_level)
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb, self._tensorboard = wandb_run, tensorboard
 
@@ -205,9 +212,9 @@ def open_tracker(
     tensorboard = (
         TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
     )
-    mode = choose_mode(settings.wandb)
+    mode, level = choose_mode(settings.wandb), _highest_level(config)
     if mode == "disabled":
-        return RunTracker(run_dir, None, tensorboard)
+        return RunTracker(run_dir, None, tensorboard, level)
     options = {
         "project": settings.project,
         "entity": settings.entity,
@@ -216,7 +223,14 @@ def open_tracker(
         "tags": list(settings.tags),
         "name": run_dir.resolve().name,
     }
-    return RunTracker(run_dir, WandbRun(run_dir, mode, options, config), tensorboard)
+    return RunTracker(run_dir, WandbRun(run_dir, mode, options, config), tensorboard, level)
+
+
+def _highest_level(config: dict[str, Any]) -> float:
+    """Of a loss that has learnt nothing, for the health check of explosions."""
+    loss = config.get("loss", {})
+    is_mean = [loss.get(name) == "mean" for name in ("ce_reduction", "adv_reduction")]
+    return MEAN_LEVEL if all(is_mean) else SUM_LEVEL
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

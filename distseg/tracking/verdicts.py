@@ -14,6 +14,7 @@ from typing import Any
 
 from distseg.tracking.catalogue import (
     ADVERSARIAL_WEIGHT,
+    CROSS_ENTROPY,
     DATA_WAIT_SECONDS,
     DISCRIMINATOR_ACCURACY,
     DISCRIMINATOR_FAKE,
@@ -21,6 +22,7 @@ from distseg.tracking.catalogue import (
     LOSS,
     MASK_SHARE,
     RATIO,
+    SEGMENTOR_LOSS,
     SLOWEST_RANK,
     SLOWEST_RATIO,
     STEP_SECONDS,
@@ -103,6 +105,20 @@ def _not_finite(row: MetricsRow, before: MetricsRow) -> float | None:
     return worst
 
 
+def _growth(row: MetricsRow, before: MetricsRow) -> float | None:
+    """The power of ten by which a loss is above the level that it began at; the largest one."""
+    highest = float(before.get(HIGHEST_LEVEL, SUM_LEVEL))
+    powers: list[float] = []
+    for name in LEVELLED:
+        value = float(row.get(name, math.nan))
+        if math.isfinite(value):
+            # from 1 nat on, since a loss that began near 0 may well become 100 times as large; and
+            # up to what an untrained network can have, since a run may explode before its first row
+            level = min(max(1.0, float(before.get(LEVEL + name, highest))), highest)
+            powers.append(math.log10(max(value, 1.0) / level))
+    return max(powers) if powers else None
+
+
 def _wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
     if DATA_WAIT_SECONDS not in row or not row.get(STEP_SECONDS):
         return None
@@ -116,6 +132,16 @@ def _slowest(row: MetricsRow, before: MetricsRow) -> float | None:
     # some rank always is the slowest; only the same one again and again is a slow machine
     return row[SLOWEST_RATIO] if row[SLOWEST_RANK] == before.get(SLOWEST_RANK) else 1.0
 
+
+# of these, as every network that explodes shows in them, and as they begin at their highest: others
+# may begin with few pixels, or with a weight that is yet to come
+LEVELLED = (CROSS_ENTROPY, SEGMENTOR_LOSS, DISCRIMINATOR_REAL, DISCRIMINATOR_FAKE)
+# in the row before, by distseg.tracking.health: the level that a loss began at, and the highest
+# that it may have begun at
+LEVEL, HIGHEST_LEVEL = "level/", "level"
+LEVEL_ROWS = 5  # whose median is the level
+MEAN_LEVEL = 100.0  # of means over pixels: ln 255 = 5.5 nats, and room for the weights of terms
+SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
 
 CHECKS = (
     Check(
@@ -195,6 +221,20 @@ CHECKS = (
         advice="Lower the learning rate of the network that grad_norm names, or clip_norm; with "
         "fp16 try bf16 or fp32; "
         "look at the data with `distseg inspect`.",
+    ),
+    Check(
+        "exploding",
+        "a loss explodes",
+        _growth,
+        # recorded: never above its first rows' median by more than a fifth; a hundred times is no
+        # noise of any batch
+        raise_at=2.0,
+        clear_at=1.0,
+        num_rows=1,
+        meaning="It is 100 times what it was in the first rows, or more than an untrained network "
+        "has: the weights run away, and it will not be finite for long.",
+        advice="Lower the learning rate of the network that grad_norm names, or set clip_norm; "
+        "go on from an earlier checkpoint, as the weights since are spoilt.",
     ),
     Check(
         "data_starved",

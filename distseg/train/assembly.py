@@ -31,6 +31,7 @@ from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
 from distseg.train.trainer import Trainer, TrainState, saved_parts
+from shards.errors import InputError
 
 
 def with_precision(config: Config, ranks: Ranks) -> Config:
@@ -63,8 +64,7 @@ def build_trainer(
     config: Config, ranks: Ranks, pair: Pair, data: Data, *, watchdog: Watchdog, work: StepWork
 ) -> Trainer:
     """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
-    # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
-    # average and of the networks, so nothing that has been looked up goes stale.
+    # before the checkpoint is loaded, which copies into the tensors that are there
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
     scored = pair.segmentor if ema is None else ema
     checkpoints = _checkpoints(config, ranks, data)
@@ -77,6 +77,8 @@ def build_trainer(
         # to go on: the order of samples, the phases and random numbers follow from the step and the
         # seed.
         state = TrainState(**checkpoints.load(latest, learners))
+    else:
+        _check_initialised(config, pair.segmentor.network)
     progress = Progress(config.steps, state.step, ranks.is_main)
     # after loading, as it tells at which step the run goes on
     progress.message(headline(config, ranks, pair, data, state.step))
@@ -98,6 +100,14 @@ def build_trainer(
         peak=convolution_peak(ranks.device, config.precision),
         state=state,
     )
+
+
+def _check_initialised(config: Config, segmentor: nn.Module) -> None:
+    """Raise InputError for a network whose first weights were left to a checkpoint."""
+    # there was one when the networks were built
+    if getattr(segmentor, "awaits_checkpoint", False):
+        got = f"{config.run_dir}: its checkpoints have gone, or are damaged"
+        raise InputError(got, "one to go on from", "run the same command again, to start anew")
 
 
 def _evaluator(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.ranks import is_shared, on_all
+from distseg.distributed.watchdog import is_of_lost_peer
 from distseg.runs import attempts
 from distseg.train.trainer import Trainer
 
@@ -22,12 +23,10 @@ def noted(trainer: Trainer, stream: TrainStream | PairedStream) -> Iterator[atte
     """
     # before the note is opened: a collective that fails leaves no attempt without hosts
     ranks, hosts = trainer.ranks, on_all(trainer.ranks, socket.gethostname())
-    # one note for all ranks: the others keep one that writes nothing, and need no condition
-    # anywhere
+    # of the main rank; the others' writes nothing, so that no condition is needed anywhere
     run_dir = Path(trainer.config.run_dir) if ranks.is_main else None
     note = attempts.Note(run_dir, hosts, trainer.state.step)
-    # The watchdog ends the process by os._exit, which runs no `finally`. This call is the only
-    # chance to say why the attempt ended.
+    # the watchdog ends the process by os._exit, which runs no `finally`: the only chance to say why
     trainer.watchdog.last_words = lambda diagnosis: note.finish(
         trainer.state.step, "failed", diagnosis
     )
@@ -37,11 +36,15 @@ def noted(trainer: Trainer, stream: TrainStream | PairedStream) -> Iterator[atte
         exit_code = 0
     # KeyboardInterrupt too: the second Ctrl-C must not wait for the others' parts either
     except BaseException as error:
-        if not is_shared(error):
+        # sys.exit in code of the user's own: its exit code 0 would say that the run is done
+        cause = RuntimeError(f"SystemExit: {error}") if isinstance(error, SystemExit) else error
+        if not is_shared(cause):
             trainer.checkpoints.give_up()  # the other ranks' parts may never come
-        # an interrupt is told by the shell, and is no failure of the run
-        if isinstance(error, Exception):
-            note.fail(trainer.state.step, error)
+        # an interrupt is told by the shell; of a lost rank the watchdog has the better words
+        if isinstance(cause, Exception) and not is_of_lost_peer(cause):
+            note.fail(trainer.state.step, cause)
+        if cause is not error:
+            raise cause from error
         raise
     finally:
         # first and alone worth waiting for: what this rank is writing becomes a checkpoint, or does

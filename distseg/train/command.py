@@ -33,6 +33,7 @@ from distseg.train.headline import extension
 from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
+from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
 from distseg.train.showcase import score_again, show
 
@@ -113,6 +114,7 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         # A shard from far away may take longer than the time limit. Its bytes count as signs of
         # life, or the watchdog would end a job that merely waits for the network.
         prepared.data.tell(watchdog.keep_alive)
+        check_same_code(ranks, config)
         # From here on a signal asks for a stop at a step boundary; until now it ended the process,
         # which had nothing to lose.
         stop = StopRequest()
@@ -143,7 +145,7 @@ def check(config: Config, world_size: int) -> Prepared:
         tensorboard.check_installed()
     # the shards alone know how many classes there are, so data come before networks
     data = open_data(config, world_size)
-    networks = build_networks(config, data.train.classes.num_classes)
+    networks = build_networks(config, data.train.classes.num_classes, world_size)
     return Prepared(data, networks, build_objective(config, *networks, data.train))
 
 
@@ -183,7 +185,7 @@ def train_and_show(
             watchdog.close()  # what is left is the main rank's alone
             show(trainer, network, data.val)
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
+        scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
-        scores = trainer.evaluator.report(trainer.state.step) if done else {}
         return TrainResult(run_directory.path, trainer.state.step, done, scores)

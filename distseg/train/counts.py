@@ -18,10 +18,11 @@ def mean(local_sum: Tensor, count: Tensor) -> Tensor:
     """A mean whose gradient, averaged over the ranks, is that of (sum over ranks) / count.
 
     A count of 0 gives 0 with a live graph: a rank that skipped its backward would leave the others
-    waiting.
+    waiting. One that is none (NaN, infinite, below 0), of a term of the user's own, gives NaN: the
+    step is skipped on all ranks, whose counts are one, and Trainer names the term.
     """
     # `where` and not an `if`, which would wait for the device
-    divisor = count.where(count > 0, 1)
+    divisor = count.where(count != 0, 1).where(count.isfinite(), torch.nan)
     # The learners average gradients over ranks, as DDP does. Times the world size that is the sum,
     # and over the global count it is the mean, whatever the share of void on each rank. A mean of
     # the ranks' own means is another number: pixels on a rank with much void would count more.
@@ -52,7 +53,7 @@ class Counts:
         # differently
         for term in objective.terms:
             if term.images in targets and term.is_counted:
-                local[f"term/{term.name}"] = term.count(targets[term.images])
+                local[f"term/{term.name}"] = _sound(term.count(targets[term.images]))
             if term.images in targets and term.share:
                 local[f"candidates/{term.name}"] = term.candidates(targets[term.images])
         for kind, of_kind in targets.items():
@@ -77,7 +78,7 @@ class Counts:
         Times the number of micro-batches, so that the means of all of them add up to their mean.
         """
         # cloned: the sum is taken in place, and the local count is a metric yet
-        return all_reduce_sum(local.clone()) * self.num_micro_batches
+        return all_reduce_sum(_sound(local).clone()) * self.num_micro_batches
 
     def judged(self, kinds: Sequence[Kind]) -> tuple[Tensor, Tensor]:
         """Of the discriminator's scores on one label map of each image of these kinds.
@@ -87,3 +88,8 @@ class Counts:
         divisors = torch.stack([self.sums[f"divisor/{kind}"] for kind in kinds])
         scores = torch.stack([self.sums[f"scores/{kind}"] for kind in kinds])
         return divisors.sum(), scores.sum()
+
+
+def _sound(count: Tensor) -> Tensor:
+    """A rank's count; NaN for one below 0, which another rank's would hide in the sum."""
+    return count.where(count >= 0, torch.nan)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from distseg.config.schema import Config
 from distseg.distributed.device import autocast_dtype
-from distseg.models.catalogue import gflop
+from distseg.models.connections import Filled
 from distseg.models.own_discriminator import OwnDiscriminator
 from distseg.models.own_segmentor import OwnSegmentor
 from distseg.train.schedules import Phase
@@ -25,10 +31,18 @@ _REPETITIONS = {"cpu": 3, "cuda": 20}
 
 @dataclass(frozen=True)
 class StepWork:
-    """Operations of the convolutions of one image's forward, a multiply-add counted as two."""
+    """Operations of the convolutions for one image, a multiply-add counted as two.
+
+    Of the segmentor, with its auxiliary head, and of the discriminator for one label map of the
+    run's size: its forward; its backward, to the parameters that are not frozen; and what the
+    segmentor's gradient costs in the discriminator.
+    """
 
     segmentor: float
-    discriminator: float = 0.0  # for one label map, of the size that the run has, with its image
+    segmentor_backward: float = 0.0
+    discriminator: float = 0.0
+    discriminator_backward: float = 0.0
+    through_discriminator: float = 0.0
 
     uncounted: str = ""  # why there is no count
 
@@ -49,56 +63,80 @@ class StepWork:
                 discriminator, OwnDiscriminator
             ):
                 raise
-            return cls(0.0, 0.0, (str(error).splitlines() or [type(error).__name__])[0])
+            return cls(0.0, uncounted=(str(error).splitlines() or [type(error).__name__])[0])
 
     @classmethod
     def _counted(
         cls, config: Config, segmentor: nn.Module, discriminator: nn.Module | None
     ) -> StepWork:
         side = config.data.crop_px
-        num_classes = int(segmentor.num_classes)  # type: ignore[arg-type]
-        of_segmentor = 1e9 * gflop(_copy(segmentor), _segment, (3, side))
+        pixels = torch.empty(1, 3, side, side, device="meta")
+        of_segmentor = _work(segmentor, pixels)
         if discriminator is None:
-            return cls(of_segmentor)
+            return cls(*of_segmentor)
         # of the label map: at the image's size it is 64 times as large as at stride 8
         stride = int(segmentor.output_stride)  # type: ignore[arg-type]
-        stride = 1 if config.loss.map_resolution == "image" else stride
-
-        def judge(network: nn.Module, label_map: Tensor) -> Tensor:
-            return network(torch.empty(1, 3, side, side), label_map)[0]
-
-        label_map = (num_classes, -(-side // stride))
-        return cls(of_segmentor, 1e9 * gflop(_copy(discriminator), judge, label_map))
+        of_map = side if config.loss.map_resolution == "image" else -(-side // stride)
+        shape = (1, int(segmentor.num_classes), of_map, of_map)  # type: ignore[arg-type]
+        label_map = torch.empty(shape, device="meta")
+        frozen = copy.deepcopy(discriminator).requires_grad_(False)
+        _, to_label_map = _work(frozen, pixels, label_map.requires_grad_())
+        of_discriminator = _work(discriminator, pixels, label_map.detach())
+        return cls(*of_segmentor, *of_discriminator, to_label_map)
 
     def of_step(self, phase: Phase, num_labelled: int, num_unlabelled: int) -> float:
-        """Operations of one step on so many images.
-
-        A forward is one unit, the gradients of a network's parameters another, those of its
-        activations a third; the latter are computed twice in a discriminator whose scores on a
-        prediction serve both losses. (The gradient of the pixels, which nobody asks for, is not
-        taken off: it is below a hundredth.)
-        """
+        """Operations of one step on so many images."""
         num_images = num_labelled + num_unlabelled
         # a phase of the discriminator alone needs the prediction, but no gradient of it
-        operations = self.segmentor * num_images * (3 if phase.segmentor else 1)
+        of_image = self.segmentor + phase.segmentor * self.segmentor_backward
         if not phase.adversary:
-            return operations
-        # forward; gradients of the label map for the segmentor; of parameters and activations for
-        # its own loss
-        on_prediction = 1 + phase.segmentor + 2 * phase.discriminator
-        on_truth = 3 * phase.discriminator
-        return operations + self.discriminator * (
-            on_prediction * num_images + on_truth * num_labelled
-        )
+            return num_images * of_image
+        own_loss = phase.discriminator * self.discriminator_backward
+        # one forward on a prediction serves the losses of both networks
+        on_prediction = self.discriminator + phase.segmentor * self.through_discriminator + own_loss
+        on_truth = phase.discriminator * self.discriminator + own_loss
+        return num_images * (of_image + on_prediction) + num_labelled * on_truth
 
 
-def _copy(network: nn.Module) -> nn.Module:
-    # counting runs the forward, in which dropout and running statistics would otherwise move
-    return copy.deepcopy(network).eval()
+def _work(network: nn.Module, *inputs: Tensor) -> tuple[float, float]:
+    """Operations of a forward on inputs without values, and of its backward to what needs one."""
+    network = copy.deepcopy(network).train()
+    for layer in network.modules():
+        # of one image a batch norm may have one value, and those of all ranks would send it
+        if isinstance(layer, _BatchNorm):
+            layer.eval()
+    counter = FlopCounterMode(display=False)
+    # fake tensors, which call themselves CPU tensors: under autocast the meta device is refused
+    with FakeTensorMode(), counter, torch.enable_grad(), _Backward(counter) as backward:
+        filled = Filled(network, torch.empty)
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            if name in filled.values:
+                filled.values[name].requires_grad_(parameter.requires_grad)
+        filled(*(torch.empty(it.shape).requires_grad_(it.requires_grad) for it in inputs))
+    return float(counter.get_total_flops()), float(backward.operations)
 
 
-def _segment(network: nn.Module, pixels: Tensor) -> Tensor:
-    return network(pixels)
+class _Backward(TorchFunctionMode):
+    """Counts while a forward runs what its backward costs: the gradient of either operand of a
+    product costs what the product does, where it is asked for.
+
+    Not FlopCounterMode in a backward: it takes a grouped convolution's gradient for a whole one's.
+    """
+
+    def __init__(self, counter: FlopCounterMode):
+        super().__init__()
+        self._counter, self.operations = counter, 0
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = self._counter.get_total_flops()
+        # here, as within the function nothing is told any more
+        tensors = [it for it in (*args, *(kwargs or {}).values()) if isinstance(it, Tensor)]
+        needed = sum(it.requires_grad for it in tensors[:2])
+        result = func(*args, **(kwargs or {}))
+        self.operations += needed * (self._counter.get_total_flops() - before)
+        return result
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distseg.config.code import references
 from distseg.config.loading import to_dict
 from distseg.config.names import KEYS, flattened
 from distseg.config.schema import Config, LossConfig
@@ -22,7 +23,7 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
 
     Networks, ranks, losses with their reductions, where it goes.
     """
-    lines = [_networks(config, pair), *_frozen(config, pair.segmentor.network)]
+    lines = [_networks(config, pair), *_frozen(config, pair.segmentor.network), *_modules(config)]
     # on resuming these were replaced by the checkpoint's, and would mislead
     if not step:
         reports = [getattr(it.network, "init_report", None) for it in _learners(pair)]
@@ -54,6 +55,12 @@ def _networks(config: Config, pair: Pair) -> str:
         return text
     name = user_code.short(config.discriminator.name)
     return f"{text} | discriminator {name} {_millions(pair.discriminator.network)}"
+
+
+def _modules(config: Config) -> list[str]:
+    """Where modules of the user's own were found: several of a name may be on Python's path."""
+    named = {part: text for part, text in references(config).items() if ".py:" not in text}
+    return [f"{text} of {user_code.load(text, part).path}" for part, text in named.items()]
 
 
 def _batch_norm(segmentor: torch.nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distseg.models import Weights
 from distseg.runs import checkpoint
+from shards.errors import InputError
 
 
 def initial_weights(init: str, network: str) -> str | Weights:
@@ -23,6 +24,9 @@ def initial_weights(init: str, network: str) -> str | Weights:
     if "@" in init and not run_dir.exists():
         name, _, which = init.rpartition("@")
         run_dir = Path(name)
+        if run_dir.is_dir() and not which:
+            action = f"write {name}, {name}@last, {name}@best or {name}@500"
+            raise InputError(f"{network}.init={init}", "a checkpoint behind the @", action)
     if not run_dir.is_dir():
         return init
     if not which:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.models import build_discriminator, build_segmentor, check_training, set_batch_norm
+from distseg.models import (
+    Weights,
+    build_discriminator,
+    build_segmentor,
+    check_step,
+    check_training,
+    set_batch_norm,
+)
 from distseg.models.freezing import freeze
+from distseg.models.trial import StepImages, shaped
 from distseg.parallel.sync_batch_norm import synchronise
+from distseg.runs import checkpoint
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
 
@@ -22,57 +34,119 @@ class Networks(NamedTuple):
     discriminator: nn.Module | None
 
 
-def build_networks(config: Config, num_classes: int) -> Networks:
+def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Networks:
     """Both networks, initialised from the seed.
 
-    Raises InputError for options and weights that do not fit, and for training crops that are too
-    small for the discriminator.
+    Those of the user's own are tried as a step on so many ranks uses them. Raises InputError for
+    options and weights that do not fit, and for training crops that are too small for the
+    discriminator.
     """
     # every rank draws the same weights, so that a seed means the same under every strategy
     torch.manual_seed(config.seed)
     # the segmentor first: with or without a discriminator a seed gives it the same weights
-    segmentor = _segmentor(config, num_classes)
+    segmentor = _segmentor(config, num_classes, world_size)
+    segmentor.awaits_checkpoint = is_resumed(config)  # type: ignore[assignment]
     if config.mode == "supervised":
         return Networks(segmentor, None)
     chosen = config.discriminator
-    init = initial_weights(chosen.init, "discriminator")
-    discriminator = build_discriminator(chosen.name, num_classes, init=init, **chosen.options)
+    init = _first_weights(config, "discriminator")
+    images = _step_images(config, world_size, segmentor)
+    discriminator = build_discriminator(
+        chosen.name, num_classes, init=init, label_map_px=images.label_map_px, **chosen.options
+    )
+    _check_size(config, images.label_map_px, _stride(config, segmentor), discriminator)
     # in training mode, on random images: a parameter without a gradient would leave other ranks
     # waiting
     check_training(chosen.name, discriminator)
-    stride = int(segmentor.output_stride)  # type: ignore[arg-type]
-    if config.loss.map_resolution == "image":
-        stride = 1
-    _check_size(config, stride, int(discriminator.min_size_px))  # type: ignore[arg-type]
+    check_step(chosen.name, discriminator, images)
     return Networks(segmentor, discriminator)
 
 
-def _segmentor(config: Config, num_classes: int) -> nn.Module:
+def _step_images(config: Config, world_size: int, segmentor: nn.Module) -> StepImages:
+    """What the networks get at a time, on one of so many ranks."""
+    parts, crop_px = world_size * config.gradient_accumulation_steps, config.data.crop_px
+    unlabelled = config.semi.batch_size or config.batch_size
+    return StepImages(
+        num_labelled=config.batch_size // parts,
+        num_unlabelled=unlabelled // parts if config.mode == "semi_supervised" else 0,
+        side_px=crop_px,
+        label_map_px=-(-crop_px // _stride(config, segmentor)),
+    )
+
+
+def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     chosen = config.segmentor
     segmentor = build_segmentor(
         chosen.name,
         num_classes,
-        init=initial_weights(chosen.init, "segmentor"),
+        init=_first_weights(config, "segmentor"),
         init_partial=chosen.init_partial,
         **chosen.options,
     )
     # before batch norms are replaced and parameters frozen, as it tries the network as the user
     # wrote it
     check_training(chosen.name, segmentor)
+    images = _step_images(config, world_size, segmentor)
+    if config.loss.adv_start_step:  # before it steps are of labelled images alone
+        images = replace(images, num_unlabelled=0)
+    if chosen.batch_norm == "synchronised":
+        # its statistics are of all ranks' images together
+        images = replace(images, num_labelled=images.num_labelled * world_size)
+    else:
+        set_batch_norm(segmentor, chosen.batch_norm)
+    # as it is in a step, but for statistics over ranks, which have not joined yet
+    check_step(chosen.name, segmentor, images)
     # freezing comes last: it keeps the statistics of batch norms that are frozen whole, as they are
     # by now
     if chosen.batch_norm == "synchronised":
         synchronise(segmentor)
-    else:
-        set_batch_norm(segmentor, chosen.batch_norm)
     freeze(segmentor, chosen.freeze)
+    _check_learns(config, segmentor)
     return segmentor
 
 
-def _check_size(config: Config, stride: int, min_size_px: int) -> None:
-    """Raise InputError unless label maps at a stride are as large as the discriminator needs."""
+def _first_weights(config: Config, network: str) -> str | Weights:
+    """Of a network; "random" where a checkpoint is about to replace them.
+
+    So a run goes on where its file of first weights is gone. `build_trainer` sees to it that there
+    is a checkpoint then.
+    """
+    if is_resumed(config):
+        return "random"
+    chosen = config.segmentor if network == "segmentor" else config.discriminator
+    return initial_weights(chosen.init, network)
+
+
+def is_resumed(config: Config) -> bool:
+    """Whether the run has a checkpoint that it goes on from."""
+    return bool(checkpoint.published(Path(config.run_dir) / checkpoint.FOLDER))
+
+
+def _check_learns(config: Config, segmentor: nn.Module) -> None:
+    """Raise InputError where all that the logits come from is frozen."""
+    if all(parameter.requires_grad for parameter in segmentor.parameters()):
+        return
+    # in evaluation mode: layers that are synchronised ask for a job in training mode
+    side = max(64, int(getattr(segmentor, "size_multiple", 1)))
+    logits = shaped(copy.deepcopy(segmentor).eval(), torch.zeros(2, 3, side, side))
+    # an auxiliary head alone can be trained, but for an adversary nothing leads to it
+    has_auxiliary = getattr(segmentor, "has_auxiliary", False) and config.loss.aux_weight
+    if not logits.requires_grad and not (has_auxiliary and config.mode == "supervised"):
+        got = f"segmentor.freeze={list(config.segmentor.freeze)}: all that the logits come from"
+        needed = "a parameter to train on the way from the image to the logits"
+        raise InputError(got, needed, "freeze less, for example the encoder alone")
+
+
+def _stride(config: Config, segmentor: nn.Module) -> int:
+    """Of the label maps that the discriminator judges."""
+    at_image_size = config.loss.map_resolution == "image"
+    return 1 if at_image_size else int(segmentor.output_stride)  # type: ignore[arg-type]
+
+
+def _check_size(config: Config, label_map_px: int, stride: int, discriminator: nn.Module) -> None:
+    """Raise InputError unless label maps are as large as the discriminator needs."""
     crop_px = config.data.crop_px
-    label_map_px = -(-crop_px // stride)
+    min_size_px = int(discriminator.min_size_px)  # type: ignore[arg-type]
     if label_map_px < min_size_px:
         got = f"data.crop_px={crop_px}: label maps of {label_map_px} pixels at stride {stride}"
         needed = f"at least {min_size_px} pixels for the discriminator {config.discriminator.name}"

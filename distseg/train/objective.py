@@ -29,6 +29,7 @@ from distseg.losses.terms import (
     Term,
     count_scores,
 )
+from distseg.models.trial import shaped
 from distseg.train.schedules import Phase
 from shards import user_code
 from shards.errors import InputError
@@ -142,10 +143,12 @@ def build_objective(
         terms.append(Auxiliary(pixels, in_sums))
     further = [build_term(name, asked) for name, asked in loss.terms.items()]
     _check_places(further, config, has_auxiliary)
-    if samples is not None:
+    if samples is not None and further:
         # steps before it look as those of mode=supervised do
         late = config.mode == "supervised" or loss.adv_start_step > 0
-        check_terms(further, samples.classes.num_classes, without_adversary=late)
+        side = _score_side(config, segmentor, discriminator)
+        num_classes = samples.classes.num_classes
+        check_terms(further, num_classes, without_adversary=late, score_side=side)
     terms += further
     judging = _judging(config, discriminator)
     if config.mode != "supervised":
@@ -244,16 +247,20 @@ def _check_head(term: Term, has_auxiliary: bool) -> None:
 
 
 def check_terms(
-    terms: Sequence[Term], num_classes: int, *, without_adversary: bool = False
+    terms: Sequence[Term],
+    num_classes: int,
+    *,
+    without_adversary: bool = False,
+    score_side: int = 8,
 ) -> None:
     """Raise InputError for a term that gives no finite sum with a gradient, on random images.
 
     So that what a term of the user's own gets wrong is said before data are read.
     without_adversary: there are steps in which nothing is known of probabilities and scores.
+    score_side: how many scores the discriminator gives on a label map of 8 x 8, on a side.
     """
     for term in terms:
-        seen = _random(num_classes)
-        _try(term, seen)
+        _try(term, _random(num_classes, score_side))
         if without_adversary and not _needs_adversary(term):
             bare = replace(_random(num_classes), probabilities=None, scores=None)
             _try(term, bare, " in a step without the adversary, which has no probabilities")
@@ -269,7 +276,13 @@ def _try(term: Term, seen: Predicted, when: str = "") -> None:
     try:
         count = term.count(seen.targets) if term.is_counted else None
         found = term.local_sum(seen)
-    except Exception as error:  # whatever the user's own code raises
+    except InputError as error:  # says itself what is needed
+        said = f"loss.terms.{term.name}"
+        got = error.got if said in error.got else f"{said}: {error.got}"
+        raise InputError(got + when, error.needed, error.action) from error
+    except BaseException as error:  # whatever the user's own code raises
+        if not user_code.is_own(error):
+            raise
         got = f"loss.terms.{term.name}{when}: {type(error).__name__}: {error}"
         raise InputError(got, _NEEDED, "correct the term") from error
     problem = _problem_of_counts(term, count, found)
@@ -313,14 +326,26 @@ def _problem_of(total: Any, source: Tensor) -> str:
     return "" if gradient is not None and gradient.any() else "no gradient at the networks' output"
 
 
-def _random(num_classes: int) -> Predicted:
+def _score_side(config: Config, segmentor: nn.Module, discriminator: nn.Module | None) -> int:
+    """How many scores on a side a run's discriminator gives, where label maps have 8 cells."""
+    if discriminator is None or getattr(discriminator, "head", None) != "patch":
+        return 1
+    crop_px, stride = config.data.crop_px, int(segmentor.output_stride)  # type: ignore[arg-type]
+    side = crop_px if config.loss.map_resolution == "image" else -(-crop_px // stride)
+    image = torch.zeros(1, 3, crop_px, crop_px)
+    num_classes = int(segmentor.num_classes)  # type: ignore[arg-type]
+    scores = shaped(discriminator, image, torch.zeros(1, num_classes, side, side))[0]
+    return max(1, round(8 * scores.shape[-1] / side))
+
+
+def _random(num_classes: int, score_side: int = 8) -> Predicted:
     """Two random images of 32 px at stride 4, with void, and what networks could say of them."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 32, 32, generator=generator)
     label = torch.randint(0, num_classes, (2, 32, 32), generator=generator).to(torch.uint8)
     label[:, :4] = IGNORE_INDEX
     logits = torch.randn(2, num_classes, 8, 8, generator=generator).requires_grad_()
-    scores = torch.randn(2, 1, 8, 8, generator=generator).requires_grad_()
+    scores = torch.randn(2, 1, score_side, score_side, generator=generator).requires_grad_()
     targets = Targets.at(label, (8, 8))
     return Predicted(pixels, targets, logits, logits, logits.softmax(1), scores)
 

@@ -1,15 +1,19 @@
-"""Whether all ranks hold the same networks."""
+"""Whether all ranks hold the same networks, and code of the user's own."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from distseg.config.code import references
+from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, on_all, shared_error
 from distseg.parallel.parameter_shards import shard_of
 from distseg.train.step import Pair
+from shards.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,25 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
             text = f"step {step}: {which}, perhaps in the last checkpoint too"
             cause = "A faulty device, or a network that draws random numbers per rank?"
             raise shared_error(RuntimeError(f"{text}. {cause}"))
+
+
+def check_same_code(ranks: Ranks, config: Config) -> None:
+    """Raise InputError, on every rank, unless all have read the same files of the user's own."""
+    # of files on a disk of each machine; without any there is nothing to send
+    if not references(config):
+        return
+    of_ranks = on_all(ranks, (socket.gethostname(), config.code))
+    first_host, first = of_ranks[0]
+    for rank, (host, own) in enumerate(of_ranks):
+        other = [part for part in first | own if first.get(part) != own.get(part)]
+        if other:
+            part, _, file = other[0].partition(":")
+            what = f"{part}={references(config)[part]}" + (
+                f" imports {file}, which" if file else ""
+            )
+            got = f"{what} differs on rank {rank} ({host}) from rank 0's ({first_host})"
+            action = "copy it to that machine, or name it on a file system that all of them share"
+            raise shared_error(InputError(got, "the same file on all ranks", action))
 
 
 def different(of_ranks: Sequence[Fingerprint]) -> list[int]:

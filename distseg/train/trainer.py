@@ -22,12 +22,12 @@ from distseg.train import diagnostics
 from distseg.train.batch import Images
 from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
+from distseg.train.finite import not_finite
 from distseg.train.flops import StepWork
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
 from distseg.train.validation import ValidationHistory
-from shards.errors import InputError
 
 
 @dataclass
@@ -242,18 +242,10 @@ class Trainer:
         for event in self.tracker.log(step, values):
             self.progress.warning(event.text())
         self.progress.update(step, values)
-        for name in ("segmentor", "discriminator"):
-            self._check_skips(name, values.get(f"skips_in_a_row/{name}", 0), step)
-
-    def _check_skips(self, name: str, in_a_row: float, step: int) -> None:
-        """Raise InputError, on every rank, when a network's gradients are not finite any more."""
         # from values that all ranks share, so that all raise at the same step
-        if in_a_row < self.config.max_skips:
-            return
-        got = f"{name}: {in_a_row:.0f} non-finite gradients in a row at step {step}"
-        lower = f"a lower {name}_optimizer.lr, or with precision=fp32"
-        needed = f"fewer than max_skips={self.config.max_skips}"
-        raise shared_error(InputError(got, needed, f"start again in another run_dir with {lower}"))
+        error = not_finite(self.config, step, values)
+        if error is not None:
+            raise shared_error(error)
 
 
 def _update(name: str, learner: Learner, lr_factor: float) -> Metrics:

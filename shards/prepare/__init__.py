@@ -39,6 +39,9 @@ def preparer_of(name: str) -> Preparer:
     return importlib.import_module(f"shards.prepare.{name}").samples
 
 
+SUFFIXES = (".h5", ".hdf5")  # of the maps
+
+
 def prepare(
     name: str,
     root: Path | None,
@@ -125,6 +128,10 @@ def _check_out(out: Path, name: str) -> None:
     """Only maps of the same data set are replaced, and only when the new ones are complete."""
     # a file of hours of work must not be lost to a mistyped --out
     if not out.exists():
+        # `pack` takes any name, but a folder of shards is easily taken for it: raw, raw/
+        if out.suffix not in SUFFIXES:
+            got, action = f"--out {out}", f"write --out {out}{SUFFIXES[0]}"
+            raise InputError(got, f"a file that ends in {' or '.join(SUFFIXES)}", action)
         return
     try:
         there = f"the data set {MapsReader(out).name!r}"

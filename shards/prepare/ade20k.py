@@ -74,4 +74,4 @@ def samples(root: Path) -> DataSet:
         # ids of both folders: an image without a mask, or the reverse, becomes a task that says so
         for id_ in sorted(images.keys() | masks.keys()):
             pairs.append(Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.png"))
-    return DataSet(ADE20K, pair_tasks(root, pairs, masked_sample, CODING, "ade20k"))
+    return DataSet(ADE20K, pair_tasks(root, pairs, masked_sample, coding=CODING, source="ade20k"))

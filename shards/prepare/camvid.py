@@ -65,7 +65,7 @@ def samples(root: Path) -> DataSet:
     pairs = []
     for split in there:
         pairs += _pairs(root, split)
-    tasks = pair_tasks(root, pairs, masked_sample, CODING, "CamVid")
+    tasks = pair_tasks(root, pairs, masked_sample, coding=CODING, source="CamVid")
     # copies without test are common, so that it is a note and no error
     notes = tuple(f"there is no {split}" for split in SPLITS if split not in there)
     return DataSet(CAMVID, tasks, notes)

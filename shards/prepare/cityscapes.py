@@ -67,7 +67,7 @@ def samples(root: Path, labels: str = "labelIds", test: int = 0) -> DataSet:
     pairs = _pairs(root, "train", labels) + _pairs(root, "val", labels)
     if test:
         pairs += _pairs(root, "test", labels)
-    tasks = pair_tasks(root, pairs, masked_sample, CODINGS[labels], "cityscapes")
+    tasks = pair_tasks(root, pairs, masked_sample, coding=CODINGS[labels], source="cityscapes")
     extra = [
         name
         for name in ("test", "train_extra")

@@ -20,19 +20,22 @@ class Task:
 
     read: a module's function; arguments: plain values whose repr tells them apart. The paths among
     them are the files that are read: with their sizes and times they say whether work that was done
-    before an interruption still holds.
+    before an interruption still holds. names: of the last arguments, which are given by name.
     """
 
     key: str
     split: str
     read: Callable[..., Sample]
     arguments: tuple[Any, ...]
+    names: tuple[str, ...] = ()  # no part of the repr: the values alone say what is read
 
     def run(self) -> Sample:
         """Read the sample. Raises InputError, naming the file, when it cannot be used."""
         action = "replace it, or leave such samples out with --skip-bad"
         try:
-            sample = self.read(self.key, self.split, *self.arguments)
+            count = len(self.arguments) - len(self.names)
+            named = dict(zip(self.names, self.arguments[count:], strict=True))
+            sample = self.read(self.key, self.split, *self.arguments[:count], **named)
         except InputError:  # says already what is wrong where
             raise
         except (OSError, ValueError) as error:  # of a preparer of the user's own

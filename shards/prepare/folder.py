@@ -88,7 +88,7 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
         pairs = _unlike(pairs)
     else:
         pairs = _distributed(root, what, seed or 0, notes)
-    tasks = pair_tasks(root, pairs, masked_sample, what.coding, what.name)
+    tasks = pair_tasks(root, pairs, masked_sample, coding=what.coding, source=what.name)
     unlabelled = sum(pair.label is None for pair in pairs)
     if unlabelled:
         notes.append(f"{unlabelled} images have no mask and stay unlabelled")

@@ -56,13 +56,14 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
         for split, id_ in each_id(splits)
     ]
     others = len(images.keys() - wanted)
-    notes: tuple[str, ...] = (
-        (f"{others} training images are not of the scenes with lanes",) if others else ()
-    )
+    notes: tuple[str, ...] = ()
+    if others:
+        notes += (f"{others} training images are not of the scenes with lanes",)
     # said, not only done: who counts the files would miss them
     if (folder.parent / "testing").is_dir():
         notes += ("the testing images have no ground truth",)
-    return DataSet(KITTI_ROAD, pair_tasks(root, pairs, masked_sample, CODING, "kitti_road"), notes)
+    tasks = pair_tasks(root, pairs, masked_sample, coding=CODING, source="kitti_road")
+    return DataSet(KITTI_ROAD, tasks, notes)
 
 
 def _masks(folder: Path, task: str) -> dict[str, Path]:

@@ -41,7 +41,7 @@ def color_code(color: Iterable[int]) -> int:
 
 
 def masked_sample(
-    key: str, split: str, image: Path, mask: Path | None, coding: Coding, source: str
+    key: str, split: str, image: Path, mask: Path | None, *, coding: Coding, source: str
 ) -> Sample:
     """The sample of an image and its mask (None: unlabelled), `source` and file name its source_id.
 

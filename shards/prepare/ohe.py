@@ -42,7 +42,9 @@ def samples(root: Path, seed: int = 0) -> DataSet:
     ]
     # the layout keeps no class names: the number of planes of a map is all that is known
     num_classes = _num_classes([pair for pair in pairs if pair.id in images.keys() & labels.keys()])
-    return DataSet(classes_by_number(num_classes), pair_tasks(root, pairs, _sample, num_classes))
+    return DataSet(
+        classes_by_number(num_classes), pair_tasks(root, pairs, _sample, num_classes=num_classes)
+    )
 
 
 def _num_classes(pairs: list[Pair]) -> int:

@@ -62,7 +62,9 @@ class Generated:
         except InputError:
             raise
         # a generator fails between two samples as well, where no call of ours is in sight
-        except Exception as error:
+        except BaseException as error:
+            if not user_code.is_own(error):
+                raise
             got = f"{said}: {user_code.told(error, self.code.path)}"
             raise InputError(got, "samples to the end", action) from error
 
@@ -93,4 +95,4 @@ def called(reference: str, arguments: dict[str, Any]) -> DataSet | Generated:
 def _whole(task: Task) -> Task:
     """The task; one whose file is not there as `absent`, which is told before time is spent."""
     lost = [path for path in task.files if not path.is_file()]
-    return replace(task, read=absent, arguments=(str(lost[0]),)) if lost else task
+    return replace(task, read=absent, arguments=(str(lost[0]),), names=()) if lost else task

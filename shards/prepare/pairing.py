@@ -29,10 +29,10 @@ class Pair:
 
 
 def pair_tasks(
-    root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], *more: Any
+    root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], **more: Any
 ) -> list[Task]:
-    """Tasks of read(key, split, image, label, *more) for each pair; of `absent` where a file is not
-    there.
+    """Tasks of read(key, split, image, label, **more) for each pair; of `absent` where a file is
+    not there.
 
     A key is the id with "_" for "." and "/", which cannot be in names within a tar. Raises
     InputError for a file outside of `root`, links followed, and for two pairs of one key.
@@ -58,8 +58,11 @@ def pair_tasks(
         # a task that fails, not an error: with --skip-bad it is left out, and counted, like a
         # damaged one
         lost = [str(path) for path in files if not path.is_file()]
-        what = (absent, (lost[0],)) if lost else (read, (pair.image, pair.label, *more))
-        tasks.append(Task(key, pair.split, *what))
+        if lost:
+            tasks.append(Task(key, pair.split, absent, (lost[0],)))
+            continue
+        arguments = (pair.image, pair.label, *more.values())
+        tasks.append(Task(key, pair.split, read, arguments, names=tuple(more)))
     if not named:
         raise InputError(f"no images in {root}", "at least one", "correct --root")
     return tasks

@@ -100,4 +100,6 @@ def samples(
     # most of VOC has no segmentation: said as a note, so that it is not taken for a loss
     unlisted = len(files_by_id(folder / "JPEGImages").keys() - {pair.id for pair in pairs})
     notes = (f"{unlisted} images of JPEGImages are in no list",) if unlisted else ()
-    return DataSet(VOC, pair_tasks(root, pairs, masked_sample, CODING, "VOC2012"), notes)
+    return DataSet(
+        VOC, pair_tasks(root, pairs, masked_sample, coding=CODING, source="VOC2012"), notes
+    )
