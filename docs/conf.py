@@ -22,3 +22,16 @@ autodoc_typehints = "signature"
 # pages outside of docs/ that are named as files of the repository
 suppress_warnings: list[str] = []
 nitpicky = False
+
+
+def plain_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text: what reads as markup in them is not, but for `code`."""
+    for index, line in enumerate(lines):
+        parts = line.split("`")
+        # outside of backticks, every second part
+        parts[::2] = [part.replace("*", r"\*").replace("|", r"\|") for part in parts[::2]]
+        lines[index] = "``".join(parts)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_text)
