@@ -11,7 +11,7 @@ import matplotlib as mpl
 from docs.figures.style import FOLDER, SETTINGS, svg
 from shards.files import published
 
-DRAWINGS = ("data_flow", "step", "rooms")  # as SVG
+DRAWINGS = ("data_flow", "step", "rooms", "job")  # as SVG
 
 
 def drawn(name: str) -> str:
