@@ -8,29 +8,33 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from docs.figures.style import FOLDER, SETTINGS, svg
+from docs.figures.style import FOLDER, SETTINGS, png, svg
 from shards.files import published
 
-DRAWINGS = ("data_flow", "step", "rooms", "job")  # as SVG
+FIGURES = {
+    **dict.fromkeys(("data_flow", "step", "rooms", "job", "label_maps", "curves"), ".svg"),
+    "adversary": ".png",
+}
 
 
-def drawn(name: str) -> str:
-    """The SVG that a module of this folder draws."""
+def drawn(name: str) -> bytes:
+    """The file that a module of this folder draws."""
+    write = svg if FIGURES[name] == ".svg" else png
     with mpl.rc_context(SETTINGS):
-        return svg(importlib.import_module(f"docs.figures.{name}").draw())
+        return write(importlib.import_module(f"docs.figures.{name}").draw())
 
 
 def committed(name: str) -> Path:
-    """Where the SVG lies that the pages show."""
-    return FOLDER / f"{name}.svg"
+    """Where the file lies that the pages show."""
+    return FOLDER / f"{name}{FIGURES[name]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.figures", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *DRAWINGS], metavar="NAME")
-    for name in parser.parse_args().names or DRAWINGS:
+    parser.add_argument("names", nargs="*", choices=[[], *FIGURES], metavar="NAME")
+    for name in parser.parse_args().names or FIGURES:
         with published(committed(name)) as partial:
-            partial.write_text(drawn(name), encoding="utf-8")
+            partial.write_bytes(drawn(name))
         print(committed(name))
 
 

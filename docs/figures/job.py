@@ -8,7 +8,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from docs.figures.style import BLUE, GREEN, INK, ORANGE, PAPER, PURPLE, SLATE, Canvas
+from docs.figures.style import BLUE, BLUE_LINE, GREEN, INK, ORANGE, PAPER, PURPLE, SLATE, Canvas
 
 # x of what happens, in px; the steps of the run are drawn upwards from FLOOR
 QUEUED, STARTED, LOST, AGAIN, TOLD, REQUEUED, BACK, DONE = 66, 130, 242, 286, 372, 384, 466, 580
@@ -74,7 +74,7 @@ def _steps(canvas: Canvas) -> None:
     climbs = ((STARTED, LOST, 0), (AGAIN, TOLD, 100), (BACK, DONE, told))
     for start, end, first in climbs:
         last = min(first + (end - start), STEPS)
-        canvas.arrow((start, _y(first)), (end, _y(last)), color=LINE, head=False, width=3)
+        canvas.arrow((start, _y(first)), (end, _y(last)), color=BLUE_LINE, head=False, width=3)
         for step in range(first - first % SAVED + SAVED, int(last) + 1, SAVED):
             _checkpoint(canvas, start + step - first, step)
     _checkpoint(canvas, TOLD, told)
@@ -99,12 +99,8 @@ def _notes(canvas: Canvas, told: float) -> None:
     canvas.text(BACK + 18, _y(40), "checkpoint", align="left", size=11.5)
 
 
-# a line needs no white text on it
-LINE = "#2f86c5"
-
-
 def _checkpoint(canvas: Canvas, x: float, step: float) -> None:
-    canvas.axes.add_patch(Circle((x, _y(step)), 4.5, facecolor=PAPER, edgecolor=LINE, lw=1.8))
+    canvas.axes.add_patch(Circle((x, _y(step)), 4.5, facecolor=PAPER, edgecolor=BLUE_LINE, lw=1.8))
 
 
 def _cross(canvas: Canvas, x: float, y: float) -> None:

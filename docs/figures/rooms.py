@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import textwrap
 from collections import Counter
 
@@ -79,6 +80,7 @@ def purpose(room: str) -> str:
     return sentence.rstrip(".").replace("`", "")
 
 
+@functools.cache  # it reads every file
 def imports() -> Counter[tuple[str, str]]:
     """(room, other room) -> how many modules of the one import of the other."""
     found: Counter[tuple[str, str]] = Counter()

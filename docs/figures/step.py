@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from docs.figures.style import BLUE, GREEN, ORANGE, PAPER, PURPLE, SLATE, Canvas, columns
+from docs.figures.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    ORANGE_LINE,
+    PAPER,
+    PURPLE,
+    PURPLE_LINE,
+    SLATE,
+    Canvas,
+    columns,
+)
 
 HEIGHT = 58
 INPUTS, NETWORK, MAPS, JUDGE, LOSSES = 10, 102, 194, 286, 392  # upper edges of the rows
@@ -95,10 +106,6 @@ def _gradients(canvas: Canvas, lefts: tuple[float, ...], width: float) -> None:
 def _number(canvas: Canvas, x: float, y: float, number: str, color: str) -> None:
     canvas.box((x - 8, y - 8, 16, 16), "", color=color)
     canvas.text(x, y, number, color=PAPER, size=11, weight="bold")
-
-
-# lines need no white text on them, and are lighter so that they show on black
-PURPLE_LINE, ORANGE_LINE = "#b062ac", "#d2691e"
 
 
 def _legend(canvas: Canvas) -> None:

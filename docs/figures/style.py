@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Outline
 
 FOLDER = Path(__file__).parent
+RUN, SCENE = FOLDER / "data" / "run.json", FOLDER / "data" / "scene.npz"  # of run_data.py
 
 # after Okabe and Ito, darkened until white text on them has a contrast of 5
 BLUE, ORANGE, GREEN, PURPLE, SLATE = "#1f6fa8", "#b4530a", "#0b7a5c", "#8c3f88", "#5b6168"
+# lines need no white text on them, and are lighter so that they show on black
+BLUE_LINE, ORANGE_LINE, GREEN_LINE, PURPLE_LINE = "#2f86c5", "#d2691e", "#11a17a", "#b062ac"
 INK = "#797979"  # of all that stands on the page itself
+SHADES = "cividis"  # of numbers from 0 to 1; made for colour-blind eyes
 PAPER = "#ffffff"  # of text in boxes
 
 _PX = 1 / 96  # inches
@@ -117,6 +124,29 @@ class Canvas:
             )
         )
 
+    def picture(self, place: tuple[float, float, float, float]) -> Axes:
+        """Bare axes at place (x, y, width, height), for a picture."""
+        x, y, width, height = place
+        across, down = self.axes.get_xlim()[1], self.axes.get_ylim()[0]
+        axes = self.figure.add_axes(
+            (x / across, 1 - (y + height) / down, width / across, height / down)
+        )
+        axes.set_axis_off()
+        return axes
+
+    def swatch(self, x: float, y: float, color: str, name: str) -> None:
+        """An entry of a legend; x: its left edge."""
+        self.box((x, y - 6, 12, 12), "", color=color)
+        self.text(x + 18, y, name, align="left")
+
+    def scale(self, place: tuple[float, float, float, float], low: str, high: str) -> None:
+        """The colours of SHADES with the names of both ends."""
+        x, y, width, height = place
+        shades = np.linspace(0, 1, 256)[None]
+        self.picture(place).imshow(shades, cmap=SHADES, aspect="auto", interpolation="bilinear")
+        self.text(x - 6, y + height / 2, low, align="right")
+        self.text(x + width + 6, y + height / 2, high, align="left")
+
     def _rounded(self, place: tuple[float, float, float, float], **look: Any) -> None:
         x, y, width, height = place
         style = "round,pad=0,rounding_size=5"
@@ -136,8 +166,16 @@ def columns(left: float, right: float, number: int, gap: float) -> Sequence[tupl
     return [(left + place * (width + gap), width) for place in range(number)]
 
 
-def svg(figure: Figure) -> str:
-    """The drawing as text: the same for the same figure and version of matplotlib."""
+def png(figure: Figure) -> bytes:
+    """The drawing as pixels, two a px for sharp screens."""
+    FigureCanvasAgg(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=2 / _PX)
+    return file.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """The drawing as text, the same for the same figure and version of matplotlib."""
     FigureCanvasSVG(figure)
     file = io.StringIO()
     with mpl.rc_context(SETTINGS):
@@ -145,4 +183,4 @@ def svg(figure: Figure) -> str:
     text = file.getvalue()
     for laid_out, shown in _SHOWN.items():
         text = text.replace(laid_out, shown)
-    return text
+    return text.encode()
