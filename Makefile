@@ -1,4 +1,4 @@
-# make demo | slurm-demo | test | test-avx2 | test-slurm | lint | bench    each sets up .venv by itself
+# make demo | slurm-demo | test | test-avx2 | test-slurm | lint | docs | bench    each sets up .venv by itself
 # make test PYTHON=python3.13    in .venv-python3.13, beside the .venv of python3
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
@@ -8,7 +8,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo slurm-demo test test-avx2 test-slurm lint bench clean
+.PHONY: demo slurm-demo test test-avx2 test-slurm lint docs bench clean
 
 demo: $(VENV)/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -42,6 +42,9 @@ lint: $(VENV)/.developer
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.developer  # docs/_build/html/index.html; a broken link or reference fails
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
@@ -62,4 +65,4 @@ bench: $(VENV)/.developer  # half an hour on two CPU cores
 	$(BIN)/python -m benchmarks.scaling
 
 clean:
-	rm -rf .venv .venv-* $(DEMO) data/toy data/toy.h5 data/toy-pictures
+	rm -rf .venv .venv-* docs/_build $(DEMO) data/toy data/toy.h5 data/toy-pictures
