@@ -15,8 +15,8 @@ from distseg.cli import build_parser
 
 TOP = """# Every command
 
-By `python docs/cli_reference.py > docs/cli.md` out of the parsers. `key=value` may stand anywhere on
-a command line that takes [keys](configuration.md)."""
+By `python docs/cli_reference.py > docs/cli.md` out of the parsers. `key=value` may stand anywhere
+on a command line that takes [keys](configuration.md)."""
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
