@@ -23,7 +23,7 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.models.weights import read_weights
 from distseg.parallel import fsdp
-from distseg.runs import checkpoint, checkpointer
+from distseg.runs import checkpoint, checkpointer, lease
 from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.checkpointer import Checkpointer, newest, set_aside
 from distseg.runs.sealed import seal, unseal, write_sealed
@@ -309,6 +309,43 @@ def test_the_newest_sound_checkpoint_is_gone_on_from_and_damaged_ones_are_set_as
     flip(tmp_path / "checkpoints" / "step-00000010" / "segmentor.network.safetensors", 999)
     with pytest.raises(InputError, match="begin at step 0"):
         newest(tmp_path, RANKS)
+
+
+def test_a_checkpoint_that_is_read_is_kept_until_its_reader_ends(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, 1, {}, RANKS)
+    checkpoints.save({"segmentor": Holder(1)}, state(1))
+    with checkpoint.opened(tmp_path, "last") as found:
+        for step in (2, 3):
+            checkpoints.save({"segmentor": Holder(step)}, state(step))
+        assert names(tmp_path) == ["step-00000001", "step-00000003"]
+        assert float(read(found.path, "segmentor.network")["count"]) == 1
+    checkpoints.save({"segmentor": Holder(4)}, state(4))
+    assert names(tmp_path) == ["step-00000004"]
+    # one that was killed renews it no more
+    killed = tmp_path / "checkpoints" / "step-00000004" / ".lease-elsewhere-7-abc"
+    killed.touch()
+    checkpoints.save({"segmentor": Holder(5)}, state(5))
+    assert names(tmp_path) == ["step-00000004", "step-00000005"]
+    long_ago = time.time() - lease.EXPIRES_SECONDS - 60
+    os.utime(killed, (long_ago, long_ago))
+    checkpoints.save({"segmentor": Holder(6)}, state(6))
+    assert names(tmp_path) == ["step-00000006"]
+
+
+def test_a_lease_is_renewed_while_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEWED_SECONDS", 0.01)
+    with lease.leased(tmp_path):
+        (file,) = tmp_path.iterdir()
+        os.utime(file, (0, 0))
+        deadline = time.monotonic() + 20
+        while file.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 0
+    assert not list(tmp_path.iterdir())
+    with lease.leased(tmp_path / "of another user, not to be written to"):
+        pass
 
 
 def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: Path) -> None:

@@ -87,3 +87,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     newest = "checkpoints/step-00000002"
     assert tensors(run / newest) == tensors(finished / newest)
     assert (run / "checkpoints/damaged-step-00000002").is_dir()
+
+
+def test_what_was_loaded_needs_the_checkpoint_no_more(run: Path) -> None:
+    trained = distseg.load(run, 1)
+    shutil.rmtree(trained.path)
+    assert trained.evaluate(quick=True)["step"] == trained.step == 1

@@ -22,6 +22,7 @@ from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
 from distseg.evaluate.trained import trained_segmentor
 from distseg.runs.checkpoint import Checkpoint
+from distseg.runs.lease import leased
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
@@ -41,8 +42,10 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     network, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
     samples = open_samples(config, found)
-    ranks = setup(config.device, config.parallel.timeout_seconds)
-    network, found = _of_one_checkpoint(run_dir, network, found, ranks)
+    # a training beside may prune it before every rank has come to read it
+    with leased(found.path):
+        ranks = setup(config.device, config.parallel.timeout_seconds)
+        network, found = _of_one_checkpoint(run_dir, network, found, ranks)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distseg.runs.lease import leased
 from distseg.runs.sealed import unseal
 from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, check_readable, read
 from shards.errors import InputError
@@ -90,12 +91,13 @@ def find(run_dir: Path, which: str) -> Path:
 
 @contextmanager
 def opened(run_dir: Path, which: str) -> Iterator[Checkpoint]:
-    """A checkpoint of a run, verified.
+    """A checkpoint of a run, verified; a training beside leaves it in place until the block ends.
 
     which: as `find` takes it. Raises InputError where there is none, and DamagedCheckpoint.
     """
     path = find(run_dir, which)
-    yield verified(path)
+    with leased(path):
+        yield verified(path)
 
 
 def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:

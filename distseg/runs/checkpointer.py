@@ -50,6 +50,7 @@ from distseg.runs.checkpoint import (
     read_best,
     verified,
 )
+from distseg.runs.lease import is_leased
 from distseg.runs.sealed import seal, write_sealed
 from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, TensorFile, read, to_host
 from shards.errors import InputError
@@ -318,7 +319,8 @@ class Checkpointer:
         # only after a publication: until then the older ones are all there is to resume from
         best_step = read_best(self.directory).get("step")
         for path in published(self.directory)[: -self._keep_last]:
-            if int(path.name.removeprefix("step-")) != best_step:
+            # who reads one has it kept until the next turn
+            if int(path.name.removeprefix("step-")) != best_step and not is_leased(path):
                 # at once, and under a name that the next save clears away: a kill in the middle
                 # leaves no half of a checkpoint under its own
                 hidden = _hidden(path)
