@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, on_main
+from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.parallel import wrap
 from distseg.runs import environment
-from distseg.runs.checkpoint import saved_precision
+from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.checkpointer import Checkpointer
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker, open_tracker
@@ -34,14 +34,12 @@ from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
 
 
-def with_precision(config: Config, ranks: Ranks) -> Config:
+def with_precision(config: Config, saved: Checkpoint | None, ranks: Ranks) -> Config:
     """The configuration with "auto" resolved.
 
     A run goes on in the precision that it began in: "auto" may differ on another machine.
     """
-    # the main rank looks, for all: ranks that see a shared disk differently would choose
-    # differently
-    kept = on_main(ranks, lambda: saved_precision(Path(config.run_dir)))
+    kept = None if saved is None else saved.identity.get("precision")
     if kept is None or config.precision != "auto":
         kept = resolve_precision(config.precision, ranks)
     return replace(config, precision=kept)
@@ -60,25 +58,48 @@ def spread(config: Config, networks: Networks, objective: Objective, ranks: Rank
     return Pair(segmentor, discriminator, objective)
 
 
-def build_trainer(
-    config: Config, ranks: Ranks, pair: Pair, data: Data, *, watchdog: Watchdog, work: StepWork
-) -> Trainer:
-    """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
-    # before the checkpoint is loaded, which copies into the tensors that are there
+@dataclass(frozen=True)
+class Learned:
+    """What a run has learned so far: of a new one nothing. Its learners hold it."""
+
+    pair: Pair
+    ema: MovingAverage | None
+    checkpoints: Checkpointer
+    state: TrainState
+    is_resumed: bool
+
+
+def learned(
+    config: Config, ranks: Ranks, pair: Pair, data: Data, saved: Checkpoint | None
+) -> Learned:
+    """The learners as a checkpoint has them, where there is one. Writes nothing.
+
+    Raises InputError, on every rank, for a checkpoint that is another run's, and where the disk
+    cannot hold what the run will keep.
+    """
+    # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
+    # average and of the networks, so nothing that has been looked up goes stale.
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
-    scored = pair.segmentor if ema is None else ema
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
     checkpoints.check_space(learners)
-    latest = checkpoints.latest()
-    if latest is not None:
+    if saved is not None:
         # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
         # to go on: the order of samples, the phases and random numbers follow from the step and the
         # seed.
-        state = TrainState(**checkpoints.load(latest, learners))
+        state = TrainState(**checkpoints.load(saved, learners))
     else:
         _check_initialised(config, pair.segmentor.network)
+    return Learned(pair, ema, checkpoints, state, saved is not None)
+
+
+def build_trainer(
+    config: Config, ranks: Ranks, found: Learned, data: Data, *, watchdog: Watchdog, work: StepWork
+) -> Trainer:
+    """The loop's parts. From here on the run directory is written to."""
+    pair, ema, state = found.pair, found.ema, found.state
+    scored = pair.segmentor if ema is None else ema
     progress = Progress(config.steps, state.step, ranks.is_main)
     # after loading, as it tells at which step the run goes on
     progress.message(headline(config, ranks, pair, data, state.step))
@@ -90,10 +111,10 @@ def build_trainer(
         pair=pair,
         ema=ema,
         evaluator=_evaluator(config, ranks, scored.full_network, data, watchdog),
-        checkpoints=checkpoints,
+        checkpoints=found.checkpoints,
         # None, not 0, of a run without a checkpoint: its metrics.jsonl is then begun anew, and what
         # an attempt wrote that never reached a checkpoint goes
-        tracker=_tracker(config, ranks, state.step if latest else None),
+        tracker=_tracker(config, ranks, state.step if found.is_resumed else None),
         progress=progress,
         watchdog=watchdog,
         work=work,
