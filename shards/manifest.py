@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, BinaryIO
 
 from shards.errors import InputError
 from shards.files import published
+from shards.names import check_name
 from shards.sample import ClassSet
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+MAX_COUNT = 2**62  # of samples, bytes or pixels: sums of a few stay within int64
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,13 @@ class Manifest:
             if manifest._file_text() != text:
                 raise ValueError("not the bytes that were written")
             return manifest
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # a ClassSet's InputError does not name the file, and is wrapped like the others
             if isinstance(error, InputError) and place in error.got:
                 raise
+            why = error.got if isinstance(error, InputError) else repr(error)
             raise InputError(
-                f"{place}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action
+                f"{place}: damaged ({why})", "the manifest that `distseg pack` wrote", action
             ) from None
 
     def verify(self, directory: Path) -> None:
@@ -195,11 +199,49 @@ def hashed(file: BinaryIO) -> hashlib._Hash:
 def _from_json(content: dict[str, Any]) -> Manifest:
     # JSON has lists only, which would equal no ClassSet of ours, nor be hashable
     palette = tuple((int(r), int(g), int(b)) for r, g, b in content["classes"]["palette"])
+    classes = ClassSet(tuple(content["classes"]["names"]), palette)
+    # files of reports are called by both names
+    check_name(content["name"], "the name", "pack the data again, under another name")
     splits = {}
     for name, split in content["splits"].items():
-        shards = tuple(ShardInfo(**shard) for shard in split["shards"])
-        pixels = tuple(split["class_pixels"])
-        splits[name] = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
-    classes = ClassSet(tuple(content["classes"]["names"]), palette)
+        check_name(name, "split", "pack the data again, with splits of other names")
+        splits[name] = _split(split, classes.num_classes)
     extra = content.get("left_out", 0), content.get("sources", {})  # absent in older packs
-    return Manifest(content["version"], content["name"], classes, splits, *extra)
+    manifest = Manifest(content["version"], content["name"], classes, splits, *extra)
+    files = [shard.file for shard in manifest.shards()]
+    if len(set(files)) != len(files):
+        raise ValueError("a shard that is named twice")
+    return manifest
+
+
+def _split(split: dict[str, Any], num_classes: int) -> SplitInfo:
+    shards = tuple(_checked(ShardInfo(**shard)) for shard in split["shards"])
+    pixels = tuple(split["class_pixels"])
+    found = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
+    _check_counts(found.num_samples, found.void_pixels, *pixels)
+    if len(pixels) != num_classes:
+        raise ValueError(f"pixels of {len(pixels)} classes, and {num_classes} classes")
+    if sum(shard.num_samples for shard in shards) != found.num_samples:
+        raise ValueError(f"{found.num_samples} samples, and its shards have others")
+    return found
+
+
+def _checked(shard: ShardInfo) -> ShardInfo:
+    """A shard whose fields are what they say. All of them come from a file of others."""
+    check_name(shard.file, "shard", "pack the data again")
+    # anything else would be taken for a shard wherever shards are moved, fetched or replaced
+    if not shard.file.endswith(".tar"):
+        raise ValueError(f"shard {shard.file!r} is no .tar")
+    # the length becomes a part of a name in the cache, as the checksums do
+    _check_counts(shard.num_samples, shard.num_bytes, shard.num_unlabelled or 0)
+    for sha256 in (shard.sha256, shard.index_sha256):
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise ValueError(f"sha256 {sha256[:80]!r}")
+    return shard
+
+
+def _check_counts(*counts: Any) -> None:
+    for count in counts:
+        # type, not isinstance: true is an int, too
+        if type(count) is not int or not 0 <= count < MAX_COUNT:
+            raise ValueError(f"{str(count)[:80]!r} where a count is needed")

@@ -40,7 +40,7 @@ STAGING = ".packing"
 # of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
 LAYOUT = 2
 # ours alone: what else lies in the folder is never removed
-SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
+SHARD_NAME = re.compile(r"[^./]+-\d{6}\.(tar|index\.json)")
 # bytes, at most: three tar headers with padding and a sample's lines of the index; a tar's end and
 # its manifest entry
 MEMBER_OVERHEAD, TAR_OVERHEAD = 8192, 16384
@@ -271,10 +271,14 @@ def _publish(
 
 
 def _files_of(manifest: Manifest) -> set[str]:
+    """Shards and indices of a manifest that have the form of this module's names.
+
+    Files of other names are others', whatever a manifest says: they are neither moved nor removed.
+    """
     names: set[str] = set()
     for shard in manifest.shards():
         names |= {shard.file, shard.index_file}
-    return names
+    return {name for name in names if SHARD_NAME.fullmatch(name)}
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:

@@ -13,6 +13,7 @@ from isal import isal_zlib
 from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
+from shards.names import check_name
 
 IGNORE_INDEX = 255  # void: not counted, not trained on
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -108,6 +109,8 @@ def check_sample(sample: Sample, num_classes: int) -> None:
             raise InputError(
                 f"{what} {name!r}", 'a printable name without "." and "/"', f"rename the {what}"
             )
+        # what is written here must be what readers take
+        check_name(name, what, f"rename the {what}")
     try:
         size = image_size(sample.image)
     except InputError as error:
