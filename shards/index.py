@@ -38,14 +38,20 @@ class _ShardIndex:
 
     def __init__(self, content: bytes, place: str, num_bytes: int):
         samples = parsed(content, place)
-        for sample in samples:
-            problem = problem_of(sample, num_bytes)
-            if problem:
-                action = "copy or pack it again"
-                raise InputError(f"{place}: {problem}", "the index of the shard", action)
-        self.keys = [sample["key"] for sample in samples]
-        # reshape: of no sample at all the array would be (0,)
-        self.numbers = np.array([_numbers(sample) for sample in samples], np.int64).reshape(-1, 8)
+        try:
+            self.keys = [sample["key"] for sample in samples]
+            numbers = [_numbers(sample) for sample in samples]
+            # reshape: of no sample at all the array would be (0,)
+            self.numbers = np.array(numbers, np.int64).reshape(-1, 8)
+            sound = all(map(is_name, self.keys)) and _are_sound(self.numbers, num_bytes)
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, StopIteration):
+            sound = False
+        # together first, as a large set has millions; one by one only to say which it is
+        problems = (problem_of(sample, num_bytes) for sample in samples) if not sound else ()
+        problem = "" if sound else next(filter(None, problems), "numbers that are none")
+        if problem:
+            needed, action = "the index of the shard", "copy or pack it again"
+            raise InputError(f"{place}: {problem}", needed, action)
 
     def entry(self, shard: int, place: int) -> Entry:
         height, width, *members = self.numbers[place].tolist()
@@ -160,6 +166,16 @@ class Indices:
         self._forget()
 
 
+def _are_sound(numbers: np.ndarray, num_bytes: int) -> bool:
+    """What `problem_of` asks of one sample, of (samples, 8) int64: sides, image, label."""
+    sides, members = numbers[:, :2], numbers[:, 2:].reshape(-1, 3)
+    offset, length, crc32 = members.T
+    # an absent label is three zeros
+    inside = (offset > 0) & (length >= 0) & (offset <= num_bytes - length) | ~members.any(1)
+    in_range = (sides > 0).all() and (sides < 2**31).all() and (crc32 >= 0).all()
+    return bool(inside.all() and in_range and (crc32 < 2**32).all())
+
+
 def parsed(content: bytes, place: str) -> list[Any]:
     """The samples of a member index. Raises InputError for what is no list in JSON."""
     try:
@@ -198,6 +214,11 @@ def problem_of(sample: Any, num_bytes: int) -> str:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return f"a sample without key, size and members ({error!r})"[:160]
     return ""
+
+
+def is_labelled(sample: dict[str, Any]) -> bool:
+    """Whether the sample of a line of a member index has a label."""
+    return "png" in sample["members"]
 
 
 def _numbers(sample: dict[str, Any]) -> tuple[int, ...]:

@@ -118,7 +118,7 @@ INDEX = {
     "is no name": {"key": "../../x"},
     "no name": {"key": "x\n"},
     "has no image": {"members": {}},
-    "has the size": {"height": "8"},
+    "has the size": {"height": 0},
     "lies outside": {"members": {"jpg": [512, 2**70, 0]}},
     "lies outside of": {"members": {"jpg": [512, -1, 0]}},
     "no crc32": {"members": {"jpg": [512, 1, 2**70]}},
