@@ -16,6 +16,7 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.files import published, tracked
+from shards.holders import open_to_read
 from shards.names import check_name
 from shards.sample import ClassSet, Sample, check_sample, from_one_hot, to_one_hot
 
@@ -246,6 +247,9 @@ class MapsReader:
             return Sample(key, group["image"][()].tobytes(), label, split, source_id)
         # h5py raises any of them, by where the damage lies: header, name, chunk or checksum
         except (OSError, RuntimeError, KeyError, ValueError) as error:
+            # of the whole file, which another process holds
+            if isinstance(error, InputError) and str(self.path) in error.got:
+                raise
             got = error.got if isinstance(error, InputError) else f"not readable ({error})"
             action = "make the maps again with `distseg prepare`"
             raise InputError(f"{self.path}: {key}: {got}", "a sound sample", action) from None
@@ -276,7 +280,7 @@ class MapsReader:
 
     def _open(self) -> h5py.File:
         if self._file is None:
-            self._file = h5py.File(self.path, "r")
+            self._file = open_to_read(self.path)
         return self._file
 
 
@@ -289,7 +293,7 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
     anything but zeros and at most a single 1.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_to_read(path) as file:
             stored = file["OHE"][()]  # (C, H, W) or (H, W, C)
     except (OSError, RuntimeError, KeyError) as error:
         raise InputError(
