@@ -17,6 +17,7 @@ from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, on_main, setup, teardown
 from distseg.distributed.watchdog import Watchdog
+from distseg.evaluate import document
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
@@ -25,6 +26,7 @@ from distseg.runs import checkpoint
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
+from shards.reader import ShardReader
 
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
@@ -99,9 +101,7 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
         evaluator.augmentation.precision,
     )
     # part of the file's name is whatever makes scores incomparable, so that none overwrites another
-    other = (
-        "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
-    )
+    other = data_suffix(reader, identity["manifest_sha256"])
     other += "" if identity["precision"] == precision else f"-{precision}"
     # beside the full one
     other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
@@ -119,6 +119,17 @@ def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
     )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))
+
+
+def data_suffix(reader: ShardReader, trained_on: str) -> str:
+    """What the name of a file of scores says of the data; "" for those that the run trained on.
+
+    trained_on: the sha256 of their manifest.
+    """
+    if reader.manifest.sha256 == trained_on:
+        return ""
+    # by content too: other data may have the same name
+    return f"-{reader.manifest.name}-{document.short(reader.content_sha256())}"
 
 
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
