@@ -361,7 +361,10 @@ def _odd_labels(
         return
     if about["void_share"] > VOID_SHARE:
         what = f"{about['void_share']:.1%} of the pixels are void"
-        yield "void", what, "is 255 in the masks a class? it is void here"
+        action = "is 255 in the masks a class? it is void here"
+        if about["void_share"] == 1:
+            action = "training refuses to train or score on it; " + action
+        yield "void", what, action
     pixels, _ = _histogram(labels)
     used = np.flatnonzero(pixels)
     single = 0

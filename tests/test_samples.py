@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import toy_samples
 
 from distseg.config import loading
-from distseg.config.schema import DataConfig
+from distseg.config.schema import Config, DataConfig
 from distseg.data.plan import BalancedPlan, Plan
 from distseg.data.samples import DecodedSamples, SampleSet, plan_for, split_labelled
 from distseg.train.inputs import open_data
 from shards.errors import InputError
+from shards.maps import write_maps
+from shards.pack import pack
 from shards.reader import RawSample, ShardReader
-from shards.sample import decode_label
+from shards.sample import IGNORE_INDEX, STANFORD, decode_label
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +230,28 @@ def test_plans_are_as_configured(reader: ShardReader) -> None:
         ]
         unlabelled = SampleSet(reader, [0, 4, 5, 7], labelled=False)
         assert type(plan_for(unlabelled, options, 1)) is Plan
+
+
+@pytest.mark.parametrize("void", ["train", "val", "toy_03"])
+def test_labels_that_are_void_everywhere_are_refused_before_training(
+    void: str, tmp_path: Path
+) -> None:
+    samples = []
+    for sample in toy_samples():
+        label = sample.label
+        if void in (sample.split, sample.key):
+            label = np.full_like(label, IGNORE_INDEX)
+        samples.append(replace(sample, label=label))
+    write_maps(tmp_path / "maps.h5", "toy", STANFORD, samples, len(samples))
+    pack(tmp_path / "maps.h5", tmp_path / "shards")
+    config = Config(run_dir=str(tmp_path / "run"), data=DataConfig(shards=str(tmp_path / "shards")))
+    if void == "toy_03":
+        open_data(config, 1)  # the others have pixels
+        (tmp_path / "list.txt").write_text("toy_03\n")
+        config = replace(config, data=replace(config.data, labelled=str(tmp_path / "list.txt")))
+        with pytest.raises(InputError, match="all 1 labels of train are void everywhere"):
+            open_data(config, 1)
+    else:
+        count = 8 if void == "train" else 4
+        with pytest.raises(InputError, match=f"all {count} labels of {void} are void everywhere"):
+            open_data(config, 1)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
 # the one that is less like the classes that stay
+MAX_COUNTED = 1000  # of a choice of samples: larger ones are never all void by chance
 OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # two grays
 
 
@@ -217,6 +219,27 @@ class SampleSet:
                 action,
             )
         return image, label if self._table is None else self._table[label]
+
+
+def check_not_void(samples: SampleSet, purpose: str) -> None:
+    """Raise InputError where the labels are void everywhere; purpose: what they cannot be used for.
+
+    By the counts of the manifest and the indices: no label is read.
+    """
+    reader = samples.reader
+    split = reader.manifest.splits[reader.split]
+    is_void = not any(split.class_pixels)
+    # a short list may have void labels only; older packs did not count pixels by sample
+    if not is_void and len(samples) < min(len(reader), MAX_COUNTED):
+        with suppress(InputError):
+            is_void = not samples.class_pixels().any()
+    if is_void:
+        got = f"{reader.location}: all {len(samples)} labels of {reader.split} are void everywhere"
+        action = (
+            "choose another split, or correct the masks and what they call void, then prepare and "
+            "pack again"
+        )
+        raise InputError(got, f"pixels of a class, {purpose}", action)
 
 
 def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:

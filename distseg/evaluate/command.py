@@ -13,7 +13,7 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.data.samples import SampleSet, open_reader
+from distseg.data.samples import SampleSet, check_not_void, open_reader
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, on_main, setup, teardown
 from distseg.distributed.watchdog import Watchdog
@@ -68,6 +68,7 @@ def open_samples(config: Config, path: Path) -> SampleSet:
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(path, samples)
+    check_not_void(samples, "to score on")
     return samples
 
 
