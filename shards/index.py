@@ -203,6 +203,9 @@ def problem_of(sample: Any, num_bytes: int) -> str:
         sides = sample["height"], sample["width"]
         if not all(type(side) is int and 0 < side < 2**31 for side in sides):
             return f"{key} has the size {str(sides)[:80]}"
+        names = sample.get("names", {})
+        if not all(isinstance(names[kind], str) for kind in names):
+            return f"{key} has members without names"
         for kind, (offset, length, crc32) in members.items():
             numbers = all(type(number) is int for number in (offset, length, crc32))
             # behind the tar's first header, and whole

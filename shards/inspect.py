@@ -143,11 +143,11 @@ def _look_at_all(
         shards += split.shards
 
     def check(shard: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
-        return _check_shard(directory, shard)
+        return _check_shard(directory, shard, is_foreign=bool(manifest.codes))
 
     def look(chunk: _Chunk) -> list[Look]:
-        classes = manifest.classes
-        return [look_at(directory, chunk.split, chunk.shard, one, classes) for one in chunk.entries]
+        where = (directory, chunk.split, chunk.shard)
+        return [look_at(*where, entry, manifest) for entry in chunk.entries]
 
     findings: list[Finding] = []
     chunks: list[_Chunk] = []
@@ -189,9 +189,11 @@ def _parallel(
         raise
 
 
-def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
+def _check_shard(
+    directory: Path, info: ShardInfo, is_foreign: bool
+) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Checksums of a tar and its index; its samples as far as they can be located."""
-    findings, entries = _read_index(directory, info)
+    findings, entries = _read_index(directory, info, is_foreign)
     path = directory / info.file
     if not path.is_file():
         findings.append(_damage(info.file, f"missing, with {info.num_samples} samples"))
@@ -201,15 +203,19 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
             f"its sha256 is not the manifest's ({path.stat().st_size} bytes, "
             f"{info.num_bytes} as packed)"
         )
-        findings += [_damage(info.file, what), *wrong_frame(directory, info, entries)]
+        findings.append(_damage(info.file, what))
+        # what lies between the members of others is theirs
+        findings += [] if is_foreign else wrong_frame(directory, info, entries)
     # both files are the manifest's: but do they belong together? training goes by the index alone,
     # plain webdataset by the tar alone
     elif not findings:
-        findings += other_members(directory, info, entries)
+        findings += other_members(directory, info, entries, is_foreign)
     return findings, entries
 
 
-def _read_index(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
+def _read_index(
+    directory: Path, info: ShardInfo, is_foreign: bool
+) -> tuple[list[Finding], list[dict[str, Any]]]:
     """The lines of a member index that can be used, and what is wrong with the others."""
     path, file = directory / info.index_file, info.index_file
     if not path.is_file():
@@ -225,6 +231,8 @@ def _read_index(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[d
     findings, entries = [], []
     for entry in content:
         problem = problem_of(entry, info.num_bytes)
+        if not problem and is_foreign and entry.get("names", {}).keys() != entry["members"].keys():
+            problem = f"{entry['key']} has members without names"
         if problem:
             findings.append(Finding(ERROR, "member index", file, "", problem, PACK_AGAIN))
         else:

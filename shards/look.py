@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import InputError
-from shards.manifest import ShardInfo
-from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image, decode_label
+from shards.manifest import Manifest, ShardInfo
+from shards.patterns import key_of
+from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image
 from shards.similar import fingerprint
 
 ERROR, WARNING = "error", "warning"
@@ -65,7 +66,7 @@ class Look:
 
 
 def look_at(
-    directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], classes: ClassSet
+    directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], manifest: Manifest
 ) -> Look:
     """Read, check and decode one sample; never raises for what is in it."""
     look = Look(split, info.file, entry["key"], entry)
@@ -82,7 +83,7 @@ def look_at(
                 "look at the source file",
             )
     if "png" in members:
-        _label(look, members["png"], classes)
+        _label(look, members["png"], manifest)
     if "json" in members:
         _about(look, members["json"])
     return look
@@ -157,8 +158,13 @@ def _is_header(header: bytes, name: str, length: int) -> bool:
         return False
 
 
-def other_members(directory: Path, info: ShardInfo, entries: list[dict[str, Any]]) -> list[Finding]:
-    """Where the member index of a shard is not that of its tar: other names, places or lengths."""
+def other_members(
+    directory: Path, info: ShardInfo, entries: list[dict[str, Any]], is_foreign: bool
+) -> list[Finding]:
+    """Where the member index of a shard is not that of its tar: other names, places or lengths.
+
+    is_foreign: of a tar that others wrote, whose members may have any names, and company.
+    """
     findings: list[Finding] = []
 
     def find(key: str, what: str) -> None:
@@ -176,12 +182,16 @@ def other_members(directory: Path, info: ShardInfo, entries: list[dict[str, Any]
         return findings
     for entry in entries:
         for kind, (offset, length, _) in entry["members"].items():
-            span = spans.pop(f"{entry['key']}.{kind}", None)
+            name = entry["names"].get(kind) if is_foreign else f"{entry['key']}.{kind}"
+            span = spans.pop(name, None)
+            # the id is a part of the name, see shards.patterns
+            if is_foreign and entry["key"] not in key_of(name):
+                find(entry["key"], f"its .{kind} is {name[:80]!r} in the tar")
             if span != [offset, length]:
                 said = "is nowhere in the tar" if span is None else f"lies at {span} in the tar"
                 find(entry["key"], f"its .{kind} {said}, at {[offset, length]} by the index")
     # a label among them would be a label that training leaves out
-    for name in spans:
+    for name in () if is_foreign else spans:
         find("", f"{name[:80]!r} is in the tar, and not in the index")
     return findings
 
@@ -222,11 +232,13 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
     return image
 
 
-def _label(look: Look, content: bytes, classes: ClassSet) -> None:
+def _label(look: Look, content: bytes, manifest: Manifest) -> None:
+    classes = manifest.classes
     try:
-        label = decode_label(content)  # (H, W) uint8
+        label = manifest.decode_label(content)  # (H, W) uint8
     except InputError as error:
-        look.find(ERROR, "label format", _other_png(content) or error.got, CORRECT)
+        what = error.got if manifest.codes else _other_png(content) or error.got
+        look.find(ERROR, "label format", what, CORRECT)
         return
     if look.size not in (None, label.shape):
         turned = ", which is the image turned" if look.size == label.shape[::-1] else ""

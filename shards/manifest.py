@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from shards.errors import InputError
 from shards.files import published
 from shards.names import check_name
-from shards.sample import ClassSet
+from shards.sample import IGNORE_INDEX, ClassSet, decode_coded_label, decode_label
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -56,7 +58,9 @@ class Manifest:
     """A packed data set: its name, classes, and splits by name.
 
     left_out: samples that `distseg prepare --skip-bad` left out; sources: for each split, what it
-    was packed from (see pack.source_of), which says whether packing again would change anything.
+    was packed from (see pack.source_of), which says whether packing again would change anything;
+    codes: of shards that others wrote (see shards.foreign), what the values of their masks mean, as
+    (value, class index or 255), empty where the labels are `pack`'s.
     """
 
     version: int
@@ -65,6 +69,22 @@ class Manifest:
     splits: dict[str, SplitInfo]
     left_out: int = 0
     sources: dict[str, str] = field(default_factory=dict)
+    codes: tuple[tuple[int, int], ...] = ()
+
+    def decode_label(self, png: bytes) -> np.ndarray:
+        """(H, W) uint8, class indices and 255, of a label of these shards.
+
+        Raises InputError for another picture than they have.
+        """
+        return decode_coded_label(png, self._table) if self.codes else decode_label(png)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        # int16: what is not named is no index at all
+        table = np.full(256, -1, np.int16)
+        for value, index in self.codes:
+            table[value] = index
+        return table
 
     # it writes into __dict__, past the guard of a frozen dataclass
     @cached_property
@@ -167,7 +187,8 @@ class Manifest:
             "splits": splits,
         }
         # nothing, not 0: else each manifest from before it would have another sha256
-        return content | ({"left_out": self.left_out} if self.left_out else {})
+        content |= {"left_out": self.left_out} if self.left_out else {}
+        return content | ({"codes": self.codes} if self.codes else {})
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""
@@ -207,7 +228,9 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         check_name(name, "split", "pack the data again, with splits of other names")
         splits[name] = _split(split, classes.num_classes)
     extra = content.get("left_out", 0), content.get("sources", {})  # absent in older packs
-    manifest = Manifest(content["version"], content["name"], classes, splits, *extra)
+    codes = tuple((value, index) for value, index in content.get("codes", ()))
+    _check_codes(codes, classes.num_classes)
+    manifest = Manifest(content["version"], content["name"], classes, splits, *extra, codes)
     files = [shard.file for shard in manifest.shards()]
     if len(set(files)) != len(files):
         raise ValueError("a shard that is named twice")
@@ -238,6 +261,15 @@ def _checked(shard: ShardInfo) -> ShardInfo:
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             raise ValueError(f"sha256 {sha256[:80]!r}")
     return shard
+
+
+def _check_codes(codes: tuple[tuple[int, int], ...], num_classes: int) -> None:
+    for value, index in codes:
+        _check_counts(value, index)
+        if value > IGNORE_INDEX or not (index < num_classes or index == IGNORE_INDEX):
+            raise ValueError(f"a mask value {value} for class {index}")
+    if len(dict(codes)) != len(codes):
+        raise ValueError("a mask value that means two things")
 
 
 def _check_counts(*counts: Any) -> None:

@@ -19,7 +19,7 @@ from distseg.config.schema import DataConfig
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
-from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
+from shards.sample import IGNORE_INDEX, ClassSet, decode_image
 
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
@@ -204,7 +204,7 @@ class SampleSet:
             raise InputError(
                 "no label", "a label for every sample of this split", "choose a labelled split"
             )
-        label = decode_label(raw.label)
+        label = self.reader.manifest.decode_label(raw.label)
         # JPEGs carry a size of their own, so this is only known when both are decoded
         if image.shape[:2] != label.shape:
             got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
