@@ -507,9 +507,18 @@ def _import(options: argparse.Namespace) -> int:
         unlabelled = sum(shard.num_unlabelled or 0 for shard in split.shards)
         without = f", {unlabelled} without a mask" if unlabelled else ""
         print(f"{options.tars}: {name}: {split.num_samples} samples{without}")
-    if {"train", "val"} <= manifest.splits.keys():
-        print(f"next: distseg train data.shards={options.tars}")
+    print(_after_import(options.tars, list(manifest.splits)))
     return 0
+
+
+def _after_import(tars: Path, splits: list[str]) -> str:
+    if len(splits) == 1:
+        return (
+            f"note: all tars are of the split {splits[0]}, and training needs another to score on: "
+            "divide them with --split train='a*.tar' --split val='b*.tar'"
+        )
+    said = "" if {"train", "val"} <= set(splits) else " data.train_split=NAME data.val_split=NAME"
+    return f"next: distseg train data.shards={tars}{said}"
 
 
 def _check_threads(num_threads: int | None) -> None:

@@ -65,6 +65,10 @@ def import_tars(
     """
     _check_no_pack(directory)
     paths = _tars(directory)
+    if not classes.is_file():
+        needed = "a YAML that says what the ids of the masks mean, with classes and void"
+        action = "write one, see docs/foreign_shards.md, and name it with --classes FILE.yaml"
+        raise InputError(f"no {classes}", needed, action)
     class_set, codes, name = read_classes(classes)
     name = check_name(
         name or directory.resolve().name, "the data set's name", "name it in the YAML"

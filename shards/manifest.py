@@ -113,6 +113,8 @@ class Manifest:
             "(FILE.h5: from `distseg prepare`)"
         )
         if not path.is_file():
+            if any(directory.glob("*.tar")):
+                action = f"tars of another program: `distseg import {directory}`; else {action}"
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
         return Manifest.parse(path.read_bytes(), str(path), action)
 

@@ -158,6 +158,9 @@ class _Output(io.FileIO):
 
 
 def _check_file(path: Path) -> None:
+    if path.is_dir() and any(path.glob("*.tar")):
+        action = f"use tars of another program with `distseg import {path}`"
+        raise InputError(f"{path} is a folder of tars", "one file of HDF5 maps", action)
     if path.is_dir():
         raise InputError(
             f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}"

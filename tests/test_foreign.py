@@ -197,6 +197,15 @@ def test_unlabelled_samples_stay_so(tmp_path: Path) -> None:
     assert len(data.train) == 7
 
 
+def test_who_takes_tars_for_shards_or_maps_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "x.tar").touch()
+    for command in (["inspect", str(tmp_path)], ["pack", str(tmp_path), "--out", "x"]):
+        assert main(command) == 2
+        assert f"distseg import {tmp_path}`" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("foreign") / "tars"
@@ -271,6 +280,8 @@ def test_tars_that_cannot_be_read_in_place_are_named(sound: Path, tmp_path: Path
         import_tars(tmp_path / "top", yaml_file)
     with pytest.raises(InputError, match=r"but tars/train-000000\.tar for one"):
         import_tars(tmp_path, yaml_file)
+    with pytest.raises(InputError, match=r"(?s)no .*nothing\.yaml.*--classes"):
+        import_tars(folder, tmp_path / "nothing.yaml")
 
 
 def test_keys_of_others_lead_nowhere(sound: Path, tmp_path: Path) -> None:
