@@ -7,6 +7,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import simplejpeg
 from isal import isal_zlib
@@ -246,12 +247,13 @@ def decode_coded_label(png: bytes, table: np.ndarray) -> np.ndarray:
         raise InputError(f"a mask of mode {mode} and {bits} bits", needed, "write 8 bits")
     if mode == "L" and bits < 8:
         values = values // (255 // (2**bits - 1))  # Pillow has stretched them to 255
-    label = table[values.astype(np.uint8)]
-    wrong = label < 0
+    values = values.astype(np.uint8, copy=False)
+    # OpenCV's look-up takes a tenth of the time of NumPy's
+    wrong = cv2.LUT(values, (table < 0).astype(np.uint8)).view(bool)
     if wrong.any():
         got = f"id {int(values[wrong].max())} in {np.count_nonzero(wrong)} pixels"
         raise InputError(got, "ids that the classes' YAML names", "correct the mask or the YAML")
-    return label.astype(np.uint8)
+    return cv2.LUT(values, table.astype(np.uint8))
 
 
 def to_one_hot(label: np.ndarray, num_classes: int) -> np.ndarray:
