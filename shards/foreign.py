@@ -65,18 +65,9 @@ def import_tars(
     """
     _check_no_pack(directory)
     paths = _tars(directory)
-    if not classes.is_file():
-        needed = "a YAML that says what the ids of the masks mean, with classes and void"
-        action = "write one, see docs/foreign_shards.md, and name it with --classes FILE.yaml"
-        raise InputError(f"no {classes}", needed, action)
-    class_set, codes, name = read_classes(classes)
-    name = check_name(
-        name or directory.resolve().name, "the data set's name", "name it in the YAML"
-    )
+    manifest = _described_by(classes, directory)
     of_split = _of_splits(paths, splits or {})
-    # without splits yet: what a label means is all that is asked of it
-    manifest = Manifest(VERSION, name, class_set, {}, codes=tuple(sorted(codes)))
-    # as `pack` does: threads, since reading and decoding run without the interpreter's lock
+    # threads, since reading and decoding run without the interpreter's lock
     with ThreadPoolExecutor(num_threads) as pool:
         members = dict(zip(paths, pool.map(members_of, paths), strict=True))
         every = [member for path in paths for member in members[path]]
@@ -89,6 +80,19 @@ def import_tars(
         imported = list(tracked(done, len(tasks), "reading and checking"))
     _check_keys(imported)
     return _published(directory, manifest, tasks, imported)
+
+
+def _described_by(classes: Path, directory: Path) -> Manifest:
+    """A manifest of the YAML's classes, without splits yet: what a mask means is asked of it."""
+    if not classes.is_file():
+        needed = "a YAML that says what the ids of the masks mean, with classes and void"
+        action = "write one, see docs/foreign_shards.md, and name it with --classes FILE.yaml"
+        raise InputError(f"no {classes}", needed, action)
+    class_set, codes, name = read_classes(classes)
+    name = check_name(
+        name or directory.resolve().name, "the data set's name", "name it in the YAML"
+    )
+    return Manifest(VERSION, name, class_set, {}, codes=tuple(sorted(codes)))
 
 
 def _described(members: Sequence[Member], patterns: Patterns) -> str:
