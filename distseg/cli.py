@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_prepare(commands)
     _add_pack(commands)
+    _add_import(commands)
     _add_inspect(commands)
     _add_models(commands)
     _add_doctor(commands)
@@ -460,6 +461,72 @@ def _pack(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_import(commands: Commands) -> None:
+    text = """\
+Use shards that others wrote, by webdataset's ShardWriter or plain tar: a member index and a
+manifest are written beside the tars, which stay as they are.
+
+The YAML has `classes` and `void`, as that of `distseg prepare folder`; masks are PNG with ids. In
+the names of members * is the sample's id; without --image and --label the patterns are found.
+Every image and every mask is read and checked."""
+    parser = _command(commands, "import", "tars of others -> shards", text)
+    parser.add_argument("tars", type=Path, metavar="DIR", help="a folder of tars, not compressed")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE.yaml", help="else distseg.yaml beside the tars"
+    )
+    of_split = "tars of a split (train='a*.tar'); else by their names: train-000000.tar"
+    parser.add_argument(
+        "--split", action="append", default=[], metavar="NAME=PATTERN", help=of_split
+    )
+    parser.add_argument("--image", default="", metavar="PATTERN", help="for example '*.jpg'")
+    parser.add_argument("--label", default="", metavar="PATTERN", help="for example '*.seg.png'")
+    parser.add_argument("--threads", type=int, metavar="N", help="else one for each core, and more")
+    parser.set_defaults(handler=_import)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from shards.foreign import import_tars
+    from shards.patterns import Patterns
+
+    splits = {}
+    for text in options.split:
+        name, _, pattern = text.partition("=")
+        if not name or not pattern or name in splits:
+            action = "write for example --split val='val-*.tar'"
+            raise InputError(f"--split {text}", "NAME=PATTERN, each name once", action)
+        splits[name] = pattern
+    _check_threads(options.threads)
+    manifest = import_tars(
+        options.tars,
+        options.classes or options.tars / "distseg.yaml",
+        splits=splits,
+        patterns=Patterns(options.image, options.label),
+        num_threads=options.threads,
+    )
+    for name, split in manifest.splits.items():
+        unlabelled = sum(shard.num_unlabelled or 0 for shard in split.shards)
+        without = f", {unlabelled} without a mask" if unlabelled else ""
+        print(f"{options.tars}: {name}: {split.num_samples} samples{without}")
+    print(_after_import(options.tars, list(manifest.splits)))
+    return 0
+
+
+def _after_import(tars: Path, splits: list[str]) -> str:
+    if len(splits) == 1:
+        return (
+            f"note: all tars are of the split {splits[0]}, and training needs another to score on: "
+            "divide them with --split train='a*.tar' --split val='b*.tar'"
+        )
+    said = "" if {"train", "val"} <= set(splits) else " data.train_split=NAME data.val_split=NAME"
+    return f"next: distseg train data.shards={tars}{said}"
+
+
+def _check_threads(num_threads: int | None) -> None:
+    # None is one for each core, and 0 no thread at all
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"--threads {num_threads}", "at least 1", "correct it, or leave it out")
+
+
 def _add_inspect(commands: Commands) -> None:
     text = """\
 Look at packed shards before time is spent on them, and let training accept them when they are
@@ -482,11 +549,7 @@ warnings  (exit code 0)  classes that a split lacks, void, pictures that are in 
 def _inspect(options: argparse.Namespace) -> int:
     from distseg import inspection
 
-    # None is one for each core, and 0 no thread at all
-    if options.threads is not None and options.threads < 1:
-        raise InputError(
-            f"--threads {options.threads}", "at least 1", "correct it, or leave it out"
-        )
+    _check_threads(options.threads)
     # inspecting writes verified.json beside the shards, which is possible in a folder only
     if "://" in options.shards:
         action = (

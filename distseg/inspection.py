@@ -24,7 +24,8 @@ from distseg.tracking.figures import legend_entries, overlay, save
 from shards.files import published
 from shards.inspect import Inspection, inspect, record
 from shards.look import ERROR, Look, read_members
-from shards.sample import ClassSet, decode_image, decode_label
+from shards.manifest import Manifest
+from shards.sample import decode_image
 from shards.similar import BITS, MAX_BITS
 
 JSON_FILE, SHEET_FILE = "inspection.json", "contact_sheet.png"
@@ -177,7 +178,7 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
     cells = [
         (look, cell)
         for look in _chosen(inspection)
-        if (cell := _cell(directory, look, classes)) is not None
+        if (cell := _cell(directory, look, inspection.manifest)) is not None
     ]
     num_rows = max(1, -(-len(cells) // NUM_COLUMNS))
     # inches, in which matplotlib counts
@@ -234,7 +235,7 @@ def _share(look: Look, index: int) -> float:
     return 0.0 if look.pixels is None else float(look.pixels[index] / look.pixels.sum())
 
 
-def _cell(directory: Path, look: Look, classes: ClassSet) -> np.ndarray | None:
+def _cell(directory: Path, look: Look, manifest: Manifest) -> np.ndarray | None:
     """Picture and overlay side by side, (240, 520, 3) uint8 on white.
 
     An index out of range in void's colour.
@@ -252,8 +253,9 @@ def _cell(directory: Path, look: Look, classes: ClassSet) -> np.ndarray | None:
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     pair = [image]
     if look.pixels is not None:
-        label = cv2.resize(decode_label(members["png"]), size, interpolation=cv2.INTER_NEAREST)
-        pair.append(overlay(image, label, classes, alpha=0.6))
+        label = manifest.decode_label(members["png"])
+        label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
+        pair.append(overlay(image, label, manifest.classes, alpha=0.6))
     # white, as void is black in many palettes
     cell = np.full((*CELL_PX, 3), 255, np.uint8)
     for place, picture in enumerate(pair):

@@ -16,6 +16,7 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.manifest import ShardInfo
+from shards.names import is_name
 from shards.source import Source
 
 MAX_INDEXED = 1_000_000  # samples whose places are held, at about 150 bytes each
@@ -35,11 +36,22 @@ class Entry:
 class _ShardIndex:
     """A member index as one array: a Python object a sample would take four times as much."""
 
-    def __init__(self, content: bytes):
-        samples = json.loads(content)
-        self.keys = [sample["key"] for sample in samples]
-        # reshape: of no sample at all the array would be (0,)
-        self.numbers = np.array([_numbers(sample) for sample in samples], np.int64).reshape(-1, 8)
+    def __init__(self, content: bytes, place: str, num_bytes: int):
+        samples = parsed(content, place)
+        try:
+            self.keys = [sample["key"] for sample in samples]
+            numbers = [_numbers(sample) for sample in samples]
+            # reshape: of no sample at all the array would be (0,)
+            self.numbers = np.array(numbers, np.int64).reshape(-1, 8)
+            sound = all(map(is_name, self.keys)) and _are_sound(self.numbers, num_bytes)
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, StopIteration):
+            sound = False
+        # together first, as a large set has millions; one by one only to say which it is
+        problems = (problem_of(sample, num_bytes) for sample in samples) if not sound else ()
+        problem = "" if sound else next(filter(None, problems), "numbers that are none")
+        if problem:
+            needed, action = "the index of the shard", "copy or pack it again"
+            raise InputError(f"{place}: {problem}", needed, action)
 
     def entry(self, shard: int, place: int) -> Entry:
         height, width, *members = self.numbers[place].tolist()
@@ -66,7 +78,7 @@ class Indices:
         self._forget()
         if len(self) <= self._max_indexed:
             for shard, content in enumerate(source.indices(shards)):
-                self._keep(shard, _ShardIndex(content))
+                self._keep(shard, self._parsed(shard, content))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -93,7 +105,7 @@ class Indices:
         """
         # read once more, not held: asked for once, before training, and longer than the places
         for shard, content in zip(self._shards, self._source.indices(self._shards), strict=True):
-            for sample in json.loads(content):
+            for sample in parsed(content, self._source.place(shard.index_file)):
                 if "png" in sample["members"] and "pixels" not in sample:
                     got = (
                         f"{self._source.place(shard.index_file)}: no pixels per class and sample, "
@@ -115,9 +127,13 @@ class Indices:
         # outside of the lock: threads that read other shards do not wait for a far index; that two
         # may fetch the same one does no harm
         (content,) = self._source.indices([self._shards[shard]])
-        found = _ShardIndex(content)
+        found = self._parsed(shard, content)
         self._keep(shard, found)
         return found
+
+    def _parsed(self, shard: int, content: bytes) -> _ShardIndex:
+        info = self._shards[shard]
+        return _ShardIndex(content, self._source.place(info.index_file), info.num_bytes)
 
     def _keep(self, shard: int, index: _ShardIndex) -> None:
         if len(index.keys) != self._shards[shard].num_samples:
@@ -148,6 +164,64 @@ class Indices:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+
+def _are_sound(numbers: np.ndarray, num_bytes: int) -> bool:
+    """What `problem_of` asks of one sample, of (samples, 8) int64: sides, image, label."""
+    sides, members = numbers[:, :2], numbers[:, 2:].reshape(-1, 3)
+    offset, length, crc32 = members.T
+    # an absent label is three zeros
+    inside = (offset > 0) & (length >= 0) & (offset <= num_bytes - length) | ~members.any(1)
+    in_range = (sides > 0).all() and (sides < 2**31).all() and (crc32 >= 0).all()
+    return bool(inside.all() and in_range and (crc32 < 2**32).all())
+
+
+def parsed(content: bytes, place: str) -> list[Any]:
+    """The samples of a member index. Raises InputError for what is no list in JSON."""
+    try:
+        samples = json.loads(content)
+        if isinstance(samples, list):
+            return samples
+        problem = f"{type(samples).__name__} instead of a list"
+    # RecursionError: of brackets without end
+    except (ValueError, RecursionError) as error:
+        problem = f"no JSON ({error})"
+    raise InputError(f"{place}: {problem}", "the index of the shard", "copy or pack it again")
+
+
+def problem_of(sample: Any, num_bytes: int) -> str:
+    """What is wrong with a line of a member index of a shard of so many bytes; "" for nothing.
+
+    Whatever stands in a file that was damaged, or made by others, ends here.
+    """
+    try:
+        key, members = sample["key"], sample["members"]
+        if not is_name(key):
+            return f"the key {repr(key)[:80]} is no name"
+        if not {"jpg", "image.png"} & members.keys():
+            return f"{key} has no image"
+        sides = sample["height"], sample["width"]
+        if not all(type(side) is int and 0 < side < 2**31 for side in sides):
+            return f"{key} has the size {str(sides)[:80]}"
+        names = sample.get("names", {})
+        if not all(isinstance(names[kind], str) for kind in names):
+            return f"{key} has members without names"
+        for kind, (offset, length, crc32) in members.items():
+            numbers = all(type(number) is int for number in (offset, length, crc32))
+            # behind the tar's first header, and whole
+            if not (numbers and 0 < offset <= offset + length <= num_bytes and length >= 0):
+                return f"the .{kind} of {key} lies outside of the shard"
+            # another number would not fit 64 bits, and no bytes have it
+            if not 0 <= crc32 < 2**32:
+                return f"the .{kind} of {key} has no crc32"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"a sample without key, size and members ({error!r})"[:160]
+    return ""
+
+
+def is_labelled(sample: dict[str, Any]) -> bool:
+    """Whether the sample of a line of a member index has a label."""
+    return "png" in sample["members"]
 
 
 def _numbers(sample: dict[str, Any]) -> tuple[int, ...]:

@@ -7,20 +7,29 @@ what may be meant.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from shards.errors import InputError
 from shards.files import tracked
-from shards.look import ERROR, PACK_AGAIN, WARNING, Finding, Look, look_at, wrong_frame
+from shards.index import is_labelled, parsed, problem_of
+from shards.look import (
+    ERROR,
+    PACK_AGAIN,
+    WARNING,
+    Finding,
+    Look,
+    look_at,
+    other_members,
+    wrong_frame,
+)
 from shards.manifest import Manifest, ShardInfo, sha256_of
 from shards.sample import IGNORE_INDEX, ClassSet
 from shards.similar import BITS, MAX_BITS, close_pairs
@@ -69,7 +78,7 @@ class Inspection:
         )
         return {
             "samples": len(looks),
-            "unlabelled": sum("png" not in look.entry["members"] for look in looks),
+            "unlabelled": sum(not is_labelled(look.entry) for look in looks),
             "shards": len(self.manifest.splits[name].shards),
             "bytes": sum(shard.num_bytes for shard in self.manifest.splits[name].shards),
             # max(1, ...): a split of unlabelled images has no pixel
@@ -134,11 +143,11 @@ def _look_at_all(
         shards += split.shards
 
     def check(shard: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
-        return _check_shard(directory, shard)
+        return _check_shard(directory, shard, is_foreign=bool(manifest.codes))
 
     def look(chunk: _Chunk) -> list[Look]:
-        classes = manifest.classes
-        return [look_at(directory, chunk.split, chunk.shard, one, classes) for one in chunk.entries]
+        where = (directory, chunk.split, chunk.shard)
+        return [look_at(*where, entry, manifest) for entry in chunk.entries]
 
     findings: list[Finding] = []
     chunks: list[_Chunk] = []
@@ -180,59 +189,67 @@ def _parallel(
         raise
 
 
-def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[dict[str, Any]]]:
+def _check_shard(
+    directory: Path, info: ShardInfo, is_foreign: bool
+) -> tuple[list[Finding], list[dict[str, Any]]]:
     """Checksums of a tar and its index; its samples as far as they can be located."""
-    findings, entries = [], []
-
-    def find(file: str, what: str) -> None:
-        findings.append(Finding(ERROR, "checksum", file, "", what, PACK_AGAIN))
-
-    path, index = directory / info.file, directory / info.index_file
-    try:
-        content = json.loads(index.read_bytes()) if index.is_file() else None
-        if content is None:
-            find(info.index_file, "missing, so that the shard's samples cannot be located")
-        elif sha256_of(index) != info.index_sha256:
-            find(
-                info.index_file,
-                "its sha256 is not the manifest's, so that no sample of the shard was looked at",
-            )
-        else:
-            entries = [entry for entry in content if _understood(entry)]
-            if len(entries) != info.num_samples or len(content) != len(entries):
-                what = (
-                    f"{len(entries)} samples with key, size and an image; the manifest says "
-                    f"{info.num_samples}"
-                )
-                find(info.index_file, what)
-    except ValueError:
-        find(info.index_file, "is not JSON, so that no sample of the shard was looked at")
+    findings, entries = _read_index(directory, info, is_foreign)
+    path = directory / info.file
     if not path.is_file():
-        find(info.file, f"missing, with {info.num_samples} samples")
+        findings.append(_damage(info.file, f"missing, with {info.num_samples} samples"))
         return findings, []
     if sha256_of(path) != info.sha256:
-        find(
-            info.file,
+        what = (
             f"its sha256 is not the manifest's ({path.stat().st_size} bytes, "
-            f"{info.num_bytes} as packed)",
+            f"{info.num_bytes} as packed)"
         )
-        findings += wrong_frame(directory, info, entries)
+        findings.append(_damage(info.file, what))
+        # what lies between the members of others is theirs
+        findings += [] if is_foreign else wrong_frame(directory, info, entries)
+    # both files are the manifest's: but do they belong together? training goes by the index alone,
+    # plain webdataset by the tar alone
+    elif not findings:
+        findings += other_members(directory, info, entries, is_foreign)
     return findings, entries
 
 
-def _understood(entry: Any) -> bool:
+def _read_index(
+    directory: Path, info: ShardInfo, is_foreign: bool
+) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """The lines of a member index that can be used, and what is wrong with the others."""
+    path, file = directory / info.index_file, info.index_file
+    if not path.is_file():
+        return [_damage(file, "missing, so that the shard's samples cannot be located")], []
+    if sha256_of(path) != info.index_sha256:
+        what = "its sha256 is not the manifest's, so that no sample of the shard was looked at"
+        return [_damage(file, what)], []
     try:
-        # whatever stands in a file that was damaged, or made by others, must end as a finding
-        spans = entry["members"]
-        numbers = [entry["height"], entry["width"], *chain.from_iterable(spans.values())]
-        kinds = {"jpg", "image.png"} & spans.keys()
-        return (
-            isinstance(entry["key"], str)
-            and bool(kinds)
-            and all(isinstance(number, int) for number in numbers)
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
+        content = parsed(path.read_bytes(), str(path))
+    except InputError:
+        what = "is not JSON, so that no sample of the shard was looked at"
+        return [_damage(file, what)], []
+    findings, entries = [], []
+    for entry in content:
+        problem = problem_of(entry, info.num_bytes)
+        if not problem and is_foreign and entry.get("names", {}).keys() != entry["members"].keys():
+            problem = f"{entry['key']} has members without names"
+        if problem:
+            findings.append(Finding(ERROR, "member index", file, "", problem, PACK_AGAIN))
+        else:
+            entries.append(entry)
+    if len(content) != info.num_samples:
+        what = f"{len(content)} samples; the manifest says {info.num_samples}"
+        findings.append(_damage(file, what))
+    unlabelled = sum(not is_labelled(entry) for entry in entries)
+    # None: of a pack that did not count them
+    if not findings and info.num_unlabelled not in (None, unlabelled):
+        what = f"{unlabelled} samples have no label; the manifest says {info.num_unlabelled}"
+        findings.append(_damage(file, what))
+    return findings, entries
+
+
+def _damage(file: str, what: str) -> Finding:
+    return Finding(ERROR, "checksum", file, "", what, PACK_AGAIN)
 
 
 def _histogram(looks: Sequence[Look]) -> tuple[np.ndarray, np.ndarray]:
@@ -352,7 +369,10 @@ def _odd_labels(
         return
     if about["void_share"] > VOID_SHARE:
         what = f"{about['void_share']:.1%} of the pixels are void"
-        yield "void", what, "is 255 in the masks a class? it is void here"
+        action = "is 255 in the masks a class? it is void here"
+        if about["void_share"] == 1:
+            action = "training refuses to train or score on it; " + action
+        yield "void", what, action
     pixels, _ = _histogram(labels)
     used = np.flatnonzero(pixels)
     single = 0

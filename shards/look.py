@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 import zlib
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import InputError
-from shards.manifest import ShardInfo
-from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image, decode_label
+from shards.manifest import Manifest, ShardInfo
+from shards.patterns import key_of
+from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image
 from shards.similar import fingerprint
 
 ERROR, WARNING = "error", "warning"
@@ -64,7 +66,7 @@ class Look:
 
 
 def look_at(
-    directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], classes: ClassSet
+    directory: Path, split: str, info: ShardInfo, entry: dict[str, Any], manifest: Manifest
 ) -> Look:
     """Read, check and decode one sample; never raises for what is in it."""
     look = Look(split, info.file, entry["key"], entry)
@@ -81,7 +83,9 @@ def look_at(
                 "look at the source file",
             )
     if "png" in members:
-        _label(look, members["png"], classes)
+        _label(look, members["png"], manifest)
+    if "json" in members:
+        _about(look, members["json"])
     return look
 
 
@@ -123,21 +127,10 @@ def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]])
             ):
                 key = entry["key"]
                 file.seek(end)
-                between = file.read(offset - end)
+                # an index of others may lead backwards
+                between = file.read(max(0, offset - end))
                 padding, header = between[: -end % BLOCK], between[-end % BLOCK :]
-                try:
-                    with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
-                        # a header that is damaged raises here, by its own checksum
-                        member = tar.next()
-                    assert member is not None  # or opening it had failed
-                    whole = not any(padding) and (member.name, member.size) == (
-                        f"{key}.{kind}",
-                        length,
-                    )
-                    # a long name is in blocks of its own, without a checksum
-                    whole &= len(header) == BLOCK or member.tobuf(tarfile.PAX_FORMAT) == header
-                except (tarfile.TarError, ValueError):
-                    whole = False
+                whole = not any(padding) and _is_header(header, f"{key}.{kind}", length)
                 if not whole:
                     what = f"the tar header of its .{kind}, or the padding before it, is damaged"
                     findings.append(Finding(ERROR, "checksum", info.file, key, what, PACK_AGAIN))
@@ -147,6 +140,59 @@ def wrong_frame(directory: Path, info: ShardInfo, entries: list[dict[str, Any]])
     if any(rest) or end + len(rest) != info.num_bytes:
         what = "the bytes behind this sample, the shard's last, are damaged"
         findings.append(Finding(ERROR, "checksum", info.file, key, what, PACK_AGAIN))
+    return findings
+
+
+def _is_header(header: bytes, name: str, length: int) -> bool:
+    """Whether the bytes before a member are the header that was packed."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+            # a header that is damaged raises here, by its own checksum
+            member = tar.next()
+        # None: nothing but zeros, where a tar would end
+        if member is None or (member.name, member.size) != (name, length):
+            return False
+        # a long name is in blocks of its own, without a checksum
+        return len(header) == BLOCK or member.tobuf(tarfile.PAX_FORMAT) == header
+    except (tarfile.TarError, ValueError):
+        return False
+
+
+def other_members(
+    directory: Path, info: ShardInfo, entries: list[dict[str, Any]], is_foreign: bool
+) -> list[Finding]:
+    """Where the member index of a shard is not that of its tar: other names, places or lengths.
+
+    is_foreign: of a tar that others wrote, whose members may have any names, and company.
+    """
+    findings: list[Finding] = []
+
+    def find(key: str, what: str) -> None:
+        findings.append(Finding(ERROR, "member index", info.file, key, what, "pack again"))
+
+    spans: dict[str, list[int]] = {}
+    try:
+        with tarfile.open(directory / info.file, "r:") as tar:
+            for member in tar:
+                if member.name in spans:
+                    find("", f"{member.name[:80]!r} is twice in the tar")
+                spans[member.name] = [member.offset_data, member.size]
+    except (tarfile.TarError, ValueError) as error:
+        find("", f"no tar that can be read to its end ({error})")
+        return findings
+    for entry in entries:
+        for kind, (offset, length, _) in entry["members"].items():
+            name = entry["names"].get(kind) if is_foreign else f"{entry['key']}.{kind}"
+            span = spans.pop(name, None)
+            # the id is a part of the name, see shards.patterns
+            if is_foreign and entry["key"] not in key_of(name):
+                find(entry["key"], f"its .{kind} is {name[:80]!r} in the tar")
+            if span != [offset, length]:
+                said = "is nowhere in the tar" if span is None else f"lies at {span} in the tar"
+                find(entry["key"], f"its .{kind} {said}, at {[offset, length]} by the index")
+    # a label among them would be a label that training leaves out
+    for name in () if is_foreign else spans:
+        find("", f"{name[:80]!r} is in the tar, and not in the index")
     return findings
 
 
@@ -186,11 +232,13 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
     return image
 
 
-def _label(look: Look, content: bytes, classes: ClassSet) -> None:
+def _label(look: Look, content: bytes, manifest: Manifest) -> None:
+    classes = manifest.classes
     try:
-        label = decode_label(content)  # (H, W) uint8
+        label = manifest.decode_label(content)  # (H, W) uint8
     except InputError as error:
-        look.find(ERROR, "label format", _other_png(content) or error.got, CORRECT)
+        what = error.got if manifest.codes else _other_png(content) or error.got
+        look.find(ERROR, "label format", what, CORRECT)
         return
     if look.size not in (None, label.shape):
         turned = ", which is the image turned" if look.size == label.shape[::-1] else ""
@@ -199,6 +247,11 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
         )
     # most of a Look's memory
     look.pixels = np.bincount(label.ravel(), minlength=256).astype(np.uint32)
+    counts = {str(value): int(look.pixels[value]) for value in np.flatnonzero(look.pixels)}
+    # by them classes are balanced, without a look at the label
+    if look.entry.get("pixels", counts) != counts:
+        what = "its pixels per class in the index are not its label's"
+        look.find(ERROR, "member index", what, "pack again")
     look.label_digest = hashlib.blake2b(label.tobytes(), digest_size=16).digest()
     look.thin = thin_share(label)
     used = np.flatnonzero(look.pixels)
@@ -217,6 +270,17 @@ def _label(look: Look, content: bytes, classes: ClassSet) -> None:
         look.find(ERROR, "label range", what, CORRECT)
     elif look.pixels[IGNORE_INDEX] == label.size:
         look.find(WARNING, "all void", "no pixel of its label counts", "label it, or leave it out")
+
+
+def _about(look: Look, content: bytes) -> None:
+    try:
+        split = json.loads(content)["split"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        split = None
+    # a shard of train that a manifest calls val would be scored on, after training on it
+    if split != look.split:
+        what = f"its .json says split {split!r}, the manifest {look.split!r}"
+        look.find(ERROR, "split", what, PACK_AGAIN)
 
 
 def thin_share(label: np.ndarray) -> float:

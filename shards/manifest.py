@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from shards.errors import InputError
 from shards.files import published
-from shards.sample import ClassSet
+from shards.names import check_name
+from shards.sample import IGNORE_INDEX, ClassSet, decode_coded_label, decode_label
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+MAX_COUNT = 2**62  # of samples, bytes or pixels: sums of a few stay within int64
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class Manifest:
     """A packed data set: its name, classes, and splits by name.
 
     left_out: samples that `distseg prepare --skip-bad` left out; sources: for each split, what it
-    was packed from (see pack.source_of), which says whether packing again would change anything.
+    was packed from (see pack.source_of), which says whether packing again would change anything;
+    codes: of shards that others wrote (see shards.foreign), what the values of their masks mean, as
+    (value, class index or 255), empty where the labels are `pack`'s.
     """
 
     version: int
@@ -62,6 +69,22 @@ class Manifest:
     splits: dict[str, SplitInfo]
     left_out: int = 0
     sources: dict[str, str] = field(default_factory=dict)
+    codes: tuple[tuple[int, int], ...] = ()
+
+    def decode_label(self, png: bytes) -> np.ndarray:
+        """(H, W) uint8, class indices and 255, of a label of these shards.
+
+        Raises InputError for another picture than they have.
+        """
+        return decode_coded_label(png, self._table) if self.codes else decode_label(png)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        # int16: what is not named is no index at all
+        table = np.full(256, -1, np.int16)
+        for value, index in self.codes:
+            table[value] = index
+        return table
 
     # it writes into __dict__, past the guard of a frozen dataclass
     @cached_property
@@ -90,6 +113,8 @@ class Manifest:
             "(FILE.h5: from `distseg prepare`)"
         )
         if not path.is_file():
+            if any(directory.glob("*.tar")):
+                action = f"tars of another program: `distseg import {directory}`; else {action}"
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
         return Manifest.parse(path.read_bytes(), str(path), action)
 
@@ -109,12 +134,13 @@ class Manifest:
             if manifest._file_text() != text:
                 raise ValueError("not the bytes that were written")
             return manifest
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # a ClassSet's InputError does not name the file, and is wrapped like the others
             if isinstance(error, InputError) and place in error.got:
                 raise
+            why = error.got if isinstance(error, InputError) else repr(error)
             raise InputError(
-                f"{place}: damaged ({error!r})", "the manifest that `distseg pack` wrote", action
+                f"{place}: damaged ({why})", "the manifest that `distseg pack` wrote", action
             ) from None
 
     def verify(self, directory: Path) -> None:
@@ -163,7 +189,8 @@ class Manifest:
             "splits": splits,
         }
         # nothing, not 0: else each manifest from before it would have another sha256
-        return content | ({"left_out": self.left_out} if self.left_out else {})
+        content |= {"left_out": self.left_out} if self.left_out else {}
+        return content | ({"codes": self.codes} if self.codes else {})
 
     def shards(self) -> list[ShardInfo]:
         """All shards of all splits."""
@@ -195,11 +222,60 @@ def hashed(file: BinaryIO) -> hashlib._Hash:
 def _from_json(content: dict[str, Any]) -> Manifest:
     # JSON has lists only, which would equal no ClassSet of ours, nor be hashable
     palette = tuple((int(r), int(g), int(b)) for r, g, b in content["classes"]["palette"])
+    classes = ClassSet(tuple(content["classes"]["names"]), palette)
+    # files of reports are called by both names
+    check_name(content["name"], "the name", "pack the data again, under another name")
     splits = {}
     for name, split in content["splits"].items():
-        shards = tuple(ShardInfo(**shard) for shard in split["shards"])
-        pixels = tuple(split["class_pixels"])
-        splits[name] = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
-    classes = ClassSet(tuple(content["classes"]["names"]), palette)
+        check_name(name, "split", "pack the data again, with splits of other names")
+        splits[name] = _split(split, classes.num_classes)
     extra = content.get("left_out", 0), content.get("sources", {})  # absent in older packs
-    return Manifest(content["version"], content["name"], classes, splits, *extra)
+    codes = tuple((value, index) for value, index in content.get("codes", ()))
+    _check_codes(codes, classes.num_classes)
+    manifest = Manifest(content["version"], content["name"], classes, splits, *extra, codes)
+    files = [shard.file for shard in manifest.shards()]
+    if len(set(files)) != len(files):
+        raise ValueError("a shard that is named twice")
+    return manifest
+
+
+def _split(split: dict[str, Any], num_classes: int) -> SplitInfo:
+    shards = tuple(_checked(ShardInfo(**shard)) for shard in split["shards"])
+    pixels = tuple(split["class_pixels"])
+    found = SplitInfo(shards, split["num_samples"], pixels, split["void_pixels"])
+    _check_counts(found.num_samples, found.void_pixels, *pixels)
+    if len(pixels) != num_classes:
+        raise ValueError(f"pixels of {len(pixels)} classes, and {num_classes} classes")
+    if sum(shard.num_samples for shard in shards) != found.num_samples:
+        raise ValueError(f"{found.num_samples} samples, and its shards have others")
+    return found
+
+
+def _checked(shard: ShardInfo) -> ShardInfo:
+    """A shard whose fields are what they say. All of them come from a file of others."""
+    check_name(shard.file, "shard", "pack the data again")
+    # anything else would be taken for a shard wherever shards are moved, fetched or replaced
+    if not shard.file.endswith(".tar"):
+        raise ValueError(f"shard {shard.file!r} is no .tar")
+    # the length becomes a part of a name in the cache, as the checksums do
+    _check_counts(shard.num_samples, shard.num_bytes, shard.num_unlabelled or 0)
+    for sha256 in (shard.sha256, shard.index_sha256):
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise ValueError(f"sha256 {sha256[:80]!r}")
+    return shard
+
+
+def _check_codes(codes: tuple[tuple[int, int], ...], num_classes: int) -> None:
+    for value, index in codes:
+        _check_counts(value, index)
+        if value > IGNORE_INDEX or not (index < num_classes or index == IGNORE_INDEX):
+            raise ValueError(f"a mask value {value} for class {index}")
+    if len(dict(codes)) != len(codes):
+        raise ValueError("a mask value that means two things")
+
+
+def _check_counts(*counts: Any) -> None:
+    for count in counts:
+        # type, not isinstance: true is an int, too
+        if type(count) is not int or not 0 <= count < MAX_COUNT:
+            raise ValueError(f"{str(count)[:80]!r} where a count is needed")

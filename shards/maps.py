@@ -16,9 +16,13 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.files import published, tracked
+from shards.holders import open_to_read
+from shards.names import check_name
 from shards.sample import ClassSet, Sample, check_sample, from_one_hot, to_one_hot
 
 VERSION = 1
+# what attributes of other kinds than ours end in
+_NOT_OURS = (KeyError, TypeError, ValueError, AttributeError)
 OLDER_ACTION = "convert it with `distseg prepare ohe --root FOLDER --out FILE.h5`"
 
 
@@ -60,6 +64,8 @@ class MapsWriter:
     @contextmanager
     def publishing(path: Path, name: str, classes: ClassSet) -> Iterator[MapsWriter]:
         """A writer for `path`, which appears, whole, when the block ends without an error."""
+        # before hours of work: readers would refuse it
+        check_name(name, "the data set's name", "give it another name")
         # left in reverse: HDF5 writes its rest, _Output says whether all of it has reached the
         # disk, and only then the file gets its name
         with published(path) as partial, _Output(partial) as output, h5py.File(output, "w") as file:
@@ -152,6 +158,9 @@ class _Output(io.FileIO):
 
 
 def _check_file(path: Path) -> None:
+    if path.is_dir() and any(path.glob("*.tar")):
+        action = f"use tars of another program with `distseg import {path}`"
+        raise InputError(f"{path} is a folder of tars", "one file of HDF5 maps", action)
     if path.is_dir():
         raise InputError(
             f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}"
@@ -175,7 +184,7 @@ class MapsReader:
         try:
             # now, in the main process: a damaged file is refused before workers are started
             self._read_attributes(dict(self._open().attrs))
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, *_NOT_OURS) as error:
             self.close()
             if isinstance(error, InputError):
                 raise
@@ -194,11 +203,17 @@ class MapsReader:
             raise InputError(
                 got, f"HDF5 maps of version {VERSION}", "make them again with `distseg prepare`"
             )
-        self.name = str(attributes["name"])
+        again = "prepare it again, under other names"
+        self.name = check_name(str(attributes["name"]), f"{self.path}: the name", again)
         palette = tuple((int(r), int(g), int(b)) for r, g, b in attributes["palette"])
         self.classes = ClassSet(tuple(str(name) for name in attributes["class_names"]), palette)
         # keys in the order written
         self.splits: dict[str, list[str]] = json.loads(attributes["splits"])
+        # a split names shards, and a key a group: "../x" would be a file, or a group, elsewhere
+        for split, keys in self.splits.items():
+            check_name(split, f"{self.path}: split", again)
+            for key in keys:
+                check_name(key, f"{self.path}: key", again)
         # bad samples: key, why
         self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
         # of all labels, by index
@@ -229,30 +244,46 @@ class MapsReader:
         one-hot.
         """
         try:
-            group = self._open()[key]
+            group = self._group(key)
             label = from_one_hot(group["label_map"][()]) if "label_map" in group else None
             split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
             return Sample(key, group["image"][()].tobytes(), label, split, source_id)
         # h5py raises any of them, by where the damage lies: header, name, chunk or checksum
         except (OSError, RuntimeError, KeyError, ValueError) as error:
+            # of the whole file, which another process holds
+            if isinstance(error, InputError) and str(self.path) in error.got:
+                raise
             got = error.got if isinstance(error, InputError) else f"not readable ({error})"
             action = "make the maps again with `distseg prepare`"
             raise InputError(f"{self.path}: {key}: {got}", "a sound sample", action) from None
 
     def copy_to(self, group: h5py.Group, key: str) -> None:
         """Copy a sample as it is stored into an empty group of another file, byte for byte."""
-        stored = self._open()[key]
+        stored = self._group(key)
         group.attrs.update(stored.attrs)
         for name in sorted(stored):
             stored.copy(name, group)  # chunks are neither unpacked nor packed again
 
     def label_map(self, key: str) -> np.ndarray:
         """The stored one-hot map (C, H, W) uint8 of a labelled sample."""
-        return self._open()[key]["label_map"][()]
+        return self._group(key)["label_map"][()]
+
+    def _group(self, key: str) -> h5py.Group:
+        """The group of a sample. Raises KeyError where it, or data in it, lies elsewhere."""
+        file = self._open()
+        group = file[key] if isinstance(file.get(key, getlink=True), h5py.HardLink) else None
+        if not isinstance(group, h5py.Group):
+            raise KeyError("no group of this file")
+        # HDF5 follows links into other files, and reads data from any file that a name leads to
+        for name in group:
+            is_here = isinstance(group.get(name, getlink=True), h5py.HardLink)
+            if not is_here or group[name].external or group[name].is_virtual:
+                raise KeyError(f"{name} lies in another file")
+        return group
 
     def _open(self) -> h5py.File:
         if self._file is None:
-            self._file = h5py.File(self.path, "r")
+            self._file = open_to_read(self.path)
         return self._file
 
 
@@ -265,7 +296,7 @@ def read_older_label(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, int
     anything but zeros and at most a single 1.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_to_read(path) as file:
             stored = file["OHE"][()]  # (C, H, W) or (H, W, C)
     except (OSError, RuntimeError, KeyError) as error:
         raise InputError(

@@ -40,7 +40,7 @@ STAGING = ".packing"
 # of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
 LAYOUT = 2
 # ours alone: what else lies in the folder is never removed
-SHARD_NAME = re.compile(r"[^.]+-\d{6}\.(tar|index\.json)")
+SHARD_NAME = re.compile(r"[^./]+-\d{6}\.(tar|index\.json)")
 # bytes, at most: three tar headers with padding and a sample's lines of the index; a tar's end and
 # its manifest entry
 MEMBER_OVERHEAD, TAR_OVERHEAD = 8192, 16384
@@ -167,6 +167,7 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
 
     Raises InputError when they cannot.
     """
+    _check_own(out)
     there = Manifest.load(out)
     # the order, too: labels are indices into it, and would change their meaning in silence
     if there.classes != reader.classes:
@@ -202,6 +203,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "a directory", "choose another --out")
+    _check_own(out)
     needed, action = (
         "an empty directory, or an earlier pack of the same data",
         "choose another --out, or empty it first",
@@ -232,6 +234,19 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
     if foreign:
         raise InputError(f"{out} holds {foreign[0]}, which no manifest there names", needed, action)
     return named
+
+
+def _check_own(out: Path) -> None:
+    """Raise InputError for tars that others wrote: nothing of theirs is replaced."""
+    if not (out / FILE_NAME).is_file():
+        return
+    try:
+        is_foreign = bool(Manifest.load(out).codes)
+    except InputError:
+        return  # damaged: told, or written over, elsewhere
+    if is_foreign:
+        got = f"{out} holds shards of others, which `distseg import` found there"
+        raise InputError(got, "a folder of `distseg pack`'s own", "choose another --out")
 
 
 def _publish(
@@ -271,10 +286,14 @@ def _publish(
 
 
 def _files_of(manifest: Manifest) -> set[str]:
+    """Shards and indices of a manifest that have the form of this module's names.
+
+    Files of other names are others', whatever a manifest says: they are neither moved nor removed.
+    """
     names: set[str] = set()
     for shard in manifest.shards():
         names |= {shard.file, shard.index_file}
-    return names
+    return {name for name in names if SHARD_NAME.fullmatch(name)}
 
 
 def _tasks(split: str, keys: list[str], samples_per_shard: int) -> Iterator[_Task]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +72,20 @@ class ShardReader:
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of a sample, without reading it."""
         return self._entries[index].size
+
+    def content_sha256(self) -> str:
+        """Identity of what the split holds: keys, images, classes and how many pixels each has.
+
+        The same however it was packed: into other shards, under another name. Reads no sample.
+        """
+        split, digest = self.manifest.splits[self.split], hashlib.sha256()
+        about = (self.classes.names, split.class_pixels, split.void_pixels)
+        digest.update(json.dumps(about).encode())
+        # without the labels' own bytes, which another compressor writes otherwise; and sorted, as
+        # the order of packing changes no score
+        for line in sorted((entry.key, *entry.image[1:]) for entry in self._entries):
+            digest.update(json.dumps(line).encode())
+        return digest.hexdigest()
 
     @property
     def unlabelled(self) -> list[str]:

@@ -25,7 +25,7 @@ from distseg.config import loading
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
-from distseg.export import command, formats
+from distseg.export import command, formats, hub
 from distseg.export.formats import FullResolution, describe
 from distseg.export.hub import EXAMPLE
 from distseg.models import SEGMENTORS, build_segmentor
@@ -156,6 +156,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = written | {"step": 3, "val/mean_iou": 0.111}
     (run_dir / "evaluation-step-00000003-val.json").write_text(json.dumps(other))
     return run_dir
+
+
+def test_a_model_card_tells_data_sets_of_one_name_apart() -> None:
+    about = {"data": "toy", "split": "val", "num_images": 4, "scales": [1.0], "precision": "fp32"}
+    about |= {"horizontal_flip": False, "val/mean_iou": 0.5}
+    own, other = about | {"data_sha256": "a" * 64}, about | {"data_sha256": "b" * 64}
+    older, camvid = dict(about), about | {"data": "CamVid", "data_sha256": "c" * 64}
+    assert hub._names([own, own, camvid]) == ["toy", "toy", "CamVid"]
+    evaluations = [own, other, older, camvid]
+    names = ["toy (aaaaaaaa)", "toy (bbbbbbbb)", "toy", "CamVid"]
+    assert hub._names(evaluations) == names
+    rows = [line for line in hub._scores(evaluations).splitlines() if "4 images" in line]
+    assert [row.split(",")[0] for row in rows] == [f"| {name}" for name in names]
 
 
 def test_a_hub_folder_is_all_that_is_needed(

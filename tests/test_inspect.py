@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,6 +34,7 @@ from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image, encode_label
 from shards.similar import BITS, MAX_BITS, close_pairs, fingerprint
 from shards.verified import is_verified
+from tests import faults
 
 
 @pytest.fixture
@@ -338,3 +340,90 @@ def test_contact_sheet_shows_each_label_over_its_picture(directory: Path) -> Non
     # toy pictures have their classes' colours, so an overlay repeats them
     for color in STANFORD.palette:
         assert (np.abs(sheet - color).max(1) <= 12).mean() > 0.002
+
+
+Lines = list[dict[str, Any]]
+
+
+def _swapped(lines: Lines, kind: str) -> None:
+    first, second = (line["members"] for line in lines[:2])
+    first[kind], second[kind] = second[kind], first[kind]
+
+
+# what another program may write: an index whose checksum is the manifest's, and which is not the
+# tar's
+WRONG_LINES: dict[str, Callable[[Lines], object]] = {
+    "'../toy_00' is no name": lambda lines: lines[0].update(key="../toy_00"),
+    "its .jpg is nowhere in the tar": lambda lines: lines[0].update(key="toy_99"),
+    "'toy_00.png' is in the tar": lambda lines: lines[0]["members"].pop("png"),
+    "its .jpg lies at": lambda lines: _swapped(lines, "jpg"),
+    "its .png lies at": lambda lines: _swapped(lines, "png"),
+    "its pixels per class": lambda lines: lines[0]["pixels"].update({"3": 1}),
+    "the manifest says 3": lambda lines: lines.pop(),
+}
+
+
+def reindexed(directory: Path, change: Callable[[Lines], object]) -> None:
+    """Change the first shard's member index, and the manifest to match."""
+    manifest = Manifest.load(directory)
+    train = manifest.splits["train"]
+    path = directory / train.shards[0].index_file
+    lines = json.loads(path.read_text())
+    change(lines)
+    path.write_text(json.dumps(lines))
+    info = replace(train.shards[0], index_sha256=sha256_of(path), num_unlabelled=None)
+    splits = manifest.splits | {"train": replace(train, shards=(info, *train.shards[1:]))}
+    replace(manifest, splits=splits).save(directory)
+
+
+@pytest.mark.parametrize("said", WRONG_LINES)
+def test_an_index_that_is_not_its_tars_is_an_error(said: str, directory: Path) -> None:
+    reindexed(directory, WRONG_LINES[said])
+    errors = inspect(directory, num_threads=1).errors
+    assert any(said in error.what for error in errors), errors
+    assert {error.shard.split(".")[0] for error in errors} <= {"train-000000", ""}
+
+
+def test_a_shard_of_another_split_is_an_error(directory: Path) -> None:
+    """The manifest calls training images validation: all checksums are right."""
+    manifest = Manifest.load(directory)
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    shards = val.shards[:1], (*train.shards, *val.shards[1:])
+    splits = {}
+    for name, some in zip(("train", "val"), shards, strict=True):
+        splits[name] = replace(train, shards=some, num_samples=sum(s.num_samples for s in some))
+    replace(manifest, splits=splits).save(directory)
+    assert {(error.check, error.sample) for error in inspect(directory).errors} == {
+        ("split", f"toy_{number:02d}") for number in range(11)
+    }
+
+
+def test_a_miscounted_shard_is_an_error(directory: Path) -> None:
+    manifest = Manifest.load(directory)
+    train = manifest.splits["train"]
+    info = replace(train.shards[0], num_unlabelled=1)
+    splits = manifest.splits | {"train": replace(train, shards=(info, *train.shards[1:]))}
+    replace(manifest, splits=splits).save(directory)
+    (error,) = inspect(directory).errors
+    assert error.what == "0 samples have no label; the manifest says 1"
+
+
+def test_a_member_twice_is_an_error(directory: Path) -> None:
+    path = directory / "train-000000.tar"
+    with tarfile.open(path, "a") as tar:
+        info = tar.getmember("toy_00.png")
+        tar.addfile(info, io.BytesIO(encode_label(np.zeros((60, 80), np.uint8)).ljust(info.size)))
+    manifest = Manifest.load(directory)
+    train = manifest.splits["train"]
+    info = replace(train.shards[0], sha256=sha256_of(path), num_bytes=path.stat().st_size)
+    splits = manifest.splits | {"train": replace(train, shards=(info, *train.shards[1:]))}
+    replace(manifest, splits=splits).save(directory)
+    assert any("is twice in the tar" in error.what for error in inspect(directory).errors)
+
+
+def test_random_faults_are_found_and_never_trained_on(toy_shards: Path, tmp_path: Path) -> None:
+    """In small; `python -m tests.faults 200` makes more of them."""
+    sound = faults.samples_of(toy_shards)
+    for seed in range(20):
+        fault, found, training = faults.trial(toy_shards, tmp_path / "copy", seed, sound)
+        assert found and training in ("refused", "not read by it"), (seed, fault)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,3 +211,60 @@ def test_older_map_that_does_not_fit(tmp_path: Path, content: np.ndarray, messag
         file["OHE"] = content
     with pytest.raises(InputError, match=message):
         read_older_label(tmp_path / "map.h5", (4, 5))
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_maps_that_another_process_writes_to_are_not_called_damaged(maps: Path) -> None:
+    command = [sys.executable, "-S", "-c", HOLDER, str(maps)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        reader = MapsReader.__new__(MapsReader)
+        reader.path, reader._file = maps, None
+        # when a file is opened, and in a worker that opens it later
+        for read in (lambda: MapsReader(maps), lambda: reader.read("toy_00")):
+            with pytest.raises(InputError, match=rf"open for writing in process {holder.pid} "):
+                read()
+        holder.communicate()
+    assert len(MapsReader(maps)) == 13
+
+
+def test_a_mark_that_a_killed_writer_left_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    if os.fork() == 0:
+        file = h5py.File(path, "w", libver="latest")
+        file.attrs["a"] = 1
+        file.flush()
+        os._exit(0)
+    os.wait()
+    with pytest.raises(InputError, match=r"(?s)no process here.*h5clear"):
+        MapsReader(path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    number: int, maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(f"Unable to open file (unable to lock file, errno = {number}, error = 'x')")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(InputError, match=r"(?s)has no locks.*HDF5_USE_FILE_LOCKING=FALSE"):
+        MapsReader(maps)
+
+
+def test_a_lock_of_another_machine_is_told_apart(
+    maps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.holders.processes_with", lambda path: [])
+    with maps.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"(?s)another user or machine.*LOCKING=FALSE"):
+            MapsReader(maps)

@@ -15,10 +15,13 @@ import pytest
 from conftest import toy_samples
 
 import shards.index
+from distseg.evaluate.command import data_suffix
 from shards.errors import InputError
 from shards.manifest import Manifest, sha256_of
+from shards.maps import write_maps
+from shards.pack import pack
 from shards.reader import RawSample, ShardReader
-from shards.sample import decode_label
+from shards.sample import STANFORD, decode_label
 from shards.verified import check_verified
 
 
@@ -191,3 +194,22 @@ def test_of_a_large_split_only_some_indices_are_held(
         ShardReader(directory, "train").read(7)
     with pytest.raises(IndexError):
         reader.read(8)
+
+
+def test_content_is_what_is_stored_not_how_it_was_packed(toy_shards: Path, tmp_path: Path) -> None:
+    samples = toy_samples()
+    changed = [replace(samples[8], label=np.zeros_like(samples[8].label)), *samples[9:]]
+    other_image = [replace(samples[8], image=samples[0].image), *samples[9:]]
+    sums = {split: ShardReader(toy_shards, split).content_sha256() for split in ("train", "val")}
+    found = []
+    for number, some in enumerate((samples, samples[::-1], changed, other_image)):
+        maps, out = tmp_path / f"{number}.h5", tmp_path / str(number)
+        write_maps(maps, f"name {number}", STANFORD, some, len(some))
+        pack(maps, out, samples_per_shard=5)
+        found.append(ShardReader(out, "val").content_sha256())
+    assert found[:2] == [sums["val"]] * 2
+    # the names of the files that their scores are written to
+    one, other = (ShardReader(tmp_path / str(number), "val") for number in (0, 2))
+    assert data_suffix(one, one.manifest.sha256) == ""
+    assert data_suffix(one, "x") == f"-name 0-{sums['val'][:8]}" != data_suffix(other, "x")
+    assert len({*sums.values(), *found}) == 4

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import toy_samples
 
 from distseg.config import loading
-from distseg.config.schema import DataConfig
-from distseg.data.names import check_file_name
+from distseg.config.schema import Config, DataConfig
 from distseg.data.plan import BalancedPlan, Plan
 from distseg.data.samples import DecodedSamples, SampleSet, open_reader, plan_for, split_labelled
 from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest, sha256_of
+from shards.maps import write_maps
+from shards.pack import pack
 from shards.reader import RawSample, ShardReader
-from shards.sample import decode_label
+from shards.sample import IGNORE_INDEX, STANFORD, decode_label
 
 
 @pytest.fixture(scope="module")
@@ -268,9 +270,26 @@ def test_a_data_set_whose_name_leads_out_of_a_folder_is_refused(
         open_reader(DataConfig(shards=str(tmp_path / "shards")), "train")
 
 
-def test_names_of_files() -> None:
-    for name in ("toy_00", "IMG 0001 (2)", "Zürich_α", "a.b", "x" * 200):
-        assert check_file_name(name, "key") == name
-    for name in ("", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "\ud800", "x" * 201):
-        with pytest.raises(InputError, match="the key"):
-            check_file_name(name, "key")
+@pytest.mark.parametrize("void", ["train", "val", "toy_03"])
+def test_labels_that_are_void_everywhere_are_refused_before_training(
+    void: str, tmp_path: Path
+) -> None:
+    samples = []
+    for sample in toy_samples():
+        label = sample.label
+        if void in (sample.split, sample.key):
+            label = np.full_like(label, IGNORE_INDEX)
+        samples.append(replace(sample, label=label))
+    write_maps(tmp_path / "maps.h5", "toy", STANFORD, samples, len(samples))
+    pack(tmp_path / "maps.h5", tmp_path / "shards")
+    config = Config(run_dir=str(tmp_path / "run"), data=DataConfig(shards=str(tmp_path / "shards")))
+    if void == "toy_03":
+        open_data(config, 1)  # the others have pixels
+        (tmp_path / "list.txt").write_text("toy_03\n")
+        config = replace(config, data=replace(config.data, labelled=str(tmp_path / "list.txt")))
+        with pytest.raises(InputError, match="all 1 labels of train are void everywhere"):
+            open_data(config, 1)
+    else:
+        count = 8 if void == "train" else 4
+        with pytest.raises(InputError, match=f"all {count} labels of {void} are void everywhere"):
+            open_data(config, 1)

@@ -213,3 +213,24 @@ def test_a_file_of_an_earlier_version_is_read_under_todays_names(
     header, _, cells = to_markdown([row]).splitlines()
     assert "| trimap IoU |" in header and "boundary" not in header
     assert cells.endswith("| 50.0 ± 35.4 |")
+
+
+def test_a_run_alone_is_called_by_its_data(tmp_path: Path) -> None:
+    """Its preset may be one that it was only begun from, or none."""
+    run = finished(tmp_path / "run", 0.7, "preset=stanford", data="CamVid")
+    (own,) = rows([read(run)])
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("preset: stanford", "preset: null"))
+    (without,) = rows([read(run)])
+    assert own.name == without.name == "CamVid"
+
+
+def test_data_of_one_name_and_other_content_do_not_compare(tmp_path: Path) -> None:
+    runs = [
+        finished(tmp_path / f"run{number}", 0.7, f"seed={number}", **more)
+        for number, more in enumerate(({"data_sha256": "a" * 64}, {"data_sha256": "b" * 64}, {}))
+    ]
+    with pytest.raises(InputError, match="data_sha256 is bbb"):
+        rows([read(run) for run in runs[:2]])
+    # of an earlier version, which did not say
+    assert rows([read(runs[0]), read(runs[2])])[0].seeds == (0, 2)

@@ -9,36 +9,30 @@ import hashlib
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from distseg.config.schema import DataConfig
-from distseg.data.names import check_file_name
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
-from shards.sample import IGNORE_INDEX, ClassSet, decode_image, decode_label
+from shards.sample import IGNORE_INDEX, ClassSet, decode_image
 
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
 # the one that is less like the classes that stay
+MAX_COUNTED = 1000  # of a choice of samples: larger ones are never all void by chance
 OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # two grays
 
 
 def open_reader(options: DataConfig, split: str) -> ShardReader:
-    """The reader of a split as configured.
-
-    Raises InputError as ShardReader does, and for a data set whose name is no name of a file.
-    """
-    reader = ShardReader(
+    """The reader of a split as configured. Raises InputError as ShardReader does."""
+    return ShardReader(
         options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes
     )
-    # files of scores are called by both
-    check_file_name(reader.manifest.name, f"name of the data in {options.shards}")
-    check_file_name(reader.split, "split")
-    return reader
 
 
 class DecodedSamples:
@@ -129,8 +123,8 @@ class SampleSet:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the samples, in order. Raises InputError for one that is no name of a file."""
-        return [check_file_name(self.reader.key(index), "key") for index in self._indices]
+        """Names of the samples, in order."""
+        return [self.reader.key(index) for index in self._indices]
 
     def shard_sizes(self) -> list[int]:
         """How many of the samples lie in each of the shards that hold any, in packed order."""
@@ -192,8 +186,7 @@ class SampleSet:
             return found
         raw = self.reader.read(where, with_label=self.labelled)
         try:
-            # pictures of it are called by the key
-            sample = (check_file_name(raw.key, "key"), *self._decode(raw))
+            sample = (raw.key, *self._decode(raw))
         except InputError as error:
             raise InputError(
                 f"{self.reader.place(where)}: {error.got}", error.needed, error.action
@@ -211,7 +204,7 @@ class SampleSet:
             raise InputError(
                 "no label", "a label for every sample of this split", "choose a labelled split"
             )
-        label = decode_label(raw.label)
+        label = self.reader.manifest.decode_label(raw.label)
         # JPEGs carry a size of their own, so this is only known when both are decoded
         if image.shape[:2] != label.shape:
             got = f"image of {image.shape[:2]} and label of {label.shape} pixels"
@@ -226,6 +219,27 @@ class SampleSet:
                 action,
             )
         return image, label if self._table is None else self._table[label]
+
+
+def check_not_void(samples: SampleSet, purpose: str) -> None:
+    """Raise InputError where the labels are void everywhere; purpose: what they cannot be used for.
+
+    By the counts of the manifest and the indices: no label is read.
+    """
+    reader = samples.reader
+    split = reader.manifest.splits[reader.split]
+    is_void = not any(split.class_pixels)
+    # a short list may have void labels only; older packs did not count pixels by sample
+    if not is_void and len(samples) < min(len(reader), MAX_COUNTED):
+        with suppress(InputError):
+            is_void = not samples.class_pixels().any()
+    if is_void:
+        got = f"{reader.location}: all {len(samples)} labels of {reader.split} are void everywhere"
+        action = (
+            "choose another split, or correct the masks and what they call void, then prepare and "
+            "pack again"
+        )
+        raise InputError(got, f"pixels of a class, {purpose}", action)
 
 
 def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:

@@ -26,7 +26,7 @@ from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.ranks import Ranks
 from distseg.tracking.wandb_run import choose_mode
 from shards.errors import InputError
-from shards.sample import decode_image, decode_label
+from shards.sample import decode_image
 
 SHARED_MEMORY = Path("/dev/shm")
 # the reader keeps 128 shards open, and every rank a few connections
@@ -234,7 +234,7 @@ def shards(location: str, split: str) -> CheckResult:
             one = raw[decoded % len(raw)]
             decode_image(one.image)
             if one.label is not None:
-                decode_label(one.label)
+                samples.reader.manifest.decode_label(one.label)
             decoded += 1
         rate = decoded / (time.perf_counter() - start)
     except InputError as error:

@@ -13,10 +13,11 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.data.samples import SampleSet, open_reader
+from distseg.data.samples import SampleSet, check_not_void, open_reader
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, on_all, on_each, on_main, setup, teardown
 from distseg.distributed.watchdog import Watchdog
+from distseg.evaluate import document
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
@@ -26,6 +27,7 @@ from distseg.runs.lease import leased
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
+from shards.reader import ShardReader
 
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
@@ -82,6 +84,7 @@ def open_samples(config: Config, found: Checkpoint) -> SampleSet:
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(found, samples)
+    check_not_void(samples, "to score on")
     return samples
 
 
@@ -116,9 +119,7 @@ def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
     # as it was read at the start: the folder may have been pruned meanwhile
     path, step, identity = found.path, found.step, found.identity
     # part of the file's name is whatever makes scores incomparable, so that none overwrites another
-    other = (
-        "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
-    )
+    other = data_suffix(reader, identity["manifest_sha256"])
     other += "" if identity["precision"] == precision else f"-{precision}"
     # beside the full one
     other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
@@ -136,6 +137,17 @@ def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
     )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))
+
+
+def data_suffix(reader: ShardReader, trained_on: str) -> str:
+    """What the name of a file of scores says of the data; "" for those that the run trained on.
+
+    trained_on: the sha256 of their manifest.
+    """
+    if reader.manifest.sha256 == trained_on:
+        return ""
+    # by content too: other data may have the same name
+    return f"-{reader.manifest.name}-{document.short(reader.content_sha256())}"
 
 
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 # else scores do not compare
-SAME_DATA = ("data", "split", "num_images")
+SAME_DATA = ("data", "split", "num_images", "data_sha256")
 SAME_AUGMENTATION = ("scales", "horizontal_flip", "window_px", "overlap_px")
 # "boundary IoU" was the mean IoU of a trimap; today's is val/mean_boundary_iou
 _RENAMED: dict[str, str] = {"mirror": "horizontal_flip", "val/boundary_iou": "val/trimap_iou"}
+
+
+def short(sha256: str) -> str:
+    """As much of a checksum as tells data sets of one name apart, for names of files and tables."""
+    return sha256[:8]
 
 
 def read(path: Path) -> dict[str, Any]:

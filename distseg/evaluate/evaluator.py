@@ -85,6 +85,8 @@ class Evaluator:
         assert self.tally is not None
         reader = self.samples.reader
         about = {"step": step, "data": reader.manifest.name, "split": reader.split}
+        # two data sets may have one name
+        about["data_sha256"] = reader.content_sha256()
         about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
         scores = {
             # JSON has no NaN, and the strict readers of other languages refuse it

@@ -158,9 +158,11 @@ def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: lis
         apart |= set(_differing(group[0], other[0]))
     apart -= {"preset"} if len(apart) > 1 else set()  # it says nothing that the other keys do not
     # only what differs: a full configuration has some hundred keys
-    name = ", ".join(f"{key}={config.get(key)}" for key in sorted(apart)) or str(
-        group[0].config.preset
-    )
+    named = [f"{key}={config.get(key)}" for key in sorted(apart)]
+    if apart == {"preset"} and group[0].config.preset is None:
+        named = ["no preset"]
+    # nothing apart: by the data, as a preset is often only what a run of other data began with
+    name = ", ".join(named) or str(group[0].scores["data"])
     values = {}
     for score in names:
         values[score] = tuple(float(e.scores[score]) for e in group)
@@ -181,7 +183,9 @@ def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
             raise InputError(f"{other.path} twice", "each evaluation once", "name it once")
         here, there = _conditions(first), _conditions(other)
         for key in here:
-            if here[key] != there[key]:
+            # files of earlier versions do not say what the data hold
+            unknown = key == "data_sha256" and None in (here[key], there[key])
+            if here[key] != there[key] and not unknown:
                 got = f"{key} is {there[key]} in {other.path}, and {here[key]} in {first.path}"
                 needed = "evaluations of the same data with the same test-time augmentation"
                 raise InputError(got, needed, "leave one of them out")

@@ -116,7 +116,12 @@ def model_card(name: str, trained: Trained, form: str, evaluations: list[dict[st
     header = {"library_name": "distseg", "pipeline_tag": "image-segmentation"}
     tags = {"tags": ["semantic-segmentation", trained.config.mode, trained.metadata["segmentor"]]}
     index = {
-        "model-index": [{"name": name, "results": [_result(scores) for scores in evaluations]}]
+        "model-index": [
+            {
+                "name": name,
+                "results": list(map(_result, evaluations, _names(evaluations))),
+            }
+        ]
     }
     about = header | tags | (index if evaluations else {})
     parts = [
@@ -182,9 +187,10 @@ def _scores(evaluations: list[dict[str, Any]]) -> str:
         "| data | test-time augmentation | " + " | ".join(score.title for score in shown) + " |",
         "|---|---|" + "---:|" * len(shown),
     ]
-    for scores in evaluations:
+    names = _names(evaluations)
+    for scores, name in zip(evaluations, names, strict=True):
         cells = [
-            f"{_cell(scores['data'])}, {scores['num_images']} images of {scores['split']}",
+            f"{_cell(name)}, {scores['num_images']} images of {scores['split']}",
             _augmentation(scores),
         ]
         cells += [_score(scores, score.name) for score in shown]
@@ -237,7 +243,21 @@ def _training(config: Config) -> str:
     return f"By distseg: {', '.join(shown)}. Every key: `training.yaml`."
 
 
-def _result(scores: dict[str, Any]) -> dict[str, Any]:
+def _names(evaluations: list[dict[str, Any]]) -> list[str]:
+    """What each evaluation's data are called: with their checksum where others have the name."""
+    contents: dict[str, set[str]] = {}
+    for scores in evaluations:
+        # of an earlier version, which did not say: ""
+        contents.setdefault(scores["data"], set()).add(scores.get("data_sha256", ""))
+    names = []
+    for scores in evaluations:
+        sha256 = scores.get("data_sha256", "")
+        is_shared = sha256 and len(contents[scores["data"]]) > 1
+        names.append(scores["data"] + (f" ({document.short(sha256)})" if is_shared else ""))
+    return names
+
+
+def _result(scores: dict[str, Any], data: str) -> dict[str, Any]:
     """One entry of a model index, as hubs show them."""
     metrics = [
         {
@@ -249,7 +269,7 @@ def _result(scores: dict[str, Any]) -> dict[str, Any]:
         # absent where an evaluation did not compute it
         if scores.get(score.name) is not None
     ]
-    dataset = {"name": scores["data"], "type": "custom", "split": scores["split"]}
+    dataset = {"name": data, "type": "custom", "split": scores["split"]}
     return {"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": metrics}
 
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from distseg.config.schema import Config
 from distseg.data.own_view import OwnView
-from distseg.data.samples import SampleSet, open_reader, plan_for, split_labelled
+from distseg.data.samples import (
+    SampleSet,
+    check_not_void,
+    open_reader,
+    plan_for,
+    split_labelled,
+)
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
@@ -72,13 +78,17 @@ def open_data(config: Config, world_size: int) -> Data:
     # the labels that a fraction leaves out are not read at all: `rest` goes into a set without
     # labels
     train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
+    val_set = SampleSet(val, keep=options.keep_classes)
+    # now, and not after the last step, when the scores turn out to be of no pixel
+    check_not_void(train_set, "to train on")
+    check_not_void(val_set, "to score on")
     # after `keep_classes`, which changes how many there are
     _check_classes(config, train_set)
     own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
     unlabelled_set = None
     if config.mode == "semi_supervised":
         unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
-    return Data(train_set, unlabelled_set, SampleSet(val, keep=options.keep_classes))
+    return Data(train_set, unlabelled_set, val_set)
 
 
 def _check_classes(config: Config, samples: SampleSet) -> None:

@@ -301,3 +301,23 @@ def _check_keys(file: Path, content: Mapping[Any, Any], known: tuple[str, ...]) 
 
 def _wrong(file: Path, got: str) -> InputError:
     return InputError(f"{file}: {got}", f"for example\n          {LAYOUT}", "correct the YAML")
+
+
+def read_classes(file: Path) -> tuple[ClassSet, list[tuple[int, int]], str]:
+    """(classes, (mask value, class index or 255) for each value, name or "") of a YAML as above.
+
+    Of its keys `classes`, `void` and `name` only, with ids from 0 to 255. Raises InputError.
+    """
+    content = _content(file)
+    _check_keys(file, content, ("classes", "void", "name"))
+    classes, codes = _classes(file, content.get("classes"), colors=False)
+    values = [value for value, _ in codes]
+    # void by default, where it is no class
+    if "void" in content or IGNORE_INDEX not in values:
+        codes += _void(file, content, colors=False)
+        values = [value for value, _ in codes]
+    twice = sorted(value for value, times in Counter(values).items() if times > 1)
+    if twice or max(values) > IGNORE_INDEX:
+        wrong = f"id {twice[0]} means two things" if twice else f"id {max(values)} is above 255"
+        raise _wrong(file, wrong)
+    return classes, codes, _text(file, content, "name", "") if "name" in content else ""
