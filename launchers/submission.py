@@ -15,6 +15,7 @@ from typing import Any
 
 import submitit
 
+from launchers import batch_job
 from launchers.check import check_run
 from launchers.job import Job
 from launchers.places import RANKS_VARIABLE
@@ -107,15 +108,13 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
     # "local" and "debug" by name: where there is an srun, AutoExecutor would take SLURM by itself
     executor = _executor(resources, parallelism)
     try:
-        if len(jobs) == 1 or resources.executor != "slurm":
+        if resources.executor != "slurm":
             for job in jobs:
                 yield executor.submit(job)
-        else:
-            # one call of sbatch, and SLURM itself holds to `parallelism`, with nothing of ours left
-            # running
-            with executor.batch():  # one array
-                submitted = [executor.submit(job) for job in jobs]
-            yield from submitted
+            return
+        with batch_job.outside(os.environ):
+            submitted = _one_job_or_array(executor, jobs)
+        yield from submitted
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         # sbatch writes notes too, and the line with the error last
         text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
@@ -126,6 +125,16 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
             ) from None
         action = "correct nodes, gpus_per_node, minutes or slurm; `sinfo` shows what there is"
         raise InputError(got, "resources that the cluster has", action) from None
+
+
+def _one_job_or_array(executor: submitit.AutoExecutor, jobs: list[Job]) -> list[submitit.Job]:
+    """One call of sbatch; SLURM itself holds to an array's parallelism, with nothing of ours left
+    running.
+    """
+    if len(jobs) == 1:
+        return [executor.submit(jobs[0])]
+    with executor.batch():
+        return [executor.submit(job) for job in jobs]
 
 
 def no_controller(got: str, action: str) -> InputError:
