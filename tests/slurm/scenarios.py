@@ -184,12 +184,28 @@ def what_fails_at_the_same_step_again_and_again_ends(run: Run, cluster: Cluster)
 
 
 @scenario
-def two_jobs_on_a_node(run: Run, cluster: Cluster) -> None:
+def turns_in_which_no_step_is_saved_come_to_an_end(run: Run, cluster: Cluster) -> None:
+    # ranks that are still starting do not hear a signal, and are killed a second after it
+    run.sbatch(options=("--nodes=1",), variables={"DISTSEG_STOP_SECONDS": "1"})
+    for turn in range(1, 4):
+        wait_until(lambda turn=turn: run.turns() == turn, run.describe)
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        wait_until(lambda turn=turn: run.output().count("told to stop") == turn, run.describe)
+    assert run.wait("FAILED")["Restarts"] == "2"
+    assert run.said("3 turns in a row saved no step after 0: give a turn more time")
+
+
+@scenario
+def two_jobs_on_a_node_one_of_them_from_within_an_allocation(run: Run, cluster: Cluster) -> None:
+    # whose options of steps exclude the job's --mem, and ask for GPUs that it has not
+    within = ("salloc", "--ntasks=1", "--mem-per-cpu=50", "--gpus-per-node=1", "srun")
     runs = [run, run.another()]
-    for run in runs:
+    for run, before in zip(runs, ((), within), strict=True):
         run.hold(2)
         run.sbatch(
-            options=("--nodes=1", "--nodelist=node1"), variables={"DISTSEG_RANKS_PER_NODE": "2"}
+            options=("--nodes=1", "--nodelist=node1"),
+            variables={"DISTSEG_RANKS_PER_NODE": "2"},
+            before=before,
         )
     for run in runs:
         run.wait_at(2)  # both are there at once
