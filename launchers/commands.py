@@ -45,7 +45,7 @@ each trial goes on from its last checkpoint"""
     )
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
     parser.add_argument(
-        "--parallelism", type=int, default=4, metavar="N", help="trials at a time, on SLURM (4)"
+        "--parallelism", type=int, default=4, metavar="N", help="trials at a time (4)"
     )
     _add_resources(parser)
     # DIR behind PLAN.yaml: argparse takes positional arguments in the order that they were added

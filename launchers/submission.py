@@ -15,7 +15,7 @@ from typing import Any
 
 import submitit
 
-from launchers import batch_job
+from launchers import batch_job, slots
 from launchers.check import check_run
 from launchers.job import Job
 from launchers.places import RANKS_VARIABLE
@@ -100,8 +100,10 @@ def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
     return jobs
 
 
-def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Iterator[submitit.Job]:
-    """Submit jobs, on SLURM as one array of which `parallelism` run at a time.
+def hand_in(
+    jobs: list[Job], resources: Resources, parallelism: int | None = None
+) -> Iterator[submitit.Job]:
+    """Submit jobs, of which `parallelism` run at a time: on SLURM as one array, here by slots.
 
     Each is yielded once it is submitted.
     """
@@ -142,7 +144,7 @@ def no_controller(got: str, action: str) -> InputError:
     return InputError(got, "a SLURM controller that can be reached from here", action)
 
 
-def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
+def _executor(resources: Resources, parallelism: int | None) -> submitit.AutoExecutor:
     options: dict[str, Any] = {}
     if resources.executor == "slurm":
         options["slurm_max_num_timeout"] = NO_LIMIT
@@ -156,6 +158,8 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
         raise InputError(got, "a folder for the jobs' output that can be written", action) from None
     executor = submitit.AutoExecutor(resources.folder, cluster=resources.executor, **options)
     executor.update_parameters(name="distseg", timeout_min=resources.minutes)
+    if resources.executor == "local" and parallelism is not None:
+        executor.update_parameters(local_setup=slots.setup(resources.folder, parallelism))
     if resources.gpus_per_node is not None:
         executor.update_parameters(gpus_per_node=resources.gpus_per_node)
     if resources.executor == "slurm":
@@ -174,7 +178,7 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
             slurm_use_srun=False,
             slurm_setup=setup,
             slurm_stderr_to_stdout=True,
-            slurm_array_parallelism=parallelism,
+            slurm_array_parallelism=parallelism or 1,
         )
     return executor
 

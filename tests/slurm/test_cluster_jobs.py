@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,15 +80,16 @@ def test_a_task_of_an_array_that_is_preempted_leaves_the_others_alone(login_node
     run = login_node
     run.hold(1)
     base = [word for word in run.overrides if not word.startswith(("run_dir=", "steps="))]
-    plan = {"base": [*base, "steps=2"], "grid": {"seed": [0, 1]}}
+    plan = {"base": [*base, "steps=4"], "grid": {"seed": [0, 1]}}
     jobs = sweep(plan, run.folder / "sweep", parallelism=2, **PARTLY)
     run.job = jobs[-1].job_id  # whose number is the array's
     wait_until(lambda: [row.state for row in status("sweep")] == ["running"] * 2, run.describe)
     run.wait_at(1)
     run.cluster.run("scancel", "--batch", "--signal=USR2", run.job)
     wait_until(lambda: "told to stop" in jobs[-1].stdout(), run.describe)
+    time.sleep(1)  # the signal follows
     run.release(1)
-    assert [job.result()["step"] for job in jobs] == [2, 2]
+    assert [job.result()["step"] for job in jobs] == [4, 4]
     folders = [run.folder / "sweep" / f"trial-{number:03d}" for number in range(2)]
     assert [len(attempts.read(folder)) for folder in folders] == [1, 2]
 
