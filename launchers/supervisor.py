@@ -39,6 +39,7 @@ from launchers.check import check_run
 from launchers.places import TRY_VARIABLE, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError
+from shards.terminal import use_utf8
 
 # a transient fault goes away by the second try; a third comes after SLURM had time to find a dead
 # node
@@ -340,4 +341,5 @@ def _checked(overrides: list[str]) -> Path:
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from distseg.config.schema import DataConfig
 from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.ranks import Ranks
+from distseg.runs.environment import package_version
 from distseg.tracking.wandb_run import choose_mode
 from shards.errors import InputError
 from shards.sample import decode_image, decode_label
@@ -84,7 +84,7 @@ def versions(device: torch.device) -> dict[str, str]:
     """What must be the same on all ranks."""
     found = {
         "python": platform.python_version(),
-        "distseg": version("distseg"),
+        "distseg": package_version(),
         "torch": torch.__version__,
     }
     if device.type == "cuda":

@@ -55,7 +55,7 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
     texts = {"README.md": model_card(run_dir.name, trained, form, evaluations)}
     # all keys: what a training of the same network would need
     texts |= {"training.yaml": loading.to_yaml(_without_places(trained.config))}
-    texts |= {EXAMPLE.name: EXAMPLE.read_text()} if form == "onnx" else {}
+    texts |= {EXAMPLE.name: EXAMPLE.read_text(encoding="utf-8")} if form == "onnx" else {}
     for name, text in texts.items():
         # one by one whole: an upload that runs beside meets no half of a file
         with published(folder / name) as partial:

@@ -111,5 +111,5 @@ class RunDirectory:
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
         # saved with the lock held: of two jobs one could save its own over the other's
         with published(self.path / CONFIG_FILE) as partial:
-            partial.write_text(loading.to_yaml(config))
+            partial.write_text(loading.to_yaml(config), encoding="utf-8")
         return owner, steps_before
