@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
+from shards.words import counted
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -122,7 +123,7 @@ def _sweep_run(options: argparse.Namespace) -> int:
 
     plan = trials.from_file(options.plan)
     jobs = sweep(plan, options.directory, options.parallelism, **_resources(options))
-    print(f"{len(jobs)} trials; next: distseg sweep status {options.directory}")
+    print(f"{counted(len(jobs), 'trial')}; next: distseg sweep status {options.directory}")
     return 0
 
 

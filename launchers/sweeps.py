@@ -66,19 +66,7 @@ def sweep(
     the directory holds a sweep.
     """
     directory = Path(directory).absolute()
-    if parallelism < 1:
-        raise InputError(
-            f"parallelism={parallelism}",
-            "at least 1 trial at a time",
-            "correct it, or leave it out",
-        )
-    # its trials have the same run directories: they would go on from another plan's checkpoints
-    if (directory / FILE_NAME).exists():
-        action = (
-            f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
-            "or another directory"
-        )
-        raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
+    _check_new(directory, parallelism)
     runs = [
         [*overrides, f"run_dir={directory / f'trial-{number:03d}'}"]
         for number, overrides in enumerate(trials.expand(plan))
@@ -100,6 +88,23 @@ def sweep(
         if all(entry["job"] is None for entry in content["trials"]):
             (directory / FILE_NAME).unlink(missing_ok=True)
         raise
+
+
+def _check_new(directory: Path, parallelism: int) -> None:
+    """Raise InputError where no sweep can begin."""
+    if parallelism < 1:
+        raise InputError(
+            f"parallelism={parallelism}",
+            "at least 1 trial at a time",
+            "correct it, or leave it out",
+        )
+    # its trials have the same run directories: they would go on from another plan's checkpoints
+    if (directory / FILE_NAME).exists():
+        action = (
+            f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
+            "or another directory"
+        )
+        raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
 
 
 def resubmit(directory: str | Path) -> list[submitit.Job]:

@@ -17,6 +17,7 @@ import numpy as np
 from shards.errors import InputError
 from shards.manifest import ShardInfo
 from shards.source import Source
+from shards.words import counted
 
 MAX_INDEXED = 1_000_000  # samples whose places are held, at about 150 bytes each
 
@@ -121,7 +122,8 @@ class Indices:
 
     def _keep(self, shard: int, index: _ShardIndex) -> None:
         if len(index.keys) != self._shards[shard].num_samples:
-            got = f"{self._source.place(self._shards[shard].index_file)}: {len(index.keys)} samples"
+            place = self._source.place(self._shards[shard].index_file)
+            got = f"{place}: {counted(len(index.keys), 'sample')}"
             raise InputError(
                 got, f"the manifest's {self._shards[shard].num_samples}", "pack the data again"
             )

@@ -25,6 +25,7 @@ from shards.manifest import Manifest, ShardInfo, sha256_of
 from shards.sample import IGNORE_INDEX, ClassSet
 from shards.similar import BITS, MAX_BITS, close_pairs
 from shards.verified import mark_verified, withdraw
+from shards.words import counted
 
 CHUNK = 16  # samples a task
 MAX_COMPARED = 100_000  # pictures; more take minutes
@@ -201,8 +202,8 @@ def _check_shard(directory: Path, info: ShardInfo) -> tuple[list[Finding], list[
             entries = [entry for entry in content if _understood(entry)]
             if len(entries) != info.num_samples or len(content) != len(entries):
                 what = (
-                    f"{len(entries)} samples with key, size and an image; the manifest says "
-                    f"{info.num_samples}"
+                    f"{counted(len(entries), 'sample')} with key, size and an image; "
+                    f"the manifest says {info.num_samples}"
                 )
                 find(info.index_file, what)
     except ValueError:
@@ -301,7 +302,9 @@ def _class(index: int, name: str, counts: dict[str, dict[str, Any]]) -> Iterator
     for split in absent:
         if split == "train":
             shown = [other for other, count in counts.items() if count["pixels"]]
-            others = ", ".join(f"{counts[other]['images']} images of {other}" for other in shown)
+            others = ", ".join(
+                f"{counted(counts[other]['images'], 'image')} of {other}" for other in shown
+            )
             what = f"{name!r} ({index}) is never in train, but in {others}"
             action = "split anew, or take it out: its IoU will be 0"
             yield _warning("class never trained", what, action)

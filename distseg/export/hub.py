@@ -21,6 +21,7 @@ from distseg.tracking.catalogue import SCORES, VALIDATION
 from shards import user_code
 from shards.errors import InputError
 from shards.files import published, write_json
+from shards.words import counted
 
 # a file of its own, so that it is linted and tested like all others
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
@@ -138,7 +139,7 @@ def _what(trained: Trained) -> str:
     network = f"`{about['segmentor']}`" + (f" ({options})" if options else "")
     return (
         f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, "
-        f"{len(about['classes'])} classes, "
+        f"{counted(len(about['classes']), 'class', 'classes')}, "
         f"after step {trained.step} of {trained.config.steps}.\n\n"
         f"Input `image`: (N, 3, H, W) float32, RGB, 8-bit values divided by 255, sides of "
         f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and "

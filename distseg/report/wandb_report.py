@@ -80,8 +80,8 @@ def _place(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
     found = _PAGE.search(page.read_text(errors="replace")) if page.is_file() else None
     if found:
         return {"project": unquote(found["project"]), "entity": unquote(found["entity"])}
-    said = {name: config.get(f"tracking.{name}") for name in ("project", "entity")}
-    named = naming(TrackingConfig(**said), run_dir)
+    project, entity = config.get("tracking.project"), config.get("tracking.entity")
+    named = naming(TrackingConfig(project=project, entity=entity), run_dir)
     return {"project": named["project"], "entity": named["entity"] or ""}
 
 
