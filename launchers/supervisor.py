@@ -50,6 +50,7 @@ FIRST_PAUSE_SECONDS = 5.0
 LAST_WORDS_SECONDS = 5.0  # for what srun wrote before it ended
 # of submitit: one number for all turns of a job here
 LOCAL_JOB_VARIABLE = "SUBMITIT_LOCAL_JOB_ID"
+BEFORE_THE_NODES = "told to stop before the nodes were started"
 BAD_INPUT, INTERRUPTED = 2, 130  # argparse's code, also ours; 128 + SIGINT
 
 
@@ -130,6 +131,9 @@ class Supervisor:
             if decision.action == "fail":
                 return decision
             turns.note(self._run_dir, self._job)
+        if self._stopping_since is not None:
+            print(BEFORE_THE_NODES, flush=True)
+            return self._unless_in_vain(Decision("requeue", BEFORE_THE_NODES))
         return self._turn()
 
     def _turn(self) -> Decision:
@@ -164,8 +168,7 @@ class Supervisor:
     def decision(self) -> Decision:
         """On the nodes' last start, after `wait`: for a handler that has interrupted `run`."""
         if self._process is None:
-            before = Decision("requeue", "told to stop before the nodes were started")
-            return self._unless_in_vain(before)
+            return self._unless_in_vain(Decision("requeue", BEFORE_THE_NODES))
         return self._decide(_exit_code(self._process), self._noted(self._started))
 
     def _decide(self, exit_code: int, attempt: attempts.Attempt | None) -> Decision:
@@ -301,6 +304,11 @@ def _exit_code(process: subprocess.Popen) -> int:
 def main(arguments: list[str]) -> int:
     """The command line, inside a batch job."""
     module, rest = arguments[0], arguments[1:]
+    told: list[int] = []
+    # SIGUSR1: before the time limit, as --signal of the script says; SIGTERM: preemption. From the
+    # start: a short job is told at once, while its input is still being checked
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: told.append(number))
     try:
         _check_in_job()
         # other modules, as an evaluation, have no run that could be gone on with
@@ -309,10 +317,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     supervisor = Supervisor(module, rest, run_dir)
-    # SIGUSR1: before the time limit, as --signal of the script says; SIGTERM: preemption
     for number in (signal.SIGUSR1, signal.SIGTERM):
         # a flag and no more: to save in a handler could hang in a collective, or tear a file
         signal.signal(number, lambda *_: supervisor.stop())
+    if told:
+        supervisor.stop()
     decision = supervisor.run()
     code = requeue() if decision.action == "requeue" else decision.exit_code
     # Python ends without its handlers, and would die of a late one

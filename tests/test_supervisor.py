@@ -120,6 +120,14 @@ def test_turns_that_are_all_killed_with_their_supervisor_end_as_well(
     assert Turn(tmp_path).run().action == "requeue"
 
 
+def test_who_is_told_to_stop_before_it_starts_starts_nothing(tmp_path: Path) -> None:
+    early = Killed(tmp_path)
+    early.stop()
+    assert early.run() == Decision("requeue", "told to stop before the nodes were started")
+    # which was a turn all the same
+    assert [Turn(tmp_path).run().action for _ in range(2)] == ["requeue", "fail"]
+
+
 def test_what_has_no_run_is_not_begun_anew_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Turn(None).run().action == "requeue"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
