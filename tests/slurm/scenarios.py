@@ -41,7 +41,9 @@ def the_time_limit_twice(run: Run, cluster: Cluster) -> None:
     steps = (4, 8)
     for step in steps:
         run.hold(step)
-    run.sbatch(options=("--time=60", "--signal=B:USR1@50"))
+    # the limit is then 60 to 120 s away, and SLURM looks every 30 s: with so long a warning the
+    # next look is the signal, and at least 30 s are left to save
+    run.sbatch(options=("--time=60", "--signal=B:USR1@110"))
     for count, step in enumerate(steps, 1):
         run.wait_at(step)
         minutes = run.show()["RunTime"].split(":")[-2]
