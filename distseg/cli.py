@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shards import terminal
 from shards.errors import InputError
 
 DESCRIPTION = "Adversarial training of semantic segmentation networks, on one machine or many."
@@ -29,12 +30,16 @@ Commands = argparse._SubParsersAction
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code. Bad input is one message on stderr, exit code 2."""
+    if arguments is None:
+        terminal.use_utf8()
+    terminal.forgive(sys.stdout, sys.stderr)
     # outside of the `try`: argparse ends the process by itself, with exit code 2 too
     options = parse(arguments)
     # before the handler, whose first act is to read the configuration
     if _rank() != "0":
         _leave_notes_to_rank_0()
     try:
+        _check_text(getattr(options, "overrides", []))
         return options.handler(options)
     except InputError as error:
         # torchrun shows the output of all ranks: 64 times the same message would hide it
@@ -71,6 +76,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if rest:
         options.overrides += rest
     return options
+
+
+def _check_text(overrides: list[str]) -> None:
+    """Raise InputError for bytes that are no text: no configuration could be written with them."""
+    for word in overrides:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):
+            got = f"argument {word!a}, bytes that are no UTF-8"
+            action = "rename the file or folder, or call with LC_ALL=C.UTF-8 if the name is UTF-8"
+            raise InputError(got, "text in UTF-8", action)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from shards.look import ERROR, Look, read_members
 from shards.manifest import Manifest
 from shards.sample import decode_image
 from shards.similar import BITS, MAX_BITS
+from shards.words import counted
 
 JSON_FILE, SHEET_FILE = "inspection.json", "contact_sheet.png"
 MIN_WIDTH, SHOWN = 100, 8  # columns of the terminal; findings of one kind in the table
@@ -85,7 +86,8 @@ def document(inspection: Inspection) -> dict[str, Any]:
 def _conclusion(directory: Path, inspection: Inspection, writable: bool) -> str:
     num_errors = len(inspection.errors)
     num_warnings = len(inspection.findings) - num_errors
-    counts = f"{num_errors} errors, {num_warnings} warnings in {len(inspection.looks)} samples"
+    counts = f"{counted(num_errors, 'error')}, {counted(num_warnings, 'warning')}"
+    counts += f" in {counted(len(inspection.looks), 'sample')}"
     said = f"{directory}: {counts}; "
     if num_errors:
         return said + "training refuses these shards until they are sound"

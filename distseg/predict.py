@@ -28,6 +28,7 @@ from distseg.tracking.figures import overlay
 from shards.errors import InputError
 from shards.files import published, tracked
 from shards.sample import ClassSet, encode_label
+from shards.words import counted
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
@@ -210,7 +211,7 @@ def _speed(count: int, seconds: float) -> str:
     each = f"{count / seconds:.1f} images/s"
     if seconds >= count:
         each = f"{seconds / count:.1f} s an image"
-    return f"{count} images in {seconds:.1f} s ({each})"
+    return f"{counted(count, 'image')} in {seconds:.1f} s ({each})"
 
 
 def _as_bytes(probabilities: torch.Tensor) -> np.ndarray:
@@ -317,7 +318,7 @@ def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:
         shown = "\n  ".join(problems[:20]) + (
             f"\n  and {len(problems) - 20} more" if problems[20:] else ""
         )
-        got = f"{len(problems)} of {len(images)} images cannot be read:\n  {shown}"
+        got = f"{len(problems)} of {counted(len(images), 'image')} cannot be read:\n  {shown}"
         raise InputError(
             got, "8-bit or 16-bit images that are whole", "replace or remove these files"
         )

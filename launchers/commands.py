@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
+from shards.words import counted
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -45,7 +46,7 @@ each trial goes on from its last checkpoint"""
     )
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
     parser.add_argument(
-        "--parallelism", type=int, default=4, metavar="N", help="trials at a time, on SLURM (4)"
+        "--parallelism", type=int, default=4, metavar="N", help="trials at a time (4)"
     )
     _add_resources(parser)
     # DIR behind PLAN.yaml: argparse takes positional arguments in the order that they were added
@@ -122,7 +123,7 @@ def _sweep_run(options: argparse.Namespace) -> int:
 
     plan = trials.from_file(options.plan)
     jobs = sweep(plan, options.directory, options.parallelism, **_resources(options))
-    print(f"{len(jobs)} trials; next: distseg sweep status {options.directory}")
+    print(f"{counted(len(jobs), 'trial')}; next: distseg sweep status {options.directory}")
     return 0
 
 

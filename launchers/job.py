@@ -17,8 +17,9 @@ from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
+from launchers.batch_job import requeue
 from launchers.places import RANKS_VARIABLE
-from launchers.supervisor import Decision, Supervisor, requeue
+from launchers.supervisor import Decision, Supervisor
 from shards.errors import InputError
 
 

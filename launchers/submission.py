@@ -15,6 +15,7 @@ from typing import Any
 
 import submitit
 
+from launchers import batch_job, slots
 from launchers.check import check_run
 from launchers.job import Job
 from launchers.places import RANKS_VARIABLE
@@ -99,23 +100,23 @@ def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
     return jobs
 
 
-def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Iterator[submitit.Job]:
-    """Submit jobs, on SLURM as one array of which `parallelism` run at a time.
+def hand_in(
+    jobs: list[Job], resources: Resources, parallelism: int | None = None
+) -> Iterator[submitit.Job]:
+    """Submit jobs, of which `parallelism` run at a time: on SLURM as one array, here by slots.
 
     Each is yielded once it is submitted.
     """
     # "local" and "debug" by name: where there is an srun, AutoExecutor would take SLURM by itself
     executor = _executor(resources, parallelism)
     try:
-        if len(jobs) == 1 or resources.executor != "slurm":
+        if resources.executor != "slurm":
             for job in jobs:
                 yield executor.submit(job)
-        else:
-            # one call of sbatch, and SLURM itself holds to `parallelism`, with nothing of ours left
-            # running
-            with executor.batch():  # one array
-                submitted = [executor.submit(job) for job in jobs]
-            yield from submitted
+            return
+        with batch_job.outside(os.environ):
+            submitted = _one_job_or_array(executor, jobs)
+        yield from submitted
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         # sbatch writes notes too, and the line with the error last
         text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
@@ -128,12 +129,22 @@ def hand_in(jobs: list[Job], resources: Resources, parallelism: int = 16) -> Ite
         raise InputError(got, "resources that the cluster has", action) from None
 
 
+def _one_job_or_array(executor: submitit.AutoExecutor, jobs: list[Job]) -> list[submitit.Job]:
+    """One call of sbatch; SLURM itself holds to an array's parallelism, with nothing of ours left
+    running.
+    """
+    if len(jobs) == 1:
+        return [executor.submit(jobs[0])]
+    with executor.batch():
+        return [executor.submit(job) for job in jobs]
+
+
 def no_controller(got: str, action: str) -> InputError:
     """The error for a command of SLURM that is installed, and finds no cluster."""
     return InputError(got, "a SLURM controller that can be reached from here", action)
 
 
-def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
+def _executor(resources: Resources, parallelism: int | None) -> submitit.AutoExecutor:
     options: dict[str, Any] = {}
     if resources.executor == "slurm":
         options["slurm_max_num_timeout"] = NO_LIMIT
@@ -147,6 +158,8 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
         raise InputError(got, "a folder for the jobs' output that can be written", action) from None
     executor = submitit.AutoExecutor(resources.folder, cluster=resources.executor, **options)
     executor.update_parameters(name="distseg", timeout_min=resources.minutes)
+    if resources.executor == "local" and parallelism is not None:
+        executor.update_parameters(local_setup=slots.setup(resources.folder, parallelism))
     if resources.gpus_per_node is not None:
         executor.update_parameters(gpus_per_node=resources.gpus_per_node)
     if resources.executor == "slurm":
@@ -165,7 +178,7 @@ def _executor(resources: Resources, parallelism: int) -> submitit.AutoExecutor:
             slurm_use_srun=False,
             slurm_setup=setup,
             slurm_stderr_to_stdout=True,
-            slurm_array_parallelism=parallelism,
+            slurm_array_parallelism=parallelism or 1,
         )
     return executor
 

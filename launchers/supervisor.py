@@ -8,9 +8,10 @@ place for
 
   done                                    -> exit code 0
   bad input (exit code 2 of a rank)       -> exit code 2: the same would happen again
-  stopped (time limit, preemption)        -> `scontrol requeue`, until the configured steps are done
-                                             (an error while it stops, MAX_FAILURES in a row: that
-                                             exit code)
+  stopped (time limit, preemption)        -> `scontrol requeue`, until the configured steps are
+                                             done; after MAX_TURNS in a row that saved no step,
+                                             however they ended, an exit code that says so
+  srun refuses the job's own settings     -> exit code 2: the same would happen again
   a rank was lost, or anything else       -> the nodes are started again inside the allocation;
                                              after MAX_FAILURES in a row that got no step further,
                                              that exit code
@@ -19,6 +20,7 @@ A node that SLURM loses ends the whole job, batch script included; SLURM requeue
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -31,10 +33,13 @@ from pathlib import Path
 
 from distseg.config import loading
 from distseg.runs import attempts
+from launchers import batch_job, turns
+from launchers.batch_job import TEMPORARY, requeue
 from launchers.check import check_run
 from launchers.places import TRY_VARIABLE, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError
+from shards.terminal import use_utf8
 
 # a transient fault goes away by the second try; a third comes after SLURM had time to find a dead
 # node
@@ -42,8 +47,11 @@ MAX_FAILURES = 3
 # before the last try: above SLURM's SlurmdTimeout, which is 300 s by default
 PAUSE_VARIABLE = "DISTSEG_PAUSE_SECONDS"
 FIRST_PAUSE_SECONDS = 5.0
-# argparse's code, also ours; EX_TEMPFAIL of sysexits.h; 128 + SIGINT
-BAD_INPUT, TEMPORARY, INTERRUPTED = 2, 75, 130
+LAST_WORDS_SECONDS = 5.0  # for what srun wrote before it ended
+# of submitit: one number for all turns of a job here
+LOCAL_JOB_VARIABLE = "SUBMITIT_LOCAL_JOB_ID"
+BEFORE_THE_NODES = "told to stop before the nodes were started"
+BAD_INPUT, INTERRUPTED = 2, 130  # argparse's code, also ours; 128 + SIGINT
 
 
 @dataclass(frozen=True)
@@ -88,21 +96,6 @@ def may_be_the_machines(attempt: attempts.Attempt | None) -> bool:
     return any(code < 0 or code == TEMPORARY for code in attempt.exit_codes)
 
 
-def failures_in_a_row(found: Sequence[attempts.Attempt]) -> int:
-    """How many attempts at the end began at one step and failed by the run's own error, not by lost
-    ranks.
-    """
-    count = 0
-    for attempt in reversed(found):
-        # a rank that was lost takes the others with it: these leave with a signal or TEMPORARY
-        own_error = any(code > 0 and code != TEMPORARY for code in attempt.exit_codes)
-        got_further = attempt.first_step != found[-1].first_step
-        if attempt.outcome != "failed" or got_further or not own_error:
-            break
-        count += 1
-    return count
-
-
 class Supervisor:
     """Runs one module on all nodes of a job until it is done, or until the job has to give its
     nodes back.
@@ -118,12 +111,32 @@ class Supervisor:
         self._module, self._arguments, self._run_dir = module, list(arguments), run_dir
         self._with_srun = with_srun
         self._process: subprocess.Popen | None = None
+        self._errors: batch_job.Errors | None = None  # of srun
         self._started = ""  # label of the last start
         self._stopping_since: float | None = None
         self._told_at = 0.0
 
+    @functools.cached_property
+    def _job(self) -> str:
+        """What the turns of this run in one job have in common."""
+        if self._with_srun:
+            return batch_job.job_id()
+        return f"process {os.environ.get(LOCAL_JOB_VARIABLE, os.getpid())}"
+
     def run(self) -> Decision:
-        """Start the nodes, again while that may help; the last decision."""
+        """A turn: start the nodes, again while that may help; the last decision."""
+        if self._run_dir is not None:
+            # earlier turns that were killed with their supervisor, which could not count them
+            decision = self._unless_in_vain(Decision("requeue", "killed"))
+            if decision.action == "fail":
+                return decision
+            turns.note(self._run_dir, self._job)
+        if self._stopping_since is not None:
+            print(BEFORE_THE_NODES, flush=True)
+            return self._unless_in_vain(Decision("requeue", BEFORE_THE_NODES))
+        return self._turn()
+
+    def _turn(self) -> Decision:
         num_failures = 0  # in a row, of attempts that began at one step
         failed_at: int | None = -1  # that step
         last_pause = float(os.environ.get(PAUSE_VARIABLE) or 330)
@@ -143,29 +156,43 @@ class Supervisor:
             num_failures = num_failures + 1 if step == failed_at else 1
             failed_at = step
             if num_failures >= MAX_FAILURES:
-                return _given_up(step, decision, decision.exit_code, say=True)
+                reason = f"{MAX_FAILURES} failures in a row at step {step}"
+                return _said(f"{reason}; the last: {decision.reason}", decision.exit_code)
             # an error of the run itself waits for nothing
             if may_be_the_machines(attempt):
                 self._pause(FIRST_PAUSE_SECONDS if num_failures == 1 else last_pause)
             if self._stopping_since is not None:
-                return Decision("requeue", "told to stop between two tries")
+                return self._unless_in_vain(Decision("requeue", "told to stop between two tries"))
         raise AssertionError  # count() has no end
 
     def decision(self) -> Decision:
         """On the nodes' last start, after `wait`: for a handler that has interrupted `run`."""
         if self._process is None:
-            return Decision("requeue", "told to stop before the nodes were started")
+            return self._unless_in_vain(Decision("requeue", BEFORE_THE_NODES))
         return self._decide(_exit_code(self._process), self._noted(self._started))
 
     def _decide(self, exit_code: int, attempt: attempts.Attempt | None) -> Decision:
-        decision = decide(exit_code, attempt, self._stopping_since is not None)
-        # a run that fails whenever it is told to stop would be requeued for ever
-        if decision.action != "requeue" or attempt is None or self._run_dir is None:
+        if attempt is None and self._errors is not None and self._errors.fatal:
+            return Decision("fail", self._errors.fatal, BAD_INPUT)
+        return self._unless_in_vain(
+            decide(exit_code, attempt, self._stopping_since is not None), exit_code
+        )
+
+    def _unless_in_vain(self, decision: Decision, exit_code: int = 0) -> Decision:
+        """The decision, but for a job that would come back for ever: one whose turns are too short
+        to save anything, or that fails whenever it is told to stop.
+        """
+        if decision.action != "requeue":
             return decision
-        # from the file, not from a counter: each turn is another process, maybe on other nodes
-        if failures_in_a_row(attempts.read(self._run_dir)) < MAX_FAILURES:
+        # from a file, not from a counter: each turn is another process, maybe on other nodes
+        if self._run_dir is not None:
+            count, reason = turns.in_vain(self._run_dir, self._job), turns.reason(self._run_dir)
+        else:
+            # what has no run, as an evaluation, begins anew each time
+            count, reason = _restarts() + 1, turns.UNFINISHED
+        if count < turns.MAX_TURNS:
             return decision
-        return _given_up(attempt.first_step, decision, exit_code or TEMPORARY)
+        return _said(f"{reason}; the last: {decision.reason}", exit_code or TEMPORARY)
 
     def _pause(self, seconds: float) -> None:
         """Until told to stop, leave SLURM time to find a dead node, which ends this process."""
@@ -193,8 +220,17 @@ class Supervisor:
     def _run_nodes(self, label: str, number: int) -> int:
         # its own session: Ctrl-C and the job's signals reach this process, which passes them on
         environment = os.environ | {attempts.LABEL_VARIABLE: label, TRY_VARIABLE: str(number)}
-        self._process = subprocess.Popen(self._command(), env=environment, start_new_session=True)
+        self._process = subprocess.Popen(
+            self._command(),
+            env=environment,
+            start_new_session=True,
+            stderr=subprocess.PIPE if self._with_srun else None,
+        )
+        if self._process.stderr is not None:
+            self._errors = batch_job.Errors(self._process.stderr.fileno())
         self.wait()
+        if self._errors is not None:
+            self._errors.join(LAST_WORDS_SECONDS)
         return _exit_code(self._process)
 
     def _command(self) -> list[str]:
@@ -232,7 +268,7 @@ class Supervisor:
             return
         self._told_at = now
         if self._with_srun:  # all steps of the job, not the batch script
-            command = ["scancel", f"--signal={number.name[3:]}", os.environ["SLURM_JOB_ID"]]
+            command = ["scancel", f"--signal={number.name[3:]}", self._job]
             # it fails where the job is ending already
             subprocess.run(command, capture_output=True, check=False)
             return
@@ -241,8 +277,7 @@ class Supervisor:
     def _label(self, number: int) -> str:
         if not self._with_srun:
             return f"process {os.getpid()}, try {number + 1}"
-        restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
-        return f"job {os.environ['SLURM_JOB_ID']}, restart {restart}, try {number + 1}"
+        return f"job {self._job}, restart {_restarts()}, try {number + 1}"
 
     def _noted(self, label: str) -> attempts.Attempt | None:
         found = [] if self._run_dir is None else attempts.read(self._run_dir)
@@ -250,11 +285,15 @@ class Supervisor:
         return found[-1] if found and found[-1].label == label else None
 
 
-def _given_up(step: int | None, last: Decision, exit_code: int, say: bool = False) -> Decision:
-    reason = f"{MAX_FAILURES} failures in a row at step {step}; the last: {last.reason}"
-    if say:
-        print(reason, flush=True)
+def _said(reason: str, exit_code: int) -> Decision:
+    """The end of a job for a reason that its output and its result both give."""
+    print(reason, flush=True)
     return Decision("fail", reason, exit_code)
+
+
+def _restarts() -> int:
+    """How often SLURM has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or "0")
 
 
 def _exit_code(process: subprocess.Popen) -> int:
@@ -262,34 +301,14 @@ def _exit_code(process: subprocess.Popen) -> int:
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def requeue() -> int:
-    """Give the nodes back and put this job into the queue again.
-
-    Returns only when SLURM refuses to.
-    """
-    job = os.environ["SLURM_JOB_ID"]
-    # a preemption may have requeued it already: requeued again, the new start would be ended
-    state = subprocess.run(
-        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True
-    ).stdout.strip()
-    if state not in ("RUNNING", "PREEMPTED"):  # cancelled, or SLURM requeues it already
-        print(f"job {job} is {state or 'gone'}: not requeued", flush=True)
-        return 128 + signal.SIGTERM
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    # which SLURM may send to scontrol too, as to all of the job
-    if answer.returncode in (0, -signal.SIGTERM):
-        print(f"job {job}: requeued", flush=True)
-        time.sleep(600)  # SLURM ends this process
-    print(
-        f"job {job}: `scontrol requeue` failed: {answer.stderr.strip()}; submit it again to go on",
-        flush=True,
-    )
-    return TEMPORARY
-
-
 def main(arguments: list[str]) -> int:
     """The command line, inside a batch job."""
     module, rest = arguments[0], arguments[1:]
+    told: list[int] = []
+    # SIGUSR1: before the time limit, as --signal of the script says; SIGTERM: preemption. From the
+    # start: a short job is told at once, while its input is still being checked
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: told.append(number))
     try:
         _check_in_job()
         # other modules, as an evaluation, have no run that could be gone on with
@@ -298,10 +317,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     supervisor = Supervisor(module, rest, run_dir)
-    # SIGUSR1: before the time limit, as --signal of the script says; SIGTERM: preemption
     for number in (signal.SIGUSR1, signal.SIGTERM):
         # a flag and no more: to save in a handler could hang in a collective, or tear a file
         signal.signal(number, lambda *_: supervisor.stop())
+    if told:
+        supervisor.stop()
     decision = supervisor.run()
     code = requeue() if decision.action == "requeue" else decision.exit_code
     # Python ends without its handlers, and would die of a late one
@@ -323,11 +343,12 @@ def _checked(overrides: list[str]) -> Path:
     Looked at closely only by a job's first start.
     """
     # accepted at the first start; a requeued job need not build the networks once more
-    if int(os.environ.get("SLURM_RESTART_COUNT") or "0"):
+    if _restarts():
         return Path(loading.load(overrides).run_dir)
     num_ranks = int(os.environ["SLURM_JOB_NUM_NODES"]) * ranks_per_node(dict(os.environ))
     return Path(check_run(overrides, num_ranks).run_dir)
 
 
 if __name__ == "__main__":
+    use_utf8()
     sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import pickle
 import re
@@ -19,7 +20,7 @@ from submitit.core.utils import JobPaths
 
 from distseg.runs.rundir import LOCK_FILE
 from distseg.tracking.wandb_run import URL_FILE
-from launchers import trials
+from launchers import slots, trials
 from launchers.job import Job, RunError, evaluation
 from launchers.submission import Resources, hand_in, no_controller, prepare
 from shards.errors import InputError
@@ -31,6 +32,7 @@ ERROR_LINES = 3
 # how our commands, and SLURM's, begin a line about an error
 ERROR = re.compile(r"(.*: )?error( on rank \d+)?: ")
 TO_RESUBMIT = ("not submitted", "failed", "lost")
+FAILED = ("failed", "lost", "orphaned")
 
 
 @dataclass
@@ -56,21 +58,15 @@ class Row:
 def sweep(
     plan: dict[str, Any], directory: str | Path, parallelism: int = 4, **resources: Any
 ) -> list[submitit.Job]:
-    """Submit every trial of a plan (see launchers.trials), at most `parallelism` at a time on
-    SLURM; submitit's jobs.
+    """Submit every trial of a plan (see launchers.trials), of which at most `parallelism` run at a
+    time; submitit's jobs.
 
     Trial i trains in directory/trial-00i. resources: the fields of launchers.submission.Resources.
     Raises InputError before anything is submitted, also when one of the trials cannot be trained or
     the directory holds a sweep.
     """
     directory = Path(directory).absolute()
-    # its trials have the same run directories: they would go on from another plan's checkpoints
-    if (directory / FILE_NAME).exists():
-        action = (
-            f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
-            "or another directory"
-        )
-        raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
+    _check_new(directory, parallelism)
     runs = [
         [*overrides, f"run_dir={directory / f'trial-{number:03d}'}"]
         for number, overrides in enumerate(trials.expand(plan))
@@ -92,6 +88,23 @@ def sweep(
         if all(entry["job"] is None for entry in content["trials"]):
             (directory / FILE_NAME).unlink(missing_ok=True)
         raise
+
+
+def _check_new(directory: Path, parallelism: int) -> None:
+    """Raise InputError where no sweep can begin."""
+    if parallelism < 1:
+        raise InputError(
+            f"parallelism={parallelism}",
+            "at least 1 trial at a time",
+            "correct it, or leave it out",
+        )
+    # its trials have the same run directories: they would go on from another plan's checkpoints
+    if (directory / FILE_NAME).exists():
+        action = (
+            f"`distseg sweep status {directory}`, `distseg sweep resubmit {directory}`, "
+            "or another directory"
+        )
+        raise InputError(f"{directory} holds a sweep", "a directory for a new one", action)
 
 
 def resubmit(directory: str | Path) -> list[submitit.Job]:
@@ -149,11 +162,11 @@ def status(directory: str | Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for people, best metric first; below, what went wrong in those that failed.
+    """The rows for people, best metric first and those that failed last; below, what went wrong.
 
     Plain text, not rich's table: it must not be cut at the width of a terminal, and is grepped.
     """
-    best_first = sorted(rows, key=lambda row: (row.metric is None, -(row.metric or 0), row.trial))
+    best_first = sorted(rows, key=_order)
     common = _common_overrides(rows)
     lines = [["trial", "state", "job", "step", METRIC, "settings", "run"]]
     lines += [_cells(row, common) for row in best_first]
@@ -163,6 +176,12 @@ def table(rows: list[Row]) -> str:
             text.append(f"trial {row.trial} {row.state}:")
             text += [f"  {line}" for line in row.error]
     return "\n".join(text)
+
+
+def _order(row: Row) -> tuple[bool, bool, float, int]:
+    """What has failed has no place among the others, however good it was until then."""
+    has_no_metric = row.metric is None or math.isnan(row.metric)
+    return row.state in FAILED, has_no_metric, -(row.metric or 0.0), row.trial
 
 
 def _common_overrides(rows: list[Row]) -> set[str]:
@@ -296,23 +315,26 @@ def _states(jobs: list[str], folder: str, executor: str) -> dict[str, str]:
         result = JobPaths(folder, job).result_pickle
         if result.is_file():  # written at the very end, when SLURM may call the job running still
             found[job] = "done" if pickle.loads(result.read_bytes())[0] == "success" else "failed"
-        elif job in alive and alive[job] != "lost":
-            found[job] = alive[job]
+        elif executor == "slurm":
+            found[job] = alive.get(job, "lost")
         else:
-            found[job] = "running" if executor != "slurm" and _is_controller(job) else "lost"
+            found[job] = _state_here(job)
     return found
 
 
-def _is_controller(pid: str) -> bool:
-    """Whether a process of this machine is submitit's for a local job.
+def _state_here(pid: str) -> str:
+    """The state of a local job, by the command line of the process that it is known by.
 
-    By its command line, which a zombie, or another process with its number, does not have.
+    A zombie, or another process with its number, has not that of a job.
     """
     try:
         # process ids are used again: a kill -0 would take any process of that number for the job
-        return b"submitit.local._local" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
-        return False
+        return "lost"
+    if slots.is_waiting(words):
+        return "waiting"
+    return "running" if b"submitit.local._local" in words else "lost"
 
 
 def _queue() -> dict[str, str]:

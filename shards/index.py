@@ -18,6 +18,7 @@ from shards.errors import InputError
 from shards.manifest import ShardInfo
 from shards.names import is_name
 from shards.source import Source
+from shards.words import counted
 
 MAX_INDEXED = 1_000_000  # samples whose places are held, at about 150 bytes each
 
@@ -137,7 +138,8 @@ class Indices:
 
     def _keep(self, shard: int, index: _ShardIndex) -> None:
         if len(index.keys) != self._shards[shard].num_samples:
-            got = f"{self._source.place(self._shards[shard].index_file)}: {len(index.keys)} samples"
+            place = self._source.place(self._shards[shard].index_file)
+            got = f"{place}: {counted(len(index.keys), 'sample')}"
             raise InputError(
                 got, f"the manifest's {self._shards[shard].num_samples}", "pack the data again"
             )

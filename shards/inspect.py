@@ -34,6 +34,7 @@ from shards.manifest import Manifest, ShardInfo, sha256_of
 from shards.sample import IGNORE_INDEX, ClassSet
 from shards.similar import BITS, MAX_BITS, close_pairs
 from shards.verified import mark_verified, withdraw
+from shards.words import counted
 
 CHUNK = 16  # samples a task
 MAX_COMPARED = 100_000  # pictures; more take minutes
@@ -238,7 +239,7 @@ def _read_index(
         else:
             entries.append(entry)
     if len(content) != info.num_samples:
-        what = f"{len(content)} samples; the manifest says {info.num_samples}"
+        what = f"{counted(len(content), 'sample')}; the manifest says {info.num_samples}"
         findings.append(_damage(file, what))
     unlabelled = sum(not is_labelled(entry) for entry in entries)
     # None: of a pack that did not count them
@@ -318,7 +319,9 @@ def _class(index: int, name: str, counts: dict[str, dict[str, Any]]) -> Iterator
     for split in absent:
         if split == "train":
             shown = [other for other, count in counts.items() if count["pixels"]]
-            others = ", ".join(f"{counts[other]['images']} images of {other}" for other in shown)
+            others = ", ".join(
+                f"{counted(counts[other]['images'], 'image')} of {other}" for other in shown
+            )
             what = f"{name!r} ({index}) is never in train, but in {others}"
             action = "split anew, or take it out: its IoU will be 0"
             yield _warning("class never trained", what, action)

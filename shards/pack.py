@@ -35,6 +35,7 @@ from shards.sample import (
     image_extension,
 )
 from shards.verified import is_verified, mark_verified
+from shards.words import IS, counted
 
 STAGING = ".packing"
 # of what is written, for readers of the same manifest version; 2: pixels per sample in the indices
@@ -123,7 +124,9 @@ def _check_options(samples_per_shard: int, num_workers: int, overwrite: bool, ap
     if samples_per_shard < 1 or (overwrite and append):
         got = f"samples_per_shard={samples_per_shard}, overwrite={overwrite}, append={append}"
         raise InputError(
-            got, "at least one sample per shard, and not both of the others", "correct them"
+            got,
+            "at least one sample per shard, and not both of the others",
+            "correct samples_per_shard" if samples_per_shard < 1 else "leave out one of them",
         )
 
 
@@ -189,7 +192,8 @@ def _extended(out: Path, reader: MapsReader) -> Manifest:
     for split in there.splits:
         shared = sorted(new & set(ShardReader(out, split).keys))
         if shared:
-            got = f"{len(shared)} keys are in {out} already, the first: {shared[0]} in {split}"
+            got = f"{counted(len(shared), 'key', verb=IS)} in {out} already, "
+            got += f"the first: {shared[0]} in {split}"
             raise InputError(
                 got, "each key in one split", "leave these samples out, or rename them"
             )

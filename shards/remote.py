@@ -24,6 +24,7 @@ from shards.cache import ShardCache, default_cache_dir
 from shards.errors import DamageError, InputError
 from shards.files import say
 from shards.manifest import FILE_NAME, Manifest, ShardInfo, hashed
+from shards.words import counted
 
 Result = TypeVar("Result")
 # scheme: (module that fsspec needs, extra that brings it)
@@ -195,7 +196,7 @@ class Remote:
                 "correct data.shards, or copy all of the packed folder there, manifest.json last"
             )
             return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
-        times = "" if _is_final(error) else f" ({num_attempts} attempts)"
+        times = "" if _is_final(error) else f" ({counted(num_attempts, 'attempt')})"
         if _is_forbidden(error):
             times += (
                 "; S3 says so of a file that is not there, too, to those who may not list the "

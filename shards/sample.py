@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
 from shards.names import check_name
+from shards.words import counted
 
 IGNORE_INDEX = 255  # void: not counted, not trained on
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -49,7 +50,8 @@ class ClassSet:
         if len(set(self.names)) != len(self.names):
             raise InputError(f"class names {self.names}", "each name once", "rename the classes")
         if len(self.palette) != len(self.names):
-            got = f"{len(self.names)} class names and {len(self.palette)} colours"
+            names = counted(len(self.names), "class name")
+            got = f"{names} and {counted(len(self.palette), 'colour')}"
             raise InputError(got, "one colour per class", "correct the palette")
         for name, color in zip(self.names, self.palette, strict=True):
             if len(color) != 3 or not all(0 <= value <= 255 for value in color):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distseg.distributed import device
+from distseg.distributed import device, launch
 from distseg.distributed import ranks as ranks_module
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
@@ -56,6 +59,31 @@ def test_ranks_come_from_srun_where_torchrun_has_set_none() -> None:
         resolve_ranks({key: value for key, value in SRUN.items() if key != "SLURM_PROCID"})
     with pytest.raises(InputError, match="0 <= SLURM_PROCID"):
         resolve_ranks(SRUN | {"SLURM_PROCID": "8"})
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        (["bash", "--norc"], (0, 1, 0)),
+        (["sh"], (0, 1, 0)),
+        (["bash", "-c", "read line"], (3, 8, 1)),  # in every task, with or without a terminal
+        (["bash", "/dev/stdin"], (3, 8, 1)),
+        (["cat"], (3, 8, 1)),
+    ],
+)
+def test_a_shell_of_srun_pty_has_no_other_ranks(
+    command: list[str], ranks: tuple[int, int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    launch._say_that_it_is_alone.cache_clear()
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as task:
+        interactive = SRUN | {"SLURM_PTY_PORT": "1", "SLURM_TASK_PID": str(task.pid)}
+        # the kernel shows the words of a new process a moment late
+        while not Path(f"/proc/{task.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        assert resolve_ranks(interactive) == resolve_ranks(interactive) == ranks
+        assert resolve_ranks(interactive | TORCHRUN) == (1, 4, 1)
+        task.communicate(b"\n")
+    assert caplog.text.count("srun --pty with 8 tasks") == (ranks[1] == 1)
 
 
 def test_a_step_of_srun_meets_at_its_first_host() -> None:

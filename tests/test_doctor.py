@@ -218,4 +218,4 @@ def test_one_screen_of_eighty_columns_cuts_nothing_off() -> None:
         and "do this [now]" in text
         and max(map(len, text.splitlines())) <= 80
     )
-    assert "1 errors, 0 warnings: a run would break" in text
+    assert "1 error, 0 warnings: a run would break" in text

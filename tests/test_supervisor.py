@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note, note_failure
-from launchers import supervisor
+from distseg.runs.attempts import Attempt
+from launchers import batch_job
 from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node
 from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
@@ -51,8 +51,8 @@ def test_decisions(
 class Scripted(Supervisor):
     """A supervisor whose nodes fail with 1, having begun at the steps given."""
 
-    def __init__(self, steps: list[int]):
-        super().__init__("distseg.train", [], Path("nowhere"), with_srun=False)
+    def __init__(self, run_dir: Path, steps: list[int]):
+        super().__init__("distseg.train", [], run_dir, with_srun=False)
         self.steps = steps
 
     def _run_nodes(self, label: str, number: int) -> int:
@@ -62,41 +62,76 @@ class Scripted(Supervisor):
         return Attempt(label, outcome="failed", first_step=self.steps.pop(0), exit_codes=[1])
 
 
-def test_failures_without_progress_come_to_an_end_and_others_do_not() -> None:
-    scripted = Scripted([0, 0, 10, 10, 20, 20, 20, 30])
+def test_failures_without_progress_come_to_an_end_and_others_do_not(tmp_path: Path) -> None:
+    scripted = Scripted(tmp_path, [0, 0, 10, 10, 20, 20, 20, 30])
     decision = scripted.run()
     assert scripted.steps == [30] and decision.action == "fail" and decision.exit_code == 1
     assert "3 failures in a row at step 20" in decision.reason
 
 
-class Unsaved(Supervisor):
-    """A supervisor that is told to stop, and whose rank 0 then leaves with the exit code given."""
+class Turn(Supervisor):
+    """A supervisor that is told to stop; its ranks save a step first, or do not."""
 
-    def __init__(self, run_dir: Path, step: int, exit_code: int):
+    def __init__(self, run_dir: Path | None, saved: int | None = None):
         super().__init__("distseg.train", [], run_dir, with_srun=False)
-        self.run_dir, self.step, self.exit_code = run_dir, step, exit_code
+        self.run_dir, self.saved = run_dir, saved
 
     def _run_nodes(self, label: str, number: int) -> int:
-        os.environ[LABEL_VARIABLE] = label
-        note = Note(self.run_dir, ["here"], self.step)
+        if self.saved is not None and self.run_dir is not None:
+            checkpoint = self.run_dir / "checkpoints" / f"step-{self.saved:08d}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "state.json").touch()
         self.stop()
-        if self.exit_code > 0:
-            note.fail(self.step + 5, RuntimeError("not saved"))
-        note_failure(self.run_dir, "here", 0, self.exit_code)
-        return 1
+        return 137  # killed: it noted nothing, and does not count as refused
 
 
-def test_a_run_that_always_fails_while_it_stops_is_not_requeued_for_ever(
+class Killed(Turn):
+    """A supervisor that is killed together with its nodes."""
+
+    def _run_nodes(self, label: str, number: int) -> int:
+        raise KeyboardInterrupt
+
+
+def test_a_job_whose_turns_save_no_step_ends_with_the_reason(tmp_path: Path) -> None:
+    for saved in (None, None, 4, None, None, 8, None):  # a step saved in between counts anew
+        assert Turn(tmp_path, saved).run().action == "requeue"
+    with pytest.raises(KeyboardInterrupt):
+        Killed(tmp_path).run()
+    (tmp_path / "checkpoints" / "step-00000012").mkdir()  # without state.json: never finished
+    decision = Turn(tmp_path).run()
+    assert (decision.action, decision.exit_code) == ("fail", 137)
+    assert decision.reason.startswith("3 turns in a row saved no step after 8: give a turn more")
+    assert decision.reason.endswith("the last: exit code 137")
+
+
+def test_turns_that_are_all_killed_with_their_supervisor_end_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(LABEL_VARIABLE, "")  # and as it was, afterwards
-    # progress in between, or a rank that was killed
-    turns = [(0, 1), (0, 1), (8, 1), (8, -9), (8, 1), (8, 1)]
-    for step, code in turns:
-        assert Unsaved(tmp_path, step, code).run().action == "requeue"
-    decision = Unsaved(tmp_path, 8, 1).run()
-    assert (decision.action, decision.exit_code) == ("fail", 1)
-    assert decision.reason == "3 failures in a row at step 8; the last: RuntimeError: not saved"
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            Killed(tmp_path).run()
+    with (tmp_path / "turns.jsonl").open("a") as file:
+        file.write('{"job": "pro')  # torn by the last kill
+    decision = Turn(tmp_path, 4).run()
+    assert (decision.action, decision.exit_code) == ("fail", 75)
+    assert decision.reason.endswith("the last: killed")
+    # who submits it again, as another job, wants it tried
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "7")
+    assert Turn(tmp_path).run().action == "requeue"
+
+
+def test_who_is_told_to_stop_before_it_starts_starts_nothing(tmp_path: Path) -> None:
+    early = Killed(tmp_path)
+    early.stop()
+    assert early.run() == Decision("requeue", "told to stop before the nodes were started")
+    # which was a turn all the same
+    assert [Turn(tmp_path).run().action for _ in range(2)] == ["requeue", "fail"]
+
+
+def test_what_has_no_run_is_not_begun_anew_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Turn(None).run().action == "requeue"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert Turn(None).run().reason.startswith("3 turns did not finish this")
 
 
 @pytest.mark.parametrize("action", ["requeue", "done", "fail"])
@@ -162,18 +197,84 @@ def test_ranks_of_a_node() -> None:
         ranks_per_node({"DISTSEG_RANKS_PER_NODE": "two"})
 
 
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands that are found before SLURM's; this process is in job 5."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    return folder
+
+
+def write_command(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
 @pytest.mark.parametrize(("state", "answer"), [("CANCELLED", 143), ("COMPLETING", 143), ("", 143)])
 def test_only_a_running_job_is_requeued(
-    state: str,
-    answer: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    state: str, answer: int, commands: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for name, text in (("squeue", f"echo {state}"), ("scontrol", f"touch {tmp_path}/called")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    assert supervisor.requeue() == answer
-    assert not (tmp_path / "called").exists() and "not requeued" in capsys.readouterr().out
+    write_command(commands, "squeue", f"echo {state}")
+    write_command(commands, "scontrol", f"touch {commands}/called")
+    assert batch_job.requeue() == answer
+    assert not (commands / "called").exists() and "not requeued" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "job"),
+    [
+        ("echo 5", "5_3"),  # the last task of the array, whose number is the array's
+        ("echo 4", "5"),  # a job that task 3 of array 5 has submitted inherits its variables
+        ("true", "5"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "5"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "5_3"),
+    ],
+)
+def test_a_task_of_an_array_is_addressed_alone(
+    answer: str, job: str, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_command(commands, "squeue", answer)
+    assert batch_job.job_id() == "5"  # no array
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert batch_job.job_id() == job
+
+
+@pytest.mark.parametrize(
+    ("says", "action"),
+    [
+        ("srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive.", "fail"),
+        (
+            "srun: error: Unable to create step for job 5: Invalid generic resource (gres) spec",
+            "fail",
+        ),
+        ("srun: error: Unable to create step for job 5: Requested nodes are busy", "again"),
+        ("an epoch: srun: fatal: is no word of srun", "again"),
+    ],
+)
+def test_a_fatal_srun_is_not_tried_again(
+    says: str,
+    action: str,
+    commands: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    write_command(commands, "srun", f"printf '%s\\n' '{says}' >&2; exit 1")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    decision = Supervisor("nothing", []).run()
+    assert decision.action == action and says in capfd.readouterr().err
+    if action == "fail":
+        assert decision == Decision("fail", says, 2)
+
+
+def test_a_submission_from_within_an_allocation_leaves_it_behind() -> None:
+    before = {"SLURM_JOB_ID": "5", "SLURM_MEM_PER_CPU": "50", "SLURM_CONF": "/x", "HOME": "/"}
+    environment = dict(before)
+    with batch_job.outside(environment):
+        assert environment == {"SLURM_CONF": "/x", "HOME": "/"}
+    assert environment == before
+    # on a login node such a variable is a wish
+    with batch_job.outside(wish := {"SLURM_CPU_BIND": "cores"}):
+        assert wish == {"SLURM_CPU_BIND": "cores"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import submitit
 
 from distseg.cli import main
 from distseg.runs import attempts
-from launchers import resubmit, status, submit, sweep, sweeps, table
+from launchers import resubmit, slots, status, submit, sweep, sweeps, table
 from launchers.job import Job
 from launchers.sweeps import Row
 from shards.errors import InputError
@@ -47,11 +49,15 @@ def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(
 ) -> None:
     (tmp_path / "refuse-2-1").touch()
     plan = {"base": [*TINY, f"data.shards={toy_shards}"], "grid": {"seed": [0, 1]}}
-    good, bad = sweep(plan, tmp_path / "sweep", executor="local", ranks_per_node=2)
+    local = {"executor": "local", "ranks_per_node": 2}
+    good, bad = sweep(plan, tmp_path / "sweep", parallelism=1, **local)
     scores = json.loads((Path(good.result()["run_dir"]) / "evaluation.json").read_text())
     assert good.result() == scores | {"run_dir": str(tmp_path / "sweep" / "trial-000")}
     with pytest.raises(submitit.core.utils.FailedJobError, match="a test's bad input at step 2"):
         bad.result()
+    one, other = (attempts.read(tmp_path / "sweep" / f"trial-00{number}")[0] for number in (0, 1))
+    assert one.ended and other.ended
+    assert one.ended < other.started or other.ended < one.started, "one at a time"
     rows = status(tmp_path / "sweep")
     assert [row.state for row in rows] == ["done", "failed"]
     assert (rows[0].step, rows[0].metric) == (6, scores["val/mean_iou"]) and not rows[0].error
@@ -131,7 +137,7 @@ def test_trials_that_a_broken_off_submission_left_are_known_and_submitted_later(
     plan = {"base": [*TINY, f"data.shards={toy_shards}"], "grid": {"seed": [0, 1, 2]}}
     with pytest.raises(KeyboardInterrupt):
         sweep(plan, tmp_path / "sweep", executor="local")
-    monkeypatch.setattr(sweeps, "_is_controller", lambda job: True)
+    monkeypatch.setattr(sweeps, "_state_here", lambda job: "running")
     assert [(row.state, row.job) for row in status(tmp_path / "sweep")] == [
         ("running", "7"),
         ("not submitted", ""),
@@ -206,6 +212,25 @@ def test_the_table_has_the_best_first_and_then_what_went_wrong() -> None:
     assert [line.split()[0] for line in lines[:4]] == ["trial", "2", "1", "0"]
     assert lines[1].split() == ["2", "done", "7_2", "9", "0.5000", "seed=2", "https://w.b/r2"]
     assert lines[4:] == ["trial 0 failed:", "  Traceback", "  boom"]
+    # what has failed is last, however well it stood until then
+    rows[0].metric = 0.9
+    assert [line.split()[0] for line in table(rows).splitlines()[1:4]] == ["2", "1", "0"]
+
+
+def test_jobs_here_wait_for_a_slot_which_ends_with_its_holder(tmp_path: Path) -> None:
+    first, second = (slots.take(tmp_path, 2) for _ in range(2))
+    with pytest.raises(BlockingIOError):
+        fcntl.flock((tmp_path / "slot-0").open(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    found: list[int] = []
+    third = threading.Thread(target=lambda: found.append(slots.take(tmp_path, 2)), daemon=True)
+    third.start()
+    third.join(3 * slots.POLL_SECONDS)
+    assert third.is_alive(), "both slots are held"
+    os.close(second)
+    third.join(TIMEOUT_SECONDS)
+    assert os.fstat(found[0]).st_ino == (tmp_path / "slot-1").stat().st_ino
+    for held in (first, *found):
+        os.close(held)
 
 
 def refused(*overrides: str, **resources: Any) -> str:
@@ -238,6 +263,8 @@ def test_bad_input_is_refused_at_submission(
     assert "signal_seconds=60 in 1 minutes" in refused(*good, minutes=1, signal_seconds=60)
     (tmp_path / "runs").write_text("")
     assert "runs/jobs: Not a directory" in refused(*good, **local)
+    with pytest.raises(InputError, match="parallelism=0"):
+        sweep({"base": good}, tmp_path / "sweep", 0, **local)
     (tmp_path / "runs").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no sbatch here" in refused(*good)

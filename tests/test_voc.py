@@ -65,7 +65,7 @@ def test_the_palette_is_the_development_kits() -> None:
 def test_masks_keep_their_indices_and_lists_give_the_splits(root: Path, tmp_path: Path) -> None:
     dataset = samples(root)
     read = [task.run() for task in dataset.tasks]
-    assert dataset.classes == VOC and dataset.notes == ("1 images of JPEGImages are in no list",)
+    assert dataset.classes == VOC and dataset.notes == ("1 image of JPEGImages is in no list",)
     assert [(s.key, s.split) for s in read] == [
         ("2007_000003", "train"),
         ("2007_000000", "train"),

@@ -4,9 +4,11 @@ training.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import re
 import struct
 import sys
 import time
@@ -120,7 +122,13 @@ def write_run(run_dir: Path, steps: range, resume_step: int | None = None) -> Tr
     return tracker
 
 
-def test_offline_file_holds_curves_pictures_and_config_but_no_secret(tmp_path: Path) -> None:
+def test_offline_file_holds_curves_pictures_and_config_but_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # two that W&B would stop over, here
+    monkeypatch.setenv("WANDB_CONFIG_PATHS", str(tmp_path / "missing.yaml"))
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    monkeypatch.setenv("WANDB_NOTES", "of the environment")
     run_dir = tmp_path / "voc_1"
     write_run(run_dir, range(10, 60, 10)).finish(0)
     (file,) = offline_files(run_dir)
@@ -136,6 +144,7 @@ def test_offline_file_holds_curves_pictures_and_config_but_no_secret(tmp_path: P
 
     (run,) = [record.run for record in records(file) if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.display_name, list(run.tags)) == ("distseg", "voc_1", ["t"])
+    assert run.notes == "of the environment"
     assert run.run_id == (run_dir / "wandb_id.txt").read_text().strip()
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["seed"] == 1 and config["loss"] == {"adv_weight": 0.01}
@@ -357,6 +366,73 @@ def test_auto_is_online_exactly_when_there_is_a_login(
     assert choose_mode("auto") == "online" and choose_mode("offline") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode("auto") == "disabled" and choose_mode("offline") == "offline"
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "Disabled"}, "disabled"),
+        ({"WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_DISABLED": "true", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_DISABLED": "false", "WANDB_MODE": "nonsense"}, "online"),
+        ({"WANDB_MODE": "shared"}, "online"),
+    ],
+)
+def test_the_mode_of_the_environment_counts_where_none_is_said(
+    variables: dict[str, str], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (variables | {"WANDB_API_KEY": "a" * 40}).items():
+        monkeypatch.setenv(name, value)
+    assert choose_mode("auto") == mode
+    assert [choose_mode(said) for said in ("online", "offline")] == ["online", "offline"]
+
+
+def test_the_configuration_names_a_run_before_the_environment_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("project", "entity", "group", "job_type", "tags", "name", "notes")
+    run_dir = tmp_path / "voc_1"
+    ours = wandb_run.naming(TrackingConfig(), run_dir)
+    assert tuple(ours) == keys
+    assert [ours[key] for key in keys] == ["distseg", None, None, None, [], "voc_1", None]
+    variables = ("PROJECT", "ENTITY", "RUN_GROUP", "JOB_TYPE", "TAGS", "NAME", "NOTES")
+    for name in variables:
+        monkeypatch.setenv(f"WANDB_{name}", f"{name}, said")
+    theirs = [f"{name}, said" for name in variables]
+    theirs[4] = ["TAGS", "said"]  # type: ignore[call-overload]
+    assert list(wandb_run.naming(TrackingConfig(), run_dir).values()) == theirs
+    # also the word that is the default, where it is said
+    said = TrackingConfig(project="distseg", entity="e", group="g", job_type="j", tags=["t"])
+    assert list(wandb_run.naming(said, run_dir).values())[:5] == ["distseg", "e", "g", "j", ["t"]]
+
+
+def test_the_id_of_a_run_is_the_files_then_the_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "agent1")
+    assert wandb_run._run_id(tmp_path / "id") == "agent1"
+    monkeypatch.setenv("WANDB_RUN_ID", "../../other")
+    assert wandb_run._run_id(tmp_path / "id") == "agent1"
+    # what is no id is no part of a path
+    (tmp_path / "id").write_text("../x")
+    found = wandb_run._run_id(tmp_path / "id")
+    assert re.fullmatch("[0-9a-f]{8}", found) and (tmp_path / "id").read_text() == f"{found}\n"
+    assert "../../other" in caplog.text and "'../x'" in caplog.text
+
+
+def test_every_variable_of_wandb_is_in_the_documentation() -> None:
+    (package,) = importlib.util.find_spec("wandb").submodule_search_locations  # type: ignore
+    known = set(re.findall(r"\bWANDB_[A-Z_0-9]+", (Path(package) / "env.py").read_text()))
+    text = (Path(__file__).parent.parent / "docs" / "wandb.md").read_text()
+    named = re.findall(r"`(WANDB_[A-Z_0-9]+?)(_\*)?`", text)
+    assert len(known) > 50
+    missing = [
+        name
+        for name in known
+        if not any(name == word or (star and name.startswith(word)) for word, star in named)
+    ]
+    assert not missing
 
 
 def test_secrets_are_taken_out_of_a_nested_config() -> None:

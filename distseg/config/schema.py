@@ -565,11 +565,13 @@ class TrackingConfig:
         },
     )
     # free on resuming, like all of this section: where curves go changes no number
-    project: str = key("distseg", "of Weights & Biases")
-    entity: str | None = key(None, "of Weights & Biases; null: the login's own")
-    group: str | None = key(None, "of Weights & Biases")
-    job_type: str | None = key(None, "of Weights & Biases")
-    tags: list[str] = key([], "of Weights & Biases")
+    # null, so that what is said here is known from what is not: that counts more than the
+    # environment, docs/wandb.md
+    project: str | None = key(None, "of Weights & Biases; null: WANDB_PROJECT, else distseg")
+    entity: str | None = key(None, "of Weights & Biases; null: WANDB_ENTITY, else the login's own")
+    group: str | None = key(None, "of Weights & Biases; null: WANDB_RUN_GROUP, else none")
+    job_type: str | None = key(None, "of Weights & Biases; null: WANDB_JOB_TYPE, else none")
+    tags: list[str] = key([], "of Weights & Biases; []: WANDB_TAGS, else none")
     tensorboard: bool = key(False, "event files in the run directory's tensorboard/ too")
     # reading a metric waits for the device, so not at every step
     log_every: int = key(10, "steps between two lines of metrics", unit="steps", low=1)

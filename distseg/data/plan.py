@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shards.errors import InputError
+from shards.words import counted
 
 MAX_POSITION = 2**64  # positions and seeds are the two 64-bit words of a Philox key
 # Where on the sequence of a key each use of it begins, in units of 2^192 draws: never the same
@@ -30,7 +31,9 @@ class Plan:
     def __init__(self, num_samples: int, seed: int):
         if num_samples < 1:
             raise InputError(
-                f"{num_samples} samples", "at least one sample", "choose a split that holds samples"
+                f"{num_samples} samples",
+                "at least one sample",
+                "choose a split that holds samples",
             )
         if not 0 <= seed < MAX_POSITION:
             raise InputError(f"seed={seed}", "an integer from 0 to 2^64-1", "choose another seed")
@@ -114,7 +117,7 @@ class BalancedPlan(Plan):
         # a class that is nowhere could be drawn, and would have no sample to give
         shown = np.flatnonzero(class_pixels.any(axis=0))
         if not len(shown):
-            got = f"{len(class_pixels)} samples without a pixel of any class"
+            got = f"{counted(len(class_pixels), 'sample')} without a pixel of any class"
             raise InputError(got, "labels, to balance the classes", "write data.sampling=each_once")
         self._samples = [np.flatnonzero(class_pixels[:, index]) for index in shown]
         share = class_pixels.sum(axis=0)[shown] / class_pixels.sum()

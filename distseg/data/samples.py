@@ -20,6 +20,7 @@ from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image
+from shards.words import counted
 
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
@@ -107,13 +108,13 @@ class SampleSet:
         # at the start, and not at the step hours later that meets the first of them
         without = {reader.key(i) for i in self._indices} & unlabelled if unlabelled else set()
         if without:
-            some = f"{len(without)} samples, {min(without)} for one,"
+            some = f"{counted(len(without), 'sample')}, {min(without)} for one"
             action = (
                 "prepare and pack the data with labels, or list the labelled ones: "
                 "data.labelled=FILE"
             )
             raise InputError(
-                f"{some} have no label in the split {reader.split}",
+                f"no label in {some} of the split {reader.split}",
                 "a label for every sample",
                 action,
             )
@@ -314,13 +315,13 @@ def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
     unknown = [key for key in keys if key not in index_of]
     if unknown:
         got = (
-            f"{path}: {len(unknown)} keys are not in the split {reader.split}, "
+            f"{path}: {counted(len(unknown), 'key')} not in the split {reader.split}, "
             f"{unknown[0]!r} for one"
         )
         raise InputError(got, f"keys such as {reader.key(0)!r}, one a line", "correct the list")
     without = [key for key in keys if index_of[key] not in candidates]
     if without:
-        got = f"{path}: {len(without)} of its samples have no label, {without[0]!r} for one"
+        got = f"{path}: no label for {counted(len(without), 'sample')}, such as {without[0]!r}"
         raise InputError(got, "samples with a label", "take them out of the list")
     return {index_of[key] for key in keys}
 

@@ -5,19 +5,25 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from shards.errors import InputError
 
 # the step's number of tasks: SLURM_NTASKS is the job's, and a batch script has it too
 SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+SHELLS = (b"sh", b"bash", b"dash", b"ksh", b"zsh", b"fish", b"csh", b"tcsh")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_log = logging.getLogger(__name__)
 
 
 def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
     """(rank, world_size, local_rank): torchrun's variables, else those of a step of srun, else (0,
-    1, 0).
+    1, 0), as for what is typed in a shell that `srun --pty` has started with several tasks.
 
     Raises InputError when only some are set or they contradict each other: half a job would hang.
     """
@@ -36,8 +42,39 @@ def resolve_ranks(environment: dict[str, str]) -> tuple[int, int, int]:
         values = _whole_numbers(
             environment, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun"
         )
-        return values[0], values[1], values[2]
+        if not _typed_in_a_shell(environment):
+            return values[0], values[1], values[2]
+        _say_that_it_is_alone(values[1])
     return 0, 1, 0
+
+
+def _typed_in_a_shell(environment: dict[str, str]) -> bool:
+    """Whether the step's task is a shell that a person types in: the other tasks had no terminal,
+    and have ended.
+    """
+    # a program or a script that srun --pty has started itself runs in every task
+    if "SLURM_PTY_PORT" not in environment:
+        return False
+    try:
+        line = Path(f"/proc/{environment.get('SLURM_TASK_PID', '')}/cmdline").read_bytes()
+    except OSError:  # of another process namespace, as in a container
+        return False
+    command, *words = line.split(b"\0")[:-1] or [b""]
+    if command.rpartition(b"/")[2].lstrip(b"-") not in SHELLS:
+        return False
+    if b"-i" in words:
+        return True
+    # a script's name, or -c and -lc with the commands behind it
+    return not any(re.match(rb"[^-]|-[a-z]*c", word) for word in words)
+
+
+@functools.cache  # asked more than once, said once
+def _say_that_it_is_alone(num_tasks: int) -> None:
+    _log.warning(
+        "srun --pty with %d tasks, of which only this one has a terminal: taking one process; "
+        "torchrun --standalone --nproc_per_node=N -m distseg.train ... takes N here",
+        num_tasks,
+    )
 
 
 def _ranks_of_torchrun(

@@ -20,6 +20,7 @@ from torch import Tensor
 from distseg.distributed.compat import job_store
 from distseg.distributed.launch import rendezvous_of_srun, resolve_ranks
 from shards.errors import InputError
+from shards.words import counted
 
 Result = TypeVar("Result")
 
@@ -169,7 +170,8 @@ def teardown() -> None:
 def check_alone() -> None:
     """Raise InputError where this process has joined a job of its own already."""
     if dist.is_initialized():
-        got = f"a process group of {dist.get_world_size()} rank(s), which this process has made"
+        ranks = counted(dist.get_world_size(), "rank")
+        got = f"a process group of {ranks}, which this process has made"
         action = "call torch.distributed.destroy_process_group() first; torchrun's ranks are found"
         raise InputError(got, "none: distseg joins and leaves its own", action)
 

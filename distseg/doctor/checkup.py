@@ -15,7 +15,6 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ import torch
 from distseg.config.schema import DataConfig
 from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.ranks import Ranks
+from distseg.runs.environment import package_version
 from distseg.tracking.wandb_run import choose_mode
 from shards.errors import InputError
 from shards.sample import decode_image
+from shards.words import counted
 
 SHARED_MEMORY = Path("/dev/shm")
 # the reader keeps 128 shards open, and every rank a few connections
@@ -84,7 +85,7 @@ def versions(device: torch.device) -> dict[str, str]:
     """What must be the same on all ranks."""
     found = {
         "python": platform.python_version(),
-        "distseg": version("distseg"),
+        "distseg": package_version(),
         "torch": torch.__version__,
     }
     if device.type == "cuda":
@@ -129,7 +130,7 @@ def cores(ranks_here: int) -> CheckResult:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     threads = torch.get_num_threads()
-    text = f"{there} for {ranks_here} rank(s) of {threads} thread(s)"
+    text = f"{there} for {counted(ranks_here, 'rank')} of {counted(threads, 'thread')}"
     if there < ranks_here:
         action = "ask for more cores (srun --cpus-per-task), or start fewer ranks"
         return CheckResult("warning", "cores", text, action)
@@ -242,7 +243,7 @@ def shards(location: str, split: str) -> CheckResult:
     return CheckResult(
         "ok",
         "shards",
-        f"{len(samples)} samples in {split}; {len(raw) / seconds:.0f} read a second "
+        f"{counted(len(samples), 'sample')} in {split}; {len(raw) / seconds:.0f} read a second "
         f"({num_bytes / seconds / 1e6:.0f} "
         f"MB/s, may be cached), {rate:.0f} decoded a second by a thread",
     )

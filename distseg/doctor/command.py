@@ -24,6 +24,7 @@ from rich.text import Text
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup, teardown
 from distseg.doctor import checkup
 from distseg.doctor.checkup import CheckResult, Checkup, check_rank, nearest
+from shards.words import counted
 
 TIMEOUT_SECONDS = 60.0  # for all ranks to come, and for a collective
 _SLOW = 1.5  # times the median rank's work: such a rank holds all others up
@@ -49,7 +50,7 @@ def run(run_dir: Path, shards: str | None, split: str, device: str) -> int:
     if ranks.is_main:
         show(
             found,
-            f"{ranks.world_size} rank(s) on {len(set(hosts))} machine(s)",
+            f"{counted(ranks.world_size, 'rank')} on {counted(len(set(hosts)), 'machine')}",
             time.perf_counter() - started,
         )
     teardown()
@@ -278,5 +279,6 @@ def show(
     elif counts["warning"]:
         outcome = "a run may suffer"
     console.print(
-        f"{counts['error']} errors, {counts['warning']} warnings: {outcome} ({seconds:.1f} s)"
+        f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}: "
+        f"{outcome} ({seconds:.1f} s)"
     )

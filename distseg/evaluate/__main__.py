@@ -3,5 +3,7 @@
 import sys
 
 from distseg.cli import main
+from shards.terminal import use_utf8
 
+use_utf8()
 sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -28,6 +28,7 @@ from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
 from shards.reader import ShardReader
+from shards.words import counted
 
 
 def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
@@ -81,11 +82,30 @@ def check_overrides(overrides: list[str]) -> None:
 
 def open_samples(config: Config, found: Checkpoint) -> SampleSet:
     """The split to score; InputError where its classes are not those of the checkpoint."""
+    _check_place(config, found.path.parent.parent)
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
     check_classes(found, samples)
     check_not_void(samples, "to score on")
     return samples
+
+
+def _check_place(config: Config, run_dir: Path) -> None:
+    """Raise InputError where the shards' path is relative, and begins in another folder."""
+    shards = Path(config.data.shards)
+    if "://" in config.data.shards or shards.is_absolute() or shards.exists():
+        return
+    # where training was called, if the run's own path still says it
+    here, ours = run_dir.resolve(), Path(config.run_dir).parts
+    action = "call this in the folder that the run was trained in, or write data.shards=DIR"
+    if ours and not Path(config.run_dir).is_absolute() and here.parts[-len(ours) :] == ours:
+        found = here.parents[len(ours) - 1] / shards
+        action = f"write data.shards={found}" if found.exists() else action
+    raise InputError(
+        f"data.shards={shards}: a relative path, and not in {Path.cwd()}",
+        "the shards' path as it is from here",
+        action,
+    )
 
 
 def evaluator_of(
@@ -128,12 +148,11 @@ def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
     # the main rank writes, and all learn of a full disk
     report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
     progress = Progress(step, step, ranks.is_main)
-    counted = (
-        f"{report['num_images']} of {len(evaluator.samples)} images of {reader.split}, each once"
-    )
+    images = counted(len(evaluator.samples), "image")
+    scored = f"{report['num_images']} of {images} of {reader.split}, each once"
     progress.message(
-        f"{path.name}: {counted}, at full resolution, by {ranks.world_size} rank(s), "
-        f"{seconds:.1f} s"
+        f"{path.name}: {scored}, at full resolution, by "
+        f"{counted(ranks.world_size, 'rank')}, {seconds:.1f} s"
     )
     progress.evaluation(step, evaluator.named())
     progress.message("\n".join([*overview(report), f"wrote {out}"]))
@@ -161,6 +180,8 @@ def check_classes(found: Checkpoint, samples: SampleSet) -> None:
     trained_on = found.identity["classes"]
     classes = samples.classes
     if trained_on != list(classes.names):
-        got = f"{found.path} was trained on {len(trained_on)} classes ({', '.join(trained_on)})"
-        needed = f"the {classes.num_classes} classes of the shards ({', '.join(classes.names)})"
+        theirs = counted(classes.num_classes, "class", "classes")
+        ours = counted(len(trained_on), "class", "classes")
+        got = f"{found.path} was trained on {ours} ({', '.join(trained_on)})"
+        needed = f"the {theirs} of the shards ({', '.join(classes.names)})"
         raise InputError(got, needed, "choose other shards with data.shards=DIR")

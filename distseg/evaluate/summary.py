@@ -21,6 +21,7 @@ from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 from distseg.tracking.catalogue import CLASS_IOU, CLASSES_COUNTED, MEAN_IOU, SCORES
 from shards.errors import InputError
+from shards.words import counted
 
 _LATEX = {symbol: f"\\{symbol}" for symbol in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -36,7 +37,8 @@ def overview(report: dict[str, Any]) -> list[str]:
     """
     # said with the mean: classes in neither labels nor predictions are left out, and splits differ
     # in them
-    counted = f"{report[CLASSES_COUNTED]:.0f} of {len(report['confusion'])} classes"
+    all_classes = counted(len(report["confusion"]), "class", "classes")
+    over = f"{report[CLASSES_COUNTED]:.0f} of {all_classes}"
     intervals = report.get("intervals_95", {})
     lines = []
     for score in SCORES:
@@ -48,7 +50,7 @@ def overview(report: dict[str, Any]) -> list[str]:
             low, high = intervals[score.name]
             line += f"  ({low:.1%} to {high:.1%})"
         if score.name == MEAN_IOU:
-            line += f"  mean over {counted} in labels or predictions"
+            line += f"  mean over {over} in labels or predictions"
         lines.append(line)
     if intervals:
         lines.append("in brackets: 95 % of 1000 sets of as many images drawn from these")

@@ -26,6 +26,7 @@ from distseg.evaluate.metrics import (
     threshold_counts,
 )
 from shards.sample import IGNORE_INDEX
+from shards.words import WAS, counted
 
 NUM_RESAMPLES = 1000
 INTERVAL_PERCENT = (2.5, 97.5)
@@ -111,7 +112,8 @@ class Tally:
         if wrong:
             times = int(self._times_seen[wrong[0]])
             raise RuntimeError(
-                f"{len(wrong)} images were not counted once; image {wrong[0]} was {times} times"
+                f"{counted(len(wrong), 'image', verb=WAS)} not counted once; "
+                f"image {wrong[0]} was {times} times"
             )
 
     @property

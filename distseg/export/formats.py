@@ -12,7 +12,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
 from distseg.models import build_segmentor
 from distseg.models.own_segmentor import OwnSegmentor
+from distseg.runs.environment import package_version
 from shards import user_code
 from shards.errors import InputError
 from shards.files import published
@@ -127,7 +127,7 @@ def describe(
         "input": pixels | sides | {"preprocessing": action},
         "output": scores
         | {"meaning": "argmax over axis 1 is the class index, softmax the probabilities"},
-        "made_with": {"distseg": version("distseg"), "torch": torch.__version__},
+        "made_with": {"distseg": package_version(), "torch": torch.__version__},
     }
 
 

@@ -21,6 +21,7 @@ from distseg.tracking.catalogue import SCORES, VALIDATION
 from shards import user_code
 from shards.errors import InputError
 from shards.files import published, write_json
+from shards.words import counted
 
 # a file of its own, so that it is linted and tested like all others
 EXAMPLE = Path(__file__).with_name("predict_onnx.py")
@@ -55,7 +56,7 @@ def write_folder(run_dir: Path, trained: Trained, form: str, folder: Path) -> li
     texts = {"README.md": model_card(run_dir.name, trained, form, evaluations)}
     # all keys: what a training of the same network would need
     texts |= {"training.yaml": loading.to_yaml(_without_places(trained.config))}
-    texts |= {EXAMPLE.name: EXAMPLE.read_text()} if form == "onnx" else {}
+    texts |= {EXAMPLE.name: EXAMPLE.read_text(encoding="utf-8")} if form == "onnx" else {}
     for name, text in texts.items():
         # one by one whole: an upload that runs beside meets no half of a file
         with published(folder / name) as partial:
@@ -143,7 +144,7 @@ def _what(trained: Trained) -> str:
     network = f"`{about['segmentor']}`" + (f" ({options})" if options else "")
     return (
         f"A semantic segmentation network, {network}, {parameters:.2f} M parameters, "
-        f"{len(about['classes'])} classes, "
+        f"{counted(len(about['classes']), 'class', 'classes')}, "
         f"after step {trained.step} of {trained.config.steps}.\n\n"
         f"Input `image`: (N, 3, H, W) float32, RGB, 8-bit values divided by 255, sides of "
         f"{about['input']['min_side_px']} to {about['input']['max_side_px']} px. Mean and "

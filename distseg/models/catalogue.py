@@ -26,6 +26,7 @@ from distseg.models import DISCRIMINATORS, SEGMENTORS, build_discriminator, buil
 from distseg.models.connections import Filled, Forward, geometry
 from shards import user_code
 from shards.errors import InputError
+from shards.words import counted
 
 SIZE_PX = 321  # of the images whose work is counted: the crop of Hung et al. 2018
 # of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
@@ -211,7 +212,9 @@ def gflop(network: nn.Module, forward: Forward, channels_and_size: tuple[int, in
 
 
 def _segmentor_table(entries: list[Entry], num_classes: int) -> Table:
-    table = _table(f"Segmentors, {num_classes} classes", ("segmentor", "encoder"))
+    table = _table(
+        f"Segmentors, {counted(num_classes, 'class', 'classes')}", ("segmentor", "encoder")
+    )
     for column in ("parameters", "of encoder", "stride", "view", "GFLOP"):
         table.add_column(column, justify="right")
     for entry in entries:
@@ -230,7 +233,9 @@ def _segmentor_table(entries: list[Entry], num_classes: int) -> Table:
 
 
 def _discriminator_table(entries: list[Entry], num_classes: int) -> Table:
-    table = _table(f"Discriminators, {num_classes} classes", ("discriminator",))
+    table = _table(
+        f"Discriminators, {counted(num_classes, 'class', 'classes')}", ("discriminator",)
+    )
     for column in ("parameters", "stride", "view", "GFLOP 1/1", f"GFLOP 1/{LABEL_STRIDE}"):
         table.add_column(column, justify="right")
     for entry in entries:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distseg.models.checks import require_choice, require_number, require_size
 from shards.errors import InputError
+from shards.words import counted
 
 HEADS = ("gap", "patch")
 INPUTS = ("basic", "product")
@@ -266,7 +267,7 @@ def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px
             )
             raise InputError(got, "one size", "bring them to one size, or call once for each")
         if len(label_map) > len(image):
-            got = f"{len(label_map)} label maps for {len(image)} images"
+            got = f"{counted(len(label_map), 'label map')} for {counted(len(image), 'image')}"
             raise InputError(
                 got, "at most one per image", "pass the image of every label map, in the same order"
             )

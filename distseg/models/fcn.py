@@ -11,6 +11,7 @@ from distseg.models.grids import cropped, to_multiple
 from distseg.models.vgg import VGG16
 from distseg.models.weights import LoadReport
 from shards.errors import InputError
+from shards.words import counted
 
 
 class _FCN(nn.Module):
@@ -41,7 +42,8 @@ class _FCN(nn.Module):
         require_choice("segmentor.options.binary_head", binary_head, ("two_classes", "sigmoid"))
         self.num_classes, self.is_sigmoid = num_classes, binary_head == "sigmoid"
         if self.is_sigmoid and num_classes != 2:
-            got = f"segmentor.options.binary_head=sigmoid for {num_classes} classes"
+            got = "segmentor.options.binary_head=sigmoid for "
+            got += counted(num_classes, "class", "classes")
             raise InputError(
                 got,
                 "2 classes",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shards.errors import InputError
+from shards.words import counted
 
 # the least share of a network's (or its encoder's) tensors that a file must have, unless told
 MIN_SHARE = 0.75
@@ -60,7 +61,7 @@ class LoadReport:
         return 1 - absent / self.num_tensors
 
     def __str__(self) -> str:
-        text = f"{self.source}: {len(self.loaded)} tensors loaded"
+        text = f"{self.source}: {counted(len(self.loaded), 'tensor')} loaded"
         if self.renewed:
             text += f"; made anew for another number of classes: {_some(self.renewed)}"
         absent = tuple(key for key in self.missing if key not in self.renewed)

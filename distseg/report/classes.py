@@ -22,6 +22,7 @@ from distseg.report.markup import (
     number,
     table,
 )
+from shards.words import counted
 
 MAX_EVALUATIONS = 12  # of a run's table of class IoU over its evaluations
 MAX_CELLS = 30  # classes of a confusion matrix that is a table; of more it is a picture
@@ -162,7 +163,7 @@ def confusion_matrix(classes: Sequence[str], counts: np.ndarray) -> str:
 
 
 def _taken(name: str, other: str, share: float, count: float) -> str:
-    return f"{name} taken for {other}: {100 * share:.1f} % ({count:.0f} pixels)"
+    return f"{name} taken for {other}: {100 * share:.1f} % ({counted(round(count), 'pixel')})"
 
 
 def _confusions(classes: Sequence[str], counts: np.ndarray, shares: np.ndarray) -> str:

@@ -22,6 +22,7 @@ from distseg.report.markup import (
 )
 from distseg.tracking.catalogue import SCORES, Metric
 from distseg.tracking.verdicts import NAMED
+from shards.words import counted
 
 
 def runs_section(collected: Collected, entries: list[Entry]) -> Section:
@@ -219,7 +220,7 @@ def differences_section(collected: Collected, entries: list[Entry]) -> Section |
 def configuration_section(collected: Collected, entries: list[Entry]) -> Section:
     """Every key of every run."""
     content, count = _of_every_run(collected["runs"], "config", "key")
-    details = f"<details><summary>all {count} keys</summary>{content}</details>"
+    details = f"<details><summary>all of {counted(count, 'key')}</summary>{content}</details>"
     return Section("configuration", "Configuration", "", details)
 
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+from distseg.config.schema import TrackingConfig
 from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel, panels_of
-from distseg.tracking.wandb_run import ID_FILE, choose_mode, read_run_id
+from distseg.tracking.wandb_run import ID_FILE, URL_FILE, choose_mode, naming, read_run_id
 from shards.errors import InputError
 from shards.files import published
 
+_PAGE = re.compile(r"/(?P<entity>[^/\s]+)/(?P<project>[^/\s]+)/runs/")
 _COLUMNS, _PANEL_SIZE = 3, (8, 6)  # W&B's grid is 24 wide
 
 
@@ -47,11 +51,7 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     wr = _workspaces()
     ids = [_run_id(path) for path in run_dirs]
     runs = collected["runs"]
-    config = runs[0]["config"]
-    place = {
-        "project": config.get("tracking.project") or "distseg",
-        "entity": config.get("tracking.entity") or "",
-    }
+    place = _place(run_dirs[0], runs[0]["config"])
     # by id, which stays; names of W&B's runs can be changed, and are not unique
     runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
     metrics = chain.from_iterable(run["series"] for run in runs)
@@ -71,6 +71,18 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     return wr.Report(
         **place, title=title, description=", ".join(names), blocks=blocks, width="fluid"
     )
+
+
+def _place(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The project and entity of a run: of its page, else as it would be named here and now."""
+    page = run_dir / URL_FILE
+    # https://wandb.ai/ENTITY/PROJECT/runs/ID, also below a path of a server of one's own
+    found = _PAGE.search(page.read_text(errors="replace")) if page.is_file() else None
+    if found:
+        return {"project": unquote(found["project"]), "entity": unquote(found["entity"])}
+    project, entity = config.get("tracking.project"), config.get("tracking.entity")
+    named = naming(TrackingConfig(project=project, entity=entity), run_dir)
+    return {"project": named["project"], "entity": named["entity"] or ""}
 
 
 def _workspaces() -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from distseg.distributed.ranks import Ranks
 
-PACKAGES = ("distseg", "torch", "numpy", "deepspeed", "wandb", "webdataset")
+PACKAGES = ("torch", "numpy", "deepspeed", "wandb", "webdataset")
 SLURM_FACTS = (
     "JOB_ID",
     "JOB_NAME",
@@ -77,9 +78,25 @@ def code_version(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 
+def package_version() -> str:
+    """The version of distseg: of the package, or of a clone that is not installed; "unknown"."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("distseg")
+    clone = Path(__file__).parents[2]
+    try:
+        text = (clone / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:  # copied without it
+        return "unknown"
+    # without a parser: Python 3.10 has none for TOML
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    # as a local version is written, PEP 440
+    commit = code_version(clone)
+    return (found.group(1) if found else "unknown") + (f"+{commit}" if commit else "")
+
+
 def _versions() -> dict[str, str]:
     """Of those packages that are installed."""
-    versions = {}
+    versions = {"distseg": package_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)

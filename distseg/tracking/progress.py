@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from datetime import datetime, timedelta
+from typing import TextIO, cast
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from distseg.tracking import catalogue
 from distseg.tracking.catalogue import CLASS_IOU, MEAN_IOU, SCORES, VALIDATION
+from shards.terminal import Forgiving
 
 _PLAIN_SECONDS = 10.0  # between lines in a log file
 _SPEED_SECONDS = 60.0  # the time left follows from the speed over this window
@@ -39,7 +41,8 @@ class Progress:
         # than its window, and so has nothing to go by where rows come more than a minute apart.
         self._recent = deque([(time.monotonic(), start_step)])
         self._next_plain = 0.0
-        self._console = console or Console(highlight=False)
+        # a class name that a terminal cannot show must not end a training
+        self._console = console or Console(highlight=False, file=cast(TextIO, Forgiving()))
         self._enabled = enabled
         self._bar = rich_progress.Progress(
             rich_progress.BarColumn(_BAR_CELLS),

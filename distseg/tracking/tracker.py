@@ -28,7 +28,7 @@ from distseg.tracking.catalogue import LOSS
 from distseg.tracking.health import HEALTH_FILE, Event, Health
 from distseg.tracking.tensorboard import TensorBoard
 from distseg.tracking.verdicts import MEAN_LEVEL, NAMED, SUM_LEVEL
-from distseg.tracking.wandb_run import Names, WandbRun, choose_mode
+from distseg.tracking.wandb_run import Names, WandbRun, choose_mode, naming
 from shards.errors import InputError
 from shards.files import published
 
@@ -215,15 +215,8 @@ def open_tracker(
     mode, level = choose_mode(settings.wandb), _highest_level(config)
     if mode == "disabled":
         return RunTracker(run_dir, None, tensorboard, level)
-    options = {
-        "project": settings.project,
-        "entity": settings.entity,
-        "group": settings.group,
-        "job_type": settings.job_type,
-        "tags": list(settings.tags),
-        "name": run_dir.resolve().name,
-    }
-    return RunTracker(run_dir, WandbRun(run_dir, mode, options, config), tensorboard, level)
+    wandb_run = WandbRun(run_dir, mode, naming(settings, run_dir), config)
+    return RunTracker(run_dir, wandb_run, tensorboard, level)
 
 
 def _highest_level(config: dict[str, Any]) -> float:

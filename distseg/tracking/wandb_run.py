@@ -17,13 +17,14 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from distseg.config.schema import TrackingConfig
 from shards.files import published
 from shards.sample import IGNORE_INDEX
 
@@ -34,10 +35,17 @@ _QUEUE_LENGTH = 2000  # rows; at one row a second, half an hour without an answe
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 60.0  # how long the end of a run may wait for uploads
 _LOGIN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-# what W&B takes, without what leads out of a folder
-_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 _SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|passw|credential|private_?key)")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+PROJECT = "distseg"
+# WANDB_MODE's words, the older ones too -> ours; "shared" is online with several writers
+_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
+_MODES |= {mode: mode for mode in ("online", "offline", "disabled")}
+# what a run decides itself; W&B would add them to what it is given, or stop over them
+_OWN = ("WANDB_CONFIG_PATHS", "WANDB_RESUME")
+# it is part of names of files, and of the page's address
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 _log = logging.getLogger(__name__)
 
@@ -48,17 +56,14 @@ Names = tuple[str, ...]
 def choose_mode(wanted: str) -> str:
     """Resolve "auto" and missing logins to "online", "offline" or "disabled".
 
-    "auto" follows WANDB_MODE where that is set. "online" without a login would ask for one on the
-    terminal, which nobody reads in a batch job, so it becomes "offline" with a warning.
+    "auto" follows WANDB_MODE, or WANDB_DISABLED, where one is set. "online" without a login would
+    ask for one on the terminal, which nobody reads in a batch job, so it becomes "offline" with a
+    warning.
     """
     # said in the environment means said by the cluster or the user, who know more than a default
     # does
     if wanted == "auto":
-        by_environment = os.environ.get("WANDB_MODE", "")
-        if by_environment in ("online", "offline", "disabled"):
-            wanted = by_environment
-        else:
-            return "online" if _has_login() else "offline"
+        wanted = _said_mode() or ("online" if _has_login() else "offline")
     if wanted == "online" and not _has_login():
         _log.warning(
             "W&B: no login found (run `wandb login`); writing offline, upload later with `wandb "
@@ -66,6 +71,39 @@ def choose_mode(wanted: str) -> str:
         )
         return "offline"
     return wanted
+
+
+def _said_mode() -> str:
+    """The mode that the environment asks for; "" for none."""
+    said = os.environ.get("WANDB_MODE", "").strip().lower()
+    if said in _MODES:
+        return _MODES[said]
+    if said:
+        _log.warning("WANDB_MODE=%s is none of: %s; it is left out", said, ", ".join(_MODES))
+    # of W&B's earlier versions, and still in many scripts
+    is_off = os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
+    return "disabled" if is_off else ""
+
+
+def naming(settings: TrackingConfig, run_dir: Path) -> dict[str, Any]:
+    """wandb.init's arguments that name a run: what the configuration says, else W&B's environment.
+
+    With neither, the project is "distseg", and the name that of the run's directory.
+    """
+
+    def said(name: str) -> str | None:
+        return os.environ.get(f"WANDB_{name}") or None
+
+    tags = [tag.strip() for tag in (said("TAGS") or "").split(",")]
+    return {
+        "project": settings.project or said("PROJECT") or PROJECT,
+        "entity": settings.entity or said("ENTITY"),
+        "group": settings.group or said("RUN_GROUP"),
+        "job_type": settings.job_type or said("JOB_TYPE"),
+        "tags": list(settings.tags) or list(filter(None, tags)),
+        "name": said("NAME") or run_dir.resolve().name,
+        "notes": said("NOTES"),
+    }
 
 
 # what a run can owe to a step that it was stopped at
@@ -76,7 +114,7 @@ class WandbRun:
     """A W&B run that can be resumed by the id kept in `run_dir`/wandb_id.txt.
 
     mode: "online" or "offline". options: keyword arguments of wandb.init that name the run
-    (project, entity, group, tags, name). config: nested dict of plain values; what looks like a
+    (as `naming` gives them). config: nested dict of plain values; what looks like a
     secret is removed.
     """
 
@@ -189,6 +227,8 @@ class WandbRun:
     def _start(self) -> Any:
         import wandb
 
+        with _without(_OWN):
+            wandb.setup()  # which reads the environment
         if self._mode == "online":
             try:
                 # "allow": one command starts a run and goes on with it
@@ -302,16 +342,30 @@ def _has_login() -> bool:
 def read_run_id(path: Path) -> str | None:
     """The id in a file; None where it holds none: W&B makes folders by it."""
     known = path.read_text(encoding="utf-8", errors="replace").strip()
-    return known if _RUN_ID.fullmatch(known) else None
+    return known if _ID.fullmatch(known) else None
+
+
+@contextlib.contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """The environment without some variables, for a moment."""
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _run_id(path: Path) -> str:
-    if path.exists():
-        if known := read_run_id(path):
-            return known
-        _log.warning("W&B: %s holds no id of a run, so another one is begun", path)
-    # chosen here and kept beside the run, so that every attempt writes into the same W&B run
-    new = secrets.token_hex(4)
+    # the file first, so that every attempt writes into the same W&B run; `wandb agent`, and whoever
+    # made one before, say its id in the environment
+    known = path.read_text(errors="replace").strip() if path.exists() else ""
+    said = {str(path): known, "WANDB_RUN_ID": os.environ.get("WANDB_RUN_ID", "")}
+    for place, text in said.items():
+        if text and not _ID.fullmatch(text):
+            _log.warning("%s: %.80r is no id of a W&B run, and is left out", place, text)
+    new = next(filter(_ID.fullmatch, said.values()), None) or secrets.token_hex(4)
+    if new == known:
+        return known
     with published(path) as partial:
         partial.write_text(new + "\n")
     return new

@@ -4,7 +4,9 @@ import sys
 
 from distseg.cli import main
 from distseg.distributed.stop import StopRequest
+from shards.terminal import use_utf8
 
+use_utf8()
 exit_code = main(["train", *sys.argv[1:]])
 StopRequest.ignore()
 sys.exit(exit_code)

@@ -21,6 +21,7 @@ from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
 from shards.files import published
 from shards.verified import check_verified
+from shards.words import counted
 
 LABELLED_FILE = "labelled.txt"
 
@@ -106,7 +107,7 @@ def _open_unlabelled(
 ) -> SampleSet:
     """The samples whose labels are not used."""
     if not rest:
-        which = f"all {len(labelled)} samples of {labelled.reader.split}"
+        which = f"all of {counted(len(labelled), 'sample')} of {labelled.reader.split}"
         got = f"mode=semi_supervised, but {which} are used with their labels"
         action = "write for example data.labelled=1/8, or mode=adversarial"
         raise InputError(got, "unlabelled samples", action)

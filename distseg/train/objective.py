@@ -34,6 +34,7 @@ from distseg.train.schedules import Phase
 from shards import user_code
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
+from shards.words import counted
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,7 @@ def class_weights(loss: LossConfig, samples: SampleSet) -> Tensor | None:
         formulas = {"balanced": balanced, "median_frequency": median_frequency}
         return torch.from_numpy(formulas[asked](samples.class_pixels()))
     if len(asked) != len(names):
-        got = f"loss.class_weights with {len(asked)} numbers for {len(names)} classes"
+        got = f"loss.class_weights with {counted(len(asked), 'number')} for "
+        got += counted(len(names), "class", "classes")
         raise InputError(got, f"one for each of: {', '.join(names)}", "correct loss.class_weights")
     return torch.tensor(asked, dtype=torch.float64)

@@ -14,6 +14,7 @@ from shards.prepare.dataset import DataSet
 from shards.prepare.masks import Coding, masked_sample
 from shards.prepare.pairing import Pair, files_by_id, ids_in_list, locate, pair_tasks
 from shards.sample import IGNORE_INDEX, ClassSet
+from shards.words import counted
 
 NAMES = (
     "sky",
@@ -88,7 +89,9 @@ def _pairs(root: Path, split: str) -> list[Pair]:
     paths = ids_in_list(listed)
     if len(paths) % 2:
         raise InputError(
-            f"{listed}: {len(paths)} paths", "an image and its mask a line", "correct the list"
+            f"{listed}: {counted(len(paths), 'path')}",
+            "an image and its mask a line",
+            "correct the list",
         )
     # the lists name paths of the machine that they were written on
     inside = [root.joinpath(*Path(path).parts[-2:]) for path in paths]

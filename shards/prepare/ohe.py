@@ -10,6 +10,7 @@ from shards.maps import read_older_label
 from shards.prepare.dataset import DataSet
 from shards.prepare.pairing import Pair, each_id, pair_tasks, read_image, seeded_splits
 from shards.sample import STANFORD, ClassSet, Sample
+from shards.words import counted
 
 LABEL_PREFIX = "h5py_"  # as in h5py_0000047.regions.txt, which is HDF5 whatever its name says
 SUFFIXES = (".regions.txt", ".h5", ".hdf5")
@@ -87,6 +88,6 @@ def _sample(key: str, split: str, image_path: Path, label_path: Path, num_classe
     image, size = read_image(image_path)
     label, found = read_older_label(label_path, size)  # (H, W) uint8
     if found != num_classes:
-        got = f"{label_path}: {found} classes, the first map has {num_classes}"
+        got = f"{label_path}: {counted(found, 'class', 'classes')}, the first map has {num_classes}"
         raise InputError(got, "the same classes in every map", "correct the file")
     return Sample(key, image, label, split, f"{label_path.parent.name}/{label_path.name}")

@@ -13,6 +13,7 @@ import numpy as np
 from shards.errors import InputError
 from shards.prepare.dataset import Task, absent
 from shards.sample import Sample, decode_image
+from shards.words import counted
 
 VAL_SHARE = 5  # one image in five validates: 143 of Stanford Background's 715
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -165,7 +166,9 @@ def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
     """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates."""
     if len(keys) < 2 or seed < 0:
         raise InputError(
-            f"{len(keys)} images and seed {seed}", "two or more, and a seed from 0", "correct them"
+            f"{counted(len(keys), 'image')} and seed {seed}",
+            "two or more, and a seed from 0",
+            "add images" if len(keys) < 2 else "correct seed",
         )
     # Philox by name: default_rng may be another generator in a later NumPy, and the split another
     # one

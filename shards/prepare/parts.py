@@ -17,6 +17,7 @@ from shards.maps import MapsReader, MapsWriter
 from shards.prepare.dataset import DataSet, Task
 from shards.processes import mapped
 from shards.sample import ClassSet
+from shards.words import counted
 
 PART_SAMPLES = 32  # what a kill costs at most, for each worker
 VERSION = 1  # of parts: another one is never gone on from
@@ -70,7 +71,7 @@ def write_dataset(
     check_space(out, sum(sizes) + waiting)  # the images alone, in the parts and in the file
     num_done = sum(len(part.tasks) for part in parts) - sum(len(part.tasks) for part in todo)
     if num_done:
-        say(f"going on: {num_done} of {len(dataset.tasks)} samples are done")
+        say(f"going on: {num_done} of {counted(len(dataset.tasks), 'sample')} done")
     # of files that have changed since, or of other options: no run would ever go on from them
     _remove_others(folder, parts)
     try:

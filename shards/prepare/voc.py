@@ -19,6 +19,7 @@ from shards.prepare.pairing import (
     pair_tasks,
 )
 from shards.sample import IGNORE_INDEX, ClassSet
+from shards.words import IS, counted
 
 NAMES: tuple[str, ...] = (
     "background",
@@ -99,7 +100,8 @@ def samples(
     ]
     # most of VOC has no segmentation: said as a note, so that it is not taken for a loss
     unlisted = len(files_by_id(folder / "JPEGImages").keys() - {pair.id for pair in pairs})
-    notes = (f"{unlisted} images of JPEGImages are in no list",) if unlisted else ()
+    said = f"{counted(unlisted, 'image')} of JPEGImages {IS[unlisted != 1]} in no list"
+    notes = (said,) if unlisted else ()
     return DataSet(
         VOC, pair_tasks(root, pairs, masked_sample, coding=CODING, source="VOC2012"), notes
     )

@@ -13,7 +13,7 @@ from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.runs import Run
 from tests.slurm.scenarios import SCENARIOS
 
-AT_A_TIME = 3  # scenarios mostly wait: for SLURM's clocks, and for what is held
+AT_A_TIME = 4  # scenarios mostly wait: for SLURM's clocks, and for what is held
 
 
 @pytest.fixture(scope="session", autouse=True)

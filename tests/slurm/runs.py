@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distseg.runs import attempts
+from launchers import turns
 from tests.slurm.cluster import ROOT, Cluster
 from tests.test_train import SMALL
 
@@ -63,15 +64,20 @@ class Run:
         return [*OVERRIDES, f"data.shards={self.shards}", f"run_dir={self.run_dir}"]
 
     def sbatch(
-        self, *words: str, options: tuple[str, ...] = (), variables: dict[str, str] | None = None
+        self,
+        *words: str,
+        options: tuple[str, ...] = (),
+        variables: dict[str, str] | None = None,
+        before: tuple[str, ...] = (),
     ) -> None:
         """Submit slurm/train_voc.sh with further overrides.
 
-        Options are sbatch's, two nodes in part unless they say.
+        Options are sbatch's, two nodes in part unless they say. before: words of a command that
+        runs sbatch.
         """
         usual = ["--parsable", f"--output={self.folder}/out.txt", "--oversubscribe", "--mem=400"]
         overrides = [*self.overrides, *words]
-        command = ["sbatch", *usual, *options, "slurm/train_voc.sh", *overrides]
+        command = [*before, "sbatch", *usual, *options, "slurm/train_voc.sh", *overrides]
         self.job = self.cluster.run(*command, variables=self.variables | (variables or {})).strip()
 
     def hold(self, step: int) -> None:
@@ -117,6 +123,11 @@ class Run:
 
     def attempts(self) -> list[attempts.Attempt]:
         return attempts.read(self.run_dir)
+
+    def turns(self) -> int:
+        """How many turns have been noted."""
+        path = self.run_dir / turns.FILE_NAME
+        return len(path.read_text().splitlines()) if path.exists() else 0
 
     def parameters(self) -> dict[str, bytes]:
         """All files of the last checkpoint."""

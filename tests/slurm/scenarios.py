@@ -15,6 +15,8 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import STEPS, Run, wait_until
 
 Scenario = Callable[[Run, Cluster], object]
+# They begin in this order, some at a time. Those with most starts and longest waits come first, or
+# the last of them would be waited for alone.
 SCENARIOS: dict[str, Scenario] = {}
 
 
@@ -33,23 +35,15 @@ def left_alone(run: Run, cluster: Cluster) -> dict[str, bytes]:
 
 
 @scenario
-def whole_nodes_with_a_rank_for_each_gpu_train_and_evaluate(run: Run, cluster: Cluster) -> None:
-    run.sbatch(options=("--exclusive", "--mem=0"), variables={"DISTSEG_RANKS_PER_NODE": ""})
-    assert run.wait()["ExitCode"] == "0:0"
-    (attempt,) = run.attempts()
-    assert attempt.world_size == 4 and attempt.hosts == ["node1", "node2"]
-    scores = json.loads((run.run_dir / "evaluation.json").read_text())
-    assert scores["step"] == STEPS and scores["num_images"] == 4
-
-
-@scenario
 def the_time_limit_twice(run: Run, cluster: Cluster) -> None:
     # the limit is moved near once the run is where it should be hit: how fast that is depends on
     # the machine
     steps = (4, 8)
     for step in steps:
         run.hold(step)
-    run.sbatch(options=("--time=60", "--signal=B:USR1@50"))
+    # the limit is then 60 to 120 s away, and SLURM looks every 30 s: with so long a warning the
+    # next look is the signal, and at least 30 s are left to save
+    run.sbatch(options=("--time=60", "--signal=B:USR1@110"))
     for count, step in enumerate(steps, 1):
         run.wait_at(step)
         minutes = run.show()["RunTime"].split(":")[-2]
@@ -61,6 +55,68 @@ def the_time_limit_twice(run: Run, cluster: Cluster) -> None:
     run.wait()
     assert [attempt.outcome for attempt in run.attempts()] == ["stopped", "stopped", "done"]
     run.check_finished()
+
+
+@scenario
+def a_power_cut(run: Run, cluster: Cluster) -> None:
+    run.hold(5)
+    run.sbatch()
+    run.wait_at(5)
+    node = run.attempts()[0].hosts[-1]
+    cluster.cut_power(node)
+    run.release(5)
+    run.wait()
+    assert node not in run.attempts()[-1].hosts and run.attempts()[-1].first_step in (3, 4, 5)
+    cluster.boot(node)
+    run.check_finished()
+
+
+@scenario
+def a_dead_slurmd(run: Run, cluster: Cluster) -> None:
+    run.hold(5)
+    run.sbatch()
+    run.wait_at(5)
+    node = run.attempts()[0].hosts[-1]
+    cluster.kill_daemon(node)
+    wait_until(
+        lambda: run.show()["JobState"] != "RUNNING" or run.show()["Restarts"] != "0", run.describe
+    )
+    run.release(5)
+    run.wait()
+    cluster.boot(node)
+    run.check_finished()
+
+
+@scenario
+def turns_in_which_no_step_is_saved_come_to_an_end(run: Run, cluster: Cluster) -> None:
+    # ranks that are still starting do not hear a signal, and are killed a second after it
+    run.sbatch(options=("--nodes=1",), variables={"DISTSEG_STOP_SECONDS": "1"})
+    for turn in range(1, 4):
+        wait_until(lambda turn=turn: run.turns() == turn, run.describe)
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        wait_until(lambda turn=turn: run.output().count("told to stop") == turn, run.describe)
+    assert run.wait("FAILED")["Restarts"] == "2"
+    assert run.said("3 turns in a row saved no step after 0: give a turn more time")
+
+
+@scenario
+def what_fails_at_the_same_step_again_and_again_ends(run: Run, cluster: Cluster) -> None:
+    (run.folder / "crash-5").touch()
+    run.sbatch(options=("--nodes=1",))
+    assert run.wait("FAILED")["ExitCode"] == "1:0"
+    assert [attempt.first_step for attempt in run.attempts()] == [0, 3, 3, 3]
+    assert run.attempts()[-1].reason == "RuntimeError: this step is to fail: 5"
+    assert run.show()["Restarts"] == "0" and run.said("3 failures in a row at step 3")
+
+
+@scenario
+def whole_nodes_with_a_rank_for_each_gpu_train_and_evaluate(run: Run, cluster: Cluster) -> None:
+    run.sbatch(options=("--exclusive", "--mem=0"), variables={"DISTSEG_RANKS_PER_NODE": ""})
+    assert run.wait()["ExitCode"] == "0:0"
+    (attempt,) = run.attempts()
+    assert attempt.world_size == 4 and attempt.hosts == ["node1", "node2"]
+    scores = json.loads((run.run_dir / "evaluation.json").read_text())
+    assert scores["step"] == STEPS and scores["num_images"] == 4
 
 
 @scenario
@@ -118,36 +174,6 @@ def a_requeue_by_an_administrator(run: Run, cluster: Cluster) -> None:
 
 
 @scenario
-def a_power_cut(run: Run, cluster: Cluster) -> None:
-    run.hold(5)
-    run.sbatch()
-    run.wait_at(5)
-    node = run.attempts()[0].hosts[-1]
-    cluster.cut_power(node)
-    run.release(5)
-    run.wait()
-    assert node not in run.attempts()[-1].hosts and run.attempts()[-1].first_step in (3, 4, 5)
-    cluster.boot(node)
-    run.check_finished()
-
-
-@scenario
-def a_dead_slurmd(run: Run, cluster: Cluster) -> None:
-    run.hold(5)
-    run.sbatch()
-    run.wait_at(5)
-    node = run.attempts()[0].hosts[-1]
-    cluster.kill_daemon(node)
-    wait_until(
-        lambda: run.show()["JobState"] != "RUNNING" or run.show()["Restarts"] != "0", run.describe
-    )
-    run.release(5)
-    run.wait()
-    cluster.boot(node)
-    run.check_finished()
-
-
-@scenario
 def a_signal_by_hand_and_a_cancelled_job(run: Run, cluster: Cluster) -> None:
     run.hold(5)
     run.hold(8)
@@ -174,22 +200,16 @@ def bad_input_is_not_tried_again(run: Run, cluster: Cluster) -> None:
 
 
 @scenario
-def what_fails_at_the_same_step_again_and_again_ends(run: Run, cluster: Cluster) -> None:
-    (run.folder / "crash-5").touch()
-    run.sbatch(options=("--nodes=1",))
-    assert run.wait("FAILED")["ExitCode"] == "1:0"
-    assert [attempt.first_step for attempt in run.attempts()] == [0, 3, 3, 3]
-    assert run.attempts()[-1].reason == "RuntimeError: this step is to fail: 5"
-    assert run.show()["Restarts"] == "0" and run.said("3 failures in a row at step 3")
-
-
-@scenario
-def two_jobs_on_a_node(run: Run, cluster: Cluster) -> None:
+def two_jobs_on_a_node_one_of_them_from_within_an_allocation(run: Run, cluster: Cluster) -> None:
+    # whose options of steps exclude the job's --mem, and ask for GPUs that it has not
+    within = ("salloc", "--ntasks=1", "--mem-per-cpu=50", "--gpus-per-node=1", "srun")
     runs = [run, run.another()]
-    for run in runs:
+    for run, before in zip(runs, ((), within), strict=True):
         run.hold(2)
         run.sbatch(
-            options=("--nodes=1", "--nodelist=node1"), variables={"DISTSEG_RANKS_PER_NODE": "2"}
+            options=("--nodes=1", "--nodelist=node1"),
+            variables={"DISTSEG_RANKS_PER_NODE": "2"},
+            before=before,
         )
     for run in runs:
         run.wait_at(2)  # both are there at once

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import submitit
 
+from distseg.runs import attempts
 from launchers import status, submit, sweep
 from tests.slurm.runs import ROOT, Run, wait_until
 
@@ -72,6 +79,40 @@ def test_an_array_of_six_with_one_that_fails(
     rows = status("sweep")
     assert [row.state for row in rows] == ["done", "failed", "done", "done", "done", "done"]
     assert all(row.metric is not None for row in rows if row.state == "done")
+
+
+def test_a_task_of_an_array_that_is_preempted_leaves_the_others_alone(login_node: Run) -> None:
+    run = login_node
+    run.hold(1)
+    base = [word for word in run.overrides if not word.startswith(("run_dir=", "steps="))]
+    plan = {"base": [*base, "steps=4"], "grid": {"seed": [0, 1]}}
+    jobs = sweep(plan, run.folder / "sweep", parallelism=2, **PARTLY)
+    run.job = jobs[-1].job_id  # whose number is the array's
+    wait_until(lambda: [row.state for row in status("sweep")] == ["running"] * 2, run.describe)
+    run.wait_at(1)
+    run.cluster.run("scancel", "--batch", "--signal=USR2", run.job)
+    wait_until(lambda: "told to stop" in jobs[-1].stdout(), run.describe)
+    time.sleep(1)  # the signal follows
+    run.release(1)
+    assert [job.result()["step"] for job in jobs] == [4, 4]
+    folders = [run.folder / "sweep" / f"trial-{number:03d}" for number in range(2)]
+    assert [len(attempts.read(folder)) for folder in folders] == [1, 2]
+
+
+def test_what_is_typed_in_a_shell_of_srun_pty_waits_for_no_other_ranks(login_node: Run) -> None:
+    ours, theirs = pty.openpty()
+    shell = ["srun", "--pty", "--ntasks=3", "--oversubscribe", "bash", "--norc"]
+    look = "import os; from distseg.distributed import launch; "
+    look += "print('ranks', launch.resolve_ranks(dict(os.environ)))"
+    with subprocess.Popen(shell, stdin=theirs, stdout=theirs, stderr=theirs) as step:
+        os.close(theirs)
+        os.write(ours, f'{sys.executable} -c "{look}"\nexit\n'.encode())
+        said = b""
+        with suppress(OSError):  # a terminal that is closed ends in EIO
+            while data := os.read(ours, 4096):
+                said += data
+    assert step.returncode == 0 and b"ranks (0, 1, 0)" in said, said
+    assert b"srun --pty with 3 tasks" in said
 
 
 def test_what_the_cluster_has_not_is_refused_at_submission(login_node: Run) -> None:
