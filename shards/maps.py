@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ class MapsWriter:
         self.splits: dict[str, list[str]] = {}
         self.left_out: dict[str, str] = {}
         self.pixels = np.zeros(256, np.int64)  # of all labels, by index
+        self.notes: Counter[str] = Counter()  # of samples, and how many have each
 
     @staticmethod
     @contextmanager
@@ -73,6 +75,9 @@ class MapsWriter:
             file.attrs["splits"] = json.dumps(writer.splits)
             file.attrs["pixels"] = writer.pixels
             file.attrs["left_out"] = json.dumps(writer.left_out)
+            # where there are any: maps without are the same bytes as ever
+            if writer.notes:
+                file.attrs["notes"] = json.dumps(dict(sorted(writer.notes.items())))
 
     def add(self, sample: Sample) -> None:
         """Write a sample."""
@@ -81,6 +86,7 @@ class MapsWriter:
         _write_sample(self._new(sample.key, sample.split), sample, self._classes.num_classes)
         if sample.label is not None:
             self.pixels += np.bincount(sample.label.ravel(), minlength=256)
+        self.notes.update(sample.notes)
         # after each sample, since HDF5 was not told: else it would go on for hours on a full disk
         self._output.check()
 
@@ -95,6 +101,7 @@ class MapsWriter:
                 self._output.check()
         self.pixels += maps.pixels
         self.left_out |= maps.left_out
+        self.notes.update(maps.notes)
 
     def _new(self, key: str, split: str) -> h5py.Group:
         if key in self._file:
@@ -201,6 +208,8 @@ class MapsReader:
         self.splits: dict[str, list[str]] = json.loads(attributes["splits"])
         # bad samples: key, why
         self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
+        # what was done to samples: note, how many
+        self.notes: dict[str, int] = json.loads(attributes.get("notes", "{}"))
         # of all labels, by index
         self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))
 
