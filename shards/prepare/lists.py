@@ -38,11 +38,13 @@ class Names:
         self._by_form = {normal_form(id_): id_ for id_ in sorted(self._ids)}
         self.respelt: set[str] = set()  # found by their normal form only
 
-    def find(self, text: str) -> str | None:
-        """The id that a text means; None where there is none."""
-        # first as it stands, then without the folders in front: lists name paths of other machines
+    def find(self, text: str, *, anywhere: bool = True) -> str | None:
+        """The id that a text means; None where there is none.
+
+        anywhere: also without the folders in front, since lists name paths of other machines.
+        """
         parts = text.replace("\\", "/").split("/") if text not in self._ids else [text]
-        for start in range(len(parts)):
+        for start in range(len(parts) if anywhere else 1):
             tail = "/".join(parts[start:])
             for form in self._forms(tail):
                 if form in self._ids:
@@ -111,14 +113,18 @@ def ids_in_list(path: Path, ids: Iterable[str] = ()) -> list[str]:
 
 
 def _entries(line: str, images: Names, masks: Names) -> list[Entry]:
-    whole = images.find(line)
-    if whole is not None:
-        return [Entry(whole)]
+    whole = images.find(line, anywhere=False)
     # at each gap, since the names on both sides may have blanks
-    for gap in GAPS.finditer(line):
-        pair = _pair(line[: gap.start()], line[gap.end() :], images, masks)
+    columns = [(line[: gap.start()], line[gap.end() :]) for gap in GAPS.finditer(line)]
+    for left, right in columns if whole is None else ():
+        pair = _pair(left, right, images, masks)
         if pair is not None:
             return [pair]
+    # of "images/a.jpg masks/b.png" the last part alone would be found, too
+    if whole is None and all(without_extension(left) == left for left, _ in columns):
+        whole = images.find(line)
+    if whole is not None:
+        return [Entry(whole)]
     words = GAPS.split(line)
     if any(images.find(word) is not None for word in words):
         return [Entry(images.find(word) or without_extension(word)) for word in words]
