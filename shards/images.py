@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -71,23 +71,23 @@ def with_picture(content: bytes, use: Callable[[Image.Image], Result]) -> Result
 
 def _with_content(content: bytes, use: Callable[[bytes, Image.Image], Result]) -> Result:
     try:
-        with _opened(content) as picture:
+        with _opened(io.BytesIO(content)) as picture:
             return use(content, picture)
     # Pillow refuses a PNG for too much text, or too large a colour profile, which nobody asked for
     except (OSError, ValueError, SyntaxError):
         bare = without_text(content)
         if len(bare) == len(content):
             raise
-        with _opened(bare) as picture:
+        with _opened(io.BytesIO(bare)) as picture:
             return use(bare, picture)
 
 
-def _opened(content: bytes) -> Image.Image:
+def _opened(file: BinaryIO) -> Image.Image:
     # Pillow's limit cannot be lifted for one picture. The lock is held for the header alone
     with _limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            picture = Image.open(io.BytesIO(content), formats=_known())
+            picture = Image.open(file, formats=_known())
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if math.prod(picture.size) > MAX_PX:
@@ -172,6 +172,15 @@ def several_frames(picture: Image.Image) -> bool:
     finally:
         picture.seek(0)
     return False
+
+
+def num_pixels(path: Path) -> int:
+    """Of a picture, by its header; 0 for one that cannot be read."""
+    try:
+        with path.open("rb") as file, _opened(file) as picture:
+            return math.prod(picture.size)
+    except Exception:  # told by who reads it
+        return 0
 
 
 def load_rgb(path: Path) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,11 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.files import published, tracked
-from shards.sample import ClassSet, Sample, check_sample, from_one_hot, to_one_hot
+from shards.sample import IGNORE_INDEX, ClassSet, Sample, check_sample, from_one_hot, to_one_hot
 
 VERSION = 1
+# bytes of a label map; HDF5's chunks end below 4 GiB, and larger maps have a chunk for each class
+MAX_CHUNK = 2**30
 OLDER_ACTION = "convert it with `distseg prepare ohe --root FOLDER --out FILE.h5`"
 
 
@@ -118,12 +121,36 @@ def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
     image = np.frombuffer(sample.image, np.uint8)
     group.create_dataset("image", data=image, chunks=image.shape, fletcher32=True)
     if sample.label is not None:
-        label_map = to_one_hot(sample.label, num_classes)  # (C, H, W) uint8
+        shape = (num_classes, *sample.label.shape)
         # one chunk a sample: every other chunking reads 8 to 24 times slower
+        whole = math.prod(shape) <= MAX_CHUNK
+        chunks = shape if whole else (1, *shape[1:])
         zstd = hdf5plugin.Zstd(clevel=3)
-        group.create_dataset(
-            "label_map", data=label_map, chunks=label_map.shape, fletcher32=True, **zstd
+        stored = group.create_dataset(
+            "label_map", shape, np.uint8, chunks=chunks, fletcher32=True, **zstd
         )
+        if whole:
+            stored[...] = to_one_hot(sample.label, num_classes)  # (C, H, W) uint8
+        else:
+            for index in range(num_classes):
+                stored[index] = sample.label == index
+
+
+def _read_label(stored: h5py.Dataset) -> np.ndarray:
+    """(H, W) uint8 of class indices, 255 for void."""
+    if math.prod(stored.shape) <= MAX_CHUNK:
+        return from_one_hot(stored[()])
+    label = np.full(stored.shape[1:], IGNORE_INDEX, np.uint8)
+    # a plane at a time: an eighth of the memory of all of them with what checks them
+    for index in range(len(stored)):
+        plane = stored[index]
+        one = plane == 1
+        if plane.max(initial=0) > 1 or (label[one] != IGNORE_INDEX).any():
+            raise InputError(
+                "a label map that is not one-hot", "a single 1 a pixel", "make it anew"
+            )
+        label[one] = index
+    return label
 
 
 class _Output(io.FileIO):
@@ -239,7 +266,7 @@ class MapsReader:
         """
         try:
             group = self._open()[key]
-            label = from_one_hot(group["label_map"][()]) if "label_map" in group else None
+            label = _read_label(group["label_map"]) if "label_map" in group else None
             split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
             return Sample(key, group["image"][()].tobytes(), label, split, source_id)
         # h5py raises any of them, by where the damage lies: header, name, chunk or checksum

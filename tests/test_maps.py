@@ -208,3 +208,23 @@ def test_older_map_that_does_not_fit(tmp_path: Path, content: np.ndarray, messag
         file["OHE"] = content
     with pytest.raises(InputError, match=message):
         read_older_label(tmp_path / "map.h5", (4, 5))
+
+
+def test_maps_above_the_size_of_a_chunk_are_stored_and_checked_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = toy_samples()
+    monkeypatch.setattr("shards.maps.MAX_CHUNK", 1000)
+    write_maps(tmp_path / "maps.h5", "large", STANFORD, samples, len(samples))
+    with MapsReader(tmp_path / "maps.h5") as reader:
+        assert all(equal(reader.read(sample.key), sample) for sample in samples)
+        np.testing.assert_array_equal(
+            reader.label_map(samples[2].key), to_one_hot(samples[2].label, 8)
+        )
+    for value in (1, 2):
+        with h5py.File(tmp_path / "maps.h5", "r+") as file:
+            assert file[samples[0].key]["label_map"].chunks[0] == 1
+            file[samples[0].key]["label_map"][:2, 0, 0] = value
+        with MapsReader(tmp_path / "maps.h5") as reader:
+            with pytest.raises(InputError, match="not one-hot"):
+                reader.read(samples[0].key)
