@@ -225,6 +225,8 @@ def test_maps_above_the_size_of_a_chunk_are_stored_and_checked_by_class(
         with h5py.File(tmp_path / "maps.h5", "r+") as file:
             assert file[samples[0].key]["label_map"].chunks[0] == 1
             file[samples[0].key]["label_map"][:2, 0, 0] = value
-        with MapsReader(tmp_path / "maps.h5") as reader:
-            with pytest.raises(InputError, match="not one-hot"):
-                reader.read(samples[0].key)
+        with (
+            MapsReader(tmp_path / "maps.h5") as reader,
+            pytest.raises(InputError, match="not one-hot"),
+        ):
+            reader.read(samples[0].key)
