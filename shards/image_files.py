@@ -16,6 +16,7 @@ TOOL_FOLDERS = ("@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")
 # of a JPEG under another ending: a camera's thumbnail, an editor's copy, a download that was cut
 COPIES = (".thm", ".bak", ".orig", ".old", ".tmp", ".part", ".crdownload", ".swp")
+PASSED_OVER = "passed over"
 NUM_NAMED = 5  # of each kind that was passed over
 
 
@@ -39,7 +40,7 @@ class Listing:
             names = [path.relative_to(self.folder).as_posix() for path in paths[:NUM_NAMED]]
             more = ", ..." if len(paths) > NUM_NAMED else ""
             lines.append(
-                f"passed over in {self.folder}: {len(paths)} {why}: {', '.join(names)}{more}"
+                f"{PASSED_OVER} in {self.folder}: {len(paths)} {why}: {', '.join(names)}{more}"
             )
         return lines
 

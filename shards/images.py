@@ -43,6 +43,8 @@ READ = "JPEG, PNG, TIFF, BMP, WebP, GIF, PPM, JPEG 2000, AVIF or QOI"
 MAX_PX = 2**30
 ORIENTATION = 274  # the tag's number in EXIF
 SIXTEEN_BITS = 65535
+TWELVE_BITS = 4096
+DARK = "; no value is above 4095, so that all is nearly black: scale it before"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 Result = TypeVar("Result")
 # of Pillow's limit, which is one for the whole process
@@ -239,7 +241,8 @@ def _stored(content: bytes, picture: Image.Image, turn: bool) -> StoredImage:
         notes.append("of several frames or pages the first is taken")
     picture.load()  # first of all: a TIFF turns itself here, and its mode may change
     if picture.mode.startswith("I"):
-        notes.append("16 bits brought to 8, so that 65535 is white")
+        dark = np.asarray(picture).max() < TWELVE_BITS
+        notes.append(f"16 bits brought to 8, so that 65535 is white{DARK if dark else ''}")
     as_it_is = picture.format == "PNG" and not turned and picture.mode[0] not in "IF"
     size = (picture.height, picture.width)
     if not as_it_is:

@@ -211,6 +211,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "images elsewhere": (yaml(BY_ID + "images: JPEGImages"), "no image in .*JPEGImages"),
     "no mask": (lambda r: (r / "masks" / "e.png").unlink(), "e: no .*masks/e.png"),
+    "mask of a format that is not read": (
+        lambda r: (r / "masks" / "e.png").rename(r / "masks" / "e.mat"),
+        r"(?s)e: no .*masks/e\.png.*passed over in .*masks: 1 not read as images: e\.mat",
+    ),
     "no image": (lambda r: (r / "images" / "e.jpg").unlink(), "e: no .*images/e.jpg"),
     "keys that meet": (
         lambda r: [image(r / "images" / "b_v2.jpg"), save(r / "masks" / "b_v2.png", IDS)],
@@ -260,3 +264,12 @@ def test_what_is_wrong_is_named_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         prepare("folder", root, tmp_path / "maps.h5")
     assert not list(tmp_path.glob("*.h5*")) and not list(tmp_path.glob(".*"))
+
+
+def test_links_are_followed_wherever_they_lead(root: Path) -> None:
+    before = splits(root)
+    for name in ("masks", "images/north", "images/a.jpg"):
+        (root / name).rename(root.parent / Path(name).name)
+        (root / name).symlink_to(root.parent / Path(name).name)
+    (root / "images" / "north" / "up").symlink_to(root / "images")  # a cycle
+    assert splits(root) == before

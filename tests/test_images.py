@@ -108,7 +108,9 @@ def test_sixteen_bits_become_eight_and_are_told(tmp_path: Path, form: str) -> No
     np.testing.assert_array_equal(
         decode_image(stored.content)[..., 0], np.rint(DEEP / 257).astype(np.uint8)
     )
-    assert "16 bits" in stored.notes[0]
+    assert "16 bits" in stored.notes[0] and "black" not in stored.notes[0]
+    dark = saved(tmp_path / "b", Image.fromarray(DEEP >> 4), form)
+    assert "nearly black" in stored_image(dark).notes[0]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
