@@ -126,6 +126,19 @@ def test_a_set_with_such_names_and_lists_is_prepared(tmp_path: Path) -> None:
         prepare("folder", root, tmp_path / "maps.h5")
 
 
+@pytest.mark.parametrize("end", ["_sat", ""])
+def test_beside_each_other_either_may_have_the_suffix(tmp_path: Path, end: str) -> None:
+    for name in ("1", "2"):
+        saved(tmp_path / f"{name}{end}.jpg", Image.fromarray(RGB), "JPEG")
+        mask = Image.fromarray(RGB[..., 0] % 2)
+        saved(tmp_path / f"{name}{'' if end else '_mask'}.png", mask, "PNG")
+    suffix = "image_suffix: _sat" if end else "mask_suffix: _mask"
+    text = f"classes: [{{name: sky}}, {{name: road}}]\nimages: '.'\nmasks: '.'\n{suffix}\n"
+    (tmp_path / "distseg.yaml").write_text(text)
+    made = prepare("folder", tmp_path, tmp_path / "maps.h5")
+    assert made.num_samples == {"train": 1, "val": 1}
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_images_with_a_suffix_of_their_own(tmp_path: Path, beside: bool) -> None:
     images, masks = ("data", "data") if beside else ("images", "masks")

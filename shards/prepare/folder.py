@@ -146,7 +146,11 @@ def _files(root: Path, what: _Layout, split: str, notes: list[str]) -> _Files:
         folders[1], what.mask_suffix, MASK_SUFFIXES, notes=notes, strange=not beside
     )
     if beside:
-        images = {id_: path for id_, path in images.items() if path not in masks.values()}
+        # a name that ends in the longer suffix may end in the shorter one, or none, as well
+        if len(what.mask_suffix) >= len(what.image_suffix):
+            images = _without(images, masks)
+        else:
+            masks = _without(masks, images)
     if not images:
         raise InputError(
             f"no image in {folders[0]}",
@@ -159,6 +163,11 @@ def _files(root: Path, what: _Layout, split: str, notes: list[str]) -> _Files:
     if masks and not images.keys() & masks.keys():
         raise _strangers(folders, images, masks)
     return _Files(folders, images, masks)
+
+
+def _without(files: Mapping[str, Path], others: Mapping[str, Path]) -> dict[str, Path]:
+    taken = set(others.values())
+    return {id_: path for id_, path in files.items() if path not in taken}
 
 
 def _share_ids(images: Mapping[str, Path], masks: dict[str, Path]) -> int:

@@ -21,7 +21,7 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF")
 LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
 BITS_PER_SAMPLE = 258  # the tag's number in TIFF
 IDS = "a palette or gray picture whose values are the class indices"
-ORIGINAL = "use the original masks, not coloured copies"
+ORIGINAL = "use the original masks, not coloured copies; of colours write `mask_values: colors`"
 
 
 def mask_values(
