@@ -172,11 +172,7 @@ def window_blocks(
     Holds one window and the overlap with the windows above it, which is a strip of the image's
     width: an image needs no memory for all of its probabilities. Each pixel is in one piece.
     """
-    if window_px % _GRID_PX or overlap_px % _GRID_PX or not 0 < 2 * overlap_px <= window_px:
-        got = f"windows of {window_px} pixels with an overlap of {overlap_px}"
-        raise InputError(
-            got, "multiples of 32, the overlap at most half the window", "try 1024 and 256"
-        )
+    _check_windows(window_px, overlap_px)
     height, width = image.shape[:2]
     above: Tensor | None = None  # (C, overlap_px, W), summed over the windows so far
     for top, bottom, row_weight in _spans(height, window_px, overlap_px):
@@ -202,6 +198,14 @@ def window_blocks(
             below.append(part[:, done_rows:, :done_columns].clone())
             yield slice(top, next_top), slice(left, next_left), part[:, :done_rows, :done_columns]
         above = torch.cat(below, dim=2)
+
+
+def _check_windows(window_px: int, overlap_px: int) -> None:
+    if window_px % _GRID_PX or overlap_px % _GRID_PX or not 0 < 2 * overlap_px <= window_px:
+        got = f"windows of {window_px} pixels with an overlap of {overlap_px}"
+        raise InputError(
+            got, "multiples of 32, the overlap at most half the window", "try 1024 and 256"
+        )
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
