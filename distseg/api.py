@@ -21,11 +21,11 @@ from distseg.predict import (
     PredictOptions,
     choose_device,
     image_probabilities,
-    load_image,
     of_run,
 )
 from distseg.runs.checkpoint import Checkpoint
 from shards.errors import InputError
+from shards.images import load_rgb
 from shards.sample import ClassSet
 
 # (H, W, 3) uint8 RGB, or the path of a picture
@@ -131,15 +131,7 @@ class Trained:
             raise InputError(
                 got, f"{needed}: (H, W, 3) uint8 RGB", "convert it, as np.asarray does"
             )
-        pixels = image if isinstance(image, np.ndarray) else _read(Path(image))
+        pixels = image if isinstance(image, np.ndarray) else load_rgb(Path(image))
         # as the run evaluates, so that pictures and scores are of the same probabilities
         options = of_run(PredictOptions(), self.config, self.device)
         return image_probabilities(self.network, pixels, options)
-
-
-def _read(path: Path) -> np.ndarray:
-    try:
-        return load_image(path)
-    except Exception as error:  # Pillow's plugins raise more kinds than they document
-        got = f"{path} cannot be read: {error}"
-        raise InputError(got, "an 8-bit or 16-bit image", "check the path and the file") from None

@@ -5,12 +5,14 @@ Class indices, colours, an overlay, and probabilities on request.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,22 +21,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from distseg.config.schema import Config
-from distseg.evaluate.inference import probabilities, sliding_window
+from distseg.evaluate.inference import probabilities, window_blocks
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
-from shards.files import published, tracked
+from shards.files import nearest_existing, published, say, tracked
+from shards.image_files import images_below
+from shards.images import READ, load_rgb, num_pixels
 from shards.sample import ClassSet, encode_label
 from shards.words import counted
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 CLASSES_FILE = "classes.json"
 MAX_PX = 2048  # larger images take a sliding window, as their maps would take gigabytes
 _NUM_THREADS = 4  # read and write pictures while the network works
-_NUM_AHEAD = 8  # pictures in memory on either side of the network
+# pictures in memory on either side of the network: at most so many, and so many pixels of them
+# (192 MiB); one that is larger is alone
+_NUM_AHEAD = 8
+_AHEAD_PX = 2**26
+_STRIP_PX = 2**22
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,10 @@ def of_run(options: PredictOptions, config: Config, where: torch.device) -> Pred
 
 
 def collect_images(path: Path) -> list[Path]:
-    """The image itself, or those directly in a folder, by name.
+    """The image itself, or those directly in a folder, by name; says what was passed over.
 
     Raises InputError where there is none.
     """
-    suffixes = ", ".join(IMAGE_SUFFIXES)
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -141,15 +147,15 @@ def collect_images(path: Path) -> list[Path]:
             f"{path} does not exist", "an image or a folder of images", "check the path"
         )
     # not into subfolders: results lie in one folder, where names would collide
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not images:
+    listing = images_below(path, subfolders=False)
+    if not listing.files:
         # the usual mistake is one folder too high, so the error names the right one
-        deeper = next(
-            (p.parent for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None
-        )
+        deeper = next((image.parent for image in images_below(path).files), None)
         action = f"name the folder itself, for example {deeper}" if deeper else "check the path"
-        raise InputError(f"no image in {path}", f"files ending in {suffixes}", action)
-    return images
+        raise InputError(f"no image in {path}", f"images: {READ}", action)
+    for note in listing.notes():
+        say(f"note: {note}")
+    return listing.files
 
 
 def predict(
@@ -161,37 +167,60 @@ def predict(
     and turned upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray),
     NAME_color.png (the same with the palette), NAME_overlay.png, and with options.probabilities
     NAME_prob_CLASS.png (gray, 255 = 1); classes.json names the indices. Returns the paths of the
-    index pictures, in the order of `images`. Raises InputError that lists all unreadable images
-    before anything is computed.
+    index pictures, in the order of `images`. Raises InputError that lists the images that cannot be
+    read, when all others are done.
     """
     _check_fits(model, images, out, classes)
-    names = _output_names(images, classes)
+    names = _output_names(images, classes, _longest_name(out))
     started = time.perf_counter()
-    written: deque[Future[None]] = deque()
+    bad: list[InputError] = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        # the last of 10,000 may be broken, and an hour later is no time to say so
-        _check(images, pool)
         model = model.to(options.device).eval()
         # threads, not processes: decoders let go of the GIL, and a picture need not be copied to a
         # process
-        pictures = _ahead(pool, load_image, images)
-        for name, image in zip(names, tracked(pictures, len(images), "predicting"), strict=True):
-            result = image_probabilities(model, image, options)
-            label = result.argmax(0).to(torch.uint8).cpu().numpy()
-            planes = _as_bytes(result) if options.probabilities else None
+        pictures = tracked(_ahead(pool, images), len(images), "predicting")
+        written = _Written()
+        for name, image in zip(names, pictures, strict=True):
+            if isinstance(image, InputError):
+                bad.append(image)
+                continue
+            label, planes = _labelled(model, image, options)
             files = _Files(out, name, classes, options.overlay_alpha)
-            written.append(pool.submit(files.write, image, label, planes))
-            # bounded: a slow disk would fill the memory with pictures that wait to be written
-            if len(written) > _NUM_AHEAD:
-                written.popleft().result()
-        # errors of writing are raised here: an exception in a pool is silent until it is asked for
-        for future in written:
-            future.result()
-    # last: a folder that has it is complete
-    _write_classes(out / CLASSES_FILE, classes)
-    took = _speed(len(images), time.perf_counter() - started)
-    print(f"{took}, reading and writing included: {out}")
+            written.add(pool.submit(files.write, image, label, planes), label.size)
+        written.wait()
+    if len(bad) < len(images):
+        # last: a folder that has it is complete
+        _write_classes(out / CLASSES_FILE, classes)
+        took = _speed(len(images) - len(bad), time.perf_counter() - started)
+        print(f"{took}, reading and writing included: {out}")
+    if bad:
+        raise _unreadable(bad, len(images), out)
     return [out / f"{name}.png" for name in names]
+
+
+def _labelled(
+    model: nn.Module, image: np.ndarray, options: PredictOptions
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """((H, W) uint8 class indices, (C, H, W) uint8 probabilities where asked for, 255 = 1)."""
+    label = np.empty(image.shape[:2], np.uint8)
+    planes: np.ndarray | None = None
+    for rows, columns, block in _blocks(model, image, options):
+        label[rows, columns] = block.argmax(0).to(torch.uint8).cpu().numpy()
+        if options.probabilities:
+            if planes is None:
+                planes = np.empty((len(block), *label.shape), np.uint8)
+            planes[:, rows, columns] = _as_bytes(block)
+    return label, planes
+
+
+def _unreadable(bad: Sequence[InputError], count: int, out: Path) -> InputError:
+    """One error that names every image that could not be read."""
+    # all of them in one error: a user mends a folder once
+    shown = "\n  ".join(error.got for error in bad[:20])
+    more = f"\n  and {len(bad) - 20} more" if bad[20:] else ""
+    done = f"; the others are in {out}" if len(bad) < count else ""
+    got = f"{len(bad)} of {count} images cannot be read{done}:\n  {shown}{more}"
+    return InputError(got, f"whole images of 8 or 16 bits: {READ}", "replace or remove these files")
 
 
 def _check_fits(model: nn.Module, images: list[Path], out: Path, classes: ClassSet) -> None:
@@ -228,26 +257,6 @@ def _write_classes(path: Path, classes: ClassSet) -> None:
         partial.write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright: turned as the EXIF orientation says.
-
-    Gray is repeated, transparency dropped, 16-bit values are divided by 257 and rounded. Raises
-    OSError, ValueError or another of Pillow's errors for a file that is not such an image.
-    """
-    with Image.open(path) as opened:
-        # phones store a picture as the sensor saw it, and turn it by this tag
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits, some of them in 32
-            values = np.asarray(image)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError("values beyond 16 bits")
-            # 257 = 65535 / 255, so that white stays white
-            return np.repeat(np.rint(values / 257).astype(np.uint8)[..., None], 3, axis=2)
-        if image.mode == "F":
-            raise ValueError("floating-point values of unknown range")
-        return np.asarray(image.convert("RGB"))
-
-
 @dataclass(frozen=True)
 class _Files:
     """The pictures written for one image."""
@@ -263,7 +272,12 @@ class _Files:
         color = Image.fromarray(label)
         color.putpalette(list(chain.from_iterable(self.classes.palette)))
         self._put(f"{self.name}_color.png", _encoded(color, "PNG"))
-        mixed = overlay(image, label, self.classes, self.alpha)
+        mixed = np.empty_like(image)
+        # in strips, since it is computed in floating point
+        rows = max(1, _STRIP_PX // max(1, label.shape[1]))
+        for top in range(0, len(label), rows):
+            strip = slice(top, top + rows)
+            mixed[strip] = overlay(image[strip], label[strip], self.classes, self.alpha)
         self._put(
             f"{self.name}_overlay.png", _encoded(Image.fromarray(mixed), "PNG", compress_level=3)
         )
@@ -289,6 +303,22 @@ def image_probabilities(
 
     model: on options.device, in evaluation mode. Raises InputError for another form of image.
     """
+    result: torch.Tensor | None = None
+    for rows, columns, block in _blocks(model, image, options):
+        if block.shape[1:] == image.shape[:2]:
+            return block  # where it was computed
+        if result is None:
+            result = torch.empty(len(block), *image.shape[:2])
+        result[:, rows, columns] = block
+    if result is None:
+        raise InputError(f"an image of shape {image.shape}", "at least a pixel", "give another")
+    return result
+
+
+def _blocks(
+    model: nn.Module, image: np.ndarray, options: PredictOptions
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """(rows, columns, probabilities (C, h, w) float32), one after the other; small images whole."""
 
     def at_once(part: np.ndarray) -> torch.Tensor:
         return probabilities(
@@ -303,48 +333,30 @@ def image_probabilities(
     # whole where it fits: a window has less context at its edges
     # one of another form too, which is refused there
     if image.ndim != 3 or max(image.shape[:2]) <= options.max_px:
-        return at_once(image)
+        yield slice(None), slice(None), at_once(image)
+        return
     # multiples of 32, on which the cells of all windows fall together
     window_px = options.max_px // 32 * 32
     overlap_px = options.overlap_px or min(256, window_px // 128 * 32)
-    return sliding_window(at_once, image, window_px, overlap_px)
+    yield from window_blocks(at_once, image, window_px, overlap_px)
 
 
-def _check(images: Sequence[Path], pool: ThreadPoolExecutor) -> None:
-    """Raise one InputError that names every image that cannot be read."""
-    # all of them in one error: a user mends a folder once
-    problems = [problem for problem in pool.map(_problem, images) if problem]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (
-            f"\n  and {len(problems) - 20} more" if problems[20:] else ""
-        )
-        got = f"{len(problems)} of {counted(len(images), 'image')} cannot be read:\n  {shown}"
-        raise InputError(
-            got, "8-bit or 16-bit images that are whole", "replace or remove these files"
-        )
-
-
-def _problem(path: Path) -> str:
+def _longest_name(out: Path) -> int:
+    """Bytes that a name in this folder may have."""
     try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                # reads the whole file, decodes 1/64 of it
-                image.draft("L", (image.width // 8, image.height // 8))
-                image.load()
-                return ""
-        # decoded whole: a PNG that is cut opens without an error
-        load_image(path)
-    except Exception as error:  # Pillow's plugins raise more kinds than they document
-        return f"{path}: {error}"
-    return ""
+        return os.pathconf(nearest_existing(out), "PC_NAME_MAX")
+    except (OSError, ValueError):  # a file system that does not say
+        return 255
 
 
-def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
+def _output_names(images: Sequence[Path], classes: ClassSet, longest: int = 255) -> list[str]:
     """One name per image, its stem where that is free.
 
-    A.jpg, a.png -> a, a_png. No two ever share a file.
+    A.jpg, a.png -> a, a_png. No two ever share a file. longest: bytes that a file's name may have;
+    a stem that leaves too little for what is put behind it is cut, and ends in digits of its hash.
     """
     endings = [".png", "_color.png", "_overlay.png", *_class_suffixes(classes)]
+    room = longest - max(len(os.fsencode(ending)) for ending in endings)
     taken: set[str] = set()
     names = []
     for image in images:
@@ -354,6 +366,7 @@ def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
             base,
             *(f"{base}_{number}" for number in range(2, len(images) + 2)),
         ):
+            name = _cut(name, room)
             # some file systems ignore case
             files = {(name + ending).casefold() for ending in endings}
             if not files & taken:
@@ -363,13 +376,23 @@ def _output_names(images: Sequence[Path], classes: ClassSet) -> list[str]:
     return names
 
 
+def _cut(name: str, num_bytes: int) -> str:
+    """A name of at most so many bytes: itself, or its beginning and eight digits of its hash."""
+    content = os.fsencode(name)
+    if len(content) <= num_bytes:
+        return name
+    # a letter that is cut in two is left out
+    begin = content[: max(0, num_bytes - 9)].decode("utf-8", "ignore")
+    return f"{begin}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
 def _class_suffixes(classes: ClassSet) -> list[str]:
     """The ends of the probability pictures' names.
 
     The index keeps apart names that differ in signs only.
     """
-    # class names may have slashes and spaces, which paths must not
-    cleaned = [re.sub(r"[^\w-]+", "_", name) for name in classes.names]
+    # class names may have slashes and spaces, which paths must not, and be long
+    cleaned = [_cut(re.sub(r"[^\w-]+", "_", name), 80) for name in classes.names]
     unique = len({name.casefold() for name in cleaned}) == len(cleaned)
     return [
         f"_prob_{name}.png" if unique else f"_prob_{i:03}_{name}.png"
@@ -377,15 +400,46 @@ def _class_suffixes(classes: ClassSet) -> list[str]:
     ]
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[Path], np.ndarray], paths: Iterable[Path]
-) -> Iterator[np.ndarray]:
-    """The results of `read` in order, a few of them computed ahead."""
-    waiting: deque[Future[np.ndarray]] = deque()
+def _ahead(pool: ThreadPoolExecutor, paths: Iterable[Path]) -> Iterator[np.ndarray | InputError]:
+    """The images in order, a few of them read ahead; for one that cannot be read, why."""
+    waiting: deque[tuple[Future[np.ndarray | InputError], int]] = deque()
     for path in paths:
+        num_px = num_pixels(path)
         # read while the network works, and no further ahead than memory allows
-        waiting.append(pool.submit(read, path))
-        if len(waiting) > _NUM_AHEAD:
-            yield waiting.popleft().result()
+        while waiting and not _fits(waiting, num_px):
+            yield waiting.popleft()[0].result()
+        waiting.append((pool.submit(_read, path), num_px))
     while waiting:
-        yield waiting.popleft().result()
+        yield waiting.popleft()[0].result()
+
+
+def _fits(waiting: Iterable[tuple[Any, int]], num_px: int) -> bool:
+    """Whether a picture may join those that wait."""
+    sizes = [size for _, size in waiting]
+    return len(sizes) < _NUM_AHEAD and sum(sizes) + num_px <= _AHEAD_PX
+
+
+def _read(path: Path) -> np.ndarray | InputError:
+    try:
+        return load_rgb(path)
+    except InputError as error:
+        return error
+
+
+class _Written:
+    """Pictures that wait to be written, or are being written."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+
+    def add(self, future: Future[None], num_px: int) -> None:
+        """One more; waits for earlier ones where they would fill the memory of a slow disk."""
+        while self._waiting and not _fits(self._waiting, num_px):
+            self._waiting.popleft()[0].result()
+        self._waiting.append((future, num_px))
+
+    def wait(self) -> None:
+        """For all of them, and raise the errors of writing."""
+        # an exception in a pool is silent until it is asked for
+        while self._waiting:
+            self._waiting.popleft()[0].result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -31,7 +32,7 @@ def published(path: Path) -> Iterator[Path]:
     """
     # beside `path`, since os.replace is atomic within one file system only; hidden, so that a
     # shell's *.tar passes it by; with the process id, so that two writers do not mix their bytes
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{_short(path.name)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -62,6 +63,12 @@ def published(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def _short(name: str) -> str:
+    # file systems take 255 bytes, and the temporary name is the longer one
+    content = os.fsencode(name)
+    return name if len(content) <= 200 else hashlib.sha256(content).hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all. Raises ValueError for NaN and infinity, which JSON lacks."""
     with published(path) as partial:
@@ -73,7 +80,7 @@ def _remove_leftovers(path: Path) -> None:
 
     One that is alive after all fails, loudly.
     """
-    name = re.compile(rf"\.partial-\d+-{re.escape(path.name)}")
+    name = re.compile(rf"\.partial-\d+-{re.escape(_short(path.name))}")
     for other in path.parent.iterdir():
         if name.fullmatch(other.name):
             other.unlink(missing_ok=True)

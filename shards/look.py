@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from shards.errors import InputError
+from shards.images import orientation, with_picture
 from shards.manifest import Manifest, ShardInfo
 from shards.patterns import key_of
 from shards.sample import IGNORE_INDEX, UNREADABLE, ClassSet, decode_image
 from shards.similar import fingerprint
 
 ERROR, WARNING = "error", "warning"
-EXIF_ORIENTATION = 274  # the tag's number in EXIF
 # headers, and members with their padding, are whole blocks
 BLOCK = 512  # a tar's unit
 PACK_AGAIN = "copy the shard again, or pack again"
@@ -199,11 +199,9 @@ def other_members(
 def _image(look: Look, content: bytes) -> np.ndarray | None:
     try:
         image = decode_image(content)
-        with Image.open(io.BytesIO(content)) as opened:
-            # simplejpeg ignores the orientation, and viewers follow it: a label drawn in a viewer
-            # is turned
-            turned = opened.getexif().get(EXIF_ORIENTATION, 1)
-            mode = opened.mode
+        # simplejpeg ignores the orientation, and viewers follow it: a label drawn in a viewer is
+        # turned
+        turned, mode = with_picture(content, lambda opened: (orientation(opened), opened.mode))
     except (InputError, *UNREADABLE) as error:
         got = error.got if isinstance(error, InputError) else f"an unreadable image ({error})"
         look.find(ERROR, "unreadable image", got, CORRECT)
@@ -216,7 +214,7 @@ def _image(look: Look, content: bytes) -> np.ndarray | None:
             f"image of {look.size} pixels (rows, columns), {expected} in the index",
             "pack again",
         )
-    if turned not in (0, 1):  # 1: upright; 0: not said
+    if turned != 1:
         what = f"EXIF says that viewers turn it (orientation {turned}); training does not"
         look.find(
             WARNING,

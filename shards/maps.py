@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,11 @@ from shards.errors import InputError
 from shards.files import published, tracked
 from shards.holders import open_to_read
 from shards.names import check_name
-from shards.sample import ClassSet, Sample, check_sample, from_one_hot, to_one_hot
+from shards.sample import IGNORE_INDEX, ClassSet, Sample, check_sample, from_one_hot, to_one_hot
 
 VERSION = 1
+# bytes of a label map; HDF5's chunks end below 4 GiB, and larger maps have a chunk for each class
+MAX_CHUNK = 2**30
 # what attributes of other kinds than ours end in
 _NOT_OURS = (KeyError, TypeError, ValueError, AttributeError)
 OLDER_ACTION = "convert it with `distseg prepare ohe --root FOLDER --out FILE.h5`"
@@ -59,6 +63,7 @@ class MapsWriter:
         self.splits: dict[str, list[str]] = {}
         self.left_out: dict[str, str] = {}
         self.pixels = np.zeros(256, np.int64)  # of all labels, by index
+        self.notes: Counter[str] = Counter()  # of samples, and how many have each
 
     @staticmethod
     @contextmanager
@@ -79,6 +84,9 @@ class MapsWriter:
             file.attrs["splits"] = json.dumps(writer.splits)
             file.attrs["pixels"] = writer.pixels
             file.attrs["left_out"] = json.dumps(writer.left_out)
+            # where there are any: maps without are the same bytes as ever
+            if writer.notes:
+                file.attrs["notes"] = json.dumps(dict(sorted(writer.notes.items())))
 
     def add(self, sample: Sample) -> None:
         """Write a sample."""
@@ -87,6 +95,7 @@ class MapsWriter:
         _write_sample(self._new(sample.key, sample.split), sample, self._classes.num_classes)
         if sample.label is not None:
             self.pixels += np.bincount(sample.label.ravel(), minlength=256)
+        self.notes.update(sample.notes)
         # after each sample, since HDF5 was not told: else it would go on for hours on a full disk
         self._output.check()
 
@@ -101,6 +110,7 @@ class MapsWriter:
                 self._output.check()
         self.pixels += maps.pixels
         self.left_out |= maps.left_out
+        self.notes.update(maps.notes)
 
     def _new(self, key: str, split: str) -> h5py.Group:
         if key in self._file:
@@ -117,12 +127,36 @@ def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
     image = np.frombuffer(sample.image, np.uint8)
     group.create_dataset("image", data=image, chunks=image.shape, fletcher32=True)
     if sample.label is not None:
-        label_map = to_one_hot(sample.label, num_classes)  # (C, H, W) uint8
+        shape = (num_classes, *sample.label.shape)
         # one chunk a sample: every other chunking reads 8 to 24 times slower
+        whole = math.prod(shape) <= MAX_CHUNK
+        chunks = shape if whole else (1, *shape[1:])
         zstd = hdf5plugin.Zstd(clevel=3)
-        group.create_dataset(
-            "label_map", data=label_map, chunks=label_map.shape, fletcher32=True, **zstd
+        stored = group.create_dataset(
+            "label_map", shape, np.uint8, chunks=chunks, fletcher32=True, **zstd
         )
+        if whole:
+            stored[...] = to_one_hot(sample.label, num_classes)  # (C, H, W) uint8
+        else:
+            for index in range(num_classes):
+                stored[index] = sample.label == index
+
+
+def _read_label(stored: h5py.Dataset) -> np.ndarray:
+    """(H, W) uint8 of class indices, 255 for void."""
+    if math.prod(stored.shape) <= MAX_CHUNK:
+        return from_one_hot(stored[()])
+    label = np.full(stored.shape[1:], IGNORE_INDEX, np.uint8)
+    # a plane at a time: an eighth of the memory of all of them with what checks them
+    for index in range(len(stored)):
+        plane = stored[index]
+        one = plane == 1
+        if plane.max(initial=0) > 1 or (label[one] != IGNORE_INDEX).any():
+            raise InputError(
+                "a label map that is not one-hot", "a single 1 a pixel", "make it anew"
+            )
+        label[one] = index
+    return label
 
 
 class _Output(io.FileIO):
@@ -216,6 +250,8 @@ class MapsReader:
                 check_name(key, f"{self.path}: key", again)
         # bad samples: key, why
         self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
+        # what was done to samples: note, how many
+        self.notes: dict[str, int] = json.loads(attributes.get("notes", "{}"))
         # of all labels, by index
         self.pixels = np.asarray(attributes.get("pixels", np.zeros(256, np.int64)))
 
@@ -245,7 +281,7 @@ class MapsReader:
         """
         try:
             group = self._group(key)
-            label = from_one_hot(group["label_map"][()]) if "label_map" in group else None
+            label = _read_label(group["label_map"]) if "label_map" in group else None
             split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
             return Sample(key, group["image"][()].tobytes(), label, split, source_id)
         # h5py raises any of them, by where the damage lies: header, name, chunk or checksum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from isal import isal_zlib
 from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
+from shards.images import JPEG_SIGNATURE, PNG_SIGNATURE, with_picture
 from shards.names import check_name
 from shards.words import counted
 
 IGNORE_INDEX = 255  # void: not counted, not trained on
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-JPEG_SIGNATURE = b"\xff\xd8\xff"
 # the stubs of isal say that its error is an instance
 ISAL_ERROR: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 # what Pillow raises for damaged files: SyntaxError for a broken PNG chunk, a bomb for an absurd
@@ -90,7 +88,8 @@ class Sample:
 
     key: unique printable name without "." and "/"; image: the original file's bytes (JPEG or PNG);
     label: (H, W) uint8, class indices and 255 for void, None for an unlabelled image; split: for
-    example "train", named as a key is; source_id: where it came from.
+    example "train", named as a key is; source_id: where it came from; notes: what was done to the
+    image on the way here, which `distseg prepare` counts and tells, and nobody keeps.
     """
 
     key: str
@@ -98,6 +97,7 @@ class Sample:
     label: np.ndarray | None
     split: str
     source_id: str
+    notes: tuple[str, ...] = ()
 
 
 def check_sample(sample: Sample, num_classes: int) -> None:
@@ -148,8 +148,7 @@ def image_size(image: bytes) -> tuple[int, int]:
     image_extension(image)
     try:
         # Pillow reads no more than the header until pixels are asked for
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.height, opened.width
+        return with_picture(image, lambda opened: (opened.height, opened.width))
     except UNREADABLE as error:
         raise InputError(
             f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file"
@@ -162,17 +161,20 @@ def decode_image(image: bytes) -> np.ndarray:
         if image_extension(image) == "jpg":
             # the same pixels as Pillow's, in less time
             return simplejpeg.decode_jpeg(image, colorspace="RGB")
-        with Image.open(io.BytesIO(image)) as opened:
-            if opened.mode.startswith("I"):  # Pillow would cut every value above 255 to 255
-                raise InputError("an image of 16-bit gray values", "8 bits a channel", "convert it")
-            # palettes and gray are resolved; an alpha channel is dropped
-            return np.asarray(opened.convert("RGB"))
+        return with_picture(image, _rgb)
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"an unreadable image ({error})", "a whole JPEG or PNG file", "replace the file"
         ) from None
+
+
+def _rgb(opened: Image.Image) -> np.ndarray:
+    if opened.mode.startswith("I"):  # Pillow would cut every value above 255 to 255
+        raise InputError("an image of 16-bit gray values", "8 bits a channel", "convert it")
+    # palettes and gray are resolved; an alpha channel is dropped
+    return np.asarray(opened.convert("RGB"))
 
 
 def encode_label(label: np.ndarray) -> bytes:
@@ -234,8 +236,8 @@ def decode_coded_label(png: bytes, table: np.ndarray) -> np.ndarray:
     try:
         if image_extension(png) != "png":
             raise InputError("a mask as JPEG, which changes values", needed, "use the original")
-        with Image.open(io.BytesIO(png)) as opened:
-            mode, bits, values = opened.mode, png[24], np.asarray(opened)
+        mode, values = with_picture(png, lambda opened: (opened.mode, np.asarray(opened)))
+        bits = png[24]
     except UNREADABLE as error:
         if isinstance(error, InputError):
             raise

@@ -118,7 +118,7 @@ def test_scores_and_predictions_are_those_of_the_commands(result: Any, tmp_path:
         (lambda run: distseg.load(run / "nowhere"), "a run directory of distseg"),
         (lambda run: distseg.load(run, checkpoint=7), "no checkpoint '7'"),
         (lambda run: distseg.load(run, device="tpu"), "auto, cpu or cuda"),
-        (lambda run: distseg.load(run).predict("missing.png"), r"missing\.png cannot be read"),
+        (lambda run: distseg.load(run).predict("missing.png"), r"missing\.png: No such file"),
         (lambda run: distseg.load(run).predict(np.zeros((4, 4))), r"\(H, W, 3\) uint8"),
         (lambda run: distseg.load(run).predict(np.array(None)), r"an image of shape \(\)"),
         (lambda run: distseg.load(run).predict(None), r"type NoneType\n.*array, or a path"),

@@ -285,7 +285,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "ade20k colours": (
         "ade20k",
-        lambda r: mask(first(r, "ADE_val*png"), np.zeros((*SIZE, 3))),
+        lambda r: mask(first(r, "ADE_val*png"), RNG.integers(0, 150, (*SIZE, 3))),
         "mode RGB",
     ),
     "ade20k empty split": (

@@ -92,7 +92,7 @@ def test_the_whole_command(
     shown = capsys.readouterr().out
     # the table folds long paths anywhere
     assert "manifest.json" in "".join(shown.split())
-    assert "to do: " in shown and "1 errors" in shown
+    assert "to do: " in shown and "1 error, " in shown
     damaged = shutil.copytree(toy_shards, tmp_path / "damaged")
     for path in damaged.glob("train*.tar"):
         path.write_bytes(b"\0" * path.stat().st_size)

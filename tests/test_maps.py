@@ -268,3 +268,25 @@ def test_a_lock_of_another_machine_is_told_apart(
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match=r"(?s)another user or machine.*LOCKING=FALSE"):
             MapsReader(maps)
+
+
+def test_maps_above_the_size_of_a_chunk_are_stored_and_checked_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = toy_samples()
+    monkeypatch.setattr("shards.maps.MAX_CHUNK", 1000)
+    write_maps(tmp_path / "maps.h5", "large", STANFORD, samples, len(samples))
+    with MapsReader(tmp_path / "maps.h5") as reader:
+        assert all(equal(reader.read(sample.key), sample) for sample in samples)
+        np.testing.assert_array_equal(
+            reader.label_map(samples[2].key), to_one_hot(samples[2].label, 8)
+        )
+    for value in (1, 2):
+        with h5py.File(tmp_path / "maps.h5", "r+") as file:
+            assert file[samples[0].key]["label_map"].chunks[0] == 1
+            file[samples[0].key]["label_map"][:2, 0, 0] = value
+        with (
+            MapsReader(tmp_path / "maps.h5") as reader,
+            pytest.raises(InputError, match="not one-hot"),
+        ):
+            reader.read(samples[0].key)

@@ -6,6 +6,7 @@ Every kind of image at its own size, bad input first, and no picture overwritten
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distseg import predict as predict_module
-from distseg.evaluate.inference import probabilities
-from distseg.predict import PredictOptions, collect_images, load_image, predict
+from distseg.evaluate.inference import _spans, probabilities
+from distseg.predict import (
+    PredictOptions,
+    _blocks,
+    collect_images,
+    image_probabilities,
+    predict,
+)
 from distseg.tracking.figures import overlay
 from shards.errors import InputError
+from shards.images import load_rgb
 from shards.sample import ClassSet
 
 CLASSES = ClassSet(
@@ -121,29 +129,23 @@ def test_gray_transparent_palette_and_16_bit_images_become_8_bit_rgb(tmp_path: P
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     rgb = np.repeat(gray[..., None], 3, 2)
     rgba = np.concatenate([colored(16, 16), gray[..., None]], 2)
-    assert np.array_equal(load_image(save(tmp_path / "gray.png", gray)), rgb)
-    assert np.array_equal(
-        load_image(save(tmp_path / "deep.png", gray.astype(np.uint16) * 257)), rgb
-    )
+    assert np.array_equal(load_rgb(save(tmp_path / "gray.png", gray)), rgb)
+    assert np.array_equal(load_rgb(save(tmp_path / "deep.png", gray.astype(np.uint16) * 257)), rgb)
     between = np.minimum(gray.astype(int) * 257 + 100, 65535).astype(np.uint16)
-    assert np.array_equal(load_image(save(tmp_path / "deep.tif", between)), rgb)
-    assert np.array_equal(load_image(save(tmp_path / "alpha.png", rgba)), rgba[..., :3])
+    assert np.array_equal(load_rgb(save(tmp_path / "deep.tif", between)), rgb)
+    assert np.array_equal(load_rgb(save(tmp_path / "alpha.png", rgba)), rgba[..., :3])
     Image.fromarray(colored(16, 16)).convert("P").save(tmp_path / "palette.png")
     assert np.array_equal(
-        load_image(tmp_path / "palette.png"),
+        load_rgb(tmp_path / "palette.png"),
         np.array(Image.open(tmp_path / "palette.png").convert("RGB")),
     )
     Image.fromarray(rgb).convert("CMYK").save(tmp_path / "print.jpg")
-    assert load_image(tmp_path / "print.jpg").shape == (16, 16, 3)
+    assert load_rgb(tmp_path / "print.jpg").shape == (16, 16, 3)
 
 
-def test_all_unreadable_images_are_listed_before_anything_is_computed(tmp_path: Path) -> None:
-    class Never(Colors):
-        def forward(self, image: Tensor) -> Tensor:
-            raise AssertionError("computed before the check")
-
+def test_bad_images_are_named_when_all_others_are_done(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    good = save(tmp_path / "good.png", noise)
+    good = [save(tmp_path / name, colored(64, 64)) for name in ("good.png", "last.png")]
     for name in ("cut.jpg", "cut.png"):
         whole = save(tmp_path / name, noise).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
@@ -153,10 +155,59 @@ def test_all_unreadable_images_are_listed_before_anything_is_computed(tmp_path: 
         tmp_path / name for name in ("cut.jpg", "cut.png", "text.jpg", "float.tif", "missing.jpg")
     ]
     with pytest.raises(InputError) as caught:
-        predict(Never(), [good, *bad], tmp_path / "out", CLASSES, PredictOptions())
-    assert caught.value.got.startswith("5 of 6 images cannot be read")
-    assert all(str(path) in caught.value.got for path in bad) and str(good) not in caught.value.got
-    assert not (tmp_path / "out").exists()
+        predict(Colors(), [good[0], *bad, good[1]], tmp_path / "out", CLASSES, PredictOptions())
+    assert caught.value.got.startswith("5 of 7 images cannot be read; the others are in")
+    assert all(str(path) in caught.value.got for path in bad)
+    assert not any(str(path) in caught.value.got for path in good)
+    for path in good:
+        assert np.array_equal(Image.open(tmp_path / "out" / path.name), expected(colored(64, 64)))
+    assert (tmp_path / "out" / "classes.json").is_file()
+    with pytest.raises(InputError, match="5 of 5 images cannot be read:"):
+        predict(Colors(), bad, tmp_path / "none", CLASSES, PredictOptions())
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 8), (5, 40)])
+def test_jpegs_of_a_few_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = save(tmp_path / "a.jpg", np.full((*size, 3), (200, 0, 0), np.uint8), quality=100)
+    (index,) = predict(Colors(), [path], tmp_path / "out", CLASSES, PredictOptions())
+    assert np.array_equal(Image.open(index), np.ones(size))
+
+
+@pytest.mark.parametrize("stem", ["x" * 238, "x" * 251, "\u00e9" * 120, "\u5b57" * 83])
+def test_long_names_are_cut_and_stay_apart(tmp_path: Path, stem: str) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    images = []
+    for last in "ab":
+        name = f"{stem[:-1]}{last}.png"
+        assert len(os.fsencode(name)) <= longest
+        images.append(save(tmp_path / name, colored(9, 9)))
+    wanted = PredictOptions(probabilities=True)
+    written = predict(Colors(), images, tmp_path / "out", CLASSES, wanted)
+    assert len(set(written)) == 2 and all(path.is_file() for path in written)
+    assert len(list((tmp_path / "out").iterdir())) == 2 * (3 + 4) + 1
+    short = len(os.fsencode(images[0].name)) + len("_prob_green_things") <= longest
+    assert (written[0].stem == images[0].stem) == short
+
+
+@pytest.mark.parametrize("size", [(300, 410), (129, 640), (700, 128), (200, 200)])
+def test_tiles_are_bit_for_bit_the_blended_windows(size: tuple[int, int]) -> None:
+    class Blurred(Colors):
+        def forward(self, image: Tensor) -> Tensor:
+            return super().forward(torch.nn.functional.avg_pool2d(image, 9, 1, 4))
+
+    image = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
+    options = PredictOptions(max_px=128)
+    found = image_probabilities(Blurred(), image, options)
+    total = torch.zeros(4, *size)
+    for top, bottom, row in _spans(size[0], 128, 32):
+        for left, right, column in _spans(size[1], 128, 32):
+            part = probabilities(Blurred(), image[top:bottom, left:right])
+            total[:, top:bottom, left:right] += part * row[:, None] * column
+    assert torch.equal(found, total)
+    blocks = [block.shape for *_, block in _blocks(Blurred(), image, options)]
+    assert all(max(shape) <= 128 for shape in blocks)  # no more is held at a time
+    assert sum(shape[1] * shape[2] for shape in blocks) == size[0] * size[1]
 
 
 def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_what_cannot_be_used_is_named(root: Path, tmp_path: Path) -> None:
         prepare("voc", root, tmp_path / "voc.h5")
     for mask, mode, message in (
         (np.full((9, 8), 21, np.uint8), "P", r"2007_000002\.png: value 21 in 72 pixels"),
-        (np.zeros((9, 8, 3), np.uint8), "RGB", "mode RGB"),
+        (np.eye(3, dtype=np.uint8)[np.zeros((9, 8), int)], "RGB", "mode RGB"),
     ):
         write(folder, "2007_000002", mask, mode)
         (lists / "val.txt").write_text("2007_000002")

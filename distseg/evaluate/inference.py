@@ -5,7 +5,7 @@ over images that are too large to be taken at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,22 +153,59 @@ def sliding_window(
     no further than overlap_px / 4 gives what it gives for the whole image. Returns (C, H, W)
     float32 on the CPU.
     """
+    total = torch.zeros(())
+    for rows, columns, block in window_blocks(predict, image, window_px, overlap_px):
+        if total.ndim == 0:
+            total = torch.zeros(block.shape[0], *image.shape[:2])
+        total[:, rows, columns] = block
+    return total
+
+
+def window_blocks(
+    predict: Callable[[np.ndarray], Tensor],
+    image: np.ndarray,
+    window_px: int,
+    overlap_px: int,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The result of `sliding_window` in pieces, as they are finished: (rows, columns, (C, h, w)).
+
+    Holds one window and the overlap with the windows above it, which is a strip of the image's
+    width: an image needs no memory for all of its probabilities. Each pixel is in one piece.
+    """
+    _check_windows(window_px, overlap_px)
+    height, width = image.shape[:2]
+    above: Tensor | None = None  # (C, overlap_px, W), summed over the windows so far
+    for top, bottom, row_weight in _spans(height, window_px, overlap_px):
+        # the rows from here on go into the next windows, too
+        next_top = bottom if bottom == height else bottom - overlap_px
+        below: list[Tensor] = []
+        beside: Tensor | None = None  # (C, h, overlap_px)
+        for left, right, column_weight in _spans(width, window_px, overlap_px):
+            next_left = right if right == width else right - overlap_px
+            # (C, h, w), off the device at once: only one window's map is there at a time. Weights
+            # of all windows at a pixel sum to 1, so nothing is to be divided by at the end
+            part = predict(image[top:bottom, left:right]).cpu()
+            part = part * row_weight[:, None] * column_weight
+            if above is not None:
+                # where the window beside it reaches, it has added them already
+                new = 0 if beside is None else overlap_px
+                part[:, :overlap_px, new:] += above[:, :, left + new : right]
+            if beside is not None:
+                part[:, :, :overlap_px] += beside
+            done_rows, done_columns = next_top - top, next_left - left
+            # a copy: a view would keep all of the window
+            beside = None if right == width else part[:, :, done_columns:].clone()
+            below.append(part[:, done_rows:, :done_columns].clone())
+            yield slice(top, next_top), slice(left, next_left), part[:, :done_rows, :done_columns]
+        above = torch.cat(below, dim=2)
+
+
+def _check_windows(window_px: int, overlap_px: int) -> None:
     if window_px % _GRID_PX or overlap_px % _GRID_PX or not 0 < 2 * overlap_px <= window_px:
         got = f"windows of {window_px} pixels with an overlap of {overlap_px}"
         raise InputError(
             got, "multiples of 32, the overlap at most half the window", "try 1024 and 256"
         )
-    height, width = image.shape[:2]
-    total = torch.zeros(())
-    for top, bottom, row_weight in _spans(height, window_px, overlap_px):
-        for left, right, column_weight in _spans(width, window_px, overlap_px):
-            # (C, h, w), off the device at once: only one window's map is there at a time
-            part = predict(image[top:bottom, left:right]).cpu()
-            if total.ndim == 0:
-                total = torch.zeros(part.shape[0], height, width)
-            # weights of all windows at a pixel sum to 1, so nothing is to be divided by at the end
-            total[:, top:bottom, left:right] += part * row_weight[:, None] * column_weight
-    return total
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 from shards import user_code
 from shards.errors import InputError
+from shards.image_files import PASSED_OVER
 from shards.maps import MapsReader
 from shards.prepare import own
 from shards.prepare.dataset import DataSet, absent
@@ -121,6 +122,9 @@ def _check_whole(dataset: DataSet) -> None:
             task.run()
     except InputError as error:
         got = f"{len(lost)} of {len(dataset.tasks)} samples are not whole, the first: {error.got}"
+        # what seems lost may be there in a format that is not read
+        passed = [note for note in dataset.notes if note.startswith(PASSED_OVER)]
+        got = "\n  ".join([got, *passed])
         raise InputError(got, error.needed, error.action) from None
 
 

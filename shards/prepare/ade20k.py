@@ -64,14 +64,18 @@ def samples(root: Path) -> DataSet:
     """
     root = locate(root, "annotations", "ADEChallengeData2016")
     pairs: list[Pair] = []
+    notes: list[str] = []
     for split, name in SPLITS.items():
         folders = root / "images" / name, root / "annotations" / name
-        images, masks = files_by_id(folders[0]), files_by_id(folders[1])
+        images = files_by_id(folders[0], notes=notes)
+        masks = files_by_id(folders[1], notes=notes)
         if not images:
             raise InputError(
                 f"no images in {folders[0]}", "<id>.jpg", "unpack all of ADEChallengeData2016"
             )
         # ids of both folders: an image without a mask, or the reverse, becomes a task that says so
         for id_ in sorted(images.keys() | masks.keys()):
-            pairs.append(Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.png"))
-    return DataSet(ADE20K, pair_tasks(root, pairs, masked_sample, coding=CODING, source="ade20k"))
+            image = images.get(id_, folders[0] / f"{id_}.jpg")
+            pairs.append(Pair(id_, split, image, masks.get(id_, folders[1] / f"{id_}.png")))
+    tasks = pair_tasks(root, pairs, masked_sample, coding=CODING, source="ade20k")
+    return DataSet(ADE20K, tasks, tuple(notes))

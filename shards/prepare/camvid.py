@@ -11,8 +11,9 @@ from pathlib import Path
 
 from shards.errors import InputError
 from shards.prepare.dataset import DataSet
+from shards.prepare.lists import GAPS, read_lines
 from shards.prepare.masks import Coding, masked_sample
-from shards.prepare.pairing import Pair, files_by_id, ids_in_list, locate, pair_tasks
+from shards.prepare.pairing import Pair, files_by_id, locate, pair_tasks
 from shards.sample import IGNORE_INDEX, ClassSet
 from shards.words import counted
 
@@ -83,10 +84,13 @@ def _pairs(root: Path, split: str) -> list[Pair]:
         # ids of both folders: one without the other becomes a task that says so
         ids = sorted(images.keys() | masks.keys())
         return [
-            Pair(id_, split, root / split / f"{id_}.png", root / f"{split}annot" / f"{id_}.png")
+            Pair(
+                *(id_, split, images.get(id_, root / split / f"{id_}.png")),
+                masks.get(id_, root / f"{split}annot" / f"{id_}.png"),
+            )
             for id_ in ids
         ]
-    paths = ids_in_list(listed)
+    paths = GAPS.split(" ".join(read_lines(listed)))
     if len(paths) % 2:
         raise InputError(
             f"{listed}: {counted(len(paths), 'path')}",

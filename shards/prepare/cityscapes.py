@@ -95,8 +95,9 @@ def _pairs(root: Path, split: str, labels: str) -> list[Pair]:
     pairs = []
     # the test masks are there, but void throughout: taken as labels they would score 0 pixels
     for id_ in sorted(images if split == "test" else images.keys() | masks.keys()):
-        mask = None if split == "test" else fine / f"{id_}_gtFine_{labels}.png"
-        image = folder / f"{id_}_leftImg8bit.png"
+        lost = fine / f"{id_}_gtFine_{labels}.png"
+        mask = None if split == "test" else masks.get(id_, lost)
+        image = images.get(id_, folder / f"{id_}_leftImg8bit.png")
         # the city stands in the name too
         pairs.append(Pair(id_.rpartition("/")[2], split, image, mask))
     return pairs

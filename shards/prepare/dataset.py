@@ -66,7 +66,8 @@ def absent(key: str, split: str, file: str) -> Sample:
 class DataSet:
     """classes; tasks, in the order that the samples are stored in; notes: what was left out on
     purpose, and why, a line each; name: what the maps are called, when it is not the preparer's
-    name; code: sha256 of the preparer, where it may change from one run to the next.
+    name; code: sha256 of the preparer, where it may change from one run to the next;
+    several_classes: labels that hold one class and void alone, all of them, are a mistake.
     """
 
     classes: ClassSet
@@ -76,3 +77,4 @@ class DataSet:
     notes: tuple[str, ...] = ()
     name: str = ""
     code: str = ""
+    several_classes: bool = False

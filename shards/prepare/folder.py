@@ -1,6 +1,24 @@
-"""Your own images and masks.
+"""Your own images and masks: two folders matched by name, and a small YAML that says what the masks
+mean (docs/your_data.md has examples).
 
-Two folders matched by name, and a small YAML that says what the masks mean.
+Its keys:
+  classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class
+               indices; ids default to the place in the list, colours to a rainbow
+  void         mask values, or colours, that are no class (default: [255], for colours none)
+  mask_values  ids (gray values or palette indices; the default) or colors (a class is where its
+               colour is)
+  images, masks  folders (default: images, masks); "{split}" in both stands for each of `splits`
+  image_suffix, mask_suffix  what a name has after the part that both share, e.g. _sat and _mask
+  splits       [train, val] with "{split}" above; or {train: FILE, val: FILE}, lists with an id, or
+               an image and its mask, a line; without it a fifth of a permutation by `seed`
+               (default 0) validates
+  unlabelled   true: an image without a mask is kept without a label, except in val (default: it is
+               missing)
+  exif         turn: images and masks are turned upright as EXIF says (the default, as viewers do);
+               ignore: pixels stay as they are stored
+  lossy_masks  refuse (the default), or nearest: masks may be JPEGs, and a value stands for the
+               nearest one that the YAML names
+  name         of the data set (default: folder)
 """
 
 from __future__ import annotations
@@ -15,24 +33,28 @@ from typing import Any
 import yaml
 
 from shards.errors import InputError
+from shards.images import READ, SUFFIXES
 from shards.prepare.dataset import DataSet
+from shards.prepare.lists import Names, entries_of, normal_form
 from shards.prepare.masks import Coding, color_code, masked_sample
 from shards.prepare.ohe import rainbow
 from shards.prepare.pairing import (
+    MASK_SUFFIXES,
     Pair,
     check_listed_once,
+    each_id,
     files_by_id,
-    ids_in_list,
     pair_tasks,
     seeded_splits,
 )
 from shards.sample import IGNORE_INDEX, ClassSet
 
-MAX_ID = 2**16 - 1  # of a 16-bit gray picture
+# a 16-bit gray picture ends at 65535; arrays hold more, and -1 for void
+MIN_ID, MAX_ID = -(2**31), 2**31 - 1
 PLACE = "{split}"
 KEYS = (
-    *("classes", "void", "mask_values", "images", "masks"),
-    *("mask_suffix", "splits", "unlabelled", "name"),
+    *("classes", "void", "mask_values", "images", "masks", "image_suffix", "mask_suffix"),
+    *("splits", "unlabelled", "exif", "lossy_masks", "name"),
 )
 LAYOUT = """classes: [{name: sky, color: [70, 130, 180], ids: [1]}, \
 {name: road, color: [128, 64, 128], ids: [2, 3]}]
@@ -48,30 +70,18 @@ class _Layout:
     name: str
     images: str
     masks: str
+    image_suffix: str
     mask_suffix: str
     splits: dict[str, str] | tuple[str, ...] | None
     unlabelled: bool
 
 
 def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
-    """Images (JPEG, PNG) and masks below `root` and its subfolders, matched by path and stem.
+    """Images and masks below `root` and its subfolders, matched by path and stem.
 
-    layout: the YAML file (default: <root>/distseg.yaml). Its keys:
-      classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class
-                   indices; ids default to the place in the list, colours to a rainbow
-      void         mask values, or colours, that are no class (default: [255], for colours none)
-      mask_values  ids (gray values or palette indices; the default) or colors (a class is where
-                   its colour is)
-      images, masks  folders (default: images, masks); "{split}" in both stands for each of `splits`
-      mask_suffix  what a mask's name has after the image's, e.g. _mask
-      splits       [train, val] with "{split}" above; or {train: FILE, val: FILE}, lists with an id
-                   a line; without it a fifth of a permutation by `seed` (default 0) validates
-      unlabelled   true: an image without a mask is kept without a label, except in val (default:
-                   it is missing)
-      name         of the data set (default: folder)
-
-    Missing: an image without a mask, a mask without an image, an id of a list without a file.
-    Raises InputError for a YAML that is not that, an empty folder or list; a sample, when it is
+    layout: the YAML file (default: <root>/distseg.yaml), see above. Missing: an image without a
+    mask, a mask without an image, an id of a list without a file. Raises InputError for a YAML that
+    is not that, an empty folder or list, no mask by the name of any image; a sample, when it is
     read, for an unreadable file, a mask of another size or with what is neither a class nor void.
     """
     file = Path(layout) if layout else root / "distseg.yaml"
@@ -84,15 +94,17 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
     if isinstance(what.splits, tuple):
         pairs = []
         for split in what.splits:
-            pairs += _pairs(root, what, split)
+            pairs += _all_pairs(_files(root, what, split, notes), what, split)
         pairs = _unlike(pairs)
+    elif isinstance(what.splits, dict):
+        pairs = _listed(root, what, what.splits, notes)
     else:
-        pairs = _distributed(root, what, seed or 0, notes)
+        pairs = _drawn(_all_pairs(_files(root, what, "", notes), what, ""), seed or 0, what)
     tasks = pair_tasks(root, pairs, masked_sample, coding=what.coding, source=what.name)
     unlabelled = sum(pair.label is None for pair in pairs)
     if unlabelled:
         notes.append(f"{unlabelled} images have no mask and stay unlabelled")
-    return DataSet(what.classes, tasks, tuple(notes), what.name)
+    return DataSet(what.classes, tasks, tuple(notes), what.name, several_classes=True)
 
 
 def _unlike(pairs: list[Pair]) -> list[Pair]:
@@ -103,49 +115,139 @@ def _unlike(pairs: list[Pair]) -> list[Pair]:
     return [replace(pair, id=f"{pair.split}/{pair.id}") for pair in pairs]
 
 
-def _pairs(root: Path, what: _Layout, split: str) -> list[Pair]:
-    """All pairs of a split, by folders."""
+@dataclass(frozen=True)
+class _Files:
+    """Two folders, and the images and masks in them by id; an image and its mask have one id."""
+
+    folders: tuple[Path, Path]
+    images: dict[str, Path]
+    masks: dict[str, Path]
+
+    def pair(self, id_: str, split: str, what: _Layout, mask_id: str = "") -> Pair:
+        """An id's pair, with the names that missing files would have.
+
+        mask_id: of the mask that a list names, where the image may not stay unlabelled.
+        """
+        mask = self.masks.get(mask_id or id_)
+        # in val there would be nothing to score an unlabelled image by
+        if mask is None and (mask_id or not what.unlabelled or split == "val"):
+            mask = self.folders[1] / f"{mask_id or id_}{what.mask_suffix}.png"
+        image = self.images.get(id_, self.folders[0] / f"{id_}{what.image_suffix}.jpg")
+        return Pair(id_, split, image, mask)
+
+
+def _files(root: Path, what: _Layout, split: str, notes: list[str]) -> _Files:
+    """The files of a split ("": of all); what was passed over is added to the notes."""
     folders = root / what.images.replace(PLACE, split), root / what.masks.replace(PLACE, split)
-    images, masks = files_by_id(folders[0]), files_by_id(folders[1], what.mask_suffix)
-    if folders[0] == folders[1]:  # masks beside their images, told apart by the suffix
-        images = {id_: path for id_, path in images.items() if not id_.endswith(what.mask_suffix)}
+    beside = folders[0] == folders[1]  # told apart by their suffixes
+    kinds = MASK_SUFFIXES if beside else SUFFIXES
+    images = files_by_id(folders[0], what.image_suffix, kinds, notes=notes, strange=not beside)
+    masks = files_by_id(
+        folders[1], what.mask_suffix, MASK_SUFFIXES, notes=notes, strange=not beside
+    )
+    if beside:
+        # a name that ends in the longer suffix may end in the shorter one, or none, as well
+        if len(what.mask_suffix) >= len(what.image_suffix):
+            images = _without(images, masks)
+        else:
+            masks = _without(masks, images)
     if not images:
         raise InputError(
-            f"no JPEG or PNG in {folders[0]}", "images", "correct `images` in the YAML, or --root"
+            f"no image in {folders[0]}",
+            f"images: {READ}",
+            "correct `images` in the YAML, or --root",
         )
-    pairs = []
+    respelt = _share_ids(images, masks)
+    if respelt:
+        notes.append(f"{respelt} masks are spelt in another Unicode normal form than their images")
+    if masks and not images.keys() & masks.keys():
+        raise _strangers(folders, images, masks)
+    return _Files(folders, images, masks)
+
+
+def _without(files: Mapping[str, Path], others: Mapping[str, Path]) -> dict[str, Path]:
+    taken = set(others.values())
+    return {id_: path for id_, path in files.items() if path not in taken}
+
+
+def _share_ids(images: Mapping[str, Path], masks: dict[str, Path]) -> int:
+    """Give masks the ids of images that are spelt alike but for their normal form; how many."""
+    lonely = {normal_form(id_): id_ for id_ in masks if id_ not in images}
+    count = 0
+    for id_ in images:
+        if id_ not in masks and normal_form(id_) in lonely:
+            masks[id_] = masks.pop(lonely.pop(normal_form(id_)))
+            count += 1
+    return count
+
+
+def _strangers(
+    folders: tuple[Path, Path], images: Mapping[str, Path], masks: Mapping[str, Path]
+) -> InputError:
+    """The error of folders in which no image and no mask are called alike, with what would help."""
+    image = min(images)
+    mask = max(masks, key=lambda id_: len(_shared(image, id_)))
+    shared = _shared(image, mask)
+    ends = image[len(shared) :], mask[len(shared) :]
+    action = "rename them, or correct `images` and `masks`"
+    # two numbers differ in their last digits, too: only what all names end in is a suffix
+    if shared and all(id_.endswith(ends[0]) for id_ in images):
+        known = {id_.removesuffix(ends[0]) for id_ in images}
+        if known & {id_.removesuffix(ends[1]) for id_ in masks if id_.endswith(ends[1])}:
+            keys = zip(("image_suffix", "mask_suffix"), ends, strict=True)
+            action = f"add to the YAML: {', '.join(f'{key}: {end}' for key, end in keys if end)}"
+    got = (
+        f"no image in {folders[0]} has a mask of its name in {folders[1]}: "
+        f"for example {images[image].name} and {masks[mask].name}"
+    )
+    return InputError(got, "masks called as their images are", action)
+
+
+def _shared(first: str, second: str) -> str:
+    """What both texts begin with."""
+    count = 0
+    while count < min(len(first), len(second)) and first[count] == second[count]:
+        count += 1
+    return first[:count]
+
+
+def _all_pairs(files: _Files, what: _Layout, split: str) -> list[Pair]:
+    """All pairs of a split, by folders."""
     # ids of both folders: a mask without an image is a mistake, too, and becomes a task that says
     # so
-    for id_ in sorted(images.keys() | masks.keys()):
-        mask = masks.get(id_)
-        if mask is None and not (what.unlabelled and split != "val"):
-            mask = folders[1] / f"{id_}{what.mask_suffix}.png"
-        pairs.append(Pair(id_, split, images.get(id_, folders[0] / f"{id_}.jpg"), mask))
-    return pairs
+    ids = sorted(files.images.keys() | files.masks.keys())
+    return [files.pair(id_, split, what) for id_ in ids]
 
 
-def _distributed(root: Path, what: _Layout, seed: int, notes: list[str]) -> list[Pair]:
-    """The pairs of two folders, put into splits by lists or by a seed; adds to the notes."""
-    pairs = {pair.id: pair for pair in _pairs(root, what, "")}
-    if isinstance(what.splits, dict):
-        splits = {split: ids_in_list(root / path) for split, path in what.splits.items()}
-        check_listed_once(splits)
-    else:
-        # labelled images only are drawn: one without a mask could not validate, and would shrink
-        # the split
-        splits = seeded_splits([id_ for id_, pair in pairs.items() if pair.label is not None], seed)
-        splits["train"] += [id_ for id_, pair in pairs.items() if pair.label is None]
-    placed = []
-    for split, ids in splits.items():
-        for id_ in ids:
-            pair = pairs.get(id_) or Pair(id_, split, root / what.images / f"{id_}.jpg", None)
-            unscored = split == "val" and pair.label is None  # nothing to score it by: missing
-            label = root / what.masks / f"{id_}{what.mask_suffix}.png" if unscored else pair.label
-            placed.append(Pair(id_, split, pair.image, label))
-    unlisted = len(pairs.keys() - {pair.id for pair in placed})
+def _drawn(pairs: list[Pair], seed: int, what: _Layout) -> list[Pair]:
+    """The pairs, put into splits by a seed."""
+    by_id = {pair.id: pair for pair in pairs}
+    # labelled images only are drawn: one without a mask could not validate, and would shrink the
+    # split
+    splits = seeded_splits([pair.id for pair in pairs if pair.label is not None], seed)
+    splits["train"] += [pair.id for pair in pairs if pair.label is None]
+    return [replace(by_id[id_], split=split) for split, id_ in each_id(splits)]
+
+
+def _listed(root: Path, what: _Layout, lists: Mapping[str, str], notes: list[str]) -> list[Pair]:
+    """The pairs that lists name; adds to the notes."""
+    files = _files(root, what, "", notes)
+    images = Names(files.images, what.image_suffix, what.images)
+    masks = Names(files.masks, what.mask_suffix, what.masks)
+    entries = {split: entries_of(root / path, images, masks) for split, path in lists.items()}
+    check_listed_once({split: [one.image for one in some] for split, some in entries.items()})
+    pairs, used = [], set()
+    for split, some in entries.items():
+        for entry in some:
+            pairs.append(files.pair(entry.image, split, what, entry.mask or ""))
+            used |= {entry.image, entry.mask or entry.image}
+    unlisted = len((files.images.keys() | files.masks.keys()) - used)
     if unlisted:
         notes.append(f"{unlisted} images or masks are in no list")
-    return placed
+    respelt = len(images.respelt | masks.respelt)
+    if respelt:
+        notes.append(f"{respelt} names are listed in another Unicode normal form than the files'")
+    return pairs
 
 
 def _read(file: Path) -> _Layout:
@@ -156,21 +258,22 @@ def _read(file: Path) -> _Layout:
     classes, codes = _classes(file, content.get("classes"), colors)
     codes += _void(file, content, colors)
     # a value of two classes: one of them would win by its place in the list
-    _check_said_once(file, codes, colors)
+    _check_said_once(file, codes, colors, "void" in content)
     texts = {key: _text(file, content, key, default) for key, default in _DEFAULTS.items()}
     unlabelled = content.get("unlabelled", False)
     if not isinstance(unlabelled, bool):
         raise _wrong(file, f"unlabelled: {unlabelled!r} is neither true nor false")
     splits = _splits(file, content.get("splits"), texts)
-    if texts["images"] == texts["masks"] and not texts["mask_suffix"]:
+    if texts["images"] == texts["masks"] and texts["image_suffix"] == texts["mask_suffix"]:
         raise _wrong(
             file,
             f"images and masks are both in {texts['images']!r} "
             "and mask_suffix does not tell them apart",
         )
-    return _Layout(
-        classes, Coding(tuple(codes), colors), splits=splits, unlabelled=unlabelled, **texts
-    )
+    turn = _choice(file, content, "exif", ("turn", "ignore")) == "turn"
+    nearest = _choice(file, content, "lossy_masks", ("refuse", "nearest")) == "nearest"
+    coding = Coding(tuple(codes), colors, classes.names, turn, nearest)
+    return _Layout(classes, coding, splits=splits, unlabelled=unlabelled, **texts)
 
 
 def _content(file: Path) -> dict[Any, Any]:
@@ -191,15 +294,20 @@ def _void(file: Path, content: Mapping[Any, Any], colors: bool) -> list[tuple[in
     return [(_code(file, "void", value, colors), IGNORE_INDEX) for value in void]
 
 
-def _check_said_once(file: Path, codes: list[tuple[int, int]], colors: bool) -> None:
+def _check_said_once(
+    file: Path, codes: list[tuple[int, int]], colors: bool, void_said: bool
+) -> None:
     times = Counter(value for value, _ in codes)
     twice = sorted(value for value, count in times.items() if count > 1)
     if twice:
         value = f"mask value {twice[0]:#08x}" if colors else f"id {twice[0]}"
-        raise _wrong(file, f"{value} means two things")
+        default = twice[0] == IGNORE_INDEX and not colors and not void_said
+        hint = " (255 is void unless the YAML says otherwise: write `void: []`)" if default else ""
+        raise _wrong(file, f"{value} means two things{hint}")
 
 
-_DEFAULTS = {"name": "folder", "images": "images", "masks": "masks", "mask_suffix": ""}
+_DEFAULTS = {"name": "folder", "images": "images", "masks": "masks"}
+_DEFAULTS |= {"image_suffix": "", "mask_suffix": ""}
 
 
 def _classes(file: Path, entries: Any, colors: bool) -> tuple[ClassSet, list[tuple[int, int]]]:
@@ -238,8 +346,8 @@ def _code(file: Path, name: str, value: Any, colors: bool) -> int:
     if colors:
         return color_code(_color(file, name, value))
     # type, not isinstance: YAML reads yes and true as True, which is an int in Python
-    if type(value) is not int or not 0 <= value <= MAX_ID:
-        raise _wrong(file, f"{name}: id {value!r} is no whole number from 0 to {MAX_ID}")
+    if type(value) is not int or not MIN_ID <= value <= MAX_ID:
+        raise _wrong(file, f"{name}: id {value!r} is no whole number")
     return value
 
 
@@ -276,7 +384,7 @@ def _splits(
 
 def _text(file: Path, content: Mapping[str, Any], key: str, default: str) -> str:
     value = content.get(key, default)
-    if not isinstance(value, str) or (not value and key != "mask_suffix"):
+    if not isinstance(value, str) or not (value or key.endswith("_suffix")):
         raise _wrong(file, f"{key}: {value!r} is no text")
     return value
 

@@ -49,7 +49,7 @@ def samples(root: Path, task: str = "road", seed: int = 0) -> DataSet:
         Pair(
             id_,
             split,
-            folder / "image_2" / f"{id_}.png",
+            images.get(id_, folder / "image_2" / f"{id_}.png"),
             # the name that a missing mask would have, for the message about it
             masks.get(id_, folder / "gt_image_2" / _mask_name(id_, task)),
         )

@@ -4,22 +4,20 @@ through.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from shards.errors import InputError
-from shards.prepare.pairing import read_image
-from shards.sample import UNREADABLE, Sample
+from shards.images import stored_image
+from shards.prepare.mask_files import mask_values
+from shards.prepare.pairing import source_of
+from shards.sample import IGNORE_INDEX, Sample
 
-# P is read without its palette, so that VOC's coloured PNGs give indices; no LA, RGB: there an
-# index would be a guess
-GRAY_MODES = ("P", "L", "1", "I", "I;16")  # pictures whose values, or palette indices, are ids
-NUM_LISTED = 24  # known values that an error message spells out
+NUM_LISTED = 24  # values that an error message spells out, of known and of unknown ones
+BLOCK_PX = 2**22  # looked up at a time: the search takes eight bytes for each pixel, several times
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,16 @@ class Coding:
     """What a mask's pixels mean: (value, class index or 255 for void), each value once.
 
     colors: values are 0xRRGGBB of the picture's colours, a palette applied; else gray values or
-    palette indices.
+    palette indices. names: of the classes, for messages. turn: images and masks are turned upright
+    as their EXIF orientation says. nearest: masks may be kept with loss (JPEG), and every value
+    stands for the nearest known one.
     """
 
     codes: tuple[tuple[int, int], ...]
     colors: bool = False
+    names: tuple[str, ...] = ()
+    turn: bool = True
+    nearest: bool = False
 
 
 def color_code(color: Iterable[int]) -> int:
@@ -49,9 +52,18 @@ def masked_sample(
     does not know.
     """
     # decoded whole: an image that is cut off is found here, not in an epoch
-    content, size = read_image(image)
-    label = None if mask is None else read_mask(mask, size, coding)
-    return Sample(key, content, label, split, f"{source}/{image.name}")
+    stored = stored_image(image, coding.turn)
+    label = None
+    if mask is not None:
+        try:
+            label = read_mask(mask, stored.size, coding)
+        except InputError as error:
+            if _is_mask(image, coding):
+                needed = "an image and its mask: here it is the image that reads as a mask"
+                action = "exchange the folders of images and masks, or the two columns of the list"
+                raise InputError(error.got, needed, action) from None
+            raise _explained(error, image, mask, coding) from None
+    return Sample(key, stored.content, label, split, source_of(source, image), stored.notes)
 
 
 def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
@@ -59,24 +71,7 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
 
     Size: the image's (H, W). Raises InputError, naming the file.
     """
-    try:
-        # read first, and opened from memory: what the disk says and what Pillow says are one kind
-        # of error
-        with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            mode = picture.mode
-            # (H, W), or (H, W, 3) uint8 of colours
-            values = np.asarray(picture.convert("RGB") if coding.colors else picture)
-    except UNREADABLE as error:
-        raise InputError(
-            f"{path}: {error}", "a readable PNG", "unpack the data set again"
-        ) from None
-    if not coding.colors and mode not in GRAY_MODES:
-        needed = "a palette or gray picture whose values are the class indices"
-        raise InputError(
-            f"{path}: a picture in mode {mode}",
-            needed,
-            "use the original masks, not coloured copies",
-        )
+    values = mask_values(path, colors=coding.colors, turn=coding.turn, lossy=coding.nearest)
     # never resized to fit: a mask of another size is mostly another image's
     if values.shape[:2] != size:
         got = (
@@ -84,36 +79,104 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
             f"for an image {size[0]} x {size[1]}"
         )
         raise InputError(got, "a mask of the image's size", "replace the image or the mask")
+    label = np.empty(size, np.uint8)
+    unknown: dict[int, int] = {}
+    rows = max(1, BLOCK_PX // max(1, size[1]))
+    for top in range(0, size[0], rows):
+        label[top : top + rows], strange = _indices(values[top : top + rows], coding)
+        for value, count in strange.items():
+            unknown[value] = unknown.get(value, 0) + count
+    if unknown:
+        raise _unknown(path, unknown, coding)
+    return label
+
+
+def _indices(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, dict[int, int]]:
+    """((H, W) uint8 of class indices, how many pixels each unknown value has)."""
     if coding.colors:
         # widened first: shifted by 16, a byte would be lost
-        wide = values.astype(np.uint32)
+        wide = values.astype(np.int64)
         values = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
-    return _indices(path, values, coding)
-
-
-def _indices(path: Path, values: np.ndarray, coding: Coding) -> np.ndarray:
+    if coding.nearest:
+        every, place = np.unique(values, return_inverse=True)
+        closest = [_nearest(int(value), coding) for value in every]
+        values = np.array(closest, np.int64)[place.reshape(values.shape)]
     # a search among the known values, not a table: of colours it would have 2^24 entries
     known, indices = np.array(sorted(coding.codes), np.int64).T
     # clipped: a value above all known ones has its place behind the last
     place = np.searchsorted(known, values).clip(max=len(known) - 1)
     # searchsorted answers for unknown values, too: compared, not trusted
-    wrong = values[known[place] != values]
-    if wrong.size:
-        got = (
-            f"{path}: {_named(int(wrong[0]), coding)} "
-            f"in {np.count_nonzero(wrong == wrong[0])} pixels"
-        )
-        listed = ", ".join(
-            _named(value, coding).split(" ", 1)[1] for value in known[:NUM_LISTED].tolist()
-        )
-        needed = f"one of: {listed}{', ...' if len(known) > NUM_LISTED else ''}"
-        raise InputError(got, needed, "correct the mask, or say which class this is")
-    return indices.astype(np.uint8)[place]  # (H, W) uint8
+    wrong, counts = np.unique(values[known[place] != values], return_counts=True)
+    strange = dict(zip(wrong.tolist(), counts.tolist(), strict=True))
+    return indices.astype(np.uint8)[place], strange
+
+
+def _nearest(value: int, coding: Coding) -> int:
+    """The known value, or colour, that is nearest (the lowest of several)."""
+
+    def distance(known: int) -> int:
+        if not coding.colors:
+            return abs(known - value)
+        return sum((a - b) ** 2 for a, b in zip(_rgb(known), _rgb(value), strict=True))
+
+    return min(sorted(known for known, _ in coding.codes), key=distance)
+
+
+def _unknown(path: Path, unknown: dict[int, int], coding: Coding) -> InputError:
+    """The error of a mask whose values mean nothing, all of them named, the most frequent first."""
+    listed = []
+    for value, count in sorted(unknown.items(), key=lambda item: (-item[1], item[0])):
+        near = f" (nearest: {_named(_nearest(value, coding), coding)})" if coding.colors else ""
+        what = f"colour {_color(value)}" if coding.colors else f"value {value}"
+        listed.append(f"{what} in {count} pixels{near}")
+    known = [_named(value, coding) for value, _ in sorted(coding.codes)]
+    more = len(listed) - NUM_LISTED
+    got = ", ".join(listed[:NUM_LISTED]) + (f", and {more} more" if more > 0 else "")
+    needed = f"one of: {', '.join(known[:NUM_LISTED])}{', ...' if known[NUM_LISTED:] else ''}"
+    action = "correct the mask, or say which class this is, or name it in `void:`"
+    return InputError(f"{path}: {got}", needed, action)
 
 
 def _named(value: int, coding: Coding) -> str:
-    return (
-        f"colour ({value >> 16}, {value >> 8 & 255}, {value & 255})"
-        if coding.colors
-        else f"value {value}"
-    )
+    """A known value, a colour with its class beside it."""
+    if not coding.colors:
+        return str(value)
+    index = dict(coding.codes)[value]
+    name = "void" if index == IGNORE_INDEX else (*coding.names, *[""] * 256)[index]
+    return f"{_color(value)} {name}".rstrip()
+
+
+def _color(value: int) -> str:
+    return f"({', '.join(map(str, _rgb(value)))})"
+
+
+def _rgb(value: int) -> tuple[int, int, int]:
+    return value >> 16, value >> 8 & 255, value & 255
+
+
+def _is_mask(image: Path, coding: Coding) -> bool:
+    """Whether every pixel of the image file is one that masks have."""
+    try:
+        strict = replace(coding, nearest=False)
+        values = mask_values(image, colors=coding.colors, turn=coding.turn)
+        read_mask(image, values.shape[:2], strict)
+    except InputError:
+        return False
+    return True
+
+
+def _explained(error: InputError, image: Path, mask: Path, coding: Coding) -> InputError:
+    """The error; of sizes that differ by a turn, with the reason."""
+    try:
+        # the other way round: does the mask fit the pixels as they are stored?
+        stored = stored_image(image, turn=not coding.turn)
+        read_mask(mask, stored.size, coding)
+    except InputError:
+        return error
+    if coding.turn:
+        why = "it fits the pixels as they are stored, while EXIF says that viewers turn the image"
+        action = "write `exif: ignore` in the YAML, or turn the mask as viewers turn the image"
+    else:
+        why = "it fits the image as viewers show it, which EXIF says is turned"
+        action = "leave out `exif: ignore`"
+    return InputError(f"{error.got}; {why}", error.needed, action)

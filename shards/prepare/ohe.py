@@ -6,9 +6,17 @@ import colorsys
 from pathlib import Path
 
 from shards.errors import InputError
+from shards.images import stored_image
 from shards.maps import read_older_label
 from shards.prepare.dataset import DataSet
-from shards.prepare.pairing import Pair, each_id, pair_tasks, read_image, seeded_splits
+from shards.prepare.pairing import (
+    Pair,
+    each_id,
+    files_by_id,
+    pair_tasks,
+    seeded_splits,
+    source_of,
+)
 from shards.sample import STANFORD, ClassSet, Sample
 from shards.words import counted
 
@@ -25,7 +33,8 @@ def samples(root: Path, seed: int = 0) -> DataSet:
     it is read, for a map that is not one-hot or has another number of classes than the first
     readable one.
     """
-    images = {path.stem: path for path in (root / "images").glob("*.jpg")}
+    notes: list[str] = []
+    images = files_by_id(root / "images", notes=notes)
     # hidden files are a file manager's, not label maps
     labels = {_key(path): path for path in sorted((root / "h5py").glob("[!.]*"))}
     if not images or not labels:
@@ -37,15 +46,15 @@ def samples(root: Path, seed: int = 0) -> DataSet:
     splits = seeded_splits(sorted(images.keys() | labels.keys()), seed)
     pairs = [
         Pair(
-            id_, split, root / "images" / f"{id_}.jpg", labels.get(id_, root / "h5py" / f"{id_}.h5")
+            *(id_, split, images.get(id_, root / "images" / f"{id_}.jpg")),
+            labels.get(id_, root / "h5py" / f"{id_}.h5"),
         )
         for split, id_ in each_id(splits)
     ]
     # the layout keeps no class names: the number of planes of a map is all that is known
     num_classes = _num_classes([pair for pair in pairs if pair.id in images.keys() & labels.keys()])
-    return DataSet(
-        classes_by_number(num_classes), pair_tasks(root, pairs, _sample, num_classes=num_classes)
-    )
+    tasks = pair_tasks(root, pairs, _sample, num_classes=num_classes)
+    return DataSet(classes_by_number(num_classes), tasks, tuple(notes))
 
 
 def _num_classes(pairs: list[Pair]) -> int:
@@ -55,7 +64,7 @@ def _num_classes(pairs: list[Pair]) -> int:
         assert pair.label is not None  # ids of both folders
         try:
             # the image's size tells (C, H, W) from (H, W, C)
-            return read_older_label(pair.label, read_image(pair.image)[1])[1]
+            return read_older_label(pair.label, stored_image(pair.image).size)[1]
         except InputError as error:
             first = first or error
     raise first or InputError("no id with both an image and a map", "one", "correct --root")
@@ -85,9 +94,10 @@ def rainbow(num_colors: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def _sample(key: str, split: str, image_path: Path, label_path: Path, num_classes: int) -> Sample:
-    image, size = read_image(image_path)
-    label, found = read_older_label(label_path, size)  # (H, W) uint8
+    image = stored_image(image_path)
+    label, found = read_older_label(label_path, image.size)  # (H, W) uint8
     if found != num_classes:
         got = f"{label_path}: {counted(found, 'class', 'classes')}, the first map has {num_classes}"
         raise InputError(got, "the same classes in every map", "correct the file")
-    return Sample(key, image, label, split, f"{label_path.parent.name}/{label_path.name}")
+    source = source_of(label_path.parent.name, label_path)
+    return Sample(key, image.content, label, split, source, image.notes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,12 +13,16 @@ from typing import Any
 import numpy as np
 
 from shards.errors import InputError
+from shards.image_files import images_below
+from shards.images import SUFFIXES
 from shards.prepare.dataset import Task, absent
-from shards.sample import Sample, decode_image
+from shards.sample import Sample
 from shards.words import counted
 
 VAL_SHARE = 5  # one image in five validates: 143 of Stanford Background's 715
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+MASK_SUFFIXES = (*SUFFIXES, ".npy")
+# of one name in several formats these are taken, and the others named
+USUAL = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,13 @@ def pair_tasks(
     """Tasks of read(key, split, image, label, **more) for each pair; of `absent` where a file is
     not there.
 
-    A key is the id with "_" for "." and "/", which cannot be in names within a tar. Raises
-    InputError for a file outside of `root`, links followed, and for two pairs of one key.
+    Keys: see `key_of`. Raises InputError for a name that leads out of `root`, and for two pairs of
+    one key.
     """
     tasks: list[Task] = []
     named: dict[str, Pair] = {}
     for pair in pairs:
-        # a "." would cut the key short in a tar, a "/" make a folder of it
-        key = pair.id.replace("/", "_").replace(".", "_")
+        key = key_of(pair.id)
         if key in named:
             got = f"{pair.image} and {named[key].image} would both be called {key!r}"
             raise InputError(
@@ -52,8 +57,7 @@ def pair_tasks(
             )
         named[key] = pair
         files = [path for path in (pair.image, pair.label) if path is not None]
-        # lists and links come with the data: one from elsewhere must not make us read what lies
-        # outside
+        # lists come with the data: one from elsewhere must not make us read what lies outside
         for path in files:
             check_inside(root, path)
         # a task that fails, not an error: with --skip-bad it is left out, and counted, like a
@@ -69,14 +73,35 @@ def pair_tasks(
     return tasks
 
 
-def check_inside(root: Path, path: Path) -> None:
-    """Raise InputError when a path, links followed, leads out of `root`.
+def key_of(id_: str) -> str:
+    """The id as the key of a sample, which is part of the names within a tar.
 
-    A list's "../x", or a link.
+    "_" for "." (it would cut the name short), for "/" (it would make a folder of it) and for what
+    cannot be printed; a plain blank for every other, such as macOS puts into names of screenshots.
     """
-    # to resolve costs a system call for each part of the path: that of the folder is kept, since a
-    # set has many files in few folders
-    real = path.resolve() if path.is_symlink() else _resolved(path.parent) / path.name
+    key = []
+    for sign in id_:
+        blank = unicodedata.category(sign) == "Zs"
+        plain = " " if blank else sign
+        key.append(plain if plain.isprintable() and plain not in "./" else "_")
+    return "".join(key)
+
+
+def source_of(source: str, path: Path) -> str:
+    """The source_id of a file; bytes of its name that are no UTF-8 as \\xNN."""
+    name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+    return f"{source}/{name}"
+
+
+def check_inside(root: Path, path: Path) -> None:
+    """Raise InputError when a path leads out of `root` by its name: absolute, or by "..".
+
+    Links do not count: whoever put them there wants what they lead to.
+    """
+    if path.is_relative_to(root) and ".." not in path.relative_to(root).parts:
+        return
+    # by "..", which may stay inside; links followed, since "link/.." is not where it began
+    real = path.resolve()
     if not real.is_relative_to(_resolved(root)):
         action = "copy it there, or give a folder that holds both as --root"
         raise InputError(f"{path} leads to {real}", f"files inside {root}", action)
@@ -102,46 +127,44 @@ def locate(root: Path, marker: str, *inside: str) -> Path:
 
 
 def files_by_id(
-    folder: Path, suffix: str = "", suffixes: Iterable[str] = IMAGE_SUFFIXES
+    folder: Path,
+    suffix: str = "",
+    suffixes: Iterable[str] = SUFFIXES,
+    *,
+    notes: list[str] | None = None,
+    strange: bool = True,
 ) -> dict[str, Path]:
-    """The files below `folder` whose names end in `suffix` and an extension, sorted, by relative
-    path without both.
+    """The image files below `folder` whose names end in `suffix` and an extension, sorted, by
+    relative path without both.
 
-    Hidden files are passed over. Raises InputError for two files of one id.
+    See `images_below` for what is left out; it is added to `notes`, with strange also the images
+    whose names end in something else. Raises InputError for two files of one id.
     """
+    listing = images_below(folder, suffixes)
     found: dict[str, Path] = {}
-    # sorted: a folder's own order differs from disk to disk, and with it the order of the maps
-    for path in sorted(folder.rglob("*.*")):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        if (
-            # .JPG and .jpg: cameras write both
-            path.suffix.lower() not in suffixes
-            or path.name.startswith(".")
-            or not stem.endswith(suffix)
-        ):
+    others: list[Path] = []
+    # the usual formats first: beside a.jpg an a.tif is what a.jpg was made from
+    for path in sorted(listing.files, key=lambda path: path.suffix.lower() not in USUAL):
+        id_ = path.relative_to(folder).with_suffix("").as_posix()
+        if not id_.endswith(suffix):
+            others.append(path)
             continue
-        key = stem.removesuffix(suffix)
-        # a.jpg and a.png: which of them the mask belongs to cannot be told
-        if key in found:
+        id_ = id_.removesuffix(suffix)
+        if id_ not in found:
+            found[id_] = path
+        elif found[id_].suffix.lower() in USUAL and path.suffix.lower() not in USUAL:
+            listing.pass_over("beside a JPEG or PNG of the same name", path)
+        else:
+            # a.jpg and a.png: which of them the mask belongs to cannot be told
             raise InputError(
-                f"{found[key]} and {path}", "one file for each id", "remove one of them"
+                f"{found[id_]} and {path}", "one file for each id", "remove one of them"
             )
-        found[key] = path
-    return found
-
-
-def ids_in_list(path: Path) -> list[str]:
-    """The words of a list, an id a line. Raises InputError for an empty or unreadable one."""
-    try:
-        # at any white space: lists come with Windows' line ends, and with blank lines
-        ids = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: {error}", "a list with an id a line", "put it there, or name another"
-        ) from None
-    if not ids:
-        raise InputError(f"{path} is empty", "an id a line", "choose another list")
-    return ids
+    if notes is not None:
+        # where none ends so, the caller has more to say
+        if found and others and strange:
+            listing.passed_over[f"whose names do not end in {suffix}"] = others
+        notes += [note for note in listing.notes() if note not in notes]
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def check_listed_once(splits: Mapping[str, Iterable[str]]) -> None:
@@ -180,20 +203,3 @@ def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
         "train": [key for key in keys if key not in val],
         "val": [key for key in keys if key in val],
     }
-
-
-def read_image(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """(the file's bytes, (height, width)).
-
-    Decodes all of it: raises InputError naming a file that cannot be used.
-    """
-    try:
-        content = path.read_bytes()
-        # the bytes go on as they are, the pixels are dropped: JPEG coded again would lose quality
-        return content, decode_image(content).shape[:2]
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}", "a readable image file", "unpack the data set again"
-        ) from None
-    except InputError as error:
-        raise InputError(f"{path}: {error.got}", error.needed, error.action) from None

@@ -11,12 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from shards.errors import InputError
 from shards.files import check_space, say, tracked
 from shards.maps import MapsReader, MapsWriter
 from shards.prepare.dataset import DataSet, Task
 from shards.processes import mapped
-from shards.sample import ClassSet
+from shards.sample import IGNORE_INDEX, ClassSet
 from shards.words import counted
 
 PART_SAMPLES = 32  # what a kill costs at most, for each worker
@@ -176,7 +178,11 @@ def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepare
             raise InputError(
                 f"split {min(empty)!r}: all samples are bad", "a good one", "replace the files"
             )
+        if dataset.several_classes:
+            _check_classes(dataset.classes, writer.pixels)
     notes = [*dataset.notes]
+    for note, count in sorted(writer.notes.items()):
+        notes.append(f"{count} {'image' if count == 1 else 'images'}: {note}")
     # not strict: pixels has 256 places, of which those behind the classes are void or unused
     labelled = zip(dataset.classes.names, writer.pixels, strict=False)
     absent = (
@@ -190,3 +196,16 @@ def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepare
         writer.left_out,
         tuple(notes),
     )
+
+
+def _check_classes(classes: ClassSet, pixels: np.ndarray) -> None:
+    """Raise InputError for labels of one class and void, out of several: (256,) int64 by index."""
+    used = np.flatnonzero(pixels[: classes.num_classes])
+    # 0 and 255 for two classes, most often; as they are, every prediction would be right
+    if len(used) == 1 and classes.num_classes > 1 and pixels[IGNORE_INDEX]:
+        got = f"all labels hold {classes.names[used[0]]!r} and void, and no other class"
+        action = (
+            "are 0 and 255 the masks' two classes? Then give the second one `ids: [255]` in the "
+            "YAML, and write `void: []`"
+        )
+        raise InputError(got, "labels of two classes or more", action)

@@ -8,8 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import InputError
+from shards.images import stored_image
 from shards.prepare.dataset import DataSet
-from shards.prepare.pairing import Pair, each_id, ids_in_list, pair_tasks, read_image, seeded_splits
+from shards.prepare.lists import ids_in_list
+from shards.prepare.pairing import (
+    Pair,
+    each_id,
+    files_by_id,
+    pair_tasks,
+    seeded_splits,
+    source_of,
+)
 from shards.sample import IGNORE_INDEX, STANFORD, Sample
 
 UNKNOWN = -1
@@ -27,7 +36,8 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
     folders = root / "images", root / "labels"
     # by id on both sides: the n-th image and the n-th label of two sorted folders need not belong
     # together
-    images = {path.stem: path for path in folders[0].glob("*.jpg")}
+    notes: list[str] = []
+    images = files_by_id(folders[0], notes=notes)
     labels = {
         path.name.removesuffix(".regions.txt"): path for path in folders[1].glob("*.regions.txt")
     }
@@ -40,10 +50,13 @@ def samples(root: Path, seed: int | None = None) -> DataSet:
     # ids of both folders, so that a lost file does not change how the others are split
     splits = _splits(root, sorted(images.keys() | labels.keys()), seed)
     pairs = [
-        Pair(id_, split, folders[0] / f"{id_}.jpg", folders[1] / f"{id_}.regions.txt")
+        Pair(
+            *(id_, split, images.get(id_, folders[0] / f"{id_}.jpg")),
+            folders[1] / f"{id_}.regions.txt",
+        )
         for split, id_ in each_id(splits)
     ]
-    return DataSet(STANFORD, pair_tasks(root, pairs, _sample))
+    return DataSet(STANFORD, pair_tasks(root, pairs, _sample), tuple(notes))
 
 
 def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str]]:
@@ -54,7 +67,7 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
     if seed is not None:
         got = f"seed={seed} where {folder} lists the splits"
         raise InputError(got, "either lists or a seed", "leave out seed, or remove splits/")
-    splits = {name: _list(folder, name) for name in ("train", "val")}
+    splits = {name: _list(folder, name, keys) for name in ("train", "val")}
     listed = splits["train"] + splits["val"]
     # exactly once each: an image in both lists would be validated on after it was trained on
     if sorted(listed) != keys:
@@ -73,18 +86,21 @@ def _splits(root: Path, keys: list[str], seed: int | None) -> dict[str, list[str
     return splits
 
 
-def _list(folder: Path, name: str) -> list[str]:
+def _list(folder: Path, name: str, keys: list[str]) -> list[str]:
     paths = sorted(folder.glob(f"*{name}*.txt"))
     if len(paths) != 1:
         raise InputError(
             f"{len(paths)} files {folder}/*{name}*.txt", "one", "keep one list for each split"
         )
-    return ids_in_list(paths[0])
+    return ids_in_list(paths[0], keys)
 
 
 def _sample(key: str, split: str, image_path: Path, label_path: Path) -> Sample:
-    image, size = read_image(image_path)
-    return Sample(key, image, _read_label(label_path, size), split, f"iccv09Data/{image_path.name}")
+    image = stored_image(image_path)
+    label = _read_label(label_path, image.size)
+    return Sample(
+        key, image.content, label, split, source_of("iccv09Data", image_path), image.notes
+    )
 
 
 def _read_label(path: Path, size: tuple[int, int]) -> np.ndarray:

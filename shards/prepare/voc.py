@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from shards.prepare.dataset import DataSet
+from shards.prepare.lists import ids_in_list
 from shards.prepare.masks import Coding, masked_sample
 from shards.prepare.pairing import (
+    MASK_SUFFIXES,
     Pair,
     check_listed_once,
     each_id,
     files_by_id,
-    ids_in_list,
     locate,
     pair_tasks,
 )
@@ -87,21 +88,28 @@ def samples(
     # of their own, which users bring along
     lists = {"train": train_list, "val": val_list}
     default = folder / "ImageSets" / "Segmentation"
+    notes: list[str] = []
+    images = files_by_id(folder / "JPEGImages", notes=notes)
+    masks = files_by_id(folder / labels, suffixes=MASK_SUFFIXES, notes=notes)
     splits = {
-        split: ids_in_list(Path(given) if given else default / f"{split}.txt")
+        split: ids_in_list(Path(given) if given else default / f"{split}.txt", images)
         for split, given in lists.items()
     }
     # lists that are put together by hand (train_aug) may contain validation images, and the score
     # then means nothing
     check_listed_once(splits)
     pairs = [
-        Pair(id_, split, folder / "JPEGImages" / f"{id_}.jpg", folder / labels / f"{id_}.png")
+        Pair(
+            *(id_, split, images.get(id_, folder / "JPEGImages" / f"{id_}.jpg")),
+            masks.get(id_, folder / labels / f"{id_}.png"),
+        )
         for split, id_ in each_id(splits)
     ]
     # most of VOC has no segmentation: said as a note, so that it is not taken for a loss
-    unlisted = len(files_by_id(folder / "JPEGImages").keys() - {pair.id for pair in pairs})
-    said = f"{counted(unlisted, 'image')} of JPEGImages {IS[unlisted != 1]} in no list"
-    notes = (said,) if unlisted else ()
+    unlisted = len(images.keys() - {pair.id for pair in pairs})
+    if unlisted:
+        said = f"{counted(unlisted, 'image')} of JPEGImages {IS[unlisted != 1]} in no list"
+        notes.append(said)
     return DataSet(
-        VOC, pair_tasks(root, pairs, masked_sample, coding=CODING, source="VOC2012"), notes
+        VOC, pair_tasks(root, pairs, masked_sample, coding=CODING, source="VOC2012"), tuple(notes)
     )

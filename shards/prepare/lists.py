@@ -1,0 +1,151 @@
+"""Lists of a split's images: an id, a file name, or an image and its mask a line."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.errors import InputError
+from shards.prepare.pairing import MASK_SUFFIXES
+
+# not str.split and str.splitlines: names have other blanks in them (macOS writes U+202F)
+LINE_ENDS = re.compile(r"\r\n|\r|\n")
+GAPS = re.compile(r"[ \t]*[,;][ \t]*|[ \t]+")
+BLANKS = " \t"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image that a list names; mask: the id of the mask that it names with it, if any."""
+
+    image: str
+    mask: str | None = None
+
+
+class Names:
+    """Ids, found by the ways to write them: as file names, as paths from anywhere, in another
+    Unicode normal form.
+
+    suffix: what file names have after the id. folder: where the files lie.
+    """
+
+    def __init__(self, ids: Iterable[str], suffix: str = "", folder: str = ""):
+        self._suffix, self.folder = suffix, folder.rpartition("/")[2]
+        self._ids = set(ids)
+        self._by_form = {normal_form(id_): id_ for id_ in sorted(self._ids)}
+        self.respelt: set[str] = set()  # found by their normal form only
+
+    def find(self, text: str, *, anywhere: bool = True) -> str | None:
+        """The id that a text means; None where there is none.
+
+        anywhere: also without the folders in front, since lists name paths of other machines.
+        """
+        parts = text.replace("\\", "/").split("/") if text not in self._ids else [text]
+        for start in range(len(parts) if anywhere else 1):
+            tail = "/".join(parts[start:])
+            for form in self._forms(tail):
+                if form in self._ids:
+                    return form
+                found = self._by_form.get(normal_form(form))
+                if found is not None:
+                    self.respelt.add(found)
+                    return found
+        return None
+
+    def _forms(self, tail: str) -> Iterator[str]:
+        for form in (tail, without_extension(tail)):
+            yield form
+            yield form.removesuffix(self._suffix)
+
+
+def normal_form(text: str) -> str:
+    """NFC: an "e" and an accent as the one letter that other systems write."""
+    return unicodedata.normalize("NFC", text)
+
+
+def without_extension(name: str) -> str:
+    """The name without the end of an image's or mask's file name, if it has one."""
+    for suffix in MASK_SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list that hold something, blanks around them left out.
+
+    Raises InputError for an empty or unreadable list.
+    """
+    try:
+        # utf-8-sig: Windows' editors begin a file with a byte-order mark
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: {error}", "a list with an id a line", "put it there, or name another"
+        ) from None
+    lines = [line.strip(BLANKS) for line in LINE_ENDS.split(text)]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise InputError(f"{path} is empty", "an id a line", "choose another list")
+    return lines
+
+
+def entries_of(path: Path, images: Names, masks: Names | None = None) -> list[Entry]:
+    """What the lines of a list name, in order: the ids of `images`, and of `masks` where a line
+    names an image and its mask.
+
+    A line that is no id is two columns, an image and a mask (UniMatch, mmsegmentation), or else
+    several ids. What is not found stays as it is written, less its extension. Raises InputError for
+    an empty or unreadable list.
+    """
+    entries = []
+    for line in read_lines(path):
+        entries += _entries(line, images, images if masks is None else masks)
+    return entries
+
+
+def ids_in_list(path: Path, ids: Iterable[str] = ()) -> list[str]:
+    """The ids that a list names, for data whose masks go by the same ids; see `entries_of`."""
+    return [entry.image for entry in entries_of(path, Names(ids))]
+
+
+def _entries(line: str, images: Names, masks: Names) -> list[Entry]:
+    whole = images.find(line, anywhere=False)
+    # at each gap, since the names on both sides may have blanks
+    columns = [(line[: gap.start()], line[gap.end() :]) for gap in GAPS.finditer(line)]
+    for left, right in columns if whole is None else ():
+        pair = _pair(left, right, images, masks)
+        if pair is not None:
+            return [pair]
+    # of "images/a.jpg masks/b.png" the last part alone would be found, too
+    if whole is None and all(without_extension(left) == left for left, _ in columns):
+        whole = images.find(line)
+    if whole is not None:
+        return [Entry(whole)]
+    words = GAPS.split(line)
+    if any(images.find(word) is not None for word in words):
+        return [Entry(images.find(word) or without_extension(word)) for word in words]
+    # none of it is known: two files, or one name with blanks in it
+    if len(words) == 2 and all(without_extension(word) != word for word in words):
+        return [Entry(without_extension(words[0]))]
+    return [Entry(without_extension(line))]
+
+
+def _pair(left: str, right: str, images: Names, masks: Names) -> Entry | None:
+    image, mask = images.find(left), masks.find(right)
+    if image is None:
+        return None
+    if mask is None:
+        # a mask that is not there is told as missing; without an extension it may be another id
+        lost = without_extension(right)
+        other = lost == right or GAPS.search(right) or images.find(right) is not None
+        return None if other else Entry(image, lost)
+    # images and masks go by the same ids most often: "a b" are two images, and "a masks/b.png" a
+    # mask of another name
+    folders = right.replace("\\", "/").split("/")[:-1]
+    paired = mask == image or images.find(right) is None
+    paired |= masks.folder in folders and masks.folder != images.folder
+    return Entry(image, mask) if paired else None
