@@ -202,10 +202,10 @@ class SmallFOV(SingleBranch):
     """Field of view 18 x 18 of the label map.
 
     1,572,802 parameters at 21 classes, 1,609,090 with products. The paper tells the field of view,
-    which is the same however its 1x1 convolutions are padded; not padding them keeps the size, as
-    all other layers do, and the TensorFlow port (SnoopyHui's) does so too. The Chainer port (oyam's)
-    pads each by one pixel, which adds a border of cells that see nothing but biases, and counts
-    them in its mean: its scores differ from these.
+    which is the same however its 1x1 convolutions are padded. Not to pad them keeps the size, as
+    all other layers do, and the TensorFlow port (SnoopyHui's) does so too. The Chainer port
+    (oyam's) pads each by one pixel, which adds a border of cells that see nothing but biases, and
+    its mean counts them: its scores are others than these.
     """
 
     layout = ((3, 96), (1, 128), POOL, (3, 256), (1, 256), POOL, (3, 512))
