@@ -103,21 +103,25 @@ def test_where_all_are_as_far_none_is_accused(job: Job) -> None:
 
 
 def test_the_first_diagnosis_is_everybodys(job: Job) -> None:
-    job.store.set("diagnosis", "rank 9 is gone")
     job.rank(1)
+    job.store.set("diagnosis", "rank 9 is gone")
     assert job.wait(1) < SECONDS / 2 and job.said[1] == "rank 9 is gone"
 
 
-def test_of_an_error_of_ones_own_the_others_are_told_and_the_first_stays(job: Job) -> None:
+def test_of_an_error_of_ones_own_the_others_are_told(job: Job) -> None:
     member = job.rank(1)
     member.report("step 3")
     error = ValueError("no such file\nand more")
     assert member.explain(error) is error
     told = job.store.get("diagnosis").decode()
     assert told.startswith("rank 1 on ") and told.endswith("(at step 3) has failed: no such file")
-    other = job.rank(2)
-    assert other.explain(ValueError("later")) is not None
-    assert job.store.get("diagnosis").decode() == told
+
+
+def test_an_error_that_follows_from_a_diagnosis_does_not_replace_it(job: Job) -> None:
+    member = job.rank(1)
+    job.store.set("diagnosis", "rank 9 is gone")
+    member._tell_own_failure(ValueError("no such file"))
+    assert job.store.get("diagnosis") == b"rank 9 is gone"
 
 
 @pytest.mark.parametrize(
