@@ -137,14 +137,22 @@ def test_errors_of_a_lost_peer_are_told_by_their_words(error: Exception, expecte
     assert _is_of_lost_peer(error) is expected
 
 
-def test_a_lost_peers_error_names_who_is_silent(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("was_heard", [True, False])
+def test_a_lost_peers_error_names_who_is_silent(
+    job: Job, monkeypatch: pytest.MonkeyPatch, was_heard: bool
+) -> None:
     monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
-    member = job.rank(1)
-    living = job.rank(2)
+    member, living = job.rank(1), job.rank(2)
+    if was_heard:
+        lost = job.rank(0)
+        lost.report("step 4")
+        lost.close()
+        lost._publish_beat()  # its last: not that it is done
     found: Any = member.explain(RuntimeError("gloo: connection reset by peer"))
-    # rank 0 was never heard of
-    assert isinstance(found, module.LostRankError) and str(found) == "rank 0 is gone"
-    assert job.store.get("diagnosis") == b"rank 0 is gone" and living is not None
+    assert isinstance(found, module.LostRankError) and living is not None
+    assert str(found).startswith("rank 0 on " if was_heard else "rank 0 is gone")
+    assert str(found).endswith("(last heard of at step 4) is gone" if was_heard else "is gone")
+    assert job.store.get("diagnosis").decode() == str(found)
 
 
 def test_a_beat_says_where_a_rank_was(job: Job) -> None:
