@@ -151,6 +151,33 @@ def test_too_little_space_is_said_before_training(
         Checkpointer(tmp_path / "not" / "yet", 2, {}, RANKS).check_space({"segmentor": Holder(1)})
 
 
+def test_space_is_asked_for_all_that_will_be_kept_and_the_one_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sum(t.numel() * t.element_size() for t in Holder(1).tensors["network"].values())
+    checkpoints, free = Checkpointer(tmp_path, 2, {}, RANKS), 4 * one  # two, the best, a new one
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    checkpoints.check_space({"segmentor": Holder(1)})
+    free -= 1
+    with pytest.raises(InputError, match="MB free"):
+        checkpoints.check_space({"segmentor": Holder(1)})
+    checkpoints.save({"segmentor": Holder(1)}, state(1))  # which takes its place already
+    checkpoints.check_space({"segmentor": Holder(1)})
+
+
+def test_a_step_that_is_saved_again_replaces_its_checkpoint_and_leftovers_go(
+    tmp_path: Path,
+) -> None:
+    checkpoints, holder = Checkpointer(tmp_path, 2, {}, RANKS), Holder(0)
+    checkpoints.save({"segmentor": Holder(1)}, state(5))
+    left = tmp_path / "checkpoints" / ".partial-step-00000009"
+    left.mkdir()  # of a run that was killed, and will not come to that step again
+    path = checkpoints.save({"segmentor": Holder(2)}, state(5))
+    checkpoints.load(path, {"segmentor": holder})
+    assert holder.tensors["network"]["count"] == 2 and names(tmp_path) == ["step-00000005"]
+    assert not left.exists()
+
+
 def test_another_runs_checkpoint_is_refused_by_name_of_the_difference(tmp_path: Path) -> None:
     Checkpointer(tmp_path, 2, {"seed": 1}, RANKS).save({"segmentor": Holder(1)}, state(1))
     with pytest.raises(InputError, match="seed is 1, this run's is 2"):

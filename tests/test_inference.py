@@ -86,6 +86,13 @@ def test_padding_of_a_tiny_image_does_not_show_in_a_constant_one(model: nn.Modul
     torch.testing.assert_close(tiny, large[:, :9, :6])
 
 
+def test_a_tiny_image_is_continued_at_the_right_and_below(model: nn.Module) -> None:
+    image = picture(20, 45)
+    continued = np.pad(image, ((0, 12), (0, 0), (0, 0)), mode="edge")
+    expected = probabilities(model, continued)[:, :20]
+    torch.testing.assert_close(probabilities(model, image), expected)
+
+
 @pytest.mark.cpu
 def test_bfloat16_autocast_stays_near_full_precision(model: nn.Module) -> None:
     image = picture(64, 64)

@@ -19,7 +19,14 @@ from distseg.distributed.ranks import Ranks
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions, cross_entropy_sum, hard_pixels
 from distseg.losses.overlap import dice_sum, lovasz_softmax_sum
-from distseg.losses.terms import FunctionTerm, Predicted, Targets, Term
+from distseg.losses.terms import (
+    Adversarial,
+    CrossEntropy,
+    FunctionTerm,
+    Predicted,
+    Targets,
+    Term,
+)
 from distseg.parallel import wrap
 from distseg.train.batch import Images
 from distseg.train.counts import Counts
@@ -32,7 +39,7 @@ from distseg.train.objective import (
     build_term,
     check_terms,
 )
-from distseg.train.schedules import phase
+from distseg.train.schedules import Phase, phase
 from distseg.train.step import Pair, term_mean, training_step
 from shards.errors import InputError
 from shards.sample import ClassSet
@@ -532,3 +539,26 @@ def test_a_run_that_is_not_finite_any_more_ends_with_an_error() -> None:
     error = not_finite_step(config, 50, all_bad | {"skips_in_a_row/segmentor": 1.0})
     assert error is not None and "at the last step, 50" in error.got
     assert not_finite_step(config, 50, dict.fromkeys(bad, 1.0)) is None
+
+
+def test_a_term_takes_part_where_there_is_what_it_needs() -> None:
+    class Unlabelled(Term):
+        name, images = "mine", "unlabelled"
+
+    class Through(Term):
+        name, through_discriminator = "through", True
+
+    weights = {"cross_entropy": 1.0, "mine": 0.5, "through": 0.5, "adversarial": 0.0}
+    terms = (CrossEntropy(), Unlabelled(), Through(), Adversarial())
+    objective = Objective(terms, Judging(on_unlabelled=True))
+    plain = Phase(segmentor=True, discriminator=False, weights=weights)
+    assert [term.name for term, _ in objective.active(plain)] == ["cross_entropy"]
+    assert not objective.uses_unlabelled(plain)
+    judged = Phase(segmentor=True, discriminator=False, adversary=True, weights=weights)
+    # the adversarial term without a weight too, which is watched
+    assert [term.name for term, _ in objective.active(judged)] == [term.name for term in terms]
+    assert objective.uses_unlabelled(judged)
+    turn = Phase(segmentor=False, discriminator=True, adversary=True)
+    assert objective.uses_unlabelled(turn)
+    labelled = Objective(terms, Judging(on_unlabelled=False))
+    assert not labelled.uses_unlabelled(turn)

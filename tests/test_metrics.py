@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distseg.evaluate.metrics import (
+    calibration_counts,
     confusion_matrix,
     log_loss_sum,
     max_f1,
@@ -149,6 +150,15 @@ def test_max_f1_equals_brute_force_over_all_thresholds() -> None:
     guess = chance >= threshold
     assert 2 * (guess & truth).sum() / (guess.sum() + truth.sum()) == pytest.approx(best, abs=1e-12)
     assert math.isnan(max_f1(torch.zeros(2, 256, dtype=torch.int64))[0])
+
+
+def test_a_confidence_on_an_edge_is_in_the_lower_bin() -> None:
+    """Bins (k/15, (k+1)/15], as Guo et al. 2017 have them; 0.2 is 3/15."""
+    even = torch.full((5, 1, 1), 0.2, dtype=torch.float64)
+    sure = torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64)[:, None, None]
+    label = torch.zeros(1, 2, dtype=torch.uint8)
+    pixels = calibration_counts(torch.cat([even, sure], 2), label)[0]
+    assert pixels.nonzero().flatten().tolist() == [2, 14]
 
 
 def test_log_loss_is_its_formula_and_finite_for_a_chance_of_zero() -> None:

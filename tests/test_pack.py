@@ -26,7 +26,7 @@ from PIL import Image
 import shards.pack
 from shards.errors import InputError
 from shards.manifest import Manifest
-from shards.maps import MapsReader, write_maps
+from shards.maps import MapsReader, MapsWriter, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image
@@ -101,6 +101,8 @@ def test_manifest_counts_every_pixel(packed: Path) -> None:
         labels = [sample.label.ravel() for sample in samples if sample.label is not None]
         counts = np.bincount(np.concatenate(labels), minlength=256)
         assert split.num_samples == len(samples) == sum(shard.num_samples for shard in split.shards)
+        unlabelled = sum(sample.label is None for sample in samples)
+        assert sum(shard.num_unlabelled or 0 for shard in split.shards) == unlabelled
         assert (list(split.class_pixels), split.void_pixels) == (
             list(counts[:8]),
             counts[IGNORE_INDEX],
@@ -357,6 +359,21 @@ def test_an_appended_split_leaves_the_others_as_they_were(
         pack(maps, out, samples_per_shard=3)
 
 
+def test_samples_that_were_left_out_are_added_up(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    for split, bad in (("test", ["a", "b"]), ("extra", ["c"])):
+        samples = [
+            replace(sample, key=f"{split}_{index:02d}", split=split)
+            for index, sample in enumerate(toy_samples())
+        ]
+        with MapsWriter.publishing(tmp_path / "extra.h5", "toy blobs", STANFORD) as writer:
+            for sample in samples:
+                writer.add(sample)
+            writer.left_out |= dict.fromkeys(bad, "no image")
+        pack(tmp_path / "extra.h5", tmp_path / "out", append=True)
+    assert Manifest.load(tmp_path / "out").left_out == 3
+
+
 @pytest.mark.parametrize("verified", [True, False])
 def test_appending_vouches_for_its_own_shards_only(
     packed: Path, tmp_path: Path, verified: bool
@@ -378,6 +395,13 @@ def test_appending_vouches_for_its_own_shards_only(
             "test",
             "more",
             replace(STANFORD, names=tuple(reversed(STANFORD.names))),
+            "has the classes sky, tree",
+        ),
+        # the colours alone
+        (
+            "test",
+            "more",
+            replace(STANFORD, palette=tuple(reversed(STANFORD.palette))),
             "has the classes sky, tree",
         ),
     ],

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distseg.data import plan as module
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan, rank_positions
 from shards.errors import InputError
 from shards.manifest import Manifest, ShardInfo, SplitInfo
@@ -233,6 +234,18 @@ def test_classes_are_drawn_as_the_formula_says(temperature):
     ]
     with pytest.raises(InputError, match="without a pixel"):
         BalancedPlan(np.zeros((3, 2), np.int64), 0)
+
+
+def test_the_largest_draw_is_still_of_a_class(monkeypatch):
+    """Ten tenths add up to less than 1, and the largest draw is not below that sum."""
+
+    class Largest:
+        def random(self, count):
+            return np.full(count, np.nextafter(1, 0))
+
+    balanced = BalancedPlan(np.eye(10, dtype=np.int64), seed=0)
+    monkeypatch.setattr(module, "_generator", lambda *words: Largest())
+    assert balanced.sample_index(0) == 9
 
 
 STARTUP = """

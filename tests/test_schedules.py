@@ -41,6 +41,8 @@ def test_early_stopping_counts_evaluations_since_the_best() -> None:
     losses = [3.0, 2.0, 2.5, 2.0, math.nan, 1.9]
     assert [stops_early(losses[:n], schedule) for n in range(7)] == [False] * 5 + [True, False]
     assert not stops_early([1.0] * 50, ScheduleConfig("constant"))
+    # without a number yet there is no best to wait from: one evaluation more than the patience
+    assert [stops_early([math.nan] * n, schedule) for n in range(6)] == [False] * 4 + [True] * 2
 
 
 def test_simultaneous_updates_both_at_every_step() -> None:

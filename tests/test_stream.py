@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tarfile
 import threading
 import time
@@ -9,6 +10,7 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from conftest import toy_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distseg.data import stream as module
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan, augmentation_rng
 from distseg.data.samples import SampleSet
-from distseg.data.stream import TrainStream, evaluation_samples
+from distseg.data.stream import STEPS_EXPECTED, TrainStream, evaluation_samples
 from distseg.data.transforms import TrainView
 from shards.errors import InputError
 from shards.reader import ShardReader
@@ -310,6 +313,29 @@ def test_prefetch_is_bounded(reader):
         next(source)
         time.sleep(0.3)
         assert len(read) == 3 * 4  # the batch at hand and two more
+
+
+def test_readers_hear_of_samples_well_before_they_are_read(reader, monkeypatch):
+    samples, plan, heard = SampleSet(reader), Plan(8, seed=5), []
+    monkeypatch.setattr(samples, "expect", heard.extend)
+    options = {"batch_size": 6, "rank": 1, "world_size": 2, "num_threads": 0, "start_step": 3}
+    with closing(TrainStream(samples, plan, VIEW, **options)) as stream:
+        next(stream)
+        positions = [6 * step + 3 + i for step in range(3, 4 + STEPS_EXPECTED) for i in range(3)]
+        assert heard == [plan.sample_index(position) for position in positions]
+        next(stream)  # each step once
+        positions += [6 * (4 + STEPS_EXPECTED) + 3 + i for i in range(3)]
+        assert heard == [plan.sample_index(position) for position in positions]
+
+
+def test_waits_add_up(reader, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    options = {"batch_size": 2, "rank": 0, "world_size": 1, "num_threads": 0}
+    with closing(TrainStream(SampleSet(reader), Plan(8, seed=5), VIEW, **options)) as stream:
+        for _ in range(3):
+            next(stream)
+        assert stream.wait_seconds == 3
 
 
 def test_waits_are_measured(reader):

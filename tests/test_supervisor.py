@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,13 @@ from distseg.runs.attempts import Attempt
 from launchers import batch_job
 from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node
-from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
+from launchers.supervisor import (
+    Decision,
+    Supervisor,
+    decide,
+    failures_in_a_row,
+    may_be_the_machines,
+)
 from shards.errors import InputError
 
 
@@ -35,6 +43,8 @@ def attempt(outcome: str, reason: str = "", exit_codes: tuple[int, ...] = ()) ->
         (143, attempt("failed", "rank 3 on b: exit code 2", (75, 2)), False, "fail", 2),
         (75, attempt("failed", "rank 1 is gone", (75,)), False, "again", 75),
         (137, attempt("killed"), False, "again", 137),
+        # never 0, which SLURM would call COMPLETED
+        (0, attempt("failed", "an error after the last collective", (1,)), False, "again", 75),
         (1, None, False, "again", 1),
         (2, None, False, "fail", 2),
         (0, None, False, "done", 0),  # no training run
@@ -163,6 +173,33 @@ def test_only_failures_that_may_be_a_machines_are_waited_for() -> None:
         attempt("failed", "", (1, -9))
     )
     assert not may_be_the_machines(attempt("failed", "RuntimeError: a mistake", (1, 1)))
+
+
+def test_ranks_that_were_lost_are_no_failures_of_the_run() -> None:
+    own, lost = attempt("failed", "", (75, 1)), attempt("failed", "", (75, -9))
+    assert failures_in_a_row([own, own]) == 2 and failures_in_a_row([own, lost]) == 0
+    assert failures_in_a_row([own, attempt("done"), own]) == 1
+    further = attempt("failed", "", (1,))
+    further.first_step = 8
+    assert failures_in_a_row([own, further]) == 1 and failures_in_a_row([]) == 0
+
+
+def test_a_start_is_judged_by_its_own_note_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LABEL_VARIABLE, "job 7, restart 0, try 1")
+    Note(tmp_path, ["here"], 0).finish(9, "done")
+    run = Supervisor("distseg.train", [], tmp_path, with_srun=False)
+    noted = run._noted("job 7, restart 0, try 1")
+    assert noted is not None and noted.outcome == "done"
+    assert run._noted("job 7, restart 0, try 2") is None  # it was killed before it noted anything
+
+
+def test_a_death_by_a_signal_has_the_exit_code_of_shells() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process.kill()
+    process.wait()
+    assert supervisor._exit_code(process) == 137
 
 
 def test_the_exit_code_of_a_rank_comes_through_torchrun(

@@ -6,16 +6,21 @@ The same bits, equal to brute force and to other libraries' values.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from distseg.data.samples import SampleSet
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.boundary import boundary_counts, compare_outlines
+from distseg.evaluate.evaluator import Evaluator
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.metrics import calibration_counts, calibration_error
 from distseg.evaluate.tally import NUM_RESAMPLES, Tally, bootstrap
 from shards.errors import InputError
+from shards.reader import ShardReader
 from tests.ranks import run_ranks
 
 NUM_CLASSES = 6
@@ -217,6 +222,24 @@ def test_an_image_seen_twice_or_never_is_an_error() -> None:
 def test_without_details_only_the_cheap_scores_are_there() -> None:
     found = tallied(Ranks(0, 1, 0, torch.device("cpu")), details=False)
     assert "loss" in found and not {"boundary_f1", "calibration_error"} & found.keys()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_leaves_the_network_in_its_mode(toy_shards: Path, training: bool) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Dropout(0.5)).train(training)
+    modes = []
+    network[1].register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    reader, device = ShardReader(toy_shards, "val"), torch.device("cpu")
+    evaluator = Evaluator(
+        lambda: network,
+        SampleSet(reader),
+        Ranks(0, 1, 0, device),
+        TestTimeAugmentation((1.0,), False, "fp32", device),
+        num_threads=0,
+    )
+    evaluator()
+    assert modes == [False] * len(reader) and len(reader) > 0
+    assert all(layer.training == training for layer in network.modules())
 
 
 def test_nothing_but_void_is_refused() -> None:

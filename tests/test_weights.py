@@ -197,3 +197,43 @@ def test_a_folder_of_its_name_is_no_match_for_a_word(
     for word in ("random", "imagenet"):  # data often lie in a folder called imagenet
         (tmp_path / word).mkdir()
         assert initial_weights(word, "segmentor") == word
+
+
+def torchvisions_deeplabv3(encoder: dict[str, torch.Tensor], channels: int) -> dict[str, Any]:
+    """A state dict of torchvision's deeplabv3_resnet101 (0.29.2) with its auxiliary classifier."""
+
+    def normalised(key: str, size: int) -> dict[str, torch.Tensor]:
+        names = ("weight", "bias", "running_mean", "running_var")
+        numbers = {f"{key}.{name}": torch.rand(size) for name in names}
+        return numbers | {f"{key}.num_batches_tracked": torch.tensor(3)}
+
+    state = {f"backbone.{key}": value for key, value in encoder.items()}
+    # the 1x1 branch, the atrous ones, and the image-level one, whose layer 0 is the pooling
+    for branch, layer, kernel in [(0, 0, 1), (1, 0, 3), (2, 0, 3), (3, 0, 3), (4, 1, 1)]:
+        key = f"classifier.0.convs.{branch}"
+        state[f"{key}.{layer}.weight"] = torch.rand(8, channels, kernel, kernel)
+        state |= normalised(f"{key}.{layer + 1}", 8)
+    state["classifier.0.project.0.weight"] = torch.rand(8, 40, 1, 1)
+    state |= normalised("classifier.0.project.1", 8)
+    state["classifier.1.weight"] = torch.rand(8, 8, 3, 3)
+    state |= normalised("classifier.2", 8)
+    state["aux_classifier.0.weight"] = torch.rand(4, channels // 2, 3, 3)
+    state |= normalised("aux_classifier.1", 4)
+    for key, wide in (("classifier.4", 8), ("aux_classifier.4", 4)):
+        state |= {f"{key}.weight": torch.rand(21, wide, 1, 1), f"{key}.bias": torch.rand(21)}
+    return state
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_torchvisions_deeplabv3_gives_its_encoder(auxiliary: bool, tmp_path: Path) -> None:
+    """The head is another one there: a 3x3 more, and a norm where the paper has none."""
+    name, options = "deeplabv3_resnet101", {"width": 2, "auxiliary": auxiliary}
+    encoder = build_segmentor(name, 3, init="random", **options).encoder.state_dict()
+    encoder = {key: torch.rand_like(value.float()).to(value) for key, value in encoder.items()}
+    torch.save(torchvisions_deeplabv3(encoder, 64), tmp_path / "coco.pth")
+    loaded = build_segmentor(name, 3, init=str(tmp_path / "coco.pth"), **options)
+    assert all(torch.equal(t, encoder[key]) for key, t in loaded.encoder.state_dict().items())
+    report = loaded.init_report
+    assert report is not None and set(report.loaded) == set(encoder)
+    assert all(key.startswith(("classifier.", "aux_classifier.")) for key in report.left_over)
+    assert "classifier.4.weight" in report.left_over and report.missing == ()

@@ -2,7 +2,8 @@
 
 All of them: forward takes an image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32, and gives
 logits (N, C, ceil(H/s), ceil(W/s)), s the `output_stride`, on a grid that starts at the image's
-corner. An image smaller than that and a bad option raise InputError.
+corner; DeepLabV2 with layout=caffe brings its own to the image's size, s = 1. An image smaller than
+that and a bad option raise InputError.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distseg.losses.tensors import at_least_float32
 from distseg.models.aspp import (
     ASPP,
     LIGHT_CHANNELS,
@@ -42,12 +44,17 @@ class DeepLabV2ResNet101(nn.Module):
     """Atrous classifiers with rates 6, 12, 18 and 24 side by side on stride 8, summed.
 
     The segmentor of Hung et al. 2018; they train it with batch norm frozen
-    (segmentor.batch_norm=frozen). layout, channel_order, width: see ResNet. Weights of AdvSemiSeg
-    or of its COCO start need layout=caffe. aspp_branches: 4, or 2 for weights released by
-    AdvSemiSeg, whose code left its loop after rates 6 and 12.
+    (segmentor.batch_norm=frozen). layout, channel_order, width: see ResNet. aspp_branches: 4, or 2
+    for weights released by AdvSemiSeg, whose code left its loop after rates 6 and 12.
+
+    layout=caffe: for weights of AdvSemiSeg or of its COCO start, whose grid has a cell on every 8th
+    pixel from 0 on, one more where the pooling rounds up, and is stretched over the image so that
+    the outer cells' centres lie on its outer pixels (align_corners). No size but 8k + 1 px makes
+    that exact, and no other way of upsampling fits the weights, so the logits come upsampled, (N,
+    C, H, W) in at least float32, to losses, discriminator and evaluation alike.
     """
 
-    output_stride = 8
+    output_stride = 8  # 1 with layout=caffe
     min_size_px = 32
     init_report: LoadReport | None = None  # what was taken from a file of weights
 
@@ -66,18 +73,29 @@ class DeepLabV2ResNet101(nn.Module):
                 f"segmentor.options.aspp_branches={aspp_branches}", "4 or 2", "correct it"
             )
         self.num_classes = num_classes
+        if layout == "caffe":
+            self.output_stride = 1
         self.encoder = ResNet(101, 8, layout=layout, channel_order=channel_order, width=width)
         channels = 8 * EXPANSION * width
         self.aspp = SummedClassifiers(channels, num_classes, V2_RATES[:aspp_branches])
 
     def forward(self, image: Tensor) -> Tensor:
         require_size(image, self.min_size_px)
+        if self.encoder.layout == "caffe":
+            return self._stretched(image)
         # fmt: off
         x, grid = _on_nodes(image, self.output_stride)  # (N, 3, 8h + 4, 8w + 4)
         x = self.encoder(x)[-1]                         # (N, 2048, h + 1, w + 1)
         x = self.aspp(x)                                # (N, C, h + 1, w + 1)
         return _off_nodes(x, grid)                      # (N, C, h, w)
         # fmt: on
+
+    def _stretched(self, image: Tensor) -> Tensor:
+        """The logits as AdvSemiSeg has them, of an image without a margin."""
+        x = self.aspp(self.encoder(image)[-1])  # (N, C, h, w), h and w up to one above H/8 and W/8
+        size = _size_of(image)
+        # at least float32: what follows takes logits of the image's size as they are
+        return F.interpolate(at_least_float32(x), size, mode="bilinear", align_corners=True)
 
 
 class _OnResNet(nn.Module):

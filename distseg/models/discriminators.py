@@ -202,7 +202,11 @@ class LargeFOVLight(SingleBranch):
 class SmallFOV(SingleBranch):
     """Field of view 18 x 18 of the label map.
 
-    1,572,802 parameters at 21 classes, 1,609,090 with products.
+    1,572,802 parameters at 21 classes, 1,609,090 with products. The paper tells the field of view,
+    which is the same however its 1x1 convolutions are padded. Not to pad them keeps the size, as
+    all other layers do, and the TensorFlow port (SnoopyHui's) does so too. The Chainer port
+    (oyam's) pads each by one pixel, which adds a border of cells that see nothing but biases, and
+    its mean counts them: its scores are others than these.
     """
 
     layout = ((3, 96), (1, 128), POOL, (3, 256), (1, 256), POOL, (3, 512))
@@ -212,7 +216,8 @@ class SmallFOV(SingleBranch):
 class SmallFOVLight(SingleBranch):
     """Field of view 18 x 18 of the label map.
 
-    490,434 parameters at 21 classes, 526,722 with products.
+    490,434 parameters at 21 classes, 526,722 with products. 1x1 convolutions without padding, as in
+    SmallFOV.
     """
 
     layout = ((3, 96), (1, 128), POOL, (3, 128), (1, 128), POOL, (3, 256))

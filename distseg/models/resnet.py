@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from distseg.models.batch_norm import BatchNorm2d, conv_norm
 from distseg.models.checks import require_choice, require_number
@@ -87,11 +89,18 @@ class ResNet(nn.Module):
         if self.is_bgr:
             x = x.flip(1)                                  # (N, 3, H, W)
         x = self.relu(conv_norm(x, self.conv1, self.bn1))  # (N, 64, H/2, W/2)
-        quarter = self.layer1(self.maxpool(x))             # (N, 256, H/4, W/4)
+        quarter = self.layer1(self._pooled(x))             # (N, 256, H/4, W/4)
         x = self.layer2(quarter)                           # (N, 512, H/8, W/8)
         third = self.layer3(x)                             # (N, 1024, H/s, W/s)
         return quarter, third, self.layer4(third)          # (N, 2048, H/s, W/s)
         # fmt: on
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.maxpool.ceil_mode and is_exporting():
+            # ceil mode would bind the exported network to sizes that it rounds up, or to the
+            # others; the zeros are no larger than what a ReLU has left, so these are its values
+            return F.max_pool2d(F.pad(x, (1, 2, 1, 2)), 3, stride=2)
+        return self.maxpool(x)
 
 
 class Bottleneck(nn.Module):

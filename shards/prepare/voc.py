@@ -108,8 +108,6 @@ def samples(
     # most of VOC has no segmentation: said as a note, so that it is not taken for a loss
     unlisted = len(images.keys() - {pair.id for pair in pairs})
     if unlisted:
-        said = f"{counted(unlisted, 'image')} of JPEGImages {IS[unlisted != 1]} in no list"
-        notes.append(said)
-    return DataSet(
-        VOC, pair_tasks(root, pairs, masked_sample, coding=CODING, source="VOC2012"), tuple(notes)
-    )
+        notes.append(f"{counted(unlisted, 'image')} of JPEGImages {IS[unlisted != 1]} in no list")
+    tasks = pair_tasks(root, pairs, masked_sample, coding=CODING, source="VOC2012")
+    return DataSet(VOC, tasks, tuple(notes))
