@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from distseg.runs.attempts import Attempt
-from launchers import batch_job
+from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note
+from launchers import batch_job, supervisor
 from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node
-from launchers.supervisor import (
-    Decision,
-    Supervisor,
-    decide,
-    failures_in_a_row,
-    may_be_the_machines,
-)
+from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
 from shards.errors import InputError
 
 
@@ -173,15 +167,6 @@ def test_only_failures_that_may_be_a_machines_are_waited_for() -> None:
         attempt("failed", "", (1, -9))
     )
     assert not may_be_the_machines(attempt("failed", "RuntimeError: a mistake", (1, 1)))
-
-
-def test_ranks_that_were_lost_are_no_failures_of_the_run() -> None:
-    own, lost = attempt("failed", "", (75, 1)), attempt("failed", "", (75, -9))
-    assert failures_in_a_row([own, own]) == 2 and failures_in_a_row([own, lost]) == 0
-    assert failures_in_a_row([own, attempt("done"), own]) == 1
-    further = attempt("failed", "", (1,))
-    further.first_step = 8
-    assert failures_in_a_row([own, further]) == 1 and failures_in_a_row([]) == 0
 
 
 def test_a_start_is_judged_by_its_own_note_alone(
