@@ -11,9 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distseg.distributed.ranks import Ranks, own_store
+from distseg.distributed.ranks import Ranks
+from distseg.distributed.store import own_store
 from shards.errors import InputError
 
+CALL_SECONDS = 60.0  # for an answer of the store, whose keeper may be stopped
 POLL_SECONDS = 0.02  # asked again and again: a wait inside of the store could not be given up
 
 
@@ -46,7 +48,7 @@ class Mailbox:
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        self._store: Any = None if ranks.world_size == 1 else own_store(ranks)
+        self._store: Any = None if ranks.world_size == 1 else own_store(ranks, CALL_SECONDS)
         self._given_up = threading.Event()
 
     def send(self, round_number: int, failure: Failure | None) -> None:

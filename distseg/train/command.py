@@ -18,8 +18,6 @@ from distseg.distributed.ranks import (
     check_alone,
     joined,
     on_main,
-    setup,
-    teardown,
 )
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
@@ -56,11 +54,10 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     # the process group, a rank that leaves alone would be waited for.
     prepared = check(config, world_size)
 
-    ranks = setup(config.device, config.parallel.timeout_seconds)
-    if ranks.device.type == "cpu":
-        reuse_memory()  # here alone: a process that lives on could not take it back
-    _train_on(ranks, config, prepared)
-    teardown()
+    with joined(config.device, config.parallel.timeout_seconds) as ranks:
+        if ranks.device.type == "cpu":
+            reuse_memory()  # here alone: a process that lives on could not take it back
+        _train_on(ranks, config, prepared)
     return 0
 
 
@@ -176,12 +173,12 @@ def train_and_show(
     with noted(trainer, stream) as note:
         done = trainer.fit(stream, stop)
         if done:
-            # Evaluation and the gathering of shards are collectives: every rank takes part in both
-            # before any of them closes its watchdog and leaves.
+            # evaluation and the gathering of shards are collectives: every rank takes part in both
             score_again(trainer)
             network = trainer.evaluator.gather_network()
-            watchdog.close()  # what is left is the main rank's alone
+            # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
             show(trainer, network, data.val)
+        watchdog.done()  # uploads to W&B may last, and are no stall
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
