@@ -15,7 +15,7 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, on_main, setup, teardown
+from distseg.distributed.ranks import Ranks, joined, on_main
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
@@ -41,8 +41,11 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     network, config, path = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
     samples = open_samples(config, path)
-    ranks = setup(config.device, config.parallel.timeout_seconds)
-    with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
+    timeout_seconds = config.parallel.timeout_seconds
+    with (
+        joined(config.device, timeout_seconds) as ranks,
+        Watchdog(ranks, timeout_seconds) as watchdog,
+    ):
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)
         evaluator = evaluator_of(network, config, path, samples, ranks)
@@ -52,7 +55,6 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, path, time.perf_counter() - started)
-    teardown()
     return 0
 
 
