@@ -23,7 +23,9 @@ POLL_SECONDS = 0.2  # between two looks at a file system that may be shared
 
 
 class RunDirectory:
-    """A run directory that this job has to itself, with the configuration saved in it.
+    """A run directory that this job has to itself; `accept` saves the configuration in it.
+
+    Until then nothing in it changes, so that a start that is refused leaves a run as it was.
 
     The lock is the main rank's and ends with its process, however that ends. Raises InputError, on
     every rank, when another job trains there, when the directory holds a run of another
@@ -37,13 +39,16 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: Config, ranks: Ranks, visible_seconds: float = 60.0):
         self.path, self.ranks = path, ranks
+        self._config = config
         self._lock: TextIO | None = None
+        self._owner_before, self._is_accepted = "", False
         # one rank locks for all: a lock for each would keep the job's own ranks out
-        owner, self.steps_before = on_main(ranks, lambda: self._claim(config))
+        owner, self.steps_before = on_main(ranks, self._claim)
         # the main rank waits in a collective
         patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
         sees = on_all(ranks, self._is_owned_by(owner, patience))
         if not all(sees):
+            self._release()
             # every rank knows of all answers, so every one raises: none waits for the others
             raise shared_error(
                 InputError(
@@ -58,9 +63,28 @@ class RunDirectory:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            # the file stays: removing it could take away the one that the next job has just locked
-            self._lock.close()
+        self._release()
+
+    def accept(self) -> None:
+        """Save the configuration: nothing is left that could refuse the run. On every rank."""
+        on_main(self.ranks, self._save)
+
+    def _save(self) -> None:
+        # with the lock held: of two jobs one could save its own over the other's
+        with published(self.path / CONFIG_FILE) as partial:
+            partial.write_text(loading.to_yaml(self._config))
+        self._is_accepted = True
+
+    def _release(self) -> None:
+        if self._lock is None:
+            return
+        # it names the last job that trained here, which a refused one has not
+        if not self._is_accepted:
+            with suppress(OSError):  # a full disk, which has been told
+                self._write_owner(self._lock, self._owner_before)
+        # the file stays: removing it could take away the one that the next job has just locked
+        self._lock.close()
+        self._lock = None
 
     def _is_owned_by(self, owner: str, patience_seconds: float) -> bool:
         """Whether this rank comes to see the lock file of the main one.
@@ -80,25 +104,21 @@ class RunDirectory:
                 with suppress(OSError):
                     os.listdir(folder)
 
-    def _claim(self, config: Config) -> tuple[str, int | None]:
-        """Lock, and save the configuration.
-
-        Returns what the lock file holds, unlike any other, and `steps_before`.
-        """
-        # before anything is written: a start that is refused leaves the run as it was
-        steps_before = loading.check_same(self.path, config)
+    def _claim(self) -> tuple[str, int | None]:
+        """Lock. Returns what the lock file holds, unlike any other, and `steps_before`."""
+        # before anything is written
+        loading.check_same(self.path, self._config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / LOCK_FILE).open("a")  # not emptied: it may be another job's
             # the kernel's lock, which ends with the process; a file that stands for one outlives a
             # kill
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # again: until the lock was this job's, another one could begin a run here
+            steps_before = loading.check_same(self.path, self._config)
+            self._owner_before = (self.path / LOCK_FILE).read_text()
             owner = f"process {os.getpid()} on {socket.gethostname()} {uuid.uuid4().hex}"
-            self._lock.truncate(0)
-            self._lock.write(owner)
-            self._lock.flush()
-            # on the server, where the other machines look for it
-            os.fsync(self._lock.fileno())
+            self._write_owner(self._lock, owner)
         except BlockingIOError:
             # "process N on HOST": without the random word behind it
             other = " ".join((self.path / LOCK_FILE).read_text().split()[:4])
@@ -109,7 +129,12 @@ class RunDirectory:
         except OSError as error:
             got = f"{self.path}: {error.strerror}"
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
-        # saved with the lock held: of two jobs one could save its own over the other's
-        with published(self.path / CONFIG_FILE) as partial:
-            partial.write_text(loading.to_yaml(config))
         return owner, steps_before
+
+    @staticmethod
+    def _write_owner(lock: TextIO, owner: str) -> None:
+        lock.truncate(0)
+        lock.write(owner)
+        lock.flush()
+        # on the server, where the other machines look for it
+        os.fsync(lock.fileno())

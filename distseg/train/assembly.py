@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,26 @@ def spread(config: Config, networks: Networks, objective: Objective, ranks: Rank
     return Pair(segmentor, discriminator, objective)
 
 
-def build_trainer(
-    config: Config, ranks: Ranks, pair: Pair, data: Data, *, watchdog: Watchdog, work: StepWork
-) -> Trainer:
-    """The loop's parts; the learners hold what the last checkpoint does, where there is one."""
+@dataclass(frozen=True)
+class Learned:
+    """What a run has learned so far: of a new one nothing. Its learners hold it."""
+
+    pair: Pair
+    ema: MovingAverage | None
+    checkpoints: Checkpointer
+    state: TrainState
+    is_resumed: bool
+
+
+def learned(config: Config, ranks: Ranks, pair: Pair, data: Data) -> Learned:
+    """The learners as the last checkpoint has them, where there is one. Writes nothing.
+
+    Raises InputError, on every rank, for a checkpoint that is another run's, and where the disk
+    cannot hold what the run will keep.
+    """
     # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
     # average and of the networks, so nothing that has been looked up goes stale.
     ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
-    scored = pair.segmentor if ema is None else ema
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
@@ -77,6 +89,15 @@ def build_trainer(
         # to go on: the order of samples, the phases and random numbers follow from the step and the
         # seed.
         state = TrainState(**checkpoints.load(latest, learners))
+    return Learned(pair, ema, checkpoints, state, latest is not None)
+
+
+def build_trainer(
+    config: Config, ranks: Ranks, found: Learned, data: Data, *, watchdog: Watchdog, work: StepWork
+) -> Trainer:
+    """The loop's parts. From here on the run directory is written to."""
+    pair, ema, state = found.pair, found.ema, found.state
+    scored = pair.segmentor if ema is None else ema
     progress = Progress(config.steps, state.step, ranks.is_main)
     # after loading, as it tells at which step the run goes on
     progress.message(headline(config, ranks, pair, data, state.step))
@@ -88,10 +109,10 @@ def build_trainer(
         pair=pair,
         ema=ema,
         evaluator=_evaluator(config, ranks, scored.full_network, data, watchdog),
-        checkpoints=checkpoints,
+        checkpoints=found.checkpoints,
         # None, not 0, of a run without a checkpoint: its metrics.jsonl is then begun anew, and what
         # an attempt wrote that never reached a checkpoint goes
-        tracker=_tracker(config, ranks, state.step if latest else None),
+        tracker=_tracker(config, ranks, state.step if found.is_resumed else None),
         progress=progress,
         watchdog=watchdog,
         work=work,

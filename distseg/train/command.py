@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distseg.config import code, loading
 from distseg.config.schema import Config
+from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.device import allow_tf32, reuse_memory
 from distseg.distributed.launch import resolve_ranks
 from distseg.distributed.ranks import (
@@ -24,7 +26,7 @@ from distseg.distributed.watchdog import Watchdog
 from distseg.parallel import check_installed, check_settings, check_shard_size
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
-from distseg.train.assembly import build_trainer, spread, with_precision
+from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
 from distseg.train.flops import StepWork
 from distseg.train.headline import extension
@@ -33,6 +35,7 @@ from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
 from distseg.train.restored import restored_process
 from distseg.train.showcase import score_again, show
+from distseg.train.trainer import Trainer
 
 
 def run(overrides: list[str], dry_run: bool = False) -> int:
@@ -153,19 +156,30 @@ def train_and_show(
 ) -> TrainResult:
     """From the networks to the finished run, on every rank alike."""
     ranks, data = run_directory.ranks, prepared.data
-    # Before the first checkpoint: a run that goes on reads this list instead of drawing again, so
-    # that it stays with its samples whatever the rule for drawing becomes.
-    on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
     # not earlier: it asks the run directory, which is this job's alone only since it is locked
     config = with_precision(config, ranks)
     work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)
     watchdog.report("looking for checkpoints")
-    trainer = build_trainer(config, ranks, pair, data, watchdog=watchdog, work=work)
-    if run_directory.steps_before is not None:
-        trainer.progress.message(extension(config, run_directory.steps_before))
-    stream = open_streams(config, ranks, data, trainer.state.step)
+    found = learned(config, ranks, pair, data)
+    with closing(open_streams(config, ranks, data, found.state.step)) as stream:
+        # Not earlier: until here other data, networks or settings than the run's are refused, and a
+        # directory that says otherwise than its checkpoints would be scored as another run.
+        run_directory.accept()
+        # Before the first checkpoint: a run that goes on reads this list instead of drawing again,
+        # so that it stays with its samples whatever the rule for drawing becomes.
+        on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
+        trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
+        if run_directory.steps_before is not None:
+            trainer.progress.message(extension(config, run_directory.steps_before))
+        return _fit_and_show(trainer, stream, data, stop)
+
+
+def _fit_and_show(
+    trainer: Trainer, stream: TrainStream | PairedStream, data: Data, stop: StopRequest
+) -> TrainResult:
+    """The loop, and what a finished run leaves to look at, on every rank alike."""
     # first, or what waits to be collected would be frozen with the rest and never be freed
     gc.collect()
     # what is here stays: looking through it again and again took 7 % of the time of decoding
@@ -178,9 +192,9 @@ def train_and_show(
             network = trainer.evaluator.gather_network()
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
             show(trainer, network, data.val)
-        watchdog.done()  # uploads to W&B may last, and are no stall
+        trainer.watchdog.done()  # uploads to W&B may last, and are no stall
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
-        return TrainResult(run_directory.path, trainer.state.step, done, scores)
+        return TrainResult(Path(trainer.config.run_dir), trainer.state.step, done, scores)

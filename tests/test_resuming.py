@@ -1,0 +1,75 @@
+"""Going on with a run: a start that is refused leaves the run as it was."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import distseg
+from shards.errors import InputError
+from shards.maps import write_maps
+from shards.pack import pack
+from shards.sample import STANFORD
+from tests.conftest import toy_samples
+from tests.tiny import SETTINGS
+
+
+def train(shards: Path, run_dir: Path, **keys: Any) -> Any:
+    """Two steps, with a checkpoint of each; or what is left of them."""
+    overrides = [f"data.shards={shards}", f"run_dir={run_dir}", "checkpoint.every_steps=1"]
+    return distseg.fit(overrides, **SETTINGS | keys)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def finished(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(toy_shards, tmp_path_factory.mktemp("resuming") / "run").run_dir
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoiled."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def other_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy data without one of the images."""
+    folder = tmp_path_factory.mktemp("other")
+    samples = toy_samples()[1:]
+    write_maps(folder / "maps.h5", "toy blobs", STANFORD, samples, total=len(samples))
+    pack(folder / "maps.h5", folder / "shards")
+    return folder / "shards"
+
+
+def test_a_resume_on_other_data_is_refused_and_changes_nothing(
+    run: Path, other_shards: Path
+) -> None:
+    before = contents(run)
+    with pytest.raises(InputError, match="manifest_sha256 is"):
+        train(other_shards, run, steps=9, extend=True)
+    assert contents(run) == before
+
+
+def test_a_resume_without_the_space_for_it_changes_nothing(
+    run: Path, toy_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(run)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(InputError, match="MB free"):
+        train(toy_shards, run, steps=9, extend=True)
+    assert contents(run) == before
+
+
+def test_a_resume_that_is_taken_saves_its_configuration(run: Path, toy_shards: Path) -> None:
+    assert train(toy_shards, run, steps=3, extend=True).step == 3
+    assert "steps: 3" in (run / "config.yaml").read_text().splitlines()
