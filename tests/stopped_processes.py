@@ -94,6 +94,7 @@ def rank_main(place: str, target: str, folder: Path, arguments: list[str]) -> in
     # pictures are rank 0's alone, and a write of a checkpoint that is large enough for one, so
     # that rank stops the others; elsewhere each stops itself
     by_rank_0 = place in ("pictures", "checkpoint")
+    _note_joining(folder / f"joining-{rank}")
     pids = []
     for one in who:
         if one == "torchrun" and rank == 0:
@@ -107,6 +108,19 @@ def rank_main(place: str, target: str, folder: Path, arguments: list[str]) -> in
     from distseg.cli import main
 
     return main(["train", *arguments])
+
+
+def _note_joining(path: Path) -> None:
+    """Write the file when the rank begins to wait for the others."""
+    from distseg.distributed import ranks
+
+    original = ranks.join
+
+    def join(*arguments: Any) -> None:
+        path.touch()
+        original(*arguments)
+
+    ranks.join = join
 
 
 def launch(case: tuple[str, str, str], folder: Path, timeout: float) -> list[subprocess.Popen]:
@@ -145,10 +159,12 @@ def try_case(case: tuple[str, str, str], parent: Path, timeout: float) -> str:
     processes = launch(case, folder, timeout)
     try:
         deadline = time.monotonic() + 20 * timeout
-        while not (folder / "stopped").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
         who, words = TARGETS[target]
         survivors = [rank for rank in range(NUM_RANKS) if rank not in who]
+        # nobody waits for a rank before it has begun to
+        needed = [folder / "stopped", *(folder / f"joining-{rank}" for rank in survivors)]
+        while not all(path.exists() for path in needed) and time.monotonic() < deadline:
+            time.sleep(0.05)
         start = time.monotonic()
         while any(_lives(folder, rank, processes, launcher) for rank in survivors):
             if time.monotonic() > start + 3 * timeout:

@@ -13,7 +13,7 @@ from typing import Any
 
 from distseg.distributed.ranks import Ranks
 from distseg.distributed.store import own_store
-from shards.errors import InputError
+from shards.errors import InputError, TemporaryError
 
 CALL_SECONDS = 60.0  # for an answer of the store, whose keeper may be stopped
 POLL_SECONDS = 0.02  # asked again and again: a wait inside of the store could not be given up
@@ -26,6 +26,7 @@ class Failure:
     got: str
     needed: str = ""  # with `action`: of an InputError; "" for any other error
     action: str = ""
+    is_temporary: bool = False  # of a TemporaryError
 
     @staticmethod
     def of(error: InputError) -> Failure:
@@ -34,7 +35,7 @@ class Failure:
     def to_error(self) -> Exception:
         """The exception to raise for it."""
         if not self.needed:
-            return RuntimeError(self.got)
+            return TemporaryError(self.got) if self.is_temporary else RuntimeError(self.got)
         return InputError(self.got, self.needed, self.action)
 
 

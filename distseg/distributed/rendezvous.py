@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -29,8 +29,8 @@ def join(rank: int, world_size: int, backend: str, timeout_seconds: float) -> No
     """Make the job's process group.
 
     Raises InputError where the port is taken, and TemporaryError, with their names, for ranks that
-    have not come in time, or for whoever keeps the store. A process that even torch keeps for
-    longer, as a rank has stopped in the middle, ends with TemporaryError's exit code.
+    have not come in time. Where another process does not answer at all, as it is stopped, this one
+    ends, with TemporaryError's exit code: a call of torch that waits for it cannot be given up.
     """
     if world_size == 1:
         _init_process_group(rank, 1, backend, dist.HashStore(), timeout_seconds)  # no port needed
@@ -42,8 +42,9 @@ def join(rank: int, world_size: int, backend: str, timeout_seconds: float) -> No
         left = max(1.0, end - time.monotonic())
         in_time(left + timeout_seconds / 10, _wait_for_all, store, rank, world_size, left)
     except LateError as error:
-        raise _no_answer(error) from None
-    with ends_within(timeout_seconds, lambda: _leave(rank, timeout_seconds)):
+        _leave(rank, str(_no_answer(error)))
+    stopped = f"a rank has stopped while all joined: no connection for {timeout_seconds:.0f} s"
+    with ends_within(timeout_seconds, lambda: _leave(rank, stopped)):
         _init_process_group(rank, world_size, backend, store, timeout_seconds)
 
 
@@ -150,9 +151,9 @@ def _address() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
-def _leave(rank: int, timeout_seconds: float) -> None:
-    """End the process: its main thread waits for a rank, and knows no limit."""
-    said = f"a rank has stopped while all joined: no connection for {timeout_seconds:.0f} s"
+def _leave(rank: int, said: str) -> NoReturn:
+    """End the process: one of its threads waits for another process, and knows no limit."""
+    # not by an exception: the interpreter's end would crash with a thread inside of torch
     print(f"error on rank {rank}: {said}", file=sys.stderr, flush=True)
     os._exit(TemporaryError.exit_code)
 
