@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from shards.errors import InputError
 from shards.files import published
 from shards.sample import ClassSet
+from shards.storage import is_file, read_bytes
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -89,9 +90,9 @@ class Manifest:
             f"make it with `distseg pack FILE.h5 --out {directory}` "
             "(FILE.h5: from `distseg prepare`)"
         )
-        if not path.is_file():
+        if not is_file(path):
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
-        return Manifest.parse(path.read_bytes(), str(path), action)
+        return Manifest.parse(read_bytes(path), str(path), action)
 
     @staticmethod
     def parse(content: bytes, place: str, action: str) -> Manifest:

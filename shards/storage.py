@@ -134,20 +134,25 @@ def read_bytes(path: Path, expected: bool = False) -> bytes:
 
 def read_text(path: Path, expected: bool = False) -> str:
     """A file's text, UTF-8; errors as in `retried`."""
-    return retried(path, lambda: path.read_text(encoding="utf-8"), expected)
+    return read_bytes(path, expected).decode()
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there, also where a client of NFS remembers that it was not."""
+    """Whether a file is there; as `exists`."""
+    return exists(path) and retried(path, path.is_file)
+
+
+def exists(path: Path) -> bool:
+    """Whether a path is there, also where a client of NFS remembers that it was not."""
 
     def look() -> bool:
         try:
-            # not Path.is_file, which takes some errors of a server for "no"
+            # not Path.exists, which takes some errors of a server for "no"
             path.stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             if is_passing(error, path):
                 raise
             return False
-        return path.is_file()
+        return True
 
     return retried(path, look)

@@ -51,8 +51,9 @@ from distseg.runs.checkpoint import (
     read_state,
 )
 from distseg.runs.tensor_files import TensorFile, read, to_host
-from shards.errors import InputError
+from shards.errors import InputError, TemporaryError
 from shards.files import check_space, disk_full, sync_folder, write_json
+from shards.storage import exists, retried
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -98,6 +99,8 @@ class Checkpointer:
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
         self._async, self._timeout = async_save, timeout_seconds
         self._mailbox = Mailbox(ranks)
+        # raises InputError where run_dir is not the run's any more: asked before it is written to
+        self.check_folder: Callable[[], None] = lambda: None
         self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._is_pending = False  # a save whose outcome nobody has asked for
@@ -114,7 +117,7 @@ class Checkpointer:
         self.wait()
         save = self._copied(learners, state)
         # on_main holds the other ranks back until the folder is empty, and there
-        on_main(self._ranks, lambda: _raise(_failure_of(save, lambda: _clear(save))))
+        on_main(self._ranks, lambda: _raise(self._failure_of(save, _clear)))
         # counted by every rank alike: the number of the mailbox's round
         self._num_saves += 1
         if self._async:
@@ -226,11 +229,11 @@ class Checkpointer:
     def _write(self, save: _Save) -> None:
         """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
         # no collective from here on: this may run beside training's
-        failure = _failure_of(save, lambda: _write_files(save))
+        failure = self._failure_of(save, _write_files)
         if self._ranks.is_main:
             others = self._mailbox.collect(self._num_saves, self._timeout)
             failures = [found for found in (failure, *others) if found is not None]
-            failure = failures[0] if failures else _failure_of(save, lambda: self._publish(save))
+            failure = failures[0] if failures else self._failure_of(save, self._publish)
             if failure is not None:
                 # nobody will finish it, and the disk may be full
                 shutil.rmtree(save.partial, ignore_errors=True)
@@ -238,15 +241,30 @@ class Checkpointer:
             self._mailbox.send(self._num_saves, failure)
         self._failure = failure
 
+    def _failure_of(self, save: _Save, work: Callable[[_Save], None]) -> Failure | None:
+        """What went wrong in a part of a save, tried again for as long as it may pass; None:
+        nothing.
+        """
+
+        def attempt() -> None:
+            # a folder of that name may be there that is none of this run's
+            self.check_folder()
+            work(save)
+
+        # expected: another rank has made the folder, and this one may see it a minute later
+        return _failure_of(save, lambda: retried(save.target, attempt, expected=True))
+
     def _publish(self, save: _Save) -> None:
         # Content, the folder's entries, the new name, the parent's entry: each is on the disk
         # before the next. Whenever the power goes, the checkpoint is whole or not there.
-        _write_synced(save.partial / STATE_FILE, json.dumps(save.content, indent=1).encode())
-        sync_folder(save.partial)
-        # the same step again, from a run that was set back
-        shutil.rmtree(save.target, ignore_errors=True)
-        # which needs the target gone, unless it is empty
-        os.replace(save.partial, save.target)
+        # One whose renaming was done, and told as failed, is only synced.
+        if exists(save.partial) or not exists(save.target):
+            _write_synced(save.partial / STATE_FILE, json.dumps(save.content, indent=1).encode())
+            sync_folder(save.partial)
+            # the same step again, from a run that was set back
+            shutil.rmtree(save.target, ignore_errors=True)
+            # which needs the target gone, unless it is empty
+            os.replace(save.partial, save.target)
         sync_folder(self.directory)
         self._prune()
 
@@ -301,6 +319,8 @@ def _failure_of(save: _Save, work: Callable[[], None]) -> Failure | None:
         work()
     except InputError as error:
         return Failure.of(error)
+    except TemporaryError as error:
+        return Failure(str(error), is_temporary=True)
     except Exception as error:
         if _is_disk_full(error):
             return Failure.of(disk_full(save.target))

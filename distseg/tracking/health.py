@@ -18,7 +18,7 @@ from pathlib import Path
 
 from distseg.tracking.catalogue import HEALTH, LOSS, SLOWEST_RANK
 from distseg.tracking.verdicts import CHECKS, NAMED, Check, MetricsRow
-from shards.files import published
+from shards.files import write_text
 
 HEALTH_FILE = "health.json"
 
@@ -157,13 +157,12 @@ class Health:
         """
         now = [asdict(event) | _words(NAMED[name]) for name, event in self.on.items()]
         # whole or not at all, since people and schedulers read it while the run writes
-        with published(path) as partial:
-            document = {
-                "step": self.step,
-                "now": now,
-                "events": [asdict(event) for event in self.events],
-            }
-            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        document = {
+            "step": self.step,
+            "now": now,
+            "events": [asdict(event) for event in self.events],
+        }
+        write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def _words(check: Check) -> dict[str, str]:

@@ -171,6 +171,7 @@ def train_and_show(
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
+        trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
         if run_directory.steps_before is not None:
             trainer.progress.message(extension(config, run_directory.steps_before))
         return _fit_and_show(trainer, stream, data, stop)

@@ -36,6 +36,7 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     evaluator = trainer.evaluator
     assert evaluator.result is not None
     network.eval()  # training is over
+    trainer.check_folder()
     trainer.watchdog.report("scores and curves")
     # first: the scores are what the run was for, and drawing is what can fail
     write_json(run_dir / "evaluation.json", evaluator.report(step))
@@ -51,6 +52,7 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     for index in (i * len(val_set) // count for i in range(count)):
         # each picture, since all of them may take longer than the time limit
         trainer.watchdog.report("pictures")
+        trainer.check_folder()
         key, image, label = val_set.load(index)
         probabilities = evaluator.augmentation(network, image).cpu().numpy()
         out = run_dir / "pictures" / "samples" / f"{key}.png"
