@@ -24,7 +24,7 @@ from distseg.predict import (
     load_image,
     of_run,
 )
-from distseg.runs import checkpoint
+from distseg.runs.checkpoint import Checkpoint
 from shards.errors import InputError
 from shards.sample import ClassSet
 
@@ -40,9 +40,9 @@ def load(run_dir: str | Path, checkpoint: str | int = "last", device: str = "aut
     """
     # before the checkpoint is read, which takes longer than to see that a device is missing
     where = choose_device(device)
-    network, config, path = trained_segmentor(Path(run_dir), str(checkpoint))
+    network, config, found = trained_segmentor(Path(run_dir), str(checkpoint))
     # the classes from the checkpoint: the shards may be on another machine
-    return Trained(network.to(where), config, path, where, trained_classes(path))
+    return Trained(network.to(where), config, found, where, trained_classes(found))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Trained:
 
     network: nn.Module  # in evaluation mode: (N, 3, H, W) in [0, 1] -> logits at its own stride
     config: Config
-    path: Path  # of the checkpoint
+    checkpoint: Checkpoint
     device: torch.device
     class_set: ClassSet
 
@@ -66,9 +66,14 @@ class Trained:
         return self.class_set.palette
 
     @property
+    def path(self) -> Path:
+        """Of the checkpoint, which may have been pruned since: all of it has been read."""
+        return self.checkpoint.path
+
+    @property
     def step(self) -> int:
         """Steps that it was trained for."""
-        return int(checkpoint.read_state(self.path)["state"]["step"])
+        return self.checkpoint.step
 
     def predict(self, image: Image) -> np.ndarray:
         """The class of every pixel, (H, W) uint8: what `distseg predict` writes.
@@ -107,14 +112,14 @@ class Trained:
         # from there
         check_overrides(chosen)
         config = loading.override(self.config, chosen)
-        samples = open_samples(config, self.path)
+        samples = open_samples(config, self.checkpoint)
         rank, world_size = 0, 1
         # a group of the caller's own is used and left alone: `setup` would make another one beside
         # it
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         ranks = Ranks(rank, world_size, 0, self.device)
-        evaluator = evaluator_of(self.network, config, self.path, samples, ranks)
+        evaluator = evaluator_of(self.network, config, self.checkpoint, samples, ranks)
         evaluator.details = not quick
         # writes nothing: the run's directory may be read-only, and belongs to the run
         evaluator()

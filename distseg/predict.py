@@ -91,9 +91,9 @@ def run(
     where = choose_device(device)
     # a key of training would be taken without an effect
     loading.refuse_others(list(overrides), lambda key: key.at_prediction)
-    model, config, checkpoint_path = trained_segmentor(run_dir, which)
+    model, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
-    predict(model, paths, out, trained_classes(checkpoint_path), of_run(options, config, where))
+    predict(model, paths, out, trained_classes(found), of_run(options, config, where))
     return 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -20,10 +23,13 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.models.weights import read_weights
 from distseg.parallel import fsdp
-from distseg.runs import checkpoint, checkpointer
-from distseg.runs.checkpointer import Checkpointer
-from distseg.runs.tensor_files import TensorFile, read
+from distseg.runs import checkpoint, checkpointer, lease
+from distseg.runs.checkpoint import Checkpoint
+from distseg.runs.checkpointer import Checkpointer, newest, set_aside
+from distseg.runs.sealed import seal, unseal, write_sealed
+from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, TensorFile, read
 from distseg.train.ema import MovingAverage
+from distseg.train.headline import about_checkpoints
 from shards.errors import InputError
 from tests.ranks import CONTEXT, run_ranks
 from tests.test_fsdp import FSDP, HYBRID, gradients, make_pair
@@ -50,6 +56,10 @@ def state(step: int) -> dict:
     return {"step": step}
 
 
+def last(run_dir: Path) -> Checkpoint:
+    return checkpoint.verified(checkpoint.find(run_dir, "last"))
+
+
 def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
 
@@ -60,7 +70,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     saved.tensors["network"]["weight"].normal_()
     checkpoints.save({"segmentor": saved}, state(7))
     loaded = Holder(5.0)
-    latest = checkpoints.latest()
+    latest = newest(tmp_path, RANKS).sound
     assert latest is not None
     assert checkpoints.load(latest, {"segmentor": loaded}) == state(7)
     for name, tensor in saved.tensors["network"].items():
@@ -107,7 +117,7 @@ def test_a_crash_at_any_point_of_saving_leaves_the_one_before(
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save({"segmentor": Holder(2), "discriminator": Holder(3)}, state(2))
     monkeypatch.undo()
-    latest = checkpoints.latest()
+    latest = newest(tmp_path, RANKS).sound
     assert latest is not None
     expected = {"step-00000001"} if crash_at < 4 else {"step-00000001", "step-00000002"}
     assert set(names(tmp_path)) == expected
@@ -141,21 +151,201 @@ def test_too_little_space_is_said_before_training(
 
 
 def test_another_runs_checkpoint_is_refused_by_name_of_the_difference(tmp_path: Path) -> None:
-    path = Checkpointer(tmp_path, 2, {"seed": 1}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    Checkpointer(tmp_path, 2, {"seed": 1}, RANKS).save({"segmentor": Holder(1)}, state(1))
     with pytest.raises(InputError, match="seed is 1, this run's is 2"):
-        Checkpointer(tmp_path, 2, {"seed": 2}, RANKS).load(path, {"segmentor": Holder(0)})
+        Checkpointer(tmp_path, 2, {"seed": 2}, RANKS).load(last(tmp_path), {"segmentor": Holder(0)})
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     file = path / "segmentor.network.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(InputError, match="segmentor"):
-        Checkpointer(tmp_path, 2, {}, RANKS).load(path, {"segmentor": Holder(0)})
-    meta = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(meta | {"version": 99}))
+    with pytest.raises(DamagedCheckpoint, match="segmentor"):
+        last(tmp_path)
+    meta, _ = unseal((path / "state.json").read_bytes())
+    write_sealed(path / "state.json", meta | {"version": 99})
     with pytest.raises(InputError, match="version 99"):
         checkpoint.read_state(path)
+
+
+def flip(path: Path, bit: int) -> None:
+    """Change one bit of a file, counted from its beginning."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def is_found(path: Path, world_size: int) -> bool:
+    """Whether any of the ranks that verify a checkpoint finds it damaged."""
+    found = 0
+    for rank in range(world_size):
+        try:
+            checkpoint.verified(path, rank, world_size)
+        except DamagedCheckpoint:
+            found += 1
+    return found > 0
+
+
+def save_sharded(run_dir: Path) -> Path:
+    """A checkpoint with a network in three files, as three ranks of FSDP write it."""
+    path, files = run_dir / "checkpoints" / "step-00000005", {}
+    path.mkdir(parents=True)
+    for index in range(3):
+        # the last rank has no row
+        rows = torch.rand(2 if index < 2 else 0, 3)
+        file = TensorFile(
+            f"segmentor.network.{index + 1}-of-3", {"weight": rows}, {"weight": (2 * index, 4)}
+        )
+        file.write(path)
+        name = file.name + SUFFIX
+        files[name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    content = {"version": 1, "state": state(5), "identity": {}, "parts": {"segmentor": ["network"]}}
+    write_sealed(path / "state.json", content | {"files": files})
+    return path
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_bit_flipped_anywhere_is_found(kind: str, tmp_path: Path) -> None:
+    if kind == "full":
+        holders = {"segmentor": Holder(1), "discriminator": Holder(2)}
+        path = Checkpointer(tmp_path, 2, {"seed": 1}, RANKS).save(holders, state(5))
+    else:
+        path = save_sharded(tmp_path)
+    assert not any(is_found(path, world_size) for world_size in (1, 2, 3, 4))
+    rng = np.random.default_rng(0)
+    for file in sorted(path.iterdir()):
+        for bit in rng.choice(8 * file.stat().st_size, 6, replace=False).tolist():
+            flip(file, bit)
+            for world_size in (1, 2, 3, 4):
+                assert is_found(path, world_size), (file, bit)
+            flip(file, bit)
+    assert checkpoint.verified(path).step == 5
+
+
+def test_no_bit_of_a_sealed_file_can_change_and_none_turns_it_into_an_old_one() -> None:
+    content = {"step": 5, "mean_iou": 0.25, "classes": ["a", "é"]}
+    data = seal(content)
+    assert unseal(data) == (content, True)
+    for bit in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        try:
+            found, is_sealed = unseal(bytes(changed))
+        except ValueError:
+            continue
+        # the seal's own name alone; so readers take nothing that has other keys than they know
+        assert not is_sealed and found.keys() != content.keys()
+
+
+def test_files_that_are_missing_or_too_many_and_another_steps_state_are_damage(
+    tmp_path: Path,
+) -> None:
+    checkpoints = Checkpointer(tmp_path, 3, {}, RANKS)
+    first, second, third = (checkpoints.save({"a": Holder(n)}, state(n)) for n in (1, 2, 3))
+    shutil.copy(first / "a.network.safetensors", first / "b.network.safetensors")
+    (second / "a.network.safetensors").unlink()
+    state_file = (first / "state.json").read_bytes()
+    (third / "state.json").write_bytes(state_file)
+    with pytest.raises(DamagedCheckpoint, match=r"b\.network\.safetensors is none of its files"):
+        checkpoint.verified(first)
+    with pytest.raises(DamagedCheckpoint, match=r"a\.network\.safetensors is missing"):
+        checkpoint.verified(second)
+    with pytest.raises(DamagedCheckpoint, match="it is of step 1"):
+        checkpoint.verified(third)
+    (third / "state.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json is missing"):
+        checkpoint.verified(third)
+
+
+def test_a_checkpoint_of_a_version_without_checksums_loads_and_is_said_to_be_unverified(
+    tmp_path: Path,
+) -> None:
+    path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    content, _ = unseal((path / "state.json").read_bytes())
+    del content["files"]
+    (path / "state.json").write_text(json.dumps(content, indent=1))
+    holder = Holder(0)
+    Checkpointer(tmp_path, 2, {}, RANKS).load(last(tmp_path), {"segmentor": holder})
+    assert (holder.tensors["network"]["weight"] == 1).all()
+    assert "not verified" in last(tmp_path).caveat
+    file = path / "segmentor.network.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DamagedCheckpoint, match=r"segmentor\.network"):
+        last(tmp_path)
+
+
+def test_names_of_parts_cannot_leave_the_folder(tmp_path: Path) -> None:
+    path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    content, _ = unseal((path / "state.json").read_bytes())
+    write_sealed(path / "state.json", content | {"parts": {"segmentor": ["../../network"]}})
+    with pytest.raises(DamagedCheckpoint, match=r"\.\./\.\./network"):
+        checkpoint.read_state(path)
+
+
+def test_the_newest_sound_checkpoint_is_gone_on_from_and_damaged_ones_are_set_aside(
+    tmp_path: Path,
+) -> None:
+    checkpoints = Checkpointer(tmp_path, 3, {}, RANKS)
+    for step in (10, 20, 30):
+        checkpoints.save({"segmentor": Holder(step)}, state(step))
+        checkpoints.mark_best(step, step / 100)
+    for name in ("step-00000020", "step-00000030"):
+        flip(tmp_path / "checkpoints" / name / "segmentor.network.safetensors", 999)
+    found = newest(tmp_path, RANKS)
+    assert found.sound is not None and found.sound.step == 10
+    assert [path.name for path in found.damaged] == ["step-00000030", "step-00000020"]
+    said = about_checkpoints(found)
+    assert "step-00000030: segmentor.network.safetensors" in said[0]
+    assert said[0].endswith("from step 10: 20 steps are done again")
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000030"]
+    (tmp_path / "checkpoints" / "damaged-step-00000020").mkdir()  # of an earlier time
+    set_aside(found.damaged, RANKS)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "damaged-step-00000020",
+        "damaged-step-00000020-2",
+        "damaged-step-00000030",
+        "step-00000010",
+    ]  # and no best.json, which named step 30
+    flip(tmp_path / "checkpoints" / "step-00000010" / "segmentor.network.safetensors", 999)
+    with pytest.raises(InputError, match="begin at step 0"):
+        newest(tmp_path, RANKS)
+
+
+def test_a_checkpoint_that_is_read_is_kept_until_its_reader_ends(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, 1, {}, RANKS)
+    checkpoints.save({"segmentor": Holder(1)}, state(1))
+    with checkpoint.opened(tmp_path, "last") as found:
+        for step in (2, 3):
+            checkpoints.save({"segmentor": Holder(step)}, state(step))
+        assert names(tmp_path) == ["step-00000001", "step-00000003"]
+        assert float(read(found.path, "segmentor.network")["count"]) == 1
+    checkpoints.save({"segmentor": Holder(4)}, state(4))
+    assert names(tmp_path) == ["step-00000004"]
+    # one that was killed renews it no more
+    killed = tmp_path / "checkpoints" / "step-00000004" / ".lease-elsewhere-7-abc"
+    killed.touch()
+    checkpoints.save({"segmentor": Holder(5)}, state(5))
+    assert names(tmp_path) == ["step-00000004", "step-00000005"]
+    long_ago = time.time() - lease.EXPIRES_SECONDS - 60
+    os.utime(killed, (long_ago, long_ago))
+    checkpoints.save({"segmentor": Holder(6)}, state(6))
+    assert names(tmp_path) == ["step-00000006"]
+
+
+def test_a_lease_is_renewed_while_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEWED_SECONDS", 0.01)
+    with lease.leased(tmp_path):
+        (file,) = tmp_path.iterdir()
+        os.utime(file, (0, 0))
+        deadline = time.monotonic() + 20
+        while file.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > 0
+    assert not list(tmp_path.iterdir())
+    with lease.leased(tmp_path / "of another user, not to be written to"):
+        pass
 
 
 def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: Path) -> None:
@@ -170,7 +360,7 @@ def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: 
             for tensors in learner.state_dict().values():
                 for tensor in tensors.values():
                     tensor.zero_()
-        assert checkpoints.load(checkpoint.find(start, "last"), learners) == state(3)
+        assert checkpoints.load(last(start), learners) == state(3)
     for step in range(0 if start is not None else 3):
         gradients(ranks, pair, config, step)
         if step == 2:
@@ -239,9 +429,8 @@ def test_writing_goes_on_beside_training_with_the_values_of_its_step(
     holder.tensors["network"]["weight"].fill_(7)  # the next steps
     assert names(tmp_path) == []
     go.set()
-    latest = checkpoints.latest()  # waits
-    assert latest is not None and latest.name == "step-00000001"
-    checkpoints.load(latest, {"segmentor": holder})
+    checkpoints.wait()
+    checkpoints.load(last(tmp_path), {"segmentor": holder})
     assert (holder.tensors["network"]["weight"] == 1).all()
 
 
@@ -286,17 +475,25 @@ def test_a_failure_on_one_rank_reaches_all_and_harms_no_checkpoint(
         assert text in said and is_known_to_all
     assert names(tmp_path) == ["step-00000001"]
     holder = Holder(0)
-    Checkpointer(tmp_path, 2, {}, RANKS).load(
-        checkpoint.find(tmp_path, "last"), {"segmentor": holder}
-    )
+    Checkpointer(tmp_path, 2, {}, RANKS).load(last(tmp_path), {"segmentor": holder})
     assert (holder.tensors["network"]["weight"] == 1).all()
 
 
 def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
     """What is said of a checkpoint that one rank cannot read, which then none may have begun to
-    load.
+    load. One that is damaged for a single rank, none goes on from.
     """
     checkpoints, holder = Checkpointer(run_dir, 2, {}, ranks), Holder(0)
+
+    def damaged_for_one(path: Path, rank: int, world_size: int) -> Checkpoint:
+        if path.name == "step-00000002" and rank == 1:
+            raise DamagedCheckpoint("damaged here", "a whole checkpoint", "choose another")
+        return checkpoint.verified(path, rank, world_size)
+
+    checkpointer.verified = damaged_for_one
+    found = newest(run_dir, ranks)
+    assert found.sound is not None and found.sound.step == 1
+    assert list(found.damaged.values()) == ["damaged here"]
 
     def damaged(*arguments: Any) -> Any:
         raise InputError("segmentor.network: damaged here", "a whole checkpoint", "remove it")
@@ -304,7 +501,7 @@ def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
     if ranks.rank == 1:
         checkpointer.read = damaged
     try:
-        checkpoints.load(checkpoint.find(run_dir, "last"), {"segmentor": holder})
+        checkpoints.load(found.sound, {"segmentor": holder})
     except InputError as error:
         assert (holder.tensors["network"]["weight"] == 0).all()
         return error.got, hasattr(error, "raised_on_all_ranks")
@@ -312,7 +509,8 @@ def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
 
 
 def test_what_one_rank_cannot_load_no_rank_loads(tmp_path: Path) -> None:
-    Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    for step in (1, 2):
+        Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(step)}, state(step))
     assert run_ranks(2, load_badly, tmp_path) == [("segmentor.network: damaged here", True)] * 2
 
 
@@ -365,7 +563,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
         tmp_path / "checkpoints" / ".partial-step-00000002" / "segmentor.network.safetensors"
     ).is_file()
     checkpoints, holder = Checkpointer(tmp_path, 2, {}, RANKS), Holder(0)
-    checkpoints.load(checkpoint.find(tmp_path, "last"), {"segmentor": holder})
+    checkpoints.load(last(tmp_path), {"segmentor": holder})
     assert (holder.tensors["network"]["weight"] == 1).all()
     checkpoints.save({"segmentor": holder}, state(3))  # which clears the leftovers away
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -375,9 +573,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     other: Any = Holder(0)
     # to which the saved one could be broadcast
     other.tensors["network"]["weight"] = torch.zeros(4, 1, 2, 2)
     with pytest.raises(InputError, match=r"weight of shape \(4, 3, 2, 2\)"):
-        Checkpointer(tmp_path, 2, {}, RANKS).load(path, {"segmentor": other})
+        Checkpointer(tmp_path, 2, {}, RANKS).load(last(tmp_path), {"segmentor": other})

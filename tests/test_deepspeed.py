@@ -22,7 +22,7 @@ from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import check_installed, check_settings, deepspeed_config, wrap
 from distseg.parallel.parameter_shards import is_sharded, num_elements
-from distseg.runs.checkpoint import find
+from distseg.runs.checkpoint import find, verified
 from distseg.runs.checkpointer import Checkpointer
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
@@ -179,7 +179,7 @@ def go_on(ranks: Ranks, run_dir: Path, overrides: Sequence[str], resumed: bool) 
     if resumed:
         for step in range(2):  # nothing of what these change may stay
             one_step(pair, config, ranks, step + 10)
-        assert checkpoints.load(find(run_dir, "last"), learners) == {"step": 3}
+        assert checkpoints.load(verified(find(run_dir, "last")), learners) == {"step": 3}
     for step in range(3 if resumed else 0, STEPS):
         one_step(pair, config, ranks, step)
         if step == 2 and not resumed:

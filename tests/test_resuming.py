@@ -1,4 +1,4 @@
-"""Going on with a run: a start that is refused leaves the run as it was."""
+"""Going on with a run: refused, it is as it was; damaged, it goes on from what is sound."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shards.pack import pack
 from shards.sample import STANFORD
 from tests.conftest import toy_samples
 from tests.tiny import SETTINGS
+from tests.tiny import contents as tensors
 
 
 def train(shards: Path, run_dir: Path, **keys: Any) -> Any:
@@ -70,6 +71,25 @@ def test_a_resume_without_the_space_for_it_changes_nothing(
     assert contents(run) == before
 
 
-def test_a_resume_that_is_taken_saves_its_configuration(run: Path, toy_shards: Path) -> None:
-    assert train(toy_shards, run, steps=3, extend=True).step == 3
-    assert "steps: 3" in (run / "config.yaml").read_text().splitlines()
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(
+    run: Path, finished: Path, toy_shards: Path, capsys: pytest.CaptureFixture
+) -> None:
+    optimizer = "checkpoints/step-00000002/segmentor.optimizer.safetensors"
+    data = bytearray((run / optimizer).read_bytes())
+    data[-5] ^= 4
+    (run / optimizer).write_bytes(data)
+    with pytest.raises(InputError, match=r"segmentor\.optimizer.*\n.*\n.*by its step: 1$"):
+        distseg.load(run)
+    train(toy_shards, run)
+    said = capsys.readouterr().out
+    assert "segmentor.optimizer.safetensors is not as it was written" in said
+    assert "goes on from step 1: 1 steps are done again" in said
+    newest = "checkpoints/step-00000002"
+    assert tensors(run / newest) == tensors(finished / newest)
+    assert (run / "checkpoints/damaged-step-00000002").is_dir()
+
+
+def test_what_was_loaded_needs_the_checkpoint_no_more(run: Path) -> None:
+    trained = distseg.load(run, 1)
+    shutil.rmtree(trained.path)
+    assert trained.evaluate(quick=True)["step"] == trained.step == 1

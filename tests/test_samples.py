@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 
 from distseg.config import loading
 from distseg.config.schema import DataConfig
+from distseg.data.names import check_file_name
 from distseg.data.plan import BalancedPlan, Plan
-from distseg.data.samples import DecodedSamples, SampleSet, plan_for, split_labelled
+from distseg.data.samples import DecodedSamples, SampleSet, open_reader, plan_for, split_labelled
 from distseg.train.inputs import open_data
 from shards.errors import InputError
+from shards.manifest import Manifest, sha256_of
 from shards.reader import RawSample, ShardReader
 from shards.sample import decode_label
 
@@ -226,3 +231,46 @@ def test_plans_are_as_configured(reader: ShardReader) -> None:
         ]
         unlabelled = SampleSet(reader, [0, 4, 5, 7], labelled=False)
         assert type(plan_for(unlabelled, options, 1)) is Plan
+
+
+def renamed(shards: Path, folder: Path, key: str) -> Path:
+    """A copy of shards whose first sample is called by another key, with checksums that agree."""
+    shutil.copytree(shards, folder)
+    manifest = Manifest.load(folder)
+    first = manifest.splits["train"].shards[0]
+    path = folder / first.index_file
+    index = json.loads(path.read_text())
+    index[0]["key"] = key
+    path.write_text(json.dumps(index, indent=0, sort_keys=True) + "\n")
+    shards_of = (replace(first, index_sha256=sha256_of(path)), *manifest.splits["train"].shards[1:])
+    split = replace(manifest.splits["train"], shards=shards_of)
+    replace(manifest, splits=manifest.splits | {"train": split}).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("key", ["../../victim", "/tmp/victim", "a/b", "..\\victim", "", "a\nb"])
+def test_a_key_that_leads_out_of_a_folder_is_refused_when_it_is_read(
+    key: str, toy_shards: Path, tmp_path: Path
+) -> None:
+    shards = renamed(toy_shards, tmp_path / "shards", key)
+    with pytest.raises(InputError):
+        SampleSet(ShardReader(shards, "train")).load(0)
+    with pytest.raises(InputError):
+        SampleSet(ShardReader(shards, "train")).keys  # noqa: B018  # a list of labelled ones
+
+
+def test_a_data_set_whose_name_leads_out_of_a_folder_is_refused(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(toy_shards, tmp_path / "shards")
+    replace(Manifest.load(toy_shards), name="/../../victim").save(tmp_path / "shards")
+    with pytest.raises(InputError, match="victim"):
+        open_reader(DataConfig(shards=str(tmp_path / "shards")), "train")
+
+
+def test_names_of_files() -> None:
+    for name in ("toy_00", "IMG 0001 (2)", "Zürich_α", "a.b", "x" * 200):
+        assert check_file_name(name, "key") == name
+    for name in ("", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", "\ud800", "x" * 201):
+        with pytest.raises(InputError, match="the key"):
+            check_file_name(name, "key")

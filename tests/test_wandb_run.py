@@ -164,6 +164,18 @@ def test_a_resumed_run_keeps_its_id_and_goes_on_at_its_step(tmp_path: Path) -> N
     ] == [*range(10, 80, 10)]
 
 
+def test_an_id_that_is_no_name_of_a_folder_is_replaced_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "wandb_id.txt"
+    for bad in ("../../victim", "a/b", "", ".x", "a b"):
+        path.write_text(bad)
+        caplog.clear()
+        new = wandb_run._run_id(path)
+        assert "holds no id" in caplog.text and new == path.read_text().strip() != bad
+        assert wandb_run._run_id(path) == new
+
+
 def test_two_requeues_leave_one_id_steps_that_never_go_back_and_every_picture_and_table(
     tmp_path: Path,
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from distseg.config.schema import DataConfig
+from distseg.data.names import check_file_name
 from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
@@ -28,10 +29,17 @@ OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # two grays
 
 
 def open_reader(options: DataConfig, split: str) -> ShardReader:
-    """The reader of a split as configured. Raises InputError as ShardReader does."""
-    return ShardReader(
+    """The reader of a split as configured.
+
+    Raises InputError as ShardReader does, and for a data set whose name is no name of a file.
+    """
+    reader = ShardReader(
         options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes
     )
+    # files of scores are called by both
+    check_file_name(reader.manifest.name, f"name of the data in {options.shards}")
+    check_file_name(reader.split, "split")
+    return reader
 
 
 class DecodedSamples:
@@ -122,8 +130,8 @@ class SampleSet:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the samples, in order."""
-        return [self.reader.key(index) for index in self._indices]
+        """Names of the samples, in order. Raises InputError for one that is no name of a file."""
+        return [check_file_name(self.reader.key(index), "key") for index in self._indices]
 
     def shard_sizes(self) -> list[int]:
         """How many of the samples lie in each of the shards that hold any, in packed order."""
@@ -185,7 +193,8 @@ class SampleSet:
             return found
         raw = self.reader.read(where, with_label=self.labelled)
         try:
-            sample = (raw.key, *self._decode(raw))
+            # pictures of it are called by the key
+            sample = (check_file_name(raw.key, "key"), *self._decode(raw))
         except InputError as error:
             raise InputError(
                 f"{self.reader.place(where)}: {error.got}", error.needed, error.action

@@ -39,9 +39,12 @@ class Failure:
         return InputError(self.got, self.needed, self.action)
 
 
+Letter = Failure | dict[str, str]
+
+
 class Mailbox:
-    """Rounds in which every other rank tells the main one how its part went: None for good, or a
-    Failure.
+    """Rounds in which every other rank tells the main one how its part went: a few words for good,
+    or a Failure.
 
     Made on every rank at once. The letters travel through the job's key-value store; when that is
     gone, so is its process, and the watchdog says so.
@@ -52,14 +55,17 @@ class Mailbox:
         self._store: Any = None if ranks.world_size == 1 else own_store(ranks, CALL_SECONDS)
         self._given_up = threading.Event()
 
-    def send(self, round_number: int, failure: Failure | None) -> None:
+    def send(self, round_number: int, letter: Letter) -> None:
         """Tell the main rank; on every other one."""
         # without the store nobody is left to read it; the watchdog tells the user why
-        content = None if failure is None else asdict(failure)
+        if isinstance(letter, Failure):
+            content: dict[str, Any] = {"failure": asdict(letter)}
+        else:
+            content = {"done": letter}
         with suppress(RuntimeError):
             self._store.set(f"{round_number}/{self._ranks.rank}", json.dumps(content))
 
-    def collect(self, round_number: int, timeout_seconds: float) -> list[Failure | None]:
+    def collect(self, round_number: int, timeout_seconds: float) -> list[Letter]:
         """What all other ranks have sent, waiting for each. On the main rank.
 
         A rank that says nothing in time has failed.
@@ -73,7 +79,7 @@ class Mailbox:
         """Wait for no rank any more: those who are to send may be gone."""
         self._given_up.set()
 
-    def _receive(self, key: str, rank: int, deadline: float) -> Failure | None:
+    def _receive(self, key: str, rank: int, deadline: float) -> Letter:
         with suppress(RuntimeError):  # the store is gone
             while not self._store.check([key]):
                 if time.monotonic() > deadline or self._given_up.wait(POLL_SECONDS):
@@ -82,5 +88,5 @@ class Mailbox:
             else:
                 content = json.loads(self._store.get(key))
                 self._store.delete_key(key)  # or the store would grow with every round
-                return None if content is None else Failure(**content)
+                return Failure(**content["failure"]) if "failure" in content else content["done"]
         return Failure(f"rank {rank} has not written its part of the checkpoint in time")

@@ -15,13 +15,14 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, joined, on_main
+from distseg.distributed.ranks import Ranks, joined, on_all, on_each, on_main
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
 from distseg.evaluate.trained import trained_segmentor
-from distseg.runs import checkpoint
+from distseg.runs.checkpoint import Checkpoint
+from distseg.runs.lease import leased
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
 from shards.files import write_json
@@ -38,24 +39,39 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     # before the network is built: a key that may not differ would score another network, or none
     check_overrides(overrides)
     # everything that can refuse comes before the ranks join, where leaving alone hangs the others
-    network, config, path = trained_segmentor(run_dir, which)
+    network, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
-    samples = open_samples(config, path)
+    samples = open_samples(config, found)
     timeout_seconds = config.parallel.timeout_seconds
     with (
+        # a training beside may prune it before every rank has come to read it
+        leased(found.path),
         joined(config.device, timeout_seconds) as ranks,
         Watchdog(ranks, timeout_seconds) as watchdog,
     ):
+        network, found = _of_one_checkpoint(run_dir, network, found, ranks)
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)
-        evaluator = evaluator_of(network, config, path, samples, ranks)
+        evaluator = evaluator_of(network, config, found, samples, ranks)
         # each image is reported: a split at full resolution takes longer than the time limit
         evaluator.details, evaluator.mark = not quick, watchdog.report
         # after all is open: the time told is that of scoring
         started = time.perf_counter()
         evaluator()
-        _publish(evaluator, path, time.perf_counter() - started)
+        _publish(evaluator, found, time.perf_counter() - started)
     return 0
+
+
+def _of_one_checkpoint(
+    run_dir: Path, network: nn.Module, found: Checkpoint, ranks: Ranks
+) -> tuple[nn.Module, Checkpoint]:
+    """The main rank's checkpoint, on every rank: "last" may be another for each, where the run
+    trains on meanwhile.
+    """
+    step = on_main(ranks, lambda: found.step)
+    if any(on_all(ranks, found.step != step)):
+        network, _, found = on_each(ranks, lambda: trained_segmentor(run_dir, str(step)))
+    return network, found
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -63,21 +79,21 @@ def check_overrides(overrides: list[str]) -> None:
     loading.refuse_others(overrides, lambda key: key.at_evaluation)
 
 
-def open_samples(config: Config, path: Path) -> SampleSet:
+def open_samples(config: Config, found: Checkpoint) -> SampleSet:
     """The split to score; InputError where its classes are not those of the checkpoint."""
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
-    check_classes(path, samples)
+    check_classes(found, samples)
     return samples
 
 
 def evaluator_of(
-    network: nn.Module, config: Config, path: Path, samples: SampleSet, ranks: Ranks
+    network: nn.Module, config: Config, found: Checkpoint, samples: SampleSet, ranks: Ranks
 ) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""
     # "auto" means the run's own precision: another machine's choice would give other scores than
     # training's
-    trained_in = checkpoint.read_state(path)["identity"]["precision"]
+    trained_in = found.identity["precision"]
     precision = (
         trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
     )
@@ -92,14 +108,15 @@ def evaluator_of(
     )
 
 
-def _publish(evaluator: Evaluator, path: Path, seconds: float) -> None:
+def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
     """Write and print the scores of a checkpoint; called on every rank."""
-    state, reader, ranks = checkpoint.read_state(path), evaluator.samples.reader, evaluator.ranks
-    step, identity, precision = (
-        state["state"]["step"],
-        state["identity"],
+    reader, ranks, precision = (
+        evaluator.samples.reader,
+        evaluator.ranks,
         evaluator.augmentation.precision,
     )
+    # as it was read at the start: the folder may have been pruned meanwhile
+    path, step, identity = found.path, found.step, found.identity
     # part of the file's name is whatever makes scores incomparable, so that none overwrites another
     other = (
         "" if identity["manifest_sha256"] == reader.manifest.sha256 else f"-{reader.manifest.name}"
@@ -128,12 +145,12 @@ def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def check_classes(path: Path, samples: SampleSet) -> None:
+def check_classes(found: Checkpoint, samples: SampleSet) -> None:
     """Raise InputError when a checkpoint was trained on other classes than the shards have."""
     # names and their order: the same number of other classes would score without an error
-    trained_on = checkpoint.read_state(path)["identity"]["classes"]
+    trained_on = found.identity["classes"]
     classes = samples.classes
     if trained_on != list(classes.names):
-        got = f"{path} was trained on {len(trained_on)} classes ({', '.join(trained_on)})"
+        got = f"{found.path} was trained on {len(trained_on)} classes ({', '.join(trained_on)})"
         needed = f"the {classes.num_classes} classes of the shards ({', '.join(classes.names)})"
         raise InputError(got, needed, "choose other shards with data.shards=DIR")

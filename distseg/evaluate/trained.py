@@ -13,38 +13,48 @@ from distseg.config.schema import Config
 from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
+from distseg.runs.checkpoint import Checkpoint
 from shards import user_code
 from shards.sample import ClassSet
 
 log = logging.getLogger(__name__)
 
 
-def trained_classes(path: Path) -> ClassSet:
+def trained_classes(found: Checkpoint) -> ClassSet:
     """The classes that a checkpoint was trained on, with their colours."""
     # of the checkpoint, not of the shards: these may have moved, or been packed anew
-    identity = checkpoint.read_state(path)["identity"]
+    identity = found.identity
     palette = tuple((red, green, blue) for red, green, blue in identity["palette"])
     return ClassSet(tuple(identity["classes"]), palette)
 
 
-def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Path]:
-    """The segmentor of a run's checkpoint in evaluation mode, its configuration, and the
-    checkpoint's path.
+def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Checkpoint]:
+    """The segmentor of a run's checkpoint in evaluation mode, its configuration, and what the
+    checkpoint says of itself: its folder need not stay, as all of it has been read.
 
     A segmentor of the user's own is imported from the file that the configuration names. Raises
-    InputError where that is not there, and says when it has changed since training.
+    InputError where that is not there, and says when it has changed since training; InputError too
+    for a damaged checkpoint.
     """
     config = loading.from_file(run_dir / "config.yaml")
-    path = checkpoint.find(run_dir, which)
-    num_classes = len(checkpoint.read_state(path)["identity"]["classes"])
-    _warn_of_changed_code(config)
-    # random, as the checkpoint replaces all of it: the file of the first weights may be gone
-    options = {**config.segmentor.options, "init": "random"}
-    network = build_segmentor(config.segmentor.name, num_classes, **options)
-    # its EMA weights where the run has them, as those are what training scored
-    checkpoint.load_segmentor(path, network)
+    with checkpoint.opened(run_dir, which) as found:
+        _warn_of_changed_code(config)
+        # random, as the checkpoint replaces all of it: the file of the first weights may be gone
+        options = {**config.segmentor.options, "init": "random"}
+        num_classes = len(found.identity["classes"])
+        network = build_segmentor(config.segmentor.name, num_classes, **options)
+        # its EMA weights where the run has them, as those are what training scored
+        checkpoint.load_segmentor(found, network)
+    _warn(found.caveat)
     # dropout and batch statistics would make scores depend on chance and on the batch
-    return network.eval(), config, path
+    return network.eval(), config, found
+
+
+def _warn(text: str) -> None:
+    # the ranks have not joined yet, so the environment has to say who talks
+    rank, _, _ = resolve_ranks(dict(os.environ))
+    if text and rank == 0:
+        log.warning("%s", text)
 
 
 def _warn_of_changed_code(config: Config) -> None:
@@ -52,9 +62,7 @@ def _warn_of_changed_code(config: Config) -> None:
     # runs of earlier versions recorded none
     if recorded is None or not user_code.is_reference(reference):
         return
-    # the ranks have not joined yet, so the environment has to say who talks
-    rank, _, _ = resolve_ranks(dict(os.environ))
     loaded = user_code.load(reference, "segmentor")
     # no error: a comment that was added changes no score, and only the user can tell
-    if loaded.sha256 != recorded and rank == 0:
-        log.warning("%s has changed since training: scores may not be the run's", loaded.path)
+    if loaded.sha256 != recorded:
+        _warn(f"{loaded.path} has changed since training: scores may not be the run's")

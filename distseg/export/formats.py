@@ -29,7 +29,6 @@ from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
 from distseg.models import build_segmentor
 from distseg.models.own_segmentor import OwnSegmentor
-from distseg.runs import checkpoint
 from shards import user_code
 from shards.errors import InputError
 from shards.files import published
@@ -92,9 +91,8 @@ def check_packages(form: str) -> None:
 
 def load(run_dir: Path, which: str) -> Trained:
     """The segmentor of a run's checkpoint. Raises InputError where there is none."""
-    segmentor, config, path = trained_segmentor(run_dir, which)
-    saved = checkpoint.read_state(path)
-    identity, step = saved["identity"], saved["state"]["step"]
+    segmentor, config, found = trained_segmentor(run_dir, which)
+    identity = found.identity
     metadata = describe(
         config.segmentor.name, config.segmentor.options, identity["classes"], identity["palette"]
     )
@@ -102,7 +100,7 @@ def load(run_dir: Path, which: str) -> Trained:
     if "segmentor" in config.code:
         metadata["code_sha256"] = config.code["segmentor"]
     # whatever the run computed in: the file is for any device
-    return Trained(segmentor.float(), metadata, config, step)
+    return Trained(segmentor.float(), metadata, config, found.step)
 
 
 def describe(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel, panels_of
-from distseg.tracking.wandb_run import ID_FILE, choose_mode
+from distseg.tracking.wandb_run import ID_FILE, choose_mode, read_run_id
 from shards.errors import InputError
 from shards.files import published
 
@@ -137,4 +137,7 @@ def _run_id(run_dir: Path) -> str:
             "`wandb sync`)"
         )
         raise InputError(f"{run_dir} has no {ID_FILE}", "runs that W&B has", action)
-    return path.read_text(encoding="utf-8").strip()
+    known = read_run_id(path)
+    if known is None:
+        raise InputError(f"{path} holds no id of a run", "one as W&B gives it", "restore the file")
+    return known

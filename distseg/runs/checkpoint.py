@@ -1,33 +1,69 @@
 """A checkpoint on the disk: finding it, and reading what it says without the run that wrote it.
 
 A checkpoint is a folder checkpoints/step-00000500 of a run with safetensors files and state.json:
-{"version", "state": {"step", ...}, "identity": {key: value}, "parts": {learner: [part, ...]}}.
-See distseg/runs/checkpointer.py for how it gets there.
+{"version", "state": {"step", ...}, "identity": {key: value}, "parts": {learner: [part, ...]},
+"files": {name: sha256}, "sha256": of all this}. Those of earlier versions have neither "files" nor
+"sha256". See distseg/runs/checkpointer.py for how it gets there.
 """
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distseg.runs.tensor_files import read
+from distseg.runs.lease import leased
+from distseg.runs.sealed import unseal
+from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, check_readable, read
 from shards.errors import InputError
+from shards.manifest import sha256_of
 
 VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
 STATE_FILE, BEST_FILE = "state.json", "best.json"
+_KEYS = {"version", "state", "identity", "parts"}
+_NAME = re.compile(r"[A-Za-z0-9_]+")  # of learners and parts, which become names of files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself, read once: its folder may be pruned at any time.
+
+    identity: what it must agree on with the run that loads it. parts: of each learner. files: the
+    sha256 of each; None: of an earlier version, which kept none.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    identity: dict[str, Any]
+    parts: dict[str, list[str]]
+    files: dict[str, str] | None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.state["step"])
+
+    @property
+    def caveat(self) -> str:
+        """What a user should know of it; "" where all is well."""
+        if self.files is not None:
+            return ""
+        return f"{self.path}: of an earlier version, without checksums, so not verified"
 
 
 def published(directory: Path) -> list[Path]:
-    """The complete checkpoints in a run's checkpoints/, oldest first."""
+    """The checkpoints in a run's checkpoints/, oldest first."""
     # no looser pattern: a user may keep a copy beside them, which is not ours to count or remove
     paths = sorted(directory.glob("step-" + 8 * "[0-9]"))
-    # state.json is written after all tensors: a folder without it was never finished
-    return [path for path in paths if (path / STATE_FILE).is_file()]
+    # the name comes last, so that whatever has it was complete once
+    return [path for path in paths if path.is_dir()]
 
 
 def find(run_dir: Path, which: str) -> Path:
@@ -53,6 +89,70 @@ def find(run_dir: Path, which: str) -> Path:
     )
 
 
+@contextmanager
+def opened(run_dir: Path, which: str) -> Iterator[Checkpoint]:
+    """A checkpoint of a run, verified; a training beside leaves it in place until the block ends.
+
+    which: as `find` takes it. Raises InputError where there is none, and DamagedCheckpoint.
+    """
+    path = find(run_dir, which)
+    with leased(path):
+        yield verified(path)
+
+
+def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
+    """A checkpoint whose files are as they were written; of one that kept no checksums, readable.
+
+    Of several ranks, each verifies the files that it reads, and together they verify all. Raises
+    DamagedCheckpoint with the file's name, and OSError for a disk that cannot be read now.
+    """
+    try:
+        return _verified(path, rank, world_size)
+    except PermissionError as error:
+        got = f"{error.filename}: {error.strerror}"
+        raise InputError(got, "files that can be read", "ask their owner") from None
+    except FileNotFoundError as error:
+        raise _damaged(path, f"{Path(error.filename).name} is missing") from None
+
+
+def _verified(path: Path, rank: int, world_size: int) -> Checkpoint:
+    found = read_state(path)
+    there = {file.name for file in path.glob("*" + SUFFIX)}
+    if found.files is None:
+        for learner, parts in found.parts.items():
+            for part in parts:
+                check_readable(path, f"{learner}.{part}")
+        return found
+    # one too many, too: it could be read in the place of another
+    for name in sorted(there ^ found.files.keys()):
+        what = "is missing" if name in found.files else "is none of its files"
+        raise _damaged(path, f"{name} {what}")
+    for name in sorted(there):
+        if _is_read_by(name, rank, world_size) and sha256_of(path / name) != found.files[name]:
+            raise _damaged(path, f"{name} is not as it was written (sha256)")
+    return found
+
+
+def _is_read_by(name: str, rank: int, world_size: int) -> bool:
+    """Whether a rank has to verify a file: one with full tensors is read by every one."""
+    sharded = re.search(r"\.(\d+)-of-(\d+)" + re.escape(SUFFIX) + "$", name)
+    if sharded is None:
+        return True
+    # Shard k of n is read by ranks k, k + n, ...; of another number of ranks by others too, whose
+    # rows are sound when some rank has found the file so.
+    index, count = int(sharded[1]) - 1, int(sharded[2])
+    return (index - rank) % min(count, world_size) == 0
+
+
+def _damaged(path: Path, what: str) -> DamagedCheckpoint:
+    others = [other.name for other in published(path.parent) if other != path]
+    needed = "a whole checkpoint"
+    if not others:
+        return DamagedCheckpoint(f"{path}: {what}", needed, "restore it")
+    steps = ", ".join(str(int(name.removeprefix("step-"))) for name in others)
+    return DamagedCheckpoint(f"{path}: {what}", needed, f"choose another one by its step: {steps}")
+
+
 def read_best(directory: Path) -> dict[str, Any]:
     """{"step", "mean_iou"} of the best one in a run's checkpoints/, {} when none was scored yet.
 
@@ -62,67 +162,83 @@ def read_best(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        best = json.loads(path.read_text())
+        best, _ = unseal(path.read_bytes())
+        if best.keys() != {"step", "mean_iou"}:
+            raise ValueError(f"keys {sorted(best)}")
         return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
     # not passed over as "none yet": the next score would then replace a better one
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path}: damaged ({error})", "the file that training wrote", "remove it"
         ) from None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint. Raises InputError for a damaged one and another version."""
+def read_state(path: Path) -> Checkpoint:
+    """What the state.json of a checkpoint says; its files are not looked at.
+
+    Raises DamagedCheckpoint, and InputError for another version.
+    """
+    file = path / STATE_FILE
     try:
-        meta = json.loads((path / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        meta = None
-    # one of another version may have other keys, and is not damaged
-    is_whole = isinstance(meta, dict) and (
-        "version" not in meta or {"state", "identity", "parts"} <= meta.keys()
+        content, is_sealed = unseal(file.read_bytes())
+        # exactly: a sealed one whose seal has lost its name must not pass for an old one
+        keys = _KEYS | {"files"} if is_sealed else _KEYS
+        # one of another version may have other keys, and is not damaged
+        if content.get("version") == VERSION and content.keys() != keys:
+            raise ValueError(f"keys {sorted(content)}")
+        if "version" not in content:
+            raise ValueError("no version")
+        if content["version"] == VERSION:
+            return _checked(path, content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _damaged(path, f"{STATE_FILE} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{STATE_FILE}: damaged ({error})") from None
+    got = f"{path}: version {content['version']!r}"
+    raise InputError(got, f"version {VERSION}", "use the distseg that wrote it")
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Checkpoint:
+    """Raises ValueError where the content is not that of a checkpoint in this folder."""
+    found = Checkpoint(
+        path, content["state"], content["identity"], content["parts"], content.get("files")
     )
-    if not is_whole:
-        action = f"remove {path}: the checkpoint before it is then used"
-        raise InputError(f"{path / STATE_FILE}: damaged", "a checkpoint of distseg", action)
-    if meta.get("version") != VERSION:
-        got = f"{path}: version {meta.get('version')}"
-        raise InputError(got, f"version {VERSION}", "use the distseg that wrote it")
-    return meta
+    # a file of another checkpoint, whole in itself
+    if re.fullmatch(r"step-\d{8}", path.name) and int(path.name[5:]) != found.step:
+        raise ValueError(f"it is of step {found.step}")
+    for learner, parts in found.parts.items():
+        for name in (learner, *parts):
+            # it becomes part of a path
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"a part called {name!r}")
+    return found
 
 
-def saved_precision(run_dir: Path) -> str | None:
-    """The precision of a run's last checkpoint; None before there is one."""
-    paths = published(run_dir / FOLDER)
-    # what "auto" became: on other machines it could become something else, and the run would change
-    return read_state(paths[-1])["identity"].get("precision") if paths else None
-
-
-def read_network(path: Path, network: str) -> tuple[str, dict[str, Tensor]]:
+def read_network(found: Checkpoint, network: str) -> tuple[str, dict[str, Tensor]]:
     """The part of a checkpoint that stands for a network, and its tensors.
 
     network: "segmentor", of which the EMA weights ("ema") are taken where there are any, or
     "discriminator". Raises InputError where the run had none.
     """
-    parts = read_state(path)["parts"]
     # EMA weights are what the run was evaluated with
-    part = "ema" if network == "segmentor" and "ema" in parts else network
-    if part not in parts:
+    part = "ema" if network == "segmentor" and "ema" in found.parts else network
+    if part not in found.parts:
         action = f"write {network}.init=random, or name a run that had one"
-        raise InputError(f"{path} has no {network}", f"a run with a {network}", action)
-    return part, read(path, f"{part}.network")
+        raise InputError(f"{found.path} has no {network}", f"a run with a {network}", action)
+    return part, read(found.path, f"{part}.network")
 
 
-def load_segmentor(path: Path, network: torch.nn.Module) -> str:
+def load_segmentor(found: Checkpoint, network: torch.nn.Module) -> str:
     """Copy a checkpoint's segmentor into a network.
 
     Its EMA weights where there are any. Returns which: "ema" or "segmentor". Raises InputError when
     the network is another than the checkpoint's.
     """
-    which, tensors = read_network(path, "segmentor")
+    which, tensors = read_network(found, "segmentor")
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        got = f"{path}: {str(error).splitlines()[-1].strip()}"
+        got = f"{found.path}: {str(error).splitlines()[-1].strip()}"
         raise InputError(
             got, "the network that the run's config.yaml names", "restore config.yaml"
         ) from None

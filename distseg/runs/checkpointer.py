@@ -27,11 +27,10 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +45,76 @@ from distseg.runs.checkpoint import (
     FOLDER,
     STATE_FILE,
     VERSION,
+    Checkpoint,
     published,
     read_best,
-    read_state,
+    verified,
 )
-from distseg.runs.tensor_files import TensorFile, read, to_host
+from distseg.runs.lease import is_leased
+from distseg.runs.sealed import seal, write_sealed
+from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, TensorFile, read, to_host
 from shards.errors import InputError, TemporaryError
-from shards.files import check_space, disk_full, sync_folder, write_json
+from shards.files import check_space, disk_full, sync_folder
+from shards.manifest import sha256_of
 from shards.storage import exists, retried
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+SET_ASIDE = "damaged-"  # before the name of a checkpoint
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest sound checkpoint of a run, None before there is one; and the damaged ones after
+    it, newest first, each with what is wrong with it.
+    """
+
+    sound: Checkpoint | None
+    damaged: dict[Path, str]
+
+
+def newest(run_dir: Path, ranks: Ranks) -> Newest:
+    """What a run goes on from, the same on every rank; changes nothing. Called on every rank.
+
+    Raises InputError where there are checkpoints and none is sound.
+    """
+    directory = run_dir / FOLDER
+    damaged: dict[Path, str] = {}
+    # the main rank looks, for all: ranks that see a shared disk differently would choose
+    # differently
+    for path in reversed(on_main(ranks, lambda: published(directory))):
+        # damaged for one is damaged for all: none goes on alone
+        verify = functools.partial(verified, path, ranks.rank, ranks.world_size)
+        try:
+            return Newest(on_each(ranks, verify), damaged)
+        except DamagedCheckpoint as error:
+            damaged[path] = error.got
+    if damaged:
+        # not begun anew in silence: all that the run has learned would be given up
+        action = f"restore one, or remove {directory} to begin at step 0"
+        raise shared_error(InputError("; ".join(damaged.values()), "a sound checkpoint", action))
+    return Newest(None, {})
+
+
+def set_aside(damaged: Iterable[Path], ranks: Ranks) -> None:
+    """Rename damaged checkpoints, so that nothing takes them for sound. Called on every rank."""
+
+    def rename() -> None:
+        for path in damaged:
+            _set_aside(path)
+
+    on_main(ranks, rename)
+
+
+def _set_aside(path: Path) -> None:
+    target, number = path.with_name(SET_ASIDE + path.name), 1
+    # the same step may have been damaged before
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{SET_ASIDE}{path.name}-{number}")
+    # of those that are left any may be the best: the next evaluation decides
+    if read_best(path.parent).get("step") == int(path.name.removeprefix("step-")):
+        (path.parent / BEST_FILE).unlink()
+    os.replace(path, target)
 
 
 @dataclass(frozen=True)
@@ -65,12 +124,12 @@ class _Save:
     target: Path
     files: list[TensorFile]
     wait_for_copies: Callable[[], None]  # from the device
-    content: dict[str, Any]  # of state.json
+    content: dict[str, Any]  # of state.json, but for the checksums
 
     @property
     def partial(self) -> Path:
-        """Where the files lie until all are there; hidden, so that nobody takes it for whole."""
-        return self.target.with_name(f".partial-{self.target.name}")
+        """Where the files lie until all are there."""
+        return _hidden(self.target)
 
 
 class Checkpointer:
@@ -117,7 +176,7 @@ class Checkpointer:
         self.wait()
         save = self._copied(learners, state)
         # on_main holds the other ranks back until the folder is empty, and there
-        on_main(self._ranks, lambda: _raise(self._failure_of(save, _clear)))
+        on_main(self._ranks, lambda: _raise(self._failure_of(save, lambda: _clear(save))))
         # counted by every rank alike: the number of the mailbox's round
         self._num_saves += 1
         if self._async:
@@ -173,24 +232,20 @@ class Checkpointer:
         # after the wait: best.json must not name what was never published
         on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint; the main rank looks, for all."""
-        self.wait()
-        return on_main(self._ranks, lambda: next(reversed(published(self.directory)), None))
+    def load(self, saved: Checkpoint, learners: dict[str, Any]) -> dict[str, Any]:
+        """Copy a checkpoint, which has been verified, into the learners; returns its state. Called
+        on every rank.
 
-    def load(self, path: Path, learners: dict[str, Any]) -> dict[str, Any]:
-        """Copy a checkpoint into the learners; returns its state. Called on every rank.
-
-        Raises InputError, on all of them, when it is another run's, or damaged for any rank.
+        Raises InputError, on all of them, when it is another run's, or unreadable for any rank.
         """
         # by each rank itself, as each reads its tensors there too
-        content = on_each(self._ranks, lambda: self._own_content(path))
+        on_each(self._ranks, lambda: self._check_own(saved, learners))
         for name, learner in learners.items():
-            parts, own = content["parts"][name], learner.state_dict()
+            own = learner.state_dict()
             # read on all ranks before any of them changes its learner
-            reading = functools.partial(_read_parts, path, name, parts, own)
+            reading = functools.partial(_read_parts, saved, name, own)
             learner.load_state_dict(on_each(self._ranks, reading))
-        return content["state"]
+        return saved.state
 
     def check_space(self, learners: dict[str, Any]) -> None:
         """Raise InputError, on every rank, when the disk cannot hold what will be kept and one
@@ -229,19 +284,23 @@ class Checkpointer:
     def _write(self, save: _Save) -> None:
         """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
         # no collective from here on: this may run beside training's
-        failure = self._failure_of(save, _write_files)
+        checksums: dict[str, str] = {}
+        failure = self._failure_of(save, lambda: checksums.update(_write_files(save)))
         if self._ranks.is_main:
-            others = self._mailbox.collect(self._num_saves, self._timeout)
-            failures = [found for found in (failure, *others) if found is not None]
-            failure = failures[0] if failures else self._failure_of(save, self._publish)
+            for letter in self._mailbox.collect(self._num_saves, self._timeout):
+                if isinstance(letter, Failure):
+                    failure = failure or letter
+                else:
+                    checksums |= letter
+            failure = failure or self._failure_of(save, lambda: self._publish(save, checksums))
             if failure is not None:
                 # nobody will finish it, and the disk may be full
                 shutil.rmtree(save.partial, ignore_errors=True)
         else:
-            self._mailbox.send(self._num_saves, failure)
+            self._mailbox.send(self._num_saves, failure or checksums)
         self._failure = failure
 
-    def _failure_of(self, save: _Save, work: Callable[[_Save], None]) -> Failure | None:
+    def _failure_of(self, save: _Save, work: Callable[[], None]) -> Failure | None:
         """What went wrong in a part of a save, tried again for as long as it may pass; None:
         nothing.
         """
@@ -249,17 +308,18 @@ class Checkpointer:
         def attempt() -> None:
             # a folder of that name may be there that is none of this run's
             self.check_folder()
-            work(save)
+            work()
 
         # expected: another rank has made the folder, and this one may see it a minute later
         return _failure_of(save, lambda: retried(save.target, attempt, expected=True))
 
-    def _publish(self, save: _Save) -> None:
+    def _publish(self, save: _Save, checksums: dict[str, str]) -> None:
         # Content, the folder's entries, the new name, the parent's entry: each is on the disk
         # before the next. Whenever the power goes, the checkpoint is whole or not there.
         # One whose renaming was done, and told as failed, is only synced.
         if exists(save.partial) or not exists(save.target):
-            _write_synced(save.partial / STATE_FILE, json.dumps(save.content, indent=1).encode())
+            content = save.content | {"files": checksums}
+            _write_synced(save.partial / STATE_FILE, seal(content))
             sync_folder(save.partial)
             # the same step again, from a run that was set back
             shutil.rmtree(save.target, ignore_errors=True)
@@ -270,33 +330,44 @@ class Checkpointer:
 
     def _mark_best(self, step: int, mean_iou: float) -> None:
         if mean_iou > read_best(self.directory).get("mean_iou", -1.0):
-            write_json(self.directory / BEST_FILE, {"step": step, "mean_iou": mean_iou})
+            write_sealed(self.directory / BEST_FILE, {"step": step, "mean_iou": mean_iou})
         self._prune()
 
     def _prune(self) -> None:
         # only after a publication: until then the older ones are all there is to resume from
         best_step = read_best(self.directory).get("step")
         for path in published(self.directory)[: -self._keep_last]:
-            if int(path.name.removeprefix("step-")) != best_step:
-                shutil.rmtree(path)
+            # who reads one has it kept until the next turn
+            if int(path.name.removeprefix("step-")) != best_step and not is_leased(path):
+                # at once, and under a name that the next save clears away: a kill in the middle
+                # leaves no half of a checkpoint under its own
+                hidden = _hidden(path)
+                os.replace(path, hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
 
-    def _own_content(self, path: Path) -> dict[str, Any]:
-        """The state.json of a checkpoint of this run. Raises InputError when it is another's."""
-        content = read_state(path)
+    def _check_own(self, saved: Checkpoint, learners: dict[str, Any]) -> None:
+        """Raise InputError for the checkpoint of another run."""
         # another order of samples or other classes would go on without an error, and mean nothing
         for key, value in self._identity.items():
-            if content["identity"].get(key) != value:
-                got = f"{path}: {key} is {content['identity'].get(key)!r}, this run's is {value!r}"
+            if saved.identity.get(key) != value:
+                got = f"{saved.path}: {key} is {saved.identity.get(key)!r}, "
+                got += f"this run's is {value!r}"
                 raise InputError(
                     got, "a checkpoint of the same data and settings", "choose another run_dir"
                 )
-        return content
+        missing = sorted(learners.keys() - saved.parts.keys())
+        if missing:
+            got = f"{saved.path} has no {', '.join(missing)}"
+            raise InputError(got, "a checkpoint of the same settings", "choose another run_dir")
 
 
-def _read_parts(
-    path: Path, name: str, parts: list[str], own: dict[str, dict[str, Tensor]]
-) -> dict[str, Any]:
-    return {part: read(path, f"{name}.{part}", own.get(part)) for part in parts}
+def _hidden(path: Path) -> Path:
+    """Where a checkpoint lies that is not whole; hidden, so that nobody takes it for one."""
+    return path.with_name(f".partial-{path.name}")
+
+
+def _read_parts(saved: Checkpoint, name: str, own: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    return {part: read(saved.path, f"{name}.{part}", own.get(part)) for part in saved.parts[name]}
 
 
 def _clear(save: _Save) -> None:
@@ -307,10 +378,15 @@ def _clear(save: _Save) -> None:
     save.partial.mkdir(parents=True)
 
 
-def _write_files(save: _Save) -> None:
+def _write_files(save: _Save) -> dict[str, str]:
+    """Write this rank's files; returns the sha256 of each."""
     save.wait_for_copies()
+    checksums = {}
     for file in save.files:
         file.write(save.partial)
+        # of what was just written and is in memory still, so this costs no reading of the disk
+        checksums[file.name + SUFFIX] = sha256_of(save.partial / (file.name + SUFFIX))
+    return checksums
 
 
 def _failure_of(save: _Save, work: Callable[[], None]) -> Failure | None:

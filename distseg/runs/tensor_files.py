@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ SUFFIX = ".safetensors"
 SHARDS_KEY = "slices"
 
 Shards = Mapping[str, ParameterShard]  # of the tensors of a part, by name
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not what was written; the one before it may be sound."""
 
 
 @dataclass
@@ -144,26 +148,41 @@ def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> d
     """The tensors of a part, from however many files; of those that are sharded in `like`, this
     rank's shard.
 
-    Raises InputError for a damaged file, a missing one, and a tensor of another shape than in
-    `like`.
+    Raises DamagedCheckpoint for a damaged file and a missing one, and InputError for tensors of
+    other names or shapes than in `like`.
     """
+    with _opened(folder, part) as files:
+        tensors = {}
+        pieces_of = _pieces(files)
+        if like is not None:
+            _check_names(f"{folder}: {part}", pieces_of.keys(), like.keys())
+        for name, pieces in pieces_of.items():
+            tensors[name] = _read_tensor(name, pieces, None if like is None else like[name])
+        return tensors
+
+
+def check_readable(folder: Path, part: str) -> None:
+    """Raise DamagedCheckpoint where a file of a part is missing or cut short."""
+    with _opened(folder, part):  # which looks at headers and lengths
+        pass
+
+
+@contextmanager
+def _opened(folder: Path, part: str) -> Iterator[list[Any]]:
+    """The files of a part, as safe_open gives them."""
     try:
         with ExitStack() as opened:
             # open to the end: slices are read from the mapped files when they are asked for
-            files = [
+            yield [
                 opened.enter_context(safe_open(path, framework="pt"))
                 for path in _paths(folder, part)
             ]
-            tensors = {}
-            for name, pieces in _pieces(files).items():
-                tensors[name] = _read_tensor(name, pieces, None if like is None else like.get(name))
-            return tensors
-    except (OSError, SafetensorError, ValueError) as error:
+    except (FileNotFoundError, SafetensorError, ValueError) as error:
         # which is a ValueError, and says more already
         if isinstance(error, InputError):
             raise
-        action = f"remove {folder}: the checkpoint before it is then used"
-        raise InputError(f"{folder}: {part}: {error}", "a whole checkpoint", action) from None
+        got = f"{folder}: {part}: {error}"
+        raise DamagedCheckpoint(got, "a whole checkpoint", "choose the one before it") from None
 
 
 def _paths(folder: Path, part: str) -> list[Path]:
@@ -231,6 +250,15 @@ def _read_rows(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor:
             taken.append(rows[first:last])
     # a rank that holds no row still needs the type and the other dimensions
     return torch.cat(taken) if taken else stored[0][0:0]
+
+
+def _check_names(part: str, found: Collection[str], wanted: Collection[str]) -> None:
+    different = sorted(set(found) ^ set(wanted))
+    if different:
+        got = f"{part}: {', '.join(different[:4])} in only one of checkpoint and run"
+        raise InputError(
+            got, "the same network and optimizer", "choose another run_dir, or the run's settings"
+        )
 
 
 def _check_shape(name: str, shape: tuple[int, ...], like: Tensor | None) -> None:

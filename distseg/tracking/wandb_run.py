@@ -34,6 +34,8 @@ _QUEUE_LENGTH = 2000  # rows; at one row a second, half an hour without an answe
 _INIT_SECONDS = 30.0
 _FINISH_SECONDS = 60.0  # how long the end of a run may wait for uploads
 _LOGIN_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+# what W&B takes, without what leads out of a folder
+_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 _SECRET_NAME = re.compile(r"(?i)(api_?key|token|secret|passw|credential|private_?key)")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -297,9 +299,17 @@ def _has_login() -> bool:
     return any(host in logins.hosts for host in hosts)
 
 
+def read_run_id(path: Path) -> str | None:
+    """The id in a file; None where it holds none: W&B makes folders by it."""
+    known = path.read_text(encoding="utf-8", errors="replace").strip()
+    return known if _RUN_ID.fullmatch(known) else None
+
+
 def _run_id(path: Path) -> str:
-    if path.exists() and (known := path.read_text().strip()):
-        return known
+    if path.exists():
+        if known := read_run_id(path):
+            return known
+        _log.warning("W&B: %s holds no id of a run, so another one is begun", path)
     # chosen here and kept beside the run, so that every attempt writes into the same W&B run
     new = secrets.token_hex(4)
     with published(path) as partial:

@@ -13,13 +13,13 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, on_main
+from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.parallel import wrap
 from distseg.runs import environment
-from distseg.runs.checkpoint import saved_precision
+from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.checkpointer import Checkpointer
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker, open_tracker
@@ -33,14 +33,12 @@ from distseg.train.step import Pair
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 
 
-def with_precision(config: Config, ranks: Ranks) -> Config:
+def with_precision(config: Config, saved: Checkpoint | None, ranks: Ranks) -> Config:
     """The configuration with "auto" resolved.
 
     A run goes on in the precision that it began in: "auto" may differ on another machine.
     """
-    # the main rank looks, for all: ranks that see a shared disk differently would choose
-    # differently
-    kept = on_main(ranks, lambda: saved_precision(Path(config.run_dir)))
+    kept = None if saved is None else saved.identity.get("precision")
     if kept is None or config.precision != "auto":
         kept = resolve_precision(config.precision, ranks)
     return replace(config, precision=kept)
@@ -70,8 +68,10 @@ class Learned:
     is_resumed: bool
 
 
-def learned(config: Config, ranks: Ranks, pair: Pair, data: Data) -> Learned:
-    """The learners as the last checkpoint has them, where there is one. Writes nothing.
+def learned(
+    config: Config, ranks: Ranks, pair: Pair, data: Data, saved: Checkpoint | None
+) -> Learned:
+    """The learners as a checkpoint has them, where there is one. Writes nothing.
 
     Raises InputError, on every rank, for a checkpoint that is another run's, and where the disk
     cannot hold what the run will keep.
@@ -83,13 +83,12 @@ def learned(config: Config, ranks: Ranks, pair: Pair, data: Data) -> Learned:
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
     checkpoints.check_space(learners)
-    latest = checkpoints.latest()
-    if latest is not None:
+    if saved is not None:
         # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
         # to go on: the order of samples, the phases and random numbers follow from the step and the
         # seed.
-        state = TrainState(**checkpoints.load(latest, learners))
-    return Learned(pair, ema, checkpoints, state, latest is not None)
+        state = TrainState(**checkpoints.load(saved, learners))
+    return Learned(pair, ema, checkpoints, state, saved is not None)
 
 
 def build_trainer(

@@ -24,12 +24,13 @@ from distseg.distributed.ranks import (
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.parallel import check_installed, check_settings, check_shard_size
+from distseg.runs.checkpointer import newest, set_aside
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
 from distseg.train.flops import StepWork
-from distseg.train.headline import extension
+from distseg.train.headline import about_checkpoints, extension
 from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
@@ -157,20 +158,25 @@ def train_and_show(
     """From the networks to the finished run, on every rank alike."""
     ranks, data = run_directory.ranks, prepared.data
     # not earlier: it asks the run directory, which is this job's alone only since it is locked
-    config = with_precision(config, ranks)
+    watchdog.report("verifying checkpoints")
+    last = newest(run_directory.path, ranks)
+    config = with_precision(config, last.sound, ranks)
     work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)
-    watchdog.report("looking for checkpoints")
-    found = learned(config, ranks, pair, data)
+    watchdog.report("loading a checkpoint")
+    found = learned(config, ranks, pair, data, last.sound)
     with closing(open_streams(config, ranks, data, found.state.step)) as stream:
         # Not earlier: until here other data, networks or settings than the run's are refused, and a
         # directory that says otherwise than its checkpoints would be scored as another run.
         run_directory.accept()
+        set_aside(last.damaged, ranks)
         # Before the first checkpoint: a run that goes on reads this list instead of drawing again,
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
+        for line in about_checkpoints(last):
+            trainer.progress.warning(line)
         trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
         if run_directory.steps_before is not None:
             trainer.progress.message(extension(config, run_directory.steps_before))

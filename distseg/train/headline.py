@@ -11,6 +11,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.parallel import Learner
 from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
+from distseg.runs.checkpointer import SET_ASIDE, Newest
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
@@ -76,6 +77,20 @@ def extension(config: Config, steps_before: int) -> str:
     )
     what = f"the learning rate at step {steps_before} is {now:.3g} of its base, not {before:.3g}"
     return f"{text}; {what}, as in a run of {config.steps} steps from the start"
+
+
+def about_checkpoints(last: Newest) -> list[str]:
+    """What is to be said of the checkpoints that a run goes on from; of sound ones nothing."""
+    lines = [] if last.sound is None or not last.sound.caveat else [last.sound.caveat]
+    # newest() gives none without a sound one before it
+    step = 0 if last.sound is None else last.sound.step
+    for path, what in last.damaged.items():
+        lost = int(path.name.removeprefix("step-")) - step
+        lines.append(
+            f"damaged checkpoint: {what}; set aside as {SET_ASIDE}{path.name}. The run goes on "
+            f"from step {step}: {lost} steps are done again"
+        )
+    return lines
 
 
 def _learners(pair: Pair) -> list[Learner]:

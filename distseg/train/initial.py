@@ -14,7 +14,7 @@ def initial_weights(init: str, network: str) -> str | Weights:
     init: a run directory stands for its best checkpoint, or its last where none was scored;
     RUN@last, RUN@best and RUN@500 name one. Anything else (a word, a file) comes back as it is.
     network: "segmentor" (its EMA weights where the run has them) or "discriminator". Raises
-    InputError where a run has no such checkpoint, or no such network.
+    InputError where a run has no such checkpoint or network, and where the checkpoint is damaged.
     """
     if init in ("imagenet", "random"):  # whatever folders lie here
         return init
@@ -24,16 +24,20 @@ def initial_weights(init: str, network: str) -> str | Weights:
         name, _, which = init.rpartition("@")
         run_dir = Path(name)
     if not run_dir.is_dir():
+        # a file of a checkpoint is as sound as the whole; any other has no checksum
+        if (run_dir.parent / checkpoint.STATE_FILE).is_file():
+            checkpoint.verified(run_dir.parent)
         return init
     if not which:
         is_scored = bool(checkpoint.read_best(run_dir / checkpoint.FOLDER))
         # A run that never evaluated has no best. Its last is what the user means, and the headline
         # says so.
         which = "best" if is_scored else "last"
-    path = checkpoint.find(run_dir, which)
-    # the network's tensors alone, whichever strategy wrote them: an optimizer would belong to other
-    # data
-    part, tensors = checkpoint.read_network(path, network)
-    step = checkpoint.read_state(path)["state"]["step"]
+    with checkpoint.opened(run_dir, which) as found:
+        # the network's tensors alone, whichever strategy wrote them: an optimizer would belong to
+        # other data
+        part, tensors = checkpoint.read_network(found, network)
+    source = f"{run_dir}, step {found.step}{', EMA weights' if part == 'ema' else ''}"
+    source += ", not verified (no checksums)" if found.caveat else ""
     # as tensors, not as a path: `models` is plain torch and knows nothing of checkpoints
-    return Weights(tensors, f"{run_dir}, step {step}{', EMA weights' if part == 'ema' else ''}")
+    return Weights(tensors, source)
