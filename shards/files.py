@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -66,7 +67,8 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 whole or not at all; errors as of `published`."""
     with published(path) as partial:
-        retried(path, lambda: partial.write_text(text, encoding="utf-8"))
+        write = functools.partial(partial.write_text, text, encoding="utf-8")
+        retried(path, write, expected=path.parent.is_dir)
 
 
 def _move(partial: Path, path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import TypeVar
 from shards.errors import InputError, TemporaryError
 
 Result = TypeVar("Result")
+Expected = bool | Callable[[], bool]
 
 SECONDS_VARIABLE = "DISTSEG_STORAGE_SECONDS"
 RETRY_SECONDS = 60.0
@@ -64,19 +65,21 @@ def errno_of(error: BaseException) -> int | None:
     return errno.ENOENT if isinstance(error, FileNotFoundError) else None
 
 
-def is_passing(error: BaseException, path: Path, expected: bool = False) -> bool:
+def is_passing(error: BaseException, path: Path, expected: Expected = False) -> bool:
     """Whether the same call on `path` may succeed a little later.
 
-    expected: the file is known to be there, so that "no such file" is passing as well. Else it is
-    where the folder lists the name: a client of NFS may remember for a minute that a file was not
-    there.
+    expected: the file is known to be there, or to have a folder to be written in, so that "no such
+    file" is passing as well. Else it is where the folder lists the name: a client of NFS may
+    remember for a minute that a file was not there.
     """
     if isinstance(error, InputError | TemporaryError):
         return False  # understood already
     number = errno_of(error)
     if number != errno.ENOENT:
         return number in _PASSING
-    return expected or _is_listed(path)
+    named = getattr(error, "filename", None)
+    known = expected if isinstance(expected, bool) else expected()
+    return known or _is_listed(Path(named) if isinstance(named, str) else path)
 
 
 def _is_listed(path: Path) -> bool:
@@ -87,7 +90,7 @@ def _is_listed(path: Path) -> bool:
         return error.errno in _PASSING
 
 
-def retried(path: Path, call: Callable[[], Result], expected: bool = False) -> Result:
+def retried(path: Path, call: Callable[[], Result], expected: Expected = False) -> Result:
     """What `call` returns, tried again for as long as its error may pass; `path`: what it is about.
 
     expected: as in `is_passing`. Raises StorageError after RETRY_SECONDS, and at once whatever else
@@ -135,6 +138,11 @@ def read_bytes(path: Path, expected: bool = False) -> bytes:
 def read_text(path: Path, expected: bool = False) -> str:
     """A file's text, UTF-8; errors as in `retried`."""
     return read_bytes(path, expected).decode()
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder; [] where there is none. Errors as in `retried`."""
+    return retried(folder, lambda: os.listdir(folder)) if exists(folder) else []
 
 
 def is_file(path: Path) -> bool:

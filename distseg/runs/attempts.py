@@ -144,4 +144,4 @@ def _append(run_dir: Path, event: str, makes_folder: bool = False, **values: Any
     with suppress(OSError, TemporaryError):  # a full disk was told by what could not be saved
         if makes_folder:
             run_dir.mkdir(parents=True, exist_ok=True)
-        retried(run_dir / FILE_NAME, append)
+        retried(run_dir / FILE_NAME, append, expected=run_dir.is_dir)
