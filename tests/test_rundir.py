@@ -19,7 +19,9 @@ from distseg.runs import lock
 from distseg.runs.lock import HELD_FILE, LOCK_FILE, DirectoryLock
 from distseg.runs.rundir import RunDirectory
 from shards.errors import InputError
-from tests.ranks import run_ranks
+from tests.ranks import Program, run_ranks
+from tests.test_train import wait_for
+from tests.tiny import SETTINGS, contents
 
 CONFIG = loading.load(["data.shards=unused"])
 PATIENCE = 2.0  # seconds
@@ -131,3 +133,19 @@ def test_a_directory_that_was_moved_or_taken_is_not_the_runs(tmp_path: Path) -> 
         held.check()
     other.release(is_accepted=True)
     held.release(is_accepted=True)
+
+
+def test_a_run_whose_directory_is_moved_ends_and_begins_no_second_half(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    path, moved = tmp_path / "run", tmp_path / "moved"
+    keys = SETTINGS | {"steps": 100000, "checkpoint": {"every_steps": 2}, "run_dir": path}
+    run = Program(["train", *loading.arguments(keys | {"data.shards": toy_shards})])
+    wait_for(path / "checkpoints" / "step-00000004", run)
+    path.rename(moved)
+    said, _ = run.communicate()
+    assert run.returncode == 2, said
+    assert "is not there any more: the run directory was moved" in said and "Traceback" not in said
+    assert not path.exists()
+    last = max(moved.glob("checkpoints/step-*"))
+    assert contents(last) and not list(moved.glob("checkpoints/.partial-*"))
