@@ -205,7 +205,11 @@ def try_case(case: tuple[str, str, str], parent: Path, timeout: float) -> str:
         survivors = [rank for rank in range(NUM_RANKS) if rank not in who]
         # nobody waits for a rank before it has begun to
         needed = [folder / "stopped", *(folder / f"joining-{rank}" for rank in survivors)]
-        while not all(path.exists() for path in needed) and time.monotonic() < deadline:
+        while not all(path.exists() for path in needed):
+            ended = all(process.poll() is not None for process in processes)
+            if ended or time.monotonic() > deadline:
+                said = (folder / "output-0").read_text()[-300:]
+                return f"BAD {' | '.join(case)}: did not come to the place {said}"
             time.sleep(0.05)
         start = time.monotonic()
         while any(_lives(folder, rank, processes, launcher) for rank in survivors):

@@ -16,7 +16,7 @@ import torch
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks
 from distseg.runs import lock
-from distseg.runs.lock import HELD_FILE, LOCK_FILE, DirectoryLock
+from distseg.runs.lock import HELD_FILE, LOCK_FILE, DirectoryLock, holder
 from distseg.runs.rundir import RunDirectory
 from shards.errors import InputError
 from tests.ranks import Program, run_ranks
@@ -97,7 +97,9 @@ def test_without_locks_of_the_kernel_a_file_that_is_renewed_stands_for_one(
         DirectoryLock(tmp_path)
     assert time.monotonic() - start < 1.0  # seen to live by its next renewal
     first.check()
+    assert holder(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
     first.release(is_accepted=True)
+    assert holder(tmp_path) == ""
     assert not (tmp_path / HELD_FILE).exists()
     DirectoryLock(tmp_path).release(is_accepted=True)
 

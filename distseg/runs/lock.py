@@ -183,6 +183,25 @@ class DirectoryLock:
         return InputError(got, "one job per run directory", "wait for it, or write run_dir=DIR")
 
 
+def holder(folder: Path) -> str:
+    """Who trains in a run directory, "process N on HOST"; "" when nobody does."""
+    path, held = folder / LOCK_FILE, folder / HELD_FILE
+    if not path.is_file():
+        return ""
+    with path.open() as file:
+        try:
+            # for a moment; asked only of runs that have no job
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _job(file.read())
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    # another machine may find no locks where this one has them
+    owner = held.read_text() if held.is_file() else ""
+    return "" if _is_dead(owner) else _job(owner)
+
+
 def _job(owner: str) -> str:
     """ "process N on HOST": without the random word behind it."""
     return " ".join(owner.split()[:4])
