@@ -30,6 +30,7 @@ from distseg.runs.sealed import seal, unseal, write_sealed
 from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, TensorFile, read
 from distseg.train.ema import MovingAverage
 from distseg.train.headline import about_checkpoints
+from distseg.train.initial import initial_weights
 from shards.errors import InputError
 from tests.ranks import CONTEXT, run_ranks
 from tests.test_fsdp import FSDP, HYBRID, gradients, make_pair
@@ -272,6 +273,17 @@ def test_a_checkpoint_of_a_version_without_checksums_loads_and_is_said_to_be_unv
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(DamagedCheckpoint, match=r"segmentor\.network"):
         last(tmp_path)
+
+
+def test_first_weights_are_taken_from_no_damaged_checkpoint(tmp_path: Path) -> None:
+    path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(3)}, state(1))
+    file = path / "segmentor.network.safetensors"
+    assert initial_weights(str(file), "segmentor") == str(file)
+    assert "not verified" not in initial_weights(str(tmp_path), "segmentor").source
+    flip(file, 8 * file.stat().st_size - 1)
+    for init in (str(file), str(tmp_path)):
+        with pytest.raises(DamagedCheckpoint, match=file.name):
+            initial_weights(init, "segmentor")
 
 
 def test_names_of_parts_cannot_leave_the_folder(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     train(toy_shards, run)
     said = capsys.readouterr().out
     assert "segmentor.optimizer.safetensors is not as it was written" in said
-    assert "goes on from step 1: 1 steps are done again" in said
+    assert "goes on from step 1: 1 step is done again" in said
     newest = "checkpoints/step-00000002"
     assert tensors(run / newest) == tensors(finished / newest)
     assert (run / "checkpoints/damaged-step-00000002").is_dir()

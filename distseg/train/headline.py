@@ -86,9 +86,10 @@ def about_checkpoints(last: Newest) -> list[str]:
     step = 0 if last.sound is None else last.sound.step
     for path, what in last.damaged.items():
         lost = int(path.name.removeprefix("step-")) - step
+        again = "1 step is" if lost == 1 else f"{lost} steps are"
         lines.append(
             f"damaged checkpoint: {what}; set aside as {SET_ASIDE}{path.name}. The run goes on "
-            f"from step {step}: {lost} steps are done again"
+            f"from step {step}: {again} done again"
         )
     return lines
 
