@@ -51,8 +51,10 @@ SETTINGS = [
 ]
 
 
-def stop_at(place: str, pids: list[int], folder: Path) -> None:
-    """Stop these processes, this one last, once it comes to the place for the second time."""
+def stop_at(place: str, pids: list[int | Path], folder: Path) -> None:
+    """Stop these processes (ids, or files that hold them by then), this one last, once it comes to
+    the place for the second time.
+    """
     if place == "start":
         _stop(pids, folder)
         return
@@ -80,9 +82,10 @@ def stop_at(place: str, pids: list[int], folder: Path) -> None:
     setattr(owner, name, stopping)
 
 
-def _stop(pids: list[int], folder: Path) -> None:
+def _stop(pids: list[int | Path], folder: Path) -> None:
+    numbers = [pid if isinstance(pid, int) else int(pid.read_text()) for pid in pids]
     (folder / "stopped").touch()
-    for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
+    for pid in sorted(numbers, key=lambda pid: pid == os.getpid()):
         os.kill(pid, signal.SIGSTOP)
 
 
@@ -95,12 +98,12 @@ def rank_main(place: str, target: str, folder: Path, arguments: list[str]) -> in
     # that rank stops the others; elsewhere each stops itself
     by_rank_0 = place in ("pictures", "checkpoint")
     _note_joining(folder / f"joining-{rank}")
-    pids = []
+    pids: list[int | Path] = []
     for one in who:
         if one == "torchrun" and rank == 0:
             pids.append(os.getppid())
         elif by_rank_0 and rank == 0:
-            pids.append(int((folder / f"pid-{one}").read_text()))
+            pids.append(folder / f"pid-{one}")
         elif one == rank and not by_rank_0:
             pids.append(os.getpid())
     if pids:
