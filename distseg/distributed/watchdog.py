@@ -278,10 +278,16 @@ class Watchdog:
         if not self._ranks.is_main:
             self._store.add(_NUM_LEFT, 1)
             return True
-        # who has not looked yet would take it for lost; a rank that dies now is not waited for
+        # who has not looked yet would take it for lost
         num_left = self._store.add(_NUM_LEFT, 0)
-        is_over = self._last_seen_leaving.seconds(num_left) > 2 * self._interval
-        return num_left >= self._ranks.world_size - 1 or is_over
+        if self._last_seen_leaving.seconds(num_left) > self._patience:
+            # done, but stopped: its launcher would wait for it, and nobody else is left to tell
+            beats = self._read_beats()
+            there = [rank for rank in beats if rank and not beats[rank].has_left]
+            named = " and ".join(_named(rank, beats[rank]) for rank in there)
+            self._end(Diagnosis(f"{named}: not answered for {self._patience:.0f} s at the end"))
+            return True
+        return num_left >= self._ranks.world_size - 1
 
     def _lost_store(self, error: Exception) -> str:
         """What is said where the store does not answer, or is gone."""
