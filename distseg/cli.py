@@ -123,7 +123,7 @@ def _is_told_here(error: InputError) -> bool:
     """Whether this process prints it: what all ranks met alike is told once per machine or once."""
     if _rank() == "0":
         return True
-    if _joined():
+    if getattr(error, "raised_in_job", False):
         # an error of this rank alone is told by it: nobody else knows
         return not hasattr(error, "raised_on_all_ranks")
     return _rank("LOCAL_RANK", "SLURM_LOCALID") == "0"  # machines can differ
@@ -134,16 +134,6 @@ def _leave_notes_to_rank_0() -> None:
     import logging
 
     logging.getLogger("distseg.config").setLevel(logging.ERROR)
-
-
-def _joined() -> bool:
-    """Whether this process is one of a joined job.
-
-    Before that every rank fails alike, and one of them says so.
-    """
-    # looked up, not imported: where torch has not been loaded, nothing has joined
-    torch_distributed = sys.modules.get("torch.distributed")
-    return torch_distributed is not None and torch_distributed.is_initialized()
 
 
 class _KeyHelp(argparse.Action):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import JobPaths
 
-from distseg.runs.rundir import LOCK_FILE
+from distseg.runs.lock import holder
 from distseg.tracking.wandb_run import URL_FILE
 from launchers import slots, trials
 from launchers.job import Job, RunError, evaluation
@@ -154,9 +153,9 @@ def status(directory: str | Path) -> list[Row]:
         # running trials are not asked for their lock: its test takes it for a moment
         if row.state in TO_RESUBMIT:
             row.error = _error(JobPaths(folder, row.job)) if row.job else []
-            holder = _holder(run_dir)
-            if holder:
-                row.state, row.error = "orphaned", [f"still training without its job ({holder})"]
+            trainer = holder(run_dir)
+            if trainer:
+                row.state, row.error = "orphaned", [f"still training without its job ({trainer})"]
         rows.append(row)
     return rows
 
@@ -260,21 +259,6 @@ def _progress(run_dir: Path) -> tuple[int | None, float | None]:
             continue
         step, metric = row.get("step", step), row.get(METRIC, metric)
     return step, metric if isinstance(metric, float) else None
-
-
-def _holder(run_dir: Path) -> str:
-    """Who trains in a run directory, as its lock file says; "" when nobody does."""
-    path = run_dir / LOCK_FILE
-    if not path.is_file():
-        return ""
-    with path.open() as file:
-        try:
-            # for a moment; asked only of runs that have no job
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # process and host, without the token that follows
-            return " ".join(file.read().split()[:4])
-    return ""
 
 
 def _error(paths: JobPaths) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one exception type for bad input: what was got, what is needed, what to do."""
+"""Errors: bad input (what was got, what is needed, what to do), faults that pass, damaged bytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.got}\n  needed: {self.needed}\n  to do:  {self.action}"
+
+
+class TemporaryError(RuntimeError):
+    """What is nobody's input to mend, and may be gone when the same command is started again.
+
+    exit_code: what a command that it ends returns: EX_TEMPFAIL of sysexits.h, which the supervisor
+    and schedulers take for "try again".
+    """
+
+    exit_code = 75
 
 
 # no InputError: the reader first tries another copy, and only then bothers the user

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -12,12 +13,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards.errors import InputError
+from shards.storage import retried
 
 Item = TypeVar("Item")
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
@@ -28,21 +30,16 @@ def published(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; moved to `path` when the block ends without an
     error.
 
-    Raises InputError for a full disk or a folder that cannot be written; `path` is then as it was.
+    Raises InputError for a full disk or a folder that cannot be written, and StorageError for
+    storage that has failed for long (see shards.storage); `path` is then as it was.
     """
     # beside `path`, since os.replace is atomic within one file system only; hidden, so that a
     # shell's *.tar passes it by; with the process id, so that two writers do not mix their bytes
     partial = path.with_name(f".partial-{os.getpid()}-{_short(path.name)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        retried(path, lambda: _prepare(path))
         yield partial
-        # synced before the rename: after a power cut some file systems have the new name, but not
-        # the bytes
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        retried(path, lambda: _move(partial, path))
     except OSError as error:
         # EDQUOT: full for this user alone, by quota
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -71,19 +68,83 @@ def _short(name: str) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all. Raises ValueError for NaN and infinity, which JSON lacks."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 whole or not at all; errors as of `published`."""
     with published(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write = functools.partial(partial.write_text, text, encoding="utf-8")
+        retried(path, write, expected=path.parent.is_dir)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Temporary files for `path` whose writers were killed.
+def _move(partial: Path, path: Path) -> None:
+    """Give a file that has been written its name, for good."""
+    # a move whose answer got lost has been done all the same
+    if partial.exists() or not path.exists():
+        # synced before: after a power cut some file systems have the new name, but not the bytes
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _prepare(path: Path) -> None:
+    """The folder for `path`, without the temporary files of writers that were killed.
 
     One that is alive after all fails, loudly.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     name = re.compile(rf"\.partial-\d+-{re.escape(_short(path.name))}")
     for other in path.parent.iterdir():
         if name.fullmatch(other.name):
             other.unlink(missing_ok=True)
+
+
+class LineFile:
+    """A file that lines are appended to by this process alone, each whole and at once.
+
+    To the system at each line, which survives a kill of the process. fsync would survive one of the
+    machine too, and hold up the caller for a network disk.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._num_bytes: int | None = None  # of whole lines; None: all that is there
+        retried(path, self._open)
+
+    def write(self, line: str) -> None:
+        """Append a line. Raises OSError, and StorageError as `retried` does."""
+        retried(self._path, lambda: self._append((line + "\n").encode()))
+
+    def close(self) -> None:
+        """Close it; without effect where it is closed."""
+        if self._file is not None:
+            with suppress(OSError):  # nothing is buffered that could be lost
+                self._file.close()
+            self._file = None
+
+    def _append(self, content: bytes) -> None:
+        try:
+            file = self._file or self._open()
+            written = 0
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            # opened anew, since its handle may be stale, and without what was written of the line
+            self.close()
+            raise
+        assert self._num_bytes is not None
+        self._num_bytes += len(content)
+
+    def _open(self) -> BinaryIO:
+        # unbuffered: what could not be written must not be written by and by
+        self._file = self._path.open("ab", buffering=0)
+        if self._num_bytes is None:
+            self._num_bytes = self._file.seek(0, os.SEEK_END)
+        self._file.truncate(self._num_bytes)
+        return self._file
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from shards.errors import InputError
 from shards.files import published
 from shards.names import check_name
 from shards.sample import IGNORE_INDEX, ClassSet, decode_coded_label, decode_label
+from shards.storage import is_file, read_bytes
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -112,11 +113,11 @@ class Manifest:
             f"make it with `distseg pack FILE.h5 --out {directory}` "
             "(FILE.h5: from `distseg prepare`)"
         )
-        if not path.is_file():
+        if not is_file(path):
             if any(directory.glob("*.tar")):
                 action = f"tars of another program: `distseg import {directory}`; else {action}"
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
-        return Manifest.parse(path.read_bytes(), str(path), action)
+        return Manifest.parse(read_bytes(path), str(path), action)
 
     @staticmethod
     def parse(content: bytes, place: str, action: str) -> Manifest:

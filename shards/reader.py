@@ -16,6 +16,7 @@ from shards.errors import DamageError, InputError
 from shards.index import Entry, Indices
 from shards.manifest import ShardInfo
 from shards.source import open_source
+from shards.storage import retried
 
 
 # undecoded: what is read here is decoded and warped by the caller's threads, in one go
@@ -119,7 +120,8 @@ class ShardReader:
     def read(self, index: int, *, with_label: bool = True) -> RawSample:
         """The bytes of a sample.
 
-        Raises InputError, naming sample and shard, where their crc32 differs.
+        Raises InputError, naming sample and shard, where their crc32 differs, and StorageError
+        where the shard, which was there, could not be read for long.
         """
         for again in (True, False):
             try:
@@ -165,13 +167,18 @@ class ShardReader:
         return [self._shards[number] for number in dict.fromkeys(self.shard_of(indices).tolist())]
 
     def _read(self, entry: Entry, with_label: bool) -> RawSample:
-        # opened once for both members: in between, a cached shard could be removed to make room
-        with self._source.open(self._shards[entry.shard]) as descriptor:
-            image = _member(descriptor, entry.image)
-            label = (
-                _member(descriptor, entry.label) if with_label and entry.label is not None else None
-            )
-        return RawSample(entry.key, image, label)
+        shard = self._shards[entry.shard]
+
+        def read() -> RawSample:
+            # opened once for both members: in between, a cached shard could be removed to make room
+            with self._source.open(shard) as descriptor:
+                image, label = _member(descriptor, entry.image), None
+                if with_label and entry.label is not None:
+                    label = _member(descriptor, entry.label)
+            return RawSample(entry.key, image, label)
+
+        # expected: it was there when this reader was made
+        return retried(Path(self._source.place(shard.file)), read, expected=True)
 
 
 def _member(descriptor: int, where: tuple[int, int, int]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import InputError
-from shards.manifest import Manifest, ShardInfo, sha256_of
+from shards.manifest import Manifest, ShardInfo
+from shards.storage import is_file, read_bytes, retried
 
 # shards kept open: opening costs milliseconds on a network file system, and descriptors are few
 MAX_OPEN = 128
@@ -89,7 +91,7 @@ class LocalSource:
     def find(self, file: str) -> bytes | None:
         """As Source."""
         path = self._directory / file
-        return path.read_bytes() if path.is_file() else None
+        return read_bytes(path) if is_file(path) else None
 
     def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
         """As Source; a shard that is missing or of another length is found here too, before time is
@@ -99,24 +101,28 @@ class LocalSource:
             path, index = self._directory / shard.file, self._directory / shard.index_file
             # the length only: to hash a large set takes minutes, and each member's crc32 is checked
             # at its read
-            if not path.is_file() or path.stat().st_size != shard.num_bytes:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+            num_bytes = retried(path, path.stat).st_size if is_file(path) else -1
+            if num_bytes != shard.num_bytes:
+                found = f"{num_bytes} bytes" if num_bytes >= 0 else "missing"
                 raise InputError(
                     f"{path}: {found}",
                     f"{shard.num_bytes} bytes, as packed",
                     "copy or pack it again",
                 )
             # an index is small, and wrong offsets would make every sample of the shard look damaged
-            if not index.is_file() or sha256_of(index) != shard.index_sha256:
+            content = read_bytes(index) if is_file(index) else b""
+            if hashlib.sha256(content).hexdigest() != shard.index_sha256:
                 action = "copy or pack it again"
                 raise InputError(
                     f"{index}: missing or not as packed", "the index of the shard", action
                 )
-            yield index.read_bytes()
+            yield content
 
     @contextmanager
     def open(self, shard: ShardInfo) -> Iterator[int]:
-        """As Source. Raises OSError when the file cannot be opened."""
+        """As Source. Raises OSError when the file cannot be opened, or not be read in the block:
+        then the next call opens it anew.
+        """
         # counted under the lock: a descriptor closed too early would be given to the next file
         # opened, and another shard's bytes be read
         with self._lock:
@@ -130,10 +136,17 @@ class LocalSource:
             self._close_surplus()
         try:
             yield opened.descriptor
+        except OSError:
+            # a descriptor that has become stale stays so, when the file can be opened again
+            with self._lock:
+                if self._opened.get(shard.file) is opened:
+                    self._stale.append(self._opened.pop(shard.file))
+            raise
         finally:
             with self._lock:
                 # not closed: the next sample is likely to be of the same shard
                 opened.users -= 1
+                self._close_stale()
 
     def expect(self, shards: Sequence[ShardInfo]) -> None:
         """Nothing to do: the shards are here."""
@@ -148,6 +161,12 @@ class LocalSource:
         """As Source."""
         return str(self._directory / file)
 
+    def _close_stale(self) -> None:
+        # other threads may be reading from them
+        for opened in [opened for opened in self._stale if not opened.users]:
+            self._stale.remove(opened)
+            os.close(opened.descriptor)
+
     def _close_surplus(self) -> None:
         surplus = len(self._opened) - self._max_open
         if surplus <= 0:
@@ -159,6 +178,7 @@ class LocalSource:
 
     def _forget(self) -> None:
         self._opened: OrderedDict[str, _Opened] = OrderedDict()  # least recently used first
+        self._stale: list[_Opened] = []
         self._owner, self._lock = os.getpid(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,5 +192,5 @@ class LocalSource:
     def __del__(self) -> None:
         # a forked child's are the parent's to close
         if getattr(self, "_owner", None) == os.getpid():
-            for opened in self._opened.values():
+            for opened in (*self._opened.values(), *self._stale):
                 os.close(opened.descriptor)

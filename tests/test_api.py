@@ -33,7 +33,11 @@ from distseg.train.networks import build_networks
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
-from tests.ranks import PATIENCE, Program, run_ranks
+from shards.maps import write_maps
+from shards.pack import pack
+from shards.sample import STANFORD
+from tests.conftest import toy_samples
+from tests.ranks import CONTEXT, PATIENCE, TIMEOUT_SECONDS, Program, run_ranks
 from tests.tiny import SETTINGS, contents
 
 
@@ -249,6 +253,34 @@ def test_ranks_that_train_twice_find_each_other_twice(toy_shards: Path, tmp_path
     run_ranks(2, _train_twice, toy_shards, tmp_path)
     first, second = (tmp_path / name / "checkpoints/step-00000002" for name in ("first", "second"))
     assert contents(first) == contents(second)
+
+
+def _train_by_command(shards: Path, others: Path, folder: Path) -> None:
+    """Trained, refused once its checkpoint is read, and trained elsewhere: one interpreter."""
+    overrides = [*loading.arguments(SETTINGS), f"data.shards={folder / 'shards'}"]
+    codes = []
+    for name, data in (("first", shards), ("first", others), ("second", others)):
+        (folder / "shards").unlink(missing_ok=True)
+        (folder / "shards").symlink_to(data)
+        codes.append(main(["train", *overrides, f"run_dir={folder / name}"]))
+        assert not dist.is_initialized()
+    assert codes == [0, 2, 0], codes
+
+
+def test_a_refused_and_a_finished_command_leave_the_process_free_for_the_next(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    samples = toy_samples()[1:]
+    write_maps(tmp_path / "maps.h5", "others", STANFORD, samples, total=len(samples))
+    pack(tmp_path / "maps.h5", tmp_path / "others")
+    target = (toy_shards, tmp_path / "others", tmp_path)
+    process = CONTEXT.Process(target=_train_by_command, args=target)
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    assert process.exitcode == 0
+    # what was refused has changed nothing
+    assert (tmp_path / "first" / "evaluation.json").is_file()
+    assert (tmp_path / "second" / "evaluation.json").is_file()
 
 
 def test_a_loop_of_the_parts_is_the_training(toy_shards: Path, tmp_path: Path) -> None:

@@ -7,19 +7,20 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distseg.distributed import device, launch
+from distseg.distributed import device, launch, rendezvous
 from distseg.distributed import ranks as ranks_module
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
 from distseg.distributed.stop import StopRequest
-from shards.errors import InputError
-from tests.ranks import run_ranks
+from shards.errors import InputError, TemporaryError
+from tests.ranks import CONTEXT, environments, run_ranks
 
 TORCHRUN = {
     "RANK": "1",
@@ -130,6 +131,50 @@ def test_a_port_in_use_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(InputError, match=f"{port} is in use") as caught:
             setup("cpu", 5)
         assert "MASTER_PORT=" in str(caught.value)
+
+
+def test_ranks_that_do_not_come_are_named_with_their_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # ranks 0 and 1 here, 2 and 3 elsewhere
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    store = torch.distributed.HashStore()
+
+    def wait(rank: int) -> str:
+        with pytest.raises(TemporaryError) as caught:
+            rendezvous._wait_for_all(store, rank, 4, 0.8)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(wait, 0)
+        said = wait(0)
+        assert said == other.result()
+    assert said.startswith(f"rank 1 on {socket.gethostname()}, rank 2, rank 3 did not come")
+    assert TemporaryError.exit_code == 75
+
+
+def join_in_vain(environment: dict[str, str], out: Path) -> None:
+    os.environ.update(environment)
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    rendezvous.join(1, 2, "gloo", 1.5)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_no_rank_waits_for_ever_for_a_rank_0_that_is_not_there_or_stopped(
+    is_stopped: bool, tmp_path: Path
+) -> None:
+    environment = environments(2)[1]
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", int(environment["MASTER_PORT"])))
+        if is_stopped:  # as the system does for a process that is stopped, which then says nothing
+            silent.listen()
+        process = CONTEXT.Process(target=join_in_vain, args=(environment, tmp_path / "said"))
+        process.start()
+        process.join(60)
+        process.kill()
+        assert process.exitcode == TemporaryError.exit_code
+    said = (tmp_path / "said").read_text()
+    assert "error on rank 1: rank 0 on 127.0.0.1 does not answer at 127.0.0.1:" in said
 
 
 def fail_on_main(ranks: Ranks) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,13 @@ import torch
 
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks
-from distseg.runs.rundir import LOCK_FILE, RunDirectory
+from distseg.runs import lock
+from distseg.runs.lock import HELD_FILE, LOCK_FILE, DirectoryLock, holder
+from distseg.runs.rundir import RunDirectory
 from shards.errors import InputError
-from tests.ranks import run_ranks
+from tests.ranks import Program, run_ranks
+from tests.test_train import wait_for
+from tests.tiny import SETTINGS, contents
 
 CONFIG = loading.load(["data.shards=unused"])
 PATIENCE = 2.0  # seconds
@@ -65,3 +74,80 @@ def test_a_second_job_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     assert (tmp_path / "run" / LOCK_FILE).read_text() == held
     del first  # the lock goes with its file
     RunDirectory(tmp_path / "run", CONFIG, alone)
+
+
+@pytest.fixture
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(lock, "RENEWED_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "EXPIRES_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.05)
+
+
+def test_without_locks_of_the_kernel_a_file_that_is_renewed_stands_for_one(
+    without_flock: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = DirectoryLock(tmp_path)
+    assert "no locks on this file system (Function not implemented)" in caplog.text
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"another job is training in .*\(process \d+ on "):
+        DirectoryLock(tmp_path)
+    assert time.monotonic() - start < 1.0  # seen to live by its next renewal
+    first.check()
+    assert holder(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+    first.release(is_accepted=True)
+    assert holder(tmp_path) == ""
+    assert not (tmp_path / HELD_FILE).exists()
+    DirectoryLock(tmp_path).release(is_accepted=True)
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_the_file_of_a_job_that_was_killed_is_taken_over_by_one_job(
+    where: str, without_flock: None, tmp_path: Path
+) -> None:
+    # no process has this number: it is above what Linux gives
+    host = socket.gethostname() if where == "here" else "another-machine"
+    (tmp_path / HELD_FILE).write_text(f"process {2**22 + 1} on {host} 0123")
+    start = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        found = [threads.submit(DirectoryLock, tmp_path) for _ in range(4)]
+        errors = [future.exception() for future in found]
+    assert sum(error is None for error in errors) == 1
+    assert all(isinstance(error, InputError) for error in errors if error is not None)
+    assert (time.monotonic() - start > 1.0) == (where == "elsewhere")
+    next(future.result() for future in found if not future.exception()).release(True)
+
+
+def test_a_directory_that_was_moved_or_taken_is_not_the_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    held = DirectoryLock(folder)
+    held.check()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is not there any more: the run directory was moved"):
+        held.check()
+    folder.mkdir()
+    other = DirectoryLock(folder)
+    with pytest.raises(InputError, match=r"is another job's now \(process"):
+        held.check()
+    other.release(is_accepted=True)
+    held.release(is_accepted=True)
+
+
+def test_a_run_whose_directory_is_moved_ends_and_begins_no_second_half(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    path, moved = tmp_path / "run", tmp_path / "moved"
+    keys = SETTINGS | {"steps": 100000, "checkpoint": {"every_steps": 2}, "run_dir": path}
+    run = Program(["train", *loading.arguments(keys | {"data.shards": toy_shards})])
+    wait_for(path / "checkpoints" / "step-00000004", run)
+    path.rename(moved)
+    said, _ = run.communicate()
+    assert run.returncode == 2, said
+    assert "is not there any more: the run directory was moved" in said and "Traceback" not in said
+    assert not path.exists()
+    last = max(moved.glob("checkpoints/step-*"))
+    assert contents(last) and not list(moved.glob("checkpoints/.partial-*"))

@@ -5,6 +5,7 @@ Killed and resumed, stopped by a signal, and refused for bad input.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -202,8 +203,7 @@ def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
 
     changed: dict[Any, dict[str, Any]] = {trainer: {"to_device": record}}
     changed[command] = {
-        "setup": lambda *_: ranks,
-        "teardown": lambda: None,
+        "joined": lambda *_: contextlib.nullcontext(ranks),
         "show": lambda *_: None,
     }
     for module, functions in changed.items():

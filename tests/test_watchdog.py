@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,34 +17,30 @@ from typing import Any
 import pytest
 import torch
 
-from distseg.distributed.ranks import Ranks
-from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Watchdog
+from distseg.distributed.ranks import Ranks, setup
+from distseg.distributed.watchdog import BAD_INPUT_EXIT_CODE, LOST_RANK_EXIT_CODE, Watchdog
 from distseg.runs import attempts
 from distseg.train.replicas import check_equal
 from distseg.train.step import Pair
 from shards.errors import InputError
-from tests.ranks import PATIENCE, run_ranks
+from tests.ranks import CONTEXT, PATIENCE, environments, run_ranks
 from tests.test_train import start, wait_for
 
 TIMEOUT = 16 * PATIENCE  # seconds; starting takes several where the machine is busy
+SHORT = 2.0 * min(PATIENCE, 5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_ends_the_job_and_is_named(
-    number: int, toy_shards: Path, tmp_path: Path
-) -> None:
+def test_a_killed_rank_ends_the_job_and_is_named(toy_shards: Path, tmp_path: Path) -> None:
     settings = [f"parallel.timeout_seconds={TIMEOUT}", "steps=100000", "checkpoint.every_steps=3"]
     job = start(
         3, toy_shards, tmp_path / "run", *settings, "batch_size=6", "evaluate.every_steps=0"
     )
     wait_for(tmp_path / "run" / "checkpoints" / "step-00000006", job)
     processes = job.ranks
-    processes[1].send_signal(number)
+    processes[1].send_signal(signal.SIGKILL)
     before = time.monotonic()
     outputs = [processes[rank].communicate()[0] for rank in (0, 2)]
     assert time.monotonic() - before < TIMEOUT
-    processes[1].kill()
-    processes[1].communicate()
     for rank, output in zip((0, 2), outputs, strict=True):
         assert processes[rank].returncode == LOST_RANK_EXIT_CODE, output
         assert (
@@ -55,6 +53,78 @@ def test_a_lost_rank_ends_the_job_and_is_named(
         and "rank 1 on " in attempt.reason
         and (attempt.last_step or 0) >= 6
     )
+
+
+def watch(environment: dict[str, str], who_stops: tuple[int, ...], when: str, out: Path) -> None:
+    """One rank of three, of which some stop for good: no rank waits for another, and all others
+    give signs of life, so that nothing but the missing beats tells.
+    """
+    os.environ.update(environment)
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    ranks = setup("cpu", 60 * PATIENCE)
+    with Watchdog(ranks, SHORT) as watchdog:
+        watchdog.report("step 7")
+        # every rank has been heard of
+        end = time.monotonic() + SHORT / 2
+        while time.monotonic() < end:
+            watchdog.keep_alive()
+            time.sleep(0.02)
+        if when == "at the end" and ranks.rank != 0:
+            return
+        if ranks.rank in who_stops:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        end = time.monotonic() + 10 * SHORT
+        while time.monotonic() < end:
+            watchdog.keep_alive()
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("who_stops", "when"), [((0,), "step"), ((0, 1), "step"), ((0,), "at the end")]
+)
+def test_stopped_ranks_are_named_whoever_keeps_the_store(
+    who_stops: tuple[int, ...], when: str, tmp_path: Path
+) -> None:
+    processes = []
+    for rank, environment in enumerate(environments(3)):
+        target = (environment, who_stops, when, tmp_path / str(rank))
+        processes.append(CONTEXT.Process(target=watch, args=target))
+        processes[-1].start()
+    for rank in {0, 1, 2} - set(who_stops):
+        processes[rank].join(60 * PATIENCE)
+    for process in processes:
+        process.kill()
+    for rank in {0, 1, 2} - set(who_stops):
+        said = (tmp_path / str(rank)).read_text()
+        assert processes[rank].exitcode == LOST_RANK_EXIT_CODE, said
+        # the keeper of the store is what a rank without it can name
+        first = f"rank {who_stops[0]} on {socket.gethostname()} (last heard of at step 7)"
+        assert f"error on rank {rank}: {first}" in said and "not answered for" in said
+
+
+def test_ranks_one_behind_the_other_are_named_together_and_those_that_live_are_not() -> None:
+    store, clock = torch.distributed.HashStore(), [0.0]
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    watchdogs = [Watchdog(alone, 32.0) for _ in range(5)]  # intervals of a second
+    for rank, watchdog in enumerate(watchdogs):
+        watchdog._ranks, watchdog._store = Ranks(rank, 5, 0, torch.device("cpu")), store
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: clock[0])
+        said: dict[int, float] = {}
+        for second in range(40):
+            clock[0] = float(second)
+            for rank in {0, 3, 4} if second >= 5 else range(5):
+                watchdogs[rank]._num_beats += 1
+                watchdogs[rank]._publish_beat()
+            for rank in (0, 3, 4):
+                diagnosis = watchdogs[rank]._diagnose(0.0)
+                if diagnosis:
+                    said.setdefault(rank, second)
+                    assert "rank 2" in diagnosis and "rank 1 " in diagnosis
+                    assert "rank 0" not in diagnosis and "have not answered for 23 s" in diagnosis
+    # by the one that looks after rank 2, after `patience` (23 s) since its last beat
+    assert said == {3: 28}
 
 
 def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
@@ -85,9 +155,6 @@ def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
     return left, said.getvalue(), seconds
 
 
-SHORT = 2.0 * min(PATIENCE, 5)
-
-
 def wait_for_rank_1(ranks: Ranks) -> dict[str, Any]:
     return {case: wait_in_vain(ranks, case) for case in ("busy", "stuck", "fails")}
 
@@ -105,7 +172,8 @@ def test_a_rank_that_downloads_for_long_is_no_stall_and_one_that_fails_or_hangs_
         )
         assert SHORT / 2 < seconds < 2 * SHORT
         left, said, seconds = of_rank["fails"]
-        assert left == ([] if rank == 1 else [LOST_RANK_EXIT_CODE])  # that one prints its own error
+        # with its code, by which a launcher knows bad input; that rank prints its own error
+        assert left == ([] if rank == 1 else [BAD_INPUT_EXIT_CODE])
         assert seconds < SHORT and (rank == 1 or "(at step 7) has failed: damaged" in said)
 
 

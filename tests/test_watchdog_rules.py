@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distseg.distributed import watchdog as module
 from distseg.distributed.ranks import Ranks
-from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Beat, Watchdog, _is_of_lost_peer
+from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Beat, Watchdog, is_of_lost_peer
 from tests.ranks import PATIENCE
 
 SECONDS = 2.0 * PATIENCE  # the timeout
@@ -134,7 +134,7 @@ def test_an_error_that_follows_from_a_diagnosis_does_not_replace_it(job: Job) ->
     ],
 )
 def test_errors_of_a_lost_peer_are_told_by_their_words(error: Exception, expected: bool) -> None:
-    assert _is_of_lost_peer(error) is expected
+    assert is_of_lost_peer(error) is expected
 
 
 @pytest.mark.parametrize("was_heard", [True, False])

@@ -30,6 +30,7 @@ from distseg.config.rules import check
 from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
+from shards.storage import is_file, read_text
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -135,7 +136,7 @@ def from_file(path: Path) -> Config:
     Raises InputError when it is not one of this version.
     """
     # told apart from a damaged file: a wrong path is the usual mistake
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"no {path}",
             "a run directory of distseg (with config.yaml)",
@@ -143,7 +144,7 @@ def from_file(path: Path) -> Config:
         )
     try:
         # first as plain values, in which old names can be replaced
-        saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+        saved: Any = OmegaConf.to_container(OmegaConf.create(read_text(path)))
         if not isinstance(saved, dict):
             raise ValueError("not a mapping")
         # keys that are newer than the file get their defaults
@@ -172,7 +173,8 @@ def check_same(run_dir: Path, config: Config) -> int | None:
     Returns the steps that the run had until now where `extend` has made them more, else None.
     """
     saved = run_dir / CONFIG_FILE
-    if not saved.exists():
+    # a look that is answered wrongly would begin the run anew
+    if not is_file(saved):
         return None
     before = from_file(saved)
     code.check_unchanged(before, config)

@@ -20,6 +20,7 @@ from distseg.data.plan import BalancedPlan, BlockPlan, Plan
 from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image
+from shards.storage import is_file, read_text
 from shards.words import counted
 
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
@@ -274,7 +275,7 @@ def split_labelled(
     candidates = [index for index in range(len(reader)) if reader.key(index) not in without]
     if labelled == "all":
         chosen = set(candidates)
-    elif Path(labelled).is_file():
+    elif is_file(Path(labelled)):
         chosen = _listed(reader, Path(labelled), set(candidates))
     else:
         share = _share(labelled)
@@ -310,7 +311,7 @@ def _share(text: str) -> Fraction:
 
 def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
     index_of = {reader.key(index): index for index in range(len(reader))}
-    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     # all of them are looked for first, so that the error says how many
     unknown = [key for key in keys if key not in index_of]
     if unknown:

@@ -124,6 +124,18 @@ def rendezvous_of_srun(environment: dict[str, str]) -> dict[str, str]:
     return {name: environment.get(name, value) for name, value in found.items()}
 
 
+def is_store_of_torchrun(environment: dict[str, str]) -> bool:
+    """Whether torchrun's agent keeps the job's key-value store; else rank 0 does."""
+    # torchrun's word to its ranks not to open one at that address themselves
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def store_keeper(environment: dict[str, str]) -> str:
+    """Whose process keeps the job's key-value store, and where, for people."""
+    who = "torchrun" if is_store_of_torchrun(environment) else "rank 0"
+    return f"{who} on {environment.get('MASTER_ADDR', 'this machine')}"
+
+
 def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
     """A port that other jobs of the host, and other starts of this one, are unlikely to choose.
 

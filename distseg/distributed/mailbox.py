@@ -11,9 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distseg.distributed.ranks import Ranks, own_store
-from shards.errors import InputError
+from distseg.distributed.ranks import Ranks
+from distseg.distributed.store import own_store
+from shards.errors import InputError, TemporaryError
 
+CALL_SECONDS = 60.0  # for an answer of the store, whose keeper may be stopped
 POLL_SECONDS = 0.02  # asked again and again: a wait inside of the store could not be given up
 
 
@@ -24,6 +26,7 @@ class Failure:
     got: str
     needed: str = ""  # with `action`: of an InputError; "" for any other error
     action: str = ""
+    is_temporary: bool = False  # of a TemporaryError
 
     @staticmethod
     def of(error: InputError) -> Failure:
@@ -32,7 +35,7 @@ class Failure:
     def to_error(self) -> Exception:
         """The exception to raise for it."""
         if not self.needed:
-            return RuntimeError(self.got)
+            return TemporaryError(self.got) if self.is_temporary else RuntimeError(self.got)
         return InputError(self.got, self.needed, self.action)
 
 
@@ -49,7 +52,7 @@ class Mailbox:
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        self._store: Any = None if ranks.world_size == 1 else own_store(ranks)
+        self._store: Any = None if ranks.world_size == 1 else own_store(ranks, CALL_SECONDS)
         self._given_up = threading.Event()
 
     def send(self, round_number: int, letter: Letter) -> None:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import socket
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distseg.distributed.compat import job_store
+from distseg.distributed.bounded import LateError, in_time
 from distseg.distributed.launch import rendezvous_of_srun, resolve_ranks
+from distseg.distributed.rendezvous import join
 from shards.errors import InputError
 from shards.words import counted
 
 Result = TypeVar("Result")
+_TEARDOWN_SECONDS = 20.0  # after an error
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     too).
 
     device: auto, cpu or cuda. Raises InputError for a device that is not there or a port that is
-    taken.
+    taken, and TemporaryError, with their names, for ranks that have not come within the timeout.
     """
     rank, world_size, local_rank = resolve_ranks(dict(os.environ))
     # srun tells a rank its number, but not where the ranks meet
@@ -62,55 +61,11 @@ def setup(device: str, timeout_seconds: float) -> Ranks:
     elif world_size == 1 and "OMP_NUM_THREADS" not in os.environ:
         # torch counts the machine's cores; of several ranks the launcher sets the number
         torch.set_num_threads(_usable_cores())
-    _join(ranks, timedelta(seconds=timeout_seconds))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    join(rank, world_size, backend, timeout_seconds)
     if on_gpu:
         _check_own_gpus(ranks)
     return ranks
-
-
-def _join(ranks: Ranks, timeout: timedelta) -> None:
-    """Make the job's process group. Raises InputError where the ranks do not find each other."""
-    try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            store=_rendezvous_store(ranks, timeout),
-            timeout=timeout,
-        )
-    except dist.DistError as error:
-        raise _network_error(error) from None
-
-
-def _rendezvous_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
-    """The key-value store in which the ranks find each other."""
-    if ranks.world_size == 1:
-        return dist.HashStore()  # no port is needed
-    # On one machine torchrun keeps its store when it starts lost ranks again, and their addresses
-    # in it, where nobody is any more. So each start has a part of its own. (On several its machines
-    # may count the restarts differently.)
-    on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine else "any"
-    return dist.PrefixStore(f"start-{start}-{next(_joins)}", _job_store(ranks, timeout))
-
-
-_joins = itertools.count()  # of this process, as many as of every other one
-
-
-_stores: dict[str, dist.Store] = {}  # by address
-
-
-def _job_store(ranks: Ranks, timeout: timedelta) -> dist.Store:
-    """Kept from one job of a process to its next: a rank that is quicker would find a server that
-    is about to end.
-    """
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if address not in _stores:
-        found = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
-        _stores[address] = found[0]
-    # one that was kept has the timeout of the job before
-    _stores[address].set_timeout(timeout)
-    return _stores[address]
 
 
 def _cuda_device(local_rank: int) -> torch.device:
@@ -141,26 +96,6 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _network_error(error: Exception) -> InputError:
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    # torch has one type for all of these, so its words must do
-    if "EADDRINUSE" in str(error) or "in use" in str(error):
-        # so that the advice can be followed as it stands
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            free = probe.getsockname()[1]
-        action = f"set MASTER_PORT={free} (free now), or use torchrun --standalone, which finds one"
-        return InputError(
-            f"the port of {address} is in use", "a free port for the rendezvous", action
-        )
-    action = "check that rank 0 runs at that address and that no firewall is between"
-    return InputError(
-        f"no rendezvous at {address}: {str(error).splitlines()[0]}",
-        "a reachable first rank",
-        action,
-    )
-
-
 def teardown() -> None:
     """Leave the job; without effect when it was never joined."""
     if dist.is_initialized():
@@ -186,8 +121,14 @@ def joined(device: str = "auto", timeout_seconds: float = 300.0) -> Iterator[Ran
     try:
         # inside of the try: a setup that fails late has made a process group already
         yield setup(device, timeout_seconds)
-    finally:
-        teardown()
+    except BaseException as error:
+        # for whoever tells it to the user, when the group is gone: ranks no longer fail alike
+        error.raised_in_job = dist.is_initialized()  # type: ignore[attr-defined]
+        # the other ranks may be gone, and NCCL could wait for them
+        with suppress(LateError):
+            in_time(_TEARDOWN_SECONDS, teardown)
+        raise
+    teardown()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -266,14 +207,3 @@ def on_all(ranks: Ranks, value: Result) -> list[Result]:
     if ranks.world_size > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def own_store(ranks: Ranks) -> Any:
-    """A part of the job's key-value store, over a connection of its own: a call that waits holds up
-    no other.
-
-    Called on every rank at once; every call gives another part, so that what ranks wrote that
-    torchrun has started again since is not read.
-    """
-    name = on_main(ranks, lambda: uuid.uuid4().hex)
-    return dist.PrefixStore(name, job_store())

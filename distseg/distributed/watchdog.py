@@ -26,11 +26,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distseg.distributed.bounded import LateError, in_time
 from distseg.distributed.compat import set_collective_timeout
-from distseg.distributed.ranks import Ranks, is_shared, own_store
+from distseg.distributed.launch import is_store_of_torchrun, store_keeper
+from distseg.distributed.ranks import Ranks, is_shared
+from distseg.distributed.store import BoundedStore, SilentStoreError, own_store
+from shards.errors import InputError, TemporaryError
 
-# sysexits.h: a temporary failure, so that a scheduler may start the same command again
-LOST_RANK_EXIT_CODE = 75
+LOST_RANK_EXIT_CODE = TemporaryError.exit_code
+BAD_INPUT_EXIT_CODE = 2  # of the command, for an InputError
 # for a rank's next beat, however short the intervals: it may be busy
 MIN_LISTENING_SECONDS = 2.0
 # no limit of theirs comes before the watchdog, which knows who downloads
@@ -39,6 +43,9 @@ COLLECTIVE_SECONDS = 7 * 86400.0
 # keys of the job's store
 _DIAGNOSIS = "diagnosis"
 _ACTIVE_INTERVALS = "active intervals"
+_NUM_DONE, _NUM_LEFT = "ranks that are done", "ranks that have left"
+# between two looks at whether all are done: a run's end should not take an interval longer
+_FAREWELL_SECONDS = 0.1
 # what the backends say when a peer is gone; they have no type of their own for it
 _LOST_PEER = (
     "gloo",
@@ -53,13 +60,8 @@ _LOST_PEER = (
 )
 
 
-class LostRankError(RuntimeError):
-    """Another rank died or stalled; the text says which, and where it was last seen.
-
-    exit_code: what the command that it ends returns; it does so without importing this module.
-    """
-
-    exit_code = LOST_RANK_EXIT_CODE
+class LostRankError(TemporaryError):
+    """Another rank died or stalled; the text says which, and where it was last seen."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,25 @@ class Beat:
     num_activities: int  # begun by its main thread so far
     activity: str  # the last of them
     host: str
-    is_done: bool  # needs no other rank any more, and publishes nothing further
+    is_done: bool  # needs no other rank any more
+    has_left: bool  # and publishes nothing further
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong with the job, and the exit code with which its ranks leave."""
+
+    text: str
+    exit_code: int = LOST_RANK_EXIT_CODE
+
+    @staticmethod
+    def of_failure(where: str, error: BaseException) -> Diagnosis:
+        """Of a rank that ended by an error of its own."""
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        # its own code, since a launcher goes by the rank that leaves first: of bad input no second
+        # try must come
+        code = BAD_INPUT_EXIT_CODE if isinstance(error, InputError) else LOST_RANK_EXIT_CODE
+        return Diagnosis(f"{where} has failed: {what}", code)
 
 
 class Watchdog:
@@ -81,14 +101,16 @@ class Watchdog:
     process dies or is stopped, what the main thread reported last, and whether there was a sign of
     life since. A beat that is missing, or a time without signs of life of any rank (one that waits
     is waiting for one that gives none), is written into the store as the diagnosis; every rank
-    reads it, prints it and leaves with LOST_RANK_EXIT_CODE. All of that takes `timeout_seconds` at
-    most, so what is waited for is some intervals less. Cost: four small messages per rank and
+    reads it, prints it and leaves with LOST_RANK_EXIT_CODE. So does every rank for itself where the
+    store does not answer, as whoever keeps it is stopped. All of that takes `timeout_seconds` at
+    most, so what is waited for is some intervals less. Cost: five small messages per rank and
     interval, none from the main thread.
 
     last_words: called with the diagnosis before this rank leaves.
 
     A context: what ends it with an error on this rank alone is told to the others, so that none
-    waits for it.
+    waits for it. One that ends well waits for the other ranks, so that the last of them is watched
+    as well. Raises LostRankError where the ranks cannot begin.
     """
 
     def __init__(
@@ -106,11 +128,16 @@ class Watchdog:
         self._activity, self._num_activities, self._num_signs = "starting", 0, 0
         # the watching thread's own
         self._num_beats, self._num_signs_counted = 0, 0
-        self._neighbour, self._job = _Unchanged(None), _Unchanged(0)
-        self._closed = threading.Event()
+        self._heard: dict[int, _Unchanged] = {}  # of the ranks before this one that it looks after
+        self._job = _Unchanged(0)
+        self._beat_of_main: Beat | None = None
+        # set by the main thread; is_counted by the watching one
+        self._is_done, self._is_leaving, self._is_counted = False, False, False
+        self._last_seen_leaving = _Unchanged(-1)
+        self._closed, self._woken = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if ranks.world_size > 1:
-            self._store = own_store(ranks)
+            self._store = self._opened_store(timeout_seconds)
             set_collective_timeout(COLLECTIVE_SECONDS)
             # a daemon: a main thread that ends by an error must not wait for it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -132,6 +159,13 @@ class Watchdog:
         # without a lock: of two at once one may be lost, and any change at all is a sign of life
         self._num_signs += 1
 
+    def done(self) -> None:
+        """Tell that this rank needs no other any more, and may take its time without reports.
+
+        Whether it lives is still looked after.
+        """
+        self._is_done = True
+
     def __enter__(self) -> Watchdog:
         return self
 
@@ -143,19 +177,40 @@ class Watchdog:
                 self.last_words((str(cause).splitlines() or [type(cause).__name__])[0])
             if cause is not error:
                 raise cause from None  # type: ignore[misc]
+            if error is None:
+                self._wait_for_all()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Stop watching and being watched.
+        """Stop watching and being watched, without a word to or from the others."""
+        is_open = not self._closed.is_set()
+        self._stop_thread()
+        if self._thread is not None and is_open:
+            # after the thread has ended, or its next beat would unsay it
+            with suppress(RuntimeError, OSError):  # the store may have gone before
+                self._publish_beat(has_left=True)
 
-        Called by every rank when nothing is left that needs the others.
-        """
+    def _wait_for_all(self) -> None:
+        """Until all ranks are done; the thread ends this process where one of them is lost."""
+        self._is_done = self._is_leaving = True
+        self._woken.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _stop_thread(self) -> None:
         self._closed.set()
+        self._woken.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(self._interval)
-            # after the thread has ended, or its next beat would unsay it
-            self._publish_beat(is_done=True)
+
+    def _opened_store(self, timeout_seconds: float) -> BoundedStore:
+        try:
+            # a connection of its own, which would wait for ever for a keeper that is stopped
+            return in_time(timeout_seconds, own_store, self._ranks, self._patience)
+        except RuntimeError as error:
+            what = str(error).splitlines()[0]
+            raise LostRankError(f"a rank was lost as the job began: {what}") from None
 
     def explain(self, error: BaseException) -> BaseException:
         """LostRankError, naming the silent ranks, for an error that a vanished peer caused; else
@@ -172,55 +227,121 @@ class Watchdog:
             return error
         silent = self._listen_for_silent_ranks()
         if silent is None:
-            return LostRankError(
-                "the job's store is gone, and with it the process that keeps it (rank 0 or "
-                "torchrun)"
-            )
+            return LostRankError(f"the job's store is gone, and with it {self._keeper()}")
         # all others live, so its words only looked like those of a lost peer
         if not silent:
             self._tell_own_failure(error)
             return error
         diagnosis = "; ".join(f"{_named(rank, beat)} is gone" for rank, beat in silent.items())
-        self._publish_diagnosis(diagnosis)
+        self._publish_diagnosis(Diagnosis(diagnosis))
         return LostRankError(diagnosis)
 
     def _watch(self) -> None:
         """The thread: publish, listen, and end the process on a diagnosis."""
         try:
-            # often at first, so that a rank that is lost in the first seconds can be named too
-            while not self._closed.wait(min(self._interval, 0.5 * self._num_beats)):
-                self._num_beats += 1
-                self._publish_beat()
-                stalled_seconds = self._job.seconds(self._count_active_intervals())
-                # before a diagnosis of its own: the first is the cause, others follow from it
-                if self._store.check([_DIAGNOSIS]):
-                    self._end(self._store.get(_DIAGNOSIS).decode())
-                diagnosis = self._diagnose(stalled_seconds)
-                if diagnosis:
-                    # as all others, this rank reads it in its next interval
-                    self._store.set(_DIAGNOSIS, diagnosis)
-        except (RuntimeError, OSError) as error:  # the store went with its process
+            while not self._closed.is_set() and not self._may_leave():
+                self._woken.wait(self._pause())
+                self._woken.clear()
+                if not self._closed.is_set():
+                    self._look()
+        except (RuntimeError, OSError) as error:  # the store went with its process, or is stopped
             if not self._closed.is_set():
-                cause = str(error).splitlines()[0]
-                self._end(f"the job's store is gone, and with it rank 0 or torchrun ({cause})")
+                self._end(Diagnosis(self._lost_store(error)))
+
+    def _pause(self) -> float:
+        """Seconds until the next look."""
+        # often at first, so that a rank that is lost in the first seconds can be named too
+        seconds = min(self._interval, 0.5 * self._num_beats)
+        return min(seconds, _FAREWELL_SECONDS) if self._is_leaving else seconds
+
+    def _look(self) -> None:
+        """One beat of this rank, and one look at the others."""
+        self._num_beats += 1
+        self._publish_beat()
+        self._beat_of_main = self._read_beat(0) or self._beat_of_main
+        stalled_seconds = self._job.seconds(self._count_active_intervals())
+        # before a diagnosis of its own: the first is the cause, others follow from it
+        if self._store.check([_DIAGNOSIS]):
+            self._end(Diagnosis(**json.loads(self._store.get(_DIAGNOSIS))))
+            return
+        diagnosis = self._diagnose(stalled_seconds)
+        if diagnosis:
+            # as all others, this rank reads it in its next interval
+            self._store.set(_DIAGNOSIS, json.dumps(asdict(Diagnosis(diagnosis))))
+
+    def _may_leave(self) -> bool:
+        """Whether all ranks are done; where this one may keep the store, whether they know it."""
+        if not self._is_leaving:
+            return False
+        if not self._is_counted:
+            self._store.add(_NUM_DONE, 1)
+            self._is_counted = True
+        if self._store.add(_NUM_DONE, 0) < self._ranks.world_size:
+            return False
+        if not self._ranks.is_main:
+            self._store.add(_NUM_LEFT, 1)
+            return True
+        # who has not looked yet would take it for lost
+        num_left = self._store.add(_NUM_LEFT, 0)
+        if self._last_seen_leaving.seconds(num_left) > self._patience:
+            # done, but stopped: its launcher would wait for it, and nobody else is left to tell
+            beats = self._read_beats()
+            there = [rank for rank in beats if rank and not beats[rank].has_left]
+            named = " and ".join(_named(rank, beats[rank]) for rank in there)
+            self._end(Diagnosis(f"{named}: not answered for {self._patience:.0f} s at the end"))
+            return True
+        return num_left >= self._ranks.world_size - 1
+
+    def _lost_store(self, error: Exception) -> str:
+        """What is said where the store does not answer, or is gone."""
+        if isinstance(error, SilentStoreError):
+            return (
+                f"{self._keeper()}, which keeps the job's store, has not answered for "
+                f"{self._patience:.0f} s"
+            )
+        cause = str(error).splitlines()[0]
+        return f"the job's store is gone, and with it {self._keeper()} ({cause})"
+
+    def _keeper(self) -> str:
+        environment = dict(os.environ)
+        if self._beat_of_main is None or is_store_of_torchrun(environment):
+            return store_keeper(environment)
+        return _named(0, self._beat_of_main)
 
     def _diagnose(self, stalled_seconds: float) -> str:
-        """What is wrong with the rank before this one, or with the job; "" where nothing is."""
-        # a ring: messages grow with the number of ranks, and not with its square
-        rank = (self._ranks.rank - 1) % self._ranks.world_size
-        beat = self._read_beat(rank)
-        silent_seconds = self._neighbour.seconds(beat)
-        is_done = beat is not None and beat.is_done
-        if silent_seconds > self._patience and not is_done:
-            return f"{_named(rank, beat)} has not answered for {self._patience:.0f} s"
+        """What is wrong with the ranks before this one, or with the job; "" where nothing is."""
+        silent = self._silent_before()
+        if silent:
+            verb = "has" if len(silent) == 1 else "have"
+            return f"{' and '.join(silent)} {verb} not answered for {self._patience:.0f} s"
         # later, so that a silent rank is named first
         if stalled_seconds > self._patience + 3 * self._interval:
             return self._diagnose_stall()
         return ""
 
+    def _silent_before(self) -> list[str]:
+        """The names of the ranks right before this one that are silent, once their time is up."""
+        # A ring: messages grow with the number of ranks, and not with its square. Who looks after a
+        # rank may have stopped with it, so behind one that is quiet the one before it is heard too.
+        quiet = []
+        for distance in range(1, self._ranks.world_size):
+            rank = (self._ranks.rank - distance) % self._ranks.world_size
+            beat = self._read_beat(rank)
+            seconds = self._heard.setdefault(rank, _Unchanged(beat)).seconds(beat)
+            if seconds <= 2 * self._interval or (beat is not None and beat.has_left):
+                break
+            quiet.append((seconds, _named(rank, beat)))
+        if not quiet or quiet[0][0] <= self._patience:
+            return []
+        # those further back have been listened to for less
+        return [name for seconds, name in quiet if seconds > self._patience / 2]
+
     def _diagnose_stall(self) -> str:
         """Who holds the others up: who began the fewest activities, where the ranks differ."""
         beats = {rank: beat for rank, beat in self._read_beats().items() if not beat.is_done}
+        # those that are done wait for nobody's steps
+        if not beats:
+            return ""
         most = max(beat.num_activities for beat in beats.values())
         behind = [rank for rank, beat in beats.items() if beat.num_activities < most]
         if not behind:
@@ -252,27 +373,30 @@ class Watchdog:
 
         Its own thread, which would end it too, and say less, is stopped.
         """
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join(self._interval)
-        what = (str(error) or type(error).__name__).splitlines()[0]
+        self._stop_thread()
         where = f"rank {self._ranks.rank} on {socket.gethostname()} (at {self._activity})"
         with suppress(RuntimeError, OSError):  # the store may be gone
             # what is there already came first: this rank's error may follow from it
             if not self._store.check([_DIAGNOSIS]):
-                self._publish_diagnosis(f"{where} has failed: {what}")
+                self._publish_diagnosis(Diagnosis.of_failure(where, error))
 
-    def _publish_diagnosis(self, diagnosis: str) -> None:
+    def _publish_diagnosis(self, diagnosis: Diagnosis) -> None:
         """For all ranks.
 
         Rank 0, which may keep the store, stays until they have read it.
         """
-        self._store.set(_DIAGNOSIS, diagnosis)
+        self._store.set(_DIAGNOSIS, json.dumps(asdict(diagnosis)))
         self._wait_for_readers()
 
-    def _publish_beat(self, is_done: bool = False) -> None:
-        activity, host = self._activity, socket.gethostname()
-        beat = Beat(self._num_beats, self._num_activities, activity, host, is_done)
+    def _publish_beat(self, has_left: bool = False) -> None:
+        beat = Beat(
+            self._num_beats,
+            self._num_activities,
+            self._activity,
+            socket.gethostname(),
+            self._is_done or has_left,
+            has_left,
+        )
         try:
             self._store.set(f"beat/{self._ranks.rank}", json.dumps(asdict(beat)))
         except (RuntimeError, OSError):
@@ -292,12 +416,14 @@ class Watchdog:
             return {}
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
-    def _end(self, diagnosis: str) -> None:
+    def _end(self, diagnosis: Diagnosis) -> None:
         # first of all: what follows may hang as the training does
-        print(f"error on rank {self._ranks.rank}: {diagnosis}", file=sys.stderr, flush=True)
-        self.last_words(diagnosis)
+        print(f"error on rank {self._ranks.rank}: {diagnosis.text}", file=sys.stderr, flush=True)
+        # they are written to a disk, which may be what everyone waits for
+        with suppress(LateError):
+            in_time(2 * self._interval, self.last_words, diagnosis.text)
         self._wait_for_readers()
-        self._leave(LOST_RANK_EXIT_CODE)
+        self._leave(diagnosis.exit_code)
         self._closed.set()
 
     def _wait_for_readers(self) -> None:
@@ -322,8 +448,10 @@ class _Unchanged:
 
 def is_of_lost_peer(error: BaseException) -> bool:
     """Whether a collective's error says that another rank is gone."""
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _LOST_PEER)
+    # a TemporaryError knows its own cause, such as a disk's timeout
+    if not isinstance(error, RuntimeError) or isinstance(error, TemporaryError):
+        return False
+    return any(word in str(error).lower() for word in _LOST_PEER)
 
 
 def _named(rank: int, beat: Beat | None) -> str:

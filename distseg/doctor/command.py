@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distseg.distributed.ranks import Ranks, on_all, on_main, setup, teardown
+from distseg.distributed.ranks import Ranks, joined, on_all, on_main
 from distseg.doctor import checkup
 from distseg.doctor.checkup import CheckResult, Checkup, check_rank, nearest
 from shards.words import counted
@@ -43,17 +43,14 @@ def run(run_dir: Path, shards: str | None, split: str, device: str) -> int:
     """
     started = time.perf_counter()
     # a check too: ranks that do not find each other end here, with the reason
-    ranks = setup(device, TIMEOUT_SECONDS)
-    hosts = on_all(ranks, socket.gethostname())
-    # on every rank, since most of it is exchanged; all get the same list, and so exit alike
-    found = examine(ranks, hosts, run_dir, shards, split)
-    if ranks.is_main:
-        show(
-            found,
-            f"{counted(ranks.world_size, 'rank')} on {counted(len(set(hosts)), 'machine')}",
-            time.perf_counter() - started,
-        )
-    teardown()
+    with joined(device, TIMEOUT_SECONDS) as ranks:
+        hosts = on_all(ranks, socket.gethostname())
+        # on every rank, since most of it is exchanged; all get the same list, and so exit alike
+        found = examine(ranks, hosts, run_dir, shards, split)
+        if ranks.is_main:
+            machines = counted(len(set(hosts)), "machine")
+            where = f"{counted(ranks.world_size, 'rank')} on {machines}"
+            show(found, where, time.perf_counter() - started)
     return int(any(result.level == "error" for result in found))
 
 

@@ -15,7 +15,7 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.data.samples import SampleSet, check_not_void, open_reader
 from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, on_all, on_each, on_main, setup, teardown
+from distseg.distributed.ranks import Ranks, joined, on_all, on_each, on_main
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate import document
 from distseg.evaluate.evaluator import Evaluator
@@ -45,11 +45,14 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
     network, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
     samples = open_samples(config, found)
-    # a training beside may prune it before every rank has come to read it
-    with leased(found.path):
-        ranks = setup(config.device, config.parallel.timeout_seconds)
+    timeout_seconds = config.parallel.timeout_seconds
+    with (
+        # a training beside may prune it before every rank has come to read it
+        leased(found.path),
+        joined(config.device, timeout_seconds) as ranks,
+        Watchdog(ranks, timeout_seconds) as watchdog,
+    ):
         network, found = _of_one_checkpoint(run_dir, network, found, ranks)
-    with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)
         evaluator = evaluator_of(network, config, found, samples, ranks)
@@ -59,7 +62,6 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
         started = time.perf_counter()
         evaluator()
         _publish(evaluator, found, time.perf_counter() - started)
-    teardown()
     return 0
 
 

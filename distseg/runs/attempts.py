@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards.errors import InputError
+from shards.errors import InputError, TemporaryError
+from shards.storage import is_file, read_bytes, retried
 
 FILE_NAME = "attempts.jsonl"
 # set by a launcher that wants to find its attempt again: "job 12, restart 1, try 2"
 LABEL_VARIABLE = "DISTSEG_ATTEMPT"
+_BAD_INPUT = 2  # the command's exit code for an InputError
 
 
 @dataclass
@@ -53,7 +55,9 @@ class Note:
         """Note that it goes on from `step`. hosts: of every rank, in order."""
         self._run_dir = run_dir
         self._ending, self._is_ended = threading.Lock(), False
-        self._write("start", step=step, hosts=list(dict.fromkeys(hosts)), world_size=len(hosts))
+        self._write(
+            "start", True, step=step, hosts=list(dict.fromkeys(hosts)), world_size=len(hosts)
+        )
 
     def finish(self, step: int, outcome: str, reason: str = "") -> None:
         """Note how it ended, as in Attempt; of several calls the first counts."""
@@ -71,24 +75,26 @@ class Note:
             outcome, text = "failed", f"{type(error).__name__}: {error}"
         self.finish(step, outcome, (text.splitlines() or [""])[0])
 
-    def _write(self, event: str, **values: Any) -> None:
+    def _write(self, event: str, makes_folder: bool = False, **values: Any) -> None:
         if self._run_dir is not None:
-            _append(self._run_dir, event, **values)
+            _append(self._run_dir, event, makes_folder, **values)
 
 
 def note_failure(run_dir: Path, host: str, rank: int, exit_code: int) -> None:
     """Note that a rank ended badly; on its machine's launcher."""
-    _append(run_dir, "failure", host=host, rank=rank, exit_code=exit_code)
+    # of bad input the code says all; and a run directory that was moved away is not made anew
+    makes_folder = exit_code != _BAD_INPUT
+    _append(run_dir, "failure", makes_folder, host=host, rank=rank, exit_code=exit_code)
 
 
 def read(run_dir: Path) -> list[Attempt]:
     """All attempts in order; [] where there were none."""
     path = run_dir / FILE_NAME
-    if not path.is_file():
+    if not is_file(path):
         return []
     found: list[Attempt] = []
     # a kill can tear a line within a character
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
         with suppress(ValueError, KeyError, TypeError):  # torn by a kill
             _add_event(found, json.loads(line))
     return found
@@ -127,16 +133,21 @@ def _failure(line: dict[str, Any]) -> str:
     return f"rank {line['rank']} on {line['host']}: {how}"
 
 
-def _append(run_dir: Path, event: str, **values: Any) -> None:
+def _append(run_dir: Path, event: str, makes_folder: bool = False, **values: Any) -> None:
     line = {
         "event": event,
         "time": round(time.time(), 3),
         "label": os.environ.get(LABEL_VARIABLE, ""),
         **values,
     }
-    # a note never ends a run that could go on
-    with suppress(OSError):  # a full disk was told by what could not be saved
-        run_dir.mkdir(parents=True, exist_ok=True)
+
+    def append() -> None:
         # appended in one piece: the launchers of several machines write here at the same time
         with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    # a note never ends a run that could go on
+    with suppress(OSError, TemporaryError):  # a full disk was told by what could not be saved
+        if makes_folder:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        retried(run_dir / FILE_NAME, append, expected=run_dir.is_dir)

@@ -23,6 +23,7 @@ from distseg.runs.sealed import unseal
 from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, check_readable, read
 from shards.errors import InputError
 from shards.manifest import sha256_of
+from shards.storage import is_file, listed, read_bytes, retried
 
 VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
@@ -61,9 +62,10 @@ class Checkpoint:
 def published(directory: Path) -> list[Path]:
     """The checkpoints in a run's checkpoints/, oldest first."""
     # no looser pattern: a user may keep a copy beside them, which is not ours to count or remove
-    paths = sorted(directory.glob("step-" + 8 * "[0-9]"))
+    # Path.glob would take a disk that does not answer for an empty folder, and the run begin anew
+    names = sorted(name for name in listed(directory) if re.fullmatch(r"step-\d{8}", name))
     # the name comes last, so that whatever has it was complete once
-    return [path for path in paths if path.is_dir()]
+    return [directory / name for name in names if (directory / name).is_dir()]
 
 
 def find(run_dir: Path, which: str) -> Path:
@@ -103,10 +105,10 @@ def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
     """A checkpoint whose files are as they were written; of one that kept no checksums, readable.
 
     Of several ranks, each verifies the files that it reads, and together they verify all. Raises
-    DamagedCheckpoint with the file's name, and OSError for a disk that cannot be read now.
+    DamagedCheckpoint with the file's name, and StorageError for a disk that cannot be read now.
     """
     try:
-        return _verified(path, rank, world_size)
+        return retried(path, lambda: _verified(path, rank, world_size))
     except PermissionError as error:
         got = f"{error.filename}: {error.strerror}"
         raise InputError(got, "files that can be read", "ask their owner") from None
@@ -116,7 +118,7 @@ def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
 
 def _verified(path: Path, rank: int, world_size: int) -> Checkpoint:
     found = read_state(path)
-    there = {file.name for file in path.glob("*" + SUFFIX)}
+    there = {name for name in listed(path) if name.endswith(SUFFIX)}
     if found.files is None:
         for learner, parts in found.parts.items():
             for part in parts:
@@ -158,10 +160,10 @@ def read_best(directory: Path) -> dict[str, Any]:
     Raises InputError when the file is damaged.
     """
     path = directory / BEST_FILE
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
-        best, _ = unseal(path.read_bytes())
+        best, _ = unseal(read_bytes(path))
         if best.keys() != {"step", "mean_iou"}:
             raise ValueError(f"keys {sorted(best)}")
         return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
@@ -179,7 +181,7 @@ def read_state(path: Path) -> Checkpoint:
     """
     file = path / STATE_FILE
     try:
-        content, is_sealed = unseal(file.read_bytes())
+        content, is_sealed = unseal(read_bytes(file))
         # exactly: a sealed one whose seal has lost its name must not pass for an old one
         keys = _KEYS | {"files"} if is_sealed else _KEYS
         # one of another version may have other keys, and is not damaged
@@ -224,7 +226,7 @@ def read_network(found: Checkpoint, network: str) -> tuple[str, dict[str, Tensor
     if part not in found.parts:
         action = f"write {network}.init=random, or name a run that had one"
         raise InputError(f"{found.path} has no {network}", f"a run with a {network}", action)
-    return part, read(found.path, f"{part}.network")
+    return part, retried(found.path, lambda: read(found.path, f"{part}.network"))
 
 
 def load_segmentor(found: Checkpoint, network: torch.nn.Module) -> str:

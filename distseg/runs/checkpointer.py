@@ -53,9 +53,10 @@ from distseg.runs.checkpoint import (
 from distseg.runs.lease import is_leased
 from distseg.runs.sealed import seal, write_sealed
 from distseg.runs.tensor_files import SUFFIX, DamagedCheckpoint, TensorFile, read, to_host
-from shards.errors import InputError
+from shards.errors import InputError, TemporaryError
 from shards.files import check_space, disk_full, sync_folder
 from shards.manifest import sha256_of
+from shards.storage import exists, retried
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 SET_ASIDE = "damaged-"  # before the name of a checkpoint
@@ -82,7 +83,7 @@ def newest(run_dir: Path, ranks: Ranks) -> Newest:
     # differently
     for path in reversed(on_main(ranks, lambda: published(directory))):
         # damaged for one is damaged for all: none goes on alone
-        verify = functools.partial(verified, path, ranks.rank, ranks.world_size)
+        verify = functools.partial(_verified_here, path, ranks)
         try:
             return Newest(on_each(ranks, verify), damaged)
         except DamagedCheckpoint as error:
@@ -92,6 +93,12 @@ def newest(run_dir: Path, ranks: Ranks) -> Newest:
         action = f"restore one, or remove {directory} to begin at step 0"
         raise shared_error(InputError("; ".join(damaged.values()), "a sound checkpoint", action))
     return Newest(None, {})
+
+
+def _verified_here(path: Path, ranks: Ranks) -> Checkpoint:
+    # the main rank has seen it; another machine may see it up to a minute later
+    retried(path, path.stat, expected=True)
+    return verified(path, ranks.rank, ranks.world_size)
 
 
 def set_aside(damaged: Iterable[Path], ranks: Ranks) -> None:
@@ -157,6 +164,8 @@ class Checkpointer:
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
         self._async, self._timeout = async_save, timeout_seconds
         self._mailbox = Mailbox(ranks)
+        # raises InputError where run_dir is not the run's any more: asked before it is written to
+        self.check_folder: Callable[[], None] = lambda: None
         self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._is_pending = False  # a save whose outcome nobody has asked for
@@ -172,8 +181,9 @@ class Checkpointer:
         # one at a time: each holds a copy of everything in host memory
         self.wait()
         save = self._copied(learners, state)
+        run_dir = self.directory.parent
         # on_main holds the other ranks back until the folder is empty, and there
-        on_main(self._ranks, lambda: _raise(_failure_of(save, lambda: _clear(save))))
+        on_main(self._ranks, lambda: _raise(self._failure_of(save, run_dir, lambda: _clear(save))))
         # counted by every rank alike: the number of the mailbox's round
         self._num_saves += 1
         if self._async:
@@ -282,14 +292,16 @@ class Checkpointer:
         """This rank's files; on the main rank, then the checkpoint's publication. Never raises."""
         # no collective from here on: this may run beside training's
         checksums: dict[str, str] = {}
-        failure = _failure_of(save, lambda: checksums.update(_write_files(save)))
+        place = save.partial
+        failure = self._failure_of(save, place, lambda: checksums.update(_write_files(save)))
         if self._ranks.is_main:
             for letter in self._mailbox.collect(self._num_saves, self._timeout):
                 if isinstance(letter, Failure):
                     failure = failure or letter
                 else:
                     checksums |= letter
-            failure = failure or _failure_of(save, lambda: self._publish(save, checksums))
+            publish = functools.partial(self._publish, save, checksums)
+            failure = failure or self._failure_of(save, place, publish)
             if failure is not None:
                 # nobody will finish it, and the disk may be full
                 shutil.rmtree(save.partial, ignore_errors=True)
@@ -297,16 +309,30 @@ class Checkpointer:
             self._mailbox.send(self._num_saves, failure or checksums)
         self._failure = failure
 
+    def _failure_of(self, save: _Save, place: Path, work: Callable[[], None]) -> Failure | None:
+        """What went wrong in a part of a save, in the folder `place`, tried again for as long as it
+        may pass; None: nothing.
+        """
+
+        def attempt() -> None:
+            # a folder of that name may be there that is none of this run's
+            self.check_folder()
+            work()
+
+        return _failure_of(save, lambda: retried(save.target, attempt, expected=place.is_dir))
+
     def _publish(self, save: _Save, checksums: dict[str, str]) -> None:
         # Content, the folder's entries, the new name, the parent's entry: each is on the disk
         # before the next. Whenever the power goes, the checkpoint is whole or not there.
-        content = save.content | {"files": checksums}
-        _write_synced(save.partial / STATE_FILE, seal(content))
-        sync_folder(save.partial)
-        # the same step again, from a run that was set back
-        shutil.rmtree(save.target, ignore_errors=True)
-        # which needs the target gone, unless it is empty
-        os.replace(save.partial, save.target)
+        # One whose renaming was done, and told as failed, is only synced.
+        if exists(save.partial) or not exists(save.target):
+            content = save.content | {"files": checksums}
+            _write_synced(save.partial / STATE_FILE, seal(content))
+            sync_folder(save.partial)
+            # the same step again, from a run that was set back
+            shutil.rmtree(save.target, ignore_errors=True)
+            # which needs the target gone, unless it is empty
+            os.replace(save.partial, save.target)
         sync_folder(self.directory)
         self._prune()
 
@@ -349,7 +375,11 @@ def _hidden(path: Path) -> Path:
 
 
 def _read_parts(saved: Checkpoint, name: str, own: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    return {part: read(saved.path, f"{name}.{part}", own.get(part)) for part in saved.parts[name]}
+    def tensors() -> dict[str, Any]:
+        parts = saved.parts[name]
+        return {part: read(saved.path, f"{name}.{part}", own.get(part)) for part in parts}
+
+    return retried(saved.path, tensors)
 
 
 def _clear(save: _Save) -> None:
@@ -363,6 +393,8 @@ def _clear(save: _Save) -> None:
 def _write_files(save: _Save) -> dict[str, str]:
     """Write this rank's files; returns the sha256 of each."""
     save.wait_for_copies()
+    # the main rank has made it; another machine may see it up to a minute later
+    retried(save.partial, save.partial.stat, expected=True)
     checksums = {}
     for file in save.files:
         file.write(save.partial)
@@ -377,6 +409,8 @@ def _failure_of(save: _Save, work: Callable[[], None]) -> Failure | None:
         work()
     except InputError as error:
         return Failure.of(error)
+    except TemporaryError as error:
+        return Failure(str(error), is_temporary=True)
     except Exception as error:
         if _is_disk_full(error):
             return Failure.of(disk_full(save.target))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distseg.parallel.parameter_shards import ParameterShard, shard_of, sharded_like
 from shards.errors import InputError
+from shards.storage import is_passing
 
 SUFFIX = ".safetensors"
 # in a file's header: {tensor: [first row, rows of the full tensor]}; the word is the format's
@@ -178,8 +179,8 @@ def _opened(folder: Path, part: str) -> Iterator[list[Any]]:
                 for path in _paths(folder, part)
             ]
     except (FileNotFoundError, SafetensorError, ValueError) as error:
-        # which is a ValueError, and says more already
-        if isinstance(error, InputError):
+        # which is a ValueError, and says more already; or no damage, but a disk that may come back
+        if isinstance(error, InputError) or is_passing(error, folder):
             raise
         got = f"{folder}: {part}: {error}"
         raise DamagedCheckpoint(got, "a whole checkpoint", "choose the one before it") from None

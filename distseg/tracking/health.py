@@ -29,7 +29,7 @@ from distseg.tracking.verdicts import (
     Check,
     MetricsRow,
 )
-from shards.files import published
+from shards.files import write_text
 
 HEALTH_FILE = "health.json"
 
@@ -182,13 +182,12 @@ class Health:
         """
         now = [asdict(event) | _words(NAMED[name]) for name, event in self.on.items()]
         # whole or not at all, since people and schedulers read it while the run writes
-        with published(path) as partial:
-            document = {
-                "step": self.step,
-                "now": now,
-                "events": [asdict(event) for event in self.events],
-            }
-            partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        document = {
+            "step": self.step,
+            "now": now,
+            "events": [asdict(event) for event in self.events],
+        }
+        write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def _words(check: Check) -> dict[str, str]:

@@ -11,7 +11,6 @@ that does nothing.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import logging
@@ -30,7 +29,8 @@ from distseg.tracking.tensorboard import TensorBoard
 from distseg.tracking.verdicts import MEAN_LEVEL, NAMED, SUM_LEVEL
 from distseg.tracking.wandb_run import Names, WandbRun, choose_mode, naming
 from shards.errors import InputError
-from shards.files import published
+from shards.files import LineFile, published, write_text
+from shards.storage import is_file, read_bytes
 
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"  # of the last attempt
@@ -109,9 +109,9 @@ class RunTracker:
         self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
         # replayed before the file is opened for more: a resumed run stands where the stopped one
         # stood
-        rows = read_metrics(self._path) if self._path.is_file() else ()
+        rows = read_metrics(self._path) if is_file(self._path) else ()
         self._health = Health(rows, highest_level)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = LineFile(self._path)
         self._wandb, self._tensorboard = wandb_run, tensorboard
 
     def log(self, step: int, metrics: dict[str, float]) -> list[Event]:
@@ -124,10 +124,7 @@ class RunTracker:
         line.update((name, _json_value(value)) for name, value in values.items())
         try:
             # allow_nan=False: a bare NaN would make the whole file unreadable to strict parsers
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            # To the system at each line, which survives a kill of the process. fsync would survive
-            # one of the machine too, and hold up the loop for a network disk.
-            self._file.flush()
+            self._file.write(json.dumps(line, allow_nan=False))
             if events:
                 self._health.save(self._run_dir / HEALTH_FILE)
         except OSError as error:
@@ -136,7 +133,7 @@ class RunTracker:
                 "checkpoint"
             )
             raise InputError(
-                f"{self._file.name}: {error.strerror}", "a disk that can be written", action
+                f"{self._path}: {error.strerror}", "a disk that can be written", action
             ) from None
         # after the file, which is the record: whatever they do, the line is written
         for writer in self._writers():
@@ -172,8 +169,7 @@ class RunTracker:
             self._wandb.table(step, f"tables/{name}", columns, rows)
 
     def finish(self, exit_code: int = 0) -> None:
-        with contextlib.suppress(OSError):  # a full disk was told by log()
-            self._file.close()
+        self._file.close()
         if exit_code == 0:
             # a run without verdicts has the file too, and it says that nothing was found
             self._health.save(self._run_dir / HEALTH_FILE)
@@ -207,8 +203,8 @@ def open_tracker(
     # none.
     _rewind(metrics_path, resume_step)
     if "environment" in config:
-        with published(run_dir / ENVIRONMENT_FILE) as partial:
-            partial.write_text(json.dumps(config["environment"], indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(config["environment"], indent=2) + "\n"
+        write_text(run_dir / ENVIRONMENT_FILE, content)
     tensorboard = (
         TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
     )
@@ -232,7 +228,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Returns one dict a line: "step" an int, everything else floats, non-finite ones included.
     Raises InputError when the file is missing or a line before the last is unreadable.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"{path} does not exist",
             "the metrics.jsonl of a run",
@@ -268,7 +264,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None, bool]]
     line).
     """
     # errors="replace": a torn line may end within a character
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    texts = read_bytes(path).decode("utf-8", errors="replace").splitlines()
     for number, text in enumerate(texts, start=1):
         try:
             row = json.loads(text)
@@ -280,7 +276,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any] | None, bool]]
 
 def _rewind(path: Path, resume_step: int | None) -> None:
     """Leave the whole lines up to `resume_step`; the file is replaced at once or not at all."""
-    if not path.exists():
+    if not is_file(path):
         return
     kept = []
     for number, text, row, is_last in _lines(path):
@@ -288,5 +284,4 @@ def _rewind(path: Path, resume_step: int | None) -> None:
             _log.warning("%s: line %d was unreadable and is removed", path, number)
         if row is not None and resume_step is not None and row["step"] <= resume_step:
             kept.append(text + "\n")
-    with published(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

@@ -20,8 +20,6 @@ from distseg.distributed.ranks import (
     check_alone,
     joined,
     on_main,
-    setup,
-    teardown,
 )
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
@@ -61,11 +59,10 @@ def run(overrides: list[str], dry_run: bool = False) -> int:
     # the process group, a rank that leaves alone would be waited for.
     prepared = check(config, world_size)
 
-    ranks = setup(config.device, config.parallel.timeout_seconds)
-    if ranks.device.type == "cpu":
-        reuse_memory()  # here alone: a process that lives on could not take it back
-    _train_on(ranks, config, prepared)
-    teardown()
+    with joined(config.device, config.parallel.timeout_seconds) as ranks:
+        if ranks.device.type == "cpu":
+            reuse_memory()  # here alone: a process that lives on could not take it back
+        _train_on(ranks, config, prepared)
     return 0
 
 
@@ -182,6 +179,7 @@ def train_and_show(
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
         for line in about_checkpoints(last):
             trainer.progress.warning(line)
+        trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
         if run_directory.steps_before is not None:
             trainer.progress.message(extension(config, run_directory.steps_before))
         return _fit_and_show(trainer, stream, data, stop)
@@ -198,12 +196,12 @@ def _fit_and_show(
     with noted(trainer, stream) as note:
         done = trainer.fit(stream, stop)
         if done:
-            # Evaluation and the gathering of shards are collectives: every rank takes part in both
-            # before any of them closes its watchdog and leaves.
+            # evaluation and the gathering of shards are collectives: every rank takes part in both
             score_again(trainer)
             network = trainer.evaluator.gather_network()
-            trainer.watchdog.close()  # what is left is the main rank's alone
+            # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
             show(trainer, network, data.val)
+        trainer.watchdog.done()  # uploads to W&B may last, and are no stall
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())

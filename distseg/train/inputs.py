@@ -19,7 +19,8 @@ from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
-from shards.files import published
+from shards.files import write_text
+from shards.storage import is_file
 from shards.verified import check_verified
 from shards.words import counted
 
@@ -72,7 +73,7 @@ def open_data(config: Config, world_size: int) -> Data:
     if not options.allow_unverified:
         check_verified(train)
     saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
-    wanted = str(saved) if options.labelled != "all" and saved.is_file() else options.labelled
+    wanted = str(saved) if options.labelled != "all" and is_file(saved) else options.labelled
     # drawn by a seed of its own, so that runs of several seeds can share their labelled images
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)
     room = options.keep_decoded_bytes
@@ -123,10 +124,9 @@ def _open_unlabelled(
 def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
     """Write which samples are labelled, where that is a choice; a list that is there stays."""
     path = run_dir / LABELLED_FILE
-    if config.data.labelled != "all" and not path.is_file():
+    if config.data.labelled != "all" and not is_file(path):
         # whole or not at all: half a list would be taken for the run's choice by the next attempt
-        with published(path) as partial:
-            partial.write_text("\n".join(data.train.keys) + "\n", encoding="utf-8")
+        write_text(path, "\n".join(data.train.keys) + "\n")
 
 
 def open_streams(

@@ -27,7 +27,6 @@ def show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
 
     network: the one that was scored, with all its parameters.
     """
-    # the others need not wait, so no time limit of theirs ends the drawing
     if trainer.ranks.is_main:
         _show(trainer, network, val_set)
 
@@ -37,6 +36,8 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     evaluator = trainer.evaluator
     assert evaluator.result is not None
     network.eval()  # training is over
+    trainer.check_folder()
+    trainer.watchdog.report("scores and curves")
     # first: the scores are what the run was for, and drawing is what can fail
     write_json(run_dir / "evaluation.json", evaluator.report(step))
     class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
@@ -49,6 +50,9 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     # evenly over the split, and the same images in every run of it, so that reports lay them side
     # by side
     for index in (i * len(val_set) // count for i in range(count)):
+        # each picture, since all of them may take longer than the time limit
+        trainer.watchdog.report("pictures")
+        trainer.check_folder()
         key, image, label = val_set.load(index)
         probabilities = evaluator.augmentation(network, image).cpu().numpy()
         out = run_dir / "pictures" / "samples" / f"{key}.png"

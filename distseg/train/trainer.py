@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -63,6 +64,8 @@ class Trainer:
     work: StepWork
     peak: float  # operations per second of convolutions on this rank
     state: TrainState = field(default_factory=TrainState)
+    # raises InputError where the run directory is another than the run began in; on the main rank
+    check_folder: Callable[[], None] = lambda: None
     _validation: ValidationHistory = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +154,7 @@ class Trainer:
         """Score the segmentor on the validation split; note the score, and if it is the best."""
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         values = self.evaluator.named()
+        self.check_folder()
         self.tracker.log(self.state.step, values)
         classes = self.evaluator.samples.classes.names
         rows = [(name, values[f"val/iou/{name}"]) for name in classes]
@@ -238,6 +242,7 @@ class Trainer:
         # of the rank that waits most
         values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
         values |= self.pair.objective.weights(phase(step - 1, self.config))
+        self.check_folder()
         # verdicts are told by whoever keeps the rows: the null tracker of other ranks has none
         for event in self.tracker.log(step, values):
             self.progress.warning(event.text())

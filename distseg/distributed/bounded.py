@@ -1,0 +1,53 @@
+"""Waits with an end: of calls that know no limit of their own, and whose other side may be stopped.
+
+Python cannot interrupt a call that waits inside of the system or of a library. It can wait for it
+in another thread, which is left behind where the call does not come back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class LateError(RuntimeError):
+    """A call has not come back in time."""
+
+
+def in_time(seconds: float, call: Callable[..., Result], *arguments: Any) -> Result:
+    """What the call returns, or its error. Raises LateError after so many seconds."""
+    outcome: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # a daemon, and of no pool: the interpreter would wait at its end for one that never comes back
+    threading.Thread(target=work, name="bounded call", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except FutureTimeoutError as error:
+        # in Python 3.11 also the type of a time limit of the call's own, which is its outcome
+        if outcome.done():
+            raise
+        raise LateError(f"no answer for {seconds:.0f} s") from error
+
+
+@contextmanager
+def ends_within(seconds: float, too_late: Callable[[], None]) -> Iterator[None]:
+    """Call `too_late`, from another thread, when the block has not ended after so many seconds."""
+    timer = threading.Timer(seconds, too_late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
