@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,7 @@ class Job:
         self.left: dict[int, int] = {}
         self.said: dict[int, str] = {}
         self._members: list[Watchdog] = []
-        monkeypatch.setattr(module, "own_store", lambda ranks: self.store)
+        monkeypatch.setattr(module, "own_store", lambda ranks, seconds: self.store)
         monkeypatch.setattr(module, "set_collective_timeout", lambda seconds: None)
 
     def rank(self, number: int, of: int = 3) -> Watchdog:
@@ -104,7 +105,7 @@ def test_where_all_are_as_far_none_is_accused(job: Job) -> None:
 
 def test_the_first_diagnosis_is_everybodys(job: Job) -> None:
     job.rank(1)
-    job.store.set("diagnosis", "rank 9 is gone")
+    job.store.set("diagnosis", json.dumps({"text": "rank 9 is gone", "exit_code": 75}))
     assert job.wait(1) < SECONDS / 2 and job.said[1] == "rank 9 is gone"
 
 
@@ -113,7 +114,7 @@ def test_of_an_error_of_ones_own_the_others_are_told(job: Job) -> None:
     member.report("step 3")
     error = ValueError("no such file\nand more")
     assert member.explain(error) is error
-    told = job.store.get("diagnosis").decode()
+    told = json.loads(job.store.get("diagnosis"))["text"]
     assert told.startswith("rank 1 on ") and told.endswith("(at step 3) has failed: no such file")
 
 
@@ -152,7 +153,7 @@ def test_a_lost_peers_error_names_who_is_silent(
     assert isinstance(found, module.LostRankError) and living is not None
     assert str(found).startswith("rank 0 on " if was_heard else "rank 0 is gone")
     assert str(found).endswith("(last heard of at step 4) is gone" if was_heard else "is gone")
-    assert job.store.get("diagnosis").decode() == str(found)
+    assert json.loads(job.store.get("diagnosis"))["text"] == str(found)
 
 
 def test_a_beat_says_where_a_rank_was(job: Job) -> None:
