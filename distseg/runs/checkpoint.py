@@ -9,7 +9,7 @@ A checkpoint is a folder checkpoints/step-00000500 of a run with safetensors fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +101,17 @@ def opened(run_dir: Path, which: str) -> Iterator[Checkpoint]:
         yield verified(path)
 
 
-def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
+def verified(
+    path: Path, rank: int = 0, world_size: int = 1, moved: Callable[[], None] = lambda: None
+) -> Checkpoint:
     """A checkpoint whose files are as they were written; of one that kept no checksums, readable.
 
-    Of several ranks, each verifies the files that it reads, and together they verify all. Raises
-    DamagedCheckpoint with the file's name, and StorageError for a disk that cannot be read now.
+    Of several ranks, each verifies the files that it reads, and together they verify all. `moved`
+    is called as bytes of them arrive. Raises DamagedCheckpoint with the file's name, and
+    StorageError for a disk that cannot be read now.
     """
     try:
-        return retried(path, lambda: _verified(path, rank, world_size))
+        return retried(path, lambda: _verified(path, rank, world_size, moved))
     except PermissionError as error:
         got = f"{error.filename}: {error.strerror}"
         raise InputError(got, "files that can be read", "ask their owner") from None
@@ -116,7 +119,7 @@ def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
         raise _damaged(path, f"{Path(error.filename).name} is missing") from None
 
 
-def _verified(path: Path, rank: int, world_size: int) -> Checkpoint:
+def _verified(path: Path, rank: int, world_size: int, moved: Callable[[], None]) -> Checkpoint:
     found = read_state(path)
     there = {name for name in listed(path) if name.endswith(SUFFIX)}
     if found.files is None:
@@ -129,7 +132,9 @@ def _verified(path: Path, rank: int, world_size: int) -> Checkpoint:
         what = "is missing" if name in found.files else "is none of its files"
         raise _damaged(path, f"{name} {what}")
     for name in sorted(there):
-        if _is_read_by(name, rank, world_size) and sha256_of(path / name) != found.files[name]:
+        if not _is_read_by(name, rank, world_size):
+            continue
+        if sha256_of(path / name, moved) != found.files[name]:
             raise _damaged(path, f"{name} is not as it was written (sha256)")
     return found
 
