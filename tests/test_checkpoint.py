@@ -280,7 +280,13 @@ def test_files_that_are_missing_or_too_many_and_another_steps_state_are_damage(
         checkpoint.verified(second)
     with pytest.raises(DamagedCheckpoint, match="it is of step 1"):
         checkpoint.verified(third)
+    (third / "state.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(DamagedCheckpoint, match="nested too deeply"):
+        checkpoint.verified(third)
     (third / "state.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json is missing"):
+        checkpoint.verified(third)
+    (third / "state.json").mkdir()
     with pytest.raises(DamagedCheckpoint, match=r"state\.json is missing"):
         checkpoint.verified(third)
 

@@ -29,6 +29,7 @@ VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
 STATE_FILE, BEST_FILE = "state.json", "best.json"
 _KEYS = {"version", "state", "identity", "parts"}
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NAME = re.compile(r"[A-Za-z0-9_]+")  # of learners and parts, which become names of files
 
 
@@ -115,7 +116,7 @@ def verified(
     except PermissionError as error:
         got = f"{error.filename}: {error.strerror}"
         raise InputError(got, "files that can be read", "ask their owner") from None
-    except FileNotFoundError as error:
+    except _NO_FILE as error:
         raise _damaged(path, f"{Path(error.filename).name} is missing") from None
 
 
@@ -196,7 +197,7 @@ def read_state(path: Path) -> Checkpoint:
             raise ValueError("no version")
         if content["version"] == VERSION:
             return _checked(path, content)
-    except (FileNotFoundError, NotADirectoryError):
+    except _NO_FILE:
         raise _damaged(path, f"{STATE_FILE} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{STATE_FILE}: damaged ({error})") from None
@@ -209,6 +210,8 @@ def _checked(path: Path, content: dict[str, Any]) -> Checkpoint:
     found = Checkpoint(
         path, content["state"], content["identity"], content["parts"], content.get("files")
     )
+    if not isinstance(found.identity, dict):
+        raise ValueError(f"an identity that is a {type(found.identity).__name__}")
     # a file of another checkpoint, whole in itself
     if re.fullmatch(r"step-\d{8}", path.name) and int(path.name[5:]) != found.step:
         raise ValueError(f"it is of step {found.step}")

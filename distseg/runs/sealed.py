@@ -33,7 +33,10 @@ def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
     Raises ValueError unless it is a JSON object, and for a sealed one that is not as it was
     written.
     """
-    content = json.loads(data)
+    try:
+        content = json.loads(data)
+    except RecursionError:  # of garbage that is all brackets
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     if _SEAL not in content:
