@@ -9,7 +9,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO
 
 # EX_TEMPFAIL of sysexits.h
 TEMPORARY = 75
@@ -42,9 +43,14 @@ def job_id() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return f"{array}_{task}"
-    if done.returncode and "nvalid job id" not in done.stderr:  # the controller did not answer
+    if not _has_answered(done):
         return f"{array}_{task}"
     return f"{array}_{task}" if done.stdout.strip() == number else number
+
+
+def _has_answered(squeue: subprocess.CompletedProcess[str]) -> bool:
+    """Whether the controller has; that it knows no such job is an answer."""
+    return not squeue.returncode or "nvalid job id" in squeue.stderr
 
 
 def requeue() -> int:
@@ -54,10 +60,10 @@ def requeue() -> int:
     """
     job = job_id()
     # a preemption may have requeued it already: requeued again, the new start would be ended
-    state = subprocess.run(
-        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True
-    ).stdout.strip()
-    if state not in ("RUNNING", "PREEMPTED"):  # cancelled, or SLURM requeues it already
+    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True)
+    state = asked.stdout.strip()
+    # cancelled, or SLURM requeues it already; a controller that is busy has said nothing of it
+    if state not in ("RUNNING", "PREEMPTED") and _has_answered(asked):
         print(f"job {job} is {state or 'gone'}: not requeued", flush=True)
         return 128 + signal.SIGTERM
     answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
@@ -95,8 +101,9 @@ def outside(environment: MutableMapping[str, str]) -> Iterator[None]:
 class Errors(threading.Thread):
     """Passes srun's stderr on to this process's, and keeps what srun itself said was fatal."""
 
-    def __init__(self, source: int):
+    def __init__(self, source: IO[bytes]):
         super().__init__(name="stderr of srun", daemon=True)
+        # the file, not its number: closed with its process, that would soon be another's
         self._source = source
         self.fatal = ""
         self.start()
@@ -104,8 +111,10 @@ class Errors(threading.Thread):
     def run(self) -> None:
         line = b""
         # as it comes, not by lines: a progress line has no end
-        while data := os.read(self._source, 1 << 16):
-            os.write(2, data)
+        while data := os.read(self._source.fileno(), 1 << 16):
+            # a full disk under the job's output: srun would wait for ever for who reads no more
+            with suppress(OSError):
+                os.write(2, data)
             *whole, line = (line + data).split(b"\n")
             line = line[-4096:]
             for found in filter(None, map(FATAL.match, whole)):

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from launchers.batch_job import TEMPORARY, requeue
 from launchers.check import check_run
 from launchers.places import TRY_VARIABLE, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
-from shards.errors import InputError
+from shards.errors import InputError, TemporaryError
 from shards.terminal import use_utf8
 
 # a transient fault goes away by the second try; a third comes after SLURM had time to find a dead
@@ -227,7 +228,7 @@ class Supervisor:
             stderr=subprocess.PIPE if self._with_srun else None,
         )
         if self._process.stderr is not None:
-            self._errors = batch_job.Errors(self._process.stderr.fileno())
+            self._errors = batch_job.Errors(self._process.stderr)
         self.wait()
         if self._errors is not None:
             self._errors.join(LAST_WORDS_SECONDS)
@@ -280,7 +281,10 @@ class Supervisor:
         return f"job {self._job}, restart {_restarts()}, try {number + 1}"
 
     def _noted(self, label: str) -> attempts.Attempt | None:
-        found = [] if self._run_dir is None else attempts.read(self._run_dir)
+        found: list[attempts.Attempt] = []
+        # a disk that does not answer is what may have ended the ranks, and no reason to end here
+        with suppress(OSError, TemporaryError):
+            found = [] if self._run_dir is None else attempts.read(self._run_dir)
         # another label: the last attempt is an earlier start's, this one died before it noted any
         return found[-1] if found and found[-1].label == label else None
 

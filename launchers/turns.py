@@ -17,9 +17,9 @@ UNFINISHED = f"{MAX_TURNS} turns did not finish this, and nothing is kept of one
 
 def note(run_dir: Path, job: str) -> None:
     """Note that a turn of this job begins now."""
-    line = {"job": job, "time": round(time.time(), 3), "step": saved_step(run_dir)}
     # a note never ends a run that could go on: a full disk is told by what could not be saved
     with suppress(OSError):
+        line = {"job": job, "time": round(time.time(), 3), "step": saved_step(run_dir)}
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -29,11 +29,11 @@ def in_vain(run_dir: Path, job: str) -> int:
     """How many turns of this job, the last in a row, began at the step that is saved now or after
     it. Another job's count for nothing: who submits a run again wants it tried.
     """
-    path, reached = run_dir / FILE_NAME, saved_step(run_dir)
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    count = 0
+    path, lines, reached, count = run_dir / FILE_NAME, [], 0, 0
+    with suppress(OSError):  # a disk that does not answer says nothing against the job
+        reached = saved_step(run_dir)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         try:
             turn = json.loads(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -205,18 +206,19 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
+def sha256_of(path: Path, moved: Callable[[], None] = lambda: None) -> str:
+    """Hex sha256 of a file; `moved` is called at each MiB, as reading a large one may last."""
     with path.open("rb") as file:
-        return hashed(file).hexdigest()
+        return hashed(file, moved).hexdigest()
 
 
-def hashed(file: BinaryIO) -> hashlib._Hash:
+def hashed(file: BinaryIO, moved: Callable[[], None] = lambda: None) -> hashlib._Hash:
     """The running sha256 of a file, from where it stands to its end."""
     digest = hashlib.sha256()
     # 1 MiB at a time: a shard may be larger than the memory; hashlib lets other threads run
     while block := file.read(1 << 20):
         digest.update(block)
+        moved()
     return digest
 
 

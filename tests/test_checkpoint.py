@@ -280,7 +280,13 @@ def test_files_that_are_missing_or_too_many_and_another_steps_state_are_damage(
         checkpoint.verified(second)
     with pytest.raises(DamagedCheckpoint, match="it is of step 1"):
         checkpoint.verified(third)
+    (third / "state.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(DamagedCheckpoint, match="nested too deeply"):
+        checkpoint.verified(third)
     (third / "state.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json is missing"):
+        checkpoint.verified(third)
+    (third / "state.json").mkdir()
     with pytest.raises(DamagedCheckpoint, match=r"state\.json is missing"):
         checkpoint.verified(third)
 
@@ -311,6 +317,36 @@ def test_first_weights_are_taken_from_no_damaged_checkpoint(tmp_path: Path) -> N
     for init in (str(file), str(tmp_path)):
         with pytest.raises(DamagedCheckpoint, match=file.name):
             initial_weights(init, "segmentor")
+
+
+def test_a_best_score_that_is_damaged_is_met_before_time_is_spent(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS)
+    checkpoints.save({"segmentor": Holder(1)}, state(1))
+    checkpoints.mark_best(1, 0.5)
+    flip(tmp_path / "checkpoints" / "best.json", 20)
+    with pytest.raises(InputError, match=r"best\.json: damaged"):
+        newest(tmp_path, RANKS)
+
+
+def test_the_best_score_of_a_run_that_was_moved_is_written_nowhere(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path / "run", 2, {}, RANKS)
+    checkpoints.save({"segmentor": Holder(1)}, state(1))
+    (tmp_path / "run").rename(tmp_path / "moved")
+
+    def gone() -> None:
+        raise InputError("moved", "the directory", "move it back")
+
+    checkpoints.check_folder = gone
+    with pytest.raises(InputError, match="moved"):
+        checkpoints.mark_best(1, 0.5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_long_verification_gives_signs_of_life(tmp_path: Path) -> None:
+    Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
+    signs: list[None] = []
+    assert newest(tmp_path, RANKS, lambda: signs.append(None)).sound is not None
+    assert len(signs) == len(list(tmp_path.glob("checkpoints/*/*.safetensors")))
 
 
 def test_names_of_parts_cannot_leave_the_folder(tmp_path: Path) -> None:

@@ -152,6 +152,21 @@ def test_ranks_that_do_not_come_are_named_with_their_host(monkeypatch: pytest.Mo
     assert TemporaryError.exit_code == 75
 
 
+def test_a_rank_that_came_late_does_not_outwait_a_rank_0_that_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in environments(2)[1].items():
+        monkeypatch.setenv(key, value)
+
+    def gone(*arguments: Any) -> None:
+        raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes.")
+
+    monkeypatch.setattr(rendezvous, "_opened_store", lambda *arguments: None)
+    monkeypatch.setattr(rendezvous, "_wait_for_all", gone)
+    with pytest.raises(TemporaryError, match=r"rank 0 on .* does not answer .*Failed to recv"):
+        rendezvous.join(1, 2, "gloo", 5)
+
+
 def join_in_vain(environment: dict[str, str], out: Path) -> None:
     os.environ.update(environment)
     with out.open("w") as file:

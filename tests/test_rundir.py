@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,6 +120,32 @@ def test_the_file_of_a_job_that_was_killed_is_taken_over_by_one_job(
     assert all(isinstance(error, InputError) for error in errors if error is not None)
     assert (time.monotonic() - start > 1.0) == (where == "elsewhere")
     next(future.result() for future in found if not future.exception()).release(True)
+
+
+def test_a_lock_that_could_not_be_written_stands_in_nobodys_way(
+    without_flock: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_bytes(b"\xff of a broken disk")
+
+    def failing(self: DirectoryLock, owner: str) -> None:
+        monkeypatch.undo()  # flock too, which this machine has
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(DirectoryLock, "_write", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        DirectoryLock(tmp_path)
+    assert not (tmp_path / HELD_FILE).exists()
+    assert "lock" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_who_died_on_another_machine_holds_nothing_for_ever(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).touch()
+    held = tmp_path / HELD_FILE
+    held.write_text("process 5 on another-machine 0123")
+    assert holder(tmp_path) == "process 5 on another-machine"
+    os.utime(held, (held.stat().st_mtime - 11 * lock.EXPIRES_SECONDS,) * 2)
+    assert holder(tmp_path) == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, HELD_FILE]
 
 
 def test_a_directory_that_was_moved_or_taken_is_not_the_runs(tmp_path: Path) -> None:

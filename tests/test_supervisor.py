@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note
-from launchers import batch_job, supervisor
+from launchers import batch_job, supervisor, turns
 from launchers.job import Job, RunError
 from launchers.places import Place, ranks_per_node
 from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
@@ -244,6 +246,15 @@ def test_only_a_running_job_is_requeued(
     assert not (commands / "called").exists() and "not requeued" in capsys.readouterr().out
 
 
+def test_a_controller_that_does_not_answer_has_cancelled_no_job(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_command(commands, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    write_command(commands, "scontrol", f"touch {commands}/called")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # SLURM would end this process
+    assert batch_job.requeue() == 75 and (commands / "called").exists()
+
+
 @pytest.mark.parametrize(
     ("answer", "job"),
     [
@@ -289,6 +300,42 @@ def test_a_fatal_srun_is_not_tried_again(
     assert decision.action == action and says in capfd.readouterr().err
     if action == "fail":
         assert decision == Decision("fail", says, 2)
+
+
+def test_who_reads_srun_reads_on_where_its_own_output_has_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # the pipe would fill up, and srun with all ranks wait in a write
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stderr.write('srun: fatal: x\\n' * 100000)"],
+        stderr=subprocess.PIPE,
+    )
+    monkeypatch.setattr(os, "write", full)
+    assert process.stderr is not None
+    errors = batch_job.Errors(process.stderr)
+    assert process.wait(30) == 0
+    errors.join(30)
+    assert errors.fatal == "srun: fatal: x"
+
+
+def test_a_disk_that_does_not_answer_does_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns.note(tmp_path, "job")
+    Note(tmp_path, ["here"], 0)
+    monkeypatch.setenv("DISTSEG_STORAGE_SECONDS", "0.1")
+
+    def failing(*arguments: object, **keywords: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name in ("open", "stat", "mkdir", "glob"):
+        monkeypatch.setattr(Path, name, failing)
+    assert Supervisor("nothing", [], tmp_path)._noted("") is None
+    assert turns.in_vain(tmp_path, "job") == 0
+    turns.note(tmp_path, "job")
 
 
 def test_a_submission_from_within_an_allocation_leaves_it_behind() -> None:

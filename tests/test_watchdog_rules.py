@@ -103,6 +103,32 @@ def test_where_all_are_as_far_none_is_accused(job: Job) -> None:
     assert job.said[1] == f"no rank has moved on {WAITED}; all are at step 7"
 
 
+def test_whom_those_that_are_done_wait_for_is_named(job: Job) -> None:
+    first, others = job.rank(0), [job.rank(number) for number in (1, 2)]
+    for member in (first, *others):
+        member.report("step 7")
+    for member in others:
+        member.report("evaluation")
+        member.done()
+    first.report("pictures")
+    job.wait(1)
+    assert job.said[1].startswith("rank 0 on ") and "at pictures) has not moved on" in job.said[1]
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [job.rank(number) for number in range(3)]
+    busy(*members, seconds=0.3 * SECONDS)
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 10 * SECONDS)
+    until = now() + 0.5 * SECONDS
+    while now() < until:
+        members[0].keep_alive()
+        time.sleep(0.02)
+    assert not job.left
+
+
 def test_the_first_diagnosis_is_everybodys(job: Job) -> None:
     job.rank(1)
     job.store.set("diagnosis", json.dumps({"text": "rank 9 is gone", "exit_code": 75}))

@@ -43,6 +43,8 @@ def join(rank: int, world_size: int, backend: str, timeout_seconds: float) -> No
         in_time(left + timeout_seconds / 10, _wait_for_all, store, rank, world_size, left)
     except LateError as error:
         _leave(rank, str(_no_answer(error)))
+    except dist.DistError as error:  # it has left, before this rank's own time was up
+        raise _no_answer(error) from None
     stopped = f"a rank has stopped while all joined: no connection for {timeout_seconds:.0f} s"
     with ends_within(timeout_seconds, lambda: _leave(rank, stopped)):
         _init_process_group(rank, world_size, backend, store, timeout_seconds)
@@ -116,7 +118,7 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, seconds: float)
                 missing.append(other)
         named = ", ".join(_named(other, places) for other in missing) or "a rank"
         # a moment in which the others can ask too: this process may keep the store
-        time.sleep(min(1.0, seconds / 8) if rank == 0 else 0.0)
+        time.sleep(min(1.0, seconds / 16) if rank == 0 else 0.0)
         raise TemporaryError(
             f"{named} did not come to the rendezvous at {_address()} within {seconds:.0f} s"
         ) from None

@@ -134,6 +134,7 @@ class Watchdog:
         # set by the main thread; is_counted by the watching one
         self._is_done, self._is_leaving, self._is_counted = False, False, False
         self._last_seen_leaving = _Unchanged(-1)
+        self._looked_at = time.monotonic()
         self._closed, self._woken = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if ranks.world_size > 1:
@@ -265,9 +266,23 @@ class Watchdog:
             self._end(Diagnosis(**json.loads(self._store.get(_DIAGNOSIS))))
             return
         diagnosis = self._diagnose(stalled_seconds)
-        if diagnosis:
+        if self._was_stopped():
+            self._listen_anew()
+        elif diagnosis:
             # as all others, this rank reads it in its next interval
             self._store.set(_DIAGNOSIS, json.dumps(asdict(Diagnosis(diagnosis))))
+
+    def _was_stopped(self) -> bool:
+        """Whether this process stood still since its last look, with its whole job perhaps (Ctrl-Z,
+        `scontrol suspend`): silence that it has slept through accuses nobody.
+        """
+        before, self._looked_at = self._looked_at, time.monotonic()
+        # what is added to it until others are heard again stays below the patience
+        return self._looked_at - before > self._patience - 3 * self._interval
+
+    def _listen_anew(self) -> None:
+        self._heard.clear()
+        self._job, self._last_seen_leaving = _Unchanged(-1), _Unchanged(-1)
 
     def _may_leave(self) -> bool:
         """Whether all ranks are done; where this one may keep the store, whether they know it."""
@@ -338,12 +353,15 @@ class Watchdog:
 
     def _diagnose_stall(self) -> str:
         """Who holds the others up: who began the fewest activities, where the ranks differ."""
-        beats = {rank: beat for rank, beat in self._read_beats().items() if not beat.is_done}
+        of_all = self._read_beats()
+        beats = {rank: beat for rank, beat in of_all.items() if not beat.is_done}
         # those that are done wait for nobody's steps
         if not beats:
             return ""
         most = max(beat.num_activities for beat in beats.values())
         behind = [rank for rank, beat in beats.items() if beat.num_activities < most]
+        if len(beats) < len(of_all):  # but for the end of the others
+            behind = behind or list(beats)
         if not behind:
             return f"no rank has moved on for {self._patience:.0f} s; all are at {self._activity}"
         name = _named(behind[0], beats[behind[0]])

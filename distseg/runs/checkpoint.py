@@ -9,7 +9,7 @@ A checkpoint is a folder checkpoints/step-00000500 of a run with safetensors fil
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
 STATE_FILE, BEST_FILE = "state.json", "best.json"
 _KEYS = {"version", "state", "identity", "parts"}
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NAME = re.compile(r"[A-Za-z0-9_]+")  # of learners and parts, which become names of files
 
 
@@ -101,22 +102,25 @@ def opened(run_dir: Path, which: str) -> Iterator[Checkpoint]:
         yield verified(path)
 
 
-def verified(path: Path, rank: int = 0, world_size: int = 1) -> Checkpoint:
+def verified(
+    path: Path, rank: int = 0, world_size: int = 1, moved: Callable[[], None] = lambda: None
+) -> Checkpoint:
     """A checkpoint whose files are as they were written; of one that kept no checksums, readable.
 
-    Of several ranks, each verifies the files that it reads, and together they verify all. Raises
-    DamagedCheckpoint with the file's name, and StorageError for a disk that cannot be read now.
+    Of several ranks, each verifies the files that it reads, and together they verify all. `moved`
+    is called as bytes of them arrive. Raises DamagedCheckpoint with the file's name, and
+    StorageError for a disk that cannot be read now.
     """
     try:
-        return retried(path, lambda: _verified(path, rank, world_size))
+        return retried(path, lambda: _verified(path, rank, world_size, moved))
     except PermissionError as error:
         got = f"{error.filename}: {error.strerror}"
         raise InputError(got, "files that can be read", "ask their owner") from None
-    except FileNotFoundError as error:
+    except _NO_FILE as error:
         raise _damaged(path, f"{Path(error.filename).name} is missing") from None
 
 
-def _verified(path: Path, rank: int, world_size: int) -> Checkpoint:
+def _verified(path: Path, rank: int, world_size: int, moved: Callable[[], None]) -> Checkpoint:
     found = read_state(path)
     there = {name for name in listed(path) if name.endswith(SUFFIX)}
     if found.files is None:
@@ -129,7 +133,9 @@ def _verified(path: Path, rank: int, world_size: int) -> Checkpoint:
         what = "is missing" if name in found.files else "is none of its files"
         raise _damaged(path, f"{name} {what}")
     for name in sorted(there):
-        if _is_read_by(name, rank, world_size) and sha256_of(path / name) != found.files[name]:
+        if not _is_read_by(name, rank, world_size):
+            continue
+        if sha256_of(path / name, moved) != found.files[name]:
             raise _damaged(path, f"{name} is not as it was written (sha256)")
     return found
 
@@ -191,7 +197,7 @@ def read_state(path: Path) -> Checkpoint:
             raise ValueError("no version")
         if content["version"] == VERSION:
             return _checked(path, content)
-    except (FileNotFoundError, NotADirectoryError):
+    except _NO_FILE:
         raise _damaged(path, f"{STATE_FILE} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{STATE_FILE}: damaged ({error})") from None
@@ -204,6 +210,8 @@ def _checked(path: Path, content: dict[str, Any]) -> Checkpoint:
     found = Checkpoint(
         path, content["state"], content["identity"], content["parts"], content.get("files")
     )
+    if not isinstance(found.identity, dict):
+        raise ValueError(f"an identity that is a {type(found.identity).__name__}")
     # a file of another checkpoint, whole in itself
     if re.fullmatch(r"step-\d{8}", path.name) and int(path.name[5:]) != found.step:
         raise ValueError(f"it is of step {found.step}")

@@ -72,18 +72,20 @@ class Newest:
     damaged: dict[Path, str]
 
 
-def newest(run_dir: Path, ranks: Ranks) -> Newest:
+def newest(run_dir: Path, ranks: Ranks, moved: Callable[[], None] = lambda: None) -> Newest:
     """What a run goes on from, the same on every rank; changes nothing. Called on every rank.
 
-    Raises InputError where there are checkpoints and none is sound.
+    moved: called as bytes of large files arrive. Raises InputError where there are checkpoints and
+    none is sound, and where it is not known which of them is the best.
     """
     directory = run_dir / FOLDER
     damaged: dict[Path, str] = {}
+    on_main(ranks, lambda: read_best(directory))  # damaged, it would end the first save
     # the main rank looks, for all: ranks that see a shared disk differently would choose
     # differently
     for path in reversed(on_main(ranks, lambda: published(directory))):
         # damaged for one is damaged for all: none goes on alone
-        verify = functools.partial(_verified_here, path, ranks)
+        verify = functools.partial(_verified_here, path, ranks, moved)
         try:
             return Newest(on_each(ranks, verify), damaged)
         except DamagedCheckpoint as error:
@@ -95,10 +97,10 @@ def newest(run_dir: Path, ranks: Ranks) -> Newest:
     return Newest(None, {})
 
 
-def _verified_here(path: Path, ranks: Ranks) -> Checkpoint:
+def _verified_here(path: Path, ranks: Ranks, moved: Callable[[], None]) -> Checkpoint:
     # the main rank has seen it; another machine may see it up to a minute later
     retried(path, path.stat, expected=True)
-    return verified(path, ranks.rank, ranks.world_size)
+    return verified(path, ranks.rank, ranks.world_size, moved)
 
 
 def set_aside(damaged: Iterable[Path], ranks: Ranks) -> None:
@@ -120,7 +122,7 @@ def _set_aside(path: Path) -> None:
     # of those that are left any may be the best: the next evaluation decides
     if read_best(path.parent).get("step") == int(path.name.removeprefix("step-")):
         (path.parent / BEST_FILE).unlink()
-    os.replace(path, target)
+    retried(path, functools.partial(os.replace, path, target))
 
 
 @dataclass(frozen=True)
@@ -337,9 +339,10 @@ class Checkpointer:
         self._prune()
 
     def _mark_best(self, step: int, mean_iou: float) -> None:
+        self.check_folder()  # an evaluation has passed since: writing would make it anew
         if mean_iou > read_best(self.directory).get("mean_iou", -1.0):
             write_sealed(self.directory / BEST_FILE, {"step": step, "mean_iou": mean_iou})
-        self._prune()
+        retried(self.directory, self._prune)
 
     def _prune(self) -> None:
         # only after a publication: until then the older ones are all there is to resume from

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shards.errors import InputError
-from shards.storage import read_text
+from shards.storage import read_bytes
 
 LOCK_FILE = "lock"
 HELD_FILE = "lock.held"  # the file that stands for the kernel's lock
@@ -50,10 +50,11 @@ class DirectoryLock:
         self._file = self._path.open("a")  # not emptied: it may be another job's
         try:
             self._take()
-            self._before = read_text(self._path)
+            self._before = _read(self._path)
             self._write(self.owner)
         except BaseException:
-            self._file.close()
+            # the file that stands for the lock too, or the next try would be refused for this one
+            self._give_back()
             raise
 
     def check(self) -> None:
@@ -63,7 +64,7 @@ class DirectoryLock:
         one was stopped for so long that its lock expired.
         """
         try:
-            found = read_text(self._path)
+            found = _read(self._path)
         except FileNotFoundError:
             found = ""
         if found == self.owner:
@@ -78,11 +79,14 @@ class DirectoryLock:
 
     def release(self, is_accepted: bool) -> None:
         """Give it back. is_accepted: the run of this job is now the one that the folder holds."""
-        self._released.set()
         # it names the last job that trained here, which a refused one has not
         if not is_accepted:
             with suppress(OSError):  # a full disk, which has been told
                 self._write(self._before)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        self._released.set()
         if self._renewal is not None:
             self._renewal.join()
             with suppress(OSError):
@@ -95,7 +99,7 @@ class DirectoryLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self._taken(self._path) from None
+            raise self._taken(_read(self._path)) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
@@ -113,7 +117,7 @@ class DirectoryLock:
             if seen is None:
                 continue  # given back since
             if not self._has_expired(seen[0]):
-                raise self._taken(self._held)
+                raise self._taken(seen[0])
             self._set_aside(seen[0])
         self._renewal = threading.Thread(target=self._renew, name="lock", daemon=True)
         self._renewal.start()
@@ -178,8 +182,8 @@ class DirectoryLock:
         # on the server, where the other machines look for it
         os.fsync(self._file.fileno())
 
-    def _taken(self, path: Path) -> InputError:
-        got = f"another job is training in {path.parent} ({_job(read_text(path))})"
+    def _taken(self, owner: str) -> InputError:
+        got = f"another job is training in {self._path.parent} ({_job(owner)})"
         return InputError(got, "one job per run directory", "wait for it, or write run_dir=DIR")
 
 
@@ -198,8 +202,28 @@ def holder(folder: Path) -> str:
             if error.errno not in _UNSUPPORTED:
                 raise
     # another machine may find no locks where this one has them
-    owner = held.read_text() if held.is_file() else ""
-    return "" if _is_dead(owner) else _job(owner)
+    owner = _read(held) if held.is_file() else ""
+    return "" if _is_dead(owner) or _is_old(held) else _job(owner)
+
+
+def _read(path: Path) -> str:
+    # a disk's garbage is nobody's name, and no reason to end in a traceback
+    return read_bytes(path).decode(errors="replace")
+
+
+def _is_old(held: Path) -> bool:
+    """Whether a file that stands for a lock has not been changed for far longer than it may."""
+    # by the file system's own clock, as machines' differ
+    probe = held.with_name(f".{HELD_FILE}-{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        # ten times: NFS shows another machine's change up to a minute late
+        return probe.stat().st_mtime - held.stat().st_mtime > 10 * EXPIRES_SECONDS
+    except OSError:  # given back meanwhile, or a folder that only others may write to
+        return False
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def _job(owner: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from shards.files import published
+from shards.storage import retried
 
 _SEAL = "sha256"
 
@@ -21,7 +23,8 @@ def seal(content: dict[str, Any]) -> bytes:
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with its sha256, whole or not at all."""
     with published(path) as partial:
-        partial.write_bytes(seal(content))
+        write = functools.partial(partial.write_bytes, seal(content))
+        retried(path, write, expected=path.parent.is_dir)
 
 
 def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
@@ -30,7 +33,10 @@ def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
     Raises ValueError unless it is a JSON object, and for a sealed one that is not as it was
     written.
     """
-    content = json.loads(data)
+    try:
+        content = json.loads(data)
+    except RecursionError:  # of garbage that is all brackets
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     if _SEAL not in content:

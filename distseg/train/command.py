@@ -161,7 +161,7 @@ def train_and_show(
     ranks, data = run_directory.ranks, prepared.data
     # not earlier: it asks the run directory, which is this job's alone only since it is locked
     watchdog.report("verifying checkpoints")
-    last = newest(run_directory.path, ranks)
+    last = newest(run_directory.path, ranks, watchdog.keep_alive)
     config = with_precision(config, last.sound, ranks)
     work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
     watchdog.report("spreading the networks")
