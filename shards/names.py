@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import unicodedata
 from typing import Any
@@ -28,6 +29,16 @@ def is_name(name: Any) -> bool:
         return False
     # no character takes more than four bytes: asked for a million keys, the shortcut counts
     return 4 * len(name) <= MAX_BYTES or len(os.fsencode(name)) <= MAX_BYTES
+
+
+def shortened(name: str, num_bytes: int) -> str:
+    """A name of at most so many bytes: itself, or its beginning and eight digits of its hash."""
+    content = os.fsencode(name)
+    if len(content) <= num_bytes:
+        return name
+    # a letter that is cut in two is left out
+    begin = content[: max(0, num_bytes - 9)].decode("utf-8", "ignore")
+    return f"{begin}-{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def check_name(name: Any, what: str, action: str) -> str:

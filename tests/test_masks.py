@@ -124,6 +124,17 @@ def test_gray_png_of_every_depth(tmp_path_factory, data: st.DataObject, bits: in
     np.testing.assert_array_equal(mask_values(path), values)
 
 
+def test_a_colour_profile_makes_no_webp_lossy(tmp_path: Path) -> None:
+    form = {"lossless": True, "icc_profile": bytes(6001)}
+    (tmp_path / "a.webp").write_bytes(encoded(Image.fromarray(RGB_IDS), "WEBP", **form))
+    np.testing.assert_array_equal(mask_values(tmp_path / "a.webp"), IDS)
+    # b"VP8L" in what is not the picture
+    form = {"icc_profile": b"VP8L" * 9}
+    (tmp_path / "b.webp").write_bytes(encoded(Image.fromarray(RGB_IDS), "WEBP", **form))
+    with pytest.raises(InputError, match="loses values"):
+        mask_values(tmp_path / "b.webp")
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "jpeg": (encoded(Image.fromarray(IDS), "JPEG"), r"loses values \(JPEG\)"),
     "webp": (encoded(Image.fromarray(RGB_IDS), "WEBP"), "loses values"),
@@ -207,11 +218,11 @@ def test_exchanged_folders_are_told(tmp_path: Path, coding: Coding) -> None:
     other = saved(tmp_path / "photo.png", Image.fromarray(PHOTO), "PNG")
     path = saved(tmp_path / "mask.png", mask, "PNG")
     for one in (photo, other):
-        assert masked_sample("a", "train", one, path, coding, "x").label is not None
+        assert masked_sample("a", "train", one, path, coding=coding, source="x").label is not None
         with pytest.raises(InputError, match=r"(?s)photo.*exchange the folders"):
-            masked_sample("a", "train", path, one, coding, "x")
+            masked_sample("a", "train", path, one, coding=coding, source="x")
     with pytest.raises(InputError) as caught:  # neither is a mask
-        masked_sample("a", "train", photo, other, coding, "x")
+        masked_sample("a", "train", photo, other, coding=coding, source="x")
     assert "exchange the folders" not in str(caught.value)
 
 
@@ -220,17 +231,17 @@ def test_a_turned_image_needs_the_mask_that_viewers_show(tmp_path: Path) -> None
     upright = np.rot90(IDS, -1)
     mask = saved(tmp_path / "up.png", Image.fromarray(np.ascontiguousarray(upright)), "PNG")
     stored = saved(tmp_path / "stored.png", Image.fromarray(IDS), "PNG")
-    sample = masked_sample("a", "train", image, mask, CODING, "x")
+    sample = masked_sample("a", "train", image, mask, coding=CODING, source="x")
     np.testing.assert_array_equal(sample.label, np.rot90(LABEL, -1))
     assert "turned" in sample.notes[0]
     with pytest.raises(InputError, match=r"(?s)6 x 8 pixels for an image 8 x 6; .*`exif: ignore`"):
-        masked_sample("a", "train", image, stored, CODING, "x")
+        masked_sample("a", "train", image, stored, coding=CODING, source="x")
     as_stored = Coding(CODING.codes, turn=False)
-    sample = masked_sample("a", "train", image, stored, as_stored, "x")
+    sample = masked_sample("a", "train", image, stored, coding=as_stored, source="x")
     assert sample.image == image.read_bytes()
     np.testing.assert_array_equal(sample.label, LABEL)
     with pytest.raises(InputError, match="leave out `exif: ignore`"):
-        masked_sample("a", "train", image, mask, as_stored, "x")
+        masked_sample("a", "train", image, mask, coding=as_stored, source="x")
 
 
 def folder_of(root: Path, masks: np.ndarray, text: str) -> Path:
