@@ -416,7 +416,7 @@ def _shard_of_network(folder: Path) -> Path:
 
 
 def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path: Path) -> None:
-    links = [(2, ()), (3, FSDP), (4, HYBRID), (1, FSDP), (1, FSDP), (2, FSDP), (4, ())]
+    links = [(2, ()), (3, FSDP), (4, HYBRID), (1, FSDP), (2, FSDP), (4, ())]
     for index, (num_ranks, overrides) in enumerate(links):
         run_ranks(
             num_ranks,
@@ -426,7 +426,7 @@ def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path
             tmp_path / str(index),
         )
     first, last = (
-        sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "6")
+        sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "5")
     )
     assert len(first) == 8 and [path.name for path in first] == [path.name for path in last]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in last]

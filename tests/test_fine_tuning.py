@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from distseg.cli import main
 from distseg.config import loading
 from distseg.config.schema import ScheduleConfig
-from distseg.distributed.ranks import Ranks
+from distseg.distributed.ranks import Ranks, on_main
 from distseg.models import build_segmentor
 from distseg.models.freezing import freeze
 from distseg.runs.tensor_files import read
@@ -29,6 +31,7 @@ from tests.tiny import SETTINGS, contents
 
 FREEZE = {"segmentor.freeze": ["encoder", "classifier.0*"]}
 FROZEN = ("encoder.", "classifier.0")
+STRATEGIES = [("fsdp", 0), *(("deepspeed", stage) for stage in range(4))]
 
 
 def test_patterns_match_names_and_whole_parts() -> None:
@@ -52,11 +55,23 @@ def _train(ranks: Ranks, keys: dict[str, Any]) -> None:
     command._train_on(ranks, config, command.check(config, ranks.world_size))
 
 
-def trained(num_ranks: int, shards: Path, run_dir: Path, **keys: Any) -> Path:
+def settings(shards: Path, run_dir: Path, **keys: Any) -> dict[str, Any]:
     keys = SETTINGS | FREEZE | {"steps": 4, "checkpoint.every_steps": 2} | keys
-    keys |= {"data.shards": shards, "run_dir": run_dir, "segmentor_optimizer.weight_decay": 0.1}
+    return keys | {
+        "data.shards": shards,
+        "run_dir": run_dir,
+        "segmentor_optimizer.weight_decay": 0.1,
+    }
+
+
+def last_checkpoint(keys: dict[str, Any]) -> Path:
+    return keys["run_dir"] / "checkpoints" / f"step-{keys['steps']:08d}"
+
+
+def trained(num_ranks: int, shards: Path, run_dir: Path, **keys: Any) -> Path:
+    keys = settings(shards, run_dir, **keys)
     run_ranks(num_ranks, _train, keys)
-    return run_dir / "checkpoints" / f"step-{keys['steps']:08d}"
+    return last_checkpoint(keys)
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +103,41 @@ def test_a_run_with_frozen_parts_resumes_to_the_same_bits(
     assert contents(trained(2, toy_shards, tmp_path / "run")) == contents(ddp)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "stage"), [("fsdp", 0), *(("deepspeed", stage) for stage in range(4))]
-)
+def _train_each(ranks: Ranks, runs: list[dict[str, Any]]) -> None:
+    """Each run to its end, and once more from the checkpoint before its last."""
+    for keys in runs:
+        _train(ranks, keys)
+        on_main(ranks, functools.partial(_keep_and_remove, last_checkpoint(keys)))
+        _train(ranks, keys)
+
+
+def _keep_and_remove(checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, checkpoint.parent.parent / "first")
+    shutil.rmtree(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def runs(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """The run directory of each strategy, all trained by the same two processes."""
+    folder = tmp_path_factory.mktemp("strategies")
+    all_keys = {}
+    for strategy, stage in STRATEGIES:
+        if strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+            continue
+        keys: dict[str, Any] = {"parallel.strategy": strategy, "parallel.zero_stage": stage}
+        keys |= {"ema_decay": 0} if stage == 3 else {}
+        all_keys[strategy, stage] = settings(toy_shards, folder / f"{strategy}{stage}", **keys)
+    run_ranks(2, _train_each, list(all_keys.values()))
+    return {name: keys["run_dir"] for name, keys in all_keys.items()}
+
+
+@pytest.mark.parametrize(("strategy", "stage"), STRATEGIES)
 def test_every_strategy_freezes_alike(
-    toy_shards: Path, tmp_path: Path, ddp: Path, strategy: str, stage: int
+    runs: dict[Any, Path], ddp: Path, strategy: str, stage: int
 ) -> None:
     if strategy == "deepspeed":
         pytest.importorskip("deepspeed")
-    keys: dict[str, Any] = {"parallel.strategy": strategy, "parallel.zero_stage": stage}
-    keys |= {"ema_decay": 0} if stage == 3 else {}
-    checkpoint = trained(2, toy_shards, tmp_path / "run", **keys)
+    checkpoint = runs[strategy, stage] / "first"
     expected = load_file(ddp / "segmentor.network.safetensors")
     for name, tensor in read(checkpoint, "segmentor.network").items():
         if name.startswith(FROZEN):
@@ -108,8 +147,7 @@ def test_every_strategy_freezes_alike(
     names = {name.split("/", 1)[1] for name in read(checkpoint, "segmentor.optimizer")}
     assert len(names) == 4 and not any(name.startswith(FROZEN) for name in names)
     # the same command goes on from its own checkpoint
-    shutil.rmtree(checkpoint)
-    again = trained(2, toy_shards, tmp_path / "run", **keys)
+    again = runs[strategy, stage] / "checkpoints" / ddp.name
     for name, tensor in read(again, "segmentor.network").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 

@@ -146,7 +146,11 @@ def test_what_a_run_does_not_have_is_not_judged() -> None:
         "data_wait_seconds": 0.0,
     }
     health = Health({"step": step, **supervised} for step in range(10, 510, 10))
-    assert health.flags() == {"health/not_finite": 0.0, "health/data_starved": 0.0}
+    assert health.flags() == {
+        "health/not_finite": 0.0,
+        "health/data_starved": 0.0,
+        "health/exploding": 0.0,
+    }
     watching = [
         healthy(step) | {"weight/adversarial": 0.0, RATIO: 0.0} for step in range(10, 510, 10)
     ]

@@ -115,8 +115,9 @@ def test_running_mean_equals_the_mean_of_each_window(window: int) -> None:
         np.testing.assert_allclose(mean, part.mean() if len(part) else np.nan)
 
 
-@pytest.mark.parametrize("size", [(48, 64), (64, 40), (20, 90), (1, 1)])
-@pytest.mark.parametrize("num_classes", [1, 8, 21])
+@pytest.mark.parametrize(
+    ("size", "num_classes"), [((48, 64), 8), ((64, 40), 21), ((20, 90), 1), ((1, 1), 8)]
+)
 def test_the_panel_shows_each_class_from_0_to_1(
     tmp_path: Path, figures: list[Figure], size: tuple[int, int], num_classes: int
 ) -> None:
