@@ -19,13 +19,18 @@ NEEDED = (
 _REFUSED = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
+def is_control(sign: str) -> bool:
+    """Whether it is no part of a text on one line: a control character, a lone surrogate, ..."""
+    return unicodedata.category(sign) in _REFUSED
+
+
 def is_name(name: Any) -> bool:
     """Whether it names one file or folder inside of the folder that it is joined to."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
         return False
     # most names are printable; the categories are asked of the others only, of a space in another
     # script for one
-    if not name.isprintable() and any(unicodedata.category(c) in _REFUSED for c in name):
+    if not name.isprintable() and any(map(is_control, name)):
         return False
     # no character takes more than four bytes: asked for a million keys, the shortcut counts
     return 4 * len(name) <= MAX_BYTES or len(os.fsencode(name)) <= MAX_BYTES
