@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from shards import terminal
 from shards.errors import InputError
+from shards.words import counted
 
 DESCRIPTION = "Adversarial training of semantic segmentation networks, on one machine or many."
 EPILOG = """the whole path, with generated scenes:
@@ -423,7 +425,8 @@ def _prepare(options: argparse.Namespace) -> int:
     for key, why in made.left_out.items():
         print(f"  {key}: {why}")
     # each step of the way names the next one
-    print(f"next: distseg pack {made.path} --out {made.path.with_suffix('')}")
+    command = shlex.join(["pack", str(made.path), "--out", str(made.path.with_suffix(""))])
+    print(f"next: distseg {command}")
     return 0
 
 
@@ -461,7 +464,7 @@ def _pack(options: argparse.Namespace) -> int:
         print(f"left out when the maps were prepared, because they are bad: {manifest.left_out}")
     # a data set of one split is no run yet: --append adds the other
     if {"train", "val"} <= manifest.splits.keys():
-        print(f"next: distseg train data.shards={options.out}")
+        print(f"next: distseg train {shlex.quote(f'data.shards={options.out}')}")
     return 0
 
 
@@ -510,7 +513,7 @@ def _import(options: argparse.Namespace) -> int:
     for name, split in manifest.splits.items():
         unlabelled = sum(shard.num_unlabelled or 0 for shard in split.shards)
         without = f", {unlabelled} without a mask" if unlabelled else ""
-        print(f"{options.tars}: {name}: {split.num_samples} samples{without}")
+        print(f"{options.tars}: {name}: {counted(split.num_samples, 'sample')}{without}")
     print(_after_import(options.tars, list(manifest.splits)))
     return 0
 
@@ -522,7 +525,7 @@ def _after_import(tars: Path, splits: list[str]) -> str:
             "divide them with --split train='a*.tar' --split val='b*.tar'"
         )
     said = "" if {"train", "val"} <= set(splits) else " data.train_split=NAME data.val_split=NAME"
-    return f"next: distseg train data.shards={tars}{said}"
+    return f"next: distseg train {shlex.quote(f'data.shards={tars}')}{said}"
 
 
 def _check_threads(num_threads: int | None) -> None:

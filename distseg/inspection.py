@@ -59,7 +59,7 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
         partial.write_text(json.dumps(document(inspection), indent=1) + "\n")
     contact_sheet(directory, inspection, out / SHEET_FILE)
     console.print(
-        _conclusion(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True
+        conclusion(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True
     )
     console.print(
         f"wrote {out / JSON_FILE} and {out / SHEET_FILE}: look at it",
@@ -83,7 +83,11 @@ def document(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _conclusion(directory: Path, inspection: Inspection, writable: bool) -> str:
+def conclusion(directory: Path, inspection: Inspection, writable: bool) -> str:
+    """The last line: how much was found, and whether training accepts the shards.
+
+    writable: that they are sound could be recorded beside them.
+    """
     num_errors = len(inspection.errors)
     num_warnings = len(inspection.findings) - num_errors
     counts = f"{counted(num_errors, 'error')}, {counted(num_warnings, 'warning')}"
@@ -95,6 +99,10 @@ def _conclusion(directory: Path, inspection: Inspection, writable: bool) -> str:
         return (
             said + "sound, but that cannot be recorded there: train with data.allow_unverified=true"
         )
+    about = inspection.splits().items()
+    void = [name for name, split in about if split["void_share"] == 1]
+    if void:
+        return said + f"sound, but training refuses {', '.join(void)}: void everywhere"
     return said + "sound, and training accepts them"
 
 

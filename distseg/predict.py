@@ -5,7 +5,6 @@ Class indices, colours, an overlay, and probabilities on request.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -31,6 +30,7 @@ from shards.errors import InputError
 from shards.files import nearest_existing, published, say, tracked
 from shards.image_files import images_below
 from shards.images import READ, load_rgb, num_pixels
+from shards.names import shortened
 from shards.sample import ClassSet, encode_label
 from shards.words import counted
 
@@ -366,7 +366,7 @@ def _output_names(images: Sequence[Path], classes: ClassSet, longest: int = 255)
             base,
             *(f"{base}_{number}" for number in range(2, len(images) + 2)),
         ):
-            name = _cut(name, room)
+            name = shortened(name, room)
             # some file systems ignore case
             files = {(name + ending).casefold() for ending in endings}
             if not files & taken:
@@ -376,23 +376,13 @@ def _output_names(images: Sequence[Path], classes: ClassSet, longest: int = 255)
     return names
 
 
-def _cut(name: str, num_bytes: int) -> str:
-    """A name of at most so many bytes: itself, or its beginning and eight digits of its hash."""
-    content = os.fsencode(name)
-    if len(content) <= num_bytes:
-        return name
-    # a letter that is cut in two is left out
-    begin = content[: max(0, num_bytes - 9)].decode("utf-8", "ignore")
-    return f"{begin}-{hashlib.sha256(content).hexdigest()[:8]}"
-
-
 def _class_suffixes(classes: ClassSet) -> list[str]:
     """The ends of the probability pictures' names.
 
     The index keeps apart names that differ in signs only.
     """
     # class names may have slashes and spaces, which paths must not, and be long
-    cleaned = [_cut(re.sub(r"[^\w-]+", "_", name), 80) for name in classes.names]
+    cleaned = [shortened(re.sub(r"[^\w-]+", "_", name), 80) for name in classes.names]
     unique = len({name.casefold() for name in cleaned}) == len(cleaned)
     return [
         f"_prob_{name}.png" if unique else f"_prob_{i:03}_{name}.png"

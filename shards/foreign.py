@@ -28,8 +28,10 @@ from shards.manifest import FILE_NAME, VERSION, Manifest, ShardInfo, SplitInfo, 
 from shards.names import check_name
 from shards.patterns import Member, Patterns, chosen_patterns, id_of, key_of, told
 from shards.prepare.folder import read_classes
+from shards.prepare.parts import check_several_classes
 from shards.sample import IGNORE_INDEX, image_extension, image_size
 from shards.verified import mark_verified, withdraw
+from shards.words import counted
 
 # names of splits as others write them
 _KNOWN_SPLITS = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
@@ -45,6 +47,7 @@ class _Imported:
     index: str  # its member index, as text
     pixels: np.ndarray  # (256,) int64, by index
     keys: list[str]
+    warned: Counter[str]  # how many samples have each warning
 
 
 def import_tars(
@@ -79,6 +82,9 @@ def import_tars(
         done = pool.map(lambda task: _imported(task, manifest), tasks)
         imported = list(tracked(done, len(tasks), "reading and checking"))
     _check_keys(imported)
+    pixels = np.sum([one.pixels for one in imported], axis=0)
+    check_several_classes(manifest.classes, pixels)
+    _say_warnings(imported)
     return _published(directory, manifest, tasks, imported)
 
 
@@ -96,12 +102,15 @@ def _described_by(classes: Path, directory: Path) -> Manifest:
 
 
 def _described(members: Sequence[Member], patterns: Patterns) -> str:
+    shown = [member.name for member in members if not member.is_hidden]
     rest = [
-        member.name
-        for member in members
-        if not any(id_of(member.name, one) for one in (patterns.image, patterns.label))
+        name
+        for name in shown
+        if not any(id_of(name, one) for one in (patterns.image, patterns.label))
     ]
-    passed_over = f"; passed over: {told(rest)}" if rest else ""
+    kinds = [told(rest)] if rest else []
+    kinds += [f"{len(members) - len(shown)} hidden"] if len(members) > len(shown) else []
+    passed_over = f"; passed over: {', '.join(kinds)}" if kinds else ""
     return f"images: {patterns.image}, masks: {patterns.label or 'none'}{passed_over}"
 
 
@@ -115,7 +124,7 @@ class _Task:
 
 
 def members_of(path: Path) -> list[Member]:
-    """The files in a tar, without hidden ones.
+    """The files in a tar, without what macOS knows about each.
 
     Raises InputError for a tar, or a member, that cannot be read from where it lies.
     """
@@ -126,7 +135,7 @@ def members_of(path: Path) -> list[Member]:
             for member in tar:
                 name = member.name.removeprefix("./")
                 # of macOS's tar: ._001.jpg is no picture
-                if member.isdir() or name.rpartition("/")[2].startswith("."):
+                if member.isdir() or name.rpartition("/")[2].startswith("._"):
                     continue
                 if not member.isreg() or member.issparse():
                     kind = "a link" if member.islnk() or member.issym() else "no plain file"
@@ -146,17 +155,25 @@ def members_of(path: Path) -> list[Member]:
         # cut between two members it would look whole, but for the zeros that each tar ends with
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise InputError(f"{path} is cut off", "a whole tar", "copy it again")
+        # of tars joined by `cat` all but the first are behind the first one's end
+        while block := file.read(1 << 20):
+            if any(block):
+                got = f"{path} goes on behind its end"
+                action = "keep tars apart, or join them by `tar --concatenate`"
+                raise InputError(got, "one tar a file", action)
     return found
 
 
 def _imported(task: _Task, manifest: Manifest) -> _Imported:
     """Index and counts of one tar, each of whose samples was decoded and checked."""
-    entries, wrong, pixels = [], [], np.zeros(256, np.int64)
+    entries, wrong, warned = [], [], Counter[str]()
+    pixels = np.zeros(256, np.int64)
     info = ShardInfo(task.path.name, 0, task.path.stat().st_size, "", "")
     for key, image, label in _pairs(task):
         entry = _entry(task.path, key, image, label)
         look = look_at(task.directory, task.split, info, entry, manifest)
         wrong += [finding for finding in look.findings if finding.level == ERROR]
+        warned.update(finding.check for finding in look.findings if finding.level != ERROR)
         if look.pixels is not None:
             pixels += look.pixels
             counts = np.flatnonzero(look.pixels)
@@ -175,7 +192,7 @@ def _imported(task: _Task, manifest: Manifest) -> _Imported:
         "index_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     info = replace(info, num_samples=len(entries), num_unlabelled=unlabelled, **sums)
-    return _Imported(info, text, pixels, [entry["key"] for entry in entries])
+    return _Imported(info, text, pixels, [entry["key"] for entry in entries], warned)
 
 
 def _pairs(task: _Task) -> list[tuple[str, Member, Member | None]]:
@@ -183,7 +200,8 @@ def _pairs(task: _Task) -> list[tuple[str, Member, Member | None]]:
     images, labels = task.patterns.sorted_out(task.members)
     lost = sorted(labels.keys() - images.keys())
     if lost:
-        got = f"{task.path}: {len(lost)} masks without an image, {labels[lost[0]].name!r} for one"
+        masks = counted(len(lost), "mask")
+        got = f"{task.path}: {masks} without an image, {labels[lost[0]].name!r} for one"
         raise InputError(got, "an image in the same tar", "correct --image and --label, or the tar")
     pairs = []
     for id_, image in images.items():
@@ -239,6 +257,11 @@ def _published(
     # every image was decoded and every mask checked on the way
     mark_verified(directory, manifest)
     return Manifest.load(directory)
+
+
+def _say_warnings(imported: Sequence[_Imported]) -> None:
+    for check, count in sum((one.warned for one in imported), Counter[str]()).items():
+        say(f"note: {counted(count, 'sample')}: {check}; `distseg inspect` says more")
 
 
 def _check_keys(imported: Sequence[_Imported]) -> None:

@@ -62,6 +62,8 @@ def images_below(
             # ._a.jpg is what macOS knows about a.jpg
             if not entry.name.startswith("._"):
                 listing.pass_over("hidden", path)
+        elif _is_special(entry):
+            listing.pass_over("no files", path)  # a pipe would be waited for
         elif suffix in wanted or (suffix not in SUFFIXES and _is_jpeg(path, suffix)):
             listing.files.append(path)
         elif entry.name.lower() not in SYSTEM_FILES:
@@ -103,13 +105,19 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Whether it is there, and a pipe, a socket or a device."""
+    try:
+        # a link without an end is a file that is lost, which is told by who reads it
+        return not entry.is_file() and os.path.exists(entry.path)
+    except OSError:
+        return False
+
+
 def _is_jpeg(path: Path, suffix: str) -> bool:
     if suffix in COPIES or path.name.endswith("~"):
         return False
     try:
-        # a pipe would be waited for
-        if not path.is_file():
-            return False
         with path.open("rb") as file:
             return file.read(len(JPEG_SIGNATURE)) == JPEG_SIGNATURE
     except OSError:

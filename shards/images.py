@@ -193,10 +193,15 @@ def load_rgb(path: Path) -> np.ndarray:
     file, for one that cannot be read.
     """
     with named(path):
-        return with_picture(path.read_bytes(), _rgb)
+        return _with_content(path.read_bytes(), _rgb)
 
 
-def _rgb(picture: Image.Image) -> np.ndarray:
+def _rgb(content: bytes, picture: Image.Image) -> np.ndarray:
+    if content.startswith(JPEG_SIGNATURE):
+        # as training decodes it; Pillow takes a JPEG with a hole in it without a word
+        whole = simplejpeg.decode_jpeg(content, colorspace="RGB")
+        if orientation(picture) == 1:
+            return whole
     picture = in_eight_bits(upright(picture))
     return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 

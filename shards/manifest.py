@@ -234,6 +234,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         splits[name] = _split(split, classes.num_classes)
     extra = content.get("left_out", 0), content.get("sources", {})  # absent in older packs
     codes = tuple((value, index) for value, index in content.get("codes", ()))
+    _check_counts(extra[0])
     _check_codes(codes, classes.num_classes)
     manifest = Manifest(content["version"], content["name"], classes, splits, *extra, codes)
     files = [shard.file for shard in manifest.shards()]

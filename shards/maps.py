@@ -19,6 +19,7 @@ import numpy as np
 from shards.errors import InputError
 from shards.files import published, tracked
 from shards.holders import open_to_read
+from shards.images import MAX_PX
 from shards.names import check_name
 from shards.sample import IGNORE_INDEX, ClassSet, Sample, check_sample, from_one_hot, to_one_hot
 
@@ -248,6 +249,9 @@ class MapsReader:
             check_name(split, f"{self.path}: split", again)
             for key in keys:
                 check_name(key, f"{self.path}: key", again)
+        every = [key for keys in self.splits.values() for key in keys]
+        if len(set(every)) != len(every):
+            raise ValueError("a key that is listed twice")
         # bad samples: key, why
         self.left_out: dict[str, str] = json.loads(attributes.get("left_out", "{}"))
         # what was done to samples: note, how many
@@ -285,7 +289,7 @@ class MapsReader:
             split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
             return Sample(key, group["image"][()].tobytes(), label, split, source_id)
         # h5py raises any of them, by where the damage lies: header, name, chunk or checksum
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, MemoryError, *_NOT_OURS) as error:
             # of the whole file, which another process holds
             if isinstance(error, InputError) and str(self.path) in error.got:
                 raise
@@ -313,9 +317,19 @@ class MapsReader:
         # HDF5 follows links into other files, and reads data from any file that a name leads to
         for name in group:
             is_here = isinstance(group.get(name, getlink=True), h5py.HardLink)
-            if not is_here or group[name].external or group[name].is_virtual:
-                raise KeyError(f"{name} lies in another file")
+            stored = group[name] if is_here else None
+            if isinstance(stored, h5py.Dataset) and not stored.is_virtual and not stored.external:
+                self._check_size(name, stored)
+            else:
+                raise KeyError(f"{name} lies in another file, or is no data set")
         return group
+
+    def _check_size(self, name: str, stored: h5py.Dataset) -> None:
+        """Raise KeyError for more than memory has: a few bytes can say that they are many."""
+        # images are stored as they are, and maps are as large as their images
+        most = self.path.stat().st_size if name == "image" else MAX_PX
+        if math.prod(stored.shape if name == "image" else stored.shape[1:]) > most:
+            raise KeyError(f"{name} of shape {stored.shape}")
 
     def _open(self) -> h5py.File:
         if self._file is None:

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shards.errors import InputError
+from shards.image_files import SYSTEM_FILES, TOOL_FOLDERS
+from shards.images import SUFFIXES
+from shards.words import counted
 
 # as they are found in the wild; "" first, as most tars have no folders. Ends of names, tried where
 # nothing was said, the longer ones for masks before the plain one
@@ -15,6 +18,7 @@ _IMAGES = ("*.jpg", "*.image.png", "*.img.png", "*.input.png", "*_image.png", "*
 _MASKS = ("seg", "mask", "masks", "label", "labels", "gt", "target", "annotation", "labelIds")
 _LABELS = (*(f"*{sep}{word}.png" for word in _MASKS for sep in "._-"), "*.png")
 _MASK_FOLDERS = ("mask", "label", "annot", "seg", "gt", "truth", "target")
+PICTURES = (*SUFFIXES, ".npy")  # by their names' ends, also those that cannot be used in place
 MAX_FOLDERS = 8  # that are tried in pairs; a tar with more has its samples' folders there
 
 
@@ -26,6 +30,15 @@ class Member:
     stored: str
     offset: int
     size: int
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it is a copy or thumbnail of a file manager or archiver, as in folders."""
+        *folders, name = self.name.split("/")
+        if name.startswith(".") or name.lower() in SYSTEM_FILES:
+            return True
+        dotted = (folder.startswith(".") and folder not in (".", "..") for folder in folders)
+        return any(dotted) or any(folder.lower() in TOOL_FOLDERS for folder in folders)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Patterns:
         images: dict[str, Member] = {}
         labels: dict[str, Member] = {}
         for member in members:
+            if member.is_hidden:
+                continue
             id_, label_id = id_of(member.name, self.image), id_of(member.name, self.label)
             place = images
             # *.png takes 1.seg.png, too: the longer pattern knows better
@@ -85,7 +100,7 @@ def chosen_patterns(members: Sequence[Member], said: Patterns) -> Patterns:
         if pattern.count("*") != 1:
             needed = "a name with one *, for the sample's id: *.jpg, masks/*.png"
             raise InputError(f"pattern {pattern!r}", needed, "correct --image or --label")
-    names = [member.name for member in members]
+    names = [member.name for member in members if not member.is_hidden]
     ids = {pattern: _ids(names, pattern) for pattern in _candidates(names, said)}
     best, most = said, (0, 0, 0)
     for image in _wanted(said.image, ids, _IMAGES):
@@ -107,21 +122,41 @@ def chosen_patterns(members: Sequence[Member], said: Patterns) -> Patterns:
     if said.label and not most[0]:
         got = f"no image has a mask called {said.label}; members: {told(names)}"
         raise InputError(got, "masks of the images' ids", "correct --image or --label")
-    _check_masks_are_found(names, best)
+    _check_masks_are_found(names, best, bool(said.image))
     return best
 
 
-def _check_masks_are_found(names: list[str], found: Patterns) -> None:
-    """Raise InputError for PNGs beside the images that fit none of them: masks, most likely."""
+def _check_masks_are_found(names: list[str], found: Patterns, said: bool) -> None:
+    """Raise InputError where no masks were found, and some of the pictures are masks most likely.
+
+    said: the images' names are not a guess.
+    """
     if found.label:
         return
-    rest = [
-        name for name in names if name.lower().endswith(".png") and not id_of(name, found.image)
-    ]
+    other_way = "or unpack them, and use `distseg prepare folder`"
+    taken = [name for name in names if id_of(name, found.image)]
+    rest = [name for name in names if name.lower().removesuffix(".gz").endswith(PICTURES)]
+    rest = [name for name in rest if not id_of(name, found.image)]
     if rest:
-        got = f"images {found.image}, and {len(rest)} PNG beside them, {rest[0]!r} for one"
+        got = f"images {found.image}, and {counted(len(rest), 'picture')} beside them, "
+        got += f"{rest[0]!r} for one"
         action = "write for example --image 'images/*.jpg' --label 'masks/*_mask.png'"
-        raise InputError(got, "to know which mask is of which image", action)
+        action = f"{action}; {other_way}"
+        raise InputError(got, "to know which mask is of which image, masks as PNG", action)
+    masks = [name for name in taken if _is_called_mask(name)]
+    # all of them: a set that is called so
+    if masks and len(masks) < len(taken) and not said:
+        got = f"{len(masks)} of {len(taken)} images are called like masks, {masks[0]!r} for one"
+        action = f"name the images alone with --image 'images/*.jpg'; {other_way}"
+        raise InputError(got, "masks as PNG: other formats change their values", action)
+
+
+def _is_called_mask(name: str) -> bool:
+    """Whether its folder, or the end of its name, is called as masks are."""
+    folder, _, file = name.lower().rpartition("/")
+    stem = os.path.splitext(file)[0]
+    ends = tuple(sep + word.lower() for word in _MASKS for sep in "._-")
+    return stem.endswith(ends) or any(word in folder for word in _MASK_FOLDERS)
 
 
 def _candidates(names: list[str], said: Patterns) -> Iterator[str]:

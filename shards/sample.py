@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from shards.errors import InputError
 from shards.images import JPEG_SIGNATURE, PNG_SIGNATURE, with_picture
-from shards.names import check_name
+from shards.names import check_name, is_control
 from shards.words import counted
 
 IGNORE_INDEX = 255  # void: not counted, not trained on
@@ -44,6 +44,11 @@ class ClassSet:
             raise InputError(
                 f"{len(self.names)} classes", "1 to 255 (index 255 is void)", "merge some classes"
             )
+        for name in self.names:
+            # said at the terminal, where a control character does what it likes
+            if not isinstance(name, str) or not name or any(map(is_control, name)):
+                needed = "a text without control characters"
+                raise InputError(f"class name {name!r}", needed, "rename the class")
         # metrics and tables are keyed by name: two of one name would overwrite each other
         if len(set(self.names)) != len(self.names):
             raise InputError(f"class names {self.names}", "each name once", "rename the classes")

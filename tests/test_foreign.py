@@ -237,7 +237,7 @@ WRONG = {
     "an unreadable mask": {"toy_00.seg.png": png(GOOD.label)[:60]},
     "an unreadable image": {"toy_00.jpg": GOOD.image[:200]},
     "an image that begins with b'RIFF": {"toy_00.jpg": b"RIFF0000WEBP"},
-    "masks without an image": {"toy_77.seg.png": png(GOOD.label)},
+    "1 mask without an image": {"toy_77.seg.png": png(GOOD.label)},
 }
 
 
@@ -250,6 +250,66 @@ def test_what_cannot_be_used_is_one_clear_error(said: str, sound: Path, tmp_path
         import_tars(folder, classes(tmp_path / "yaml"))
     assert said in caught.value.got
     assert {path.suffix for path in folder.iterdir()} == {".tar"}, "nothing was written"
+
+
+def written(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_hidden_folders_are_passed_over_as_on_a_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hidden = (".ipynb_checkpoints/1-checkpoint.jpg", "@eaDir/1.jpg", "__MACOSX/._1.jpg", ".2.jpg")
+    members = {f"x/{name}": GOOD.image for name in hidden}
+    written(tmp_path / "train-0.tar", members | {"x/1.jpg": GOOD.image, "x/1.png": PNG})
+    found = import_tars(tmp_path, classes(tmp_path / "yaml"))
+    assert found.splits["train"].num_samples == 1
+    # ._1.jpg is not worth a word
+    assert "passed over: 3 hidden" in capsys.readouterr().err
+
+
+PNG = png(GOOD.label)
+NOT_AS_MASKS = {
+    "0_seg.jpg": {"0.jpg": GOOD.image, "0_seg.jpg": GOOD.image},
+    "masks/0.jpg": {"images/0.jpg": GOOD.image, "masks/0.jpg": GOOD.image},
+    "0.webp": {"0.webp": b"RIFF0000WEBP", "0.png": PNG},
+    "0.jpg.gz": {"0.jpg.gz": b"", "0.png": PNG},
+    "0.npy": {"0.jpg": GOOD.image, "0.npy": b""},
+}
+
+
+@pytest.mark.parametrize("named", NOT_AS_MASKS)
+def test_masks_are_never_taken_for_images(named: str, tmp_path: Path) -> None:
+    written(tmp_path / "train-0.tar", NOT_AS_MASKS[named])
+    with pytest.raises(InputError, match=f"(?s){named!r}.*prepare folder"):
+        import_tars(tmp_path, classes(tmp_path / "yaml"))
+
+
+def test_tars_joined_by_cat_are_refused(sound: Path, tmp_path: Path) -> None:
+    both = b"".join(path.read_bytes() for path in sorted(sound.glob("*.tar")))
+    (tmp_path / "train-0.tar").write_bytes(both)
+    with pytest.raises(InputError, match="goes on behind its end"):
+        import_tars(tmp_path, classes(tmp_path / "yaml"))
+
+
+def test_masks_of_one_class_and_void_are_refused(tmp_path: Path) -> None:
+    mask = png(np.where(GOOD.label > 0, 255, 0).astype(np.uint8))
+    written(tmp_path / "train-0.tar", {"0.jpg": GOOD.image, "0.png": mask})
+    with pytest.raises(InputError, match=r"(?s)and void, and no other class.*`void: \[\]`"):
+        import_tars(tmp_path, classes(tmp_path / "yaml"))
+
+
+def test_warnings_are_said_by_the_import(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = 3
+    Image.fromarray(decode_image(GOOD.image)).save(file, "JPEG", exif=exif)
+    written(tmp_path / "train-0.tar", {"0.jpg": file.getvalue(), "0.png": PNG})
+    import_tars(tmp_path, classes(tmp_path / "yaml"))
+    assert "note: 1 sample: turned image" in capsys.readouterr().err
 
 
 def test_tars_that_cannot_be_read_in_place_are_named(sound: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ rest.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import unicodedata
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -215,6 +216,15 @@ def test_hidden_and_tool_folders_are_left_out_and_named(tmp_path: Path) -> None:
     assert "2 not read as images: a.heic, notes.txt" in other
 
 
+def test_pipes_are_never_waited_for(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    listing = images_below(tmp_path)
+    assert listing.files == [tmp_path / "lost.png"]
+    assert set(listing.passed_over["no files"]) == {tmp_path / "a.jpg", tmp_path / "b"}
+
+
 def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     store, root = tmp_path / "store", tmp_path / "root"
     picture(store / "b.png")
@@ -265,11 +275,21 @@ PNG = encoded(Image.fromarray(RGB), "PNG")
 
 @settings(max_examples=60)
 @given(st.text(min_size=1))
+@example("a\\b")
 def test_every_name_gives_a_key_and_printable_ones_keep_theirs(name: str) -> None:
     key = key_of(name)
     check_sample(Sample(key, PNG, None, "train", ""), 1)
-    if name.isprintable():
-        assert key == name.replace("/", "_").replace(".", "_")
+    if name.isprintable() and len(name.encode()) <= 220:
+        assert key == name.translate(str.maketrans("/.\\", "___"))
+
+
+def test_keys_of_long_names_are_cut_and_stay_apart() -> None:
+    # a file's name may have 255 bytes, and folders are before it
+    names = [f"{'字' * 83}/{'x' * 250}{last}" for last in "ab"]
+    keys = {key_of(name) for name in names}
+    assert len(keys) == 2
+    for key in keys:
+        check_sample(Sample(key, PNG, None, "train", ""), 1)
 
 
 def test_keys_of_macos_screenshots() -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from distseg.cli import main
 from distseg.config.schema import Config, DataConfig
+from distseg.inspection import conclusion
 from distseg.train.inputs import open_data
 from shards import pack as packing
 from shards.errors import InputError
@@ -253,6 +254,17 @@ def test_what_may_be_meant_is_a_warning(tmp_path: Path) -> None:
         ("image sizes", "toy_06"),
     }
     assert any("'mountain' (6) is never in train" in finding.what for finding in found.findings)
+
+
+def test_a_split_of_void_is_not_said_to_be_accepted(tmp_path: Path) -> None:
+    samples = [
+        replace(sample, label=np.full_like(sample.label, IGNORE_INDEX))
+        if sample.split == "val"
+        else sample
+        for sample in toy_samples()
+    ]
+    said = conclusion(tmp_path, inspect(packed(samples, tmp_path)), writable=True)
+    assert said.endswith("training refuses val: void everywhere")
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,17 @@ def test_gray_png_of_every_depth(tmp_path_factory, data: st.DataObject, bits: in
     np.testing.assert_array_equal(mask_values(path), values)
 
 
+def test_a_colour_profile_makes_no_webp_lossy(tmp_path: Path) -> None:
+    form = {"lossless": True, "icc_profile": bytes(6001)}
+    (tmp_path / "a.webp").write_bytes(encoded(Image.fromarray(RGB_IDS), "WEBP", **form))
+    np.testing.assert_array_equal(mask_values(tmp_path / "a.webp"), IDS)
+    # b"VP8L" in what is not the picture
+    form = {"icc_profile": b"VP8L" * 9}
+    (tmp_path / "b.webp").write_bytes(encoded(Image.fromarray(RGB_IDS), "WEBP", **form))
+    with pytest.raises(InputError, match="loses values"):
+        mask_values(tmp_path / "b.webp")
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "jpeg": (encoded(Image.fromarray(IDS), "JPEG"), r"loses values \(JPEG\)"),
     "webp": (encoded(Image.fromarray(RGB_IDS), "WEBP"), "loses values"),

@@ -101,6 +101,11 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
         file="train-000000.tar"
     ),
     "its shards have others": lambda content: content["splits"]["val"].update(num_samples=3),
+    "'-1' where a count": lambda content: content.update(left_out=-1),
+    "class name 7": lambda content: content["classes"]["names"].__setitem__(0, 7),
+    "class name 'a\\x1b[31m'": lambda content: content["classes"]["names"].__setitem__(
+        0, "a\x1b[31m"
+    ),
     "8 classes": lambda content: content["splits"]["val"].update(class_pixels=[1]),
 }
 
@@ -158,6 +163,26 @@ def _to_other_bytes(file: h5py.File) -> None:
     )
 
 
+def _as_text(file: h5py.File) -> None:
+    del file["toy_00/image"]
+    file["toy_00/image"] = "no bytes"
+
+
+def _as_group(file: h5py.File) -> None:
+    del file["toy_00/image"]
+    file["toy_00"].create_group("image")
+
+
+def _vast(name: str, shape: tuple[int, ...]) -> Callable[[h5py.File], object]:
+    """Of a shape that takes no space on the disk, and all the memory that there is."""
+
+    def change(file: h5py.File) -> None:
+        del file["toy_00"][name]
+        file["toy_00"].create_dataset(name, shape, np.uint8, chunks=(1,) * len(shape))
+
+    return change
+
+
 MAPS: dict[str, Callable[[h5py.File], object]] = {
     "the name": lambda file: file.attrs.update(name="../x"),
     "split": lambda file: file.attrs.update(splits=json.dumps({"../x": ["toy_00"]})),
@@ -165,6 +190,13 @@ MAPS: dict[str, Callable[[h5py.File], object]] = {
     "no attribute": lambda file: file.attrs.update(splits="[1]"),
     "no group of this file": _to_other_file,
     "lies in another file": _to_other_bytes,
+    "toy_00: not readable": _as_text,
+    "or is no data set": _as_group,
+    "image of shape": _vast("image", (2**40,)),
+    "label_map of shape": _vast("label_map", (8, 2**20, 2**20)),
+    "listed twice": lambda file: file.attrs.update(
+        splits=json.dumps({"train": ["toy_00", "toy_00"]})
+    ),
 }
 
 

@@ -77,6 +77,14 @@ class Patches16(Strided):
         return F.interpolate(self.head(x), image.shape[-2:])
 
 
+class Normalising(Strided):
+    """In place: what is done with the image next sees another one."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        image -= 0.5
+        return super().forward(image)
+
+
 class FixedSize(Strided):
     def forward(self, image: Tensor) -> Tensor:
         return F.interpolate(super().forward(image), (32, 48))
@@ -277,6 +285,7 @@ class NoHead(nn.Module):
     ("network", "message"),
     [
         (FixedSize, "logits of 32x48 for 128x192|logits of 32x48 for 192x128"),
+        (Normalising, "changes the tensor that it is called with"),
         (OneSize, r"called with \(2, 3, 192, 128\): RuntimeError: .*test_own_networks.py, line"),
         (Tuple, "answers with a tuple of 2"),
         (OtherDict, "a dict with the keys logits"),

@@ -149,20 +149,23 @@ def test_bad_images_are_named_when_all_others_are_done(tmp_path: Path) -> None:
     for name in ("cut.jpg", "cut.png"):
         whole = save(tmp_path / name, noise).read_bytes()
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    whole = save(tmp_path / "hole.jpg", noise).read_bytes()
+    (tmp_path / "hole.jpg").write_bytes(whole[:1500] + whole[2000:])
     (tmp_path / "text.jpg").write_text("not a picture")
     save(tmp_path / "float.tif", noise[..., 0].astype(np.float32))
     bad = [
-        tmp_path / name for name in ("cut.jpg", "cut.png", "text.jpg", "float.tif", "missing.jpg")
+        tmp_path / name
+        for name in ("cut.jpg", "cut.png", "hole.jpg", "text.jpg", "float.tif", "missing.jpg")
     ]
     with pytest.raises(InputError) as caught:
         predict(Colors(), [good[0], *bad, good[1]], tmp_path / "out", CLASSES, PredictOptions())
-    assert caught.value.got.startswith("5 of 7 images cannot be read; the others are in")
+    assert caught.value.got.startswith("6 of 8 images cannot be read; the others are in")
     assert all(str(path) in caught.value.got for path in bad)
     assert not any(str(path) in caught.value.got for path in good)
     for path in good:
         assert np.array_equal(Image.open(tmp_path / "out" / path.name), expected(colored(64, 64)))
     assert (tmp_path / "out" / "classes.json").is_file()
-    with pytest.raises(InputError, match="5 of 5 images cannot be read:"):
+    with pytest.raises(InputError, match="6 of 6 images cannot be read:"):
         predict(Colors(), bad, tmp_path / "none", CLASSES, PredictOptions())
     assert not (tmp_path / "none").exists()
 

@@ -76,9 +76,10 @@ class Trial:
     def answer(self, network: Callable[..., Any], *inputs: Tensor, needed: str = "") -> Any:
         """network(*inputs). Raises InputError for what goes wrong in it."""
         shapes = ", ".join(str(tuple(each.shape)) for each in inputs)
+        before = [each.detach().clone() for each in inputs]
         try:
             with undisturbed():
-                return network(*inputs)
+                found = network(*inputs)
         except BaseException as error:
             if not user_code.is_own(error):
                 raise
@@ -86,6 +87,12 @@ class Trial:
             needed = needed or "an answer to float tensors of any size"
             action = _ONE_VALUE if "more than 1 " in str(error) else ""
             raise self.refused(got, needed, action) from error
+        # overlapping windows of one image would be normalised twice, and so would what comes next
+        if not all(map(torch.equal, before, inputs)):
+            got = "changes the tensor that it is called with"
+            action = "write image = image - mean, in place of image.sub_(mean) or image -= mean"
+            raise self.refused(got, "a forward that leaves its inputs as they are", action)
+        return found
 
     def check_finite(self, answer: Tensor, what: str) -> None:
         """Raise InputError for NaN and infinity."""

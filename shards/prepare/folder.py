@@ -48,6 +48,7 @@ from shards.prepare.pairing import (
     seeded_splits,
 )
 from shards.sample import IGNORE_INDEX, ClassSet
+from shards.words import IS, counted
 
 # a 16-bit gray picture ends at 65535; arrays hold more, and -1 for void
 MIN_ID, MAX_ID = -(2**31), 2**31 - 1
@@ -103,7 +104,8 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
     tasks = pair_tasks(root, pairs, masked_sample, coding=what.coding, source=what.name)
     unlabelled = sum(pair.label is None for pair in pairs)
     if unlabelled:
-        notes.append(f"{unlabelled} images have no mask and stay unlabelled")
+        have = "image has" if unlabelled == 1 else "images have"
+        notes.append(f"{unlabelled} {have} no mask and stay unlabelled")
     return DataSet(what.classes, tasks, tuple(notes), what.name, several_classes=True)
 
 
@@ -159,7 +161,8 @@ def _files(root: Path, what: _Layout, split: str, notes: list[str]) -> _Files:
         )
     respelt = _share_ids(images, masks)
     if respelt:
-        notes.append(f"{respelt} masks are spelt in another Unicode normal form than their images")
+        spelt = counted(respelt, "mask", verb=IS)
+        notes.append(f"{spelt} spelt in another Unicode normal form than the images")
     if masks and not images.keys() & masks.keys():
         raise _strangers(folders, images, masks)
     return _Files(folders, images, masks)
@@ -243,10 +246,11 @@ def _listed(root: Path, what: _Layout, lists: Mapping[str, str], notes: list[str
             used |= {entry.image, entry.mask or entry.image}
     unlisted = len((files.images.keys() | files.masks.keys()) - used)
     if unlisted:
-        notes.append(f"{unlisted} images or masks are in no list")
+        notes.append(f"{counted(unlisted, 'image or mask', 'images or masks', IS)} in no list")
     respelt = len(images.respelt | masks.respelt)
     if respelt:
-        notes.append(f"{respelt} names are listed in another Unicode normal form than the files'")
+        listed = counted(respelt, "name", verb=IS)
+        notes.append(f"{listed} listed in another Unicode normal form than the files'")
     return pairs
 
 
@@ -277,6 +281,9 @@ def _read(file: Path) -> _Layout:
 
 
 def _content(file: Path) -> dict[Any, Any]:
+    if not file.exists():
+        got, needed = f"no {file}", f"a YAML that says what the masks mean:\n          {LAYOUT}"
+        raise InputError(got, needed, "write it, see docs/your_data.md")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -83,7 +83,7 @@ def _check_kind(picture: Image.Image, content: bytes, lossy: bool) -> None:
         raise InputError(got, "one mask a file", "keep the one that belongs to the image")
     packed = picture.info.get("compression") in LOSSY_IN_TIFF and picture.format == "TIFF"
     blended = picture.format in LOSSY or (
-        picture.format == "WEBP" and b"VP8L" not in content[:4096]
+        picture.format == "WEBP" and not _is_lossless_webp(content)
     )
     if (packed or blended) and not lossy:
         got = f"a mask in a format that loses values ({picture.format})"
@@ -93,6 +93,17 @@ def _check_kind(picture: Image.Image, content: bytes, lossy: bool) -> None:
             "YAML, which takes the nearest value that it names"
         )
         raise InputError(got, needed, action)
+
+
+def _is_lossless_webp(content: bytes) -> bool:
+    """By the kind of its picture, which a colour profile of any length may precede."""
+    at = 12  # behind RIFF, its length, and WEBP
+    while at + 8 <= len(content):
+        kind, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind == b"VP8L"
+        at += 8 + length + length % 2
+    return False
 
 
 def _colors(picture: Image.Image) -> np.ndarray:

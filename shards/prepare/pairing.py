@@ -15,6 +15,7 @@ import numpy as np
 from shards.errors import InputError
 from shards.image_files import images_below
 from shards.images import SUFFIXES
+from shards.names import MAX_BYTES, shortened
 from shards.prepare.dataset import Task, absent
 from shards.sample import Sample
 from shards.words import counted
@@ -76,15 +77,16 @@ def pair_tasks(
 def key_of(id_: str) -> str:
     """The id as the key of a sample, which is part of the names within a tar.
 
-    "_" for "." (it would cut the name short), for "/" (it would make a folder of it) and for what
-    cannot be printed; a plain blank for every other, such as macOS puts into names of screenshots.
+    "_" for "." (it would cut the name short), for "/" and "\\" (they would make a folder of it) and
+    for what cannot be printed; a plain blank for every other, such as macOS puts into names of
+    screenshots. One that is too long is cut, and ends in digits of its hash.
     """
     key = []
     for sign in id_:
         blank = unicodedata.category(sign) == "Zs"
         plain = " " if blank else sign
-        key.append(plain if plain.isprintable() and plain not in "./" else "_")
-    return "".join(key)
+        key.append(plain if plain.isprintable() and plain not in "./\\" else "_")
+    return shortened("".join(key), MAX_BYTES)
 
 
 def source_of(source: str, path: Path) -> str:

@@ -179,7 +179,7 @@ def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepare
                 f"split {min(empty)!r}: all samples are bad", "a good one", "replace the files"
             )
         if dataset.several_classes:
-            _check_classes(dataset.classes, writer.pixels)
+            check_several_classes(dataset.classes, writer.pixels)
     notes = [*dataset.notes]
     for note, count in sorted(writer.notes.items()):
         notes.append(f"{count} {'image' if count == 1 else 'images'}: {note}")
@@ -198,7 +198,7 @@ def _join(out: Path, name: str, dataset: DataSet, parts: list[_Part]) -> Prepare
     )
 
 
-def _check_classes(classes: ClassSet, pixels: np.ndarray) -> None:
+def check_several_classes(classes: ClassSet, pixels: np.ndarray) -> None:
     """Raise InputError for labels of one class and void, out of several: (256,) int64 by index."""
     used = np.flatnonzero(pixels[: classes.num_classes])
     # 0 and 255 for two classes, most often; as they are, every prediction would be right
