@@ -141,11 +141,10 @@ def check_sample(sample: Sample, num_classes: int) -> None:
 
 def _check_types(sample: Sample) -> None:
     """Raise InputError for fields of other types, as a preparer of the user's own may give."""
-    fields = {"key": str, "split": str, "source_id": str, "image": (bytes, bytearray)}
-    for name, type_ in fields.items():
+    for name in ("key", "split", "source_id", "image"):
         value = getattr(sample, name)
-        if not isinstance(value, type_):
-            needed = "text" if type_ is str else "the bytes of the image's file"
+        if not isinstance(value, (bytes, bytearray) if name == "image" else str):
+            needed = "the bytes of the image's file" if name == "image" else "text"
             got = f"{sample.key}: {name} of type {type(value).__name__}"
             raise InputError(got, needed, "correct the preparer")
     if sample.label is not None and not hasattr(sample.label, "dtype"):
