@@ -25,13 +25,27 @@ EPILOG = """the whole path, with generated scenes:
   distseg evaluate runs/toy
   distseg predict runs/toy picture.jpg --out predictions
 """
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; 130 is what shells give for Ctrl-C
+# exit codes; the last two are what shells give for Ctrl-C, and for a reader that has gone
+BAD_INPUT, INTERRUPTED, NO_READER = 2, 130, 141
 
 Commands = argparse._SubParsersAction
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code. Bad input is one message on stderr, exit code 2."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # what is left of it: at the end of Python nobody could answer
+    except BrokenPipeError:
+        # `| head` has what it wanted; another pipe is another matter
+        if not terminal.has_no_reader(sys.stdout):
+            raise
+        return NO_READER
+
+
+def _main(arguments: list[str] | None) -> int:
     if arguments is None:
         terminal.use_utf8()
     terminal.forgive(sys.stdout, sys.stderr)

@@ -18,9 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from distseg.tracking.figures import legend_entries, overlay, save
+from distseg.tracking.figures import legend_entries, overlay, plain, save
 from shards.files import published
 from shards.inspect import Inspection, inspect, record
 from shards.look import ERROR, Look, read_members
@@ -64,6 +65,7 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
     console.print(
         f"wrote {out / JSON_FILE} and {out / SHEET_FILE}: look at it",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     # for scripts: `distseg inspect DIR && distseg train ...`
@@ -110,7 +112,7 @@ def tables(inspection: Inspection) -> Iterator[Table]:
     """The splits side by side, their classes, and the findings if there are any."""
     splits = inspection.splits()
     about = _table(
-        f"{inspection.manifest.name}: splits",
+        escape(f"{inspection.manifest.name}: splits"),
         "split",
         right=("samples", "unlabelled", "shards", "MB"),
     )
@@ -122,12 +124,16 @@ def tables(inspection: Inspection) -> Iterator[Table]:
             "x".join(map(str, split[size] or ("-",))) for size in ("smallest", "median", "largest")
         )
         about.add_row(
-            name, *counts, f"{split['bytes'] / 1e6:,.0f}", f"{split['void_share']:.1%}", *sizes
+            escape(name),
+            *counts,
+            f"{split['bytes'] / 1e6:,.0f}",
+            f"{split['void_share']:.1%}",
+            *sizes,
         )
     yield about
     columns: list[str] = []
     for name in splits:
-        columns += [f"{name} pixels", f"{name} images"]
+        columns += [escape(f"{name} pixels"), escape(f"{name} images")]
     histogram = _table(
         "classes: share of the pixels that are not void, and images", "class", right=columns
     )
@@ -136,7 +142,7 @@ def tables(inspection: Inspection) -> Iterator[Table]:
         cells: list[str] = []
         for count in of_class:
             cells += [f"{count['share']:.2%}", f"{count['images']:,}"]
-        histogram.add_row(f"{index} {name}", *cells)
+        histogram.add_row(escape(f"{index} {name}"), *cells)
     yield histogram
     # no table at all says "nothing found" more plainly than an empty one
     if inspection.findings:
@@ -159,9 +165,9 @@ def _findings(inspection: Inspection) -> Table:
             where = f"{finding.sample}\n{finding.shard}".strip()
             table.add_row(
                 f"[{style}]{finding.level}",
-                where,
-                f"{finding.check}: {finding.what}",
-                finding.action,
+                escape(where),
+                escape(f"{finding.check}: {finding.what}"),
+                escape(finding.action),
             )
         # at the last of its kind, so that the note stands below those that are shown
         elif shown[kind] == of_kind[kind]:
@@ -209,9 +215,8 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
         checks = ", ".join(
             sorted({finding.check for finding in inspection.findings if finding.sample == look.key})
         )
-        one.set_title(
-            f"{look.split} {look.key[-28:]}" + (f": {checks}" if checks else ""), fontsize=8, pad=3
-        )
+        title = f"{look.split} {look.key[-28:]}" + (f": {checks}" if checks else "")
+        one.set_title(plain(title), fontsize=8, pad=3)
         one.title.set_color("#B00000" if checks else "black")
     figure.legend(
         handles=legend, loc="lower center", ncols=legend_columns, fontsize=9, frameon=False

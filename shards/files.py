@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards.errors import InputError
@@ -203,7 +204,12 @@ def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     console = Console(stderr=True)
     if console.is_terminal:
         # transient below: the bar is gone at the end, and the terminal holds messages only
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn(escape(what)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             yield from progress.track(items, total=total)
         return

@@ -110,6 +110,7 @@ def check_sample(sample: Sample, num_classes: int) -> None:
 
     Reads the header only.
     """
+    _check_types(sample)
     for what, name in (("key", sample.key), ("split", sample.split)):
         # both become file names in a tar, where everything after the first "." tells a sample's
         # members apart
@@ -136,6 +137,19 @@ def check_sample(sample: Sample, num_classes: int) -> None:
         got = f"{sample.key}: label {int(wrong.max())} in {wrong.size} pixels"
         needed = f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void"
         raise InputError(got, needed, "correct the label or the class names")
+
+
+def _check_types(sample: Sample) -> None:
+    """Raise InputError for fields of other types, as a preparer of the user's own may give."""
+    for name in ("key", "split", "source_id", "image"):
+        value = getattr(sample, name)
+        if not isinstance(value, (bytes, bytearray) if name == "image" else str):
+            needed = "the bytes of the image's file" if name == "image" else "text"
+            got = f"{sample.key}: {name} of type {type(value).__name__}"
+            raise InputError(got, needed, "correct the preparer")
+    if sample.label is not None and not hasattr(sample.label, "dtype"):
+        got = f"{sample.key}: a {type(sample.label).__name__} as label"
+        raise InputError(got, "a NumPy array (H, W) uint8, or None", "correct the preparer")
 
 
 def image_extension(image: bytes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import select
 import sys
 from typing import Any
 
@@ -33,6 +34,17 @@ def forgive(*streams: Any) -> None:
         # not one of a caller's own, such as a notebook's
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
+
+
+def has_no_reader(stream: Any) -> bool:
+    """Whether a stream is a pipe whose reader has gone; what is written next then goes nowhere."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # else Python would complain once more when it ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return True
 
 
 class Forgiving:

@@ -24,6 +24,7 @@ from PIL import Image
 from distseg.cli import main
 from distseg.config.schema import Config, DataConfig
 from distseg.inspection import conclusion
+from distseg.tracking.figures import iou_bars, sample_panel
 from distseg.train.inputs import open_data
 from shards import pack as packing
 from shards.errors import InputError
@@ -254,6 +255,26 @@ def test_what_may_be_meant_is_a_warning(tmp_path: Path) -> None:
         ("image sizes", "toy_06"),
     }
     assert any("'mountain' (6) is never in train" in finding.what for finding in found.findings)
+
+
+def test_names_with_signs_of_markup_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    names = ("[/x] a", "$5 {$6", "[red]r", "_background_", *STANFORD.names[4:])
+    keys = ("a$b {$", "[bold]", "[red]")
+    samples = toy_samples()
+    samples[:3] = [replace(one, key=key) for one, key in zip(samples, keys, strict=False)]
+    write_maps(tmp_path / "m.h5", "[red]set", replace(STANFORD, names=names), samples, 12)
+    packing.pack(tmp_path / "m.h5", tmp_path / "s")
+    assert main(["inspect", str(tmp_path / "s")]) == 0
+    said = capsys.readouterr().out
+    for name in ("[red]set: splits", *names):
+        assert name in said
+    iou_bars(dict.fromkeys(names, 0.5), tmp_path / "iou.png")
+    classes = replace(STANFORD, names=names)
+    planes = np.full((8, *samples[0].label.shape), 1 / 8, np.float32)
+    image = decode_image(samples[0].image)
+    sample_panel(image, samples[0].label, planes, classes, tmp_path / "p.png")
 
 
 def test_a_split_of_void_is_not_said_to_be_accepted(tmp_path: Path) -> None:

@@ -177,6 +177,10 @@ LABEL = np.zeros((24, 35), np.uint8)
             "a: label 8 in 840 pixels\n.*0 to 7, or 255",
         ),
         (Sample("a", JPEG, LABEL + np.uint8(254), "train", ""), "a: label 254"),
+        (Sample(7, JPEG, LABEL, "train", ""), "7: key of type int"),
+        (Sample("a", JPEG, LABEL, "train", None), "a: source_id of type NoneType"),
+        (Sample("a", "text", LABEL, "train", ""), "a: image of type str"),
+        (Sample("a", JPEG, LABEL.tolist(), "train", ""), "a: a list as label"),
     ],
 )
 def test_sample_that_does_not_fit(sample: Sample, message: str) -> None:

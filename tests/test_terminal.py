@@ -46,6 +46,17 @@ def test_a_path_with_an_umlaut_is_itself_in_the_c_locale() -> None:
     assert done.stdout == "run_dir=läuf utf-8\n".encode(), done.stderr
 
 
+def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "distseg.cli", "train", "--help", "data"]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_bytes_that_are_no_text_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", os.fsdecode(b"run_dir=l\xe4uf")]) == 2
     assert r"'run_dir=l\udce4uf', bytes that are no UTF-8" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -259,7 +260,9 @@ def show(
 ) -> None:
     """Print the results, each with what to do about it."""
     console = console or Console(highlight=False)
-    table = Table(title=f"distseg doctor: {where}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=escape(f"distseg doctor: {where}"), title_justify="left", box=None, pad_edge=False
+    )
     for column in ("", "check", "found"):
         # folded and not cut off: the end of a path is what tells it from others
         table.add_column(column, overflow="fold", no_wrap=column != "found")

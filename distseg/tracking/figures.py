@@ -157,12 +157,18 @@ def _has_negative(lines: Sequence[Line]) -> bool:
     return any(bool((line.values < 0).any()) for line in lines)
 
 
+def plain(text: str) -> str:
+    """A name for a figure, in which matplotlib finds no formula: names may have $ signs."""
+    return text.replace("$", r"\$")
+
+
 def iou_bars(per_class: dict[str, float], out: Path) -> None:
     """Draw the IoU of each class, in [0, 1], as a horizontal bar, and their mean.
 
     NaN is an absent class.
     """
-    names, values = list(per_class), np.array(list(per_class.values()), float)
+    names = [plain(name) for name in per_class]
+    values = np.array(list(per_class.values()), float)
     figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     # an absent class gets a row without a bar: leaving it out would look like a data set without it
@@ -247,7 +253,7 @@ class _Grid:
         left = _GAP_INCHES + column * (width + _GAP_INCHES)
         axes = self._at(left, (row + 1) * (height + _TITLE_INCHES), width, height)
         axes.set_axis_off()
-        axes.set_title(title, fontsize=9, pad=3)
+        axes.set_title(plain(title), fontsize=9, pad=3)
         return axes
 
     def bar_axes(self) -> Axes:
@@ -339,7 +345,9 @@ def legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
         ("void", _void_color(classes))
     ] * with_void
     return [
-        Patch(facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=name)
+        Patch(
+            facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=plain(name)
+        )
         for name, color in entries
     ]
 
