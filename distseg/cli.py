@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from shards import terminal
-from shards.errors import InputError
+from shards.errors import InputError, TemporaryError
+from shards.storage import is_passing
 from shards.words import counted
 
 DESCRIPTION = "Adversarial training of semantic segmentation networks, on one machine or many."
@@ -70,6 +71,12 @@ def _main(arguments: list[str] | None) -> int:
             raise
         print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return exit_code
+    except OSError as error:
+        # of storage, where it is not tried again: the next start may well find it answering
+        if not is_passing(error, Path()):
+            raise
+        print(f"error on rank {_rank()}: {error}", file=sys.stderr)
+        return TemporaryError.exit_code
     # no traceback: it shows where the program was, and not what went wrong
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,18 @@ def test_an_error_that_brings_an_exit_code_is_one_message_and_others_stay_errors
 
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(cli, "_doctor", fails)
-    error: RuntimeError = LostError("rank 1 is silent")
+    error: Exception = LostError("rank 1 is silent")
     assert main(["doctor"]) == 75
     assert capsys.readouterr().err == "error on rank 3: rank 1 is silent\n"
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
+        main(["doctor"])
+    # wherever a server of files may fail: it is nobody's to mend, and a launcher tries again
+    error = OSError(errno.ESTALE, "Stale file handle", "picture.png")
+    assert main(["doctor"]) == 75
+    assert (
+        "error on rank 3: [Errno 116] Stale file handle: 'picture.png'" in capsys.readouterr().err
+    )
+    error = FileNotFoundError(errno.ENOENT, "No such file", "picture.png")
+    with pytest.raises(FileNotFoundError):
         main(["doctor"])

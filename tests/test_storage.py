@@ -65,6 +65,9 @@ def test_what_does_not_pass_is_raised_at_once_and_what_lasts_is_temporary(
     with pytest.raises(PermissionError):
         retried(tmp_path, functools.partial(Failing(open, errno.EACCES, "", 9), tmp_path))
     assert not exists(tmp_path / "missing") and listed(tmp_path / "missing") == []
+    # the same storage is asked whether its folder is there
+    gone, stale = FileNotFoundError(errno.ENOENT, "gone"), Failing(open, errno.ESTALE, "", 9)
+    assert storage.is_passing(gone, tmp_path, functools.partial(stale, tmp_path))
     # listed by its folder, but no more to come back than its target is
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "file")
     assert not exists(tmp_path / "link")
