@@ -560,10 +560,10 @@ def load_badly(ranks: Ranks, run_dir: Path) -> tuple[str, bool]:
     """
     checkpoints, holder = Checkpointer(run_dir, 2, {}, ranks), Holder(0)
 
-    def damaged_for_one(path: Path, rank: int, world_size: int) -> Checkpoint:
-        if path.name == "step-00000002" and rank == 1:
+    def damaged_for_one(path: Path, *arguments: Any) -> Checkpoint:
+        if path.name == "step-00000002" and ranks.rank == 1:
             raise DamagedCheckpoint("damaged here", "a whole checkpoint", "choose another")
-        return checkpoint.verified(path, rank, world_size)
+        return checkpoint.verified(path, *arguments)
 
     checkpointer.verified = damaged_for_one
     found = newest(run_dir, ranks)
