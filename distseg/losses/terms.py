@@ -132,7 +132,7 @@ class Term:
 
         So the counts of all terms are summed over the ranks at once, before the first forward.
         """
-        raise NotImplementedError  # of the term's own class
+        raise NotImplementedError(f"{type(self).__name__} has no count")
 
     def candidates(self, targets: Targets) -> Tensor:
         """Of how many `share` is a share: a scalar, float64, known from the labels alone."""
@@ -140,7 +140,7 @@ class Term:
 
     def local_sum(self, seen: Predicted) -> Any:
         """The sum over this rank's images, a scalar with a graph, even where nothing is counted."""
-        raise NotImplementedError  # of the term's own class
+        raise NotImplementedError(f"{type(self).__name__} has no local_sum")
 
 
 @dataclass

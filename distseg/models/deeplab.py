@@ -251,7 +251,7 @@ class _OnLite0(nn.Module):
 
     def _add_head(self) -> None:
         """Add the layers from the pooling to the logits."""
-        raise NotImplementedError
+        raise NotImplementedError  # in the class of each version
 
 
 class DeepLabV3Lite0(_OnLite0):
