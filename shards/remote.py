@@ -411,10 +411,16 @@ class Prefetch:
 
     def _work(self) -> None:
         while True:
+            shard = self._queue.get()
+            with self._lock:
+                # read meanwhile, by a reader that was faster: to bring it now would push out of the
+                # cache what is needed next
+                if shard.sha256 not in self._ahead:
+                    continue
             # the reader that needs the shard fetches it itself, and gets the error in its own
             # thread, where it can be raised
             with suppress(InputError, OSError):
-                self._bring(self._queue.get())
+                self._bring(shard)
 
 
 def _nothing() -> None:
