@@ -15,9 +15,9 @@ from torch import nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
-from distseg.evaluate.command import check_overrides, evaluator_of, open_samples
+from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
 from distseg.evaluate.trained import trained_classes, trained_segmentor
-from distseg.predict import (
+from distseg.predict.run import (
     PredictOptions,
     choose_device,
     image_probabilities,

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distseg.catalogue.run import measure, measure_discriminator, measure_segmentor
 from distseg.cli import main
 from distseg.models import DISCRIMINATORS, SEGMENTORS, build_segmentor
-from distseg.models.catalogue import measure, measure_discriminator, measure_segmentor
 from distseg.models.connections import Filled, _ones, geometry
 from shards.errors import InputError
 

@@ -23,7 +23,6 @@ from distseg.config.names import (
     find,
     flattened,
     full_name,
-    nearest,
     with_full_names,
 )
 from distseg.config.rules import check
@@ -31,6 +30,7 @@ from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
 from shards.storage import is_file, read_text
+from shards.words import nearest
 
 CONFIG_FILE = "config.yaml"  # in a run directory
 PRESETS = Path(__file__).parent.parent / "presets"

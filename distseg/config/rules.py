@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from distseg.config.keys import Key
-from distseg.config.names import KEYS, nearest
+from distseg.config.names import KEYS
 from distseg.config.schema import Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
 from shards.user_code import FORMS, is_reference
+from shards.words import nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
 # here too, and not imported: the schema must not wait for torch, which losses need
