@@ -23,7 +23,8 @@ def counted(number: int, noun: str, plural: str = "", verb: tuple[str, str] | No
 def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
     """What to do about a word that is none of the choices: take the most similar, or any of them.
 
-    Of dotted names those with the same last part come first. likeness: that it has at least, 0 to 1.
+    Of dotted names those with the same last part come first. likeness: what it has at least, from 0
+    to 1.
     """
     choices = list(choices)
     last = word.rpartition(".")[2]

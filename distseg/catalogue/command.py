@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from distseg.config.schema import DISCRIMINATORS, SEGMENTORS
 from shards.command_line import Commands, add_command
+from shards.errors import InputError
+from shards.words import nearest
 
 TEXT = """\
 Measure segmentors and discriminators: parameters, output stride, field of view, work at
@@ -27,6 +30,12 @@ def add_models(commands: Commands) -> None:
 
 
 def _models(options: argparse.Namespace) -> int:
+    known = (*SEGMENTORS, *DISCRIMINATORS)
+    for name in options.names:
+        # one of the user's own is looked at when torch is there
+        if name not in known and "=" not in name:
+            needed = f"among: {', '.join(known)}; or your own, segmentor=FILE.py:NAME"
+            raise InputError(f"no network {name}", needed, nearest(name, known))
     from distseg.catalogue.run import run
 
     return run(options.names, options.classes, options.json)

@@ -41,8 +41,11 @@ def check(config: Config, values: Mapping[str, Any]) -> None:
 
 def check_choice(entry: Key, value: Any) -> None:
     """Raise InputError for a word that the key does not accept."""
+    if entry.own_code and is_reference(str(value)):
+        return
     if value not in entry.choices:
         needed = f"one of: {', '.join(entry.choices)}"
+        needed += f"; or your own, as {FORMS}" if entry.own_code else ""
         raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
 
 

@@ -39,7 +39,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from distseg.config import loading
 
     # before torch, whose import takes seconds: a misspelt key is told at once
-    loading.check_for_evaluation(options.run, options.overrides)
+    loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
     from distseg.evaluate.run import run
 
     return run(options.run, options.checkpoint, options.overrides, options.quick)

@@ -35,6 +35,11 @@ def add_predict(commands: Commands) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from distseg.config import loading
+
+    # before torch, whose import takes seconds; a wrong path of images is the worse mistake
+    if options.images.exists():
+        loading.check_changes(options.run, options.overrides, lambda key: key.at_prediction)
     from distseg.predict.run import PredictOptions, run
 
     return run(
