@@ -13,6 +13,8 @@ Score a run's checkpoint on a split: every image once, at full resolution, one c
 
 Test-time augmentation:  evaluate.scales=[0.75,1,1.25] evaluate.horizontal_flip=true
 Sliding window:          evaluate.window_px=512 evaluate.overlap_px=128, for large images
+Other data:              data.shards=DIR; classes of other spelling or order are found by name,
+                         others by --map 'car=vehicle,truck=vehicle', whose probabilities add up
 On several processes:    torchrun --standalone --nproc_per_node=N -m distseg.evaluate RUN
 The scores are written beside the run's config.yaml; `distseg summarize` makes tables of them."""
 SUMMARIZE = """Tables of evaluated runs; of runs that differ in their seed only, mean and spread.
@@ -31,6 +33,13 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="without outlines, calibration and intervals"
     )
+    explained = (
+        "which classes of other data the run's are: 'car=vehicle,truck=vehicle', or FILE.yaml"
+    )
+    parser.add_argument("--map", dest="class_map", metavar="RUN'S=DATA'S", help=explained)
+    parser.add_argument(
+        "--per-image", type=Path, metavar="FILE.csv", help="also the scores of each image"
+    )
     add_overrides(parser, "data.val_split=val evaluate.horizontal_flip=true")
     parser.set_defaults(handler=_evaluate)
 
@@ -40,9 +49,18 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     # before torch, whose import takes seconds: a misspelt key is told at once
     loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
+    from distseg.evaluate.class_map import parsed
     from distseg.evaluate.run import run
 
-    return run(options.run, options.checkpoint, options.overrides, options.quick)
+    wanted = None if options.class_map is None else parsed(options.class_map)
+    return run(
+        options.run,
+        options.checkpoint,
+        options.overrides,
+        options.quick,
+        wanted=wanted,
+        per_image=options.per_image,
+    )
 
 
 def add_summarize(commands: Commands) -> None:

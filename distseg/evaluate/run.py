@@ -13,11 +13,12 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.data.samples import SampleSet, check_not_void, open_reader
+from distseg.data.samples import SampleSet, check_not_void, open_reader, sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, joined, on_all, on_each, on_main
 from distseg.distributed.watchdog import Watchdog
-from distseg.evaluate import document
+from distseg.evaluate import document, table_of_images
+from distseg.evaluate.class_map import Wanted, class_map
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
@@ -31,20 +32,29 @@ from shards.reader import ShardReader
 from shards.words import counted
 
 
-def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
+def run(
+    run_dir: Path,
+    which: str,
+    overrides: list[str],
+    quick: bool = False,
+    *,
+    wanted: Wanted | None = None,
+    per_image: Path | None = None,
+) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write
     evaluation-step-<step>-<split>.json.
 
-    quick: leave out outlines, calibration and intervals. The shards need not have been verified, as
-    training's must: scoring reads each sample once and soon, and ends at the first damaged or
-    impossible one with its name.
+    quick: leave out outlines, calibration and intervals. wanted: which of the data's classes the
+    run's are, see `class_map`. per_image: a CSV file of each image's own scores. The shards need
+    not have been verified, as training's must: scoring reads each sample once and soon, and ends at
+    the first damaged or impossible one with its name.
     """
     # before the network is built: a key that may not differ would score another network, or none
     check_overrides(overrides)
     # everything that can refuse comes before the ranks join, where leaving alone hangs the others
     network, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
-    samples = open_samples(config, found)
+    samples = open_samples(config, found, wanted)
     timeout_seconds = config.parallel.timeout_seconds
     with (
         # a training beside may prune it before every rank has come to read it
@@ -55,14 +65,49 @@ def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) ->
         network, found = _of_one_checkpoint(run_dir, network, found, ranks)
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)
-        evaluator = evaluator_of(network, config, found, samples, ranks)
+        evaluator = evaluator_of(network, config, found, samples, ranks, wanted=wanted)
         # each image is reported: a split at full resolution takes longer than the time limit
         evaluator.details, evaluator.mark = not quick, watchdog.report
-        # after all is open: the time told is that of scoring
-        started = time.perf_counter()
-        evaluator()
-        _publish(evaluator, found, time.perf_counter() - started)
+        if per_image is not None:
+            on_main(ranks, lambda: table_of_images.check_place(per_image))
+            evaluator.per_image = True
+        seconds = _score(evaluator)
+        if per_image is not None:
+            on_main(ranks, lambda: _write_images(per_image, evaluator))
+        mapped = "" if wanted is None else f"-map-{document.short(sha256_of_keys([repr(wanted)]))}"
+        _publish(evaluator, found, seconds, mapped)
+        if per_image is not None and ranks.is_main:
+            print(f"wrote {per_image}")
     return 0
+
+
+def _score(evaluator: Evaluator) -> float:
+    """Let it score all images, and show how far it is; returns the seconds that it took."""
+    ranks, total = evaluator.ranks, len(evaluator.samples)
+    progress = Progress(total, 0, ranks.is_main, noun="image", brief=True)
+    if evaluator.class_map is not None and evaluator.class_map.changes():
+        progress.message(f"classes: {', '.join(evaluator.class_map.changes())}")
+    # after all is open: the time told is that of scoring
+    started = time.perf_counter()
+
+    def seen(number: int) -> None:
+        # the main rank's share stands for all: they have as many images, or one less
+        done = min(number * ranks.world_size, total)
+        speed = done / (time.perf_counter() - started)
+        progress.update(done, {"images_per_second": speed})
+
+    evaluator.seen = seen
+    try:
+        evaluator()
+    finally:
+        progress.close()
+    return time.perf_counter() - started
+
+
+def _write_images(path: Path, evaluator: Evaluator) -> None:
+    assert evaluator.tally is not None
+    samples = evaluator.samples
+    table_of_images.write(path, samples, samples.classes.names, evaluator.tally.margins)
 
 
 def _of_one_checkpoint(
@@ -82,12 +127,15 @@ def check_overrides(overrides: list[str]) -> None:
     loading.refuse_others(overrides, lambda key: key.at_evaluation)
 
 
-def open_samples(config: Config, found: Checkpoint) -> SampleSet:
-    """The split to score; InputError where its classes are not those of the checkpoint."""
+def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None) -> SampleSet:
+    """The split to score; InputError where its classes cannot be those of the checkpoint.
+
+    wanted: which of them the checkpoint's are, see `class_map`.
+    """
     _check_place(config, found.path.parent.parent)
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
-    check_classes(found, samples)
+    class_map(found.identity["classes"], samples.classes.names, wanted)
     check_not_void(samples, "to score on")
     return samples
 
@@ -111,7 +159,13 @@ def _check_place(config: Config, run_dir: Path) -> None:
 
 
 def evaluator_of(
-    network: nn.Module, config: Config, found: Checkpoint, samples: SampleSet, ranks: Ranks
+    network: nn.Module,
+    config: Config,
+    found: Checkpoint,
+    samples: SampleSet,
+    ranks: Ranks,
+    *,
+    wanted: Wanted | None = None,
 ) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""
     # "auto" means the run's own precision: another machine's choice would give other scores than
@@ -127,12 +181,20 @@ def evaluator_of(
     network = network.to(ranks.device, dtype=dtype)
     network = network.to(memory_format=layout)  # type: ignore[call-overload]
     return Evaluator(
-        lambda: network, samples, ranks, augmentation, num_threads=config.data.num_threads
+        lambda: network,
+        samples,
+        ranks,
+        augmentation,
+        num_threads=config.data.num_threads,
+        class_map=class_map(found.identity["classes"], samples.classes.names, wanted),
     )
 
 
-def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
-    """Write and print the scores of a checkpoint; called on every rank."""
+def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float, mapped: str) -> None:
+    """Write and print the scores of a checkpoint; called on every rank.
+
+    mapped: what the file's name says of a map of classes.
+    """
     reader, ranks, precision = (
         evaluator.samples.reader,
         evaluator.ranks,
@@ -142,7 +204,7 @@ def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
     path, step, identity = found.path, found.step, found.identity
     # part of the file's name is whatever makes scores incomparable, so that none overwrites another
     other = data_suffix(reader, identity["manifest_sha256"])
-    other += "" if identity["precision"] == precision else f"-{precision}"
+    other += mapped + ("" if identity["precision"] == precision else f"-{precision}")
     # beside the full one
     other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
     # evaluation.json is training's
@@ -174,16 +236,3 @@ def data_suffix(reader: ShardReader, trained_on: str) -> str:
 def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
     write_json(path, report)
     return report
-
-
-def check_classes(found: Checkpoint, samples: SampleSet) -> None:
-    """Raise InputError when a checkpoint was trained on other classes than the shards have."""
-    # names and their order: the same number of other classes would score without an error
-    trained_on = found.identity["classes"]
-    classes = samples.classes
-    if trained_on != list(classes.names):
-        theirs = counted(classes.num_classes, "class", "classes")
-        ours = counted(len(trained_on), "class", "classes")
-        got = f"{found.path} was trained on {ours} ({', '.join(trained_on)})"
-        needed = f"the {theirs} of the shards ({', '.join(classes.names)})"
-        raise InputError(got, needed, "choose other shards with data.shards=DIR")
