@@ -81,8 +81,8 @@ def _main(arguments: list[str] | None) -> int:
         print(f"error on rank {_rank()}: {error}", file=sys.stderr)
         return TemporaryError.exit_code
     # no traceback: it shows where the program was, and not what went wrong
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

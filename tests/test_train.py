@@ -452,7 +452,7 @@ def test_training_stops_early_when_validation_no_longer_improves(
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     number: int, toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -461,9 +461,10 @@ def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     process.send_signal(number)
     output = finish(process)
-    assert f"{signal.Signals(number).name} here" in output and "checkpoint saved" in output
     saved = sorted((run_dir / "checkpoints").glob("step-*"))[-1].name
-    assert f"stopped at step {int(saved.removeprefix('step-'))} of 12" in output
+    step, name = int(saved.removeprefix("step-")), signal.Signals(number).name
+    last = f"stopped at step {step} of 12 ({name} here), checkpoint saved"
+    assert output.splitlines()[-1] == f"{last}: the same command goes on from there"
     assert saved != "step-00000012"
     finish(start(1, toy_shards, run_dir))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from distseg.config.arguments import configured_command
 from shards.command_line import Commands, add_overrides
@@ -41,6 +42,21 @@ def _train(options: argparse.Namespace) -> int:
         from distseg.train.dry_run import show
 
         return show(options.overrides, config)
-    from distseg.train.run import run
+    try:
+        from distseg.train.run import run
 
-    return run(config)
+        return run(config)
+    except KeyboardInterrupt:
+        # before the first step, after the last, or a second Ctrl-C that did not wait for a step
+        raise KeyboardInterrupt(_standing(config.run_dir)) from None
+
+
+def _standing(run_dir: str) -> str:
+    """How far an interrupted run has come, for people."""
+    from distseg.runs.checkpoint import FOLDER, published
+
+    names = [path.name for path in published(Path(run_dir) / FOLDER)]
+    if not names:
+        return "no checkpoint yet, the same command begins anew"
+    step = int(max(names).removeprefix("step-"))
+    return f"the checkpoint of step {step} is there, and the same command goes on from it"

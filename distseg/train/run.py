@@ -199,4 +199,9 @@ def _fit_and_show(
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
-        return TrainResult(Path(trainer.config.run_dir), trainer.state.step, done, scores)
+    if not done and trainer.ranks.is_main:
+        # when all else has been told, so that it is the last line
+        where = f"step {trainer.state.step} of {trainer.config.steps}"
+        how = "the same command goes on from there"
+        print(f"stopped at {where} ({stop.reason()}), checkpoint saved: {how}", flush=True)
+    return TrainResult(Path(trainer.config.run_dir), trainer.state.step, done, scores)
