@@ -148,7 +148,7 @@ def build_parser() -> Parser:
     text = "print the version, and the commit of a clone"
     parser.add_argument("--version", action=_Version, nargs=0, help=text)
     # with no command: the overview, as from --help
-    parser.set_defaults(parser=parser, handler=_overview)
+    parser.set_defaults(root=parser, parser=parser, handler=_overview)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     parser.groups = {}
     for title, additions in _groups().items():
@@ -166,6 +166,7 @@ def build_parser() -> Parser:
 def _groups() -> dict[str, tuple[Callable[[Commands], None], ...]]:
     """What adds the commands, in the order in which one uses them."""
     from distseg.catalogue.command import add_models
+    from distseg.completion import add_completion
     from distseg.doctor.command import add_doctor
     from distseg.evaluate.command import add_evaluate, add_summarize
     from distseg.export.command import add_export
@@ -181,6 +182,7 @@ def _groups() -> dict[str, tuple[Callable[[Commands], None], ...]]:
         "before a run": (add_models, add_doctor),
         "training": (add_train, add_submit, add_sweep),
         "results": (add_evaluate, add_summarize, add_report, add_predict, add_export),
+        "your shell": (add_completion,),
     }
 
 
