@@ -118,14 +118,12 @@ class Trained:
         config = loading.override(self.config, chosen)
         samples = open_samples(config, self.checkpoint, classes)
         rank, world_size = 0, 1
-        # a group of the caller's own is used and left alone: `setup` would make another one beside
-        # it
+        # a group of the caller's own is used and left alone, without another one beside it
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         ranks = Ranks(rank, world_size, 0, self.device)
-        evaluator = evaluator_of(
-            self.network, config, self.checkpoint, samples, ranks, wanted=classes
-        )
+        parts = (self.network, config, self.checkpoint, samples, ranks)
+        evaluator = evaluator_of(*parts, wanted=classes)
         evaluator.details = not quick
         # writes nothing: the run's directory may be read-only, and belongs to the run
         evaluator()

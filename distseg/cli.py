@@ -7,6 +7,7 @@ needs is imported only when it runs: --help stays instant.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -119,7 +120,7 @@ class _Overview(Parser):
     groups: dict[str, dict[str, str]]  # by their titles: the commands, each with its summary
 
     def format_help(self) -> str:
-        width = max(len(name) for group in self.groups.values() for name in group)
+        width = max(len(name) for name in itertools.chain(*self.groups.values()))
         lines = []
         for title, group in self.groups.items():
             lines.append(title)

@@ -98,7 +98,7 @@ def script(parser: Parser, shell: str) -> str:
         for action in command._actions:
             found = _completed(name, action, shtab)
             if found:
-                action.complete = found  # type: ignore[attr-defined]
+                action.complete = found
     text = shtab.complete(parser, shell)
     return text + BASH_END if shell == "bash" else text
 

@@ -77,9 +77,7 @@ def test_each_shell_can_read_its_script(
 ) -> None:
     assert main(["completion", shell]) == 0
     text = capsys.readouterr().out
-    assert all(
-        word in text for word in ("segmentor", "deeplabv3_resnet50", "dry-run", "voc_hung")
-    )
+    assert all(word in text for word in ("segmentor", "deeplabv3_resnet50", "dry-run", "voc_hung"))
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"no {shell} here")

@@ -51,12 +51,11 @@ def layers(words: list[str]) -> list[Layer]:
     read = [
         Layer(path, list(_file_values(Path(path), "run_dir" in named).items())) for path in files
     ]
-    presets = {
-        layer.origin: value
-        for layer in (*read, command_line)
-        for key, value in layer.values
-        if key == "preset" and value is not None
-    }
+    presets = {}
+    for layer in (*read, command_line):
+        name = dict(layer.values).get("preset")
+        if name is not None:
+            presets[layer.origin] = name
     if len(set(presets.values())) > 1:
         got = ", ".join(f"preset={name} ({place})" for place, name in presets.items())
         action = "leave it out on the command line, or in the file"

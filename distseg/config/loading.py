@@ -52,7 +52,9 @@ def origins(overrides: list[str], config: Config) -> dict[str, str]:
 
     The origin of a Layer, "default", or "from other keys" for what was filled in.
     """
-    named = [(key, layer.origin) for layer in layers(overrides) for key, _ in layer.values]
+    named: list[tuple[str, str]] = []
+    for layer in layers(overrides):
+        named += [(key, layer.origin) for key, _ in layer.values]
     found = {}
     for name, value in flattened(to_dict(config)).items():
         entry = find(name)

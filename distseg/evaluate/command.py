@@ -50,17 +50,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     # before torch, whose import takes seconds: a misspelt key is told at once
     loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
     from distseg.evaluate.class_map import parsed
-    from distseg.evaluate.run import run
+    from distseg.evaluate.run import EvaluateOptions, run
 
     wanted = None if options.class_map is None else parsed(options.class_map)
-    return run(
-        options.run,
-        options.checkpoint,
-        options.overrides,
-        options.quick,
-        wanted=wanted,
-        per_image=options.per_image,
-    )
+    chosen = EvaluateOptions(options.quick, wanted, options.per_image)
+    return run(options.run, options.checkpoint, options.overrides, chosen)
 
 
 def add_summarize(commands: Commands) -> None:

@@ -5,6 +5,7 @@ ranks.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +33,32 @@ from shards.reader import ShardReader
 from shards.words import counted
 
 
-def run(
-    run_dir: Path,
-    which: str,
-    overrides: list[str],
-    quick: bool = False,
-    *,
-    wanted: Wanted | None = None,
-    per_image: Path | None = None,
-) -> int:
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is scored and written.
+
+    quick: leave out outlines, calibration and intervals. wanted: which of the data's classes the
+    run's are, see `class_map`. per_image: a CSV file of each image's own scores.
+    """
+
+    quick: bool = False
+    wanted: Wanted | None = None
+    per_image: Path | None = None
+
+
+def run(run_dir: Path, which: str, overrides: list[str], options: EvaluateOptions) -> int:
     """`distseg evaluate RUN`: score a checkpoint, print the table, write
     evaluation-step-<step>-<split>.json.
 
-    quick: leave out outlines, calibration and intervals. wanted: which of the data's classes the
-    run's are, see `class_map`. per_image: a CSV file of each image's own scores. The shards need
-    not have been verified, as training's must: scoring reads each sample once and soon, and ends at
-    the first damaged or impossible one with its name.
+    The shards need not have been verified, as training's must: scoring reads each sample once and
+    soon, and ends at the first damaged or impossible one with its name.
     """
     # before the network is built: a key that may not differ would score another network, or none
     check_overrides(overrides)
     # everything that can refuse comes before the ranks join, where leaving alone hangs the others
     network, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
-    samples = open_samples(config, found, wanted)
+    samples = open_samples(config, found, options.wanted)
     timeout_seconds = config.parallel.timeout_seconds
     with (
         # a training beside may prune it before every rank has come to read it
@@ -65,19 +69,17 @@ def run(
         network, found = _of_one_checkpoint(run_dir, network, found, ranks)
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)
-        evaluator = evaluator_of(network, config, found, samples, ranks, wanted=wanted)
+        evaluator = evaluator_of(network, config, found, samples, ranks, wanted=options.wanted)
         # each image is reported: a split at full resolution takes longer than the time limit
-        evaluator.details, evaluator.mark = not quick, watchdog.report
-        if per_image is not None:
-            on_main(ranks, lambda: table_of_images.check_place(per_image))
+        evaluator.details, evaluator.mark = not options.quick, watchdog.report
+        path = options.per_image
+        if path is not None:
+            # by the main rank, which writes it: the others may be on machines without the folder
+            on_main(ranks, lambda: table_of_images.check_place(path))
             evaluator.per_image = True
-        seconds = _score(evaluator)
-        if per_image is not None:
-            on_main(ranks, lambda: _write_images(per_image, evaluator))
-        mapped = "" if wanted is None else f"-map-{document.short(sha256_of_keys([repr(wanted)]))}"
-        _publish(evaluator, found, seconds, mapped)
-        if per_image is not None and ranks.is_main:
-            print(f"wrote {per_image}")
+        _publish(evaluator, found, _score(evaluator), options.wanted)
+        if path is not None:
+            on_main(ranks, lambda: _write_images(path, evaluator))
     return 0
 
 
@@ -108,6 +110,7 @@ def _write_images(path: Path, evaluator: Evaluator) -> None:
     assert evaluator.tally is not None
     samples = evaluator.samples
     table_of_images.write(path, samples, samples.classes.names, evaluator.tally.margins)
+    print(f"wrote {path}")
 
 
 def _of_one_checkpoint(
@@ -190,11 +193,10 @@ def evaluator_of(
     )
 
 
-def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float, mapped: str) -> None:
-    """Write and print the scores of a checkpoint; called on every rank.
-
-    mapped: what the file's name says of a map of classes.
-    """
+def _publish(
+    evaluator: Evaluator, found: Checkpoint, seconds: float, wanted: Wanted | None
+) -> None:
+    """Write and print the scores of a checkpoint; called on every rank."""
     reader, ranks, precision = (
         evaluator.samples.reader,
         evaluator.ranks,
@@ -204,7 +206,8 @@ def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float, mapped: st
     path, step, identity = found.path, found.step, found.identity
     # part of the file's name is whatever makes scores incomparable, so that none overwrites another
     other = data_suffix(reader, identity["manifest_sha256"])
-    other += mapped + ("" if identity["precision"] == precision else f"-{precision}")
+    other += "" if wanted is None else f"-map-{document.short(sha256_of_keys([repr(wanted)]))}"
+    other += "" if identity["precision"] == precision else f"-{precision}"
     # beside the full one
     other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
     # evaluation.json is training's

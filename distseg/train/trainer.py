@@ -99,8 +99,7 @@ class Trainer:
             # evaluation can fail or be killed.
             self._save_if_due(is_stopping)
             if is_stopping:
-                # within the time that a signal leaves; an evaluation due now is made up on resuming
-                self.checkpoints.wait()
+                self.checkpoints.wait()  # an evaluation due now is made up on resuming
                 return False
             if self._is_done():
                 self.checkpoints.wait()
