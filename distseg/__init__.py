@@ -42,7 +42,7 @@ __all__ = ["InputError", "Trained", "fit", "load"]
 _PLACES = {
     "InputError": "shards.errors",
     "Trained": "distseg.api",
-    "fit": "distseg.train.command",
+    "fit": "distseg.train.run",
     "load": "distseg.api",
 }
 

@@ -15,9 +15,10 @@ from torch import nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
-from distseg.evaluate.command import check_overrides, evaluator_of, open_samples
+from distseg.evaluate.class_map import Wanted
+from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
 from distseg.evaluate.trained import trained_classes, trained_segmentor
-from distseg.predict import (
+from distseg.predict.run import (
     PredictOptions,
     choose_device,
     image_probabilities,
@@ -94,11 +95,14 @@ class Trained:
         shards: str | Path | None = None,
         split: str | None = None,
         quick: bool = False,
+        classes: Wanted | None = None,
     ) -> dict[str, Any]:
         """Scores of a split, as `distseg evaluate` finds them and evaluation*.json holds them.
 
         overrides: its arguments, ["evaluate.scales=[0.75,1]"]. shards, split: the run's own where
-        not given. quick: without outlines, calibration and intervals. Writes nothing. Where the
+        not given. quick: without outlines, calibration and intervals. classes: which of the data's
+        the run's are, {"car": "vehicle", "truck": "vehicle", "sky": None, None: ["tunnel"]}; where
+        not given, by name (distseg/evaluate/class_map.py). Writes nothing. Where the
         caller has a process group, it shares the images over it and is called on every rank, each
         with the device that the group's collectives take; else this process scores all of them.
         Returns {"val/mean_iou": ..., "val/iou/<class>": ..., "confusion": ..., ...}; None for the
@@ -112,14 +116,14 @@ class Trained:
         # from there
         check_overrides(chosen)
         config = loading.override(self.config, chosen)
-        samples = open_samples(config, self.checkpoint)
+        samples = open_samples(config, self.checkpoint, classes)
         rank, world_size = 0, 1
-        # a group of the caller's own is used and left alone: `setup` would make another one beside
-        # it
+        # a group of the caller's own is used and left alone, without another one beside it
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         ranks = Ranks(rank, world_size, 0, self.device)
-        evaluator = evaluator_of(self.network, config, self.checkpoint, samples, ranks)
+        parts = (self.network, config, self.checkpoint, samples, ranks)
+        evaluator = evaluator_of(*parts, wanted=classes)
         evaluator.details = not quick
         # writes nothing: the run's directory may be read-only, and belongs to the run
         evaluator()

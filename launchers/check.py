@@ -29,9 +29,9 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     _check_run_dir(config)
     _check_shards(config.data.shards)
     # imports torch, which takes seconds; most mistakes are found by now
-    from distseg.train import command
+    from distseg.train.run import check
 
-    command.check(config, world_size)
+    check(config, world_size)
     return config
 
 

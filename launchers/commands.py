@@ -9,29 +9,27 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from distseg.config.arguments import configured_command
+from shards.command_line import Commands, add_command, add_overrides
 from shards.errors import InputError
 from shards.words import counted
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add both to the `distseg` command."""
-    _add_submit(commands)
-    _add_sweep(commands)
-
-
-def _add_submit(commands: argparse._SubParsersAction) -> None:
+def add_submit(commands: Commands) -> None:
+    """Add `submit` to the commands."""
     text = """Hand one run to SLURM, or to a process in the background here. \
 All of it is checked first.
 
 The job saves before its time limit, or when it is preempted, \
 and comes back until the run is done."""
-    parser = _command(commands, "submit", "train as a job of a cluster", text)
+    parser = configured_command(commands, "submit", "train as a job of a cluster", text)
     _add_resources(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="preset=voc seed=1 ...")
+    add_overrides(parser, "preset=voc seed=1 ..., or FILE.yaml as for train")
     parser.set_defaults(handler=_submit)
 
 
-def _add_sweep(commands: argparse._SubParsersAction) -> None:
+def add_sweep(commands: Commands) -> None:
+    """Add `sweep` to the commands."""
     text = """Many runs with other settings, as one array of jobs.
 
 distseg sweep run PLAN.yaml DIR   submit every trial of a plan \
@@ -39,9 +37,9 @@ distseg sweep run PLAN.yaml DIR   submit every trial of a plan \
 distseg sweep status DIR          states, scores and errors, also while they run
 distseg sweep resubmit DIR        submit again what failed or was lost; \
 each trial goes on from its last checkpoint"""
-    sweep = _command(commands, "sweep", "many runs with other settings", text)
+    sweep = add_command(commands, "sweep", "many runs with other settings", text)
     actions = sweep.add_subparsers(title="actions", required=True, metavar="ACTION")
-    parser = _command(
+    parser = add_command(
         actions, "run", "submit every trial of a plan", "Submit every trial of a plan."
     )
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
@@ -53,7 +51,7 @@ each trial goes on from its last checkpoint"""
     actions_of = {"run": (parser, _sweep_run)}
     for name, handler in (("status", _sweep_status), ("resubmit", _sweep_resubmit)):
         actions_of[name] = (
-            _command(actions, name, f"{name} of a sweep", "See `distseg sweep --help`."),
+            add_command(actions, name, f"{name} of a sweep", "See `distseg sweep --help`."),
             handler,
         )
     for parser, handler in actions_of.values():
@@ -85,13 +83,6 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
     )
     text = "further option of sbatch, e.g. --slurm partition=gpu"
     parser.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help=text)
-
-
-def _command(
-    commands: argparse._SubParsersAction, name: str, summary: str, text: str
-) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return commands.add_parser(name, help=summary, description=text, formatter_class=raw)
 
 
 def _resources(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""Numbers of things in messages."""
+"""Numbers of things in messages, and the nearest to a wrong word."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 IS, WAS = ("is", "are"), ("was", "were")
 
@@ -15,3 +18,20 @@ def counted(number: int, noun: str, plural: str = "", verb: tuple[str, str] | No
     if verb is not None:
         words.append(verb[number != 1])
     return " ".join(words)
+
+
+def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
+    """What to do about a word that is none of the choices: take the most similar, or any of them.
+
+    Of dotted names those with the same last part come first. likeness: what it has at least, from 0
+    to 1.
+    """
+    choices = list(choices)
+    last = word.rpartition(".")[2]
+    # mostly a key in a wrong section, or without one; likeness alone would miss it
+    same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
+    # letters alone: Road is as near to road as it can be
+    plain = {choice.casefold(): choice for choice in reversed(choices)}
+    similar = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=likeness)
+    found = same_last[:1] or [plain[choice] for choice in similar]
+    return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"

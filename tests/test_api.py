@@ -25,7 +25,7 @@ import distseg
 from distseg.cli import main
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks, joined, teardown
-from distseg.evaluate.command import _of_one_checkpoint
+from distseg.evaluate.run import _of_one_checkpoint
 from distseg.parallel import wrap
 from distseg.train import trainer
 from distseg.train.inputs import open_data, open_streams

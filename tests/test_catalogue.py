@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distseg.catalogue import command
+from distseg.catalogue.run import measure, measure_discriminator, measure_segmentor
 from distseg.cli import main
+from distseg.config import schema
 from distseg.models import DISCRIMINATORS, SEGMENTORS, build_segmentor
-from distseg.models.catalogue import measure, measure_discriminator, measure_segmentor
 from distseg.models.connections import Filled, _ones, geometry
 from shards.errors import InputError
 
@@ -178,8 +180,14 @@ def test_parameters_take_no_memory():
     assert sum(value.untyped_storage().nbytes() for value in filled.values.values()) == 16
 
 
+def test_the_names_that_need_no_torch_are_those_of_the_networks():
+    assert tuple(SEGMENTORS) == schema.SEGMENTORS
+    assert tuple(DISCRIMINATORS) == schema.DISCRIMINATORS
+
+
 def test_a_network_added_to_the_dictionary_appears_by_itself(monkeypatch, capsys):
     monkeypatch.setitem(SEGMENTORS, "odd", Odd)
+    monkeypatch.setattr(command, "SEGMENTORS", (*command.SEGMENTORS, "odd"))
     assert main(["models", "odd", "small_fov", "--classes", "5", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     (segmentor,), (discriminator,) = document["segmentors"], document["discriminators"]

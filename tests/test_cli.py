@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from distseg import cli
-from distseg.cli import main, parse
+from distseg.cli import build_parser, main, parse
+from distseg.doctor import command
+from distseg.runs import version
+from shards.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -38,11 +45,10 @@ def test_key_value_arguments_may_stand_anywhere(arguments: list[str]) -> None:
     ],
 )
 def test_what_is_no_option_is_refused_by_name(
-    arguments: list[str], capsys: pytest.CaptureFixture
+    arguments: list[str],
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(InputError, match=arguments[-1]):
         parse(arguments)
-    assert exit_.value.code == 2 and arguments[-1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_an_error_that_brings_an_exit_code_is_one_message_and_others_stay_errors
         raise error
 
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(cli, "_doctor", fails)
+    monkeypatch.setattr(command, "_doctor", fails)
     error: Exception = LostError("rank 1 is silent")
     assert main(["doctor"]) == 75
     assert capsys.readouterr().err == "error on rank 3: rank 1 is silent\n"
@@ -97,3 +103,84 @@ def test_an_error_that_brings_an_exit_code_is_one_message_and_others_stay_errors
     error = FileNotFoundError(errno.ENOENT, "No such file", "picture.png")
     with pytest.raises(FileNotFoundError):
         main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "did you mean train?"),
+        (["sweep", "staus", "DIR"], "did you mean status?"),
+        (["train", "--steps", "5"], "write steps=5\n"),
+        (["train", "--batch-size=8"], "write batch_size=8\n"),
+        (["train", "--lr", "0.1"], "segmentor_optimizer.lr=0.1 or discriminator_optimizer.lr=0.1"),
+        (["train", "--learning-rate", "1"], "segmentor_optimizer.lr=1"),
+        (["train", "--dryrun"], "did you mean --dry-run?"),
+        (["evaluate", "run", "--quik"], "did you mean --quick?"),
+        (["evaluate", "run", "--shards", "other"], "did you mean data.shards=other?"),
+        (["export", "run", "--format", "onxn"], "did you mean onnx?"),
+        (["prepare", "stanfrod", "--out", "x.h5"], "did you mean stanford?"),
+        (["models", "fcn8_vgg16"], "did you mean fcn8s_vgg16?"),
+        (["train", "preset=stanfrod"], "did you mean stanford?"),
+        (["train", "toy"], "write preset=toy"),
+        (["train", "steps"], "write steps=VALUE"),
+        (["train", "preset=toy", "segmentor=deeplabv3_resnet"], "did you mean deeplabv3_resnet"),
+        (["train", "preset=toy", "discriminator=largefov"], "did you mean large_fov?"),
+        (["train", "preset=toy", "mode=supervisd"], "did you mean supervised?"),
+        (["train", "preset=toy", "stps=5"], "did you mean steps?"),
+        (["train", "config.yaml"], "check the path"),
+        (["train", "--dry-run", "preset=toy", "crop_px=5"], "did you mean data.crop_px?"),
+    ],
+)
+def test_a_typo_is_answered_with_the_nearest_word_and_without_torch(
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # None in its place makes every import of torch raise an error
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    # those of ours that have it already would not ask for it again
+    for name in [name for name in sys.modules if name.endswith((".run", "dry_run"))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and expected in message.splitlines(True)[-1]
+
+
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [it for it in parser._actions if isinstance(it, argparse._SubParsersAction)]
+    return dict(found[0].choices)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_overview_names_every_command_once_in_a_group(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    listed = [
+        line.split()[0] for line in shown.split("examples")[0].splitlines() if line[:2] == "  "
+    ]
+    assert listed == list(subparsers(build_parser()))
+    assert max(map(len, shown.splitlines())) <= 100 and "docs/quickstart.md" in shown
+
+
+def test_the_version_is_that_of_the_clone_with_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(version, "CLONE", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('version = "1.2.3"\n')
+    assert version.described() == "distseg 1.2.3"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert re.fullmatch(r"distseg 1\.2\.3 \(commit [0-9a-f]{12}\)\n", capsys.readouterr().out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from distseg.cli import main
-from distseg.config import compare, loading, reference
+from distseg.config import compare, layers, loading, reference
 from distseg.config.keys import Key, key, keys_of
+from distseg.config.layers import preset_names
 from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_names
 from distseg.config.schema import Config
+from distseg.models import build_segmentor
 from distseg.runs import checkpoint
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
@@ -32,7 +36,7 @@ def test_later_values_win() -> None:
 
 
 def test_every_preset_loads_and_names_itself() -> None:
-    for name in loading.preset_names():
+    for name in preset_names():
         assert loading.load([f"preset={name}"]).preset == name
 
 
@@ -180,7 +184,7 @@ def test_a_key_of_a_dictionary_is_found_as_that_dictionary() -> None:
 def test_an_old_name_is_understood_with_one_note(
     old: str, new: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_noted", set())
+    monkeypatch.setattr(layers, "_noted", set())
     value = 3 if KEYS[new].type == "int" else not KEYS[new].default
     with caplog.at_level(logging.WARNING, logger="distseg.config"):
         for _ in range(2):
@@ -388,3 +392,80 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path: Path) -> 
         checkpoint.find(tmp_path, "77")
     with pytest.raises(InputError, match=r"segmentor\.init=.*@\n"):
         initial_weights(f"{tmp_path}@", "segmentor")
+
+
+def test_a_file_stands_on_its_preset_and_below_the_command_line(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    text = "preset: stanford\nsteps: 7\nsegmentor: multiscale\ndata: {mirror: false, crop_px: 96}\n"
+    mine.write_text(text + "segmentor.init: random\nloss: {terms: {dice: 0.5}}\n")
+    config = loading.load(["data.crop_px=64", str(mine), "seed=3"])
+    preset = loading.load(["preset=stanford"])
+    assert (config.steps, config.data.crop_px, config.seed) == (7, 64, 3)
+    assert config.batch_size == preset.batch_size and not config.data.horizontal_flip
+    # the preset's options were of its own network
+    assert config.segmentor.name == "multiscale" and config.segmentor.options == {}
+    assert preset.segmentor.options and config.loss.terms["dice"].weight == 0.5
+    origins = loading.origins(["data.crop_px=64", str(mine), "seed=3"], config)
+    expected = {"data.crop_px": "command line", "steps": str(mine), "device": "default"}
+    expected |= {"batch_size": "preset stanford", "run_dir": "from other keys"}
+    assert expected.items() <= origins.items() and origins["loss.terms.dice.use"] == str(mine)
+
+
+def test_the_file_of_a_run_is_the_run_wherever_it_is_called_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "lr=0.1"
+    (run / "checkpoints").mkdir(parents=True)
+    config = loading.load(["preset=toy", "loss.terms.dice=0.5", "run_dir=runs/lr=0.1"])
+    config.code = {"segmentor": "0" * 64}
+    (run / "config.yaml").write_text(loading.to_yaml(config))
+    again = loading.load(["runs/lr=0.1/config.yaml"])
+    # which training fills in
+    config.code = {}
+    assert again == config
+    other = loading.load(["runs/lr=0.1/config.yaml", "run_dir=runs/other", "steps=9"])
+    assert (other.run_dir, other.steps) == ("runs/other", 9)
+    # it would go on with the run of the former place
+    shutil.move(run, tmp_path / "moved")
+    with pytest.raises(InputError, match=r"run_dir=moved to go on with it"):
+        loading.load(["moved/config.yaml"])
+    assert loading.load(["moved/config.yaml", "run_dir=moved"]).run_dir == "moved"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stps: 5", r"mine.yaml: unknown key 'stps'\n.*\n.*did you mean steps\?"),
+        ("steps: many", r"mine.yaml: steps=many"),
+        ("- steps", "a list"),
+        ("steps: [", "mine.yaml: "),
+        ("preset: voc", r"preset=voc \(.*mine.yaml\), preset=toy \(command line\)"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_with_its_name(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        loading.load(["preset=toy", str(tmp_path / "mine.yaml")])
+
+
+def test_a_dry_run_says_where_values_are_from_and_is_a_file_of_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, toy_shards: Path
+) -> None:
+    words = ["preset=toy", "steps=8", f"data.shards={toy_shards}", 'tracking.tags=["a: b", "#c"]']
+    words += ["segmentor=multiscale", "segmentor.init=random", "loss.terms.dice=0.5"]
+    assert main(["train", "--dry-run", *words]) == 0
+    shown = capsys.readouterr().out
+    lines = {line.split(":")[0].strip(): line for line in shown.splitlines()}
+    assert re.search(r"steps: 8 +# command line: updates in all", lines["steps"])
+    assert "# preset toy: GLOBAL: images per step" in lines["batch_size"]
+    assert "# default: what the segmentor learns from" in lines["mode"]
+    # 8 steps of 16 of the 8 images
+    assert "16.0 epochs of 8 training images" in shown
+    segmentor = build_segmentor("multiscale", 8, init="random")
+    counted = f"{sum(parameter.numel() for parameter in segmentor.parameters()):,} parameters"
+    assert f"segmentor multiscale: {counted}" in shown
+    (tmp_path / "mine.yaml").write_text(shown)
+    assert loading.load([str(tmp_path / "mine.yaml")]) == loading.load(words)

@@ -22,7 +22,7 @@ from distseg.models import build_segmentor
 from distseg.models.freezing import freeze
 from distseg.runs.tensor_files import read
 from distseg.tracking.tracker import read_metrics
-from distseg.train import command
+from distseg.train import run
 from distseg.train.networks import build_networks
 from distseg.train.schedules import lr_factor
 from shards.errors import InputError
@@ -52,7 +52,7 @@ def test_patterns_match_names_and_whole_parts() -> None:
 def _train(ranks: Ranks, keys: dict[str, Any]) -> None:
     """A run on the ranks of a test, which has joined them already."""
     config = loading.load(loading.arguments(keys))
-    command._train_on(ranks, config, command.check(config, ranks.world_size))
+    run._train_on(ranks, config, run.check(config, ranks.world_size))
 
 
 def settings(shards: Path, run_dir: Path, **keys: Any) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def test_every_strategy_freezes_alike(
 
 
 def train(shards: Path, run_dir: Path, **keys: Any) -> Path:
-    done = command.fit(**SETTINGS | {"data.shards": shards, "run_dir": run_dir} | keys)
+    done = run.fit(**SETTINGS | {"data.shards": shards, "run_dir": run_dir} | keys)
     return done.run_dir / "checkpoints" / f"step-{done.step:08d}"
 
 

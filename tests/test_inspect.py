@@ -23,7 +23,7 @@ from PIL import Image
 
 from distseg.cli import main
 from distseg.config.schema import Config, DataConfig
-from distseg.inspection import conclusion
+from distseg.inspection.run import conclusion
 from distseg.tracking.figures import iou_bars, sample_panel
 from distseg.train.inputs import open_data
 from shards import pack as packing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distseg.config import loading
-from distseg.evaluate.command import open_samples
+from distseg.evaluate.run import open_samples
 from distseg.runs.checkpoint import Checkpoint
 from shards.errors import InputError
 from shards.words import IS, WAS, counted

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distseg import predict as predict_module
 from distseg.evaluate.inference import _spans, probabilities
-from distseg.predict import (
+from distseg.predict import run as predict_module
+from distseg.predict.run import (
     PredictOptions,
     _blocks,
     collect_images,

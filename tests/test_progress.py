@@ -130,3 +130,45 @@ def test_other_ranks_are_silent() -> None:
     progress.warning("text")
     progress.close()
     assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("width", "noun"), [(60, "step"), (60, "image"), (40, "step"), (100, "step")]
+)
+def test_the_live_line_of_a_narrow_terminal_neither_wraps_nor_scrolls(
+    clock: Clock, width: int, noun: str
+) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    progress = Progress(123_456, 0, True, console, noun=noun, brief=noun == "image")
+    metrics = {"images_per_second": 1084.25} | {
+        f"loss/{name}": 123.4
+        for name in ("segmentor", "cross_entropy", "adversarial", "discriminator_real", "dice")
+    }
+    for step in range(1_000, 90_000, 1_000):
+        clock.seconds += 977
+        progress.update(step, metrics)
+        progress._bar.refresh()
+    text = out.getvalue()
+    # a line that is renewed in its place moves no cursor up and begins no new line
+    assert "\x1b[1A" not in text and "\n" not in text
+    lines = re.split(r"\r", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+    assert max(map(len, lines)) <= width and "…" not in text
+    last = lines[-1].strip()
+    assert f"{noun} 89,000/123,456" in last and ("left" in last or width < 60)
+    progress.close()
+    # behind what takes the live line away
+    assert (f"{noun} 89,000" in out.getvalue().rpartition("\x1b[2K")[2]) == (noun == "step")
+
+
+def test_an_evaluation_that_is_over_soon_leaves_no_line_in_a_log_and_a_long_one_some(
+    clock: Clock,
+) -> None:
+    for seconds, expected in ((0.5, 0), (5.0, 2)):
+        console, out = log_console()
+        progress = Progress(5, 0, True, console, noun="image", brief=True)
+        for number in range(1, 6):
+            clock.seconds += seconds
+            progress.update(number, {"images_per_second": 1 / seconds})
+        progress.close()
+        assert out.getvalue().count("img/s") == expected

@@ -15,7 +15,7 @@ import pytest
 from conftest import toy_samples
 
 import shards.index
-from distseg.evaluate.command import data_suffix
+from distseg.evaluate.run import data_suffix
 from shards.errors import InputError
 from shards.manifest import Manifest, sha256_of
 from shards.maps import write_maps

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distseg.cli import main
-from distseg.runs import environment
+from distseg.runs import version
 from distseg.tracking.catalogue import CLASS_IOU, MEAN_IOU
 from distseg.tracking.progress import Progress
 
@@ -70,7 +70,7 @@ def test_a_clone_that_is_not_installed_knows_its_version(
 
     installed = importlib.metadata.version("distseg")
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    commit = environment.code_version(ROOT)
-    assert environment.package_version() == f"{installed}+{commit}" if commit else installed
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "distseg" / "runs" / "x.py"))
-    assert environment.package_version() == "unknown"
+    commit = version.code_version(ROOT)
+    assert version.package_version() == f"{installed}+{commit}" if commit else installed
+    monkeypatch.setattr(version, "CLONE", tmp_path)
+    assert version.package_version() == "unknown"

@@ -21,12 +21,14 @@ import pytest
 from safetensors.torch import load_file
 
 from distseg.cli import main
+from distseg.config.loading import load
 from distseg.data.stream import Batch
 from distseg.distributed import device
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.tracking.tracker import read_metrics
-from distseg.train import command, trainer
+from distseg.train import run as training
+from distseg.train import trainer
 from shards.manifest import Manifest
 from tests.ranks import PATIENCE, TIMEOUT_SECONDS, Job, Program, free_port, run_ranks
 
@@ -202,14 +204,14 @@ def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:
         return to_device(batch, *others)
 
     changed: dict[Any, dict[str, Any]] = {trainer: {"to_device": record}}
-    changed[command] = {
+    changed[training] = {
         "joined": lambda *_: contextlib.nullcontext(ranks),
         "show": lambda *_: None,
     }
     for module, functions in changed.items():
         for name, function in functions.items():
             setattr(module, name, function)
-    command.run([*SMALL, *overrides])
+    training.run(load([*SMALL, *overrides]))
     return seen
 
 
@@ -322,11 +324,11 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
     ]
     monkeypatch.setattr(device, "_has_bf16", lambda where: True)
     seen = []
-    monkeypatch.setattr(command, "show", lambda trainer, *_: seen.append(trainer.config.precision))
+    monkeypatch.setattr(training, "show", lambda trainer, *_: seen.append(trainer.config.precision))
     assert main(["train", *automatic]) == 0
     monkeypatch.setattr(device, "_has_bf16", lambda where: False)
     monkeypatch.setattr(
-        command,
+        training,
         "show",
         lambda trainer, *_: seen.append(
             (trainer.config.precision, signal.getsignal(signal.SIGTERM))
@@ -450,7 +452,7 @@ def test_training_stops_early_when_validation_no_longer_improves(
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     number: int, toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -459,9 +461,10 @@ def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     process.send_signal(number)
     output = finish(process)
-    assert f"{signal.Signals(number).name} here" in output and "checkpoint saved" in output
     saved = sorted((run_dir / "checkpoints").glob("step-*"))[-1].name
-    assert f"stopped at step {int(saved.removeprefix('step-'))} of 12" in output
+    step, name = int(saved.removeprefix("step-")), signal.Signals(number).name
+    last = f"stopped at step {step} of 12 ({name} here), checkpoint saved"
+    assert output.splitlines()[-1] == f"{last}: the same command goes on from there"
     assert saved != "step-00000012"
     finish(start(1, toy_shards, run_dir))
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])

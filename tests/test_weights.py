@@ -14,9 +14,9 @@ from distseg.cli import main
 from distseg.config import loading
 from distseg.models import build_discriminator, build_segmentor
 from distseg.runs import checkpoint
-from distseg.train.command import fit
 from distseg.train.initial import initial_weights
 from distseg.train.networks import build_networks
+from distseg.train.run import fit
 from shards.errors import InputError
 from tests.tiny import SETTINGS
 

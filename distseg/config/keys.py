@@ -32,7 +32,8 @@ class Key:
     """A key of the configuration, or a section of keys.
 
     name: its dotted name; type: as annotated; default: a section's is None. choices: the accepted
-    words, each with its meaning or "". low, high: inclusive bounds of the number, or of each number
+    words, each with its meaning or ""; own_code: besides them a reference to code of the user's own
+    (see shards.user_code). low, high: inclusive bounds of the number, or of each number
     of a list; None: open. unit: of the value. source: where the value or the method is from.
     on_resume, at_evaluation, at_prediction: whether it may differ from the run that is resumed,
     evaluated or used. modes: the values of `mode` in which it is used; (): in all.
@@ -43,6 +44,7 @@ class Key:
     type: str = ""
     default: Any = None
     choices: Mapping[str, str] = field(default_factory=dict)
+    own_code: bool = False
     low: Bound = None
     high: Bound = None
     unit: str = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,55 +14,57 @@ from yaml import YAMLError
 
 from distseg.config import code
 from distseg.config.keys import Key
-from distseg.config.names import (
-    KEYS,
-    OLD_NAMES,
-    SECTIONS,
-    abbreviated,
-    find,
-    flattened,
-    full_name,
-    nearest,
-    with_full_names,
-)
+from distseg.config.layers import CONFIG_FILE, layers, names_network, split
+from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names
 from distseg.config.rules import check
 from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
 from shards.storage import is_file, read_text
-
-CONFIG_FILE = "config.yaml"  # in a run directory
-PRESETS = Path(__file__).parent.parent / "presets"
+from shards.words import nearest
 
 TERMS = "loss.terms."
 ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
-# Networks: with another name the options of the former one are dropped.
-NETWORKS = tuple(name for name in SECTIONS if f"{name}.name" in KEYS and f"{name}.options" in KEYS)
-
-_log = logging.getLogger(__name__)
-_noted: set[str] = set()  # old names that a note was printed for
-
-
-def preset_names() -> list[str]:
-    """Names that `preset=` accepts."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load(overrides: list[str]) -> Config:
-    """Defaults, then the preset, then `key=value` overrides; checked, so that what comes back can
-    be run.
+    """Defaults, then the preset, then files, then `key=value` overrides.
 
-    Raises InputError for an unknown preset or key (naming the nearest), a value of the wrong type
-    or outside its choices or bounds.
+    What comes back is checked, and can be run.
+    A file is named by its path alone, FILE.yaml, among the overrides. Raises InputError for an
+    unknown preset or key (naming the nearest), a value of the wrong type or outside its choices or
+    bounds, and for a file that cannot be read.
     """
-    pairs = [_split(item) for item in overrides]
-    presets = [value for key, value in pairs if key == "preset"]
     # typed: OmegaConf refuses values of another type from here on
     merged = OmegaConf.structured(Config)
-    if presets:
-        # before all overrides, wherever it stands among them
-        merged = _merge(merged, _preset_values(presets[-1]))
-    return _override(merged, pairs)
+    *below, command_line = layers(overrides)
+    for layer in below:
+        try:
+            merged = _applied(merged, layer.values)
+        except InputError as error:
+            # of a preset: it is ours, and has no wrong values
+            raise InputError(f"{layer.origin}: {error.got}", error.needed, error.action) from None
+    return _override(merged, command_line.values)
+
+
+def origins(overrides: list[str], config: Config) -> dict[str, str]:
+    """Where the value of each key of `load(overrides)` is from, by dotted names.
+
+    The origin of a Layer, "default", or "from other keys" for what was filled in.
+    """
+    named: list[tuple[str, str]] = []
+    for layer in layers(overrides):
+        named += [(key, layer.origin) for key, _ in layer.values]
+    found = {}
+    for name, value in flattened(to_dict(config)).items():
+        entry = find(name)
+        is_default = entry is not None and entry.default == value
+        found[name] = "default" if is_default else "from other keys"
+        for key, origin in named:
+            # of a dictionary's part, or of the dictionary as a whole
+            if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."):
+                found[name] = origin
+    return found
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
@@ -104,7 +105,15 @@ def words(overrides: Sequence[str]) -> list[str]:
 
 def override(config: Config, overrides: list[str]) -> Config:
     """A configuration with `key=value` overrides on top. Raises InputError as `load` does."""
-    return _override(OmegaConf.structured(config), [_split(item) for item in overrides])
+    return _override(OmegaConf.structured(config), [split(item) for item in overrides])
+
+
+def check_changes(run_dir: Path, overrides: list[str], allowed: Callable[[Key], bool]) -> None:
+    """Raise InputError for overrides that a run cannot be scored or used with, as `refuse_others`
+    and `override` do; all that can be known without torch.
+    """
+    refuse_others(overrides, allowed)
+    override(from_file(run_dir / CONFIG_FILE), overrides)
 
 
 def refuse_others(overrides: list[str], allowed: Callable[[Key], bool]) -> None:
@@ -113,7 +122,7 @@ def refuse_others(overrides: list[str], allowed: Callable[[Key], bool]) -> None:
     allowed: says of a key whether it may. Unknown keys are left to `override`.
     """
     for item in overrides:
-        found = find(_split(item)[0])
+        found = find(split(item)[0])
         # one message for all commands; what is allowed is said beside each key in the schema
         if found is not None and not allowed(found):
             needed = f"one of: {', '.join(abbreviated(allowed))}"
@@ -206,34 +215,9 @@ def _is_free(name: str) -> bool:
     return found is not None and found.on_resume
 
 
-def _split(item: str) -> tuple[str, str]:
-    """An override as its key's full name and its value."""
-    # at the first "=": a value may hold more of them
-    name, separator, value = item.partition("=")
-    if not separator or not name:
-        raise InputError(
-            f"argument {item!r}", "key=value", "write for example steps=500 or loss.adv_weight=0.01"
-        )
-    if name in OLD_NAMES and name not in _noted:
-        _noted.add(name)
-        _log.warning("note: %s is now called %s", name, OLD_NAMES[name])
-    return full_name(name), value
-
-
-def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
-    for key, value in _behind_their_network(pairs):
-        section = key.rpartition(".")[0]
-        # options of one network mean nothing, or something else, to another
-        if _names_network(key) and value != OmegaConf.select(merged, key):
-            OmegaConf.update(merged, f"{section}.options", {}, merge=False)
-            if section == "segmentor" and user_code.is_reference(value):
-                merged.segmentor.init = "random"  # as its constructor makes it
-        if key.partition(".")[0] == "code":
-            raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
-        # one by one, so that an error names the argument that it is in
-        merged = _merge(merged, {key: _parse(key, value)})
+def _override(merged: Any, pairs: list[tuple[str, Any]]) -> Config:
     # from here on a plain dataclass: the rest of the package knows nothing of OmegaConf
-    config = _resolved(merged)
+    config = _resolved(_applied(merged, pairs))
     # by what was written here: defaults and presets have weights for other modes too
     if config.mode == "supervised":
         _refuse_weights(pairs)
@@ -245,14 +229,30 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     return config
 
 
-def _behind_their_network(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _applied(merged: Any, pairs: list[tuple[str, Any]]) -> Any:
+    """What is merged so far, with the values of one layer on top."""
+    for key, value in _behind_their_network(pairs):
+        section = key.rpartition(".")[0]
+        # options of one network mean nothing, or something else, to another
+        if names_network(key) and value != OmegaConf.select(merged, key):
+            OmegaConf.update(merged, f"{section}.options", {}, merge=False)
+            if section == "segmentor" and user_code.is_reference(str(value)):
+                merged.segmentor.init = "random"  # as its constructor makes it
+        if key.partition(".")[0] == "code":
+            raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
+        # one by one, so that an error names the argument that it is in
+        merged = _merge(merged, {key: value})
+    return merged
+
+
+def _behind_their_network(pairs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """The overrides, with what is said of a network before it is first named moved behind that.
 
     It is of the network that is named. What is said after a name goes with it when another follows.
     """
     first: dict[str, int] = {}
     for place, (key, _) in enumerate(pairs):
-        if _names_network(key):
+        if names_network(key):
             first.setdefault(key.rpartition(".")[0], place)
 
     def order(place: int) -> tuple[int, int]:
@@ -260,10 +260,6 @@ def _behind_their_network(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]
         return (named, 1) if place < named else (place, 0)
 
     return [pairs[place] for place in sorted(range(len(pairs)), key=order)]
-
-
-def _names_network(key: str) -> bool:
-    return key.removesuffix(".name") in NETWORKS
 
 
 def _make_references_absolute(config: Config) -> None:
@@ -283,35 +279,13 @@ def _resolved(merged: Any) -> Config:
         raise InputError(got, "plain values", "write the value itself") from None
 
 
-def _refuse_weights(pairs: list[tuple[str, str]]) -> None:
+def _refuse_weights(pairs: list[tuple[str, Any]]) -> None:
     """Of an adversary that the mode has none of: it would be passed over in silence."""
     for key, value in dict(pairs).items():  # the last of a key counts
-        if key in ADVERSARIAL_WEIGHTS and value not in ("0", "0.0"):
+        if key in ADVERSARIAL_WEIGHTS and value != 0:
             got, needed = f"{key}={value} with mode=supervised", "an adversary for its weight"
             action = "write mode=adversarial (or semi_supervised), or leave it out"
             raise InputError(got, needed, action)
-
-
-def _parse(key: str, value: str) -> Any:
-    try:
-        # by OmegaConf's own rules for a command line: 1e-3 is a number, null is None
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-    except YAMLError:
-        raise InputError(f"{key}={value}", "a YAML value", f"correct {key}") from None
-    return parsed["value"]
-
-
-def _preset_values(name: str) -> dict[str, Any]:
-    """A preset's values by dotted names, on top of those of the preset that it is based on."""
-    if name not in preset_names():
-        needed = f"one of: {', '.join(preset_names())}"
-        raise InputError(f"preset={name}", needed, nearest(name, preset_names()))
-    values: Any = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{name}.yaml"))
-    base = values.pop("base", None)  # another preset, which this one changes
-    own, inherited = flattened(values), _preset_values(base) if base else {}
-    # an inherited network's options go with it
-    options = tuple(f"{network}.options." for network in NETWORKS if f"{network}.name" in own)
-    return {key: value for key, value in inherited.items() if not key.startswith(options)} | own
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:

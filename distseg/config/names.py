@@ -1,9 +1,8 @@
-"""Names of keys: which there are, what they were once called, and the nearest to a wrong one."""
+"""Names of keys: which there are, and what they were once called."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from distseg.config.keys import Key, keys_of, sections_of
@@ -46,20 +45,6 @@ def find(name: str) -> Key | None:
         if name in KEYS and not KEYS[name].type.startswith("dict"):
             return None
     return None
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """What to do about a word that is none of the choices: take the most similar, or any of them.
-
-    Of dotted names those with the same last part come first.
-    """
-    choices = list(choices)
-    last = word.rpartition(".")[2]
-    # mostly a key in a wrong section, or without one; likeness alone would miss it
-    same_last = [choice for choice in choices if choice.rpartition(".")[2] == last]
-    similar = difflib.get_close_matches(word, choices, n=1, cutoff=0.3)
-    found = same_last[:1] or similar
-    return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"
 
 
 def abbreviated(chosen: Callable[[Key], bool]) -> list[str]:

@@ -10,8 +10,9 @@ import textwrap
 from typing import Any
 
 from distseg.config.keys import Key
-from distseg.config.names import KEYS, SECTIONS, find, full_name, nearest
+from distseg.config.names import KEYS, SECTIONS, find, full_name
 from shards.errors import InputError
+from shards.words import nearest
 
 WIDTH = 96  # of the text, columns
 COMMAND = "python -m distseg.config.reference > docs/configuration.md"

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from distseg.config.keys import Key
-from distseg.config.names import KEYS, nearest
+from distseg.config.names import KEYS
 from distseg.config.schema import Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
 from shards.user_code import FORMS, is_reference
+from shards.words import nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
 # here too, and not imported: the schema must not wait for torch, which losses need
@@ -40,8 +41,11 @@ def check(config: Config, values: Mapping[str, Any]) -> None:
 
 def check_choice(entry: Key, value: Any) -> None:
     """Raise InputError for a word that the key does not accept."""
+    if entry.own_code and is_reference(str(value)):
+        return
     if value not in entry.choices:
         needed = f"one of: {', '.join(entry.choices)}"
+        needed += f"; or your own, as {FORMS}" if entry.own_code else ""
         raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
 
 

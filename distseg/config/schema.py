@@ -18,6 +18,18 @@ WITH_UNLABELLED = ("semi_supervised",)
 HUNG = "Hung et al. 2018"
 LUC = "Luc et al. 2016"
 
+# as distseg/models has them, which needs torch: so a misspelt one is told at once
+SEGMENTORS = (
+    *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
+    *("deeplabv3_efficientnet_lite0", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
+    *("deeplabv3plus_efficientnet_lite0", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
+    *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
+)
+DISCRIMINATORS = (
+    *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),
+    *("small_fov", "small_fov_light"),
+)
+
 
 @dataclass
 class DataConfig:
@@ -176,6 +188,8 @@ class SegmentorConfig:
         "deeplabv3plus_efficientnet_lite0",
         "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
         "package.module:name",
+        choices=SEGMENTORS,
+        own_code=True,
     )
     init: str = key(
         "imagenet",
@@ -218,6 +232,8 @@ class DiscriminatorConfig:
         "two_branch",
         "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
         "package.module:name",
+        choices=DISCRIMINATORS,
+        own_code=True,
     )
     init: str = key(
         "random", "first weights: random; a file of weights; a run directory, as in segmentor.init"

@@ -21,7 +21,7 @@ from shards.errors import InputError
 from shards.reader import RawSample, ShardReader
 from shards.sample import IGNORE_INDEX, ClassSet, decode_image
 from shards.storage import is_file, read_text
-from shards.words import counted
+from shards.words import counted, nearest
 
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
@@ -127,6 +127,10 @@ class SampleSet:
     def keys(self) -> list[str]:
         """Names of the samples, in order."""
         return [self.reader.key(index) for index in self._indices]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a sample in px, without reading it."""
+        return self.reader.size(self._indices[index])
 
     def shard_sizes(self) -> list[int]:
         """How many of the samples lie in each of the shards that hold any, in packed order."""
@@ -334,7 +338,8 @@ def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray 
     unknown = [name for name in keep if name not in classes.names]
     if unknown or len(set(keep)) != len(keep):
         needed = f"some of: {', '.join(classes.names)}, each once"
-        raise InputError(f"data.keep_classes={list(keep)}", needed, "correct data.keep_classes")
+        action = nearest(unknown[0], classes.names) if unknown else "name each class once"
+        raise InputError(f"data.keep_classes={list(keep)}", needed, action)
     # 0, "other", is where all classes go that are not named below
     table = np.zeros(256, np.uint8)
     table[IGNORE_INDEX] = IGNORE_INDEX

@@ -23,7 +23,7 @@ import torch
 from distseg.config.schema import DataConfig
 from distseg.data.samples import SampleSet, open_reader
 from distseg.distributed.ranks import Ranks
-from distseg.runs.environment import package_version
+from distseg.runs.version import package_version
 from distseg.tracking.wandb_run import choose_mode
 from shards.errors import InputError
 from shards.sample import decode_image

@@ -1,189 +1,74 @@
-"""Exact evaluation: every validation image once, at full resolution, one confusion matrix over all
-ranks.
-"""
+"""`distseg evaluate` and `distseg summarize`: their arguments, read without torch."""
 
 from __future__ import annotations
 
-import time
+import argparse
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
+from distseg.config.arguments import add_run, configured_command
+from shards.command_line import Commands, add_command, add_overrides
 
-from distseg.config import loading
-from distseg.config.schema import Config
-from distseg.data.samples import SampleSet, check_not_void, open_reader
-from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, joined, on_all, on_each, on_main
-from distseg.distributed.watchdog import Watchdog
-from distseg.evaluate import document
-from distseg.evaluate.evaluator import Evaluator
-from distseg.evaluate.inference import TestTimeAugmentation
-from distseg.evaluate.summary import overview
-from distseg.evaluate.trained import trained_segmentor
-from distseg.runs.checkpoint import Checkpoint
-from distseg.runs.lease import leased
-from distseg.tracking.progress import Progress
-from shards.errors import InputError
-from shards.files import write_json
-from shards.reader import ShardReader
-from shards.words import counted
+EVALUATE = """\
+Score a run's checkpoint on a split: every image once, at full resolution, one confusion matrix.
+
+Test-time augmentation:  evaluate.scales=[0.75,1,1.25] evaluate.horizontal_flip=true
+Sliding window:          evaluate.window_px=512 evaluate.overlap_px=128, for large images
+Other data:              data.shards=DIR; classes of other spelling or order are found by name,
+                         others by --map 'car=vehicle,truck=vehicle', whose probabilities add up
+On several processes:    torchrun --standalone --nproc_per_node=N -m distseg.evaluate RUN
+The scores are written beside the run's config.yaml; `distseg summarize` makes tables of them."""
+SUMMARIZE = """Tables of evaluated runs; of runs that differ in their seed only, mean and spread.
+
+A run stands for its evaluation.json, what training's last evaluation found; name the file of
+another evaluation:
+  distseg summarize runs/*/evaluation-step-00000900-val-scales-0.75-1-1.25-flip.json
+The spread is the sample standard deviation over seeds. Only like is compared: data, split, classes,
+scales, flip and window."""
 
 
-def run(run_dir: Path, which: str, overrides: list[str], quick: bool = False) -> int:
-    """`distseg evaluate RUN`: score a checkpoint, print the table, write
-    evaluation-step-<step>-<split>.json.
-
-    quick: leave out outlines, calibration and intervals. The shards need not have been verified, as
-    training's must: scoring reads each sample once and soon, and ends at the first damaged or
-    impossible one with its name.
-    """
-    # before the network is built: a key that may not differ would score another network, or none
-    check_overrides(overrides)
-    # everything that can refuse comes before the ranks join, where leaving alone hangs the others
-    network, config, found = trained_segmentor(run_dir, which)
-    config = loading.override(config, overrides)
-    samples = open_samples(config, found)
-    timeout_seconds = config.parallel.timeout_seconds
-    with (
-        # a training beside may prune it before every rank has come to read it
-        leased(found.path),
-        joined(config.device, timeout_seconds) as ranks,
-        Watchdog(ranks, timeout_seconds) as watchdog,
-    ):
-        network, found = _of_one_checkpoint(run_dir, network, found, ranks)
-        # bytes of a long download are signs of life
-        samples.reader.tell(watchdog.keep_alive)
-        evaluator = evaluator_of(network, config, found, samples, ranks)
-        # each image is reported: a split at full resolution takes longer than the time limit
-        evaluator.details, evaluator.mark = not quick, watchdog.report
-        # after all is open: the time told is that of scoring
-        started = time.perf_counter()
-        evaluator()
-        _publish(evaluator, found, time.perf_counter() - started)
-    return 0
-
-
-def _of_one_checkpoint(
-    run_dir: Path, network: nn.Module, found: Checkpoint, ranks: Ranks
-) -> tuple[nn.Module, Checkpoint]:
-    """The main rank's checkpoint, on every rank: "last" may be another for each, where the run
-    trains on meanwhile.
-    """
-    step = on_main(ranks, lambda: found.step)
-    if any(on_all(ranks, found.step != step)):
-        network, _, found = on_each(ranks, lambda: trained_segmentor(run_dir, str(step)))
-    return network, found
-
-
-def check_overrides(overrides: list[str]) -> None:
-    """Raise InputError for a key that may not differ from the run when it is scored."""
-    loading.refuse_others(overrides, lambda key: key.at_evaluation)
-
-
-def open_samples(config: Config, found: Checkpoint) -> SampleSet:
-    """The split to score; InputError where its classes are not those of the checkpoint."""
-    _check_place(config, found.path.parent.parent)
-    reader = open_reader(config.data, config.data.val_split)
-    samples = SampleSet(reader, keep=config.data.keep_classes)
-    check_classes(found, samples)
-    check_not_void(samples, "to score on")
-    return samples
-
-
-def _check_place(config: Config, run_dir: Path) -> None:
-    """Raise InputError where the shards' path is relative, and begins in another folder."""
-    shards = Path(config.data.shards)
-    if "://" in config.data.shards or shards.is_absolute() or shards.exists():
-        return
-    # where training was called, if the run's own path still says it
-    here, ours = run_dir.resolve(), Path(config.run_dir).parts
-    action = "call this in the folder that the run was trained in, or write data.shards=DIR"
-    if ours and not Path(config.run_dir).is_absolute() and here.parts[-len(ours) :] == ours:
-        found = here.parents[len(ours) - 1] / shards
-        action = f"write data.shards={found}" if found.exists() else action
-    raise InputError(
-        f"data.shards={shards}: a relative path, and not in {Path.cwd()}",
-        "the shards' path as it is from here",
-        action,
+def add_evaluate(commands: Commands) -> None:
+    """Add `evaluate` to the commands."""
+    parser = configured_command(commands, "evaluate", "score a trained run", EVALUATE)
+    add_run(parser)
+    parser.add_argument(
+        "--quick", action="store_true", help="without outlines, calibration and intervals"
     )
-
-
-def evaluator_of(
-    network: nn.Module, config: Config, found: Checkpoint, samples: SampleSet, ranks: Ranks
-) -> Evaluator:
-    """Of a checkpoint's network as configured; called on every rank."""
-    # "auto" means the run's own precision: another machine's choice would give other scores than
-    # training's
-    trained_in = found.identity["precision"]
-    precision = (
-        trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
+    explained = (
+        "which classes of other data the run's are: 'car=vehicle,truck=vehicle', or FILE.yaml"
     )
-    augmentation = TestTimeAugmentation.of(config.evaluate, precision, ranks.device)
-    # as in training: another memory format runs other kernels, with other rounding
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    network = network.to(ranks.device, dtype=dtype)
-    network = network.to(memory_format=layout)  # type: ignore[call-overload]
-    return Evaluator(
-        lambda: network, samples, ranks, augmentation, num_threads=config.data.num_threads
+    parser.add_argument("--map", dest="class_map", metavar="RUN'S=DATA'S", help=explained)
+    parser.add_argument(
+        "--per-image", type=Path, metavar="FILE.csv", help="also the scores of each image"
     )
+    add_overrides(parser, "data.val_split=val evaluate.horizontal_flip=true")
+    parser.set_defaults(handler=_evaluate)
 
 
-def _publish(evaluator: Evaluator, found: Checkpoint, seconds: float) -> None:
-    """Write and print the scores of a checkpoint; called on every rank."""
-    reader, ranks, precision = (
-        evaluator.samples.reader,
-        evaluator.ranks,
-        evaluator.augmentation.precision,
+def _evaluate(options: argparse.Namespace) -> int:
+    from distseg.config import loading
+
+    # before torch, whose import takes seconds: a misspelt key is told at once
+    loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
+    from distseg.evaluate.class_map import parsed
+    from distseg.evaluate.run import EvaluateOptions, run
+
+    wanted = None if options.class_map is None else parsed(options.class_map)
+    chosen = EvaluateOptions(options.quick, wanted, options.per_image)
+    return run(options.run, options.checkpoint, options.overrides, chosen)
+
+
+def add_summarize(commands: Commands) -> None:
+    """Add `summarize` to the commands."""
+    summary = "tables of runs, mean and spread over seeds"
+    parser = add_command(commands, "summarize", summary, SUMMARIZE)
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN|FILE", help="run directories or evaluation*.json"
     )
-    # as it was read at the start: the folder may have been pruned meanwhile
-    path, step, identity = found.path, found.step, found.identity
-    # part of the file's name is whatever makes scores incomparable, so that none overwrites another
-    other = data_suffix(reader, identity["manifest_sha256"])
-    other += "" if identity["precision"] == precision else f"-{precision}"
-    # beside the full one
-    other += evaluator.augmentation.suffix() + ("" if evaluator.details else "-quick")
-    # evaluation.json is training's
-    out = path.parent.parent / f"evaluation-step-{step:08d}-{reader.split}{other}.json"
-    # the main rank writes, and all learn of a full disk
-    report = on_main(ranks, lambda: _written(out, evaluator.report(step)))
-    progress = Progress(step, step, ranks.is_main)
-    images = counted(len(evaluator.samples), "image")
-    scored = f"{report['num_images']} of {images} of {reader.split}, each once"
-    progress.message(
-        f"{path.name}: {scored}, at full resolution, by "
-        f"{counted(ranks.world_size, 'rank')}, {seconds:.1f} s"
-    )
-    progress.evaluation(step, evaluator.named())
-    progress.message("\n".join([*overview(report), f"wrote {out}"]))
+    parser.add_argument("--format", default="markdown", choices=("markdown", "latex", "json"))
+    parser.set_defaults(handler=_summarize)
 
 
-def data_suffix(reader: ShardReader, trained_on: str) -> str:
-    """What the name of a file of scores says of the data; "" for those that the run trained on.
+def _summarize(options: argparse.Namespace) -> int:
+    from distseg.evaluate import summary
 
-    trained_on: the sha256 of their manifest.
-    """
-    if reader.manifest.sha256 == trained_on:
-        return ""
-    # by content too: other data may have the same name
-    return f"-{reader.manifest.name}-{document.short(reader.content_sha256())}"
-
-
-def _written(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    write_json(path, report)
-    return report
-
-
-def check_classes(found: Checkpoint, samples: SampleSet) -> None:
-    """Raise InputError when a checkpoint was trained on other classes than the shards have."""
-    # names and their order: the same number of other classes would score without an error
-    trained_on = found.identity["classes"]
-    classes = samples.classes
-    if trained_on != list(classes.names):
-        theirs = counted(classes.num_classes, "class", "classes")
-        ours = counted(len(trained_on), "class", "classes")
-        got = f"{found.path} was trained on {ours} ({', '.join(trained_on)})"
-        needed = f"the {theirs} of the shards ({', '.join(classes.names)})"
-        raise InputError(got, needed, "choose other shards with data.shards=DIR")
+    return summary.run(options.runs, options.format)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # else scores do not compare
-SAME_DATA = ("data", "split", "num_images", "data_sha256")
+SAME_DATA = ("data", "split", "num_images", "data_sha256", "class_map")
 SAME_AUGMENTATION = ("scales", "horizontal_flip", "window_px", "overlap_px")
 # "boundary IoU" was the mean IoU of a trimap; today's is val/mean_boundary_iou
 _RENAMED: dict[str, str] = {"mirror": "horizontal_flip", "val/boundary_iou": "val/trimap_iou"}

@@ -13,6 +13,7 @@ from torch import nn
 from distseg.data.samples import SampleSet
 from distseg.data.stream import evaluation_samples
 from distseg.distributed.ranks import Ranks
+from distseg.evaluate.class_map import ClassMap
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.metrics import SegmentationScores
 from distseg.evaluate.tally import Tally
@@ -32,7 +33,11 @@ class Evaluator:
     num_threads: int = 2
     # told of every image, so that slow ones are no stall
     mark: Callable[[str], None] = lambda what: None
+    seen: Callable[[int], None] = lambda number: None  # told how many images this rank has scored
     details: bool = False  # outlines, calibration and intervals too, which take longer
+    per_image: bool = False  # what each image's own scores are made from, in tally.margins
+    # None: the classes of the samples are the network's
+    class_map: ClassMap | None = None
     result: SegmentationScores | None = None
     tally: Tally | None = None  # what the result was made from
     # scores that no confusion matrix gives: Tally.others
@@ -52,14 +57,22 @@ class Evaluator:
         was_training = network.training
         network.eval()
         num_classes, device = self.samples.classes.num_classes, self.ranks.device
-        tally = Tally(len(self.samples), num_classes, device, self.details)
+        tally = Tally(
+            len(self.samples), num_classes, device, self.details, per_image=self.per_image
+        )
         # interleaved, as data sets are often sorted by size or scene, and the slowest rank is
         # waited for
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
-        for index, _, image, array in evaluation_samples(self.samples, *shares):
+        for number, sample in enumerate(evaluation_samples(self.samples, *shares), start=1):
+            index, _, image, array = sample
             self.mark("evaluation")
             label = torch.from_numpy(array).to(device)
-            tally.add(index, self.augmentation(network, image), label)
+            probabilities = self.augmentation(network, image)
+            if self.class_map is not None:
+                label = self.class_map.label(label)
+                probabilities = self.class_map.probabilities(probabilities)
+            tally.add(index, probabilities, label)
+            self.seen(number)
         network.train(was_training)
         # one exchange at the end: ranks may have an image more or less, so nothing can be agreed on
         # per image
@@ -88,6 +101,8 @@ class Evaluator:
         # two data sets may have one name
         about["data_sha256"] = reader.content_sha256()
         about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
+        if self.class_map is not None:
+            about["class_map"] = self.class_map.to_dict()
         scores = {
             # JSON has no NaN, and the strict readers of other languages refuse it
             name: None if math.isnan(value) else value

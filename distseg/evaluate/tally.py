@@ -40,11 +40,17 @@ class Tally:
 
     What is not a whole number is kept for each image and added in the images' order, so rounding
     does not depend on who saw which. details: also outlines, calibration and what the bootstrap
-    needs.
+    needs. per_image: also `margins`, which details bring along.
     """
 
     def __init__(
-        self, num_images: int, num_classes: int, device: torch.device, details: bool = False
+        self,
+        num_images: int,
+        num_classes: int,
+        device: torch.device,
+        details: bool = False,
+        *,
+        per_image: bool = False,
     ):
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -59,7 +65,8 @@ class Tally:
         # kept per image, or one image twice and another one not at all would pass for all
         self._times_seen = zeros(num_images)
         # right, true and predicted pixels
-        self._margins = zeros(num_images if details else 0, 3, num_classes)
+        self._keeps_margins = details or per_image
+        self._margins = zeros(num_images if self._keeps_margins else 0, 3, num_classes)
         num_values = _CALIBRATION + 3 * NUM_BINS if details else 1
         # (images, values): a rank fills its rows, and sums over ranks add zeros to them
         self._values = zeros(num_images, num_values, dtype=torch.float64)
@@ -76,10 +83,11 @@ class Tally:
         self._values[index, _LOSS] = log_loss_sum(probabilities, label)
         if num_classes == 2:
             self._at_thresholds += threshold_counts(probabilities[1], label)
-        if self.details:
+        if self._keeps_margins:
             self._margins[index] = torch.stack(
                 [confusion.diagonal(), confusion.sum(1), confusion.sum(0)]
             )
+        if self.details:
             self._values[index, _CALIBRATION:] = calibration_counts(probabilities, label).flatten()
             self._add_outlines(index, prediction, label)
 
@@ -103,8 +111,10 @@ class Tally:
         # the same order on every rank: collectives pair up by it
         for counts in (self.confusion, self._at_thresholds, self._times_seen, self._values):
             all_reduce_sum(counts)
+        if self._keeps_margins:
+            all_reduce_sum(self._margins)
         if self.details:
-            for counts in (self._margins, self._trimap_confusion, self._boundary):
+            for counts in (self._trimap_confusion, self._boundary):
                 all_reduce_sum(counts)
         # the promise of an exact evaluation, checked: a padded sampler would break it without a
         # trace
@@ -120,6 +130,11 @@ class Tally:
     def num_images(self) -> int:
         """Images counted."""
         return int(self._times_seen.sum())
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(images, 3, C) int64: an image's right, true and predicted pixels of each class."""
+        return self._margins.cpu().numpy()
 
     def scores(self) -> SegmentationScores:
         """Those of the confusion matrix. Raises InputError where no pixel has a label."""
@@ -165,7 +180,7 @@ class Tally:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """95 % bootstrap intervals over images; only with details."""
-        return bootstrap(self._margins.cpu().numpy())
+        return bootstrap(self.margins)
 
 
 def bootstrap(margins: np.ndarray, seed: int = 0) -> dict[str, tuple[float, float]]:

@@ -28,7 +28,7 @@ from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
 from distseg.models import build_segmentor
 from distseg.models.own_segmentor import OwnSegmentor
-from distseg.runs.environment import package_version
+from distseg.runs.version import package_version
 from shards import user_code
 from shards.errors import InputError
 from shards.files import published

@@ -47,6 +47,7 @@ from distseg.models.weights import (
 )
 from shards.errors import InputError
 from shards.user_code import FORMS, is_reference
+from shards.words import nearest
 
 __all__ = [
     "BatchNorm2d",
@@ -244,7 +245,7 @@ def _check(
 ) -> None:
     if name not in choices:
         needed = f"one of: {', '.join(choices)}; or your own, as {FORMS}"
-        raise InputError(f"{kind}={name}", needed, f"correct {kind}.name")
+        raise InputError(f"{kind}={name}", needed, nearest(name, choices))
     # from the constructor's own signature: an option has no second list that could be forgotten
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]
     for key in options:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from distseg.distributed.ranks import Ranks
+from distseg.runs.version import code_version, package_version
 
 PACKAGES = ("torch", "numpy", "deepspeed", "wandb", "webdataset")
 SLURM_FACTS = (
@@ -32,7 +31,6 @@ SLURM_FACTS = (
     "ARRAY_TASK_ID",
     "CLUSTER_NAME",
 )
-_GIT_SECONDS = 5.0  # the checkout may lie on a file system that has stopped answering
 
 
 def facts(ranks: Ranks) -> dict[str, Any]:
@@ -56,42 +54,6 @@ def facts(ranks: Ranks) -> dict[str, Any]:
     if slurm:
         found["slurm"] = slurm
     return found
-
-
-def code_version(folder: Path) -> str | None:
-    """The commit that a checkout is at, with "-dirty" where files differ from it.
-
-    None where there is no checkout.
-    """
-    # --exclude: the commit itself, whatever tags there are
-    what = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *what],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def package_version() -> str:
-    """The version of distseg: of the package, or of a clone that is not installed; "unknown"."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("distseg")
-    clone = Path(__file__).parents[2]
-    try:
-        text = (clone / "pyproject.toml").read_text(encoding="utf-8")
-    except OSError:  # copied without it
-        return "unknown"
-    # without a parser: Python 3.10 has none for TOML
-    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    # as a local version is written, PEP 440
-    commit = code_version(clone)
-    return (found.group(1) if found else "unknown") + (f"+{commit}" if commit else "")
 
 
 def _versions() -> dict[str, str]:

@@ -22,30 +22,44 @@ from shards.terminal import Forgiving
 _PLAIN_SECONDS = 10.0  # between lines in a log file
 _SPEED_SECONDS = 60.0  # the time left follows from the speed over this window
 _BAR_CELLS = 16
+_WIDE_CELLS = 80  # a terminal of so many columns has room for the bar too
+_SPEED = 1  # the place of the speed in a line, where it has one
 
 
 class Progress:
-    """Shows how far training is, its speed and losses, and when it will end.
+    """Shows how far training is, its speed and losses, and when it will end; or an evaluation.
 
     total_steps: the step at which training ends; start_step: the step it goes on from (0 for a new
-    run). enabled: False on every rank but 0, and then nothing is shown.
+    run). enabled: False on every rank but 0, and then nothing is shown. noun: what is counted.
+    brief: leave nothing behind, and nothing in a log that is over within seconds.
     """
 
     def __init__(
-        self, total_steps: int, start_step: int, enabled: bool, console: Console | None = None
+        self,
+        total_steps: int,
+        start_step: int,
+        enabled: bool,
+        console: Console | None = None,
+        *,
+        noun: str = "step",
+        brief: bool = False,
     ):
+        self._noun, self._brief = noun, brief
         self._total_steps, self._step = total_steps, start_step
         self._metrics: dict[str, float] = {}
         self._mean_iou = math.nan
         # (seconds, step), oldest first. Not rich's own estimate: that forgets all that is older
         # than its window, and so has nothing to go by where rows come more than a minute apart.
         self._recent = deque([(time.monotonic(), start_step)])
-        self._next_plain = 0.0
+        self._next_plain = time.monotonic() + _PLAIN_SECONDS if brief else 0.0
         # a class name that a terminal cannot show must not end a training
         self._console = console or Console(highlight=False, file=cast(TextIO, Forgiving()))
         self._enabled = enabled
+        # a narrow terminal has room for one of them, and the bar says least
+        self._bar_cells = _BAR_CELLS if self._console.width >= _WIDE_CELLS else 0
+        bar = [rich_progress.BarColumn(self._bar_cells)] if self._bar_cells else []
         self._bar = rich_progress.Progress(
-            rich_progress.BarColumn(_BAR_CELLS),
+            *bar,
             _LineColumn(self),
             console=self._console,
             # often enough to look alive; each redraw takes time from the interpreter that trains
@@ -107,7 +121,7 @@ class Progress:
         self._enabled = False
         self._bar.stop()
         # the live line is transient: without this nothing of the last state stays on the screen
-        if len(self._recent) > 1:
+        if len(self._recent) > 1 and not self._brief:
             self._print_line()
 
     def seconds_left(self) -> float:
@@ -118,10 +132,21 @@ class Progress:
         seconds_per_step = (last_time - first_time) / (last_step - first_step)
         return (self._total_steps - self._step) * seconds_per_step
 
-    def line(self) -> Text:
-        """The present state: one line, which a terminal cuts at its width."""
+    def line(self, cells: int | None = None) -> Text:
+        """The present state: one line; cells: of as many columns at most, by leaving parts out."""
+        parts = self._parts()
+        # its end is what people look for, then its losses from the first to the last
+        while cells is not None and len("  ".join(parts)) > cells and len(parts) > 1:
+            parts.pop(_SPEED if len(parts) > _SPEED + 1 and "img/s" in parts[_SPEED] else -1)
+        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+    def live_line(self) -> Text:
+        """The line that fits beside the bar into the terminal as wide as it is now."""
+        return self.line(self._console.width - (self._bar_cells + 1 if self._bar_cells else 0))
+
+    def _parts(self) -> list[str]:
         share = self._step / self._total_steps if self._total_steps else 1.0
-        parts = [f"step {self._step:,}/{self._total_steps:,}  {share:6.1%}"]
+        parts = [f"{self._noun} {self._step:,}/{self._total_steps:,}  {share:6.1%}"]
         if "images_per_second" in self._metrics:
             parts.append(f"{self._metrics['images_per_second']:.1f} img/s")
         left = self.seconds_left()
@@ -135,7 +160,7 @@ class Progress:
         for metric in catalogue.ordered(self._metrics):
             if metric.short and not metric.name.startswith(VALIDATION):
                 parts.append(f"{metric.short} {metric.text(self._metrics[metric.name])}")
-        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        return parts
 
     def _print_line(self) -> None:
         # A log line is never cut at the width of a terminal that is not there.
@@ -150,7 +175,7 @@ class _LineColumn(rich_progress.ProgressColumn):
         self._progress = progress
 
     def render(self, task: rich_progress.Task) -> Text:
-        return self._progress.line()
+        return self._progress.live_line()
 
 
 def _duration(seconds: float) -> str:

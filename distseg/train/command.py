@@ -1,209 +1,62 @@
-"""Training, from configuration to evaluated run: the map of the system."""
+"""`distseg train`: its arguments, read without torch."""
 
 from __future__ import annotations
 
-import gc
-import os
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+import argparse
 from pathlib import Path
-from typing import Any
 
-from distseg.config import code, loading
-from distseg.config.schema import Config
-from distseg.data.stream import PairedStream, TrainStream
-from distseg.distributed.device import allow_tf32, reuse_memory
-from distseg.distributed.launch import resolve_ranks
-from distseg.distributed.ranks import (
-    Ranks,
-    check_alone,
-    joined,
-    on_main,
-)
-from distseg.distributed.stop import StopRequest
-from distseg.distributed.watchdog import Watchdog
-from distseg.parallel import check_installed, check_settings, check_shard_size
-from distseg.runs.checkpointer import newest, set_aside
-from distseg.runs.rundir import RunDirectory
-from distseg.tracking import tensorboard
-from distseg.train.assembly import build_trainer, learned, spread, with_precision
-from distseg.train.attempt import noted
-from distseg.train.flops import StepWork
-from distseg.train.headline import about_checkpoints, extension
-from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
-from distseg.train.networks import Networks, build_networks
-from distseg.train.objective import Objective, build_objective
-from distseg.train.replicas import check_same_code
-from distseg.train.restored import restored_process
-from distseg.train.showcase import score_again, show
-from distseg.train.trainer import Trainer
+from distseg.config.arguments import configured_command
+from shards.command_line import Commands, add_overrides
+
+TEXT = """\
+Train, evaluate and draw the curves of one run; the same command resumes a run that was stopped.
+
+On several processes:  torchrun --standalone --nproc_per_node=N -m distseg.train key=value ...
+Later values win:      defaults < preset < FILE.yaml < command line.  `--dry-run` prints every key
+                       with its value, where it is from and what it means; `--help KEY` explains a
+                       key, `--help loss` lists a section of them.
+A file:                `distseg train FILE.yaml key=value ...`, of keys as --dry-run prints them or
+                       as a run keeps them: RUN/config.yaml goes on with the run, and with
+                       run_dir=NEW begins another one like it.
+Signals:               SIGUSR1, SIGTERM or Ctrl-C save a checkpoint at the next step and stop; what
+                       is left to do after the last checkpoint (evaluation, pictures) is made up by
+                       the same command."""
 
 
-def run(overrides: list[str], dry_run: bool = False) -> int:
-    """`distseg train`: train, evaluate, draw; the same command goes on with a run that was stopped.
-
-    Returns the exit code. Raises InputError, before any network is trained, for input that cannot
-    be used.
-    """
-    config = loading.load(overrides)
-    # before the dry run's output, which promises that the same arguments could be trained
-    check_settings(config)
-    if dry_run:
-        print(loading.to_yaml(config), end="")
-        return 0
-    # only now: it looks into the run directory, which a dry run leaves alone
-    config = _with_code(config)
-    _, world_size, _ = resolve_ranks(dict(os.environ))
-    # Before the ranks join. Bad input is then met by all of them alike, by each on its own; once in
-    # the process group, a rank that leaves alone would be waited for.
-    prepared = check(config, world_size)
-
-    with joined(config.device, config.parallel.timeout_seconds) as ranks:
-        if ranks.device.type == "cpu":
-            reuse_memory()  # here alone: a process that lives on could not take it back
-        _train_on(ranks, config, prepared)
-    return 0
+def add_train(commands: Commands) -> None:
+    """Add `train` to the commands."""
+    parser = configured_command(commands, "train", "train a segmentor with an adversary", TEXT)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    add_overrides(parser, "preset=stanford steps=500 ..., or FILE.yaml with such keys")
+    parser.set_defaults(handler=_train)
 
 
-def _with_code(config: Config) -> Config:
-    """With the sha256 of code of the user's own; InputError where it is not the run's."""
-    config = code.recorded(config)
-    loading.check_same(Path(config.run_dir), config)  # again when the directory is this job's
-    return config
+def _train(options: argparse.Namespace) -> int:
+    from distseg.config import loading
+
+    # before torch, whose import takes seconds: a misspelt key is told at once
+    config = loading.load(options.overrides)
+    if options.dry_run:
+        from distseg.train.dry_run import show
+
+        return show(options.overrides, config)
+    try:
+        from distseg.train.run import run
+
+        return run(config)
+    except KeyboardInterrupt:
+        # before the first step, after the last, or a second Ctrl-C that did not wait for a step
+        raise KeyboardInterrupt(_standing(config.run_dir)) from None
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training has come to. scores: as in evaluation.json; {} where it was stopped before
-    its last step, and the same call goes on.
-    """
+def _standing(run_dir: str) -> str:
+    """How far an interrupted run has come, for people."""
+    from distseg.runs.checkpoint import FOLDER, published
 
-    run_dir: Path
-    step: int
-    finished: bool
-    scores: dict[str, Any]
-
-
-def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: Any) -> TrainResult:
-    """`distseg train` from Python: train, evaluate and draw, or go on with a run that was stopped.
-
-    overrides: arguments of the command line, ["data.crop_px=96", ...]. keys: the same as values,
-    steps=500 or data={"crop_px": 96}; these count last. Started by torchrun or srun, it is called
-    on every rank. The first Ctrl-C (in the main thread) saves a checkpoint and returns. However
-    this ends, the process is afterwards as it was before, and in no process group. Raises
-    InputError for input that cannot be used, and where the caller has a process group of its own.
-    On several ranks, one that is lost ends all processes, as the command does.
-    """
-    named = {} if preset is None else {"preset": preset}
-    config = loading.load([*loading.words(overrides), *loading.arguments(named | keys)])
-    # again in `joined`; here before shards are opened and networks are built for nothing
-    check_alone()
-    config = _with_code(config)
-    _, world_size, _ = resolve_ranks(dict(os.environ))
-    # around the check as well, which seeds torch's generator to build the networks
-    with restored_process():
-        prepared = check(config, world_size)
-        with joined(config.device, config.parallel.timeout_seconds) as ranks:
-            return _train_on(ranks, config, prepared)
-
-
-def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
-    """From checked input to the finished run, on every rank of a job that is joined."""
-    allow_tf32(config.tf32)
-    with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
-        # A shard from far away may take longer than the time limit. Its bytes count as signs of
-        # life, or the watchdog would end a job that merely waits for the network.
-        prepared.data.tell(watchdog.keep_alive)
-        check_same_code(ranks, config)
-        # From here on a signal asks for a stop at a step boundary; until now it ended the process,
-        # which had nothing to lose.
-        stop = StopRequest()
-        with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
-            return train_and_show(config, run_directory, prepared, watchdog, stop)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run is made of: checked, and not yet on any device."""
-
-    data: Data
-    networks: Networks
-    objective: Objective
-
-
-def check(config: Config, world_size: int) -> Prepared:
-    """What a run on so many ranks is made of.
-
-    InputError for what could not be trained. Touches no GPU.
-    """
-    # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
-    check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
-    check_shard_size(config.parallel.shard_size, world_size)
-    check_installed(config.parallel.strategy)
-    check_settings(config)
-    if config.tracking.tensorboard:
-        tensorboard.check_installed()
-    # the shards alone know how many classes there are, so data come before networks
-    data = open_data(config, world_size)
-    networks = build_networks(config, data.train.classes.num_classes, world_size)
-    return Prepared(data, networks, build_objective(config, *networks, data.train))
-
-
-def train_and_show(
-    config: Config,
-    run_directory: RunDirectory,
-    prepared: Prepared,
-    watchdog: Watchdog,
-    stop: StopRequest,
-) -> TrainResult:
-    """From the networks to the finished run, on every rank alike."""
-    ranks, data = run_directory.ranks, prepared.data
-    # not earlier: it asks the run directory, which is this job's alone only since it is locked
-    watchdog.report("verifying checkpoints")
-    last = newest(run_directory.path, ranks, watchdog.keep_alive)
-    config = with_precision(config, last.sound, ranks)
-    work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
-    watchdog.report("spreading the networks")
-    pair = spread(config, prepared.networks, prepared.objective, ranks)
-    watchdog.report("loading a checkpoint")
-    found = learned(config, ranks, pair, data, last.sound)
-    with closing(open_streams(config, ranks, data, found.state.step)) as stream:
-        # Not earlier: until here other data, networks or settings than the run's are refused, and a
-        # directory that says otherwise than its checkpoints would be scored as another run.
-        run_directory.accept()
-        set_aside(last.damaged, ranks)
-        # Before the first checkpoint: a run that goes on reads this list instead of drawing again,
-        # so that it stays with its samples whatever the rule for drawing becomes.
-        on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
-        trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
-        for line in about_checkpoints(last):
-            trainer.progress.warning(line)
-        trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
-        if run_directory.steps_before is not None:
-            trainer.progress.message(extension(config, run_directory.steps_before))
-        return _fit_and_show(trainer, stream, data, stop)
-
-
-def _fit_and_show(
-    trainer: Trainer, stream: TrainStream | PairedStream, data: Data, stop: StopRequest
-) -> TrainResult:
-    """The loop, and what a finished run leaves to look at, on every rank alike."""
-    # first, or what waits to be collected would be frozen with the rest and never be freed
-    gc.collect()
-    # what is here stays: looking through it again and again took 7 % of the time of decoding
-    gc.freeze()
-    with noted(trainer, stream) as note:
-        done = trainer.fit(stream, stop)
-        if done:
-            # evaluation and the gathering of shards are collectives: every rank takes part in both
-            score_again(trainer)
-            network = trainer.evaluator.gather_network()
-            # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
-            show(trainer, network, data.val)
-        trainer.watchdog.done()  # uploads to W&B may last, and are no stall
-        # within the block: an error in drawing is noted as this attempt's end, not after a "done"
-        scores = trainer.evaluator.report(trainer.state.step) if done else {}
-        outcome = ("done", "") if done else ("stopped", stop.reason())
-        note.finish(trainer.state.step, *outcome)
-        return TrainResult(Path(trainer.config.run_dir), trainer.state.step, done, scores)
+    names = [path.name for path in published(Path(run_dir) / FOLDER)]
+    if not names:
+        return "no checkpoint yet, the same command begins anew"
+    step = int(max(names).removeprefix("step-"))
+    return f"the checkpoint of step {step} is there, and the same command goes on from it"

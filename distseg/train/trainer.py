@@ -99,7 +99,7 @@ class Trainer:
             # evaluation can fail or be killed.
             self._save_if_due(is_stopping)
             if is_stopping:
-                self._leave(stop)
+                self.checkpoints.wait()  # an evaluation due now is made up on resuming
                 return False
             if self._is_done():
                 self.checkpoints.wait()
@@ -143,12 +143,6 @@ class Trainer:
             # collective: every rank comes here at the same step, as all of the conditions are
             # agreed on
             self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
-
-    def _leave(self, stop: StopRequest) -> None:
-        """Within the time that a signal leaves; an evaluation due now is made up on resuming."""
-        self.checkpoints.wait()
-        where = f"step {self.state.step} of {self.config.steps}"
-        self.progress.message(f"stopped at {where} ({stop.reason()}), checkpoint saved")
 
     def evaluate(self) -> None:
         """Score the segmentor on the validation split; note the score, and if it is the best."""

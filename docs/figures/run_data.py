@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distseg.evaluate.command import open_samples
+from distseg.evaluate.run import open_samples
 from distseg.evaluate.trained import trained_classes, trained_segmentor
 from distseg.losses.adversarial import real_label_map
 from distseg.losses.tensors import label_at, upsample

@@ -19,6 +19,7 @@ from shards.prepare import own
 from shards.prepare.dataset import DataSet, absent
 from shards.prepare.parts import Prepared, write_dataset
 from shards.processes import check_workers
+from shards.words import nearest
 
 NAMES = ("toy", "stanford", "voc", "cityscapes", "camvid", "kitti_road", "ade20k", "folder", "ohe")
 Preparer = Callable[..., DataSet]
@@ -33,7 +34,7 @@ def preparer_of(name: str) -> Preparer:
         return user_code.load(name, own.KEY).value
     if name not in NAMES:
         needed = f"one of: {', '.join(NAMES)}; or your own, as {user_code.FORMS}"
-        raise InputError(f"data set {name!r}", needed, "choose one of them")
+        raise InputError(f"data set {name!r}", needed, nearest(name, NAMES))
     # imported here, so that a data set's own dependencies are paid for by those who use it
     # by name, with one function of one form in each module: a new data set is a file and a word in
     # NAMES

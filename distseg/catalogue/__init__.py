@@ -1,0 +1,1 @@
+"""Every network to choose from, measured."""
