@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ import torch.distributed as dist
 
 from distseg.distributed import watchdog as module
 from distseg.distributed.ranks import Ranks
-from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Beat, Watchdog, is_of_lost_peer
+from distseg.distributed.watchdog import (
+    LOST_RANK_EXIT_CODE,
+    Beat,
+    Diagnosis,
+    Watchdog,
+    is_of_lost_peer,
+)
 from tests.ranks import PATIENCE
 
 SECONDS = 2.0 * PATIENCE  # the timeout
@@ -131,7 +138,7 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(
 
 def test_the_first_diagnosis_is_everybodys(job: Job) -> None:
     job.rank(1)
-    job.store.set("diagnosis", json.dumps({"text": "rank 9 is gone", "exit_code": 75}))
+    job.store.set("diagnosis", json.dumps(asdict(Diagnosis("rank 9 is gone"))))
     assert job.wait(1) < SECONDS / 2 and job.said[1] == "rank 9 is gone"
 
 
@@ -146,9 +153,11 @@ def test_of_an_error_of_ones_own_the_others_are_told(job: Job) -> None:
 
 def test_an_error_that_follows_from_a_diagnosis_does_not_replace_it(job: Job) -> None:
     member = job.rank(1)
-    job.store.set("diagnosis", "rank 9 is gone")
+    member.report("step 3")
+    first = json.dumps(asdict(Diagnosis("rank 9 is gone")))
+    job.store.set("diagnosis", first)
     member._tell_own_failure(ValueError("no such file"))
-    assert job.store.get("diagnosis") == b"rank 9 is gone"
+    assert job.store.get("diagnosis").decode() == first
 
 
 @pytest.mark.parametrize(
