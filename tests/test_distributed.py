@@ -284,3 +284,21 @@ def signal_last_rank(ranks: Ranks) -> list[bool]:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
     assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3
+
+
+@pytest.mark.parametrize(("keeps_store", "is_stopped"), [(1, 1), (1, 0), (0, 1)])
+def test_ranks_that_leave_end_a_torchrun_that_is_stopped_and_no_other(
+    keeps_store: int, is_stopped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["sleep", "60"]) as parent:
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(bool(keeps_store)))
+        if is_stopped:
+            parent.send_signal(signal.SIGSTOP)
+            os.waitpid(parent.pid, os.WUNTRACED)
+        launch.end_stopped_torchrun()
+        if keeps_store and is_stopped:
+            assert parent.wait(30) == -signal.SIGKILL
+        else:
+            assert parent.poll() is None
+            parent.kill()

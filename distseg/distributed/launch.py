@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shards.errors import InputError
@@ -134,6 +137,18 @@ def store_keeper(environment: dict[str, str]) -> str:
     """Whose process keeps the job's key-value store, and where, for people."""
     who = "torchrun" if is_store_of_torchrun(environment) else "rank 0"
     return f"{who} on {environment.get('MASTER_ADDR', 'this machine')}"
+
+
+def end_stopped_torchrun() -> None:
+    """Kill the torchrun that has started this process where it is stopped (SIGSTOP): for ranks that
+    leave because of it.
+    """
+    # it would never see that they have left, and whoever waits for it would wait without an end
+    parent = os.getppid()
+    with suppress(OSError):
+        state = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[0]
+        if is_store_of_torchrun(dict(os.environ)) and state == "T":
+            os.kill(parent, signal.SIGKILL)
 
 
 def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:

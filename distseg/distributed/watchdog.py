@@ -28,7 +28,11 @@ from typing import Any
 
 from distseg.distributed.bounded import LateError, in_time
 from distseg.distributed.compat import set_collective_timeout
-from distseg.distributed.launch import is_store_of_torchrun, store_keeper
+from distseg.distributed.launch import (
+    end_stopped_torchrun,
+    is_store_of_torchrun,
+    store_keeper,
+)
 from distseg.distributed.ranks import Ranks, is_shared
 from distseg.distributed.store import BoundedStore, SilentStoreError, own_store
 from shards.errors import InputError, TemporaryError
@@ -441,6 +445,7 @@ class Watchdog:
         with suppress(LateError):
             in_time(2 * self._interval, self.last_words, diagnosis.text)
         self._wait_for_readers()
+        end_stopped_torchrun()
         self._leave(diagnosis.exit_code)
         self._closed.set()
 
