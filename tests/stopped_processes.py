@@ -1,6 +1,6 @@
 """What happens to a job of which processes are stopped (SIGSTOP), at every place of a run.
 
-    python -m tests.stopped_processes [--timeout SECONDS] [--only WORD ...]
+    python -m tests.stopped_processes [--timeout SECONDS] [--only WORD ...] [--at-a-time N]
 
 {rank 0, rank 1, ranks 0 and 1, torchrun, torchrun and rank 1} x {start, data, step, evaluation,
 checkpoint, pictures} x {plain processes, torchrun, srun}, three ranks each. The first two are
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import itertools
 import os
 import signal
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +120,9 @@ def rank_main(place: str, target: str, folder: Path, arguments: list[str]) -> in
             pids.append(folder / f"pid-{one}")
         elif one == rank and not by_rank_0:
             pids.append(os.getpid())
+    # torchrun has started all of its ranks by the time that it is stopped
+    while not all((folder / f"pid-{one}").exists() for one in range(NUM_RANKS)):
+        time.sleep(0.05)
     if pids:
         stop_at(place, pids, folder)
     from distseg.cli import main
@@ -325,7 +330,8 @@ def main() -> int:
     """All cases, or those with all of the words."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--timeout", type=float, default=16.0)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="words that a case must have")
+    parser.add_argument("--at-a-time", type=int, default=1, help="cases, which mostly wait")
     options = parser.parse_args()
     from shards.maps import write_maps
     from shards.pack import pack
@@ -346,10 +352,13 @@ def main() -> int:
         try:
             if any(case[0] == "srun" for case in cases):
                 cluster.start()
-            for case in cases:
-                line = try_case(case, Path(name), options.timeout, cluster)
-                good += line.startswith("ok")
-                print(line, flush=True)
+            with ThreadPoolExecutor(options.at_a_time) as pool:
+                tried = functools.partial(
+                    try_case, parent=Path(name), timeout=options.timeout, cluster=cluster
+                )
+                for line in pool.map(tried, cases):
+                    good += line.startswith("ok")
+                    print(line, flush=True)
         finally:
             cluster.stop()
     print(f"{good} of {len(cases)}")

@@ -136,6 +136,21 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(
     assert not job.left
 
 
+def test_who_waits_long_for_the_others_at_the_end_asks_less_often(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = Watchdog(Ranks(1, 1, 0, torch.device("cpu")), 320.0)  # intervals of 5 s
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    member._num_beats = 100
+    assert member._pause() == 5.0
+    member._wait_for_all()
+    pauses = []
+    for now[0] in (100.0, 100.5, 120.0, 140.0, 1000.0):
+        pauses.append(member._pause())
+    assert pauses == [0.1, 0.1, 2.0, 4.0, 5.0]
+
+
 def test_the_first_diagnosis_is_everybodys(job: Job) -> None:
     job.rank(1)
     job.store.set("diagnosis", json.dumps(asdict(Diagnosis("rank 9 is gone"))))

@@ -48,8 +48,9 @@ COLLECTIVE_SECONDS = 7 * 86400.0
 _DIAGNOSIS = "diagnosis"
 _ACTIVE_INTERVALS = "active intervals"
 _NUM_DONE, _NUM_LEFT = "ranks that are done", "ranks that have left"
-# between two looks at whether all are done: a run's end should not take an interval longer
-_FAREWELL_SECONDS = 0.1
+# Between two looks at whether all are done: a run's end should not take an interval longer. Of a
+# long wait, in which rank 0 draws or uploads, this share: not many messages for nothing.
+_FAREWELL_SECONDS, _FAREWELL_SHARE = 0.1, 0.1
 # what the backends say when a peer is gone; they have no type of their own for it
 _LOST_PEER = (
     "gloo",
@@ -137,6 +138,7 @@ class Watchdog:
         self._beat_of_main: Beat | None = None
         # set by the main thread; is_counted by the watching one
         self._is_done, self._is_leaving, self._is_counted = False, False, False
+        self._leaving_since = 0.0
         self._last_seen_leaving = _Unchanged(-1)
         self._looked_at = time.monotonic()
         self._closed, self._woken = threading.Event(), threading.Event()
@@ -198,6 +200,7 @@ class Watchdog:
 
     def _wait_for_all(self) -> None:
         """Until all ranks are done; the thread ends this process where one of them is lost."""
+        self._leaving_since = time.monotonic()
         self._is_done = self._is_leaving = True
         self._woken.set()
         if self._thread is not None:
@@ -257,7 +260,10 @@ class Watchdog:
         """Seconds until the next look."""
         # often at first, so that a rank that is lost in the first seconds can be named too
         seconds = min(self._interval, 0.5 * self._num_beats)
-        return min(seconds, _FAREWELL_SECONDS) if self._is_leaving else seconds
+        if not self._is_leaving:
+            return seconds
+        waited = time.monotonic() - self._leaving_since
+        return min(seconds, max(_FAREWELL_SECONDS, _FAREWELL_SHARE * waited))
 
     def _look(self) -> None:
         """One beat of this rank, and one look at the others."""
