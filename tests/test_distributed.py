@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -286,19 +287,40 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
     assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3
 
 
-@pytest.mark.parametrize(("keeps_store", "is_stopped"), [(1, 1), (1, 0), (0, 1)])
-def test_ranks_that_leave_end_a_torchrun_that_is_stopped_and_no_other(
-    keeps_store: int, is_stopped: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("keeps_store", "is_stopped"), [(True, True), (True, False), (False, True)]
+)
+def test_ranks_that_leave_end_a_torchrun_that_is_stopped_with_its_stopped_ranks(
+    keeps_store: bool, is_stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with subprocess.Popen(["sleep", "60"]) as parent:
+    command = ["sh", "-c", "sleep 60 & echo $!; sleep 60 & echo $!; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        one, other = (int(parent.stdout.readline()) for _ in range(2))
+        stopped = [one, parent.pid] if is_stopped else [one]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        while any(state(pid) != "T" for pid in stopped):
+            time.sleep(0.01)
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
-        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(bool(keeps_store)))
-        if is_stopped:
-            parent.send_signal(signal.SIGSTOP)
-            os.waitpid(parent.pid, os.WUNTRACED)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(keeps_store))
         launch.end_stopped_torchrun()
         if keeps_store and is_stopped:
             assert parent.wait(30) == -signal.SIGKILL
+            while state(one):
+                time.sleep(0.01)
         else:
-            assert parent.poll() is None
-            parent.kill()
+            assert parent.poll() is None and state(one) == "T"
+        assert state(other) == "S"
+        for pid in (one, other, parent.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def state(pid: int) -> str:
+    """As /proc has it; "" of a process that has ended."""
+    try:
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return found.replace("Z", "")

@@ -140,15 +140,27 @@ def store_keeper(environment: dict[str, str]) -> str:
 
 
 def end_stopped_torchrun() -> None:
-    """Kill the torchrun that has started this process where it is stopped (SIGSTOP): for ranks that
-    leave because of it.
+    """Kill the torchrun that has started this process where it is stopped (SIGSTOP), and those of
+    its ranks that are too: for a rank that leaves because of it.
     """
-    # it would never see that they have left, and whoever waits for it would wait without an end
     parent = os.getppid()
+    if not is_store_of_torchrun(dict(os.environ)) or not _is_stopped(parent):
+        return
+    # It would never see that its ranks have left, and whoever waits for it would wait without an
+    # end; nor end the other ranks, which keep their GPUs and the run's lock.
     with suppress(OSError):
-        state = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[0]
-        if is_store_of_torchrun(dict(os.environ)) and state == "T":
-            os.kill(parent, signal.SIGKILL)
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        for pid in [*map(int, children), parent]:
+            if _is_stopped(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"  # behind its name
 
 
 def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:
