@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from distseg.distributed import device, launch, rendezvous
+from distseg.distributed import device, launch, mailbox, rendezvous
 from distseg.distributed import ranks as ranks_module
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
+from distseg.distributed.mailbox import Failure, Mailbox
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
 from distseg.distributed.stop import StopRequest
 from shards.errors import InputError, TemporaryError
@@ -191,6 +192,20 @@ def test_no_rank_waits_for_ever_for_a_rank_0_that_is_not_there_or_stopped(
         assert process.exitcode == TemporaryError.exit_code
     said = (tmp_path / "said").read_text()
     assert "error on rank 1: rank 0 on 127.0.0.1 does not answer at 127.0.0.1:" in said
+
+
+def test_letters_are_taken_out_of_the_store_as_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(mailbox, "own_store", lambda ranks, seconds: store)
+    main, other = (Mailbox(Ranks(rank, 2, 0, torch.device("cpu"))) for rank in range(2))
+    empty = store.num_keys()
+    other.send(1, {"file": "sum"})
+    other.send(2, Failure("full", "room", "free some"))
+    assert main.collect(1, 5) == [{"file": "sum"}]
+    assert main.collect(2, 5) == [Failure("full", "room", "free some")]
+    assert store.num_keys() == empty
 
 
 def fail_on_main(ranks: Ranks) -> Any:
