@@ -21,6 +21,7 @@ from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_r
 from distseg.distributed.mailbox import Failure, Mailbox
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
 from distseg.distributed.stop import StopRequest
+from distseg.distributed.store import SilentStoreError
 from shards.errors import InputError, TemporaryError
 from tests.ranks import CONTEXT, environments, run_ranks
 
@@ -199,13 +200,32 @@ def test_letters_are_taken_out_of_the_store_as_they_are_read(
 ) -> None:
     store = torch.distributed.HashStore()
     monkeypatch.setattr(mailbox, "own_store", lambda ranks, seconds: store)
-    main, other = (Mailbox(Ranks(rank, 2, 0, torch.device("cpu"))) for rank in range(2))
+    main, other = (Mailbox(Ranks(rank, 2, 0, torch.device("cpu")), 9.0) for rank in range(2))
     empty = store.num_keys()
     other.send(1, {"file": "sum"})
     other.send(2, Failure("full", "room", "free some"))
     assert main.collect(1, 5) == [{"file": "sum"}]
     assert main.collect(2, 5) == [Failure("full", "room", "free some")]
     assert store.num_keys() == empty
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_the_rank_that_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent:
+        def check(self, keys: list[str]) -> bool:
+            raise SilentStoreError("no answer for 9 s")
+
+    limits: list[float] = []
+    monkeypatch.setattr(
+        mailbox, "own_store", lambda ranks, seconds: limits.append(seconds) or Silent()
+    )
+    (failure,) = Mailbox(Ranks(0, 2, 0, torch.device("cpu")), 9.0).collect(1, 5)
+    # not before the watchdog, which names who keeps the store
+    assert isinstance(failure, Failure) and limits == [9.0]
+    error = failure.to_error()
+    assert isinstance(error, TemporaryError) and "rank" not in str(error)
+    assert "the job's store is gone or does not answer (no answer for 9 s)" in str(error)
 
 
 def fail_on_main(ranks: Ranks) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +175,25 @@ def test_an_error_that_follows_from_a_diagnosis_does_not_replace_it(job: Job) ->
     job.store.set("diagnosis", first)
     member._tell_own_failure(ValueError("no such file"))
     assert job.store.get("diagnosis").decode() == first
+
+
+def test_a_rank_that_leaves_waits_for_no_keeper_of_the_store_that_is_stopped(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(module, "end_stopped_torchrun", lambda: ended.append(1))
+    monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
+    member, stopped = job.rank(1), threading.Event()
+    member._stop_thread()
+    silent: Any = SimpleNamespace(
+        check=lambda keys: stopped.wait(60), set=lambda key, value: stopped.wait(60)
+    )
+    member._store, start = silent, time.monotonic()
+    member._closed.clear()  # as before its error
+    with pytest.raises(ValueError, match="no such file"), member:
+        raise ValueError("no such file")
+    assert time.monotonic() - start < SECONDS and ended
+    stopped.set()
 
 
 @pytest.mark.parametrize(

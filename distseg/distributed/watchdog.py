@@ -128,6 +128,8 @@ class Watchdog:
         # up to: one interval until a beat is heard, three more for stalls, one until it is missed,
         # four until all left
         self._patience = timeout_seconds - 9 * self._interval
+        # of a rank that leaves: it waits for no keeper of the store that is stopped
+        self._last_call_seconds = max(2 * self._interval, MIN_LISTENING_SECONDS)
         self.last_words: Callable[[str], Any] = lambda diagnosis: None
         # set by the rank's other threads, and read by this one
         self._activity, self._num_activities, self._num_signs = "starting", 0, 0
@@ -188,6 +190,7 @@ class Watchdog:
                 self._wait_for_all()
         finally:
             self.close()
+            end_stopped_torchrun()
 
     def close(self) -> None:
         """Stop watching and being watched, without a word to or from the others."""
@@ -196,7 +199,7 @@ class Watchdog:
         if self._thread is not None and is_open:
             # after the thread has ended, or its next beat would unsay it
             with suppress(RuntimeError, OSError):  # the store may have gone before
-                self._publish_beat(has_left=True)
+                in_time(self._last_call_seconds, self._publish_beat, True)
 
     def _wait_for_all(self) -> None:
         """Until all ranks are done; the thread ends this process where one of them is lost."""
@@ -405,7 +408,7 @@ class Watchdog:
         where = f"rank {self._ranks.rank} on {socket.gethostname()} (at {self._activity})"
         with suppress(RuntimeError, OSError):  # the store may be gone
             # what is there already came first: this rank's error may follow from it
-            if not self._store.check([_DIAGNOSIS]):
+            if not in_time(self._last_call_seconds, self._store.check, [_DIAGNOSIS]):
                 self._publish_diagnosis(Diagnosis.of_failure(where, error))
 
     def _publish_diagnosis(self, diagnosis: Diagnosis) -> None:
@@ -413,7 +416,8 @@ class Watchdog:
 
         Rank 0, which may keep the store, stays until they have read it.
         """
-        self._store.set(_DIAGNOSIS, json.dumps(asdict(diagnosis)))
+        content = json.dumps(asdict(diagnosis))
+        in_time(self._last_call_seconds, self._store.set, _DIAGNOSIS, content)
         self._wait_for_readers()
 
     def _publish_beat(self, has_left: bool = False) -> None:
