@@ -261,7 +261,7 @@ class ShardCache:
             return disk_full(self.directory)
         action = "correct its permissions, or choose another with data.cache_dir=DIR"
         return InputError(
-            f"{self.directory}: {error}", "a cache folder that can be written", action
+            f"{self.directory}: {error.strerror}", "a cache folder that can be written", action
         )
 
 

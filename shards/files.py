@@ -168,6 +168,18 @@ def disk_full(path: Path) -> InputError:
     )
 
 
+def check_writable(folder: Path, action: str) -> None:
+    """Raise InputError for a folder in which no file can be made."""
+    # tried, since what rights say does not hold on every file system
+    probe = folder / f".partial-{os.getpid()}-probe"
+    try:
+        retried(folder, probe.touch, expected=folder.is_dir)
+        probe.unlink()
+    except OSError as error:
+        got = f"{folder}: {error.strerror}"
+        raise InputError(got, "a folder that can be written", action) from None
+
+
 def check_space(
     path: Path, num_bytes: int, action: str = "free some space or choose another --out"
 ) -> None:

@@ -265,6 +265,22 @@ def test_no_bit_of_a_sealed_file_can_change_and_none_turns_it_into_an_old_one() 
         assert not is_sealed and found.keys() != content.keys()
 
 
+@pytest.mark.parametrize(
+    ("num_shards", "world_size", "of_rank"),
+    [(1, 2, [[0], [0]]), (2, 4, [[0], [1], [0], [1]]), (4, 2, [[0, 2], [1, 3]])],
+)
+def test_each_rank_verifies_what_it_reads(
+    num_shards: int, world_size: int, of_rank: list[list[int]]
+) -> None:
+    names = [f"segmentor.network.{i + 1}-of-{num_shards}.safetensors" for i in range(num_shards)]
+    for rank, expected in enumerate(of_rank):
+        found = [
+            i for i, name in enumerate(names) if checkpoint._is_read_by(name, rank, world_size)
+        ]
+        assert found == expected
+        assert checkpoint._is_read_by("discriminator.network.safetensors", rank, world_size)
+
+
 def test_files_that_are_missing_or_too_many_and_another_steps_state_are_damage(
     tmp_path: Path,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from distseg.distributed import device, launch, rendezvous
+from distseg.distributed import device, launch, mailbox, rendezvous
 from distseg.distributed import ranks as ranks_module
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
+from distseg.distributed.mailbox import Failure, Mailbox
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
 from distseg.distributed.stop import StopRequest
+from distseg.distributed.store import SilentStoreError
 from shards.errors import InputError, TemporaryError
 from tests.ranks import CONTEXT, environments, run_ranks
 
@@ -192,6 +195,39 @@ def test_no_rank_waits_for_ever_for_a_rank_0_that_is_not_there_or_stopped(
     assert "error on rank 1: rank 0 on 127.0.0.1 does not answer at 127.0.0.1:" in said
 
 
+def test_letters_are_taken_out_of_the_store_as_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(mailbox, "own_store", lambda ranks, seconds: store)
+    main, other = (Mailbox(Ranks(rank, 2, 0, torch.device("cpu")), 9.0) for rank in range(2))
+    empty = store.num_keys()
+    other.send(1, {"file": "sum"})
+    other.send(2, Failure("full", "room", "free some"))
+    assert main.collect(1, 5) == [{"file": "sum"}]
+    assert main.collect(2, 5) == [Failure("full", "room", "free some")]
+    assert store.num_keys() == empty
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_the_rank_that_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Silent:
+        def check(self, keys: list[str]) -> bool:
+            raise SilentStoreError("no answer for 9 s")
+
+    limits: list[float] = []
+    monkeypatch.setattr(
+        mailbox, "own_store", lambda ranks, seconds: limits.append(seconds) or Silent()
+    )
+    (failure,) = Mailbox(Ranks(0, 2, 0, torch.device("cpu")), 9.0).collect(1, 5)
+    # not before the watchdog, which names who keeps the store
+    assert isinstance(failure, Failure) and limits == [9.0]
+    error = failure.to_error()
+    assert isinstance(error, TemporaryError) and "rank" not in str(error)
+    assert "the job's store is gone or does not answer (no answer for 9 s)" in str(error)
+
+
 def fail_on_main(ranks: Ranks) -> Any:
     def work() -> None:
         raise InputError("disk full", "space", "free some")
@@ -284,3 +320,42 @@ def signal_last_rank(ranks: Ranks) -> list[bool]:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
     assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3
+
+
+@pytest.mark.parametrize(
+    ("keeps_store", "is_stopped"), [(True, True), (True, False), (False, True)]
+)
+def test_ranks_that_leave_end_a_torchrun_that_is_stopped_with_its_stopped_ranks(
+    keeps_store: bool, is_stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sh", "-c", "sleep 60 & echo $!; sleep 60 & echo $!; wait"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        one, other = (int(parent.stdout.readline()) for _ in range(2))
+        stopped = [one, parent.pid] if is_stopped else [one]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        while any(state(pid) != "T" for pid in stopped):
+            time.sleep(0.01)
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(keeps_store))
+        launch.end_stopped_torchrun()
+        if keeps_store and is_stopped:
+            assert parent.wait(30) == -signal.SIGKILL
+            while state(one):
+                time.sleep(0.01)
+        else:
+            assert parent.poll() is None and state(one) == "T"
+        assert state(other) == "S"
+        for pid in (one, other, parent.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def state(pid: int) -> str:
+    """As /proc has it; "" of a process that has ended."""
+    try:
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return found.replace("Z", "")

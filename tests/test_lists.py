@@ -26,7 +26,7 @@ def read(tmp_path: Path, text: str | bytes, images: Names, masks: Names | None =
     return entries_of(path, images, masks)
 
 
-IMAGES = ("a", "b", "b.v2", "my photo", "north/d", "Bild 1\u202fPM", COMPOSED)
+IMAGES = ("a", "#7", "b", "b.v2", "my photo", "north/d", "Bild 1\u202fPM", COMPOSED)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,8 @@ IMAGES = ("a", "b", "b.v2", "my photo", "north/d", "Bild 1\u202fPM", COMPOSED)
         ("images/zz.jpg masks/a.png", ["images/zz", "a"]),
         ("/my data/images/a.jpg", ["a"]),
         ("../../../etc/passwd", ["../../../etc/passwd"]),
+        ("# train, 2 of 7\na\n #b\n", ["a"]),
+        ("#7\n#8\na", ["#7", "a"]),
     ],
 )
 def test_lines_that_name_images(tmp_path: Path, text: str | bytes, expected: list[str]) -> None:
@@ -94,8 +96,11 @@ def test_every_name_is_found_by_itself(tmp_path_factory, names: set[str]) -> Non
 def test_an_empty_or_missing_list_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is empty"):
         read(tmp_path, b"\xef\xbb\xbf\n \n", Names(()))
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="is empty"):
+        read(tmp_path, "# nothing yet\n", Names(()))
+    with pytest.raises(InputError) as why:
         entries_of(tmp_path / "nowhere", Names(()))
+    assert why.value.got == f"{tmp_path / 'nowhere'}: No such file or directory"
 
 
 def pair(root: Path, image: str, mask: str, value: int = 0) -> None:

@@ -19,6 +19,7 @@ from shards import files, storage
 from shards.errors import InputError, TemporaryError
 from shards.reader import ShardReader
 from shards.storage import StorageError, exists, listed, read_bytes, retried
+from tests.killed_processes import build_layer
 from tests.ranks import TIMEOUT_SECONDS, Program
 from tests.tiny import SETTINGS, contents
 
@@ -125,9 +126,7 @@ def test_lines_are_whole_and_once_in_a_file_whose_writing_failed_in_between(
 def test_a_run_whose_storage_fails_in_all_places_goes_on_with_the_same_bits(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    layer = tmp_path / "layer.so"
-    source = Path(__file__).with_name("failing_storage.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", layer, source, "-ldl"], check=True)
+    layer = build_layer(tmp_path)
     keys = SETTINGS | {"checkpoint": {"every_steps": 1}, "data.shards": toy_shards}
     undisturbed = Program(["train", *loading.arguments(keys | {"run_dir": tmp_path / "other"})])
     faults = [

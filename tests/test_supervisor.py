@@ -126,6 +126,33 @@ def test_turns_that_are_all_killed_with_their_supervisor_end_as_well(
     assert Turn(tmp_path).run().action == "requeue"
 
 
+def test_turns_that_began_at_a_checkpoint_which_is_damaged_by_now_were_in_vain_too(
+    tmp_path: Path,
+) -> None:
+    Turn(tmp_path, 8).run()
+    for _ in range(2):
+        turns.note(tmp_path, "job")
+    newest = tmp_path / "checkpoints" / "step-00000008"
+    newest.rename(newest.with_name("damaged-step-00000008"))
+    turns.note(tmp_path, "job")
+    assert turns.in_vain(tmp_path, "job") == 3
+
+
+def test_a_wish_to_stop_that_is_repeated_gives_ranks_no_more_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(supervisor, "tell_ranks", lambda pid, number: told.append(number))
+    monkeypatch.delenv("DISTSEG_STOP_SECONDS", raising=False)
+    waiting, process = Supervisor("nothing", [], with_srun=False), subprocess.Popen(["true"])
+    process.wait()
+    for now in (100.0, 200.0, 339.0, 345.0):
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        waiting.stop()
+        waiting._tell_ranks(process)
+    assert told == [*[signal.SIGUSR1] * 3, signal.SIGKILL]
+
+
 def test_who_is_told_to_stop_before_it_starts_starts_nothing(tmp_path: Path) -> None:
     early = Killed(tmp_path)
     early.stop()

@@ -30,6 +30,7 @@ from distseg.tracking.tracker import read_metrics
 from distseg.train import run as training
 from distseg.train import trainer
 from shards.manifest import Manifest
+from tests.killed_processes import differences
 from tests.ranks import PATIENCE, TIMEOUT_SECONDS, Job, Program, free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -145,9 +146,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
         kill_after_checkpoint(start(2, toy_shards, run_dir), run_dir, kill_after)
         assert not (run_dir / "checkpoints" / "step-00000012").exists()
     assert "resumed at step" in finish(start(2, toy_shards, run_dir))
-    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
-    # each step once, in order, with the same losses
-    assert curve(run_dir) == curve(uninterrupted[2])
+    # every byte of checkpoints, scores, tables and pictures, each step once, with the same losses
+    assert differences(run_dir, uninterrupted[2]) == []
 
 
 def rank_processes(launcher: subprocess.Popen) -> dict[int, int]:
@@ -173,8 +173,7 @@ def test_torchrun_brings_a_run_back_that_lost_a_rank(
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     os.kill(rank_processes(process)[1], signal.SIGKILL)
     assert "resumed at step" in finish(process)
-    assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[2])
-    assert curve(run_dir) == curve(uninterrupted[2])
+    assert differences(run_dir, uninterrupted[2]) == []
 
 
 def test_two_launchers_of_one_rank_are_a_launcher_of_two(
@@ -191,8 +190,7 @@ def test_two_launchers_of_one_rank_are_a_launcher_of_two(
     machines = [launch([*where, f"--node_rank={number}"], arguments) for number in range(2)]
     assert "step" in finish(machines[0])
     finish(machines[1])
-    assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(uninterrupted[2])
-    assert curve(tmp_path / "run") == curve(uninterrupted[2])
+    assert differences(tmp_path / "run", uninterrupted[2]) == []
 
 
 def train_recorded(ranks: Ranks, *overrides: str) -> dict[int, list[int]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,13 @@ import torch.distributed as dist
 
 from distseg.distributed import watchdog as module
 from distseg.distributed.ranks import Ranks
-from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Beat, Watchdog, is_of_lost_peer
+from distseg.distributed.watchdog import (
+    LOST_RANK_EXIT_CODE,
+    Beat,
+    Diagnosis,
+    Watchdog,
+    is_of_lost_peer,
+)
 from tests.ranks import PATIENCE
 
 SECONDS = 2.0 * PATIENCE  # the timeout
@@ -129,9 +138,24 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(
     assert not job.left
 
 
+def test_who_waits_long_for_the_others_at_the_end_asks_less_often(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = Watchdog(Ranks(1, 1, 0, torch.device("cpu")), 320.0)  # intervals of 5 s
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    member._num_beats = 100
+    assert member._pause() == 5.0
+    member._wait_for_all()
+    pauses = []
+    for now[0] in (100.0, 100.5, 120.0, 140.0, 1000.0):
+        pauses.append(member._pause())
+    assert pauses == [0.1, 0.1, 2.0, 4.0, 5.0]
+
+
 def test_the_first_diagnosis_is_everybodys(job: Job) -> None:
     job.rank(1)
-    job.store.set("diagnosis", json.dumps({"text": "rank 9 is gone", "exit_code": 75}))
+    job.store.set("diagnosis", json.dumps(asdict(Diagnosis("rank 9 is gone"))))
     assert job.wait(1) < SECONDS / 2 and job.said[1] == "rank 9 is gone"
 
 
@@ -146,9 +170,30 @@ def test_of_an_error_of_ones_own_the_others_are_told(job: Job) -> None:
 
 def test_an_error_that_follows_from_a_diagnosis_does_not_replace_it(job: Job) -> None:
     member = job.rank(1)
-    job.store.set("diagnosis", "rank 9 is gone")
+    member.report("step 3")
+    first = json.dumps(asdict(Diagnosis("rank 9 is gone")))
+    job.store.set("diagnosis", first)
     member._tell_own_failure(ValueError("no such file"))
-    assert job.store.get("diagnosis") == b"rank 9 is gone"
+    assert job.store.get("diagnosis").decode() == first
+
+
+def test_a_rank_that_leaves_waits_for_no_keeper_of_the_store_that_is_stopped(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(module, "end_stopped_torchrun", lambda: ended.append(1))
+    monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
+    member, stopped = job.rank(1), threading.Event()
+    member._stop_thread()
+    silent: Any = SimpleNamespace(
+        check=lambda keys: stopped.wait(60), set=lambda key, value: stopped.wait(60)
+    )
+    member._store, start = silent, time.monotonic()
+    member._closed.clear()  # as before its error
+    with pytest.raises(ValueError, match="no such file"), member:
+        raise ValueError("no such file")
+    assert time.monotonic() - start < SECONDS and ended
+    stopped.set()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from shards.errors import InputError
@@ -134,6 +137,30 @@ def store_keeper(environment: dict[str, str]) -> str:
     """Whose process keeps the job's key-value store, and where, for people."""
     who = "torchrun" if is_store_of_torchrun(environment) else "rank 0"
     return f"{who} on {environment.get('MASTER_ADDR', 'this machine')}"
+
+
+def end_stopped_torchrun() -> None:
+    """Kill the torchrun that has started this process where it is stopped (SIGSTOP), and those of
+    its ranks that are too: for a rank that leaves because of it.
+    """
+    parent = os.getppid()
+    if not is_store_of_torchrun(dict(os.environ)) or not _is_stopped(parent):
+        return
+    # It would never see that its ranks have left, and whoever waits for it would wait without an
+    # end; nor end the other ranks, which keep their GPUs and the run's lock.
+    with suppress(OSError):
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        for pid in [*map(int, children), parent]:
+            if _is_stopped(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"  # behind its name
 
 
 def port_of_job(environment: dict[str, str], attempt: int = 0) -> int:

@@ -15,7 +15,6 @@ from distseg.distributed.ranks import Ranks
 from distseg.distributed.store import own_store
 from shards.errors import InputError, TemporaryError
 
-CALL_SECONDS = 60.0  # for an answer of the store, whose keeper may be stopped
 POLL_SECONDS = 0.02  # asked again and again: a wait inside of the store could not be given up
 
 
@@ -47,12 +46,13 @@ class Mailbox:
     or a Failure.
 
     Made on every rank at once. The letters travel through the job's key-value store; when that is
-    gone, so is its process, and the watchdog says so.
+    gone, so is its process, and the watchdog says so. timeout_seconds: for one call of the store,
+    whose keeper may be stopped; no shorter than the watchdog's, which knows who that is.
     """
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: Ranks, timeout_seconds: float):
         self._ranks = ranks
-        self._store: Any = None if ranks.world_size == 1 else own_store(ranks, CALL_SECONDS)
+        self._store: Any = None if ranks.world_size == 1 else own_store(ranks, timeout_seconds)
         self._given_up = threading.Event()
 
     def send(self, round_number: int, letter: Letter) -> None:
@@ -80,13 +80,18 @@ class Mailbox:
         self._given_up.set()
 
     def _receive(self, key: str, rank: int, deadline: float) -> Letter:
-        with suppress(RuntimeError):  # the store is gone
+        try:
             while not self._store.check([key]):
                 if time.monotonic() > deadline or self._given_up.wait(POLL_SECONDS):
-                    break
-            # the loop was not broken off: the letter is there
-            else:
-                content = json.loads(self._store.get(key))
-                self._store.delete_key(key)  # or the store would grow with every round
-                return Failure(**content["failure"]) if "failure" in content else content["done"]
-        return Failure(f"rank {rank} has not written its part of the checkpoint in time")
+                    return Failure(
+                        f"rank {rank} has not written its part of the checkpoint in time"
+                    )
+            content = json.loads(self._store.get(key))
+            self._store.delete_key(key)  # or the store would grow with every round
+        except RuntimeError as error:
+            # no word on the rank, which may well have written
+            what = (str(error).splitlines() or [""])[0]
+            return Failure(
+                f"the job's store is gone or does not answer ({what})", is_temporary=True
+            )
+        return Failure(**content["failure"]) if "failure" in content else content["done"]

@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from distseg.distributed.bounded import LateError, ends_within, in_time
-from distseg.distributed.launch import is_store_of_torchrun, store_keeper
+from distseg.distributed.launch import (
+    end_stopped_torchrun,
+    is_store_of_torchrun,
+    store_keeper,
+)
 from shards.errors import InputError, TemporaryError
 
 # Of the time limit. What is left of it is for the ranks to tell each other who is missing.
@@ -157,6 +161,7 @@ def _leave(rank: int, said: str) -> NoReturn:
     """End the process: one of its threads waits for another process, and knows no limit."""
     # not by an exception: the interpreter's end would crash with a thread inside of torch
     print(f"error on rank {rank}: {said}", file=sys.stderr, flush=True)
+    end_stopped_torchrun()
     os._exit(TemporaryError.exit_code)
 
 

@@ -28,7 +28,11 @@ from typing import Any
 
 from distseg.distributed.bounded import LateError, in_time
 from distseg.distributed.compat import set_collective_timeout
-from distseg.distributed.launch import is_store_of_torchrun, store_keeper
+from distseg.distributed.launch import (
+    end_stopped_torchrun,
+    is_store_of_torchrun,
+    store_keeper,
+)
 from distseg.distributed.ranks import Ranks, is_shared
 from distseg.distributed.store import BoundedStore, SilentStoreError, own_store
 from shards.errors import InputError, TemporaryError
@@ -44,8 +48,9 @@ COLLECTIVE_SECONDS = 7 * 86400.0
 _DIAGNOSIS = "diagnosis"
 _ACTIVE_INTERVALS = "active intervals"
 _NUM_DONE, _NUM_LEFT = "ranks that are done", "ranks that have left"
-# between two looks at whether all are done: a run's end should not take an interval longer
-_FAREWELL_SECONDS = 0.1
+# Between two looks at whether all are done: a run's end should not take an interval longer. Of a
+# long wait, in which rank 0 draws or uploads, this share: not many messages for nothing.
+_FAREWELL_SECONDS, _FAREWELL_SHARE = 0.1, 0.1
 # what the backends say when a peer is gone; they have no type of their own for it
 _LOST_PEER = (
     "gloo",
@@ -123,6 +128,8 @@ class Watchdog:
         # up to: one interval until a beat is heard, three more for stalls, one until it is missed,
         # four until all left
         self._patience = timeout_seconds - 9 * self._interval
+        # of a rank that leaves: it waits for no keeper of the store that is stopped
+        self._last_call_seconds = max(2 * self._interval, MIN_LISTENING_SECONDS)
         self.last_words: Callable[[str], Any] = lambda diagnosis: None
         # set by the rank's other threads, and read by this one
         self._activity, self._num_activities, self._num_signs = "starting", 0, 0
@@ -133,6 +140,7 @@ class Watchdog:
         self._beat_of_main: Beat | None = None
         # set by the main thread; is_counted by the watching one
         self._is_done, self._is_leaving, self._is_counted = False, False, False
+        self._leaving_since = 0.0
         self._last_seen_leaving = _Unchanged(-1)
         self._looked_at = time.monotonic()
         self._closed, self._woken = threading.Event(), threading.Event()
@@ -182,6 +190,7 @@ class Watchdog:
                 self._wait_for_all()
         finally:
             self.close()
+            end_stopped_torchrun()
 
     def close(self) -> None:
         """Stop watching and being watched, without a word to or from the others."""
@@ -190,10 +199,11 @@ class Watchdog:
         if self._thread is not None and is_open:
             # after the thread has ended, or its next beat would unsay it
             with suppress(RuntimeError, OSError):  # the store may have gone before
-                self._publish_beat(has_left=True)
+                in_time(self._last_call_seconds, self._publish_beat, True)
 
     def _wait_for_all(self) -> None:
         """Until all ranks are done; the thread ends this process where one of them is lost."""
+        self._leaving_since = time.monotonic()
         self._is_done = self._is_leaving = True
         self._woken.set()
         if self._thread is not None:
@@ -253,7 +263,10 @@ class Watchdog:
         """Seconds until the next look."""
         # often at first, so that a rank that is lost in the first seconds can be named too
         seconds = min(self._interval, 0.5 * self._num_beats)
-        return min(seconds, _FAREWELL_SECONDS) if self._is_leaving else seconds
+        if not self._is_leaving:
+            return seconds
+        waited = time.monotonic() - self._leaving_since
+        return min(seconds, max(_FAREWELL_SECONDS, _FAREWELL_SHARE * waited))
 
     def _look(self) -> None:
         """One beat of this rank, and one look at the others."""
@@ -395,7 +408,7 @@ class Watchdog:
         where = f"rank {self._ranks.rank} on {socket.gethostname()} (at {self._activity})"
         with suppress(RuntimeError, OSError):  # the store may be gone
             # what is there already came first: this rank's error may follow from it
-            if not self._store.check([_DIAGNOSIS]):
+            if not in_time(self._last_call_seconds, self._store.check, [_DIAGNOSIS]):
                 self._publish_diagnosis(Diagnosis.of_failure(where, error))
 
     def _publish_diagnosis(self, diagnosis: Diagnosis) -> None:
@@ -403,7 +416,8 @@ class Watchdog:
 
         Rank 0, which may keep the store, stays until they have read it.
         """
-        self._store.set(_DIAGNOSIS, json.dumps(asdict(diagnosis)))
+        content = json.dumps(asdict(diagnosis))
+        in_time(self._last_call_seconds, self._store.set, _DIAGNOSIS, content)
         self._wait_for_readers()
 
     def _publish_beat(self, has_left: bool = False) -> None:
@@ -441,6 +455,7 @@ class Watchdog:
         with suppress(LateError):
             in_time(2 * self._interval, self.last_words, diagnosis.text)
         self._wait_for_readers()
+        end_stopped_torchrun()
         self._leave(diagnosis.exit_code)
         self._closed.set()
 

@@ -28,7 +28,7 @@ from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.lease import leased
 from distseg.tracking.progress import Progress
 from shards.errors import InputError
-from shards.files import write_json
+from shards.files import check_writable, write_json
 from shards.reader import ShardReader
 from shards.words import counted
 
@@ -66,6 +66,9 @@ def run(run_dir: Path, which: str, overrides: list[str], options: EvaluateOption
         joined(config.device, timeout_seconds) as ranks,
         Watchdog(ranks, timeout_seconds) as watchdog,
     ):
+        # now, and not when all is scored
+        action = "copy the run to where you may write, or use distseg.load(RUN).evaluate()"
+        on_main(ranks, lambda: check_writable(run_dir, action))
         network, found = _of_one_checkpoint(run_dir, network, found, ranks)
         # bytes of a long download are signs of life
         samples.reader.tell(watchdog.keep_alive)

@@ -165,7 +165,7 @@ class Checkpointer:
         self.directory = run_dir / FOLDER
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
         self._async, self._timeout = async_save, timeout_seconds
-        self._mailbox = Mailbox(ranks)
+        self._mailbox = Mailbox(ranks, timeout_seconds)
         # raises InputError where run_dir is not the run's any more: asked before it is written to
         self.check_folder: Callable[[], None] = lambda: None
         self._num_saves = 0

@@ -156,6 +156,7 @@ def train_and_show(
     watchdog.report("verifying checkpoints")
     last = newest(run_directory.path, ranks, watchdog.keep_alive)
     config = with_precision(config, last.sound, ranks)
+    watchdog.report("counting operations")
     work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)

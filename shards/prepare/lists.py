@@ -74,23 +74,31 @@ def without_extension(name: str) -> str:
     return name
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, names: Names | None = None) -> list[str]:
     """The lines of a list that hold something, blanks around them left out.
 
-    Raises InputError for an empty or unreadable list.
+    A line that begins with # is a comment, unless it is one of the names. Raises InputError for an
+    empty or unreadable list.
     """
     try:
         # utf-8-sig: Windows' editors begin a file with a byte-order mark
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        # strerror: an OSError's own text ends with the path once more
+        why = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{path}: {error}", "a list with an id a line", "put it there, or name another"
+            f"{path}: {why}", "a list with an id a line", "put it there, or name another"
         ) from None
     lines = [line.strip(BLANKS) for line in LINE_ENDS.split(text)]
-    lines = [line for line in lines if line]
+    lines = [line for line in lines if line and not _is_comment(line, names)]
     if not lines:
         raise InputError(f"{path} is empty", "an id a line", "choose another list")
     return lines
+
+
+def _is_comment(line: str, names: Names | None) -> bool:
+    is_name = names is not None and names.find(line, anywhere=False) is not None
+    return line.startswith("#") and not is_name
 
 
 def entries_of(path: Path, images: Names, masks: Names | None = None) -> list[Entry]:
@@ -98,11 +106,11 @@ def entries_of(path: Path, images: Names, masks: Names | None = None) -> list[En
     names an image and its mask.
 
     A line that is no id is two columns, an image and a mask (UniMatch, mmsegmentation), or else
-    several ids. What is not found stays as it is written, less its extension. Raises InputError for
-    an empty or unreadable list.
+    several ids; see `read_lines` for comments. What is not found stays as it is written, less its
+    extension. Raises InputError for an empty or unreadable list.
     """
     entries = []
-    for line in read_lines(path):
+    for line in read_lines(path, images):
         entries += _entries(line, images, images if masks is None else masks)
     return entries
 
