@@ -13,7 +13,7 @@ from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distseg.config import code
+from distseg.config import code, from_data
 from distseg.config.keys import Key
 from distseg.config.names import (
     KEYS,
@@ -62,8 +62,21 @@ def load(overrides: list[str]) -> Config:
     merged = OmegaConf.structured(Config)
     if presets:
         # before all overrides, wherever it stands among them
-        merged = _merge(merged, _preset_values(presets[-1]))
+        merged = _with_preset(merged, presets[-1], pairs)
     return _override(merged, pairs)
+
+
+def _with_preset(merged: Any, name: str, pairs: list[tuple[str, str]]) -> Any:
+    """With a preset's values; what it leaves to the data is found in the shards."""
+    values = _preset_values(name)
+    waiting = from_data.waiting(values, [key for key, _ in pairs])
+    named = {key: value for key, value in values.items() if value != from_data.FROM_DATA}
+    merged = _merge(merged, named)
+    if not waiting:
+        return merged
+    # the overrides say which shards, and what the other values go by
+    config = _resolved(_applied(merged, pairs))
+    return _merge(merged, from_data.fill(config, waiting))
 
 
 def arguments(values: Mapping[str, Any]) -> list[str]:
@@ -220,7 +233,7 @@ def _split(item: str) -> tuple[str, str]:
     return full_name(name), value
 
 
-def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
+def _applied(merged: Any, pairs: list[tuple[str, str]]) -> Any:
     for key, value in _behind_their_network(pairs):
         section = key.rpartition(".")[0]
         # options of one network mean nothing, or something else, to another
@@ -232,8 +245,12 @@ def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
             raise InputError("code=... as a setting", "none: training fills it in", "leave it out")
         # one by one, so that an error names the argument that it is in
         merged = _merge(merged, {key: _parse(key, value)})
+    return merged
+
+
+def _override(merged: Any, pairs: list[tuple[str, str]]) -> Config:
     # from here on a plain dataclass: the rest of the package knows nothing of OmegaConf
-    config = _resolved(merged)
+    config = _resolved(_applied(merged, pairs))
     # by what was written here: defaults and presets have weights for other modes too
     if config.mode == "supervised":
         _refuse_weights(pairs)
