@@ -15,7 +15,7 @@ from typing import Any
 from shards import terminal
 from shards.errors import InputError, TemporaryError
 from shards.storage import is_passing
-from shards.words import counted
+from shards.words import counted, train_command
 
 DESCRIPTION = "Adversarial training of semantic segmentation networks, on one machine or many."
 EPILOG = """the whole path, with generated scenes:
@@ -483,9 +483,10 @@ def _pack(options: argparse.Namespace) -> int:
     print(f"{options.out}: {counts}")
     if manifest.left_out:
         print(f"left out when the maps were prepared, because they are bad: {manifest.left_out}")
+    print(f"next: distseg inspect {shlex.quote(str(options.out))}")
     # a data set of one split is no run yet: --append adds the other
-    if {"train", "val"} <= manifest.splits.keys():
-        print(f"next: distseg train {shlex.quote(f'data.shards={options.out}')}")
+    if command := train_command(options.out, manifest.splits):
+        print(f"then: {command}")
     return 0
 
 
@@ -545,8 +546,7 @@ def _after_import(tars: Path, splits: list[str]) -> str:
             f"note: all tars are of the split {splits[0]}, and training needs another to score on: "
             "divide them with --split train='a*.tar' --split val='b*.tar'"
         )
-    said = "" if {"train", "val"} <= set(splits) else " data.train_split=NAME data.val_split=NAME"
-    return f"next: distseg train {shlex.quote(f'data.shards={tars}')}{said}"
+    return f"next: {train_command(tars, splits)}"
 
 
 def _check_threads(num_threads: int | None) -> None:

@@ -257,6 +257,23 @@ def test_what_may_be_meant_is_a_warning(tmp_path: Path) -> None:
     assert any("'mountain' (6) is never in train" in finding.what for finding in found.findings)
 
 
+def test_frames_of_a_video_in_a_split_are_one_finding(tmp_path: Path) -> None:
+    samples = toy_samples()
+    frame = decode_image(samples[0].image).astype(np.int16)
+    label = samples[0].label
+    for index in (0, 1, 2, 3, 8):  # the last one validates
+        image = (frame + index).clip(0, 255).astype(np.uint8)
+        samples[index] = replace(samples[index], image=jpeg(image), label=label)
+    found = [one for one in inspect(packed(samples, tmp_path)).findings if "nearly" in one.check]
+    assert sorted(one.check for one in found) == [
+        "nearly same picture in a split",
+        *["nearly same picture in two splits"] * 4,
+    ]
+    (within,) = [one for one in found if one.check.endswith("a split")]
+    assert within.sample in ("toy_00", "toy_01", "toy_02") and "4 of 8 pictures" in within.what
+    assert "video" in within.action
+
+
 def test_names_with_signs_of_markup_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

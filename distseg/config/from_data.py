@@ -107,8 +107,12 @@ def _look(config: Config) -> _Images:
         got = f"preset={config.preset} without data.shards"
         action = "write data.shards=DIR, which `distseg pack` wrote (docs/your_data.md)"
         raise InputError(got, "your shards, which sizes and steps are taken from", action)
-    cache = {"cache_dir": options.cache_dir, "cache_bytes": int(options.cache_bytes)}
-    reader = ShardReader(options.shards, options.train_split, **cache)
+    reader = ShardReader(
+        options.shards,
+        options.train_split,
+        cache_dir=options.cache_dir,
+        cache_bytes=options.cache_bytes,
+    )
     count = len(reader)
     if not count:
         got, needed = f"no sample in {options.train_split} of {options.shards}", "one at least"
