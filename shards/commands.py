@@ -12,7 +12,7 @@ from typing import Any
 
 from shards.command_line import Commands, add_command, add_overrides
 from shards.errors import InputError
-from shards.words import counted
+from shards.words import counted, train_command
 
 PREPARE = """\
 Read a raw data set, check it, and write images and one-hot label maps into one HDF5 file.
@@ -120,9 +120,10 @@ def _pack(options: argparse.Namespace) -> int:
     print(f"{options.out}: {counts}")
     if manifest.left_out:
         print(f"left out when the maps were prepared, because they are bad: {manifest.left_out}")
+    print(f"next: distseg inspect {shlex.quote(str(options.out))}")
     # a data set of one split is no run yet: --append adds the other
-    if {"train", "val"} <= manifest.splits.keys():
-        print(f"next: distseg train {shlex.quote(f'data.shards={options.out}')}")
+    if command := train_command(options.out, manifest.splits):
+        print(f"then: {command}")
     return 0
 
 
@@ -183,8 +184,7 @@ def _after_import(tars: Path, splits: list[str]) -> str:
             f"note: all tars are of the split {splits[0]}, and training needs another to score on: "
             "divide them with --split train='a*.tar' --split val='b*.tar'"
         )
-    said = "" if {"train", "val"} <= set(splits) else " data.train_split=NAME data.val_split=NAME"
-    return f"next: distseg train {shlex.quote(f'data.shards={tars}')}{said}"
+    return f"next: {train_command(tars, splits)}"
 
 
 def check_threads(num_threads: int | None) -> None:

@@ -450,10 +450,31 @@ def _duplicates(looks: list[Look]) -> Iterator[Finding]:
         yield Finding(WARNING, "not compared", "", "", what, "inspect parts of the set")
         kept = kept[:MAX_COMPARED]
     if len(kept) > 1:
-        for a, b, bits in close_pairs(
-            np.stack([look.fingerprint for look in kept if look.fingerprint is not None])
-        ):
-            yield _twice(kept[a], kept[b], bits, same_pixels=False)
+        yield from _nearly(kept)
+
+
+def _nearly(kept: list[Look]) -> Iterator[Finding]:
+    """Pairs over two splits one by one; those within a split, frames of a video most often, as one
+    finding: a warning for each would hide all others.
+    """
+    within: dict[str, dict[int, tuple[int, Look, Look]]] = {}
+    prints = [look.fingerprint for look in kept if look.fingerprint is not None]
+    for a, b, bits in close_pairs(np.stack(prints)):
+        one, other = kept[a], kept[b]
+        if one.split == other.split:
+            alike = within.setdefault(one.split, {})
+            # under both numbers, as pictures are counted, not pairs
+            alike.setdefault(a, (bits, one, other))
+            alike.setdefault(b, (bits, one, other))
+        else:
+            yield _twice(one, other, bits, same_pixels=False)
+    for split, alike in within.items():
+        bits, one, other = min(alike.values(), key=lambda pair: pair[0])
+        total = sum(look.split == split for look in kept)
+        what = f"in {split}, is {other.key} within {bits} of {BITS} bits (up to {MAX_BITS} count), "
+        what += f"the closest of {len(alike)} of {total} pictures that are nearly another one"
+        action = "frames of a video? keep each video in one split, and take some frames only"
+        yield Finding(WARNING, "nearly same picture in a split", one.shard, one.key, what, action)
 
 
 def _twice(one: Look, other: Look, bits: int, same_pixels: bool) -> Finding:

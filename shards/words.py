@@ -1,9 +1,11 @@
-"""Numbers of things in messages, and the nearest to a wrong word."""
+"""Numbers of things in messages, the nearest to a wrong word, and the commands that come next."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import shlex
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 IS, WAS = ("is", "are"), ("was", "were")
 
@@ -35,3 +37,14 @@ def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
     similar = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=likeness)
     found = same_last[:1] or [plain[choice] for choice in similar]
     return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"
+
+
+def train_command(shards: Path, splits: Collection[str]) -> str:
+    """How to train on packed shards; "" where one split is all there is."""
+    if len(splits) < 2:
+        return ""
+    words = ["preset=own", f"data.shards={shards}", f"run_dir=runs/{shards.resolve().name}"]
+    # by other names the splits are not found, and which is which is the user's to say
+    named = {"train", "val"} <= {*splits}
+    other = "" if named else " data.train_split=NAME data.val_split=NAME"
+    return f"distseg train {shlex.join(words)}{other}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ import distseg
 from distseg.cli import main
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks, joined, teardown
+from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.run import _of_one_checkpoint
 from distseg.parallel import wrap
 from distseg.train import trainer
@@ -38,6 +40,7 @@ from shards.pack import pack
 from shards.sample import STANFORD
 from tests.conftest import toy_samples
 from tests.ranks import CONTEXT, PATIENCE, TIMEOUT_SECONDS, Program, run_ranks
+from tests.test_storage import Failing
 from tests.tiny import SETTINGS, contents
 
 
@@ -114,6 +117,15 @@ def test_scores_and_predictions_are_those_of_the_commands(result: Any, tmp_path:
     assert probabilities.dtype == np.float32 and (probabilities.argmax(0) == label).all()
     np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
     assert len(trained.palette) == len(trained.classes) == trained.network.num_classes
+
+
+def test_nothing_is_scored_where_scores_cannot_be_written(
+    result: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Evaluator, "__call__", lambda _: pytest.fail("scored in vain"))
+    monkeypatch.setattr(os, "open", Failing(os.open, errno.EROFS, "/run/.partial-", 60))
+    assert main(["evaluate", str(result.run_dir), "device=cpu"]) == 2
+    assert f"error: {result.run_dir}: Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

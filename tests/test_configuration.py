@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from distseg.cli import main
-from distseg.config import compare, layers, loading, reference
+from distseg.config import compare, from_data, layers, loading, reference
 from distseg.config.keys import Key, key, keys_of
 from distseg.config.layers import preset_names
 from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_names
@@ -35,9 +35,59 @@ def test_later_values_win() -> None:
     assert overridden.segmentor_optimizer.encoder_lr_factor == 0.25
 
 
-def test_every_preset_loads_and_names_itself() -> None:
+def test_every_preset_loads_and_names_itself(toy_shards: Path) -> None:
     for name in preset_names():
-        assert loading.load([f"preset={name}"]).preset == name
+        shards = [f"data.shards={toy_shards}"] if name == "own" else []
+        assert loading.load([f"preset={name}", *shards]).preset == name
+
+
+def test_a_preset_takes_from_the_data_what_is_not_said(
+    toy_shards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_data, "_told", set())  # by other tests
+    own = ["preset=own", f"data.shards={toy_shards}"]
+    config = loading.load(own)
+    # of images of median 62 x 68 px; 30 epochs of 8 images would be 15 steps
+    assert (config.data.crop_px, config.batch_size, config.steps) == (64, 16, 300)
+    every = (
+        config.schedule.warmup_steps,
+        config.evaluate.every_steps,
+        config.checkpoint.every_steps,
+    )
+    assert every == (30, 60, 30) and config.data.num_classes is None
+    said = "data.crop_px=64 batch_size=16 steps=300"
+    assert said in caplog.text and "8 labelled images of median 62x68 px" in caplog.text
+    # what is said counts, wherever it stands, and the rest goes by it
+    asked = loading.load(["steps=50", *own, "data.crop_px=96"])
+    assert (asked.data.crop_px, asked.steps, asked.evaluate.every_steps) == (96, 50, 10)
+    assert loading.load([*own, "data.crop_px=288"]).batch_size == 8
+    with pytest.raises(InputError, match=r"(?s)preset=own without data\.shards.*distseg pack"):
+        loading.load(["preset=own"])
+    with pytest.raises(InputError, match="no split 'nowhere'"):
+        loading.load([*own, "data.train_split=nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("num", "size", "crop_px", "batch_size", "steps"),
+    [
+        (2, (60, 80), 64, 16, 300),
+        (572, (240, 320), 224, 16, 1100),
+        (330, (375, 500), 352, 8, 1200),
+        (2975, (1024, 2048), 512, 8, 11200),
+        (10**6, (20, 20), 64, 16, 20_000),
+    ],
+)
+def test_sizes_and_steps_fit_the_images(
+    num: int,
+    size: tuple[int, int],
+    crop_px: int,
+    batch_size: int,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(from_data, "_look", lambda config: from_data._Images(num, *size))
+    config = loading.load(["preset=own", "data.shards=x"])
+    assert (config.data.crop_px, config.batch_size, config.steps) == (crop_px, batch_size, steps)
 
 
 def test_a_part_is_chosen_by_its_name_and_drops_the_other_ones_options() -> None:

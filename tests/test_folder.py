@@ -111,6 +111,16 @@ def test_colours_in_pictures_of_every_mode(root: Path, mode: str) -> None:
         assert reader.classes.palette == ((255, 128, 0), (1, 2, 3), (1, 3, 2))
 
 
+def test_names_alone_are_ids_in_their_order(root: Path) -> None:
+    for path in (root / "masks").rglob("*.png"):
+        save(path, np.select([IDS == 7, IDS == 255], [1, 255], 0))
+    (root / "distseg.yaml").write_text("classes: [sky, road]\n")
+    expected = np.select([IDS == 7, IDS == 255], [1, 255], 0)
+    np.testing.assert_array_equal(labels(root)["a"], expected)
+    with MapsReader(root.parent / "maps.h5") as reader:
+        assert reader.classes.names == ("sky", "road") and len(set(reader.classes.palette)) == 2
+
+
 def test_splits_by_seed_lists_and_folders(root: Path, tmp_path: Path) -> None:
     by_seed = splits(root)
     assert len(by_seed["val"]) == 1 and splits(root) == by_seed and splits(root, seed=0) == by_seed
@@ -179,7 +189,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         r"'colour' \(nearest: color\)",
     ),
     "no classes": (yaml("void: [1]"), "classes: None is no list"),
-    "classes without names": (yaml("classes: [sky, road]"), "'sky' has no name"),
+    "classes that are numbers": (yaml("classes: [1, 2]"), "1 is neither a name nor"),
+    "names alone for colours": (
+        yaml("mask_values: colors\nclasses: [sky]"),
+        "sky needs color",
+    ),
     "a name that YAML takes for no": (yaml("classes: [{name: no}]"), "name False is no text"),
     "two of one name": (yaml("classes: [{name: a}, {name: a}]"), "distseg.yaml: class names"),
     "two of one id": (yaml("classes: [{name: a, ids: [1]}, {name: b}]"), "id 1 means two things"),
@@ -210,6 +224,32 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         "passwd.jpg leads to",
     ),
     "images elsewhere": (yaml(BY_ID + "images: JPEGImages"), "no image in .*JPEGImages"),
+    "a list names a mask that is not there": (
+        lambda r: [
+            (r / "t.txt").write_text("images/a.jpg masks/zz.png"),
+            yaml(BY_ID + "splits: {train: t.txt}")(r),
+        ],
+        "a: no .*mine/masks/zz.png, the mask of .*mine/images/a.jpg",
+    ),
+    "a list names an image that is not there": (
+        lambda r: [
+            (r / "t.txt").write_text("/home/x/images/zz.jpg"),
+            yaml(BY_ID + "splits: {train: t.txt}")(r),
+        ],
+        "zz: no .*mine/images/zz.jpg",
+    ),
+    "a mask in a folder of its own": (
+        lambda r: save(r / "masks" / "masks" / "zz.png", IDS),
+        "masks_zz: no .*images/masks/zz.jpg, the image of .*masks/masks/zz.png",
+    ),
+    "all masks a folder deeper": (
+        lambda r: [
+            (r / "masks").rename(r / "m"),
+            (r / "masks").mkdir(),
+            (r / "m").rename(r / "masks" / "masks"),
+        ],
+        "(?s)a.jpg and masks/a.png.*add to the YAML: masks: masks/masks$",
+    ),
     "no mask": (lambda r: (r / "masks" / "e.png").unlink(), "e: no .*masks/e.png"),
     "mask of a format that is not read": (
         lambda r: (r / "masks" / "e.png").rename(r / "masks" / "e.mat"),
@@ -226,7 +266,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown id": (
         lambda r: save(r / "masks" / "e.png", np.full(SIZE, 3)),
-        "(?s)e.png: value 3 in 54 pixels.*one of: 0, 7, 9",
+        "(?s)e.png: value 3 in 54 pixels.*one of: 0 void, 7 sky, 9 road",
     ),
     "colours for ids": (
         lambda r: save(r / "masks" / "e.png", IDS, "RGB"),

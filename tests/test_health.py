@@ -51,6 +51,7 @@ BAD: dict[str, dict[str, Any]] = {
     "mask_is_empty": {"semi/mask_share": 0.0},
     "not_finite": {"loss/adversarial": math.nan},
     "exploding": {"loss/cross_entropy": 300.0},
+    "class_never_predicted": {"val/mean_iou": 0.4, "val/never_predicted/car": 0.013},
     "data_starved": {"data_wait_seconds": 0.3},
     "slow_rank": {"ranks/slowest_ratio": 1.5},
 }
@@ -64,7 +65,11 @@ def test_every_check_is_tested_here() -> None:
     assert BAD.keys() == NAMED.keys()
 
 
-@pytest.mark.parametrize("name", BAD)
+# it goes by evaluations, and has a test of its own
+BY_STEP = [name for name in BAD if name != "class_never_predicted"]
+
+
+@pytest.mark.parametrize("name", BY_STEP)
 def test_a_verdict_is_raised_alone_when_enough_rows_say_so_and_cleared_when_they_no_longer_do(
     name: str,
 ) -> None:
@@ -114,6 +119,27 @@ def test_a_single_bad_row_and_a_signal_between_the_bounds_change_nothing(name: s
     for step in range(820, 1120, 10):  # ... and not cleared
         health.update(row | {"step": step})
     assert name in health.on
+
+
+def test_classes_that_no_prediction_has_for_long_are_named_with_their_share() -> None:
+    def evaluation(step: int, **missed: float) -> dict[str, Any]:
+        shares = {f"val/never_predicted/{name}": share for name, share in missed.items()}
+        return {"step": step, "val/mean_iou": 0.4, **shares}
+
+    health = Health()
+    # rare ones come late: in two evaluations, or within some steps, nothing is said
+    health.update(evaluation(50, car=0.013, sign=0.002, sea=0.3))
+    health.update(evaluation(150, car=0.013, sign=0.002))
+    health.update(healthy(160))
+    health.update(evaluation(200, car=0.013, sign=0.002))
+    assert not health.events and health.flags()["health/class_never_predicted"] == 0.0
+    (event,) = health.update(evaluation(250, car=0.013, sign=0.002, sea=0.3))
+    said = "a class is never predicted (car 1.30%, sign 0.20% of the labels), since step 50."
+    assert event.text().startswith(f"health: {said}") and event.step == 250
+    health.update(evaluation(300, sign=0.002))
+    assert names(health) == {"class_never_predicted"}
+    health.update(evaluation(350))
+    assert not health.on
 
 
 def test_a_rank_that_is_slow_is_named_and_ranks_that_take_turns_are_not() -> None:

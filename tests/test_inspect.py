@@ -36,6 +36,7 @@ from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, STANFORD, Sample, decode_image, encode_label
 from shards.similar import BITS, MAX_BITS, close_pairs, fingerprint
 from shards.verified import is_verified
+from shards.words import train_command
 from tests import faults
 
 
@@ -255,6 +256,40 @@ def test_what_may_be_meant_is_a_warning(tmp_path: Path) -> None:
         ("image sizes", "toy_06"),
     }
     assert any("'mountain' (6) is never in train" in finding.what for finding in found.findings)
+
+
+def test_each_step_names_the_next_one(
+    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    maps, shards = toy_shards.parent / "maps.h5", tmp_path / "my shards"
+    assert main(["pack", str(maps), "--out", str(shards)]) == 0
+    train = f"distseg train preset=own 'data.shards={shards}' 'run_dir=runs/my shards'"
+    assert f"next: distseg inspect '{shards}'\nthen: {train}\n" in capsys.readouterr().out
+    assert main(["inspect", str(shards)]) == 0
+    assert capsys.readouterr().out.endswith(f"next: {train}\n")
+    # refused by training, and by one split alone nothing can be scored
+    (shards / "train-000000.tar").unlink()
+    assert main(["inspect", str(shards)]) == 1
+    assert "next:" not in capsys.readouterr().out
+    assert train_command(shards, ["train"]) == ""
+    assert train_command(shards, ["a", "b"]).endswith(" data.train_split=NAME data.val_split=NAME")
+
+
+def test_frames_of_a_video_in_a_split_are_one_finding(tmp_path: Path) -> None:
+    samples = toy_samples()
+    frame = decode_image(samples[0].image).astype(np.int16)
+    label = samples[0].label
+    for index in (0, 1, 2, 3, 8):  # the last one validates
+        image = (frame + index).clip(0, 255).astype(np.uint8)
+        samples[index] = replace(samples[index], image=jpeg(image), label=label)
+    found = [one for one in inspect(packed(samples, tmp_path)).findings if "nearly" in one.check]
+    assert sorted(one.check for one in found) == [
+        "nearly same picture in a split",
+        *["nearly same picture in two splits"] * 4,
+    ]
+    (within,) = [one for one in found if one.check.endswith("a split")]
+    assert within.sample in ("toy_00", "toy_01", "toy_02") and "4 of 8 pictures" in within.what
+    assert "video" in within.action
 
 
 def test_names_with_signs_of_markup_are_shown_as_they_are(

@@ -78,6 +78,25 @@ def test_pairs_by_list_and_names_with_suffixes(tmp_path: Path) -> None:
     assert read(tmp_path, "images/1.png masks/2.png", images, masks) == [Entry("1", "2")]
     assert read(tmp_path, "1.png 2.png", images, masks) == [Entry("1"), Entry("2")]
     assert read(tmp_path, "1_sat.jpg lost.png", images, masks) == [Entry("1", "lost")]
+    # files that are not there, by the ids that they would have
+    assert read(tmp_path, "images/1_sat.jpg masks/9_mask.png", images, masks) == [Entry("1", "9")]
+    assert read(tmp_path, "/x/images/9_sat.jpg", images, masks) == [Entry("9")]
+    # a mask alone stands for its image
+    assert read(tmp_path, "1_mask\nmasks/2_mask.png", images, masks) == [Entry("1"), Entry("2")]
+    assert read(tmp_path, "1_mask 2_mask", images, masks) == [Entry("1"), Entry("2")]
+
+
+def test_lists_pair_masks_of_other_names(tmp_path: Path) -> None:
+    for name in "ab":
+        pair(tmp_path, name, f"{name}_gt")
+        list_ = f"images/{name}.jpg masks/{name}_gt.png\n"
+        (tmp_path / f"{name}.txt").write_text(list_)
+    (tmp_path / "distseg.yaml").write_text(
+        YAML.split("\n")[0] + "\nsplits: {train: a.txt, val: b.txt}"
+    )
+    prepare("folder", tmp_path, tmp_path / "maps.h5")
+    with MapsReader(tmp_path / "maps.h5") as reader:
+        assert reader.splits == {"train": ["a"], "val": ["b"]}
 
 
 NAME = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="/\\"), min_size=1)
@@ -159,7 +178,7 @@ def test_images_with_a_suffix_of_their_own(tmp_path: Path, beside: bool) -> None
     if not beside:
         (tmp_path / "distseg.yaml").write_text(text)
         with pytest.raises(
-            InputError, match="add to the YAML: image_suffix: sat, mask_suffix: mask"
+            InputError, match="add to the YAML: image_suffix: _sat, mask_suffix: _mask"
         ):
             prepare("folder", tmp_path, tmp_path / "other.h5")
 

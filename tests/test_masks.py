@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -188,7 +189,8 @@ def test_all_unknown_values_are_named_with_what_is_known(tmp_path: Path) -> None
     with pytest.raises(InputError) as caught:
         read_mask(path, (6, 8), CODING)
     assert "value 7 in 3 pixels, value 9 in 1 pixels" in caught.value.got
-    assert caught.value.needed == "one of: 0, 1, 2, 3" and "`void:`" in caught.value.action
+    assert caught.value.needed == "one of: 0 sky, 1 road, 2 car, 3 void"
+    assert "write `void: [3, 7, 9]`" in caught.value.action
     colors = COLORS[IDS]
     colors[2, 2] = (199, 32, 30)
     path = saved(tmp_path / "b.png", Image.fromarray(colors), "PNG")
@@ -196,6 +198,23 @@ def test_all_unknown_values_are_named_with_what_is_known(tmp_path: Path) -> None
         read_mask(path, (6, 8), BY_COLOR)
     assert "(199, 32, 30) in 1 pixels (nearest: (200, 30, 30) road)" in caught.value.got
     assert "(90, 90, 90) void" in caught.value.needed and "(0, 0, 0) sky" in caught.value.needed
+    assert "write `void: [[90, 90, 90], [199, 32, 30]]`" in caught.value.action
+    gray = saved(tmp_path / "c.png", Image.fromarray(IDS + np.uint8(1)), "PNG")
+    with pytest.raises(InputError, match=r"(?s)gray.*leave out `mask_values: colors`"):
+        read_mask(gray, (6, 8), BY_COLOR)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unknown_values_of_all_masks_are_told_at_once(tmp_path: Path, workers: int) -> None:
+    root = folder_of(tmp_path / "data", IDS, "classes: [sky, road, car]\nvoid: [3, 255]\n")
+    for name, value in (("a", 7), ("b", 9), ("c", 9)):
+        wrong = IDS.copy()
+        wrong[0, 0] = value
+        saved(root / "masks" / f"{name}.png", Image.fromarray(wrong), "PNG")
+    with pytest.raises(InputError) as caught:
+        prepare("folder", root, tmp_path / "maps.h5", workers=workers)
+    assert "in 1 pixels\n  of 4 masks: value 9 in 2, value 7 in 1" in caught.value.got
+    assert "write `void: [3, 7, 9, 255]`" in caught.value.action
 
 
 def test_lossy_masks_take_the_nearest_value_where_that_is_said(tmp_path: Path) -> None:
@@ -221,6 +240,10 @@ def test_exchanged_folders_are_told(tmp_path: Path, coding: Coding) -> None:
         assert masked_sample("a", "train", one, path, coding=coding, source="x").label is not None
         with pytest.raises(InputError, match=r"(?s)photo.*exchange the folders"):
             masked_sample("a", "train", path, one, coding=coding, source="x")
+    # by another YAML, drawn in few colours all the same; a photograph has more than 32
+    unknown = replace(coding, codes=((123456, 0),))
+    with pytest.raises(InputError, match="exchange the folders"):
+        masked_sample("a", "train", path, other, coding=unknown, source="x")
     with pytest.raises(InputError) as caught:  # neither is a mask
         masked_sample("a", "train", photo, other, coding=coding, source="x")
     assert "exchange the folders" not in str(caught.value)

@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -261,3 +262,29 @@ def test_what_is_no_preparer_is_refused_and_nothing_written(
     with pytest.raises(InputError, match=message):
         prepare(f"{tmp_path}/mine.py:{name}", tmp_path, tmp_path / "maps.h5", **how)
     assert not list(tmp_path.glob("*.h5"))
+
+
+def test_three_small_images_go_the_whole_way(tmp_path: Path) -> None:
+    for name in "abc":
+        label = np.zeros((60, 80), np.uint8)
+        label[20 + 10 * (ord(name) % 3) :] = 1
+        for folder, array in (
+            ("images", label[..., None] * np.uint8([90, 80, 70])),
+            ("masks", label),
+        ):
+            (tmp_path / "street" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(tmp_path / "street" / folder / f"{name}.png")
+    (tmp_path / "street" / "distseg.yaml").write_text("classes: [sky, road]\n")
+    maps, shards, run_dir = (str(tmp_path / name) for name in ("maps.h5", "shards", "run"))
+    street = str(tmp_path / "street")
+    assert main(["prepare", "folder", "--root", street, "--out", maps]) == 0
+    assert main(["pack", maps, "--out", shards]) == 0
+    own = ["preset=own", f"data.shards={shards}", f"run_dir={run_dir}", "steps=2", "batch_size=4"]
+    quick = ["precision=fp32", "segmentor.init=random", "tracking.wandb=disabled"]
+    assert main(["train", *own, *quick, "evaluate.num_pictures=1"]) == 0
+    scores = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert scores["num_images"] == 1 and scores["step"] == 2
+    images = str(tmp_path / "street" / "images")
+    assert main(["predict", run_dir, images, "--out", str(tmp_path / "out")]) == 0
+    found = np.array(Image.open(tmp_path / "out" / "a.png"))
+    assert found.shape == (60, 80) and set(np.unique(found)) <= {0, 1}

@@ -257,3 +257,9 @@ def test_two_classes_also_get_their_best_f1() -> None:
     truth = torch.cat([label[label != 255] for _, label in images(2)]).numpy()
     best = max(sklearn.f1_score(truth, np.floor(chances * 255) >= k) for k in range(256))
     assert found["max_f1"] == pytest.approx(best, abs=1e-12)
+
+
+def test_classes_without_a_prediction_have_their_share_of_the_labels() -> None:
+    tally = Tally(1, 4, torch.device("cpu"))
+    tally.confusion += torch.tensor([[5, 0, 1, 0], [2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]])
+    assert tally.never_predicted() == {1: 0.2}

@@ -12,7 +12,7 @@ from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from distseg.config import code
+from distseg.config import code, from_data
 from distseg.config.keys import Key
 from distseg.config.layers import CONFIG_FILE, layers, names_network, split
 from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names
@@ -28,7 +28,8 @@ ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
 
 
 def load(overrides: list[str]) -> Config:
-    """Defaults, then the preset, then files, then `key=value` overrides.
+    """Defaults, then the preset, then files, then `key=value` overrides; what a preset leaves to
+    the data is found in the shards.
 
     What comes back is checked, and can be run.
     A file is named by its path alone, FILE.yaml, among the overrides. Raises InputError for an
@@ -39,11 +40,18 @@ def load(overrides: list[str]) -> Config:
     merged = OmegaConf.structured(Config)
     *below, command_line = layers(overrides)
     for layer in below:
+        known = [(key, value) for key, value in layer.values if value != from_data.FROM_DATA]
         try:
-            merged = _applied(merged, layer.values)
+            merged = _applied(merged, known)
         except InputError as error:
             # of a preset: it is ours, and has no wrong values
             raise InputError(f"{layer.origin}: {error.got}", error.needed, error.action) from None
+    stated = {key: value for layer in below for key, value in layer.values}
+    waiting = from_data.waiting(stated, [key for key, _ in command_line.values])
+    if waiting:
+        # all that is said names the shards, and what the other values go by
+        config = _resolved(_applied(merged, command_line.values))
+        merged = _merge(merged, from_data.fill(config, waiting))
     return _override(merged, command_line.values)
 
 

@@ -17,7 +17,7 @@ from distseg.evaluate.class_map import ClassMap
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.metrics import SegmentationScores
 from distseg.evaluate.tally import Tally
-from distseg.tracking.catalogue import VALIDATION
+from distseg.tracking.catalogue import NEVER_PREDICTED, VALIDATION
 
 
 @dataclass
@@ -86,9 +86,12 @@ class Evaluator:
 
         val/mean_iou, val/iou/<class>, ..., in [0, 1].
         """
-        assert self.result is not None
-        values = self.result.to_dict(self.samples.classes.names) | self.extra
-        return {f"{VALIDATION}{name}": value for name, value in values.items()}
+        assert self.result is not None and self.tally is not None
+        classes = self.samples.classes.names
+        values = self.result.to_dict(classes) | self.extra
+        named = {f"{VALIDATION}{name}": value for name, value in values.items()}
+        missed = self.tally.never_predicted().items()
+        return named | {f"{NEVER_PREDICTED}{classes[index]}": share for index, share in missed}
 
     def report(self, step: int) -> dict[str, Any]:
         """What evaluation.json holds.

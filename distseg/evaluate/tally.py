@@ -140,6 +140,13 @@ class Tally:
         """Those of the confusion matrix. Raises InputError where no pixel has a label."""
         return scores(self.confusion)
 
+    def never_predicted(self) -> dict[int, float]:
+        """By index, the share of the labelled pixels of each class that no pixel was taken for."""
+        truth, predicted = self.confusion.sum(1), self.confusion.sum(0)
+        missed = ((truth > 0) & (predicted == 0)).nonzero().flatten().tolist()
+        total = int(truth.sum())
+        return {index: int(truth[index]) / total for index in missed}
+
     def others(self, class_names: Sequence[str]) -> dict[str, float]:
         """Scores that no confusion matrix gives.
 

@@ -28,7 +28,7 @@ from shards.look import ERROR, Look, read_members
 from shards.manifest import Manifest
 from shards.sample import decode_image
 from shards.similar import BITS, MAX_BITS
-from shards.words import counted
+from shards.words import counted, train_command
 
 JSON_FILE, SHEET_FILE = "inspection.json", "contact_sheet.png"
 MIN_WIDTH, SHOWN = 100, 8  # columns of the terminal; findings of one kind in the table
@@ -68,6 +68,9 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
         markup=False,
         soft_wrap=True,
     )
+    command = train_command(directory, inspection.manifest.splits)
+    if command and not inspection.errors:
+        console.print(f"next: {command}", highlight=False, markup=False, soft_wrap=True)
     # for scripts: `distseg inspect DIR && distseg train ...`
     return 1 if inspection.errors else 0
 

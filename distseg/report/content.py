@@ -29,7 +29,14 @@ from distseg.report.comparison import (
     thin,
 )
 from distseg.runs import attempts
-from distseg.tracking.catalogue import CLASS_IOU, HEALTH, MEAN_IOU, SCORES, STEP_SECONDS
+from distseg.tracking.catalogue import (
+    CLASS_IOU,
+    HEALTH,
+    MEAN_IOU,
+    NEVER_PREDICTED,
+    SCORES,
+    STEP_SECONDS,
+)
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
 
@@ -106,7 +113,9 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     for row in rows:
         for name, value in row.items():
             # scores of classes are a table: 150 curves in a panel show nothing
-            is_curve = name not in _NO_SERIES and not name.startswith((CLASS_IOU, HEALTH))
+            is_curve = name not in _NO_SERIES and not name.startswith(
+                (CLASS_IOU, NEVER_PREDICTED, HEALTH)
+            )
             if is_curve and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])

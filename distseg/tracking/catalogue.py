@@ -22,6 +22,8 @@ ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
 STEP_SECONDS, DATA_WAIT_SECONDS = "step_seconds", "data_wait_seconds"
 SLOWEST_RANK, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest_ratio"
 LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
+# of classes that validation labels have and no prediction, which alone are there
+NEVER_PREDICTED = "val/never_predicted/"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
 
 Better = Literal["higher", "lower", ""]
@@ -235,16 +237,18 @@ class Family:
         """The metric of that name."""
         rest = name.removeprefix(self.prefix)
         # class names are the data set's, underscores and all; names of terms are keys
-        words = rest if self.prefix in (CLASS_IOU, BOUNDARY_IOU) else rest.replace("_", " ")
+        words = rest if self.prefix in _OF_CLASSES else rest.replace("_", " ")
         title = self.title.replace("{}", words)
         short = words if self.on_line else ""
         return Metric(name, title, self.unit, self.panel, words, self.better, short)
 
 
 BOUNDARY_IOU = "val/boundary_iou/"
+_OF_CLASSES = (CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED)
 FAMILIES = (
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
+    Family(NEVER_PREDICTED, "labels of {}, which is in no prediction", "share", better="lower"),
     # of a term that a configuration adds
     # after METRICS, which come first: a known term keeps its title
     Family(LOSS, "{} term", "loss", _OTHER_TERMS, on_line=True),

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distseg.tracking.catalogue import HEALTH, LOSS, SLOWEST_RANK
+from distseg.tracking.catalogue import HEALTH, LOSS, MEAN_IOU
 from distseg.tracking.verdicts import (
     CHECKS,
     HIGHEST_LEVEL,
@@ -26,8 +26,10 @@ from distseg.tracking.verdicts import (
     LEVELLED,
     NAMED,
     SUM_LEVEL,
+    UNPREDICTED,
     Check,
     MetricsRow,
+    unpredicted,
 )
 from shards.files import write_text
 
@@ -131,11 +133,15 @@ class Health:
     def update(self, row: MetricsRow) -> list[Event]:
         """Take in a row; what it changed."""
         self.step = row["step"]
+        if MEAN_IOU in row:
+            lacking = unpredicted(row, self._before.get(UNPREDICTED, {}))
+            self._before = self._before | {UNPREDICTED: lacking}
         # each row is judged whatever became of the others: checks do not know of one another
         found = [event for check in CHECKS if (event := self._judge(check, row)) is not None]
         # rows of evaluations have no counts of skips, from which the next difference is taken
         if any(name.startswith(LOSS) for name in row):
-            self._before = row | self._levels(row)
+            lacking = self._before.get(UNPREDICTED, {})
+            self._before = row | self._levels(row) | {UNPREDICTED: lacking}
         self.events += found
         return found
 
@@ -161,8 +167,9 @@ class Health:
             self.judged_from.setdefault(name, row["step"])
         # raised once, and told again only after it was cleared
         if name not in self.on and window.is_bad():
-            detail = f"rank {row[SLOWEST_RANK]:.0f}" if name == "slow_rank" else ""
-            self.on[name] = Event(row["step"], name, True, window.since, window.mean(), detail)
+            detail, first = check.about(row, self._before)
+            since = window.since if first is None else first
+            self.on[name] = Event(row["step"], name, True, since, window.mean(), detail)
             return self.on[name]
         if name in self.on and window.is_good():
             return Event(row["step"], name, False, self.on.pop(name).since, value)

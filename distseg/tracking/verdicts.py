@@ -21,6 +21,8 @@ from distseg.tracking.catalogue import (
     DISCRIMINATOR_REAL,
     LOSS,
     MASK_SHARE,
+    MEAN_IOU,
+    NEVER_PREDICTED,
     RATIO,
     SEGMENTOR_LOSS,
     SLOWEST_RANK,
@@ -29,6 +31,7 @@ from distseg.tracking.catalogue import (
 )
 
 MetricsRow = dict[str, Any]  # of metrics.jsonl: "step" and named floats
+Unpredicted = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Check:
     measure: its signal in a row, given the training row before (empty at first), or None where the
     row does not say. raise_at: raised when the signal's mean over the last rows, at least
     `num_rows` and `num_steps` steps of them, is as bad; clear_at: cleared when each of the last
-    `clear_rows` is better. Where raise_at is the smaller of the two, small values are bad.
+    `clear_rows` is better. Where raise_at is the smaller of the two, small values are bad. about:
+    who it is, given the same rows, and since which step if that is not the first of those rows.
     """
 
     name: str
@@ -51,6 +55,10 @@ class Check:
     advice: str
     num_steps: int = 0
     clear_rows: int = 5
+    about: Callable[[MetricsRow, MetricsRow], tuple[str, int | None]] = lambda row, before: (
+        "",
+        None,
+    )
 
     def beyond(self, value: float, bound: float) -> bool:
         """Whether a value is on the bad side of a bound."""
@@ -119,10 +127,45 @@ def _growth(row: MetricsRow, before: MetricsRow) -> float | None:
     return max(powers) if powers else None
 
 
+def unpredicted(row: MetricsRow, before: Unpredicted) -> Unpredicted:
+    """The classes that an evaluation's predictions lack, by their metrics' names."""
+    found = {}
+    for name in row:
+        if name.startswith(NEVER_PREDICTED):
+            first, times = before.get(name, (row["step"], 0))
+            found[name] = (first, times + 1)
+    return found
+
+
+def _given_up(row: MetricsRow, before: MetricsRow) -> dict[str, int]:
+    """Those that were lacking for long, the most frequent first, and since which step."""
+    found = {}
+    for name, (first, times) in before.get(UNPREDICTED, {}).items():
+        if times >= MIN_EVALUATIONS and row["step"] - first >= MIN_UNPREDICTED_STEPS:
+            found[name] = first
+    return dict(sorted(found.items(), key=lambda item: -row.get(item[0], 0.0)))
+
+
+def _num_given_up(row: MetricsRow, before: MetricsRow) -> float | None:
+    # of evaluations alone: a batch of some crops lacks classes by chance
+    return float(len(_given_up(row, before))) if MEAN_IOU in row else None
+
+
+def _who_is_given_up(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
+    found = _given_up(row, before)
+    named = [f"{name.removeprefix(NEVER_PREDICTED)} {row[name]:.2%}" for name in found]
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return f"{', '.join(named[:MAX_NAMED])} of the labels{more}", min(found.values(), default=None)
+
+
 def _wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
     if DATA_WAIT_SECONDS not in row or not row.get(STEP_SECONDS):
         return None
     return row[DATA_WAIT_SECONDS] / row[STEP_SECONDS]
+
+
+def _who_is_slow(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
+    return f"rank {row[SLOWEST_RANK]:.0f}", None
 
 
 def _slowest(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -142,6 +185,13 @@ LEVEL, HIGHEST_LEVEL = "level/", "level"
 LEVEL_ROWS = 5  # whose median is the level
 MEAN_LEVEL = 100.0  # of means over pixels: ln 255 = 5.5 nats, and room for the weights of terms
 SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
+
+# in the row before, by distseg.tracking.health: of each class that no prediction has, the step of
+# the first evaluation that says so, and how many in a row do
+UNPREDICTED = "unpredicted"
+# the rarest classes come late: in the first evaluations they are missing in good runs, too
+MIN_EVALUATIONS, MIN_UNPREDICTED_STEPS = 3, 200
+MAX_NAMED = 5
 
 CHECKS = (
     Check(
@@ -237,6 +287,22 @@ CHECKS = (
         "go on from an earlier checkpoint, as the weights since are spoilt.",
     ),
     Check(
+        "class_never_predicted",
+        "a class is never predicted",
+        _num_given_up,
+        # classes, after MIN_EVALUATIONS
+        raise_at=1.0,
+        clear_at=0.5,
+        num_rows=1,
+        clear_rows=1,
+        about=_who_is_given_up,
+        meaning="Validation labels have it, and no prediction did in three evaluations or more: "
+        "its IoU is 0.",
+        advice="Look how much of it the training labels have (`distseg inspect`); draw it more "
+        "often (data.sampling=rare_class) or weigh it more "
+        "(loss.class_weights=median_frequency); train longer.",
+    ),
+    Check(
         "data_starved",
         "training waits for data",
         _wait_share,
@@ -258,6 +324,7 @@ CHECKS = (
         raise_at=1.2,
         clear_at=1.1,
         num_rows=10,
+        about=_who_is_slow,
         meaning="The same rank needs a fifth more for its forward and its data, again and again, "
         "and all others wait "
         "for it at every step.",

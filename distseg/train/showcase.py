@@ -61,4 +61,4 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
         masks = {"label": label, "prediction": probabilities.argmax(0).astype(np.uint8)}
         # besides the panel: in W&B masks can be switched on and off over the picture
         trainer.tracker.masks(step, f"masks/{key}", image, masks, val_set.classes.names)
-    trainer.progress.message(f"curves and pictures: {run_dir / 'pictures'}")
+    trainer.progress.message(f"look at {curves}, then at iou.png and samples/ beside it")

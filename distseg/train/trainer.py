@@ -149,11 +149,13 @@ class Trainer:
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         values = self.evaluator.named()
         self.check_folder()
-        self.tracker.log(self.state.step, values)
+        events = self.tracker.log(self.state.step, values)
         classes = self.evaluator.samples.classes.names
         rows = [(name, values[f"val/iou/{name}"]) for name in classes]
         self.tracker.table(self.state.step, "classes", ("class", "IoU"), rows)
         self.progress.evaluation(self.state.step, values)
+        for event in events:
+            self.progress.warning(event.text())
         # on every rank, from values that all share: the schedule and the end follow from them
         for news in self._validation.add(self.state.step, values["val/loss"]):
             self.progress.message(news)

@@ -17,6 +17,7 @@ from shards.image_files import PASSED_OVER
 from shards.maps import MapsReader
 from shards.prepare import own
 from shards.prepare.dataset import DataSet, absent
+from shards.prepare.masks import UnknownValues, with_other_masks
 from shards.prepare.parts import Prepared, write_dataset
 from shards.processes import check_workers
 from shards.words import nearest
@@ -79,7 +80,10 @@ def prepare(
     _check_out(out, name)
     if not skip_bad:
         _check_whole(dataset)
-    return write_dataset(out, name, dataset, workers, skip_bad)
+    try:
+        return write_dataset(out, name, dataset, workers, skip_bad)
+    except UnknownValues as error:
+        raise with_other_masks(error, dataset.tasks) from None
 
 
 def _arguments(

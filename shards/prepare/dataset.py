@@ -56,7 +56,10 @@ class Task:
 
 def absent(key: str, split: str, file: str) -> Sample:
     """The `read` of a sample whose file is not there. Raises InputError, and nothing else."""
-    action = "unpack all of it, correct the lists, or leave such samples out with --skip-bad"
+    action = (
+        "add it, take the other one away, correct the lists, or leave such samples out with "
+        "--skip-bad"
+    )
     raise InputError(
         f"{key}: no {file}", "an image and a label for every id of the data set", action
     )

@@ -2,8 +2,9 @@
 mean (docs/your_data.md has examples).
 
 Its keys:
-  classes      list of {name, color: [r, g, b], ids: [mask values]}, in the order of the class
-               indices; ids default to the place in the list, colours to a rainbow
+  classes      list of {name, color: [r, g, b], ids: [mask values]}, or of names alone, in the
+               order of the class indices; ids default to the place in the list, colours to a
+               rainbow
   void         mask values, or colours, that are no class (default: [255], for colours none)
   mask_values  ids (gray values or palette indices; the default) or colors (a class is where its
                colour is)
@@ -24,6 +25,7 @@ Its keys:
 from __future__ import annotations
 
 import difflib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -125,6 +127,11 @@ class _Files:
     images: dict[str, Path]
     masks: dict[str, Path]
 
+    def check_names(self, what: _Layout) -> None:
+        """Raise InputError where no image and no mask are called alike."""
+        if self.masks and not self.images.keys() & self.masks.keys():
+            raise _strangers(what, self)
+
     def pair(self, id_: str, split: str, what: _Layout, mask_id: str = "") -> Pair:
         """An id's pair, with the names that missing files would have.
 
@@ -138,8 +145,13 @@ class _Files:
         return Pair(id_, split, image, mask)
 
 
-def _files(root: Path, what: _Layout, split: str, notes: list[str]) -> _Files:
-    """The files of a split ("": of all); what was passed over is added to the notes."""
+def _files(
+    root: Path, what: _Layout, split: str, notes: list[str], *, by_name: bool = True
+) -> _Files:
+    """The files of a split ("": of all); what was passed over is added to the notes.
+
+    by_name: InputError where no image and no mask are called alike, as nothing else pairs them.
+    """
     folders = root / what.images.replace(PLACE, split), root / what.masks.replace(PLACE, split)
     beside = folders[0] == folders[1]  # told apart by their suffixes
     kinds = MASK_SUFFIXES if beside else SUFFIXES
@@ -163,9 +175,10 @@ def _files(root: Path, what: _Layout, split: str, notes: list[str]) -> _Files:
     if respelt:
         spelt = counted(respelt, "mask", verb=IS)
         notes.append(f"{spelt} spelt in another Unicode normal form than the images")
-    if masks and not images.keys() & masks.keys():
-        raise _strangers(folders, images, masks)
-    return _Files(folders, images, masks)
+    files = _Files(folders, images, masks)
+    if by_name:
+        files.check_names(what)
+    return files
 
 
 def _without(files: Mapping[str, Path], others: Mapping[str, Path]) -> dict[str, Path]:
@@ -184,26 +197,52 @@ def _share_ids(images: Mapping[str, Path], masks: dict[str, Path]) -> int:
     return count
 
 
-def _strangers(
-    folders: tuple[Path, Path], images: Mapping[str, Path], masks: Mapping[str, Path]
-) -> InputError:
+def _strangers(what: _Layout, files: _Files) -> InputError:
     """The error of folders in which no image and no mask are called alike, with what would help."""
-    image = min(images)
-    mask = max(masks, key=lambda id_: len(_shared(image, id_)))
-    shared = _shared(image, mask)
-    ends = image[len(shared) :], mask[len(shared) :]
-    action = "rename them, or correct `images` and `masks`"
-    # two numbers differ in their last digits, too: only what all names end in is a suffix
-    if shared and all(id_.endswith(ends[0]) for id_ in images):
-        known = {id_.removesuffix(ends[0]) for id_ in images}
-        if known & {id_.removesuffix(ends[1]) for id_ in masks if id_.endswith(ends[1])}:
-            keys = zip(("image_suffix", "mask_suffix"), ends, strict=True)
-            action = f"add to the YAML: {', '.join(f'{key}: {end}' for key, end in keys if end)}"
+    image = min(files.images)
+    mask = max(files.masks, key=lambda id_: len(_shared(image, id_)))
+    # with the folders below, which may be all that differs
+    names = [
+        path.relative_to(folder).as_posix()
+        for folder, path in zip(
+            files.folders, (files.images[image], files.masks[mask]), strict=True
+        )
+    ]
     got = (
-        f"no image in {folders[0]} has a mask of its name in {folders[1]}: "
-        f"for example {images[image].name} and {masks[mask].name}"
+        f"no image in {files.folders[0]} has a mask of its name in {files.folders[1]}: "
+        f"for example {names[0]} and {names[1]}"
     )
+    lines = _folder_lines(what, files) or _suffix_lines(image, mask, files)
+    action = "rename them, or correct `images` and `masks`"
+    if lines:
+        action = f"add to the YAML: {', '.join(lines)}"
     return InputError(got, "masks called as their images are", action)
+
+
+def _folder_lines(what: _Layout, files: _Files) -> list[str]:
+    """What the YAML would say of files that all lie a folder deeper, as archives unpack them."""
+    lines, below = [], []
+    keys = (("images", what.images, files.images), ("masks", what.masks, files.masks))
+    for key, folder, found in keys:
+        inside = os.path.commonpath([id_.rpartition("/")[0] for id_ in found])
+        lines += [f"{key}: {folder}/{inside}"] if inside else []
+        below.append({id_.removeprefix(f"{inside}/") for id_ in found})
+    return lines if below[0] & below[1] else []
+
+
+def _suffix_lines(image: str, mask: str, files: _Files) -> list[str]:
+    """What the YAML would say of names that end in what the other folder's do not."""
+    # a sign between name and suffix is the suffix's
+    shared = _shared(image, mask).rstrip("_-. ")
+    ends = image[len(shared) :], mask[len(shared) :]
+    # two numbers differ in their last digits, too: only what all names end in is a suffix
+    if not shared or not all(id_.endswith(ends[0]) for id_ in files.images):
+        return []
+    known = {id_.removesuffix(ends[0]) for id_ in files.images}
+    if not known & {id_.removesuffix(ends[1]) for id_ in files.masks if id_.endswith(ends[1])}:
+        return []
+    keys = zip(("image_suffix", "mask_suffix"), ends, strict=True)
+    return [f"{key}: {end}" for key, end in keys if end]
 
 
 def _shared(first: str, second: str) -> str:
@@ -234,7 +273,7 @@ def _drawn(pairs: list[Pair], seed: int, what: _Layout) -> list[Pair]:
 
 def _listed(root: Path, what: _Layout, lists: Mapping[str, str], notes: list[str]) -> list[Pair]:
     """The pairs that lists name; adds to the notes."""
-    files = _files(root, what, "", notes)
+    files = _files(root, what, "", notes, by_name=False)
     images = Names(files.images, what.image_suffix, what.images)
     masks = Names(files.masks, what.mask_suffix, what.masks)
     entries = {split: entries_of(root / path, images, masks) for split, path in lists.items()}
@@ -244,6 +283,9 @@ def _listed(root: Path, what: _Layout, lists: Mapping[str, str], notes: list[str
         for entry in some:
             pairs.append(files.pair(entry.image, split, what, entry.mask or ""))
             used |= {entry.image, entry.mask or entry.image}
+    # lists may pair what is not called alike
+    if not any(pair.label in files.masks.values() for pair in pairs):
+        files.check_names(what)
     unlisted = len((files.images.keys() | files.masks.keys()) - used)
     if unlisted:
         notes.append(f"{counted(unlisted, 'image or mask', 'images or masks', IS)} in no list")
@@ -323,8 +365,10 @@ def _classes(file: Path, entries: Any, colors: bool) -> tuple[ClassSet, list[tup
         raise _wrong(file, f"classes: {entries!r} is no list")
     names, palette, codes = [], [], []
     for index, entry in enumerate(entries):
+        if isinstance(entry, str):
+            entry = {"name": entry}  # a plain list of names
         if not isinstance(entry, dict):
-            raise _wrong(file, f"classes: {entry!r} has no name, color and ids")
+            raise _wrong(file, f"classes: {entry!r} is neither a name nor {{name, color, ids}}")
         _check_keys(file, entry, ("name", "color", "ids"))
         name = entry.get("name")
         if not isinstance(name, str) or not name:

@@ -55,6 +55,15 @@ class Names:
                     return found
         return None
 
+    def lost(self, text: str) -> str:
+        """The id that a text would mean if its file were there, which it is not.
+
+        Without the folder that the files lie in, or a message would have it twice.
+        """
+        name = without_extension(text.replace("\\", "/"))
+        name = f"/{name}".rpartition(f"/{self.folder}/")[2] if self.folder else name
+        return name.removeprefix("/").removesuffix(self._suffix)
+
     def _forms(self, tail: str) -> Iterator[str]:
         for form in (tail, without_extension(tail)):
             yield form
@@ -106,8 +115,8 @@ def entries_of(path: Path, images: Names, masks: Names | None = None) -> list[En
     names an image and its mask.
 
     A line that is no id is two columns, an image and a mask (UniMatch, mmsegmentation), or else
-    several ids; see `read_lines` for comments. What is not found stays as it is written, less its
-    extension. Raises InputError for an empty or unreadable list.
+    several ids; a mask alone stands for its image; see `read_lines` for comments. What is not found
+    is what `Names.lost` makes of it. Raises InputError for an empty or unreadable list.
     """
     entries = []
     for line in read_lines(path, images):
@@ -121,7 +130,7 @@ def ids_in_list(path: Path, ids: Iterable[str] = ()) -> list[str]:
 
 
 def _entries(line: str, images: Names, masks: Names) -> list[Entry]:
-    whole = images.find(line, anywhere=False)
+    whole = _found(line, images, masks, anywhere=False)
     # at each gap, since the names on both sides may have blanks
     columns = [(line[: gap.start()], line[gap.end() :]) for gap in GAPS.finditer(line)]
     for left, right in columns if whole is None else ():
@@ -130,16 +139,23 @@ def _entries(line: str, images: Names, masks: Names) -> list[Entry]:
             return [pair]
     # of "images/a.jpg masks/b.png" the last part alone would be found, too
     if whole is None and all(without_extension(left) == left for left, _ in columns):
-        whole = images.find(line)
+        whole = _found(line, images, masks)
     if whole is not None:
         return [Entry(whole)]
     words = GAPS.split(line)
-    if any(images.find(word) is not None for word in words):
-        return [Entry(images.find(word) or without_extension(word)) for word in words]
+    if any(_found(word, images, masks) is not None for word in words):
+        return [Entry(_found(word, images, masks) or images.lost(word)) for word in words]
     # none of it is known: two files, or one name with blanks in it
     if len(words) == 2 and all(without_extension(word) != word for word in words):
-        return [Entry(without_extension(words[0]))]
-    return [Entry(without_extension(line))]
+        return [Entry(images.lost(words[0]))]
+    return [Entry(images.lost(line))]
+
+
+def _found(text: str, images: Names, masks: Names, *, anywhere: bool = True) -> str | None:
+    """The id of an image, or of the mask that a text names, where that is an image's, too."""
+    found = images.find(text, anywhere=anywhere)
+    mask = masks.find(text, anywhere=anywhere) if found is None else None
+    return found if mask is None else images.find(mask, anywhere=False)
 
 
 def _pair(left: str, right: str, images: Names, masks: Names) -> Entry | None:
@@ -148,9 +164,12 @@ def _pair(left: str, right: str, images: Names, masks: Names) -> Entry | None:
         return None
     if mask is None:
         # a mask that is not there is told as missing; without an extension it may be another id
-        lost = without_extension(right)
-        other = lost == right or GAPS.search(right) or images.find(right) is not None
-        return None if other else Entry(image, lost)
+        other = (
+            without_extension(right) == right
+            or GAPS.search(right)
+            or images.find(right) is not None
+        )
+        return None if other else Entry(image, masks.lost(right))
     # images and masks go by the same ids most often: "a b" are two images, and "a masks/b.png" a
     # mask of another name
     folders = right.replace("\\", "/").split("/")[:-1]

@@ -4,7 +4,7 @@ through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +12,15 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.images import stored_image
+from shards.prepare.dataset import Task
 from shards.prepare.mask_files import mask_values
 from shards.prepare.pairing import source_of
 from shards.sample import IGNORE_INDEX, Sample
 
 NUM_LISTED = 24  # values that an error message spells out, of known and of unknown ones
+NUM_OFFERED = 8  # unknown values that may all be void; more are another kind of masks
+MAX_COLORS = 32  # that drawn masks have at most, and photographs have more than
+MAX_SEARCHED = 300  # masks that are looked through for further unknown values, evenly
 BLOCK_PX = 2**22  # looked up at a time: the search takes eight bytes for each pixel, several times
 
 
@@ -35,6 +39,14 @@ class Coding:
     names: tuple[str, ...] = ()
     turn: bool = True
     nearest: bool = False
+
+
+class UnknownValues(InputError):
+    """A mask holds what the coding does not know: counts has the pixels of each such value."""
+
+    path: Path
+    counts: dict[int, int]
+    coding: Coding
 
 
 def color_code(color: Iterable[int]) -> int:
@@ -58,7 +70,7 @@ def masked_sample(
         try:
             label = read_mask(mask, stored.size, coding)
         except InputError as error:
-            if _is_mask(image, coding):
+            if _is_mask(image, coding) or _are_exchanged(image, mask):
                 needed = "an image and its mask: here it is the image that reads as a mask"
                 action = "exchange the folders of images and masks, or the two columns of the list"
                 raise InputError(error.got, needed, action) from None
@@ -71,7 +83,7 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
 
     Size: the image's (H, W). Raises InputError, naming the file.
     """
-    values = mask_values(path, colors=coding.colors, turn=coding.turn, lossy=coding.nearest)
+    values = _values(path, coding)
     # never resized to fit: a mask of another size is mostly another image's
     if values.shape[:2] != size:
         got = (
@@ -79,6 +91,22 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
             f"for an image {size[0]} x {size[1]}"
         )
         raise InputError(got, "a mask of the image's size", "replace the image or the mask")
+    label, unknown = _coded(values, coding)
+    if coding.colors and sum(unknown.values()) == label.size and all(map(_is_gray, unknown)):
+        got, needed = f"{path}: gray, without a known colour", "a colour for each class"
+        raise InputError(got, needed, "leave out `mask_values: colors`, and name the values as ids")
+    if unknown:
+        raise _unknown(path, unknown, coding)
+    return label
+
+
+def _values(path: Path, coding: Coding) -> np.ndarray:
+    return mask_values(path, colors=coding.colors, turn=coding.turn, lossy=coding.nearest)
+
+
+def _coded(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, dict[int, int]]:
+    """`_indices` of values of any size, in blocks of rows."""
+    size = values.shape[:2]
     label = np.empty(size, np.uint8)
     unknown: dict[int, int] = {}
     rows = max(1, BLOCK_PX // max(1, size[1]))
@@ -86,9 +114,7 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
         label[top : top + rows], strange = _indices(values[top : top + rows], coding)
         for value, count in strange.items():
             unknown[value] = unknown.get(value, 0) + count
-    if unknown:
-        raise _unknown(path, unknown, coding)
-    return label
+    return label, unknown
 
 
 def _indices(values: np.ndarray, coding: Coding) -> tuple[np.ndarray, dict[int, int]]:
@@ -122,28 +148,76 @@ def _nearest(value: int, coding: Coding) -> int:
     return min(sorted(known for known, _ in coding.codes), key=distance)
 
 
-def _unknown(path: Path, unknown: dict[int, int], coding: Coding) -> InputError:
+def _unknown(path: Path, unknown: dict[int, int], coding: Coding) -> UnknownValues:
     """The error of a mask whose values mean nothing, all of them named, the most frequent first."""
     listed = []
-    for value, count in sorted(unknown.items(), key=lambda item: (-item[1], item[0])):
+    for value, count in _most_first(unknown):
         near = f" (nearest: {_named(_nearest(value, coding), coding)})" if coding.colors else ""
-        what = f"colour {_color(value)}" if coding.colors else f"value {value}"
-        listed.append(f"{what} in {count} pixels{near}")
+        listed.append(f"{_value(value, coding)} in {count} pixels{near}")
     known = [_named(value, coding) for value, _ in sorted(coding.codes)]
-    more = len(listed) - NUM_LISTED
-    got = ", ".join(listed[:NUM_LISTED]) + (f", and {more} more" if more > 0 else "")
     needed = f"one of: {', '.join(known[:NUM_LISTED])}{', ...' if known[NUM_LISTED:] else ''}"
-    action = "correct the mask, or say which class this is, or name it in `void:`"
-    return InputError(f"{path}: {got}", needed, action)
+    error = UnknownValues(f"{path}: {_bounded(listed)}", needed, _void_or(unknown, coding))
+    # as attributes, which go with an exception from process to process
+    error.path, error.counts, error.coding = path, unknown, coding
+    return error
+
+
+def with_other_masks(error: UnknownValues, tasks: Sequence[Task]) -> InputError:
+    """The error with what is unknown in other masks, too: else they would be told one by one."""
+    named = [task for task in tasks if task.read is masked_sample]
+    # evenly: those beside each other are alike
+    named = named[:: max(1, -(-len(named) // MAX_SEARCHED))]
+    masks: dict[int, int] = {}
+    for task in named:
+        for value in _unknown_values(task.arguments[1], error.coding):
+            masks[value] = masks.get(value, 0) + 1
+    if not masks.keys() - error.counts.keys():
+        return error
+    listed = []
+    for value, count in _most_first(masks):
+        listed.append(f"{_value(value, error.coding)} in {count}")
+    got = f"{error.got}\n  of {len(named)} masks: {_bounded(listed)}"
+    return InputError(got, error.needed, _void_or(masks, error.coding))
+
+
+def _unknown_values(mask: Path | None, coding: Coding) -> Iterable[int]:
+    try:
+        return () if mask is None else _coded(_values(mask, coding), coding)[1]
+    except InputError:
+        return ()  # unreadable: another error than the one that is told
+
+
+def _void_or(unknown: Iterable[int], coding: Coding) -> str:
+    """What to do about unknown values: `void:` spelt out where they are few."""
+    values = sorted(unknown)
+    action = "correct the mask, or say which class this is"
+    # data sets with a preparer of their own have no YAML
+    if not coding.names or len(values) > NUM_OFFERED:
+        return f"{action}, or name it in `void:`"
+    void = sorted({value for value, index in coding.codes if index == IGNORE_INDEX} | {*values})
+    spelt = [str(list(_rgb(value)) if coding.colors else value) for value in void]
+    return f"{action}; if it is none, write `void: [{', '.join(spelt)}]` in the YAML"
+
+
+def _most_first(counts: dict[int, int]) -> list[tuple[int, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _bounded(listed: list[str]) -> str:
+    more = len(listed) - NUM_LISTED
+    return ", ".join(listed[:NUM_LISTED]) + (f", and {more} more" if more > 0 else "")
+
+
+def _value(value: int, coding: Coding) -> str:
+    return f"colour {_color(value)}" if coding.colors else f"value {value}"
 
 
 def _named(value: int, coding: Coding) -> str:
-    """A known value, a colour with its class beside it."""
-    if not coding.colors:
-        return str(value)
+    """A known value or colour with its class beside it, where that has a name."""
     index = dict(coding.codes)[value]
     name = "void" if index == IGNORE_INDEX else (*coding.names, *[""] * 256)[index]
-    return f"{_color(value)} {name}".rstrip()
+    shown = _color(value) if coding.colors else str(value)
+    return f"{shown} {name}".rstrip()
 
 
 def _color(value: int) -> str:
@@ -163,6 +237,24 @@ def _is_mask(image: Path, coding: Coding) -> bool:
     except InputError:
         return False
     return True
+
+
+def _is_gray(value: int) -> bool:
+    return len(set(_rgb(value))) == 1
+
+
+def _are_exchanged(image: Path, mask: Path) -> bool:
+    """Whether the image is drawn in a few colours, without loss, and the mask is in many."""
+    try:
+        drawn = _num_colors(mask_values(image, colors=True))
+        return drawn <= MAX_COLORS < _num_colors(mask_values(mask, colors=True, lossy=True))
+    except InputError:
+        return False
+
+
+def _num_colors(values: np.ndarray) -> int:
+    """values: (H, W, 3) uint8."""
+    return len(np.unique(values.reshape(-1, 3), axis=0))
 
 
 def _explained(error: InputError, image: Path, mask: Path, coding: Coding) -> InputError:

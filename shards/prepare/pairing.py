@@ -63,15 +63,21 @@ def pair_tasks(
             check_inside(root, path)
         # a task that fails, not an error: with --skip-bad it is left out, and counted, like a
         # damaged one
-        lost = [str(path) for path in files if not path.is_file()]
+        lost = [path for path in files if not path.is_file()]
         if lost:
-            tasks.append(Task(key, pair.split, absent, (lost[0],)))
+            tasks.append(Task(key, pair.split, absent, (_lost(lost[0], pair),)))
             continue
         arguments = (pair.image, pair.label, *more.values())
         tasks.append(Task(key, pair.split, read, arguments, names=tuple(more)))
     if not named:
         raise InputError(f"no images in {root}", "at least one", "correct --root")
     return tasks
+
+
+def _lost(path: Path, pair: Pair) -> str:
+    """A file that is not there, for messages: beside it the one that it would belong to."""
+    kind, other = ("image", pair.label) if path == pair.image else ("mask", pair.image)
+    return f"{path}, the {kind} of {other}" if other is not None and other.is_file() else str(path)
 
 
 def key_of(id_: str) -> str:
