@@ -121,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_summarize(commands)
     _add_predict(commands)
+    _add_pictures(commands)
     _add_report(commands)
     _add_export(commands)
     _add_prepare(commands)
@@ -294,6 +295,8 @@ def _summarize(options: argparse.Namespace) -> int:
 def _add_predict(commands: Commands) -> None:
     text = """\
 Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image.
+Below the overlay the classes that it shows are named; evaluate.palette=safe takes colours that
+colour-blind readers tell apart.
 
 Test-time augmentation is as the run evaluates, or as evaluate.scales=[0.75,1,1.25]
 evaluate.horizontal_flip=true say. Images with a side above 2048 px are labelled by a sliding
@@ -309,6 +312,9 @@ window; evaluate.window_px=N evaluate.overlap_px=M choose another."""
     parser.add_argument(
         "--probabilities", action="store_true", help="also one probability picture per class"
     )
+    parser.add_argument(
+        "--no-legend", action="store_true", help="overlays of the images' size, without names"
+    )
     _add_device(parser)
     _add_overrides(parser, "evaluate.horizontal_flip=true precision=fp32")
     parser.set_defaults(handler=_predict)
@@ -317,7 +323,9 @@ window; evaluate.window_px=N evaluate.overlap_px=M choose another."""
 def _predict(options: argparse.Namespace) -> int:
     from distseg import predict
 
-    wanted = predict.PredictOptions(probabilities=options.probabilities)
+    wanted = predict.PredictOptions(
+        probabilities=options.probabilities, legend=not options.no_legend
+    )
     return predict.run(
         options.run,
         options.images,
@@ -326,6 +334,34 @@ def _predict(options: argparse.Namespace) -> int:
         which=options.checkpoint,
         device=options.device,
         overrides=options.overrides,
+    )
+
+
+def _add_pictures(commands: Commands) -> None:
+    text = """\
+Draw a run's curves, IoU of each class and validation images again: as drawings for a paper, in
+other colours, more of them. Training draws them at its end, as PNG.
+
+For a paper:         distseg pictures RUN --format pdf --out figures
+For other eyes:      distseg pictures RUN evaluate.palette=safe (`distseg report` shows these then)
+Curves alone:        evaluate.num_pictures=0, which needs neither shards nor a network
+
+Text stays text in SVG and PDF, and photographs keep their pixels."""
+    parser = _configured_command(commands, "pictures", "draw a run's pictures again", text)
+    _add_run(parser)
+    parser.add_argument("--format", default="png", choices=("png", "svg", "pdf"))
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where they go; else pictures/ of the run"
+    )
+    _add_overrides(parser, "evaluate.num_pictures=12 data.val_split=val")
+    parser.set_defaults(handler=_pictures)
+
+
+def _pictures(options: argparse.Namespace) -> int:
+    from distseg.evaluate import pictures
+
+    return pictures.run(
+        options.run, options.checkpoint, options.out, options.format, options.overrides
     )
 
 
