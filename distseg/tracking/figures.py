@@ -19,6 +19,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
@@ -232,8 +233,7 @@ def sample_panel(
     legend = legend_entries(classes, has_void, shown)
     grid = _Grid(image.shape[:2], 1 + math.ceil(len(shown) / _NUM_COLUMNS), len(legend))
     for column, (title, picture) in enumerate(top):
-        # none: interpolated colours would be those of other classes, or of none; and drawings keep
-        # every pixel, whatever their size on the page
+        # none: interpolated colours would be those of other classes; and drawings keep every pixel
         grid.axes(0, column, title).imshow(picture, interpolation="none")
     for place, index in enumerate(shown):
         row, column = divmod(place, _NUM_COLUMNS)
@@ -241,9 +241,7 @@ def sample_panel(
         # 0 to 1 on all: a scale of its own would show a class of 1 % as certain
         look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
         scale = axes.imshow(probabilities[index], interpolation="none", **look)
-    bar = grid.figure.colorbar(scale, cax=grid.bar_axes(), ticks=[0, 0.25, 0.5, 0.75, 1])
-    bar.set_label("probability", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    grid.add_scale(scale)
     grid.figure.legend(
         handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False
     )
@@ -275,10 +273,13 @@ class _Grid:
         axes.set_title(plain(title), fontsize=9, pad=3)
         return axes
 
-    def bar_axes(self) -> Axes:
-        """A narrow place right of the second row."""
+    def add_scale(self, shown: AxesImage) -> None:
+        """What the colours of a probability mean, in a narrow place right of the second row."""
         left = self._width - _BAR_INCHES + 2 * _GAP_INCHES
-        return self._at(left, 2 * (self._cell[0] + _TITLE_INCHES), 0.18, self._cell[0])
+        place = self._at(left, 2 * (self._cell[0] + _TITLE_INCHES), 0.18, self._cell[0])
+        bar = self.figure.colorbar(shown, cax=place, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar.set_label("probability", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
 
     def _at(self, left: float, bottom: float, width: float, height: float) -> Axes:
         """left, and bottom counted downwards from the top edge: inches."""
