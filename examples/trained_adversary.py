@@ -6,16 +6,9 @@ Of a run with a discriminator: masks of people, the segmentor's predictions, and
 damaged on purpose. Leaves confidence.png and means.svg in OUT. docs/examples.md shows them.
 """
 
-# %% Settings: a run as `distseg train preset=toy discriminator.options.head=patch` leaves it.
-# With head=patch the discriminator judges every place, else an image as a whole: a map of one value
+# %% What is used
 from pathlib import Path
 
-RUN = Path("runs/toy")
-OUT = Path("adversary")
-NUM_IMAGES = 30  # of the validation split, for the means
-SHOWN = 2  # of them, in the picture
-
-# %% The run, and images with their masks
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -23,6 +16,15 @@ import distseg
 from distseg.evaluate.command import open_samples
 from distseg.tracking.figures import colourise, save
 
+# %% Settings
+# as `distseg train preset=toy discriminator.options.head=patch` leaves it: such a discriminator
+# judges every place; others judge an image as a whole, which gives a map of one value
+RUN = Path("runs/toy")
+OUT = Path("adversary")
+NUM_IMAGES = 30  # of the validation split, for the means
+NUM_SHOWN = 2  # of them, in the picture
+
+# %% The run, and images with their masks
 trained = distseg.load(RUN, device="cpu")
 samples = open_samples(trained.config, trained.checkpoint)
 print(f"{RUN}: step {trained.step}, {len(samples)} validation images")
@@ -82,7 +84,7 @@ for index in np.linspace(0, len(samples) - 1, min(NUM_IMAGES, len(samples))).ast
     for kind in ORDER:
         # where somebody has said what is right
         means[kind].append(float(kinds[kind][1][label != 255].mean()))
-    if len(shown) < SHOWN:
+    if len(shown) < NUM_SHOWN:
         shown.append((image, label, kinds))
 
 # %% The maps: above each mask, below what the discriminator thinks of it
