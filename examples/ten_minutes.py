@@ -57,7 +57,7 @@ inspection.run(OUT / "shards", OUT, num_threads=None)
 # %% Trained. Run again, it goes on where it was; Ctrl-C saves and returns
 settings = {"data.shards": OUT / "shards", "data.num_classes": None, "run_dir": OUT / "run"}
 result = distseg.fit(**TRAINING, **settings)
-print(f"step {result.step}, mean IoU {result.scores['val/mean_iou']:.1%}")
+print(f"step {result.step}:", "finished" if result.finished else "stopped, and looked at as it is")
 
 # %% The images with most errors: label, prediction, where they differ, and each class by itself
 trained = distseg.load(OUT / "run")
@@ -75,7 +75,9 @@ for index in worst:
     print(f"{key}: {wrong[index]:.1%} of the pixels are wrong")
 
 # %% Which class is taken for which
-counts = np.array(trained.evaluate(quick=True)["confusion"], float)  # rows = truth
+scores = trained.evaluate(quick=True)
+print(f"mean IoU {scores['val/mean_iou']:.1%}")
+counts = np.array(scores["confusion"], float)  # rows = truth
 shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
 np.fill_diagonal(counts, 0)
 largest = [divmod(int(cell), len(counts)) for cell in counts.ravel().argsort()[::-1][:8]]

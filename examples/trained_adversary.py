@@ -89,7 +89,7 @@ for index in np.linspace(0, len(samples) - 1, min(NUM_IMAGES, len(samples))).ast
 
 # %% The maps: above each mask, below what the discriminator thinks of it
 height, width = shown[0][1].shape
-cell = 1.55
+cell = 1.3  # inches
 figure = Figure(figsize=(cell * (len(ORDER) + 1), 2 * len(shown) * cell * height / width + 0.9))
 axes = figure.subplots(2 * len(shown), len(ORDER) + 1, squeeze=False)
 figure.subplots_adjust(0.005, 0.09, 0.995, 0.93, 0.03, 0.06)
