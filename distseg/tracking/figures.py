@@ -128,8 +128,7 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
             "label": line.label or "_",
         }
         if dots.any():
-            size = 3 if line.has_dots else 4
-            style |= {"marker": "o", "markersize": size, "markevery": np.flatnonzero(dots).tolist()}
+            style |= {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(dots).tolist()}
         axes.plot(line.steps, line.values, lw=1.8, gid=line.name, **style)
     level = reference(panel)
     if level is not None:
