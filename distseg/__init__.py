@@ -9,6 +9,7 @@ From Python, with the names and numbers of the command line:
     trained = distseg.load("runs/toy", checkpoint="best")
     trained.predict("picture.jpg")                    # (H, W) uint8 indices into trained.classes
     trained.probabilities(array)                      # (C, H, W) float32, of (H, W, 3) uint8 RGB
+    trained.confidence("picture.jpg")                 # (H, W): how real the discriminator finds it
     trained.evaluate(shards="data/other")             # scores by name, as `distseg evaluate`
     tuned = distseg.fit(preset="stanford", segmentor={"init": "runs/toy", "freeze": ["encoder"]})
 

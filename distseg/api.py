@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.class_map import Wanted
 from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
-from distseg.evaluate.trained import trained_classes, trained_segmentor
+from distseg.evaluate.trained import trained_classes, trained_discriminator, trained_segmentor
+from distseg.losses.adversarial import real_label_map
+from distseg.losses.tensors import at_least_float32, label_at, upsample
 from distseg.predict.run import (
     PredictOptions,
     choose_device,
@@ -27,7 +30,7 @@ from distseg.predict.run import (
 from distseg.runs.checkpoint import Checkpoint
 from shards.errors import InputError
 from shards.images import load_rgb
-from shards.sample import ClassSet
+from shards.sample import IGNORE_INDEX, ClassSet
 
 # (H, W, 3) uint8 RGB, or the path of a picture
 Image = np.ndarray | str | Path
@@ -88,6 +91,41 @@ class Trained:
         """(C, H, W) float32, sums to 1 over C; `image` as in `predict`."""
         return self._probabilities(image).cpu().numpy()
 
+    @cached_property
+    def discriminator(self) -> nn.Module:
+        """The run's discriminator in evaluation mode: (image, *label maps) -> a logit per map.
+
+        Raises InputError for a run without one.
+        """
+        # when it is asked for: most who load a run want the segmentor alone
+        return trained_discriminator(self.config, self.checkpoint).to(self.device)
+
+    @torch.no_grad()
+    def confidence(self, image: Image, mask: np.ndarray | None = None) -> np.ndarray:
+        """How real the run's discriminator takes a mask of an image to be, at every pixel.
+
+        image: as in `predict`. mask: (H, W) uint8 class indices of the image's size, seen as ground
+        truth is in training: one-hot, or softened where loss.real_map=scaling, and at 255 = void
+        what the segmentor says; None: the segmentor's own probabilities. Returns (H, W) float32,
+        the probability of being real; one value throughout where the discriminator judges the
+        image as a whole. Raises InputError for a run without a discriminator, and for a mask of
+        another form.
+        """
+        judge, loss, image = self.discriminator, self.config.loss, self._pixels(image)
+        pixels = torch.from_numpy(image.copy()).to(self.device).permute(2, 0, 1)[None] / 255
+        logits = at_least_float32(self.network(pixels))  # (1, C, h, w)
+        if loss.map_resolution == "image":
+            logits = upsample(logits, pixels.shape[-2:])
+        label_map = logits.softmax(1)
+        if mask is not None:
+            label = self._label(mask, image).to(self.device)[None]
+            index, valid = label_at(label, label_map.shape[-2:])
+            tau = loss.scaling_tau if loss.real_map == "scaling" else None
+            label_map = real_label_map(index, valid, label_map, tau)
+        (scores,) = judge(pixels, label_map)  # (1, 1, h', w') or (1, 1, 1, 1)
+        # logits are upsampled and not probabilities, as in the loss that it learns by
+        return upsample(at_least_float32(scores), image.shape[:2]).sigmoid()[0, 0].cpu().numpy()
+
     def evaluate(
         self,
         overrides: Sequence[str] = (),
@@ -130,12 +168,26 @@ class Trained:
         return evaluator.report(self.step)
 
     def _probabilities(self, image: Image) -> torch.Tensor:
+        # as the run evaluates, so that pictures and scores are of the same probabilities
+        options = of_run(PredictOptions(), self.config, self.device)
+        return image_probabilities(self.network, self._pixels(image), options)
+
+    def _pixels(self, image: Image) -> np.ndarray:
         if not isinstance(image, np.ndarray | str | Path):
             got, needed = f"an image of type {type(image).__name__}", "a NumPy array, or a path"
             raise InputError(
                 got, f"{needed}: (H, W, 3) uint8 RGB", "convert it, as np.asarray does"
             )
-        pixels = image if isinstance(image, np.ndarray) else load_rgb(Path(image))
-        # as the run evaluates, so that pictures and scores are of the same probabilities
-        options = of_run(PredictOptions(), self.config, self.device)
-        return image_probabilities(self.network, pixels, options)
+        return image if isinstance(image, np.ndarray) else load_rgb(Path(image))
+
+    def _label(self, mask: np.ndarray, image: np.ndarray) -> torch.Tensor:
+        """The mask as a tensor. Raises InputError for another form, and for other values."""
+        if mask.shape != image.shape[:2] or mask.dtype != np.uint8:
+            got = f"a mask of shape {mask.shape} and type {mask.dtype}"
+            raise InputError(got, f"{image.shape[:2]} uint8, as the image is", "convert it")
+        num_classes = self.class_set.num_classes
+        wrong = mask[(mask >= num_classes) & (mask != IGNORE_INDEX)]
+        if wrong.size:
+            got = f"a mask with {int(wrong.max())} in it"
+            raise InputError(got, f"0 to {num_classes - 1}, or 255 for void", "correct the mask")
+        return torch.from_numpy(mask.copy())

@@ -14,7 +14,8 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
 html_theme = "furo"
 html_title = "distseg"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["phone.css"]
 html_show_copyright = False
 
 autodoc_member_order = "bysource"

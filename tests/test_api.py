@@ -29,6 +29,7 @@ from distseg.distributed.ranks import Ranks, joined, teardown
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.run import _of_one_checkpoint
 from distseg.parallel import wrap
+from distseg.tracking.palettes import safe_colors
 from distseg.train import trainer
 from distseg.train.inputs import open_data, open_streams
 from distseg.train.networks import build_networks
@@ -108,6 +109,7 @@ def test_scores_and_predictions_are_those_of_the_commands(result: Any, tmp_path:
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     arguments = [str(run_dir), str(tmp_path / "picture.png"), "--out", str(tmp_path / "out")]
     assert main(["predict", *arguments, "--device", "cpu"]) == 0
+    assert Image.open(tmp_path / "out" / "picture_overlay.png").height > 70, "with a legend"
     label = trained.predict(pixels)
     assert label.dtype == np.uint8 and label.shape == (70, 50)
     assert (label == np.asarray(Image.open(tmp_path / "out" / "picture.png"))).all()
@@ -126,6 +128,31 @@ def test_nothing_is_scored_where_scores_cannot_be_written(
     monkeypatch.setattr(os, "open", Failing(os.open, errno.EROFS, "/run/.partial-", 60))
     assert main(["evaluate", str(result.run_dir), "device=cpu"]) == 2
     assert f"error: {result.run_dir}: Read-only file system" in capsys.readouterr().err
+
+
+def test_pictures_have_the_colours_and_the_form_that_are_asked_for(
+    result: Any, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    call = ["predict", str(result.run_dir), str(tmp_path / "a.png"), "--device", "cpu", "--out"]
+    assert main([*call, str(tmp_path / "safe"), "--no-legend", "evaluate.palette=safe"]) == 0
+    key = json.loads((tmp_path / "safe" / "classes.json").read_text())
+    assert [tuple(entry["color"]) for entry in key] == list(safe_colors(8))
+    assert Image.open(tmp_path / "safe" / "a_overlay.png").size == (80, 60)
+
+    run = str(result.run_dir)
+    for form, keys in (("svg", ["evaluate.num_pictures=2"]), ("pdf", ["evaluate.num_pictures=0"])):
+        out = tmp_path / form
+        safe = ["evaluate.palette=safe", "device=cpu"]
+        assert main(["pictures", run, "--format", form, "--out", str(out), *safe, *keys]) == 0
+    assert {path.name for path in (tmp_path / "pdf").iterdir()} == {"curves.pdf", "iou.pdf"}
+    keys = [path.stem for path in sorted((tmp_path / "svg" / "samples").iterdir())]
+    assert keys == ["toy_08", "toy_10"], "evenly over the four"
+    drawn = (tmp_path / "svg" / "samples" / "toy_08.svg").read_text()
+    colors = {"#" + bytes(color).hex() for color in safe_colors(8)}
+    assert {*re.findall("fill: (#[0-9a-f]{6})", drawn)} & colors
+    assert main(["pictures", run, "steps=5"]) == 2
 
 
 @pytest.mark.parametrize(

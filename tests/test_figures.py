@@ -19,7 +19,7 @@ def texts(svg: str) -> list[str]:
 
 
 # not those with pictures in them, whose bytes depend on a compressor's version too
-@pytest.mark.parametrize("name", ["data_flow", "step", "rooms", "job", "curves"])
+@pytest.mark.parametrize("name", ["data_flow", "step", "rooms", "job", "curves", "palette"])
 def test_a_committed_figure_is_the_one_that_its_code_draws(name: str) -> None:
     there, now = committed(name).read_text(encoding="utf-8"), drawn(name).decode()
     assert len(texts(there)) > 5

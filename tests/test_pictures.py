@@ -4,8 +4,12 @@ picture.
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,8 +17,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from distseg.tracking import figures as figures_module
+from distseg.tracking.catalogue import Panel
 from shards.sample import STANFORD, ClassSet
 
+SVG = "{http://www.w3.org/2000/svg}"
 TRAIN = ("loss/segmentor", "loss/cross_entropy")
 ADVERSARIAL = ("loss/adversarial", "loss/discriminator_real", "loss/discriminator_fake")
 
@@ -132,13 +138,15 @@ def test_the_panel_shows_each_class_from_0_to_1(
     figure = figures[0]
     errors = (planes.argmax(0) != label).mean()
     top = ["picture", "label", "prediction", f"errors: {errors:.1%} of pixels"]
-    assert titles(figure) == top + list(classes.names)
+    occurring = sorted({*label.ravel().tolist(), *planes.argmax(0).ravel().tolist()})
+    names = [classes.names[index] for index in occurring]
+    assert titles(figure) == top + names
     shown = [axes.images[0] for axes in figure.axes if axes.images]
     np.testing.assert_array_equal(shown[0].get_array(), image)
-    for plane, picture in zip(planes, shown[4:], strict=True):
-        np.testing.assert_array_equal(picture.get_array(), plane)
+    for index, picture in zip(occurring, shown[4:], strict=True):
+        np.testing.assert_array_equal(picture.get_array(), planes[index])
         assert picture.get_clim() == (0, 1)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(classes.names)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     boxes = [axes.get_window_extent() for axes in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(
@@ -151,10 +159,56 @@ def test_the_panel_without_a_label_has_picture_and_prediction(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
     planes = np.full((8, 30, 40), 0.125, np.float32)
+    planes[5, :, 20:] += 0.01
     figures_module.sample_panel(
         np.zeros((30, 40, 3), np.uint8), None, planes, STANFORD, tmp_path / "a.png"
     )
-    assert titles(figures[0]) == ["picture", "prediction", *STANFORD.names]
+    # of eight classes the two that occur
+    assert titles(figures[0]) == ["picture", "prediction", "sky", "building"]
+
+
+@pytest.mark.parametrize("form", ["svg", "pdf"])
+def test_a_drawing_has_its_text_as_text_and_every_pixel(tmp_path: Path, form: str) -> None:
+    rng = np.random.default_rng(0)
+    classes = ClassSet(("cost in $ or $", "<b> & c"), ((1, 2, 3), (200, 2, 3)))
+    image = rng.integers(0, 256, (90, 700, 3), dtype=np.uint8)
+    label = rng.integers(0, 2, (90, 700), dtype=np.uint8)
+    planes = np.stack([label, 1 - label]).astype(np.float32)
+    for name in ("a", "b"):
+        out = tmp_path / f"{name}.{form}"
+        figures_module.sample_panel(image, label, planes, classes, out)
+    content = (tmp_path / f"a.{form}").read_bytes()
+    assert content == (tmp_path / f"b.{form}").read_bytes()
+    if form == "pdf":
+        # fonts as outlines that keep their letters, and not as bitmaps or drawn by hand
+        assert content.startswith(b"%PDF") and b"/Subtype /Type0" in content
+        assert b"/Width 700" in content and b"/Height 90" in content
+        return
+    texts = [
+        "".join(node.itertext()) for node in ElementTree.fromstring(content).iter(SVG + "text")
+    ]
+    assert {*classes.names, "picture", "probability"} <= {*texts}
+    pictures = re.findall(r'href="data:image/png;base64,([^"]*)"', content.decode())
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in pictures]
+    assert sizes.count((700, 90)) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "dots"),
+    [
+        ([1.0], [0]),
+        ([1.0, 2.0], []),
+        ([np.nan, 1.0, np.nan, 2.0, 3.0, np.inf, 4.0], [1, 6]),
+        ([np.nan], []),
+    ],
+)
+def test_a_point_without_neighbours_is_a_dot(values: list[float], dots: list[int]) -> None:
+    line = figures_module.Line(np.arange(len(values)), np.array(values), "a", "#000000")
+    axes = Figure().subplots()
+    figures_module.draw_panel(axes, Panel("a", "b"), [line])
+    (drawn,) = axes.lines
+    found = drawn.get_markevery() if drawn.get_marker() == "o" else []
+    assert found == dots
 
 
 def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: list[Figure]) -> None:
@@ -164,7 +218,7 @@ def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: li
         np.zeros((30, 40, 3), np.uint8), label, planes, STANFORD, tmp_path / "a.png"
     )
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
-        *STANFORD.names,
+        "sky",
         "void",
     ]
     assert "errors (label is all void)" in titles(figures[0])

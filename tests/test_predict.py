@@ -26,6 +26,7 @@ from distseg.predict.run import (
     predict,
 )
 from distseg.tracking.figures import overlay
+from distseg.tracking.legend import with_legend
 from shards.errors import InputError
 from shards.images import load_rgb
 from shards.sample import ClassSet
@@ -79,12 +80,37 @@ def test_outputs_hold_the_labels_at_the_images_size(tmp_path: Path, size: tuple[
             color.convert("RGB"), np.array(CLASSES.palette, np.uint8)[expected(image)]
         )
     with Image.open(tmp_path / "out" / "a_overlay.png") as mixed:
-        assert np.array_equal(mixed, overlay(image, expected(image), CLASSES, 0.5))
+        mixed = np.asarray(mixed)
+        # the picture stays where it is, the names come below
+        assert mixed.shape[0] > size[0] and mixed.shape[1] >= size[1]
+        inside = mixed[: size[0], : size[1]]
+        assert np.array_equal(inside, overlay(image, expected(image), CLASSES, 0.5))
     planes = probabilities(Colors(), image).numpy()
     for name, plane in zip(("dark", "red", "green_things", "blue"), planes, strict=True):
         with Image.open(tmp_path / "out" / f"a_prob_{name}.png") as picture:
             np.testing.assert_array_equal(picture, np.rint(plane * 255))
     assert len(list((tmp_path / "out").iterdir())) == 3 + 4 + 1
+
+
+@pytest.mark.parametrize("size", [(60, 80), (1024, 2048), (300, 9)])
+def test_the_legend_names_the_classes_that_occur_and_leaves_the_picture_alone(
+    size: tuple[int, int],
+) -> None:
+    picture = np.full((*size, 3), 7, np.uint8)
+    whole = with_legend(picture, CLASSES, [1, 3])
+    assert np.array_equal(whole[: size[0], : size[1]], picture)
+    strip = whole[size[0] :]
+    found = {tuple(color) for color in strip.reshape(-1, 3).tolist()}
+    assert {CLASSES.palette[1], CLASSES.palette[3]} <= found
+    assert not {CLASSES.palette[0], CLASSES.palette[2]} & found
+    # letters of at least 12 px, and of 1/64 of the longer side: read on a screen 1000 px wide
+    rows = np.flatnonzero((strip == CLASSES.palette[1]).all(2).any(1))
+    assert len(rows) + 2 >= max(12, max(size) / 64)
+    assert len(strip) <= max(70, 0.2 * size[0])
+    # one class more, one entry more: nothing is cut off at the right
+    assert with_legend(picture, CLASSES, [1]).shape[1] <= whole.shape[1] <= max(size[1], 120)
+    long = ClassSet(("x" * 500, "b"), CLASSES.palette[:2])
+    assert with_legend(picture, long, [0, 1]).shape[1] <= max(size[1], 420)
 
 
 def test_a_large_image_in_tiles_is_labelled_as_in_one_piece(

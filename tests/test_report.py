@@ -22,8 +22,8 @@ from PIL import Image
 from distseg.cli import main
 from distseg.report import comparison, content
 from distseg.report.classes import confusion_matrix
-from distseg.report.curves import curve, entries_of, mean_line, panel_svg
-from distseg.report.page import render
+from distseg.report.curves import COLORS, css_colors, curve, entries_of, mean_line, panel_svg
+from distseg.report.page import render, style
 from distseg.runs.attempts import LABEL_VARIABLE, Note
 from distseg.tracking import catalogue
 from distseg.tracking.figures import Line
@@ -336,6 +336,37 @@ def test_a_panel_draws_each_value_at_its_place() -> None:
     assert (x[2] - x[0]) / (x[1] - x[0]) == pytest.approx(3, abs=0.02)
     assert (y[0] - y[2]) / (y[0] - y[1]) == pytest.approx((0.5 - 0.1) / (0.9 - 0.1), abs=0.01)
     assert svg == panel_svg(catalogue.Panel("A & <b>", "score", is_share=True), [line])
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours #rrggbb or #rgb, by WCAG 2.1: 1 to 21."""
+    shades = []
+    for text in (one, other):
+        digits = text[1:] if len(text) == 7 else "".join(2 * digit for digit in text[1:])
+        share = np.array(list(bytes.fromhex(digits))) / 255
+        linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+        shades.append(float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05)
+    return max(shades) / min(shades)
+
+
+def test_what_is_written_and_drawn_can_be_seen_in_both_themes() -> None:
+    text = style([])
+    light, dark = text.split("@media (prefers-color-scheme: dark)", 1)
+    roots = [dict(re.findall(r"--([\w-]+): (#[0-9a-fA-F]+)", part)) for part in (light, dark)]
+    runs = dict(re.findall(r"--(run-\d+): (#\w+);", css_colors().split("@media")[0]))
+    roots = [runs | roots[0], runs | roots[0] | roots[1]]
+    roots[1] |= dict(re.findall(r"--(run-\d+): (#\w+);", css_colors().split("@media")[1]))
+    assert len(runs) == len(COLORS) and roots[0]["paper"] != roots[1]["paper"]
+    for root, of_curves in zip(roots, (1.9, 3), strict=True):
+        for name in ("ink", "dim", "link"):
+            assert contrast(root[name], root["paper"]) > 4.5, name
+        for box in ("bad", "good", "open"):
+            assert contrast(root["ink"], root[box]) > 4.5, box
+        for name in runs:
+            assert contrast(root[name], root["paper"]) > of_curves, name
+    # nothing of a drawing has a colour of its own, which one of the pages would swallow
+    svg = panel_svg(catalogue.Panel("a", "b", reference=(0.5, "c")), [line_of([0.1, 0.9])])
+    assert not re.findall(r"(?:stroke|fill): #(?!b0b0b0)\w+", svg) and "var(--run-4)" in svg
 
 
 def test_a_confusion_matrix_is_in_shares_of_the_true_class() -> None:

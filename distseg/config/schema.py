@@ -550,6 +550,15 @@ class EvaluateConfig:
     num_pictures: int = key(
         6, "validation images shown in pictures/ after the run", unit="images", low=0, high=64
     )
+    palette: str = key(
+        "data",
+        "colours of the classes in pictures",
+        choices={
+            "data": "the data set's own",
+            "safe": "told apart by colour-blind readers too, for any number of classes",
+        },
+        source="safe: Okabe and Ito 2008, continued by the largest CIEDE2000",
+    )
 
 
 @dataclass

@@ -24,6 +24,15 @@ another evaluation:
   distseg summarize runs/*/evaluation-step-00000900-val-scales-0.75-1-1.25-flip.json
 The spread is the sample standard deviation over seeds. Only like is compared: data, split, classes,
 scales, flip and window."""
+PICTURES = """\
+Draw a run's curves, IoU of each class and validation images again: as drawings for a paper, in
+other colours, more of them. Training draws them at its end, as PNG.
+
+For a paper:         distseg pictures RUN --format pdf --out figures
+For other eyes:      distseg pictures RUN evaluate.palette=safe (`distseg report` shows these then)
+Curves alone:        evaluate.num_pictures=0, which needs neither shards nor a network
+
+Text stays text in SVG and PDF, and photographs keep their pixels."""
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -72,3 +81,27 @@ def _summarize(options: argparse.Namespace) -> int:
     from distseg.evaluate import summary
 
     return summary.run(options.runs, options.format)
+
+
+def add_pictures(commands: Commands) -> None:
+    """Add `pictures` to the commands."""
+    parser = configured_command(commands, "pictures", "draw a run's pictures again", PICTURES)
+    add_run(parser)
+    parser.add_argument("--format", default="png", choices=("png", "svg", "pdf"))
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where they go; else pictures/ of the run"
+    )
+    add_overrides(parser, "evaluate.num_pictures=12 data.val_split=val")
+    parser.set_defaults(handler=_pictures)
+
+
+def _pictures(options: argparse.Namespace) -> int:
+    from distseg.config import loading
+
+    # before torch, whose import takes seconds
+    loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
+    from distseg.evaluate import pictures
+
+    return pictures.run(
+        options.run, options.checkpoint, options.out, options.format, options.overrides
+    )

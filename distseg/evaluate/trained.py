@@ -11,7 +11,7 @@ from torch import nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.launch import resolve_ranks
-from distseg.models import build_segmentor
+from distseg.models import build_discriminator, build_segmentor
 from distseg.runs import checkpoint
 from distseg.runs.checkpoint import Checkpoint
 from shards import user_code
@@ -49,6 +49,21 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Che
     _warn(found.caveat)
     # dropout and batch statistics would make scores depend on chance and on the batch
     return network.eval(), config, found
+
+
+def trained_discriminator(config: Config, found: Checkpoint) -> nn.Module:
+    """The discriminator of a run's checkpoint in evaluation mode; both of `trained_segmentor`.
+
+    Raises InputError for a run that had none, and where the checkpoint has been pruned since.
+    """
+    chosen = config.discriminator
+    num_classes = len(found.identity["classes"])
+    # first: a supervised run has the keys of a discriminator, and no discriminator
+    with checkpoint.opened(found.path.parent.parent, str(found.step)) as still:
+        _, tensors = checkpoint.read_network(still, "discriminator")
+    network = build_discriminator(chosen.name, num_classes, **chosen.options)
+    network.load_state_dict(tensors)
+    return network.eval()
 
 
 def _warn(text: str) -> None:

@@ -10,6 +10,8 @@ from shards.command_line import Commands, add_overrides
 
 TEXT = """\
 Label images with a run's segmentor: class indices, colours and an overlay, as PNG files per image.
+Below the overlay the classes that it shows are named; evaluate.palette=safe takes colours that
+colour-blind readers tell apart.
 
 Test-time augmentation is as the run evaluates, or as evaluate.scales=[0.75,1,1.25]
 evaluate.horizontal_flip=true say. Images with a side above 2048 px are labelled by a sliding
@@ -29,6 +31,9 @@ def add_predict(commands: Commands) -> None:
     parser.add_argument(
         "--probabilities", action="store_true", help="also one probability picture per class"
     )
+    parser.add_argument(
+        "--no-legend", action="store_true", help="overlays of the images' size, without names"
+    )
     add_device(parser)
     add_overrides(parser, "evaluate.horizontal_flip=true precision=fp32")
     parser.set_defaults(handler=_predict)
@@ -46,7 +51,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.run,
         options.images,
         options.out,
-        PredictOptions(probabilities=options.probabilities),
+        PredictOptions(probabilities=options.probabilities, legend=not options.no_legend),
         which=options.checkpoint,
         device=options.device,
         overrides=options.overrides,

@@ -25,7 +25,9 @@ from torch import nn
 
 from distseg.config.schema import Config
 from distseg.evaluate.inference import probabilities, window_blocks
-from distseg.tracking.figures import overlay
+from distseg.tracking.figures import occurring, overlay
+from distseg.tracking.legend import with_legend
+from distseg.tracking.palettes import coloured
 from shards.errors import InputError
 from shards.files import nearest_existing, published, say, tracked
 from shards.image_files import images_below
@@ -51,7 +53,8 @@ class PredictOptions:
     probabilities: also one picture per class. scales, horizontal_flip: test-time augmentation (see
     `inference`). max_px: an image with a longer side is labelled by a sliding window of this side,
     whose places overlap by overlap_px (0: by 256 or less). overlay_alpha: opacity of the class
-    colours in [0, 1]. autocast_dtype: None for the model's own precision.
+    colours in [0, 1]. legend: below each overlay the names of the classes that it shows.
+    autocast_dtype: None for the model's own precision.
     """
 
     probabilities: bool = False
@@ -60,6 +63,7 @@ class PredictOptions:
     max_px: int = MAX_PX
     overlap_px: int = 0
     overlay_alpha: float = 0.5
+    legend: bool = True
     device: str = "cpu"
     autocast_dtype: torch.dtype | None = None
 
@@ -101,7 +105,8 @@ def run(
     loading.refuse_others(list(overrides), lambda key: key.at_prediction)
     model, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, list(overrides))
-    predict(model, paths, out, trained_classes(found), of_run(options, config, where))
+    classes = coloured(trained_classes(found), config.evaluate.palette)
+    predict(model, paths, out, classes, of_run(options, config, where))
     return 0
 
 
@@ -165,10 +170,10 @@ def predict(
 
     model: a segmentor; moved to options.device and set to evaluation mode. Per image, at its size
     and turned upright as its EXIF orientation says: NAME.png (class indices, 8-bit gray),
-    NAME_color.png (the same with the palette), NAME_overlay.png, and with options.probabilities
-    NAME_prob_CLASS.png (gray, 255 = 1); classes.json names the indices. Returns the paths of the
-    index pictures, in the order of `images`. Raises InputError that lists the images that cannot be
-    read, when all others are done.
+    NAME_color.png (the same with the palette), NAME_overlay.png (with options.legend a strip more
+    below), and with options.probabilities NAME_prob_CLASS.png (gray, 255 = 1); classes.json names
+    the indices. Returns the paths of the index pictures, in the order of `images`. Raises
+    InputError that lists the images that cannot be read, when all others are done.
     """
     _check_fits(model, images, out, classes)
     names = _output_names(images, classes, _longest_name(out))
@@ -185,7 +190,7 @@ def predict(
                 bad.append(image)
                 continue
             label, planes = _labelled(model, image, options)
-            files = _Files(out, name, classes, options.overlay_alpha)
+            files = _Files(out, name, classes, options)
             written.add(pool.submit(files.write, image, label, planes), label.size)
         written.wait()
     if len(bad) < len(images):
@@ -264,7 +269,7 @@ class _Files:
     folder: Path
     name: str
     classes: ClassSet
-    alpha: float
+    options: PredictOptions
 
     def write(self, image: np.ndarray, label: np.ndarray, planes: np.ndarray | None) -> None:
         self._put(f"{self.name}.png", encode_label(label))
@@ -277,7 +282,11 @@ class _Files:
         rows = max(1, _STRIP_PX // max(1, label.shape[1]))
         for top in range(0, len(label), rows):
             strip = slice(top, top + rows)
-            mixed[strip] = overlay(image[strip], label[strip], self.classes, self.alpha)
+            mixed[strip] = overlay(
+                image[strip], label[strip], self.classes, self.options.overlay_alpha
+            )
+        if self.options.legend:
+            mixed = with_legend(mixed, self.classes, occurring(label, self.classes))
         self._put(
             f"{self.name}_overlay.png", _encoded(Image.fromarray(mixed), "PNG", compress_level=3)
         )

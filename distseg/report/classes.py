@@ -85,7 +85,7 @@ def _iou_cell(entry: Entry, of_runs: list[tuple[Any, dict[str, float]]], name: s
     if len(values) > 1:
         text += f" ({100 * min(values):.1f} to {100 * max(values):.1f})"
     # a quarter opaque, so that the number on it stays readable
-    faint = f"{entry.color}40"
+    faint = f"color-mix(in srgb, {entry.css_color} 25%, transparent)"
     bar = f"background: linear-gradient(to right, {faint} {mean:.1%}, transparent {mean:.1%})"
     return Cell(text, kind, style=bar, title=f"{entry.name}, {name}: {text} %")
 
@@ -108,9 +108,9 @@ def _heat(share: float | None, title: str = "") -> Cell:
     if share is None:
         return number("–", title=title)
     red, green, blue = _blue(np.array(share)).tolist()
-    # white on the darker cells, where black could not be read
-    ink = "; color: #fff" if share > 0.3 else ""
-    style = f"background: #{red:02x}{green:02x}{blue:02x}{ink}"
+    # white on the darker cells, where black could not be read; the page's own ink may be either
+    ink = "#fff" if share > 0.3 else "#1b1b1b"
+    style = f"background: #{red:02x}{green:02x}{blue:02x}; color: {ink}"
     return number(f"{100 * share:.1f}", style=style, title=title)
 
 

@@ -33,6 +33,8 @@ COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#882255"),
     *("#999933", "#332288", "#888888"),
 )
+# those that a dark page swallows, and what stands for them there
+ON_DARK = {"#000000": "#FFFFFF", "#882255": "#DB7AA6", "#332288": "#968CEB"}
 STYLES = (("-", "solid"), ("--", "dashed"), (":", "dotted"))  # of matplotlib, of CSS
 WIDTH_PX, HEIGHT_PX = 430, 230
 _MAX_RAW = 4  # curves of a panel whose single values are drawn behind them
@@ -66,6 +68,11 @@ class Entry:
     def color(self) -> str:
         # a mean has its first run's colour: where there are many, those runs are hidden at first
         return COLORS[self.runs[0] % len(COLORS)]
+
+    @property
+    def css_color(self) -> str:
+        """Its colour in the page, of which the theme may make another."""
+        return f"var(--run-{COLORS.index(self.color)})"
 
     @property
     def css_class(self) -> str:
@@ -169,9 +176,16 @@ def panel_svg(panel: Panel, lines: Sequence[Line]) -> str:
     return embedded(text.getvalue(), panel.title, lines)
 
 
+def css_colors() -> str:
+    """The rules that give the colours of runs their values, for pages of both themes."""
+    light = " ".join(f"--run-{place}: {color};" for place, color in enumerate(COLORS))
+    dark = " ".join(f"--run-{COLORS.index(one)}: {other};" for one, other in ON_DARK.items())
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+
+
 def embedded(svg: str, label: str, lines: Sequence[Line]) -> str:
-    """Matplotlib's SVG file as an element of a page: without names that others have too, and
-    numbers no finer than a tenth of a pixel.
+    """Matplotlib's SVG file as an element of a page: without names that others have too, in
+    the page's colours, and with numbers no finer than a tenth of a pixel.
     """
     # the file's head has a size and a DOCTYPE of its own, which the page must not have
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
@@ -185,6 +199,9 @@ def embedded(svg: str, label: str, lines: Sequence[Line]) -> str:
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", body)
     body = re.sub(r"\n *", "\n", body)
+    # axes are black, as one of the runs may be; matplotlib writes small letters
+    for place, color in enumerate(COLORS):
+        body = body.replace(color.lower(), f"var(--run-{place})")
     # six digits by default, and numbers are most of what a curve is
     body = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(\d\.\d)\d+", r"\1", m[0]), body)
     head = f'viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}" role="img" aria-label="{html.escape(label)}"'

@@ -74,7 +74,7 @@ def table(
 
 def swatch(entry: Entry) -> str:
     """The mark of an entry's colour."""
-    return f'<i class="swatch" style="border-top-color: {entry.color}"></i>'
+    return f'<i class="swatch" style="border-top-color: {entry.css_color}"></i>'
 
 
 def named(entry: Entry, note: str = "") -> Cell:

@@ -12,7 +12,15 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from distseg.report.curves import STYLES, Curve, Entry, curve, entries_of, panel_svg
+from distseg.report.curves import (
+    STYLES,
+    Curve,
+    Entry,
+    css_colors,
+    curve,
+    entries_of,
+    panel_svg,
+)
 from distseg.report.markup import Section, swatch
 from distseg.report.sections import SECTIONS
 from distseg.tracking.catalogue import Metric, Panel, panels_of
@@ -25,6 +33,7 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; \
 style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
@@ -71,7 +80,7 @@ def style(entries: list[Entry]) -> str:
         f"body:has(#show-{entry.place}:not(:checked)) .{entry.css_class} {{ display: none; }}"
         for entry in entries
     ]
-    return "\n".join([text, *rules])
+    return "\n".join([text, css_colors(), *rules])
 
 
 def legend(entries: list[Entry]) -> str:

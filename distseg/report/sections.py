@@ -133,7 +133,7 @@ def _track(seen: dict[str, Any], run: Run, entry: Entry, last: int) -> str:
         end = run["step"] if span["to"] is None else span["to"]
         label = f"{entry.name}: {title}, since step {span['since']}"
         # from the first row that it goes by, as that is when it began, not when it was told
-        parts.append(_bar("bad", span["since"] / last, end / last, label, entry.color))
+        parts.append(_bar("bad", span["since"] / last, end / last, label, entry.css_color))
     return f'<div class="track">{"".join(parts)}</div>'
 
 
@@ -180,7 +180,10 @@ def gallery_section(collected: Collected, entries: list[Entry]) -> Section | Non
     parts = []
     for key, figures in pictures.items():
         parts.append(f'<h3>{escape(key)}</h3><div class="gallery">{"".join(figures)}</div>')
-    note = "Above: picture, label, prediction, errors (red). Below: the probability of each class."
+    note = (
+        "Above: picture, label, prediction, errors (red). Below: the probability of each class "
+        "that occurs."
+    )
     return Section("gallery", "Predictions", note, "".join(parts))
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
@@ -26,6 +28,9 @@ from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet
 
+# text as text, which can be searched and set in another font; the same bytes for the same picture
+_VECTOR: Any = {"svg.fonttype": "none", "svg.hashsalt": "distseg", "pdf.fonttype": 42}
+_NO_DATE = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 BLUE, ORANGE, GREEN, PURPLE, GRAY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#555555"
 _DPI = 120
 # right, wrong, void
@@ -59,7 +64,7 @@ class Line:
 
 
 def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw the losses and validation scores of a run over its steps: `out` is a PNG.
+    """Draw the losses and validation scores of a run over its steps; `out`: as of `save`.
 
     metrics: rows of metrics.jsonl. One panel each for the discriminator's loss on real and on
     predicted label maps (if the run has a discriminator), the segmentor's losses, and the
@@ -115,15 +120,16 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         if line.raw is not None:
             # thin and behind, as single batches scatter more than runs differ
             axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
-        marker = "o" if line.has_dots else ""
+        # a point without neighbours has no line to be seen by: a run's first row, one between gaps
+        dots = np.isfinite(line.values) if line.has_dots else alone(line.values)
         style: dict[str, Any] = {
             "color": line.color,
             "linestyle": line.style,
             "label": line.label or "_",
         }
-        axes.plot(
-            line.steps, line.values, lw=1.8, marker=marker, markersize=3, gid=line.name, **style
-        )
+        if dots.any():
+            style |= {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(dots).tolist()}
+        axes.plot(line.steps, line.values, lw=1.8, gid=line.name, **style)
     level = reference(panel)
     if level is not None:
         axes.axhline(level[0], color="black", linewidth=0.9, linestyle=":", label=level[1])
@@ -144,6 +150,13 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def alone(values: np.ndarray) -> np.ndarray:
+    """Which of the values (n,) are finite with no finite one beside them, (n,) bool."""
+    finite = np.isfinite(values)
+    framed = np.concatenate([[False], finite, [False]])
+    return finite & ~framed[:-2] & ~framed[2:]
 
 
 def reference(panel: Panel) -> tuple[float, str] | None:
@@ -200,31 +213,34 @@ def sample_panel(
     classes: ClassSet,
     out: Path,
 ) -> None:
-    """Draw what a segmentor makes of an image: `out` is a PNG.
+    """Draw what a segmentor makes of an image; `out`: as of `save`.
 
     image: (H, W, 3) uint8 RGB. label: (H, W) uint8 with 255 = void, or None. probabilities: (C, H,
     W) float32 in [0, 1]. Above: the picture, its label, the prediction and where they differ;
-    below: one probability picture per class, all on one scale from 0 to 1.
+    below: one probability picture for each class that occurs in label or prediction, all on one
+    scale from 0 to 1.
     """
     prediction = probabilities.argmax(0).astype(np.uint8)
+    # of 150 classes a picture shows a dozen
+    shown = occurring(prediction, classes)
     top = [("picture", image), ("prediction", colourise(prediction, classes))]
     if label is not None:
         top.insert(1, ("label", colourise(label, classes)))
         top.append((_error_title(prediction, label), error_map(prediction, label)))
-    legend = legend_entries(
-        classes, with_void=label is not None and bool((label == IGNORE_INDEX).any())
-    )
-    grid = _Grid(image.shape[:2], 1 + math.ceil(classes.num_classes / _NUM_COLUMNS), len(legend))
+        shown = sorted({*shown, *occurring(label, classes)})
+    has_void = label is not None and bool((label == IGNORE_INDEX).any())
+    legend = legend_entries(classes, has_void, shown)
+    grid = _Grid(image.shape[:2], 1 + math.ceil(len(shown) / _NUM_COLUMNS), len(legend))
     for column, (title, picture) in enumerate(top):
-        # nearest: interpolated colours would be those of other classes, or of none
-        grid.axes(0, column, title).imshow(picture, interpolation="nearest")
-    for index, (name, plane) in enumerate(zip(classes.names, probabilities, strict=True)):
-        axes = grid.axes(1 + index // _NUM_COLUMNS, index % _NUM_COLUMNS, name)
+        # none: interpolated colours would be those of other classes; and drawings keep every pixel
+        grid.axes(0, column, title).imshow(picture, interpolation="none")
+    for place, index in enumerate(shown):
+        row, column = divmod(place, _NUM_COLUMNS)
+        axes = grid.axes(1 + row, column, classes.names[index])
         # 0 to 1 on all: a scale of its own would show a class of 1 % as certain
-        scale = axes.imshow(plane, cmap="viridis", vmin=0, vmax=1)
-    bar = grid.figure.colorbar(scale, cax=grid.bar_axes(), ticks=[0, 0.25, 0.5, 0.75, 1])
-    bar.set_label("probability", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+        look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+        scale = axes.imshow(probabilities[index], interpolation="none", **look)
+    grid.add_scale(scale)
     grid.figure.legend(
         handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False
     )
@@ -256,10 +272,13 @@ class _Grid:
         axes.set_title(plain(title), fontsize=9, pad=3)
         return axes
 
-    def bar_axes(self) -> Axes:
-        """A narrow place right of the second row."""
+    def add_scale(self, shown: AxesImage) -> None:
+        """What the colours of a probability mean, in a narrow place right of the second row."""
         left = self._width - _BAR_INCHES + 2 * _GAP_INCHES
-        return self._at(left, 2 * (self._cell[0] + _TITLE_INCHES), 0.18, self._cell[0])
+        place = self._at(left, 2 * (self._cell[0] + _TITLE_INCHES), 0.18, self._cell[0])
+        bar = self.figure.colorbar(shown, cax=place, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar.set_label("probability", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
 
     def _at(self, left: float, bottom: float, width: float, height: float) -> Axes:
         """left, and bottom counted downwards from the top edge: inches."""
@@ -277,6 +296,13 @@ def colourise(label: np.ndarray, classes: ClassSet) -> np.ndarray:
     colors = np.full((256, 3), _void_color(classes), np.uint8)
     colors[: classes.num_classes] = classes.palette
     return colors[label]
+
+
+def occurring(label: np.ndarray, classes: ClassSet) -> list[int]:
+    """The class indices that occur in (H, W) uint8, void left out."""
+    # OpenCV's: NumPy would turn every byte into eight
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()
+    return np.flatnonzero(counts[: classes.num_classes]).tolist()
 
 
 def _void_color(classes: ClassSet) -> tuple[int, int, int]:
@@ -339,22 +365,29 @@ def _error_title(prediction: np.ndarray, label: np.ndarray) -> str:
     return f"errors: {(prediction != label)[counted].mean():.1%} of pixels"
 
 
-def legend_entries(classes: ClassSet, with_void: bool) -> list[Patch]:
-    """A patch of each class's colour with its name, for a figure's legend; void's last."""
-    entries = [*zip(classes.names, classes.palette, strict=True)] + [
-        ("void", _void_color(classes))
-    ] * with_void
+def legend_entries(
+    classes: ClassSet, with_void: bool, shown: Sequence[int] | None = None
+) -> list[Patch]:
+    """A patch of each class's colour with its name, for a figure's legend; void's last.
+
+    shown: indices of the classes that are named, None for all.
+    """
+    pairs = [*zip(classes.names, classes.palette, strict=True)]
+    entries = pairs if shown is None else [pairs[index] for index in shown]
     return [
         Patch(
             facecolor="#" + bytes(color).hex(), edgecolor="black", linewidth=0.4, label=plain(name)
         )
-        for name, color in entries
+        for name, color in entries + [("void", _void_color(classes))] * with_void
     ]
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    # no pyplot, which keeps every figure in a registry of the process until it is closed
-    FigureCanvasAgg(figure)
-    with published(out) as partial:
-        figure.savefig(partial, format="png")
+    """Write a figure, whole or not at all, as what the name of `out` ends in: png, svg or pdf.
+
+    Text stays text in SVG and PDF, and pictures keep their pixels.
+    """
+    form = out.suffix[1:].lower()
+    with mpl.rc_context(_VECTOR), published(out) as partial:
+        # no pyplot, which keeps every figure in a registry of the process until it is closed
+        figure.savefig(partial, format=form, metadata=_NO_DATE.get(form))

@@ -8,8 +8,8 @@ import numpy as np
 from torch import nn
 
 from distseg.data.samples import SampleSet
+from distseg.evaluate.pictures import FOLDER, classes_in, draw_scores, spread
 from distseg.tracking import figures
-from distseg.tracking.tracker import METRICS_FILE, read_metrics
 from distseg.train.trainer import Trainer
 from shards.files import write_json
 
@@ -40,25 +40,21 @@ def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     trainer.watchdog.report("scores and curves")
     # first: the scores are what the run was for, and drawing is what can fail
     write_json(run_dir / "evaluation.json", evaluator.report(step))
-    class_iou = dict(zip(val_set.classes.names, evaluator.result.per_class_iou, strict=True))
-    figures.iou_bars(class_iou, run_dir / "pictures" / "iou.png")
-    curves = run_dir / "pictures" / "curves.png"
-    # from the file and not from memory: it has the steps of earlier attempts too
-    figures.curves(read_metrics(run_dir / METRICS_FILE), curves)
-    trainer.tracker.image(step, "curves", curves)
-    count = min(trainer.config.evaluate.num_pictures, len(val_set))
-    # evenly over the split, and the same images in every run of it, so that reports lay them side
-    # by side
-    for index in (i * len(val_set) // count for i in range(count)):
+    folder = run_dir / FOLDER
+    draw_scores(run_dir, folder)
+    trainer.tracker.image(step, "curves", folder / "curves.png")
+    classes = classes_in(trainer.config, val_set)
+    for index in spread(trainer.config.evaluate.num_pictures, len(val_set)):
         # each picture, since all of them may take longer than the time limit
         trainer.watchdog.report("pictures")
         trainer.check_folder()
         key, image, label = val_set.load(index)
         probabilities = evaluator.augmentation(network, image).cpu().numpy()
-        out = run_dir / "pictures" / "samples" / f"{key}.png"
-        figures.sample_panel(image, label, probabilities, val_set.classes, out)
+        out = folder / "samples" / f"{key}.png"
+        figures.sample_panel(image, label, probabilities, classes, out)
         trainer.tracker.image(step, f"samples/{key}", out)
         masks = {"label": label, "prediction": probabilities.argmax(0).astype(np.uint8)}
         # besides the panel: in W&B masks can be switched on and off over the picture
         trainer.tracker.masks(step, f"masks/{key}", image, masks, val_set.classes.names)
+    curves = folder / "curves.png"
     trainer.progress.message(f"look at {curves}, then at iou.png and samples/ beside it")

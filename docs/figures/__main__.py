@@ -13,6 +13,7 @@ from shards.files import published
 
 FIGURES = {
     **dict.fromkeys(("data_flow", "step", "rooms", "job", "label_maps", "curves"), ".svg"),
+    "palette": ".svg",
     "adversary": ".png",
 }
 

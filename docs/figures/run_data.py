@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from distseg.evaluate.run import open_samples
-from distseg.evaluate.trained import trained_classes, trained_segmentor
+from distseg.evaluate.trained import trained_classes, trained_discriminator, trained_segmentor
 from distseg.losses.adversarial import real_label_map
 from distseg.losses.tensors import label_at, upsample
-from distseg.models import build_discriminator
-from distseg.runs import checkpoint
 from distseg.tracking.tracker import METRICS_FILE, read_metrics
 from docs.figures.style import RUN, SCENE
 from shards.files import published, write_json
@@ -75,9 +73,7 @@ def scene(run_dir: Path, which: str, key: str) -> dict[str, Any]:
     """
     segmentor, config, path = trained_segmentor(run_dir, which)
     classes = trained_classes(path)
-    chosen = config.discriminator
-    discriminator = build_discriminator(chosen.name, classes.num_classes, **chosen.options)
-    discriminator.load_state_dict(checkpoint.read_network(path, "discriminator")[1])
+    discriminator = trained_discriminator(config, path)
     samples = open_samples(config, path)
     _, image, label = samples.load(samples.keys.index(key))
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
@@ -85,7 +81,7 @@ def scene(run_dir: Path, which: str, key: str) -> dict[str, Any]:
     probabilities = logits.softmax(1)  # (1, C, h, w)
     index, valid = label_at(torch.from_numpy(label)[None], probabilities.shape[-2:])
     real = real_label_map(index, valid, probabilities)
-    on_real, on_fake = discriminator.eval()(pixels, real, probabilities)
+    on_real, on_fake = discriminator(pixels, real, probabilities)
     return {
         "image": image,
         "label": label,

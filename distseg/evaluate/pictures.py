@@ -1,0 +1,106 @@
+"""What a run leaves to look at: its curves, IoU of each class, and validation images.
+
+Training draws them at its end; `distseg pictures` draws them again, in other colours, of other
+images, or as drawings for a paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.data.samples import SampleSet
+from distseg.distributed.ranks import joined
+from distseg.evaluate import document
+from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
+from distseg.evaluate.trained import trained_segmentor
+from distseg.tracking import figures
+from distseg.tracking.catalogue import CLASS_IOU
+from distseg.tracking.palettes import coloured
+from distseg.tracking.tracker import METRICS_FILE, read_metrics
+from shards.errors import InputError
+from shards.files import tracked
+from shards.sample import ClassSet
+from shards.words import counted
+
+FOLDER = "pictures"
+
+
+def run(
+    run_dir: Path, which: str, out: Path | None, form: str, overrides: Sequence[str] = ()
+) -> int:
+    """`distseg pictures RUN`: curves.*, iou.* and samples/KEY.*, as png, svg or pdf.
+
+    which: the checkpoint that looks at the images. out: None for RUN/pictures. overrides: key=value
+    that may differ from the run when it is evaluated, evaluate.palette among them. Raises
+    InputError for a folder that is no run, and for shards that are not there unless
+    evaluate.num_pictures is 0, which needs neither them nor a network.
+    """
+    check_overrides(list(overrides))
+    out = out or run_dir / FOLDER
+    config = loading.override(loading.from_file(run_dir / "config.yaml"), list(overrides))
+    drawn = draw_scores(run_dir, out, form)
+    if config.evaluate.num_pictures:
+        drawn += _draw_samples(run_dir, which, out, form, overrides)
+    print(f"wrote {counted(drawn, 'picture')} into {out}")
+    return 0
+
+
+def draw_scores(run_dir: Path, out: Path, form: str = "png") -> int:
+    """Draw curves.* and, of a run that was evaluated, iou.* into `out`; how many."""
+    # from the file and not from memory: it has the steps of earlier attempts too
+    figures.curves(read_metrics(run_dir / METRICS_FILE), out / f"curves.{form}")
+    class_iou = _class_iou(run_dir / "evaluation.json")
+    if class_iou:
+        figures.iou_bars(class_iou, out / f"iou.{form}")
+    return 1 + bool(class_iou)
+
+
+def _class_iou(path: Path) -> dict[str, float]:
+    """IoU by class, NaN for an absent one; {} where there is no evaluation yet."""
+    if not path.is_file():
+        return {}
+    try:
+        scores = document.read(path)
+    except ValueError as error:
+        got = f"{path}, which cannot be read ({error})"
+        raise InputError(got, "JSON as training writes it", "remove it") from None
+    found = {}
+    for name, value in scores.items():
+        if name.startswith(CLASS_IOU):
+            found[name.removeprefix(CLASS_IOU)] = math.nan if value is None else float(value)
+    return found
+
+
+def _draw_samples(run_dir: Path, which: str, out: Path, form: str, overrides: Sequence[str]) -> int:
+    network, config, found = trained_segmentor(run_dir, which)
+    config = loading.override(config, list(overrides))
+    samples = open_samples(config, found)
+    classes = classes_in(config, samples)
+    with joined(config.device, config.parallel.timeout_seconds) as ranks:
+        evaluator = evaluator_of(network, config, found, samples, ranks)
+        indices = list(spread(config.evaluate.num_pictures, len(samples)))
+        for index in tracked(indices, len(indices), "drawing"):
+            key, image, label = samples.load(index)
+            # evaluator_of has moved the network to the device
+            probabilities = evaluator.augmentation(network, image).cpu().numpy()
+            path = out / "samples" / f"{key}.{form}"
+            figures.sample_panel(image, label, probabilities, classes, path)
+    return len(indices)
+
+
+def classes_in(config: Config, samples: SampleSet) -> ClassSet:
+    """The classes of a split in the colours of `evaluate.palette`."""
+    return coloured(samples.classes, config.evaluate.palette)
+
+
+def spread(count: int, total: int) -> Iterator[int]:
+    """Indices of at most `count` samples of `total`, evenly over all of them.
+
+    The same in every run of a split, so that reports lay them side by side.
+    """
+    count = min(count, total)
+    return (place * total // count for place in range(count))
