@@ -17,8 +17,9 @@ a block in the page's source says where that is not what is wanted:
     COMMAND ...                     what the reader has already, such as pictures of his own
     -->
 
-Sizes: `distseg train` takes 4 steps where the command names no `steps=`, unless it only explains.
-W&B is disabled. Blocks that are fenced as text or YAML are no commands.
+Sizes: `distseg prepare toy` makes 32 scenes for training and 8 for validation, and `distseg train`
+takes 2 steps of 4 images where the command names no `steps=`, unless it only explains. W&B is
+disabled. Blocks that are fenced as text or YAML are no commands.
 
 Of a block whose commands begin with "$ " the other lines are output, and are compared: in that
 order, and the same but for spaces, paths, times and speeds; other numbers within a quarter. "..."
@@ -44,7 +45,8 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent
 FIRST = "docs/quickstart.md"  # the others begin with what it leaves
-STEPS = "steps=4"
+TRAINED = "steps=2 batch_size=4"
+PREPARED = "num_train=32 num_val=8"
 LIMIT_SECONDS = 300
 MARK = re.compile(r"<!-- check: (\w+)[ \n]?(.*?)\s*-->", re.S)
 VERBS = ("no", "file", "python", "keys", "exit", "replace", "before")
@@ -52,6 +54,7 @@ SHELLS = ("", "bash", "sh", "console")
 DATA = ("text", "yaml")
 # links in the scratch folder, as in a clone
 CLONE = ("distseg", "shards", "launchers", "examples", "slurm", "tests", "benchmarks", "docs")
+LEFT_AS_THEY_ARE = re.compile(r"\bsteps=|--dry-run|--help|sbatch|submit")
 NUMBER = r"\d+(?:[.,]\d+)*"
 # what differs from machine to machine: 0:15:39, 12:04, 4.2 img/s, 3 s, /any/path
 VARIES = re.compile(rf"\d+:\d\d(?::\d\d)?|{NUMBER} ?(?:img/s|ms|s|min|MB/s|GB/s)\b|/[\w./-]+")
@@ -106,12 +109,15 @@ def blocks(page: str) -> list[Block]:
 
 
 def small(command: str) -> str:
-    """A command with the number of steps that a check takes."""
-    trains = re.search(r"distseg[ .]train\b", command)
-    if not trains or re.search(r"\bsteps=|--dry-run|--help|sbatch|submit", command):
+    """A command with the sizes that a check takes."""
+    if re.search(r"distseg prepare toy\b", command):
+        added = PREPARED
+    elif re.search(r"distseg[ .]train\b", command) and not LEFT_AS_THEY_ARE.search(command):
+        added = TRAINED
+    else:
         return command
-    words, comment = re.match(r"(.*?)(\s+#.*)?$", command, re.S).groups()  # type: ignore[union-attr]
-    return f"{words.rstrip()} {STEPS}{comment or ''}\n"
+    words, comment = re.split(r"(\s+#.*|\s*$)", command, maxsplit=1)[:2]
+    return f"{words} {added}{comment.rstrip()}\n"
 
 
 def commands(text: str) -> Iterator[str]:
