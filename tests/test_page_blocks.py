@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from docs import check
-from docs.check import Scratch, blocks, commands, exchanges, missing, page_blocks, pages, same, small
+from docs.check import (
+    Scratch,
+    blocks,
+    commands,
+    exchanges,
+    missing,
+    page_blocks,
+    pages,
+    same,
+    small,
+)
 
 PAGE = """# A page
 
@@ -145,7 +155,8 @@ def test_blocks_are_run_in_their_folder_and_fail_where_they_do(tmp_path: Path) -
 
 
 def test_a_page_s_program_is_whole_and_its_errors_name_the_page_s_lines(tmp_path: Path) -> None:
-    page = "<!-- check: python -->\n    a = 1\n\ntext\n\n<!-- check: python -->\n    assert a == 2\n"
+    mark = "<!-- check: python -->\n"
+    page = f"{mark}    a = 1\n\ntext\n\n{mark}    assert a == 2\n"
     scratch = Scratch(tmp_path)
     for block in blocks(page):
         scratch.run(block)
