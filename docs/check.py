@@ -10,7 +10,7 @@ a block in the page's source says where that is not what is wanted:
     <!-- check: no REASON -->       is not run
     <!-- check: file NAME -->       is written to that file
     <!-- check: python -->          is Python; those of a page are one program, run at its end
-    <!-- check: keys WORD ... -->   lines of key=value, each tried by `distseg train WORD ...`
+    <!-- check: keys WORD ... -->   lines of key=value, each read as by `distseg train WORD ...`
     <!-- check: exit CODE -->       the block's last command has to end so
     <!-- check: replace A with B -->   in what is run, so that it takes seconds
     <!-- check: before
@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,13 @@ DATA = ("text", "yaml")
 # links in the scratch folder, as in a clone
 CLONE = ("distseg", "shards", "launchers", "examples", "slurm", "tests", "benchmarks", "docs")
 LEFT_AS_THEY_ARE = re.compile(r"\bsteps=|--dry-run|--help|sbatch|submit")
+# all lines of a block in one process
+READ_KEYS = """
+import shlex, sys
+from distseg.config.loading import load
+for line in sys.argv[1:]:
+    load(shlex.split(line, comments=True))
+"""
 NUMBER = r"\d+(?:[.,]\d+)*"
 # what differs from machine to machine: 0:15:39, 12:04, 4.2 img/s, 3 s, /any/path
 VARIES = re.compile(rf"\d+:\d\d(?::\d\d)?|{NUMBER} ?(?:img/s|ms|s|min|MB/s|GB/s)\b|/[\w./-]+")
@@ -223,8 +231,10 @@ class Scratch:
         elif block.what == "python":
             self._program += [""] * (block.first - 1 - len(self._program)) + text.splitlines()
         elif block.what == "keys":
-            for line in commands(text):
-                self.bash(f"distseg train {block.mark('keys')} --dry-run {line}")
+            # shlex, unlike a shell, keeps the end of a line that goes on
+            whole = [line.replace("\\\n", " ") for line in commands(text)]
+            lines = [f"{block.mark('keys')} {line}" for line in whole]
+            self.bash(shlex.join(["python", "-c", READ_KEYS, *lines]))
         elif block.what == "console":
             self._console(text)
         elif block.what == "shell":

@@ -154,6 +154,14 @@ def test_blocks_are_run_in_their_folder_and_fail_where_they_do(tmp_path: Path) -
     scratch.run(blocks(marked)[0])
 
 
+def test_keys_are_read_as_by_training(tmp_path: Path) -> None:
+    mark = "<!-- check: keys preset=toy -->\n"
+    lines = "    steps=9         # a comment\n    'data.keep_classes=[road]' \\\n    seed=1\n"
+    Scratch(tmp_path).run(blocks(mark + lines)[0])
+    with pytest.raises(ValueError, match="unknown key stepps"):
+        Scratch(tmp_path).run(blocks(f"{mark}    stepps=9\n")[0])
+
+
 def test_a_page_s_program_is_whole_and_its_errors_name_the_page_s_lines(tmp_path: Path) -> None:
     mark = "<!-- check: python -->\n"
     page = f"{mark}    a = 1\n\ntext\n\n{mark}    assert a == 2\n"
