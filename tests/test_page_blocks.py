@@ -158,7 +158,7 @@ def test_keys_are_read_as_by_training(tmp_path: Path) -> None:
     mark = "<!-- check: keys preset=toy -->\n"
     lines = "    steps=9         # a comment\n    'data.keep_classes=[road]' \\\n    seed=1\n"
     Scratch(tmp_path).run(blocks(mark + lines)[0])
-    with pytest.raises(ValueError, match="unknown key stepps"):
+    with pytest.raises(ValueError, match="unknown key 'stepps'"):
         Scratch(tmp_path).run(blocks(f"{mark}    stepps=9\n")[0])
 
 
