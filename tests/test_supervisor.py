@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note
-from launchers import batch_job, supervisor, turns
+from launchers import batch_job, check, supervisor, turns
 from launchers.job import Job, RunError
 from launchers.places import Place, python_on_nodes, ranks_per_node
 from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
@@ -319,6 +319,25 @@ def test_the_nodes_enter_a_container_where_the_site_says_so(
     assert plain[here + 1 :] == ["-u", "-m", "launchers.agent", "distseg.evaluate", "runs/x"]
     with pytest.raises(InputError, match="DISTSEG_NODE_PYTHON"):
         python_on_nodes({"DISTSEG_NODE_PYTHON": "apptainer 'exec"})
+
+
+def test_without_torch_the_ranks_in_the_container_look_at_the_networks(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["preset=toy", f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]
+    # of an options' name that only the network knows
+    overrides += ["segmentor.options.nothing=1"]
+    monkeypatch.setenv("DISTSEG_NODE_PYTHON", "apptainer exec image.sif python")
+    with pytest.raises(InputError, match="nothing"):
+        check.check_run(overrides, 1)
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    assert check.check_run(overrides, 1).segmentor.options == {"nothing": 1}
+    with pytest.raises(InputError, match="packed shards"):
+        check.check_run([*overrides, f"data.shards={tmp_path}"], 1)
+    # torch that is missing without a container is not passed over
+    monkeypatch.delenv("DISTSEG_NODE_PYTHON")
+    with pytest.raises(InputError, match="nothing"):
+        check.check_run(overrides, 1)
 
 
 def test_who_reads_srun_reads_on_where_its_own_output_has_no_room(
