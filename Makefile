@@ -1,4 +1,4 @@
-# make demo | slurm-demo | test | test-avx2 | test-slurm | lint | docs | bench    each sets up .venv by itself
+# make demo | slurm-demo | test | test-avx2 | test-slurm | lint | docs | docs-check | bench    each sets up .venv by itself
 # make test PYTHON=python3.13    in .venv-python3.13, beside the .venv of python3
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
@@ -8,7 +8,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo demo-says slurm-demo test test-avx2 test-slurm lint docs bench clean
+.PHONY: demo demo-says slurm-demo test test-avx2 test-slurm lint docs docs-check bench clean
 
 demo: demo-says $(VENV)/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -52,6 +52,9 @@ lint: $(VENV)/.developer
 
 docs: $(VENV)/.developer  # docs/_build/html/index.html; a broken link or reference fails
 	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs docs/_build/html
+
+docs-check: $(VENV)/.developer  # runs what the pages say, in minutes; PAGES="training losses": these alone
+	$(BIN)/python -m docs.check $(PAGES)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed")'

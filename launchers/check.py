@@ -6,10 +6,12 @@ Needs no GPU and starts none.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from distseg.config import code, loading
 from distseg.config.schema import Config
+from launchers.places import PYTHON_VARIABLE
 from shards.errors import InputError
 from shards.files import nearest_existing
 from shards.manifest import FILE_NAME as MANIFEST
@@ -28,6 +30,9 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     config = code.recorded(loading.load(overrides))
     _check_run_dir(config)
     _check_shards(config.data.shards)
+    # where a container brings torch, the ranks look at the rest: they refuse it in the same words
+    if os.environ.get(PYTHON_VARIABLE) and find_spec("torch") is None:
+        return config
     # imports torch, which takes seconds; most mistakes are found by now
     from distseg.train.run import check
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
+import sys
 from dataclasses import dataclass
 
 from distseg.distributed.launch import first_host, port_of_job
 from shards.errors import InputError
 
 RANKS_VARIABLE = "DISTSEG_RANKS_PER_NODE"
+PYTHON_VARIABLE = "DISTSEG_NODE_PYTHON"
 TRY_VARIABLE = "DISTSEG_TRY"  # how often the job has started its nodes before, in this allocation
 
 
@@ -69,3 +72,15 @@ def ranks_per_node(environment: dict[str, str]) -> int:
                 )
             return int(text)
     return 1
+
+
+def python_on_nodes(environment: dict[str, str]) -> list[str]:
+    """The words after srun's own options with which Python is started on a node:
+    DISTSEG_NODE_PYTHON, which enters a container, else this Python.
+    """
+    text = environment.get(PYTHON_VARIABLE, "")
+    try:
+        return shlex.split(text) or [sys.executable]
+    except ValueError as error:
+        action = f"correct {PYTHON_VARIABLE} in slurm/cluster.sh"
+        raise InputError(f"{PYTHON_VARIABLE}={text}: {error}", "words of a shell", action) from None

@@ -37,7 +37,7 @@ from distseg.runs import attempts
 from launchers import batch_job, turns
 from launchers.batch_job import TEMPORARY, requeue
 from launchers.check import check_run
-from launchers.places import TRY_VARIABLE, ranks_per_node
+from launchers.places import TRY_VARIABLE, python_on_nodes, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError, TemporaryError
 from shards.terminal import use_utf8
@@ -235,11 +235,11 @@ class Supervisor:
         return _exit_code(self._process)
 
     def _command(self) -> list[str]:
-        agent = [sys.executable, "-u", "-m", "launchers.agent"]
+        agent = ["-u", "-m", "launchers.agent"]
         agent += [] if self._run_dir is None else ["--run-dir", str(self._run_dir)]
         work = [self._module, *self._arguments]
         if not self._with_srun:
-            return [*agent, "--alone", f"--supervisor={os.getpid()}", *work]
+            return [sys.executable, *agent, "--alone", f"--supervisor={os.getpid()}", *work]
         # one torchrun a node; it starts the ranks, so that a rank's end is noted where it happened
         # said in full, since srun does not take over every option of sbatch; one task per node is
         # what Place counts on
@@ -256,7 +256,8 @@ class Supervisor:
             srun += [f"--gpus-per-node={os.environ['SLURM_GPUS_ON_NODE']}"]
         # without it the other nodes would wait in a collective for the one that is gone, until
         # their time limit
-        return [*srun, "--kill-on-bad-exit=1", *agent, *work]
+        # last: options of srun may stand before a container's Python
+        return [*srun, "--kill-on-bad-exit=1", *python_on_nodes(dict(os.environ)), *agent, *work]
 
     def _tell_ranks(self, process: subprocess.Popen) -> None:
         now = time.monotonic()

@@ -17,3 +17,7 @@
 # export DISTSEG_RANKS_PER_NODE=8      # default: one for each GPU that the job has on a node; without GPUs one
 # export DISTSEG_STOP_SECONDS=240      # how long ranks may take to save before the time limit; below --signal's seconds
 # export DISTSEG_PAUSE_SECONDS=330     # before the last of three tries: above SlurmdTimeout (scontrol show config)
+
+# --- in a container: what starts Python on the nodes, after srun's options; docs/containers.md
+# export DISTSEG_NODE_PYTHON="apptainer exec --nv --bind /shared /shared/distseg.sif python"
+# export DISTSEG_NODE_PYTHON="--container-image=/shared/distseg.sqsh --container-mounts=/shared:/shared --container-workdir=$PWD python"

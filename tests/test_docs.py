@@ -48,8 +48,23 @@ def test_every_path_that_a_page_names_is_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for path in re.findall(rf"(?<![\w/.]){FOLDERS}/[\w/.]*\w", text):
         assert (ROOT / path).exists() or not Path(path).suffix, path
-    for link in re.findall(r"\]\(([\w.]+)\)", text):
-        assert (ROOT / page).with_name(link).is_file(), link
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a repository browser gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    # the text of a picture may be broken over lines
+    for path, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", text):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from distseg.runs.attempts import LABEL_VARIABLE, Attempt, Note
-from launchers import batch_job, supervisor, turns
+from launchers import batch_job, check, supervisor, turns
 from launchers.job import Job, RunError
-from launchers.places import Place, ranks_per_node
+from launchers.places import Place, python_on_nodes, ranks_per_node
 from launchers.supervisor import Decision, Supervisor, decide, may_be_the_machines
 from shards.errors import InputError
 
@@ -327,6 +327,44 @@ def test_a_fatal_srun_is_not_tried_again(
     assert decision.action == action and says in capfd.readouterr().err
     if action == "fail":
         assert decision == Decision("fail", says, 2)
+
+
+def test_the_nodes_enter_a_container_where_the_site_says_so(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what srun and, in its place, the container's engine are called with
+    write_command(commands, "srun", f'printf "%s\\n" "$@" > {commands}/srun.txt')
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    Supervisor("distseg.evaluate", ["runs/x"]).run()
+    plain = (commands / "srun.txt").read_text().splitlines()
+    monkeypatch.setenv("DISTSEG_NODE_PYTHON", "apptainer exec --nv --bind '/a b' image.sif python")
+    Supervisor("distseg.evaluate", ["runs/x"]).run()
+    contained = (commands / "srun.txt").read_text().splitlines()
+    here = plain.index(sys.executable)
+    words = ["apptainer", "exec", "--nv", "--bind", "/a b", "image.sif", "python"]
+    assert contained == plain[:here] + words + plain[here + 1 :]
+    assert plain[here + 1 :] == ["-u", "-m", "launchers.agent", "distseg.evaluate", "runs/x"]
+    with pytest.raises(InputError, match="DISTSEG_NODE_PYTHON"):
+        python_on_nodes({"DISTSEG_NODE_PYTHON": "apptainer 'exec"})
+
+
+def test_without_torch_the_ranks_in_the_container_look_at_the_networks(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["preset=toy", f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]
+    # of an options' name that only the network knows
+    overrides += ["segmentor.options.nothing=1"]
+    monkeypatch.setenv("DISTSEG_NODE_PYTHON", "apptainer exec image.sif python")
+    with pytest.raises(InputError, match="nothing"):
+        check.check_run(overrides, 1)
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    assert check.check_run(overrides, 1).segmentor.options == {"nothing": 1}
+    with pytest.raises(InputError, match="packed shards"):
+        check.check_run([*overrides, f"data.shards={tmp_path}"], 1)
+    # torch that is missing without a container is not passed over
+    monkeypatch.delenv("DISTSEG_NODE_PYTHON")
+    with pytest.raises(InputError, match="nothing"):
+        check.check_run(overrides, 1)
 
 
 def test_who_reads_srun_reads_on_where_its_own_output_has_no_room(

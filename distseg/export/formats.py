@@ -85,7 +85,9 @@ def check_packages(form: str) -> None:
     ]
     if missing:
         raise InputError(
-            f"{', '.join(missing)} not installed", "it for ONNX", "pip install 'distseg[export]'"
+            f"{', '.join(missing)} not installed",
+            "it for ONNX",
+            "pip install '.[export]' in the repository",
         )
 
 

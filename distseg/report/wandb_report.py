@@ -93,7 +93,8 @@ def _workspaces() -> Any:
     except ImportError:
         got = "--wandb, and wandb-workspaces is not installed"
         action = (
-            "pip install 'distseg[reports]', or leave --wandb out: the page has the same panels"
+            "pip install '.[reports]' in the repository, or leave --wandb out: the page has the "
+            "same panels"
         )
         raise InputError(got, "wandb-workspaces", action) from None
 
