@@ -61,7 +61,9 @@ class FSDPLearner(TorchLearner):
     def twin(self) -> nn.Module:
         """See Learner.twin: parameter shards, as this network's."""
         network = self._full_copies.make(self.network, self.network.state_dict()).eval()
-        _shard(network, self._mesh)
+        # its root too is gathered anew in every forward: no backward lets go of it, and what has
+        # been averaged since would not be seen
+        _shard(network, self._mesh, reshard_after_forward=True)
         return network
 
     @contextmanager
@@ -105,11 +107,11 @@ class FSDPLearner(TorchLearner):
         return tensor if counts_steps else sharded_like(tensor, parameter)
 
 
-def _shard(network: nn.Module, mesh: DeviceMesh) -> None:
+def _shard(network: nn.Module, mesh: DeviceMesh, **options: bool) -> None:
     # layers before the root, which takes what is left
     for block in blocks(network):
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(network, mesh=mesh, **options)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
