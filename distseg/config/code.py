@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from shards import user_code
 from shards.errors import InputError
 from shards.neighbours import neighbours
@@ -15,7 +15,7 @@ def references(config: Config) -> dict[str, str]:
     """Part of the configuration -> the reference to code that it holds (see shards.user_code)."""
     named = {"segmentor": config.segmentor.name, "data.view": config.data.view}
     # without an adversary the key stays as it is, and its code is never imported
-    if config.mode != "supervised":
+    if config.mode in WITH_DISCRIMINATOR:
         named["discriminator"] = config.discriminator.name
     for name, term in config.loss.terms.items():
         named[f"loss.terms.{name}.use"] = term.use

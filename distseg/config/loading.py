@@ -17,7 +17,7 @@ from distseg.config.keys import Key
 from distseg.config.layers import CONFIG_FILE, layers, names_network, split
 from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names
 from distseg.config.rules import check
-from distseg.config.schema import Config, TermConfig
+from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
 from shards.storage import is_file, read_text
@@ -227,8 +227,7 @@ def _override(merged: Any, pairs: list[tuple[str, Any]]) -> Config:
     # from here on a plain dataclass: the rest of the package knows nothing of OmegaConf
     config = _resolved(_applied(merged, pairs))
     # by what was written here: defaults and presets have weights for other modes too
-    if config.mode == "supervised":
-        _refuse_weights(pairs)
+    _refuse_weights(pairs, config.mode)
     # after all overrides, as the preset's name is in it
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
     # before the check and the saving: config.yaml is read from other folders
@@ -287,13 +286,23 @@ def _resolved(merged: Any) -> Config:
         raise InputError(got, "plain values", "write the value itself") from None
 
 
-def _refuse_weights(pairs: list[tuple[str, Any]]) -> None:
-    """Of an adversary that the mode has none of: it would be passed over in silence."""
+def _refuse_weights(pairs: list[tuple[str, Any]], mode: str) -> None:
+    """Of an adversary or a teacher that the mode has none of: they would be passed over in
+    silence.
+    """
     for key, value in dict(pairs).items():  # the last of a key counts
-        if key in ADVERSARIAL_WEIGHTS and value != 0:
-            got, needed = f"{key}={value} with mode=supervised", "an adversary for its weight"
+        got = f"{key}={value} with mode={mode}"
+        if value and key in ADVERSARIAL_WEIGHTS and mode not in WITH_DISCRIMINATOR:
             action = "write mode=adversarial (or semi_supervised), or leave it out"
-            raise InputError(got, needed, action)
+            raise InputError(got, "an adversary for its weight", action)
+        if value and key == "consistency.weight" and mode not in WITH_UNLABELLED:
+            action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
+            raise InputError(got, "unlabelled images for its weight", action)
+            action = "write mode=adversarial (or semi_supervised), or leave it out"
+            raise InputError(got, "an adversary for its weight", action)
+        if key == "consistency.weight" and mode not in WITH_UNLABELLED:
+            action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
+            raise InputError(got, "unlabelled images for its weight", action)
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distseg.config.keys import Key
 from distseg.config.names import KEYS
-from distseg.config.schema import Config, OptimizerConfig
+from distseg.config.schema import WITH_UNLABELLED, Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
 from shards.user_code import FORMS, is_reference
@@ -18,7 +18,7 @@ from shards.words import nearest
 # of distseg/losses/terms.py, by the names of their metrics
 # here too, and not imported: the schema must not wait for torch, which losses need
 BUILT_IN_TERMS = (
-    *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi"),
+    *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
 )
 
@@ -165,12 +165,35 @@ def shards_of_fsdp(config: Config) -> None:
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
+    weights.append(config.consistency.weight)
     # one of the user's own may be of unlabelled images, which is known when it is imported
     weights += [term.weight for term in config.loss.terms.values() if is_reference(term.use)]
     # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
-        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight and semi.weight all 0"
+        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight, semi.weight and "
+        got += "consistency.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
+
+
+def consistency_with_a_teacher(config: Config) -> None:
+    """mode=consistency has its term, and the term its teacher and its rectangles."""
+    chosen = config.consistency
+    if config.mode == "consistency" and not chosen.weight:
+        got, action = "mode=consistency with consistency.weight=0", "write consistency.weight=1"
+        raise InputError(got, "a weight above 0", action)
+    if config.mode not in WITH_UNLABELLED or not chosen.weight:
+        return
+    if chosen.teacher == "ema" and not config.ema_decay:
+        action = "write for example ema_decay=0.99, or consistency.teacher=segmentor"
+        raise InputError("consistency.teacher=ema with ema_decay=0", "an EMA", action)
+    if chosen.mix_area_min > chosen.mix_area_max:
+        got = f"consistency.mix_area_min={chosen.mix_area_min} above "
+        got += f"consistency.mix_area_max={chosen.mix_area_max}"
+        raise InputError(got, "mix_area_min <= mix_area_max", "swap them")
+    if config.parallel.strategy == "deepspeed" and config.parallel.zero_stage == 3:
+        got = "consistency.weight with parallel.strategy=deepspeed, parallel.zero_stage=3"
+        needed = "whole parameters for the teacher, which stage 3 does not keep"
+        raise InputError(got, needed, "write parallel.zero_stage=2, or parallel.strategy=fsdp")
 
 
 def class_weights_of_a_kind(config: Config) -> None:
@@ -228,8 +251,8 @@ def a_loss_to_minimise(config: Config) -> None:
     if config.mode == "adversarial":
         weights.append(loss.adv_weight)
         named += ", loss.adv_weight=0"
-    # of the third mode: unlabelled_images_have_a_term
-    if config.mode != "semi_supervised" and not any(weights):
+    # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
+    if config.mode not in WITH_UNLABELLED and not any(weights):
         got = f"mode={config.mode} with {named} and no loss.terms"
         raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
 
@@ -279,6 +302,7 @@ RULES = (
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,
+    consistency_with_a_teacher,
     a_view_by_reference,
     class_weights_of_a_kind,
     focal_or_smoothed,

@@ -13,10 +13,12 @@ from distseg.config.keys import key, section
 MAX_SEED = 2**31 - 1  # what every library's generator takes
 MAX_BETA = 0.99999  # of moving averages: at 1 nothing new would come in
 WITH_DISCRIMINATOR = ("adversarial", "semi_supervised")  # modes
-WITH_UNLABELLED = ("semi_supervised",)
+SEMI_SUPERVISED = ("semi_supervised",)
+WITH_UNLABELLED = ("semi_supervised", "consistency")
 
 HUNG = "Hung et al. 2018"
 LUC = "Luc et al. 2016"
+UNIMATCH = "Yang et al. 2023 (UniMatch)"
 
 # as distseg/models has them, which needs torch: so a misspelt one is told at once
 SEGMENTORS = (
@@ -481,7 +483,7 @@ class LossConfig:
 
 @dataclass
 class SemiConfig:
-    """The terms on unlabelled images, in mode=semi_supervised (Hung et al. 2018, eq. 4 and 5)."""
+    """The adversary's terms on unlabelled images (Hung et al. 2018, eq. 4 and 5)."""
 
     # over all ranks, so that a run on other hardware is the same run
     batch_size: int = key(
@@ -491,23 +493,125 @@ class SemiConfig:
         low=0,
         high=10**6,
     )
-    weight: float = key(0.1, "lambda_semi on the masked cross entropy", low=0, source=HUNG)
+    weight: float = key(
+        0.1,
+        "lambda_semi on the masked cross entropy",
+        low=0,
+        source=HUNG,
+        modes=SEMI_SUPERVISED,
+    )
     threshold: float = key(
         0.2,
         "T_semi: a pixel is in the confidence mask where D(fake) is above it",
         low=0,
         high=1,
         source=f"{HUNG}, eq. 5",
+        modes=SEMI_SUPERVISED,
     )
     # late: pseudo-labels of an untrained segmentor teach it its own errors
-    start_step: int = key(5000, "of the masked cross entropy", unit="steps", low=0, source=HUNG)
+    start_step: int = key(
+        5000,
+        "of the masked cross entropy",
+        unit="steps",
+        low=0,
+        source=HUNG,
+        modes=SEMI_SUPERVISED,
+    )
     adv_weight: float = key(
-        0.001, "lambda on the adversarial term of unlabelled images", low=0, source=f"{HUNG}, eq. 4"
+        0.001,
+        "lambda on the adversarial term of unlabelled images",
+        low=0,
+        source=f"{HUNG}, eq. 4",
+        modes=SEMI_SUPERVISED,
     )
     adv_start_step: int = key(
-        0, "of that term, not before loss.adv_start_step", unit="steps", low=0
+        0,
+        "of that term, not before loss.adv_start_step",
+        unit="steps",
+        low=0,
+        modes=SEMI_SUPERVISED,
     )
-    discriminate: bool = key(True, "the discriminator learns from their label maps too")
+    discriminate: bool = key(
+        True, "the discriminator learns from their label maps too", modes=SEMI_SUPERVISED
+    )
+
+
+@dataclass
+class ConsistencyConfig:
+    """Weak-to-strong consistency: what a teacher sees in a crop trains its strongly changed view.
+
+    The defaults of the strong view are UniMatch's (Yang et al. 2023).
+    """
+
+    weight: float = key(0.0, "of the term on unlabelled images; 0: there is none", low=0)
+    # early pseudo-labels teach the segmentor its own errors
+    start_step: int = key(0, "of the term", unit="steps", low=0)
+    warmup_steps: int = key(
+        0, "weight rises linearly over so many steps from start_step on", unit="steps", low=0
+    )
+    teacher: str = key(
+        "ema",
+        "whose prediction of the weak view (crop, scale and flip alone) is the pseudo-label",
+        choices={
+            "ema": "the EMA of the segmentor's weights, see ema_decay",
+            "segmentor": "the segmentor itself, as it stands",
+        },
+        source=f"ema: Tarvainen and Valpola 2017; segmentor: {UNIMATCH}",
+    )
+    target: str = key(
+        "class",
+        "what the strong view is held to",
+        choices={
+            "class": "the teacher's class, by cross entropy",
+            "probabilities": "the teacher's probabilities, by their mean squared difference",
+        },
+        source="class: Sohn et al. 2020 (FixMatch); probabilities: Tarvainen and Valpola 2017",
+    )
+    threshold: float = key(
+        0.95,
+        "a pixel is confident where the teacher's largest probability is at least this",
+        low=0,
+        high=1,
+        source=UNIMATCH,
+    )
+    weighting: str = key(
+        "pixel",
+        "what the confident pixels decide; the sum is divided by all pixels inside of images",
+        choices={
+            "pixel": "only they count",
+            "image": "all pixels of an image count as much as its share of confident ones",
+        },
+        source=f"pixel: {UNIMATCH}; image: Olsson et al. 2021 (ClassMix)",
+    )
+    # partners are neighbours in the global batch, so any number of ranks mixes the same pairs
+    mix: str = key(
+        "cutmix",
+        "what is laid over a strong view, teacher's prediction included",
+        choices={
+            "cutmix": "a rectangle of another image",
+            "classmix": "half of the classes of another image",
+            "cutout": "an empty rectangle, which does not count",
+            "none": "",
+        },
+        source="Yun et al. 2019, Olsson et al. 2021, DeVries and Taylor 2017",
+    )
+    mix_probability: float = key(0.5, "of mixing, for each image", low=0, high=1)
+    mix_area_min: float = key(
+        0.02, "smallest share of a crop that a rectangle takes", low=0, high=1
+    )
+    mix_area_max: float = key(0.4, "largest share", low=0, high=1)
+    jitter_probability: float = key(0.8, "of changing an image's colours", low=0, high=1)
+    color_jitter: float = key(
+        0.5, "brightness, contrast and saturation by factors in 1 -+ this", low=0, high=1
+    )
+    hue_jitter: float = key(
+        0.25, "hue by up to this", unit="turns of the colour circle", low=0, high=0.5
+    )
+    gray_probability: float = key(0.2, "of leaving an image its gray alone", low=0, high=1)
+    blur_probability: float = key(0.5, "of blurring an image", low=0, high=1)
+    blur_max_px: float = key(
+        2.0, "largest standard deviation of that", unit="pixels", low=0.1, high=20
+    )
 
 
 @dataclass
@@ -667,6 +771,7 @@ class Config:
             "adversarial": "labels and a discriminator",
             "supervised": "labels alone",
             "semi_supervised": "both, and unlabelled images",
+            "consistency": "labels and unlabelled images, without a discriminator",
         },
     )
     # of the whole run and not more steps from now: so the same command resumes it
@@ -751,6 +856,7 @@ class Config:
     alternation: AlternationConfig = section(AlternationConfig, modes=WITH_DISCRIMINATOR)
     loss: LossConfig = section(LossConfig)
     semi: SemiConfig = section(SemiConfig, modes=WITH_UNLABELLED)
+    consistency: ConsistencyConfig = section(ConsistencyConfig, modes=WITH_UNLABELLED)
     evaluate: EvaluateConfig = section(
         EvaluateConfig, on_resume=True, at_evaluation=True, at_prediction=True
     )

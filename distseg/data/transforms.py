@@ -204,7 +204,7 @@ class TrainView:
         """Colour and blur, in place, where the image is: neither mixes with the fill."""
         if self.color_jitter:
             factors = 1 + self.color_jitter * (2 * draw[4:7] - 1)
-            cv2.transform(image, _color_matrix(*factors), dst=image)
+            cv2.transform(image, color_matrix(*factors), dst=image)
         if draw[8] < self.blur_probability:
             sigma = BLUR_MIN_PX + (self.blur_max_px - BLUR_MIN_PX) * draw[9]
             # (0, 0): OpenCV chooses the kernel's side by sigma
@@ -240,7 +240,7 @@ def _outside(size: tuple[int, ...], geometry: _Geometry) -> np.ndarray:
     return outside
 
 
-def _color_matrix(brightness: float, contrast: float, saturation: float) -> np.ndarray:
+def color_matrix(brightness: float, contrast: float, saturation: float) -> np.ndarray:
     """The (3, 4) affine map of RGB 0-255 that applies the three factors in turn; 1, 1, 1 is the
     identity.
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from distseg.config import loading
-from distseg.config.schema import Config, TrackingConfig
+from distseg.config.schema import WITH_DISCRIMINATOR, Config, TrackingConfig
 from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 from distseg.export.formats import SUFFIXES, Trained, export
@@ -234,7 +234,7 @@ def _training(config: Config) -> str:
         "data.crop_px",
         "segmentor.init",
     ]
-    named += ["loss.adv_weight"] if config.mode != "supervised" else []
+    named += ["loss.adv_weight"] if config.mode in WITH_DISCRIMINATOR else []
     shown = [
         f"{key}={own[key]}"
         for key in named

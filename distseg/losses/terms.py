@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distseg.losses.adversarial import adversarial_sum, pseudo_label
@@ -55,6 +56,25 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class PseudoLabels:
+    """What a teacher takes unlabelled images to show, where the segmentor sees a strong view.
+
+    label: (n, H, W) uint8, the likeliest class, 255 outside of the image. confidence: (n, H, W)
+    float, its probability. probabilities: (n, C, H, W), of all classes; None where no term asks.
+    """
+
+    label: Tensor
+    confidence: Tensor
+    probabilities: Tensor | None = None
+
+    def __getitem__(self, chosen: slice) -> PseudoLabels:
+        every = self.probabilities
+        return PseudoLabels(
+            self.label[chosen], self.confidence[chosen], None if every is None else every[chosen]
+        )
+
+
+@dataclass(frozen=True)
 class Predicted:
     """Images of a micro-batch, and what the networks say of them.
 
@@ -62,7 +82,7 @@ class Predicted:
     the auxiliary head, (n, C, h'', w''); None: there is none. In a step without the adversary the
     others are None: probabilities (n, C, h, w), the softmax of the logits; scores, the
     discriminator's logits on them, (n, 1, h', w') or (n, 1, 1, 1), whose graph ends at the
-    probabilities.
+    probabilities. pseudo: of unlabelled images in steps with a teacher, else None.
     """
 
     pixels: Tensor
@@ -71,6 +91,7 @@ class Predicted:
     auxiliary: Tensor | None = None
     probabilities: Tensor | None = None
     scores: Tensor | None = None
+    pseudo: PseudoLabels | None = None
 
     def with_constant_scores(self) -> Predicted:
         """For terms whose gradient must not reach the discriminator."""
@@ -93,11 +114,20 @@ class Predicted:
         return upsample(at_least_float32(self.logits), self.label.shape[-2:])
 
     def __getitem__(self, chosen: slice) -> Predicted:
-        """Of some of the images."""
+        """Of some of the images, without pseudo-labels."""
         optional = (self.auxiliary, self.probabilities, self.scores)
-        parts = [None if tensor is None else tensor[chosen] for tensor in optional]
+        auxiliary, probabilities, scores = (
+            None if tensor is None else tensor[chosen] for tensor in optional
+        )
         # its full_logits are made anew, so a term of some images does not upsample all of them
-        return Predicted(self.pixels[chosen], self.targets[chosen], self.logits[chosen], *parts)
+        return Predicted(
+            self.pixels[chosen],
+            self.targets[chosen],
+            self.logits[chosen],
+            auxiliary,
+            probabilities,
+            scores,
+        )
 
 
 class Term:
@@ -105,17 +135,19 @@ class Term:
     micro-batches, divided by the sum of `count`.
 
     name: of its metrics, loss/<name> and weight/<name>.
-    images: whose term it is; unlabelled ones are there in mode=semi_supervised.
+    images: whose term it is; unlabelled ones are there in mode=semi_supervised, and for a term that
+    needs_teacher, which looks at pseudo-labels, in mode=consistency too.
     through_discriminator: its gradient comes through the discriminator's scores. All others' comes
     through `head`, the segmentor's logits or auxiliary logits.
     chooses: which pixels take part is only known when they are predicted; `local_sum` then returns
     (sum, how many), and that is what the sum is divided by, unless the term is
-    per_image: divided by `count`, the number of images.
+    per_image: divided by `count` all the same, as the number of images.
     share: of a term that chooses, the metric that says how many took part of the candidates.
     """
 
     name: str
     images: Kind = "labelled"
+    needs_teacher: bool = False
     through_discriminator: bool = False
     head: Head = "logits"
     chooses: bool = False
@@ -258,6 +290,55 @@ class MaskedCrossEntropy(Term):
         pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold)
         # divided by the pixels kept, as Hung et al. do; UniMatch (Yang et al. 2023) divides by all
         return cross_entropy_sum(seen.logits, pseudo), (pseudo != IGNORE_INDEX).sum().double()
+
+
+@dataclass
+class Consistency(Term):
+    """Weak-to-strong consistency: the prediction of a strong view is held to what the teacher says
+    of the weak one (Sohn et al. 2020, eq. 4; on pixels French et al. 2020, Yang et al. 2023).
+
+    threshold: a pixel is confident where the teacher's largest probability is at least this.
+    by_image: all pixels of an image count as much as its share of confident ones (Olsson et al.
+    2021); else the confident ones alone. soft: the squared difference of the probabilities, mean
+    over the classes, instead of the cross entropy. The sum is divided by all pixels inside of
+    images, confident or not, as the latter have it: by the confident ones alone, the few of a poor
+    teacher would weigh as much as the many of a good one.
+    """
+
+    threshold: float = 0.95
+    by_image: bool = False
+    soft: bool = False
+    name: str = "consistency"
+    share: str = "consistency/confident_share"
+    images: Kind = "unlabelled"
+    needs_teacher = True
+    chooses = True
+    per_image = True  # divided by `count`
+
+    def count(self, targets: Targets) -> Tensor:
+        return (targets.label != IGNORE_INDEX).sum().double()
+
+    def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
+        assert seen.pseudo is not None  # only asked for in steps with a teacher
+        inside = seen.label != IGNORE_INDEX  # (n, H, W)
+        confident = inside & (seen.pseudo.confidence >= self.threshold)
+        weight = confident
+        if self.by_image:
+            share = confident.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+            weight = share[:, None, None] * inside
+        loss = self._per_pixel(seen, seen.pseudo)
+        return (weight.to(loss.dtype) * loss).sum(), confident.sum().double()
+
+    def _per_pixel(self, seen: Predicted, pseudo: PseudoLabels) -> Tensor:
+        """(n, H, W): of each pixel, 0 outside of the image."""
+        if self.soft:
+            assert pseudo.probabilities is not None
+            difference = seen.full_logits.softmax(1) - pseudo.probabilities
+            return difference.square().mean(1)
+        target = pseudo.label.where(seen.label != IGNORE_INDEX, IGNORE_INDEX).long()
+        return F.cross_entropy(
+            seen.full_logits, target, ignore_index=IGNORE_INDEX, reduction="none"
+        )
 
 
 @dataclass

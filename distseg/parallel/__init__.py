@@ -41,6 +41,16 @@ class Learner(Protocol):
         tensors: values to copy in instead of its own, named and sharded as in its state_dict.
         """
 
+    def twin(self) -> nn.Module:
+        """A second network, spread over the ranks as this one and with its present values, in
+        evaluation mode; called on every rank.
+        """
+
+    def infer(self, network: nn.Module, pixels: Tensor) -> Tensor:
+        """Logits of this network or its twin, in evaluation mode and without a graph, under
+        autocast.
+        """
+
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward under autocast.
 

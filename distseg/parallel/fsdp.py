@@ -43,11 +43,8 @@ class FSDPLearner(TorchLearner):
         network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         # while it is still a plain network
         self._full_copies = FullCopies(network)
-        mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
-        # layers before the root, which takes what is left
-        for block in blocks(network):
-            fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        self._mesh = mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
+        _shard(network, mesh)
         self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
         # plain tensors in the DTensors' memory: updating one updates the other
         own_shards: dict[Tensor, Tensor] = {
@@ -60,6 +57,14 @@ class FSDPLearner(TorchLearner):
         """See Learner.full_network: a copy, as of this call."""
         values = self.network.state_dict() if tensors is None else tensors
         return self._full_copies.make(self.network, values)
+
+    def twin(self) -> nn.Module:
+        """See Learner.twin: parameter shards, as this network's."""
+        network = self._full_copies.make(self.network, self.network.state_dict()).eval()
+        # its root too is gathered anew in every forward: no backward lets go of it, and what has
+        # been averaged since would not be seen
+        _shard(network, self._mesh, reshard_after_forward=True)
+        return network
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -100,6 +105,13 @@ class FSDPLearner(TorchLearner):
     def _sharded_as(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         counts_steps = tensor.ndim == 0  # AdamW's; no parameter is a single number
         return tensor if counts_steps else sharded_like(tensor, parameter)
+
+
+def _shard(network: nn.Module, mesh: DeviceMesh, **options: bool) -> None:
+    # layers before the root, which takes what is left
+    for block in blocks(network):
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(network, mesh=mesh, **options)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ class TorchLearner:
         # past DDP: its forward would prepare a reduction for a backward that is not its own
         with autocast(self._device_type, self._autocast_dtype):
             return self.network(*inputs)
+
+    def twin(self) -> nn.Module:
+        """See Learner.twin: a copy, where every rank holds the whole network."""
+        return copy.deepcopy(self.network).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def infer(self, network: nn.Module, pixels: Tensor) -> Tensor:
+        """See Learner.infer."""
+        with evaluating(network), autocast(self._device_type, self._autocast_dtype):
+            output = network(pixels)
+        return output["out"] if isinstance(output, dict) else output
 
     def scaled(self, loss: Tensor) -> Tensor:
         """See Learner.scaled."""
@@ -151,6 +163,20 @@ class TorchLearner:
     def _sharded_as(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """An optimizer's tensor, as a shard where its parameter is one."""
         return tensor
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode, and afterwards each layer in the mode that it was in."""
+    # layers by themselves: some are in evaluation mode while their network trains
+    training = [layer for layer in network.modules() if layer.training]
+    for layer in training:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
 
 
 def autocast(device_type: str, dtype: torch.dtype | None) -> Any:

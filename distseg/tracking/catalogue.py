@@ -111,6 +111,7 @@ _RATIO = Panel(
 _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
 # terms of the user's own, whose unit nobody knows
 _OTHER_TERMS = Panel("Other terms, unweighted", "loss", in_picture=True)
+_CONSISTENCY = Panel("Consistency term, unweighted", "loss", in_picture=True)
 _MASK = Panel("Confidence mask", "share of unlabelled pixels", is_share=True, in_picture=True)
 _VALIDATION = Panel("Validation", "score", is_share=True, in_picture=True)
 _VALIDATION_LOSS = Panel("Validation loss", "nats")
@@ -128,7 +129,17 @@ _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 # in the order of the page; the panels of the published figures come first
 PANELS = (
     *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO, _SEMI),
-    *(_OTHER_TERMS, _MASK, _VALIDATION, _VALIDATION_LOSS, _GRADIENTS, _RATES, _WEIGHTS, _SCALE),
+    *(
+        _CONSISTENCY,
+        _OTHER_TERMS,
+        _MASK,
+        _VALIDATION,
+        _VALIDATION_LOSS,
+        _GRADIENTS,
+        _RATES,
+        _WEIGHTS,
+        _SCALE,
+    ),
     *(_SKIPS, _SPEED, _PEAK, _TIME, _RANKS, _MEMORY),
 )
 
@@ -152,6 +163,24 @@ METRICS = (
     ),
     Metric("loss/semi", "semi-supervised term", "nats", _SEMI, "semi-supervised", "", "semi"),
     Metric(MASK_SHARE, "confidence mask", "share", _MASK, "share", "", "mask"),
+    Metric(
+        "loss/consistency",
+        "consistency term",
+        "loss",
+        _CONSISTENCY,
+        "consistency",
+        "",
+        "consistency",
+    ),
+    Metric(
+        "consistency/confident_share",
+        "pixels that the teacher is confident of",
+        "share",
+        _MASK,
+        "teacher confident",
+        "",
+        "confident",
+    ),
     Metric(
         DISCRIMINATOR_REAL,
         "discriminator's loss on real label maps",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from distseg.config import loading
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks
@@ -30,6 +30,7 @@ from distseg.train.inputs import Data
 from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
+from distseg.train.teacher import WeakToStrong
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
 
@@ -79,7 +80,13 @@ def learned(
     """
     # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
     # average and of the networks, so nothing that has been looked up goes stale.
-    ema = MovingAverage(pair.segmentor, config.ema_decay) if config.ema_decay > 0 else None
+    has_teacher = config.mode in WITH_UNLABELLED and config.consistency.weight > 0
+    is_teacher, ema = has_teacher and config.consistency.teacher == "ema", None
+    if config.ema_decay > 0:
+        ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
+    if has_teacher:
+        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks)
+        pair = replace(pair, weak_to_strong=weak_to_strong)
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from distseg.losses.terms import Kind
+from distseg.losses.terms import Kind, Predicted, PseudoLabels
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,17 @@ class Images:
     """Images of one kind on this rank's device.
 
     pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
-    the label says only where they are: 0 inside, 255 outside.
+    the label says only where they are: 0 inside, 255 outside. pseudo: of unlabelled images whose
+    pixels are a strong view, what a teacher says of them.
     """
 
     pixels: Tensor
     label: Tensor
+    pseudo: PseudoLabels | None = None
 
     def __getitem__(self, chosen: slice) -> Images:
-        return Images(self.pixels[chosen], self.label[chosen])
+        pseudo = None if self.pseudo is None else self.pseudo[chosen]
+        return Images(self.pixels[chosen], self.label[chosen], pseudo)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,13 @@ class MicroBatch:
             return {"labelled": slice(0, count)}
         # labelled first, so that a discriminator's k-th label map goes with the k-th image
         return {"labelled": slice(0, count), "unlabelled": slice(count, None)}
+
+    def parts(self, seen: Predicted) -> dict[Kind, Predicted]:
+        """What the networks say of all images, by kind; with the pseudo-labels, where there are."""
+        parts = {kind: seen[where] for kind, where in self.slices().items()}
+        if self.unlabelled is not None and self.unlabelled.pseudo is not None:
+            parts["unlabelled"] = replace(parts["unlabelled"], pseudo=self.unlabelled.pseudo)
+        return parts
 
     def split(self, count: int) -> Iterator[MicroBatch]:
         """In `count` micro-batches of one size; the configuration makes sure that it divides."""

@@ -18,12 +18,18 @@ class MovingAverage:
     of TensorFlow's ExponentialMovingAverage).
     """
 
-    def __init__(self, source: Learner, decay: float):
+    def __init__(self, source: Learner, decay: float, as_network: bool = False):
+        """as_network: kept as a network that can be asked in every step, as a teacher is."""
         self.decay = decay
+        self.network = source.twin() if as_network else None
         # state_dict and not parameters: buffers too, as averaged weights beside the last batch's
         # running statistics would be scored with statistics of other weights
         self._source, new = source, source.network.state_dict()
-        self._average = {name: tensor.clone() for name, tensor in new.items()}
+        if self.network is None:
+            self._average = {name: tensor.clone() for name, tensor in new.items()}
+        else:
+            # the network's own memory, so that it is the average
+            self._average = dict(self.network.state_dict())
         # Looked up once: the learner's tensors stay the same memory, and to list those of FSDP
         # takes long
         self._pairs = list(zip(_held(self._average), _held(new), strict=True))

@@ -87,15 +87,16 @@ class StepWork:
     def of_step(self, phase: Phase, num_labelled: int, num_unlabelled: int) -> float:
         """Operations of one step on so many images."""
         num_images = num_labelled + num_unlabelled
+        taught = num_unlabelled * self.segmentor if phase.weights.get("consistency") else 0.0
         # a phase of the discriminator alone needs the prediction, but no gradient of it
         of_image = self.segmentor + phase.segmentor * self.segmentor_backward
         if not phase.adversary:
-            return num_images * of_image
+            return num_images * of_image + taught
         own_loss = phase.discriminator * self.discriminator_backward
         # one forward on a prediction serves the losses of both networks
         on_prediction = self.discriminator + phase.segmentor * self.through_discriminator + own_loss
         on_truth = phase.discriminator * self.discriminator + own_loss
-        return num_images * (of_image + on_prediction) + num_labelled * on_truth
+        return num_images * (of_image + on_prediction) + num_labelled * on_truth + taught
 
 
 def _work(network: nn.Module, *inputs: Tensor) -> tuple[float, float]:

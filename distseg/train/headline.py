@@ -7,7 +7,13 @@ import torch
 from distseg.config.code import references
 from distseg.config.loading import to_dict
 from distseg.config.names import KEYS, flattened
-from distseg.config.schema import Config, LossConfig
+from distseg.config.schema import (
+    WITH_DISCRIMINATOR,
+    WITH_UNLABELLED,
+    Config,
+    ConsistencyConfig,
+    LossConfig,
+)
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import Learner
 from distseg.parallel.parameter_shards import num_elements
@@ -150,7 +156,7 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         terms.append(f"{loss.aux_weight} x cross entropy of the auxiliary head")
     for name, term in loss.terms.items():
         terms.append(f"{term.weight} x {user_code.short(term.use or name)}")
-    if config.mode != "supervised":
+    if config.mode in WITH_DISCRIMINATOR:
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
         terms.append(f"{loss.adv_weight} x adversarial ({how})")
@@ -158,7 +164,18 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         terms.append(f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})")
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
         terms.append(f"{semi.weight} x semi-supervised cross entropy ({where})")
+    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+        terms.append(_consistency(config.consistency))
     return terms
+
+
+def _consistency(chosen: ConsistencyConfig) -> str:
+    """The term on unlabelled images, its teacher and its strong view."""
+    how = f"teacher {chosen.teacher}, {chosen.target}, confident from {chosen.threshold} by "
+    how += f"{chosen.weighting}, {chosen.mix}"
+    if chosen.start_step:
+        how += f", from step {chosen.start_step}"
+    return f"{chosen.weight} x consistency ({how})"
 
 
 def _cross_entropy(loss: LossConfig) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.own_view import OwnView
 from distseg.data.samples import (
     SampleSet,
@@ -18,6 +18,7 @@ from distseg.data.samples import (
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
+from distseg.train.teacher import check_pairs
 from shards.errors import InputError
 from shards.files import write_text
 from shards.storage import is_file
@@ -88,7 +89,7 @@ def open_data(config: Config, world_size: int) -> Data:
     _check_classes(config, train_set)
     own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
     unlabelled_set = None
-    if config.mode == "semi_supervised":
+    if config.mode in WITH_UNLABELLED:
         unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
     return Data(train_set, unlabelled_set, val_set)
 
@@ -109,11 +110,13 @@ def _open_unlabelled(
     """The samples whose labels are not used."""
     if not rest:
         which = f"all of {counted(len(labelled), 'sample')} of {labelled.reader.split}"
-        got = f"mode=semi_supervised, but {which} are used with their labels"
-        action = "write for example data.labelled=1/8, or mode=adversarial"
+        got = f"mode={config.mode}, but {which} are used with their labels"
+        instead = "adversarial" if config.mode == "semi_supervised" else "supervised"
+        action = f"write for example data.labelled=1/8, or mode={instead}"
         raise InputError(got, "unlabelled samples", action)
     size = config.semi.batch_size or config.batch_size
     check_batch("semi.batch_size", size, world_size, config.gradient_accumulation_steps)
+    check_pairs(config, world_size)
     # the labelled ones come first: being fewer, they come more often
     room = config.data.keep_decoded_bytes
     room -= labelled.decoded_bytes(room)
@@ -141,6 +144,10 @@ def open_streams(
         return labelled
     # beyond every seed that a user can choose: another order, other crops
     other = (config.semi.batch_size or config.batch_size, config.seed + 2**32)
+    if config.consistency.weight:
+        # what the teacher labels: the strong view's colours and blur are laid over it in the step
+        weak = replace(config.data, color_jitter=0.0, blur_probability=0.0)
+        config = replace(config, data=weak)
     return PairedStream(labelled, open_stream(config, ranks, data.unlabelled, start_step, other))
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config
 from distseg.models import (
     Weights,
     build_discriminator,
@@ -28,7 +28,7 @@ from shards.errors import InputError
 
 
 class Networks(NamedTuple):
-    """A segmentor, and a discriminator unless the mode is supervised."""
+    """A segmentor, and a discriminator in the modes that have one."""
 
     segmentor: nn.Module
     discriminator: nn.Module | None
@@ -46,7 +46,7 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     # the segmentor first: with or without a discriminator a seed gives it the same weights
     segmentor = _segmentor(config, num_classes, world_size)
     segmentor.awaits_checkpoint = is_resumed(config)  # type: ignore[assignment]
-    if config.mode == "supervised":
+    if config.mode not in WITH_DISCRIMINATOR:
         return Networks(segmentor, None)
     chosen = config.discriminator
     init = _first_weights(config, "discriminator")
@@ -68,7 +68,7 @@ def _step_images(config: Config, world_size: int, segmentor: nn.Module) -> StepI
     unlabelled = config.semi.batch_size or config.batch_size
     return StepImages(
         num_labelled=config.batch_size // parts,
-        num_unlabelled=unlabelled // parts if config.mode == "semi_supervised" else 0,
+        num_unlabelled=unlabelled // parts if config.mode in WITH_UNLABELLED else 0,
         side_px=crop_px,
         label_map_px=-(-crop_px // _stride(config, segmentor)),
     )
@@ -87,7 +87,8 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     # wrote it
     check_training(chosen.name, segmentor)
     images = _step_images(config, world_size, segmentor)
-    if config.loss.adv_start_step:  # before it steps are of labelled images alone
+    # before these steps are of labelled images alone
+    if config.loss.adv_start_step or config.consistency.start_step:
         images = replace(images, num_unlabelled=0)
     if chosen.batch_norm == "synchronised":
         # its statistics are of all ranks' images together
@@ -131,7 +132,7 @@ def _check_learns(config: Config, segmentor: nn.Module) -> None:
     logits = shaped(copy.deepcopy(segmentor).eval(), torch.zeros(2, 3, side, side))
     # an auxiliary head alone can be trained, but for an adversary nothing leads to it
     has_auxiliary = getattr(segmentor, "has_auxiliary", False) and config.loss.aux_weight
-    if not logits.requires_grad and not (has_auxiliary and config.mode == "supervised"):
+    if not logits.requires_grad and not (has_auxiliary and config.mode not in WITH_DISCRIMINATOR):
         got = f"segmentor.freeze={list(config.segmentor.freeze)}: all that the logits come from"
         needed = "a parameter to train on the way from the image to the logits"
         raise InputError(got, needed, "freeze less, for example the encoder alone")

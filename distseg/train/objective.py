@@ -11,7 +11,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from distseg.config.schema import Config, LossConfig, TermConfig
+from distseg.config.schema import (
+    WITH_DISCRIMINATOR,
+    WITH_UNLABELLED,
+    Config,
+    ConsistencyConfig,
+    LossConfig,
+    TermConfig,
+)
 from distseg.data.samples import SampleSet
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
@@ -19,6 +26,7 @@ from distseg.losses.terms import (
     TERMS,
     Adversarial,
     Auxiliary,
+    Consistency,
     CrossEntropy,
     FunctionTerm,
     Head,
@@ -115,7 +123,8 @@ class Objective:
 
 
 def _needs_adversary(term: Term) -> bool:
-    return term.through_discriminator or term.images == "unlabelled"
+    of_unlabelled = term.images == "unlabelled" and not term.needs_teacher
+    return term.through_discriminator or of_unlabelled
 
 
 def build_objective(
@@ -146,18 +155,25 @@ def build_objective(
     _check_places(further, config, has_auxiliary)
     if samples is not None and further:
         # steps before it look as those of mode=supervised do
-        late = config.mode == "supervised" or loss.adv_start_step > 0
+        late = config.mode not in WITH_DISCRIMINATOR or loss.adv_start_step > 0
         side = _score_side(config, segmentor, discriminator)
         num_classes = samples.classes.num_classes
         check_terms(further, num_classes, without_adversary=late, score_side=side)
     terms += further
     judging = _judging(config, discriminator)
-    if config.mode != "supervised":
+    if config.mode in WITH_DISCRIMINATOR:
         terms.append(_adversarial("adversarial", "labelled", loss, judging))
     if config.mode == "semi_supervised":
         terms.append(_adversarial("adversarial_unlabelled", "unlabelled", loss, judging))
         terms.append(MaskedCrossEntropy(semi.threshold, in_sums))
+    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+        terms.append(_consistency(config.consistency))
     return Objective(tuple(terms), judging)
+
+
+def _consistency(chosen: ConsistencyConfig) -> Consistency:
+    soft = chosen.target == "probabilities"
+    return Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)
 
 
 def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) -> Adversarial:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distseg.config.schema import Config, LossConfig, ScheduleConfig
+from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ def phase(step: int, config: Config) -> Phase:
     """
     # Called at the same step on every rank, and several times: it reads neither state nor data, so
     # no rank can be in another phase, and a resumed run is in the right one.
-    alternation, own = config.alternation, _own_weights(step, config.loss)
+    alternation, own = config.alternation, _own_weights(step, config)
     since_start = step - config.loss.adv_start_step
     # before adv_start_step the discriminator is not even run: a warm-up costs what supervised
     # training does
-    if config.mode == "supervised" or since_start < 0:
+    if config.mode not in WITH_DISCRIMINATOR or since_start < 0:
         return Phase(segmentor=True, discriminator=False, weights=own)
     # counted from adv_start_step, or a late start would fall into the middle of a block
     turn = since_start % (alternation.segmentor + alternation.discriminator)
@@ -54,11 +54,15 @@ def phase(step: int, config: Config) -> Phase:
     return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought)
 
 
-def _own_weights(step: int, loss: LossConfig) -> dict[str, float]:
+def _own_weights(step: int, config: Config) -> dict[str, float]:
     """Of the terms that need no adversary, and of the user's, which may."""
+    loss, taught = config.loss, config.consistency
     weights = {"cross_entropy": loss.ce_weight, "auxiliary": loss.aux_weight}
     for name, term in loss.terms.items():
         weights[name] = term.weight * _rise(step - term.start_step, term.warmup_steps)
+    if config.mode in WITH_UNLABELLED and taught.weight:
+        rise = _rise(step - taught.start_step, taught.warmup_steps)
+        weights["consistency"] = taught.weight * rise
     return weights
 
 

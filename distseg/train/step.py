@@ -31,6 +31,7 @@ from distseg.train.batch import Images, MicroBatch
 from distseg.train.counts import Counts, mean
 from distseg.train.objective import Judging, Objective, Scored, build_objective
 from distseg.train.schedules import Phase
+from distseg.train.teacher import WeakToStrong
 
 Metrics = dict[str, Tensor]
 Starts = list[tuple[Learner, list[BackwardStart]]]  # of one backward through several networks
@@ -46,6 +47,7 @@ class Pair:
     segmentor: Learner
     discriminator: Learner | None
     objective: Objective
+    weak_to_strong: WeakToStrong | None = None  # of a run with a teacher
 
     @classmethod
     def of(cls, config: Config, segmentor: Learner, discriminator: Learner | None = None) -> Pair:
@@ -129,13 +131,17 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
 
 
 def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Metrics:
-    """Gradients of a step without the adversary, of the labelled images alone."""
-    images = batch.labelled
+    """Gradients of a step without the adversary: of the labelled images, and of unlabelled ones
+    where a teacher has labelled them.
+    """
+    if not pair.objective.uses_unlabelled(phase):
+        batch = MicroBatch(batch.labelled)
+    images = batch.all
     at_image_size = pair.objective.judging.at_image_size  # as in the steps with the adversary
     logits, auxiliary = predict(pair.segmentor, images.pixels, at_image_size)
     targets = Targets.at(images.label, logits.shape[-2:])
     seen = Predicted(images.pixels, targets, logits, auxiliary)
-    loss, _, metrics = segmentor_losses(pair.objective, phase, MicroBatch(images), seen, counts)
+    loss, _, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
     backward([(pair.segmentor, [(pair.segmentor.scaled(loss), None)])])
     return metrics
 
@@ -187,7 +193,7 @@ def segmentor_losses(
     Returns what comes through the logits, what comes through the discriminator, and the metrics
     with a graph: loss/<term>, unweighted; loss/segmentor, the sum.
     """
-    parts = {kind: seen[where] for kind, where in batch.slices().items()}
+    parts = batch.parts(seen)
     own_parts = {kind: part.with_constant_scores() for kind, part in parts.items()}
     through_logits: list[Tensor] = []
     through_discriminator: list[Tensor] = []

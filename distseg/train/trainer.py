@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.stream import Batch, PairedStream, TrainStream
 from distseg.distributed.ranks import Ranks, on_main, shared_error
 from distseg.distributed.stop import StopRequest
@@ -196,6 +196,9 @@ class Trainer:
         if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
             unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
         num_micro_batches = config.gradient_accumulation_steps
+        teacher = self.pair.weak_to_strong
+        if unlabelled is not None and teacher is not None and current.weights.get("consistency"):
+            unlabelled = teacher(unlabelled, step, num_micro_batches)
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
         # one factor for both networks: their base rates stand in the configuration, the course is
         # one
@@ -217,7 +220,7 @@ class Trainer:
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""
         config, current, num_unlabelled = self.config, phase(step, self.config), 0
-        if config.mode == "semi_supervised" and self.pair.objective.uses_unlabelled(current):
+        if config.mode in WITH_UNLABELLED and self.pair.objective.uses_unlabelled(current):
             num_unlabelled = config.semi.batch_size or config.batch_size
         total = self.work.of_step(current, config.batch_size, num_unlabelled)
         # ranks have equal shares, so no rank needs to be asked

@@ -1,0 +1,385 @@
+"""Weak-to-strong consistency: the strong views, the term, and its step on any number of ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
+from torch import Tensor
+
+import distseg
+from distseg.config import loading
+from distseg.config.schema import Config
+from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
+from distseg.distributed.ranks import Ranks
+from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
+from distseg.models import build_discriminator
+from distseg.parallel import wrap
+from distseg.train.batch import Images
+from distseg.train.ema import MovingAverage
+from distseg.train.schedules import lr_factor, phase
+from distseg.train.step import Pair, training_step
+from distseg.train.teacher import WeakToStrong, check_pairs
+from shards.errors import InputError
+from tests.ranks import run_ranks
+
+STEPS, SIDE = 5, 48
+ALWAYS = {"jitter_probability": 1.0, "gray_probability": 0.3, "mix_probability": 0.7}
+
+
+def crops(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Random pixels, and labels that are 255 outside of the image, on the right of every other."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(n, 3, SIDE, SIDE, generator=generator, dtype=torch.float64).to(dtype)
+    label = torch.zeros(n, SIDE, SIDE, dtype=torch.uint8)
+    label[::2, :, 40:] = 255
+    pixels = pixels.where(label[:, None] != 255, FILL.to(dtype))
+    return pixels.contiguous(memory_format=torch.channels_last), label
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "classmix", "cutout", "none"])
+def test_strong_views_are_the_same_however_the_batch_is_split(mix: str) -> None:
+    view = StrongView(mix=mix, **ALWAYS)
+    pixels, label = crops(12)
+    taught = torch.randint(0, NUM_CLASSES, label.shape, generator=torch.Generator().manual_seed(1))
+    taught = taught.to(torch.uint8).where(label != 255, 255)
+    whole = strong(view, pixels, label, taught, range(12))
+    for size in (2, 4, 6):
+        parts = [
+            strong(view, pixels[i : i + size], label[i : i + size], taught[i : i + size], places)
+            for i in range(0, 12, size)
+            for places in [range(i, i + size)]
+        ]
+        for joined, expected in zip(zip(*parts, strict=True), whole, strict=True):
+            assert torch.equal(torch.cat(joined), expected)
+    again = strong(view, pixels, label, taught, range(12, 24))
+    assert not torch.equal(again[0], whole[0])  # other positions, other views
+
+
+def strong(
+    view: StrongView, pixels: Tensor, label: Tensor, taught: Tensor, places: range
+) -> list[Tensor]:
+    draws = strong_draws(7, places, NUM_CLASSES)
+    mask = view.mask(taught, draws)
+    changed = view.changed(pixels, label != 255, draws)
+    return [view.mixed(changed, mask, FILL), view.mixed(label, mask, 255), mask]
+
+
+def test_colours_and_blur_equal_their_formulas_image_by_image() -> None:
+    """NumPy, float64, with SciPy's filter for the blur."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    view = StrongView(jitter_probability=0.8, gray_probability=0.3, blur_probability=0.6)
+    pixels, label = crops(16, dtype=torch.float64)
+    draws = strong_draws(3, range(16), NUM_CLASSES)
+    found = view.changed(pixels, label != 255, draws).numpy()
+    luma, pivot = np.array([0.299, 0.587, 0.114]), np.dot([0.299, 0.587, 0.114], (124, 116, 104))
+    for n, draw in enumerate(draws.numpy()):
+        rgb = pixels[n].numpy().transpose(1, 2, 0)
+        if draw[0] < 0.8:
+            brightness, contrast, saturation = 0.5 + draw[1:4]
+            rgb = rgb * brightness
+            rgb = (rgb - pivot / 255) * contrast + pivot / 255
+            gray = (rgb @ luma)[..., None]
+            rgb = gray + (rgb - gray) * saturation
+            gray = (rgb @ luma)[..., None]  # luma stays; the two colour axes are turned
+            to_axes = np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+            i, q = np.moveaxis(rgb @ to_axes.T, -1, 0)
+            angle = 2 * np.pi * 0.25 * (2 * draw[4] - 1)
+            turned = np.stack(
+                [
+                    gray[..., 0],
+                    i * np.cos(angle) - q * np.sin(angle),
+                    i * np.sin(angle) + q * np.cos(angle),
+                ],
+                -1,
+            )
+            rgb = turned @ np.linalg.inv(np.vstack([luma, to_axes])).T
+        if draw[5] < 0.3:
+            rgb = np.repeat((rgb @ luma)[..., None], 3, axis=2)
+        rgb = rgb.clip(0, 1)
+        if draw[6] < 0.6:
+            sigma = 0.1 + 1.9 * draw[7]
+            weights = np.exp(-0.5 * (np.arange(-6, 7) / sigma) ** 2)
+            for axis in (0, 1):
+                rgb = ndimage.correlate1d(rgb, weights / weights.sum(), axis, mode="nearest")
+        inside = (label[n] != 255).numpy()
+        expected = np.where(inside[..., None], rgb, pixels[n].numpy().transpose(1, 2, 0))
+        np.testing.assert_allclose(found[n].transpose(1, 2, 0), expected, atol=1e-12)
+
+
+def test_rectangles_have_the_share_of_the_crop_that_was_drawn() -> None:
+    view = StrongView(mix="cutmix", mix_probability=0.5)
+    draws = strong_draws(5, range(400), NUM_CLASSES)
+    mask = view.mask(torch.zeros(400, 96, 96, dtype=torch.uint8), draws)
+    mixed = draws[:, MIXED] < 0.5
+    assert torch.equal(mask.flatten(1).any(1), mixed)
+    share = mask.double().mean((1, 2))
+    asked = 0.02 + 0.38 * draws[:, MIXED + 1]
+    assert (share - asked)[mixed].abs().max() < 0.02
+    assert mask[:, :1].any() and mask[:, -1:].any()  # every place can be reached
+    assert mask[:, :, :1].any() and mask[:, :, -1:].any()
+
+
+def test_classmix_lays_half_of_the_partners_classes_over_an_image() -> None:
+    generator = torch.Generator().manual_seed(2)
+    taught = torch.randint(0, 7, (20, SIDE, SIDE), generator=generator).to(torch.uint8)
+    taught[:4] = 3  # of one class, the half is that one
+    taught[1, :20] = 255
+    draws = strong_draws(1, range(20), 9)
+    mask = StrongView(mix="classmix", mix_probability=1.0).mask(taught, draws)
+    for n in range(20):
+        partner = taught[n ^ 1].numpy()
+        shown = [c for c in range(9) if (partner == c).any()]
+        by_draw = sorted(shown, key=lambda c: draws[n, NUM_DRAWS + c])
+        half = by_draw[: (len(shown) + 1) // 2]
+        assert np.array_equal(mask[n].numpy(), np.isin(partner, half))
+
+
+@pytest.mark.parametrize("by_image", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_term_equals_its_formula_pixel_by_pixel(by_image: bool, soft: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 8, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    label = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    label[0, :3] = 255
+    label[2] = 255  # nothing of the third is inside
+    teacher = (3 * torch.randn(3, 5, 8, 8, dtype=torch.float64, generator=generator)).softmax(1)
+    confidence, index = teacher.max(1)
+    pseudo = PseudoLabels(index.to(torch.uint8), confidence, teacher if soft else None)
+    seen = Predicted(torch.zeros(3, 3, 8, 8), Targets.at(label, (8, 8)), logits, pseudo=pseudo)
+    term = Consistency(0.9, by_image=by_image, soft=soft)
+    total, confident = term.local_sum(seen)
+    expected, number = torch.zeros((), dtype=torch.float64), 0
+    for n in range(3):
+        inside = [(y, x) for y in range(8) for x in range(8) if label[n, y, x] != 255]
+        sure = [at for at in inside if confidence[n][at] >= 0.9]
+        number += len(sure)
+        for y, x in inside if by_image else sure:
+            p = logits[n, :, y, x].softmax(0)
+            one = -p[index[n, y, x]].log()
+            if soft:
+                one = ((p - teacher[n, :, y, x]) ** 2).mean()
+            expected = expected + one * (len(sure) / len(inside) if by_image else 1)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad(each, logits)[0] for each in (total, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert int(confident) == number and int(term.count(seen.targets)) == 40 + 64
+
+
+def make_config(precision: str, overrides: Sequence[str]) -> Config:
+    common = ["data.shards=unused", f"precision={precision}", "mode=consistency", "steps=10"]
+    common += [f"batch_size={BATCH}", "segmentor_optimizer.name=sgd", "ema_decay=0.9"]
+    common += ["consistency.weight=0.8", "consistency.threshold=0.3", "consistency.start_step=1"]
+    common += ["consistency.mix_probability=0.8", "segmentor_optimizer.lr=0.2"]
+    return loading.load([*common, *overrides])
+
+
+def unlabelled(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    pixels, label = crops(BATCH, 100 + step, dtype)
+    label[-2:] = 255  # of the last rank nothing is inside
+    return pixels, label
+
+
+def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
+    """Some of our steps on this rank's part of each batch: the networks' final parameters."""
+    config = make_config(precision, overrides)
+    torch.manual_seed(3)
+    network = TinySegmentor()
+    network.num_classes = NUM_CLASSES  # type: ignore[assignment]
+    learners = [wrap(network, config.segmentor_optimizer, config, ranks)]
+    if config.mode == "semi_supervised":
+        judge = build_discriminator("two_branch", NUM_CLASSES, head="gap", width=0.1)
+        learners.append(wrap(judge, config.discriminator_optimizer, config, ranks))
+    pair = Pair.of(config, *learners)
+    ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
+    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    size = BATCH // ranks.world_size
+    share = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    kept = []
+    for step in range(STEPS):
+        now, count = phase(step, config), config.gradient_accumulation_steps
+        images = Images(*(part[share] for part in make_batch(step, dtype, SIDE)))
+        weak = None
+        if pair.objective.uses_unlabelled(now):
+            weak = Images(*(part[share] for part in unlabelled(step, dtype)))
+            if now.weights.get("consistency"):
+                weak = teacher(weak, step, count)
+        metrics = training_step(pair, now, images, weak, count)
+        kept.append(float(metrics.get("consistency/confident_share", torch.tensor(-1.0))))
+        for learner in learners:
+            learner.step(lr_factor(step, config.steps, config.schedule))
+        ema.update()
+    networks = (pair.segmentor.full_network(), ema.full_network())
+    return *([p.detach().clone().numpy() for p in each.parameters()] for each in networks), kept
+
+
+def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
+    """The same in one process, plainly, in float64: the segmentor's parameters, and the EMA's."""
+    torch.manual_seed(3)
+    student = TinySegmentor().double()
+    teacher = copy.deepcopy(student)
+    chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
+    view = StrongView(mix=chosen.mix, mix_probability=0.8)
+    for step in range(STEPS):
+        pixels, label = make_batch(step, torch.float64, SIDE)
+        logits = F.interpolate(student(pixels), size=(SIDE, SIDE), mode="bilinear")
+        loss = F.cross_entropy(logits, label.long(), ignore_index=255)
+        if step >= 1:
+            weak, where = unlabelled(step, torch.float64)
+            with torch.no_grad():
+                taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
+                sure, index = taught.softmax(1).max(1)
+            index[where == 255] = 255
+            draws = strong_draws(2**33, range(step * BATCH, (step + 1) * BATCH), NUM_CLASSES)
+            changed = view.changed(weak, where != 255, draws)
+            mask, other = view.mask(index.to(torch.uint8), draws), [n ^ 1 for n in range(BATCH)]
+            changed = torch.where(mask[:, None], changed[other], changed)
+            index, sure = torch.where(mask, index[other], index), sure.where(~mask, sure[other])
+            logits = F.interpolate(student(changed), size=(SIDE, SIDE), mode="bilinear")
+            each = F.cross_entropy(logits, index, ignore_index=255, reduction="none")
+            inside = index != 255
+            weight = (sure >= chosen.threshold) & inside
+            if chosen.weighting == "image":
+                share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+                weight = share[:, None, None] * inside
+            loss = loss + chosen.weight * (each * weight).sum() / inside.sum()
+        gradients = torch.autograd.grad(loss, list(student.parameters()))
+        update(config, step, student, gradients, momentum)
+        decay = min(0.9, (2 + step) / (11 + step))
+        for average, new in zip(teacher.parameters(), student.parameters(), strict=True):
+            average.data.mul_(decay).add_(new.data, alpha=1 - decay)
+    return list(student.parameters()), list(teacher.parameters())
+
+
+@torch.no_grad()
+def update(
+    config: Config,
+    step: int,
+    network: torch.nn.Module,
+    gradients: Sequence[Tensor],
+    momentum: list[Tensor],
+) -> None:
+    """SGD with momentum and clipping."""
+    chosen = config.segmentor_optimizer
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    scale = min(1.0, chosen.clip_norm / float(norm)) if chosen.clip_norm else 1.0
+    rate = chosen.lr * lr_factor(step, config.steps, config.schedule)
+    for parameter, gradient, velocity in zip(
+        network.parameters(), gradients, momentum, strict=True
+    ):
+        gradient = gradient * scale
+        if parameter.ndim > 1:
+            gradient = gradient + chosen.weight_decay * parameter
+        velocity.mul_(chosen.beta1).add_(gradient)
+        parameter -= rate * velocity
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "overrides"),
+    [
+        (1, ["consistency.weighting=image", "consistency.mix=classmix"]),
+        (2, []),
+        (3, ["consistency.mix=classmix", "gradient_accumulation_steps=2"]),
+    ],
+    ids=["one rank", "two ranks", "three ranks, accumulated"],
+)
+def test_steps_equal_a_plain_process_on_the_joined_batch(
+    num_ranks: int, overrides: list[str]
+) -> None:
+    results = run_ranks(num_ranks, train, "fp64", overrides)
+    expected = reference(make_config("fp64", overrides))
+    for parameters, averages, _ in results:
+        for found, wanted in zip((parameters, averages), expected, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(one, other.detach(), rtol=1e-11, atol=1e-11)
+    # of the ranks' metrics the mean is logged
+    shares = np.mean([shares for _, _, shares in results], axis=0)
+    assert shares[0] == -1 and np.all((shares[1:] > 0) & (shares[1:] < 1 + 1e-9))
+
+
+FSDP = "parallel.strategy=fsdp"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[FSDP], [FSDP, "consistency.teacher=segmentor"], ["mode=semi_supervised"]],
+    ids=["ema", "segmentor", "adversary"],
+)
+def test_fsdp_shards_the_teacher_and_an_adversary_may_stand_beside_it(overrides: list[str]) -> None:
+    """Two ranks against one of DDP; with a discriminator, its terms are there too."""
+    alone = run_ranks(1, train, "fp64", [each for each in overrides if each != FSDP])[0]
+    for found in run_ranks(2, train, "fp64", overrides):
+        for ours, theirs in zip(found[:2], alone[:2], strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-11)
+
+
+ZERO_3 = ["parallel.strategy=deepspeed", "parallel.zero_stage=3"]
+RUN: dict[str, Any] = {
+    "mode": "consistency",
+    "batch_size": 2,
+    "ema_decay": 0.9,
+    "data": {"crop_px": 48, "labelled": "1/2", "num_threads": 0},
+    "segmentor": {"name": "multiscale", "init": "random", "options": {"hidden": 8}},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "mix": "classmix"},
+    "checkpoint": {"every_steps": 3},
+    "evaluate": {"num_pictures": 0},
+}
+
+
+def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
+    shards = f"data.shards={toy_shards}"
+    taught = [shards, "mode=consistency", "consistency.weight=1"]
+    for words, what in (
+        ([shards, "mode=consistency"], "consistency.weight=0"),
+        (taught, "ema_decay=0"),
+        ([*taught, "ema_decay=0.9", "consistency.threshold=1.5"], "consistency.threshold=1.5"),
+        ([*taught, "ema_decay=0.9", "consistency.mix_area_min=0.5"], "mix_area_max"),
+        ([shards, "mode=supervised", "consistency.weight=1"], "mode=supervised"),
+        ([shards, "mode=adversarial", "consistency.weight=1"], "mode=adversarial"),
+        ([*taught, "ema_decay=0.9", "loss.adv_weight=0.1"], "mode=consistency"),
+        (
+            [*taught, "consistency.teacher=segmentor", *ZERO_3],
+            "stage 3",
+        ),
+    ):
+        with pytest.raises(InputError, match=what):
+            loading.load(words)
+    config = loading.load([*taught, "ema_decay=0.9", "batch_size=6"])
+    with pytest.raises(InputError, match="even number"):
+        check_pairs(config, 2)
+    check_pairs(config, 3)
+    check_pairs(replace(config, batch_size=3, consistency=mixed_by(config, "cutout")), 1)
+
+
+def mixed_by(config: Config, mix: str) -> Any:
+    return replace(config.consistency, mix=mix)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
+    """The teacher's memory is the average's: a resumed run labels as the undisturbed one does."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    data = RUN["data"] | {"shards": str(toy_shards)}
+    for run_dir, steps in ((whole, (6,)), (parts, (3, 6))):
+        for count in steps:
+            more = {"extend": True} if count == 6 and len(steps) == 2 else {}
+            schedule = {"schedule": {"name": "constant"}}
+            keys = RUN | {"data": data, "run_dir": str(run_dir), "steps": count} | more | schedule
+            distseg.fit(**keys)
+    last = [path / "checkpoints" / "step-00000006" for path in (whole, parts)]
+    names = [sorted(file.name for file in folder.glob("*.safetensors")) for folder in last]
+    assert names[0] == names[1] and "ema.network.safetensors" in names[0]
+    for name in names[0]:
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("loss/consistency", 0) > 0 for row in rows)
