@@ -107,11 +107,10 @@ class FSDPLearner(TorchLearner):
         return tensor if counts_steps else sharded_like(tensor, parameter)
 
 
-def _shard(network: nn.Module, mesh: DeviceMesh, **options: bool) -> None:
+def _shard(network: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | None = None) -> None:
     # layers before the root, which takes what is left
-    for block in blocks(network):
-        fully_shard(block, mesh=mesh, **options)
-    fully_shard(network, mesh=mesh, **options)
+    for block in [*blocks(network), network]:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
