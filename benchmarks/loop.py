@@ -21,9 +21,11 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.conditions import conditions
+from distseg.config.loading import load
 from distseg.config.schema import TrackingConfig
 from distseg.data.stream import Batch
-from distseg.train import assembly, command
+from distseg.train import assembly
+from distseg.train import run as training
 from distseg.train.schedules import phase
 from distseg.train.step import Metrics, training_step
 from distseg.train.trainer import Trainer, to_device
@@ -136,7 +138,8 @@ def main() -> None:
             patch.object(assembly, "Trainer", TimedTrainer),
             patch.object(assembly.Checkpointer, "save", save),
         ):
-            command.run([*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"])
+            words = [*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"]
+            training.run(load(words))
     bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
     saving = statistics.median(TimedTrainer.saving[1:-1])
     ratios = [

@@ -446,7 +446,10 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path: Path) -> 
 
 def test_a_file_stands_on_its_preset_and_below_the_command_line(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    text = "preset: stanford\nsteps: 7\nsegmentor: multiscale\ndata: {mirror: false, crop_px: 96}\n"
+    text = "discriminator: large_fov_light\n"
+    text += (
+        "preset: stanford\nsteps: 7\nsegmentor: multiscale\ndata: {mirror: false, crop_px: 96}\n"
+    )
     mine.write_text(text + "segmentor.init: random\nloss: {terms: {dice: 0.5}}\n")
     config = loading.load(["data.crop_px=64", str(mine), "seed=3"])
     preset = loading.load(["preset=stanford"])
@@ -454,7 +457,8 @@ def test_a_file_stands_on_its_preset_and_below_the_command_line(tmp_path: Path) 
     assert config.batch_size == preset.batch_size and not config.data.horizontal_flip
     # the preset's options were of its own network
     assert config.segmentor.name == "multiscale" and config.segmentor.options == {}
-    assert preset.segmentor.options and config.loss.terms["dice"].weight == 0.5
+    assert config.discriminator.name == "large_fov_light" and config.discriminator.options == {}
+    assert preset.discriminator.options and config.loss.terms["dice"].weight == 0.5
     origins = loading.origins(["data.crop_px=64", str(mine), "seed=3"], config)
     expected = {"data.crop_px": "command line", "steps": str(mine), "device": "default"}
     expected |= {"batch_size": "preset stanford", "run_dir": "from other keys"}
@@ -510,7 +514,7 @@ def test_a_dry_run_says_where_values_are_from_and_is_a_file_of_the_same_run(
     shown = capsys.readouterr().out
     lines = {line.split(":")[0].strip(): line for line in shown.splitlines()}
     assert re.search(r"steps: 8 +# command line: updates in all", lines["steps"])
-    assert "# preset toy: GLOBAL: images per step" in lines["batch_size"]
+    assert re.search(r"^batch_size: 16 +# preset toy: GLOBAL: images per step", shown, re.M)
     assert "# default: what the segmentor learns from" in lines["mode"]
     # 8 steps of 16 of the 8 images
     assert "16.0 epochs of 8 training images" in shown

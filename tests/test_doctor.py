@@ -19,7 +19,8 @@ from rich.console import Console
 
 from distseg.cli import main
 from distseg.distributed.ranks import Ranks
-from distseg.doctor import checkup, command
+from distseg.doctor import checkup
+from distseg.doctor import run as command
 from distseg.doctor.checkup import CheckResult, Checkup
 from tests.ranks import free_port, run_ranks
 
