@@ -134,6 +134,21 @@ def test_hard_pixels_are_those_of_a_sorted_list_of_each_image(
         assert all(hard[n][p] == label[n][p] for p in found)
 
 
+def test_sums_of_hard_pixels_are_divided_by_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    logits, label = make()
+    options = PixelOptions(ohem_threshold=0.3)
+    term = CrossEntropy(options, per_image=True)
+    targets = Targets.at(label, label.shape[-2:])
+    counts = Counts.over_ranks(Objective((term,), Judging()), {"labelled": targets}, 1)
+    found, share = term_mean(term, Predicted(torch.zeros(0), targets, logits), counts)
+    hard = hard_pixels(logits, label, options)
+    expected = cross_entropy_sum(logits, hard, options) / len(label)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    valid = int((label != 255).sum())
+    assert float(share["share/cross_entropy"]) == pytest.approx(int((hard != 255).sum()) / valid)
+
+
 def test_dice_is_its_formula_image_by_image() -> None:
     logits, label = make()
     chances, expected = full(logits).softmax(1), torch.zeros((), dtype=torch.float64)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distseg.distributed import watchdog as module
-from distseg.distributed.ranks import Ranks
+from distseg.distributed.ranks import Ranks, shared_error
 from distseg.distributed.watchdog import (
     LOST_RANK_EXIT_CODE,
     Beat,
@@ -138,14 +138,44 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(
     assert not job.left
 
 
+def test_a_rank_that_is_late_behind_a_silent_one_is_not_accused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members, store, now = [], dist.HashStore(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for rank in range(4):
+        members.append(Watchdog(Ranks(0, 1, 0, torch.device("cpu")), 32.0))  # intervals of 1 s
+        members[-1]._ranks, members[-1]._store = Ranks(rank, 4, 0, torch.device("cpu")), store
+    silent: list[str] = []
+    for now[0] in map(float, range(25)):
+        for rank, last in ((0, 24), (1, 20), (2, 0)):
+            if now[0] <= last:
+                members[rank]._num_beats += 1
+                members[rank]._publish_beat()
+        silent = members[3]._silent_before()
+    assert [name.partition(" on ")[0] for name in silent] == ["rank 2"]
+
+
+def test_who_has_stood_still_for_so_long_that_others_could_seem_silent_knows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    member = Watchdog(Ranks(1, 1, 0, torch.device("cpu")), 320.0)  # waits for 275 s, looks every 5
+    now = [member._looked_at]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for seconds, expected in ((5.0, False), (255.0, False), (265.0, True), (5.0, False)):
+        now[0] += seconds
+        assert member._was_stopped() == expected
+
+
 def test_who_waits_long_for_the_others_at_the_end_asks_less_often(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = Watchdog(Ranks(1, 1, 0, torch.device("cpu")), 320.0)  # intervals of 5 s
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    member._num_beats = 100
-    assert member._pause() == 5.0
+    # often at first, so that a rank that is lost in the first seconds can be named
+    for member._num_beats, seconds in ((0, 0.0), (3, 1.5), (100, 5.0)):
+        assert member._pause() == seconds
     member._wait_for_all()
     pauses = []
     for now[0] in (100.0, 100.5, 120.0, 140.0, 1000.0):
@@ -166,6 +196,26 @@ def test_of_an_error_of_ones_own_the_others_are_told(job: Job) -> None:
     assert member.explain(error) is error
     told = json.loads(job.store.get("diagnosis"))["text"]
     assert told.startswith("rank 1 on ") and told.endswith("(at step 3) has failed: no such file")
+
+
+def test_of_an_error_that_every_rank_raises_nobody_is_told(job: Job) -> None:
+    member, error = job.rank(1), shared_error(ValueError("no such file"))
+    assert member.explain(error) is error
+    assert not job.store.check(["diagnosis"])
+
+
+def test_rank_0_leaves_when_the_others_know_that_all_are_done(job: Job) -> None:
+    main = job.rank(0)
+    main._stop_thread()
+    main._is_leaving = True
+    job.store.add("ranks that are done", 1)
+    assert not main._may_leave()  # and tells that it is done itself
+    job.store.add("ranks that are done", 1)
+    assert not main._may_leave()
+    job.store.add("ranks that have left", 1)
+    assert not main._may_leave()
+    job.store.add("ranks that have left", 1)
+    assert main._may_leave() and not job.left
 
 
 def test_an_error_that_follows_from_a_diagnosis_does_not_replace_it(job: Job) -> None:
