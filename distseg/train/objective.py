@@ -15,7 +15,6 @@ from distseg.config.schema import (
     WITH_DISCRIMINATOR,
     WITH_UNLABELLED,
     Config,
-    ConsistencyConfig,
     LossConfig,
     TermConfig,
 )
@@ -138,7 +137,7 @@ def build_objective(
     samples: the labelled ones, whose pixels may give the weights of classes. Raises InputError for
     class weights that do not fit, and for a term that is none or cannot be trained.
     """
-    loss, semi = config.loss, config.semi
+    loss = config.loss
     pixels = PixelOptions(
         class_weights=None if samples is None else class_weights(loss, samples),
         label_smoothing=loss.label_smoothing,
@@ -161,19 +160,20 @@ def build_objective(
         check_terms(further, num_classes, without_adversary=late, score_side=side)
     terms += further
     judging = _judging(config, discriminator)
+    return Objective((*terms, *_of_the_mode(config, judging)), judging)
+
+
+def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
+    """The terms that an adversary or a teacher brings."""
+    loss, chosen = config.loss, config.consistency
     if config.mode in WITH_DISCRIMINATOR:
-        terms.append(_adversarial("adversarial", "labelled", loss, judging))
+        yield _adversarial("adversarial", "labelled", loss, judging)
     if config.mode == "semi_supervised":
-        terms.append(_adversarial("adversarial_unlabelled", "unlabelled", loss, judging))
-        terms.append(MaskedCrossEntropy(semi.threshold, in_sums))
-    if config.mode in WITH_UNLABELLED and config.consistency.weight:
-        terms.append(_consistency(config.consistency))
-    return Objective(tuple(terms), judging)
-
-
-def _consistency(chosen: ConsistencyConfig) -> Consistency:
-    soft = chosen.target == "probabilities"
-    return Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)
+        yield _adversarial("adversarial_unlabelled", "unlabelled", loss, judging)
+        yield MaskedCrossEntropy(config.semi.threshold, loss.ce_reduction == "sum")
+    if config.mode in WITH_UNLABELLED and chosen.weight:
+        soft = chosen.target == "probabilities"
+        yield Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)
 
 
 def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) -> Adversarial:
