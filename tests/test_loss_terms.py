@@ -29,7 +29,7 @@ from distseg.losses.terms import (
 )
 from distseg.parallel import wrap
 from distseg.train.batch import Images
-from distseg.train.counts import Counts
+from distseg.train.counts import Counts, mean
 from distseg.train.finite import not_finite as not_finite_step
 from distseg.train.headline import without_effect
 from distseg.train.objective import (
@@ -132,6 +132,16 @@ def test_hard_pixels_are_those_of_a_sorted_list_of_each_image(
         found = {p for p in np.ndindex(SIZE, SIZE) if hard[n][p] != 255}
         assert found == kept
         assert all(hard[n][p] == label[n][p] for p in found)
+
+
+def test_a_mean_of_nothing_is_zero_with_a_live_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    values = torch.zeros(3, requires_grad=True)
+    found = mean(values.sum(), torch.zeros((), dtype=torch.float64))
+    found.backward()
+    assert found.detach() == 0 and values.grad is not None and values.grad.isfinite().all()
+    # of two ranks, whose gradients are averaged
+    assert mean(torch.tensor(6.0), torch.tensor(4.0, dtype=torch.float64)) == 3
 
 
 def test_sums_of_hard_pixels_are_divided_by_images(monkeypatch: pytest.MonkeyPatch) -> None:
