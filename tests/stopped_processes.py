@@ -290,7 +290,10 @@ def verdict(
     lines = errors_of(folder)
     codes = [process.poll() for process in processes]
     if case[0] == "plain":
-        codes = [code for rank, code in enumerate(codes) if rank not in who]
+        left = [process for rank, process in enumerate(processes) if rank not in who]
+        for process in left:
+            process.wait(5)  # its files are closed a moment before its exit code is known
+        codes = [process.poll() for process in left]
     named = any(word in line for line in lines for word in words)
     # a rank that is done when another stops at the very end has nothing to complain of
     told = case[0] != "plain" or (75 in codes and set(codes) <= {0, 75})

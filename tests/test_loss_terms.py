@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from distseg.losses.terms import (
     Term,
 )
 from distseg.parallel import wrap
-from distseg.train.batch import Images
-from distseg.train.counts import Counts
+from distseg.train.batch import Images, MicroBatch
+from distseg.train.counts import Counts, mean
 from distseg.train.finite import not_finite as not_finite_step
 from distseg.train.headline import without_effect
 from distseg.train.objective import (
@@ -40,7 +41,7 @@ from distseg.train.objective import (
     check_terms,
 )
 from distseg.train.schedules import Phase, phase
-from distseg.train.step import Pair, term_mean, training_step
+from distseg.train.step import Pair, _targets, term_mean, training_step
 from shards.errors import InputError
 from shards.sample import ClassSet
 from tests.ranks import run_ranks
@@ -132,6 +133,30 @@ def test_hard_pixels_are_those_of_a_sorted_list_of_each_image(
         found = {p for p in np.ndindex(SIZE, SIZE) if hard[n][p] != 255}
         assert found == kept
         assert all(hard[n][p] == label[n][p] for p in found)
+
+
+def test_a_mean_of_nothing_is_zero_with_a_live_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    values = torch.zeros(3, requires_grad=True)
+    found = mean(values.sum(), torch.zeros((), dtype=torch.float64))
+    found.backward()
+    assert found.detach() == 0 and values.grad is not None and values.grad.isfinite().all()
+    # of two ranks, whose gradients are averaged
+    assert mean(torch.tensor(6.0), torch.tensor(4.0, dtype=torch.float64)) == 3
+
+
+def test_scores_are_counted_apart_from_what_their_loss_is_divided_by() -> None:
+    sums = {"divisor/labelled": 2, "scores/labelled": 50}
+    sums |= {"divisor/unlabelled": 3, "scores/unlabelled": 70}
+    counts = Counts({name: torch.tensor(float(value)) for name, value in sums.items()}, 1)
+    assert counts.judged(["labelled", "unlabelled"]) == (5, 120)
+
+
+def test_targets_have_the_size_of_outputs_whose_stride_does_not_divide_the_image() -> None:
+    images = Images(torch.zeros(1, 3, 20, 17), torch.zeros(1, 20, 17, dtype=torch.uint8))
+    network: Any = SimpleNamespace(network=SimpleNamespace(output_stride=8))
+    pair = Pair(network, None, Objective((), Judging()))
+    assert _targets(pair, MicroBatch(images))["labelled"].index.shape == (1, 3, 3)
 
 
 def test_sums_of_hard_pixels_are_divided_by_images(monkeypatch: pytest.MonkeyPatch) -> None:
