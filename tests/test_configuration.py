@@ -45,6 +45,7 @@ def test_a_preset_takes_from_the_data_what_is_not_said(
     toy_shards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(from_data, "_told", set())  # by other tests
+    caplog.set_level(logging.WARNING, logger="distseg.config")  # which other tests have quietened
     own = ["preset=own", f"data.shards={toy_shards}"]
     config = loading.load(own)
     # of images of median 62 x 68 px; 30 epochs of 8 images would be 15 steps
