@@ -298,11 +298,6 @@ def _refuse_weights(pairs: list[tuple[str, Any]], mode: str) -> None:
         if value and key == "consistency.weight" and mode not in WITH_UNLABELLED:
             action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
             raise InputError(got, "unlabelled images for its weight", action)
-            action = "write mode=adversarial (or semi_supervised), or leave it out"
-            raise InputError(got, "an adversary for its weight", action)
-        if key == "consistency.weight" and mode not in WITH_UNLABELLED:
-            action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
-            raise InputError(got, "unlabelled images for its weight", action)
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:
