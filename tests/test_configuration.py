@@ -493,6 +493,7 @@ def test_the_file_of_a_run_is_the_run_wherever_it_is_called_from(
     [
         ("stps: 5", r"mine.yaml: unknown key 'stps'\n.*\n.*did you mean steps\?"),
         ("steps: many", r"mine.yaml: steps=many"),
+        ("ema_decay: from_data", r"mine.yaml: ema_decay=from_data"),
         ("- steps", "a list"),
         ("steps: [", "mine.yaml: "),
         ("preset: voc", r"preset=voc \(.*mine.yaml\), preset=toy \(command line\)"),

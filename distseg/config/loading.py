@@ -40,7 +40,11 @@ def load(overrides: list[str]) -> Config:
     merged = OmegaConf.structured(Config)
     *below, command_line = layers(overrides)
     for layer in below:
-        known = [(key, value) for key, value in layer.values if value != from_data.FROM_DATA]
+        # left to the data, where a rule finds it there; else the word is a value like another
+        left = {key for key, value in layer.values if value == from_data.FROM_DATA}
+        known = [
+            (key, value) for key, value in layer.values if key not in left & {*from_data.RULES}
+        ]
         try:
             merged = _applied(merged, known)
         except InputError as error:

@@ -154,10 +154,10 @@ def class_map(
             if found is None:
                 unmapped.append(name)
         targets.append(None if found is None else names.index(found))
-    ours = {names[target] for target in targets if target is not None}
-    covered = ours | {*void}
+    chosen = {names[target] for target in targets if target is not None}
+    covered = chosen | {*void}
     _check_whole(trained, names, unmapped, [name for name in names if name not in covered])
-    _check_void(ours, void)
+    _check_void(chosen, void)
     places = tuple(names.index(name) for name in void)
     return ClassMap(tuple(trained), tuple(names), tuple(targets), places)
 
