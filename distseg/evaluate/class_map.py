@@ -129,17 +129,7 @@ def class_map(
     if wanted is None and list(trained) == list(names):
         return None
     wanted = wanted or {}
-    given: dict[str, str | Sequence[str] | None] = {}
-    for name, target in wanted.items():
-        if name is None:  # see Wanted
-            continue
-        ours = _found(str(name), trained, "the run's")
-        if ours in given:
-            # spelt in two ways; the last would count in silence
-            raise InputError(
-                f"--map with the class {ours!r} twice", "each of the run's once", f"write {HOW}"
-            )
-        given[ours] = target
+    given = _given(wanted, trained)
     none_of_ours = wanted.get(None) or ()
     none_of_ours = [none_of_ours] if isinstance(none_of_ours, str) else none_of_ours
     void = [_found(str(name), names, "the data's") for name in none_of_ours]
@@ -160,6 +150,21 @@ def class_map(
     _check_void(chosen, void)
     places = tuple(names.index(name) for name in void)
     return ClassMap(tuple(trained), tuple(names), tuple(targets), places)
+
+
+def _given(wanted: Wanted, trained: Sequence[str]) -> dict[str, str | Sequence[str] | None]:
+    """What is wanted, by the run's own names. Raises InputError for a class that is named twice."""
+    given: dict[str, str | Sequence[str] | None] = {}
+    for name, target in wanted.items():
+        if name is None:  # see Wanted
+            continue
+        ours = _found(str(name), trained, "the run's")
+        if ours in given:
+            # spelt in two ways; the last would count in silence
+            got = f"--map with the class {ours!r} twice"
+            raise InputError(got, "each of the run's once", f"write {HOW}")
+        given[ours] = target
+    return given
 
 
 def _same(name: str, names: Sequence[str]) -> str | None:
