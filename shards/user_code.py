@@ -160,7 +160,9 @@ def parameters(value: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def told(error: BaseException, path: Path | None = None) -> str:
-    """An error in one line, with the last line of `path` that it went through (None: of all)."""
+    """An error in one line, with the last line of `path` that it went through; None: of all that is
+    no installed package.
+    """
     # its traceback ends in our own compile(): the place is in the error
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
@@ -168,7 +170,8 @@ def told(error: BaseException, path: Path | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if path is not None and frame.filename == str(path)]
     # the user's own line rather than the library's that it called
-    last = (own or frames)[-1:]
+    others = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
+    last = (own or others or frames)[-1:]
     return f"{text} ({last[0].filename}, line {last[0].lineno})" if last else text
 
 

@@ -63,6 +63,10 @@ def test_a_preset_takes_from_the_data_what_is_not_said(
     asked = loading.load(["steps=50", *own, "data.crop_px=96"])
     assert (asked.data.crop_px, asked.steps, asked.evaluate.every_steps) == (96, 50, 10)
     assert loading.load([*own, "data.crop_px=288"]).batch_size == 8
+    monkeypatch.setattr(from_data, "MIN_STEPS", 0)
+    # 30 epochs of the eight labels, or of half of them, to hundreds
+    for labelled, steps in (("all", 200), ("1/2", 100)):
+        assert loading.load([*own, "batch_size=1", f"data.labelled={labelled}"]).steps == steps
     with pytest.raises(InputError, match=r"(?s)preset=own without data\.shards.*distseg pack"):
         loading.load(["preset=own"])
     with pytest.raises(InputError, match="no split 'nowhere'"):

@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from distseg.config.schema import Config
 from shards.errors import InputError
+from shards.storage import is_file, read_text
 from shards.words import counted
 
 FROM_DATA = "from_data"
@@ -119,4 +122,17 @@ def _look(config: Config) -> _Images:
         raise InputError(got, needed, "pack the data again, with images to train on")
     some = np.linspace(0, count - 1, min(count, MAX_SIZES)).astype(int).tolist()
     height, width = np.median([reader.size(index) for index in some], axis=0).astype(int).tolist()
-    return _Images(count - len(reader.unlabelled), height, width)
+    num_labelled = _num_labelled(count - len(reader.unlabelled), options.labelled)
+    return _Images(num_labelled, height, width)
+
+
+def _num_labelled(count: int, labelled: str) -> int:
+    """How many of so many labels `data.labelled` keeps; one that is wrong is told with the data."""
+    if labelled == "all":
+        return count
+    if is_file(Path(labelled)):
+        return len(read_text(Path(labelled)).split())
+    try:
+        return int(Fraction(labelled) * count)
+    except (ValueError, ZeroDivisionError):
+        return count

@@ -112,12 +112,14 @@ def check_pairs(config: Config, world_size: int) -> None:
     """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
     mix, size = config.consistency.mix, config.semi.batch_size or config.batch_size
     num_parts = world_size * config.gradient_accumulation_steps
-    if config.consistency.weight and StrongView(mix=mix).is_paired and size // num_parts % 2:
+    is_mixed = StrongView(mix=mix).is_paired and config.consistency.mix_probability > 0
+    if config.consistency.weight and is_mixed and size // num_parts % 2:
         got = f"consistency.mix={mix} with {size // num_parts} unlabelled images a rank and "
         got += "micro-batch"
         needed = "an even number: neighbours are mixed with each other"
-        action = f"write semi.batch_size={2 * num_parts * max(1, size // num_parts // 2)}, "
-        raise InputError(got, needed, action + "or consistency.mix=cutout")
+        action = f"write semi.batch_size={2 * num_parts * max(1, size // num_parts // 2)} or "
+        action += "consistency.mix=cutout; of a run that goes on, start fewer ranks"
+        raise InputError(got, needed, action)
 
 
 def _joined(parts: list[Images]) -> Images:
