@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import distseg
-from distseg import inspection
 from distseg.evaluate.run import open_samples
+from distseg.inspection.run import run as inspect
 from distseg.predict.run import PredictOptions, predict
 from distseg.tracking.figures import sample_panel, save
 from shards.pack import pack
@@ -52,7 +52,7 @@ made = prepare("folder", FOLDER, OUT / "maps.h5")
 print("samples:", made.num_samples, *made.notes)
 pack(OUT / "maps.h5", OUT / "shards")
 # prints a table of the classes, and leaves contact_sheet.png: do the masks lie on their images?
-inspection.run(OUT / "shards", OUT, num_threads=None)
+inspect(OUT / "shards", OUT, num_threads=None)
 
 # %% Trained. Run again, it goes on where it was; Ctrl-C saves and returns
 settings = {"data.shards": OUT / "shards", "data.num_classes": None, "run_dir": OUT / "run"}
