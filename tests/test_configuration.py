@@ -20,6 +20,7 @@ from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_name
 from distseg.config.schema import Config
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
+from distseg.train.dry_run import summary
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
 
@@ -45,6 +46,7 @@ def test_a_preset_takes_from_the_data_what_is_not_said(
     toy_shards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(from_data, "_told", set())  # by other tests
+    caplog.set_level(logging.WARNING, logger="distseg.config")  # which other tests have quietened
     own = ["preset=own", f"data.shards={toy_shards}"]
     config = loading.load(own)
     # of images of median 62 x 68 px; 30 epochs of 8 images would be 15 steps
@@ -492,6 +494,7 @@ def test_the_file_of_a_run_is_the_run_wherever_it_is_called_from(
     [
         ("stps: 5", r"mine.yaml: unknown key 'stps'\n.*\n.*did you mean steps\?"),
         ("steps: many", r"mine.yaml: steps=many"),
+        ("ema_decay: from_data", r"mine.yaml: ema_decay=from_data"),
         ("- steps", "a list"),
         ("steps: [", "mine.yaml: "),
         ("preset: voc", r"preset=voc \(.*mine.yaml\), preset=toy \(command line\)"),
@@ -520,6 +523,13 @@ def test_a_dry_run_says_where_values_are_from_and_is_a_file_of_the_same_run(
     assert "16.0 epochs of 8 training images" in shown
     segmentor = build_segmentor("multiscale", 8, init="random")
     counted = f"{sum(parameter.numel() for parameter in segmentor.parameters()):,} parameters"
-    assert f"segmentor multiscale: {counted}" in shown
+    assert f"segmentor multiscale: {counted}" in shown and "\n# discriminator two_branch" in shown
     (tmp_path / "mine.yaml").write_text(shown)
     assert loading.load([str(tmp_path / "mine.yaml")]) == loading.load(words)
+
+
+@pytest.mark.parametrize("mode", ["supervised", "consistency"])
+def test_a_dry_run_shows_the_networks_of_its_mode(mode: str, toy_shards: Path) -> None:
+    words = [f"data.shards={toy_shards}", f"mode={mode}", "ema_decay=0.9"]
+    words += [f"consistency.weight={int(mode == 'consistency')}"]  # 0 is refused by no mode
+    assert not any("discriminator" in line for line in summary(loading.load(words), 1))

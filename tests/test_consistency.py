@@ -219,6 +219,10 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
         for learner in learners:
             learner.step(lr_factor(step, config.steps, config.schedule))
         ema.update()
+    if config.parallel.strategy == "fsdp" and config.consistency.teacher == "ema":
+        # or FSDP's list of forwards would grow with every step
+        assert ema.network is not None
+        assert not ema.network._get_fsdp_state()._comm_ctx.post_forward_order  # type: ignore[operator]
     networks = (pair.segmentor.full_network(), ema.full_network())
     return *([p.detach().clone().numpy() for p in each.parameters()] for each in networks), kept
 

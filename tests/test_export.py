@@ -285,9 +285,7 @@ def test_a_missing_package_is_named_before_anything_is_read(
     monkeypatch.setattr(
         formats, "find_spec", lambda name: None if name == "onnxruntime" else object()
     )
-    with pytest.raises(
-        formats.InputError, match=r"onnxruntime not installed[\s\S]*pip install -e '.\[export\]'"
-    ):
+    with pytest.raises(formats.InputError, match=r"onnxruntime not installed[\s\S]*\.\[export\]"):
         command.run(tmp_path / "missing", "last", "onnx", None, None)
 
 

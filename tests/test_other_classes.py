@@ -16,6 +16,7 @@ import pytest
 import distseg
 from distseg.cli import main
 from distseg.evaluate.class_map import class_map, parsed
+from distseg.tracking import figures
 from shards.errors import InputError
 from shards.maps import write_maps
 from shards.pack import pack
@@ -53,7 +54,10 @@ def scores(run: Path, pattern: str) -> dict[str, Any]:
 
 
 def test_classes_of_other_spelling_and_order_are_found_by_name(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spelt = [f" {name.upper()}/" if index % 2 else name for index, name in enumerate(NAMES)]
     order = np.random.default_rng(0).permutation(len(NAMES)).tolist()
@@ -71,6 +75,13 @@ def test_classes_of_other_spelling_and_order_are_found_by_name(
     assert found["class_map"] == dict(zip(NAMES, spelt, strict=True))
     confusion = np.array(expected["confusion"])[np.ix_(order, order)]
     assert found["confusion"] == confusion.tolist()
+    drawn = []
+    monkeypatch.setattr(figures, "sample_panel", lambda *of_one: drawn.append(of_one))
+    for shards in ([], [f"data.shards={other}"]):
+        assert main(["pictures", str(run), *shards, "evaluate.num_pictures=1"]) == 0
+    # the same picture, in the data's order
+    assert np.array_equal(drawn[1][2], drawn[0][2][order])
+    assert drawn[1][3].names == tuple(spelt[index] for index in order)
 
 
 def test_several_classes_may_be_one_and_some_none(run: Path, tmp_path: Path) -> None:
@@ -117,6 +128,9 @@ def test_several_classes_may_be_one_and_some_none(run: Path, tmp_path: Path) -> 
         ("lorry=trunk", r"'trunk'\n.*the data's: Car, lory\n"),
         ("lorry", "each of the run's once"),
         ("bus=Car,bus=lory", "each of the run's once"),
+        ("bus=Car,Bus=lory,lorry=lory", "'bus' twice"),
+        ("lorry=lory,bus=,=lory", "data's lory as none of the run's, and as one of them"),
+        ("car=,lorry=,bus=,=Car,=lory", "none of the data's classes"),
         ("missing.yaml", "no missing.yaml"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distseg.data.transforms import BLUR_MIN_PX, FILL_RGB, GRAY, MAX_TRIES, TrainView, _color_matrix
+from distseg.data.transforms import BLUR_MIN_PX, FILL_RGB, GRAY, MAX_TRIES, TrainView, color_matrix
 from shards.errors import InputError
 
 SIDES = st.integers(1, 70)
@@ -349,7 +349,7 @@ def test_color_jitter_off_and_neutral_change_nothing():
     image, label = noise(30, 30)
     seen, _ = apply(TrainView(30, horizontal_flip=False), image, label)
     assert np.array_equal(seen, image)
-    assert np.array_equal(cv2.transform(image, _color_matrix(1, 1, 1)), image)
+    assert np.array_equal(cv2.transform(image, color_matrix(1, 1, 1)), image)
 
 
 def test_color_jitter_leaves_the_fill_alone():

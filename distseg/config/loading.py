@@ -40,7 +40,11 @@ def load(overrides: list[str]) -> Config:
     merged = OmegaConf.structured(Config)
     *below, command_line = layers(overrides)
     for layer in below:
-        known = [(key, value) for key, value in layer.values if value != from_data.FROM_DATA]
+        # left to the data, where a rule finds it there; else the word is a value like another
+        left = {key for key, value in layer.values if value == from_data.FROM_DATA}
+        known = [
+            (key, value) for key, value in layer.values if key not in left & {*from_data.RULES}
+        ]
         try:
             merged = _applied(merged, known)
         except InputError as error:
@@ -296,11 +300,6 @@ def _refuse_weights(pairs: list[tuple[str, Any]], mode: str) -> None:
             action = "write mode=adversarial (or semi_supervised), or leave it out"
             raise InputError(got, "an adversary for its weight", action)
         if value and key == "consistency.weight" and mode not in WITH_UNLABELLED:
-            action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
-            raise InputError(got, "unlabelled images for its weight", action)
-            action = "write mode=adversarial (or semi_supervised), or leave it out"
-            raise InputError(got, "an adversary for its weight", action)
-        if key == "consistency.weight" and mode not in WITH_UNLABELLED:
             action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
             raise InputError(got, "unlabelled images for its weight", action)
 

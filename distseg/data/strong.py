@@ -81,8 +81,11 @@ class StrongView:
         """
         chosen = draws[:, MIXED] < self.mix_probability
         if self.mix == "classmix":
-            half = _half_of_the_classes(_of_partners(label), draws[:, NUM_DRAWS:].to(label.device))
-            return half & chosen.to(label.device)[:, None, None]
+            chosen, draws = (
+                part.to(label.device, non_blocking=True) for part in (chosen, draws[:, NUM_DRAWS:])
+            )
+            half = _half_of_the_classes(_of_partners(label), draws)
+            return half & chosen[:, None, None]
         height, width = label.shape[-2:]
         drawn = [self._rectangle(row, height, width) for row in draws.numpy()]
         # of one that is not mixed, no row and no column
@@ -102,8 +105,9 @@ class StrongView:
             return values
         if values.ndim == 4:
             mask = mask[:, None]
-        other = _of_partners(values) if self.is_paired else torch.as_tensor(empty).to(values)
-        return other.where(mask, values)
+        if self.is_paired:
+            return _of_partners(values).where(mask, values)
+        return torch.as_tensor(empty).to(values, non_blocking=True).where(mask, values)
 
     def _color(self, draw: np.ndarray) -> np.ndarray:
         """(3, 4): the affine map of one image's RGB in [0, 1]."""

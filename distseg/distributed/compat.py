@@ -65,6 +65,19 @@ def ddp_without_buffer_broadcast() -> dict[str, Any]:
     return {renamed if renamed in parameters else "broadcast_buffers": False}
 
 
+def forget_fsdp_forwards(network: nn.Module) -> None:
+    """Have FSDP2 forget forwards that no backward follows, which it lists until there is one.
+
+    `_get_fsdp_state`, its `_comm_ctx.post_forward_order` and a group's `_post_forward_indices` were
+    seen in torch 2.13.0. Where they are absent, the list grows by some bytes a layer and forward.
+    """
+    state = getattr(network, "_get_fsdp_state", lambda: None)()
+    order = getattr(getattr(state, "_comm_ctx", None), "post_forward_order", [])
+    for group in order:
+        getattr(group, "_post_forward_indices", []).clear()
+    order.clear()
+
+
 def without_shared_memory_kernel(deepspeed: Any) -> None:
     """Keep DeepSpeed from compiling an all-reduce for inference on CPUs, which nobody calls here.
 

@@ -129,12 +129,7 @@ def class_map(
     if wanted is None and list(trained) == list(names):
         return None
     wanted = wanted or {}
-    # under None: see Wanted
-    given = {
-        _found(str(name), trained, "the run's"): target
-        for name, target in wanted.items()
-        if name is not None
-    }
+    given = _given(wanted, trained)
     none_of_ours = wanted.get(None) or ()
     none_of_ours = [none_of_ours] if isinstance(none_of_ours, str) else none_of_ours
     void = [_found(str(name), names, "the data's") for name in none_of_ours]
@@ -149,10 +144,27 @@ def class_map(
             if found is None:
                 unmapped.append(name)
         targets.append(None if found is None else names.index(found))
-    covered = {names[target] for target in targets if target is not None} | {*void}
+    chosen = {names[target] for target in targets if target is not None}
+    covered = chosen | {*void}
     _check_whole(trained, names, unmapped, [name for name in names if name not in covered])
+    _check_void(chosen, void)
     places = tuple(names.index(name) for name in void)
     return ClassMap(tuple(trained), tuple(names), tuple(targets), places)
+
+
+def _given(wanted: Wanted, trained: Sequence[str]) -> dict[str, str | Sequence[str] | None]:
+    """What is wanted, by the run's own names. Raises InputError for a class that is named twice."""
+    given: dict[str, str | Sequence[str] | None] = {}
+    for name, target in wanted.items():
+        if name is None:  # see Wanted
+            continue
+        ours = _found(str(name), trained, "the run's")
+        if ours in given:
+            # spelt in two ways; the last would count in silence
+            got = f"--map with the class {ours!r} twice"
+            raise InputError(got, "each of the run's once", f"write {HOW}")
+        given[ours] = target
+    return given
 
 
 def _same(name: str, names: Sequence[str]) -> str | None:
@@ -173,6 +185,18 @@ def _found(name: str, names: Sequence[str], whose: str) -> str:
         needed = f"one of {whose}: {', '.join(names)}"
         raise InputError(f"--map with the class {name!r}", needed, nearest(name, names))
     return found
+
+
+def _check_void(targets: set[str], void: list[str]) -> None:
+    """Raise InputError for a class of the data that is one of the run's, and none of them too; and
+    where none is left to be told.
+    """
+    both = [name for name in void if name in targets]
+    if both:
+        got = f"--map with the data's {both[0]} as none of the run's, and as one of them"
+        raise InputError(got, "one or the other", f"write {HOW}")
+    if not targets:
+        raise InputError("--map with none of the data's classes", "one at least", f"write {HOW}")
 
 
 def _check_whole(

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distseg.data.samples import SampleSet
 from distseg.data.stream import evaluation_samples
@@ -67,11 +68,9 @@ class Evaluator:
             index, _, image, array = sample
             self.mark("evaluation")
             label = torch.from_numpy(array).to(device)
-            probabilities = self.augmentation(network, image)
             if self.class_map is not None:
                 label = self.class_map.label(label)
-                probabilities = self.class_map.probabilities(probabilities)
-            tally.add(index, probabilities, label)
+            tally.add(index, self.probabilities(network, image), label)
             self.seen(number)
         network.train(was_training)
         # one exchange at the end: ranks may have an image more or less, so nothing can be agreed on
@@ -80,6 +79,11 @@ class Evaluator:
         self.tally, self.result = tally, tally.scores()
         self.extra = tally.others(self.samples.classes.names)
         return self.result
+
+    def probabilities(self, network: nn.Module, image: np.ndarray) -> Tensor:
+        """(C, H, W) of the samples' classes: what a network makes of an image."""
+        found = self.augmentation(network, image)
+        return found if self.class_map is None else self.class_map.probabilities(found)
 
     def named(self) -> dict[str, float]:
         """The last result under its names in metrics.jsonl.

@@ -86,7 +86,7 @@ def _draw_samples(run_dir: Path, which: str, out: Path, form: str, overrides: Se
         for index in tracked(indices, len(indices), "drawing"):
             key, image, label = samples.load(index)
             # evaluator_of has moved the network to the device
-            probabilities = evaluator.augmentation(network, image).cpu().numpy()
+            probabilities = evaluator.probabilities(network, image).cpu().numpy()
             path = out / "samples" / f"{key}.{form}"
             figures.sample_panel(image, label, probabilities, classes, path)
     return len(indices)

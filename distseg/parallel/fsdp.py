@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distseg.config.schema import Config, OptimizerConfig
+from distseg.distributed.compat import forget_fsdp_forwards
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.parallel.full_copy import FullCopies
 from distseg.parallel.parameter_shards import shard_of, sharded_like
@@ -65,6 +66,13 @@ class FSDPLearner(TorchLearner):
         # been averaged since would not be seen
         _shard(network, self._mesh, reshard_after_forward=True)
         return network
+
+    def infer(self, network: nn.Module, pixels: Tensor) -> Tensor:
+        """See Learner.infer."""
+        output = super().infer(network, pixels)
+        # a teacher never has a backward; before the segmentor's own it would prefetch for these
+        forget_fsdp_forwards(network)
+        return output
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import nn
 from distseg.catalogue.run import num_parameters
 from distseg.config import loading
 from distseg.config.names import SECTIONS, find
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_settings
@@ -124,7 +124,7 @@ def _networks(config: Config, num_classes: int | None) -> list[str]:
     built: list[tuple[str, str, Callable[..., nn.Module], dict[str, Any]]] = [
         ("segmentor", config.segmentor.name, build_segmentor, options)
     ]
-    if config.mode != "supervised":
+    if config.mode in WITH_DISCRIMINATOR:
         own = dict(config.discriminator.options)
         built.append(("discriminator", config.discriminator.name, build_discriminator, own))
     lines = []

@@ -92,7 +92,9 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
         )
         raise InputError(got, "a mask of the image's size", "replace the image or the mask")
     label, unknown = _coded(values, coding)
-    if coding.colors and sum(unknown.values()) == label.size and all(map(_is_gray, unknown)):
+    is_gray = sum(unknown.values()) == label.size and all(map(_is_gray, unknown))
+    # data sets with a preparer of their own have no YAML
+    if coding.colors and coding.names and is_gray:
         got, needed = f"{path}: gray, without a known colour", "a colour for each class"
         raise InputError(got, needed, "leave out `mask_values: colors`, and name the values as ids")
     if unknown:
