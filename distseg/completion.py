@@ -21,7 +21,7 @@ Print the script that lets a shell complete commands, options, files, keys and t
 bash  distseg completion bash > ~/.local/share/bash-completion/completions/distseg
 zsh   distseg completion zsh > DIR/_distseg, DIR a folder of $fpath, before compinit runs
 fish  distseg completion fish > ~/.config/fish/completions/distseg.fish
-For this terminal alone: source <(distseg completion bash)"""
+For this terminal alone: source <(distseg completion bash). A folder that is not there: mkdir -p"""
 SHELLS = ("bash", "zsh", "fish")
 
 # Keys are told from values by "=", at which bash divides words, and zsh and fish do not.

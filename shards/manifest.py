@@ -117,6 +117,10 @@ class Manifest:
         if not is_file(path):
             if any(directory.glob("*.tar")):
                 action = f"tars of another program: `distseg import {directory}`; else {action}"
+            if directory.is_file() and directory.suffix in (".h5", ".hdf5"):
+                # maps in the place of shards: the folder they are mostly packed into is beside them
+                out = directory.with_suffix("")
+                action = f"name the shards; `distseg pack {directory} --out {out}` makes them"
             raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
         return Manifest.parse(read_bytes(path), str(path), action)
 

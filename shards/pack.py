@@ -210,7 +210,7 @@ def _earlier_shards(out: Path, name: str, overwrite: bool) -> set[str]:
     _check_own(out)
     needed, action = (
         "an empty directory, or an earlier pack of the same data",
-        "choose another --out, or empty it first",
+        "choose another --out, empty it first, or replace what is there with --overwrite",
     )
     named: set[str] = set()
     if (out / FILE_NAME).is_file() and not overwrite:

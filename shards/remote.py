@@ -95,7 +95,7 @@ class Remote:
             # now, not at the first request: on a cluster that may be hours in the queue later
             importlib.import_module(module)
         except ImportError:
-            action = f"pip install '.[{extra}]' in the repository"
+            action = f"pip install -e '.[{extra}]' in the repository"
             raise InputError(
                 f"{self._scheme}:// without the package {module}", "it, to read that", action
             ) from None

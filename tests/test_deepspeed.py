@@ -37,7 +37,7 @@ from tests.test_train import finish, small, start
 
 MISSING = importlib.util.find_spec("deepspeed") is None
 needs_deepspeed = pytest.mark.skipif(
-    MISSING, reason="no deepspeed here: pip install '.[deepspeed]'"
+    MISSING, reason="no deepspeed here: pip install -e '.[deepspeed]'"
 )
 STAGES = [0, 1, 2, 3]
 # stage 3 keeps small parameters whole otherwise

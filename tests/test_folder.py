@@ -6,6 +6,7 @@ Every form of mask and layout that the YAML can name, and every way to get it wr
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 from PIL import Image
 
 from shards.errors import InputError
+from shards.manifest import Manifest
 from shards.maps import MapsReader
+from shards.pack import pack
 from shards.prepare import prepare
 
 SIZE = (6, 9)
@@ -145,6 +148,23 @@ def test_splits_by_seed_lists_and_folders(root: Path, tmp_path: Path) -> None:
             "two",
             {"train": ["train_0001"], "val": ["val_0001"]},
         )
+
+
+def test_maps_and_shards_of_one_folder_are_not_replaced_by_those_of_another(
+    root: Path, tmp_path: Path
+) -> None:
+    other, maps, out = tmp_path / "other", tmp_path / "other.h5", tmp_path / "shards"
+    shutil.copytree(root, other)
+    splits(root)
+    with pytest.raises(InputError, match="the data set 'mine'"):
+        prepare("folder", other, tmp_path / "maps.h5")
+    prepare("folder", other, maps)
+    pack(tmp_path / "maps.h5", out)
+    with pytest.raises(InputError, match=r"holds the data set 'mine'[^!]*--overwrite"):
+        pack(maps, out)
+    assert Manifest.load(out).name == "mine"
+    with pytest.raises(InputError, match=r"pack .*other\.h5 --out .*other` makes them"):
+        Manifest.load(maps)
 
 
 def test_images_without_a_mask_stay_unlabelled_where_that_is_allowed(root: Path) -> None:

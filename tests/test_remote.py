@@ -491,7 +491,7 @@ def test_a_forbidden_record_may_be_a_missing_one(
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PACKAGES", {"gs": ("no_such_module", "gcs")})
-    with pytest.raises(InputError, match=r"pip install '.\[gcs\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[gcs\]'"):
         Remote("gs://bucket/folder")
 
 

@@ -486,7 +486,7 @@ def test_the_page_says_what_cannot_be_told_yet(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces' own, of pydantic
 @pytest.mark.skipif(
-    importlib.util.find_spec("wandb_workspaces") is None, reason="pip install '.[reports]'"
+    importlib.util.find_spec("wandb_workspaces") is None, reason="pip install -e '.[reports]'"
 )
 def test_the_wandb_report_has_the_same_panels_over_these_runs(
     runs: list[Path],

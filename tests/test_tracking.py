@@ -140,7 +140,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_event_files_hold_each_step_once_after_a_restart(tmp_path: Path) -> None:
     loader = pytest.importorskip(
-        "tensorboardX.proto.event_pb2", reason="pip install '.[tensorboard]'"
+        "tensorboardX.proto.event_pb2", reason="pip install -e '.[tensorboard]'"
     )
     settings = TrackingConfig(wandb="disabled", tensorboard=True)
     for steps, resume_step in ((range(10, 60, 10), None), (range(40, 70, 10), 30)):

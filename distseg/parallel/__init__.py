@@ -122,7 +122,7 @@ def check_installed(strategy: str) -> None:
     """Raise InputError when a strategy's package is not there."""
     # looked for and not imported: DeepSpeed takes seconds
     if strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        action = "pip install '.[deepspeed]' in the repository, or write parallel.strategy=ddp"
+        action = "pip install -e '.[deepspeed]' in the repository, or write parallel.strategy=ddp"
         raise InputError(
             "parallel.strategy=deepspeed, and DeepSpeed is not installed",
             "the package deepspeed",

@@ -93,7 +93,7 @@ def _workspaces() -> Any:
     except ImportError:
         got = "--wandb, and wandb-workspaces is not installed"
         action = (
-            "pip install '.[reports]' in the repository, or leave --wandb out: the page has the "
+            "pip install -e '.[reports]' in the repository, or leave --wandb out: the page has the "
             "same panels"
         )
         raise InputError(got, "wandb-workspaces", action) from None

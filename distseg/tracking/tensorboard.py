@@ -14,7 +14,7 @@ from shards.errors import InputError
 def check_installed() -> None:
     """Raise InputError when the package that writes event files is not there."""
     if importlib.util.find_spec("tensorboardX") is None:
-        action = "pip install '.[tensorboard]' in the repository, or leave tracking.tensorboard out"
+        action = "pip install -e '.[tensorboard]' in the repository, or tracking.tensorboard=false"
         raise InputError(
             "tracking.tensorboard=true, and tensorboardX is not installed", "tensorboardX", action
         )

@@ -19,7 +19,7 @@ Its keys:
                ignore: pixels stay as they are stored
   lossy_masks  refuse (the default), or nearest: masks may be JPEGs, and a value stands for the
                nearest one that the YAML names
-  name         of the data set (default: folder)
+  name         of the data set (default: that of the folder)
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import yaml
 
 from shards.errors import InputError
 from shards.images import READ, SUFFIXES
+from shards.names import is_name
 from shards.prepare.dataset import DataSet
 from shards.prepare.lists import Names, entries_of, normal_form
 from shards.prepare.masks import Coding, color_code, masked_sample
@@ -88,7 +89,7 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
     read, for an unreadable file, a mask of another size or with what is neither a class nor void.
     """
     file = Path(layout) if layout else root / "distseg.yaml"
-    what = _read(file)
+    what = _read(file, _name(root))
     if what.splits is not None and seed is not None:
         raise InputError(
             f"seed={seed} where {file} names the splits", "one of both", "leave out seed"
@@ -296,7 +297,7 @@ def _listed(root: Path, what: _Layout, lists: Mapping[str, str], notes: list[str
     return pairs
 
 
-def _read(file: Path) -> _Layout:
+def _read(file: Path, name: str) -> _Layout:
     content = _content(file)
     # first, since a misspelt key has no effect, and its default would be believed
     _check_keys(file, content, KEYS)
@@ -305,7 +306,8 @@ def _read(file: Path) -> _Layout:
     codes += _void(file, content, colors)
     # a value of two classes: one of them would win by its place in the list
     _check_said_once(file, codes, colors, "void" in content)
-    texts = {key: _text(file, content, key, default) for key, default in _DEFAULTS.items()}
+    defaults = _DEFAULTS | {"name": name}
+    texts = {key: _text(file, content, key, default) for key, default in defaults.items()}
     unlabelled = content.get("unlabelled", False)
     if not isinstance(unlabelled, bool):
         raise _wrong(file, f"unlabelled: {unlabelled!r} is neither true nor false")
@@ -355,8 +357,16 @@ def _check_said_once(
         raise _wrong(file, f"{value} means two things{hint}")
 
 
-_DEFAULTS = {"name": "folder", "images": "images", "masks": "masks"}
-_DEFAULTS |= {"image_suffix": "", "mask_suffix": ""}
+_DEFAULTS = {"images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
+
+
+def _name(root: Path) -> str:
+    """What a data set is called whose YAML does not say it.
+
+    As its folder: maps and shards of one name replace each other, those of two folders should not.
+    """
+    name = root.resolve().name
+    return name if is_name(name) else "folder"
 
 
 def _classes(file: Path, entries: Any, colors: bool) -> tuple[ClassSet, list[tuple[int, int]]]:
