@@ -521,5 +521,5 @@ def test_without_deepspeed_the_error_says_how_to_install_it(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_installed("ddp")
-    with pytest.raises(InputError, match=r"pip install '\.\[deepspeed\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[deepspeed\]'"):
         check_installed("deepspeed")
