@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from distseg.cli import main
 from distseg.config import loading
 from distseg.models import build_discriminator, build_segmentor
+from distseg.models.weights import read_weights
 from distseg.runs import checkpoint
 from distseg.train.initial import initial_weights
 from distseg.train.networks import build_networks
@@ -47,6 +50,18 @@ def test_containers_and_prefixes_of_wrappers_are_understood(tmp_path: Path) -> N
         assert all(torch.equal(t, expected[k]) for k, t in own.state_dict().items()), form
         report = loaded.init_report
         assert report.missing == report.left_over == () and len(report.loaded) == len(expected)
+
+
+def test_what_training_scripts_keep_beside_the_weights_is_no_obstacle(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2)}
+    beside = {"epoch": 3, "args": Namespace(lr=0.1, names=["a"]), "best": np.float64(71.2)}
+    beside |= {"counts": [np.int64(3), np.float32(0.5), np.bool_(True)]}
+    torch.save({"model": state} | beside, tmp_path / "model.pth")
+    assert torch.equal(read_weights(tmp_path / "model.pth")["weight"], torch.ones(2))
+    # a whole module is code
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "module.pth")
+    with pytest.raises(InputError, match="could run code"):
+        read_weights(tmp_path / "module.pth")
 
 
 def test_two_networks_in_one_file_are_refused(tmp_path: Path) -> None:

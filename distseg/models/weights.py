@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ MIN_SHARE = 0.75
 _CONTAINERS = ("state_dict", "model_state", "model_state_dict", "model")
 # of DDP, of this package's own networks, and of segmentation libraries
 _WRAPPERS = ("module.", "network.", "backbone.", "encoder.")
+_NUMBERS = ("f8", "f4", "f2", "i8", "i4", "b1")  # NumPy's
 _COUNTER = "num_batches_tracked"
 _COMPILED = "_orig_mod."  # torch.compile's, anywhere in a name
 
@@ -103,8 +106,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"no file of weights at {path}", "a .safetensors or .pth file", action)
     is_safetensors = path.suffix == ".safetensors"
     try:
-        # weights_only: a pickle runs what it likes when it is opened
-        state = _joined(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+        state = _joined(path) if is_safetensors else _unpickled(path)
     # what the two readers raise for files that are cut, empty or something else
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -120,6 +122,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ):
         raise InputError(f"{path} holds no state dict", "tensors by name", action)
     return dict(state)
+
+
+def _unpickled(path: Path) -> Any:
+    """What a torch file holds, of tensors, numbers, containers, and what training scripts keep
+    beside the weights: a best score of NumPy's, and their arguments.
+    """
+    # weights_only: a pickle runs what it likes when it is opened; these run nothing
+    scalar = np.float64(0).__reduce__()[0]
+    harmless: list[Any] = [Namespace, np.dtype, *(type(np.dtype(kind)) for kind in _NUMBERS)]
+    # NumPy 2 has moved it, and files know either place
+    harmless += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    with torch.serialization.safe_globals(harmless):
+        return torch.load(path, "cpu", weights_only=True)
 
 
 def _joined(path: Path) -> dict[str, Tensor]:
