@@ -19,7 +19,7 @@ from distseg.tracking.figures import colourise, save
 # %% Settings
 # as `distseg train preset=toy discriminator.options.head=patch` leaves it: such a discriminator
 # judges every place; others judge an image as a whole, which gives a map of one value
-RUN = Path("runs/toy")
+RUN = Path("runs/adversary")
 OUT = Path("adversary")
 NUM_IMAGES = 30  # of the validation split, for the means
 NUM_SHOWN = 2  # of them, in the picture
