@@ -17,7 +17,8 @@ from typing import Any
 # Forked from one process that has imported torch, which takes longer than most of what is run here
 CONTEXT = multiprocessing.get_context("forkserver")
 # (torch._dynamo: what the first step of any optimizer would import)
-CONTEXT.set_forkserver_preload(["distseg.train.run", "distseg.parallel.fsdp", "torch._dynamo"])
+PRELOADED = ["distseg.train.run", "distseg.train.showcase", "distseg.parallel.fsdp"]
+CONTEXT.set_forkserver_preload([*PRELOADED, "torch._dynamo"])
 # How many times as long as on two idle cores everything may take, before a test gives it up as
 # hanging
 PATIENCE = float(os.environ.get("DISTSEG_TEST_PATIENCE", "1"))

@@ -36,7 +36,6 @@ from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
 from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
-from distseg.train.showcase import score_again, show
 from distseg.train.trainer import Trainer
 
 
@@ -157,7 +156,8 @@ def train_and_show(
     last = newest(run_directory.path, ranks, watchdog.keep_alive)
     config = with_precision(config, last.sound, ranks)
     watchdog.report("counting operations")
-    work = StepWork.of(config, *prepared.networks)  # of networks that are no parameter shards yet
+    # of networks that are no parameter shards yet; once, as it takes longer than to send it
+    work = on_main(ranks, lambda: StepWork.of(config, *prepared.networks))
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)
     watchdog.report("loading a checkpoint")
@@ -191,10 +191,16 @@ def _fit_and_show(
         done = trainer.fit(stream, stop)
         if done:
             # evaluation and the gathering of shards are collectives: every rank takes part in both
-            score_again(trainer)
+            # of a run that had been complete before this process began: evaluation.json and the
+            # pictures may be what the earlier process was stopped in
+            if trainer.evaluator.result is None:
+                trainer.evaluator()
             network = trainer.evaluator.gather_network()
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
-            show(trainer, network, data.val)
+            if trainer.ranks.is_main:
+                from distseg.train.showcase import show  # others need not load matplotlib
+
+                show(trainer, network, data.val)
         trainer.watchdog.done()  # uploads to W&B may last, and are no stall
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         scores = trainer.evaluator.report(trainer.state.step) if done else {}

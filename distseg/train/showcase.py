@@ -14,24 +14,12 @@ from distseg.train.trainer import Trainer
 from shards.files import write_json
 
 
-def score_again(trainer: Trainer) -> None:
-    """Evaluate, on all ranks, when the run had been complete before this process began."""
-    # evaluation.json and the pictures may be what the earlier process was stopped in
-    if trainer.evaluator.result is None:
-        trainer.evaluator()
-
-
 def show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     """Write evaluation.json and pictures/ into the run directory, and the pictures into W&B; on the
     main rank.
 
     network: the one that was scored, with all its parameters.
     """
-    if trainer.ranks.is_main:
-        _show(trainer, network, val_set)
-
-
-def _show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     run_dir, step = Path(trainer.config.run_dir), trainer.state.step
     evaluator = trainer.evaluator
     assert evaluator.result is not None
