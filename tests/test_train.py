@@ -28,7 +28,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.tracking.tracker import read_metrics
 from distseg.train import run as training
-from distseg.train import trainer
+from distseg.train import showcase, trainer
 from shards.manifest import Manifest
 from tests.killed_processes import differences
 from tests.ranks import PATIENCE, TIMEOUT_SECONDS, Job, Program, free_port, run_ranks
@@ -322,11 +322,11 @@ def test_a_resumed_run_keeps_its_precision_and_a_finished_one_can_be_ended(
     ]
     monkeypatch.setattr(device, "_has_bf16", lambda where: True)
     seen = []
-    monkeypatch.setattr(training, "show", lambda trainer, *_: seen.append(trainer.config.precision))
+    monkeypatch.setattr(showcase, "show", lambda trainer, *_: seen.append(trainer.config.precision))
     assert main(["train", *automatic]) == 0
     monkeypatch.setattr(device, "_has_bf16", lambda where: False)
     monkeypatch.setattr(
-        training,
+        showcase,
         "show",
         lambda trainer, *_: seen.append(
             (trainer.config.precision, signal.getsignal(signal.SIGTERM))
