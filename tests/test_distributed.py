@@ -20,7 +20,7 @@ from distseg.distributed import ranks as ranks_module
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
 from distseg.distributed.mailbox import Failure, Mailbox
 from distseg.distributed.ranks import Ranks, on_all, on_main, setup
-from distseg.distributed.stop import StopRequest
+from distseg.distributed.stop import SIGNALS, StopRequest
 from distseg.distributed.store import SilentStoreError
 from shards.errors import InputError, TemporaryError
 from tests.ranks import CONTEXT, environments, run_ranks
@@ -320,6 +320,24 @@ def signal_last_rank(ranks: Ranks) -> list[bool]:
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
     assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3
+
+
+@pytest.mark.parametrize(
+    ("answers", "number", "said"),
+    [(True, signal.SIGINT, 1), (False, signal.SIGINT, 0), (True, signal.SIGTERM, 0)],
+)
+def test_the_first_ctrl_c_is_answered_by_one_rank_at_once(
+    answers: bool, number: int, said: int, capfd: pytest.CaptureFixture
+) -> None:
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    try:
+        StopRequest(answers)
+        for _ in range(2):  # the second within the time in which torchrun passes it on
+            os.kill(os.getpid(), number)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert capfd.readouterr().err.count("training stops after this step and saves it") == said
 
 
 @pytest.mark.parametrize(

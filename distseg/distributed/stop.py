@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ import torch.distributed as dist
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # one Ctrl-C reaches a worker twice: from the terminal, and passed on by torchrun
 SECOND_SIGNAL_SECONDS = 2.0
+HEARD = b"\nCtrl-C: training stops after this step and saves it; a second Ctrl-C does not wait\n"
 
 
 class StopRequest:
@@ -22,7 +24,9 @@ class StopRequest:
     beside the step's own work), `agreed` waits for it; both are called once a step on every rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answers: bool = False) -> None:
+        """answers: a first Ctrl-C is acknowledged on stderr; for one rank of a job."""
+        self._answers = answers
         self._flag, self._signalled = 0, 0.0
         # on the CPU, so by gloo: it takes part in no order of the GPU's collectives
         self._tensor = torch.zeros(1, dtype=torch.int32)
@@ -37,6 +41,9 @@ class StopRequest:
         now = time.monotonic()
         if number == signal.SIGINT and self._flag and now - self._signalled > SECOND_SIGNAL_SECONDS:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        if number == signal.SIGINT and self._answers and not self._flag:
+            # not print(): the signal may have come in the middle of one
+            os.write(2, HEARD)
         # from the first signal on: torchrun's copy of a Ctrl-C must not start the time anew
         self._signalled = now if not self._flag else self._signalled
         self._flag = 1

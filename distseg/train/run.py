@@ -110,7 +110,7 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         check_same_code(ranks, config)
         # From here on a signal asks for a stop at a step boundary; until now it ended the process,
         # which had nothing to lose.
-        stop = StopRequest()
+        stop = StopRequest(answers=ranks.is_main)
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
             return train_and_show(config, run_directory, prepared, watchdog, stop)
 
