@@ -43,7 +43,10 @@ def train_command(shards: Path, splits: Collection[str]) -> str:
     """How to train on packed shards; "" where one split is all there is."""
     if len(splits) < 2:
         return ""
-    words = ["preset=own", f"data.shards={shards}", f"run_dir=runs/{shards.resolve().name}"]
+    run = Path("runs", shards.resolve().name)
+    # another run's, of the quickstart for example, would refuse these settings
+    run = run.with_name(f"{run.name}-own") if run.exists() else run
+    words = ["preset=own", f"data.shards={shards}", f"run_dir={run}"]
     # by other names the splits are not found, and which is which is the user's to say
     named = {"train", "val"} <= {*splits}
     other = "" if named else " data.train_split=NAME data.val_split=NAME"

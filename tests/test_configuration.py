@@ -537,3 +537,16 @@ def test_a_dry_run_shows_the_networks_of_its_mode(mode: str, toy_shards: Path) -
     words = [f"data.shards={toy_shards}", f"mode={mode}", "ema_decay=0.9"]
     words += [f"consistency.weight={int(mode == 'consistency')}"]  # 0 is refused by no mode
     assert not any("discriminator" in line for line in summary(loading.load(words), 1))
+
+
+@pytest.mark.parametrize("command", ["report", "summarize", "evaluate", "export", "pictures"])
+def test_of_a_folder_of_runs_its_runs_are_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    assert main([command, str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    names = ", ".join(f"{tmp_path}/{name}" for name in "abc")
+    assert f"to do: name a run in it: {names} or another of its 4 runs" in said

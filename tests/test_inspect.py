@@ -259,7 +259,10 @@ def test_what_may_be_meant_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_each_step_names_the_next_one(
-    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    toy_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     maps, shards = toy_shards.parent / "maps.h5", tmp_path / "my shards"
     assert main(["pack", str(maps), "--out", str(shards)]) == 0
@@ -272,6 +275,9 @@ def test_each_step_names_the_next_one(
     assert main(["inspect", str(shards)]) == 1
     assert "next:" not in capsys.readouterr().out
     assert train_command(shards, ["train"]) == ""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "my shards").mkdir(parents=True)
+    assert "'run_dir=runs/my shards-own'" in train_command(shards, ["train", "val"])
     assert train_command(shards, ["a", "b"]).endswith(" data.train_split=NAME data.val_split=NAME")
 
 

@@ -151,6 +151,13 @@ def to_dict(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
+def runs_inside(folder: Path) -> str:
+    """What to do about a folder that holds runs but is none: name one of them; "" without any."""
+    runs = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_FILE}"))
+    more = f" or another of its {len(runs)} runs" if len(runs) > 3 else ""
+    return f"name a run in it: {', '.join(runs[:3])}{more}" if runs else ""
+
+
 def from_file(path: Path) -> Config:
     """The configuration that a run saved; old names of keys are understood.
 
@@ -161,7 +168,7 @@ def from_file(path: Path) -> Config:
         raise InputError(
             f"no {path}",
             "a run directory of distseg (with config.yaml)",
-            "check the path of the run",
+            runs_inside(path.parent) or "check the path of the run",
         )
     try:
         # first as plain values, in which old names can be replaced

@@ -120,7 +120,8 @@ def read(path: Path) -> Evaluation:
     if not is_known:
         action = "check the path"
         if path.is_dir():
-            action = f"run `distseg evaluate {path}`, and name the file it writes"
+            evaluated = f"run `distseg evaluate {path}`, and name the file it writes"
+            action = loading.runs_inside(path) or evaluated
         needed = "a finished run, or a file of `distseg evaluate`"
         raise InputError(f"no evaluation in {file}", needed, action)
     return Evaluation(file, loading.from_file(file.parent / "config.yaml"), scores)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from distseg.config.loading import runs_inside
 from distseg.config.schema import TrackingConfig
 from distseg.tracking.catalogue import LOSS
 from distseg.tracking.health import HEALTH_FILE, Event, Health
@@ -232,7 +233,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"{path} does not exist",
             "the metrics.jsonl of a run",
-            "name the directory of a run that has started",
+            runs_inside(path.parent) or "name the directory of a run that has started",
         )
     rows = []
     for number, _, row, is_last in _lines(path):
