@@ -270,7 +270,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         ],
         "(?s)a.jpg and masks/a.png.*add to the YAML: masks: masks/masks$",
     ),
-    "no mask": (lambda r: (r / "masks" / "e.png").unlink(), "e: no .*masks/e.png"),
+    "no mask": (
+        lambda r: (r / "masks" / "e.png").unlink(),
+        "(?s)e: no .*masks/e.png.*unlabelled: true",
+    ),
     "mask of a format that is not read": (
         lambda r: (r / "masks" / "e.png").rename(r / "masks" / "e.mat"),
         r"(?s)e: no .*masks/e\.png.*passed over in .*masks: 1 not read as images: e\.mat",

@@ -54,12 +54,13 @@ class Task:
         return [argument for argument in self.arguments if isinstance(argument, Path)]
 
 
-def absent(key: str, split: str, file: str) -> Sample:
-    """The `read` of a sample whose file is not there. Raises InputError, and nothing else."""
-    action = (
-        "add it, take the other one away, correct the lists, or leave such samples out with "
-        "--skip-bad"
-    )
+def absent(key: str, split: str, file: str, also: str = "") -> Sample:
+    """The `read` of a sample whose file is not there. Raises InputError, and nothing else.
+
+    also: what else can be done about it.
+    """
+    ways = ["add it", "take the other one away", "correct the lists", *([also] if also else [])]
+    action = f"{', '.join(ways)}, or leave such samples out with --skip-bad"
     raise InputError(
         f"{key}: no {file}", "an image and a label for every id of the data set", action
     )

@@ -104,7 +104,10 @@ def samples(root: Path, layout: str = "", seed: int | None = None) -> DataSet:
         pairs = _listed(root, what, what.splits, notes)
     else:
         pairs = _drawn(_all_pairs(_files(root, what, "", notes), what, ""), seed or 0, what)
-    tasks = pair_tasks(root, pairs, masked_sample, coding=what.coding, source=what.name)
+    keep = f"keep it unlabelled by `unlabelled: true` in {file.name}"
+    # a mask that a list names has to be there
+    keep = "" if what.unlabelled or isinstance(what.splits, dict) else keep
+    tasks = pair_tasks(root, pairs, masked_sample, keep, coding=what.coding, source=what.name)
     unlabelled = sum(pair.label is None for pair in pairs)
     if unlabelled:
         have = "image has" if unlabelled == 1 else "images have"

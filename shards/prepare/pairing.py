@@ -37,13 +37,17 @@ class Pair:
 
 
 def pair_tasks(
-    root: Path, pairs: Iterable[Pair], read: Callable[..., Sample], **more: Any
+    root: Path,
+    pairs: Iterable[Pair],
+    read: Callable[..., Sample],
+    without_mask: str = "",
+    **more: Any,
 ) -> list[Task]:
     """Tasks of read(key, split, image, label, **more) for each pair; of `absent` where a file is
     not there.
 
-    Keys: see `key_of`. Raises InputError for a name that leads out of `root`, and for two pairs of
-    one key.
+    without_mask: what can be done about an image of train that has none. Keys: see `key_of`. Raises
+    InputError for a name that leads out of `root`, and for two pairs of one key.
     """
     tasks: list[Task] = []
     named: dict[str, Pair] = {}
@@ -65,7 +69,9 @@ def pair_tasks(
         # damaged one
         lost = [path for path in files if not path.is_file()]
         if lost:
-            tasks.append(Task(key, pair.split, absent, (_lost(lost[0], pair),)))
+            may_lack = lost == [pair.label] and pair.split != "val"
+            arguments: tuple[Any, ...] = (_lost(lost[0], pair), without_mask if may_lack else "")
+            tasks.append(Task(key, pair.split, absent, arguments))
             continue
         arguments = (pair.image, pair.label, *more.values())
         tasks.append(Task(key, pair.split, read, arguments, names=tuple(more)))
