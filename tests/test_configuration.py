@@ -142,7 +142,9 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
         ("loss.adv_weight=nan", "loss.adv_weight=nan"),
         ("data.horizontal_flip=maybe", "data.horizontal_flip"),
         ("data=3", "unknown key 'data'"),
-        ("loss.adv_form=hinge", "one of: non_saturating, saturating"),
+        ("loss.adv_form=wgan", "one of: non_saturating, saturating, hinge, least_squares"),
+        ("loss.adv_form=hinge loss.real_target=0.9", "loss.real_target=1"),
+        ("mode=semi_supervised loss.adv_form=hinge", "write semi.weight=0"),
         ("evaluate.scales=[1,9]", "numbers from 0.1 to 8"),
         ("data.cache_bytes=-1", "a finite number from 0 on"),
         ("data.crop_px.more=1", "unknown key 'data.crop_px.more'"),
@@ -159,7 +161,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
 )
 def test_bad_values_are_named_with_what_to_do(argument: str, expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        loading.load(["preset=toy", argument])
+        loading.load(["preset=toy", *argument.split(" ")])
     assert expected in str(caught.value)
 
 
@@ -326,7 +328,7 @@ def test_help_says_all_that_is_known_of_a_key() -> None:
     text = reference.help_text("loss.adv_form")
     for part in (
         "loss.adv_form: str = non_saturating",
-        "saturating      - BCE(D(fake), fake)",
+        "saturating      BCE; the segmentor's is - BCE(D(fake), fake)",
         "used with:  mode=adversarial or semi_supervised",
         "Luc et al. 2016, eq. 3",
         "may change: never",

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from distseg.cli import main
-from distseg.config.schema import TrackingConfig
+from distseg.config.loading import to_dict
+from distseg.config.names import flattened
+from distseg.config.schema import Config, TrackingConfig
 from distseg.tracking.catalogue import RATIO
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import open_tracker, read_metrics
-from distseg.tracking.verdicts import CHECKS, MEAN_LEVEL, NAMED
+from distseg.tracking.verdicts import CHECKS, NAMED
 from tests.test_train import SEMI, SMALL
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README
@@ -300,11 +302,28 @@ def of_loss(step: int, value: float) -> dict[str, Any]:
     return {"step": step, "loss/cross_entropy": value, "loss/segmentor": value}
 
 
+MEANS = flattened(to_dict(Config()))  # of a run that changes nothing: losses are means
+
+
+@pytest.mark.parametrize(("form", "undecided"), [("hinge", 1.0), ("least_squares", 0.25)])
+def test_a_discriminator_is_judged_by_its_form_of_loss(form: str, undecided: float) -> None:
+    config = MEANS | {"loss.adv_form": form}
+
+    def told(loss: float, accuracy: float) -> set[str]:
+        both = {"loss/discriminator_real": loss, "loss/discriminator_fake": loss}
+        more = {"discriminator/accuracy": accuracy}
+        return names(Health([{"step": 10 * n} | both | more for n in range(1, 31)], config))
+
+    assert told(undecided, 0.5) == {"discriminator_is_blind"}
+    assert told(0.05 * undecided, 0.95) == {"discriminator_has_won"}
+    assert told(0.6 * undecided, 0.8) == set()
+
+
 @pytest.mark.parametrize("value", [1e6, 1e20, 1e33])
 def test_an_explosion_is_told_before_it_is_infinite(value: float) -> None:
     for rows in ([of_loss(1, 2.1), of_loss(2, value)], [of_loss(10, value)]):
         # from the first row on it is known by what an untrained network has
-        assert names(Health(rows, highest_level=MEAN_LEVEL)) == {"exploding"}
+        assert names(Health(rows, config=MEANS)) == {"exploding"}
     assert names(Health([of_loss(1, 2.1), of_loss(2, value)])) == {"exploding"}
     grown = [of_loss(step, 3.0 * 10.0**step) for step in range(5)]
     assert [event.step for event in Health(grown).events] == [2]
@@ -317,4 +336,4 @@ def test_sums_over_pixels_and_small_losses_that_come_back_are_no_explosion() -> 
     rows = [{"step": step, "loss/discriminator_fake": 0.7} for step in range(5)]
     rows += [{"step": step, "loss/discriminator_fake": 1e-6} for step in range(5, 50)]
     rows += [{"step": 50, "loss/discriminator_fake": 60.0}]
-    assert not Health(rows, MEAN_LEVEL).events
+    assert not Health(rows, MEANS).events

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from distseg.config.names import KEYS
 from distseg.losses import adversarial, cross_entropy, tensors
 
 
@@ -42,28 +43,60 @@ def test_cross_entropy_of_void_alone_is_zero_with_a_live_graph() -> None:
     assert total == 0 and (gradient == 0).all()
 
 
+def by_formula(z: float, target: float, form: str) -> float:
+    """The discriminator's loss on one score."""
+    if form == "hinge":
+        return max(0.0, 1 - z) if target else max(0.0, 1 + z)
+    if form == "least_squares":
+        return ((1 + z) / 2 - target) ** 2
+    return target * math.log1p(math.exp(-z)) + (1 - target) * math.log1p(math.exp(z))
+
+
+FORMS = tuple(KEYS["loss.adv_form"].choices)
+
+
 @pytest.mark.parametrize("target", [1.0, 0.9, 0.0])
-def test_adversarial_loss_per_image_is_its_formula(target: float) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_the_discriminators_loss_is_its_formula_per_image_and_per_cell(
+    form: str, target: float
+) -> None:
     logits = rand(3, 1, 1, 1).requires_grad_()
-    total = adversarial.adversarial_sum(logits, None, target)
-    chance = torch.sigmoid(logits)
-    expected = -(target * chance.log() + (1 - target) * (1 - chance).log()).sum()
+    total = adversarial.discriminator_sum(logits, None, target, form)
+    expected = sum(by_formula(z, target, form) for z in logits.flatten().tolist())
     assert abs(total - expected) < 1e-12
-    (gradient,) = torch.autograd.grad(total, logits)
-    assert (gradient - (chance - target)).abs().max() < 1e-12  # d/dz BCE = sigmoid(z) - target
+    if form == "saturating":
+        (gradient,) = torch.autograd.grad(total, logits)
+        # d/dz BCE = sigmoid(z) - target
+        assert (gradient - (torch.sigmoid(logits) - target)).abs().max() < 1e-12
 
-
-@pytest.mark.parametrize("real", [True, False])
-def test_adversarial_loss_per_cell_sums_over_valid_pixels(real: bool) -> None:
-    logits = rand(2, 1, 2, 2)
-    valid = rand(2, 8, 8, seed=1) > 0
+    logits, valid = rand(2, 1, 2, 2), rand(2, 8, 8, seed=1) > 0
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)[:, 0]
-    expected = sum(math.log1p(math.exp(-z if real else z)) for z in up[valid].tolist())
-    assert abs(adversarial.adversarial_sum(logits, valid, real) - expected) < 1e-10
-    correct, chances, scores = adversarial.score_sums(logits, valid, real).tolist()
-    assert correct == int(((up[valid] > 0) == real).sum())
-    assert abs(chances - sum(1 / (1 + math.exp(-z)) for z in up[valid].tolist())) < 1e-10
-    assert abs(scores - up[valid].sum()) < 1e-10
+    cells = up[valid].tolist()
+    total = adversarial.discriminator_sum(logits, valid, target, form)
+    assert abs(total - sum(by_formula(z, target, form) for z in cells)) < 1e-10
+    for real in (True, False):
+        correct, chances, scores = adversarial.score_sums(logits, valid, real).tolist()
+        assert correct == int(((up[valid] > 0) == real).sum())
+        assert abs(chances - sum(1 / (1 + math.exp(-z)) for z in cells)) < 1e-10
+        assert abs(scores - up[valid].sum()) < 1e-10
+
+
+def test_the_segmentors_loss_falls_where_its_maps_pass_for_real() -> None:
+    logits, valid = rand(2, 1, 2, 2).requires_grad_(), rand(2, 8, 8, seed=1) > 0
+    z = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
+    z = z[:, 0][valid]
+    expected = {
+        "non_saturating": torch.log1p(torch.exp(-z)),
+        "saturating": -torch.log1p(torch.exp(z)),
+        "hinge": -z,
+        "least_squares": ((z - 1) / 2).square(),
+    }
+    assert expected.keys() == set(FORMS)
+    for form, losses in expected.items():
+        total = adversarial.adversarial_sum(logits, valid, form)
+        assert abs(total - losses.sum()) < 1e-10
+        (gradient,) = torch.autograd.grad(total, logits)
+        assert gradient.sum() < 0, form
 
 
 def test_void_looks_the_same_in_the_real_and_the_fake_label_map() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distseg.config.keys import Key
 from distseg.config.names import KEYS
-from distseg.config.schema import WITH_UNLABELLED, Config, OptimizerConfig
+from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
 from shards.user_code import FORMS, is_reference
@@ -135,6 +135,22 @@ def _check_nesterov(section: str, optimizer: OptimizerConfig) -> None:
     if optimizer.nesterov and not (optimizer.name == "sgd" and optimizer.beta1 > 0):
         needed = f"{section}.name=sgd with a momentum ({section}.beta1) above 0"
         raise InputError(f"{section}.nesterov=true", needed, f"correct {section}")
+
+
+def scores_of_a_form(config: Config) -> None:
+    """What is meant for the scores of one form of the adversary's losses stands with no other."""
+    loss = config.loss
+    if config.mode not in WITH_DISCRIMINATOR:
+        return
+    if loss.adv_form == "hinge" and loss.real_target != 1:
+        got = f"loss.real_target={loss.real_target} with loss.adv_form=hinge, which has no target"
+        raise InputError(got, "loss.real_target=1", "remove it, or write another loss.adv_form")
+    as_odds = loss.adv_form in ("non_saturating", "saturating")
+    if config.mode == "semi_supervised" and config.semi.weight and not as_odds:
+        # its threshold is one of probabilities, which only the cross entropy makes of the scores
+        got = f"semi.weight={config.semi.weight} with loss.adv_form={loss.adv_form}"
+        needed = "a discriminator trained by BCE, for the mask of semi.threshold"
+        raise InputError(got, needed, "write semi.weight=0, or loss.adv_form=non_saturating")
 
 
 def evaluations_for_the_schedule(config: Config) -> None:
@@ -299,6 +315,7 @@ RULES = (
     windows_that_fit,
     frozen_statistics_are_trained,
     nesterov_has_a_momentum,
+    scores_of_a_form,
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,

@@ -346,12 +346,16 @@ class LossConfig:
     # non-saturating: it has a gradient where the discriminator is sure
     adv_form: str = key(
         "non_saturating",
-        "the segmentor's adversarial term",
+        "the losses on the discriminator's scores s, > 0 = real; D is sigmoid(s), under "
+        "least_squares (1 + s) / 2",
         choices={
-            "non_saturating": "+ BCE(D(fake), real)",
-            "saturating": "- BCE(D(fake), fake)",
+            "non_saturating": "BCE; the segmentor's is BCE(D(fake), real)",
+            "saturating": "BCE; the segmentor's is - BCE(D(fake), fake)",
+            "hinge": "max(0, 1 - s) of real, max(0, 1 + s) of fake; the segmentor's is - s",
+            "least_squares": "(D - 1)^2 of real, D^2 of fake; the segmentor's is (D - 1)^2",
         },
-        source=f"saturating: {LUC}, eq. 3",
+        source=f"saturating: {LUC}, eq. 3; hinge: Lim and Ye 2017; least_squares: Mao et al. 2017, "
+        "eq. 9",
         modes=WITH_DISCRIMINATOR,
     )
     # by the global step, which every rank knows: none decides for itself

@@ -50,25 +50,54 @@ def pseudo_label(probabilities: Tensor, scores: Tensor, inside: Tensor, threshol
     return probabilities.detach().argmax(1).where(confident, IGNORE_INDEX).to(torch.uint8)
 
 
-def adversarial_sum(scores: Tensor, valid: Tensor | None, target: float) -> Tensor:
-    """Sum of the binary cross entropy of the discriminator's scores against a target.
+def discriminator_sum(
+    scores: Tensor, valid: Tensor | None, target: float, form: str = "non_saturating"
+) -> Tensor:
+    """Sum of the discriminator's loss over its scores on label maps of one kind.
 
     target: 1 is real, 0 is fake; between is one-sided label smoothing (Salimans et al. 2016,
-    section 3.4). valid None: one score per image, scores (N, 1, 1, 1), summed over the images.
-    Otherwise scores (N, 1, h', w') are upsampled to the valid mask (N, h, w) and summed over valid
-    pixels (Hung et al. 2018, eq. 1). Returns a scalar, nats.
+    section 3.4), which hinge has not. By form, with s a score, D = (1 + s) / 2 and 0 between real
+    and fake in all of them:
+      non_saturating, saturating   the binary cross entropy of sigmoid(s) (Goodfellow et al. 2014)
+      hinge                        max(0, 1 - s) of real, max(0, 1 + s) of fake (Lim and Ye 2017)
+      least_squares                (D - target)^2 (Mao et al. 2017, eq. 9)
+    valid None: one score per image, scores (N, 1, 1, 1), summed over the images. Otherwise scores
+    (N, 1, h', w') are upsampled to the valid mask (N, h, w) and summed over valid pixels (Hung et
+    al. 2018, eq. 1). Returns a scalar.
     """
     scores, weight = _weighted(scores, valid)
-    targets = torch.full_like(scores, target)
-    # from logits: the logarithm of a sigmoid that was rounded to 0 is infinite
-    return F.binary_cross_entropy_with_logits(scores, targets, weight=weight, reduction="sum")
+    if form == "hinge":
+        losses = F.relu(1 - scores if target > 0 else 1 + scores)
+    elif form == "least_squares":
+        losses = ((1 + scores) / 2 - target).square()
+    else:
+        # from logits: the logarithm of a sigmoid that was rounded to 0 is infinite
+        targets = torch.full_like(scores, target)
+        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+    return (losses if weight is None else losses * weight).sum()
+
+
+def adversarial_sum(scores: Tensor, valid: Tensor | None, form: str = "non_saturating") -> Tensor:
+    """Sum of the segmentor's loss over the discriminator's scores on its predictions.
+
+    saturating: - the discriminator's own loss (Luc et al. 2016, eq. 3). hinge: - s (Lim and Ye
+    2017). Otherwise the discriminator's loss as if they were real, with the same fixed points and a
+    gradient where the discriminator is sure (Goodfellow et al. 2014, section 3). Shapes as of
+    `discriminator_sum`.
+    """
+    if form == "saturating":
+        return -discriminator_sum(scores, valid, 0.0, form)
+    if form == "hinge":
+        scores, weight = _weighted(scores, valid)
+        return -(scores if weight is None else scores * weight).sum()
+    return discriminator_sum(scores, valid, 1.0, form)
 
 
 def score_sums(scores: Tensor, valid: Tensor | None, real: bool) -> Tensor:
     """Sums over the (valid) scores, (3,) float64.
 
     How many are on the right side of 0, their sigmoids, and the scores themselves. scores, valid:
-    as of `adversarial_sum`; real: whether the label maps were.
+    as of `discriminator_sum`; real: whether the label maps were.
     """
     scores, weight = _weighted(scores.detach(), valid)
     # float64, as these are summed over all ranks: fp32 counts no further than 2^24

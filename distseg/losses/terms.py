@@ -238,15 +238,14 @@ class Auxiliary(CrossEntropy):
 class Adversarial(Term):
     """The segmentor's reward for label maps that the discriminator takes for real.
 
-    saturating: - BCE(D(s(x)), fake), Luc et al. 2016, eq. 3; otherwise + BCE(D(s(x)), real), which
-    has the same fixed points and a gradient where the discriminator is sure (Goodfellow et al.
-    2014, section 3). per_cell: the discriminator gives a score per cell, and valid ones count;
-    otherwise one per image. per_image: the sum over cells for each image, instead of their mean.
+    form: of `adversarial_sum`. per_cell: the discriminator gives a score per cell, and valid ones
+    count; otherwise one per image. per_image: the sum over cells for each image, instead of their
+    mean.
     """
 
     name: str = "adversarial"
     images: Kind = "labelled"
-    saturating: bool = False
+    form: str = "non_saturating"
     per_cell: bool = True
     per_image: bool = False
     through_discriminator = True
@@ -258,9 +257,7 @@ class Adversarial(Term):
         assert seen.scores is not None  # only asked for where the discriminator judges
         # one score for a whole image counts, however much of the image is void
         valid = seen.targets.valid if self.per_cell else None
-        if self.saturating:
-            return -adversarial_sum(seen.scores, valid, 0.0)
-        return adversarial_sum(seen.scores, valid, 1.0)
+        return adversarial_sum(seen.scores, valid, self.form)
 
 
 @dataclass

@@ -91,7 +91,7 @@ def collect(run_dir: Path) -> Run:
         "iou": [_class_iou(row, classes) for row in evaluations],
         "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
-        "health": health_spans(rows),
+        "health": health_spans(rows, config),
         "attempts": attempt_rows(run_dir),
         "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
         "config": config,
@@ -124,14 +124,14 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     return found
 
 
-def health_spans(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def health_spans(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:
     """For every check whose signal is in the run's rows: from which step to which it held (to
     None: still does).
 
     judged_from: the step from which on there were rows enough to tell, None where there are not.
     """
     # judged anew by today's thresholds, whatever the run's own version wrote
-    health = Health(rows)
+    health = Health(rows, config)
     spans: dict[str, list[dict[str, Any]]] = {
         name.removeprefix(HEALTH): [] for name in health.flags()
     }

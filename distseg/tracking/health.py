@@ -13,22 +13,22 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distseg.tracking.catalogue import HEALTH, LOSS, MEAN_IOU
 from distseg.tracking.verdicts import (
     CHECKS,
-    HIGHEST_LEVEL,
     LEVEL,
     LEVEL_ROWS,
     LEVELLED,
     NAMED,
-    SUM_LEVEL,
     UNPREDICTED,
     Check,
     MetricsRow,
+    levels_of,
     unpredicted,
 )
 from shards.files import write_text
@@ -113,16 +113,17 @@ class Event:
 class Health:
     """The verdicts on one run; `update` takes its rows in order.
 
-    highest_level: of a loss of an untrained network, see verdicts; of sums where it is not known.
+    config: the run's, by dotted names, which says how large losses are; without it, of sums.
     """
 
-    def __init__(self, rows: Iterable[MetricsRow] = (), highest_level: float = SUM_LEVEL):
+    def __init__(self, rows: Iterable[MetricsRow] = (), config: Mapping[str, Any] | None = None):
         self.events: list[Event] = []
         self.on: dict[str, Event] = {}
         self.judged_from: dict[str, int] = {}  # the first step at which a check had rows enough
         self.step = 0
         self._first: dict[str, list[float]] = {name: [] for name in LEVELLED}
-        self._before: MetricsRow = {HIGHEST_LEVEL: highest_level}
+        self._start = levels_of(config or {})
+        self._before: MetricsRow = dict(self._start)
         # every check from the start: a signal that never comes leaves its window empty, which
         # `flags` omits
         self._windows = {check.name: Window(check) for check in CHECKS}
@@ -147,7 +148,7 @@ class Health:
 
     def _levels(self, row: MetricsRow) -> dict[str, float]:
         """At which level losses began, up to this row, and how high that may be."""
-        levels = {HIGHEST_LEVEL: self._before[HIGHEST_LEVEL]}
+        levels = dict(self._start)
         for name, first in self._first.items():
             if len(first) < LEVEL_ROWS and math.isfinite(row.get(name, math.nan)):
                 first.append(row[name])

@@ -23,11 +23,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from distseg.config.loading import runs_inside
+from distseg.config.names import flattened
 from distseg.config.schema import TrackingConfig
 from distseg.tracking.catalogue import LOSS
 from distseg.tracking.health import HEALTH_FILE, Event, Health
 from distseg.tracking.tensorboard import TensorBoard
-from distseg.tracking.verdicts import MEAN_LEVEL, NAMED, SUM_LEVEL
+from distseg.tracking.verdicts import NAMED
 from distseg.tracking.wandb_run import Names, WandbRun, choose_mode, naming
 from shards.errors import InputError
 from shards.files import LineFile, published, write_text
@@ -105,13 +106,13 @@ class RunTracker:
         run_dir: Path,
         wandb_run: WandbRun | None,
         tensorboard: TensorBoard | None,
-        highest_level: float = SUM_LEVEL,
+        config: dict[str, Any],
     ):
         self._run_dir, self._path = run_dir, run_dir / METRICS_FILE
         # replayed before the file is opened for more: a resumed run stands where the stopped one
         # stood
         rows = read_metrics(self._path) if is_file(self._path) else ()
-        self._health = Health(rows, highest_level)
+        self._health = Health(rows, config)
         self._file = LineFile(self._path)
         self._wandb, self._tensorboard = wandb_run, tensorboard
 
@@ -209,18 +210,11 @@ def open_tracker(
     tensorboard = (
         TensorBoard(run_dir / "tensorboard", resume_step) if settings.tensorboard else None
     )
-    mode, level = choose_mode(settings.wandb), _highest_level(config)
-    if mode == "disabled":
-        return RunTracker(run_dir, None, tensorboard, level)
-    wandb_run = WandbRun(run_dir, mode, naming(settings, run_dir), config)
-    return RunTracker(run_dir, wandb_run, tensorboard, level)
-
-
-def _highest_level(config: dict[str, Any]) -> float:
-    """Of a loss that has learnt nothing, for the health check of explosions."""
-    loss = config.get("loss", {})
-    is_mean = [loss.get(name) == "mean" for name in ("ce_reduction", "adv_reduction")]
-    return MEAN_LEVEL if all(is_mean) else SUM_LEVEL
+    mode = choose_mode(settings.wandb)
+    wandb_run = None
+    if mode != "disabled":
+        wandb_run = WandbRun(run_dir, mode, naming(settings, run_dir), config)
+    return RunTracker(run_dir, wandb_run, tensorboard, flattened(config))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

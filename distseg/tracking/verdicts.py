@@ -8,7 +8,7 @@ without an adversary; tests/data/health holds them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,21 @@ def _fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
     # A small loss alone is no proof: it may be small since everything is called fake.
-    return row[DISCRIMINATOR_FAKE] if row[DISCRIMINATOR_ACCURACY] >= 0.9 else math.log(2)
+    if row[DISCRIMINATOR_ACCURACY] < 0.9:
+        return math.log(2)
+    return row[DISCRIMINATOR_FAKE] * _in_nats(before)
 
 
 def _both_losses(row: MetricsRow, before: MetricsRow) -> float | None:
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
     # the mean of both, as ln 2 is the level of each when it answers 1/2 to everything
-    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2
+    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2 * _in_nats(before)
+
+
+def _in_nats(before: MetricsRow) -> float:
+    """What brings a loss of another form to the scale of the thresholds: ln 2 where undecided."""
+    return math.log(2) / float(before.get(UNDECIDED, math.log(2)))
 
 
 def _influence(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -182,9 +189,21 @@ LEVELLED = (CROSS_ENTROPY, SEGMENTOR_LOSS, DISCRIMINATOR_REAL, DISCRIMINATOR_FAK
 # in the row before, by distseg.tracking.health: the level that a loss began at, and the highest
 # that it may have begun at
 LEVEL, HIGHEST_LEVEL = "level/", "level"
+UNDECIDED = "level of an undecided discriminator"  # likewise: its loss on either kind of map
 LEVEL_ROWS = 5  # whose median is the level
 MEAN_LEVEL = 100.0  # of means over pixels: ln 255 = 5.5 nats, and room for the weights of terms
 SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
+
+
+def levels_of(config: Mapping[str, Any]) -> MetricsRow:
+    """What `Health` starts from: a run's levels, by its configuration under dotted names."""
+    is_mean = config.get("loss.ce_reduction"), config.get("loss.adv_reduction")
+    of_form = {"hinge": 1.0, "least_squares": 0.25}
+    return {
+        HIGHEST_LEVEL: MEAN_LEVEL if is_mean == ("mean_valid", "mean") else SUM_LEVEL,
+        UNDECIDED: of_form.get(str(config.get("loss.adv_form")), math.log(2)),
+    }
+
 
 # in the row before, by distseg.tracking.health: of each class that no prediction has, the step of
 # the first evaluation that says so, and how many in a row do

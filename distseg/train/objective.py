@@ -50,14 +50,16 @@ class Judging:
 
     at_image_size: label maps have the image's resolution, not that of the segmentor's output.
     scaling_tau: of the softened ground truth (Luc et al. 2016); None: one-hot. real_target: for
-    real label maps; below 1 is one-sided label smoothing. per_cell: its scores are one per cell,
-    not one per image. per_image: its losses are sums over cells for each image. on_unlabelled: it
-    learns from the label maps of unlabelled images too.
+    real label maps; below 1 is one-sided label smoothing. form: of its loss, see
+    `discriminator_sum`. per_cell: its scores are one per cell, not one per image. per_image: its
+    losses are sums over cells for each image. on_unlabelled: it learns from the label maps of
+    unlabelled images too.
     """
 
     at_image_size: bool = False
     scaling_tau: float | None = None
     real_target: float = 1.0
+    form: str = "non_saturating"
     per_cell: bool = True
     per_image: bool = False
     on_unlabelled: bool = True
@@ -180,7 +182,7 @@ def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) ->
     return Adversarial(
         name,
         images,
-        saturating=loss.adv_form == "saturating",
+        form=loss.adv_form,
         per_cell=judging.per_cell,
         per_image=judging.per_image,
     )
@@ -192,6 +194,7 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         at_image_size=loss.map_resolution == "image",
         scaling_tau=loss.scaling_tau if loss.real_map == "scaling" else None,
         real_target=loss.real_target,
+        form=loss.adv_form,
         per_cell=getattr(discriminator, "head", None) == "patch",
         per_image=loss.adv_reduction == "sum",
         on_unlabelled=config.semi.discriminate,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.losses.adversarial import adversarial_sum, real_label_map
+from distseg.losses.adversarial import discriminator_sum, real_label_map
 from distseg.losses.tensors import at_least_float32, upsample
 from distseg.losses.terms import Kind, Predicted, Targets, Term
 from distseg.parallel import BackwardStart, Learner, backward
@@ -92,7 +92,8 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     """Gradients of an alternating step: predict, judge, losses, one backward.
 
     Luc et al. 2016: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real), the discriminator
-    BCE(D(y), real) + BCE(D(s(x)), fake); Hung et al. 2018 add terms on unlabelled images.
+    BCE(D(y), real) + BCE(D(s(x)), fake), or another form; Hung et al. 2018 add terms on unlabelled
+    images.
     """
     segmentor, discriminator, judging = pair.segmentor, pair.adversary, pair.objective.judging
     pixels = batch.all.pixels
@@ -121,7 +122,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
             metrics |= diagnostics.gradients_at_output(cross_entropy, logits, proxy, probabilities)
     if on_real is not None:
         scores = split_scores(judging, batch, seen, on_real, counts)
-        loss, values = discriminator_loss(*scores, judging.real_target)
+        loss, values = discriminator_loss(*scores, judging)
         starts += [(discriminator, [(discriminator.scaled(loss), None)])]
         metrics |= values | (diagnostics.of_scores(*scores) if phase.watched else {})
 
@@ -244,10 +245,12 @@ def split_scores(
     return real, Scored(fake.scores, judging.mask(fake.targets), *counts.judged(kinds))
 
 
-def discriminator_loss(real: Scored, fake: Scored, real_target: float) -> tuple[Tensor, Metrics]:
-    """BCE(D(y), real) + BCE(D(s(x)), fake), and both as metrics."""
-    on_real = mean(adversarial_sum(real.scores, real.mask, real_target), real.divisor)
-    on_fake = mean(adversarial_sum(fake.scores, fake.mask, 0.0), fake.divisor)
+def discriminator_loss(real: Scored, fake: Scored, judging: Judging) -> tuple[Tensor, Metrics]:
+    """The discriminator's loss on ground truth and on predictions, and both as metrics."""
+    form = judging.form
+    of_real = discriminator_sum(real.scores, real.mask, judging.real_target, form)
+    of_fake = discriminator_sum(fake.scores, fake.mask, 0.0, form)
+    on_real, on_fake = mean(of_real, real.divisor), mean(of_fake, fake.divisor)
     metrics = {"loss/discriminator_real": on_real, "loss/discriminator_fake": on_fake}
     return on_real + on_fake, metrics
 
