@@ -17,10 +17,9 @@ from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.class_map import Wanted
+from distseg.evaluate.judged import confidence_map
 from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
 from distseg.evaluate.trained import trained_classes, trained_discriminator, trained_segmentor
-from distseg.losses.adversarial import real_label_map
-from distseg.losses.tensors import at_least_float32, label_at, upsample
 from distseg.predict.run import (
     PredictOptions,
     choose_device,
@@ -100,7 +99,6 @@ class Trained:
         # when it is asked for: most who load a run want the segmentor alone
         return trained_discriminator(self.config, self.checkpoint).to(self.device)
 
-    @torch.no_grad()
     def confidence(self, image: Image, mask: np.ndarray | None = None) -> np.ndarray:
         """How real the run's discriminator takes a mask of an image to be, at every pixel.
 
@@ -111,20 +109,9 @@ class Trained:
         image as a whole. Raises InputError for a run without a discriminator, and for a mask of
         another form.
         """
-        judge, loss, image = self.discriminator, self.config.loss, self._pixels(image)
-        pixels = torch.from_numpy(image.copy()).to(self.device).permute(2, 0, 1)[None] / 255
-        logits = at_least_float32(self.network(pixels))  # (1, C, h, w)
-        if loss.map_resolution == "image":
-            logits = upsample(logits, pixels.shape[-2:])
-        label_map = logits.softmax(1)
-        if mask is not None:
-            label = self._label(mask, image).to(self.device)[None]
-            index, valid = label_at(label, label_map.shape[-2:])
-            tau = loss.scaling_tau if loss.real_map == "scaling" else None
-            label_map = real_label_map(index, valid, label_map, tau)
-        (scores,) = judge(pixels, label_map)  # (1, 1, h', w') or (1, 1, 1, 1)
-        # logits are upsampled and not probabilities, as in the loss that it learns by
-        return upsample(at_least_float32(scores), image.shape[:2]).sigmoid()[0, 0].cpu().numpy()
+        image = self._pixels(image)
+        label = None if mask is None else self._label(mask, image)
+        return confidence_map(self.network, self.discriminator, self.config.loss, image, label)
 
     def evaluate(
         self,

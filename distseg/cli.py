@@ -173,6 +173,7 @@ def _groups() -> dict[str, tuple[Callable[[Commands], None], ...]]:
     from distseg.export.command import add_export
     from distseg.inspection.command import add_inspect
     from distseg.predict.command import add_predict
+    from distseg.pseudo_label.command import add_pseudo_label
     from distseg.report.command import add_report
     from distseg.train.command import add_train
     from launchers.commands import add_submit, add_sweep
@@ -184,7 +185,7 @@ def _groups() -> dict[str, tuple[Callable[[Commands], None], ...]]:
         "training": (add_train, add_submit, add_sweep),
         "results": (
             *(add_evaluate, add_summarize, add_report, add_pictures),
-            *(add_predict, add_export),
+            *(add_predict, add_pseudo_label, add_export),
         ),
         "your shell": (add_completion,),
     }

@@ -23,6 +23,7 @@ from shards.sample import IGNORE_INDEX, ClassSet, decode_image
 from shards.storage import is_file, read_text
 from shards.words import counted, nearest
 
+LABELLED_FILE = "labelled.txt"  # in a run directory: whose labels were used, where that is a choice
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
 # the one that is less like the classes that stay
@@ -127,6 +128,10 @@ class SampleSet:
     def keys(self) -> list[str]:
         """Names of the samples, in order."""
         return [self.reader.key(index) for index in self._indices]
+
+    def original(self, index: int) -> bytes:
+        """The image file of a sample, as it was prepared."""
+        return self.reader.read(self._indices[index], with_label=False).image
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of a sample in px, without reading it."""

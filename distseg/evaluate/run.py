@@ -138,7 +138,7 @@ def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None
 
     wanted: which of them the checkpoint's are, see `class_map`.
     """
-    _check_place(config, found.path.parent.parent)
+    check_place(config, found.path.parent.parent)
     reader = open_reader(config.data, config.data.val_split)
     samples = SampleSet(reader, keep=config.data.keep_classes)
     class_map(found.identity["classes"], samples.classes.names, wanted)
@@ -146,7 +146,7 @@ def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None
     return samples
 
 
-def _check_place(config: Config, run_dir: Path) -> None:
+def check_place(config: Config, run_dir: Path) -> None:
     """Raise InputError where the shards' path is relative, and begins in another folder."""
     shards = Path(config.data.shards)
     if "://" in config.data.shards or shards.is_absolute() or shards.exists():
@@ -174,18 +174,7 @@ def evaluator_of(
     wanted: Wanted | None = None,
 ) -> Evaluator:
     """Of a checkpoint's network as configured; called on every rank."""
-    # "auto" means the run's own precision: another machine's choice would give other scores than
-    # training's
-    trained_in = found.identity["precision"]
-    precision = (
-        trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
-    )
-    augmentation = TestTimeAugmentation.of(config.evaluate, precision, ranks.device)
-    # as in training: another memory format runs other kernels, with other rounding
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    network = network.to(ranks.device, dtype=dtype)
-    network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    network, augmentation = as_trained(network, config, found, ranks)
     return Evaluator(
         lambda: network,
         samples,
@@ -194,6 +183,24 @@ def evaluator_of(
         num_threads=config.data.num_threads,
         class_map=class_map(found.identity["classes"], samples.classes.names, wanted),
     )
+
+
+def as_trained(
+    network: nn.Module, config: Config, found: Checkpoint, ranks: Ranks
+) -> tuple[nn.Module, TestTimeAugmentation]:
+    """The network on its device as training computed with it; the augmentation as configured."""
+    # "auto" means the run's own precision: another machine's choice would give other scores than
+    # training's
+    trained_in = found.identity["precision"]
+    precision = (
+        trained_in if config.precision == "auto" else resolve_precision(config.precision, ranks)
+    )
+    # as in training: another memory format runs other kernels, with other rounding
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    network = network.to(ranks.device, dtype=dtype)
+    network = network.to(memory_format=layout)  # type: ignore[call-overload]
+    return network, TestTimeAugmentation.of(config.evaluate, precision, ranks.device)
 
 
 def _publish(

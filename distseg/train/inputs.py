@@ -9,6 +9,7 @@ from pathlib import Path
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.own_view import OwnView
 from distseg.data.samples import (
+    LABELLED_FILE,
     SampleSet,
     check_not_void,
     open_reader,
@@ -24,8 +25,6 @@ from shards.files import write_text
 from shards.storage import is_file
 from shards.verified import check_verified
 from shards.words import counted
-
-LABELLED_FILE = "labelled.txt"
 
 
 def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: int) -> None:

@@ -65,19 +65,23 @@ def pair_tasks(
         # lists come with the data: one from elsewhere must not make us read what lies outside
         for path in files:
             check_inside(root, path)
-        # a task that fails, not an error: with --skip-bad it is left out, and counted, like a
-        # damaged one
         lost = [path for path in files if not path.is_file()]
         if lost:
-            may_lack = lost == [pair.label] and pair.split != "val"
-            arguments: tuple[Any, ...] = (_lost(lost[0], pair), without_mask if may_lack else "")
-            tasks.append(Task(key, pair.split, absent, arguments))
+            tasks.append(_absent(key, pair, lost, without_mask))
             continue
         arguments = (pair.image, pair.label, *more.values())
         tasks.append(Task(key, pair.split, read, arguments, names=tuple(more)))
     if not named:
         raise InputError(f"no images in {root}", "at least one", "correct --root")
     return tasks
+
+
+def _absent(key: str, pair: Pair, lost: list[Path], without_mask: str) -> Task:
+    """A task that fails, not an error: with --skip-bad it is left out, and counted, like a damaged
+    one.
+    """
+    may_lack = lost == [pair.label] and pair.split != "val"
+    return Task(key, pair.split, absent, (_lost(lost[0], pair), without_mask if may_lack else ""))
 
 
 def _lost(path: Path, pair: Pair) -> str:

@@ -1,0 +1,42 @@
+"""What a run's discriminator says of label maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distseg.config.schema import LossConfig
+from distseg.losses.adversarial import real_label_map
+from distseg.losses.tensors import at_least_float32, label_at, upsample
+
+
+@torch.no_grad()
+def confidence_map(
+    segmentor: nn.Module,
+    discriminator: nn.Module,
+    loss: LossConfig,
+    image: np.ndarray,
+    label: Tensor | None = None,
+) -> np.ndarray:
+    """How real the discriminator takes a label map of an image to be, at every pixel.
+
+    segmentor, discriminator: in evaluation mode, on one device. image: (H, W, 3) uint8 RGB. label:
+    (H, W) uint8, 255 = void, seen as ground truth is in training; None: the segmentor's own
+    probabilities. Returns (H, W) float32, the probability of being real; one value throughout where
+    the discriminator judges the image as a whole.
+    """
+    weight = next(segmentor.parameters())
+    pixels = torch.from_numpy(image.copy()).to(weight.device).permute(2, 0, 1)[None] / 255
+    logits = at_least_float32(segmentor(pixels.to(weight.dtype)))  # (1, C, h, w)
+    if loss.map_resolution == "image":
+        logits = upsample(logits, pixels.shape[-2:])
+    label_map = logits.softmax(1).float()  # as the discriminator's weights are stored
+    if label is not None:
+        index, valid = label_at(label.to(pixels.device)[None], label_map.shape[-2:])
+        tau = loss.scaling_tau if loss.real_map == "scaling" else None
+        label_map = real_label_map(index, valid, label_map, tau)
+    (scores,) = discriminator(pixels, label_map)  # (1, 1, h', w') or (1, 1, 1, 1)
+    # logits are upsampled and not probabilities, as in the loss that it learns by
+    confidence = upsample(at_least_float32(scores), image.shape[:2]).sigmoid()
+    return confidence[0, 0].float().cpu().numpy()

@@ -1,0 +1,1 @@
+"""Predictions of unlabelled images as the labels of new data."""

@@ -1,0 +1,137 @@
+"""Unlabelled images with a run's predictions as labels: which, and how sure; all else stays."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import distseg
+from distseg.cli import main
+from distseg.data.samples import LABELLED_FILE
+from distseg.pseudo_label.run import Choice, Labelled, surest
+from shards.maps import MapsReader
+from shards.pack import pack
+from shards.reader import ShardReader
+from shards.sample import decode_image
+from tests.test_train import SMALL
+
+
+@pytest.fixture(scope="module")
+def trained(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on half of the labels: four images have none."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    some = ["data.labelled=1/2", "steps=2", "evaluate.every_steps=0", "evaluate.num_pictures=0"]
+    some += ["segmentor=multiscale", "segmentor.options.hidden=16", "checkpoint.every_steps=2"]
+    assert main(["train", *SMALL, *some, f"data.shards={toy_shards}", f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+def table(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return {row["key"]: row for row in csv.DictReader(file)}
+
+
+def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
+    toy_shards: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out, threshold = tmp_path / "pseudo.h5", 0.14  # of eight classes; the network knows nothing yet
+    words = ["--out", str(out), "--threshold", str(threshold), "--compare"]
+    assert main(["pseudo-label", str(trained), *words]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 unlabelled images kept" in said and f"next: distseg pack {out}" in said
+    by_people = (trained / LABELLED_FILE).read_text().split()
+    before, rows = MapsReader(toy_shards.parent / "maps.h5"), table(out.with_suffix(".csv"))
+    network = distseg.load(trained, device="cpu")
+    with MapsReader(out) as maps:
+        assert maps.name == "toy blobs-pseudo" and maps.classes == before.classes
+        assert maps.splits["val"] == before.splits["val"]
+        assert sorted(maps.splits["train"]) == sorted(before.splits["train"])
+        for key in [*maps.splits["train"], *maps.splits["val"]]:
+            sample, original = maps.read(key), before.read(key)
+            assert sample.image == original.image and sample.label is not None
+            if key in by_people or key in maps.splits["val"]:
+                assert np.array_equal(sample.label, original.label)
+                assert key not in rows
+                continue
+            chances = network.probabilities(decode_image(sample.image))
+            sure = chances.max(0) >= threshold
+            assert 0.02 < sure.mean() < 0.98  # a threshold worth testing
+            assert np.array_equal(sample.label, np.where(sure, chances.argmax(0), 255))
+            assert sample.source_id == f"pseudo-label of run at step 2: {key}"
+            row = rows.pop(key)
+            assert math.isclose(float(row["confidence"]), chances.max(0).mean(), abs_tol=1e-5)
+            assert math.isclose(float(row["labelled_share"]), sure.mean(), abs_tol=1e-5)
+            valid = sure & (original.label != 255)
+            right = (chances.argmax(0) == original.label)[valid].mean()
+            assert math.isclose(float(row["agreement"]), right, abs_tol=1e-5)
+            assert row["kept"] == "1" and row["realness"] == ""
+    assert not rows
+    pack(out, tmp_path / "packed")
+    assert len(ShardReader(tmp_path / "packed", "train")) == 8
+
+
+def test_the_share_kept_is_the_surest_by_either_measure(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "half.h5"
+    words = ["--out", str(out), "--threshold", "0", "--keep", "0.5", "--rank", "discriminator"]
+    assert main(["pseudo-label", str(trained), *words]) == 0
+    rows = table(out.with_suffix(".csv"))
+    network, maps = distseg.load(trained, device="cpu"), MapsReader(out)
+    kept = {key for key, row in rows.items() if row["kept"] == "1"}
+    assert kept == {key for key in maps.splits["train"] if key in rows} and len(kept) == 2
+    realness = {key: float(row["realness"]) for key, row in rows.items()}
+    assert min(realness[key] for key in kept) >= max(realness[key] for key in rows.keys() - kept)
+    for key in kept:
+        real = network.confidence(decode_image(maps.read(key).image)).mean()
+        assert math.isclose(realness[key], real, abs_tol=1e-5)
+        label = maps.read(key).label
+        assert label is not None and (label != 255).all()  # no threshold
+    # in their own order, of equals the first
+    images = [Labelled(i, str(i), b"", 0.5 + (i == 2), 1.0) for i in range(4)]
+    assert [image.index for image in surest(images, Choice(keep=0.5))] == [0, 2]
+    assert [image.index for image in surest(images, Choice(keep=0.01))] == [2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--threshold", "1.5"], "--threshold 1.5"),
+        (["--keep", "0"], "above 0 and at most 1"),
+        (["--keep", "nan"], "above 0 and at most 1"),
+        (["--out", "{tmp}/maps"], "write --out"),
+        (["--out", "{tmp}/taken.h5"], "exists"),
+        (["--out", "{tmp}/mended.h5"], "mended.csv exists"),
+        (["data.val_split=train"], "nothing is scored on"),
+        (["data.train_split=val"], "data.train_split"),
+        (["steps=4"], "steps"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_labelled(
+    words: list[str], said: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "taken.h5").touch()
+    (tmp_path / "mended.csv").touch()
+    words = [word.format(tmp=tmp_path) for word in words]
+    out = [] if "--out" in words else ["--out", str(tmp_path / "new.h5")]
+    assert main(["pseudo-label", str(trained), *out, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mended.csv", "taken.h5"]
+
+
+def test_a_run_that_used_all_labels_has_nothing_to_label(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in trained.iterdir():
+        if path.name not in ("config.yaml", LABELLED_FILE):
+            (other / path.name).symlink_to(path)
+    config = (trained / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("labelled: 1/2", "labelled: all"))
+    assert main(["pseudo-label", str(other), "--out", str(tmp_path / "x.h5")]) == 2
+    assert "all 8 images of train were used with their labels" in capsys.readouterr().err
