@@ -92,8 +92,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     """Gradients of an alternating step: predict, judge, losses, one backward.
 
     Luc et al. 2016: the segmentor minimises CE + adv_weight * BCE(D(s(x)), real), the discriminator
-    BCE(D(y), real) + BCE(D(s(x)), fake), or another form; Hung et al. 2018 add terms on unlabelled
-    images.
+    BCE(D(y), real) + BCE(D(s(x)), fake); other forms and terms stand in distseg/losses.
     """
     segmentor, discriminator, judging = pair.segmentor, pair.adversary, pair.objective.judging
     pixels = batch.all.pixels
