@@ -33,6 +33,7 @@ def healthy(step: int) -> dict[str, Any]:
         "loss/discriminator_fake": 0.25,
         "discriminator/accuracy": 0.88,
     }
+    row |= {"consistency/confident_share": 0.4, "weight/consistency": 1.0}
     row |= {"semi/mask_share": 0.2, "weight/adversarial": 0.05, RATIO: 0.2, "skips/segmentor": 0.0}
     return row | {
         "step_seconds": 1.0,
@@ -51,6 +52,7 @@ BAD: dict[str, dict[str, Any]] = {
     },
     "no_influence": {RATIO: 1.3e-4},
     "mask_is_empty": {"semi/mask_share": 0.0},
+    "teacher_is_unsure": {"consistency/confident_share": 0.0},
     "not_finite": {"loss/adversarial": math.nan},
     "exploding": {"loss/cross_entropy": 300.0},
     "class_never_predicted": {"val/mean_iou": 0.4, "val/never_predicted/car": 0.013},
@@ -107,6 +109,7 @@ def test_a_single_bad_row_and_a_signal_between_the_bounds_change_nothing(name: s
         "data_starved": "data_wait_seconds",
         "no_influence": RATIO,
         "mask_is_empty": "semi/mask_share",
+        "teacher_is_unsure": "consistency/confident_share",
     }
     keys |= {"slow_rank": "ranks/slowest_ratio", "discriminator_has_won": "loss/discriminator_fake"}
     if name not in keys:

@@ -19,6 +19,7 @@ DISCRIMINATOR_ACCURACY = "discriminator/accuracy"
 # of their norms, at the segmentor's output; see distseg.train.diagnostics
 RATIO = "gradient/adversarial_to_cross_entropy"
 ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
+CONSISTENCY_WEIGHT, CONFIDENT_SHARE = "weight/consistency", "consistency/confident_share"
 STEP_SECONDS, DATA_WAIT_SECONDS = "step_seconds", "data_wait_seconds"
 SLOWEST_RANK, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest_ratio"
 LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
@@ -173,7 +174,7 @@ METRICS = (
         "consistency",
     ),
     Metric(
-        "consistency/confident_share",
+        CONFIDENT_SHARE,
         "pixels that the teacher is confident of",
         "share",
         _MASK,
