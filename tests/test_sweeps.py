@@ -77,7 +77,6 @@ def test_a_sweep_with_a_trial_that_fails_and_is_submitted_again(
     os.kill(int(again.job_id), signal.SIGKILL)
     again.wait()
     os.close(held)
-    assert len(attempts.read(tmp_path / "sweep" / "trial-001")) == 1
     with pytest.raises(InputError, match="holds a sweep"):
         sweep(plan, tmp_path / "sweep", executor="local")
 
