@@ -312,20 +312,23 @@ def _evaluate(ranks: Ranks, run_dir: Path) -> dict[str, Any]:
     return trained.evaluate()
 
 
-def test_scores_shared_over_a_callers_ranks_are_those_of_one_process(result: Any) -> None:
-    alone = distseg.load(result.run_dir, device="cpu").evaluate()
-    assert run_ranks(2, _evaluate, result.run_dir) == [alone, alone]
-
-
 @no_curves()
-def _train_twice(ranks: Ranks, shards: Path, folder: Path) -> None:
+def _evaluate_and_train_twice(
+    ranks: Ranks, run_dir: Path, shards: Path, folder: Path
+) -> dict[str, Any]:
+    scores = _evaluate(ranks, run_dir)
     teardown()  # of the test's own job
     for name in ("first", "second"):
         train(shards, folder / name, steps=1)
+    return scores
 
 
-def test_ranks_that_train_twice_find_each_other_twice(toy_shards: Path, tmp_path: Path) -> None:
-    run_ranks(2, _train_twice, toy_shards, tmp_path)
+def test_ranks_share_scores_and_train_twice_and_find_each_other_twice(
+    toy_shards: Path, tmp_path: Path, result: Any
+) -> None:
+    alone = distseg.load(result.run_dir, device="cpu").evaluate()
+    scores = run_ranks(2, _evaluate_and_train_twice, result.run_dir, toy_shards, tmp_path)
+    assert scores == [alone, alone], "those of one process"
     first, second = (tmp_path / name / "checkpoints/step-00000001" for name in ("first", "second"))
     assert contents(first) == contents(second)
 
