@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,22 @@ from shards.maps import write_maps
 from shards.pack import pack
 from shards.sample import STANFORD
 from tests.conftest import toy_samples
-from tests.ranks import CONTEXT, PATIENCE, TIMEOUT_SECONDS, Program, run_ranks
+from tests.ranks import CONTEXT, PATIENCE, TIMEOUT_SECONDS, run_ranks
 from tests.test_storage import Failing
-from tests.tiny import SETTINGS, contents
+from tests.tiny import SETTINGS, contents, no_curves
 
 
 def train(shards: Path, run_dir: Path, **keys: Any) -> Any:
     return distseg.fit([f"data.shards={shards}", f"run_dir={run_dir}"], **SETTINGS | keys)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in ranks: sums in another order have other bits."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +66,11 @@ def result(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def nothing_frozen() -> None:
+def as_before_any_training() -> Iterator[None]:
     """As in a program that has not trained yet: tests before may have, by the command."""
     gc.unfreeze()
+    with no_curves():  # those of `result` are enough
+        yield
 
 
 def process_state() -> dict[str, Any]:
@@ -176,38 +188,65 @@ def test_bad_input_is_one_clear_error(result: Any, call: Any, message: str) -> N
         call(result.run_dir)
 
 
-def test_two_trainings_in_one_process_are_those_of_two_processes_and_leave_it_as_it_was(
-    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@no_curves()
+def _train_by_command(shards: Path, others: Path, folder: Path) -> None:
+    """Trained, refused once its checkpoint is read, and trained elsewhere: one interpreter."""
     torch.set_num_threads(1)
+    overrides = [*loading.arguments(SETTINGS | {"seed": 4}), f"data.shards={folder / 'shards'}"]
+    codes = []
+    for name, data in (("first", shards), ("first", others), ("second", others)):
+        (folder / "shards").unlink(missing_ok=True)
+        (folder / "shards").symlink_to(data)
+        codes.append(main(["train", *overrides, f"run_dir={folder / name}"]))
+        assert not dist.is_initialized()
+    assert codes == [0, 2, 0], codes
+
+
+@pytest.fixture(scope="module")
+def by_command(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a process of its own has trained "first", and "second", which are other data."""
+    folder = tmp_path_factory.mktemp("by_command")
+    samples = toy_samples()[1:]
+    write_maps(folder / "maps.h5", "others", STANFORD, samples, total=len(samples))
+    pack(folder / "maps.h5", folder / "others")
+    process = CONTEXT.Process(
+        target=_train_by_command, args=(toy_shards, folder / "others", folder)
+    )
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    assert process.exitcode == 0, "not free for the next after one that was refused or finished"
+    return folder
+
+
+def test_a_refused_command_changes_nothing_and_a_process_is_free_for_the_next(
+    by_command: Path,
+) -> None:
+    assert (by_command / "first" / "evaluation.json").is_file()
+    assert (by_command / "second" / "evaluation.json").is_file()
+
+
+def test_a_second_training_in_a_process_is_that_of_its_own_and_leaves_it_as_it_was(
+    toy_shards: Path, tmp_path: Path, result: Any, by_command: Path
+) -> None:
+    assert result.finished, "the first one"
     before = process_state()
-    seeds, own, others = (3, 4), tmp_path / "own", tmp_path / "others"
-    for seed in seeds:
-        train(toy_shards, own / str(seed), seed=seed)
-        assert process_state() == before
-    for seed in seeds:
-        run_dir = others / str(seed)
-        arguments = loading.arguments(
-            SETTINGS | {"data.shards": toy_shards, "run_dir": run_dir, "seed": seed}
-        )
-        output, _ = (program := Program(["train", *arguments])).communicate()
-        assert program.returncode == 0, output
-        checkpoint = Path("checkpoints") / "step-00000002"
-        assert contents(own / str(seed) / checkpoint) == contents(run_dir / checkpoint)
+    train(toy_shards, tmp_path / "own", seed=4)
+    assert process_state() == before
+    checkpoint = Path("checkpoints") / "step-00000002"
+    assert contents(tmp_path / "own" / checkpoint) == contents(by_command / "first" / checkpoint)
 
 
 def test_an_error_in_the_middle_leaves_nothing_behind(
-    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: Any
 ) -> None:
     before, step = process_state(), trainer.Trainer.train_step
 
     def failing(self: Any, batch: Any) -> Any:
-        if self.state.step == 2:
+        if self.state.step == 1:
             raise ZeroDivisionError("in the middle")
         return step(self, batch)
 
-    settings = {"checkpoint": {"every_steps": 1}, "steps": 4}
+    settings = {"checkpoint": {"every_steps": 1}}
     with monkeypatch.context() as patched:
         patched.setattr(trainer.Trainer, "train_step", failing)
         with pytest.raises(ZeroDivisionError) as error:
@@ -215,10 +254,9 @@ def test_an_error_in_the_middle_leaves_nothing_behind(
     assert process_state() == before
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
     # the error is still held, and with it all that its frames name: the lock is free all the same
-    assert train(toy_shards, tmp_path / "run", **settings).step == 4 and error.value
-    whole = train(toy_shards, tmp_path / "whole", **settings)
-    last = Path("checkpoints") / "step-00000004"
-    assert contents(tmp_path / "run" / last) == contents(whole.run_dir / last)
+    assert train(toy_shards, tmp_path / "run", **settings).step == 2 and error.value
+    last = Path("checkpoints") / "step-00000002"
+    assert contents(tmp_path / "run" / last) == contents(result.run_dir / last)
 
 
 def test_a_signal_stops_it_at_a_step_and_the_caller_gets_its_handlers_back(
@@ -274,52 +312,25 @@ def _evaluate(ranks: Ranks, run_dir: Path) -> dict[str, Any]:
     return trained.evaluate()
 
 
-def test_scores_shared_over_a_callers_ranks_are_those_of_one_process(result: Any) -> None:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks do: sums in another order have other bits
-    alone = distseg.load(result.run_dir, device="cpu").evaluate()
-    torch.set_num_threads(num_threads)
-    assert run_ranks(2, _evaluate, result.run_dir) == [alone, alone]
-
-
-def _train_twice(ranks: Ranks, shards: Path, folder: Path) -> None:
+@no_curves()
+def _evaluate_and_train_twice(
+    ranks: Ranks, run_dir: Path, shards: Path, folder: Path
+) -> dict[str, Any]:
+    scores = _evaluate(ranks, run_dir)
     teardown()  # of the test's own job
     for name in ("first", "second"):
-        train(shards, folder / name)
+        train(shards, folder / name, steps=1)
+    return scores
 
 
-def test_ranks_that_train_twice_find_each_other_twice(toy_shards: Path, tmp_path: Path) -> None:
-    run_ranks(2, _train_twice, toy_shards, tmp_path)
-    first, second = (tmp_path / name / "checkpoints/step-00000002" for name in ("first", "second"))
-    assert contents(first) == contents(second)
-
-
-def _train_by_command(shards: Path, others: Path, folder: Path) -> None:
-    """Trained, refused once its checkpoint is read, and trained elsewhere: one interpreter."""
-    overrides = [*loading.arguments(SETTINGS), f"data.shards={folder / 'shards'}"]
-    codes = []
-    for name, data in (("first", shards), ("first", others), ("second", others)):
-        (folder / "shards").unlink(missing_ok=True)
-        (folder / "shards").symlink_to(data)
-        codes.append(main(["train", *overrides, f"run_dir={folder / name}"]))
-        assert not dist.is_initialized()
-    assert codes == [0, 2, 0], codes
-
-
-def test_a_refused_and_a_finished_command_leave_the_process_free_for_the_next(
-    toy_shards: Path, tmp_path: Path
+def test_ranks_share_scores_and_train_twice_and_find_each_other_twice(
+    toy_shards: Path, tmp_path: Path, result: Any
 ) -> None:
-    samples = toy_samples()[1:]
-    write_maps(tmp_path / "maps.h5", "others", STANFORD, samples, total=len(samples))
-    pack(tmp_path / "maps.h5", tmp_path / "others")
-    target = (toy_shards, tmp_path / "others", tmp_path)
-    process = CONTEXT.Process(target=_train_by_command, args=target)
-    process.start()
-    process.join(TIMEOUT_SECONDS)
-    assert process.exitcode == 0
-    # what was refused has changed nothing
-    assert (tmp_path / "first" / "evaluation.json").is_file()
-    assert (tmp_path / "second" / "evaluation.json").is_file()
+    alone = distseg.load(result.run_dir, device="cpu").evaluate()
+    scores = run_ranks(2, _evaluate_and_train_twice, result.run_dir, toy_shards, tmp_path)
+    assert scores == [alone, alone], "those of one process"
+    first, second = (tmp_path / name / "checkpoints/step-00000001" for name in ("first", "second"))
+    assert contents(first) == contents(second)
 
 
 def test_a_loop_of_the_parts_is_the_training(toy_shards: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,20 @@ from safetensors import safe_open
 
 from distseg.cli import main
 from distseg.config import loading
+from distseg.distributed.ranks import Ranks, teardown
 from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
 from distseg.export.formats import read_safetensors
 from distseg.export.hub import _without_places
+from launchers import job
 from launchers.check import check_run
+from launchers.places import RANKS_VARIABLE
 from launchers.submission import Resources, prepare
+from launchers.supervisor import Decision, Supervisor
 from shards.errors import InputError
-from tests.ranks import TIMEOUT_SECONDS, Job
+from tests.ranks import TIMEOUT_SECONDS, Job, run_ranks
 from tests.test_train import SMALL, checkpoint_bytes, curve, kill_after_checkpoint
+from tests.tiny import no_curves
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = ("own_network.py", "own_discriminator.py", "own_view.py")
@@ -47,7 +54,12 @@ def own(code: Path, shards: Path, run_dir: Path, *overrides: str) -> list[str]:
     doors += [f"discriminator={code}/own_discriminator.py:Patches", "discriminator.options.width=4"]
     doors += [f"data.view={code}/own_view.py:CutOut", "data.view_options.side_px=12"]
     # 47 is no multiple of 4, which the network's sides have to be
-    places = [f"data.shards={shards}", f"run_dir={run_dir}", "data.crop_px=47"]
+    places = [
+        f"data.shards={shards}",
+        f"run_dir={run_dir}",
+        "data.crop_px=47",
+        "evaluate.num_pictures=0",
+    ]
     return [*small, *doors, *places, *overrides]
 
 
@@ -76,27 +88,37 @@ def test_a_killed_run_resumes_to_the_same_bits(
     toy_shards: Path, code: Path, finished: Path, tmp_path: Path
 ) -> None:
     arguments = own(code, toy_shards, tmp_path / "run")
-    for kill_after in ("step-00000003", "step-00000006"):
-        kill_after_checkpoint(Job(2, ["train", *arguments]), tmp_path / "run", kill_after)
+    kill_after_checkpoint(Job(2, ["train", *arguments]), tmp_path / "run", "step-00000006")
     assert "resumed at step" in train(2, arguments)
     assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(finished)
     assert curve(tmp_path / "run") == curve(finished)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+@no_curves()
+def train_each(_: Ranks, runs: list[list[str]]) -> None:
+    """Several runs, one after the other, on the ranks of a test."""
+    teardown()  # of the test's own job: each run joins its own
+    for arguments in runs:
+        assert main(["train", *arguments]) == 0
+
+
 def test_other_strategies_give_the_losses_of_ddp(
-    strategy: str, toy_shards: Path, code: Path, finished: Path, tmp_path: Path
+    toy_shards: Path, code: Path, finished: Path, tmp_path: Path
 ) -> None:
-    if strategy == "deepspeed":
-        pytest.importorskip("deepspeed")
-    settings = [f"parallel.strategy={strategy}", "steps=2", "evaluate.every_steps=0"]
-    if strategy == "deepspeed":
-        settings += ["ema_decay=0"]
-    train(2, own(code, toy_shards, tmp_path / "run", *settings))
-    (_, found), (_, expected) = curve(tmp_path / "run")[0], curve(finished)[0]
-    for name in ("loss/cross_entropy", "loss/adversarial", "loss/discriminator_fake"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
-    assert (tmp_path / "run" / "evaluation.json").is_file()
+    settings = {"fsdp": [], "deepspeed": ["ema_decay=0"]}
+    if find_spec("deepspeed") is None:
+        del settings["deepspeed"]
+    runs = []
+    for strategy, more in settings.items():
+        short = ["steps=2", "evaluate.every_steps=0", f"parallel.strategy={strategy}", *more]
+        runs.append(own(code, toy_shards, tmp_path / strategy, *short))
+    run_ranks(2, train_each, runs)
+    (_, expected) = curve(finished)[0]
+    for strategy in settings:
+        (_, found) = curve(tmp_path / strategy)[0]
+        for name in ("loss/cross_entropy", "loss/adversarial", "loss/discriminator_fake"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), (strategy, name)
+        assert (tmp_path / strategy / "evaluation.json").is_file()
 
 
 def test_the_code_is_recorded_with_its_files(finished: Path, code: Path) -> None:
@@ -118,7 +140,8 @@ def test_it_is_evaluated_predicted_and_exported(
     image = torch.randint(0, 256, (70, 91, 3), dtype=torch.uint8).numpy()
     expected = probabilities(segmentor, image)
     batch = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-    for form in ("onnx", "torch-export", "safetensors"):
+    # (the program that torch-export saves is what ONNX is written from)
+    for form in ("onnx", "safetensors"):
         out = tmp_path / form
         assert main(["export", str(finished), "--format", form, "--out", str(out)]) == 0
     session = onnxruntime.InferenceSession(
@@ -149,8 +172,14 @@ def test_a_models_folder_names_no_place_of_this_machine(finished: Path, code: Pa
     assert str(code) not in loading.to_yaml(_without_places(config))
 
 
-def test_a_changed_file_is_told_on_evaluation_and_refused_on_resuming(
-    copied: Path, toy_shards: Path, code: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@no_curves()
+def test_a_changed_file_is_told_on_evaluation_and_refused_on_resuming_and_one_gone_is_named(
+    copied: Path,
+    toy_shards: Path,
+    code: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     changed = Path(shutil.copytree(code, tmp_path / "code"))
     arguments = own(changed, toy_shards, copied)
@@ -169,29 +198,35 @@ def test_a_changed_file_is_told_on_evaluation_and_refused_on_resuming(
     assert main(["train", *arguments, "allow_changed_code=true"]) == 0
     caplog.clear()
     assert main(["evaluate", str(copied), "--quick"]) == 0 and not caplog.records
+    (changed / "own_network.py").unlink()
+    capsys.readouterr()
+    for command in (["evaluate"], ["export"]):
+        assert main([*command, str(copied)]) == 2
+        assert f"no file {changed}/own_network.py" in capsys.readouterr().err
 
 
+class InThisProcess(Supervisor):
+    """Trains here; with processes of their own: tests/test_sweeps.py."""
+
+    def run(self) -> Decision:
+        assert os.environ[RANKS_VARIABLE] == "2"
+        assert main(["train", *self._arguments]) == 0
+        return Decision("done", "done")
+
+
+@no_curves()
 def test_a_job_finds_files_where_it_was_submitted(
     toy_shards: Path, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(job, "Supervisor", InThisProcess)
+    monkeypatch.setenv(RANKS_VARIABLE, "1")  # until the job sets it
     monkeypatch.chdir(code)
     arguments = own(Path(), toy_shards, tmp_path / "run", "steps=2", "evaluate.every_steps=0")
-    (job,) = prepare([arguments], Resources(executor="debug"))
+    (submitted,) = prepare([arguments], Resources(executor="debug", ranks_per_node=2))
     monkeypatch.chdir(tmp_path)  # as a job starts anywhere
-    assert job()["step"] == 2
+    assert submitted()["step"] == 2
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["segmentor"]["name"] == f"{code}/own_network.py:SmallUNet"
-
-
-def test_a_file_that_is_gone_is_named(
-    copied: Path, toy_shards: Path, code: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    moved = Path(shutil.copytree(code, tmp_path / "code"))
-    assert main(["train", *own(moved, toy_shards, copied)]) == 0
-    (moved / "own_network.py").unlink()
-    for command in (["evaluate"], ["export"]):
-        assert main([*command, str(copied)]) == 2
-        assert f"no file {moved}/own_network.py" in capsys.readouterr().err
 
 
 def test_opening_a_run_runs_no_code_that_lies_in_it(

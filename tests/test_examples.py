@@ -15,7 +15,7 @@ from PIL import Image
 
 import distseg
 from shards.errors import InputError
-from tests.tiny import SETTINGS
+from tests.tiny import SETTINGS, no_curves
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {
@@ -98,6 +98,7 @@ def test_the_confidence_is_the_discriminators_on_what_training_shows_it(
             trained.confidence(image, mask)
 
 
+@no_curves()
 def test_a_run_without_a_discriminator_says_so(toy_shards: Path, tmp_path: Path) -> None:
     keys = SETTINGS | {"mode": "supervised", "data.shards": toy_shards, "steps": 1}
     distseg.fit(**keys, run_dir=tmp_path / "run")

@@ -23,12 +23,13 @@ from shards.pack import pack
 from shards.sample import IGNORE_INDEX, STANFORD, ClassSet, decode_image
 from tests.conftest import toy_samples
 from tests.ranks import Job
-from tests.tiny import SETTINGS
+from tests.tiny import SETTINGS, no_curves
 
 NAMES = STANFORD.names
 
 
 @pytest.fixture(scope="module")
+@no_curves()
 def run(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "run"
     distseg.fit([f"data.shards={toy_shards}", f"run_dir={folder}"], **SETTINGS)

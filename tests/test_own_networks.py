@@ -178,13 +178,13 @@ def test_where_nothing_is_missing_logits_are_the_networks_own() -> None:
     torch.manual_seed(0)
     segmentor, image = built(WithAuxiliary).eval(), torch.rand(2, 3, 96, 56)
     assert torch.equal(segmentor(image), segmentor.network(image)["out"])
-    unet = build_segmentor(UNET, NUM_CLASSES, init="random").eval()
+    unet = build_segmentor(UNET, NUM_CLASSES, init="random", width=4).eval()
     assert unet.size_multiple == 4 and unet.output_stride == 1
     assert torch.equal(unet(image), unet.network(image))
 
 
 def test_a_border_that_is_repeated_changes_what_lies_near_it_alone() -> None:
-    unet = build_segmentor(UNET, NUM_CLASSES, init="random").eval()
+    unet = build_segmentor(UNET, NUM_CLASSES, init="random", width=4).eval()
     image = torch.rand(1, 3, 97, 101)
     expected = unet.network(image[..., :96, :100])
     reach = 22  # of its field of view
@@ -389,14 +389,14 @@ def judge(network: type) -> nn.Module:
 
 def test_a_discriminators_weights_load_from_a_file_by_either_name(tmp_path: Path) -> None:
     patches = f"{EXAMPLES}/own_discriminator.py:Patches"
-    first = build_discriminator(patches, NUM_CLASSES)
+    first = build_discriminator(patches, NUM_CLASSES, width=4)
     state = {name: torch.rand_like(it) for name, it in first.state_dict().items()}
     save_file(state, tmp_path / "run.safetensors")
     own = {name.removeprefix("network."): it for name, it in state.items()}
     save_file(own, tmp_path / "own.safetensors")
     for name in ("run", "own"):
         init = str(tmp_path / f"{name}.safetensors")
-        made = build_discriminator(patches, NUM_CLASSES, init=init).state_dict()
+        made = build_discriminator(patches, NUM_CLASSES, init=init, width=4).state_dict()
         assert all(torch.equal(made[key], tensor) for key, tensor in state.items())
     with pytest.raises(InputError, match="no file of weights"):
         build_discriminator(patches, NUM_CLASSES, init=str(tmp_path / "absent.safetensors"))

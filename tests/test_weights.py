@@ -21,7 +21,7 @@ from distseg.train.initial import initial_weights
 from distseg.train.networks import build_networks
 from distseg.train.run import fit
 from shards.errors import InputError
-from tests.tiny import SETTINGS
+from tests.tiny import SETTINGS, no_curves
 
 SMALL = {"norm": "batch", "hidden": 8}
 
@@ -124,6 +124,7 @@ def test_a_discriminator_starts_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+@no_curves()
 def run(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps with eight classes, scored after each, so that the better one is the best."""
     run_dir = tmp_path_factory.mktemp("weights") / "run"
@@ -154,6 +155,7 @@ def test_a_run_gives_its_ema_weights_of_the_chosen_checkpoint(toy_shards: Path, 
             assert all(torch.equal(own[name], tensors[name]) for name in report.loaded)
 
 
+@no_curves()
 def test_the_headline_tells_what_was_loaded(
     toy_shards: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -198,6 +200,7 @@ def test_bad_first_weights_end_it_before_data_are_read(
     assert not (tmp_path / "run").exists()
 
 
+@no_curves()
 def test_a_run_without_the_network_is_refused(run: Path, tmp_path: Path, toy_shards: Path) -> None:
     keys = {"mode": "supervised", "steps": 1, "run_dir": tmp_path / "run"}
     fit(**SETTINGS | keys | {"data.shards": toy_shards})

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 SETTINGS = {
     "segmentor": {"name": "multiscale", "init": "random", "options": {"norm": "batch"}},
@@ -20,9 +24,22 @@ SETTINGS = {
 }
 SETTINGS["segmentor"]["options"]["hidden"] = 8  # type: ignore[index]
 
+# of distseg.models.vgg, with few channels but where heads take them: the same operations
+NARROW_VGG = (8, 8, "P", 8, 8, "P", 8, 8, 256, "P", 8, 8, 512, "P", 8, 8, 16, "P")
+
 
 def contents(folder: Path, pattern: str = "*.safetensors") -> dict[str, bytes]:
     """The bytes of all tensors of a checkpoint, by file."""
     files = {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
     assert files, f"nothing in {folder}"
     return files
+
+
+@contextmanager
+def no_curves() -> Iterator[None]:
+    """Runs draw no curves, which takes longer than their steps; for the length of a block, or, as a
+    decorator, of a function.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("distseg.train.showcase.draw_scores", lambda *_: None)
+        yield
