@@ -22,7 +22,7 @@ SETTINGS["segmentor"]["options"]["hidden"] = 8  # type: ignore[index]
 
 # for runs of tests/test_train.py that are not about networks or pictures
 OVERRIDES = ["segmentor=multiscale", "segmentor.options.norm=batch", "segmentor.options.hidden=16"]
-OVERRIDES += ["evaluate.num_pictures=0"]
+OVERRIDES += ["data.crop_px=32", "evaluate.num_pictures=0"]
 
 
 def contents(folder: Path, pattern: str = "*.safetensors") -> dict[str, bytes]:
