@@ -441,7 +441,7 @@ def test_a_lease_is_renewed_while_it_is_held(
 
 def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: Path) -> None:
     """Load a checkpoint, or train three steps, with one update left out; then save."""
-    fsdp.BLOCK_PARAMETERS = 10_000
+    fsdp.BLOCK_PARAMETERS = 3_000
     pair, config = make_pair(ranks, overrides)
     ema = MovingAverage(pair.segmentor, 0.9)
     learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
@@ -468,7 +468,7 @@ def _shard_of_network(folder: Path) -> Path:
 
 
 def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path: Path) -> None:
-    links = [(2, ()), (3, FSDP), (4, HYBRID), (1, FSDP), (2, FSDP), (4, ())]
+    links = [(2, ()), (1, FSDP), (3, FSDP), (4, HYBRID), (2, ())]
     for index, (num_ranks, overrides) in enumerate(links):
         run_ranks(
             num_ranks,
@@ -478,12 +478,12 @@ def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path
             tmp_path / str(index),
         )
     first, last = (
-        sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "5")
+        sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "4")
     )
     assert len(first) == 8 and [path.name for path in first] == [path.name for path in last]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in last]
     assert float(read(first[0].parent, "discriminator.counters")["skips"]) == 1
-    sharded = checkpoint.find(tmp_path / "1", "last")
+    sharded = checkpoint.find(tmp_path / "2", "last")
     assert len(list(sharded.glob("segmentor.optimizer.*-of-3.safetensors"))) == 3
     pieces = read(sharded, "segmentor.optimizer")
     assert all(
