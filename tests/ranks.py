@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -16,9 +17,10 @@ from typing import Any
 
 # Forked from one process that has imported torch, which takes longer than most of what is run here
 CONTEXT = multiprocessing.get_context("forkserver")
-# (torch._dynamo: what the first step of any optimizer would import)
+# (torch._dynamo: what the first step of any optimizer would import; torch._inductor: what
+# DeepSpeed's first engine would)
 PRELOADED = ["distseg.train.run", "distseg.train.showcase", "distseg.parallel.fsdp"]
-CONTEXT.set_forkserver_preload([*PRELOADED, "torch._dynamo"])
+CONTEXT.set_forkserver_preload([*PRELOADED, "torch._dynamo", "torch._inductor.compile_fx"])
 # How many times as long as on two idle cores everything may take, before a test gives it up as
 # hanging
 PATIENCE = float(os.environ.get("DISTSEG_TEST_PATIENCE", "1"))
@@ -141,6 +143,7 @@ def _run_program(
 
     from distseg.cli import main
 
+    gc.freeze()  # as below
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:] = path
@@ -162,6 +165,8 @@ def _run_rank(
 
     from distseg.distributed.ranks import setup, teardown
 
+    # what was there before the fork stays: DeepSpeed collects garbage for every engine
+    gc.freeze()
     os.environ.update(environment)
     sys.path[:] = path
     torch.set_num_threads(1)

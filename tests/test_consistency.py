@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
 from torch import Tensor
 
 import distseg
@@ -31,6 +30,7 @@ from distseg.train.step import Pair, training_step
 from distseg.train.teacher import WeakToStrong, check_pairs
 from shards.errors import InputError
 from tests.ranks import run_ranks
+from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
 
 STEPS, SIDE = 5, 48
 ALWAYS = {"jitter_probability": 1.0, "gray_probability": 0.3, "mix_probability": 0.7}
@@ -288,20 +288,41 @@ def update(
         parameter -= rate * velocity
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "overrides"),
-    [
-        (1, ["consistency.weighting=image", "consistency.mix=classmix"]),
-        (2, []),
-        (3, ["consistency.mix=classmix", "gradient_accumulation_steps=2"]),
-    ],
-    ids=["one rank", "two ranks", "three ranks, accumulated"],
-)
+JOINED = {
+    1: ["consistency.weighting=image", "consistency.mix=classmix"],
+    2: [],
+    3: ["consistency.mix=classmix", "gradient_accumulation_steps=2"],
+}
+FSDP = "parallel.strategy=fsdp"
+BESIDE = {
+    "ema": [FSDP],
+    "segmentor": [FSDP, "consistency.teacher=segmentor"],
+    "adversary": ["mode=semi_supervised"],
+}
+
+
+def train_all(ranks: Ranks) -> dict[str, Any]:
+    """All that the tests look at, of one number of ranks; DDP alone on one."""
+    n = ranks.world_size
+    cases = {"joined": JOINED[n]} | (BESIDE if n < 3 else {})
+    return {
+        name: train(ranks, "fp64", [each for each in overrides if n > 1 or each != FSDP])
+        for name, overrides in cases.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def of_ranks() -> dict[int, list[dict[str, Any]]]:
+    """Starting ranks takes longer than what they do for one test."""
+    return {num_ranks: run_ranks(num_ranks, train_all) for num_ranks in JOINED}
+
+
+@pytest.mark.parametrize("num_ranks", JOINED, ids=["one rank", "two", "three, accumulated"])
 def test_steps_equal_a_plain_process_on_the_joined_batch(
-    num_ranks: int, overrides: list[str]
+    num_ranks: int, of_ranks: dict[int, Any]
 ) -> None:
-    results = run_ranks(num_ranks, train, "fp64", overrides)
-    expected = reference(make_config("fp64", overrides))
+    results = [of_rank["joined"] for of_rank in of_ranks[num_ranks]]
+    expected = reference(make_config("fp64", JOINED[num_ranks]))
     for parameters, averages, _ in results:
         for found, wanted in zip((parameters, averages), expected, strict=True):
             for one, other in zip(found, wanted, strict=True):
@@ -311,19 +332,14 @@ def test_steps_equal_a_plain_process_on_the_joined_batch(
     assert shares[0] == -1 and np.all((shares[1:] > 0) & (shares[1:] < 1 + 1e-9))
 
 
-FSDP = "parallel.strategy=fsdp"
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [[FSDP], [FSDP, "consistency.teacher=segmentor"], ["mode=semi_supervised"]],
-    ids=["ema", "segmentor", "adversary"],
-)
-def test_fsdp_shards_the_teacher_and_an_adversary_may_stand_beside_it(overrides: list[str]) -> None:
+@pytest.mark.parametrize("name", BESIDE)
+def test_fsdp_shards_the_teacher_and_an_adversary_may_stand_beside_it(
+    name: str, of_ranks: dict[int, Any]
+) -> None:
     """Two ranks against one of DDP; with a discriminator, its terms are there too."""
-    alone = run_ranks(1, train, "fp64", [each for each in overrides if each != FSDP])[0]
-    for found in run_ranks(2, train, "fp64", overrides):
-        for ours, theirs in zip(found[:2], alone[:2], strict=True):
+    alone = of_ranks[1][0][name]
+    for of_rank in of_ranks[2]:
+        for ours, theirs in zip(of_rank[name][:2], alone[:2], strict=True):
             for one, other in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-11)
 

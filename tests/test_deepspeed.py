@@ -30,7 +30,7 @@ from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
-from tests import test_engine, test_engine_terms
+from tests import test_engine, test_engine_terms, tiny
 from tests.ranks import Program, environments, run_ranks
 from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networks
 from tests.test_train import finish, small, start
@@ -82,7 +82,7 @@ def one_step(pair: Pair, config: Config, ranks: Ranks, step: int) -> dict[str, d
     training_step(
         pair,
         phase(step, config),
-        Images(*(part[share] for part in make_batch(step, torch.float32, 48))),
+        Images(*(part[share] for part in make_batch(step, torch.float32))),
     )
     return {
         name: {k: float(v) for k, v in it.step(1.0).items()}
@@ -411,6 +411,7 @@ def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(
     toy_shards: Path, tmp_path: Path
 ) -> None:
     settings = [
+        *tiny.OVERRIDES,
         *deepspeed(2),
         "ema_decay=0.9",
         "segmentor.batch_norm=synchronised",
@@ -437,7 +438,7 @@ def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(
 def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    finish(start(2, toy_shards, tmp_path, *deepspeed(3), "ema_decay=0"))
+    finish(start(2, toy_shards, tmp_path, *tiny.OVERRIDES, *deepspeed(3), "ema_decay=0"))
     assert main(["evaluate", str(tmp_path), "device=cpu"]) == 0  # in plain torch, on one rank
     scores = json.loads((tmp_path / "evaluation.json").read_text())
     again = json.loads(next(tmp_path.glob("evaluation-step-00000012*")).read_text())
@@ -447,7 +448,7 @@ def test_a_split_network_is_evaluated_as_the_one_of_its_checkpoint(
 @needs_deepspeed
 def test_one_process_needs_no_launcher(toy_shards: Path, tmp_path: Path) -> None:
     """DeepSpeed reads LOCAL_RANK, at stage 3 in every forward."""
-    settings = [*deepspeed(3), "ema_decay=0", "steps=1"]
+    settings = [*tiny.OVERRIDES, *deepspeed(3), "ema_decay=0", "steps=1"]
     finish(start(1, toy_shards, tmp_path / "alone", *settings))
     (variables,) = environments(1)
     finish(Program(["train", *small(toy_shards, tmp_path / "launched", *settings)], variables))

@@ -26,6 +26,7 @@ from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
 
 BATCH, STEPS, SIZE = 6, 4, 48
+RESOLUTIONS = ["output", "image"]
 SEMI = [
     "mode=semi_supervised",
     "semi.weight=0.6",
@@ -51,6 +52,8 @@ CASES: dict[str, list[str]] = {
         "loss.adv_form=saturating",
         "loss.map_resolution=image",
         "discriminator.options.head=patch",
+        # else it works at four times this resolution
+        "discriminator.options.image_pool=false",
         "loss.adv_warmup_steps=4",
     ],
 }
@@ -253,8 +256,25 @@ def reference_losses(
     return s_loss, d_loss
 
 
-def train_all(ranks: Ranks) -> list[Any]:
-    return [train(ranks, overrides) for overrides in CASES.values()]
+def run_one(ranks: Ranks) -> dict[str, Any]:
+    return {
+        "whole": [train(ranks, overrides) for overrides in CASES.values()],
+        "in parts": train_in_parts(ranks, 3),
+        "masked": train(ranks, CASES["semi, a score per cell"], 3),
+        "norms": [judges_norm(ranks, terms) for terms in ([], [Trusted()])],
+        "cells": {resolution: mean_of_cells(ranks, resolution) for resolution in RESOLUTIONS},
+    }
+
+
+def run_three(ranks: Ranks) -> dict[str, Any]:
+    whole = [train(ranks, overrides) for overrides in CASES.values()]
+    return {"whole": whole, "in parts": train_in_parts(ranks, 2)}
+
+
+@pytest.fixture(scope="module")
+def of_ranks() -> dict[int, list[dict[str, Any]]]:
+    """What all tests look at: starting ranks takes longer than what they do for one."""
+    return {1: run_ranks(1, run_one), 3: run_ranks(3, run_three)}
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +285,10 @@ def references() -> list[Any]:
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_steps_equal_the_formulas_on_the_joined_batch(
-    num_ranks: int, references: list[Any]
+    num_ranks: int, of_ranks: dict[int, Any], references: list[Any]
 ) -> None:
-    for of_rank in run_ranks(num_ranks, train_all):
-        for case, got, expected in zip(CASES, of_rank, references, strict=True):
+    for of_rank in of_ranks[num_ranks]:
+        for case, got, expected in zip(CASES, of_rank["whole"], references, strict=True):
             check_equal(case, got, expected)
 
 
@@ -285,20 +305,18 @@ def train_in_parts(ranks: Ranks, num_parts: int) -> list[Any]:
     return [train(ranks, overrides, num_parts) for overrides in IN_PARTS]
 
 
-@pytest.mark.parametrize(("num_ranks", "num_parts"), [(1, 3), (3, 2)])
-def test_images_taken_in_parts_give_the_same_steps(num_ranks: int, num_parts: int) -> None:
+def test_images_taken_in_parts_give_the_same_steps(of_ranks: dict[int, Any]) -> None:
+    """Three parts on one rank, two on each of three."""
     expected = [reference(overrides) for overrides in IN_PARTS]
-    for of_rank in run_ranks(num_ranks, train_in_parts, num_parts):
-        for got, wanted in zip(of_rank, expected, strict=True):
+    for of_rank in (*of_ranks[1], *of_ranks[3]):
+        for got, wanted in zip(of_rank["in parts"], expected, strict=True):
             check_equal("in parts", got, wanted)
 
 
-def train_masked(ranks: Ranks) -> tuple[dict, dict]:
-    return train(ranks, CASES["semi, a score per cell"], 3)
-
-
-def test_the_masked_term_is_the_mean_over_the_micro_batches_of_their_means() -> None:
-    (got,) = run_ranks(1, train_masked)
+def test_the_masked_term_is_the_mean_over_the_micro_batches_of_their_means(
+    of_ranks: dict[int, Any],
+) -> None:
+    got = of_ranks[1][0]["masked"]
     check_equal("masked", got, reference(CASES["semi, a score per cell"], 3))
 
 
@@ -330,8 +348,8 @@ def judges_norm(ranks: Ranks, terms: list[Term]) -> float:
     return float(pair.discriminator.step(1.0)["grad_norm"])  # type: ignore[union-attr]
 
 
-def test_a_term_of_ones_own_does_not_train_the_discriminator() -> None:
-    (alone,), (beside,) = run_ranks(1, judges_norm, []), run_ranks(1, judges_norm, [Trusted()])
+def test_a_term_of_ones_own_does_not_train_the_discriminator(of_ranks: dict[int, Any]) -> None:
+    alone, beside = of_ranks[1][0]["norms"]
     assert alone == beside > 0
 
 
@@ -364,7 +382,9 @@ def mean_of_cells(ranks: Ranks, resolution: str) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("resolution", ["output", "image"])
-def test_label_maps_have_one_size_in_all_steps_of_a_run(resolution: str) -> None:
-    (values,) = run_ranks(1, mean_of_cells, resolution)
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_label_maps_have_one_size_in_all_steps_of_a_run(
+    resolution: str, of_ranks: dict[int, Any]
+) -> None:
+    values = of_ranks[1][0]["cells"][resolution]
     assert values == pytest.approx([1.0, 1.0])

@@ -5,7 +5,8 @@ of.
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,33 @@ from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
-from tests import test_engine, test_engine_terms
+from tests import test_engine, test_engine_terms, tiny
 from tests.ranks import run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, make_batch, make_config, make_networks
 from tests.test_train import curve, finish, kill_after_checkpoint, start
 
 FSDP = ("parallel.strategy=fsdp",)
 HYBRID = (*FSDP, "parallel.shard_size=2")
+# of how many ranks which runs are looked at
+OF_RANKS = {
+    1: ["steps", "synchronised", "average"],
+    2: ["steps", "bad batch", "synchronised", "ddp", "spoiled", "half", "average", "large"],
+    3: ["terms", "norms"],
+    4: ["steps", "spoiled", "average", "differences"],
+}
+OfRanks = dict[int, list[dict[str, Any]]]
 STEPS = [case for case in test_engine.CASES if case[2] == "two_branch"]
 TERMS = ["semi, a score per cell", "semi, blocks"]
 
 
+def with_blocks(num_parameters: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), while layers of so many parameters are gathered by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp, "BLOCK_PARAMETERS", num_parameters)
+        return function(*arguments)
+
+
 def train_steps(ranks: Ranks, overrides: tuple[str, ...]) -> list[Any]:
-    # on one rank nothing but the whole, on more each layer by itself
-    fsdp.BLOCK_PARAMETERS = ranks.world_size - 1
     return [test_engine.train(ranks, case, overrides) for case in STEPS]
 
 
@@ -48,43 +62,42 @@ def references() -> list[Any]:
     return [test_engine.reference(*case) for case in STEPS]
 
 
-@pytest.mark.parametrize(("num_ranks", "overrides"), [(1, FSDP), (2, FSDP), (4, HYBRID)])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_six_steps_equal_the_reference(
-    num_ranks: int, overrides: tuple[str, ...], references: list[Any]
+    num_ranks: int, of_ranks: OfRanks, references: list[Any]
 ) -> None:
-    for of_rank in run_ranks(num_ranks, train_steps, overrides):
-        for case, got, expected in zip(STEPS, of_rank, references, strict=True):
+    for of_rank in of_ranks[num_ranks]:
+        for case, got, expected in zip(STEPS, of_rank["steps"], references, strict=True):
             test_engine.check_equal(case, got, expected)
 
 
 def train_terms(ranks: Ranks) -> list[Any]:
-    fsdp.BLOCK_PARAMETERS = 10_000
     whole = [
         test_engine_terms.train(ranks, [*test_engine_terms.CASES[name], *FSDP]) for name in TERMS
     ]
     return [*whole, test_engine_terms.train(ranks, [*test_engine_terms.IN_PARTS[0], *FSDP], 2)]
 
 
-def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas() -> None:
+def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas(of_ranks: OfRanks) -> None:
     """Three ranks, by which few parameters can be divided.
 
     The last one's images are void, its mask is empty.
     """
     cases = [*(test_engine_terms.CASES[name] for name in TERMS), test_engine_terms.IN_PARTS[0]]
     expected = [test_engine_terms.reference(case) for case in cases]
-    for of_rank in run_ranks(3, train_terms):
-        for case, got, wanted in zip(cases, of_rank, expected, strict=True):
+    for of_rank in of_ranks[3]:
+        for case, got, wanted in zip(cases, of_rank["terms"], expected, strict=True):
             test_engine_terms.check_equal(str(case), got, wanted)
 
 
-def test_a_bad_batch_on_one_rank_is_left_out_by_all() -> None:
-    test_engine.check_bad_batch(run_ranks(2, test_engine.bad_batch_on_one_rank, FSDP))
+def test_a_bad_batch_on_one_rank_is_left_out_by_all(of_ranks: OfRanks) -> None:
+    test_engine.check_bad_batch([of_rank["bad batch"] for of_rank in of_ranks[2]])
 
 
-def test_synchronised_batch_norm_is_that_of_one_rank() -> None:
-    (one,) = run_ranks(1, test_engine.train_synchronised)
-    for of_rank in run_ranks(2, test_engine.train_synchronised, FSDP):
-        assert max(abs(of_rank[name] - one[name]).max() for name in one) < 1e-12
+def test_synchronised_batch_norm_is_that_of_one_rank(of_ranks: OfRanks) -> None:
+    one = of_ranks[1][0]["synchronised"]
+    for of_rank in of_ranks[2]:
+        assert max(abs(of_rank["synchronised"][name] - one[name]).max() for name in one) < 1e-12
 
 
 def make_pair(ranks: Ranks, overrides: tuple[str, ...]) -> Any:
@@ -102,7 +115,7 @@ def gradients(ranks: Ranks, pair: Any, config: Any, step: int) -> None:
     share = slice(
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
-    image, label = (part[share] for part in make_batch(step, torch.float64, 48))
+    image, label = (part[share] for part in make_batch(step, torch.float64))
     training_step(pair, phase(step, config), Images(image, label))
 
 
@@ -147,20 +160,15 @@ def spoil_each(ranks: Ranks, overrides: tuple[str, ...]) -> dict[str, list[Any]]
     }
 
 
-@cache  # two tests look at them
-def spoiled_runs(num_ranks: int, overrides: tuple[str, ...]) -> list[dict[str, list[Any]]]:
-    return run_ranks(num_ranks, spoil_each, overrides)
-
-
-@pytest.mark.parametrize(("num_ranks", "overrides"), [(2, ()), (2, FSDP), (4, HYBRID)])
+@pytest.mark.parametrize(("num_ranks", "name"), [(2, "ddp"), (2, "spoiled"), (4, "spoiled")])
 @pytest.mark.parametrize("spoiled", ["segmentor", "discriminator"])
 def test_an_infinity_on_one_rank_skips_that_network_on_all(
-    num_ranks: int, overrides: tuple[str, ...], spoiled: str
+    num_ranks: int, name: str, spoiled: str, of_ranks: OfRanks
 ) -> None:
-    of_ranks = [found[spoiled] for found in spoiled_runs(num_ranks, overrides)]
-    good = spoiled_runs(num_ranks, overrides)[0][""]
+    histories = [of_rank[name][spoiled] for of_rank in of_ranks[num_ranks]]
+    good = of_ranks[num_ranks][0][name][""]
     (other,) = {"segmentor", "discriminator"} - {spoiled}
-    for history in of_ranks:
+    for history in histories:
         metrics = [metrics for metrics, _ in history]
         assert [(m[spoiled]["skips"], m[spoiled]["skips_in_a_row"]) for m in metrics] == [
             (0, 0),
@@ -169,7 +177,7 @@ def test_an_infinity_on_one_rank_skips_that_network_on_all(
         ]
         assert [m[other]["skips"] for m in metrics] == [0, 0, 0]
         assert (
-            metrics == [metrics for metrics, _ in of_ranks[0]]
+            metrics == [metrics for metrics, _ in histories[0]]
             or metrics[1][spoiled]["grad_norm"] == np.inf
         )
         before, after = history[0][1], history[1][1]
@@ -180,11 +188,12 @@ def test_an_infinity_on_one_rank_skips_that_network_on_all(
         assert any((before[other][name] != after[other][name]).any() for name in before[other])
 
 
-def test_norms_are_those_of_the_whole_gradient() -> None:
-    ddp = spoiled_runs(2, ())[0][""]
-    for num_ranks, overrides in ((2, FSDP), (3, FSDP), (4, HYBRID)):
-        for found in spoiled_runs(num_ranks, overrides):
-            for (got, _), (expected, _) in zip(found[""], ddp, strict=True):
+def test_norms_are_those_of_the_whole_gradient(of_ranks: OfRanks) -> None:
+    ddp = of_ranks[2][0]["ddp"][""]
+    for num_ranks in (2, 3, 4):
+        for of_rank in of_ranks[num_ranks]:
+            found = of_rank["norms" if num_ranks == 3 else "spoiled"][""]
+            for (got, _), (expected, _) in zip(found, ddp, strict=True):
                 for name in ("segmentor", "discriminator"):
                     assert got[name]["grad_norm"] == pytest.approx(
                         expected[name]["grad_norm"], rel=1e-9
@@ -210,7 +219,7 @@ def train_in_half(ranks: Ranks) -> list[Any]:
             ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
         )
         for step in range(6):
-            image, label = (part[share] for part in make_batch(step, torch.float32, 48))
+            image, label = (part[share] for part in make_batch(step, torch.float32))
             training_step(pair, phase(step, config), Images(image, label))
             said = [learner.step(1.0) for learner in learners]
             counts += [(float(of_it["loss_scale"]), float(of_it["skips"])) for of_it in said]
@@ -218,8 +227,9 @@ def train_in_half(ranks: Ranks) -> list[Any]:
     return found
 
 
-def test_fp16_has_the_loss_scales_and_the_steps_of_ddp() -> None:
-    for (ddp_counts, ddp_networks), (counts, networks) in run_ranks(2, train_in_half):
+def test_fp16_has_the_loss_scales_and_the_steps_of_ddp(of_ranks: OfRanks) -> None:
+    for of_rank in of_ranks[2]:
+        (ddp_counts, ddp_networks), (counts, networks) = of_rank["half"]
         assert counts == ddp_counts and any(skips == 0 for _, skips in counts[-2:])
         for mine, theirs in zip(networks, ddp_networks, strict=True):
             assert max(abs(mine[name] - theirs[name]).max() for name in theirs) <= 1e-5
@@ -244,10 +254,11 @@ def average(ranks: Ranks, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
     return [*seen, {"held": np.array(size)}]
 
 
-def test_the_moving_average_is_that_of_ddp_from_shards() -> None:
-    (expected,) = run_ranks(1, average, ())
-    for num_ranks, overrides in ((2, FSDP), (4, HYBRID)):
-        for got in run_ranks(num_ranks, average, overrides):
+def test_the_moving_average_is_that_of_ddp_from_shards(of_ranks: OfRanks) -> None:
+    expected = of_ranks[1][0]["average"]
+    for num_ranks in (2, 4):
+        for of_rank in of_ranks[num_ranks]:
+            got = of_rank["average"]
             for mine, theirs in zip(got[:-1], expected[:-1], strict=True):
                 assert max(abs(mine[name] - theirs[name]).max() for name in theirs) < 1e-12
             assert got[-1]["held"] == expected[-1]["held"] / 2  # every dimension is even
@@ -264,10 +275,11 @@ def find_difference(ranks: Ranks, overrides: tuple[str, ...], wrong: int) -> str
     return ""
 
 
-def test_replicas_that_hold_different_shards_are_found() -> None:
-    for text in run_ranks(4, find_difference, HYBRID, 3):
-        assert "the discriminator of rank 3 differs" in text
-    assert run_ranks(4, find_difference, HYBRID, -1) == [""] * 4
+def test_replicas_that_hold_different_shards_are_found(of_ranks: OfRanks) -> None:
+    for of_rank in of_ranks[4]:
+        different, same = of_rank["differences"]
+        assert "the discriminator of rank 3 differs" in different
+        assert same == ""
 
 
 def run_large(ranks: Ranks) -> list[float]:
@@ -275,13 +287,12 @@ def run_large(ranks: Ranks) -> list[float]:
 
     How far from the plain network, all in all.
     """
-    fsdp.BLOCK_PARAMETERS = 20_000
     config = make_config("fp64", "simultaneous", "adversarial", FSDP)
     judge: dict[str, Any] = {"width": 0.5, "head": "patch"}
     networks: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
     torch.manual_seed(1)
-    image = torch.rand(2, 3, 64, 64, dtype=torch.float64)
-    maps = torch.rand(2, NUM_CLASSES, 16, 16, dtype=torch.float64).softmax(1).requires_grad_()
+    image = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    maps = torch.rand(2, NUM_CLASSES, 8, 8, dtype=torch.float64).softmax(1).requires_grad_()
     for name in ("deeplabv3plus_efficientnet_lite0", "multiscale"):
         networks.append((build_segmentor(name, NUM_CLASSES, init="random"), (image,)))
     networks.append(
@@ -312,9 +323,39 @@ def run_large(ranks: Ranks) -> list[float]:
     return far
 
 
-def test_layers_gathered_one_at_a_time_give_the_plain_networks_gradients() -> None:
-    for far in run_ranks(2, run_large):
-        assert max(far) < 1e-12
+def test_layers_gathered_one_at_a_time_give_the_plain_networks_gradients(
+    of_ranks: OfRanks,
+) -> None:
+    for of_rank in of_ranks[2]:
+        assert max(of_rank["large"]) < 1e-12
+
+
+def run_all(ranks: Ranks) -> dict[str, Any]:
+    """All that the tests look at, of one number of ranks."""
+    n = ranks.world_size
+    overrides = HYBRID if n == 4 else FSDP
+    runs: dict[str, Callable[[], Any]] = {
+        # on one rank nothing but the whole, on more each layer by itself
+        "steps": partial(with_blocks, n - 1, train_steps, ranks, overrides),
+        "terms": partial(with_blocks, 10_000, train_terms, ranks),
+        "bad batch": partial(test_engine.bad_batch_on_one_rank, ranks, overrides),
+        # of one rank: torch's own batch norm, and the average of a plain network
+        "synchronised": partial(test_engine.train_synchronised, ranks, FSDP if n > 1 else ()),
+        "average": partial(average, ranks, overrides if n > 1 else ()),
+        "ddp": partial(spoil_each, ranks, ()),
+        "spoiled": partial(spoil_each, ranks, overrides),
+        "norms": lambda: {"": spoil(ranks, overrides, "")},
+        "half": partial(train_in_half, ranks),
+        "large": partial(with_blocks, 20_000, run_large, ranks),
+        "differences": lambda: [find_difference(ranks, HYBRID, wrong) for wrong in (3, -1)],
+    }
+    return {name: runs[name]() for name in OF_RANKS[n]}
+
+
+@pytest.fixture(scope="module")
+def of_ranks() -> OfRanks:
+    """Starting ranks takes longer than what they do for one test."""
+    return {num_ranks: run_ranks(num_ranks, run_all) for num_ranks in OF_RANKS}
 
 
 def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
@@ -327,7 +368,8 @@ def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
 def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    settings = ["parallel.strategy=fsdp", "segmentor.batch_norm=synchronised"]
+    usual = [*tiny.OVERRIDES, "segmentor.batch_norm=synchronised"]
+    settings = ["parallel.strategy=fsdp", *usual]
     finish(start(2, toy_shards, tmp_path / "whole", *settings))
     kill_after_checkpoint(
         start(2, toy_shards, tmp_path / "killed", *settings), tmp_path / "killed", "step-00000003"
@@ -348,7 +390,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
     # a sum of floats: one rank's order is not that of two
     losses = [of_run.pop("val/loss") for of_run in scores]
     assert scores[0] == scores[1] and losses[0] == pytest.approx(losses[1], rel=1e-9)
-    finish(start(1, toy_shards, tmp_path / "ddp", "segmentor.batch_norm=synchronised"))
+    finish(start(1, toy_shards, tmp_path / "ddp", *usual))
     for name, value in curve(tmp_path / "ddp")[-1][1].items():
         assert curve(tmp_path / "whole")[-1][1][name] == pytest.approx(value, rel=0.02, abs=0.01), (
             name

@@ -353,19 +353,46 @@ def reference(overrides: list[str]) -> dict[str, Any]:
     return {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_terms_are_means_over_the_joined_batch(num_ranks: int) -> None:
+def run_one(ranks: Ranks) -> tuple[Any, Any]:
+    return train_all(ranks), train_all(ranks, 3)
+
+
+def run_three(ranks: Ranks) -> tuple[Any, Any]:
+    return train_all(ranks), divided(ranks)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list[Any]:
+    return run_ranks(1, run_one)
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> list[Any]:
+    return run_ranks(3, run_three)
+
+
+@pytest.fixture(scope="module")
+def references() -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    expected = [reference(case) for case in CASES.values()]
-    for of_rank in run_ranks(num_ranks, train_all):
-        for case, got, wanted in zip(CASES, of_rank, expected, strict=True):
+    return [reference(case) for case in CASES.values()]
+
+
+def test_terms_are_means_over_the_joined_batch(
+    one_rank: list[Any], three_ranks: list[Any], references: list[Any]
+) -> None:
+    for of_rank, _ in (*one_rank, *three_ranks):
+        for case, got, wanted in zip(CASES, of_rank, references, strict=True):
             worst = max(abs(got[name] - wanted[name]).max() for name in wanted)
             assert worst < 1e-12, f"{case} differs by {worst}"
 
 
-def test_terms_with_gradient_accumulation_are_the_same_means() -> None:
-    expected = [reference(case) for name, case in CASES.items() if "hard" not in name]
-    (got,) = run_ranks(1, train_all, 3)
+def test_terms_with_gradient_accumulation_are_the_same_means(
+    one_rank: list[Any], references: list[Any]
+) -> None:
+    expected = [
+        of_case for name, of_case in zip(CASES, references, strict=True) if "hard" not in name
+    ]
+    ((_, got),) = one_rank
     for mine, wanted in zip(got, expected, strict=True):
         assert max(abs(mine[name] - wanted[name]).max() for name in wanted) < 1e-12
 
@@ -546,23 +573,24 @@ def test_unknown_terms_and_options_are_refused_by_name() -> None:
         build_term("dice", config.loss.terms["dice"])
 
 
-def divided(ranks: Ranks, of_rank_1: list[float]) -> list[float]:
+def divided(ranks: Ranks) -> list[float]:
+    """A term of 20 pixels on every rank but the last, over all ranks' counts."""
     logits, label = make()
     seen = Predicted(torch.zeros(3, 3, 8, 8), Targets.at(label, (2, 2)), logits.detach())
     values = []
-    for count in of_rank_1:
-        own = count if ranks.rank else 20.0
+    for count in (math.nan, -1.0, math.inf, 0.0, 20.0):
+        own = count if ranks.rank == ranks.world_size - 1 else 20.0
         term = FunctionTerm(lambda logits, label, own=own: (logits.sum(), own), "mine")
         of_step = Counts.over_ranks(Objective((term,), Judging()), {"labelled": seen.targets}, 1)
         values.append(float(term_mean(term, seen, of_step)[0] / seen.full_logits.sum()))
     return values
 
 
-def test_a_count_that_is_none_on_one_rank_is_nan_on_all() -> None:
-    for found in run_ranks(2, divided, [math.nan, -1.0, math.inf, 0.0, 20.0]):
+def test_a_count_that_is_none_on_one_rank_is_nan_on_all(three_ranks: list[Any]) -> None:
+    for _, found in three_ranks:
         assert all(math.isnan(value) for value in found[:3])
-        # 2 ranks, whose gradients are averaged
-        assert found[3:] == pytest.approx([2 / 20, 2 / 40])
+        # 3 ranks, whose gradients are averaged
+        assert found[3:] == pytest.approx([3 / 40, 3 / 60])
 
 
 def test_a_run_that_is_not_finite_any_more_ends_with_an_error() -> None:

@@ -26,6 +26,9 @@ SETTINGS["segmentor"]["options"]["hidden"] = 8  # type: ignore[index]
 
 # of distseg.models.vgg, with few channels but where heads take them: the same operations
 NARROW_VGG = (8, 8, "P", 8, 8, "P", 8, 8, 256, "P", 8, 8, 512, "P", 8, 8, 16, "P")
+# for runs of tests/test_train.py that are not about networks or pictures
+OVERRIDES = ["segmentor=multiscale", "segmentor.options.norm=batch", "segmentor.options.hidden=16"]
+OVERRIDES += ["data.crop_px=32", "evaluate.num_pictures=0"]
 
 
 def contents(folder: Path, pattern: str = "*.safetensors") -> dict[str, bytes]:
