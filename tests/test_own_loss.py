@@ -15,8 +15,7 @@ from distseg.models import build_discriminator, build_segmentor
 from distseg.train.objective import build_objective, build_term, check_terms
 from shards import user_code
 from shards.errors import InputError
-from tests.ranks import TIMEOUT_SECONDS, Job
-from tests.test_train import SMALL, checkpoint_bytes, curve, kill_after_checkpoint
+from tests.test_train import checkpoint_bytes, curve, finish, kill_after_checkpoint, start
 
 FOCAL = f"{Path(__file__).parent.parent}/examples/own_loss.py:focal"
 
@@ -41,19 +40,12 @@ def test_it_is_the_papers_formula_and_void_counts_nothing() -> None:
 
 
 def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
-    def arguments(name: str) -> list[str]:
-        term = [f"loss.terms.focal.use={FOCAL}", "loss.terms.focal.weight=0.5"]
-        term += ["loss.terms.focal.options.gamma=1"]
-        return ["train", *SMALL, *term, f"data.shards={toy_shards}", f"run_dir={tmp_path / name}"]
-
-    def finish(name: str) -> None:
-        job = Job(2, arguments(name))
-        output, _ = job.communicate(TIMEOUT_SECONDS)
-        assert job.returncode == 0, output
-
-    finish("whole")
-    kill_after_checkpoint(Job(2, arguments("killed")), tmp_path / "killed", "step-00000006")
-    finish("killed")
+    term = [f"loss.terms.focal.use={FOCAL}", "loss.terms.focal.weight=0.5"]
+    term += ["loss.terms.focal.options.gamma=1"]
+    finish(start(2, toy_shards, tmp_path / "whole", *term))
+    killed = tmp_path / "killed"
+    kill_after_checkpoint(start(2, toy_shards, killed, *term), killed, "step-00000006")
+    finish(start(2, toy_shards, killed, *term))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert all(
