@@ -138,7 +138,7 @@ def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
     other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "horizontal_flip": True}))
     assert main(["summarize", str(other), "--format", "latex"]) == 0
     assert r"& 1 & $90.0$ \\" in capsys.readouterr().out
-    assert main(["summarize", *map(str, runs)]) == 0
+    assert main(["summarize", *map(str, runs[:3])]) == 0
     assert "72.0 ± 2.0" in capsys.readouterr().out
 
 
@@ -157,10 +157,10 @@ def test_a_file_that_calls_the_flip_by_its_old_name_compares(runs: list[Path]) -
 def test_different_numbers_of_steps_are_allowed_and_said(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["summarize", *map(str, runs)]) == 0
+    assert main(["summarize", *map(str, runs[:2])]) == 0
     assert "steps" not in capsys.readouterr().err
     shorter = finished(tmp_path / "shorter", 0.6, "mode=supervised", "seed=3", step=600)
-    assert main(["summarize", *map(str, runs), str(shorter)]) == 0
+    assert main(["summarize", *map(str, runs[:2]), str(shorter)]) == 0
     note = f"different numbers of steps: 600 ({shorter}/evaluation.json), "
     note += f"900 ({runs[0]}/evaluation.json)"
     assert note in capsys.readouterr().err
