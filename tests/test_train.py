@@ -45,13 +45,11 @@ from tests.ranks import (
 )
 
 ROOT = Path(__file__).parent.parent
-# Dropout and batch norm: what a run that goes on has to have again
 SMALL = [
     "segmentor=multiscale",
     "segmentor.init=random",
     "segmentor.options.norm=batch",
     "segmentor.options.hidden=16",
-    "segmentor.options.dropout=0.1",
     "data.crop_px=48",
     "batch_size=4",
     "steps=12",
@@ -69,6 +67,8 @@ SMALL += [
     "evaluate.every_steps=6",
     "precision=fp32",
 ]
+# random numbers of each step and rank, which a run that goes on has to draw again
+DROPOUT = "segmentor.options.dropout=0.1"
 
 
 def small(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
@@ -139,7 +139,9 @@ def uninterrupted(toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Finished runs on one and on two ranks."""
     runs = {n: tmp_path_factory.mktemp("uninterrupted") / f"ranks{n}" for n in (1, 2)}
     for num_ranks, run_dir in runs.items():
-        finish(start(num_ranks, toy_shards, run_dir, how=whole if num_ranks == 2 else bare))
+        finish(
+            start(num_ranks, toy_shards, run_dir, DROPOUT, how=whole if num_ranks == 2 else bare)
+        )
     return runs
 
 
@@ -149,9 +151,9 @@ def test_a_killed_run_resumes_to_the_same_bits(
     run_dir = tmp_path / "killed"
     # after the second, most likely in the evaluation
     for kill_after in ("step-00000003", "step-00000006"):
-        kill_after_checkpoint(start(2, toy_shards, run_dir), run_dir, kill_after)
+        kill_after_checkpoint(start(2, toy_shards, run_dir, DROPOUT), run_dir, kill_after)
         assert not (run_dir / "checkpoints" / "step-00000012").exists()
-    assert "resumed at step" in finish(start(2, toy_shards, run_dir, how=whole))
+    assert "resumed at step" in finish(start(2, toy_shards, run_dir, DROPOUT, how=whole))
     # every byte of checkpoints, scores, tables and pictures, each step once, with the same losses
     assert differences(run_dir, uninterrupted[2]) == []
 
@@ -161,7 +163,7 @@ def test_torchrun_brings_a_run_back_that_lost_a_rank(
 ) -> None:
     run_dir = tmp_path / "run"
     timeout = f"parallel.timeout_seconds={20 * PATIENCE}"
-    process = Program(["train", *small(toy_shards, run_dir, timeout)], how=restarting)
+    process = Program(["train", *small(toy_shards, run_dir, DROPOUT, timeout)], how=restarting)
     wait_for(run_dir / "checkpoints" / "step-00000003", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     _, rank_1 = map(int, children.split())  # in the order in which they were started
@@ -175,7 +177,7 @@ def test_two_launchers_of_one_rank_are_a_launcher_of_two(
 ) -> None:
     """As on two machines, by hand; nothing of it is forked."""
     where = ["--nnodes=2", "--nproc_per_node=1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-    arguments = small(toy_shards, tmp_path / "run")
+    arguments = small(toy_shards, tmp_path / "run", DROPOUT)
     machines = [launch([*where, f"--node_rank={number}"], arguments) for number in range(2)]
     assert "step" in finish(machines[0])
     finish(machines[1])
@@ -209,8 +211,8 @@ def test_a_run_of_two_ranks_goes_on_alike_on_any_other_number(
         "checkpoint.every_steps=2",
     ]
     overrides += ["evaluate.every_steps=0", "segmentor.batch_norm=synchronised"]
-    # No dropout, which is another on each rank, nor AdamW, which makes much of fp32's rounding
-    overrides += ["segmentor.options.dropout=0", "data.crop_px=32"]
+    # Not AdamW, which makes much of fp32's rounding
+    overrides += ["data.crop_px=32"]
     overrides += [
         f"{network}_optimizer.{key}"
         for network in ("segmentor", "discriminator")
@@ -252,9 +254,9 @@ def test_a_run_of_a_version_with_other_names_of_keys_goes_on(
     old = old.replace("gradient_accumulation_steps", "accumulate_steps")
     assert old.count("mirror: ") == 2 and "\naccumulate_steps: 1\n" in old
     path.write_text(old)
-    other = finish(start(1, toy_shards, run_dir, "accumulate_steps=2"), expected_code=2)
+    other = finish(start(1, toy_shards, run_dir, DROPOUT, "accumulate_steps=2"), expected_code=2)
     assert "gradient_accumulation_steps: 1 there, 2 now" in other
-    output = finish(start(1, toy_shards, run_dir, "data.mirror=true"))
+    output = finish(start(1, toy_shards, run_dir, DROPOUT, "data.mirror=true"))
     assert "resumed at step" in output and path.read_text() == present
     assert output.count("note: data.mirror is now called data.horizontal_flip") == 1
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])
@@ -271,7 +273,7 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up(
     (run_dir / "metrics.jsonl").write_text("".join(lines[:-1]))
     for left_later in ("evaluation.json", "checkpoints/best.json"):
         (run_dir / left_later).unlink()
-    finish(start(1, toy_shards, run_dir))
+    finish(start(1, toy_shards, run_dir, DROPOUT))
     assert curve(run_dir) == curve(uninterrupted[1])
     assert (run_dir / "evaluation.json").read_text() == (
         uninterrupted[1] / "evaluation.json"
@@ -438,7 +440,7 @@ def test_each_signal_saves_at_the_step_and_the_same_command_goes_on(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir, step = tmp_path / "signalled", 0
-    every = ["checkpoint.every_steps=1", "checkpoint.keep_last=12"]
+    every = [DROPOUT, "checkpoint.every_steps=1", "checkpoint.keep_last=12"]
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         process = start(1, toy_shards, run_dir, *every)
         wait_for(run_dir / "checkpoints" / f"step-{step + 1:08d}", process)
@@ -535,7 +537,7 @@ def test_a_run_directory_of_another_configuration_is_left_alone(
 ) -> None:
     run_dir = uninterrupted[1]
     before = checkpoint_bytes(run_dir)
-    output = finish(start(1, toy_shards, run_dir, "loss.adv_weight=0.5"), expected_code=2)
+    output = finish(start(1, toy_shards, run_dir, DROPOUT, "loss.adv_weight=0.5"), expected_code=2)
     assert "loss.adv_weight: 0.05 there, 0.5 now" in output
     assert checkpoint_bytes(run_dir) == before
 
