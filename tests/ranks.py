@@ -13,14 +13,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Forked from one process that has imported torch, which takes longer than most of what is run here
 CONTEXT = multiprocessing.get_context("forkserver")
 # (torch._dynamo: what the first step of any optimizer would import; torch._inductor: what
-# DeepSpeed's first engine would)
+# DeepSpeed's first engine would; pytest: modules of tests do)
 PRELOADED = ["distseg.train.run", "distseg.train.showcase", "distseg.parallel.fsdp"]
-CONTEXT.set_forkserver_preload([*PRELOADED, "torch._dynamo", "torch._inductor.compile_fx"])
+CONTEXT.set_forkserver_preload(
+    [*PRELOADED, "torch._dynamo", "torch._inductor.compile_fx", "pytest"]
+)
 # How many times as long as on two idle cores everything may take, before a test gives it up as
 # hanging
 PATIENCE = float(os.environ.get("DISTSEG_TEST_PATIENCE", "1"))
@@ -67,17 +70,73 @@ def environments(num_ranks: int) -> list[dict[str, str]]:
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | common for rank in range(num_ranks)]
 
 
+def leave_out(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Runs of this process draw nothing, count no operations and do not measure the device: that
+    takes longer than a dozen small steps, and changes no bit of what is learned.
+    """
+    from distseg.train import assembly, run, showcase
+    from distseg.train.flops import StepWork
+
+    replace(showcase, "draw_scores", lambda *_: None)
+    replace(showcase.figures, "sample_panel", lambda *_: None)
+    replace(run, "StepWork", SimpleNamespace(of=lambda *_: StepWork(1.0)))
+    replace(assembly, "convolution_peak", lambda *_: 1.0)
+
+
+def whole(arguments: list[str]) -> int:
+    """The command as it is."""
+    from distseg.cli import main
+
+    return main(arguments)
+
+
+def bare(arguments: list[str]) -> int:
+    """The command without what is only looked at."""
+    leave_out()
+    return whole(arguments)
+
+
+def restarting(arguments: list[str]) -> int:
+    """What torchrun --standalone --nproc_per_node=2 --max-restarts=1 does, but for its ranks, which
+    are forked.
+    """
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=1,
+        start_method="fork",
+    )
+    elastic_launch(config, _rank_of_torchrun)(arguments)
+    return 0
+
+
+def _rank_of_torchrun(arguments: list[str]) -> None:
+    if code := whole(arguments):
+        sys.exit(code)
+
+
 class Program:
     """`distseg` with some arguments, as a subprocess.Popen whose process has imported torch
-    already.
+    already. how: it is run.
     """
 
-    def __init__(self, arguments: list[str], variables: dict[str, str] | None = None):
+    def __init__(
+        self,
+        arguments: list[str],
+        variables: dict[str, str] | None = None,
+        how: Callable[[list[str]], int] = whole,
+    ):
         descriptor, name = tempfile.mkstemp(prefix="output-of-a-program-")
         os.close(descriptor)
         self._output = Path(name)
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | (variables or {})
-        target = (arguments, dict(environment), sys.path, self._output)
+        target = (arguments, dict(environment), sys.path, self._output, how)
         self._process = CONTEXT.Process(target=_run_program, args=target)
         self._process.start()
 
@@ -112,9 +171,11 @@ class Program:
 class Job:
     """A Program on several ranks, as one Popen: it ends when all have, and badly when one has."""
 
-    def __init__(self, num_ranks: int, arguments: list[str]):
+    def __init__(
+        self, num_ranks: int, arguments: list[str], how: Callable[[list[str]], int] = whole
+    ):
         variables = environments(num_ranks) if num_ranks > 1 else [{}]
-        self.ranks = [Program(arguments, of_rank) for of_rank in variables]
+        self.ranks = [Program(arguments, of_rank, how) for of_rank in variables]
 
     @property
     def returncode(self) -> int | None:
@@ -137,11 +198,13 @@ class Job:
 
 
 def _run_program(
-    arguments: list[str], environment: dict[str, str], path: list[str], out: Path
+    arguments: list[str],
+    environment: dict[str, str],
+    path: list[str],
+    out: Path,
+    how: Callable[[list[str]], int],
 ) -> None:
     import torch
-
-    from distseg.cli import main
 
     gc.freeze()  # as below
     os.environ.clear()
@@ -151,7 +214,7 @@ def _run_program(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    sys.exit(main(arguments))
+    sys.exit(how(arguments))
 
 
 def _run_rank(

@@ -20,6 +20,7 @@ from distseg.tracking.catalogue import RATIO
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import open_tracker, read_metrics
 from distseg.tracking.verdicts import CHECKS, NAMED
+from tests.ranks import leave_out
 from tests.test_train import SEMI, SMALL
 
 RECORDED = Path(__file__).parent / "data" / "health"  # see its README
@@ -266,8 +267,12 @@ def test_bounds_leave_room_between_them() -> None:
 
 
 def test_a_toy_run_with_an_empty_mask_says_so_in_the_terminal_and_on_the_disk(
-    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    leave_out(monkeypatch.setattr)
     arguments = [
         *SMALL,
         *SEMI,

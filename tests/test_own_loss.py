@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,7 @@ from distseg.models import build_discriminator, build_segmentor
 from distseg.train.objective import build_objective, build_term, check_terms
 from shards import user_code
 from shards.errors import InputError
-from tests.ranks import TIMEOUT_SECONDS, Job
-from tests.test_train import SMALL, checkpoint_bytes, curve, kill_after_checkpoint
+from tests.test_train import checkpoint_bytes, curve, finish, start
 
 FOCAL = f"{Path(__file__).parent.parent}/examples/own_loss.py:focal"
 
@@ -40,20 +40,13 @@ def test_it_is_the_papers_formula_and_void_counts_nothing() -> None:
     assert focal(logits, label, gamma=0)[0].item() == pytest.approx(plain.item(), rel=1e-12)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
-    def arguments(name: str) -> list[str]:
-        term = [f"loss.terms.focal.use={FOCAL}", "loss.terms.focal.weight=0.5"]
-        term += ["loss.terms.focal.options.gamma=1"]
-        return ["train", *SMALL, *term, f"data.shards={toy_shards}", f"run_dir={tmp_path / name}"]
-
-    def finish(name: str) -> None:
-        job = Job(2, arguments(name))
-        output, _ = job.communicate(TIMEOUT_SECONDS)
-        assert job.returncode == 0, output
-
-    finish("whole")
-    kill_after_checkpoint(Job(2, arguments("killed")), tmp_path / "killed", "step-00000006")
-    finish("killed")
+def test_a_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
+    term = [f"loss.terms.focal.use={FOCAL}", "loss.terms.focal.weight=0.5"]
+    term += ["loss.terms.focal.options.gamma=1"]
+    finish(start(2, toy_shards, tmp_path / "whole", *term))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000012")
+    assert "resumed at step" in finish(start(2, toy_shards, tmp_path / "killed", *term))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     assert all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from shards.maps import write_maps
 from shards.pack import pack
 from shards.sample import STANFORD
 from tests.conftest import toy_samples
+from tests.ranks import leave_out
 from tests.tiny import SETTINGS
 from tests.tiny import contents as tensors
 
@@ -29,6 +31,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bare_runs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")

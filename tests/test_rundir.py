@@ -20,7 +20,7 @@ from distseg.runs import lock
 from distseg.runs.lock import HELD_FILE, LOCK_FILE, DirectoryLock, holder
 from distseg.runs.rundir import RunDirectory
 from shards.errors import InputError
-from tests.ranks import Program, run_ranks
+from tests.ranks import Program, bare, run_ranks
 from tests.test_train import wait_for
 from tests.tiny import SETTINGS, contents
 
@@ -169,7 +169,7 @@ def test_a_run_whose_directory_is_moved_ends_and_begins_no_second_half(
 ) -> None:
     path, moved = tmp_path / "run", tmp_path / "moved"
     keys = SETTINGS | {"steps": 100000, "checkpoint": {"every_steps": 2}, "run_dir": path}
-    run = Program(["train", *loading.arguments(keys | {"data.shards": toy_shards})])
+    run = Program(["train", *loading.arguments(keys | {"data.shards": toy_shards})], how=bare)
     wait_for(path / "checkpoints" / "step-00000004", run)
     path.rename(moved)
     said, _ = run.communicate()

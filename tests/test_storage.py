@@ -20,7 +20,7 @@ from shards.errors import InputError, TemporaryError
 from shards.reader import ShardReader
 from shards.storage import StorageError, exists, listed, read_bytes, retried
 from tests.killed_processes import build_layer
-from tests.ranks import TIMEOUT_SECONDS, Program
+from tests.ranks import TIMEOUT_SECONDS, Program, bare
 from tests.tiny import SETTINGS, contents
 
 SECONDS = float(os.environ.get("DISTSEG_FAILING_SECONDS", "0.7"))  # 5 were recorded
@@ -128,7 +128,8 @@ def test_a_run_whose_storage_fails_in_all_places_goes_on_with_the_same_bits(
 ) -> None:
     layer = build_layer(tmp_path)
     keys = SETTINGS | {"checkpoint": {"every_steps": 1}, "data.shards": toy_shards}
-    undisturbed = Program(["train", *loading.arguments(keys | {"run_dir": tmp_path / "other"})])
+    other = loading.arguments(keys | {"run_dir": tmp_path / "other"})
+    undisturbed = Program(["train", *other], how=bare)
     faults = [
         f"/shards/train-:{errno.ESTALE}:20:{SECONDS}",
         f"/run/checkpoints/.partial-step-00000001:{errno.EIO}:4:{SECONDS}",

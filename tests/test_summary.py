@@ -4,6 +4,7 @@ like.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from pathlib import Path
@@ -25,11 +26,16 @@ SCORES = {
 }
 
 
+@functools.cache
+def yaml_of(*overrides: str) -> str:
+    """A run's configuration, in a directory RUN_DIR."""
+    return loading.to_yaml(loading.load(["data.shards=shards", "run_dir=RUN_DIR", *overrides]))
+
+
 def finished(folder: Path, mean_iou: float, *overrides: str, **more: object) -> Path:
     """A run directory with what a table is made of."""
     folder.mkdir()
-    config = loading.load(["data.shards=shards", f"run_dir={folder}", *overrides])
-    (folder / "config.yaml").write_text(loading.to_yaml(config))
+    (folder / "config.yaml").write_text(yaml_of(*overrides).replace("RUN_DIR", str(folder)))
     scores = {
         "val/mean_iou": mean_iou,
         "val/pixel_accuracy": 0.5,
@@ -89,9 +95,7 @@ def test_a_seed_that_is_there_twice_counts_once(runs: list[Path], tmp_path: Path
 
 
 def test_what_a_row_differs_in_is_its_name(runs: list[Path], tmp_path: Path) -> None:
-    other = finished(
-        tmp_path / "other", 0.5, "loss.adv_weight=0.3", "segmentor_optimizer.lr=0.1", "run_dir=x_y"
-    )
+    other = finished(tmp_path / "other", 0.5, "loss.adv_weight=0.3", "segmentor_optimizer.lr=0.1")
     same = finished(
         tmp_path / "same",
         0.5,
@@ -134,7 +138,7 @@ def test_a_file_of_another_evaluation_is_read_with_its_runs_configuration(
     other.write_text(json.dumps({**SCORES, "val/mean_iou": 0.9, "horizontal_flip": True}))
     assert main(["summarize", str(other), "--format", "latex"]) == 0
     assert r"& 1 & $90.0$ \\" in capsys.readouterr().out
-    assert main(["summarize", *map(str, runs)]) == 0
+    assert main(["summarize", *map(str, runs[:3])]) == 0
     assert "72.0 ± 2.0" in capsys.readouterr().out
 
 
@@ -153,10 +157,10 @@ def test_a_file_that_calls_the_flip_by_its_old_name_compares(runs: list[Path]) -
 def test_different_numbers_of_steps_are_allowed_and_said(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["summarize", *map(str, runs)]) == 0
+    assert main(["summarize", *map(str, runs[:2])]) == 0
     assert "steps" not in capsys.readouterr().err
     shorter = finished(tmp_path / "shorter", 0.6, "mode=supervised", "seed=3", step=600)
-    assert main(["summarize", *map(str, runs), str(shorter)]) == 0
+    assert main(["summarize", *map(str, runs[:2]), str(shorter)]) == 0
     note = f"different numbers of steps: 600 ({shorter}/evaluation.json), "
     note += f"900 ({runs[0]}/evaluation.json)"
     assert note in capsys.readouterr().err
