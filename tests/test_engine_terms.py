@@ -47,6 +47,14 @@ CASES: dict[str, list[str]] = {
         "discriminator.options.head=patch",
         "segmentor_optimizer.lr=1e-5",
     ],
+    "hinge, a score per image": ["loss.adv_form=hinge"],
+    "least squares": [
+        *SEMI,
+        "semi.weight=0",
+        "loss.adv_form=least_squares",
+        "loss.real_target=0.9",
+        "discriminator.options.head=patch",
+    ],
     "saturating, at the image's resolution": [
         *SEMI,
         "loss.adv_form=saturating",
@@ -199,8 +207,17 @@ def reference_losses(
             return z.flatten()
         return F.interpolate(z, valid.shape[-2:], mode="bilinear")[:, 0][valid]
 
-    def bce(z: Tensor, target: float) -> Tensor:
+    def judged(z: Tensor, target: float) -> Tensor:
+        if loss.adv_form == "hinge":
+            return (1 - z if target else 1 + z).clamp(min=0)
+        if loss.adv_form == "least_squares":
+            return ((1 + z) / 2 - target) ** 2
         return -(target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
+
+    def rewarded(z: Tensor) -> Tensor:
+        if loss.adv_form == "hinge":
+            return -z
+        return -judged(z, 0.0) if loss.adv_form == "saturating" else judged(z, 1.0)
 
     logits = predict(labelled)
     chances = logits.softmax(1)
@@ -219,22 +236,21 @@ def reference_losses(
     sums = loss.adv_reduction == "sum"
     on_fake = scores(labelled, chances, valid)
     on_fake_constant = scores(labelled, chances.detach(), valid)
-    d_loss = mean(bce(scores(labelled, real.permute(0, 3, 1, 2), valid), loss.real_target), sums)
+    d_loss = mean(judged(scores(labelled, real.permute(0, 3, 1, 2), valid), loss.real_target), sums)
 
-    sign, target = (-1, 0.0) if loss.adv_form == "saturating" else (1, 1.0)
     rise = min(1, (step + 1) / loss.adv_warmup_steps) if loss.adv_warmup_steps else 1
     up = F.interpolate(logits, (SIZE, SIZE), mode="bilinear")
     pixels = F.cross_entropy(up, labelled.label.long(), ignore_index=255, reduction="none")[
         labelled.label != 255
     ]
-    s_loss = mean(pixels, loss.ce_reduction == "sum") + loss.adv_weight * rise * sign * mean(
-        bce(on_fake, target), sums
+    s_loss = mean(pixels, loss.ce_reduction == "sum") + loss.adv_weight * rise * mean(
+        rewarded(on_fake), sums
     )
     if config.mode == "semi_supervised":
         logits_u = predict(unlabelled)
         chances_u = logits_u.softmax(1)
-        s_loss = s_loss + semi.adv_weight * rise * sign * mean(
-            bce(scores(unlabelled, chances_u, inside), target), sums
+        s_loss = s_loss + semi.adv_weight * rise * mean(
+            rewarded(scores(unlabelled, chances_u, inside)), sums
         )
         on_unlabelled = scores(unlabelled, chances_u.detach(), inside)
         if semi.discriminate:
@@ -252,7 +268,7 @@ def reference_losses(
             ):
                 value = mean(some[mask], loss.ce_reduction == "sum")
                 s_loss = s_loss + semi.weight * value / num_micro_batches
-    d_loss = d_loss + mean(bce(on_fake_constant, 0.0), sums)
+    d_loss = d_loss + mean(judged(on_fake_constant, 0.0), sums)
     return s_loss, d_loss
 
 
