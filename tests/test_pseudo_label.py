@@ -38,14 +38,18 @@ def table(path: Path) -> dict[str, dict[str, str]]:
 def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
     toy_shards: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    out, threshold = tmp_path / "pseudo.h5", 0.14  # of eight classes; the network knows nothing yet
+    network, before = distseg.load(trained, device="cpu"), MapsReader(toy_shards.parent / "maps.h5")
+    by_people = (trained / LABELLED_FILE).read_text().split()
+    # that of half of the pixels: the network knows little yet
+    unlabelled = {*before.splits["train"]} - {*by_people}
+    pictures = [decode_image(before.read(key).image) for key in unlabelled]
+    every = [network.probabilities(picture).max(0).ravel() for picture in pictures]
+    out, threshold = tmp_path / "pseudo.h5", float(np.median(np.concatenate(every)))
     words = ["--out", str(out), "--threshold", str(threshold), "--compare"]
     assert main(["pseudo-label", str(trained), *words]) == 0
     said = capsys.readouterr().out
     assert "4 of 4 unlabelled images kept" in said and f"next: distseg pack {out}" in said
-    by_people = (trained / LABELLED_FILE).read_text().split()
-    before, rows = MapsReader(toy_shards.parent / "maps.h5"), table(out.with_suffix(".csv"))
-    network = distseg.load(trained, device="cpu")
+    rows = table(out.with_suffix(".csv"))
     with MapsReader(out) as maps:
         assert maps.name == "toy blobs-pseudo" and maps.classes == before.classes
         assert maps.splits["val"] == before.splits["val"]
@@ -59,7 +63,6 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
                 continue
             chances = network.probabilities(decode_image(sample.image))
             sure = chances.max(0) >= threshold
-            assert 0.02 < sure.mean() < 0.98  # a threshold worth testing
             assert np.array_equal(sample.label, np.where(sure, chances.argmax(0), 255))
             assert sample.source_id == f"pseudo-label of run at step 2: {key}"
             row = rows.pop(key)
