@@ -66,7 +66,7 @@ def section_text(section: Key) -> str:
 def markdown() -> str:
     """The whole reference: a table for the top and for each section."""
     how = "Set keys as `key=value`; `distseg train --help KEY` explains one."
-    origin = f"This page is generated from `distseg/config/schema.py`: `{COMMAND}`."
+    origin = f"This page is generated from `distseg/config/schema/`: `{COMMAND}`."
     lines = ["# Configuration", "", origin, how]
     for name, meaning in [("", ""), *((s.name, s.meaning) for s in SECTIONS.values())]:
         lines += ["", f"## {name}", "", meaning] if name else []

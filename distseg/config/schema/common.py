@@ -1,0 +1,25 @@
+"""What several sections name: modes, bounds, sources, and the networks there are."""
+
+from __future__ import annotations
+
+MAX_SEED = 2**31 - 1  # what every library's generator takes
+MAX_BETA = 0.99999  # of moving averages: at 1 nothing new would come in
+WITH_DISCRIMINATOR = ("adversarial", "semi_supervised")  # modes
+SEMI_SUPERVISED = ("semi_supervised",)
+WITH_UNLABELLED = ("semi_supervised", "consistency")
+
+HUNG = "Hung et al. 2018"
+LUC = "Luc et al. 2016"
+UNIMATCH = "Yang et al. 2023 (UniMatch)"
+
+# as distseg/models has them, which needs torch: so a misspelt one is told at once
+SEGMENTORS = (
+    *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
+    *("deeplabv3_efficientnet_lite0", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
+    *("deeplabv3plus_efficientnet_lite0", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
+    *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
+)
+DISCRIMINATORS = (
+    *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),
+    *("small_fov", "small_fov_light"),
+)

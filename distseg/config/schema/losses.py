@@ -1,0 +1,306 @@
+"""`loss`, `semi` and `consistency`: what the networks are trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from distseg.config.keys import key
+from distseg.config.schema.common import HUNG, LUC, SEMI_SUPERVISED, UNIMATCH, WITH_DISCRIMINATOR
+
+
+@dataclass
+class TermConfig:
+    """A further term of the segmentor's loss; see `loss.terms`."""
+
+    # plain fields: keys inside of a dictionary have no names of their own to be listed by
+    use: str = ""
+    weight: float = 1.0
+    start_step: int = 0
+    warmup_steps: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LossConfig:
+    """Weights and reductions; a weight means nothing without the reductions, so both are named."""
+
+    adv_weight: float = key(
+        0.05,
+        "lambda on the adversarial term; 0: the discriminator only watches",
+        low=0,
+        modes=WITH_DISCRIMINATOR,
+    )
+    # non-saturating: it has a gradient where the discriminator is sure
+    adv_form: str = key(
+        "non_saturating",
+        "the losses on the discriminator's scores s, > 0 = real; D is sigmoid(s), under "
+        "least_squares (1 + s) / 2",
+        choices={
+            "non_saturating": "BCE; the segmentor's is BCE(D(fake), real)",
+            "saturating": "BCE; the segmentor's is - BCE(D(fake), fake)",
+            "hinge": "max(0, 1 - s) of real, max(0, 1 + s) of fake; the segmentor's is - s",
+            "least_squares": "(D - 1)^2 of real, D^2 of fake; the segmentor's is (D - 1)^2",
+        },
+        source=f"saturating: {LUC}, eq. 3; hinge: Lim and Ye 2017; least_squares: Mao et al. 2017, "
+        "eq. 9",
+        modes=WITH_DISCRIMINATOR,
+    )
+    # by the global step, which every rank knows: none decides for itself
+    adv_start_step: int = key(
+        0,
+        "before it there is no adversary: plain supervised steps, the discriminator untouched",
+        unit="steps",
+        low=0,
+        modes=WITH_DISCRIMINATOR,
+    )
+    adv_warmup_steps: int = key(
+        0,
+        "adv_weight rises linearly over so many steps from adv_start_step on",
+        unit="steps",
+        low=0,
+        modes=WITH_DISCRIMINATOR,
+    )
+    # one-sided: a target above 0 for fakes would reward what the segmentor does already
+    real_target: float = key(
+        1.0,
+        "the discriminator's target for real label maps; 0.9: one-sided label smoothing",
+        low=0.5,
+        high=1,
+        source="Salimans et al. 2016, section 3.4",
+        modes=WITH_DISCRIMINATOR,
+    )
+    # one-hot maps are told from probabilities by their values alone; scaling takes that away
+    real_map: str = key(
+        "one_hot",
+        "ground truth as the discriminator sees it",
+        choices={
+            "one_hot": "1 for the true class, 0 for the others",
+            "scaling": "softened: scaling_tau or more for the true class",
+        },
+        source=f"scaling: {LUC}",
+        modes=WITH_DISCRIMINATOR,
+    )
+    scaling_tau: float = key(
+        0.9,
+        "scaling: at least this mass stays on the true class",
+        low=0,
+        high=1,
+        source=LUC,
+        modes=WITH_DISCRIMINATOR,
+    )
+    # output: at full size a two-branch discriminator costs more than the segmentor
+    map_resolution: str = key(
+        "output",
+        "size of the label maps that the discriminator sees",
+        choices={
+            "output": f"the segmentor's output ({LUC})",
+            "image": f"the training crop ({HUNG})",
+        },
+        modes=WITH_DISCRIMINATOR,
+    )
+    ce_weight: float = key(1.0, "of the cross entropy; 0: the loss is without it", low=0)
+    # a word or a list, which no type of OmegaConf's can say; rules.py checks it
+    class_weights: Any = key(
+        "none",
+        "what a pixel of each class counts in the cross entropy: a number for every class, in "
+        "their order; balanced: all pixels / (classes x pixels of the class); median_frequency: "
+        "the median of the classes' frequencies / the class's, in the images that show it; both "
+        "by the labelled training images",
+        source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
+    )
+    # below 1, where nothing of the truth would be left
+    label_smoothing: float = key(
+        0.0,
+        "share of the cross entropy's target that is spread evenly over the classes",
+        low=0,
+        high=0.99,
+        source="Szegedy et al. 2016, section 7",
+    )
+    focal_gamma: float = key(
+        0.0,
+        "focal loss: a pixel counts (1 - p)^gamma, p its true class's probability; 0: off",
+        low=0,
+        high=10,
+        source="Lin et al. 2017, eq. 4; there: 2",
+    )
+    ohem_threshold: float = key(
+        0.0,
+        "online hard example mining: only pixels whose true class has a lower probability count; "
+        "0: off; 0.7 is usual",
+        low=0,
+        high=1,
+        source="Shrivastava et al. 2016, for pixels",
+    )
+    # or a good network would end with no pixel, and so no gradient, in some images
+    ohem_min_share: float = key(
+        0.0625,
+        "with ohem_threshold: of each image at least this share of its pixels counts, the hardest",
+        low=0,
+        high=1,
+    )
+    aux_weight: float = key(
+        0.4,
+        "of the cross entropy of an auxiliary head, where the segmentor has one",
+        low=0,
+        source="Zhao et al. 2017 (PSPNet)",
+    )
+    # by name, so that each has metrics of its own, and an override can reach into one
+    terms: dict[str, TermConfig] = key(
+        {},
+        "further terms by name: loss.terms.dice=0.5, or loss.terms.NAME={use: dice, weight: 0.5, "
+        "start_step: 0, warmup_steps: 0, options: {smooth: 1}}; use is dice, lovasz, or "
+        "module:name or file.py:name of your own (default: the name); the weight rises linearly "
+        "over warmup_steps from start_step on",
+    )
+    # the mean is over ALL ranks' pixels: ranks' own means, averaged, weigh pixels by their rank
+    ce_reduction: str = key(
+        "mean_valid",
+        "of the cross entropy",
+        choices={
+            "mean_valid": "mean over the valid pixels of the global batch",
+            "sum": "their sum per image",
+        },
+    )
+    adv_reduction: str = key(
+        "mean",
+        "of the adversarial and the discriminator's term",
+        choices={
+            "mean": "mean over the discriminator's (valid) outputs of the global batch",
+            "sum": "their sum per image",
+        },
+        modes=WITH_DISCRIMINATOR,
+    )
+
+
+@dataclass
+class SemiConfig:
+    """The adversary's terms on unlabelled images (Hung et al. 2018, eq. 4 and 5)."""
+
+    # over all ranks, so that a run on other hardware is the same run
+    batch_size: int = key(
+        0,
+        "GLOBAL: unlabelled images a step; 0: as many as labelled ones",
+        unit="images",
+        low=0,
+        high=10**6,
+    )
+    weight: float = key(
+        0.1,
+        "lambda_semi on the masked cross entropy",
+        low=0,
+        source=HUNG,
+        modes=SEMI_SUPERVISED,
+    )
+    threshold: float = key(
+        0.2,
+        "T_semi: a pixel is in the confidence mask where D(fake) is above it",
+        low=0,
+        high=1,
+        source=f"{HUNG}, eq. 5",
+        modes=SEMI_SUPERVISED,
+    )
+    # late: pseudo-labels of an untrained segmentor teach it its own errors
+    start_step: int = key(
+        5000,
+        "of the masked cross entropy",
+        unit="steps",
+        low=0,
+        source=HUNG,
+        modes=SEMI_SUPERVISED,
+    )
+    adv_weight: float = key(
+        0.001,
+        "lambda on the adversarial term of unlabelled images",
+        low=0,
+        source=f"{HUNG}, eq. 4",
+        modes=SEMI_SUPERVISED,
+    )
+    adv_start_step: int = key(
+        0,
+        "of that term, not before loss.adv_start_step",
+        unit="steps",
+        low=0,
+        modes=SEMI_SUPERVISED,
+    )
+    discriminate: bool = key(
+        True, "the discriminator learns from their label maps too", modes=SEMI_SUPERVISED
+    )
+
+
+@dataclass
+class ConsistencyConfig:
+    """Weak-to-strong consistency: what a teacher sees in a crop trains its strongly changed view.
+
+    The defaults of the strong view are UniMatch's (Yang et al. 2023).
+    """
+
+    weight: float = key(0.0, "of the term on unlabelled images; 0: there is none", low=0)
+    # early pseudo-labels teach the segmentor its own errors
+    start_step: int = key(0, "of the term", unit="steps", low=0)
+    warmup_steps: int = key(
+        0, "weight rises linearly over so many steps from start_step on", unit="steps", low=0
+    )
+    teacher: str = key(
+        "ema",
+        "whose prediction of the weak view (crop, scale and flip alone) is the pseudo-label",
+        choices={
+            "ema": "the EMA of the segmentor's weights, see ema_decay",
+            "segmentor": "the segmentor itself, as it stands",
+        },
+        source=f"ema: Tarvainen and Valpola 2017; segmentor: {UNIMATCH}",
+    )
+    target: str = key(
+        "class",
+        "what the strong view is held to",
+        choices={
+            "class": "the teacher's class, by cross entropy",
+            "probabilities": "the teacher's probabilities, by their mean squared difference",
+        },
+        source="class: Sohn et al. 2020 (FixMatch); probabilities: Tarvainen and Valpola 2017",
+    )
+    threshold: float = key(
+        0.95,
+        "a pixel is confident where the teacher's largest probability is at least this",
+        low=0,
+        high=1,
+        source=UNIMATCH,
+    )
+    weighting: str = key(
+        "pixel",
+        "what the confident pixels decide; the sum is divided by all pixels inside of images",
+        choices={
+            "pixel": "only they count",
+            "image": "all pixels of an image count as much as its share of confident ones",
+        },
+        source=f"pixel: {UNIMATCH}; image: Olsson et al. 2021 (ClassMix)",
+    )
+    # partners are neighbours in the global batch, so any number of ranks mixes the same pairs
+    mix: str = key(
+        "cutmix",
+        "what is laid over a strong view, teacher's prediction included",
+        choices={
+            "cutmix": "a rectangle of another image",
+            "classmix": "half of the classes of another image",
+            "cutout": "an empty rectangle, which does not count",
+            "none": "",
+        },
+        source="Yun et al. 2019, Olsson et al. 2021, DeVries and Taylor 2017",
+    )
+    mix_probability: float = key(0.5, "of mixing, for each image", low=0, high=1)
+    mix_area_min: float = key(
+        0.02, "smallest share of a crop that a rectangle takes", low=0, high=1
+    )
+    mix_area_max: float = key(0.4, "largest share", low=0, high=1)
+    jitter_probability: float = key(0.8, "of changing an image's colours", low=0, high=1)
+    color_jitter: float = key(
+        0.5, "brightness, contrast and saturation by factors in 1 -+ this", low=0, high=1
+    )
+    hue_jitter: float = key(
+        0.25, "hue by up to this", unit="turns of the colour circle", low=0, high=0.5
+    )
+    gray_probability: float = key(0.2, "of leaving an image its gray alone", low=0, high=1)
+    blur_probability: float = key(0.5, "of blurring an image", low=0, high=1)
+    blur_max_px: float = key(
+        2.0, "largest standard deviation of that", unit="pixels", low=0.1, high=20
+    )
