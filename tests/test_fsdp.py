@@ -27,7 +27,7 @@ from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms, tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, slow
 from tests.test_engine import BATCH, NUM_CLASSES, make_batch, make_config, make_networks
 from tests.test_train import curve, finish, kill_after_checkpoint, start
 
@@ -371,9 +371,8 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
     usual = [*tiny.OVERRIDES, "segmentor.batch_norm=synchronised"]
     settings = ["parallel.strategy=fsdp", *usual]
     finish(start(2, toy_shards, tmp_path / "whole", *settings))
-    kill_after_checkpoint(
-        start(2, toy_shards, tmp_path / "killed", *settings), tmp_path / "killed", "step-00000003"
-    )
+    job = start(2, toy_shards, tmp_path / "killed", *settings, how=slow)
+    kill_after_checkpoint(job, tmp_path / "killed", "step-00000003")
     finish(start(2, toy_shards, tmp_path / "killed", *settings))
     files = [
         sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors"))
