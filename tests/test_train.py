@@ -386,15 +386,15 @@ SEMI += ["discriminator.options.head=patch"]
 def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_unlabelled_label(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    finish(start(2, toy_shards, tmp_path / "whole", *SEMI))
+    finish(start(2, toy_shards, tmp_path / "whole", *SEMI, DROPOUT))
     labelled = (tmp_path / "whole" / "labelled.txt").read_text().split()
     assert len(labelled) == 4
     damaged = tmp_path / "shards"
     shutil.copytree(toy_shards, damaged)
     damage_labels(damaged, keep=labelled)
-    job = start(2, damaged, tmp_path / "killed", *SEMI, how=slow)
+    job = start(2, damaged, tmp_path / "killed", *SEMI, DROPOUT, how=slow)
     kill_after_checkpoint(job, tmp_path / "killed", "step-00000006")
-    finish(start(2, damaged, tmp_path / "killed", *SEMI))
+    finish(start(2, damaged, tmp_path / "killed", *SEMI, DROPOUT))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
