@@ -96,6 +96,22 @@ def bare(arguments: list[str]) -> int:
     return whole(arguments)
 
 
+def slow(arguments: list[str]) -> int:
+    """A bare command whose steps wait, at no cost: what comes in the middle of such a run comes
+    before its end, also where the test gets its turn late.
+    """
+    from distseg.train.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def late(self: Trainer, batch: Any) -> Any:
+        time.sleep(0.15)
+        return step(self, batch)
+
+    Trainer.train_step = late  # type: ignore[method-assign]
+    return bare(arguments)
+
+
 def restarting(arguments: list[str]) -> int:
     """What torchrun --standalone --nproc_per_node=2 --max-restarts=1 does, but for its ranks, which
     are forked.

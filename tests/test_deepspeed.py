@@ -33,7 +33,7 @@ from shards.errors import InputError
 from tests import test_engine, test_engine_terms, tiny
 from tests.ranks import Program, environments, run_ranks
 from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networks
-from tests.test_train import finish, small, start
+from tests.test_train import DROPOUT, finish, small, start
 
 MISSING = importlib.util.find_spec("deepspeed") is None
 needs_deepspeed = pytest.mark.skipif(
@@ -412,6 +412,7 @@ def test_a_run_resumes_to_the_same_bits_and_keeps_an_average(
 ) -> None:
     settings = [
         *tiny.OVERRIDES,
+        DROPOUT,
         *deepspeed(2),
         "ema_decay=0.9",
         "segmentor.batch_norm=synchronised",

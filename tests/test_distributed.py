@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -322,22 +323,40 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
     assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A StopRequest of the test takes none from the tests after it."""
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.mark.parametrize(
     ("answers", "number", "said"),
     [(True, signal.SIGINT, 1), (False, signal.SIGINT, 0), (True, signal.SIGTERM, 0)],
 )
 def test_the_first_ctrl_c_is_answered_by_one_rank_at_once(
-    answers: bool, number: int, said: int, capfd: pytest.CaptureFixture
+    answers: bool, number: int, said: int, handlers: None, capfd: pytest.CaptureFixture
 ) -> None:
-    before = {each: signal.getsignal(each) for each in SIGNALS}
-    try:
-        StopRequest(answers)
-        for _ in range(2):  # the second within the time in which torchrun passes it on
-            os.kill(os.getpid(), number)
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    StopRequest(answers)
+    for _ in range(2):  # the second within the time in which torchrun passes it on
+        os.kill(os.getpid(), number)
     assert capfd.readouterr().err.count("training stops after this step and saves it") == said
+
+
+def test_a_stop_is_asked_for_where_nobody_reads_the_answer(handlers: None) -> None:
+    """As in `distseg train ... 2>&1 | tee log`: the same Ctrl-C has ended tee."""
+    stop, stderr, (reading, writing) = StopRequest(answers=True), os.dup(2), os.pipe()
+    os.close(reading)
+    os.dup2(writing, 2)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writing)
+    assert stop.signal_name == "SIGINT"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from launchers.places import RANKS_VARIABLE
 from launchers.submission import Resources, prepare
 from launchers.supervisor import Decision, Supervisor
 from shards.errors import InputError
-from tests.ranks import TIMEOUT_SECONDS, Job, run_ranks
+from tests.ranks import TIMEOUT_SECONDS, Job, run_ranks, slow
 from tests.test_train import SMALL, checkpoint_bytes, curve, kill_after_checkpoint
 from tests.tiny import no_curves
 
@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     toy_shards: Path, code: Path, finished: Path, tmp_path: Path
 ) -> None:
     arguments = own(code, toy_shards, tmp_path / "run")
-    kill_after_checkpoint(Job(2, ["train", *arguments]), tmp_path / "run", "step-00000006")
+    kill_after_checkpoint(Job(2, ["train", *arguments], slow), tmp_path / "run", "step-00000006")
     assert "resumed at step" in train(2, arguments)
     assert checkpoint_bytes(tmp_path / "run") == checkpoint_bytes(finished)
     assert curve(tmp_path / "run") == curve(finished)

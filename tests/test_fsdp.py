@@ -27,9 +27,9 @@ from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests import test_engine, test_engine_terms, tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, slow
 from tests.test_engine import BATCH, NUM_CLASSES, make_batch, make_config, make_networks
-from tests.test_train import curve, finish, kill_after_checkpoint, start
+from tests.test_train import DROPOUT, curve, finish, kill_after_checkpoint, start
 
 FSDP = ("parallel.strategy=fsdp",)
 HYBRID = (*FSDP, "parallel.shard_size=2")
@@ -368,12 +368,11 @@ def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
 def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    usual = [*tiny.OVERRIDES, "segmentor.batch_norm=synchronised"]
+    usual = [*tiny.OVERRIDES, DROPOUT, "segmentor.batch_norm=synchronised"]
     settings = ["parallel.strategy=fsdp", *usual]
     finish(start(2, toy_shards, tmp_path / "whole", *settings))
-    kill_after_checkpoint(
-        start(2, toy_shards, tmp_path / "killed", *settings), tmp_path / "killed", "step-00000003"
-    )
+    job = start(2, toy_shards, tmp_path / "killed", *settings, how=slow)
+    kill_after_checkpoint(job, tmp_path / "killed", "step-00000003")
     finish(start(2, toy_shards, tmp_path / "killed", *settings))
     files = [
         sorted((tmp_path / run / "checkpoints/step-00000012").glob("*.safetensors"))
@@ -390,7 +389,7 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
     # a sum of floats: one rank's order is not that of two
     losses = [of_run.pop("val/loss") for of_run in scores]
     assert scores[0] == scores[1] and losses[0] == pytest.approx(losses[1], rel=1e-9)
-    finish(start(1, toy_shards, tmp_path / "ddp", *usual))
+    finish(start(2, toy_shards, tmp_path / "ddp", *usual))
     for name, value in curve(tmp_path / "ddp")[-1][1].items():
         assert curve(tmp_path / "whole")[-1][1][name] == pytest.approx(value, rel=0.02, abs=0.01), (
             name

@@ -82,7 +82,7 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
         "pixel accuracy, last 80.0%",
     ]
     assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy"]
-    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided (ln 2)"]
+    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided, of BCE (ln 2)"]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import distseg
 from distseg.cli import main
 from distseg.data.samples import LABELLED_FILE
 from distseg.pseudo_label.run import Choice, Labelled, surest
-from shards.maps import MapsReader
+from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
-from shards.sample import decode_image
+from shards.sample import STANFORD, ClassSet, decode_image
+from tests.conftest import toy_samples
 from tests.test_train import SMALL
+from tests.tiny import SETTINGS, no_curves
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,11 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
     unlabelled = {*before.splits["train"]} - {*by_people}
     pictures = [decode_image(before.read(key).image) for key in unlabelled]
     every = [network.probabilities(picture).max(0).ravel() for picture in pictures]
-    out, threshold = tmp_path / "pseudo.h5", float(np.median(np.concatenate(every)))
+    out, threshold = tmp_path / "of a run.h5", float(np.median(np.concatenate(every)))
     words = ["--out", str(out), "--threshold", str(threshold), "--compare"]
     assert main(["pseudo-label", str(trained), *words]) == 0
     said = capsys.readouterr().out
-    assert "4 of 4 unlabelled images kept" in said and f"next: distseg pack {out}" in said
+    assert "4 of 4 unlabelled images kept" in said and f"next: distseg pack '{out}'" in said
     rows = table(out.with_suffix(".csv"))
     with MapsReader(out) as maps:
         assert maps.name == "toy blobs-pseudo" and maps.classes == before.classes
@@ -88,6 +91,7 @@ def test_the_share_kept_is_the_surest_by_either_measure(
     kept = {key for key, row in rows.items() if row["kept"] == "1"}
     assert kept == {key for key in maps.splits["train"] if key in rows} and len(kept) == 2
     realness = {key: float(row["realness"]) for key, row in rows.items()}
+    assert [*realness.values()] == sorted(realness.values(), reverse=True)  # the surest first
     assert min(realness[key] for key in kept) >= max(realness[key] for key in rows.keys() - kept)
     for key in kept:
         real = network.confidence(decode_image(maps.read(key).image)).mean()
@@ -124,6 +128,39 @@ def test_bad_input_is_told_before_anything_is_labelled(
     assert main(["pseudo-label", str(trained), *out, *words]) == 2
     assert said in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mended.csv", "taken.h5"]
+
+
+def test_where_no_pixel_becomes_a_label_nothing_is_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["pseudo-label", str(trained), "--out", str(tmp_path / "x.h5")]) == 2
+    said = capsys.readouterr().err
+    assert "no pixel of 4 unlabelled images" in said and "a lower --threshold" in said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_shards_of_other_classes_are_told_whatever_their_images_are(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    classes = ClassSet(tuple("abcdefgh"), STANFORD.palette)
+    samples = [replace(sample, key=f"other_{sample.key}") for sample in toy_samples()]
+    write_maps(tmp_path / "maps.h5", "other", classes, samples, total=len(samples))
+    pack(tmp_path / "maps.h5", tmp_path / "shards")
+    words = ["--out", str(tmp_path / "x.h5"), f"data.shards={tmp_path / 'shards'}"]
+    assert main(["pseudo-label", str(trained), *words]) == 2
+    assert "shards with the classes a, b, c, d, e, f, g, h" in capsys.readouterr().err
+
+
+@no_curves()
+def test_a_run_without_a_discriminator_is_told_to_rank_by_confidence(
+    toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    keys = SETTINGS | {"mode": "supervised", "steps": 1, "data.labelled": "1/2"}
+    distseg.fit(**keys | {"data.shards": toy_shards, "run_dir": tmp_path / "run"})
+    words = ["--out", str(tmp_path / "x.h5"), "--rank", "discriminator"]
+    assert main(["pseudo-label", str(tmp_path / "run"), *words]) == 2
+    said = capsys.readouterr().err
+    assert "has no discriminator" in said and "write --rank confidence, or name a run" in said
 
 
 def test_a_run_that_used_all_labels_has_nothing_to_label(

@@ -41,6 +41,7 @@ from tests.ranks import (
     leave_out,
     restarting,
     run_ranks,
+    slow,
     whole,
 )
 
@@ -104,10 +105,12 @@ def wait_for(path: Path, process: subprocess.Popen | Program | Job) -> None:
 
 
 def kill_after_checkpoint(job: Job, run_dir: Path, checkpoint: str) -> None:
-    """SIGKILL to all ranks as soon as a checkpoint is there."""
+    """SIGKILL to all ranks as soon as a checkpoint is there, of twelve steps."""
     wait_for(run_dir / "checkpoints" / checkpoint, job)
     job.kill()
     job.communicate()
+    last = run_dir / "checkpoints" / "step-00000012"
+    assert not last.exists(), "killed after its end: start it with how=slow"
 
 
 def checkpoint_bytes(run_dir: Path) -> dict[str, bytes]:
@@ -151,8 +154,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
     run_dir = tmp_path / "killed"
     # after the second, most likely in the evaluation
     for kill_after in ("step-00000003", "step-00000006"):
-        kill_after_checkpoint(start(2, toy_shards, run_dir, DROPOUT), run_dir, kill_after)
-        assert not (run_dir / "checkpoints" / "step-00000012").exists()
+        job = start(2, toy_shards, run_dir, DROPOUT, how=slow)
+        kill_after_checkpoint(job, run_dir, kill_after)
     assert "resumed at step" in finish(start(2, toy_shards, run_dir, DROPOUT, how=whole))
     # every byte of checkpoints, scores, tables and pictures, each step once, with the same losses
     assert differences(run_dir, uninterrupted[2]) == []
@@ -329,7 +332,7 @@ def test_fp16_trains_with_a_loss_scale_of_its_own_for_each_network_and_resumes(
     half += [f"data.shards={toy_shards}", "evaluate.every_steps=0"]
     jobs = {name: ["train", *half, f"run_dir={tmp_path / name}"] for name in ("whole", "killed")}
     finish(Job(2, jobs["whole"], bare))
-    kill_after_checkpoint(Job(2, jobs["killed"], bare), tmp_path / "killed", "step-00000006")
+    kill_after_checkpoint(Job(2, jobs["killed"], slow), tmp_path / "killed", "step-00000006")
     finish(Job(2, jobs["killed"], bare))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     lines = [
@@ -383,16 +386,15 @@ SEMI += ["discriminator.options.head=patch"]
 def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_unlabelled_label(
     toy_shards: Path, tmp_path: Path
 ) -> None:
-    finish(start(2, toy_shards, tmp_path / "whole", *SEMI))
+    finish(start(2, toy_shards, tmp_path / "whole", *SEMI, DROPOUT))
     labelled = (tmp_path / "whole" / "labelled.txt").read_text().split()
     assert len(labelled) == 4
     damaged = tmp_path / "shards"
     shutil.copytree(toy_shards, damaged)
     damage_labels(damaged, keep=labelled)
-    kill_after_checkpoint(
-        start(2, damaged, tmp_path / "killed", *SEMI), tmp_path / "killed", "step-00000006"
-    )
-    finish(start(2, damaged, tmp_path / "killed", *SEMI))
+    job = start(2, damaged, tmp_path / "killed", *SEMI, DROPOUT, how=slow)
+    kill_after_checkpoint(job, tmp_path / "killed", "step-00000006")
+    finish(start(2, damaged, tmp_path / "killed", *SEMI, DROPOUT))
     assert checkpoint_bytes(tmp_path / "killed") == checkpoint_bytes(tmp_path / "whole")
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
@@ -442,7 +444,7 @@ def test_each_signal_saves_at_the_step_and_the_same_command_goes_on(
     run_dir, step = tmp_path / "signalled", 0
     every = [DROPOUT, "checkpoint.every_steps=1", "checkpoint.keep_last=12"]
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        process = start(1, toy_shards, run_dir, *every)
+        process = start(1, toy_shards, run_dir, *every, how=slow)
         wait_for(run_dir / "checkpoints" / f"step-{step + 1:08d}", process)
         process.send_signal(number)
         output = finish(process)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,8 +43,10 @@ class StopRequest:
         if number == signal.SIGINT and self._flag and now - self._signalled > SECOND_SIGNAL_SECONDS:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         if number == signal.SIGINT and self._answers and not self._flag:
-            # not print(): the signal may have come in the middle of one
-            os.write(2, HEARD)
+            # not print(): the signal may have come in the middle of one. Nobody may read it: in
+            # `distseg train ... 2>&1 | tee log` the same Ctrl-C ends tee.
+            with suppress(OSError):
+                os.write(2, HEARD)
         # from the first signal on: torchrun's copy of a Ctrl-C must not start the time anew
         self._signalled = now if not self._flag else self._signalled
         self._flag = 1

@@ -51,16 +51,17 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Che
     return network.eval(), config, found
 
 
-def trained_discriminator(config: Config, found: Checkpoint) -> nn.Module:
+def trained_discriminator(config: Config, found: Checkpoint, instead: str = "") -> nn.Module:
     """The discriminator of a run's checkpoint in evaluation mode; both of `trained_segmentor`.
 
-    Raises InputError for a run that had none, and where the checkpoint has been pruned since.
+    instead: what the user may write who has no run with a discriminator. Raises InputError for a
+    run that had none, and where the checkpoint has been pruned since.
     """
     chosen = config.discriminator
     num_classes = len(found.identity["classes"])
     # first: a supervised run has the keys of a discriminator, and no discriminator
     with checkpoint.opened(found.path.parent.parent, str(found.step)) as still:
-        _, tensors = checkpoint.read_network(still, "discriminator")
+        _, tensors = checkpoint.read_network(still, "discriminator", instead)
     network = build_discriminator(chosen.name, num_classes, **chosen.options)
     network.load_state_dict(tensors)
     return network.eval()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,25 +101,32 @@ def run(
     count = len(data.unlabelled)
     images = [labeller(data, index) for index in tracked(range(count), count, "labelling")]
     kept = surest(images, choice)
+    _check_labelled(kept, choice)
     origin = f"pseudo-label of {run_dir.resolve().name} at step {found.step}"
     name = f"{data.reader.manifest.name}-pseudo"
     write_maps(out, name, data.classes, data.samples(kept, origin), data.num_samples(kept))
-    _write_table(out.with_suffix(".csv"), images, kept)
+    _write_table(out.with_suffix(".csv"), ranked(images, choice), kept)
     print(_told(images, kept, choice))
     print(f"wrote {out} and {out.with_suffix('.csv').name}")
-    print(f"next: distseg pack {out} --out {out.with_suffix('')}")
+    command = shlex.join(["pack", str(out), "--out", str(out.with_suffix(""))])
+    print(f"next: distseg {command}")
     return 0
 
 
-def surest(images: Sequence[Labelled], choice: Choice) -> list[Labelled]:
-    """The images that are kept, in their order: the share that ranks highest, one at least."""
+def ranked(images: Sequence[Labelled], choice: Choice) -> list[Labelled]:
+    """The images, the surest first."""
 
     def rank(image: Labelled) -> tuple[float, int]:
         value = image.realness if choice.rank == "discriminator" else image.confidence
         return -value, image.index  # of equals the first, so that the choice is always the same
 
+    return sorted(images, key=rank)
+
+
+def surest(images: Sequence[Labelled], choice: Choice) -> list[Labelled]:
+    """The images that are kept, in their order: the share that ranks highest, one at least."""
     number = max(1, round(choice.keep * len(images)))
-    return sorted(sorted(images, key=rank)[:number], key=lambda image: image.index)
+    return sorted(ranked(images, choice)[:number], key=lambda image: image.index)
 
 
 class Data:
@@ -133,6 +141,14 @@ class Data:
             got = f"data.train_split and data.val_split, both {options.val_split!r}"
             raise InputError(got, needed, "write data.val_split=NAME")
         self.reader = open_reader(options, options.train_split)
+        keep = options.keep_classes
+        # first: of the images of other shards nothing is worth telling
+        self.classes = SampleSet(self.reader, labelled=False, keep=keep).classes
+        trained = trained_classes(found).names
+        if self.classes.names != trained:
+            got = f"shards with the classes {', '.join(self.classes.names)}"
+            action = "name the shards that it was trained on: data.shards=DIR"
+            raise InputError(got, f"the run's: {', '.join(trained)}", action)
         # the list that training drew, whatever a rule for drawing would draw today
         listed = run_dir / LABELLED_FILE
         choice = str(listed) if is_file(listed) else options.labelled
@@ -142,17 +158,10 @@ class Data:
             got = f"all {images} of {options.train_split} were used with their labels"
             needed = "a run with data.labelled=1/8, or shards with unlabelled images"
             raise InputError(got, needed, "name another run")
-        keep = options.keep_classes
         self.labelled = SampleSet(self.reader, with_label, keep=keep)
         self.unlabelled = SampleSet(self.reader, without, labelled=False, keep=keep)
         self._without, self._keep = without, keep
         self.validation = SampleSet(open_reader(options, options.val_split), keep=keep)
-        self.classes = self.labelled.classes
-        trained = trained_classes(found).names
-        if self.classes.names != trained:
-            got = f"shards with the classes {', '.join(self.classes.names)}"
-            action = "name the shards that it was trained on: data.shards=DIR"
-            raise InputError(got, f"the run's: {', '.join(trained)}", action)
 
     def num_samples(self, kept: Sequence[Labelled]) -> int:
         return len(self.labelled) + len(kept) + len(self.validation)
@@ -197,7 +206,7 @@ class Labeller:
         self._choice, self._loss = choice, config.loss
         self._judge = None
         if choice.rank == "discriminator":
-            self._judge = trained_discriminator(config, found).to(where)
+            self._judge = trained_discriminator(config, found, "--rank confidence").to(where)
         # in fp32, for what the discriminator is shown
         self._plain = network.to(where)
         self._network, self._look = as_trained(network, config, found, Ranks(0, 1, 0, where))
@@ -236,13 +245,23 @@ def _check_out(out: Path) -> None:
     check_writable(nearest_existing(out.parent), "choose another --out")
 
 
+def _check_labelled(kept: Sequence[Labelled], choice: Choice) -> None:
+    """Raise InputError where no pixel is labelled: those would be images for nothing."""
+    if not any(image.labelled for image in kept):
+        got = f"no pixel of {counted(len(kept), 'unlabelled image')} has a class with a "
+        got += f"probability from {choice.threshold:g} on"
+        mean = max(image.confidence for image in kept)
+        needed = f"some; of the surest image the pixels' mean is {mean:.3f}"
+        raise InputError(got, needed, "choose a lower --threshold, or a run that has learnt more")
+
+
 def _write_table(path: Path, images: Sequence[Labelled], kept: Sequence[Labelled]) -> None:
-    """A line for each image, the surest first; no value where there is none."""
+    """A line for each image, in their order; no value where there is none."""
     chosen = {image.index for image in kept}
     with published(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["key", "kept", "confidence", "realness", "labelled_share", "agreement"])
-        for image in sorted(images, key=lambda image: -image.confidence):
+        for image in images:
             numbers = (image.confidence, image.realness, image.labelled, image.agreement)
             cells = ["" if math.isnan(value) else f"{value:.6f}" for value in numbers]
             table.writerow([image.key, int(image.index in chosen), *cells])

@@ -223,16 +223,19 @@ def _checked(path: Path, content: dict[str, Any]) -> Checkpoint:
     return found
 
 
-def read_network(found: Checkpoint, network: str) -> tuple[str, dict[str, Tensor]]:
+def read_network(
+    found: Checkpoint, network: str, instead: str = ""
+) -> tuple[str, dict[str, Tensor]]:
     """The part of a checkpoint that stands for a network, and its tensors.
 
     network: "segmentor", of which the EMA weights ("ema") are taken where there are any, or
-    "discriminator". Raises InputError where the run had none.
+    "discriminator". instead: what the user may write who has no such run. Raises InputError where
+    the run had none.
     """
     # EMA weights are what the run was evaluated with
     part = "ema" if network == "segmentor" and "ema" in found.parts else network
     if part not in found.parts:
-        action = f"write {network}.init=random, or name a run that had one"
+        action = f"{f'write {instead}, or ' if instead else ''}name a run that had one"
         raise InputError(f"{found.path} has no {network}", f"a run with a {network}", action)
     return part, retried(found.path, lambda: read(found.path, f"{part}.network"))
 

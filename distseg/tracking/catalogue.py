@@ -88,8 +88,8 @@ class Metric:
         return max(known) if self.better == "higher" else min(known)
 
 
-# what a binary cross entropy costs that always answers 1/2
-_UNDECIDED = (math.log(2), "undecided (ln 2)")
+# what a binary cross entropy costs that always answers 1/2; it says so, as loss.adv_form has others
+_UNDECIDED = (math.log(2), "undecided, of BCE (ln 2)")
 _NATS = "loss, nats"
 
 # two panels: their sum would hide which of the two is learnt

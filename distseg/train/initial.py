@@ -40,7 +40,7 @@ def initial_weights(init: str, network: str) -> str | Weights:
     with checkpoint.opened(run_dir, which) as found:
         # the network's tensors alone, whichever strategy wrote them: an optimizer would belong to
         # other data
-        part, tensors = checkpoint.read_network(found, network)
+        part, tensors = checkpoint.read_network(found, network, f"{network}.init=random")
     source = f"{run_dir}, step {found.step}{', EMA weights' if part == 'ema' else ''}"
     source += ", not verified (no checksums)" if found.caveat else ""
     # as tensors, not as a path: `models` is plain torch and knows nothing of checkpoints
