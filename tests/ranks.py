@@ -85,8 +85,12 @@ def leave_out(replace: Callable[[Any, str, Any], None] = setattr) -> None:
 
 def whole(arguments: list[str]) -> int:
     """The command as it is."""
+    import torch
+
     from distseg.cli import main
 
+    # here, and not before `restarting` forks: autograd's threads then race for torch's pool
+    torch.set_num_threads(1)
     return main(arguments)
 
 
@@ -220,8 +224,6 @@ def _run_program(
     out: Path,
     how: Callable[[list[str]], int],
 ) -> None:
-    import torch
-
     gc.freeze()  # as below
     os.environ.clear()
     os.environ.update(environment)
@@ -229,7 +231,6 @@ def _run_program(
     with out.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
     sys.exit(how(arguments))
 
 

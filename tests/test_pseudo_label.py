@@ -102,6 +102,8 @@ def test_the_share_kept_is_the_surest_by_either_measure(
     images = [Labelled(i, str(i), b"", 0.5 + (i == 2), 1.0) for i in range(4)]
     assert [image.index for image in surest(images, Choice(keep=0.5))] == [0, 2]
     assert [image.index for image in surest(images, Choice(keep=0.01))] == [2]
+    images[0].labelled = 0.0  # void everywhere: for nothing
+    assert [image.index for image in surest(images, Choice(keep=0.5))] == [2]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -42,13 +43,21 @@ class Failing:
         return self._function(path, *arguments, **keywords)
 
 
+def let_opening_fail(monkeypatch: pytest.MonkeyPatch, failing: Failing) -> None:
+    """Also where paths keep the function that they open with: Python 3.10."""
+    monkeypatch.setattr("io.open", failing)
+    accessor = getattr(pathlib, "_NormalAccessor", None)
+    if accessor is not None:
+        monkeypatch.setattr(accessor, "open", staticmethod(failing))
+
+
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOENT])
 def test_a_file_that_was_there_is_read_once_its_storage_is_back(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"content")
     # what tells a file that is away from one that never was: its folder lists it
-    monkeypatch.setattr("io.open", Failing(open, number, "file"))
+    let_opening_fail(monkeypatch, Failing(open, number, "file"))
     assert read_bytes(tmp_path / "file") == b"content"
     monkeypatch.setattr(os, "stat", Failing(os.stat, number, "file"))
     assert exists(tmp_path / "file")
@@ -75,7 +84,7 @@ def test_what_does_not_pass_is_raised_at_once_and_what_lasts_is_temporary(
     assert time.monotonic() - start < 0.5
     monkeypatch.setenv(storage.SECONDS_VARIABLE, "0.4")
     (tmp_path / "file").touch()
-    monkeypatch.setattr("io.open", Failing(open, errno.ESTALE, "file", 60))
+    let_opening_fail(monkeypatch, Failing(open, errno.ESTALE, "file", 60))
     with pytest.raises(StorageError, match=r"file: Stale file handle, for 0 s: its storage") as why:
         read_bytes(tmp_path / "file")
     assert 0.4 < time.monotonic() - start < 5

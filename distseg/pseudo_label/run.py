@@ -101,7 +101,7 @@ def run(
     count = len(data.unlabelled)
     images = [labeller(data, index) for index in tracked(range(count), count, "labelling")]
     kept = surest(images, choice)
-    _check_labelled(kept, choice)
+    _check_labelled(images, kept, choice)
     origin = f"pseudo-label of {run_dir.resolve().name} at step {found.step}"
     name = f"{data.reader.manifest.name}-pseudo"
     write_maps(out, name, data.classes, data.samples(kept, origin), data.num_samples(kept))
@@ -124,9 +124,13 @@ def ranked(images: Sequence[Labelled], choice: Choice) -> list[Labelled]:
 
 
 def surest(images: Sequence[Labelled], choice: Choice) -> list[Labelled]:
-    """The images that are kept, in their order: the share that ranks highest, one at least."""
+    """The images that are kept, in their order: the share that ranks highest, one at least.
+
+    Without those that have no labelled pixel: they would be trained on for nothing.
+    """
     number = max(1, round(choice.keep * len(images)))
-    return sorted(ranked(images, choice)[:number], key=lambda image: image.index)
+    kept = [image for image in ranked(images, choice)[:number] if image.labelled]
+    return sorted(kept, key=lambda image: image.index)
 
 
 class Data:
@@ -245,12 +249,12 @@ def _check_out(out: Path) -> None:
     check_writable(nearest_existing(out.parent), "choose another --out")
 
 
-def _check_labelled(kept: Sequence[Labelled], choice: Choice) -> None:
-    """Raise InputError where no pixel is labelled: those would be images for nothing."""
-    if not any(image.labelled for image in kept):
-        got = f"no pixel of {counted(len(kept), 'unlabelled image')} has a class with a "
+def _check_labelled(images: Sequence[Labelled], kept: Sequence[Labelled], choice: Choice) -> None:
+    """Raise InputError where no image is kept."""
+    if not kept:
+        got = f"no pixel of {counted(len(images), 'unlabelled image')} has a class with a "
         got += f"probability from {choice.threshold:g} on"
-        mean = max(image.confidence for image in kept)
+        mean = max(image.confidence for image in images)
         needed = f"some; of the surest image the pixels' mean is {mean:.3f}"
         raise InputError(got, needed, "choose a lower --threshold, or a run that has learnt more")
 
