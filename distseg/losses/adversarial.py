@@ -56,11 +56,10 @@ def discriminator_sum(
     """Sum of the discriminator's loss over its scores on label maps of one kind.
 
     target: 1 is real, 0 is fake; between is one-sided label smoothing (Salimans et al. 2016,
-    section 3.4), which hinge has not. By form, with s a score, D = (1 + s) / 2 and 0 between real
-    and fake in all of them:
+    section 3.4), which hinge has not. By form, with s a score, above 0 = real in all of them:
       non_saturating, saturating   the binary cross entropy of sigmoid(s) (Goodfellow et al. 2014)
       hinge                        max(0, 1 - s) of real, max(0, 1 + s) of fake (Lim and Ye 2017)
-      least_squares                (D - target)^2 (Mao et al. 2017, eq. 9)
+      least_squares                (D - target)^2 with D = (1 + s) / 2 (Mao et al. 2017, eq. 9)
     valid None: one score per image, scores (N, 1, 1, 1), summed over the images. Otherwise scores
     (N, 1, h', w') are upsampled to the valid mask (N, h, w) and summed over valid pixels (Hung et
     al. 2018, eq. 1). Returns a scalar.

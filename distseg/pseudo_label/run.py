@@ -211,8 +211,6 @@ class Labeller:
         self._judge = None
         if choice.rank == "discriminator":
             self._judge = trained_discriminator(config, found, "--rank confidence").to(where)
-        # in fp32, for what the discriminator is shown
-        self._plain = network.to(where)
         self._network, self._look = as_trained(network, config, found, Ranks(0, 1, 0, where))
 
     def __call__(self, data: Data, index: int) -> Labelled:
@@ -227,7 +225,7 @@ class Labeller:
             index, key, encode_label(found), float(chances.mean()), float(valid.mean())
         )
         if self._judge is not None:
-            real = confidence_map(self._plain, self._judge, self._loss, image)
+            real = confidence_map(self._network, self._judge, self._loss, image)
             labelled.realness = float(real.mean())
         truth = data.truth(index) if self._choice.compare else None
         if truth is not None:
