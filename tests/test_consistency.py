@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +28,8 @@ from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
-from distseg.train.teacher import WeakToStrong, check_pairs
+from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
+from distseg.train.teacher import Gate, WeakToStrong
 from shards.errors import InputError
 from tests.ranks import run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
@@ -179,7 +181,7 @@ def make_config(precision: str, overrides: Sequence[str]) -> Config:
     common = ["data.shards=unused", f"precision={precision}", "mode=consistency", "steps=10"]
     common += [f"batch_size={BATCH}", "segmentor_optimizer.name=sgd", "ema_decay=0.9"]
     common += ["consistency.weight=0.8", "consistency.threshold=0.3", "consistency.start_step=1"]
-    common += ["consistency.mix_probability=0.8", "segmentor_optimizer.lr=0.2"]
+    common += ["strong.mix_probability=0.8", "segmentor_optimizer.lr=0.2"]
     return loading.load([*common, *overrides])
 
 
@@ -201,7 +203,8 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
         learners.append(wrap(judge, config.discriminator_optimizer, config, ranks))
     pair = Pair.of(config, *learners)
     ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
-    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks)
+    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+    of_labelled = StrongViews.of_labelled(config, NUM_CLASSES, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     size = BATCH // ranks.world_size
     share = slice(ranks.rank * size, (ranks.rank + 1) * size)
@@ -209,6 +212,8 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     for step in range(STEPS):
         now, count = phase(step, config), config.gradient_accumulation_steps
         images = Images(*(part[share] for part in make_batch(step, dtype, SIDE)))
+        if config.strong.labelled:
+            images = of_labelled.labelled(images, step)
         weak = None
         if pair.objective.uses_unlabelled(now):
             weak = Images(*(part[share] for part in unlabelled(step, dtype)))
@@ -233,9 +238,18 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
     student = TinySegmentor().double()
     teacher = copy.deepcopy(student)
     chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
-    view = StrongView(mix=chosen.mix, mix_probability=0.8)
+    view = StrongView(mix=config.strong.mix, mix_probability=0.8)
     for step in range(STEPS):
         pixels, label = make_batch(step, torch.float64, SIDE)
+        other = [n ^ 1 for n in range(BATCH)]  # mixed with each other
+        if config.strong.labelled:
+            places = range(step * BATCH, (step + 1) * BATCH)
+            draws = strong_draws(OF_LABELLED, places, NUM_CLASSES)
+            mask = view.mask(label, draws)
+            # no pixel has the fill's colour
+            pixels = view.changed(pixels, torch.ones_like(mask), draws)
+            pixels = torch.where(mask[:, None], pixels[other], pixels)
+            label = torch.where(mask, label[other], label)
         logits = F.interpolate(student(pixels), size=(SIDE, SIDE), mode="bilinear")
         loss = F.cross_entropy(logits, label.long(), ignore_index=255)
         if step >= 1:
@@ -246,7 +260,7 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             index[where == 255] = 255
             draws = strong_draws(2**33, range(step * BATCH, (step + 1) * BATCH), NUM_CLASSES)
             changed = view.changed(weak, where != 255, draws)
-            mask, other = view.mask(index.to(torch.uint8), draws), [n ^ 1 for n in range(BATCH)]
+            mask = view.mask(index.to(torch.uint8), draws)
             changed = torch.where(mask[:, None], changed[other], changed)
             index, sure = torch.where(mask, index[other], index), sure.where(~mask, sure[other])
             logits = F.interpolate(student(changed), size=(SIDE, SIDE), mode="bilinear")
@@ -289,15 +303,16 @@ def update(
 
 
 JOINED = {
-    1: ["consistency.weighting=image", "consistency.mix=classmix"],
-    2: [],
-    3: ["consistency.mix=classmix", "gradient_accumulation_steps=2"],
+    1: ["consistency.weighting=image", "strong.mix=classmix"],
+    2: ["strong.labelled=true"],
+    3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
 }
 FSDP = "parallel.strategy=fsdp"
 BESIDE = {
     "ema": [FSDP],
     "segmentor": [FSDP, "consistency.teacher=segmentor"],
     "adversary": ["mode=semi_supervised"],
+    "gate": ["mode=semi_supervised", "consistency.gate=rank", "gradient_accumulation_steps=2"],
 }
 
 
@@ -344,6 +359,39 @@ def test_fsdp_shards_the_teacher_and_an_adversary_may_stand_beside_it(
                 np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-11)
 
 
+def test_a_gate_lets_the_images_of_the_highest_scores_through() -> None:
+    """Of scores by cell the mean over those inside of the image."""
+    pixels, label = crops(4, dtype=torch.float64)
+    label[3] = 255
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(4, 1, 6, 6, generator=generator, dtype=torch.float64)
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    logits = torch.zeros(4, NUM_CLASSES, 12, 12)
+    for scores in (cells, cells.mean((2, 3), keepdim=True)):
+        gate = Gate(lambda *seen, scores=scores: scores, alone, 4, False, 0.5, 0.5)
+        found = gate.scores(pixels, label != 255, logits)
+        for n in range(4):
+            # cells of 8 x 8 pixels, of which the last column lies beyond every other image
+            values = scores[n, 0] if scores.shape[-1] == 1 else scores[n, 0, :, : 5 + n % 2]
+            none_inside = n == 3 and scores.shape[-1] > 1
+            assert float(found[n]) == pytest.approx(0 if none_inside else float(values.mean()))
+    assert gate.opens(torch.tensor([0.1, -0.1, 3, -3])).tolist() == [True, False, True, False]
+
+
+def rank_by(ranks: Ranks) -> list[bool]:
+    """A gate's choice from eight scores of which each rank has some."""
+    scores = torch.tensor([0.5, 2.0, -1.0, 2.0, 0.7, 0.1, -3.0, 0.6], dtype=torch.float64)
+    gate = Gate(lambda *seen: scores, ranks, 8, False, None, 0.4)
+    return gate.opens(scores.chunk(ranks.world_size)[ranks.rank]).tolist()
+
+
+def test_the_order_of_scores_is_that_of_all_ranks() -> None:
+    # 0.4 x 8 is 3.2: the three highest
+    expected = [False, True, False, True, True, False, False, False]
+    for num_ranks in (1, 2, 4):
+        assert [*itertools.chain(*run_ranks(num_ranks, rank_by))] == expected
+
+
 ZERO_3 = ["parallel.strategy=deepspeed", "parallel.zero_stage=3"]
 RUN: dict[str, Any] = {
     "mode": "consistency",
@@ -351,7 +399,8 @@ RUN: dict[str, Any] = {
     "ema_decay": 0.9,
     "data": {"crop_px": 48, "labelled": "1/2", "num_threads": 0},
     "segmentor": {"name": "multiscale", "init": "random", "options": {"hidden": 8}},
-    "consistency": {"weight": 1.0, "threshold": 0.05, "mix": "classmix"},
+    "consistency": {"weight": 1.0, "threshold": 0.05},
+    "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},
 }
@@ -360,14 +409,19 @@ RUN: dict[str, Any] = {
 def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     shards = f"data.shards={toy_shards}"
     taught = [shards, "mode=consistency", "consistency.weight=1"]
+    gated = [shards, "mode=semi_supervised", "consistency.weight=1", "ema_decay=0.9"]
+    gated += ["semi.weight=0"]
     for words, what in (
         ([shards, "mode=consistency"], "consistency.weight=0"),
         (taught, "ema_decay=0"),
         ([*taught, "ema_decay=0.9", "consistency.threshold=1.5"], "consistency.threshold=1.5"),
-        ([*taught, "ema_decay=0.9", "consistency.mix_area_min=0.5"], "mix_area_max"),
+        ([*taught, "ema_decay=0.9", "strong.mix_area_min=0.5"], "mix_area_max"),
         ([shards, "mode=supervised", "consistency.weight=1"], "mode=supervised"),
         ([shards, "mode=adversarial", "consistency.weight=1"], "mode=adversarial"),
         ([*taught, "ema_decay=0.9", "loss.adv_weight=0.1"], "mode=consistency"),
+        ([*taught, "ema_decay=0.9", "consistency.gate=rank"], "mode=consistency"),
+        ([*gated, "consistency.gate=rank", "loss.adv_start_step=9"], "adv_start_step=9"),
+        ([*gated, "consistency.gate=score", "loss.adv_form=hinge"], "adv_form=hinge"),
         (
             [*taught, "consistency.teacher=segmentor", *ZERO_3],
             "stage 3",
@@ -379,11 +433,15 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     with pytest.raises(InputError, match="even number"):
         check_pairs(config, 2)
     check_pairs(config, 3)
-    check_pairs(replace(config, batch_size=3, consistency=mixed_by(config, "cutout")), 1)
+    alone = loading.load([shards, "mode=supervised", "batch_size=3", "strong.labelled=true"])
+    with pytest.raises(InputError, match="3 labelled images"):
+        check_pairs(alone, 1)
+    check_pairs(replace(alone, strong=mixed_by(alone, "none")), 1)
+    check_pairs(replace(config, batch_size=3, strong=mixed_by(config, "cutout")), 1)
 
 
 def mixed_by(config: Config, mix: str) -> Any:
-    return replace(config.consistency, mix=mix)
+    return replace(config.strong, mix=mix)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:

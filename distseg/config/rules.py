@@ -192,7 +192,7 @@ def unlabelled_images_have_a_term(config: Config) -> None:
 
 
 def consistency_with_a_teacher(config: Config) -> None:
-    """mode=consistency has its term, and the term its teacher and its rectangles."""
+    """mode=consistency has its term, and the term its teacher."""
     chosen = config.consistency
     if config.mode == "consistency" and not chosen.weight:
         got, action = "mode=consistency with consistency.weight=0", "write consistency.weight=1"
@@ -202,14 +202,40 @@ def consistency_with_a_teacher(config: Config) -> None:
     if chosen.teacher == "ema" and not config.ema_decay:
         action = "write for example ema_decay=0.99, or consistency.teacher=segmentor"
         raise InputError("consistency.teacher=ema with ema_decay=0", "an EMA", action)
-    if chosen.mix_area_min > chosen.mix_area_max:
-        got = f"consistency.mix_area_min={chosen.mix_area_min} above "
-        got += f"consistency.mix_area_max={chosen.mix_area_max}"
-        raise InputError(got, "mix_area_min <= mix_area_max", "swap them")
     if config.parallel.strategy == "deepspeed" and config.parallel.zero_stage == 3:
         got = "consistency.weight with parallel.strategy=deepspeed, parallel.zero_stage=3"
         needed = "whole parameters for the teacher, which stage 3 does not keep"
         raise InputError(got, needed, "write parallel.zero_stage=2, or parallel.strategy=fsdp")
+
+
+def rectangles_in_order(config: Config) -> None:
+    """strong.mix_area_min is the smaller one."""
+    strong = config.strong
+    if strong.mix_area_min > strong.mix_area_max:
+        got = f"strong.mix_area_min={strong.mix_area_min} above "
+        got += f"strong.mix_area_max={strong.mix_area_max}"
+        raise InputError(got, "mix_area_min <= mix_area_max", "swap them")
+
+
+def a_discriminator_at_the_gate(config: Config) -> None:
+    """consistency.gate has a discriminator that has begun to learn."""
+    chosen, loss = config.consistency, config.loss
+    if config.mode not in WITH_UNLABELLED or not chosen.weight or chosen.gate == "none":
+        return
+    if config.mode not in WITH_DISCRIMINATOR:
+        got = f"consistency.gate={chosen.gate} with mode={config.mode}"
+        action = "write mode=semi_supervised, or consistency.gate=none"
+        raise InputError(got, "a discriminator", action)
+    if chosen.start_step < loss.adv_start_step:
+        got = f"consistency.gate={chosen.gate} with consistency.start_step={chosen.start_step} "
+        got += f"before loss.adv_start_step={loss.adv_start_step}"
+        needed = "a discriminator that has begun to learn"
+        raise InputError(got, needed, f"write consistency.start_step={loss.adv_start_step} or more")
+    if chosen.gate == "score" and loss.adv_form not in ("non_saturating", "saturating"):
+        # which only the cross entropy makes of the scores
+        got = f"consistency.gate=score with loss.adv_form={loss.adv_form}"
+        needed = "a probability, of a discriminator trained by BCE"
+        raise InputError(got, needed, "write consistency.gate=rank")
 
 
 def class_weights_of_a_kind(config: Config) -> None:
@@ -320,6 +346,8 @@ RULES = (
     shards_of_fsdp,
     unlabelled_images_have_a_term,
     consistency_with_a_teacher,
+    a_discriminator_at_the_gate,
+    rectangles_in_order,
     a_view_by_reference,
     class_weights_of_a_kind,
     focal_or_smoothed,

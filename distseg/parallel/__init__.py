@@ -46,9 +46,9 @@ class Learner(Protocol):
         evaluation mode; called on every rank.
         """
 
-    def infer(self, network: nn.Module, pixels: Tensor) -> Tensor:
-        """Logits of this network or its twin, in evaluation mode and without a graph, under
-        autocast.
+    def infer(self, network: nn.Module, *inputs: Tensor) -> Any:
+        """What this network or its twin says, in evaluation mode and without a graph, under
+        autocast: of a segmentor the logits alone.
         """
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,9 +68,9 @@ class FSDPLearner(TorchLearner):
         _shard(network, self._mesh, reshard_after_forward=True)
         return network
 
-    def infer(self, network: nn.Module, pixels: Tensor) -> Tensor:
+    def infer(self, network: nn.Module, *inputs: Tensor) -> Any:
         """See Learner.infer."""
-        output = super().infer(network, pixels)
+        output = super().infer(network, *inputs)
         # a teacher never has a backward; before the segmentor's own it would prefetch for these
         forget_fsdp_forwards(network)
         return output

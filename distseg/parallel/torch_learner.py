@@ -82,10 +82,10 @@ class TorchLearner:
         return copy.deepcopy(self.network).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def infer(self, network: nn.Module, pixels: Tensor) -> Tensor:
+    def infer(self, network: nn.Module, *inputs: Tensor) -> Any:
         """See Learner.infer."""
         with evaluating(network), autocast(self._device_type, self._autocast_dtype):
-            output = network(pixels)
+            output = network(*inputs)
         return output["out"] if isinstance(output, dict) else output
 
     def scaled(self, loss: Tensor) -> Tensor:

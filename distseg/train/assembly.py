@@ -30,6 +30,7 @@ from distseg.train.inputs import Data
 from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
+from distseg.train.strong_views import StrongViews
 from distseg.train.teacher import WeakToStrong
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
@@ -85,8 +86,12 @@ def learned(
     if config.ema_decay > 0:
         ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
     if has_teacher:
-        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks)
+        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
         pair = replace(pair, weak_to_strong=weak_to_strong)
+    if config.strong.labelled:
+        num_classes = data.train.classes.num_classes
+        strong = StrongViews.of_labelled(config, num_classes, ranks)
+        pair = replace(pair, strong_labelled=strong)
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here

@@ -37,6 +37,7 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
         lines += [f"weights: {report}" for report in reports if report is not None]
     has_auxiliary = bool(getattr(pair.segmentor.network, "has_auxiliary", False))
     lines.append(f"loss: {' + '.join(_terms(config, has_auxiliary))}")
+    lines += _strong_views(config)
     lines += without_effect(config, pair.segmentor.network)
     lines += _batch_norm(pair.segmentor.network) if ranks.world_size > 1 else []
     # over all ranks and per rank: both are called "batch size" elsewhere, and learning rates go by
@@ -169,10 +170,20 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
     return terms
 
 
+def _strong_views(config: Config) -> list[str]:
+    """Which images have them, where some do."""
+    kinds = ["labelled"] if config.strong.labelled else []
+    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+        kinds.append("unlabelled")
+    return [f"strong views of {' and '.join(kinds)} images, {config.strong.mix}"] if kinds else []
+
+
 def _consistency(chosen: ConsistencyConfig) -> str:
-    """The term on unlabelled images, its teacher and its strong view."""
+    """The term on unlabelled images, and its teacher."""
     how = f"teacher {chosen.teacher}, {chosen.target}, confident from {chosen.threshold} by "
-    how += f"{chosen.weighting}, {chosen.mix}"
+    how += chosen.weighting
+    if chosen.gate != "none":
+        how += f", gate by {chosen.gate}"
     if chosen.start_step:
         how += f", from step {chosen.start_step}"
     return f"{chosen.weight} x consistency ({how})"

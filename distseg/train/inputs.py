@@ -19,7 +19,7 @@ from distseg.data.samples import (
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
-from distseg.train.teacher import check_pairs
+from distseg.train.strong_views import check_pairs
 from shards.errors import InputError
 from shards.files import write_text
 from shards.storage import is_file
@@ -87,6 +87,7 @@ def open_data(config: Config, world_size: int) -> Data:
     # after `keep_classes`, which changes how many there are
     _check_classes(config, train_set)
     own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
+    check_pairs(config, world_size)
     unlabelled_set = None
     if config.mode in WITH_UNLABELLED:
         unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
@@ -115,7 +116,6 @@ def _open_unlabelled(
         raise InputError(got, "unlabelled samples", action)
     size = config.semi.batch_size or config.batch_size
     check_batch("semi.batch_size", size, world_size, config.gradient_accumulation_steps)
-    check_pairs(config, world_size)
     # the labelled ones come first: being fewer, they come more often
     room = config.data.keep_decoded_bytes
     room -= labelled.decoded_bytes(room)
@@ -138,16 +138,17 @@ def open_streams(
     # labelled images have the order that they have without unlabelled ones, so that such runs
     # compare
     own = (config.batch_size, config.seed)
-    labelled = open_stream(config, ranks, data.train, start_step, own)
+    # the strong view's colours and blur are laid over it in the step, and replace these
+    weak = replace(config, data=replace(config.data, color_jitter=0.0, blur_probability=0.0))
+    of_labelled = weak if config.strong.labelled else config
+    labelled = open_stream(of_labelled, ranks, data.train, start_step, own)
     if data.unlabelled is None:
         return labelled
     # beyond every seed that a user can choose: another order, other crops
     other = (config.semi.batch_size or config.batch_size, config.seed + 2**32)
-    if config.consistency.weight:
-        # what the teacher labels: the strong view's colours and blur are laid over it in the step
-        weak = replace(config.data, color_jitter=0.0, blur_probability=0.0)
-        config = replace(config, data=weak)
-    return PairedStream(labelled, open_stream(config, ranks, data.unlabelled, start_step, other))
+    # weak: what a teacher labels
+    of_rest = weak if config.consistency.weight else config
+    return PairedStream(labelled, open_stream(of_rest, ranks, data.unlabelled, start_step, other))
 
 
 def open_stream(

@@ -31,6 +31,7 @@ from distseg.train.batch import Images, MicroBatch
 from distseg.train.counts import Counts, mean
 from distseg.train.objective import Judging, Objective, Scored, build_objective
 from distseg.train.schedules import Phase
+from distseg.train.strong_views import StrongViews
 from distseg.train.teacher import WeakToStrong
 
 Metrics = dict[str, Tensor]
@@ -48,6 +49,7 @@ class Pair:
     discriminator: Learner | None
     objective: Objective
     weak_to_strong: WeakToStrong | None = None  # of a run with a teacher
+    strong_labelled: StrongViews | None = None  # where labelled images have strong views too
 
     @classmethod
     def of(cls, config: Config, segmentor: Learner, discriminator: Learner | None = None) -> Pair:

@@ -5,50 +5,103 @@ the segmentor is trained on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.data.plan import rank_positions
-from distseg.data.strong import FILL, StrongView, strong_draws
-from distseg.distributed.ranks import Ranks
-from distseg.losses.tensors import at_least_float32, upsample
+from distseg.distributed.ranks import Ranks, all_reduce_sum
+from distseg.losses.tensors import at_least_float32, label_at, upsample
 from distseg.losses.terms import PseudoLabels
 from distseg.parallel import Learner
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
-from shards.errors import InputError
+from distseg.train.strong_views import StrongViews
 from shards.sample import IGNORE_INDEX
 
-# beyond the seeds of the streams, so that a strong view repeats no draw of its weak one
-SEED = 2**33
+
+@dataclass(frozen=True)
+class Gate:
+    """Which images are pseudo-labelled, by the discriminator's score of the teacher's predictions.
+
+    judge: pixels (n, 3, H, W), probabilities (n, C, h, w) -> scores (n, 1, h', w') or (n, 1, 1, 1),
+    without a graph. at_image_size: h, w are H, W. probability: an image counts where the sigmoid of
+    its score is above it; None: the share of the global batch with the highest scores counts.
+    batch_size: of unlabelled images, over all ranks.
+    """
+
+    judge: Callable[[Tensor, Tensor], Tensor]
+    ranks: Ranks
+    batch_size: int
+    at_image_size: bool
+    probability: float | None
+    share: float
+
+    @classmethod
+    def of(cls, config: Config, discriminator: Learner, ranks: Ranks) -> Gate:
+        """Of a configuration whose consistency.gate is not "none"."""
+
+        def judge(pixels: Tensor, probabilities: Tensor) -> Tensor:
+            return discriminator.infer(discriminator.network, pixels, probabilities)[0]
+
+        chosen = config.consistency
+        return cls(
+            judge,
+            ranks,
+            config.semi.batch_size or config.batch_size,
+            config.loss.map_resolution == "image",
+            chosen.gate_probability if chosen.gate == "score" else None,
+            chosen.gate_share,
+        )
+
+    def scores(self, pixels: Tensor, inside: Tensor, logits: Tensor) -> Tensor:
+        """One for each image: (n,) float64, of several cells the mean over those inside."""
+        if self.at_image_size:
+            logits = upsample(logits, pixels.shape[-2:])
+        scores = self.judge(pixels, logits.softmax(1))[:, 0].double()  # (n, h', w')
+        if scores.shape[-1] == scores.shape[-2] == 1:
+            return scores[:, 0, 0]
+        _, valid = label_at((~inside).to(torch.uint8) * IGNORE_INDEX, scores.shape[-2:])
+        return (scores * valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+
+    def opens(self, scores: Tensor) -> Tensor:
+        """Whether it lets each of this rank's images through: (n,) bool, by their scores."""
+        if self.probability is not None:
+            return scores.sigmoid() > self.probability
+        # one message of a number an image; each rank finds the same order by itself
+        everywhere = scores.new_zeros(self.ranks.world_size, len(scores))
+        everywhere[self.ranks.rank] = scores
+        order = all_reduce_sum(everywhere).flatten().argsort(descending=True, stable=True)
+        chosen = order[: round(self.share * self.batch_size)]
+        opened = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, chosen, True)
+        return opened.view(self.ranks.world_size, -1)[self.ranks.rank]
 
 
 @dataclass(frozen=True)
 class WeakToStrong:
     """Makes strong views of weak ones, with the teacher's pseudo-labels.
 
-    teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. batch_size: of unlabelled
-    images, over all ranks. soft: whether the probabilities of all classes are kept.
+    teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
+    probabilities of all classes are kept. gate: None, all images are pseudo-labelled.
     """
 
     teach: Callable[[Tensor], Tensor]
-    view: StrongView
-    ranks: Ranks
-    seed: int
-    batch_size: int
-    num_classes: int
+    views: StrongViews
     soft: bool = False
+    gate: Gate | None = None
 
     @classmethod
     def of(
-        cls, config: Config, segmentor: Learner, ema: MovingAverage | None, ranks: Ranks
+        cls,
+        config: Config,
+        segmentor: Learner,
+        ema: MovingAverage | None,
+        ranks: Ranks,
+        discriminator: Learner | None = None,
     ) -> WeakToStrong:
         """Of a configuration; ema: with a network, where the teacher is one."""
-        chosen, names = config.consistency, [field.name for field in fields(StrongView)]
-        network = segmentor.network
+        chosen, network = config.consistency, segmentor.network
         if chosen.teacher == "ema":
             assert ema is not None and ema.network is not None
             network = ema.network
@@ -56,15 +109,13 @@ class WeakToStrong:
         def teach(pixels: Tensor) -> Tensor:
             return segmentor.infer(network, pixels)
 
-        return cls(
-            teach,
-            StrongView(**{name: getattr(chosen, name) for name in names}),
-            ranks,
-            config.seed + SEED,
-            config.semi.batch_size or config.batch_size,
-            int(segmentor.network.num_classes),  # type: ignore[arg-type]
-            soft=chosen.target == "probabilities",
-        )
+        gate = None
+        if chosen.gate != "none":
+            assert discriminator is not None  # rules.py
+            gate = Gate.of(config, discriminator, ranks)
+        num_classes = int(segmentor.network.num_classes)  # type: ignore[arg-type]
+        views = StrongViews.of_unlabelled(config, num_classes, ranks)
+        return cls(teach, views, soft=chosen.target == "probabilities", gate=gate)
 
     @torch.no_grad()
     def __call__(self, weak: Images, step: int, num_micro_batches: int = 1) -> Images:
@@ -72,66 +123,46 @@ class WeakToStrong:
 
         The teacher sees as many images at a time as the segmentor does.
         """
-        positions = rank_positions(step, self.batch_size, self.ranks.rank, self.ranks.world_size)
-        draws = strong_draws(self.seed, positions, self.num_classes)
-        parts = [weak.pixels, weak.label, draws]
-        chunks = zip(*(part.chunk(num_micro_batches) for part in parts), strict=True)
-        strong = [self._strong(*chunk) for chunk in chunks]
-        return strong[0] if len(strong) == 1 else _joined(strong)
+        chunks = (part.chunk(num_micro_batches) for part in (weak.pixels, weak.label))
+        taught = [self._taught(*chunk) for chunk in zip(*chunks, strict=True)]
+        pseudo = _joined([labels for labels, _ in taught])
+        if self.gate is not None:
+            opened = self.gate.opens(
+                torch.cat([scores for _, scores in taught if scores is not None])
+            )
+            # less than any threshold, so that no pixel of the others is confident
+            confidence = pseudo.confidence.where(opened[:, None, None], -1)
+            pseudo = replace(pseudo, confidence=confidence)
+        return self._strong(weak, pseudo, self.views.draws(step))
 
-    def _strong(self, pixels: Tensor, label: Tensor, draws: Tensor) -> Images:
-        """Of some of the images, whole pairs where they are mixed."""
+    def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None]:
+        """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
         inside = label != IGNORE_INDEX
-        # by the weak view, so before anything is mixed
-        pseudo = self._pseudo_labels(pixels, inside)
-        mask = self.view.mask(pseudo.label, draws)
-        changed = self.view.mixed(self.view.changed(pixels, inside, draws), mask, FILL)
+        logits = at_least_float32(self.teach(pixels))
+        scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
+        probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
+        confidence, index = probabilities.max(1)
+        pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
+        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
+
+    def _strong(self, weak: Images, pseudo: PseudoLabels, draws: Tensor) -> Images:
+        view = self.views.view
+        mask = view.mask(pseudo.label, draws)
         every = pseudo.probabilities
         mixed = PseudoLabels(
-            self.view.mixed(pseudo.label, mask, IGNORE_INDEX),
-            self.view.mixed(pseudo.confidence, mask),
-            None if every is None else self.view.mixed(every, mask),
+            view.mixed(pseudo.label, mask, IGNORE_INDEX),
+            view.mixed(pseudo.confidence, mask),
+            None if every is None else view.mixed(every, mask),
         )
-        channels_last = pixels.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return Images(
-            changed.contiguous(memory_format=layout),
-            self.view.mixed(label, mask, IGNORE_INDEX),
-            mixed,
-        )
-
-    def _pseudo_labels(self, pixels: Tensor, inside: Tensor) -> PseudoLabels:
-        logits = upsample(at_least_float32(self.teach(pixels)), pixels.shape[-2:])
-        probabilities = logits.softmax(1)
-        confidence, index = probabilities.max(1)
-        label = index.to(torch.uint8).where(inside, IGNORE_INDEX)
-        return PseudoLabels(label, confidence, probabilities if self.soft else None)
+        pixels = self.views.pixels(weak.pixels, weak.label != IGNORE_INDEX, mask, draws)
+        return Images(pixels, view.mixed(weak.label, mask, IGNORE_INDEX), mixed)
 
 
-def check_pairs(config: Config, world_size: int) -> None:
-    """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
-    mix, size = config.consistency.mix, config.semi.batch_size or config.batch_size
-    num_parts = world_size * config.gradient_accumulation_steps
-    is_mixed = StrongView(mix=mix).is_paired and config.consistency.mix_probability > 0
-    if config.consistency.weight and is_mixed and size // num_parts % 2:
-        got = f"consistency.mix={mix} with {size // num_parts} unlabelled images a rank and "
-        got += "micro-batch"
-        needed = "an even number: neighbours are mixed with each other"
-        action = f"write semi.batch_size={2 * num_parts * max(1, size // num_parts // 2)} or "
-        action += "consistency.mix=cutout; of a run that goes on, start fewer ranks"
-        raise InputError(got, needed, action)
-
-
-def _joined(parts: list[Images]) -> Images:
-    """Images of several micro-batches, in their order."""
-    pseudo = [part.pseudo for part in parts if part.pseudo is not None]
-    every = [each.probabilities for each in pseudo if each.probabilities is not None]
-    labels = PseudoLabels(
-        torch.cat([each.label for each in pseudo]),
-        torch.cat([each.confidence for each in pseudo]),
+def _joined(parts: list[PseudoLabels]) -> PseudoLabels:
+    """Of several micro-batches, in their order."""
+    every = [part.probabilities for part in parts if part.probabilities is not None]
+    return PseudoLabels(
+        torch.cat([part.label for part in parts]),
+        torch.cat([part.confidence for part in parts]),
         torch.cat(every) if every else None,
     )
-    images = Images(
-        torch.cat([part.pixels for part in parts]), torch.cat([part.label for part in parts])
-    )
-    return replace(images, pseudo=labels)

@@ -179,9 +179,6 @@ class Trainer:
     def train_step(self, batch: Batch) -> Metrics:
         """One step on this rank's part of a batch: gradients, then the updates that the phase asks
         for.
-
-        Of a batch with `unlabelled` images, those are left out where no term of the phase looks at
-        them.
         """
         config, step = self.config, self.state.step
         # A pure function of the step, so that there is no random state to save
@@ -190,15 +187,8 @@ class Trainer:
         seed = np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         current = replace(phase(step, config), watched=logged(step, config))
-        labelled, unlabelled = to_device(batch, self.ranks.device, config), None
-        # read and decoded all the same, so that the order of the stream does not depend on the
-        # schedule
-        if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
-            unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
+        labelled, unlabelled = self._images(batch, current)
         num_micro_batches = config.gradient_accumulation_steps
-        teacher = self.pair.weak_to_strong
-        if unlabelled is not None and teacher is not None and current.weights.get("consistency"):
-            unlabelled = teacher(unlabelled, step, num_micro_batches)
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
         # one factor for both networks: their base rates stand in the configuration, the course is
         # one
@@ -216,6 +206,27 @@ class Trainer:
         if self.ema is not None and current.segmentor:
             self.ema.update()
         return metrics
+
+    def _images(self, batch: Batch, current: Phase) -> tuple[Images, Images | None]:
+        """What the networks get of a batch: strong views where they are asked for, and unlabelled
+        images where a term of the phase looks at them.
+        """
+        pair, config, step = self.pair, self.config, self.state.step
+        labelled, unlabelled = to_device(batch, self.ranks.device, config), None
+        if pair.strong_labelled is not None:
+            labelled = pair.strong_labelled.labelled(labelled, step)
+        # read and decoded all the same, so that the order of the stream does not depend on the
+        # schedule
+        if batch.unlabelled is not None and pair.objective.uses_unlabelled(current):
+            unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
+        if (
+            unlabelled is not None
+            and pair.weak_to_strong is not None
+            and current.weights.get("consistency")
+        ):
+            count = config.gradient_accumulation_steps
+            unlabelled = pair.weak_to_strong(unlabelled, step, count)
+        return labelled, unlabelled
 
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""

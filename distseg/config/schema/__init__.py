@@ -27,6 +27,7 @@ from distseg.config.schema.running import (
     ParallelConfig,
     TrackingConfig,
 )
+from distseg.config.schema.strong import StrongConfig
 
 __all__ = [
     "DISCRIMINATORS",
@@ -49,6 +50,7 @@ __all__ = [
     "ScheduleConfig",
     "SegmentorConfig",
     "SemiConfig",
+    "StrongConfig",
     "TermConfig",
     "TrackingConfig",
 ]
@@ -154,6 +156,7 @@ class Config:
     loss: LossConfig = section(LossConfig)
     semi: SemiConfig = section(SemiConfig, modes=WITH_UNLABELLED)
     consistency: ConsistencyConfig = section(ConsistencyConfig, modes=WITH_UNLABELLED)
+    strong: StrongConfig = section(StrongConfig)
     evaluate: EvaluateConfig = section(
         EvaluateConfig, on_resume=True, at_evaluation=True, at_prediction=True
     )

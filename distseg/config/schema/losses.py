@@ -230,9 +230,8 @@ class SemiConfig:
 
 @dataclass
 class ConsistencyConfig:
-    """Weak-to-strong consistency: what a teacher sees in a crop trains its strongly changed view.
-
-    The defaults of the strong view are UniMatch's (Yang et al. 2023).
+    """Weak-to-strong consistency: what a teacher sees in a crop trains its strongly changed view,
+    which `strong` describes.
     """
 
     weight: float = key(0.0, "of the term on unlabelled images; 0: there is none", low=0)
@@ -275,32 +274,19 @@ class ConsistencyConfig:
         },
         source=f"pixel: {UNIMATCH}; image: Olsson et al. 2021 (ClassMix)",
     )
-    # partners are neighbours in the global batch, so any number of ranks mixes the same pairs
-    mix: str = key(
-        "cutmix",
-        "what is laid over a strong view, teacher's prediction included",
+    # early, a discriminator's scores say nothing: rules.py asks for it to have begun before
+    gate: str = key(
+        "none",
+        "which images are pseudo-labelled, by D's score of what the teacher predicts",
         choices={
-            "cutmix": "a rectangle of another image",
-            "classmix": "half of the classes of another image",
-            "cutout": "an empty rectangle, which does not count",
-            "none": "",
+            "none": "all",
+            "score": "those that it takes for real with gate_probability",
+            "rank": "the share gate_share of the global batch that it takes for the most real",
         },
-        source="Yun et al. 2019, Olsson et al. 2021, DeVries and Taylor 2017",
+        source="score: Mittal et al. 2019 (s4GAN), eq. 5, of the segmentor's own prediction",
     )
-    mix_probability: float = key(0.5, "of mixing, for each image", low=0, high=1)
-    mix_area_min: float = key(
-        0.02, "smallest share of a crop that a rectangle takes", low=0, high=1
+    gate_probability: float = key(
+        0.6, "gate=score: an image counts above this", low=0, high=1, source="s4GAN, on PASCAL VOC"
     )
-    mix_area_max: float = key(0.4, "largest share", low=0, high=1)
-    jitter_probability: float = key(0.8, "of changing an image's colours", low=0, high=1)
-    color_jitter: float = key(
-        0.5, "brightness, contrast and saturation by factors in 1 -+ this", low=0, high=1
-    )
-    hue_jitter: float = key(
-        0.25, "hue by up to this", unit="turns of the colour circle", low=0, high=0.5
-    )
-    gray_probability: float = key(0.2, "of leaving an image its gray alone", low=0, high=1)
-    blur_probability: float = key(0.5, "of blurring an image", low=0, high=1)
-    blur_max_px: float = key(
-        2.0, "largest standard deviation of that", unit="pixels", low=0.1, high=20
-    )
+    # relative: a discriminator that trusts all, or none, chooses all the same
+    gate_share: float = key(0.5, "gate=rank: so many of the images count", low=0, high=1)

@@ -1,0 +1,99 @@
+"""Strong views of a step's images on this rank, of labelled ones together with their labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.data.plan import rank_positions
+from distseg.data.strong import FILL, StrongView, strong_draws
+from distseg.distributed.ranks import Ranks
+from distseg.train.batch import Images
+from shards.errors import InputError
+from shards.sample import IGNORE_INDEX
+
+# beyond the seeds of the streams, so that a strong view repeats no draw of its crop
+OF_UNLABELLED, OF_LABELLED = 2**33, 3 * 2**32
+
+
+@dataclass(frozen=True)
+class StrongViews:
+    """What makes strong views of one kind of images.
+
+    batch_size: of these images, over all ranks. seed: that of their draws.
+    """
+
+    view: StrongView
+    ranks: Ranks
+    seed: int
+    batch_size: int
+    num_classes: int
+
+    @classmethod
+    def of_unlabelled(cls, config: Config, num_classes: int, ranks: Ranks) -> StrongViews:
+        """For the crops that a teacher labels."""
+        size, seed = config.semi.batch_size or config.batch_size, config.seed + OF_UNLABELLED
+        return cls(_view(config), ranks, seed, size, num_classes)
+
+    @classmethod
+    def of_labelled(cls, config: Config, num_classes: int, ranks: Ranks) -> StrongViews:
+        """For the labelled crops, where `strong.labelled` asks for it."""
+        seed = config.seed + OF_LABELLED
+        return cls(_view(config), ranks, seed, config.batch_size, num_classes)
+
+    def draws(self, step: int) -> Tensor:
+        """The random numbers of this rank's images; see `strong_draws`."""
+        positions = rank_positions(step, self.batch_size, self.ranks.rank, self.ranks.world_size)
+        return strong_draws(self.seed, positions, self.num_classes)
+
+    def pixels(self, pixels: Tensor, inside: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
+        """Of pixels (n, 3, H, W), in their memory format; mask: of StrongView.mask."""
+        channels_last = pixels.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        changed = self.view.mixed(self.view.changed(pixels, inside, draws), mask, FILL)
+        return changed.contiguous(memory_format=layout)
+
+    @torch.no_grad()
+    def labelled(self, images: Images, step: int) -> Images:
+        """This rank's labelled images of a step, with the labels mixed as the pixels are."""
+        draws = self.draws(step)
+        # not by the label, whose void is inside of images too: a ring of unchanged colours would
+        # tell the network where objects end. A pixel of an image may have the fill's colour; it
+        # keeps it
+        inside = (images.pixels != FILL.to(images.pixels)).any(1)
+        mask = self.view.mask(images.label, draws)
+        label = self.view.mixed(images.label, mask, IGNORE_INDEX)
+        return Images(self.pixels(images.pixels, inside, mask, draws), label)
+
+
+def _view(config: Config) -> StrongView:
+    return StrongView(**{field.name: getattr(config.strong, field.name) for field in _FIELDS})
+
+
+_FIELDS = fields(StrongView)
+
+
+def check_pairs(config: Config, world_size: int) -> None:
+    """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
+    if not (StrongView(mix=config.strong.mix).is_paired and config.strong.mix_probability):
+        return
+    if config.strong.labelled:
+        _check_even(config, world_size, "batch_size", config.batch_size)
+    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+        size = config.semi.batch_size or config.batch_size
+        _check_even(config, world_size, "semi.batch_size", size)
+
+
+def _check_even(config: Config, world_size: int, key: str, batch_size: int) -> None:
+    num_parts = world_size * config.gradient_accumulation_steps
+    share = batch_size // num_parts
+    if share % 2:
+        kind = "labelled" if key == "batch_size" else "unlabelled"
+        got = f"strong.mix={config.strong.mix} with {share} {kind} images a rank and micro-batch"
+        needed = "an even number: neighbours are mixed with each other"
+        action = f"write {key}={2 * num_parts * max(1, share // 2)} or strong.mix=cutout; of a run "
+        action += "that goes on, start fewer ranks"
+        raise InputError(got, needed, action)
