@@ -258,19 +258,24 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
                 taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
                 sure, index = taught.softmax(1).max(1)
             index[where == 255] = 255
-            draws = strong_draws(2**33, range(step * BATCH, (step + 1) * BATCH), NUM_CLASSES)
-            changed = view.changed(weak, where != 255, draws)
-            mask = view.mask(index.to(torch.uint8), draws)
-            changed = torch.where(mask[:, None], changed[other], changed)
-            index, sure = torch.where(mask, index[other], index), sure.where(~mask, sure[other])
-            logits = F.interpolate(student(changed), size=(SIDE, SIDE), mode="bilinear")
-            each = F.cross_entropy(logits, index, ignore_index=255, reduction="none")
-            inside = index != 255
-            weight = (sure >= chosen.threshold) & inside
-            if chosen.weighting == "image":
-                share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-                weight = share[:, None, None] * inside
-            loss = loss + chosen.weight * (each * weight).sum() / inside.sum()
+            places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
+            for number in range(chosen.num_views):
+                draws = strong_draws(2**33 + number * 2**34, places, NUM_CLASSES)
+                changed = view.changed(weak, where != 255, draws)
+                mask = view.mask(index.to(torch.uint8), draws)
+                changed = torch.where(mask[:, None], changed[other], changed)
+                target = torch.where(mask, index[other], index)
+                known = sure.where(~mask, sure[other])
+                logits = F.interpolate(student(changed), size=(SIDE, SIDE), mode="bilinear")
+                each = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
+                inside = target != 255
+                weight = (known >= chosen.threshold) & inside
+                if chosen.weighting == "image":
+                    share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+                    weight = share[:, None, None] * inside
+                terms.append((each * weight).sum())
+                counts.append(inside.sum())
+            loss = loss + chosen.weight * sum(terms) / sum(counts)
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         update(config, step, student, gradients, momentum)
         decay = min(0.9, (2 + step) / (11 + step))
@@ -304,7 +309,7 @@ def update(
 
 JOINED = {
     1: ["consistency.weighting=image", "strong.mix=classmix"],
-    2: ["strong.labelled=true"],
+    2: ["strong.labelled=true", "consistency.num_views=2"],
     3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
 }
 FSDP = "parallel.strategy=fsdp"

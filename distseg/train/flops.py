@@ -84,10 +84,15 @@ class StepWork:
         of_discriminator = _work(discriminator, pixels, label_map.detach())
         return cls(*of_segmentor, *of_discriminator, to_label_map)
 
-    def of_step(self, phase: Phase, num_labelled: int, num_unlabelled: int) -> float:
-        """Operations of one step on so many images."""
-        num_images = num_labelled + num_unlabelled
-        taught = num_unlabelled * self.segmentor if phase.weights.get("consistency") else 0.0
+    def of_step(
+        self, phase: Phase, num_labelled: int, num_unlabelled: int, num_views: int = 1
+    ) -> float:
+        """Operations of one step on so many images; num_views: strong ones of each that a teacher
+        labels.
+        """
+        is_taught = bool(phase.weights.get("consistency"))
+        taught = num_unlabelled * self.segmentor if is_taught else 0.0
+        num_images = num_labelled + num_unlabelled * (num_views if is_taught else 1)
         # a phase of the discriminator alone needs the prediction, but no gradient of it
         of_image = self.segmentor + phase.segmentor * self.segmentor_backward
         if not phase.adversary:

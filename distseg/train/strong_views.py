@@ -16,7 +16,7 @@ from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
 # beyond the seeds of the streams, so that a strong view repeats no draw of its crop
-OF_UNLABELLED, OF_LABELLED = 2**33, 3 * 2**32
+OF_UNLABELLED, OF_LABELLED, NEXT_VIEW = 2**33, 3 * 2**32, 2**34
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class StrongViews:
         seed = config.seed + OF_LABELLED
         return cls(_view(config), ranks, seed, config.batch_size, num_classes)
 
-    def draws(self, step: int) -> Tensor:
-        """The random numbers of this rank's images; see `strong_draws`."""
+    def draws(self, step: int, number: int = 0) -> Tensor:
+        """The random numbers of this rank's images, of their `number`-th views; see
+        `strong_draws`.
+        """
         positions = rank_positions(step, self.batch_size, self.ranks.rank, self.ranks.world_size)
-        return strong_draws(self.seed, positions, self.num_classes)
+        return strong_draws(self.seed + number * NEXT_VIEW, positions, self.num_classes)
 
     def pixels(self, pixels: Tensor, inside: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
         """Of pixels (n, 3, H, W), in their memory format; mask: of StrongView.mask."""

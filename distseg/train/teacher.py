@@ -83,13 +83,15 @@ class WeakToStrong:
     """Makes strong views of weak ones, with the teacher's pseudo-labels.
 
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
-    probabilities of all classes are kept. gate: None, all images are pseudo-labelled.
+    probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
+    each image.
     """
 
     teach: Callable[[Tensor], Tensor]
     views: StrongViews
     soft: bool = False
     gate: Gate | None = None
+    num_views: int = 1
 
     @classmethod
     def of(
@@ -115,11 +117,13 @@ class WeakToStrong:
             gate = Gate.of(config, discriminator, ranks)
         num_classes = int(segmentor.network.num_classes)  # type: ignore[arg-type]
         views = StrongViews.of_unlabelled(config, num_classes, ranks)
-        return cls(teach, views, soft=chosen.target == "probabilities", gate=gate)
+        soft = chosen.target == "probabilities"
+        return cls(teach, views, soft=soft, gate=gate, num_views=chosen.num_views)
 
     @torch.no_grad()
     def __call__(self, weak: Images, step: int, num_micro_batches: int = 1) -> Images:
-        """The strong views of this rank's images of a step, with their pseudo-labels.
+        """The strong views of this rank's images of a step, with their pseudo-labels: the first
+        views of all images, then the second ones.
 
         The teacher sees as many images at a time as the segmentor does.
         """
@@ -133,7 +137,9 @@ class WeakToStrong:
             # less than any threshold, so that no pixel of the others is confident
             confidence = pseudo.confidence.where(opened[:, None, None], -1)
             pseudo = replace(pseudo, confidence=confidence)
-        return self._strong(weak, pseudo, self.views.draws(step))
+        draws = [self.views.draws(step, number) for number in range(self.num_views)]
+        strong = [self._strong(weak, pseudo, each) for each in draws]
+        return strong[0] if len(strong) == 1 else _joined_views(strong)
 
     def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None]:
         """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
@@ -158,8 +164,13 @@ class WeakToStrong:
         return Images(pixels, view.mixed(weak.label, mask, IGNORE_INDEX), mixed)
 
 
+def _joined_views(views: list[Images]) -> Images:
+    pixels, label = torch.cat([v.pixels for v in views]), torch.cat([v.label for v in views])
+    return Images(pixels, label, _joined([v.pseudo for v in views if v.pseudo is not None]))
+
+
 def _joined(parts: list[PseudoLabels]) -> PseudoLabels:
-    """Of several micro-batches, in their order."""
+    """Of several micro-batches or views, in their order."""
     every = [part.probabilities for part in parts if part.probabilities is not None]
     return PseudoLabels(
         torch.cat([part.label for part in parts]),

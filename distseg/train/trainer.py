@@ -233,7 +233,8 @@ class Trainer:
         config, current, num_unlabelled = self.config, phase(step, self.config), 0
         if config.mode in WITH_UNLABELLED and self.pair.objective.uses_unlabelled(current):
             num_unlabelled = config.semi.batch_size or config.batch_size
-        total = self.work.of_step(current, config.batch_size, num_unlabelled)
+        num_views = config.consistency.num_views
+        total = self.work.of_step(current, config.batch_size, num_unlabelled, num_views)
         # ranks have equal shares, so no rank needs to be asked
         return total / self.ranks.world_size
 

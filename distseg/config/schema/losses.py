@@ -274,6 +274,14 @@ class ConsistencyConfig:
         },
         source=f"pixel: {UNIMATCH}; image: Olsson et al. 2021 (ClassMix)",
     )
+    # of the same pseudo-labels: the teacher's forward is done once for all
+    num_views: int = key(
+        1,
+        "strong views of each unlabelled image, all trained on; the term is their mean",
+        low=1,
+        high=8,
+        source=f"{UNIMATCH}, there 2",
+    )
     # early, a discriminator's scores say nothing: rules.py asks for it to have begun before
     gate: str = key(
         "none",
