@@ -83,13 +83,15 @@ class WeakToStrong:
     """Makes strong views of weak ones, with the teacher's pseudo-labels.
 
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
-    probabilities of all classes are kept. gate: None, all images are pseudo-labelled.
+    probabilities of all classes are kept. gate: None, all images are pseudo-labelled. is_tracked:
+    whether strong views enter batch norm's running statistics.
     """
 
     teach: Callable[[Tensor], Tensor]
     views: StrongViews
     soft: bool = False
     gate: Gate | None = None
+    is_tracked: bool = True
 
     @classmethod
     def of(
@@ -115,7 +117,8 @@ class WeakToStrong:
             gate = Gate.of(config, discriminator, ranks)
         num_classes = int(segmentor.network.num_classes)  # type: ignore[arg-type]
         views = StrongViews.of_unlabelled(config, num_classes, ranks)
-        return cls(teach, views, soft=chosen.target == "probabilities", gate=gate)
+        soft, tracked = chosen.target == "probabilities", chosen.running_statistics == "all"
+        return cls(teach, views, soft=soft, gate=gate, is_tracked=tracked)
 
     @torch.no_grad()
     def __call__(self, weak: Images, step: int, num_micro_batches: int = 1) -> Images:
@@ -155,7 +158,8 @@ class WeakToStrong:
             None if every is None else view.mixed(every, mask),
         )
         pixels = self.views.pixels(weak.pixels, weak.label != IGNORE_INDEX, mask, draws)
-        return Images(pixels, view.mixed(weak.label, mask, IGNORE_INDEX), mixed)
+        label = view.mixed(weak.label, mask, IGNORE_INDEX)
+        return Images(pixels, label, mixed, self.is_tracked)
 
 
 def _joined(parts: list[PseudoLabels]) -> PseudoLabels:
