@@ -403,7 +403,11 @@ RUN: dict[str, Any] = {
     "batch_size": 2,
     "ema_decay": 0.9,
     "data": {"crop_px": 48, "labelled": "1/2", "num_threads": 0},
-    "segmentor": {"name": "multiscale", "init": "random", "options": {"hidden": 8}},
+    "segmentor": {
+        "name": "multiscale",
+        "init": "random",
+        "options": {"hidden": 8, "norm": "batch"},
+    },
     "consistency": {"weight": 1.0, "threshold": 0.05},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},

@@ -51,10 +51,11 @@ class Learner(Protocol):
         autocast: of a segmentor the logits alone.
         """
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None) -> Any:
         """Forward under autocast.
 
-        The gradients of a later backward will be averaged over the ranks.
+        The gradients of a later backward will be averaged over the ranks. num_tracked: how many of
+        the first images enter batch norm's running statistics; None: all.
         """
 
     def forward_frozen(self, *inputs: Tensor) -> Any:

@@ -61,11 +61,11 @@ class TorchLearner:
         if config.compile:
             network.compile()  # in place: the names in a checkpoint stay
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         # timed without the averaging, in which a rank waits for the others
         with (
-            self._statistics.averaged(),
+            self._statistics.averaged(len(inputs[0]), num_tracked),
             autocast(self._device_type, self._autocast_dtype),
             self.stopwatch.running(),
         ):

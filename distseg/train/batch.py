@@ -18,16 +18,18 @@ class Images:
 
     pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
     the label says only where they are: 0 inside, 255 outside. pseudo: of unlabelled images whose
-    pixels are a strong view, what a teacher says of them.
+    pixels are a strong view, what a teacher says of them. is_tracked: whether batch norm's running
+    statistics are of these images too, where others are in the same forward.
     """
 
     pixels: Tensor
     label: Tensor
     pseudo: PseudoLabels | None = None
+    is_tracked: bool = True
 
     def __getitem__(self, chosen: slice) -> Images:
         pseudo = None if self.pseudo is None else self.pseudo[chosen]
-        return Images(self.pixels[chosen], self.label[chosen], pseudo)
+        return Images(self.pixels[chosen], self.label[chosen], pseudo, self.is_tracked)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class MicroBatch:
         # and the segmentor's gradients are exchanged once.
         pixels = torch.cat([one.pixels, other.pixels]).contiguous(memory_format=layout)
         return Images(pixels, torch.cat([one.label, other.label]))
+
+    @property
+    def num_tracked(self) -> int | None:
+        """How many of the first of all images batch norm's running statistics are of; None: all."""
+        untracked = self.unlabelled is not None and not self.unlabelled.is_tracked
+        return len(self.labelled.label) if untracked else None
 
     def slices(self) -> dict[Kind, slice]:
         """Where the images of each kind are among all."""

@@ -101,7 +101,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
 
     # Predict
     with torch.set_grad_enabled(phase.segmentor):
-        logits, auxiliary = predict(segmentor, pixels, judging.at_image_size)
+        logits, auxiliary = predict(segmentor, batch, judging.at_image_size)
         probabilities = at_least_float32(logits).softmax(dim=1)  # (n, C, h, w)
 
     # Judge: ground truth of the labelled images and all predictions, these as a leaf of the graph
@@ -140,7 +140,7 @@ def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         batch = MicroBatch(batch.labelled)
     images = batch.all
     at_image_size = pair.objective.judging.at_image_size  # as in the steps with the adversary
-    logits, auxiliary = predict(pair.segmentor, images.pixels, at_image_size)
+    logits, auxiliary = predict(pair.segmentor, batch, at_image_size)
     targets = Targets.at(images.label, logits.shape[-2:])
     seen = Predicted(images.pixels, targets, logits, auxiliary)
     loss, _, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
@@ -149,13 +149,15 @@ def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
 
 
 def predict(
-    segmentor: Learner, pixels: Tensor, at_image_size: bool = False
+    segmentor: Learner, batch: MicroBatch, at_image_size: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The segmentor's logits (n, C, h, w) and its auxiliary head's, None where it has none.
+    """The segmentor's logits (n, C, h, w) of all images and its auxiliary head's, None where it has
+    none.
 
     at_image_size: brought to the size of the pixels (n, 3, H, W).
     """
-    output = segmentor(pixels)
+    pixels = batch.all.pixels
+    output = segmentor(pixels, num_tracked=batch.num_tracked)
     logits, auxiliary = output, None
     if isinstance(output, dict):
         logits, auxiliary = output["out"], output.get("aux")

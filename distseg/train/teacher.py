@@ -84,7 +84,7 @@ class WeakToStrong:
 
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
-    each image.
+    each image. is_tracked: whether strong views enter batch norm's running statistics.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -92,6 +92,7 @@ class WeakToStrong:
     soft: bool = False
     gate: Gate | None = None
     num_views: int = 1
+    is_tracked: bool = True
 
     @classmethod
     def of(
@@ -117,8 +118,14 @@ class WeakToStrong:
             gate = Gate.of(config, discriminator, ranks)
         num_classes = int(segmentor.network.num_classes)  # type: ignore[arg-type]
         views = StrongViews.of_unlabelled(config, num_classes, ranks)
-        soft = chosen.target == "probabilities"
-        return cls(teach, views, soft=soft, gate=gate, num_views=chosen.num_views)
+        return cls(
+            teach,
+            views,
+            soft=chosen.target == "probabilities",
+            gate=gate,
+            num_views=chosen.num_views,
+            is_tracked=chosen.running_statistics == "all",
+        )
 
     @torch.no_grad()
     def __call__(self, weak: Images, step: int, num_micro_batches: int = 1) -> Images:
@@ -161,12 +168,14 @@ class WeakToStrong:
             None if every is None else view.mixed(every, mask),
         )
         pixels = self.views.pixels(weak.pixels, weak.label != IGNORE_INDEX, mask, draws)
-        return Images(pixels, view.mixed(weak.label, mask, IGNORE_INDEX), mixed)
+        label = view.mixed(weak.label, mask, IGNORE_INDEX)
+        return Images(pixels, label, mixed, self.is_tracked)
 
 
 def _joined_views(views: list[Images]) -> Images:
     pixels, label = torch.cat([v.pixels for v in views]), torch.cat([v.label for v in views])
-    return Images(pixels, label, _joined([v.pseudo for v in views if v.pseudo is not None]))
+    pseudo = _joined([v.pseudo for v in views if v.pseudo is not None])
+    return Images(pixels, label, pseudo, views[0].is_tracked)
 
 
 def _joined(parts: list[PseudoLabels]) -> PseudoLabels:

@@ -258,6 +258,17 @@ class ConsistencyConfig:
         },
         source="class: Sohn et al. 2020 (FixMatch); probabilities: Tarvainen and Valpola 2017",
     )
+    # colours and pasted pieces that no image to be predicted has
+    running_statistics: str = key(
+        "labelled",
+        "which images enter batch norm's running statistics, by which the network predicts later; "
+        "in training all images of a rank are normalised together",
+        choices={
+            "labelled": "the labelled ones alone, not the strong views",
+            "all": "both",
+        },
+        source="labelled: Yuan et al. 2021, which finds that strong views spoil them",
+    )
     threshold: float = key(
         0.95,
         "a pixel is confident where the teacher's largest probability is at least this",

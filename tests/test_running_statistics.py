@@ -1,0 +1,169 @@
+"""Batch norm's running statistics with strong views in the batch, against formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distseg.distributed.ranks import Ranks
+from distseg.models import BatchNorm2d
+from distseg.parallel import wrap
+from distseg.parallel.running_statistics import RunningStatistics
+from distseg.parallel.sync_batch_norm import synchronise
+from distseg.train.batch import Images
+from distseg.train.ema import MovingAverage
+from distseg.train.schedules import phase
+from distseg.train.step import Pair, training_step
+from distseg.train.teacher import WeakToStrong
+from shards.errors import InputError
+from tests.ranks import run_ranks
+from tests.test_consistency import SIDE, make_config, unlabelled
+from tests.test_engine import BATCH, NUM_CLASSES, make_batch
+
+STEPS = (1, 2)
+
+
+class Normed(nn.Module):
+    """A layer that is synchronised, one of torch's own that averages over all batches, one that is
+    frozen, and one over rows of pooled cells, four of each image.
+    """
+
+    output_stride, num_classes = 4, NUM_CLASSES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, NUM_CLASSES, 1)
+        self.joint, self.frozen, self.rows = BatchNorm2d(8), BatchNorm2d(8), nn.BatchNorm1d(8)
+        self.own = nn.BatchNorm2d(NUM_CLASSES, momentum=None)
+        self.frozen.frozen = True
+        self.frozen.requires_grad_(False).eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.frozen(self.joint(self.first(image))).relu()
+        pooled = self.rows(nn.functional.adaptive_avg_pool2d(x, 2).flatten(2).mT.flatten(0, 1))
+        by_image = pooled.unflatten(0, (len(x), 4)).mean(1)
+        return self.own(self.second(x + by_image[..., None, None]))
+
+
+CASES: dict[str, tuple[int, list[str]]] = {
+    "one rank": (1, []),
+    "three ranks, accumulated": (3, ["gradient_accumulation_steps=2"]),
+    "three ranks, fsdp": (3, ["parallel.strategy=fsdp"]),
+    "both kinds of images": (3, ["consistency.running_statistics=all"]),
+}
+
+
+def buffers_after_steps(ranks: Ranks, overrides: list[str]) -> tuple[dict[str, Any], list[Any]]:
+    """Our steps, without updates: the buffers, and this rank's strong views of each step."""
+    config = make_config("fp64", overrides)
+    torch.manual_seed(3)
+    network = Normed()
+    assert synchronise(network) == 2  # the frozen one as well
+    pair = Pair.of(config, wrap(network, config.segmentor_optimizer, config, ranks))
+    ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
+    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks)
+    size, count, views = BATCH // ranks.world_size, config.gradient_accumulation_steps, []
+    share = slice(ranks.rank * size, (ranks.rank + 1) * size)
+    for step in STEPS:
+        labelled = Images(*(part[share] for part in make_batch(step, torch.float64, SIDE)))
+        weak = Images(*(part[share] for part in unlabelled(step, torch.float64)))
+        strong = teacher(weak, step, count)
+        training_step(pair, phase(step, config), labelled, strong, count)
+        views.append(strong.pixels.numpy())
+    return {name: buffer.numpy() for name, buffer in network.named_buffers()}, views
+
+
+def of_rank(ranks: Ranks, num_ranks: int) -> dict[str, Any]:
+    """All cases of so many ranks, in one group."""
+    cases = {name: overrides for name, (n, overrides) in CASES.items() if n == num_ranks}
+    return {name: buffers_after_steps(ranks, overrides) for name, overrides in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[dict[str, Any]]]:
+    return {num_ranks: run_ranks(num_ranks, of_rank, num_ranks) for num_ranks in (1, 3)}
+
+
+@torch.no_grad()
+def reference(overrides: list[str], views: list[list[Any]]) -> dict[str, Tensor]:
+    """In one process, plainly: views[rank][step] are the strong views of a rank."""
+    config, num_ranks = make_config("fp64", overrides), len(views)
+    torch.manual_seed(3)
+    net = Normed().double()
+    names = ("joint", "rows", "own")
+    kept = {f"{name}.running_mean": torch.zeros(1, dtype=torch.float64) for name in names}
+    kept |= {f"{name}.running_var": torch.ones(1, dtype=torch.float64) for name in names}
+    num_parts, num_batches = config.gradient_accumulation_steps, 0
+    every = config.consistency.running_statistics == "all"
+    for place, step in enumerate(STEPS):
+        pixels = make_batch(step, torch.float64, SIDE)[0].chunk(num_ranks)
+        strong = [torch.from_numpy(of_rank[place]) for of_rank in views]
+        for part in range(num_parts):
+            num_batches += 1
+            both = [
+                torch.cat([a.chunk(num_parts)[part], b.chunk(num_parts)[part]])
+                for a, b in zip(pixels, strong, strict=True)
+            ]
+            counted = len(both[0]) if every else len(both[0]) // 2
+            seen: dict[str, list[Tensor]] = {name: [] for name in names}
+            before = [net.first(each) for each in both]
+            mean, var = moments(before, correction=0)
+            for rank in range(num_ranks):
+                x = before[rank]
+                seen["joint"].append(x[:counted])
+                x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+                x = (x / (1 + 1e-5) ** 0.5).relu()  # the frozen layer's statistics are 0 and 1
+                cells = x.unflatten(2, (2, -1)).unflatten(4, (2, -1)).mean((3, 5))
+                rows = cells.flatten(2).mT.flatten(0, 1)
+                seen["rows"].append(rows[: 4 * counted])
+                rows = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+                x = net.second(x + rows.unflatten(0, (-1, 4)).mean(1)[..., None, None])
+                seen["own"].append(x[:counted])
+            for name in names:
+                share = 1 / num_batches if name == "own" else 0.1
+                # of the synchronised layer, of all ranks' images together
+                groups = [seen[name]] if name == "joint" else [[each] for each in seen[name]]
+                new = [moments(group, correction=1) for group in groups]
+                for index, kind in enumerate(("mean", "var")):
+                    buffer = f"{name}.running_{kind}"
+                    average = torch.stack([each[index] for each in new]).mean(0)
+                    kept[buffer] = (1 - share) * kept[buffer] + share * average
+    return kept
+
+
+def moments(parts: list[Tensor], correction: int) -> tuple[Tensor, Tensor]:
+    """The mean and variance of each channel, over all values of all parts."""
+    values = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)
+    return values.mean(1), values.var(1, correction=correction)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_running_statistics_are_of_the_images_that_are_asked_for(
+    name: str, found: dict[int, list[dict[str, Any]]]
+) -> None:
+    """The normalisation is of all images in any case: what comes behind the first layer says so."""
+    num_ranks, overrides = CASES[name]
+    results = [of_rank[name] for of_rank in found[num_ranks]]
+    expected = reference(overrides, [views for _, views in results])
+    for buffers, _ in results:
+        for buffer, wanted in expected.items():
+            np.testing.assert_allclose(buffers[buffer], wanted, rtol=1e-12, atol=1e-12)
+        assert np.array_equal(buffers["frozen.running_mean"], np.zeros(8))
+        batches = len(STEPS) * (2 if "accumulated" in name else 1)
+        assert buffers["joint.num_batches_tracked"] == buffers["own.num_batches_tracked"] == batches
+
+
+def test_one_value_has_no_variance_and_half_an_image_no_statistics() -> None:
+    layer = nn.BatchNorm2d(3)
+    for shape in ((4, 3, 1, 1), (6, 3, 2, 2)):
+        statistics = RunningStatistics(nn.Sequential(layer))
+        with (
+            pytest.raises(InputError, match="running_statistics=all"),
+            statistics.averaged(4, 1),
+        ):
+            layer(torch.rand(shape))
+    assert layer.track_running_stats  # and later forwards find it as it was
