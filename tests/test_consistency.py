@@ -19,7 +19,7 @@ from torch import Tensor
 import distseg
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
+from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, of_neighbours, strong_draws
 from distseg.distributed.ranks import Ranks
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator
@@ -71,9 +71,10 @@ def strong(
     view: StrongView, pixels: Tensor, label: Tensor, taught: Tensor, places: range
 ) -> list[Tensor]:
     draws = strong_draws(7, places, NUM_CLASSES)
-    mask = view.mask(taught, draws)
+    mask = view.mask(of_neighbours(taught), draws)
     changed = view.changed(pixels, label != 255, draws)
-    return [view.mixed(changed, mask, FILL), view.mixed(label, mask, 255), mask]
+    mixed = [(changed, FILL), (label, 255)]
+    return [*(view.mixed(each, of_neighbours(each), mask, empty) for each, empty in mixed), mask]
 
 
 def test_colours_and_blur_equal_their_formulas_image_by_image() -> None:
@@ -137,7 +138,7 @@ def test_classmix_lays_half_of_the_partners_classes_over_an_image() -> None:
     taught[:4] = 3  # of one class, the half is that one
     taught[1, :20] = 255
     draws = strong_draws(1, range(20), 9)
-    mask = StrongView(mix="classmix", mix_probability=1.0).mask(taught, draws)
+    mask = StrongView(mix="classmix", mix_probability=1.0).mask(of_neighbours(taught), draws)
     for n in range(20):
         partner = taught[n ^ 1].numpy()
         shown = [c for c in range(9) if (partner == c).any()]
@@ -218,7 +219,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
         if pair.objective.uses_unlabelled(now):
             weak = Images(*(part[share] for part in unlabelled(step, dtype)))
             if now.weights.get("consistency"):
-                weak = teacher(weak, step, count)
+                weak = teacher(weak, images, step, count)
         metrics = training_step(pair, now, images, weak, count)
         kept.append(float(metrics.get("consistency/confident_share", torch.tensor(-1.0))))
         for learner in learners:
@@ -245,7 +246,7 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
         if config.strong.labelled:
             places = range(step * BATCH, (step + 1) * BATCH)
             draws = strong_draws(OF_LABELLED, places, NUM_CLASSES)
-            mask = view.mask(label, draws)
+            mask = view.mask(label[other], draws)
             # no pixel has the fill's colour
             pixels = view.changed(pixels, torch.ones_like(mask), draws)
             pixels = torch.where(mask[:, None], pixels[other], pixels)
@@ -262,10 +263,15 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             for number in range(chosen.num_views):
                 draws = strong_draws(2**33 + number * 2**34, places, NUM_CLASSES)
                 changed = view.changed(weak, where != 255, draws)
-                mask = view.mask(index.to(torch.uint8), draws)
-                changed = torch.where(mask[:, None], changed[other], changed)
-                target = torch.where(mask, index[other], index)
-                known = sure.where(~mask, sure[other])
+                shown = label if chosen.mix_with == "labelled" else index.to(torch.uint8)[other]
+                mask = view.mask(shown, draws)
+                if chosen.mix_with == "labelled":
+                    laid, of_laid, sure_of_laid = pixels, label.long(), (label != 255).double()
+                else:
+                    laid, of_laid, sure_of_laid = changed[other], index[other], sure[other]
+                changed = torch.where(mask[:, None], laid, changed)
+                target = torch.where(mask, of_laid, index)
+                known = sure.where(~mask, sure_of_laid)
                 logits = F.interpolate(student(changed), size=(SIDE, SIDE), mode="bilinear")
                 each = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
                 inside = target != 255
@@ -308,7 +314,7 @@ def update(
 
 
 JOINED = {
-    1: ["consistency.weighting=image", "strong.mix=classmix"],
+    1: ["consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"],
     2: ["strong.labelled=true", "consistency.num_views=2"],
     3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
 }
@@ -429,6 +435,14 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
         ([shards, "mode=adversarial", "consistency.weight=1"], "mode=adversarial"),
         ([*taught, "ema_decay=0.9", "loss.adv_weight=0.1"], "mode=consistency"),
         ([*taught, "ema_decay=0.9", "consistency.gate=rank"], "mode=consistency"),
+        (
+            [*taught, "ema_decay=0.9", "consistency.mix_with=labelled", "strong.mix=none"],
+            "mix_with",
+        ),
+        (
+            [*taught, "ema_decay=0.9", "consistency.mix_with=labelled", "semi.batch_size=2"],
+            "semi.batch_size=16",
+        ),
         ([*gated, "consistency.gate=rank", "loss.adv_start_step=9"], "adv_start_step=9"),
         ([*gated, "consistency.gate=score", "loss.adv_form=hinge"], "adv_form=hinge"),
         (

@@ -208,6 +208,22 @@ def consistency_with_a_teacher(config: Config) -> None:
         raise InputError(got, needed, "write parallel.zero_stage=2, or parallel.strategy=fsdp")
 
 
+def a_labelled_partner_for_each(config: Config) -> None:
+    """consistency.mix_with=labelled has something to lay over every unlabelled image."""
+    if config.mode not in WITH_UNLABELLED or config.consistency.mix_with != "labelled":
+        return
+    if config.strong.mix not in ("cutmix", "classmix"):
+        got = f"consistency.mix_with=labelled with strong.mix={config.strong.mix}"
+        needed = "a way to mix two images"
+        raise InputError(got, needed, "write strong.mix=classmix or cutmix")
+    size = config.semi.batch_size or config.batch_size
+    if size != config.batch_size:
+        got = f"consistency.mix_with=labelled with batch_size={config.batch_size} and "
+        got += f"semi.batch_size={size}"
+        needed = "as many labelled images as unlabelled ones"
+        raise InputError(got, needed, f"write semi.batch_size={config.batch_size}")
+
+
 def rectangles_in_order(config: Config) -> None:
     """strong.mix_area_min is the smaller one."""
     strong = config.strong
@@ -347,6 +363,7 @@ RULES = (
     unlabelled_images_have_a_term,
     consistency_with_a_teacher,
     a_discriminator_at_the_gate,
+    a_labelled_partner_for_each,
     rectangles_in_order,
     a_view_by_reference,
     class_weights_of_a_kind,

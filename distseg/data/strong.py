@@ -2,8 +2,8 @@
 another image.
 
 A strong view has the geometry of the crop that it is made of, so a pixel of the one is that pixel
-of the other. All that is random follows from seed and position, and images are mixed in pairs of
-neighbours of the global batch: any number of ranks makes the same views.
+of the other. All that is random follows from seed and position, and an image's partner, of which a
+part is laid over it, from its place in the global batch: any number of ranks makes the same views.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def strong_draws(seed: int, positions: Iterable[int], num_classes: int) -> Tenso
 
 @dataclass(frozen=True)
 class StrongView:
-    """How strong views are made; each field as the key of its name in `consistency`."""
+    """How strong views are made; each field as the key of its name in `strong`."""
 
     color_jitter: float = 0.5
     hue_jitter: float = 0.25
@@ -74,30 +74,34 @@ class StrongView:
             result = _blurred(result, weights.to(pixels, non_blocking=True))
         return result.where(inside[:, None], pixels)
 
-    def mask(self, label: Tensor, draws: Tensor) -> Tensor:
+    def mask(self, of_partners: Tensor, draws: Tensor) -> Tensor:
         """Where something is laid over each image: (n, H, W) bool.
 
-        label: (n, H, W) uint8, the teacher's classes of each image, 255 outside of it.
+        of_partners: (n, H, W) uint8, what is known of the classes of each image's partner, 255
+        outside of it.
         """
         chosen = draws[:, MIXED] < self.mix_probability
         if self.mix == "classmix":
             chosen, draws = (
-                part.to(label.device, non_blocking=True) for part in (chosen, draws[:, NUM_DRAWS:])
+                part.to(of_partners.device, non_blocking=True)
+                for part in (chosen, draws[:, NUM_DRAWS:])
             )
-            half = _half_of_the_classes(_of_partners(label), draws)
+            half = _half_of_the_classes(of_partners, draws)
             return half & chosen[:, None, None]
-        height, width = label.shape[-2:]
+        device, (height, width) = of_partners.device, of_partners.shape[-2:]
         drawn = [self._rectangle(row, height, width) for row in draws.numpy()]
         # of one that is not mixed, no row and no column
         spans = torch.tensor(drawn) * chosen[:, None]
-        top, bottom, left, right = spans.to(label.device, non_blocking=True).T[..., None]
-        rows = torch.arange(height, device=label.device)
-        columns = torch.arange(width, device=label.device)
+        top, bottom, left, right = spans.to(device, non_blocking=True).T[..., None]
+        rows = torch.arange(height, device=device)
+        columns = torch.arange(width, device=device)
         of_rows = (rows >= top) & (rows < bottom)  # (n, H)
         of_columns = (columns >= left) & (columns < right)  # (n, W)
         return of_rows[:, :, None] & of_columns[:, None, :]
 
-    def mixed(self, values: Tensor, mask: Tensor, empty: float | Tensor = 0.0) -> Tensor:
+    def mixed(
+        self, values: Tensor, of_partners: Tensor, mask: Tensor, empty: float | Tensor = 0.0
+    ) -> Tensor:
         """Values of images, (n, H, W) or (n, C, H, W), with those of their partners under the mask;
         of cutout with `empty` there.
         """
@@ -106,7 +110,7 @@ class StrongView:
         if values.ndim == 4:
             mask = mask[:, None]
         if self.is_paired:
-            return _of_partners(values).where(mask, values)
+            return of_partners.where(mask, values)
         return torch.as_tensor(empty).to(values, non_blocking=True).where(mask, values)
 
     def _color(self, draw: np.ndarray) -> np.ndarray:
@@ -173,8 +177,8 @@ def _blurred(pixels: Tensor, weights: Tensor) -> Tensor:
     return pixels
 
 
-def _of_partners(values: Tensor) -> Tensor:
-    """Each image's neighbour: 1, 0, 3, 2, ..."""
+def of_neighbours(values: Tensor) -> Tensor:
+    """The values of each image's neighbour: 1, 0, 3, 2, ..."""
     return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 

@@ -67,11 +67,11 @@ class PseudoLabels:
     confidence: Tensor
     probabilities: Tensor | None = None
 
-    def __getitem__(self, chosen: slice) -> PseudoLabels:
+    def each(self, change: Callable[[Tensor], Tensor]) -> PseudoLabels:
+        """With every tensor changed, for example to those of some of the images."""
         every = self.probabilities
-        return PseudoLabels(
-            self.label[chosen], self.confidence[chosen], None if every is None else every[chosen]
-        )
+        changed = None if every is None else change(every)
+        return PseudoLabels(change(self.label), change(self.confidence), changed)
 
 
 @dataclass(frozen=True)

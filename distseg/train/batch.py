@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,9 +27,13 @@ class Images:
     pseudo: PseudoLabels | None = None
     is_tracked: bool = True
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Images:
+        """With every tensor changed, for example to those of some of the images."""
+        pseudo = None if self.pseudo is None else self.pseudo.each(change)
+        return replace(self, pixels=change(self.pixels), label=change(self.label), pseudo=pseudo)
+
     def __getitem__(self, chosen: slice) -> Images:
-        pseudo = None if self.pseudo is None else self.pseudo[chosen]
-        return Images(self.pixels[chosen], self.label[chosen], pseudo, self.is_tracked)
+        return self.each(lambda tensor: tensor[chosen])
 
 
 @dataclass(frozen=True)

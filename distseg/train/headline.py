@@ -182,6 +182,8 @@ def _consistency(chosen: ConsistencyConfig) -> str:
     """The term on unlabelled images, and its teacher."""
     how = f"teacher {chosen.teacher}, {chosen.target}, confident from {chosen.threshold} by "
     how += chosen.weighting
+    if chosen.mix_with == "labelled":
+        how += ", mixed with labelled images"
     if chosen.gate != "none":
         how += f", gate by {chosen.gate}"
     if chosen.start_step:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.plan import rank_positions
-from distseg.data.strong import FILL, StrongView, strong_draws
+from distseg.data.strong import FILL, StrongView, of_neighbours, strong_draws
 from distseg.distributed.ranks import Ranks
+from distseg.losses.terms import PseudoLabels
 from distseg.train.batch import Images
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
@@ -51,12 +52,36 @@ class StrongViews:
         positions = rank_positions(step, self.batch_size, self.ranks.rank, self.ranks.world_size)
         return strong_draws(self.seed + number * NEXT_VIEW, positions, self.num_classes)
 
-    def pixels(self, pixels: Tensor, inside: Tensor, mask: Tensor, draws: Tensor) -> Tensor:
-        """Of pixels (n, 3, H, W), in their memory format; mask: of StrongView.mask."""
-        channels_last = pixels.is_contiguous(memory_format=torch.channels_last)
+    def changed(self, images: Images, inside: Tensor, draws: Tensor) -> Images:
+        """With other colours and sharpness; see StrongView.changed."""
+        return replace(images, pixels=self.view.changed(images.pixels, inside, draws))
+
+    def mixed(self, images: Images, partners: Images, draws: Tensor) -> Images:
+        """With a part of each one's partner laid over it, and over its label and pseudo-label.
+
+        Which part follows from the partners' pseudo-labels, else their labels.
+        """
+        pseudo, others = images.pseudo, partners.pseudo
+        mask = self.view.mask(partners.label if others is None else others.label, draws)
+        channels_last = images.pixels.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        changed = self.view.mixed(self.view.changed(pixels, inside, draws), mask, FILL)
-        return changed.contiguous(memory_format=layout)
+        pixels = self.view.mixed(images.pixels, partners.pixels, mask, FILL)
+        label = self.view.mixed(images.label, partners.label, mask, IGNORE_INDEX)
+        if pseudo is not None and others is not None:
+            every = pseudo.probabilities
+            if every is not None and others.probabilities is not None:
+                every = self.view.mixed(every, others.probabilities, mask)
+            pseudo = PseudoLabels(
+                self.view.mixed(pseudo.label, others.label, mask, IGNORE_INDEX),
+                self.view.mixed(pseudo.confidence, others.confidence, mask),
+                every,
+            )
+        pixels = pixels.contiguous(memory_format=layout)
+        return replace(images, pixels=pixels, label=label, pseudo=pseudo)
+
+    def partners(self, images: Images) -> Images:
+        """The neighbour of each image; of views that are not mixed in pairs the images."""
+        return images.each(of_neighbours) if self.view.is_paired else images
 
     @torch.no_grad()
     def labelled(self, images: Images, step: int) -> Images:
@@ -66,9 +91,8 @@ class StrongViews:
         # tell the network where objects end. A pixel of an image may have the fill's colour; it
         # keeps it
         inside = (images.pixels != FILL.to(images.pixels)).any(1)
-        mask = self.view.mask(images.label, draws)
-        label = self.view.mixed(images.label, mask, IGNORE_INDEX)
-        return Images(self.pixels(images.pixels, inside, mask, draws), label)
+        changed = self.changed(images, inside, draws)
+        return self.mixed(changed, self.partners(changed), draws)
 
 
 def _view(config: Config) -> StrongView:
@@ -84,7 +108,8 @@ def check_pairs(config: Config, world_size: int) -> None:
         return
     if config.strong.labelled:
         _check_even(config, world_size, "batch_size", config.batch_size)
-    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+    chosen = config.consistency
+    if config.mode in WITH_UNLABELLED and chosen.weight and chosen.mix_with == "unlabelled":
         size = config.semi.batch_size or config.batch_size
         _check_even(config, world_size, "semi.batch_size", size)
 

@@ -85,6 +85,7 @@ class WeakToStrong:
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
     each image. is_tracked: whether strong views enter batch norm's running statistics.
+    with_labelled: partners are labelled images, not neighbours.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -93,6 +94,7 @@ class WeakToStrong:
     gate: Gate | None = None
     num_views: int = 1
     is_tracked: bool = True
+    with_labelled: bool = False
 
     @classmethod
     def of(
@@ -125,28 +127,31 @@ class WeakToStrong:
             gate=gate,
             num_views=chosen.num_views,
             is_tracked=chosen.running_statistics == "all",
+            with_labelled=chosen.mix_with == "labelled",
         )
 
     @torch.no_grad()
-    def __call__(self, weak: Images, step: int, num_micro_batches: int = 1) -> Images:
+    def __call__(
+        self, weak: Images, labelled: Images, step: int, num_micro_batches: int = 1
+    ) -> Images:
         """The strong views of this rank's images of a step, with their pseudo-labels: the first
         views of all images, then the second ones.
 
-        The teacher sees as many images at a time as the segmentor does.
+        labelled: as many, as the segmentor sees them. The teacher sees as many images at a time as
+        the segmentor does.
         """
         chunks = (part.chunk(num_micro_batches) for part in (weak.pixels, weak.label))
         taught = [self._taught(*chunk) for chunk in zip(*chunks, strict=True)]
         pseudo = _joined([labels for labels, _ in taught])
         if self.gate is not None:
-            opened = self.gate.opens(
-                torch.cat([scores for _, scores in taught if scores is not None])
-            )
+            scores = torch.cat([scores for _, scores in taught if scores is not None])
+            opened = self.gate.opens(scores)
             # less than any threshold, so that no pixel of the others is confident
             confidence = pseudo.confidence.where(opened[:, None, None], -1)
             pseudo = replace(pseudo, confidence=confidence)
-        draws = [self.views.draws(step, number) for number in range(self.num_views)]
-        strong = [self._strong(weak, pseudo, each) for each in draws]
-        return strong[0] if len(strong) == 1 else _joined_views(strong)
+        weak = replace(weak, pseudo=pseudo, is_tracked=self.is_tracked)
+        views = [self._strong(weak, labelled, step, number) for number in range(self.num_views)]
+        return views[0] if len(views) == 1 else _joined_views(views)
 
     def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None]:
         """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
@@ -158,18 +163,27 @@ class WeakToStrong:
         pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
         return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
 
-    def _strong(self, weak: Images, pseudo: PseudoLabels, draws: Tensor) -> Images:
-        view = self.views.view
-        mask = view.mask(pseudo.label, draws)
-        every = pseudo.probabilities
-        mixed = PseudoLabels(
-            view.mixed(pseudo.label, mask, IGNORE_INDEX),
-            view.mixed(pseudo.confidence, mask),
-            None if every is None else view.mixed(every, mask),
-        )
-        pixels = self.views.pixels(weak.pixels, weak.label != IGNORE_INDEX, mask, draws)
-        label = view.mixed(weak.label, mask, IGNORE_INDEX)
-        return Images(pixels, label, mixed, self.is_tracked)
+    def _strong(self, weak: Images, labelled: Images, step: int, number: int) -> Images:
+        """The `number`-th view of each."""
+        draws = self.views.draws(step, number)
+        changed = self.views.changed(weak, weak.label != IGNORE_INDEX, draws)
+        partners = self._known(labelled) if self.with_labelled else self.views.partners(changed)
+        return self.views.mixed(changed, partners, draws)
+
+    def _known(self, labelled: Images) -> Images:
+        """Labelled images as if a teacher had labelled them, who is sure of all but void."""
+        valid, num_classes = labelled.label != IGNORE_INDEX, self.views.num_classes
+        every = None
+        if self.soft:
+            index = labelled.label.where(valid, 0).long()[:, None]
+            every = torch.zeros(
+                len(index), num_classes, *valid.shape[1:], device=index.device
+            ).scatter_(1, index, 1.0)
+        # in the type of the teacher's: float64 where the run is
+        confidence = valid.to(at_least_float32(labelled.pixels).dtype)
+        pseudo = PseudoLabels(labelled.label, confidence, every)
+        # void counts for nothing, so it is as if outside of the image
+        return replace(labelled, label=(~valid).to(torch.uint8) * IGNORE_INDEX, pseudo=pseudo)
 
 
 def _joined_views(views: list[Images]) -> Images:

@@ -225,7 +225,7 @@ class Trainer:
             and current.weights.get("consistency")
         ):
             count = config.gradient_accumulation_steps
-            unlabelled = pair.weak_to_strong(unlabelled, step, count)
+            unlabelled = pair.weak_to_strong(unlabelled, labelled, step, count)
         return labelled, unlabelled
 
     def _operations(self, step: int) -> float:

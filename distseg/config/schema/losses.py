@@ -285,6 +285,16 @@ class ConsistencyConfig:
         },
         source=f"pixel: {UNIMATCH}; image: Olsson et al. 2021 (ClassMix)",
     )
+    # in both cases by the place in the global batch, so any number of ranks mixes the same
+    mix_with: str = key(
+        "unlabelled",
+        "what strong views are mixed with, by strong.mix",
+        choices={
+            "unlabelled": "each other, in pairs",
+            "labelled": "the labelled images of the step, with their labels, as many as these",
+        },
+        source="labelled: Tranheden et al. 2021 (DACS)",
+    )
     # of the same pseudo-labels: the teacher's forward is done once for all
     num_views: int = key(
         1,
