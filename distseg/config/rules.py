@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distseg.config.forms import FORMS
 from distseg.config.keys import Key
 from distseg.config.names import KEYS
 from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
-from shards.user_code import FORMS, is_reference
+from shards.user_code import FORMS as REFERENCES
+from shards.user_code import is_reference
 from shards.words import nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
@@ -45,7 +47,7 @@ def check_choice(entry: Key, value: Any) -> None:
         return
     if value not in entry.choices:
         needed = f"one of: {', '.join(entry.choices)}"
-        needed += f"; or your own, as {FORMS}" if entry.own_code else ""
+        needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
         raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
 
 
@@ -142,14 +144,14 @@ def scores_of_a_form(config: Config) -> None:
     loss = config.loss
     if config.mode not in WITH_DISCRIMINATOR:
         return
-    if loss.adv_form == "hinge" and loss.real_target != 1:
-        got = f"loss.real_target={loss.real_target} with loss.adv_form=hinge, which has no target"
+    form = FORMS[loss.adv_form]
+    if loss.real_target != 1 and not form.has_target:
+        got = f"loss.real_target={loss.real_target} with loss.adv_form={loss.adv_form}, which has "
+        got += "no target"
         raise InputError(got, "loss.real_target=1", "remove it, or write another loss.adv_form")
-    as_odds = loss.adv_form in ("non_saturating", "saturating")
-    if config.mode == "semi_supervised" and config.semi.weight and not as_odds:
-        # its threshold is one of probabilities, which only the cross entropy makes of the scores
+    if config.mode == "semi_supervised" and config.semi.weight and not form.has_probability:
         got = f"semi.weight={config.semi.weight} with loss.adv_form={loss.adv_form}"
-        needed = "a discriminator trained by BCE, for the mask of semi.threshold"
+        needed = "scores that are probabilities, for the mask of semi.threshold"
         raise InputError(got, needed, "write semi.weight=0, or loss.adv_form=non_saturating")
 
 
@@ -290,7 +292,7 @@ def a_view_by_reference(config: Config) -> None:
     """data.view names code, and its options are of one."""
     data = config.data
     if data.view and not is_reference(data.view):
-        raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+        raise InputError(f"data.view={data.view}", REFERENCES, "correct data.view")
     # they would be passed over in silence
     if data.view_options and not data.view:
         got = f"data.view_options.{next(iter(data.view_options))} without data.view"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distseg.losses.adversarial import adversarial_sum, pseudo_label
+from distseg.losses.adversarial import FORMS, Form, pseudo_label, sum_of
 from distseg.losses.cross_entropy import (
     PLAIN,
     PixelOptions,
@@ -238,14 +238,13 @@ class Auxiliary(CrossEntropy):
 class Adversarial(Term):
     """The segmentor's reward for label maps that the discriminator takes for real.
 
-    form: of `adversarial_sum`. per_cell: the discriminator gives a score per cell, and valid ones
-    count; otherwise one per image. per_image: the sum over cells for each image, instead of their
-    mean.
+    per_cell: the discriminator gives a score per cell, and valid ones count; otherwise one per
+    image. per_image: the sum over cells for each image, instead of their mean.
     """
 
     name: str = "adversarial"
     images: Kind = "labelled"
-    form: str = "non_saturating"
+    form: Form = FORMS["non_saturating"]
     per_cell: bool = True
     per_image: bool = False
     through_discriminator = True
@@ -257,7 +256,7 @@ class Adversarial(Term):
         assert seen.scores is not None  # only asked for where the discriminator judges
         # one score for a whole image counts, however much of the image is void
         valid = seen.targets.valid if self.per_cell else None
-        return adversarial_sum(seen.scores, valid, self.form)
+        return sum_of(self.form.of_segmentor, seen.scores, valid)
 
 
 @dataclass
@@ -270,6 +269,7 @@ class MaskedCrossEntropy(Term):
 
     threshold: float = 0.2
     per_image: bool = False
+    form: Form = FORMS["non_saturating"]
     name: str = "semi"
     share: str = "semi/mask_share"
     images: Kind = "unlabelled"
@@ -284,7 +284,7 @@ class MaskedCrossEntropy(Term):
     def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
         assert seen.scores is not None and seen.probabilities is not None
         inside = seen.targets.valid
-        pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold)
+        pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold, self.form)
         # divided by the pixels kept, as Hung et al. do; UniMatch (Yang et al. 2023) divides by all
         return cross_entropy_sum(seen.logits, pseudo), (pseudo != IGNORE_INDEX).sum().double()
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from distseg.config.forms import DEFAULT, FORMS, FormFacts
+
 # names that the program itself reads back
 SEGMENTOR_LOSS, CROSS_ENTROPY = "loss/segmentor", "loss/cross_entropy"
 DISCRIMINATOR_REAL, DISCRIMINATOR_FAKE = "loss/discriminator_real", "loss/discriminator_fake"
@@ -35,16 +37,31 @@ class Panel:
     """One set of axes, over training steps.
 
     reference: a level worth knowing, and what it is; or check: the health check whose threshold is
-    that level. in_picture: also drawn in a run's curves.png.
+    that level. loss_of: whose loss on the discriminator's scores it shows, with the unit and the
+    level of the run's loss.adv_form. in_picture: also drawn in a run's curves.png.
     """
 
     title: str
     unit: str
     reference: tuple[float, str] | None = None
     check: str = ""
+    loss_of: Literal["discriminator", "segmentor", "both", ""] = ""
     is_log: bool = False
     is_share: bool = False  # from 0 to 1
     in_picture: bool = False
+
+    def under(self, forms: Sequence[FormFacts]) -> Panel:
+        """The panel of runs with these forms of loss; of several the level would be one's only."""
+        if not self.loss_of:
+            return self
+        units = {form.unit for form in forms}
+        unit = units.pop() if len(units) == 1 else "loss"
+        if self.loss_of == "both":
+            return replace(self, unit=unit)
+        by_segmentor = self.loss_of == "segmentor"
+        levels = {f.undecided_segmentor if by_segmentor else f.undecided for f in forms}
+        reference = (levels.pop(), forms[0].level) if len(levels) == 1 else None
+        return replace(self, unit=unit, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -88,15 +105,15 @@ class Metric:
         return max(known) if self.better == "higher" else min(known)
 
 
-# what a binary cross entropy costs that always answers 1/2; it says so, as loss.adv_form has others
-_UNDECIDED = (math.log(2), "undecided, of BCE (ln 2)")
 _NATS = "loss, nats"
 
 # two panels: their sum would hide which of the two is learnt
-_ON_REAL = Panel("Discriminator on real label maps", _NATS, _UNDECIDED, in_picture=True)
-_ON_FAKE = Panel("Discriminator on predictions", _NATS, _UNDECIDED, in_picture=True)
-_SEGMENTOR = Panel("Segmentor", _NATS, in_picture=True)
-_ADVERSARIAL = Panel("Adversarial term, unweighted", _NATS, _UNDECIDED, in_picture=True)
+_ON_REAL = Panel(
+    "Discriminator on real label maps", "loss", loss_of="discriminator", in_picture=True
+)
+_ON_FAKE = Panel("Discriminator on predictions", "loss", loss_of="discriminator", in_picture=True)
+_SEGMENTOR = Panel("Segmentor", "loss", loss_of="both", in_picture=True)
+_ADVERSARIAL = Panel("Adversarial term, unweighted", "loss", loss_of="segmentor", in_picture=True)
 _CERTAINTY = Panel(
     "Discriminator's certainty", "probability of being real", (0.5, "undecided"), is_share=True
 )
@@ -152,13 +169,13 @@ def _score(name: str, title: str, better: Better = "higher", short: str = "") ->
 
 # in the order of the progress line, of tables and of legends
 METRICS = (
-    Metric(SEGMENTOR_LOSS, "segmentor's loss", "nats", _SEGMENTOR, "total", "lower", "loss"),
+    Metric(SEGMENTOR_LOSS, "segmentor's loss", "loss", _SEGMENTOR, "total", "lower", "loss"),
     Metric(CROSS_ENTROPY, "cross entropy", "nats", _SEGMENTOR, "cross entropy", "lower", "ce"),
-    Metric("loss/adversarial", "adversarial term", "nats", _ADVERSARIAL, "labelled", "", "adv"),
+    Metric("loss/adversarial", "adversarial term", "loss", _ADVERSARIAL, "labelled", "", "adv"),
     Metric(
         "loss/adversarial_unlabelled",
         "adversarial term on unlabelled images",
-        "nats",
+        "loss",
         _ADVERSARIAL,
         "unlabelled",
     ),
@@ -185,7 +202,7 @@ METRICS = (
     Metric(
         DISCRIMINATOR_REAL,
         "discriminator's loss on real label maps",
-        "nats",
+        "loss",
         _ON_REAL,
         "real",
         "",
@@ -194,7 +211,7 @@ METRICS = (
     Metric(
         DISCRIMINATOR_FAKE,
         "discriminator's loss on predictions",
-        "nats",
+        "loss",
         _ON_FAKE,
         "fake",
         "",
@@ -316,13 +333,19 @@ def ordered(names: Iterable[str]) -> list[Metric]:
     return [metric(name) for name in sorted(distinct, key=lambda n: _KNOWN.get(n, len(_KNOWN)))]
 
 
-def panels_of(names: Iterable[str]) -> list[tuple[Panel, list[Metric]]]:
-    """The panels that have something to draw, in the page's order, each with its metrics."""
+def panels_of(
+    names: Iterable[str], forms: Iterable[str] = (DEFAULT,)
+) -> list[tuple[Panel, list[Metric]]]:
+    """The panels that have something to draw, in the page's order, each with its metrics.
+
+    forms: the loss.adv_form of every run that is drawn.
+    """
     found = ordered(names)
+    facts = [FORMS.get(form, FORMS[DEFAULT]) for form in dict.fromkeys(forms)]
     panels = []
     for panel in PANELS:
         # by identity: panels of equal fields would be drawn twice
         metrics = [one for one in found if one.panel is panel]
         if metrics:
-            panels.append((panel, metrics))
+            panels.append((panel.under(facts), metrics))
     return panels

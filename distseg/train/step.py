@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.losses.adversarial import discriminator_sum, real_label_map
+from distseg.losses.adversarial import Form, real_label_map, sum_of
 from distseg.losses.tensors import at_least_float32, upsample
 from distseg.losses.terms import Kind, Predicted, Targets, Term
 from distseg.parallel import BackwardStart, Learner, backward
@@ -123,7 +123,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         scores = split_scores(judging, batch, seen, on_real, counts)
         loss, values = discriminator_loss(*scores, judging)
         starts += [(discriminator, [(discriminator.scaled(loss), None)])]
-        metrics |= values | (diagnostics.of_scores(*scores) if phase.watched else {})
+        metrics |= values | (diagnostics.of_scores(*scores, judging.form) if phase.watched else {})
 
     # One backward for both, so that the exchange of one's gradients hides behind the other's
     backward(starts)
@@ -246,12 +246,16 @@ def split_scores(
 
 def discriminator_loss(real: Scored, fake: Scored, judging: Judging) -> tuple[Tensor, Metrics]:
     """The discriminator's loss on ground truth and on predictions, and both as metrics."""
-    form = judging.form
-    of_real = discriminator_sum(real.scores, real.mask, judging.real_target, form)
-    of_fake = discriminator_sum(fake.scores, fake.mask, 0.0, form)
-    on_real, on_fake = mean(of_real, real.divisor), mean(of_fake, fake.divisor)
+    on_real = _mean_loss(real, judging.real_target, judging.form)
+    on_fake = _mean_loss(fake, 0.0, judging.form)
     metrics = {"loss/discriminator_real": on_real, "loss/discriminator_fake": on_fake}
     return on_real + on_fake, metrics
+
+
+def _mean_loss(scored: Scored, target: float, form: Form) -> Tensor:
+    """Of the discriminator, on label maps of one kind."""
+    loss = functools.partial(form.of_discriminator, target=target)
+    return mean(sum_of(loss, scored.scores, scored.mask), scored.divisor)
 
 
 def _weighted_cross_entropy(phase: Phase, metrics: Metrics, own: Tensor) -> Tensor:

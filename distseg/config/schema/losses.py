@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distseg.config.forms import DEFAULT, FORMS
 from distseg.config.keys import key
 from distseg.config.schema.common import HUNG, LUC, SEMI_SUPERVISED, UNIMATCH, WITH_DISCRIMINATOR
 
@@ -33,15 +34,10 @@ class LossConfig:
     )
     # non-saturating: it has a gradient where the discriminator is sure
     adv_form: str = key(
-        "non_saturating",
+        DEFAULT,
         "the losses on the discriminator's scores s, > 0 = real; D is sigmoid(s), under "
         "least_squares (1 + s) / 2",
-        choices={
-            "non_saturating": "BCE; the segmentor's is BCE(D(fake), real)",
-            "saturating": "BCE; the segmentor's is - BCE(D(fake), fake)",
-            "hinge": "max(0, 1 - s) of real, max(0, 1 + s) of fake; the segmentor's is - s",
-            "least_squares": "(D - 1)^2 of real, D^2 of fake; the segmentor's is (D - 1)^2",
-        },
+        choices={name: form.meaning for name, form in FORMS.items()},
         source=f"saturating: {LUC}, eq. 3; hinge: Lim and Ye 2017; least_squares: Mao et al. 2017, "
         "eq. 9",
         modes=WITH_DISCRIMINATOR,
