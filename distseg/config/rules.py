@@ -22,6 +22,7 @@ from shards.words import nearest
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
+    *("feature_matching", "discriminator_mismatched"),
 )
 
 
@@ -183,13 +184,13 @@ def shards_of_fsdp(config: Config) -> None:
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
-    weights.append(config.consistency.weight)
+    weights += [config.consistency.weight, config.loss.feature_weight]
     # one of the user's own may be of unlabelled images, which is known when it is imported
     weights += [term.weight for term in config.loss.terms.values() if is_reference(term.use)]
     # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
-        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight, semi.weight and "
-        got += "consistency.weight all 0"
+        got = "mode=semi_supervised with loss.adv_weight, loss.feature_weight, semi.adv_weight, "
+        got += "semi.weight and consistency.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
 
 
@@ -267,8 +268,8 @@ def a_loss_to_minimise(config: Config) -> None:
     loss, named = config.loss, "loss.ce_weight=0"
     weights = [loss.ce_weight, *(term.weight for term in loss.terms.values())]
     if config.mode == "adversarial":
-        weights.append(loss.adv_weight)
-        named += ", loss.adv_weight=0"
+        weights += [loss.adv_weight, loss.feature_weight]
+        named += ", loss.adv_weight=0, loss.feature_weight=0"
     # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
     if config.mode not in WITH_UNLABELLED and not any(weights):
         got = f"mode={config.mode} with {named} and no loss.terms"

@@ -119,6 +119,11 @@ def real_label_map(
     return torch.where(valid[:, None], one_hot * mass + shares * (1 - mass), predicted)
 
 
+def of_neighbours(values: Tensor) -> Tensor:
+    """What belongs to each image's neighbour, of an even number of them: 1, 0, 3, 2, ..."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
 def pseudo_label(
     probabilities: Tensor,
     scores: Tensor,

@@ -51,13 +51,13 @@ class Learner(Protocol):
         autocast.
         """
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor, **options: bool) -> Any:
         """Forward under autocast.
 
         The gradients of a later backward will be averaged over the ranks.
         """
 
-    def forward_frozen(self, *inputs: Tensor) -> Any:
+    def forward_frozen(self, *inputs: Tensor, **options: bool) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
 
     def scaled(self, loss: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from distseg.config.forms import DEFAULT, FORMS, FormFacts
 SEGMENTOR_LOSS, CROSS_ENTROPY = "loss/segmentor", "loss/cross_entropy"
 DISCRIMINATOR_REAL, DISCRIMINATOR_FAKE = "loss/discriminator_real", "loss/discriminator_fake"
 DISCRIMINATOR_ACCURACY = "discriminator/accuracy"
+MISMATCHED_ACCURACY = "discriminator/mismatched_accuracy"
 # of their norms, at the segmentor's output; see distseg.train.diagnostics
 RATIO = "gradient/adversarial_to_cross_entropy"
 ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
@@ -126,6 +127,7 @@ _RATIO = Panel(
     check="no_influence",
     is_log=True,
 )
+_MATCHING = Panel("Feature matching term, unweighted", "loss", in_picture=True)
 _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
 # terms of the user's own, whose unit nobody knows
 _OTHER_TERMS = Panel("Other terms, unweighted", "loss", in_picture=True)
@@ -146,8 +148,10 @@ _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 
 # in the order of the page; the panels of the published figures come first
 PANELS = (
-    *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO, _SEMI),
+    *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO),
     *(
+        _MATCHING,
+        _SEMI,
         _CONSISTENCY,
         _OTHER_TERMS,
         _MASK,
@@ -178,6 +182,15 @@ METRICS = (
         "loss",
         _ADVERSARIAL,
         "unlabelled",
+    ),
+    Metric(
+        "loss/feature_matching",
+        "feature matching term",
+        "loss",
+        _MATCHING,
+        "feature matching",
+        "",
+        "features",
     ),
     Metric("loss/semi", "semi-supervised term", "nats", _SEMI, "semi-supervised", "", "semi"),
     Metric(MASK_SHARE, "confidence mask", "share", _MASK, "share", "", "mask"),
@@ -218,6 +231,15 @@ METRICS = (
         "D fake",
     ),
     Metric(
+        "loss/discriminator_mismatched",
+        "discriminator's loss on mismatched pairs",
+        "loss",
+        _ON_FAKE,
+        "mismatched pairs",
+        "",
+        "D mismatched",
+    ),
+    Metric(
         "discriminator/on_real",
         "discriminator's certainty on ground truth",
         "share",
@@ -232,6 +254,13 @@ METRICS = (
         "predictions",
     ),
     Metric(DISCRIMINATOR_ACCURACY, "discriminator's accuracy", "share", _ACCURACY, "right"),
+    Metric(
+        MISMATCHED_ACCURACY,
+        "discriminator's accuracy on mismatched pairs",
+        "share",
+        _ACCURACY,
+        "right on mismatched pairs",
+    ),
     Metric("discriminator/logit_gap", "gap of the discriminator's logits", "logits", _GAP, "gap"),
     Metric(RATIO, "gradient ratio", "ratio", _RATIO, "ratio"),
     # what one confusion matrix gives, then what only `distseg evaluate` computes

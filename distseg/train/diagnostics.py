@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.losses.adversarial import Form, score_sums
 from distseg.losses.tensors import at_least_float32
-from distseg.tracking.catalogue import RATIO
+from distseg.tracking.catalogue import MISMATCHED_ACCURACY, RATIO
 from distseg.train.counts import mean
 from distseg.train.objective import Scored
 
@@ -50,10 +51,14 @@ def gradients_at_output(
     return dict(zip(_SQUARES, squares, strict=True))
 
 
-def of_scores(real: Scored, fake: Scored, form: Form) -> dict[str, Tensor]:
+def of_scores(scored: Mapping[str, Scored], form: Form) -> dict[str, Tensor]:
     """The discriminator's accuracy, the gap between its logits, and its mean probabilities where a
     score is one.
+
+    scored: "real", "fake", and "mismatched" where there are such pairs, whose accuracy is a number
+    of its own.
     """
+    real, fake = scored["real"], scored["fake"]
     of_real = score_sums(real.scores, real.mask, True, form)
     of_fake = score_sums(fake.scores, fake.mask, False, form)
     # scaled as losses are, since `gather` divides every metric by the number of ranks
@@ -65,6 +70,10 @@ def of_scores(real: Scored, fake: Scored, form: Form) -> dict[str, Tensor]:
     }
     if form.has_probability:
         values |= {"discriminator/on_real": on_real[2], "discriminator/on_fake": on_fake[2]}
+    if "mismatched" in scored:
+        wrong = scored["mismatched"]
+        sums = score_sums(wrong.scores, wrong.mask, False, form)
+        values[MISMATCHED_ACCURACY] = mean(sums[0], wrong.num_scores)
     return values
 
 

@@ -28,6 +28,7 @@ from distseg.losses.terms import (
     Auxiliary,
     Consistency,
     CrossEntropy,
+    FeatureMatching,
     FunctionTerm,
     Head,
     Kind,
@@ -54,6 +55,7 @@ class Judging:
     real label maps; below 1 is one-sided label smoothing. form: of its loss.
     per_cell: its scores are one per cell, not one per image. per_image: its losses are sums over
     cells for each image. on_unlabelled: it learns from the label maps of unlabelled images too.
+    mismatched_weight: of (image, its neighbour's ground truth) among what is fake to it.
     """
 
     at_image_size: bool = False
@@ -63,6 +65,7 @@ class Judging:
     per_cell: bool = True
     per_image: bool = False
     on_unlabelled: bool = True
+    mismatched_weight: float = 0.0
 
     def mask(self, targets: Targets) -> Tensor | None:
         """The valid mask of its scores, (n, h, w); None where each image has one score."""
@@ -114,6 +117,11 @@ class Objective:
         if phase.discriminator and self.judging.on_unlabelled:
             return True
         return any(term.images == "unlabelled" for term, _ in self.active(phase))
+
+    def matched(self, phase: Phase) -> Kind | None:
+        """On which images' predictions a term of a phase needs the discriminator's features."""
+        kinds = [term.images for term, _ in self.active(phase) if term.needs_features]
+        return kinds[0] if kinds else None
 
     def weights(self, phase: Phase) -> dict[str, float]:
         """The weights of the terms beside the cross entropy, under their names in the metrics."""
@@ -170,6 +178,9 @@ def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     loss, chosen = config.loss, config.consistency
     if config.mode in WITH_DISCRIMINATOR:
         yield _adversarial("adversarial", "labelled", judging)
+        if loss.feature_weight:
+            with_unlabelled = config.mode == "semi_supervised"
+            yield FeatureMatching("unlabelled" if with_unlabelled else "labelled")
     if config.mode == "semi_supervised":
         yield _adversarial("adversarial_unlabelled", "unlabelled", judging)
         in_sums = loss.ce_reduction == "sum"
@@ -193,6 +204,7 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         per_cell=getattr(discriminator, "head", None) == "patch",
         per_image=loss.adv_reduction == "sum",
         on_unlabelled=config.semi.discriminate,
+        mismatched_weight=loss.mismatched_weight,
     )
 
 

@@ -42,6 +42,24 @@ class LossConfig:
         "eq. 9",
         modes=WITH_DISCRIMINATOR,
     )
+    feature_weight: float = key(
+        0.0,
+        "of feature matching: the sum over the discriminator's features of the distance between "
+        "their mean over ground truth and their mean over predictions (of unlabelled images where "
+        "there are any); 0: off",
+        low=0,
+        source="Salimans et al. 2016, section 3.1; Mittal et al. 2019 (s4GAN)",
+        modes=WITH_DISCRIMINATOR,
+    )
+    mismatched_weight: float = key(
+        0.0,
+        "w: the discriminator also learns to call (image, ground truth of its neighbour in the "
+        "batch) fake; its loss is real + (1 - w) x fake + w x mismatched",
+        low=0,
+        high=0.99,
+        source="Reed et al. 2016, algorithm 1; there: 0.5",
+        modes=WITH_DISCRIMINATOR,
+    )
     # by the global step, which every rank knows: none decides for itself
     adv_start_step: int = key(
         0,
@@ -52,7 +70,7 @@ class LossConfig:
     )
     adv_warmup_steps: int = key(
         0,
-        "adv_weight rises linearly over so many steps from adv_start_step on",
+        "adv_weight and feature_weight rise linearly over so many steps from adv_start_step on",
         unit="steps",
         low=0,
         modes=WITH_DISCRIMINATOR,
