@@ -19,8 +19,9 @@ from torch import Tensor
 import distseg
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, of_neighbours, strong_draws
+from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
+from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator
 from distseg.parallel import wrap

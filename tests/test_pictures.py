@@ -82,10 +82,30 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
         "pixel accuracy, last 80.0%",
     ]
     assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy"]
-    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided, of BCE (ln 2)"]
+    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided (ln 2)"]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
+
+
+@pytest.mark.parametrize(
+    ("form", "unit", "levels"),
+    [
+        ("saturating", "loss, nats", (np.log(2), np.log(2), -np.log(2))),
+        ("hinge", "loss", (1.0, 1.0, 0.0)),
+        ("least_squares", "loss", (0.25, 0.25, 0.25)),
+    ],
+)
+def test_curves_have_the_unit_and_the_level_of_their_form(
+    tmp_path: Path, figures: list[Figure], form: str, unit: str, levels: tuple[float, ...]
+) -> None:
+    figures_module.curves(rows(TRAIN + ADVERSARIAL, 3), tmp_path / "curves.png", form)
+    real, fake, segmentor, adversarial = figures[0].axes
+    for axes, level in zip((real, fake, adversarial), levels, strict=True):
+        np.testing.assert_allclose(axes.lines[-1].get_ydata(), level)
+        assert axes.lines[-1].get_label().startswith("undecided")  # type: ignore[union-attr]
+    assert {axes.get_ylabel() for axes in figures[0].axes} == {unit}
+    assert len(segmentor.lines) == len([name for name in TRAIN if name.startswith("loss/")])
 
 
 def test_curves_of_a_supervised_run_have_no_discriminator(

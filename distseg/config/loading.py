@@ -24,7 +24,10 @@ from shards.storage import is_file, read_text
 from shards.words import nearest
 
 TERMS = "loss.terms."
-ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
+ADVERSARIAL_WEIGHTS = (
+    *("loss.adv_weight", "loss.feature_weight", "loss.mismatched_weight"),
+    *("semi.adv_weight", "semi.weight"),
+)
 
 
 def load(overrides: list[str]) -> Config:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distseg.config.forms import FORMS
 from distseg.config.keys import Key
 from distseg.config.names import KEYS
 from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, OptimizerConfig
 from shards.errors import InputError
 from shards.remote import check_url
-from shards.user_code import FORMS, is_reference
+from shards.user_code import FORMS as REFERENCES
+from shards.user_code import is_reference
 from shards.words import nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
@@ -20,6 +22,7 @@ from shards.words import nearest
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
+    *("feature_matching", "discriminator_mismatched"),
 )
 
 
@@ -45,7 +48,7 @@ def check_choice(entry: Key, value: Any) -> None:
         return
     if value not in entry.choices:
         needed = f"one of: {', '.join(entry.choices)}"
-        needed += f"; or your own, as {FORMS}" if entry.own_code else ""
+        needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
         raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
 
 
@@ -142,14 +145,14 @@ def scores_of_a_form(config: Config) -> None:
     loss = config.loss
     if config.mode not in WITH_DISCRIMINATOR:
         return
-    if loss.adv_form == "hinge" and loss.real_target != 1:
-        got = f"loss.real_target={loss.real_target} with loss.adv_form=hinge, which has no target"
+    form = FORMS[loss.adv_form]
+    if loss.real_target != 1 and not form.has_target:
+        got = f"loss.real_target={loss.real_target} with loss.adv_form={loss.adv_form}, which has "
+        got += "no target"
         raise InputError(got, "loss.real_target=1", "remove it, or write another loss.adv_form")
-    as_odds = loss.adv_form in ("non_saturating", "saturating")
-    if config.mode == "semi_supervised" and config.semi.weight and not as_odds:
-        # its threshold is one of probabilities, which only the cross entropy makes of the scores
+    if config.mode == "semi_supervised" and config.semi.weight and not form.has_probability:
         got = f"semi.weight={config.semi.weight} with loss.adv_form={loss.adv_form}"
-        needed = "a discriminator trained by BCE, for the mask of semi.threshold"
+        needed = "scores that are probabilities, for the mask of semi.threshold"
         raise InputError(got, needed, "write semi.weight=0, or loss.adv_form=non_saturating")
 
 
@@ -181,13 +184,13 @@ def shards_of_fsdp(config: Config) -> None:
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
-    weights.append(config.consistency.weight)
+    weights += [config.consistency.weight, config.loss.feature_weight]
     # one of the user's own may be of unlabelled images, which is known when it is imported
     weights += [term.weight for term in config.loss.terms.values() if is_reference(term.use)]
     # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
-        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight, semi.weight and "
-        got += "consistency.weight all 0"
+        got = "mode=semi_supervised with loss.adv_weight, loss.feature_weight, semi.adv_weight, "
+        got += "semi.weight and consistency.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
 
 
@@ -307,8 +310,8 @@ def a_loss_to_minimise(config: Config) -> None:
     loss, named = config.loss, "loss.ce_weight=0"
     weights = [loss.ce_weight, *(term.weight for term in loss.terms.values())]
     if config.mode == "adversarial":
-        weights.append(loss.adv_weight)
-        named += ", loss.adv_weight=0"
+        weights += [loss.adv_weight, loss.feature_weight]
+        named += ", loss.adv_weight=0, loss.feature_weight=0"
     # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
     if config.mode not in WITH_UNLABELLED and not any(weights):
         got = f"mode={config.mode} with {named} and no loss.terms"
@@ -332,7 +335,7 @@ def a_view_by_reference(config: Config) -> None:
     """data.view names code, and its options are of one."""
     data = config.data
     if data.view and not is_reference(data.view):
-        raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+        raise InputError(f"data.view={data.view}", REFERENCES, "correct data.view")
     # they would be passed over in silence
     if data.view_options and not data.view:
         got = f"data.view_options.{next(iter(data.view_options))} without data.view"

@@ -61,7 +61,7 @@ class TorchLearner:
         if config.compile:
             network.compile()  # in place: the names in a checkpoint stay
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         # timed without the averaging, in which a rank waits for the others
         with (
@@ -69,13 +69,13 @@ class TorchLearner:
             autocast(self._device_type, self._autocast_dtype),
             self.stopwatch.running(),
         ):
-            return self._forward(*inputs)
+            return self._forward(*inputs, **options)
 
-    def forward_frozen(self, *inputs: Tensor) -> Any:
+    def forward_frozen(self, *inputs: Tensor, **options: bool) -> Any:
         """See Learner.forward_frozen."""
         # past DDP: its forward would prepare a reduction for a backward that is not its own
         with autocast(self._device_type, self._autocast_dtype):
-            return self.network(*inputs)
+            return self.network(*inputs, **options)
 
     def twin(self) -> nn.Module:
         """See Learner.twin: a copy, where every rank holds the whole network."""

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from distseg.config.schema import TrackingConfig
+from distseg.report.comparison import forms_of
 from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel, panels_of
 from distseg.tracking.wandb_run import ID_FILE, URL_FILE, choose_mode, naming, read_run_id
 from shards.errors import InputError
@@ -55,7 +56,8 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     # by id, which stays; names of W&B's runs can be changed, and are not unique
     runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
     metrics = chain.from_iterable(run["series"] for run in runs)
-    curves = [_line_plot(wr, panel, found) for panel, found in panels_of(metrics)]
+    panels = panels_of(metrics, forms_of(runs))
+    curves = [_line_plot(wr, panel, found) for panel, found in panels]
     sections = {
         "Curves": _placed(wr, curves),
         "Classes": _placed(wr, _class_plots(wr, runs), wide=True),

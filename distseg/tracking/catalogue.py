@@ -12,10 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from distseg.config.forms import DEFAULT, FORMS, FormFacts
+
 # names that the program itself reads back
 SEGMENTOR_LOSS, CROSS_ENTROPY = "loss/segmentor", "loss/cross_entropy"
 DISCRIMINATOR_REAL, DISCRIMINATOR_FAKE = "loss/discriminator_real", "loss/discriminator_fake"
 DISCRIMINATOR_ACCURACY = "discriminator/accuracy"
+MISMATCHED_ACCURACY = "discriminator/mismatched_accuracy"
 # of their norms, at the segmentor's output; see distseg.train.diagnostics
 RATIO = "gradient/adversarial_to_cross_entropy"
 ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
@@ -35,16 +38,31 @@ class Panel:
     """One set of axes, over training steps.
 
     reference: a level worth knowing, and what it is; or check: the health check whose threshold is
-    that level. in_picture: also drawn in a run's curves.png.
+    that level. loss_of: whose loss on the discriminator's scores it shows, with the unit and the
+    level of the run's loss.adv_form. in_picture: also drawn in a run's curves.png.
     """
 
     title: str
     unit: str
     reference: tuple[float, str] | None = None
     check: str = ""
+    loss_of: Literal["discriminator", "segmentor", "both", ""] = ""
     is_log: bool = False
     is_share: bool = False  # from 0 to 1
     in_picture: bool = False
+
+    def under(self, forms: Sequence[FormFacts]) -> Panel:
+        """The panel of runs with these forms of loss; of several the level would be one's only."""
+        if not self.loss_of:
+            return self
+        units = {form.unit for form in forms}
+        unit = units.pop() if len(units) == 1 else "loss"
+        if self.loss_of == "both":
+            return replace(self, unit=unit)
+        by_segmentor = self.loss_of == "segmentor"
+        levels = {f.undecided_segmentor if by_segmentor else f.undecided for f in forms}
+        reference = (levels.pop(), forms[0].level) if len(levels) == 1 else None
+        return replace(self, unit=unit, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -88,15 +106,15 @@ class Metric:
         return max(known) if self.better == "higher" else min(known)
 
 
-# what a binary cross entropy costs that always answers 1/2; it says so, as loss.adv_form has others
-_UNDECIDED = (math.log(2), "undecided, of BCE (ln 2)")
 _NATS = "loss, nats"
 
 # two panels: their sum would hide which of the two is learnt
-_ON_REAL = Panel("Discriminator on real label maps", _NATS, _UNDECIDED, in_picture=True)
-_ON_FAKE = Panel("Discriminator on predictions", _NATS, _UNDECIDED, in_picture=True)
-_SEGMENTOR = Panel("Segmentor", _NATS, in_picture=True)
-_ADVERSARIAL = Panel("Adversarial term, unweighted", _NATS, _UNDECIDED, in_picture=True)
+_ON_REAL = Panel(
+    "Discriminator on real label maps", "loss", loss_of="discriminator", in_picture=True
+)
+_ON_FAKE = Panel("Discriminator on predictions", "loss", loss_of="discriminator", in_picture=True)
+_SEGMENTOR = Panel("Segmentor", "loss", loss_of="both", in_picture=True)
+_ADVERSARIAL = Panel("Adversarial term, unweighted", "loss", loss_of="segmentor", in_picture=True)
 _CERTAINTY = Panel(
     "Discriminator's certainty", "probability of being real", (0.5, "undecided"), is_share=True
 )
@@ -109,6 +127,7 @@ _RATIO = Panel(
     check="no_influence",
     is_log=True,
 )
+_MATCHING = Panel("Feature matching term, unweighted", "loss", in_picture=True)
 _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
 # terms of the user's own, whose unit nobody knows
 _OTHER_TERMS = Panel("Other terms, unweighted", "loss", in_picture=True)
@@ -129,8 +148,10 @@ _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 
 # in the order of the page; the panels of the published figures come first
 PANELS = (
-    *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO, _SEMI),
+    *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO),
     *(
+        _MATCHING,
+        _SEMI,
         _CONSISTENCY,
         _OTHER_TERMS,
         _MASK,
@@ -152,15 +173,24 @@ def _score(name: str, title: str, better: Better = "higher", short: str = "") ->
 
 # in the order of the progress line, of tables and of legends
 METRICS = (
-    Metric(SEGMENTOR_LOSS, "segmentor's loss", "nats", _SEGMENTOR, "total", "lower", "loss"),
+    Metric(SEGMENTOR_LOSS, "segmentor's loss", "loss", _SEGMENTOR, "total", "lower", "loss"),
     Metric(CROSS_ENTROPY, "cross entropy", "nats", _SEGMENTOR, "cross entropy", "lower", "ce"),
-    Metric("loss/adversarial", "adversarial term", "nats", _ADVERSARIAL, "labelled", "", "adv"),
+    Metric("loss/adversarial", "adversarial term", "loss", _ADVERSARIAL, "labelled", "", "adv"),
     Metric(
         "loss/adversarial_unlabelled",
         "adversarial term on unlabelled images",
-        "nats",
+        "loss",
         _ADVERSARIAL,
         "unlabelled",
+    ),
+    Metric(
+        "loss/feature_matching",
+        "feature matching term",
+        "loss",
+        _MATCHING,
+        "feature matching",
+        "",
+        "features",
     ),
     Metric("loss/semi", "semi-supervised term", "nats", _SEMI, "semi-supervised", "", "semi"),
     Metric(MASK_SHARE, "confidence mask", "share", _MASK, "share", "", "mask"),
@@ -185,7 +215,7 @@ METRICS = (
     Metric(
         DISCRIMINATOR_REAL,
         "discriminator's loss on real label maps",
-        "nats",
+        "loss",
         _ON_REAL,
         "real",
         "",
@@ -194,11 +224,20 @@ METRICS = (
     Metric(
         DISCRIMINATOR_FAKE,
         "discriminator's loss on predictions",
-        "nats",
+        "loss",
         _ON_FAKE,
         "fake",
         "",
         "D fake",
+    ),
+    Metric(
+        "loss/discriminator_mismatched",
+        "discriminator's loss on mismatched pairs",
+        "loss",
+        _ON_FAKE,
+        "mismatched pairs",
+        "",
+        "D mismatched",
     ),
     Metric(
         "discriminator/on_real",
@@ -215,6 +254,13 @@ METRICS = (
         "predictions",
     ),
     Metric(DISCRIMINATOR_ACCURACY, "discriminator's accuracy", "share", _ACCURACY, "right"),
+    Metric(
+        MISMATCHED_ACCURACY,
+        "discriminator's accuracy on mismatched pairs",
+        "share",
+        _ACCURACY,
+        "right on mismatched pairs",
+    ),
     Metric("discriminator/logit_gap", "gap of the discriminator's logits", "logits", _GAP, "gap"),
     Metric(RATIO, "gradient ratio", "ratio", _RATIO, "ratio"),
     # what one confusion matrix gives, then what only `distseg evaluate` computes
@@ -316,13 +362,19 @@ def ordered(names: Iterable[str]) -> list[Metric]:
     return [metric(name) for name in sorted(distinct, key=lambda n: _KNOWN.get(n, len(_KNOWN)))]
 
 
-def panels_of(names: Iterable[str]) -> list[tuple[Panel, list[Metric]]]:
-    """The panels that have something to draw, in the page's order, each with its metrics."""
+def panels_of(
+    names: Iterable[str], forms: Iterable[str] = (DEFAULT,)
+) -> list[tuple[Panel, list[Metric]]]:
+    """The panels that have something to draw, in the page's order, each with its metrics.
+
+    forms: the loss.adv_form of every run that is drawn.
+    """
     found = ordered(names)
+    facts = [FORMS.get(form, FORMS[DEFAULT]) for form in dict.fromkeys(forms)]
     panels = []
     for panel in PANELS:
         # by identity: panels of equal fields would be drawn twice
         metrics = [one for one in found if one.panel is panel]
         if metrics:
-            panels.append((panel, metrics))
+            panels.append((panel.under(facts), metrics))
     return panels

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distseg.config.forms import DEFAULT, FORMS
 from distseg.tracking.catalogue import (
     ADVERSARIAL_WEIGHT,
     CONFIDENT_SHARE,
@@ -79,17 +80,17 @@ def _fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
     # A small loss alone is no proof: it may be small since everything is called fake.
     if row[DISCRIMINATOR_ACCURACY] < 0.9:
         return math.log(2)
-    return row[DISCRIMINATOR_FAKE] * _in_nats(before)
+    return row[DISCRIMINATOR_FAKE] * _as_bce(before)
 
 
 def _both_losses(row: MetricsRow, before: MetricsRow) -> float | None:
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
     # the mean of both, as ln 2 is the level of each when it answers 1/2 to everything
-    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2 * _in_nats(before)
+    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2 * _as_bce(before)
 
 
-def _in_nats(before: MetricsRow) -> float:
+def _as_bce(before: MetricsRow) -> float:
     """What brings a loss of another form to the scale of the thresholds: ln 2 where undecided."""
     return math.log(2) / float(before.get(UNDECIDED, math.log(2)))
 
@@ -205,10 +206,10 @@ SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
 def levels_of(config: Mapping[str, Any]) -> MetricsRow:
     """What `Health` starts from: a run's levels, by its configuration under dotted names."""
     is_mean = config.get("loss.ce_reduction"), config.get("loss.adv_reduction")
-    of_form = {"hinge": 1.0, "least_squares": 0.25}
+    form = FORMS.get(str(config.get("loss.adv_form")), FORMS[DEFAULT])
     return {
         HIGHEST_LEVEL: MEAN_LEVEL if is_mean == ("mean_valid", "mean") else SUM_LEVEL,
-        UNDECIDED: of_form.get(str(config.get("loss.adv_form")), math.log(2)),
+        UNDECIDED: form.undecided,
     }
 
 

@@ -161,6 +161,8 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
         terms.append(f"{loss.adv_weight} x adversarial ({how})")
+        if loss.feature_weight:
+            terms.append(f"{loss.feature_weight} x feature matching")
     if config.mode == "semi_supervised":
         terms.append(f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})")
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"

@@ -19,6 +19,7 @@ from distseg.config.schema import (
     TermConfig,
 )
 from distseg.data.samples import SampleSet
+from distseg.losses.adversarial import FORMS, Form
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
 from distseg.losses.terms import (
@@ -27,6 +28,7 @@ from distseg.losses.terms import (
     Auxiliary,
     Consistency,
     CrossEntropy,
+    FeatureMatching,
     FunctionTerm,
     Head,
     Kind,
@@ -50,19 +52,20 @@ class Judging:
 
     at_image_size: label maps have the image's resolution, not that of the segmentor's output.
     scaling_tau: of the softened ground truth (Luc et al. 2016); None: one-hot. real_target: for
-    real label maps; below 1 is one-sided label smoothing. form: of its loss, see
-    `discriminator_sum`. per_cell: its scores are one per cell, not one per image. per_image: its
-    losses are sums over cells for each image. on_unlabelled: it learns from the label maps of
-    unlabelled images too.
+    real label maps; below 1 is one-sided label smoothing. form: of its loss.
+    per_cell: its scores are one per cell, not one per image. per_image: its losses are sums over
+    cells for each image. on_unlabelled: it learns from the label maps of unlabelled images too.
+    mismatched_weight: of (image, its neighbour's ground truth) among what is fake to it.
     """
 
     at_image_size: bool = False
     scaling_tau: float | None = None
     real_target: float = 1.0
-    form: str = "non_saturating"
+    form: Form = FORMS["non_saturating"]
     per_cell: bool = True
     per_image: bool = False
     on_unlabelled: bool = True
+    mismatched_weight: float = 0.0
 
     def mask(self, targets: Targets) -> Tensor | None:
         """The valid mask of its scores, (n, h, w); None where each image has one score."""
@@ -114,6 +117,11 @@ class Objective:
         if phase.discriminator and self.judging.on_unlabelled:
             return True
         return any(term.images == "unlabelled" for term, _ in self.active(phase))
+
+    def matched(self, phase: Phase) -> Kind | None:
+        """On which images' predictions a term of a phase needs the discriminator's features."""
+        kinds = [term.images for term, _ in self.active(phase) if term.needs_features]
+        return kinds[0] if kinds else None
 
     def weights(self, phase: Phase) -> dict[str, float]:
         """The weights of the terms beside the cross entropy, under their names in the metrics."""
@@ -169,23 +177,21 @@ def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     """The terms that an adversary or a teacher brings."""
     loss, chosen = config.loss, config.consistency
     if config.mode in WITH_DISCRIMINATOR:
-        yield _adversarial("adversarial", "labelled", loss, judging)
+        yield _adversarial("adversarial", "labelled", judging)
+        if loss.feature_weight:
+            with_unlabelled = config.mode == "semi_supervised"
+            yield FeatureMatching("unlabelled" if with_unlabelled else "labelled")
     if config.mode == "semi_supervised":
-        yield _adversarial("adversarial_unlabelled", "unlabelled", loss, judging)
-        yield MaskedCrossEntropy(config.semi.threshold, loss.ce_reduction == "sum")
+        yield _adversarial("adversarial_unlabelled", "unlabelled", judging)
+        in_sums = loss.ce_reduction == "sum"
+        yield MaskedCrossEntropy(config.semi.threshold, in_sums, judging.form)
     if config.mode in WITH_UNLABELLED and chosen.weight:
         soft = chosen.target == "probabilities"
         yield Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)
 
 
-def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) -> Adversarial:
-    return Adversarial(
-        name,
-        images,
-        form=loss.adv_form,
-        per_cell=judging.per_cell,
-        per_image=judging.per_image,
-    )
+def _adversarial(name: str, images: Kind, judging: Judging) -> Adversarial:
+    return Adversarial(name, images, judging.form, judging.per_cell, judging.per_image)
 
 
 def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
@@ -194,10 +200,11 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         at_image_size=loss.map_resolution == "image",
         scaling_tau=loss.scaling_tau if loss.real_map == "scaling" else None,
         real_target=loss.real_target,
-        form=loss.adv_form,
+        form=FORMS[loss.adv_form],
         per_cell=getattr(discriminator, "head", None) == "patch",
         per_image=loss.adv_reduction == "sum",
         on_unlabelled=config.semi.discriminate,
+        mismatched_weight=loss.mismatched_weight,
     )
 
 

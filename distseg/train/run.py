@@ -27,6 +27,7 @@ from distseg.parallel import check_installed, check_settings, check_shard_size
 from distseg.runs.checkpointer import newest, set_aside
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
+from distseg.train.adversary import check_neighbours
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
 from distseg.train.flops import StepWork
@@ -131,6 +132,7 @@ def check(config: Config, world_size: int) -> Prepared:
     """
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
     check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
+    check_neighbours(config, world_size)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)

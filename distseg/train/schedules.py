@@ -69,9 +69,11 @@ def _own_weights(step: int, config: Config) -> dict[str, float]:
 def _adversarial_weights(step: int, config: Config) -> dict[str, float]:
     """Of the terms that the adversary brings."""
     loss, semi = config.loss, config.semi
-    # one rise for both adversarial terms, which are one discriminator's
+    # one rise for all of its terms, which are one discriminator's
     rise = _rise(step - loss.adv_start_step, loss.adv_warmup_steps)
     weights = {"adversarial": loss.adv_weight * rise}
+    if loss.feature_weight:
+        weights["feature_matching"] = loss.feature_weight * rise
     if config.mode == "semi_supervised":
         started = step >= semi.adv_start_step
         # a start of its own: Hung et al. 2018 use the confidence mask once the discriminator has

@@ -29,7 +29,7 @@ def show(trainer: Trainer, network: nn.Module, val_set: SampleSet) -> None:
     # first: the scores are what the run was for, and drawing is what can fail
     write_json(run_dir / "evaluation.json", evaluator.report(step))
     folder = run_dir / FOLDER
-    draw_scores(run_dir, folder)
+    draw_scores(run_dir, folder, trainer.config.loss.adv_form)
     trainer.tracker.image(step, "curves", folder / "curves.png")
     classes = classes_in(trainer.config, val_set)
     for index in spread(trainer.config.evaluate.num_pictures, len(val_set)):

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.plan import rank_positions
-from distseg.data.strong import FILL, StrongView, of_neighbours, strong_draws
+from distseg.data.strong import FILL, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
+from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import PseudoLabels
 from distseg.train.batch import Images
 from shards.errors import InputError

@@ -21,5 +21,5 @@ SEGMENTORS = (
 )
 DISCRIMINATORS = (
     *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),
-    *("small_fov", "small_fov_light"),
+    *("small_fov", "small_fov_light", "image_conditioned"),
 )

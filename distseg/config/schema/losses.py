@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distseg.config.forms import DEFAULT, FORMS
 from distseg.config.keys import key
 from distseg.config.schema.common import HUNG, LUC, SEMI_SUPERVISED, UNIMATCH, WITH_DISCRIMINATOR
 
@@ -33,17 +34,30 @@ class LossConfig:
     )
     # non-saturating: it has a gradient where the discriminator is sure
     adv_form: str = key(
-        "non_saturating",
+        DEFAULT,
         "the losses on the discriminator's scores s, > 0 = real; D is sigmoid(s), under "
         "least_squares (1 + s) / 2",
-        choices={
-            "non_saturating": "BCE; the segmentor's is BCE(D(fake), real)",
-            "saturating": "BCE; the segmentor's is - BCE(D(fake), fake)",
-            "hinge": "max(0, 1 - s) of real, max(0, 1 + s) of fake; the segmentor's is - s",
-            "least_squares": "(D - 1)^2 of real, D^2 of fake; the segmentor's is (D - 1)^2",
-        },
+        choices={name: form.meaning for name, form in FORMS.items()},
         source=f"saturating: {LUC}, eq. 3; hinge: Lim and Ye 2017; least_squares: Mao et al. 2017, "
         "eq. 9",
+        modes=WITH_DISCRIMINATOR,
+    )
+    feature_weight: float = key(
+        0.0,
+        "of feature matching: the sum over the discriminator's features of the distance between "
+        "their mean over ground truth and their mean over predictions (of unlabelled images where "
+        "there are any); 0: off",
+        low=0,
+        source="Salimans et al. 2016, section 3.1; Mittal et al. 2019 (s4GAN)",
+        modes=WITH_DISCRIMINATOR,
+    )
+    mismatched_weight: float = key(
+        0.0,
+        "w: the discriminator also learns to call (image, ground truth of its neighbour in the "
+        "batch) fake; its loss is real + (1 - w) x fake + w x mismatched",
+        low=0,
+        high=0.99,
+        source="Reed et al. 2016, algorithm 1; there: 0.5",
         modes=WITH_DISCRIMINATOR,
     )
     # by the global step, which every rank knows: none decides for itself
@@ -56,7 +70,7 @@ class LossConfig:
     )
     adv_warmup_steps: int = key(
         0,
-        "adv_weight rises linearly over so many steps from adv_start_step on",
+        "adv_weight and feature_weight rise linearly over so many steps from adv_start_step on",
         unit="steps",
         low=0,
         modes=WITH_DISCRIMINATOR,

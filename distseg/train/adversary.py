@@ -1,0 +1,58 @@
+"""The adversary's further ways to help: what they need of a run, and what they make of a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distseg.config.schema import WITH_DISCRIMINATOR, Config
+from distseg.distributed.ranks import all_reduce_sum
+from distseg.losses.terms import FeatureMeans
+from shards import user_code
+from shards.errors import InputError
+
+
+def check_neighbours(config: Config, world_size: int) -> None:
+    """Raise InputError where a rank's share of a micro-batch holds half a pair of labelled images,
+    each of which lends the other its ground truth.
+    """
+    weight = config.loss.mismatched_weight
+    if config.mode not in WITH_DISCRIMINATOR or not weight:
+        return
+    num_parts = world_size * config.gradient_accumulation_steps
+    size = config.batch_size // num_parts
+    if size % 2:
+        got = f"loss.mismatched_weight={weight} with {size} labelled images a rank and micro-batch"
+        needed = "an even number: neighbours lend each other their ground truth"
+        action = f"write batch_size={num_parts * (size + 1)} or loss.mismatched_weight=0; of a run "
+        raise InputError(got, needed, f"{action}that goes on, start fewer ranks")
+
+
+def check_discriminator(config: Config, network: nn.Module) -> None:
+    """Raise InputError for a discriminator that cannot do what `loss` asks of it."""
+    loss, name = config.loss, user_code.short(config.discriminator.name)
+    if loss.feature_weight and not getattr(network, "has_features", False):
+        got = f"loss.feature_weight={loss.feature_weight} with discriminator={name}"
+        needed = "a discriminator whose forward takes features=False (docs/own_code.md)"
+        raise InputError(got, needed, "give it that option, or write loss.feature_weight=0")
+    if loss.mismatched_weight and not getattr(network, "sees_image", False):
+        got = f"loss.mismatched_weight={loss.mismatched_weight} with discriminator={name}"
+        needed = "a discriminator that sees the image: to others such a pair is real"
+        action = "write discriminator=image_conditioned or two_branch (of the field-of-view "
+        action += "networks discriminator.options.inputs=product), or loss.mismatched_weight=0"
+        raise InputError(got, needed, action)
+
+
+@torch.no_grad()
+def feature_means(real: Tensor, fake: Tensor) -> FeatureMeans:
+    """Over all ranks' images of a micro-batch; called on every rank.
+
+    real, fake: the discriminator's features (n, K) of this rank's label maps.
+    """
+    # float64, and the numbers of images with them: one message for all
+    sums = [part.double().sum(0) for part in (real, fake)]
+    counts = torch.tensor([len(real), len(fake)], dtype=torch.float64).to(real.device)
+    total = all_reduce_sum(torch.cat([*sums, counts]))
+    width = real.shape[1]
+    of_real, of_fake = total[:width] / total[-2], total[width : 2 * width] / total[-1]
+    return FeatureMeans(of_real.to(real.dtype), of_fake.to(fake.dtype))
