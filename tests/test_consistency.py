@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -254,8 +255,10 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             label = torch.where(mask, label[other], label)
         logits = F.interpolate(student(pixels), size=(SIDE, SIDE), mode="bilinear")
         loss = F.cross_entropy(logits, label.long(), ignore_index=255)
+        weak, where = unlabelled(step, torch.float64)
+        seen = [(weak, where != 255)]
         if step >= 1:
-            weak, where = unlabelled(step, torch.float64)
+            seen = []
             with torch.no_grad():
                 taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
                 sure, index = taught.softmax(1).max(1)
@@ -280,9 +283,18 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
                 if chosen.weighting == "image":
                     share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
                     weight = share[:, None, None] * inside
+                seen.append((changed, inside))
                 terms.append((each * weight).sum())
                 counts.append(inside.sum())
             loss = loss + chosen.weight * sum(terms) / sum(counts)
+        if config.semi.entropy_weight:
+            unsure = pixels.new_zeros(())
+            for images, inside in seen:
+                logits = F.interpolate(student(images), size=(SIDE, SIDE), mode="bilinear")
+                p = logits.softmax(1)
+                unsure = unsure - (p * p.log2()).sum(1)[inside].sum() / math.log2(NUM_CLASSES)
+            count = sum(inside.sum() for _, inside in seen)
+            loss = loss + config.semi.entropy_weight * unsure / count
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         update(config, step, student, gradients, momentum)
         decay = min(0.9, (2 + step) / (11 + step))
@@ -316,7 +328,7 @@ def update(
 
 JOINED = {
     1: ["consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"],
-    2: ["strong.labelled=true", "consistency.num_views=2"],
+    2: ["strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"],
     3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
 }
 FSDP = "parallel.strategy=fsdp"
@@ -433,6 +445,7 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
         ([*taught, "ema_decay=0.9", "consistency.threshold=1.5"], "consistency.threshold=1.5"),
         ([*taught, "ema_decay=0.9", "strong.mix_area_min=0.5"], "mix_area_max"),
         ([shards, "mode=supervised", "consistency.weight=1"], "mode=supervised"),
+        ([shards, "mode=adversarial", "semi.entropy_weight=1"], "mode=adversarial"),
         ([shards, "mode=adversarial", "consistency.weight=1"], "mode=adversarial"),
         ([*taught, "ema_decay=0.9", "loss.adv_weight=0.1"], "mode=consistency"),
         ([*taught, "ema_decay=0.9", "consistency.gate=rank"], "mode=consistency"),

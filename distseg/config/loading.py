@@ -29,6 +29,8 @@ ADVERSARIAL_WEIGHTS = (
     *("semi.adv_weight", "semi.weight"),
 )
 
+UNLABELLED_WEIGHTS = ("consistency.weight", "semi.entropy_weight")
+
 
 def load(overrides: list[str]) -> Config:
     """Defaults, then the preset, then files, then `key=value` overrides; what a preset leaves to
@@ -309,7 +311,7 @@ def _refuse_weights(pairs: list[tuple[str, Any]], mode: str) -> None:
         if value and key in ADVERSARIAL_WEIGHTS and mode not in WITH_DISCRIMINATOR:
             action = "write mode=adversarial (or semi_supervised), or leave it out"
             raise InputError(got, "an adversary for its weight", action)
-        if value and key == "consistency.weight" and mode not in WITH_UNLABELLED:
+        if value and key in UNLABELLED_WEIGHTS and mode not in WITH_UNLABELLED:
             action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
             raise InputError(got, "unlabelled images for its weight", action)
 

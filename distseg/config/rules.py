@@ -22,7 +22,7 @@ from shards.words import nearest
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
-    *("feature_matching", "discriminator_mismatched"),
+    *("feature_matching", "discriminator_mismatched", "entropy"),
 )
 
 
@@ -184,22 +184,22 @@ def shards_of_fsdp(config: Config) -> None:
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
-    weights += [config.consistency.weight, config.loss.feature_weight]
+    weights += [config.consistency.weight, config.semi.entropy_weight, config.loss.feature_weight]
     # one of the user's own may be of unlabelled images, which is known when it is imported
     weights += [term.weight for term in config.loss.terms.values() if is_reference(term.use)]
     # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
         got = "mode=semi_supervised with loss.adv_weight, loss.feature_weight, semi.adv_weight, "
-        got += "semi.weight and consistency.weight all 0"
+        got += "semi.weight, semi.entropy_weight and consistency.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
 
 
 def consistency_with_a_teacher(config: Config) -> None:
-    """mode=consistency has its term, and the term its teacher."""
+    """mode=consistency has a term, and that of a teacher its teacher."""
     chosen = config.consistency
-    if config.mode == "consistency" and not chosen.weight:
-        got, action = "mode=consistency with consistency.weight=0", "write consistency.weight=1"
-        raise InputError(got, "a weight above 0", action)
+    if config.mode == "consistency" and not (chosen.weight or config.semi.entropy_weight):
+        got = "mode=consistency with consistency.weight=0 and semi.entropy_weight=0"
+        raise InputError(got, "a weight above 0", "write consistency.weight=1")
     if config.mode not in WITH_UNLABELLED or not chosen.weight:
         return
     if chosen.teacher == "ema" and not config.ema_decay:

@@ -152,8 +152,8 @@ class Term:
     micro-batches, divided by the sum of `count`.
 
     name: of its metrics, loss/<name> and weight/<name>.
-    images: whose term it is; unlabelled ones are there in mode=semi_supervised, and for a term that
-    needs_teacher, which looks at pseudo-labels, in mode=consistency too.
+    images: whose term it is; unlabelled ones are there in mode=semi_supervised, and for a term
+    without_adversary in mode=consistency too, and in steps before the adversary begins.
     through_discriminator: its gradient comes through the discriminator's scores, or, of a term that
     needs_features, its features. All others' comes through `head`, the segmentor's logits or
     auxiliary logits.
@@ -165,7 +165,7 @@ class Term:
 
     name: str
     images: Kind = "labelled"
-    needs_teacher: bool = False
+    without_adversary: bool = False
     through_discriminator: bool = False
     needs_features: bool = False
     head: Head = "logits"
@@ -352,7 +352,7 @@ class Consistency(Term):
     name: str = "consistency"
     share: str = "consistency/confident_share"
     images: Kind = "unlabelled"
-    needs_teacher = True
+    without_adversary = True
     chooses = True
     per_image = True  # divided by `count`
 
@@ -380,6 +380,27 @@ class Consistency(Term):
         return F.cross_entropy(
             seen.full_logits, target, ignore_index=IGNORE_INDEX, reduction="none"
         )
+
+
+@dataclass
+class Entropy(Term):
+    """The entropy of predictions of unlabelled pixels, in units of the largest one, log C: so from
+    0 to 1 (Grandvalet and Bengio 2004; Vu et al. 2019, eq. 4, MinEnt). The mean over all pixels
+    inside of images.
+    """
+
+    name: str = "entropy"
+    images: Kind = "unlabelled"
+    without_adversary = True
+
+    def count(self, targets: Targets) -> Tensor:
+        return (targets.label != IGNORE_INDEX).sum().double()
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        # of logarithms: a probability that was rounded to 0 has none
+        logs = seen.full_logits.log_softmax(1)  # (n, C, H, W)
+        entropy = -(logs.exp() * logs).sum(1) / math.log(logs.shape[1])
+        return (entropy * (seen.label != IGNORE_INDEX)).sum()
 
 
 @dataclass

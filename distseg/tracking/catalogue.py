@@ -132,6 +132,9 @@ _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
 # terms of the user's own, whose unit nobody knows
 _OTHER_TERMS = Panel("Other terms, unweighted", "loss", in_picture=True)
 _CONSISTENCY = Panel("Consistency term, unweighted", "loss", in_picture=True)
+_ENTROPY = Panel(
+    "Entropy of unlabelled predictions", "share of the largest", is_share=True, in_picture=True
+)
 _MASK = Panel("Confidence mask", "share of unlabelled pixels", is_share=True, in_picture=True)
 _VALIDATION = Panel("Validation", "score", is_share=True, in_picture=True)
 _VALIDATION_LOSS = Panel("Validation loss", "nats")
@@ -153,6 +156,7 @@ PANELS = (
         _MATCHING,
         _SEMI,
         _CONSISTENCY,
+        _ENTROPY,
         _OTHER_TERMS,
         _MASK,
         _VALIDATION,
@@ -194,6 +198,9 @@ METRICS = (
     ),
     Metric("loss/semi", "semi-supervised term", "nats", _SEMI, "semi-supervised", "", "semi"),
     Metric(MASK_SHARE, "confidence mask", "share", _MASK, "share", "", "mask"),
+    Metric(
+        "loss/entropy", "entropy of unlabelled predictions", "share", _ENTROPY, "entropy", "", ""
+    ),
     Metric(
         "loss/consistency",
         "consistency term",

@@ -167,6 +167,8 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         terms.append(f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})")
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
         terms.append(f"{semi.weight} x semi-supervised cross entropy ({where})")
+    if config.mode in WITH_UNLABELLED and semi.entropy_weight:
+        terms.append(f"{semi.entropy_weight} x entropy on unlabelled")
     if config.mode in WITH_UNLABELLED and config.consistency.weight:
         terms.append(_consistency(config.consistency))
     return terms

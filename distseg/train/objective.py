@@ -28,6 +28,7 @@ from distseg.losses.terms import (
     Auxiliary,
     Consistency,
     CrossEntropy,
+    Entropy,
     FeatureMatching,
     FunctionTerm,
     Head,
@@ -132,7 +133,7 @@ class Objective:
 
 
 def _needs_adversary(term: Term) -> bool:
-    of_unlabelled = term.images == "unlabelled" and not term.needs_teacher
+    of_unlabelled = term.images == "unlabelled" and not term.without_adversary
     return term.through_discriminator or of_unlabelled
 
 
@@ -185,6 +186,8 @@ def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
         yield _adversarial("adversarial_unlabelled", "unlabelled", judging)
         in_sums = loss.ce_reduction == "sum"
         yield MaskedCrossEntropy(config.semi.threshold, in_sums, judging.form)
+    if config.mode in WITH_UNLABELLED and config.semi.entropy_weight:
+        yield Entropy()
     if config.mode in WITH_UNLABELLED and chosen.weight:
         soft = chosen.target == "probabilities"
         yield Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)

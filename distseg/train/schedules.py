@@ -60,6 +60,8 @@ def _own_weights(step: int, config: Config) -> dict[str, float]:
     weights = {"cross_entropy": loss.ce_weight, "auxiliary": loss.aux_weight}
     for name, term in loss.terms.items():
         weights[name] = term.weight * _rise(step - term.start_step, term.warmup_steps)
+    if config.mode in WITH_UNLABELLED and config.semi.entropy_weight:
+        weights["entropy"] = config.semi.entropy_weight
     if config.mode in WITH_UNLABELLED and taught.weight:
         rise = _rise(step - taught.start_step, taught.warmup_steps)
         weights["consistency"] = taught.weight * rise

@@ -189,7 +189,7 @@ class LossConfig:
 
 @dataclass
 class SemiConfig:
-    """The adversary's terms on unlabelled images (Hung et al. 2018, eq. 4 and 5)."""
+    """Terms on unlabelled images; the adversary's are those of Hung et al. 2018, eq. 4 and 5."""
 
     # over all ranks, so that a run on other hardware is the same run
     batch_size: int = key(
@@ -236,6 +236,13 @@ class SemiConfig:
         unit="steps",
         low=0,
         modes=SEMI_SUPERVISED,
+    )
+    entropy_weight: float = key(
+        0.0,
+        "of the entropy of predictions, as a share of its largest value: low where the segmentor "
+        "is sure; 0: off",
+        low=0,
+        source="Grandvalet and Bengio 2004; Vu et al. 2019 (MinEnt), there 0.001",
     )
     discriminate: bool = key(
         True, "the discriminator learns from their label maps too", modes=SEMI_SUPERVISED
