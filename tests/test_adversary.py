@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
+from distseg.losses.adversarial import squared_gradient_sum
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.train.adversary import check_discriminator, check_neighbours
@@ -23,10 +24,11 @@ from shards.errors import InputError
 from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
 
-BATCH, STEPS, SIZE = 12, 3, 64
+BATCH, STEPS = 12, 3
 SEMI = ["mode=semi_supervised", "semi.weight=0", "semi.adv_weight=0.4"]
 FEATURES, MISMATCHED = "loss.feature_weight=0.3", "loss.mismatched_weight=0.4"
 # else it works at four times the label maps' resolution
+R1 = "loss.r1_weight=20"
 SMALL = "discriminator.options.image_pool=false"
 CELLS = ["discriminator.options.head=patch", SMALL]
 CASES: dict[str, list[str]] = {
@@ -36,6 +38,11 @@ CASES: dict[str, list[str]] = {
     "both, of the discriminator that joins them": [
         *(*SEMI, FEATURES, MISMATCHED, "discriminator=image_conditioned", "loss.adv_form=hinge"),
         *("discriminator.options.dropout=0", "semi.discriminate=false"),
+    ],
+    "R1, a score per image": [R1, SMALL, "loss.r1_every=2"],
+    "R1 and all else, a score per cell": [
+        *(*SEMI, FEATURES, MISMATCHED, R1, "discriminator=image_conditioned"),
+        *("discriminator.options.dropout=0", "discriminator.options.head=patch"),
     ],
     "both, sums": [*SEMI, *CELLS, FEATURES, MISMATCHED, "loss.adv_reduction=sum"],
 }
@@ -58,16 +65,18 @@ def make_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     return TinySegmentor(), build_discriminator(chosen.name, NUM_CLASSES, **chosen.options)
 
 
-def make_images(step: int, labelled: bool) -> Images:
+def make_images(config: Config, step: int, labelled: bool) -> Images:
+    # for label maps of 16 px, the least that image_conditioned takes, or 8
+    size = 64 if config.discriminator.name == "image_conditioned" else 32
     generator = torch.Generator().manual_seed(2 * step + labelled)
-    pixels = torch.rand(BATCH, 3, SIZE, SIZE, generator=generator, dtype=torch.float64)
+    pixels = torch.rand(BATCH, 3, size, size, generator=generator, dtype=torch.float64)
     label = torch.randint(0, NUM_CLASSES, pixels.shape[2:], generator=generator).to(torch.uint8)
     label = label.repeat(BATCH, 1, 1).roll(step, 0)
     for n in range(BATCH):
         label[n] = label[n].roll(n, 1)
     if not labelled:
         label.zero_()
-    label[1::3, 9:30] = 255
+    label[1::3, 9:20] = 255
     label[-BATCH // 3 :] = 255  # of three ranks the last has void alone
     return Images(pixels, label)
 
@@ -83,7 +92,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> Any:
     share = slice(ranks.rank * size, (ranks.rank + 1) * size)
     told = []
     for step in range(STEPS):
-        images = [make_images(step, labelled) for labelled in (True, False)]
+        images = [make_images(config, step, labelled) for labelled in (True, False)]
         labelled, unlabelled = (Images(each.pixels[share], each.label[share]) for each in images)
         now = phase(step, config)
         is_semi = config.mode == "semi_supervised" and pair.objective.uses_unlabelled(now)
@@ -133,7 +142,7 @@ def losses_of(
 ) -> tuple[list[Tensor], dict[str, float]]:
     loss, semi = config.loss, config.mode == "semi_supervised"
     segmentor, judge = networks
-    kinds = [make_images(step, True)] + [make_images(step, False)] * semi
+    kinds = [make_images(config, step, labelled) for labelled in (True, False)[: 1 + semi]]
     logits = [segmentor(images.pixels) for images in kinds]
     chances = [each.softmax(1) for each in logits]
     small = [images.label[:, 2::4, 2::4].long() for images in kinds]
@@ -141,6 +150,7 @@ def losses_of(
     real = chances[0].detach().clone().permute(0, 2, 3, 1)
     real[valid[0]] = F.one_hot(small[0][valid[0]], NUM_CLASSES).double()
     real = real.permute(0, 3, 1, 2)
+    real.requires_grad_()
     neighbour = [n ^ 1 for n in range(BATCH)]
 
     def judged(kind: int, maps: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +183,18 @@ def losses_of(
     d_loss = told["loss/discriminator_real"]
     d_loss = d_loss + (1 - loss.mismatched_weight) * told["loss/discriminator_fake"]
     if loss.mismatched_weight:
-        wrong, _ = judged(0, real[neighbour], valid[0][neighbour])
+        wrong, _ = judged(0, real.detach()[neighbour], valid[0][neighbour])
         told["loss/discriminator_mismatched"] = mean(own(wrong, 0.0))
         d_loss = d_loss + loss.mismatched_weight * told["loss/discriminator_mismatched"]
-    up = F.interpolate(logits[0], (SIZE, SIZE), mode="bilinear")
+    if loss.r1_weight and step % loss.r1_every == 0:
+        image_scores = judge(kinds[0].pixels, real)[0].flatten(1).mean(1)
+        penalty = torch.zeros((), dtype=torch.float64)
+        for n in range(BATCH):  # one by one
+            gradient = torch.autograd.grad(image_scores[n], real, create_graph=True)[0][n]
+            penalty = penalty + gradient.square().sum() / BATCH
+        told["loss/r1"] = penalty
+        d_loss = d_loss + loss.r1_weight / 2 * loss.r1_every * penalty
+    up = F.interpolate(logits[0], kinds[0].label.shape[-2:], mode="bilinear")
     s_loss = F.cross_entropy(up, kinds[0].label.long(), ignore_index=255)
     s_loss = s_loss + loss.adv_weight * mean(reward(on_fake[0][0]))
     if semi:
@@ -231,10 +249,12 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
     for step in range(STEPS):
         for name, value in expected[2][step].items():
             told = [of_rank[2][step][name] for of_rank in found if name in of_rank[2][step]]
+            assert told or "blocks" in case
             if told:  # blocks: what the phase's network is not trained for is not known
                 assert sum(told) / num_ranks == pytest.approx(value, rel=1e-10), (step, name)
     metrics = set().union(*found[0][2])
-    for key, name in ((FEATURES, "feature_matching"), (MISMATCHED, "discriminator_mismatched")):
+    names = {FEATURES: "feature_matching", MISMATCHED: "discriminator_mismatched", R1: "r1"}
+    for key, name in names.items():
         assert (f"loss/{name}" in metrics) == (key in CASES.get(case, CASES[ACCUMULATED]))
 
 
@@ -244,6 +264,12 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
         (["loss.feature_weight=-1"], "loss.feature_weight=-1.*from 0 on"),
         (["loss.mismatched_weight=1"], "loss.mismatched_weight=1.*from 0 to 0.99"),
         (["mode=supervised", FEATURES], "mode=supervised"),
+        (["loss.r1_every=0"], "loss.r1_every=0.*from 1 to"),
+        ([R1, "parallel.strategy=fsdp"], "strategy=fsdp.*backward through a backward"),
+        ([R1, "parallel.strategy=deepspeed"], "strategy=deepspeed.*parallel.strategy=ddp"),
+        ([R1, "compile=true"], "compile=true.*no second derivative"),
+        ([R1, "precision=fp16"], "precision=fp16.*precision=bf16"),
+        (["mode=supervised", R1], "mode=supervised"),
         (["loss.terms.feature_matching.use=dice"], "a name that no built-in term has"),
     ],
 )
@@ -263,6 +289,24 @@ class Blind(nn.Module):
         return self.layer(label_map)
 
 
+class OnceOnly(torch.autograd.Function):
+    """The identity, whose gradient is computed by what autograd does not follow."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+class FirstOrder(Blind):
+    def forward(self, label_map: Tensor) -> Tensor:
+        return self.layer(OnceOnly.apply(label_map) ** 2)
+
+
 OWN = f"discriminator={__file__}:Blind"
 
 
@@ -273,6 +317,7 @@ OWN = f"discriminator={__file__}:Blind"
         (["discriminator=small_fov", MISMATCHED], "small_fov.*inputs=product"),
         ([OWN, MISMATCHED], "Blind.*sees the image"),
         ([OWN, FEATURES], "Blind.*takes features=False"),
+        ([OWN.replace("Blind", "FirstOrder"), R1], "FirstOrder.*differentiated twice"),
     ],
 )
 def test_discriminators_that_cannot_do_it_are_refused(words: list[str], message: str) -> None:
@@ -300,3 +345,56 @@ def test_half_a_pair_of_labelled_images_is_refused() -> None:
         check_neighbours(config, 1)
     config.loss.mismatched_weight = 0.0
     check_neighbours(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("two_branch", {"head": "patch", "image_pool": False, "width": 0.1}),
+        ("image_conditioned", {"width": 0.1}),
+        ("small_fov_light", {"width": 0.1}),
+    ],
+)
+def test_the_penaltys_gradient_is_that_of_finite_differences(
+    name: str, options: dict[str, Any]
+) -> None:
+    """Along a direction in the space of all parameters; dropout draws the same each time."""
+    judge = build_discriminator(name, NUM_CLASSES, **options).double()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    maps = torch.randn(2, NUM_CLASSES, 16, 16, generator=generator, dtype=torch.float64)
+    maps = maps.softmax(1).requires_grad_()
+    parameters = list(judge.parameters())
+    direction = [torch.randn(p.shape, generator=generator).double() for p in parameters]
+
+    def penalty(moved: float) -> Tensor:
+        torch.manual_seed(1)
+        for parameter, along in zip(parameters, direction, strict=True):
+            parameter.data.add_(along, alpha=moved)
+        (scores,) = judge(pixels, maps)
+        total = squared_gradient_sum(scores, maps)
+        for parameter, along in zip(parameters, direction, strict=True):
+            parameter.data.sub_(along, alpha=moved)
+        return total
+
+    gradients = torch.autograd.grad(penalty(0.0), parameters, allow_unused=True)
+    pairs = zip(gradients, direction, strict=True)
+    slope = sum(float((g * d).sum()) for g, d in pairs if g is not None)
+    step = 1e-6
+    differences = float(penalty(step).detach() - penalty(-step).detach()) / (2 * step)
+    assert slope == pytest.approx(differences, rel=1e-6) and abs(slope) > 1e-6
+
+
+def test_the_penalty_is_due_by_the_discriminators_updates() -> None:
+    words = ["data.shards=unused", "loss.r1_weight=10", "loss.r1_every=3"]
+    words += ["loss.adv_start_step=2", "alternation.segmentor=2", "alternation.discriminator=2"]
+
+    def due(alternation: str) -> list[int]:
+        config = loading.load([*words, f"alternation={alternation}"])
+        found = [step for step in range(20) if phase(step, config).r1]
+        assert all(phase(step, config).r1 == 15 for step in found)  # 10 / 2, times 3
+        return found
+
+    assert due("simultaneous") == [2, 5, 8, 11, 14, 17]
+    # its updates are at 4 and 5, 8 and 9, 12 and 13, 16 and 17: the first, fourth and seventh
+    assert due("blocks") == [4, 9, 16]

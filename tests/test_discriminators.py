@@ -140,17 +140,16 @@ def test_image_conditioned_equals_its_layers_and_the_linear_layer_sees_the_mean(
     image, maps = torch.rand(2, 3, 90, 70).double(), label_maps(2, 5, 45, 35).double()
     small = F.interpolate(image, (45, 35), mode="bilinear", align_corners=False, antialias=True)
     x = torch.cat([maps, small], 1)
-    *layers, last = network.layers
-    for convolution in layers[::3]:
+    for convolution in network.layers[::3]:
         x = F.conv2d(x, convolution.weight, convolution.bias, stride=2, padding=1)
         x = torch.where(x > 0, x, 0.2 * x)
     mean = x.mean((2, 3))
     (scores,), (features,) = network(image, maps, features=True)
     torch.testing.assert_close(features, mean)
-    torch.testing.assert_close(scores.flatten(), mean @ last.weight[0, :, 0, 0] + last.bias)
+    torch.testing.assert_close(scores.flatten(), network.linear(mean)[:, 0])
     # half of the channels, whole ones, and twice the rest
     torch.manual_seed(0)
-    dropped = layers[2].train()(torch.ones(50, 16, 3, 3))
+    dropped = network.layers[2].train()(torch.ones(50, 16, 3, 3))
     assert set(dropped.flatten().tolist()) == {0.0, 2.0}
     assert abs(dropped.mean() - 1) < 0.1 and (dropped.amax((2, 3)) == dropped.amin((2, 3))).all()
 
@@ -160,8 +159,15 @@ def test_features_are_the_mean_over_cells_of_what_the_last_layer_gets(name, opti
     network = build_discriminator(name, 4, **options, head="gap").double()
     image, predicted = torch.rand(3, 3, 64, 80).double(), label_maps(3, 4, 32, 40).double()
     truth, seen = label_maps(2, 4, 32, 40).double(), []
-    last = network.verdict if name == "two_branch" else network.layers[-1]
-    last.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].mean((2, 3))))
+    named = {"two_branch": "verdict", "image_conditioned": "linear"}
+    last = getattr(network, named.get(name, "layers"))
+    last = last[-1] if name not in named else last
+
+    def hook(_, inputs, __):
+        x = inputs[0]
+        seen.append((x.movedim(3, 1) if name == "image_conditioned" else x).mean((2, 3)))
+
+    last.register_forward_hook(hook)
     logits, features = network(image, truth, predicted, features=True)
     assert [len(each) for each in features] == [2, 3]
     for ours, theirs in zip(features, seen, strict=True):

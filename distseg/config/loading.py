@@ -25,7 +25,7 @@ from shards.words import nearest
 
 TERMS = "loss.terms."
 ADVERSARIAL_WEIGHTS = (
-    *("loss.adv_weight", "loss.feature_weight", "loss.mismatched_weight"),
+    *("loss.adv_weight", "loss.feature_weight", "loss.mismatched_weight", "loss.r1_weight"),
     *("semi.adv_weight", "semi.weight"),
 )
 

@@ -22,7 +22,7 @@ from shards.words import nearest
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
-    *("feature_matching", "discriminator_mismatched", "entropy"),
+    *("feature_matching", "discriminator_mismatched", "entropy", "r1"),
 )
 
 
@@ -154,6 +154,24 @@ def scores_of_a_form(config: Config) -> None:
         got = f"semi.weight={config.semi.weight} with loss.adv_form={loss.adv_form}"
         needed = "scores that are probabilities, for the mask of semi.threshold"
         raise InputError(got, needed, "write semi.weight=0, or loss.adv_form=non_saturating")
+
+
+def penalty_of_second_order(config: Config) -> None:
+    """The R1 penalty is trained through a gradient, which not every way of computing allows."""
+    if config.mode not in WITH_DISCRIMINATOR or not config.loss.r1_weight:
+        return
+    got, strategy = f"loss.r1_weight={config.loss.r1_weight} with ", config.parallel.strategy
+    if strategy != "ddp":
+        needed = "parallel.strategy=ddp: the others gather parameters, and reduce gradients, by "
+        needed += "hooks of one backward, and R1 is a backward through a backward"
+        action = "write parallel.strategy=ddp, or loss.r1_weight=0"
+        raise InputError(f"{got}parallel.strategy={strategy}", needed, action)
+    if config.compile:
+        needed = "compile=false: compiled networks have no second derivative"
+        raise InputError(f"{got}compile=true", needed, "write compile=false, or loss.r1_weight=0")
+    if config.precision == "fp16":
+        needed = "another precision: fp16 has no room for gradients at a label map's pixels"
+        raise InputError(f"{got}precision=fp16", needed, "write precision=bf16 or fp32")
 
 
 def evaluations_for_the_schedule(config: Config) -> None:
@@ -361,6 +379,7 @@ RULES = (
     frozen_statistics_are_trained,
     nesterov_has_a_momentum,
     scores_of_a_form,
+    penalty_of_second_order,
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,

@@ -157,6 +157,18 @@ def sum_of(loss: Callable[[Tensor], Tensor], scores: Tensor, valid: Tensor | Non
     return (losses if weight is None else losses * weight).sum()
 
 
+def squared_gradient_sum(scores: Tensor, label_map: Tensor) -> Tensor:
+    """Sum over images of the squared gradient of an image's score, the mean of its cells', at its
+    label map (Mescheder et al. 2018, eq. 9): a scalar that can be differentiated again.
+
+    scores: (N, 1, h', w') or (N, 1, 1, 1), with a graph that leads to label_map (N, C, h, w).
+    """
+    # images do not touch each other, so the gradient of the sum holds that of each one's score
+    total = at_least_float32(scores).mean((1, 2, 3)).sum()
+    (gradient,) = torch.autograd.grad(total, label_map, create_graph=True)
+    return at_least_float32(gradient).square().sum()
+
+
 def score_sums(scores: Tensor, valid: Tensor | None, real: bool, form: Form) -> Tensor:
     """Sums over the (valid) scores, (3,) float64.
 

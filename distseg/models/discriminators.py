@@ -318,7 +318,7 @@ class ImageConditioned(Discriminator):
                 nn.Dropout2d(dropout),
             ]
             channels = hidden
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+        self.layers, self.linear = nn.Sequential(*layers), nn.Linear(channels, 1)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
         return _shrunk(image, label_size)  # (N, 3, h, w)
@@ -326,10 +326,10 @@ class ImageConditioned(Discriminator):
     def _hidden(self, label_map: Tensor, of_image: Tensor | None) -> Tensor:
         assert of_image is not None
         joined = torch.cat([label_map, of_image], 1)  # (k, C + 3, h, w)
-        return _hidden_of(self.layers, joined)  # (k, 512, h/16, w/16)
+        return self.layers(joined)  # (k, 512, h/16, w/16)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.layers[-1](x)  # (k, 1, h/16, w/16)
+        return self.linear(x.movedim(1, 3)).movedim(3, 1)  # (k, 1, h/16, w/16)
 
 
 def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px: int) -> Tensor:

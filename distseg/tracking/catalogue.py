@@ -127,6 +127,7 @@ _RATIO = Panel(
     check="no_influence",
     is_log=True,
 )
+_R1 = Panel("Discriminator's squared gradient on real label maps", "squared norm", is_log=True)
 _MATCHING = Panel("Feature matching term, unweighted", "loss", in_picture=True)
 _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
 # terms of the user's own, whose unit nobody knows
@@ -153,6 +154,7 @@ _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 PANELS = (
     *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO),
     *(
+        _R1,
         _MATCHING,
         _SEMI,
         _CONSISTENCY,
@@ -245,6 +247,15 @@ METRICS = (
         "mismatched pairs",
         "",
         "D mismatched",
+    ),
+    Metric(
+        "loss/r1",
+        "discriminator's squared gradient on ground truth",
+        "squared norm",
+        _R1,
+        "R1",
+        "",
+        "R1",
     ),
     Metric(
         "discriminator/on_real",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from distseg.distributed.ranks import all_reduce_sum
+from distseg.losses.adversarial import squared_gradient_sum
 from distseg.losses.terms import FeatureMeans
+from distseg.models.own_discriminator import OwnDiscriminator
+from distseg.models.trial import random_images, random_label_maps, undisturbed
 from shards import user_code
 from shards.errors import InputError
 
@@ -28,6 +33,27 @@ def check_neighbours(config: Config, world_size: int) -> None:
         raise InputError(got, needed, f"{action}that goes on, start fewer ranks")
 
 
+def _check_second_order(network: OwnDiscriminator, name: str) -> None:
+    """Raise InputError unless the R1 penalty can be differentiated."""
+    side = max(32, network.min_size_px)
+    label_map = random_label_maps(2, network.num_classes, side).requires_grad_()
+    copied = copy.deepcopy(network).train()
+    trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+    try:
+        with undisturbed(), torch.enable_grad():
+            (scores,) = copied(random_images(2, side, side), label_map)
+            penalty = squared_gradient_sum(scores, label_map)
+            found = torch.autograd.grad(penalty, trained, allow_unused=True)
+        reason = "no gradient of the penalty reaches a parameter"
+    except RuntimeError as error:  # of an operation that has no second derivative
+        found, reason = (), str(error).splitlines()[0]
+    # an operation that is differentiable once may just as well cut the graph, without an error
+    if all(gradient is None for gradient in found):
+        needed = "a discriminator that can be differentiated twice"
+        action = "write loss.r1_weight=0, or use other operations"
+        raise InputError(f"loss.r1_weight with discriminator={name}: {reason}", needed, action)
+
+
 def check_discriminator(config: Config, network: nn.Module) -> None:
     """Raise InputError for a discriminator that cannot do what `loss` asks of it."""
     loss, name = config.loss, user_code.short(config.discriminator.name)
@@ -41,6 +67,8 @@ def check_discriminator(config: Config, network: nn.Module) -> None:
         action = "write discriminator=image_conditioned or two_branch (of the field-of-view "
         action += "networks discriminator.options.inputs=product), or loss.mismatched_weight=0"
         raise InputError(got, needed, action)
+    if loss.r1_weight and isinstance(network, OwnDiscriminator):  # those of the package can
+        _check_second_order(network, name)
 
 
 @torch.no_grad()

@@ -103,6 +103,8 @@ class StepWork:
         # one forward on a prediction serves the losses of both networks
         on_prediction = self.discriminator + phase.segmentor * self.through_discriminator + own_loss
         on_truth = phase.discriminator * self.num_truths * (self.discriminator + own_loss)
+        if phase.r1:  # a gradient to the label map, and a backward through its products
+            on_truth += self.through_discriminator + self.discriminator_backward
         # to match its features ground truth is judged in steps that do not update it, too
         if not phase.discriminator and phase.weights.get("feature_matching"):
             on_truth = self.discriminator

@@ -163,6 +163,10 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         terms.append(f"{loss.adv_weight} x adversarial ({how})")
         if loss.feature_weight:
             terms.append(f"{loss.feature_weight} x feature matching")
+        if loss.mismatched_weight:
+            terms.append(f"discriminator: {loss.mismatched_weight} x mismatched pairs")
+        if loss.r1_weight:
+            terms.append(f"discriminator: R1, gamma {loss.r1_weight}, every {loss.r1_every}")
     if config.mode == "semi_supervised":
         terms.append(f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})")
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"

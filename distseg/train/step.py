@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.losses.adversarial import Form, real_label_map, sum_of
+from distseg.losses.adversarial import Form, real_label_map, squared_gradient_sum, sum_of
 from distseg.losses.tensors import at_least_float32, of_neighbours, upsample
 from distseg.losses.terms import Kind, Predicted, Targets, Term
 from distseg.parallel import BackwardStart, Learner, backward
@@ -124,7 +124,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
             metrics |= diagnostics.gradients_at_output(cross_entropy, logits, proxy, probabilities)
     if phase.discriminator:
         scored = split_scores(judging, batch, targets, scores, counts)
-        loss, values = discriminator_loss(scored, judging)
+        loss, values = discriminator_loss(phase, judging, scored, maps, counts)
         starts += [(discriminator, [(discriminator.scaled(loss), None)])]
         metrics |= values | (diagnostics.of_scores(scored, judging.form) if phase.watched else {})
 
@@ -181,6 +181,8 @@ def label_maps(
         maps["real"] = real_label_map(index, valid, fake[:n], judging.scaling_tau)
     if phase.discriminator and judging.mismatched_weight:
         maps["mismatched"] = of_neighbours(maps["real"])
+    if phase.r1:
+        maps["real"].requires_grad_()  # after the others were made of it, which it does not look at
     return maps | {"fake": fake}
 
 
@@ -271,18 +273,29 @@ def split_scores(
     return scored
 
 
-def discriminator_loss(scored: dict[str, Scored], judging: Judging) -> tuple[Tensor, Metrics]:
+def discriminator_loss(
+    phase: Phase,
+    judging: Judging,
+    scored: dict[str, Scored],
+    maps: dict[str, Tensor],
+    counts: Counts,
+) -> tuple[Tensor, Metrics]:
     """The discriminator's loss, and what it is on each kind of label maps as metrics."""
-    metrics = {}
+    metrics: Metrics = {}
     for kind, of_kind in scored.items():
         target = judging.real_target if kind == "real" else 0.0
         metrics[f"loss/discriminator_{kind}"] = _mean_loss(of_kind, target, judging.form)
     on_real, on_fake = metrics["loss/discriminator_real"], metrics["loss/discriminator_fake"]
-    if "mismatched" not in scored:
-        return on_real + on_fake, metrics
-    # Reed et al. 2016 (GAN-CLS), algorithm 1: both kinds of fakes together weigh as one
-    share, on_mismatched = judging.mismatched_weight, metrics["loss/discriminator_mismatched"]
-    return on_real + (1 - share) * on_fake + share * on_mismatched, metrics
+    loss = on_real + on_fake
+    if "mismatched" in scored:
+        # Reed et al. 2016 (GAN-CLS), algorithm 1: both kinds of fakes together weigh as one
+        share, on_mismatched = judging.mismatched_weight, metrics["loss/discriminator_mismatched"]
+        loss = on_real + (1 - share) * on_fake + share * on_mismatched
+    if phase.r1:
+        penalty = squared_gradient_sum(scored["real"].scores, maps["real"])
+        metrics["loss/r1"] = mean(penalty, counts.images("labelled"))
+        loss = loss + phase.r1 * metrics["loss/r1"]
+    return loss, metrics
 
 
 def _mean_loss(scored: Scored, target: float, form: Form) -> Tensor:

@@ -60,6 +60,24 @@ class LossConfig:
         source="Reed et al. 2016, algorithm 1; there: 0.5",
         modes=WITH_DISCRIMINATOR,
     )
+    # second order: only ddp's backward goes through a gradient
+    r1_weight: float = key(
+        0.0,
+        "gamma of the R1 penalty in the discriminator's loss: gamma / 2 x the squared gradient of "
+        "its score at real label maps, the mean over images; parallel.strategy=ddp only; 0: off",
+        low=0,
+        source="Mescheder et al. 2018, eq. 9",
+        modes=WITH_DISCRIMINATOR,
+    )
+    r1_every: int = key(
+        1,
+        "only in every so many updates of the discriminator, and then times as many",
+        unit="updates",
+        low=1,
+        high=10**6,
+        source="Karras et al. 2020 (StyleGAN2), section 3.1; there: 16",
+        modes=WITH_DISCRIMINATOR,
+    )
     # by the global step, which every rank knows: none decides for itself
     adv_start_step: int = key(
         0,
