@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.config import loading
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.distributed.ranks import Ranks
 from distseg.losses.adversarial import squared_gradient_sum
 from distseg.models import build_discriminator
@@ -95,7 +95,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> Any:
         images = [make_images(config, step, labelled) for labelled in (True, False)]
         labelled, unlabelled = (Images(each.pixels[share], each.label[share]) for each in images)
         now = phase(step, config)
-        is_semi = config.mode == "semi_supervised" and pair.objective.uses_unlabelled(now)
+        is_semi = config.mode in WITH_UNLABELLED and pair.objective.uses_unlabelled(now)
         rest = unlabelled if is_semi else None
         metrics = training_step(pair, now, labelled, rest, num_parts)
         told.append({name: float(value.detach()) for name, value in metrics.items()})

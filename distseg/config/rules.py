@@ -10,7 +10,13 @@ from typing import Any
 from distseg.config.forms import FORMS
 from distseg.config.keys import Key
 from distseg.config.names import KEYS
-from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, OptimizerConfig
+from distseg.config.schema import (
+    ADAPTATION,
+    WITH_DISCRIMINATOR,
+    WITH_UNLABELLED,
+    Config,
+    OptimizerConfig,
+)
 from shards.errors import InputError
 from shards.remote import check_url
 from shards.user_code import FORMS as REFERENCES
@@ -245,6 +251,19 @@ def a_labelled_partner_for_each(config: Config) -> None:
         raise InputError(got, needed, f"write semi.batch_size={config.batch_size}")
 
 
+def domains_without_ground_truth(config: Config) -> None:
+    """mode=domain_adaptation has images of another domain to look at, and not pieces of both."""
+    if config.mode not in ADAPTATION:
+        return
+    chosen = config.consistency
+    if chosen.weight and chosen.mix_with == "labelled" and config.loss.adv_weight:
+        got = f"mode={config.mode} with consistency.mix_with=labelled and loss.adv_weight="
+        got += f"{config.loss.adv_weight}"
+        needed = "images of one domain each, for the discriminator to tell them apart"
+        action = "write consistency.mix_with=unlabelled, or mode=consistency without an adversary"
+        raise InputError(got, needed, action)
+
+
 def rectangles_in_order(config: Config) -> None:
     """strong.mix_area_min is the smaller one."""
     strong = config.strong
@@ -386,6 +405,7 @@ RULES = (
     consistency_with_a_teacher,
     a_discriminator_at_the_gate,
     a_labelled_partner_for_each,
+    domains_without_ground_truth,
     rectangles_in_order,
     a_view_by_reference,
     class_weights_of_a_kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -117,6 +118,15 @@ def real_label_map(
     shares = torch.where(rest > 1e-6, others / rest.clamp(min=1e-6), even)
     mass = on_truth.clamp(min=tau, max=1.0)
     return torch.where(valid[:, None], one_hot * mass + shares * (1 - mass), predicted)
+
+
+def self_information(probabilities: Tensor) -> Tensor:
+    """- p log p / log C of probabilities (N, C, h, w): their sum over the classes is the entropy as
+    a share of its largest value (Vu et al. 2019, eq. 8).
+    """
+    # at 0 the product is 0, and its derivative infinite: cut off where a double's log is -36
+    safe = probabilities.clamp(min=torch.finfo(probabilities.dtype).eps)
+    return -probabilities * safe.log() / math.log(probabilities.shape[1])
 
 
 def pseudo_label(

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from distseg.config.schema import WITH_DISCRIMINATOR, Config
+from distseg.config.schema import ADAPTATION, WITH_DISCRIMINATOR, Config
 from distseg.distributed.ranks import all_reduce_sum
 from distseg.losses.adversarial import squared_gradient_sum
 from distseg.losses.terms import FeatureMeans
@@ -57,6 +57,10 @@ def _check_second_order(network: OwnDiscriminator, name: str) -> None:
 def check_discriminator(config: Config, network: nn.Module) -> None:
     """Raise InputError for a discriminator that cannot do what `loss` asks of it."""
     loss, name = config.loss, user_code.short(config.discriminator.name)
+    if config.mode in ADAPTATION and getattr(network, "sees_image", False):
+        got = f"mode={config.mode} with discriminator={name}"
+        needed = "a discriminator that looks at predictions alone: images say which domain it is"
+        raise InputError(got, needed, "write discriminator=fully_convolutional")
     if loss.feature_weight and not getattr(network, "has_features", False):
         got = f"loss.feature_weight={loss.feature_weight} with discriminator={name}"
         needed = "a discriminator whose forward takes features=False (docs/own_code.md)"

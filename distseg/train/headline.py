@@ -8,6 +8,7 @@ from distseg.config.code import references
 from distseg.config.loading import to_dict
 from distseg.config.names import KEYS, flattened
 from distseg.config.schema import (
+    ADAPTATION,
     WITH_DISCRIMINATOR,
     WITH_UNLABELLED,
     Config,
@@ -160,7 +161,10 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
     if config.mode in WITH_DISCRIMINATOR:
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
-        terms.append(f"{loss.adv_weight} x adversarial ({how})")
+        what = "adversarial"
+        if config.mode in ADAPTATION:
+            what += f" on unlabelled, by {config.adaptation.input}"
+        terms.append(f"{loss.adv_weight} x {what} ({how})")
         if loss.feature_weight:
             terms.append(f"{loss.feature_weight} x feature matching")
         if loss.mismatched_weight:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import (
+    ADAPTATION,
     WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
     Config,
     LossConfig,
@@ -57,6 +59,8 @@ class Judging:
     per_cell: its scores are one per cell, not one per image. per_image: its losses are sums over
     cells for each image. on_unlabelled: it learns from the label maps of unlabelled images too.
     mismatched_weight: of (image, its neighbour's ground truth) among what is fake to it.
+    of_domains: real are predictions of labelled images, fake those of unlabelled ones, and it never
+    sees ground truth. as_self_information: of predictions it sees that.
     """
 
     at_image_size: bool = False
@@ -67,6 +71,8 @@ class Judging:
     per_image: bool = False
     on_unlabelled: bool = True
     mismatched_weight: float = 0.0
+    of_domains: bool = False
+    as_self_information: bool = False
 
     def mask(self, targets: Targets) -> Tensor | None:
         """The valid mask of its scores, (n, h, w); None where each image has one score."""
@@ -177,7 +183,9 @@ def build_objective(
 def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     """The terms that an adversary or a teacher brings."""
     loss, chosen = config.loss, config.consistency
-    if config.mode in WITH_DISCRIMINATOR:
+    if config.mode in ADAPTATION:
+        yield _adversarial("adversarial", "unlabelled", judging)
+    if config.mode in WITH_GROUND_TRUTH:
         yield _adversarial("adversarial", "labelled", judging)
         if loss.feature_weight:
             with_unlabelled = config.mode == "semi_supervised"
@@ -206,8 +214,10 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         form=FORMS[loss.adv_form],
         per_cell=getattr(discriminator, "head", None) == "patch",
         per_image=loss.adv_reduction == "sum",
-        on_unlabelled=config.semi.discriminate,
+        on_unlabelled=config.semi.discriminate or config.mode in ADAPTATION,
         mismatched_weight=loss.mismatched_weight,
+        of_domains=config.mode in ADAPTATION,
+        as_self_information=config.adaptation.input == "self_information",
     )
 
 
@@ -254,7 +264,7 @@ def _check_places(terms: Sequence[Term], config: Config, has_auxiliary: bool) ->
 
 def _check_mode(term: Term, mode: str) -> None:
     """Raise InputError for a term that no step of this mode would compute."""
-    modes, what = ["semi_supervised"], "on unlabelled images"
+    modes, what = ["semi_supervised", *ADAPTATION], "on unlabelled images"
     if term.images == "labelled":
         modes, what = ["adversarial", "semi_supervised"], "through the discriminator"
     if _needs_adversary(term) and mode not in modes:

@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.losses.adversarial import Form, real_label_map, squared_gradient_sum, sum_of
+from distseg.losses.adversarial import (
+    Form,
+    real_label_map,
+    self_information,
+    squared_gradient_sum,
+    sum_of,
+)
 from distseg.losses.tensors import at_least_float32, of_neighbours, upsample
 from distseg.losses.terms import Kind, Predicted, Targets, Term
 from distseg.parallel import BackwardStart, Learner, backward
@@ -105,7 +111,8 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         logits, auxiliary = predict(segmentor, batch, judging.at_image_size)
         probabilities = at_least_float32(logits).softmax(dim=1)  # (n, C, h, w)
 
-    # Judge: ground truth of the labelled images and all predictions, these as a leaf of the graph
+    # Judge: ground truth of the labelled images, unless it is domains that are to be told apart,
+    # and all predictions, these as a leaf of the graph
     targets = Targets.at(batch.all.label, probabilities.shape[-2:])
     fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
     maps = label_maps(pair.objective, phase, batch, targets, fake)
@@ -173,8 +180,11 @@ def label_maps(
 ) -> dict[str, Tensor]:
     """What the discriminator is to judge in a step, (k, C, h, w) each: "fake", the predictions of
     all images; of the labelled ones "real", their ground truth, and "mismatched", each other's.
+    Where domains are told apart the predictions alone.
     """
     judging, n = objective.judging, len(batch.labelled.label)
+    if judging.of_domains:
+        return {"fake": self_information(fake) if judging.as_self_information else fake}
     maps: dict[str, Tensor] = {}
     if phase.discriminator or objective.matched(phase):
         index, valid = targets.index[:n], targets.valid[:n]
@@ -257,6 +267,9 @@ def split_scores(
 ) -> dict[str, Scored]:
     """The discriminator's scores on each kind of label maps, as it is trained on them."""
     where, everywhere = batch.slices(), judging.on_unlabelled
+    if judging.of_domains:
+        of_kind = functools.partial(_scored_kind, judging, batch, targets, scores["fake"], counts)
+        return {"real": of_kind("labelled"), "fake": of_kind("unlabelled")}
     labelled = where["labelled"]
     kinds: list[Kind] = list(where) if everywhere else ["labelled"]
     of_labelled = counts.judged(["labelled"])
@@ -271,6 +284,19 @@ def split_scores(
         mask = None if mask is None else of_neighbours(mask)
         scored["mismatched"] = Scored(scores["mismatched"], mask, *of_labelled)
     return scored
+
+
+def _scored_kind(
+    judging: Judging,
+    batch: MicroBatch,
+    targets: Targets,
+    scores: Tensor,
+    counts: Counts,
+    kind: Kind,
+) -> Scored:
+    """Of the scores on all predictions those of one kind of images."""
+    where = batch.slices()[kind]
+    return Scored(scores[where], judging.mask(targets[where]), *counts.judged([kind]))
 
 
 def discriminator_loss(

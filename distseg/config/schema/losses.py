@@ -1,4 +1,4 @@
-"""`loss`, `semi` and `consistency`: what the networks are trained for."""
+"""`loss`, `semi`, `consistency` and `adaptation`: what the networks are trained for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 from distseg.config.forms import DEFAULT, FORMS
 from distseg.config.keys import key
-from distseg.config.schema.common import HUNG, LUC, SEMI_SUPERVISED, UNIMATCH, WITH_DISCRIMINATOR
+from distseg.config.schema.common import (
+    ADVENT,
+    HUNG,
+    LUC,
+    SEMI_SUPERVISED,
+    UNIMATCH,
+    WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
+)
 
 
 @dataclass
@@ -49,7 +57,7 @@ class LossConfig:
         "there are any); 0: off",
         low=0,
         source="Salimans et al. 2016, section 3.1; Mittal et al. 2019 (s4GAN)",
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     mismatched_weight: float = key(
         0.0,
@@ -58,7 +66,7 @@ class LossConfig:
         low=0,
         high=0.99,
         source="Reed et al. 2016, algorithm 1; there: 0.5",
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     # second order: only ddp's backward goes through a gradient
     r1_weight: float = key(
@@ -67,7 +75,7 @@ class LossConfig:
         "its score at real label maps, the mean over images; parallel.strategy=ddp only; 0: off",
         low=0,
         source="Mescheder et al. 2018, eq. 9",
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     r1_every: int = key(
         1,
@@ -76,7 +84,7 @@ class LossConfig:
         low=1,
         high=10**6,
         source="Karras et al. 2020 (StyleGAN2), section 3.1; there: 16",
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     # by the global step, which every rank knows: none decides for itself
     adv_start_step: int = key(
@@ -111,7 +119,7 @@ class LossConfig:
             "scaling": "softened: scaling_tau or more for the true class",
         },
         source=f"scaling: {LUC}",
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     scaling_tau: float = key(
         0.9,
@@ -119,7 +127,7 @@ class LossConfig:
         low=0,
         high=1,
         source=LUC,
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     # output: at full size a two-branch discriminator costs more than the segmentor
     map_resolution: str = key(
@@ -358,3 +366,21 @@ class ConsistencyConfig:
     )
     # relative: a discriminator that trusts all, or none, chooses all the same
     gate_share: float = key(0.5, "gate=rank: so many of the images count", low=0, high=1)
+
+
+@dataclass
+class AdaptationConfig:
+    """From one domain, which has labels, to another (Tsai et al. 2018): the discriminator tells
+    predictions on the one from predictions on the other, and never sees ground truth. The weight of
+    its term is `loss.adv_weight`.
+    """
+
+    input: str = key(
+        "probabilities",
+        "what the discriminator sees of a prediction p",
+        choices={
+            "probabilities": "p",
+            "self_information": "- p log p / log C of each of the C classes: how unsure it is",
+        },
+        source=f"probabilities: Tsai et al. 2018 (AdaptSegNet); self_information: {ADVENT}, eq. 8",
+    )
