@@ -414,7 +414,7 @@ RUN: dict[str, Any] = {
         "init": "random",
         "options": {"hidden": 8, "norm": "batch"},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},
@@ -482,5 +482,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path
     assert names[0] == names[1] and "ema.network.safetensors" in names[0]
     for name in names[0]:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    # the image that is held out stays the same one, and so does what is told of it
+    lists = [(path / "held_out.txt").read_text() for path in (whole, parts)]
+    assert lists[0] == lists[1] and lists[0] in (whole / "labelled.txt").read_text()
+    told = [held_out_at_the_end(path) for path in (whole, parts)]
+    assert told[0] == told[1] and 0 < told[0]["held_out/confident_share"] <= 1
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("loss/consistency", 0) > 0 for row in rows)
+
+
+def held_out_at_the_end(run_dir: Path) -> dict[str, float]:
+    """What the last evaluation says of held-out images."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    row = next(row for row in map(json.loads, reversed(lines)) if "val/mean_iou" in row)
+    return {name: value for name, value in row.items() if name.startswith("held_out/")}

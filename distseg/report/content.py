@@ -33,7 +33,7 @@ from distseg.tracking.catalogue import (
     CLASS_IOU,
     HEALTH,
     MEAN_IOU,
-    NEVER_PREDICTED,
+    OF_CLASSES,
     SCORES,
     STEP_SECONDS,
 )
@@ -112,10 +112,7 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for row in rows:
         for name, value in row.items():
-            # scores of classes are a table: 150 curves in a panel show nothing
-            is_curve = name not in _NO_SERIES and not name.startswith(
-                (CLASS_IOU, NEVER_PREDICTED, HEALTH)
-            )
+            is_curve = name not in _NO_SERIES and not name.startswith((*OF_CLASSES, HEALTH))
             if is_curve and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])

@@ -23,7 +23,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
-from distseg.tracking.catalogue import VALIDATION, Metric, Panel, panels_of
+from distseg.tracking.catalogue import HELD_OUT, VALIDATION, Metric, Panel, panels_of
 from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet
@@ -101,7 +101,7 @@ def smoothed(steps: np.ndarray, values: np.ndarray, metric: Metric, **style: Any
     """A curve as its running mean before its single values; scores of evaluations stay as they
     are.
     """
-    if metric.name.startswith(VALIDATION):
+    if metric.name.startswith((VALIDATION, HELD_OUT)):
         return Line(steps, values, has_dots=True, **style)
     # a share and not a number of rows: a run of 500 steps and one of 50,000 look alike
     window = max(1, round(_SMOOTHING * len(values)))

@@ -25,6 +25,7 @@ from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
 from distseg.train.finite import not_finite
 from distseg.train.flops import StepWork
+from distseg.train.held_out import HeldOut
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
@@ -63,6 +64,7 @@ class Trainer:
     watchdog: Watchdog
     work: StepWork
     peak: float  # operations per second of convolutions on this rank
+    held_out: HeldOut | None = None  # of a run with a teacher
     state: TrainState = field(default_factory=TrainState)
     # raises InputError where the run directory is another than the run began in; on the main rank
     check_folder: Callable[[], None] = lambda: None
@@ -147,7 +149,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the segmentor on the validation split; note the score, and if it is the best."""
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
-        values = self.evaluator.named()
+        values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
         self.check_folder()
         events = self.tracker.log(self.state.step, values)
         classes = self.evaluator.samples.classes.names
@@ -190,6 +192,10 @@ class Trainer:
         labelled, unlabelled = self._images(batch, current)
         num_micro_batches = config.gradient_accumulation_steps
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
+        if current.watched and unlabelled is not None and unlabelled.pseudo is not None:
+            names, threshold = self.evaluator.samples.classes.names, config.consistency.threshold
+            seen = labelled.label, unlabelled.pseudo
+            metrics |= diagnostics.class_shares(*seen, threshold, names)
         # one factor for both networks: their base rates stand in the configuration, the course is
         # one
         factor = lr_factor(step, config.steps, config.schedule, self._validation.losses)

@@ -269,6 +269,13 @@ class ConsistencyConfig:
         },
         source="labelled: Yuan et al. 2021, which finds that strong views spoil them",
     )
+    held_out: int = key(
+        0,
+        "so many labelled images are not trained on: at each evaluation the teacher labels them, "
+        "and the metrics held_out/... say how right it is; 0: none",
+        unit="images",
+        low=0,
+    )
     threshold: float = key(
         0.95,
         "a pixel is confident where the teacher's largest probability is at least this",
