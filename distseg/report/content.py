@@ -91,6 +91,7 @@ def collect(run_dir: Path) -> Run:
         "iou": [_class_iou(row, classes) for row in evaluations],
         "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
+        "taught": samples(run_dir / "pictures" / "pseudo_labels"),
         "health": health_spans(rows, config),
         "attempts": attempt_rows(run_dir),
         "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
@@ -183,7 +184,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def samples(folder: Path) -> list[dict[str, str]]:
-    """The panels of validation images, as data URLs."""
+    """The panels of a folder's images, as data URLs."""
     found = []
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
         with Image.open(path) as file:
