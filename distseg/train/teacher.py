@@ -126,7 +126,7 @@ class WeakToStrong:
             soft=chosen.target == "probabilities",
             gate=gate,
             num_views=chosen.num_views,
-            is_tracked=chosen.running_statistics == "all",
+            is_tracked=chosen.batch_norm == "joint",
             with_labelled=chosen.mix_with == "labelled",
         )
 
