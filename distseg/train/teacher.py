@@ -84,8 +84,8 @@ class WeakToStrong:
 
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
-    each image. is_tracked: whether strong views enter batch norm's running statistics.
-    with_labelled: partners are labelled images, not neighbours.
+    each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
+    labelled images, not neighbours.
     """
 
     teach: Callable[[Tensor], Tensor]
