@@ -33,8 +33,9 @@ from distseg.train.step import Pair, training_step
 from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
 from distseg.train.teacher import Gate, WeakToStrong
 from shards.errors import InputError
-from tests.ranks import run_ranks
+from tests.ranks import leave_out, run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
+from tests.tiny import contents
 
 STEPS, SIDE = 5, 48
 ALWAYS = {"jitter_probability": 1.0, "gray_probability": 0.3, "mix_probability": 0.7}
@@ -427,7 +428,7 @@ RUN: dict[str, Any] = {
         "init": "random",
         "options": {"hidden": 8, "norm": "batch"},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},
@@ -496,5 +497,50 @@ def test_a_stopped_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path
     assert names[0] == names[1] and "ema.network.safetensors" in names[0]
     for name in names[0]:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    # the image that is held out stays the same one, and so does what is told of it
+    lists = [(path / "held_out.txt").read_text() for path in (whole, parts)]
+    assert lists[0] == lists[1] and lists[0] in (whole / "labelled.txt").read_text()
+    told = [held_out_at_the_end(path) for path in (whole, parts)]
+    assert told[0] == told[1] and 0 < told[0]["held_out/confident_share"] <= 1
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("loss/consistency", 0) > 0 for row in rows)
+
+
+def test_pictures_show_what_the_next_step_trains_on_and_change_nothing(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    leave_out(monkeypatch.setattr)
+    monkeypatch.setattr("distseg.train.showcase.figures.taught_panel", lambda *a: drawn.append(a))
+    keys = RUN | {"data": RUN["data"] | {"shards": str(toy_shards)}, "steps": 2}
+    keys |= {"schedule": {"name": "constant"}, "strong": {"mix": "cutmix", "mix_probability": 1.0}}
+    for name, number in (("without", 0), ("with", 9)):
+        run_dir = str(tmp_path / name)
+        distseg.fit(**keys | {"run_dir": run_dir, "evaluate": {"num_pictures": number}})
+    last = [tmp_path / name / "checkpoints" / "step-00000002" for name in ("without", "with")]
+    assert contents(last[0]) == contents(last[1])
+    seen: list[Images] = []
+
+    def step(pair: Pair, now: Any, labelled: Images, strong: Images, *more: Any) -> Any:
+        seen.append(strong)
+        return training_step(pair, now, labelled, strong, *more)
+
+    monkeypatch.setattr("distseg.train.trainer.training_step", step)
+    distseg.fit(**keys | {"run_dir": str(tmp_path / "without"), "steps": 3, "extend": True})
+    assert len(drawn) == 2 and len(seen) == 1  # a batch has two
+    for n, (weak, strong, _, threshold, _) in enumerate(drawn):
+        labels = seen[0].pseudo
+        assert labels is not None and threshold == 0.05
+        assert np.array_equal(strong.image, (seen[0].pixels[n] * 255).round().permute(1, 2, 0))
+        assert np.array_equal(strong.label, labels.label[n])
+        assert np.array_equal(strong.confident, labels.confidence[n] >= threshold)
+        # the rest of both is of one crop
+        same = (weak.label == strong.label) & (weak.label != 255)
+        assert same.mean() > 0.5 and not np.array_equal(weak.image, strong.image)
+
+
+def held_out_at_the_end(run_dir: Path) -> dict[str, float]:
+    """What the last evaluation says of held-out images."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    row = next(row for row in map(json.loads, reversed(lines)) if "val/mean_iou" in row)
+    return {name: value for name, value in row.items() if name.startswith("held_out/")}

@@ -213,6 +213,33 @@ def test_a_drawing_has_its_text_as_text_and_every_pixel(tmp_path: Path, form: st
     assert sizes.count((700, 90)) == 6
 
 
+def test_what_a_teacher_is_not_sure_of_is_striped_and_counted(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    image = np.zeros((48, 64, 3), np.uint8)
+    label = np.tile(np.arange(64, dtype=np.uint8) // 16, (48, 1))  # four classes
+    label[:, 60:] = 255
+    half = np.zeros((48, 64), bool)
+    half[:24] = True
+    weak = figures_module.Taught(image, label, half)
+    strong = figures_module.Taught(image, label, np.ones_like(half))
+    figures_module.taught_panel(weak, strong, STANFORD, 0.95, tmp_path / "a.png")
+    (figure,) = figures
+    pictures = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes}
+    assert [*pictures][1::2] == ["pseudo-label: 50% confident", "its pseudo-label: 100% confident"]
+    solid = figures_module.colourise(label, STANFORD)
+    assert np.array_equal(pictures["its pseudo-label: 100% confident"], solid)
+    shown = np.asarray(pictures["pseudo-label: 50% confident"])
+    assert np.array_equal(shown[:24], solid[:24]) and np.array_equal(shown[:, 60:], solid[:, 60:])
+    # no unsure pixel has the colour of any class, and half of them have some of their own
+    unsure = shown[24:, :60].reshape(-1, 3)
+    assert not {tuple(color) for color in unsure} & {tuple(color) for color in STANFORD.palette}
+    assert 0.4 < (unsure == 255).all(1).mean() < 0.6
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*STANFORD.names[:4], "void", "probability < 0.95"]
+
+
 @pytest.mark.parametrize(
     ("values", "dots"),
     [

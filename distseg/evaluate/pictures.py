@@ -26,7 +26,8 @@ from shards.files import tracked
 from shards.sample import ClassSet
 from shards.words import counted
 
-FOLDER = "pictures"
+# within it, of unlabelled images; training alone draws these, from its own views
+FOLDER, TAUGHT_FOLDER = "pictures", "pseudo_labels"
 
 
 def run(

@@ -109,13 +109,13 @@ def _class_plots(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
-    found = chain.from_iterable(run["samples"] for run in runs)
-    keys = sorted({sample["key"] for sample in found})
-    if not keys:
-        return []
     browsers = []
-    for kind in ("samples", "masks"):
-        browsers.append(wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys]))
+    # in the run's directory masks have no files of their own
+    for kind, of_run in (("samples", "samples"), ("masks", "samples"), ("pseudo_labels", "taught")):
+        found = chain.from_iterable(run[of_run] for run in runs)
+        keys = sorted({sample["key"] for sample in found})
+        media = [f"{kind}/{key}" for key in keys]
+        browsers += [wr.MediaBrowser(title=kind, media_keys=media)] * bool(media)
     return browsers
 
 

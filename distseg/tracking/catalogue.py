@@ -26,6 +26,13 @@ CONSISTENCY_WEIGHT, CONFIDENT_SHARE = "weight/consistency", "consistency/confide
 STEP_SECONDS, DATA_WAIT_SECONDS = "step_seconds", "data_wait_seconds"
 SLOWEST_RANK, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest_ratio"
 LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
+# of the classes: among confident pseudo-labelled pixels, and among the labelled ones of that step
+CLASS_SHARE, LABELLED_SHARE = "consistency/class_share/", "consistency/labelled_share/"
+# of labelled images that no step sees; see distseg.train.held_out
+HELD_OUT = "held_out/"
+AGREEMENT, CONFIDENT_AGREEMENT = "held_out/agreement", "held_out/confident_agreement"
+HELD_OUT_CONFIDENT = "held_out/confident_share"
+CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confident_agreement/"
 # of classes that validation labels have and no prediction, which alone are there
 NEVER_PREDICTED = "val/never_predicted/"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
@@ -137,6 +144,9 @@ _ENTROPY = Panel(
     "Entropy of unlabelled predictions", "share of the largest", is_share=True, in_picture=True
 )
 _MASK = Panel("Confidence mask", "share of unlabelled pixels", is_share=True, in_picture=True)
+_HELD_OUT = Panel(
+    "Pseudo-labels of held-out images", "share of pixels", is_share=True, in_picture=True
+)
 _VALIDATION = Panel("Validation", "score", is_share=True, in_picture=True)
 _VALIDATION_LOSS = Panel("Validation loss", "nats")
 _GRADIENTS = Panel("Gradient norms", "before clipping", is_log=True)
@@ -161,6 +171,7 @@ PANELS = (
         _ENTROPY,
         _OTHER_TERMS,
         _MASK,
+        _HELD_OUT,
         _VALIDATION,
         _VALIDATION_LOSS,
         _GRADIENTS,
@@ -219,6 +230,29 @@ METRICS = (
         _MASK,
         "teacher confident",
         "",
+        "confident",
+    ),
+    Metric(
+        CONFIDENT_AGREEMENT,
+        "confident pixels of held-out images that are labelled right",
+        "share",
+        _HELD_OUT,
+        "right among confident",
+        "higher",
+    ),
+    Metric(
+        AGREEMENT,
+        "pixels of held-out images that are labelled right",
+        "share",
+        _HELD_OUT,
+        "right",
+        "higher",
+    ),
+    Metric(
+        HELD_OUT_CONFIDENT,
+        "pixels of held-out images that the teacher is confident of",
+        "share",
+        _HELD_OUT,
         "confident",
     ),
     Metric(
@@ -331,18 +365,28 @@ class Family:
         """The metric of that name."""
         rest = name.removeprefix(self.prefix)
         # class names are the data set's, underscores and all; names of terms are keys
-        words = rest if self.prefix in _OF_CLASSES else rest.replace("_", " ")
+        words = rest if self.prefix in OF_CLASSES else rest.replace("_", " ")
         title = self.title.replace("{}", words)
         short = words if self.on_line else ""
         return Metric(name, title, self.unit, self.panel, words, self.better, short)
 
 
 BOUNDARY_IOU = "val/boundary_iou/"
-_OF_CLASSES = (CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED)
+# a value for each class: a table, as 150 curves show nothing
+OF_CLASSES = (
+    *(CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED, CLASS_SHARE, LABELLED_SHARE),
+    *(CLASS_CONFIDENT, CLASS_AGREEMENT),
+)
 FAMILIES = (
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
     Family(NEVER_PREDICTED, "labels of {}, which is in no prediction", "share", better="lower"),
+    Family(CLASS_SHARE, "{} among confident pseudo-labelled pixels", "share"),
+    Family(LABELLED_SHARE, "{} among labelled pixels", "share"),
+    Family(CLASS_CONFIDENT, "{} of held-out images: confident pixels", "share"),
+    Family(
+        CLASS_AGREEMENT, "{} of held-out images: right among confident", "share", None, "higher"
+    ),
     # of a term that a configuration adds
     # after METRICS, which come first: a known term keeps its title
     Family(LOSS, "{} term", "loss", _OTHER_TERMS, on_line=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,16 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.losses.adversarial import Form, score_sums
 from distseg.losses.tensors import at_least_float32
-from distseg.tracking.catalogue import MISMATCHED_ACCURACY, RATIO
+from distseg.losses.terms import PseudoLabels
+from distseg.tracking.catalogue import (
+    CLASS_SHARE,
+    LABELLED_SHARE,
+    MISMATCHED_ACCURACY,
+    RATIO,
+)
 from distseg.train.counts import mean
 from distseg.train.objective import Scored
+from shards.sample import IGNORE_INDEX
 
 # squares, since sums of these over micro-batches and ranks are right, and those of norms are not
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
@@ -75,6 +82,32 @@ def of_scores(scored: Mapping[str, Scored], form: Form) -> dict[str, Tensor]:
         sums = score_sums(wrong.scores, wrong.mask, False, form)
         values[MISMATCHED_ACCURACY] = mean(sums[0], wrong.num_scores)
     return values
+
+
+def class_shares(
+    label: Tensor, pseudo: PseudoLabels, threshold: float, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The share of each class among the labelled pixels of the global batch, and among those that a
+    teacher is confident of; all 0 where there is none.
+
+    label: (n, H, W) uint8, 255 = void. Called on every rank, which all get the same scalars.
+    """
+    confident = pseudo.label.where(pseudo.confidence >= threshold, IGNORE_INDEX)
+    counts = torch.stack([_histogram(label), _histogram(confident)])
+    # sent with void's and all other values: a part of it is no tensor in one piece
+    sums = all_reduce_sum(counts)[:, : len(names)]
+    shares = sums / sums.sum(1, keepdim=True).clamp(min=1)
+    named: dict[str, Tensor] = {}
+    for prefix, of_classes in zip((LABELLED_SHARE, CLASS_SHARE), shares, strict=True):
+        named |= {prefix + name: share for name, share in zip(names, of_classes, strict=True)}
+    return named
+
+
+def _histogram(label: Tensor) -> Tensor:
+    """How many pixels have each value of a byte: (256,) float64."""
+    counts = torch.zeros(256, dtype=torch.float64, device=label.device)
+    # not bincount, which waits for the device
+    return counts.scatter_add_(0, label.flatten().long(), counts.new_ones(label.numel()))
 
 
 def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> dict[str, float]:

@@ -50,6 +50,8 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
     lines.append(f"images: {images} for training, {len(data.val)} for validation")
+    if data.held_out is not None:
+        lines[-1] += f", {len(data.held_out)} labelled ones held out to judge the teacher by"
     where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
     lines.append(f"{where} | {config.precision} | {batch} | {config.run_dir}")
     if step:

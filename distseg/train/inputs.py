@@ -9,9 +9,11 @@ from pathlib import Path
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.own_view import OwnView
 from distseg.data.samples import (
+    HELD_OUT_FILE,
     LABELLED_FILE,
     SampleSet,
     check_not_void,
+    hold_out,
     open_reader,
     plan_for,
     split_labelled,
@@ -19,9 +21,10 @@ from distseg.data.samples import (
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
-from distseg.train.strong_views import check_pairs
+from distseg.train.strong_views import check_pairs, has_teacher
 from shards.errors import InputError
 from shards.files import write_text
+from shards.reader import ShardReader
 from shards.storage import is_file
 from shards.verified import check_verified
 from shards.words import counted
@@ -44,13 +47,14 @@ def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: i
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode, and
-    validation samples.
+    """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode,
+    validation samples, and labelled ones of the training split that are not trained on.
     """
 
     train: SampleSet
     unlabelled: SampleSet | None
     val: SampleSet
+    held_out: SampleSet | None = None
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved` whenever bytes of shards that are far away arrive."""
@@ -77,6 +81,7 @@ def open_data(config: Config, world_size: int) -> Data:
     # drawn by a seed of its own, so that runs of several seeds can share their labelled images
     labelled, rest = split_labelled(train, wanted, options.labelled_seed)
     room = options.keep_decoded_bytes
+    labelled, held_out = _hold_out(config, train, labelled)
     # the labels that a fraction leaves out are not read at all: `rest` goes into a set without
     # labels
     train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
@@ -91,7 +96,21 @@ def open_data(config: Config, world_size: int) -> Data:
     unlabelled_set = None
     if config.mode in WITH_UNLABELLED:
         unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
-    return Data(train_set, unlabelled_set, val_set)
+    return Data(train_set, unlabelled_set, val_set, held_out)
+
+
+def _hold_out(
+    config: Config, reader: ShardReader, labelled: Sequence[int]
+) -> tuple[Sequence[int], SampleSet | None]:
+    """Whose labels are trained on, and the samples whose labels judge the teacher's."""
+    count = config.consistency.held_out
+    if not (has_teacher(config) and count):
+        return labelled, None
+    options = config.data
+    labelled, held_out = hold_out(reader, labelled, count, options.labelled_seed)
+    samples = SampleSet(reader, held_out, keep=options.keep_classes)
+    check_not_void(samples, "to compare pseudo-labels with")
+    return labelled, samples
 
 
 def _check_classes(config: Config, samples: SampleSet) -> None:
@@ -124,11 +143,18 @@ def _open_unlabelled(
 
 
 def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
-    """Write which samples are labelled, where that is a choice; a list that is there stays."""
-    path = run_dir / LABELLED_FILE
-    if config.data.labelled != "all" and not is_file(path):
-        # whole or not at all: half a list would be taken for the run's choice by the next attempt
-        write_text(path, "\n".join(data.train.keys) + "\n")
+    """Write which samples are labelled, where that is a choice, and which of them are held out;
+    lists that are there stay.
+    """
+    held_out = [] if data.held_out is None else data.held_out.keys
+    lists = {HELD_OUT_FILE: held_out} if held_out else {}
+    if config.data.labelled != "all":
+        lists[LABELLED_FILE] = [*data.train.keys, *held_out]
+    for name, keys in lists.items():
+        if not is_file(run_dir / name):
+            # whole or not at all: half a list would be taken for the run's choice by the next
+            # attempt
+            write_text(run_dir / name, "\n".join(keys) + "\n")
 
 
 def open_streams(

@@ -198,11 +198,12 @@ def _fit_and_show(
             if trainer.evaluator.result is None:
                 trainer.evaluator()
             network = trainer.evaluator.gather_network()
+            views = trainer.next_views(data)
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
             if trainer.ranks.is_main:
                 from distseg.train.showcase import show  # others need not load matplotlib
 
-                show(trainer, network, data.val)
+                show(trainer, network, data.val, views)
         trainer.watchdog.done()  # uploads to W&B may last, and are no stall
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         scores = trainer.evaluator.report(trainer.state.step) if done else {}

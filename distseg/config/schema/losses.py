@@ -305,16 +305,22 @@ class ConsistencyConfig:
         },
         source="class: Sohn et al. 2020 (FixMatch); probabilities: Tarvainen and Valpola 2017",
     )
-    # colours and pasted pieces that no image to be predicted has
-    running_statistics: str = key(
-        "labelled",
-        "which images enter batch norm's running statistics, by which the network predicts later; "
-        "in training all images of a rank are normalised together",
+    batch_norm: str = key(
+        "joint",
+        "what normalises strong views in training",
         choices={
-            "labelled": "the labelled ones alone, not the strong views",
-            "all": "both",
+            "joint": "the statistics of all images, which running statistics are of too",
+            "separate": "their own; running statistics, by which the network predicts, are of the "
+            "labelled images alone",
         },
-        source="labelled: Yuan et al. 2021, which finds that strong views spoil them",
+        source="separate: Yuan et al. 2021, DSBN, with one scale and shift for both",
+    )
+    held_out: int = key(
+        0,
+        "so many labelled images are not trained on: at each evaluation the teacher labels them, "
+        "and the metrics held_out/... say how right it is; 0: none",
+        unit="images",
+        low=0,
     )
     threshold: float = key(
         0.95,
