@@ -111,8 +111,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         logits, auxiliary = predict(segmentor, batch, judging.at_image_size)
         probabilities = at_least_float32(logits).softmax(dim=1)  # (n, C, h, w)
 
-    # Judge: ground truth of the labelled images, unless it is domains that are to be told apart,
-    # and all predictions, these as a leaf of the graph
+    # Judge: label maps of the phase and all predictions, these as a leaf of the graph
     targets = Targets.at(batch.all.label, probabilities.shape[-2:])
     fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
     maps = label_maps(pair.objective, phase, batch, targets, fake)
