@@ -287,6 +287,12 @@ PLANTED = {
     "wins": {"discriminator_has_won", "mask_is_empty"},  # one that has won believes nothing
     "empty_mask": {"mask_is_empty"},
     "healthy": set(),
+    # 1.3 % of the labels: a teacher of 71 images never sees them, and nor does the network
+    "teacher": {"class_never_kept", "class_never_predicted"},
+    "collapse": {
+        *("pseudo_labels_collapse", "teacher_is_overconfident"),
+        *("class_never_kept", "class_never_predicted"),
+    },
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,36 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines["bottom"].set_bounds(0, 1)  # right of it is room for the numbers only
+    save(figure, out)
+
+
+def kept_bars(per_class: Mapping[str, tuple[float, float]], out: Path) -> None:
+    """Draw how much of each class became pseudo-labels, and how much of that is right, in [0, 1].
+
+    NaN is a class that is absent, or of which nothing was kept.
+    """
+    names = [plain(name) for name in per_class]
+    values = np.array(list(per_class.values()), float).reshape(-1, 2)
+    figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    kinds = ((BLUE, "labelled, of its pixels"), (ORANGE, "right, of those"))
+    for column, (color, label) in enumerate(kinds):
+        rows, lengths = places + (column - 0.5) * 0.38, values[:, column]
+        axes.barh(rows, np.nan_to_num(lengths), height=0.36, color=color, label=label)
+        for row, value in zip(rows, lengths, strict=True):
+            text = "none" if math.isnan(value) else f"{value:.0%}"
+            place = (0 if math.isnan(value) else value) + 0.01
+            axes.text(place, row, text, va="center", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), yticks=places, yticklabels=names)
+    axes.set_xlabel("share of pixels that the shards label too")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    # the first class on top, as in every table
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_bounds(0, 1)
     save(figure, out)
 
 
