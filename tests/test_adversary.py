@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from torch import Tensor, nn
 
+import distseg
 from distseg.config import loading
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.distributed.ranks import Ranks
 from distseg.losses.adversarial import squared_gradient_sum
 from distseg.models import build_discriminator
+from distseg.models.spectral_norm import norms_of
 from distseg.parallel import wrap
+from distseg.tracking.tracker import read_metrics
 from distseg.train.adversary import check_discriminator, check_neighbours
 from distseg.train.batch import Images
 from distseg.train.networks import build_networks
@@ -23,12 +28,13 @@ from distseg.train.step import Pair, training_step
 from shards.errors import InputError
 from tests.ranks import run_ranks
 from tests.test_engine import NUM_CLASSES, TinySegmentor
+from tests.tiny import contents, no_curves
 
 BATCH, STEPS = 12, 3
 SEMI = ["mode=semi_supervised", "semi.weight=0", "semi.adv_weight=0.4"]
 FEATURES, MISMATCHED = "loss.feature_weight=0.3", "loss.mismatched_weight=0.4"
 # else it works at four times the label maps' resolution
-R1 = "loss.r1_weight=20"
+R1, NORM = "loss.r1_weight=20", "discriminator.options.spectral_norm=true"
 SMALL = "discriminator.options.image_pool=false"
 CELLS = ["discriminator.options.head=patch", SMALL]
 CASES: dict[str, list[str]] = {
@@ -44,6 +50,8 @@ CASES: dict[str, list[str]] = {
         *(*SEMI, FEATURES, MISMATCHED, R1, "discriminator=image_conditioned"),
         *("discriminator.options.dropout=0", "discriminator.options.head=patch"),
     ],
+    "spectral norm, R1": [*CELLS, R1, NORM],
+    "spectral norm, blocks, features": [FEATURES, SMALL, NORM, "alternation=blocks"],
     "both, sums": [*SEMI, *CELLS, FEATURES, MISMATCHED, "loss.adv_reduction=sum"],
 }
 ACCUMULATED = "both, sums"  # in two micro-batches as well
@@ -109,7 +117,8 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> Any:
 
 
 def values_of(network: nn.Module) -> dict[str, Any]:
-    return {name: it.detach().numpy().copy() for name, it in network.named_parameters()}
+    """Parameters, and the singular vectors of spectral norms."""
+    return {name: it.detach().numpy().copy() for name, it in network.state_dict().items()}
 
 
 def reference(overrides: list[str], groups: list[list[int]] | None = None) -> Any:
@@ -142,6 +151,9 @@ def losses_of(
 ) -> tuple[list[Tensor], dict[str, float]]:
     loss, semi = config.loss, config.mode == "semi_supervised"
     segmentor, judge = networks
+    norms = norms_of(judge)
+    for norm in norms:
+        norm.train(phase(step, config).discriminator)
     kinds = [make_images(config, step, labelled) for labelled in (True, False)[: 1 + semi]]
     logits = [segmentor(images.pixels) for images in kinds]
     chances = [each.softmax(1) for each in logits]
@@ -152,6 +164,11 @@ def losses_of(
     real = real.permute(0, 3, 1, 2)
     real.requires_grad_()
     neighbour = [n ^ 1 for n in range(BATCH)]
+
+    # the one power iteration of a step that updates the discriminator; below they stay
+    judge(kinds[0].pixels, real)
+    for norm in norms:
+        norm.eval()
 
     def judged(kind: int, maps: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """The scores that count, in a row, and the features."""
@@ -267,6 +284,8 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
         (["loss.r1_every=0"], "loss.r1_every=0.*from 1 to"),
         ([R1, "parallel.strategy=fsdp"], "strategy=fsdp.*backward through a backward"),
         ([R1, "parallel.strategy=deepspeed"], "strategy=deepspeed.*parallel.strategy=ddp"),
+        ([NORM, "parallel.strategy=fsdp"], "spectral_norm=True.*strategy=fsdp.*strategy=ddp"),
+        ([NORM, "parallel.strategy=deepspeed"], "spectral_norm=True.*strategy=deepspeed"),
         ([R1, "compile=true"], "compile=true.*no second derivative"),
         ([R1, "precision=fp16"], "precision=fp16.*precision=bf16"),
         (["mode=supervised", R1], "mode=supervised"),
@@ -383,6 +402,60 @@ def test_the_penaltys_gradient_is_that_of_finite_differences(
     step = 1e-6
     differences = float(penalty(step).detach() - penalty(-step).detach()) / (2 * step)
     assert slope == pytest.approx(differences, rel=1e-6) and abs(slope) > 1e-6
+
+
+ALL: dict[str, Any] = {
+    "mode": "semi_supervised",
+    "batch_size": 2,
+    "data": {"crop_px": 48, "labelled": "1/2", "num_threads": 0},
+    "segmentor": {"name": "multiscale", "init": "random", "options": {"hidden": 8}},
+    "discriminator": {
+        "name": "image_conditioned",
+        "options": {"width": 0.1, "dropout": 0.5, "spectral_norm": True},
+    },
+    "loss": {
+        "map_resolution": "image",
+        "adv_form": "hinge",
+        "feature_weight": 0.5,
+        "mismatched_weight": 0.5,
+        "r1_weight": 10.0,
+        "r1_every": 2,
+    },
+    "semi": {"weight": 0.0, "adv_weight": 0.1},
+    "checkpoint": {"every_steps": 2},
+    "tracking": {"log_every": 1},
+    "evaluate": {"num_pictures": 0},
+    "schedule": {"name": "constant"},
+}
+
+
+@no_curves()
+def test_a_stopped_run_goes_on_to_the_same_bits_with_all_of_it(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    data = ALL["data"] | {"shards": str(toy_shards)}
+    for run_dir, steps in ((whole, (4,)), (parts, (2, 4))):
+        for count in steps:
+            more = {"extend": True} if count == 4 and len(steps) == 2 else {}
+            distseg.fit(**ALL | {"data": data, "run_dir": str(run_dir), "steps": count} | more)
+    first, last = (contents(path / "checkpoints" / "step-00000004") for path in (whole, parts))
+    assert first == last and "discriminator.network.safetensors" in first
+    rows = read_metrics(whole / "metrics.jsonl")
+    for name in (
+        "loss/feature_matching",
+        "loss/discriminator_mismatched",
+        "weight/feature_matching",
+    ):
+        assert all(row[name] > 0 for row in rows if "loss/segmentor" in row), name
+    assert [row["step"] for row in rows if "loss/r1" in row] == [1, 3]
+    assert "discriminator/mismatched_accuracy" in rows[0] and "discriminator/on_fake" not in rows[0]
+    # who loads the run has the discriminator with the vectors of its last step
+    judge = distseg.load(whole).discriminator
+    saved = load(first["discriminator.network.safetensors"])
+    assert saved.keys() == judge.state_dict().keys()
+    assert any(name.endswith("._u") for name in saved)
+    assert all(torch.equal(judge.state_dict()[name], it) for name, it in saved.items())
 
 
 def test_the_penalty_is_due_by_the_discriminators_updates() -> None:

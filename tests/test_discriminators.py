@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from distseg.models import DISCRIMINATORS, build_discriminator
+from distseg.models.spectral_norm import norms_of
 from shards.errors import InputError
 
 FOV = ("large_fov", "large_fov_light", "small_fov", "small_fov_light")
@@ -183,6 +184,39 @@ def test_features_are_the_mean_over_cells_of_what_the_last_layer_gets(name, opti
     assert bool(moved.all()) == network.sees_image
 
 
+@pytest.mark.parametrize("name", ["two_branch", "small_fov_light", "image_conditioned"])
+def test_spectral_norm_divides_by_the_largest_singular_value(name):
+    network = build_discriminator(name, 4, width=0.1, spectral_norm=True).double().eval()
+    plain = build_discriminator(name, 4, width=0.1).double().eval()
+    image, maps = torch.rand(2, 3, 64, 64).double(), label_maps(2, 4, 32, 32).double()
+    assert num_parameters(network) == num_parameters(plain)
+    layers = {key: it for key, it in network.named_modules() if hasattr(it, "parametrizations")}
+    before = {key: it.clone() for key, it in network.state_dict().items()}
+    network(image, maps, maps)
+    assert all(torch.equal(it, before[key]) for key, it in network.state_dict().items())
+    state = {key: before[key] for key in plain.state_dict() if key.endswith("bias")}
+    assert len(layers) == len(state)  # all that have weights
+    network.train()
+    for key, layer in layers.items():
+        (norm,), matrix = norms_of(layer), layer.parametrizations.weight.original.detach()
+        matrix = matrix.flatten(1)
+        u = torch.nn.functional.normalize(matrix @ norm.norm._v, dim=0)
+        network(image, maps, maps)  # one iteration, however many label maps there are
+        torch.testing.assert_close(norm.norm._u, u)
+        v = torch.nn.functional.normalize(matrix.T @ u, dim=0)
+        torch.testing.assert_close(norm.norm._v, v)
+        largest = torch.linalg.matrix_norm(matrix, 2)
+        state[f"{key}.weight"] = layer.parametrizations.weight.original.detach() / largest
+    network.eval()
+    for key, layer in layers.items():  # to where many iterations lead
+        (norm,), weight = norms_of(layer), state[f"{key}.weight"].flatten(1)
+        left, _, right = torch.linalg.svd(weight, full_matrices=False)
+        norm.norm._u.copy_(left[:, 0]), norm.norm._v.copy_(right[0])
+    plain.load_state_dict(state)
+    torch.testing.assert_close(network(image, maps)[0], plain(image, maps)[0])
+    assert len(norms_of(build_discriminator("fully_convolutional", 4, spectral_norm=True))) == 5
+
+
 @pytest.mark.parametrize(("image_range", "low", "high"), [("unit", 0, 1), ("centred", -1, 1)])
 def test_product_is_every_colour_times_every_class(image_range, low, high):
     options = {"width": 0.25, "head": "patch"}
@@ -352,6 +386,7 @@ def test_bad_options_are_named(options, message):
         ("small_fov", {"head": "mean"}, "gap, patch"),
         ("large_fov_light", {"width": 9}, "0.05 to 8"),
         ("fully_convolutional", {"width": 1}, "width.*does not have"),
+        ("image_conditioned", {"spectral_norm": 1}, "spectral_norm=1.*true or false"),
         ("image_conditioned", {"dropout": 1}, "dropout=1.*0 to 0.95"),
     ],
 )

@@ -180,6 +180,18 @@ def penalty_of_second_order(config: Config) -> None:
         raise InputError(f"{got}precision=fp16", needed, "write precision=bf16 or fp32")
 
 
+def spectral_norm_of_whole_weights(config: Config) -> None:
+    """A discriminator's spectral norm is computed of its parameters, which are whole under ddp."""
+    asked = config.discriminator.options.get("spectral_norm")
+    strategy = config.parallel.strategy
+    if config.mode in WITH_DISCRIMINATOR and asked and strategy != "ddp":
+        got = f"discriminator.options.spectral_norm={asked} with parallel.strategy={strategy}"
+        needed = "parallel.strategy=ddp: the others exchange a layer's gradient when its backward "
+        needed += "is done, and the norm's comes after it"
+        action = "write parallel.strategy=ddp, or remove the option"
+        raise InputError(got, needed, action)
+
+
 def evaluations_for_the_schedule(config: Config) -> None:
     """What goes by the validation loss needs evaluations."""
     schedule = config.schedule
@@ -399,6 +411,7 @@ RULES = (
     nesterov_has_a_momentum,
     scores_of_a_form,
     penalty_of_second_order,
+    spectral_norm_of_whole_weights,
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.checks import require_choice, require_number, require_size
+from distseg.models.spectral_norm import normalise, normalised_once
 from shards.errors import InputError
 from shards.words import counted
 
@@ -34,6 +35,7 @@ class Discriminator(nn.Module):
 
     num_classes: C. head: "patch", a logit per cell, or "gap", their mean, one per image.
     sees_image: whether the answer depends on the image. min_size_px: of label maps, on a side.
+    An option of all is spectral_norm, see distseg/models/spectral_norm.py.
     """
 
     has_features = True
@@ -44,16 +46,17 @@ class Discriminator(nn.Module):
 
     def forward(self, image: Tensor, *label_maps: Tensor, features: bool = False) -> Any:
         image = _images_with_maps(image, label_maps, self.min_size_px)
-        # computed once, whatever the number of label maps
-        of_image = self._of_image(image, label_maps[0].shape[-2:])  # (N, ...)
-        logits, means = [], []
-        for label_map in label_maps:
-            # the first k images are those of the k label maps
-            some = None if of_image is None else of_image[: len(label_map)]
-            x = self._hidden(label_map, some)  # (k, K, h', w')
-            logits.append(_pool(self._logits(x), self.head))  # (k, 1, h', w') or (k, 1, 1, 1)
-            if features:
-                means.append(_mean_over_cells(x))  # (k, K)
+        with normalised_once(self):
+            # computed once, whatever the number of label maps
+            of_image = self._of_image(image, label_maps[0].shape[-2:])  # (N, ...)
+            logits, means = [], []
+            for label_map in label_maps:
+                # the first k images are those of the k label maps
+                some = None if of_image is None else of_image[: len(label_map)]
+                x = self._hidden(label_map, some)  # (k, K, h', w')
+                logits.append(_pool(self._logits(x), self.head))  # (k, 1, h', w') or (k, 1, 1, 1)
+                if features:
+                    means.append(_mean_over_cells(x))  # (k, K)
         return (tuple(logits), tuple(means)) if features else tuple(logits)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
@@ -83,7 +86,13 @@ class TwoBranch(Discriminator):
     min_size_px = 4
 
     def __init__(
-        self, num_classes: int, *, width: float = 1.0, head: str = "gap", image_pool: bool = True
+        self,
+        num_classes: int,
+        *,
+        width: float = 1.0,
+        head: str = "gap",
+        image_pool: bool = True,
+        spectral_norm: bool = False,
     ):
         super().__init__()
         _check_head(head)
@@ -112,6 +121,7 @@ class TwoBranch(Discriminator):
         # of fake and real; the name is that of saved weights
         self.verdict = nn.Conv2d(trunk[2], 2, 3, padding=1)
         _init_hidden(self, self.verdict)
+        normalise(self, spectral_norm)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor:
         """What the image adds to `meet`: a concatenation's convolution is a sum over halves."""
@@ -168,6 +178,7 @@ class SingleBranch(Discriminator):
         head: str = "gap",
         width: float = 1.0,
         image_range: str = "unit",
+        spectral_norm: bool = False,
     ):
         super().__init__()
         _check_head(head)
@@ -192,6 +203,7 @@ class SingleBranch(Discriminator):
         last = nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2)
         self.layers = nn.Sequential(*layers, last)
         _init_hidden(self, last)
+        normalise(self, spectral_norm)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
         if self.inputs == "basic":
@@ -263,7 +275,7 @@ class FullyConvolutional(Discriminator):
     min_size_px = 32
     sees_image = False
 
-    def __init__(self, num_classes: int, *, head: str = "patch"):
+    def __init__(self, num_classes: int, *, head: str = "patch", spectral_norm: bool = False):
         super().__init__()
         _check_head(head)
         self.num_classes, self.head = num_classes, head
@@ -276,6 +288,7 @@ class FullyConvolutional(Discriminator):
             ]
             channels = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
+        normalise(self, spectral_norm)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
         return None
@@ -301,7 +314,13 @@ class ImageConditioned(Discriminator):
     min_size_px = 16
 
     def __init__(
-        self, num_classes: int, *, head: str = "gap", width: float = 1.0, dropout: float = 0.5
+        self,
+        num_classes: int,
+        *,
+        head: str = "gap",
+        width: float = 1.0,
+        dropout: float = 0.5,
+        spectral_norm: bool = False,
     ):
         super().__init__()
         _check_head(head)
@@ -319,6 +338,7 @@ class ImageConditioned(Discriminator):
             ]
             channels = hidden
         self.layers, self.linear = nn.Sequential(*layers), nn.Linear(channels, 1)
+        normalise(self, spectral_norm)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
         return _shrunk(image, label_size)  # (N, 3, h, w)
