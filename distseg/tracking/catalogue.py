@@ -125,6 +125,7 @@ _SPEED = Panel("Speed", "images per second")
 _PEAK = Panel("Arithmetic done, of what a convolution does on this device", "share", is_share=True)
 _TIME = Panel("Time of a step", "seconds")
 _RANKS = Panel("Slowest rank over the median rank", "ratio", (1.0, "equal"))
+_EPOCHS = Panel("Times that each data set was gone through", "epochs")
 _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 
 # in the order of the page; the panels of the published figures come first
@@ -141,7 +142,7 @@ PANELS = (
         _WEIGHTS,
         _SCALE,
     ),
-    *(_SKIPS, _SPEED, _PEAK, _TIME, _RANKS, _MEMORY),
+    *(_SKIPS, _SPEED, _PEAK, _TIME, _RANKS, _MEMORY, _EPOCHS),
 )
 
 
@@ -290,6 +291,11 @@ FAMILIES = (
     # no panel: it is 0 but for moments that the verdict tells of
     Family("skips_in_a_row/", "updates of the {} skipped in a row", "count", better="lower"),
     Family(HEALTH, "{}", "flag", better="lower"),
+    # of several data sets; constant, so that curves would show nothing
+    Family("data/share/", "share of {} in a step's images", "share"),
+    Family("data/unlabelled_share/", "share of {} in a step's unlabelled images", "share"),
+    Family("data/epochs/", "epochs of {}", "epochs", _EPOCHS),
+    Family("data/unlabelled_epochs/", "epochs of {}, unlabelled", "epochs", _EPOCHS),
 )
 
 SCORES = tuple(metric for metric in METRICS if metric.is_score)

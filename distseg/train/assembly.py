@@ -164,10 +164,14 @@ def _evaluator(
 
 def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
     """With what a checkpoint must agree on with the run that loads it."""
-    classes, manifest = data.train.classes, data.train.reader.manifest
+    classes, manifests = data.train.classes, [reader.manifest for reader in data.readers]
     # Another split, another order of classes or other samples would make the numbers of one run two
     # runs'. (That the configuration is the same does not say that the shards at its path are.)
-    identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
+    sums = [manifest.sha256 for manifest in manifests]
+    identity: dict[str, Any] = {"manifest_sha256": sums[0], "classes": list(classes.names)}
+    # of one data set the splits have one
+    if {*sums} != {sums[0]}:
+        identity["manifests_sha256"] = sums
     # left out of runs with all labels, whose samples the manifest names already
     if config.data.labelled != "all":
         identity["labelled_sha256"] = sha256_of_keys(data.train.keys)

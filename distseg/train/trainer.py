@@ -129,7 +129,8 @@ class Trainer:
         clock.count(self._operations(step))
         # nothing is read from the device in other steps: the host stays ahead of it
         if logged(step, self.config):
-            self._log(step + 1, metrics, clock.lap(step + 1, stream.wait_seconds))
+            speed = clock.lap(step + 1, stream.wait_seconds)
+            self._log(step + 1, metrics, speed | stream.told(step + 1))
         self.state.step += 1
         if _due(self.state.step, self.config.parallel.check_every):
             check_equal(self.ranks, self.pair, self.state.step)
