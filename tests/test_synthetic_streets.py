@@ -75,7 +75,7 @@ def test_gta5_has_the_19_classes_of_cityscapes_at_every_size(tmp_path: Path) -> 
 def test_a_label_of_another_size_is_named_and_left_out_on_request(tmp_path: Path) -> None:
     gta5(tmp_path / "root", {"00001": (24, 40), "00002": (24, 40)})
     (tmp_path / "root/images/00001.png").rename(tmp_path / "00001.png")
-    with pytest.raises(InputError, match="images/00001.png, the image of .*labels/00001.png"):
+    with pytest.raises(InputError, match=r"images/00001.png, the image of .*labels/00001.png"):
         prepare("gta5", tmp_path / "root", tmp_path / "maps.h5")
     (tmp_path / "00001.png").rename(tmp_path / "root/images/00001.png")
     save(tmp_path / "root/labels/00002.png", Image.new("L", (40, 22), 7))
