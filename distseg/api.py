@@ -140,7 +140,7 @@ class Trained:
         # the same rules as for the command, or a score from here could not be compared with one
         # from there
         check_overrides(chosen)
-        config = loading.override(self.config, chosen)
+        config = loading.override(self.config, loading.of_validation(chosen))
         samples = open_samples(config, self.checkpoint, classes)
         rank, world_size = 0, 1
         # a group of the caller's own is used and left alone, without another one beside it

@@ -29,7 +29,9 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     # from the cheapest check to the dearest
     config = code.recorded(loading.load(overrides))
     _check_run_dir(config)
-    _check_shards(config.data.shards)
+    data = config.data
+    for shards in (*data.shards, *data.unlabelled_shards, *filter(None, [data.val_shards])):
+        _check_shards(shards)
     # where a container brings torch, the ranks look at the rest: they refuse it in the same words
     if os.environ.get(PYTHON_VARIABLE) and find_spec("torch") is None:
         return config

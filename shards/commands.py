@@ -23,6 +23,8 @@ voc         PASCAL VOC 2012 (VOCdevkit/VOC2012); train_list=FILE val_list=FILE;
             labels=SegmentationClassAug: train_aug
 cityscapes  leftImg8bit/ and gtFine/, 19 classes; labels=labelTrainIds; test=1 for the unlabelled
             test images
+gta5        Playing for Data: images/ and labels/, Cityscapes' 19 classes; val_list=FILE
+synthia     SYNTHIA-RAND-CITYSCAPES: RGB/ and GT/LABELS/, 16 of Cityscapes' classes; val_list=FILE
 camvid      SegNet's layout: train/, trainannot/, ... or train.txt, ...; 11 classes
 kitti_road  data_road: road, not road, the rest void; task=lane
 ade20k      ADEChallengeData2016: images/, annotations/; 150 classes

@@ -74,6 +74,12 @@ class ShardReader:
         """(height, width) of a sample, without reading it."""
         return self._entries[index].size
 
+    def fingerprint(self, index: int) -> tuple[str, int, int]:
+        """Key of a sample, and bytes and crc32 of its image's file, without reading it."""
+        entry = self._entries[index]
+        _, num_bytes, crc32 = entry.image
+        return entry.key, num_bytes, crc32
+
     def content_sha256(self) -> str:
         """Identity of what the split holds: keys, images, classes and how many pixels each has.
 

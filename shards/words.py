@@ -39,6 +39,18 @@ def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
     return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"
 
 
+def same_name(name: str, names: Collection[str]) -> str | None:
+    """The name itself, or the only one that differs in case, space and punctuation alone."""
+    if name in names:
+        return name
+    alike = [other for other in names if _folded(other) == _folded(name)]
+    return alike[0] if len(alike) == 1 and _folded(name) else None
+
+
+def _folded(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
 def train_command(shards: Path, splits: Collection[str]) -> str:
     """How to train on packed shards; "" where one split is all there is."""
     if len(splits) < 2:

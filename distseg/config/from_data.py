@@ -110,19 +110,22 @@ def _look(config: Config) -> _Images:
         got = f"preset={config.preset} without data.shards"
         action = "write data.shards=DIR, which `distseg pack` wrote (docs/your_data.md)"
         raise InputError(got, "your shards, which sizes and steps are taken from", action)
-    reader = ShardReader(
-        options.shards,
-        options.train_split,
-        cache_dir=options.cache_dir,
-        cache_bytes=options.cache_bytes,
-    )
-    count = len(reader)
-    if not count:
-        got, needed = f"no sample in {options.train_split} of {options.shards}", "one at least"
-        raise InputError(got, needed, "pack the data again, with images to train on")
-    some = np.linspace(0, count - 1, min(count, MAX_SIZES)).astype(int).tolist()
-    height, width = np.median([reader.size(index) for index in some], axis=0).astype(int).tolist()
-    num_labelled = _num_labelled(count - len(reader.unlabelled), options.labelled)
+    sizes, num_labelled = [], 0
+    for shards in options.shards:
+        reader = ShardReader(
+            shards,
+            options.train_split,
+            cache_dir=options.cache_dir,
+            cache_bytes=options.cache_bytes,
+        )
+        count = len(reader)
+        if not count:
+            got, needed = f"no sample in {options.train_split} of {shards}", "one at least"
+            raise InputError(got, needed, "pack the data again, with images to train on")
+        some = np.linspace(0, count - 1, min(count, MAX_SIZES)).astype(int).tolist()
+        sizes += [reader.size(index) for index in some]
+        num_labelled += _num_labelled(count - len(reader.unlabelled), options.labelled)
+    height, width = np.median(sizes, axis=0).astype(int).tolist()
     return _Images(num_labelled, height, width)
 
 

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from distseg.config import code, from_data
 from distseg.config.keys import Key
 from distseg.config.layers import CONFIG_FILE, layers, names_network, split
-from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names
+from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names, with_lists
 from distseg.config.rules import check
 from distseg.config.schema import Config, TermConfig
 from shards import user_code
@@ -132,6 +132,17 @@ def check_changes(run_dir: Path, overrides: list[str], allowed: Callable[[Key], 
     override(from_file(run_dir / CONFIG_FILE), overrides)
 
 
+def of_validation(overrides: list[str]) -> list[str]:
+    """Overrides for a run that is scored: data.shards=DIR names what it is scored on. The data sets
+    that it was trained on stay, with what the configuration says of them.
+    """
+    named = [item.partition("=") for item in overrides]
+    return [
+        f"data.val_shards={value}" if name == "data.shards" else f"{name}{separator}{value}"
+        for name, separator, value in named
+    ]
+
+
 def refuse_others(overrides: list[str], allowed: Callable[[Key], bool]) -> None:
     """Raise InputError for an override of a key that may not differ from the run that was trained.
 
@@ -180,7 +191,8 @@ def from_file(path: Path) -> Config:
         if not isinstance(saved, dict):
             raise ValueError("not a mapping")
         # keys that are newer than the file get their defaults
-        merged = OmegaConf.merge(OmegaConf.structured(Config), with_full_names(saved))
+        known = with_lists(with_full_names(saved))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), known)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
         got = f"{path}: {_first_line(error)}"

@@ -74,6 +74,22 @@ def with_full_names(values: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries of a saved configuration, with a list of one for a word where a key has
+    become a list.
+    """
+    made = dict(values)
+    for name, entry in KEYS.items():
+        section, _, last = name.rpartition(".")
+        inside = made.get(section) if section else made
+        if isinstance(inside, dict) and entry.type.startswith("list"):
+            word = inside.get(last)
+            if isinstance(word, str):
+                inside = inside | {last: [word] if word else []}
+                made = made | {section: inside} if section else inside
+    return made
+
+
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, keyed by dotted names; empty dictionaries are kept as values."""
     flat: dict[str, Any] = {}

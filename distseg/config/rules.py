@@ -21,7 +21,7 @@ from shards.errors import InputError
 from shards.remote import check_url
 from shards.user_code import FORMS as REFERENCES
 from shards.user_code import is_reference
-from shards.words import nearest
+from shards.words import counted, nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
 # here too, and not imported: the schema must not wait for torch, which losses need
@@ -392,13 +392,56 @@ def a_view_by_reference(config: Config) -> None:
 
 
 def shards_to_train_on(config: Config) -> None:
-    """There is a folder or a URL of shards."""
-    if not config.data.shards:
+    """There is a folder or a URL of shards, each of them once."""
+    data = config.data
+    if not data.shards or not all(data.shards):
         action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
         raise InputError("no data.shards", "a directory of packed shards", action)
-    # its form alone; whether it answers is found when the manifest is read
-    if "://" in config.data.shards:
-        check_url(config.data.shards)
+    for key, folders in (
+        ("data.shards", data.shards),
+        ("data.unlabelled_shards", data.unlabelled_shards),
+        ("data.val_shards", [data.val_shards]),
+    ):
+        for folder in folders:
+            # its form alone; whether it answers is found when the manifest is read
+            if "://" in folder:
+                check_url(folder)
+            if folders.count(folder) > 1:
+                got, needed = f"{key} with {folder} twice", "each data set once"
+                raise InputError(got, needed, "give it a larger weight instead")
+
+
+def weights_of_data_sets(config: Config) -> None:
+    """data.weights has a number for each of data.shards, and not all are 0; unlabelled ones too."""
+    data = config.data
+    _check_weights("data.weights", data.weights, data.shards)
+    _check_weights("data.unlabelled_weights", data.unlabelled_weights, data.unlabelled_shards)
+
+
+def _check_weights(key: str, weights: list[float], folders: list[str]) -> None:
+    if weights and (len(weights) != len(folders) or not any(weights)):
+        got = f"{key}={weights} for {counted(len(folders), 'data set')}"
+        action = f"write for example {key}={[1] * len(folders)}" if folders else f"leave out {key}"
+        raise InputError(got, "a number from 0 on for each, not all 0", action)
+
+
+def unlabelled_images_are_used(config: Config) -> None:
+    """data.unlabelled_shards goes with a mode that looks at them."""
+    if config.data.unlabelled_shards and config.mode not in WITH_UNLABELLED:
+        got = f"data.unlabelled_shards={config.data.unlabelled_shards} with mode={config.mode}"
+        action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
+        raise InputError(got, "a mode with unlabelled images", action)
+
+
+def a_class_map_for_each_set(config: Config) -> None:
+    """data.class_map has a mapping of names for each data set that it names."""
+    for name, asked in config.data.class_map.items():
+        words = [*asked.values()] if isinstance(asked, dict) else [1]
+        flat = [word for value in words for word in (value if isinstance(value, list) else [value])]
+        if not all(word is None or isinstance(word, str) for word in flat):
+            got = f"data.class_map.{name}={asked}"
+            needed = "{CLASS OF THE RUN: CLASS OF THE SET, ...}, names as text"
+            raise InputError(got, needed, "correct data.class_map")
 
 
 RULES = (
@@ -427,4 +470,7 @@ RULES = (
     options_of_the_network_alone,
     a_loss_to_minimise,
     shards_to_train_on,
+    weights_of_data_sets,
+    unlabelled_images_are_used,
+    a_class_map_for_each_set,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from shards.words import counted
 MAX_POSITION = 2**64  # positions and seeds are the two 64-bit words of a Philox key
 # Where on the sequence of a key each use of it begins, in units of 2^192 draws: never the same
 # numbers twice
-ORDER, AUGMENTATION, SHARD_ORDER, BLOCK, CHOICE = range(5)
+ORDER, AUGMENTATION, SHARD_ORDER, BLOCK, CHOICE, MIX = range(6)
 
 
 class Plan:
@@ -136,6 +137,61 @@ class BalancedPlan(Plan):
         draw = _generator(self.seed, position, CHOICE).random(2)
         samples = self._samples[int(np.searchsorted(self._ends, draw[0], side="right"))]
         return int(samples[int(draw[1] * len(samples))])
+
+
+class MixedPlan(Plan):
+    """Several plans in one sequence, each of them with its share of every block of positions.
+
+    A position belongs to one of the plans, and is one of that plan's own positions 0, 1, 2, ...,
+    of which none is left out: so each goes through its own epochs. Of any n positions from 0 on, a
+    plan of two has its share to within one, of more to within their number: no share drifts. Where
+    in a block each comes is random. The samples of all plans are numbered one after the other.
+    weights: shares as exact ratios, of any sum; block: positions, a batch for example.
+    """
+
+    def __init__(self, plans: Sequence[Plan], weights: Sequence[Fraction], block: int, seed: int):
+        super().__init__(sum(plan.num_samples for plan in plans), seed)
+        self.plans = tuple(plans)
+        # of each plan and the end: the number of its first sample among those of all
+        self.starts = np.cumsum([0, *(plan.num_samples for plan in plans)]).tolist()
+        # of what those before it leave, so that all together are everything. Fractions: a float
+        # would drift after enough positions
+        left = [sum(weights[index:], Fraction()) for index in range(len(weights))]
+        self._shares = [
+            weight / rest if rest else Fraction()
+            for weight, rest in zip(weights, left, strict=True)
+        ]
+        self._block_size = block
+        self._block = functools.lru_cache(maxsize=8)(self._draw_block)
+
+    def sample_index(self, position: int) -> int:
+        """As Plan."""
+        number, own = self.place(position)
+        return self.starts[number] + self.plans[number].sample_index(own)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The number of the plan that a position belongs to, and its position in that plan."""
+        block, offset = divmod(position, self._block_size)
+        numbers, own = self._block(block)
+        return int(numbers[offset]), int(own[offset])
+
+    def taken(self, position: int) -> list[int]:
+        """How many of the positions before this one belong to each plan; at the ends of blocks."""
+        counts = []
+        for share in self._shares:
+            counts.append(position * share.numerator // share.denominator)
+            position -= counts[-1]
+        return counts
+
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(block,) numbers of plans in the order of a block, and their own positions."""
+        first, end = (self.taken((block + more) * self._block_size) for more in (0, 1))
+        numbers = np.repeat(np.arange(len(first)), np.subtract(end, first))
+        numbers = _generator(self.seed, block, MIX).permutation(numbers)
+        own = np.empty(len(numbers), np.int64)
+        for number in range(len(first)):
+            own[numbers == number] = np.arange(first[number], end[number])
+        return numbers, own
 
 
 def augmentation_rng(seed: int, position: int) -> np.random.Generator:

@@ -27,15 +27,23 @@ from shards.words import counted, nearest
 LABELLED_FILE, HELD_OUT_FILE = "labelled.txt", "held_out.txt"
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
+# classes, and which of them each class index of a reader is: (256,) uint8, or None for the same
+Mapped = tuple[ClassSet, np.ndarray | None]
 # the one that is less like the classes that stay
 MAX_COUNTED = 1000  # of a choice of samples: larger ones are never all void by chance
 OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # two grays
 
 
-def open_reader(options: DataConfig, split: str) -> ShardReader:
-    """The reader of a split as configured. Raises InputError as ShardReader does."""
+def open_reader(options: DataConfig, split: str, shards: str = "") -> ShardReader:
+    """The reader of a split as configured, of the first data set where none is named.
+
+    Raises InputError as ShardReader does.
+    """
     return ShardReader(
-        options.shards, split, cache_dir=options.cache_dir, cache_bytes=options.cache_bytes
+        shards or options.shards[0],
+        split,
+        cache_dir=options.cache_dir,
+        cache_bytes=options.cache_bytes,
     )
 
 
@@ -100,13 +108,14 @@ class SampleSet:
         *,
         labelled: bool = True,
         keep: Sequence[str] = (),
+        mapped: Mapped | None = None,
         keep_decoded_bytes: float = 0,
     ):
         self.reader, self.labelled = reader, labelled
         self._decoded = DecodedSamples(keep_decoded_bytes)
         # a range: a list of all indices of a large set would be memory for nothing
         self._indices = range(len(reader)) if indices is None else indices
-        self.classes, self._table = _kept(reader.classes, keep)
+        self.classes, self.table = mapped or kept(reader.classes, keep)
         unlabelled = set(reader.unlabelled) if labelled else set()
         # at the start, and not at the step hours later that meets the first of them
         without = {reader.key(i) for i in self._indices} & unlabelled if unlabelled else set()
@@ -138,6 +147,10 @@ class SampleSet:
         """(height, width) of a sample in px, without reading it."""
         return self.reader.size(self._indices[index])
 
+    def fingerprint(self, index: int) -> tuple[str, int, int]:
+        """Key of a sample, and bytes and crc32 of its image's file, without reading it."""
+        return self.reader.fingerprint(self._indices[index])
+
     def shard_sizes(self) -> list[int]:
         """How many of the samples lie in each of the shards that hold any, in packed order."""
         if len(self) == len(self.reader):
@@ -161,12 +174,14 @@ class SampleSet:
         Pixels of each class in each sample. Reads no label; InputError as the reader's.
         """
         counts = self.reader.class_pixels()[list(self._indices)]
-        if self._table is None:
+        if self.table is None:
             return counts
-        kept = np.zeros((len(counts), self.classes.num_classes), np.int64)
+        num_classes = self.classes.num_classes
+        # the last column takes those that are void here: 255
+        mapped = np.zeros((len(counts), num_classes + 1), np.int64)
         # add.at, as several old classes fall on one new: += would keep one of them
-        np.add.at(kept.T, self._table[: counts.shape[1]], counts.T)
-        return kept
+        np.add.at(mapped.T, np.minimum(self.table, num_classes)[: counts.shape[1]], counts.T)
+        return mapped[:, :num_classes]
 
     def expect(self, indices: Sequence[int]) -> None:
         """Say which samples will be loaded soon, in this order."""
@@ -230,7 +245,7 @@ class SampleSet:
                 f"0 to {num_classes - 1}, or {IGNORE_INDEX} for void",
                 action,
             )
-        return image, label if self._table is None else self._table[label]
+        return image, label if self.table is None else self.table[label]
 
 
 def check_not_void(samples: SampleSet, purpose: str) -> None:
@@ -240,7 +255,10 @@ def check_not_void(samples: SampleSet, purpose: str) -> None:
     """
     reader = samples.reader
     split = reader.manifest.splits[reader.split]
-    is_void = not any(split.class_pixels)
+    pixels = np.asarray(split.class_pixels)
+    if samples.table is not None:
+        pixels = pixels[samples.table[: len(pixels)] != IGNORE_INDEX]
+    is_void = not pixels.any()
     # a short list may have void labels only; older packs did not count pixels by sample
     if not is_void and len(samples) < min(len(reader), MAX_COUNTED):
         with suppress(InputError):
@@ -270,14 +288,15 @@ def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:
 
 
 def split_labelled(
-    reader: ShardReader, labelled: str, seed: int
+    reader: ShardReader, labelled: str, seed: int, keys: Sequence[str] | None = None
 ) -> tuple[Sequence[int], Sequence[int]]:
     """(indices of the samples whose labels are used, of all the others), each in packed order.
 
     labelled: "all"; a share of the samples that have a label, as "1/8" or "0.125", drawn by `seed`
     (the first of the same random order for every share, so that a larger share contains a smaller
-    one); or a file with one key a line. Raises InputError for anything else, unknown keys, and when
-    no sample is left.
+    one); or a file with one key a line. keys: those of its keys that are this reader's, where it
+    names samples of several. Raises InputError for anything else, unknown keys, and when no sample
+    is left.
     """
     without = set(reader.unlabelled)
     if labelled == "all" and not without and len(reader):
@@ -286,7 +305,8 @@ def split_labelled(
     if labelled == "all":
         chosen = set(candidates)
     elif is_file(Path(labelled)):
-        chosen = _listed(reader, Path(labelled), set(candidates))
+        listed = listed_keys(Path(labelled)) if keys is None else keys
+        chosen = _chosen(reader, listed, labelled, set(candidates))
     else:
         share = _share(labelled)
         # max: a plan refuses 0 samples, and the error below says more
@@ -340,9 +360,13 @@ def _share(text: str) -> Fraction:
     return share
 
 
-def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
+def listed_keys(path: Path) -> list[str]:
+    """The keys in a file with one a line."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def _chosen(reader: ShardReader, keys: Sequence[str], path: str, candidates: set[int]) -> set[int]:
     index_of = {reader.key(index): index for index in range(len(reader))}
-    keys = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     # all of them are looked for first, so that the error says how many
     unknown = [key for key in keys if key not in index_of]
     if unknown:
@@ -358,7 +382,7 @@ def _listed(reader: ShardReader, path: Path, candidates: set[int]) -> set[int]:
     return {index_of[key] for key in keys}
 
 
-def _kept(classes: ClassSet, keep: Sequence[str]) -> tuple[ClassSet, np.ndarray | None]:
+def kept(classes: ClassSet, keep: Sequence[str]) -> Mapped:
     """The classes that stay, and a table from old to new index (None: nothing changes)."""
     if not keep:
         return classes, None

@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 import torch
 
-from distseg.data.plan import Plan, rank_positions
+from distseg.data.mixture import Mixture
+from distseg.data.plan import MixedPlan, Plan, rank_positions
 from distseg.data.samples import SampleSet
 from distseg.data.transforms import TrainView
 from distseg.data.workers import Caller, Processes, SampleWriter, Threads, Workers
@@ -69,7 +70,7 @@ class TrainStream:
 
     def __init__(
         self,
-        samples: SampleSet,
+        samples: SampleSet | Mixture,
         plan: Plan,
         view: TrainView,
         *,
@@ -124,6 +125,22 @@ class TrainStream:
         self.wait_seconds += time.perf_counter() - start
         return pending.batch
 
+    def told(self, num_steps: int) -> dict[str, float]:
+        """Of several data sets the share that each has had in the images of the first num_steps
+        steps over all ranks, and how often it has been gone through; of one nothing.
+        """
+        if not isinstance(self._samples, Mixture) or not isinstance(self._plan, MixedPlan):
+            return {}
+        num_images, found = num_steps * self._batch_size, {}
+        sets = zip(
+            self._samples.names, self._samples.sets, self._plan.taken(num_images), strict=True
+        )
+        kind = "" if self._samples.labelled else "unlabelled_"
+        for name, samples, taken in sets if len(self._samples.sets) > 1 else ():
+            found[f"data/{kind}share/{name}"] = taken / num_images
+            found[f"data/{kind}epochs/{name}"] = taken / len(samples)
+        return found
+
     def close(self) -> None:
         """Stop the workers, and drop what they have not finished."""
         self._closed = True
@@ -171,6 +188,10 @@ class PairedStream:
     def __next__(self) -> Batch:
         # both have one step per batch, so the same step starts both again after a stop
         return replace(next(self._labelled), unlabelled=next(self._unlabelled))
+
+    def told(self, num_steps: int) -> dict[str, float]:
+        """Of the data sets of both, as TrainStream."""
+        return self._labelled.told(num_steps) | self._unlabelled.told(num_steps)
 
     def close(self) -> None:
         """Close both."""

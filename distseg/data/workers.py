@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from distseg.data.mixture import Mixture
 from distseg.data.plan import augmentation_rng
 from distseg.data.samples import SampleSet
 from distseg.data.transforms import TrainView
@@ -39,7 +40,7 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class SampleWriter:
     """Writes the view of one sample at one position; the same pixels wherever it runs."""
 
-    samples: SampleSet
+    samples: SampleSet | Mixture
     view: TrainView
     seed: int
 

@@ -220,7 +220,7 @@ def shards(location: str, split: str) -> CheckResult:
     error.
     """
     try:
-        samples = SampleSet(open_reader(DataConfig(shards=location), split), labelled=False)
+        samples = SampleSet(open_reader(DataConfig(shards=[location]), split), labelled=False)
         raw, num_bytes, start = [], 0, time.perf_counter()
         step = max(1, len(samples) // 64)  # of all shards, and not of one that is in memory already
         for index in range(0, len(samples), step):

@@ -14,7 +14,7 @@ from torch import Tensor
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 from shards.storage import is_file, read_text
-from shards.words import counted, nearest
+from shards.words import counted, nearest, same_name
 
 # the run's class -> the data's; None: it has none there. Under the key None: those of the data that
 # are none of the run's.
@@ -140,7 +140,7 @@ def class_map(
             target = given[name]
             found = None if target is None else _found(str(target), names, "the data's")
         else:
-            found = _same(name, names)
+            found = same_name(name, names)
             if found is None:
                 unmapped.append(name)
         targets.append(None if found is None else names.index(found))
@@ -167,20 +167,8 @@ def _given(wanted: Wanted, trained: Sequence[str]) -> dict[str, str | Sequence[s
     return given
 
 
-def _same(name: str, names: Sequence[str]) -> str | None:
-    """The name itself, or the only one that differs in case, space and punctuation alone."""
-    if name in names:
-        return name
-    alike = [other for other in names if _folded(other) == _folded(name)]
-    return alike[0] if len(alike) == 1 and _folded(name) else None
-
-
-def _folded(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter.isalnum())
-
-
 def _found(name: str, names: Sequence[str], whose: str) -> str:
-    found = _same(name, names)
+    found = same_name(name, names)
     if found is None:
         needed = f"one of {whose}: {', '.join(names)}"
         raise InputError(f"--map with the class {name!r}", needed, nearest(name, names))

@@ -57,7 +57,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from distseg.config import loading
 
     # before torch, whose import takes seconds: a misspelt key is told at once
-    loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
+    overrides = loading.of_validation(options.overrides)
+    loading.check_changes(options.run, overrides, lambda key: key.at_evaluation)
     from distseg.evaluate.class_map import parsed
     from distseg.evaluate.run import EvaluateOptions, run
 
@@ -99,7 +100,8 @@ def _pictures(options: argparse.Namespace) -> int:
     from distseg.config import loading
 
     # before torch, whose import takes seconds
-    loading.check_changes(options.run, options.overrides, lambda key: key.at_evaluation)
+    overrides = loading.of_validation(options.overrides)
+    loading.check_changes(options.run, overrides, lambda key: key.at_evaluation)
     from distseg.evaluate import pictures
 
     return pictures.run(

@@ -41,8 +41,9 @@ def run(
     evaluate.num_pictures is 0, which needs neither them nor a network.
     """
     check_overrides(list(overrides))
+    overrides = loading.of_validation(list(overrides))
     out = out or run_dir / FOLDER
-    config = loading.override(loading.from_file(run_dir / "config.yaml"), list(overrides))
+    config = loading.override(loading.from_file(run_dir / "config.yaml"), overrides)
     drawn = draw_scores(run_dir, out, config.loss.adv_form, form)
     if config.evaluate.num_pictures:
         drawn += _draw_samples(run_dir, which, out, form, overrides)

@@ -14,6 +14,8 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
+from distseg.data.mixture import names_of
+from distseg.data.partners import partners
 from distseg.data.samples import SampleSet, check_not_void, open_reader, sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, joined, on_all, on_each, on_main
@@ -23,7 +25,7 @@ from distseg.evaluate.class_map import Wanted, class_map
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.summary import overview
-from distseg.evaluate.trained import trained_segmentor
+from distseg.evaluate.trained import trained_classes, trained_segmentor
 from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.lease import leased
 from distseg.tracking.progress import Progress
@@ -55,6 +57,7 @@ def run(run_dir: Path, which: str, overrides: list[str], options: EvaluateOption
     """
     # before the network is built: a key that may not differ would score another network, or none
     check_overrides(overrides)
+    overrides = loading.of_validation(overrides)
     # everything that can refuse comes before the ranks join, where leaving alone hangs the others
     network, config, found = trained_segmentor(run_dir, which)
     config = loading.override(config, overrides)
@@ -139,8 +142,17 @@ def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None
     wanted: which of them the checkpoint's are, see `class_map`.
     """
     check_place(config, found.path.parent.parent)
-    reader = open_reader(config.data, config.data.val_split)
-    samples = SampleSet(reader, keep=config.data.keep_classes)
+    options = config.data
+    reader = open_reader(options, options.val_split, options.val_shards)
+    name = names_of([reader])[0]
+    mapped = None
+    # as training scored it, if its classes were told by data.class_map
+    if wanted is None and name in options.class_map:
+        classes, asked = trained_classes(found), options.class_map[name]
+        has_other = bool(options.keep_classes)
+        table = partners(classes.names, reader.classes.names, asked, name=name, has_other=has_other)
+        mapped = classes, table
+    samples = SampleSet(reader, keep=options.keep_classes, mapped=mapped)
     class_map(found.identity["classes"], samples.classes.names, wanted)
     check_not_void(samples, "to score on")
     return samples
@@ -148,8 +160,9 @@ def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None
 
 def check_place(config: Config, run_dir: Path) -> None:
     """Raise InputError where the shards' path is relative, and begins in another folder."""
-    shards = Path(config.data.shards)
-    if "://" in config.data.shards or shards.is_absolute() or shards.exists():
+    location = config.data.val_shards or config.data.shards[0]
+    shards = Path(location)
+    if "://" in location or shards.is_absolute() or shards.exists():
         return
     # where training was called, if the run's own path still says it
     here, ours = run_dir.resolve(), Path(config.run_dir).parts

@@ -69,7 +69,8 @@ def _without_places(config: Config) -> Config:
     concern.
     """
     # copies: the caller's configuration stays as it is
-    data = replace(config.data, shards="", cache_dir="", labelled=_last_part(config.data.labelled))
+    data = replace(config.data, shards=[], cache_dir="", labelled=_last_part(config.data.labelled))
+    data = replace(data, unlabelled_shards=[], val_shards="", weights=[], unlabelled_weights=[])
     data.view = user_code.short(config.data.view)
     segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
     segmentor.name = user_code.short(config.segmentor.name)

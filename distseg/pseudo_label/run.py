@@ -144,6 +144,13 @@ class Data:
     def __init__(self, run_dir: Path, config: Config, found: Checkpoint):
         check_place(config, run_dir)
         options = config.data
+        several = options.shards[1:] + options.unlabelled_shards
+        if several or options.val_shards:
+            # the new set is one of one: which classes and splits go where is not said of several
+            others = [*options.shards, *options.unlabelled_shards, options.val_shards]
+            got = f"a run of several data sets: {', '.join(filter(None, others))}"
+            needed = "one that was trained on one, with data.labelled=1/8 of it"
+            raise InputError(got, needed, "name another run")
         self._splits = options.train_split, options.val_split
         if options.train_split == options.val_split:
             needed = "images that nothing is scored on: a score on its own predictions says nothing"

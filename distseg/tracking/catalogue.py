@@ -30,6 +30,7 @@ LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
 CLASS_SHARE, LABELLED_SHARE = "consistency/class_share/", "consistency/labelled_share/"
 # of labelled images that no step sees; see distseg.train.held_out
 HELD_OUT = "held_out/"
+SOURCE = "source/"  # as VALIDATION, of the domain that has the labels, where that is another
 AGREEMENT, CONFIDENT_AGREEMENT = "held_out/agreement", "held_out/confident_agreement"
 HELD_OUT_CONFIDENT = "held_out/confident_share"
 CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confident_agreement/"
@@ -158,6 +159,7 @@ _SPEED = Panel("Speed", "images per second")
 _PEAK = Panel("Arithmetic done, of what a convolution does on this device", "share", is_share=True)
 _TIME = Panel("Time of a step", "seconds")
 _RANKS = Panel("Slowest rank over the median rank", "ratio", (1.0, "equal"))
+_EPOCHS = Panel("Times that each data set was gone through", "epochs")
 _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 
 # in the order of the page; the panels of the published figures come first
@@ -179,7 +181,7 @@ PANELS = (
         _WEIGHTS,
         _SCALE,
     ),
-    *(_SKIPS, _SPEED, _PEAK, _TIME, _RANKS, _MEMORY),
+    *(_SKIPS, _SPEED, _PEAK, _TIME, _RANKS, _MEMORY, _EPOCHS),
 )
 
 
@@ -322,6 +324,15 @@ METRICS = (
         panel=_VALIDATION,
         label="pixel accuracy",
     ),
+    Metric(
+        f"{SOURCE}mean_iou",
+        "mIoU on the source",
+        "share",
+        _VALIDATION,
+        "source: mIoU",
+        "higher",
+    ),
+    Metric(f"{SOURCE}pixel_accuracy", "pixel accuracy on the source", "share", None, "", "higher"),
     _score("val/mean_class_accuracy", "class accuracy", short="class accuracy"),
     _score("val/frequency_weighted_iou", "frequency-weighted IoU"),
     # needs outlines, so absent from evaluations within training
@@ -371,14 +382,15 @@ class Family:
         return Metric(name, title, self.unit, self.panel, words, self.better, short)
 
 
-BOUNDARY_IOU = "val/boundary_iou/"
+BOUNDARY_IOU, SOURCE_IOU = "val/boundary_iou/", f"{SOURCE}iou/"
 # a value for each class: a table, as 150 curves show nothing
 OF_CLASSES = (
     *(CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED, CLASS_SHARE, LABELLED_SHARE),
-    *(CLASS_CONFIDENT, CLASS_AGREEMENT),
+    *(CLASS_CONFIDENT, CLASS_AGREEMENT, SOURCE_IOU),
 )
 FAMILIES = (
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
+    Family(SOURCE_IOU, "IoU of {} on the source", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
     Family(NEVER_PREDICTED, "labels of {}, which is in no prediction", "share", better="lower"),
     Family(CLASS_SHARE, "{} among confident pseudo-labelled pixels", "share"),
@@ -398,6 +410,11 @@ FAMILIES = (
     # no panel: it is 0 but for moments that the verdict tells of
     Family("skips_in_a_row/", "updates of the {} skipped in a row", "count", better="lower"),
     Family(HEALTH, "{}", "flag", better="lower"),
+    # of several data sets; constant, so that curves would show nothing
+    Family("data/share/", "share of {} in a step's images", "share"),
+    Family("data/unlabelled_share/", "share of {} in a step's unlabelled images", "share"),
+    Family("data/epochs/", "epochs of {}", "epochs", _EPOCHS),
+    Family("data/unlabelled_epochs/", "epochs of {}, unlabelled", "epochs", _EPOCHS),
 )
 
 SCORES = tuple(metric for metric in METRICS if metric.is_score)

@@ -21,6 +21,7 @@ from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.checkpointer import Checkpointer
+from distseg.tracking.catalogue import SOURCE
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker, open_tracker
 from distseg.train.ema import MovingAverage
@@ -124,6 +125,7 @@ def build_trainer(
         pair=pair,
         ema=ema,
         evaluator=evaluator,
+        source=_source(evaluator, data),
         held_out=_held_out(config, found, data, evaluator),
         checkpoints=found.checkpoints,
         # None, not 0, of a run without a checkpoint: its metrics.jsonl is then begun anew, and what
@@ -164,6 +166,13 @@ def _evaluator(
     )
 
 
+def _source(evaluator: Evaluator, data: Data) -> Evaluator | None:
+    """As the evaluation, on the domain that has the labels."""
+    if data.source is None:
+        return None
+    return replace(evaluator, samples=data.source, prefix=SOURCE)
+
+
 def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) -> HeldOut | None:
     """What judges the teacher's pseudo-labels, as the evaluation looks at images."""
     if data.held_out is None:
@@ -184,10 +193,14 @@ def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) 
 
 def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
     """With what a checkpoint must agree on with the run that loads it."""
-    classes, manifest = data.train.classes, data.train.reader.manifest
+    classes, manifests = data.train.classes, [reader.manifest for reader in data.readers]
     # Another split, another order of classes or other samples would make the numbers of one run two
     # runs'. (That the configuration is the same does not say that the shards at its path are.)
-    identity: dict[str, Any] = {"manifest_sha256": manifest.sha256, "classes": list(classes.names)}
+    sums = [manifest.sha256 for manifest in manifests]
+    identity: dict[str, Any] = {"manifest_sha256": sums[0], "classes": list(classes.names)}
+    # of one data set the splits have one
+    if {*sums} != {sums[0]}:
+        identity["manifests_sha256"] = sums
     # left out of runs with all labels, whose samples the manifest names already
     if config.data.labelled != "all":
         identity["labelled_sha256"] = sha256_of_keys(data.train.keys)

@@ -97,7 +97,7 @@ def summary(config: Config, world_size: int) -> list[str]:
     lines[0] += counted(world_size, "rank")
     sizes = _sizes(config)
     if sizes is None:
-        lines.append(f"epochs: not known before {config.data.shards} is opened")
+        lines.append(f"epochs: not known before {', '.join(config.data.shards)} is opened")
     else:
         epochs = config.steps * config.batch_size / sizes[0]
         lines.append(f"{epochs:.1f} epochs of {counted(sizes[0], 'training image')}")
@@ -108,15 +108,19 @@ def summary(config: Config, world_size: int) -> list[str]:
 def _sizes(config: Config) -> Sizes:
     """Of shards in a folder, from their manifest alone; None where there is none to read."""
     options = config.data
-    if "://" in options.shards or not is_file(Path(options.shards) / FILE_NAME):
-        return None
-    manifest = Manifest.load(Path(options.shards))
-    split = manifest.splits.get(options.train_split)
+    manifests = []
+    for shards in options.shards:
+        if "://" in shards or not is_file(Path(shards) / FILE_NAME):
+            return None
+        manifests.append(Manifest.load(Path(shards)))
+    splits = [manifest.splits.get(options.train_split) for manifest in manifests]
     # a choice of labelled images or classes is made when the shards are opened
-    if split is None or options.labelled != "all":
+    if options.labelled != "all":
         return None
+    num_samples = sum(split.num_samples for split in splits if split is not None)
     num_classes = len(options.keep_classes) + 1 if options.keep_classes else None
-    return split.num_samples, num_classes or manifest.classes.num_classes
+    known = None not in splits
+    return (num_samples, num_classes or manifests[0].classes.num_classes) if known else None
 
 
 def _networks(config: Config, num_classes: int | None) -> list[str]:

@@ -15,6 +15,7 @@ from distseg.config.schema import (
     ConsistencyConfig,
     LossConfig,
 )
+from distseg.data.mixture import median_size, weights_of
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import Learner
 from distseg.parallel.parameter_shards import num_elements
@@ -52,11 +53,34 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     lines.append(f"images: {images} for training, {len(data.val)} for validation")
     if data.held_out is not None:
         lines[-1] += f", {len(data.held_out)} labelled ones held out to judge the teacher by"
+    lines += _data_sets(config, data)
     where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
     lines.append(f"{where} | {config.precision} | {batch} | {config.run_dir}")
     if step:
         lines.append(f"resumed at step {step} of {config.steps}")
     return "\n".join(lines)
+
+
+def _data_sets(config: Config, data: Data) -> list[str]:
+    """Of several data sets, each with its share of a step and how large its images are."""
+    chosen, size = config.data, config.batch_size
+    mixtures = [("labelled", data.train, chosen.weights, size)]
+    if data.unlabelled is not None:
+        size = config.semi.batch_size or size
+        mixtures.append(("unlabelled", data.unlabelled, chosen.unlabelled_weights, size))
+    lines = []
+    for kind, samples, asked, batch_size in mixtures:
+        if len(samples.sets) + len(chosen.unlabelled_shards) < 2:
+            continue
+        shares = weights_of(samples, asked)
+        for name, one, share in zip(samples.names, samples.sets, shares, strict=True):
+            height, width = median_size(one)
+            epochs = float(config.steps * batch_size * share) / len(one)
+            lines.append(
+                f"{kind} data {name}: {len(one)} images of median {height}x{width} px, "
+                f"{float(share):.1%} of each batch, {epochs:.3g} epochs in all"
+            )
+    return lines
 
 
 def _networks(config: Config, pair: Pair) -> str:

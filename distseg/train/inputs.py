@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.schema import WITH_UNLABELLED, Config, DataConfig
+from distseg.data.mixture import (
+    Mixture,
+    check_apart,
+    check_shares,
+    listed_by_set,
+    mixed_plan,
+    names_of,
+)
 from distseg.data.own_view import OwnView
+from distseg.data.partners import partners
+from distseg.data.plan import MixedPlan
 from distseg.data.samples import (
     HELD_OUT_FILE,
     LABELLED_FILE,
+    Mapped,
     SampleSet,
     check_not_void,
     hold_out,
+    kept,
     open_reader,
-    plan_for,
     split_labelled,
 )
 from distseg.data.stream import PairedStream, TrainStream
@@ -47,20 +59,29 @@ def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: i
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: labelled training samples, unlabelled ones in semi-supervised mode,
-    validation samples, and labelled ones of the training split that are not trained on.
+    """What a run reads: labelled training samples, unlabelled ones in the modes that have them,
+    validation samples, and labelled ones of the training split that are not trained on. source:
+    validation samples of the domain that has the labels, where the others are of another.
     """
 
-    train: SampleSet
-    unlabelled: SampleSet | None
+    train: Mixture
+    unlabelled: Mixture | None
     val: SampleSet
     held_out: SampleSet | None = None
+    source: SampleSet | None = None
+
+    @property
+    def readers(self) -> list[ShardReader]:
+        """All that is read from, each once."""
+        unlabelled = [] if self.unlabelled is None else self.unlabelled.readers
+        source = [] if self.source is None else [self.source.reader]
+        every = [*self.train.readers, *unlabelled, self.val.reader, *source]
+        return list(dict.fromkeys(every))
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved` whenever bytes of shards that are far away arrive."""
-        # the unlabelled ones come from the reader of the labelled
-        for samples in (self.train, self.val):
-            samples.reader.tell(moved)
+        for reader in self.readers:
+            reader.tell(moved)
 
 
 def open_data(config: Config, world_size: int) -> Data:
@@ -71,75 +92,180 @@ def open_data(config: Config, world_size: int) -> Data:
     options = config.data
     # a reader reads manifest and index here, and no sample yet: names and sizes are enough to
     # refuse
-    train, val = (open_reader(options, name) for name in (options.train_split, options.val_split))
-    # The training split's verification is the data set's: what `distseg inspect` found sound stays
-    # so as long as the manifest has the same sum.
-    if not options.allow_unverified:
-        check_verified(train)
-    saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
-    wanted = str(saved) if options.labelled != "all" and is_file(saved) else options.labelled
-    # drawn by a seed of its own, so that runs of several seeds can share their labelled images
-    labelled, rest = split_labelled(train, wanted, options.labelled_seed)
-    room = options.keep_decoded_bytes
-    labelled, held_out = _hold_out(config, train, labelled)
-    # the labels that a fraction leaves out are not read at all: `rest` goes into a set without
-    # labels
-    train_set = SampleSet(train, labelled, keep=options.keep_classes, keep_decoded_bytes=room)
-    val_set = SampleSet(val, keep=options.keep_classes)
+    readers = [open_reader(options, options.train_split, folder) for folder in options.shards]
+    val = open_reader(options, options.val_split, options.val_shards)
+    _check_verified(options, readers)
+    names = names_of(readers)
+    mapped = _mapped(options, [*readers, val], [*names, *names_of([val])])
+    choices = _choices(config, readers, names)
+    labelled = [indices for indices, _ in choices]
+    labelled[0], held_out = _hold_out(config, readers[0], labelled[0], mapped[0])
+    train = Mixture(_sets(readers, labelled, mapped[:-1], options.keep_decoded_bytes), names)
+    val_set = SampleSet(val, mapped=mapped[-1])
     # now, and not after the last step, when the scores turn out to be of no pixel
-    check_not_void(train_set, "to train on")
+    for samples in train.sets:
+        check_not_void(samples, "to train on")
     check_not_void(val_set, "to score on")
     # after `keep_classes`, which changes how many there are
-    _check_classes(config, train_set)
-    own_view(config, train_set.classes.num_classes)  # or training would find out what is wrong
+    _check_classes(config, train)
+    check_shares(train, options.weights, config.batch_size, "data.weights")
+    own_view(config, train.classes.num_classes)  # or training would find out what is wrong
     check_pairs(config, world_size)
-    unlabelled_set = None
+    unlabelled = None
     if config.mode in WITH_UNLABELLED:
-        unlabelled_set = _open_unlabelled(config, world_size, train_set, rest)
-    return Data(train_set, unlabelled_set, val_set, held_out)
+        unlabelled = _open_unlabelled(config, world_size, train, [rest for _, rest in choices])
+    check_apart([train] if unlabelled is None else [train, unlabelled])
+    source = _open_source(options, readers[0], mapped[0])
+    return Data(train, unlabelled, val_set, held_out, source)
+
+
+def _open_source(options: DataConfig, first: ShardReader, mapped: Mapped) -> SampleSet | None:
+    """The validation split of labelled data whose network is validated on other data."""
+    is_other = options.unlabelled_shards and options.val_shards not in ("", options.shards[0])
+    if not is_other or options.val_split not in first.manifest.splits:
+        return None
+    return SampleSet(open_reader(options, options.val_split, options.shards[0]), mapped=mapped)
 
 
 def _hold_out(
-    config: Config, reader: ShardReader, labelled: Sequence[int]
+    config: Config, reader: ShardReader, labelled: Sequence[int], mapped: Mapped
 ) -> tuple[Sequence[int], SampleSet | None]:
-    """Whose labels are trained on, and the samples whose labels judge the teacher's."""
+    """Whose labels are trained on, and the samples whose labels judge the teacher's: of the first
+    data set.
+    """
     count = config.consistency.held_out
     if not (has_teacher(config) and count):
         return labelled, None
-    options = config.data
-    labelled, held_out = hold_out(reader, labelled, count, options.labelled_seed)
-    samples = SampleSet(reader, held_out, keep=options.keep_classes)
+    labelled, held_out = hold_out(reader, labelled, count, config.data.labelled_seed)
+    samples = SampleSet(reader, held_out, mapped=mapped)
     check_not_void(samples, "to compare pseudo-labels with")
     return labelled, samples
 
 
-def _check_classes(config: Config, samples: SampleSet) -> None:
+def _check_verified(options: DataConfig, readers: Sequence[ShardReader]) -> None:
+    """Raise InputError for a data set that nobody has found sound."""
+    # The training split's verification is the data set's: what `distseg inspect` found sound stays
+    # so as long as the manifest has the same sum.
+    for reader in readers if not options.allow_unverified else ():
+        check_verified(reader)
+
+
+def _mapped(
+    options: DataConfig, readers: Sequence[ShardReader], names: Sequence[str]
+) -> list[Mapped]:
+    """The run's classes, those of the first data set, and which of them each of the others' is.
+
+    The last reader is that of the validation split. Raises InputError for classes without partner.
+    """
+    unknown = [name for name in options.class_map if name not in names[1:]]
+    if unknown:
+        needed = f"a further data set: {', '.join(dict.fromkeys(names[1:]))}"
+        action = "correct the name; the classes of the first data set are the run's"
+        raise InputError(f"data.class_map.{unknown[0]}", needed, action)
+    first = kept(readers[0].classes, options.keep_classes)
+    found = {readers[0].manifest.sha256: first}
+    for reader, name in zip(readers, names, strict=True):
+        # of a split of the same data set they are the same
+        if reader.manifest.sha256 not in found:
+            asked = options.class_map.get(name, {})
+            has_other = bool(options.keep_classes)
+            theirs = reader.classes.names
+            table = partners(first[0].names, theirs, asked, name=name, has_other=has_other)
+            found[reader.manifest.sha256] = first[0], table
+    return [found[reader.manifest.sha256] for reader in readers]
+
+
+def _choices(
+    config: Config, readers: Sequence[ShardReader], names: Sequence[str]
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Of each data set the samples whose labels are used, and the others: a share is one of each
+    set, drawn as if it were alone.
+    """
+    options = config.data
+    saved = Path(config.run_dir) / LABELLED_FILE  # of a run that goes on: its own list counts
+    wanted = str(saved) if options.labelled != "all" and is_file(saved) else options.labelled
+    listed: Sequence[Sequence[str] | None] = [None] * len(readers)
+    if len(readers) > 1 and wanted != "all" and is_file(Path(wanted)):
+        listed = listed_by_set(Path(wanted), readers, names)
+    # drawn by a seed of its own, so that runs of several seeds can share their labelled images
+    return [
+        split_labelled(reader, wanted, options.labelled_seed, keys)
+        for reader, keys in zip(readers, listed, strict=True)
+    ]
+
+
+def _sets(
+    readers: Sequence[ShardReader],
+    indices: Sequence[Sequence[int]],
+    mapped: Sequence[Mapped],
+    room: float,
+    *,
+    labelled: bool = True,
+) -> list[SampleSet]:
+    """A sample set of each reader; room: bytes for samples that stay decoded, the first ones
+    first.
+    """
+    sets = []
+    for reader, some, classes in zip(readers, indices, mapped, strict=True):
+        # the labels that a fraction leaves out are not read at all: those samples go into a set
+        # without labels
+        options: dict[str, Any] = {"labelled": labelled, "mapped": classes}
+        sets.append(SampleSet(reader, some, keep_decoded_bytes=room, **options))
+        room -= sets[-1].decoded_bytes(room)
+    return sets
+
+
+def _check_classes(config: Config, samples: Mixture) -> None:
     """Raise InputError where data.num_classes is not the number of classes."""
     classes, asked = samples.classes, config.data.num_classes
     if asked not in (None, classes.num_classes):
         there, names = classes.num_classes, ", ".join(classes.names)
-        got = f"data.num_classes={asked}, but {config.data.shards} has {there} classes ({names})"
+        got = f"data.num_classes={asked}, but {config.data.shards[0]} has {there} classes ({names})"
         action = f"write data.num_classes={there}, or choose other shards"
         raise InputError(got, "the same number", action)
 
 
 def _open_unlabelled(
-    config: Config, world_size: int, labelled: SampleSet, rest: Sequence[int]
-) -> SampleSet:
-    """The samples whose labels are not used."""
-    if not rest:
-        which = f"all of {counted(len(labelled), 'sample')} of {labelled.reader.split}"
-        got = f"mode={config.mode}, but {which} are used with their labels"
-        instead = "adversarial" if config.mode == "semi_supervised" else "supervised"
-        action = f"write for example data.labelled=1/8, or mode={instead}"
-        raise InputError(got, "unlabelled samples", action)
+    config: Config, world_size: int, labelled: Mixture, rest: Sequence[Sequence[int]]
+) -> Mixture:
+    """The samples whose labels are not used: of data sets of their own, or the rest of the
+    labelled.
+    """
+    options = config.data
+    readers, names = labelled.readers, list(labelled.names)
+    if options.unlabelled_shards:
+        split = options.unlabelled_split or options.train_split
+        readers = [open_reader(options, split, folder) for folder in options.unlabelled_shards]
+        names, rest = names_of(readers), [range(len(reader)) for reader in readers]
+        _check_verified(options, readers)
+    else:
+        _check_rest(config, labelled, rest)
     size = config.semi.batch_size or config.batch_size
     check_batch("semi.batch_size", size, world_size, config.gradient_accumulation_steps)
+    # a set with all of its labels used has none left to give
+    some = [number for number, indices in enumerate(rest) if len(indices)]
     # the labelled ones come first: being fewer, they come more often
-    room = config.data.keep_decoded_bytes
+    room = options.keep_decoded_bytes
     room -= labelled.decoded_bytes(room)
-    keep = config.data.keep_classes
-    return SampleSet(labelled.reader, rest, labelled=False, keep=keep, keep_decoded_bytes=room)
+    # no label is read, so that there is nothing to map
+    mapped: list[Mapped] = [(labelled.classes, None)] * len(some)
+    chosen = [readers[number] for number in some], [rest[number] for number in some]
+    sets = _sets(*chosen, mapped, room, labelled=False)
+    unlabelled = Mixture(sets, [names[number] for number in some])
+    check_shares(unlabelled, options.unlabelled_weights, size, "data.unlabelled_weights")
+    return unlabelled
+
+
+def _check_rest(config: Config, labelled: Mixture, rest: Sequence[Sequence[int]]) -> None:
+    """Raise InputError where no sample is left without its label being used."""
+    if not any(rest):
+        which = f"all of {counted(len(labelled), 'sample')} of {config.data.train_split}"
+        got = f"mode={config.mode}, but {which} are used with their labels"
+        instead = "adversarial" if config.mode == "semi_supervised" else "supervised"
+        action = (
+            f"write for example data.labelled=1/8, data.unlabelled_shards=DIR, or mode={instead}"
+        )
+        raise InputError(got, "unlabelled samples", action)
 
 
 def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
@@ -147,6 +273,8 @@ def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
     lists that are there stay.
     """
     held_out = [] if data.held_out is None else data.held_out.keys
+    if len(data.train.names) > 1:
+        held_out = [f"{data.train.names[0]}/{key}" for key in held_out]  # as the others have it
     lists = {HELD_OUT_FILE: held_out} if held_out else {}
     if config.data.labelled != "all":
         lists[LABELLED_FILE] = [*data.train.keys, *held_out]
@@ -163,29 +291,36 @@ def open_streams(
     """This rank's part of the endless sequence of batches, from `start_step` on."""
     # labelled images have the order that they have without unlabelled ones, so that such runs
     # compare
-    own = (config.batch_size, config.seed)
+    options, size = config.data, config.batch_size
+    own = mixed_plan(data.train, options, options.weights, batch_size=size, seed=config.seed)
     # the strong view's colours and blur are laid over it in the step, and replace these
     weak = replace(config, data=replace(config.data, color_jitter=0.0, blur_probability=0.0))
     of_labelled = weak if config.strong.labelled else config
-    labelled = open_stream(of_labelled, ranks, data.train, start_step, own)
+    labelled = open_stream(of_labelled, ranks, data.train, start_step, (size, own))
     if data.unlabelled is None:
         return labelled
+    size = config.semi.batch_size or config.batch_size
     # beyond every seed that a user can choose: another order, other crops
-    other = (config.semi.batch_size or config.batch_size, config.seed + 2**32)
+    seed = config.seed + 2**32
+    other = mixed_plan(
+        data.unlabelled, options, options.unlabelled_weights, batch_size=size, seed=seed
+    )
     # weak: what a teacher labels
     of_rest = weak if config.consistency.weight else config
-    return PairedStream(labelled, open_stream(of_rest, ranks, data.unlabelled, start_step, other))
+    return PairedStream(
+        labelled, open_stream(of_rest, ranks, data.unlabelled, start_step, (size, other))
+    )
 
 
 def open_stream(
     config: Config,
     ranks: Ranks,
-    samples: SampleSet,
+    samples: Mixture,
     start_step: int,
-    size_and_seed: tuple[int, int],
+    size_and_plan: tuple[int, MixedPlan],
 ) -> TrainStream:
-    """One stream of training crops: so many images a step over all ranks, in the seed's order."""
-    data, (batch_size, seed) = config.data, size_and_seed
+    """One stream of training crops: so many images a step over all ranks, in the plan's order."""
+    data, (batch_size, plan) = config.data, size_and_plan
     own = own_view(config, samples.classes.num_classes)
     # the fields of a view are keys of the `data` section, so that a new one needs no line here
     names = [field.name for field in fields(TrainView) if field.name != "own"]
@@ -194,7 +329,7 @@ def open_stream(
     # rank.
     return TrainStream(
         samples,
-        plan_for(samples, data, seed),
+        plan,
         crop,
         batch_size=batch_size,
         rank=ranks.rank,

@@ -20,6 +20,7 @@ from distseg.config.schema import (
     LossConfig,
     TermConfig,
 )
+from distseg.data.mixture import Mixture
 from distseg.data.samples import SampleSet
 from distseg.losses.adversarial import FORMS, Form
 from distseg.losses.class_weights import balanced, median_frequency
@@ -147,7 +148,7 @@ def build_objective(
     config: Config,
     segmentor: nn.Module,
     discriminator: nn.Module | None = None,
-    samples: SampleSet | None = None,
+    samples: Mixture | SampleSet | None = None,
 ) -> Objective:
     """The objective of a run, of its bare networks.
 
@@ -390,7 +391,7 @@ def _random(num_classes: int, score_side: int = 8) -> Predicted:
     return Predicted(pixels, targets, logits, logits, logits.softmax(1), scores)
 
 
-def class_weights(loss: LossConfig, samples: SampleSet) -> Tensor | None:
+def class_weights(loss: LossConfig, samples: Mixture | SampleSet) -> Tensor | None:
     """The weights (C,) of `loss.class_weights`; None: none. Raises InputError for a wrong list.
 
     balanced and median_frequency follow from the pixels of the samples that are labelled.

@@ -195,8 +195,9 @@ def _fit_and_show(
             # evaluation and the gathering of shards are collectives: every rank takes part in both
             # of a run that had been complete before this process began: evaluation.json and the
             # pictures may be what the earlier process was stopped in
-            if trainer.evaluator.result is None:
-                trainer.evaluator()
+            for evaluator in (trainer.evaluator, trainer.source):
+                if evaluator is not None and evaluator.result is None:
+                    evaluator()
             network = trainer.evaluator.gather_network()
             views = trainer.next_views(data)
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.

@@ -34,7 +34,10 @@ def show(
     trainer.check_folder()
     trainer.watchdog.report("scores and curves")
     # first: the scores are what the run was for, and drawing is what can fail
-    write_json(run_dir / "evaluation.json", evaluator.report(step))
+    report = evaluator.report(step)
+    if trainer.source is not None:
+        report |= trainer.source.named()
+    write_json(run_dir / "evaluation.json", report)
     folder = run_dir / FOLDER
     draw_scores(run_dir, folder, trainer.config.loss.adv_form)
     trainer.tracker.image(step, "curves", folder / "curves.png")

@@ -66,6 +66,7 @@ class Trainer:
     watchdog: Watchdog
     work: StepWork
     peak: float  # operations per second of convolutions on this rank
+    source: Evaluator | None = None  # on the domain that has the labels, where that is another
     held_out: HeldOut | None = None  # of a run with a teacher
     state: TrainState = field(default_factory=TrainState)
     # raises InputError where the run directory is another than the run began in; on the main rank
@@ -133,7 +134,8 @@ class Trainer:
         clock.count(self._operations(step))
         # nothing is read from the device in other steps: the host stays ahead of it
         if logged(step, self.config):
-            self._log(step + 1, metrics, clock.lap(step + 1, stream.wait_seconds))
+            speed = clock.lap(step + 1, stream.wait_seconds)
+            self._log(step + 1, metrics, speed | stream.told(step + 1))
         self.state.step += 1
         if _due(self.state.step, self.config.parallel.check_every):
             check_equal(self.ranks, self.pair, self.state.step)
@@ -152,6 +154,9 @@ class Trainer:
         """Score the segmentor on the validation split; note the score, and if it is the best."""
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
+        if self.source is not None:
+            self.source()
+            values |= self.source.named()
         self.check_folder()
         events = self.tracker.log(self.state.step, values)
         classes = self.evaluator.samples.classes.names

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import InputError
-from shards.prepare.pairing import MASK_SUFFIXES
+from shards.prepare.pairing import MASK_SUFFIXES, check_listed_once
 
 # not str.split and str.splitlines: names have other blanks in them (macOS writes U+202F)
 LINE_ENDS = re.compile(r"\r\n|\r|\n")
@@ -127,6 +127,23 @@ def entries_of(path: Path, images: Names, masks: Names | None = None) -> list[En
 def ids_in_list(path: Path, ids: Iterable[str] = ()) -> list[str]:
     """The ids that a list names, for data whose masks go by the same ids; see `entries_of`."""
     return [entry.image for entry in entries_of(path, Names(ids))]
+
+
+def listed_splits(ids: Iterable[str], train_list: str, val_list: str) -> dict[str, list[str]]:
+    """{"train": ids, "val": ids} of lists with an id a line: without val_list none validates, and
+    without train_list all others train.
+
+    Raises InputError for an empty or unreadable list, an id in both or twice.
+    """
+    ids = sorted(ids)
+    splits = {"train": ids_in_list(Path(train_list), ids)} if train_list else {"train": ids}
+    if val_list:
+        splits["val"] = ids_in_list(Path(val_list), ids)
+        if not train_list:
+            left_out = {*splits["val"]}
+            splits["train"] = [id_ for id_ in ids if id_ not in left_out]
+    check_listed_once(splits)
+    return splits
 
 
 def _entries(line: str, images: Names, masks: Names) -> list[Entry]:

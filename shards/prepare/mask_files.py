@@ -48,6 +48,20 @@ def mask_values(
         return with_picture(content, values)
 
 
+def first_channel(path: Path) -> np.ndarray:
+    """(H, W) uint8 or uint16: the first channel of a PNG of any number of them, 8 or 16 bits each.
+
+    Raises InputError, naming the file, for anything else.
+    """
+    with named(path, "mask", "PNG"):
+        # by OpenCV: of 16 bits a channel Pillow drops the lower eight
+        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        if values is None:
+            raise InputError("an unreadable picture", "a whole PNG", "replace the file")
+        # blue, green, red: the first of the file is the third here, of gray with alpha all three
+        return values if values.ndim == 2 else values[..., 2]
+
+
 def _array(content: bytes, colors: bool) -> np.ndarray:
     # pickled objects run code when they are read
     array = np.load(io.BytesIO(content), allow_pickle=False)

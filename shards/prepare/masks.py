@@ -13,7 +13,7 @@ import numpy as np
 from shards.errors import InputError
 from shards.images import stored_image
 from shards.prepare.dataset import Task
-from shards.prepare.mask_files import mask_values
+from shards.prepare.mask_files import first_channel, mask_values
 from shards.prepare.pairing import source_of
 from shards.sample import IGNORE_INDEX, Sample
 
@@ -31,7 +31,8 @@ class Coding:
     colors: values are 0xRRGGBB of the picture's colours, a palette applied; else gray values or
     palette indices. names: of the classes, for messages. turn: images and masks are turned upright
     as their EXIF orientation says. nearest: masks may be kept with loss (JPEG), and every value
-    stands for the nearest known one.
+    stands for the nearest known one. first_channel: values are those of the first channel of a
+    picture that has several, of 8 or 16 bits.
     """
 
     codes: tuple[tuple[int, int], ...]
@@ -39,6 +40,7 @@ class Coding:
     names: tuple[str, ...] = ()
     turn: bool = True
     nearest: bool = False
+    first_channel: bool = False
 
 
 class UnknownValues(InputError):
@@ -103,6 +105,8 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
 
 
 def _values(path: Path, coding: Coding) -> np.ndarray:
+    if coding.first_channel:
+        return first_channel(path)
     return mask_values(path, colors=coding.colors, turn=coding.turn, lossy=coding.nearest)
 
 

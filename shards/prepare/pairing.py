@@ -203,6 +203,24 @@ def each_id(splits: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
             yield split, id_
 
 
+def pairs_of_splits(
+    splits: Mapping[str, Sequence[str]],
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    folders: tuple[Path, Path],
+) -> list[Pair]:
+    """Image and label of every id of the splits, in order; of what is not there, the path that it
+    would have in the folder of images or of labels, as <id>.png.
+    """
+    return [
+        Pair(
+            *(id_, split, images.get(id_, folders[0] / f"{id_}.png")),
+            labels.get(id_, folders[1] / f"{id_}.png"),
+        )
+        for split, id_ in each_id(splits)
+    ]
+
+
 def seeded_splits(keys: list[str], seed: int) -> dict[str, list[str]]:
     """{"train": keys, "val": keys}: a fifth of a permutation by `seed` validates."""
     if len(keys) < 2 or seed < 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.keys import key
-from distseg.config.schema.common import MAX_SEED
+from distseg.config.schema.common import MAX_SEED, WITH_UNLABELLED
 
 
 @dataclass
@@ -14,9 +14,41 @@ class DataConfig:
     """Which samples, and how a training crop is cut from them."""
 
     # may change: a run is held to the manifest's sha256, so the same shards may lie elsewhere
-    shards: str = key(
+    shards: list[str] = key(
+        [],
+        "directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL; "
+        "of several, [DIR,DIR], the samples are mixed, and the classes are those of the first",
+        on_resume=True,
+        at_evaluation=True,
+    )
+    weights: list[float] = key(
+        [],
+        "shares of data.shards in every batch: [3,1] are three quarters and one; []: as many "
+        "samples as each has",
+        low=0,
+    )
+    class_map: dict[str, Any] = key(
+        {},
+        "classes of further data sets that are spelt otherwise, by the set's name: {NAME: {class "
+        'of the run: class of the set, or several, or "void" where it has none; void: [classes '
+        "of the set that are none of the run's]}}",
+    )
+    unlabelled_shards: list[str] = key(
+        [],
+        "as data.shards, of images whose labels, if any, are not read; []: the images of "
+        "data.shards whose labels are not used",
+        on_resume=True,
+        modes=WITH_UNLABELLED,
+    )
+    unlabelled_weights: list[float] = key(
+        [], "as data.weights, of data.unlabelled_shards", low=0, modes=WITH_UNLABELLED
+    )
+    unlabelled_split: str = key(
+        "", 'split of data.unlabelled_shards; "": data.train_split', modes=WITH_UNLABELLED
+    )
+    val_shards: str = key(
         "",
-        "directory written by `distseg pack` (manifest.json and *.tar), or its http, s3 or gs URL",
+        'what is evaluated on; "": the first of data.shards',
         on_resume=True,
         at_evaluation=True,
     )
@@ -153,3 +185,8 @@ class DataConfig:
         low=0,
         on_resume=True,
     )
+
+    def __post_init__(self) -> None:
+        # as on the command line: else the letters of a path would be taken for folders
+        if isinstance(self.shards, str):
+            self.shards = [self.shards]
