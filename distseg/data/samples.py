@@ -338,6 +338,7 @@ def hold_out(
         raise InputError(got, needed, "hold out fewer, or label more: data.labelled")
     without = set(reader.unlabelled)
     candidates = [index for index in range(len(reader)) if reader.key(index) not in without]
+    # the order of `split_labelled` again, of all that it could draw: a list in a file has none
     order = Plan(len(candidates), seed)
     drawn_at = {candidates[order.sample_index(p)]: p for p in range(len(candidates))}
     last = sorted(labelled, key=lambda index: drawn_at[index])[len(labelled) - count :]

@@ -33,6 +33,7 @@ class RunningStatistics:
         any rank: all keep those of before. num_tracked: so many of the first images are normalised
         by themselves and tracked, the others by themselves and not; None: all together.
         """
+        # layers by themselves: frozen ones are in evaluation mode while their network trains
         layers = [layer for layer in self._layers if layer.training]
         buffers: list[Tensor] = []
         for layer in layers:
@@ -81,6 +82,7 @@ def _first_part(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None
         )
         action = "take more images at a time, or write consistency.batch_norm=joint"
         raise InputError(f"{got}{num_tracked} of them labelled", needed, action)
+    # on the layer itself, which a copy of the network has its own of
     layer.rest = rest
     return (first,)
 

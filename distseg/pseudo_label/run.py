@@ -292,6 +292,7 @@ def _draw_quality(kept: Sequence[Labelled], names: Sequence[str], out: Path) -> 
     """Draw of each class how much is labelled and how much of that is right, in the images that are
     kept and whose labels were compared; whether there are any.
     """
+    # of the kept ones: the others teach nothing, however wrong they are
     known = [image.counts for image in kept if image.counts is not None]
     if not known:
         return False

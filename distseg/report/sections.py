@@ -195,6 +195,7 @@ def _gallery(collected: Collected, entries: list[Entry], which: str, what: str) 
             label = f"{swatch(entry)} {escape(run['name'])}"
             figure = f"<figure>{label}{image}</figure>"
             pictures.setdefault(sample["key"], []).append(figure)
+    # one after the other, as pictures of one key are compared
     parts = []
     for key, figures in pictures.items():
         parts.append(f'<h3>{escape(key)}</h3><div class="gallery">{"".join(figures)}</div>')

@@ -223,9 +223,11 @@ def kept_bars(per_class: Mapping[str, tuple[float, float]], out: Path) -> None:
         rows, lengths = places + (column - 0.5) * 0.38, values[:, column]
         axes.barh(rows, np.nan_to_num(lengths), height=0.36, color=color, label=label)
         for row, value in zip(rows, lengths, strict=True):
+            # told apart from 0 %, which is a measurement
             text = "none" if math.isnan(value) else f"{value:.0%}"
             place = (0 if math.isnan(value) else value) + 0.01
             axes.text(place, row, text, va="center", fontsize=8)
+    # outside: of 150 classes some bar would be behind it
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), yticks=places, yticklabels=names)
     axes.set_xlabel("share of pixels that the shards label too")
@@ -291,6 +293,7 @@ class Taught:
     def title(self, what: str) -> str:
         """With the share of its pixels inside that are confident."""
         inside = self.label != IGNORE_INDEX
+        # of pixels inside, as the term's own divisor is; a crop may be half fill
         share = float(self.confident[inside].mean()) if inside.any() else 0.0
         return f"{what}: {share:.0%} confident"
 
@@ -317,6 +320,7 @@ def taught_panel(
     shown = sorted({*occurring(weak.label, classes), *occurring(strong.label, classes)})
     has_void = bool((weak.label == IGNORE_INDEX).any() or (strong.label == IGNORE_INDEX).any())
     legend = legend_entries(classes, has_void, shown)
+    # the number itself, as "not confident" means another thing in every run
     unsure = f"probability < {threshold:g}"
     legend.append(Patch(facecolor="white", edgecolor="gray", hatch="////", lw=0.4, label=unsure))
     grid = _Grid(weak.image.shape[:2], 1, len(legend), has_scale=False)
@@ -327,6 +331,7 @@ def taught_panel(
         (strong.title("its pseudo-label"), strong.picture(classes)),
     )
     for column, (title, picture) in enumerate(pictures):
+        # none, as in sample_panel: interpolated stripes would have colours of their own
         grid.axes(0, column, title).imshow(picture, interpolation="none")
     grid.add_legend(legend)
     save(grid.figure, out)

@@ -148,6 +148,7 @@ class Health:
         # rows of evaluations have no counts of skips, from which the next difference is taken
         if any(name.startswith(LOSS) for name in row):
             self._before = row | self._levels(row)
+        # after judging, or a row would be compared with itself
         best = max(row.get(AGREEMENT, 0.0), self._remembered.get(BEST_AGREEMENT, 0.0))
         self._remembered[BEST_AGREEMENT] = best
         self.events += found
@@ -157,6 +158,7 @@ class Health:
         remembered = self._remembered
         if MEAN_IOU in row:
             remembered[UNPREDICTED] = unpredicted(row, remembered.get(UNPREDICTED, {}))
+        # in other rows classes are missing for want of confident pixels
         if teaches(row):
             remembered[UNKEPT] = unkept(row, remembered.get(UNKEPT, {}))
 

@@ -186,6 +186,7 @@ def unkept(row: MetricsRow, before: Unkept) -> Unkept:
     """
     found = {}
     for name in row:
+        # one row in which it is kept begins the count anew
         if name.startswith(CLASS_SHARE) and row[name] < UNKEPT_BELOW:
             first, rows, total = before.get(name, (row["step"], 0, 0.0))
             total += row.get(LABELLED_SHARE + name.removeprefix(CLASS_SHARE), 0.0)
@@ -204,6 +205,7 @@ def _left_out(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, float
     """
     found = {}
     for name, (first, rows, total) in before.get(UNKEPT, {}).items():
+        # both, as rows may be 1 or 1,000 steps apart
         is_long = rows >= MIN_UNKEPT_ROWS and row["step"] - first >= MIN_UNKEPT_STEPS
         if is_long and total / rows >= MIN_LABELLED_SHARE:
             found[name.removeprefix(CLASS_SHARE)] = (first, total / rows)
@@ -226,6 +228,7 @@ def _dominant(row: MetricsRow) -> tuple[str, float]:
     """The class with the largest share of the confident pixels, of those that do not dominate the
     labels too; and that share.
     """
+    # so that there is a largest one where labels are of one class alone
     shares = {"": 0.0}
     for name in row:
         word = name.removeprefix(CLASS_SHARE)
@@ -248,6 +251,7 @@ def _wrong_though_sure(row: MetricsRow, before: MetricsRow) -> float | None:
     """The share of wrong pixels among confident ones, where nearly all are; else 0."""
     if CONFIDENT_AGREEMENT not in row:
         return None
+    # a threshold that few pixels reach still chooses: wrong ones are then another check's matter
     is_sure = row[HELD_OUT_CONFIDENT] >= NEARLY_ALL
     return 1.0 - row[CONFIDENT_AGREEMENT] if is_sure else 0.0
 

@@ -96,6 +96,7 @@ def class_shares(
     counts = torch.stack([_histogram(label), _histogram(confident)])
     # sent with void's and all other values: a part of it is no tensor in one piece
     sums = all_reduce_sum(counts)[:, : len(names)]
+    # 0 and not NaN, which would pass for a loss that is not finite
     shares = sums / sums.sum(1, keepdim=True).clamp(min=1)
     named: dict[str, Tensor] = {}
     for prefix, of_classes in zip((LABELLED_SHARE, CLASS_SHARE), shares, strict=True):

@@ -53,18 +53,22 @@ class HeldOut:
         # of the confident pixels and of the others: rows = labels, columns = pseudo-labels
         counts = torch.zeros(2, num_classes, num_classes, device=self.ranks.device).long()
         shares = (self.ranks.rank, self.ranks.world_size, self.num_threads)
+        # under DDP it is the network that is trained, whose layers go on in the mode that they were
+        # in
         with evaluating(network):
             for _, _, image, array in evaluation_samples(self.samples, *shares):
                 self.mark("held-out images")
                 confidence, index = self.look(network, image).max(0)
                 label = torch.from_numpy(array).to(index.device)
                 counts += self._counted(label, index, confidence)
+        # whole numbers until here, so that any number of ranks comes to the same bits
         confident, others = all_reduce_sum(counts).cpu().double()
         return dict(self._named(confident, confident + others))
 
     def _counted(self, label: Tensor, index: Tensor, confidence: Tensor) -> Tensor:
         """(2, C, C) int64 of an image; label, index and confidence: (H, W)."""
         num_classes = self.samples.classes.num_classes
+        # one count for both matrices: a place in the flat (2, C, C)
         place = (confidence < self.threshold).long() * num_classes + label.long()
         place = place * num_classes + index
         counted = torch.bincount(place[label != IGNORE_INDEX], minlength=2 * num_classes**2)
@@ -72,6 +76,7 @@ class HeldOut:
 
     def _named(self, confident: Tensor, every: Tensor) -> Iterator[tuple[str, float]]:
         def share(name: str, part: Tensor, whole: Tensor) -> Iterator[tuple[str, float]]:
+            # not NaN: a row of the file says nothing of what is not there
             if whole:
                 yield name, float(part / whole)
 

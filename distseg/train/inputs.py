@@ -134,6 +134,7 @@ def _hold_out(
     data set.
     """
     count = config.consistency.held_out
+    # without one there is nothing to judge, and labels are dear
     if not (has_teacher(config) and count):
         return labelled, None
     labelled, held_out = hold_out(reader, labelled, count, config.data.labelled_seed)

@@ -42,6 +42,19 @@ def show(
     draw_scores(run_dir, folder, trainer.config.loss.adv_form)
     trainer.tracker.image(step, "curves", folder / "curves.png")
     classes = classes_in(trainer.config, val_set)
+    _show_samples(trainer, network, val_set, classes)
+    if views is not None:
+        _show_views(trainer, folder, views, classes)
+    curves = folder / "curves.png"
+    trainer.progress.message(f"look at {curves}, then at iou.png and samples/ beside it")
+
+
+def _show_samples(
+    trainer: Trainer, network: nn.Module, val_set: SampleSet, classes: ClassSet
+) -> None:
+    """Draw validation images with what the network makes of them."""
+    folder, step = Path(trainer.config.run_dir) / FOLDER, trainer.state.step
+    evaluator = trainer.evaluator
     for index in spread(trainer.config.evaluate.num_pictures, len(val_set)):
         # each picture, since all of them may take longer than the time limit
         trainer.watchdog.report("pictures")
@@ -54,10 +67,6 @@ def show(
         masks = {"label": label, "prediction": probabilities.argmax(0).astype(np.uint8)}
         # besides the panel: in W&B masks can be switched on and off over the picture
         trainer.tracker.masks(step, f"masks/{key}", image, masks, val_set.classes.names)
-    if views is not None:
-        _show_views(trainer, folder, views, classes)
-    curves = folder / "curves.png"
-    trainer.progress.message(f"look at {curves}, then at iou.png and samples/ beside it")
 
 
 def _show_views(
@@ -65,6 +74,7 @@ def _show_views(
 ) -> None:
     """Draw what the teacher makes of the first unlabelled images, and what is trained on."""
     threshold = trainer.config.consistency.threshold
+    # of two views of an image the first ones come first: these indices are of the same images
     count = min(trainer.config.evaluate.num_pictures, len(views[0].label))
     for index in range(count):
         trainer.watchdog.report("pictures")
@@ -78,6 +88,7 @@ def _show_views(
 def _taught(images: Images, index: int, threshold: float) -> figures.Taught:
     """One of the images, on the CPU."""
     assert images.pseudo is not None
+    # float64 and bf16 runs too: a picture has bytes
     pixels = images.pixels[index].permute(1, 2, 0).float().mul(255).round()
     return figures.Taught(
         pixels.byte().cpu().numpy(),

@@ -246,6 +246,7 @@ class Trainer:
         ones, of a run that has a teacher; called on every rank.
         """
         teacher, step = self.pair.weak_to_strong, self.state.step
+        # phases ask for a teacher only where there is one, and so do pictures
         assert teacher is not None
         weak = to_device(unlabelled, self.ranks.device, self.config)
         weak = teacher.taught(weak, self.config.gradient_accumulation_steps)
@@ -260,6 +261,7 @@ class Trainer:
         if self.pair.weak_to_strong is None or not self.config.evaluate.num_pictures:
             return None
         self.watchdog.report("pictures of pseudo-labels")
+        # a stream of its own, from the same seed: what the run has read ahead is left to it
         with closing(open_streams(self.config, self.ranks, data, self.state.step)) as stream:
             batch = next(stream)
         assert batch.unlabelled is not None
