@@ -25,6 +25,7 @@ from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from distseg.config.forms import DEFAULT
 from distseg.tracking.catalogue import HELD_OUT, VALIDATION, Metric, Panel, panels_of
+from distseg.tracking.fonts import drawable, drawable_classes, drawing
 from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet
@@ -182,12 +183,18 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
 
     NaN is an absent class.
     """
-    names = [plain(name) for name in per_class]
-    values = np.array(list(per_class.values()), float)
+    names = [plain(name) for name in drawable(list(per_class), out.suffix[1:])]
+    with drawing(names):
+        _iou_bars(names, np.array(list(per_class.values()), float), out)
+
+
+def _iou_bars(names: Sequence[str], values: np.ndarray, out: Path) -> None:
     figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     # an absent class gets a row without a bar: leaving it out would look like a data set without it
-    axes.barh(names, np.nan_to_num(values), color=BLUE, height=0.7)
+    rows = range(len(names))
+    axes.barh(rows, np.nan_to_num(values), color=BLUE, height=0.7)
+    axes.set_yticks(rows, names)
     for row, value in enumerate(values):
         text = "absent" if math.isnan(value) else f"{value:.1%}"
         place = (0 if math.isnan(value) else value) + 0.01
@@ -252,6 +259,18 @@ def sample_panel(
     below: one probability picture for each class that occurs in label or prediction, all on one
     scale from 0 to 1.
     """
+    classes = drawable_classes(classes, out.suffix[1:])
+    with drawing(classes.names):
+        _sample_panel(image, label, probabilities, classes, out)
+
+
+def _sample_panel(
+    image: np.ndarray,
+    label: np.ndarray | None,
+    probabilities: np.ndarray,
+    classes: ClassSet,
+    out: Path,
+) -> None:
     prediction = probabilities.argmax(0).astype(np.uint8)
     # of 150 classes a picture shows a dozen
     shown = occurring(prediction, classes)
