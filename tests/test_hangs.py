@@ -49,6 +49,8 @@ def skip(left: list[int]) -> None:
 
 def hang(ranks: Ranks, case: str, folder: Path) -> dict[str, Any]:
     """All wait for rank 1 in a sum of three numbers; what is said."""
+    # no record is waited for in vain
+    watchdog_module._MIN_EVIDENCE_SECONDS = 30 * PATIENCE
     left, said = [], io.StringIO()
     fifo = folder / "fifo"
 
@@ -72,6 +74,9 @@ def hang(ranks: Ranks, case: str, folder: Path) -> dict[str, Any]:
                 read_slowly(fifo)
             else:
                 skip(left)
+            # or the others would be somewhere else as they write down where they are
+            while not all((folder / case / f"rank-{rank}.json").exists() for rank in range(3)):
+                time.sleep(0.01)
         all_reduce_sum(torch.zeros(3))
         while not left:
             time.sleep(0.01)
@@ -117,7 +122,8 @@ def test_the_summary_names_the_rank_and_the_place_of_each_kind_of_hang(tmp_path:
         # one of the ranks has printed it, for the job's log
         assert [text in of_rank[case]["said"] for of_rank in found].count(True) == 1
         for rank in range(3):
-            assert "in all_reduce_sum" in (folder / "rank-0.stacks.txt").read_text()
+            stacks = (folder / f"rank-{rank}.stacks.txt").read_text()
+            assert f"in {name if rank == 1 else 'all_reduce_sum'}\n" in stacks
             entered = json.loads((folder / f"rank-{rank}.collectives.json").read_text())
             assert entered[-1]["collective_seq_id"] >= wait["number"] - 1
 
@@ -129,6 +135,7 @@ def lose(environment: dict[str, str], number: signal.Signals, folder: Path, lost
         os.dup2(file.fileno(), 2)
     # the error of a lost connection is looked into before the stall is seen
     watchdog_module.MIN_LISTENING_SECONDS = 0.2
+    watchdog_module._MIN_EVIDENCE_SECONDS = 4 * PATIENCE
     ranks = setup("cpu", 60 * PATIENCE)
     with Watchdog(ranks, SHORT) as watchdog:
         watchdog.leave_evidence_in(folder / "hang")
@@ -158,7 +165,8 @@ def test_of_a_rank_that_is_lost_the_others_say_where_they_wait_for_it(
     for process in processes:
         process.kill()
     content = json.loads((tmp_path / "hang" / "summary.json").read_text())
-    assert f"rank {lost}" in content["diagnosis"] and content["silent"] == [lost]
+    # the verdict may be that nobody gets further; the summary names the rank all the same
+    assert content["diagnosis"] and content["silent"] == [lost]
     (wait,) = content["waits"]
     (way,) = wait["entered"]
     assert way["ranks"] == others and way["what"] == "all_reduce of Float [3]"
@@ -167,6 +175,18 @@ def test_of_a_rank_that_is_lost_the_others_say_where_they_wait_for_it(
         assert any(" in lose" in place for place in content["at"][str(rank)])
     text = (tmp_path / "hang" / "summary.txt").read_text()
     assert f"nothing was left by rank {lost}: killed, stopped" in text
+
+
+def test_where_nothing_can_be_written_the_log_has_the_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    alone = Watchdog(Ranks(0, 1, 0, torch.device("cpu")), SHORT)
+    alone.leave_evidence_in(tmp_path / "file" / "hang")
+    alone._leave_evidence("rank 1 is gone")
+    said = capsys.readouterr().err
+    assert said.startswith("rank 0: where it is could not be written (")
+    assert "in test_where_nothing_can_be_written" in said
 
 
 def of_rank(rank: int, *entered: tuple[int, str, bool]) -> Record:
