@@ -401,6 +401,10 @@ def test_a_name_that_no_font_can_write_is_a_number_and_is_told_once(
     assert letter in titles(figures[1]) and f">{letter}<" in (tmp_path / "panel.svg").read_text()
     figures_module.iou_bars({letter: 0.5, "class 0": 0.25}, tmp_path / "iou.png")
     assert len(figures[3].axes[0].patches) == 2
-    assert fonts.spelled(f"val_{letter}1") == "val_?1"
+    # the name of a sample is no class
+    figure = Figure()
+    figure.suptitle(f"val_{letter}1")
+    figures_module.save(figure, tmp_path / "title.png")
+    assert figure.get_suptitle() == "val_?1"
     (record,) = caplog.records
     assert f"can write {letter}: pictures say class 0; a font" in record.getMessage()

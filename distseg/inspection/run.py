@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distseg.tracking.figures import legend_entries, overlay, plain, save
-from distseg.tracking.fonts import drawable_classes, drawing, spelled
+from distseg.tracking.fonts import drawable_classes
 from distseg.tracking.palettes import coloured
 from shards.files import published
 from shards.inspect import Inspection, inspect, record
@@ -205,17 +205,16 @@ def contact_sheet(
         for look in _chosen(inspection)
         if (cell := _cell(directory, look, inspection.manifest, classes)) is not None
     ]
-    with drawing([*classes.names, *(title for title, _ in cells)]):
-        _sheet(cells, classes, out)
+    _draw_sheet(cells, classes, out)
 
 
 def _title(look: Look, inspection: Inspection) -> str:
     """A sample's split and the end of its name; behind a colon the checks that found it."""
     checks = sorted({one.check for one in inspection.findings if one.sample == look.key})
-    return spelled(f"{look.split} {look.key[-28:]}") + (f": {', '.join(checks)}" if checks else "")
+    return f"{look.split} {look.key[-28:]}" + (f": {', '.join(checks)}" if checks else "")
 
 
-def _sheet(cells: list[tuple[str, np.ndarray]], classes: ClassSet, out: Path) -> None:
+def _draw_sheet(cells: list[tuple[str, np.ndarray]], classes: ClassSet, out: Path) -> None:
     num_rows = max(1, -(-len(cells) // NUM_COLUMNS))
     # inches, in which matplotlib counts
     height, width = (side / DPI for side in CELL_PX)

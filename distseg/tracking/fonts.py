@@ -15,7 +15,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 
 from shards.sample import ClassSet
 
@@ -92,13 +94,13 @@ def _in(path: Path, letters: Iterable[str]) -> set[str]:
     return set() if font is None else {one for one in letters if font.get_char_index(ord(one))}
 
 
-def drawable(names: Sequence[str], form: str = "png") -> tuple[str, ...]:
-    """Names of classes as a picture of this form writes them: "class 3" for one that no font can.
+def drawable(names: Sequence[str], suffix: str = ".png") -> tuple[str, ...]:
+    """Names of classes as a picture in such a file writes them: "class 3" for one that no font can.
 
     That is told once. SVG keeps its texts, as what shows it has fonts of its own.
     """
     lacking = fonts_for(names).lacking
-    if not lacking or form == "svg":
+    if not lacking or suffix == ".svg":
         return tuple(names)
     shown = tuple(
         f"class {index}" if lacking & {*name} else name for index, name in enumerate(names)
@@ -114,9 +116,9 @@ def drawable(names: Sequence[str], form: str = "png") -> tuple[str, ...]:
     return shown
 
 
-def drawable_classes(classes: ClassSet, form: str = "png") -> ClassSet:
+def drawable_classes(classes: ClassSet, suffix: str = ".png") -> ClassSet:
     """The classes under the names that `drawable` gives."""
-    names = drawable(classes.names, form)
+    names = drawable(classes.names, suffix)
     # names are unique in a set; one that is called so already keeps what it is called
     names = tuple(
         f"{new} (no font)" if new != old and new in classes.names else new
@@ -125,20 +127,24 @@ def drawable_classes(classes: ClassSet, form: str = "png") -> ClassSet:
     return replace(classes, names=names)
 
 
-def spelled(text: str) -> str:
-    """A text with a question mark for each letter that no font has."""
-    lacking = fonts_for([text]).lacking
-    return "".join("?" if one in lacking else one for one in text)
-
-
 @contextmanager
-def drawing(texts: Iterable[str]) -> Iterator[None]:
-    """Matplotlib figures that are made and saved within have the letters of these texts."""
-    fonts = fonts_for(texts)
-    families = [*mpl.rcParams["font.family"], *map(_family, fonts.files[1:])]
-    with mpl.rc_context({"font.family": families}), warnings.catch_warnings():
+def lettered(figure: Figure, suffix: str) -> Iterator[None]:
+    """A figure to be saved within, whose texts have the fonts that they need.
+
+    A letter that no font has is a question mark, and not a box; in SVG it stays.
+    """
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    fonts = fonts_for(text.get_text() for text in texts)
+    extra = [_family(path) for path in fonts.files[1:]]
+    for text in texts:
+        # others stay as they are: pictures of names that need none of this keep their bytes
+        if extra:
+            text.set_fontfamily([*text.get_fontfamily(), *extra])
+        if fonts.lacking and suffix != ".svg":
+            text.set_text("".join("?" if one in fonts.lacking else one for one in text.get_text()))
+    with warnings.catch_warnings():
         if fonts.lacking:
-            # of an SVG, which keeps them; told by `drawable` where they are replaced
+            # of letters that an SVG keeps: what shows it has fonts of its own
             warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         yield
 
