@@ -66,7 +66,7 @@ OF_THE_CLOCK = re.compile(
 )
 # files that tell of the run's starts and machine, or of what a clock measures
 OF_THE_STARTS = re.compile(
-    r"config\.yaml|environment\.json|attempts\.jsonl|lock|health\.json|pictures/curves\.png"
+    r"config\.yaml|environment\.json|attempts\.jsonl|lock|health\.json|pictures/curves\.png|hangs/.*"
 )
 
 

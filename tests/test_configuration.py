@@ -534,6 +534,42 @@ def test_a_dry_run_says_where_values_are_from_and_is_a_file_of_the_same_run(
     assert loading.load([str(tmp_path / "mine.yaml")]) == loading.load(words)
 
 
+@pytest.mark.parametrize("shards", ["", "not/there"])
+def test_a_dry_run_without_the_data_leaves_to_them_what_is_theirs(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture, toy_shards: Path
+) -> None:
+    words = ["preset=own", "batch_size=4", "run_dir=runs/x"]
+    named = [f"data.shards={shards}"] if shards else []
+    assert main(["train", "--dry-run", *words, *named]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^  crop_px: from_data +# preset own, from your images: side", shown, re.M)
+    assert re.search(r"^steps: from_data ", shown, re.M)
+    assert re.search(r"^batch_size: 4 +# command line: GLOBAL", shown, re.M)
+    assert shown.startswith("# from your images: data.crop_px, steps, ")
+    assert ("not/there is not there yet" in shown) == bool(shards)
+    assert "# segmentor deeplabv3plus_efficientnet_lite0, for the classes of" in shown
+    # a file that training takes when the data are there
+    (tmp_path / "mine.yaml").write_text(shown)
+    there = f"data.shards={toy_shards}"
+    assert loading.load([str(tmp_path / "mine.yaml"), there]) == loading.load([*words, there])
+
+
+def test_a_dry_run_refuses_what_is_there_and_no_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture, toy_shards: Path
+) -> None:
+    own = ["train", "--dry-run", "preset=own"]
+    for wrong, said in (
+        ([f"data.shards={tmp_path}"], "manifest.json"),
+        ([f"data.shards={toy_shards}", "data.train_split=nowhere"], "no split 'nowhere'"),
+        # what needs no images is checked without them
+        (["ema_decay=2"], "ema_decay=2"),
+    ):
+        assert main([*own, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    # for a run they are needed, whatever the preset
+    assert main(["train", "preset=own"]) == main(["train", "steps=7"]) == 2
+
+
 @pytest.mark.parametrize("mode", ["supervised", "consistency"])
 def test_a_dry_run_shows_the_networks_of_its_mode(mode: str, toy_shards: Path) -> None:
     words = [f"data.shards={toy_shards}", f"mode={mode}", "ema_decay=0.9"]

@@ -23,8 +23,9 @@ from PIL import Image
 
 from distseg.cli import main
 from distseg.config.schema import Config, DataConfig
-from distseg.inspection.run import conclusion
+from distseg.inspection.run import conclusion, contact_sheet
 from distseg.tracking.figures import iou_bars, sample_panel
+from distseg.tracking.palettes import safe_colors
 from distseg.train.inputs import open_data
 from shards import pack as packing
 from shards.errors import InputError
@@ -414,6 +415,12 @@ def test_contact_sheet_shows_each_label_over_its_picture(directory: Path) -> Non
     # toy pictures have their classes' colours, so an overlay repeats them
     for color in STANFORD.palette:
         assert (np.abs(sheet - color).max(1) <= 12).mean() > 0.002
+    # in the legend alone colours are as they are
+    safe = safe_colors(STANFORD.num_classes)
+    assert not all((sheet == color).all(1).any() for color in safe)
+    contact_sheet(directory, inspect(directory), directory / "safe.png", "safe")
+    other = np.asarray(Image.open(directory / "safe.png").convert("RGB")).reshape(-1, 3)
+    assert all((other == color).all(1).any() for color in safe)
 
 
 Lines = list[dict[str, Any]]

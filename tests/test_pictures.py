@@ -7,17 +7,24 @@ from __future__ import annotations
 import base64
 import io
 import re
+import unicodedata
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 
 from distseg.tracking import figures as figures_module
+from distseg.tracking import fonts
 from distseg.tracking.catalogue import Panel
+from distseg.tracking.legend import legend_strip
 from shards.sample import STANFORD, ClassSet
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -316,3 +323,88 @@ def test_bars_have_the_length_of_the_iou(tmp_path: Path, figures: list[Figure]) 
     assert [text.get_text() for text in axes.texts] == ["90.0%", "50.0%", "absent", "0.0%"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(per_class)
     assert figures[0].legends[0].get_texts()[0].get_text() == "mean IoU 46.7%"
+
+
+def _rare_letter() -> tuple[str, Path]:
+    """A letter that DejaVu Sans has not, and the font of matplotlib's that has it."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    common = FT2Font(str(folder / "DejaVuSans.ttf")).get_charmap()
+    for code in FT2Font(str(folder / "STIXGeneral.ttf")).get_charmap():
+        if code not in common and unicodedata.category(chr(code)) in ("Ll", "Lu", "Lo"):
+            return chr(code), folder / "STIXGeneral.ttf"
+    raise AssertionError("STIX has no letter of its own")
+
+
+@pytest.fixture
+def system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The files of fonts that this machine has besides matplotlib's: none, until they are added."""
+    found: list[str] = []
+    monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: found)
+    monkeypatch.setattr(fonts, "_told", set())
+    caches = (fonts.system_fonts, fonts._fonts_for)
+    for cache in caches:
+        cache.cache_clear()
+    yield found
+    for cache in caches:
+        cache.cache_clear()
+
+
+def _panel(classes: ClassSet, out: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = np.array([[0, 1], [1, 0]], np.uint8)
+    probabilities = rng.random((2, 2, 2), np.float32)
+    figures_module.sample_panel(np.zeros((2, 2, 3), np.uint8), label, probabilities, classes, out)
+
+
+def test_names_in_any_script_are_written_by_a_font_that_has_the_letters(
+    tmp_path: Path, system_fonts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    letter, file = _rare_letter()
+    (tmp_path / "damaged.ttf").write_text("no font")
+    system_fonts += [str(tmp_path / "damaged.ttf"), str(file)]
+    classes = ClassSet((f"a{letter}$x$", "road"), ((255, 0, 0), (0, 0, 255)))
+    # matplotlib warns of a box that it draws
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _panel(classes, tmp_path / "panel.png")
+        figures_module.iou_bars({letter: 0.5, "road": 0.25}, tmp_path / "iou.pdf")
+    strip = legend_strip(ClassSet((letter,), ((255, 0, 0),)), [0], 60, 60)
+    # what Pillow draws of the letter by itself is in the strip
+    glyph = Image.new("RGB", (20, 20), "white")
+    font = ImageFont.truetype(str(file), 12, layout_engine=ImageFont.Layout.BASIC)
+    ImageDraw.Draw(glyph).text((0, 10), letter, (30, 30, 30), font, anchor="lm")
+    ink = np.asarray(glyph)
+    rows, columns = (np.flatnonzero((ink < 255).any((other, 2))) for other in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    windows = np.lib.stride_tricks.sliding_window_view(strip, ink.shape)[..., 0, :, :, :]
+    assert (windows == ink).all((-3, -2, -1)).any()
+    assert not caplog.records
+
+
+def test_a_name_that_no_font_can_write_is_a_number_and_is_told_once(
+    tmp_path: Path,
+    figures: list[Figure],
+    system_fonts: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    letter, _ = _rare_letter()
+    classes = ClassSet((letter, "class 0"), ((255, 0, 0), (0, 0, 255)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for form in ("png", "svg", "pdf"):
+            _panel(classes, tmp_path / f"panel.{form}")
+    # one that is called so already is told from it
+    assert "class 0 (no font)" in titles(figures[0]) and "class 0" in titles(figures[0])
+    legend = [text.get_text() for text in figures[2].legends[0].get_texts()]
+    assert legend[:2] == ["class 0 (no font)", "class 0"]
+    # a browser has fonts of its own
+    assert letter in titles(figures[1]) and f">{letter}<" in (tmp_path / "panel.svg").read_text()
+    figures_module.iou_bars({letter: 0.5, "class 0": 0.25}, tmp_path / "iou.png")
+    assert len(figures[3].axes[0].patches) == 2
+    # the name of a sample is no class
+    figure = Figure()
+    figure.suptitle(f"val_{letter}1")
+    figures_module.save(figure, tmp_path / "title.png")
+    assert figure.get_suptitle() == "val_?1"
+    (record,) = caplog.records
+    assert f"can write {letter}: pictures say class 0; a font" in record.getMessage()

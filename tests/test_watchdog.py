@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
@@ -53,6 +54,12 @@ def test_a_killed_rank_ends_the_job_and_is_named(toy_shards: Path, tmp_path: Pat
         and "rank 1 on " in attempt.reason
         and (attempt.last_step or 0) >= 6
     )
+    (hang,) = (tmp_path / "run" / "hangs").iterdir()
+    content = json.loads((hang / "summary.json").read_text())
+    assert content["silent"] == [1] and sorted(content["at"]) == ["0", "2"]
+    assert "rank 1 on " in content["diagnosis"] and "train/" in content["at"]["0"][-1]
+    said = (hang / "summary.txt").read_text()
+    assert sum(said in output for output in outputs) == 1
 
 
 def watch(environment: dict[str, str], who_stops: tuple[int, ...], when: str, out: Path) -> None:

@@ -6,7 +6,7 @@ The numbers stand in the run's config.yaml like all others, and an override coun
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +39,10 @@ class _Images:
     num_labelled: int
     height: int
     width: int
+
+
+# in the place of images that are not there yet: what is checked before they are must hold for any
+_SOME = _Images(1000, 240, 320)
 
 
 def _crop_px(config: Config, images: _Images) -> int:
@@ -78,6 +82,11 @@ def waiting(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
     return [key for key in RULES if key in asked]
 
 
+def are_there(locations: Sequence[str]) -> bool:
+    """Whether something is at each place of shards; of a URL it is taken for granted."""
+    return bool(locations) and all("://" in one or Path(one).exists() for one in locations)
+
+
 def fill(config: Config, keys: Iterable[str]) -> dict[str, int]:
     """Values of these keys for the shards that the configuration names, in which they are set.
 
@@ -85,17 +94,29 @@ def fill(config: Config, keys: Iterable[str]) -> dict[str, int]:
     trained on. The values and what they are from are told in one line.
     """
     images = _look(config)
-    found = {}
-    for key in keys:
-        section, _, name = key.rpartition(".")
-        found[key] = RULES[key](config, images)
-        setattr(getattr(config, section) if section else config, name, found[key])
+    found = _filled(config, keys, images)
     values = " ".join(f"{key}={value}" for key, value in found.items())
     what = f"{counted(images.num_labelled, 'labelled image')} of median"
     text = f"note: {values} (from {what} {images.height}x{images.width} px)"
     if text not in _told:
         _told.add(text)
         _log.warning(text)
+    return found
+
+
+def fill_without(config: Config, keys: Iterable[str]) -> dict[str, int]:
+    """As `fill`, for images that are not there: numbers to check the rest with, and to tell
+    nobody.
+    """
+    return _filled(config, keys, _SOME)
+
+
+def _filled(config: Config, keys: Iterable[str], images: _Images) -> dict[str, int]:
+    found = {}
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        found[key] = RULES[key](config, images)
+        setattr(getattr(config, section) if section else config, name, found[key])
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from distseg.config import code, from_data
 from distseg.config.keys import Key
 from distseg.config.layers import CONFIG_FILE, layers, names_network, split
 from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names, with_lists
-from distseg.config.rules import check
+from distseg.config.rules import check, shards_to_train_on
 from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
@@ -40,6 +40,32 @@ def load(overrides: list[str]) -> Config:
     unknown preset or key (naming the nearest), a value of the wrong type or outside its choices or
     bounds, and for a file that cannot be read.
     """
+    config = _loaded(overrides, from_data.fill)
+    shards_to_train_on(config)
+    return config
+
+
+def outline(overrides: list[str]) -> tuple[Config, list[str]]:
+    """As `load`, where the data may be made later; with the keys that wait for them.
+
+    Shards that are not named, or not there yet, are no error then. The values of those keys are
+    numbers that only serve to check the rest; where there is data, no key waits.
+    """
+    waiting: list[str] = []
+
+    def fill(config: Config, keys: Iterable[str]) -> dict[str, int]:
+        if from_data.are_there(config.data.shards):
+            return from_data.fill(config, keys)
+        waiting.extend(keys)
+        return from_data.fill_without(config, keys)
+
+    return _loaded(overrides, fill), waiting
+
+
+def _loaded(
+    overrides: list[str], fill: Callable[[Config, Iterable[str]], dict[str, int]]
+) -> Config:
+    """fill: finds the values of the keys that are left to the data."""
     # typed: OmegaConf refuses values of another type from here on
     merged = OmegaConf.structured(Config)
     *below, command_line = layers(overrides)
@@ -59,7 +85,7 @@ def load(overrides: list[str]) -> Config:
     if waiting:
         # all that is said names the shards, and what the other values go by
         config = _resolved(_applied(merged, command_line.values))
-        merged = _merge(merged, from_data.fill(config, waiting))
+        merged = _merge(merged, fill(config, waiting))
     return _override(merged, command_line.values)
 
 
@@ -121,7 +147,9 @@ def words(overrides: Sequence[str]) -> list[str]:
 
 def override(config: Config, overrides: list[str]) -> Config:
     """A configuration with `key=value` overrides on top. Raises InputError as `load` does."""
-    return _override(OmegaConf.structured(config), [split(item) for item in overrides])
+    changed = _override(OmegaConf.structured(config), [split(item) for item in overrides])
+    shards_to_train_on(changed)
+    return changed
 
 
 def check_changes(run_dir: Path, overrides: list[str], allowed: Callable[[Key], bool]) -> None:

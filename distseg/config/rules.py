@@ -391,12 +391,9 @@ def a_view_by_reference(config: Config) -> None:
         raise InputError(got, "a view that takes it", "write data.view=FILE.py:NAME")
 
 
-def shards_to_train_on(config: Config) -> None:
-    """There is a folder or a URL of shards, each of them once."""
+def data_sets_once(config: Config) -> None:
+    """Each folder of shards is named once, and each URL is of a kind that is read."""
     data = config.data
-    if not data.shards or not all(data.shards):
-        action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
-        raise InputError("no data.shards", "a directory of packed shards", action)
     for key, folders in (
         ("data.shards", data.shards),
         ("data.unlabelled_shards", data.unlabelled_shards),
@@ -469,8 +466,15 @@ RULES = (
     further_terms_within_bounds,
     options_of_the_network_alone,
     a_loss_to_minimise,
-    shards_to_train_on,
+    data_sets_once,
     weights_of_data_sets,
     unlabelled_images_are_used,
     a_class_map_for_each_set,
 )
+
+
+def shards_to_train_on(config: Config) -> None:
+    """There is a folder or a URL of shards: for all but a look at the configuration."""
+    if not config.data.shards or not all(config.data.shards):
+        action = "write data.shards=DIR (`distseg prepare` and `distseg pack` make one)"
+        raise InputError("no data.shards", "a directory of packed shards", action)

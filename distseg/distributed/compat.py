@@ -8,6 +8,7 @@ slow to import, so its entries take an engine and import nothing at the top.
 from __future__ import annotations
 
 import inspect
+import pickle
 from datetime import timedelta
 from typing import Any
 
@@ -41,6 +42,17 @@ def set_collective_timeout(seconds: float) -> None:
     """
     if hasattr(dist.distributed_c10d, "_set_pg_timeout"):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def flight_record() -> list[dict[str, Any]]:
+    """The collectives that this process has entered, the oldest first: torch's Flight Recorder.
+
+    `_dump_fr_trace` was seen in torch 2.13.0, for gloo (NCCL's, by the same name, was not tried).
+    [] where it is absent, or switched off (TORCH_FR_BUFFER_SIZE=0).
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
+    # a pickle that this very process makes
+    return [] if dump is None else pickle.loads(dump()).get("entries", [])
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -24,10 +24,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from distseg.distributed.bounded import LateError, in_time
 from distseg.distributed.compat import set_collective_timeout
+from distseg.distributed.hangs import Evidence, record
 from distseg.distributed.launch import (
     end_stopped_torchrun,
     is_store_of_torchrun,
@@ -41,6 +43,8 @@ LOST_RANK_EXIT_CODE = TemporaryError.exit_code
 BAD_INPUT_EXIT_CODE = 2  # of the command, for an InputError
 # for a rank's next beat, however short the intervals: it may be busy
 MIN_LISTENING_SECONDS = 2.0
+# to write down where this rank is, and, of these, for the records of the others
+_MIN_EVIDENCE_SECONDS, _SHARE_FOR_OTHERS = 2.0, 0.5
 # no limit of theirs comes before the watchdog, which knows who downloads
 COLLECTIVE_SECONDS = 7 * 86400.0
 
@@ -87,6 +91,7 @@ class Diagnosis:
 
     text: str
     exit_code: int = LOST_RANK_EXIT_CODE
+    is_failure: bool = False  # of one rank, which has said why: nothing hangs
 
     @staticmethod
     def of_failure(where: str, error: BaseException) -> Diagnosis:
@@ -95,7 +100,8 @@ class Diagnosis:
         # its own code, since a launcher goes by the rank that leaves first: of bad input no second
         # try must come
         code = BAD_INPUT_EXIT_CODE if isinstance(error, InputError) else LOST_RANK_EXIT_CODE
-        return Diagnosis(f"{where} has failed: {what}", code)
+        # an error of a collective may come of ranks that are not at the same one
+        return Diagnosis(f"{where} has failed: {what}", code, not is_of_lost_peer(error))
 
 
 class Watchdog:
@@ -111,7 +117,9 @@ class Watchdog:
     most, so what is waited for is some intervals less. Cost: five small messages per rank and
     interval, none from the main thread.
 
-    last_words: called with the diagnosis before this rank leaves.
+    last_words: called with the diagnosis before this rank leaves. Where a folder was given
+    (`leave_evidence_in`), a rank that is lost or stalls has every other one write down there where
+    it is, and which collectives it has entered: distseg.distributed.hangs.
 
     A context: what ends it with an error on this rank alone is told to the others, so that none
     waits for it. One that ends well waits for the other ranks, so that the last of them is watched
@@ -131,6 +139,8 @@ class Watchdog:
         # of a rank that leaves: it waits for no keeper of the store that is stopped
         self._last_call_seconds = max(2 * self._interval, MIN_LISTENING_SECONDS)
         self.last_words: Callable[[str], Any] = lambda diagnosis: None
+        self._evidence: Evidence | None = None
+        self._error: BaseException | None = None  # of a collective that did not end well
         # set by the rank's other threads, and read by this one
         self._activity, self._num_activities, self._num_signs = "starting", 0, 0
         # the watching thread's own
@@ -167,6 +177,12 @@ class Watchdog:
         """
         # without a lock: of two at once one may be lost, and any change at all is a sign of life
         self._num_signs += 1
+
+    def leave_evidence_in(self, folder: Path) -> None:
+        """Where to write, should the job hang: a folder that is this attempt's alone, and that all
+        ranks share. It is not made before.
+        """
+        self._evidence = Evidence(folder, self._ranks.world_size)
 
     def done(self) -> None:
         """Tell that this rank needs no other any more, and may take its time without reports.
@@ -236,15 +252,20 @@ class Watchdog:
         if not is_of_lost_peer(error):
             self._tell_own_failure(error)
             return error
+        self._error = error
         silent = self._listen_for_silent_ranks()
         if silent is None:
-            return LostRankError(f"the job's store is gone, and with it {self._keeper()}")
+            diagnosis = f"the job's store is gone, and with it {self._keeper()}"
+            self._leave_evidence(diagnosis)
+            return LostRankError(diagnosis)
         # all others live, so its words only looked like those of a lost peer
         if not silent:
             self._tell_own_failure(error)
+            self._leave_evidence(str(error).splitlines()[0])
             return error
         diagnosis = "; ".join(f"{_named(rank, beat)} is gone" for rank, beat in silent.items())
         self._publish_diagnosis(Diagnosis(diagnosis))
+        self._leave_evidence(diagnosis)
         return LostRankError(diagnosis)
 
     def _watch(self) -> None:
@@ -418,7 +439,7 @@ class Watchdog:
         """
         content = json.dumps(asdict(diagnosis))
         in_time(self._last_call_seconds, self._store.set, _DIAGNOSIS, content)
-        self._wait_for_readers()
+        self._wait_for_readers(time.monotonic())
 
     def _publish_beat(self, has_left: bool = False) -> None:
         beat = Beat(
@@ -449,20 +470,48 @@ class Watchdog:
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _end(self, diagnosis: Diagnosis) -> None:
+        began = time.monotonic()
         # first of all: what follows may hang as the training does
         print(f"error on rank {self._ranks.rank}: {diagnosis.text}", file=sys.stderr, flush=True)
         # they are written to a disk, which may be what everyone waits for
         with suppress(LateError):
             in_time(2 * self._interval, self.last_words, diagnosis.text)
-        self._wait_for_readers()
+        if not diagnosis.is_failure:
+            self._leave_evidence(diagnosis.text)
+        self._wait_for_readers(began)
         end_stopped_torchrun()
         self._leave(diagnosis.exit_code)
         self._closed.set()
 
-    def _wait_for_readers(self) -> None:
-        """On rank 0, which may keep the store, until the others have read it once more."""
+    def _leave_evidence(self, diagnosis: str) -> None:
+        """Write down where this rank is, as far as that can be done in a short time."""
+        if self._evidence is None:
+            return
+        own = record(self._ranks.rank, self._activity, self._error)
+        seconds = max(2 * self._interval, _MIN_EVIDENCE_SECONDS)
+
+        def receive(rank: int) -> bytes | None:
+            key = f"hang/{rank}"
+            return self._store.get(key) if self._store.check([key]) else None
+
+        def send(text: str) -> None:
+            self._store.set(f"hang/{self._ranks.rank}", text)
+
+        share = _SHARE_FOR_OTHERS * seconds
+        try:
+            in_time(seconds, self._evidence.leave, own, diagnosis, share, send, receive)
+        except Exception as error:
+            # the disk may be what everyone waits for: in the job's log it is seen all the same
+            said = f"where it is could not be written ({error}): {' < '.join(own.places)}"
+            print(f"rank {self._ranks.rank}: {said}", file=sys.stderr, flush=True)
+
+    def _wait_for_readers(self, since: float) -> None:
+        """On rank 0, which may keep the store, until the others have read it once more.
+
+        since: as time.monotonic gave it when it was written.
+        """
         if self._ranks.is_main:
-            time.sleep(2 * self._interval)
+            time.sleep(max(0.0, since + 2 * self._interval - time.monotonic()))
 
 
 class _Unchanged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distseg.config.names import KEYS
 from shards.command_line import Commands, add_command
 from shards.commands import check_threads
 from shards.errors import InputError
@@ -28,6 +29,13 @@ def add_inspect(commands: Commands) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="decoding threads; else one for each core"
     )
+    colors = KEYS["evaluate.palette"]
+    parser.add_argument(
+        "--palette",
+        default=colors.default,
+        choices=tuple(colors.choices),
+        help="colours of the classes in contact_sheet.png, as evaluate.palette",
+    )
     parser.set_defaults(handler=_inspect)
 
 
@@ -41,4 +49,4 @@ def _inspect(options: argparse.Namespace) -> int:
             "run it where they are a folder, and copy verified.json there too; or copy them here"
         )
         raise InputError(f"inspect {options.shards}", "a folder of packed shards", action)
-    return run(Path(options.shards), options.out, options.threads)
+    return run(Path(options.shards), options.out, options.threads, options.palette)

@@ -22,11 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from distseg.tracking.figures import legend_entries, overlay, plain, save
+from distseg.tracking.fonts import drawable_classes
+from distseg.tracking.palettes import coloured
 from shards.files import published
 from shards.inspect import Inspection, inspect, record
 from shards.look import ERROR, Look, read_members
 from shards.manifest import Manifest
-from shards.sample import decode_image
+from shards.sample import ClassSet, decode_image
 from shards.similar import BITS, MAX_BITS
 from shards.words import counted, train_command
 
@@ -37,12 +39,13 @@ NUM_COLUMNS, NUM_CELLS, NUM_FLAGGED = 4, 32, 8
 CELL_PX, DPI = (240, 520), 100  # height and width of a cell
 
 
-def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
+def run(directory: Path, out: Path | None, num_threads: int | None, palette: str = "data") -> int:
     """Inspect `directory`, write inspection.json and contact_sheet.png into `out` (None: the
     directory itself).
 
-    Returns 1 when there are errors, else 0, and then training accepts the shards. Raises InputError
-    for a directory without a manifest, and for an `out` that cannot be written.
+    palette: of the sheet, as `evaluate.palette`. Returns 1 when there are errors, else 0, and then
+    training accepts the shards. Raises InputError for a directory without a manifest, and for an
+    `out` that cannot be written.
     """
     inspection = inspect(directory, num_threads)
     console = Console()
@@ -58,7 +61,7 @@ def run(directory: Path, out: Path | None, num_threads: int | None) -> int:
     out = out or directory
     with published(out / JSON_FILE) as partial:
         partial.write_text(json.dumps(document(inspection), indent=1) + "\n")
-    contact_sheet(directory, inspection, out / SHEET_FILE)
+    contact_sheet(directory, inspection, out / SHEET_FILE, palette)
     console.print(
         conclusion(directory, inspection, writable), highlight=False, markup=False, soft_wrap=True
     )
@@ -187,18 +190,31 @@ def _table(title: str, left: str, right: list[str] | tuple[str, ...]) -> Table:
     return table
 
 
-def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
+def contact_sheet(
+    directory: Path, inspection: Inspection, out: Path, palette: str = "data"
+) -> None:
     """Draw samples, each beside its label over it: `out` is a PNG.
 
     First some with findings, then for each split and class the image that shows most of it, then
     others, evenly. Where the label is void the picture is left as it is.
     """
-    classes = inspection.manifest.classes
+    classes = drawable_classes(coloured(inspection.manifest.classes, palette))
+    # titles and pictures
     cells = [
-        (look, cell)
+        (_title(look, inspection), cell)
         for look in _chosen(inspection)
-        if (cell := _cell(directory, look, inspection.manifest)) is not None
+        if (cell := _cell(directory, look, inspection.manifest, classes)) is not None
     ]
+    _draw_sheet(cells, classes, out)
+
+
+def _title(look: Look, inspection: Inspection) -> str:
+    """A sample's split and the end of its name; behind a colon the checks that found it."""
+    checks = sorted({one.check for one in inspection.findings if one.sample == look.key})
+    return f"{look.split} {look.key[-28:]}" + (f": {', '.join(checks)}" if checks else "")
+
+
+def _draw_sheet(cells: list[tuple[str, np.ndarray]], classes: ClassSet, out: Path) -> None:
     num_rows = max(1, -(-len(cells) // NUM_COLUMNS))
     # inches, in which matplotlib counts
     height, width = (side / DPI for side in CELL_PX)
@@ -213,14 +229,11 @@ def contact_sheet(directory: Path, inspection: Inspection, out: Path) -> None:
     # the last row may have cells that nothing is drawn into
     for one in axes:
         one.set_axis_off()
-    for one, (look, cell) in zip(axes, cells, strict=False):
+    for one, (title, cell) in zip(axes, cells, strict=False):
         one.imshow(cell, interpolation="nearest")
-        checks = ", ".join(
-            sorted({finding.check for finding in inspection.findings if finding.sample == look.key})
-        )
-        title = f"{look.split} {look.key[-28:]}" + (f": {checks}" if checks else "")
         one.set_title(plain(title), fontsize=8, pad=3)
-        one.title.set_color("#B00000" if checks else "black")
+        # of one with findings
+        one.title.set_color("#B00000" if ": " in title else "black")
     figure.legend(
         handles=legend, loc="lower center", ncols=legend_columns, fontsize=9, frameon=False
     )
@@ -253,7 +266,7 @@ def _share(look: Look, index: int) -> float:
     return 0.0 if look.pixels is None else float(look.pixels[index] / look.pixels.sum())
 
 
-def _cell(directory: Path, look: Look, manifest: Manifest) -> np.ndarray | None:
+def _cell(directory: Path, look: Look, manifest: Manifest, classes: ClassSet) -> np.ndarray | None:
     """Picture and overlay side by side, (240, 520, 3) uint8 on white.
 
     An index out of range in void's colour.
@@ -273,7 +286,7 @@ def _cell(directory: Path, look: Look, manifest: Manifest) -> np.ndarray | None:
     if look.pixels is not None:
         label = manifest.decode_label(members["png"])
         label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
-        pair.append(overlay(image, label, manifest.classes, alpha=0.6))
+        pair.append(overlay(image, label, classes, alpha=0.6))
     # white, as void is black in many palettes
     cell = np.full((*CELL_PX, 3), 255, np.uint8)
     for place, picture in enumerate(pair):

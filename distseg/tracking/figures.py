@@ -25,6 +25,7 @@ from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from distseg.config.forms import DEFAULT
 from distseg.tracking.catalogue import HELD_OUT, VALIDATION, Metric, Panel, panels_of
+from distseg.tracking.fonts import drawable, drawable_classes, lettered
 from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet
@@ -182,12 +183,14 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
 
     NaN is an absent class.
     """
-    names = [plain(name) for name in per_class]
+    names = [plain(name) for name in drawable(list(per_class), out.suffix)]
     values = np.array(list(per_class.values()), float)
     figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     # an absent class gets a row without a bar: leaving it out would look like a data set without it
-    axes.barh(names, np.nan_to_num(values), color=BLUE, height=0.7)
+    # by their rows, as two names may be written alike
+    axes.barh(range(len(names)), np.nan_to_num(values), color=BLUE, height=0.7)
+    axes.set_yticks(range(len(names)), names)
     for row, value in enumerate(values):
         text = "absent" if math.isnan(value) else f"{value:.1%}"
         place = (0 if math.isnan(value) else value) + 0.01
@@ -213,7 +216,7 @@ def kept_bars(per_class: Mapping[str, tuple[float, float]], out: Path) -> None:
 
     NaN is a class that is absent, or of which nothing was kept.
     """
-    names = [plain(name) for name in per_class]
+    names = [plain(name) for name in drawable(list(per_class), out.suffix)]
     values = np.array(list(per_class.values()), float).reshape(-1, 2)
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
@@ -254,6 +257,7 @@ def sample_panel(
     below: one probability picture for each class that occurs in label or prediction, all on one
     scale from 0 to 1.
     """
+    classes = drawable_classes(classes, out.suffix)
     prediction = probabilities.argmax(0).astype(np.uint8)
     # of 150 classes a picture shows a dozen
     shown = occurring(prediction, classes)
@@ -317,6 +321,7 @@ def taught_panel(
     """Draw an unlabelled image as a teacher labels it and as the segmentor is trained on it; `out`:
     as of `save`. threshold: from which probability on a pixel is confident.
     """
+    classes = drawable_classes(classes, out.suffix)
     shown = sorted({*occurring(weak.label, classes), *occurring(strong.label, classes)})
     has_void = bool((weak.label == IGNORE_INDEX).any() or (strong.label == IGNORE_INDEX).any())
     legend = legend_entries(classes, has_void, shown)
@@ -492,6 +497,6 @@ def save(figure: Figure, out: Path) -> None:
     Text stays text in SVG and PDF, and pictures keep their pixels.
     """
     form = out.suffix[1:].lower()
-    with mpl.rc_context(_VECTOR), published(out) as partial:
+    with mpl.rc_context(_VECTOR), lettered(figure, out.suffix), published(out) as partial:
         # no pyplot, which keeps every figure in a registry of the process until it is closed
         figure.savefig(partial, format=form, metadata=_NO_DATE.get(form))

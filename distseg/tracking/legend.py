@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
-import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from distseg.tracking.fonts import drawable, fonts_for
 from shards.sample import ClassSet
 
 # of a letter, in pixels: read at the size of a small picture, and after a large one was shrunk to
@@ -41,23 +41,23 @@ def legend_strip(
     longer_side: of the picture in pixels, by which the letters are as large as they have to be.
     """
     size = max(_MIN_SIZE_PX, round(_SIZE_SHARE * longer_side))
-    font = _font(size)
-    names = [_short(classes.names[index]) for index in shown]
+    names = [_short(name) for name in drawable(classes.names)]
+    letters = _Letters(size, names)
     # columns of one width: the eye finds a name sooner than in lines that flow
-    entry = math.ceil(max(font.getlength(name) for name in names)) + 3 * size
-    per_row = max(1, min(len(names), (width - size // 2) // entry))
-    num_rows, pitch = math.ceil(len(names) / per_row), round(1.5 * size)
+    entry = math.ceil(max(letters.width(names[index]) for index in shown)) + 3 * size
+    per_row = max(1, min(len(shown), (width - size // 2) // entry))
+    num_rows, pitch = math.ceil(len(shown) / per_row), round(1.5 * size)
     # the picture's width, or that of one name where it is narrower
     area = max(width, entry + size // 2), num_rows * pitch + size // 2
     strip = Image.new("RGB", area, _PAPER)
     draw = ImageDraw.Draw(strip)
-    for place, (index, name) in enumerate(zip(shown, names, strict=True)):
+    for place, index in enumerate(shown):
         # down the columns, as lists are read
         column, row = divmod(place, num_rows)
         x, y = size // 2 + column * entry, size // 4 + row * pitch + pitch // 2
         box = (x, y - size // 2, x + round(1.3 * size), y + size // 2)
         draw.rectangle(box, tuple(classes.palette[index]), outline=_INK)
-        draw.text((x + round(1.8 * size), y), name, _INK, font, anchor="lm")
+        letters.draw(draw, (x + round(1.8 * size), y), names[index])
     return np.asarray(strip)
 
 
@@ -65,8 +65,30 @@ def _short(name: str) -> str:
     return name if len(name) <= _MAX_LETTERS else name[: _MAX_LETTERS - 1] + "…"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    # comes with matplotlib: the same letters on every machine, Greek and Cyrillic ones too
-    path = Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    # the plain engine: another one, where it is installed, moves letters by a pixel
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+class _Letters:
+    """Text of one size, each letter from the first font that has it."""
+
+    def __init__(self, size: int, texts: Iterable[str]):
+        # the plain engine: another one, where it is installed, moves letters by a pixel
+        engine = ImageFont.Layout.BASIC
+        found = fonts_for(texts)
+        self._others = found.others
+        self._fonts = [
+            ImageFont.truetype(str(path), size, layout_engine=engine) for path in found.files
+        ]
+
+    def width(self, text: str) -> float:
+        """In pixels."""
+        return sum(font.getlength(run) for font, run in self._runs(text))
+
+    def draw(self, draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str) -> None:
+        """Write text; place: (x, y) of its left end, in the middle of its height."""
+        x, y = place
+        for font, run in self._runs(text):
+            draw.text((x, y), run, _INK, font, anchor="lm")
+            x += font.getlength(run)
+
+    def _runs(self, text: str) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
+        """The text in pieces of one font."""
+        for place, run in groupby(text, lambda letter: self._others.get(letter, 0)):
+            yield self._fonts[place], "".join(run)

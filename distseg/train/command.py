@@ -37,11 +37,12 @@ def _train(options: argparse.Namespace) -> int:
     from distseg.config import loading
 
     # before torch, whose import takes seconds: a misspelt key is told at once
-    config = loading.load(options.overrides)
     if options.dry_run:
+        config, waiting = loading.outline(options.overrides)
         from distseg.train.dry_run import show
 
-        return show(options.overrides, config)
+        return show(options.overrides, config, waiting)
+    config = loading.load(options.overrides)
     try:
         from distseg.train.run import run
 

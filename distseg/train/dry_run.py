@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from distseg.catalogue.run import num_parameters
 from distseg.config import loading
+from distseg.config.from_data import FROM_DATA
 from distseg.config.names import SECTIONS, find
 from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from distseg.distributed.launch import resolve_ranks
@@ -32,26 +33,29 @@ PLAIN = re.compile(r"[A-Za-z][\w./-]*")  # strings that need no quotes
 Sizes = tuple[int, int] | None  # training images and classes
 
 
-def show(overrides: list[str], config: Config) -> int:
+def show(overrides: list[str], config: Config, waiting: Collection[str] = ()) -> int:
     """Print the resolved configuration, and what a run of it is; returns the exit code.
 
-    Raises InputError for what training would refuse without looking at data.
+    waiting: keys whose values come from images that are not there yet. Raises InputError for what
+    training would refuse without looking at data.
     """
     rank, world_size, _ = resolve_ranks(dict(os.environ))
     # before the output, which promises that the same arguments could be trained
     check_settings(config)
-    check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
-    check_neighbours(config, world_size)
+    if "batch_size" not in waiting:
+        check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
+        check_neighbours(config, world_size)
     if rank == 0:
-        lines = summary(config, world_size)
-        print("\n".join([*(f"# {line}" for line in lines), *explained(overrides, config)]))
+        lines = summary(config, world_size, waiting)
+        print("\n".join([*(f"# {line}" for line in lines), *explained(overrides, config, waiting)]))
     return 0
 
 
-def explained(overrides: list[str], config: Config) -> list[str]:
+def explained(overrides: list[str], config: Config, waiting: Collection[str] = ()) -> list[str]:
     """The configuration as lines of YAML; behind each key where its value is from and its meaning.
 
-    Commented so, they are still a file that `distseg train FILE.yaml` reads.
+    Commented so, they are still a file that `distseg train FILE.yaml` reads; what waits for images
+    is left to them there too.
     """
     origins = loading.origins(overrides, config)
     lines: list[str] = []
@@ -63,8 +67,11 @@ def explained(overrides: list[str], config: Config) -> list[str]:
                 lines.append(f"{indent}{word}:  # {SECTIONS[name].meaning}")
                 add(value, f"{name}.", depth + 1)
                 continue
-            entry = f"{indent}{word}: {_written(value)}".ljust(VALUE_COLUMNS)
-            lines.append(f"{entry}  # {_origin(name, origins)}: {_meaning(name)}")
+            written, origin = _written(value), _origin(name, origins)
+            if name in waiting:
+                written, origin = FROM_DATA, f"{origin}, from your images"
+            entry = f"{indent}{word}: {written}".ljust(VALUE_COLUMNS)
+            lines.append(f"{entry}  # {origin}: {_meaning(name)}")
 
     add(loading.to_dict(config), "", 0)
     return lines
@@ -89,20 +96,25 @@ def _meaning(name: str) -> str:
     return "" if found is None else found.meaning
 
 
-def summary(config: Config, world_size: int) -> list[str]:
+def summary(config: Config, world_size: int, waiting: Collection[str] = ()) -> list[str]:
     """What a run of it is, in a few lines: steps and epochs, the batch of a rank, its networks."""
+    sizes = _sizes(config)
+    num_classes = config.data.num_classes or (None if sizes is None else sizes[1])
+    networks = _networks(config, num_classes)
+    shards = ", ".join(config.data.shards)
+    if waiting:
+        place = f"{shards} is not there yet" if shards else "data.shards=DIR will name them"
+        return [f"from your images: {', '.join(waiting)}; {place} (docs/your_data.md)", *networks]
     per_rank = config.batch_size // world_size
     batch = f"a batch of {counted(config.batch_size, 'image')}"
     lines = [f"{counted(config.steps, 'step')} with {batch}, {per_rank} on each of "]
     lines[0] += counted(world_size, "rank")
-    sizes = _sizes(config)
     if sizes is None:
-        lines.append(f"epochs: not known before {', '.join(config.data.shards)} is opened")
+        lines.append(f"epochs: not known before {shards or 'data.shards=DIR'} is opened")
     else:
         epochs = config.steps * config.batch_size / sizes[0]
         lines.append(f"{epochs:.1f} epochs of {counted(sizes[0], 'training image')}")
-    num_classes = config.data.num_classes or (None if sizes is None else sizes[1])
-    return [*lines, *_networks(config, num_classes)]
+    return [*lines, *networks]
 
 
 def _sizes(config: Config) -> Sizes:
@@ -115,7 +127,7 @@ def _sizes(config: Config) -> Sizes:
         manifests.append(Manifest.load(Path(shards)))
     splits = [manifest.splits.get(options.train_split) for manifest in manifests]
     # a choice of labelled images or classes is made when the shards are opened
-    if options.labelled != "all":
+    if options.labelled != "all" or not manifests:
         return None
     num_samples = sum(split.num_samples for split in splits if split is not None)
     num_classes = len(options.keep_classes) + 1 if options.keep_classes else None
@@ -124,8 +136,6 @@ def _sizes(config: Config) -> Sizes:
 
 
 def _networks(config: Config, num_classes: int | None) -> list[str]:
-    if num_classes is None:
-        return []
     options: dict[str, Any] = {**config.segmentor.options, "init": "random"}
     built: list[tuple[str, str, Callable[..., nn.Module], dict[str, Any]]] = [
         ("segmentor", config.segmentor.name, build_segmentor, options)
@@ -138,6 +148,9 @@ def _networks(config: Config, num_classes: int | None) -> list[str]:
         # one of the user's own would be run: it is imported and tried when training starts
         if user_code.is_reference(name):
             lines.append(f"{kind} {user_code.short(name)}, your own")
+            continue
+        if num_classes is None:
+            lines.append(f"{kind} {name}, for the classes of your images")
             continue
         # on the meta device, which has shapes but no memory
         with torch.device("meta"):

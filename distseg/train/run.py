@@ -14,6 +14,7 @@ from distseg.config import code, loading
 from distseg.config.schema import Config
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.device import allow_tf32, reuse_memory
+from distseg.distributed.hangs import evidence_of
 from distseg.distributed.launch import resolve_ranks
 from distseg.distributed.ranks import (
     Ranks,
@@ -113,6 +114,7 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         # which had nothing to lose.
         stop = StopRequest(answers=ranks.is_main)
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
+            watchdog.leave_evidence_in(on_main(ranks, lambda: evidence_of(run_directory.path)))
             return train_and_show(config, run_directory, prepared, watchdog, stop)
 
 
