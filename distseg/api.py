@@ -105,9 +105,9 @@ class Trained:
         image: as in `predict`. mask: (H, W) uint8 class indices of the image's size, seen as ground
         truth is in training: one-hot, or softened where loss.real_map=scaling, and at 255 = void
         what the segmentor says; None: the segmentor's own probabilities. Returns (H, W) float32,
-        the probability of being real; one value throughout where the discriminator judges the
-        image as a whole. Raises InputError for a run without a discriminator, and for a mask of
-        another form.
+        the probability of being real (of loss.adv_form=hinge the sigmoid of the score, which is
+        none); one value throughout where the discriminator judges the image as a whole. Raises
+        InputError for a run without a discriminator, and for a mask of another form.
         """
         image = self._pixels(image)
         label = None if mask is None else self._label(mask, image)

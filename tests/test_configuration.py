@@ -17,7 +17,7 @@ from distseg.config import compare, from_data, layers, loading, reference
 from distseg.config.keys import Key, key, keys_of
 from distseg.config.layers import preset_names
 from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_names
-from distseg.config.schema import Config
+from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from distseg.models import build_segmentor
 from distseg.runs import checkpoint
 from distseg.train.dry_run import summary
@@ -228,7 +228,7 @@ def test_the_keys_are_those_of_the_configuration_with_their_defaults() -> None:
 def test_what_holds_for_a_section_holds_for_its_keys() -> None:
     assert KEYS["tracking.tags"].on_resume and not KEYS["tracking.tags"].at_evaluation
     assert KEYS["evaluate.every_steps"].at_prediction
-    assert KEYS["discriminator_optimizer.lr"].modes == ("adversarial", "semi_supervised")
+    assert KEYS["discriminator_optimizer.lr"].modes == WITH_DISCRIMINATOR
     assert KEYS["segmentor_optimizer.lr"].modes == () and KEYS["loss.ce_reduction"].modes == ()
     assert KEYS["evaluate.scales"].grouping == "view" and KEYS["evaluate.scales"].on_resume
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 import distseg
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, of_neighbours, strong_draws
+from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
+from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
@@ -31,8 +33,9 @@ from distseg.train.step import Pair, training_step
 from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
 from distseg.train.teacher import Gate, WeakToStrong
 from shards.errors import InputError
-from tests.ranks import run_ranks
+from tests.ranks import leave_out, run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
+from tests.tiny import contents
 
 STEPS, SIDE = 5, 48
 ALWAYS = {"jitter_probability": 1.0, "gray_probability": 0.3, "mix_probability": 0.7}
@@ -253,8 +256,10 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             label = torch.where(mask, label[other], label)
         logits = F.interpolate(student(pixels), size=(SIDE, SIDE), mode="bilinear")
         loss = F.cross_entropy(logits, label.long(), ignore_index=255)
+        weak, where = unlabelled(step, torch.float64)
+        seen = [(weak, where != 255)]
         if step >= 1:
-            weak, where = unlabelled(step, torch.float64)
+            seen = []
             with torch.no_grad():
                 taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
                 sure, index = taught.softmax(1).max(1)
@@ -279,9 +284,18 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
                 if chosen.weighting == "image":
                     share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
                     weight = share[:, None, None] * inside
+                seen.append((changed, inside))
                 terms.append((each * weight).sum())
                 counts.append(inside.sum())
             loss = loss + chosen.weight * sum(terms) / sum(counts)
+        if config.semi.entropy_weight:
+            unsure = pixels.new_zeros(())
+            for images, inside in seen:
+                logits = F.interpolate(student(images), size=(SIDE, SIDE), mode="bilinear")
+                p = logits.softmax(1)
+                unsure = unsure - (p * p.log2()).sum(1)[inside].sum() / math.log2(NUM_CLASSES)
+            count = sum(inside.sum() for _, inside in seen)
+            loss = loss + config.semi.entropy_weight * unsure / count
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         update(config, step, student, gradients, momentum)
         decay = min(0.9, (2 + step) / (11 + step))
@@ -315,7 +329,7 @@ def update(
 
 JOINED = {
     1: ["consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"],
-    2: ["strong.labelled=true", "consistency.num_views=2"],
+    2: ["strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"],
     3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
 }
 FSDP = "parallel.strategy=fsdp"
@@ -414,7 +428,7 @@ RUN: dict[str, Any] = {
         "init": "random",
         "options": {"hidden": 8, "norm": "batch"},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},
@@ -432,6 +446,7 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
         ([*taught, "ema_decay=0.9", "consistency.threshold=1.5"], "consistency.threshold=1.5"),
         ([*taught, "ema_decay=0.9", "strong.mix_area_min=0.5"], "mix_area_max"),
         ([shards, "mode=supervised", "consistency.weight=1"], "mode=supervised"),
+        ([shards, "mode=adversarial", "semi.entropy_weight=1"], "mode=adversarial"),
         ([shards, "mode=adversarial", "consistency.weight=1"], "mode=adversarial"),
         ([*taught, "ema_decay=0.9", "loss.adv_weight=0.1"], "mode=consistency"),
         ([*taught, "ema_decay=0.9", "consistency.gate=rank"], "mode=consistency"),
@@ -482,5 +497,50 @@ def test_a_stopped_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path
     assert names[0] == names[1] and "ema.network.safetensors" in names[0]
     for name in names[0]:
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes()
+    # the image that is held out stays the same one, and so does what is told of it
+    lists = [(path / "held_out.txt").read_text() for path in (whole, parts)]
+    assert lists[0] == lists[1] and lists[0] in (whole / "labelled.txt").read_text()
+    told = [held_out_at_the_end(path) for path in (whole, parts)]
+    assert told[0] == told[1] and 0 < told[0]["held_out/confident_share"] <= 1
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("loss/consistency", 0) > 0 for row in rows)
+
+
+def test_pictures_show_what_the_next_step_trains_on_and_change_nothing(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    leave_out(monkeypatch.setattr)
+    monkeypatch.setattr("distseg.train.showcase.figures.taught_panel", lambda *a: drawn.append(a))
+    keys = RUN | {"data": RUN["data"] | {"shards": str(toy_shards)}, "steps": 2}
+    keys |= {"schedule": {"name": "constant"}, "strong": {"mix": "cutmix", "mix_probability": 1.0}}
+    for name, number in (("without", 0), ("with", 9)):
+        run_dir = str(tmp_path / name)
+        distseg.fit(**keys | {"run_dir": run_dir, "evaluate": {"num_pictures": number}})
+    last = [tmp_path / name / "checkpoints" / "step-00000002" for name in ("without", "with")]
+    assert contents(last[0]) == contents(last[1])
+    seen: list[Images] = []
+
+    def step(pair: Pair, now: Any, labelled: Images, strong: Images, *more: Any) -> Any:
+        seen.append(strong)
+        return training_step(pair, now, labelled, strong, *more)
+
+    monkeypatch.setattr("distseg.train.trainer.training_step", step)
+    distseg.fit(**keys | {"run_dir": str(tmp_path / "without"), "steps": 3, "extend": True})
+    assert len(drawn) == 2 and len(seen) == 1  # a batch has two
+    for n, (weak, strong, _, threshold, _) in enumerate(drawn):
+        labels = seen[0].pseudo
+        assert labels is not None and threshold == 0.05
+        assert np.array_equal(strong.image, (seen[0].pixels[n] * 255).round().permute(1, 2, 0))
+        assert np.array_equal(strong.label, labels.label[n])
+        assert np.array_equal(strong.confident, labels.confidence[n] >= threshold)
+        # the rest of both is of one crop
+        same = (weak.label == strong.label) & (weak.label != 255)
+        assert same.mean() > 0.5 and not np.array_equal(weak.image, strong.image)
+
+
+def held_out_at_the_end(run_dir: Path) -> dict[str, float]:
+    """What the last evaluation says of held-out images."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    row = next(row for row in map(json.loads, reversed(lines)) if "val/mean_iou" in row)
+    return {name: value for name, value in row.items() if name.startswith("held_out/")}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from distseg.models import DISCRIMINATORS, build_discriminator
+from distseg.models.spectral_norm import norms_of
 from shards.errors import InputError
 
 FOV = ("large_fov", "large_fov_light", "small_fov", "small_fov_light")
@@ -16,6 +19,7 @@ VARIANTS = [
     ("two_branch", {"width": 0.25}),
     ("two_branch", {"width": 0.25, "image_pool": False}),
     ("fully_convolutional", {}),
+    ("image_conditioned", {"width": 0.25, "dropout": 0}),
     *((name, {"width": 0.25, "inputs": inputs}) for name in FOV for inputs in ("basic", "product")),
 ]
 
@@ -32,6 +36,11 @@ def label_maps(num, num_classes, height, width):
 def test_parameter_counts_of_the_papers():
     assert num_parameters(build_discriminator("two_branch", 8)) == 1_671_874
     assert num_parameters(build_discriminator("fully_convolutional", 21)) == 2_783_169
+    # four convolutions of 4 x 4 and a linear layer, each with a bias
+    channels = (21 + 3, 64, 128, 256, 512)
+    pairs = itertools.pairwise(channels)
+    expected = sum(16 * before * after + after for before, after in pairs) + 512 + 1
+    assert num_parameters(build_discriminator("image_conditioned", 21)) == expected
     basic, product = {}, {}
     with torch.device("meta"):
         for name in FOV:
@@ -52,6 +61,8 @@ def test_parameter_counts_of_the_papers():
         ("fully_convolutional", "gap", (54, 80), (1, 1)),
         ("fully_convolutional", "patch", (321, 321), (10, 10)),
         ("fully_convolutional", "patch", (512, 1024), (16, 32)),
+        ("image_conditioned", "gap", (33, 47), (1, 1)),
+        ("image_conditioned", "patch", (33, 47), (2, 2)),
     ],
 )
 def test_one_logit_an_image_or_a_cell(name, head, size, shape):
@@ -63,7 +74,7 @@ def test_one_logit_an_image_or_a_cell(name, head, size, shape):
 
 def test_gap_is_the_mean_of_the_patch_logits():
     for name in NAMES:
-        patch, gap = (build_discriminator(name, 4, head=head) for head in ("patch", "gap"))
+        patch, gap = (build_discriminator(name, 4, head=head).eval() for head in ("patch", "gap"))
         gap.load_state_dict(patch.state_dict())
         image, maps = torch.rand(2, 3, 160, 160), label_maps(2, 4, 40, 40)
         (cells,), (verdict,) = patch(image, maps), gap(image, maps)
@@ -123,6 +134,87 @@ def test_single_branch_equals_the_layer_lists(name, kernels, channels):
         x = F.max_pool2d(x, 2) if index in pooled_after else x
     log_odds = x.log_softmax(1)[:, 1:] - x.log_softmax(1)[:, :1]
     torch.testing.assert_close(network(torch.rand(2, 3, 8, 8), maps)[0], log_odds)
+
+
+def test_image_conditioned_equals_its_layers_and_the_linear_layer_sees_the_mean():
+    network = build_discriminator("image_conditioned", 5, width=0.25).double().eval()
+    image, maps = torch.rand(2, 3, 90, 70).double(), label_maps(2, 5, 45, 35).double()
+    small = F.interpolate(image, (45, 35), mode="bilinear", align_corners=False, antialias=True)
+    x = torch.cat([maps, small], 1)
+    for convolution in network.layers[::3]:
+        x = F.conv2d(x, convolution.weight, convolution.bias, stride=2, padding=1)
+        x = torch.where(x > 0, x, 0.2 * x)
+    mean = x.mean((2, 3))
+    (scores,), (features,) = network(image, maps, features=True)
+    torch.testing.assert_close(features, mean)
+    torch.testing.assert_close(scores.flatten(), network.linear(mean)[:, 0])
+    # half of the channels, whole ones, and twice the rest
+    torch.manual_seed(0)
+    dropped = network.layers[2].train()(torch.ones(50, 16, 3, 3))
+    assert set(dropped.flatten().tolist()) == {0.0, 2.0}
+    assert abs(dropped.mean() - 1) < 0.1 and (dropped.amax((2, 3)) == dropped.amin((2, 3))).all()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_features_are_the_mean_over_cells_of_what_the_last_layer_gets(name, options):
+    network = build_discriminator(name, 4, **options, head="gap").double()
+    image, predicted = torch.rand(3, 3, 64, 80).double(), label_maps(3, 4, 32, 40).double()
+    truth, seen = label_maps(2, 4, 32, 40).double(), []
+    named = {"two_branch": "verdict", "image_conditioned": "linear"}
+    last = getattr(network, named.get(name, "layers"))
+    last = last[-1] if name not in named else last
+
+    def hook(_, inputs, __):
+        x = inputs[0]
+        seen.append((x.movedim(3, 1) if name == "image_conditioned" else x).mean((2, 3)))
+
+    last.register_forward_hook(hook)
+    logits, features = network(image, truth, predicted, features=True)
+    assert [len(each) for each in features] == [2, 3]
+    for ours, theirs in zip(features, seen, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(logits, network(image, truth, predicted), strict=True):
+        assert torch.equal(ours, theirs)
+    # of each image by itself, whatever else is in the batch
+    (alone,) = network(image[1:2], predicted[1:2], features=True)[1]
+    torch.testing.assert_close(features[1][1:2], alone)
+    takes_the_map_alone = name == "fully_convolutional" or options.get("inputs") == "basic"
+    assert network.sees_image != takes_the_map_alone
+    moved = network(1 - image, predicted)[0] != logits[1]
+    assert bool(moved.all()) == network.sees_image
+
+
+@pytest.mark.parametrize("name", ["two_branch", "small_fov_light", "image_conditioned"])
+def test_spectral_norm_divides_by_the_largest_singular_value(name):
+    network = build_discriminator(name, 4, width=0.1, spectral_norm=True).double().eval()
+    plain = build_discriminator(name, 4, width=0.1).double().eval()
+    image, maps = torch.rand(2, 3, 64, 64).double(), label_maps(2, 4, 32, 32).double()
+    assert num_parameters(network) == num_parameters(plain)
+    layers = {key: it for key, it in network.named_modules() if hasattr(it, "parametrizations")}
+    before = {key: it.clone() for key, it in network.state_dict().items()}
+    network(image, maps, maps)
+    assert all(torch.equal(it, before[key]) for key, it in network.state_dict().items())
+    state = {key: before[key] for key in plain.state_dict() if key.endswith("bias")}
+    assert len(layers) == len(state)  # all that have weights
+    network.train()
+    for key, layer in layers.items():
+        (norm,), matrix = norms_of(layer), layer.parametrizations.weight.original.detach()
+        matrix = matrix.flatten(1)
+        u = torch.nn.functional.normalize(matrix @ norm.norm._v, dim=0)
+        network(image, maps, maps)  # one iteration, however many label maps there are
+        torch.testing.assert_close(norm.norm._u, u)
+        v = torch.nn.functional.normalize(matrix.T @ u, dim=0)
+        torch.testing.assert_close(norm.norm._v, v)
+        largest = torch.linalg.matrix_norm(matrix, 2)
+        state[f"{key}.weight"] = layer.parametrizations.weight.original.detach() / largest
+    network.eval()
+    for key, layer in layers.items():  # to where many iterations lead
+        (norm,), weight = norms_of(layer), state[f"{key}.weight"].flatten(1)
+        left, _, right = torch.linalg.svd(weight, full_matrices=False)
+        norm.norm._u.copy_(left[:, 0]), norm.norm._v.copy_(right[0])
+    plain.load_state_dict(state)
+    torch.testing.assert_close(network(image, maps)[0], plain(image, maps)[0])
+    assert len(norms_of(build_discriminator("fully_convolutional", 4, spectral_norm=True))) == 5
 
 
 @pytest.mark.parametrize(("image_range", "low", "high"), [("unit", 0, 1), ("centred", -1, 1)])
@@ -206,7 +298,7 @@ def test_image_branch_runs_once_for_all_label_maps():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_label_maps_do_not_touch_each_other(name):
-    network = build_discriminator(name, 4)
+    network = build_discriminator(name, 4).eval()
     image = torch.rand(2, 3, 160, 160)
     real, fake = (maps.requires_grad_() for maps in label_maps(4, 4, 40, 40).split(2))
     on_real, on_fake = network(image, real, fake)
@@ -255,7 +347,13 @@ def test_what_takes_the_label_map_alone_ignores_the_image(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("fully_convolutional", 31), ("two_branch", 3), *((n, 3) for n in FOV)]
+    ("name", "size"),
+    [
+        ("fully_convolutional", 31),
+        ("two_branch", 3),
+        ("image_conditioned", 15),
+        *((n, 3) for n in FOV),
+    ],
 )
 def test_a_label_map_too_small_is_refused(name, size):
     network = build_discriminator(name, 3)
@@ -288,6 +386,8 @@ def test_bad_options_are_named(options, message):
         ("small_fov", {"head": "mean"}, "gap, patch"),
         ("large_fov_light", {"width": 9}, "0.05 to 8"),
         ("fully_convolutional", {"width": 1}, "width.*does not have"),
+        ("image_conditioned", {"spectral_norm": 1}, "spectral_norm=1.*true or false"),
+        ("image_conditioned", {"dropout": 1}, "dropout=1.*0 to 0.95"),
     ],
 )
 def test_bad_options_of_the_others_are_named(name, options, message):

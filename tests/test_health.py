@@ -35,6 +35,10 @@ def healthy(step: int) -> dict[str, Any]:
         "discriminator/accuracy": 0.88,
     }
     row |= {"consistency/confident_share": 0.4, "weight/consistency": 1.0}
+    row |= {"consistency/class_share/sky": 0.4, "consistency/class_share/road": 0.3}
+    row |= {"consistency/labelled_share/sky": 0.3, "consistency/labelled_share/road": 0.4}
+    row |= {"held_out/agreement": 0.8, "held_out/confident_agreement": 0.95}
+    row |= {"held_out/confident_share": 0.5}
     row |= {"semi/mask_share": 0.2, "weight/adversarial": 0.05, RATIO: 0.2, "skips/segmentor": 0.0}
     return row | {
         "step_seconds": 1.0,
@@ -54,6 +58,16 @@ BAD: dict[str, dict[str, Any]] = {
     "no_influence": {RATIO: 1.3e-4},
     "mask_is_empty": {"semi/mask_share": 0.0},
     "teacher_is_unsure": {"consistency/confident_share": 0.0},
+    "class_never_kept": {"consistency/class_share/road": 0.0},
+    "pseudo_labels_collapse": {
+        "consistency/class_share/sky": 0.99,
+        "consistency/class_share/road": 0.01,
+    },
+    "teacher_is_overconfident": {
+        "held_out/confident_share": 0.97,
+        "held_out/confident_agreement": 0.5,
+    },
+    "agreement_falls": {"held_out/agreement": 0.65},
     "not_finite": {"loss/adversarial": math.nan},
     "exploding": {"loss/cross_entropy": 300.0},
     "class_never_predicted": {"val/mean_iou": 0.4, "val/never_predicted/car": 0.013},
@@ -70,8 +84,8 @@ def test_every_check_is_tested_here() -> None:
     assert BAD.keys() == NAMED.keys()
 
 
-# it goes by evaluations, and has a test of its own
-BY_STEP = [name for name in BAD if name != "class_never_predicted"]
+# they count classes over rows, and have tests of their own
+BY_STEP = [name for name in BAD if name not in ("class_never_predicted", "class_never_kept")]
 
 
 @pytest.mark.parametrize("name", BY_STEP)
@@ -125,6 +139,39 @@ def test_a_single_bad_row_and_a_signal_between_the_bounds_change_nothing(name: s
     for step in range(820, 1120, 10):  # ... and not cleared
         health.update(row | {"step": step})
     assert name in health.on
+
+
+def test_classes_that_no_confident_pixel_has_for_long_are_named_with_their_share() -> None:
+    def row(step: int, kept: float, confident: float = 0.4) -> dict[str, Any]:
+        shares = {"sky": (0.3, 0.9), "sign": (0.001, 0.0), "boat": (0.01, kept), "ship": (0.02, 0)}
+        found = healthy(step) | {"consistency/confident_share": confident}
+        for name, (labelled, share) in shares.items():
+            found[f"consistency/labelled_share/{name}"] = labelled
+            found[f"consistency/class_share/{name}"] = share
+        return found
+
+    # not yet, and not while the teacher is sure of few pixels: anything is missing among them
+    assert not Health([row(step, 0.0, 0.04) for step in range(10, 400, 10)]).events
+    health = Health([row(step, 0.0) for step in range(10, 210, 10)])
+    assert not health.events and health.flags()["health/class_never_kept"] == 0.0
+    (event,) = health.update(row(210, 0.0))
+    # the signs are too few to be missed
+    assert event.since == 10 and event.detail == "ship 2.00%, boat 1.00% of the labelled pixels"
+    # a boat that is seen ends the row of boats alone
+    assert not health.update(row(220, 0.01)) and names(health) == {"class_never_kept"}
+    (event,) = health.update(row(230, 0.01) | {"consistency/class_share/ship": 0.01})
+    assert not event.raised and not health.on
+    assert not health.update(row(240, 0.0))
+
+
+def test_a_teacher_that_does_not_teach_is_not_blamed() -> None:
+    """At the start an average is of untrained weights, whatever the term."""
+    rows = [healthy(step) | {"consistency/confident_share": 0.0} for step in (10, 20, 30)]
+    rows[2]["held_out/agreement"] = rows[1]["held_out/agreement"] = 0.3
+    assert not Health(rows).events
+    for row in rows:
+        row["consistency/confident_share"] = 0.4
+    assert names(Health(rows)) == {"agreement_falls"}
 
 
 def test_classes_that_no_prediction_has_for_long_are_named_with_their_share() -> None:
@@ -240,6 +287,12 @@ PLANTED = {
     "wins": {"discriminator_has_won", "mask_is_empty"},  # one that has won believes nothing
     "empty_mask": {"mask_is_empty"},
     "healthy": set(),
+    # 1.3 % of the labels: a teacher of 71 images never sees them, and nor does the network
+    "teacher": {"class_never_kept", "class_never_predicted"},
+    "collapse": {
+        *("pseudo_labels_collapse", "teacher_is_overconfident"),
+        *("class_never_kept", "class_never_predicted"),
+    },
 }
 
 

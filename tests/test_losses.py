@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from distseg.config import forms
 from distseg.config.names import KEYS
 from distseg.losses import adversarial, cross_entropy, tensors
 
@@ -55,13 +57,43 @@ def by_formula(z: float, target: float, form: str) -> float:
 FORMS = tuple(KEYS["loss.adv_form"].choices)
 
 
+def discriminator_sum(
+    logits: torch.Tensor, valid: torch.Tensor | None, target: float, form: str
+) -> torch.Tensor:
+    loss = partial(adversarial.FORMS[form].of_discriminator, target=target)
+    return adversarial.sum_of(loss, logits, valid)
+
+
+def real_by_formula(z: float, form: str) -> float:
+    return min(1, max(0, (1 + z) / 2)) if form == "least_squares" else 1 / (1 + math.exp(-z))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_known_of_a_form_without_torch_is_what_its_formulas_say(form: str) -> None:
+    facts, losses = forms.FORMS[form], adversarial.FORMS[form]
+    zero = torch.zeros(1, dtype=torch.float64)
+    for target in (0.0, 1.0):
+        assert float(losses.of_discriminator(zero, target)) == pytest.approx(facts.undecided)
+    assert float(losses.of_segmentor(zero)) == pytest.approx(facts.undecided_segmentor)
+    assert float(losses.realness(zero)) == 0.5
+    assert losses.has_probability == facts.has_probability
+    # the loss of maps of which a share is real is least at that share, where it is a probability
+    scores, share = torch.linspace(-3, 3, 601, dtype=torch.float64), 0.7
+    on_both = share * losses.of_discriminator(scores, 1.0)
+    on_both += (1 - share) * losses.of_discriminator(scores, 0.0)
+    best = float(losses.realness(scores[on_both.argmin()]))
+    assert (abs(best - share) < 0.01) == facts.has_probability
+    smoothed = [losses.of_discriminator(scores, target) for target in (1.0, 0.9)]
+    assert torch.equal(*smoothed) != facts.has_target
+
+
 @pytest.mark.parametrize("target", [1.0, 0.9, 0.0])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_discriminators_loss_is_its_formula_per_image_and_per_cell(
     form: str, target: float
 ) -> None:
     logits = rand(3, 1, 1, 1).requires_grad_()
-    total = adversarial.discriminator_sum(logits, None, target, form)
+    total = discriminator_sum(logits, None, target, form)
     expected = sum(by_formula(z, target, form) for z in logits.flatten().tolist())
     assert abs(total - expected) < 1e-12
     if form == "saturating":
@@ -72,12 +104,13 @@ def test_the_discriminators_loss_is_its_formula_per_image_and_per_cell(
     logits, valid = rand(2, 1, 2, 2), rand(2, 8, 8, seed=1) > 0
     up = torch.nn.functional.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)[:, 0]
     cells = up[valid].tolist()
-    total = adversarial.discriminator_sum(logits, valid, target, form)
+    total = discriminator_sum(logits, valid, target, form)
     assert abs(total - sum(by_formula(z, target, form) for z in cells)) < 1e-10
     for real in (True, False):
-        correct, chances, scores = adversarial.score_sums(logits, valid, real).tolist()
+        sums = adversarial.score_sums(logits, valid, real, adversarial.FORMS[form])
+        correct, scores, realness = sums.tolist()
         assert correct == int(((up[valid] > 0) == real).sum())
-        assert abs(chances - sum(1 / (1 + math.exp(-z)) for z in cells)) < 1e-10
+        assert abs(realness - sum(real_by_formula(z, form) for z in cells)) < 1e-10
         assert abs(scores - up[valid].sum()) < 1e-10
 
 
@@ -93,7 +126,7 @@ def test_the_segmentors_loss_falls_where_its_maps_pass_for_real() -> None:
     }
     assert expected.keys() == set(FORMS)
     for form, losses in expected.items():
-        total = adversarial.adversarial_sum(logits, valid, form)
+        total = adversarial.sum_of(adversarial.FORMS[form].of_segmentor, logits, valid)
         assert abs(total - losses.sum()) < 1e-10
         (gradient,) = torch.autograd.grad(total, logits)
         assert gradient.sum() < 0, form

@@ -43,6 +43,18 @@ def test_a_users_own_loss_term_is_drawn_and_stands_on_the_line_without_an_entry(
     assert metric("anything").title == "anything" and metric("anything").panel is None
 
 
+def test_runs_of_several_forms_have_no_level_but_one_that_they_share() -> None:
+    names = ["loss/discriminator_fake", "loss/adversarial"]
+
+    def drawn(*forms: str) -> list[tuple[str, float | None]]:
+        panels = [panel for panel, _ in panels_of(names, forms)]
+        return [(one.unit, one.reference and round(one.reference[0], 3)) for one in panels]
+
+    assert drawn("hinge") == [("loss", 1.0), ("loss", 0.0)]
+    assert drawn("hinge", "non_saturating") == [("loss", None)] * 2
+    assert drawn("saturating", "non_saturating") == [("loss, nats", 0.693), ("loss, nats", None)]
+
+
 def test_values_are_printed_by_their_unit() -> None:
     assert metric("val/mean_iou").text(0.1234) == "12.3%"
     assert metric("loss/segmentor").text(0.12345) == "0.123"

@@ -6,6 +6,7 @@ import copy
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -434,6 +435,61 @@ def test_a_discriminator_is_called_as_its_forward_is_written() -> None:
 def test_what_is_no_discriminator_is_refused(network: type, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_training(reference(network), judge(network))
+
+
+class WithFeatures(nn.Module):
+    """Of the image and one label map; what it answers to features=True is to be chosen."""
+
+    def __init__(self, num_classes: int, returned: str = "pair"):
+        super().__init__()
+        self.hidden, self.last = nn.Conv2d(num_classes, 6, 3, padding=1), nn.Conv2d(6, 1, 1)
+        self.returned = returned
+
+    def forward(self, image: Tensor, label_map: Tensor, features: bool = False) -> Any:
+        x = self.hidden(label_map).relu()
+        logits, mean = self.last(x), x.mean((2, 3))
+        if not features or self.returned == "none":
+            return logits
+        kinds = {"map": x, "batch": mean.mean(0, keepdim=True), "detached": mean.detach()}
+        return logits, kinds.get(self.returned, mean)
+
+
+class AllWithFeatures(WithFeatures):
+    """The same in the other form."""
+
+    def forward(self, image: Tensor, *label_maps: Tensor, features: bool = False) -> Any:
+        found = [super(AllWithFeatures, self).forward(image, each, True) for each in label_maps]
+        logits, means = zip(*found, strict=True)
+        return (logits, means) if features else logits
+
+
+@pytest.mark.parametrize("network", [WithFeatures, AllWithFeatures])
+def test_a_discriminators_features_are_those_of_its_own_forward(network: type) -> None:
+    own = judge(network)
+    check_training(reference(network), own)
+    assert own.has_features and own.sees_image and not judge(OnLabelMap).has_features
+    assert not judge(OnLabelMap).sees_image
+    image, maps = torch.rand(3, 3, 16, 16), [torch.rand(k, NUM_CLASSES, 8, 8) for k in (2, 3)]
+    logits, features = own(image, *maps, features=True)
+    for k, label_map in enumerate(maps):
+        assert torch.equal(logits[k], own(image, *maps)[k])
+        expected = own.network.hidden(label_map).relu().mean((2, 3))
+        assert torch.equal(features[k], expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("none", "without a pair"),
+        ("map", r"features \(2, 6, 32, 32\), \(3, 6, 32, 32\) of label maps of 2 and 3"),
+        ("batch", r"features \(1, 6\), \(1, 6\)"),
+        ("detached", "no gradient of its features"),
+    ],
+)
+def test_features_that_are_none_are_refused(returned: str, message: str) -> None:
+    own = build_discriminator(reference(WithFeatures), NUM_CLASSES, returned=returned)
+    with pytest.raises(InputError, match=message):
+        check_training(reference(WithFeatures), own)
 
 
 def test_operations_are_counted_or_the_reason_is_told() -> None:

@@ -82,10 +82,30 @@ def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
         "pixel accuracy, last 80.0%",
     ]
     assert figure.axes[2].get_legend_handles_labels()[1] == ["total", "cross entropy"]
-    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided, of BCE (ln 2)"]
+    assert figure.axes[3].get_legend_handles_labels()[1] == ["labelled", "undecided (ln 2)"]
     with Image.open(tmp_path / "pictures" / "curves.png") as png:
         assert png.format == "PNG" and min(png.size) > 600
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["curves.png"]
+
+
+@pytest.mark.parametrize(
+    ("form", "unit", "levels"),
+    [
+        ("saturating", "loss, nats", (np.log(2), np.log(2), -np.log(2))),
+        ("hinge", "loss", (1.0, 1.0, 0.0)),
+        ("least_squares", "loss", (0.25, 0.25, 0.25)),
+    ],
+)
+def test_curves_have_the_unit_and_the_level_of_their_form(
+    tmp_path: Path, figures: list[Figure], form: str, unit: str, levels: tuple[float, ...]
+) -> None:
+    figures_module.curves(rows(TRAIN + ADVERSARIAL, 3), tmp_path / "curves.png", form)
+    real, fake, segmentor, adversarial = figures[0].axes
+    for axes, level in zip((real, fake, adversarial), levels, strict=True):
+        np.testing.assert_allclose(axes.lines[-1].get_ydata(), level)
+        assert axes.lines[-1].get_label().startswith("undecided")  # type: ignore[union-attr]
+    assert {axes.get_ylabel() for axes in figures[0].axes} == {unit}
+    assert len(segmentor.lines) == len([name for name in TRAIN if name.startswith("loss/")])
 
 
 def test_curves_of_a_supervised_run_have_no_discriminator(
@@ -191,6 +211,33 @@ def test_a_drawing_has_its_text_as_text_and_every_pixel(tmp_path: Path, form: st
     pictures = re.findall(r'href="data:image/png;base64,([^"]*)"', content.decode())
     sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in pictures]
     assert sizes.count((700, 90)) == 6
+
+
+def test_what_a_teacher_is_not_sure_of_is_striped_and_counted(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    image = np.zeros((48, 64, 3), np.uint8)
+    label = np.tile(np.arange(64, dtype=np.uint8) // 16, (48, 1))  # four classes
+    label[:, 60:] = 255
+    half = np.zeros((48, 64), bool)
+    half[:24] = True
+    weak = figures_module.Taught(image, label, half)
+    strong = figures_module.Taught(image, label, np.ones_like(half))
+    figures_module.taught_panel(weak, strong, STANFORD, 0.95, tmp_path / "a.png")
+    (figure,) = figures
+    pictures = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes}
+    assert [*pictures][1::2] == ["pseudo-label: 50% confident", "its pseudo-label: 100% confident"]
+    solid = figures_module.colourise(label, STANFORD)
+    assert np.array_equal(pictures["its pseudo-label: 100% confident"], solid)
+    shown = np.asarray(pictures["pseudo-label: 50% confident"])
+    assert np.array_equal(shown[:24], solid[:24]) and np.array_equal(shown[:, 60:], solid[:, 60:])
+    # no unsure pixel has the colour of any class, and half of them have some of their own
+    unsure = shown[24:, :60].reshape(-1, 3)
+    assert not {tuple(color) for color in unsure} & {tuple(color) for color in STANFORD.palette}
+    assert 0.4 < (unsure == 255).all(1).mean() < 0.6
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*STANFORD.names[:4], "void", "probability < 0.95"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import distseg
 from distseg.cli import main
 from distseg.data.samples import LABELLED_FILE
 from distseg.pseudo_label.run import Choice, Labelled, surest
+from distseg.tracking import figures
 from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
@@ -39,8 +40,17 @@ def table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
-    toy_shards: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    toy_shards: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[dict[str, tuple[float, float]]] = []
+    original_bars = figures.kept_bars
+    monkeypatch.setattr(
+        figures, "kept_bars", lambda shares, out: (drawn.append(shares), original_bars(shares, out))
+    )
     network, before = distseg.load(trained, device="cpu"), MapsReader(toy_shards.parent / "maps.h5")
     by_people = (trained / LABELLED_FILE).read_text().split()
     # that of half of the pixels: the network knows little yet
@@ -52,7 +62,7 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
     assert main(["pseudo-label", str(trained), *words]) == 0
     said = capsys.readouterr().out
     assert "4 of 4 unlabelled images kept" in said and f"next: distseg pack '{out}'" in said
-    rows = table(out.with_suffix(".csv"))
+    rows, labels = table(out.with_suffix(".csv")), []
     with MapsReader(out) as maps:
         assert maps.name == "toy blobs-pseudo" and maps.classes == before.classes
         assert maps.splits["val"] == before.splits["val"]
@@ -72,10 +82,20 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
             assert math.isclose(float(row["confidence"]), chances.max(0).mean(), abs_tol=1e-5)
             assert math.isclose(float(row["labelled_share"]), sure.mean(), abs_tol=1e-5)
             valid = sure & (original.label != 255)
+            labels.append((original.label.ravel(), sample.label.ravel()))
             right = (chances.argmax(0) == original.label)[valid].mean()
             assert math.isclose(float(row["agreement"]), right, abs_tol=1e-5)
             assert row["kept"] == "1" and row["realness"] == ""
     assert not rows
+    truth, found = (np.concatenate(each) for each in zip(*labels, strict=True))
+    (shares,) = drawn
+    for index, name in enumerate(STANFORD.names):
+        of_class = found[truth == index]
+        labelled, right = (of_class != 255).mean(), (of_class[of_class != 255] == index)
+        assert shares[name] == pytest.approx(
+            (labelled, right.mean() if len(right) else math.nan), nan_ok=True
+        )
+    assert f"wrote {out}, of a run.csv and of a run.png" in said
     pack(out, tmp_path / "packed")
     assert len(ShardReader(tmp_path / "packed", "train")) == 8
 

@@ -90,6 +90,8 @@ def write_run(
     (run_dir / "pictures" / "samples").mkdir(parents=True)
     noise = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(run_dir / "pictures" / "samples" / "img_1.png")
+    (run_dir / "pictures" / "pseudo_labels").mkdir()
+    Image.fromarray(noise).save(run_dir / "pictures" / "pseudo_labels" / "unlabelled_1.png")
     return run_dir
 
 
@@ -448,6 +450,7 @@ def test_a_browser_shows_every_section_and_the_controls_work(
     assert seen["bad"] == 0 and seen["thin"] > 300
     assert seen["overflow"] <= 0 and seen["cut"] == 0  # nothing is wider than the window
     sections = ["Runs", "Health", "Curves", "IoU of each class", "Confusion matrix", "Predictions"]
+    sections.append("Pseudo-labels")
     assert seen["titles"] == [*sections, "What differs between the configurations", "Configuration"]
     metrics = {name for run in runs for name in content.collect(run)["series"]}
     assert seen["charts"] == len(catalogue.panels_of(metrics))
@@ -459,7 +462,7 @@ def test_a_browser_shows_every_section_and_the_controls_work(
     assert min(seen["of"][:3]) > 0 and seen["of"][3] == 0, "runs, and no mean at first"
     assert seen["ofAfter"][0] == 0 < seen["ofAfter"][3] and seen["ofAfter"][1:3] == seen["of"][1:3]
     assert seen["columns"] == seen["columnsAfter"] == 4
-    assert seen["images"] == [60, 60, 60]
+    assert seen["images"] == 6 * [60]
     assert [text.split(": ")[0] for text in seen["verdicts"]] == ["won", "won"]
     assert "65.0 ± 7.1" in seen["table"] and seen["best"].count("70.0") == 1
     assert (
@@ -517,4 +520,5 @@ def test_the_wandb_report_has_the_same_panels_over_these_runs(
         ["id0", "id1", "id2"],
     )
     media = [panel["config"] for panel in grids[2]["panelBankSectionConfig"]["panels"]]
-    assert [config["mediaKeys"] for config in media] == [["samples/img_1"], ["masks/img_1"]]
+    names = [["samples/img_1"], ["masks/img_1"], ["pseudo_labels/unlabelled_1"]]
+    assert [config["mediaKeys"] for config in media] == names

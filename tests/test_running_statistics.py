@@ -1,7 +1,8 @@
-"""Batch norm's running statistics with strong views in the batch, against formulas."""
+"""Batch norm with strong views in the batch, against formulas: together or apart."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,12 @@ class Normed(nn.Module):
         return self.own(self.second(x + by_image[..., None, None]))
 
 
+SEPARATE = ["consistency.batch_norm=separate"]
 CASES: dict[str, tuple[int, list[str]]] = {
-    "one rank": (1, []),
-    "three ranks, accumulated": (3, ["gradient_accumulation_steps=2"]),
-    "three ranks, fsdp": (3, ["parallel.strategy=fsdp"]),
-    "both kinds of images": (3, ["consistency.running_statistics=all"]),
+    "one rank": (1, SEPARATE),
+    "three ranks, accumulated": (3, [*SEPARATE, "gradient_accumulation_steps=2"]),
+    "three ranks, fsdp": (3, [*SEPARATE, "parallel.strategy=fsdp"]),
+    "both kinds of images": (3, []),
 }
 
 
@@ -88,51 +90,72 @@ def found() -> dict[int, list[dict[str, Any]]]:
     return {num_ranks: run_ranks(num_ranks, of_rank, num_ranks) for num_ranks in (1, 3)}
 
 
+Kinds = list[
+    list[Tensor]
+]  # of each rank the parts that are normalised apart, the tracked one first
+
+
 @torch.no_grad()
 def reference(overrides: list[str], views: list[list[Any]]) -> dict[str, Tensor]:
     """In one process, plainly: views[rank][step] are the strong views of a rank."""
     config, num_ranks = make_config("fp64", overrides), len(views)
     torch.manual_seed(3)
     net = Normed().double()
-    names = ("joint", "rows", "own")
-    kept = {f"{name}.running_mean": torch.zeros(1, dtype=torch.float64) for name in names}
-    kept |= {f"{name}.running_var": torch.ones(1, dtype=torch.float64) for name in names}
+    kept: dict[str, Tensor] = {}
+    for name in ("joint", "rows", "own"):
+        kept[f"{name}.running_mean"] = torch.zeros(1, dtype=torch.float64)
+        kept[f"{name}.running_var"] = torch.ones(1, dtype=torch.float64)
     num_parts, num_batches = config.gradient_accumulation_steps, 0
-    every = config.consistency.running_statistics == "all"
+
+    def normed(name: str, x: Kinds) -> Kinds:
+        """Normalised; takes the first parts into the running statistics."""
+        share = 1 / num_batches if name == "own" else 0.1
+        # of the synchronised layer, of all ranks' images together
+        groups = [range(num_ranks)] if name == "joint" else [[rank] for rank in range(num_ranks)]
+        new = [moments([x[rank][0] for rank in group], correction=1) for group in groups]
+        for index, kind in enumerate(("mean", "var")):
+            average = torch.stack([each[index] for each in new]).mean(0)
+            buffer = f"{name}.running_{kind}"
+            kept[buffer] = (1 - share) * kept[buffer] + share * average
+        found: Kinds = [[] for _ in x]
+        for group in groups:
+            for part in range(len(x[0])):
+                mean, var = moments([x[rank][part] for rank in group], correction=0)
+                for rank in group:
+                    by_channel = x[rank][part].transpose(1, -1) - mean
+                    found[rank].append((by_channel / (var + 1e-5).sqrt()).transpose(1, -1))
+        return found
+
     for place, step in enumerate(STEPS):
         pixels = make_batch(step, torch.float64, SIDE)[0].chunk(num_ranks)
-        strong = [torch.from_numpy(of_rank[place]) for of_rank in views]
         for part in range(num_parts):
             num_batches += 1
-            both = [
-                torch.cat([a.chunk(num_parts)[part], b.chunk(num_parts)[part]])
-                for a, b in zip(pixels, strong, strict=True)
-            ]
-            counted = len(both[0]) if every else len(both[0]) // 2
-            seen: dict[str, list[Tensor]] = {name: [] for name in names}
-            before = [net.first(each) for each in both]
-            mean, var = moments(before, correction=0)
-            for rank in range(num_ranks):
-                x = before[rank]
-                seen["joint"].append(x[:counted])
-                x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
-                x = (x / (1 + 1e-5) ** 0.5).relu()  # the frozen layer's statistics are 0 and 1
-                cells = x.unflatten(2, (2, -1)).unflatten(4, (2, -1)).mean((3, 5))
-                rows = cells.flatten(2).mT.flatten(0, 1)
-                seen["rows"].append(rows[: 4 * counted])
-                rows = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
-                x = net.second(x + rows.unflatten(0, (-1, 4)).mean(1)[..., None, None])
-                seen["own"].append(x[:counted])
-            for name in names:
-                share = 1 / num_batches if name == "own" else 0.1
-                # of the synchronised layer, of all ranks' images together
-                groups = [seen[name]] if name == "joint" else [[each] for each in seen[name]]
-                new = [moments(group, correction=1) for group in groups]
-                for index, kind in enumerate(("mean", "var")):
-                    buffer = f"{name}.running_{kind}"
-                    average = torch.stack([each[index] for each in new]).mean(0)
-                    kept[buffer] = (1 - share) * kept[buffer] + share * average
+            x = []
+            for labelled, of_rank in zip(pixels, views, strict=True):
+                strong = torch.from_numpy(of_rank[place]).chunk(num_parts)[part]
+                kinds = [labelled.chunk(num_parts)[part], strong]
+                is_joint = config.consistency.batch_norm == "joint"
+                x.append([torch.cat(kinds)] if is_joint else kinds)
+            x = normed("joint", each(net.first, x))
+            # the frozen layer's statistics are 0 and 1
+            x = each(lambda it: (it / (1 + 1e-5) ** 0.5).relu(), x)
+            rows = normed("rows", each(lambda it: pooled(it).flatten(2).mT.flatten(0, 1), x))
+            for of_rank, more in zip(x, rows, strict=True):
+                for kind, it in enumerate(more):
+                    of_rank[kind] = (
+                        of_rank[kind] + it.unflatten(0, (-1, 4)).mean(1)[..., None, None]
+                    )
+            normed("own", each(net.second, x))
     return kept
+
+
+def each(function: Callable[[Tensor], Tensor], x: Kinds) -> Kinds:
+    return [[function(part) for part in parts] for parts in x]
+
+
+def pooled(x: Tensor) -> Tensor:
+    """2 x 2 means of equal cells, (n, C, 2, 2)."""
+    return x.unflatten(2, (2, -1)).unflatten(4, (2, -1)).mean((3, 5))
 
 
 def moments(parts: list[Tensor], correction: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +168,7 @@ def moments(parts: list[Tensor], correction: int) -> tuple[Tensor, Tensor]:
 def test_running_statistics_are_of_the_images_that_are_asked_for(
     name: str, found: dict[int, list[dict[str, Any]]]
 ) -> None:
-    """The normalisation is of all images in any case: what comes behind the first layer says so."""
+    """And so is the normalisation: what comes behind the first layer says so."""
     num_ranks, overrides = CASES[name]
     results = [of_rank[name] for of_rank in found[num_ranks]]
     expected = reference(overrides, [views for _, views in results])
@@ -162,8 +185,9 @@ def test_one_value_has_no_variance_and_half_an_image_no_statistics() -> None:
     for shape in ((4, 3, 1, 1), (6, 3, 2, 2)):
         statistics = RunningStatistics(nn.Sequential(layer))
         with (
-            pytest.raises(InputError, match="running_statistics=all"),
+            pytest.raises(InputError, match="batch_norm=joint"),
             statistics.averaged(4, 1),
         ):
             layer(torch.rand(shape))
-    assert layer.track_running_stats  # and later forwards find it as it was
+    # and later forwards find it as it was
+    assert torch.equal(layer(torch.ones(4, 3, 1, 1)), torch.zeros(4, 3, 1, 1))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
@@ -30,6 +31,7 @@ STEP = 2  # by which the semi-supervised term is on
 SEMI = CASES["semi, a score per cell"]
 AT_IMAGE = [*SEMI, "loss.map_resolution=image"]
 GAP = ["discriminator.options.head=gap"]
+HINGE, LEAST_SQUARES = ([*GAP, f"loss.adv_form={name}"] for name in ("hinge", "least_squares"))
 WEIGHTED = [*GAP, "loss.ce_weight=0.25"]
 STRATEGIES: dict[str, list[str]] = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]}
 if importlib.util.find_spec("deepspeed") is not None:
@@ -95,7 +97,7 @@ def reference(case: list[str]) -> dict[str, float]:
 
     weights = (config.loss.adv_weight, config.semi.adv_weight)
     fakes = [outputs(i, z.softmax(1), s) for i, z, s in zip(kinds, logits, small, strict=True)]
-    adversarial = sum(w * F.softplus(-z).mean() for w, z in zip(weights, fakes, strict=False))
+    adversarial = sum(w * reward(config, z).mean() for w, z in zip(weights, fakes, strict=False))
     up = F.interpolate(logits[0], (SIZE, SIZE), mode="bilinear")
     cross_entropy = F.cross_entropy(up, labelled.label.long(), ignore_index=255)
     cross_entropy = config.loss.ce_weight * cross_entropy
@@ -106,13 +108,27 @@ def reference(case: list[str]) -> dict[str, float]:
     on_real, on_fake = outputs(labelled, chances.permute(0, 3, 1, 2), small[0]), torch.cat(fakes)
     right = (on_real > 0).sum() + (on_fake <= 0).sum()
     norm = torch.stack([g.square().sum() for g in from_adversary]).sum().sqrt()
-    return {
+    found = {
         RATIO: float((norm / own.norm()).detach()),
         "discriminator/accuracy": int(right) / (on_real.numel() + on_fake.numel()),
-        "discriminator/on_real": float(on_real.detach().sigmoid().mean()),
-        "discriminator/on_fake": float(on_fake.detach().sigmoid().mean()),
         "discriminator/logit_gap": float((on_real.mean() - on_fake.mean()).detach()),
     }
+    if config.loss.adv_form == "hinge":  # whose scores are no probabilities
+        return found
+    chance = torch.sigmoid
+    if config.loss.adv_form == "least_squares":
+        chance = lambda z: ((1 + z) / 2).clamp(0, 1)  # noqa: E731
+    of_kinds = {"discriminator/on_real": on_real, "discriminator/on_fake": on_fake}
+    return found | {name: float(chance(z.detach()).mean()) for name, z in of_kinds.items()}
+
+
+def reward(config: Config, z: Tensor) -> Tensor:
+    """The segmentor's loss on each score."""
+    if config.loss.adv_form == "hinge":
+        return -z
+    if config.loss.adv_form == "least_squares":
+        return ((z - 1) / 2).square()
+    return F.softplus(-z)
 
 
 def measure_all(ranks: Ranks) -> dict[str, dict[str, float]]:
@@ -120,7 +136,8 @@ def measure_all(ranks: Ranks) -> dict[str, dict[str, float]]:
         return {s: measure(ranks, SEMI, s) for s in ("ddp", "fsdp")}
     values = {strategy: measure(ranks, SEMI, strategy) for strategy in STRATEGIES}
     values |= {"at image": measure(ranks, AT_IMAGE, "ddp"), "gap": measure(ranks, GAP, "ddp")}
-    values["weighted"] = measure(ranks, WEIGHTED, "ddp")
+    for name, case in (("weighted", WEIGHTED), ("hinge", HINGE), ("squares", LEAST_SQUARES)):
+        values[name] = measure(ranks, case, "ddp")
     return values | {"in parts": measure(ranks, GAP, "ddp", 2)}
 
 
@@ -129,11 +146,14 @@ def test_signals_are_those_of_the_joined_batch_under_every_strategy(num_ranks: i
     torch.set_num_threads(1)
     expected = dict.fromkeys(STRATEGIES, reference(SEMI)) | {"at image": reference(AT_IMAGE)}
     expected |= dict.fromkeys(("gap", "in parts"), reference(GAP))
-    expected["weighted"] = reference(WEIGHTED)
+    expected |= {"weighted": reference(WEIGHTED), "hinge": reference(HINGE)}
+    expected["squares"] = reference(LEAST_SQUARES)
     norms = []
     for of_rank in run_ranks(num_ranks, measure_all):
         for case, values in of_rank.items():
             tolerance = 1e-5 if case.startswith("stage") else 1e-9
+            told = [name for name in values if name.startswith("discriminator/")]
+            assert set(told) == {n for n in expected[case] if n != RATIO}
             for name, wanted in expected[case].items():
                 assert values[name] == pytest.approx(wanted, rel=tolerance, abs=tolerance), (
                     case,

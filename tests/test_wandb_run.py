@@ -343,10 +343,10 @@ def test_scores_and_pictures_made_up_after_a_restart_are_sent_with_their_own_ste
             self.sent.append((step, values))
 
     run = Resumed()
-    wandb_run._log_row(run, 12, {"val/mean_iou": 0.5})
+    wandb_run._log_row(run, 12, {"val/mean_iou": 0.5, "held_out/agreement": 0.6})
     wandb_run._log_row(run, 12, {"samples/a": "picture"})
     assert run.sent == [
-        (13, {"step": 12, "val/mean_iou": 0.5}),
+        (13, {"step": 12, "val/mean_iou": 0.5, "held_out/agreement": 0.6}),
         (13, {"step": 12, "samples/a": "picture"}),
     ]
 

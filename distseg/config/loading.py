@@ -17,14 +17,18 @@ from distseg.config.keys import Key
 from distseg.config.layers import CONFIG_FILE, layers, names_network, split
 from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names, with_lists
 from distseg.config.rules import check
-from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, TermConfig
+from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError
 from shards.storage import is_file, read_text
 from shards.words import nearest
 
 TERMS = "loss.terms."
-ADVERSARIAL_WEIGHTS = ("loss.adv_weight", "semi.adv_weight", "semi.weight")
+# of terms that only some modes have; a key's `modes` say which
+WEIGHTS = (
+    *("loss.adv_weight", "loss.feature_weight", "loss.mismatched_weight", "loss.r1_weight"),
+    *("semi.adv_weight", "semi.weight", "semi.entropy_weight", "consistency.weight"),
+)
 
 
 def load(overrides: list[str]) -> Config:
@@ -310,17 +314,12 @@ def _resolved(merged: Any) -> Config:
 
 
 def _refuse_weights(pairs: list[tuple[str, Any]], mode: str) -> None:
-    """Of an adversary or a teacher that the mode has none of: they would be passed over in
-    silence.
-    """
+    """Of terms that the mode has none of: they would be passed over in silence."""
     for key, value in dict(pairs).items():  # the last of a key counts
-        got = f"{key}={value} with mode={mode}"
-        if value and key in ADVERSARIAL_WEIGHTS and mode not in WITH_DISCRIMINATOR:
-            action = "write mode=adversarial (or semi_supervised), or leave it out"
-            raise InputError(got, "an adversary for its weight", action)
-        if value and key == "consistency.weight" and mode not in WITH_UNLABELLED:
-            action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"
-            raise InputError(got, "unlabelled images for its weight", action)
+        entry = find(key) if key in WEIGHTS else None
+        if value and entry is not None and mode not in entry.modes:
+            action = f"write mode={' or '.join(entry.modes)}, or leave it out"
+            raise InputError(f"{key}={value} with mode={mode}", "a mode with its term", action)
 
 
 def _merge(config: Any, values: dict[str, Any]) -> Any:

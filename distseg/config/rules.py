@@ -7,12 +7,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distseg.config.forms import FORMS
 from distseg.config.keys import Key
 from distseg.config.names import KEYS
-from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, OptimizerConfig
+from distseg.config.schema import (
+    ADAPTATION,
+    WITH_DISCRIMINATOR,
+    WITH_UNLABELLED,
+    Config,
+    OptimizerConfig,
+)
 from shards.errors import InputError
 from shards.remote import check_url
-from shards.user_code import FORMS, is_reference
+from shards.user_code import FORMS as REFERENCES
+from shards.user_code import is_reference
 from shards.words import counted, nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
@@ -20,6 +28,7 @@ from shards.words import counted, nearest
 BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
+    *("feature_matching", "discriminator_mismatched", "entropy", "r1"),
 )
 
 
@@ -45,7 +54,7 @@ def check_choice(entry: Key, value: Any) -> None:
         return
     if value not in entry.choices:
         needed = f"one of: {', '.join(entry.choices)}"
-        needed += f"; or your own, as {FORMS}" if entry.own_code else ""
+        needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
         raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
 
 
@@ -142,15 +151,45 @@ def scores_of_a_form(config: Config) -> None:
     loss = config.loss
     if config.mode not in WITH_DISCRIMINATOR:
         return
-    if loss.adv_form == "hinge" and loss.real_target != 1:
-        got = f"loss.real_target={loss.real_target} with loss.adv_form=hinge, which has no target"
+    form = FORMS[loss.adv_form]
+    if loss.real_target != 1 and not form.has_target:
+        got = f"loss.real_target={loss.real_target} with loss.adv_form={loss.adv_form}, which has "
+        got += "no target"
         raise InputError(got, "loss.real_target=1", "remove it, or write another loss.adv_form")
-    as_odds = loss.adv_form in ("non_saturating", "saturating")
-    if config.mode == "semi_supervised" and config.semi.weight and not as_odds:
-        # its threshold is one of probabilities, which only the cross entropy makes of the scores
+    if config.mode == "semi_supervised" and config.semi.weight and not form.has_probability:
         got = f"semi.weight={config.semi.weight} with loss.adv_form={loss.adv_form}"
-        needed = "a discriminator trained by BCE, for the mask of semi.threshold"
+        needed = "scores that are probabilities, for the mask of semi.threshold"
         raise InputError(got, needed, "write semi.weight=0, or loss.adv_form=non_saturating")
+
+
+def penalty_of_second_order(config: Config) -> None:
+    """The R1 penalty is trained through a gradient, which not every way of computing allows."""
+    if config.mode not in WITH_DISCRIMINATOR or not config.loss.r1_weight:
+        return
+    got, strategy = f"loss.r1_weight={config.loss.r1_weight} with ", config.parallel.strategy
+    if strategy != "ddp":
+        needed = "parallel.strategy=ddp: the others gather parameters, and reduce gradients, by "
+        needed += "hooks of one backward, and R1 is a backward through a backward"
+        action = "write parallel.strategy=ddp, or loss.r1_weight=0"
+        raise InputError(f"{got}parallel.strategy={strategy}", needed, action)
+    if config.compile:
+        needed = "compile=false: compiled networks have no second derivative"
+        raise InputError(f"{got}compile=true", needed, "write compile=false, or loss.r1_weight=0")
+    if config.precision == "fp16":
+        needed = "another precision: fp16 has no room for gradients at a label map's pixels"
+        raise InputError(f"{got}precision=fp16", needed, "write precision=bf16 or fp32")
+
+
+def spectral_norm_of_whole_weights(config: Config) -> None:
+    """A discriminator's spectral norm is computed of its parameters, which are whole under ddp."""
+    asked = config.discriminator.options.get("spectral_norm")
+    strategy = config.parallel.strategy
+    if config.mode in WITH_DISCRIMINATOR and asked and strategy != "ddp":
+        got = f"discriminator.options.spectral_norm={asked} with parallel.strategy={strategy}"
+        needed = "parallel.strategy=ddp: the others exchange a layer's gradient when its backward "
+        needed += "is done, and the norm's comes after it"
+        action = "write parallel.strategy=ddp, or remove the option"
+        raise InputError(got, needed, action)
 
 
 def evaluations_for_the_schedule(config: Config) -> None:
@@ -181,22 +220,22 @@ def shards_of_fsdp(config: Config) -> None:
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
-    weights.append(config.consistency.weight)
+    weights += [config.consistency.weight, config.semi.entropy_weight, config.loss.feature_weight]
     # one of the user's own may be of unlabelled images, which is known when it is imported
     weights += [term.weight for term in config.loss.terms.values() if is_reference(term.use)]
     # their forward passes would cost time at every step, for nothing
     if config.mode == "semi_supervised" and not any(weights):
-        got = "mode=semi_supervised with loss.adv_weight, semi.adv_weight, semi.weight and "
-        got += "consistency.weight all 0"
+        got = "mode=semi_supervised with loss.adv_weight, loss.feature_weight, semi.adv_weight, "
+        got += "semi.weight, semi.entropy_weight and consistency.weight all 0"
         raise InputError(got, "a term on unlabelled images", "write mode=supervised, or a weight")
 
 
 def consistency_with_a_teacher(config: Config) -> None:
-    """mode=consistency has its term, and the term its teacher."""
+    """mode=consistency has a term, and that of a teacher its teacher."""
     chosen = config.consistency
-    if config.mode == "consistency" and not chosen.weight:
-        got, action = "mode=consistency with consistency.weight=0", "write consistency.weight=1"
-        raise InputError(got, "a weight above 0", action)
+    if config.mode == "consistency" and not (chosen.weight or config.semi.entropy_weight):
+        got = "mode=consistency with consistency.weight=0 and semi.entropy_weight=0"
+        raise InputError(got, "a weight above 0", "write consistency.weight=1")
     if config.mode not in WITH_UNLABELLED or not chosen.weight:
         return
     if chosen.teacher == "ema" and not config.ema_decay:
@@ -222,6 +261,19 @@ def a_labelled_partner_for_each(config: Config) -> None:
         got += f"semi.batch_size={size}"
         needed = "as many labelled images as unlabelled ones"
         raise InputError(got, needed, f"write semi.batch_size={config.batch_size}")
+
+
+def domains_without_ground_truth(config: Config) -> None:
+    """mode=domain_adaptation has images of another domain to look at, and not pieces of both."""
+    if config.mode not in ADAPTATION:
+        return
+    chosen = config.consistency
+    if chosen.weight and chosen.mix_with == "labelled" and config.loss.adv_weight:
+        got = f"mode={config.mode} with consistency.mix_with=labelled and loss.adv_weight="
+        got += f"{config.loss.adv_weight}"
+        needed = "images of one domain each, for the discriminator to tell them apart"
+        action = "write consistency.mix_with=unlabelled, or mode=consistency without an adversary"
+        raise InputError(got, needed, action)
 
 
 def rectangles_in_order(config: Config) -> None:
@@ -307,8 +359,8 @@ def a_loss_to_minimise(config: Config) -> None:
     loss, named = config.loss, "loss.ce_weight=0"
     weights = [loss.ce_weight, *(term.weight for term in loss.terms.values())]
     if config.mode == "adversarial":
-        weights.append(loss.adv_weight)
-        named += ", loss.adv_weight=0"
+        weights += [loss.adv_weight, loss.feature_weight]
+        named += ", loss.adv_weight=0, loss.feature_weight=0"
     # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
     if config.mode not in WITH_UNLABELLED and not any(weights):
         got = f"mode={config.mode} with {named} and no loss.terms"
@@ -332,7 +384,7 @@ def a_view_by_reference(config: Config) -> None:
     """data.view names code, and its options are of one."""
     data = config.data
     if data.view and not is_reference(data.view):
-        raise InputError(f"data.view={data.view}", FORMS, "correct data.view")
+        raise InputError(f"data.view={data.view}", REFERENCES, "correct data.view")
     # they would be passed over in silence
     if data.view_options and not data.view:
         got = f"data.view_options.{next(iter(data.view_options))} without data.view"
@@ -401,12 +453,15 @@ RULES = (
     frozen_statistics_are_trained,
     nesterov_has_a_momentum,
     scores_of_a_form,
+    penalty_of_second_order,
+    spectral_norm_of_whole_weights,
     evaluations_for_the_schedule,
     shards_of_fsdp,
     unlabelled_images_have_a_term,
     consistency_with_a_teacher,
     a_discriminator_at_the_gate,
     a_labelled_partner_for_each,
+    domains_without_ground_truth,
     rectangles_in_order,
     a_view_by_reference,
     class_weights_of_a_kind,

@@ -23,7 +23,8 @@ from shards.sample import IGNORE_INDEX, ClassSet, decode_image
 from shards.storage import is_file, read_text
 from shards.words import counted, nearest
 
-LABELLED_FILE = "labelled.txt"  # in a run directory: whose labels were used, where that is a choice
+# in a run directory: whose labels were used, where that is a choice; and which of these no step saw
+LABELLED_FILE, HELD_OUT_FILE = "labelled.txt", "held_out.txt"
 # key, image (H, W, 3) uint8 RGB, label (H, W) uint8 (255 = void)
 Decoded = tuple[str, np.ndarray, np.ndarray]
 # classes, and which of them each class index of a reader is: (256,) uint8, or None for the same
@@ -320,6 +321,27 @@ def split_labelled(
         raise InputError(got, "at least one labelled sample", "ask for a larger share")
     # in packed order: neighbours lie in one shard
     return sorted(chosen), sorted(set(range(len(reader))) - chosen)
+
+
+def hold_out(
+    reader: ShardReader, labelled: Sequence[int], count: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """(the labelled samples that are trained on, `count` that are not), each in packed order.
+
+    labelled: of `split_labelled`. Those that its random order, by the same seed, draws last: they
+    follow from seed and list alone, and a smaller count holds out some of the same. Raises
+    InputError where none would be left to train on.
+    """
+    if count >= len(labelled):
+        got = f"consistency.held_out={count} of {counted(len(labelled), 'labelled sample')}"
+        needed = "one at least to train on"
+        raise InputError(got, needed, "hold out fewer, or label more: data.labelled")
+    without = set(reader.unlabelled)
+    candidates = [index for index in range(len(reader)) if reader.key(index) not in without]
+    order = Plan(len(candidates), seed)
+    drawn_at = {candidates[order.sample_index(p)]: p for p in range(len(candidates))}
+    last = sorted(labelled, key=lambda index: drawn_at[index])[len(labelled) - count :]
+    return sorted(set(labelled) - set(last)), sorted(last)
 
 
 def sha256_of_keys(keys: Sequence[str]) -> str:

@@ -177,11 +177,6 @@ def _blurred(pixels: Tensor, weights: Tensor) -> Tensor:
     return pixels
 
 
-def of_neighbours(values: Tensor) -> Tensor:
-    """The values of each image's neighbour: 1, 0, 3, 2, ..."""
-    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-
 def _half_of_the_classes(label: Tensor, draws: Tensor) -> Tensor:
     """Where a label shows the half, rounded up, of its classes that has the lowest draws.
 

@@ -36,6 +36,7 @@ class Evaluator:
     mark: Callable[[str], None] = lambda what: None
     seen: Callable[[int], None] = lambda number: None  # told how many images this rank has scored
     details: bool = False  # outlines, calibration and intervals too, which take longer
+    prefix: str = VALIDATION  # of its scores' names
     per_image: bool = False  # what each image's own scores are made from, in tally.margins
     # None: the classes of the samples are the network's
     class_map: ClassMap | None = None
@@ -88,12 +89,14 @@ class Evaluator:
     def named(self) -> dict[str, float]:
         """The last result under its names in metrics.jsonl.
 
-        val/mean_iou, val/iou/<class>, ..., in [0, 1].
+        val/mean_iou, val/iou/<class>, ..., in [0, 1]; prefix in place of val/.
         """
         assert self.result is not None and self.tally is not None
         classes = self.samples.classes.names
         values = self.result.to_dict(classes) | self.extra
-        named = {f"{VALIDATION}{name}": value for name, value in values.items()}
+        named = {f"{self.prefix}{name}": value for name, value in values.items()}
+        if self.prefix != VALIDATION:
+            return named
         missed = self.tally.never_predicted().items()
         return named | {f"{NEVER_PREDICTED}{classes[index]}": share for index, share in missed}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import LossConfig
-from distseg.losses.adversarial import real_label_map
+from distseg.losses.adversarial import FORMS, real_label_map, realness_at
 from distseg.losses.tensors import at_least_float32, label_at, upsample
 
 
@@ -23,8 +23,9 @@ def confidence_map(
 
     segmentor, discriminator: in evaluation mode, on one device. image: (H, W, 3) uint8 RGB. label:
     (H, W) uint8, 255 = void, seen as ground truth is in training; None: the segmentor's own
-    probabilities. Returns (H, W) float32, the probability of being real; one value throughout where
-    the discriminator judges the image as a whole.
+    probabilities. Returns (H, W) float32 in [0, 1], the probability of being real (of hinge the
+    sigmoid of the score, which is none); one value throughout where the discriminator judges the
+    image as a whole.
     """
     weight = next(segmentor.parameters())
     pixels = torch.from_numpy(image.copy()).to(weight.device).permute(2, 0, 1)[None] / 255
@@ -37,6 +38,5 @@ def confidence_map(
         tau = loss.scaling_tau if loss.real_map == "scaling" else None
         label_map = real_label_map(index, valid, label_map, tau)
     (scores,) = discriminator(pixels, label_map)  # (1, 1, h', w') or (1, 1, 1, 1)
-    # logits are upsampled and not probabilities, as in the loss that it learns by
-    confidence = upsample(at_least_float32(scores), image.shape[:2]).sigmoid()
-    return confidence[0, 0].float().cpu().numpy()
+    confidence = realness_at(scores, image.shape[:2], FORMS[loss.adv_form])
+    return confidence[0].float().cpu().numpy()

@@ -26,7 +26,8 @@ from shards.files import tracked
 from shards.sample import ClassSet
 from shards.words import counted
 
-FOLDER = "pictures"
+# within it, of unlabelled images; training alone draws these, from its own views
+FOLDER, TAUGHT_FOLDER = "pictures", "pseudo_labels"
 
 
 def run(
@@ -43,17 +44,20 @@ def run(
     overrides = loading.of_validation(list(overrides))
     out = out or run_dir / FOLDER
     config = loading.override(loading.from_file(run_dir / "config.yaml"), overrides)
-    drawn = draw_scores(run_dir, out, form)
+    drawn = draw_scores(run_dir, out, config.loss.adv_form, form)
     if config.evaluate.num_pictures:
         drawn += _draw_samples(run_dir, which, out, form, overrides)
     print(f"wrote {counted(drawn, 'picture')} into {out}")
     return 0
 
 
-def draw_scores(run_dir: Path, out: Path, form: str = "png") -> int:
-    """Draw curves.* and, of a run that was evaluated, iou.* into `out`; how many."""
+def draw_scores(run_dir: Path, out: Path, adv_form: str, form: str = "png") -> int:
+    """Draw curves.* and, of a run that was evaluated, iou.* into `out`; how many.
+
+    adv_form: of the run's losses.
+    """
     # from the file and not from memory: it has the steps of earlier attempts too
-    figures.curves(read_metrics(run_dir / METRICS_FILE), out / f"curves.{form}")
+    figures.curves(read_metrics(run_dir / METRICS_FILE), out / f"curves.{form}", adv_form)
     class_iou = _class_iou(run_dir / "evaluation.json")
     if class_iou:
         figures.iou_bars(class_iou, out / f"iou.{form}")

@@ -2,12 +2,95 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distseg.losses.tensors import at_least_float32, upsample
 from shards.sample import IGNORE_INDEX
+
+
+class Form:
+    """A form of the losses on the discriminator's scores s, above 0 = real in all of them.
+
+    has_probability: whether `realness` is the probability that a label map is real.
+    """
+
+    has_probability = True
+
+    def of_discriminator(self, scores: Tensor, target: float) -> Tensor:
+        """Its loss for each score, of the same shape.
+
+        target: 1 is real, 0 is fake; between is one-sided label smoothing (Salimans et al. 2016,
+        section 3.4).
+        """
+        raise NotImplementedError
+
+    def of_segmentor(self, scores: Tensor) -> Tensor:
+        """Its loss for each score on its predictions: the discriminator's if they were real, with
+        the same fixed points and a gradient where the discriminator is sure (Goodfellow et al.
+        2014, section 3).
+        """
+        return self.of_discriminator(scores, 1.0)
+
+    def realness(self, scores: Tensor) -> Tensor:
+        """How real label maps are taken to be, in [0, 1], 0.5 at a score of 0."""
+        return scores.sigmoid()
+
+
+class NonSaturating(Form):
+    """The binary cross entropy of sigmoid(s) (Goodfellow et al. 2014)."""
+
+    def of_discriminator(self, scores: Tensor, target: float) -> Tensor:
+        # from logits: the logarithm of a sigmoid that was rounded to 0 is infinite
+        targets = torch.full_like(scores, target)
+        return F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+
+
+class Saturating(NonSaturating):
+    """The same; the segmentor's loss is minus the discriminator's (Luc et al. 2016, eq. 3)."""
+
+    def of_segmentor(self, scores: Tensor) -> Tensor:
+        return -self.of_discriminator(scores, 0.0)
+
+
+class Hinge(Form):
+    """max(0, 1 - s) of real, max(0, 1 + s) of fake, and - s for the segmentor (Lim and Ye 2017).
+
+    It has no target between.
+    """
+
+    has_probability = False
+
+    def of_discriminator(self, scores: Tensor, target: float) -> Tensor:
+        return F.relu(1 - scores if target > 0 else 1 + scores)
+
+    def of_segmentor(self, scores: Tensor) -> Tensor:
+        return -scores
+
+
+class LeastSquares(Form):
+    """(D - target)^2 with D = (1 + s) / 2 (Mao et al. 2017, eq. 9), whose best D is a
+    probability.
+    """
+
+    def of_discriminator(self, scores: Tensor, target: float) -> Tensor:
+        return ((1 + scores) / 2 - target).square()
+
+    def realness(self, scores: Tensor) -> Tensor:
+        return ((1 + scores) / 2).clamp(0, 1)
+
+
+# by loss.adv_form; what is known of them without torch stands in distseg/config/forms.py
+FORMS: dict[str, Form] = {
+    "non_saturating": NonSaturating(),
+    "saturating": Saturating(),
+    "hinge": Hinge(),
+    "least_squares": LeastSquares(),
+}
 
 
 def real_label_map(
@@ -37,71 +120,75 @@ def real_label_map(
     return torch.where(valid[:, None], one_hot * mass + shares * (1 - mass), predicted)
 
 
-def pseudo_label(probabilities: Tensor, scores: Tensor, inside: Tensor, threshold: float) -> Tensor:
+def self_information(probabilities: Tensor) -> Tensor:
+    """- p log p / log C of probabilities (N, C, h, w): their sum over the classes is the entropy as
+    a share of its largest value (Vu et al. 2019, eq. 8).
+    """
+    # at 0 the product is 0, and its derivative infinite: cut off where a double's log is -36
+    safe = probabilities.clamp(min=torch.finfo(probabilities.dtype).eps)
+    return -probabilities * safe.log() / math.log(probabilities.shape[1])
+
+
+def pseudo_label(
+    probabilities: Tensor,
+    scores: Tensor,
+    inside: Tensor,
+    threshold: float,
+    form: Form = FORMS["non_saturating"],
+) -> Tensor:
     """Hung et al. 2018, eq. 5: the predicted class under the confidence mask, else 255.
 
-    probabilities: (N, C, h, w); scores: the discriminator's logits on them, (N, 1, h', w'), brought
-    to (h, w); inside: (N, h, w) bool, pixels of the image proper. The mask is where the sigmoid of
-    the scores is above `threshold`. All are constants here. Returns (N, h, w) uint8.
+    probabilities: (N, C, h, w); scores: the discriminator's on them, (N, 1, h', w'), brought to (h,
+    w); inside: (N, h, w) bool, pixels of the image proper. The mask is where the realness of the
+    scores is above `threshold`. All are constants here. Returns (N, h, w) uint8.
     """
-    # logits are upsampled and not probabilities, as in the loss that the discriminator learns by
-    confidence = upsample(at_least_float32(scores.detach()), inside.shape[-2:]).sigmoid()[:, 0]
-    confident = inside & (confidence > threshold)  # (N, h, w)
+    confident = inside & (realness_at(scores, inside.shape[-2:], form) > threshold)  # (N, h, w)
     return probabilities.detach().argmax(1).where(confident, IGNORE_INDEX).to(torch.uint8)
 
 
-def discriminator_sum(
-    scores: Tensor, valid: Tensor | None, target: float, form: str = "non_saturating"
-) -> Tensor:
-    """Sum of the discriminator's loss over its scores on label maps of one kind.
+def realness_at(scores: Tensor, size: tuple[int, int] | torch.Size, form: Form) -> Tensor:
+    """How real the discriminator takes each pixel to be, (N, h, w) in [0, 1], without a graph.
 
-    target: 1 is real, 0 is fake; between is one-sided label smoothing (Salimans et al. 2016,
-    section 3.4), which hinge has not. By form, with s a score, above 0 = real in all of them:
-      non_saturating, saturating   the binary cross entropy of sigmoid(s) (Goodfellow et al. 2014)
-      hinge                        max(0, 1 - s) of real, max(0, 1 + s) of fake (Lim and Ye 2017)
-      least_squares                (D - target)^2 with D = (1 + s) / 2 (Mao et al. 2017, eq. 9)
+    scores: (N, 1, h', w') or (N, 1, 1, 1), brought to `size`.
+    """
+    # scores are upsampled and not probabilities, as in the loss that the discriminator learns by
+    return form.realness(upsample(at_least_float32(scores.detach()), size))[:, 0]
+
+
+def sum_of(loss: Callable[[Tensor], Tensor], scores: Tensor, valid: Tensor | None) -> Tensor:
+    """Sum of a loss of each score, such as a form's: a scalar.
+
     valid None: one score per image, scores (N, 1, 1, 1), summed over the images. Otherwise scores
     (N, 1, h', w') are upsampled to the valid mask (N, h, w) and summed over valid pixels (Hung et
-    al. 2018, eq. 1). Returns a scalar.
+    al. 2018, eq. 1).
     """
     scores, weight = _weighted(scores, valid)
-    if form == "hinge":
-        losses = F.relu(1 - scores if target > 0 else 1 + scores)
-    elif form == "least_squares":
-        losses = ((1 + scores) / 2 - target).square()
-    else:
-        # from logits: the logarithm of a sigmoid that was rounded to 0 is infinite
-        targets = torch.full_like(scores, target)
-        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+    losses = loss(scores)
     return (losses if weight is None else losses * weight).sum()
 
 
-def adversarial_sum(scores: Tensor, valid: Tensor | None, form: str = "non_saturating") -> Tensor:
-    """Sum of the segmentor's loss over the discriminator's scores on its predictions.
+def squared_gradient_sum(scores: Tensor, label_map: Tensor) -> Tensor:
+    """Sum over images of the squared gradient of an image's score, the mean of its cells', at its
+    label map (Mescheder et al. 2018, eq. 9): a scalar that can be differentiated again.
 
-    saturating: - the discriminator's own loss (Luc et al. 2016, eq. 3). hinge: - s (Lim and Ye
-    2017). Otherwise the discriminator's loss as if they were real, with the same fixed points and a
-    gradient where the discriminator is sure (Goodfellow et al. 2014, section 3). Shapes as of
-    `discriminator_sum`.
+    scores: (N, 1, h', w') or (N, 1, 1, 1), with a graph that leads to label_map (N, C, h, w).
     """
-    if form == "saturating":
-        return -discriminator_sum(scores, valid, 0.0, form)
-    if form == "hinge":
-        scores, weight = _weighted(scores, valid)
-        return -(scores if weight is None else scores * weight).sum()
-    return discriminator_sum(scores, valid, 1.0, form)
+    # images do not touch each other, so the gradient of the sum holds that of each one's score
+    total = at_least_float32(scores).mean((1, 2, 3)).sum()
+    (gradient,) = torch.autograd.grad(total, label_map, create_graph=True)
+    return at_least_float32(gradient).square().sum()
 
 
-def score_sums(scores: Tensor, valid: Tensor | None, real: bool) -> Tensor:
+def score_sums(scores: Tensor, valid: Tensor | None, real: bool, form: Form) -> Tensor:
     """Sums over the (valid) scores, (3,) float64.
 
-    How many are on the right side of 0, their sigmoids, and the scores themselves. scores, valid:
-    as of `discriminator_sum`; real: whether the label maps were.
+    How many are on the right side of 0, the scores themselves, and their realness. scores, valid:
+    as of `sum_of`; real: whether the label maps were.
     """
     scores, weight = _weighted(scores.detach(), valid)
     # float64, as these are summed over all ranks: fp32 counts no further than 2^24
     scores = scores.double()
-    sums = torch.stack([((scores > 0) == real).double(), scores.sigmoid(), scores])
+    sums = torch.stack([((scores > 0) == real).double(), scores, form.realness(scores)])
     # sums, weight: (3, N, 1, h, w), (N, 1, h, w)
     return (sums if weight is None else sums * weight).flatten(1).sum(1)
 

@@ -1,4 +1,4 @@
-"""Precision and resolution: what every loss does to logits and labels first."""
+"""Precision, resolution and order: what losses and views do to logits and labels first."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         return logits
     # half-pixel centres, as labels have them: with aligned corners edges would move apart
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def of_neighbours(values: Tensor) -> Tensor:
+    """What belongs to each image's neighbour, of an even number of them: 1, 0, 3, 2, ..."""
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def label_at(label: Tensor, size: tuple[int, int] | torch.Size) -> tuple[Tensor, Tensor]:

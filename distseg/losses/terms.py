@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distseg.losses.adversarial import adversarial_sum, pseudo_label
+from distseg.losses.adversarial import FORMS, Form, pseudo_label, sum_of
 from distseg.losses.cross_entropy import (
     PLAIN,
     PixelOptions,
@@ -75,6 +75,16 @@ class PseudoLabels:
 
 
 @dataclass(frozen=True)
+class FeatureMeans:
+    """The discriminator's mean features over all ranks' images of a micro-batch: (K,) float each,
+    constants. real: of ground truth; fake: of the predictions that are matched with it.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+
+@dataclass(frozen=True)
 class Predicted:
     """Images of a micro-batch, and what the networks say of them.
 
@@ -82,7 +92,8 @@ class Predicted:
     the auxiliary head, (n, C, h'', w''); None: there is none. In a step without the adversary the
     others are None: probabilities (n, C, h, w), the softmax of the logits; scores, the
     discriminator's logits on them, (n, 1, h', w') or (n, 1, 1, 1), whose graph ends at the
-    probabilities. pseudo: of unlabelled images in steps with a teacher, else None.
+    probabilities. features: the discriminator's on them, (n, K), likewise, and feature_means, where
+    a term needs them. pseudo: of unlabelled images in steps with a teacher, else None.
     """
 
     pixels: Tensor
@@ -92,10 +103,14 @@ class Predicted:
     probabilities: Tensor | None = None
     scores: Tensor | None = None
     pseudo: PseudoLabels | None = None
+    features: Tensor | None = None
+    feature_means: FeatureMeans | None = None
 
     def with_constant_scores(self) -> Predicted:
         """For terms whose gradient must not reach the discriminator."""
-        return self if self.scores is None else replace(self, scores=self.scores.detach())
+        if self.scores is None:
+            return self
+        return replace(self, scores=self.scores.detach(), features=None, feature_means=None)
 
     @property
     def label(self) -> Tensor:
@@ -115,8 +130,8 @@ class Predicted:
 
     def __getitem__(self, chosen: slice) -> Predicted:
         """Of some of the images, without pseudo-labels."""
-        optional = (self.auxiliary, self.probabilities, self.scores)
-        auxiliary, probabilities, scores = (
+        optional = (self.auxiliary, self.probabilities, self.scores, self.features)
+        auxiliary, probabilities, scores, features = (
             None if tensor is None else tensor[chosen] for tensor in optional
         )
         # its full_logits are made anew, so a term of some images does not upsample all of them
@@ -127,6 +142,8 @@ class Predicted:
             auxiliary,
             probabilities,
             scores,
+            features=features,
+            feature_means=self.feature_means,
         )
 
 
@@ -135,10 +152,11 @@ class Term:
     micro-batches, divided by the sum of `count`.
 
     name: of its metrics, loss/<name> and weight/<name>.
-    images: whose term it is; unlabelled ones are there in mode=semi_supervised, and for a term that
-    needs_teacher, which looks at pseudo-labels, in mode=consistency too.
-    through_discriminator: its gradient comes through the discriminator's scores. All others' comes
-    through `head`, the segmentor's logits or auxiliary logits.
+    images: whose term it is; unlabelled ones are there in mode=semi_supervised, and for a term
+    without_adversary in mode=consistency too, and in steps before the adversary begins.
+    through_discriminator: its gradient comes through the discriminator's scores, or, of a term that
+    needs_features, its features. All others' comes through `head`, the segmentor's logits or
+    auxiliary logits.
     chooses: which pixels take part is only known when they are predicted; `local_sum` then returns
     (sum, how many), and that is what the sum is divided by, unless the term is
     per_image: divided by `count` all the same, as the number of images.
@@ -147,8 +165,9 @@ class Term:
 
     name: str
     images: Kind = "labelled"
-    needs_teacher: bool = False
+    without_adversary: bool = False
     through_discriminator: bool = False
+    needs_features: bool = False
     head: Head = "logits"
     chooses: bool = False
     per_image: bool = False
@@ -238,14 +257,13 @@ class Auxiliary(CrossEntropy):
 class Adversarial(Term):
     """The segmentor's reward for label maps that the discriminator takes for real.
 
-    form: of `adversarial_sum`. per_cell: the discriminator gives a score per cell, and valid ones
-    count; otherwise one per image. per_image: the sum over cells for each image, instead of their
-    mean.
+    per_cell: the discriminator gives a score per cell, and valid ones count; otherwise one per
+    image. per_image: the sum over cells for each image, instead of their mean.
     """
 
     name: str = "adversarial"
     images: Kind = "labelled"
-    form: str = "non_saturating"
+    form: Form = FORMS["non_saturating"]
     per_cell: bool = True
     per_image: bool = False
     through_discriminator = True
@@ -257,7 +275,32 @@ class Adversarial(Term):
         assert seen.scores is not None  # only asked for where the discriminator judges
         # one score for a whole image counts, however much of the image is void
         valid = seen.targets.valid if self.per_cell else None
-        return adversarial_sum(seen.scores, valid, self.form)
+        return sum_of(self.form.of_segmentor, seen.scores, valid)
+
+
+@dataclass
+class FeatureMatching(Term):
+    """The distance between the discriminator's mean features of ground truth and of predictions,
+    summed over the features (Salimans et al. 2016, section 3.1, by absolute values as Mittal et al.
+    2019 have it).
+
+    The means are over all ranks' images of a micro-batch.
+    """
+
+    images: Kind = "labelled"
+    name: str = "feature_matching"
+    through_discriminator = True
+    needs_features = True
+
+    def count(self, targets: Targets) -> Tensor:
+        return _number_of(targets.label)
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        assert seen.features is not None and seen.feature_means is not None
+        real, fake = seen.feature_means.real, seen.feature_means.fake
+        # Summed over all ranks' images and divided by their number this is |real - fake|, and its
+        # gradient at a feature is - sign(real - fake) / number: so it is a sum like all others.
+        return ((real - seen.features) * (real - fake).sign()).sum()
 
 
 @dataclass
@@ -270,6 +313,7 @@ class MaskedCrossEntropy(Term):
 
     threshold: float = 0.2
     per_image: bool = False
+    form: Form = FORMS["non_saturating"]
     name: str = "semi"
     share: str = "semi/mask_share"
     images: Kind = "unlabelled"
@@ -284,7 +328,7 @@ class MaskedCrossEntropy(Term):
     def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
         assert seen.scores is not None and seen.probabilities is not None
         inside = seen.targets.valid
-        pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold)
+        pseudo = pseudo_label(seen.probabilities, seen.scores, inside, self.threshold, self.form)
         # divided by the pixels kept, as Hung et al. do; UniMatch (Yang et al. 2023) divides by all
         return cross_entropy_sum(seen.logits, pseudo), (pseudo != IGNORE_INDEX).sum().double()
 
@@ -308,7 +352,7 @@ class Consistency(Term):
     name: str = "consistency"
     share: str = "consistency/confident_share"
     images: Kind = "unlabelled"
-    needs_teacher = True
+    without_adversary = True
     chooses = True
     per_image = True  # divided by `count`
 
@@ -336,6 +380,27 @@ class Consistency(Term):
         return F.cross_entropy(
             seen.full_logits, target, ignore_index=IGNORE_INDEX, reduction="none"
         )
+
+
+@dataclass
+class Entropy(Term):
+    """The entropy of predictions of unlabelled pixels, in units of the largest one, log C: so from
+    0 to 1 (Grandvalet and Bengio 2004; Vu et al. 2019, eq. 4, MinEnt). The mean over all pixels
+    inside of images.
+    """
+
+    name: str = "entropy"
+    images: Kind = "unlabelled"
+    without_adversary = True
+
+    def count(self, targets: Targets) -> Tensor:
+        return (targets.label != IGNORE_INDEX).sum().double()
+
+    def local_sum(self, seen: Predicted) -> Tensor:
+        # of logarithms: a probability that was rounded to 0 has none
+        logs = seen.full_logits.log_softmax(1)  # (n, C, H, W)
+        entropy = -(logs.exp() * logs).sum(1) / math.log(logs.shape[1])
+        return (entropy * (seen.label != IGNORE_INDEX)).sum()
 
 
 @dataclass

@@ -25,6 +25,7 @@ from distseg.models.deeplab import (
 from distseg.models.dilated import Dilated8
 from distseg.models.discriminators import (
     FullyConvolutional,
+    ImageConditioned,
     LargeFOV,
     LargeFOVLight,
     SmallFOV,
@@ -99,6 +100,7 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "large_fov_light": LargeFOVLight,
     "small_fov": SmallFOV,
     "small_fov_light": SmallFOVLight,
+    "image_conditioned": ImageConditioned,
 }
 # where the encoder's published weights lie
 # called only for init=imagenet: looking for a file must not fail those who need none

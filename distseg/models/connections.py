@@ -206,7 +206,7 @@ def _window(weight: Tensor) -> Tensor:
 _PER_PIXEL = (
     *("relu", "relu6", "leaky_relu", "hardtanh", "elu", "gelu", "silu", "hardswish", "mish"),
     *("tanh", "sigmoid", "hardsigmoid", "softplus", "clamp", "softmax", "log_softmax"),
-    *("batch_norm", "layer_norm", "dropout"),
+    *("batch_norm", "layer_norm", "dropout", "dropout2d"),
 )
 # by the names under which torch's functions and methods are intercepted; a last "_" means in place
 STAND_INS: dict[str, Callable] = {

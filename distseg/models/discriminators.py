@@ -4,19 +4,21 @@ All are called as discriminator(image, *label_maps), image (N, 3, H, W) float in
 label map (k, C, h, w) float, summing to 1 over C, with k <= N: it belongs to the first k images,
 and h, w are the same for all. So one call takes the ground truth of the labelled images and the
 predictions for all images, which come after them in the batch, and what is computed of the image is
-computed once. The answer is one tensor of k rows of logits per label map, > 0 = real. InputError:
-more label maps than images, sizes that differ or are too small.
+computed once. The answer is one tensor of k rows of logits per label map, > 0 = real. With
+features=True it is a pair, of these and of as many tensors (k, K): what the last layer gets, as a
+mean over cells. InputError: more label maps than images, sizes that differ or are too small.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.checks import require_choice, require_number, require_size
+from distseg.models.spectral_norm import normalise, normalised_once
 from shards.errors import InputError
 from shards.words import counted
 
@@ -28,7 +30,49 @@ POOL = None  # 2x2
 Layout = tuple[tuple[int, int] | None, ...]
 
 
-class TwoBranch(nn.Module):
+class Discriminator(nn.Module):
+    """What all have in common: a call, and what is asked of a network before training.
+
+    num_classes: C. head: "patch", a logit per cell, or "gap", their mean, one per image.
+    sees_image: whether the answer depends on the image. min_size_px: of label maps, on a side.
+    An option of all is spectral_norm, see distseg/models/spectral_norm.py.
+    """
+
+    has_features = True
+    sees_image = True
+    min_size_px: int
+    num_classes: int
+    head: str
+
+    def forward(self, image: Tensor, *label_maps: Tensor, features: bool = False) -> Any:
+        image = _images_with_maps(image, label_maps, self.min_size_px)
+        with normalised_once(self):
+            # computed once, whatever the number of label maps
+            of_image = self._of_image(image, label_maps[0].shape[-2:])  # (N, ...)
+            logits, means = [], []
+            for label_map in label_maps:
+                # the first k images are those of the k label maps
+                some = None if of_image is None else of_image[: len(label_map)]
+                x = self._hidden(label_map, some)  # (k, K, h', w')
+                logits.append(_pool(self._logits(x), self.head))  # (k, 1, h', w') or (k, 1, 1, 1)
+                if features:
+                    means.append(_mean_over_cells(x))  # (k, K)
+        return (tuple(logits), tuple(means)) if features else tuple(logits)
+
+    def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
+        """What is computed of the images (N, 3, H, W) alone; None: nothing."""
+        raise NotImplementedError
+
+    def _hidden(self, label_map: Tensor, of_image: Tensor | None) -> Tensor:
+        """What the last layer gets, (k, K, h', w')."""
+        raise NotImplementedError
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The last layer: (k, 1, h', w')."""
+        raise NotImplementedError
+
+
+class TwoBranch(Discriminator):
     """Luc et al. 2016, figure 1: image and label map get the same number of channels before they
     meet.
 
@@ -42,7 +86,13 @@ class TwoBranch(nn.Module):
     min_size_px = 4
 
     def __init__(
-        self, num_classes: int, *, width: float = 1.0, head: str = "gap", image_pool: bool = True
+        self,
+        num_classes: int,
+        *,
+        width: float = 1.0,
+        head: str = "gap",
+        image_pool: bool = True,
+        spectral_norm: bool = False,
     ):
         super().__init__()
         _check_head(head)
@@ -71,16 +121,7 @@ class TwoBranch(nn.Module):
         # of fake and real; the name is that of saved weights
         self.verdict = nn.Conv2d(trunk[2], 2, 3, padding=1)
         _init_hidden(self, self.verdict)
-
-    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        image = _images_with_maps(image, label_maps, self.min_size_px)
-        # computed once, whatever the number of label maps
-        of_image = self._of_image(image, label_maps[0].shape[-2:])  # (N, 128, h, w)
-        answers = []
-        for label_map in label_maps:
-            # the first k images are those of the k label maps
-            answers.append(self._logits(label_map, of_image[: len(label_map)]))
-        return tuple(answers)
+        normalise(self, spectral_norm)
 
     def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor:
         """What the image adds to `meet`: a concatenation's convolution is a sum over halves."""
@@ -101,18 +142,20 @@ class TwoBranch(nn.Module):
     def _halved(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x, 2) if self.image_pool else x
 
-    def _logits(self, label_map: Tensor, of_image: Tensor) -> Tensor:
+    def _hidden(self, label_map: Tensor, of_image: Tensor | None) -> Tensor:
+        assert of_image is not None
         # fmt: off
         x = self.label_conv(label_map).relu_()         # (k, 64, h, w)
         weight = self.meet.weight[:, : x.shape[1]]     # (128, 64, 3, 3), the label map's half
         x = F.conv2d(x, weight, padding=1) + of_image  # (k, 128, h, w)
-        x = self.trunk(x)                              # (k, 512, h/4, w/4)
-        scores = self.verdict(x)                       # (k, 2, h/4, w/4)
-        return _log_odds(scores, self.head)            # (k, 1, h/4, w/4) or (k, 1, 1, 1)
+        return self.trunk(x)                           # (k, 512, h/4, w/4)
         # fmt: on
 
+    def _logits(self, x: Tensor) -> Tensor:
+        return _log_odds(self.verdict(x))  # (k, 1, h/4, w/4)
 
-class SingleBranch(nn.Module):
+
+class SingleBranch(Discriminator):
     """Luc et al. 2016, on PASCAL VOC: convolutions over the label map, or over its products with
     the image.
 
@@ -135,6 +178,7 @@ class SingleBranch(nn.Module):
         head: str = "gap",
         width: float = 1.0,
         image_range: str = "unit",
+        spectral_norm: bool = False,
     ):
         super().__init__()
         _check_head(head)
@@ -143,6 +187,7 @@ class SingleBranch(nn.Module):
         require_number("discriminator.options.width", width, 0.05, 8)
         self.num_classes, self.head = num_classes, head
         self.inputs, self.image_range = inputs, image_range
+        self.sees_image = inputs == "product"
         layers: list[nn.Module] = []
         channels = num_classes * (3 if inputs == "product" else 1)
         for step in self.layout:
@@ -158,25 +203,20 @@ class SingleBranch(nn.Module):
         last = nn.Conv2d(channels, 2, self.last_kernel, padding=self.last_kernel // 2)
         self.layers = nn.Sequential(*layers, last)
         _init_hidden(self, last)
+        normalise(self, spectral_norm)
 
-    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        image = _images_with_maps(image, label_maps, self.min_size_px)
+    def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
         if self.inputs == "basic":
-            return tuple(self._logits(label_map) for label_map in label_maps)
+            return None
         low, high = RANGES[self.image_range]
-        small = _shrunk(image, label_maps[0].shape[-2:])  # (N, 3, h, w)
-        colors = low + (high - low) * small  # (N, 3, h, w)
-        answers = []
-        for label_map in label_maps:
-            product = _product(colors[: len(label_map)], label_map)  # (k, 3C, h, w)
-            answers.append(self._logits(product))
-        return tuple(answers)
+        return low + (high - low) * _shrunk(image, label_size)  # (N, 3, h, w)
+
+    def _hidden(self, label_map: Tensor, of_image: Tensor | None) -> Tensor:
+        x = label_map if of_image is None else _product(of_image, label_map)  # (k, C or 3C, h, w)
+        return _hidden_of(self.layers, x)  # (k, 512, h/4, w/4)
 
     def _logits(self, x: Tensor) -> Tensor:
-        # fmt: off
-        scores = self.layers(x)              # (k, 2, h/4, w/4)
-        return _log_odds(scores, self.head)  # (k, 1, h/4, w/4) or (k, 1, 1, 1)
-        # fmt: on
+        return _log_odds(self.layers[-1](x))  # (k, 1, h/4, w/4)
 
 
 class LargeFOV(SingleBranch):
@@ -224,7 +264,7 @@ class SmallFOVLight(SingleBranch):
     last_kernel = 1
 
 
-class FullyConvolutional(nn.Module):
+class FullyConvolutional(Discriminator):
     """Hung et al. 2018: five convolutions over the label map alone, a logit per 32 x 32 px cell.
 
     forward: image (only counted) and label maps (k, C, h, w) with h and w >= 32 -> logits (k, 1,
@@ -233,8 +273,9 @@ class FullyConvolutional(nn.Module):
     """
 
     min_size_px = 32
+    sees_image = False
 
-    def __init__(self, num_classes: int, *, head: str = "patch"):
+    def __init__(self, num_classes: int, *, head: str = "patch", spectral_norm: bool = False):
         super().__init__()
         _check_head(head)
         self.num_classes, self.head = num_classes, head
@@ -247,14 +288,68 @@ class FullyConvolutional(nn.Module):
             ]
             channels = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 4, stride=2, padding=1))
+        normalise(self, spectral_norm)
 
-    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
-        _images_with_maps(image, label_maps, self.min_size_px)
-        answers = []
-        for label_map in label_maps:
-            logits = self.layers(label_map)  # (k, 1, h/32, w/32)
-            answers.append(_pool(logits, self.head))  # the same, or (k, 1, 1, 1)
-        return tuple(answers)
+    def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
+        return None
+
+    def _hidden(self, label_map: Tensor, of_image: Tensor | None) -> Tensor:
+        return _hidden_of(self.layers, label_map)  # (k, 512, h/16, w/16)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.layers[-1](x)  # (k, 1, h/32, w/32)
+
+
+class ImageConditioned(Discriminator):
+    """Mittal et al. 2019 (s4GAN): four convolutions over the label map joined with the image, and
+    one logit an image.
+
+    forward: image, brought to h x w, and label maps (k, C, h, w) with h and w >= 16 -> logits (k,
+    1, 1, 1) for head "gap", (k, 1, h/16, w/16) for "patch". The paper's linear layer on the mean
+    over cells is the mean of the same layer on each cell. dropout: share of channels that are left
+    out after each convolution in training mode. width: factor on every hidden layer's channels (1:
+    the paper's, 2,778,561 parameters at 21 classes). Raises InputError for a bad option.
+    """
+
+    min_size_px = 16
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        head: str = "gap",
+        width: float = 1.0,
+        dropout: float = 0.5,
+        spectral_norm: bool = False,
+    ):
+        super().__init__()
+        _check_head(head)
+        require_number("discriminator.options.width", width, 0.05, 8)
+        require_number("discriminator.options.dropout", dropout, 0, 0.95)
+        self.num_classes, self.head = num_classes, head
+        layers: list[nn.Module] = []
+        channels = num_classes + 3
+        for wide in (64, 128, 256, 512):
+            hidden = round(width * wide) or 1
+            layers += [
+                nn.Conv2d(channels, hidden, 4, stride=2, padding=1),
+                nn.LeakyReLU(0.2, inplace=True),
+                nn.Dropout2d(dropout),
+            ]
+            channels = hidden
+        self.layers, self.linear = nn.Sequential(*layers), nn.Linear(channels, 1)
+        normalise(self, spectral_norm)
+
+    def _of_image(self, image: Tensor, label_size: torch.Size) -> Tensor | None:
+        return _shrunk(image, label_size)  # (N, 3, h, w)
+
+    def _hidden(self, label_map: Tensor, of_image: Tensor | None) -> Tensor:
+        assert of_image is not None
+        joined = torch.cat([label_map, of_image], 1)  # (k, C + 3, h, w)
+        return self.layers(joined)  # (k, 512, h/16, w/16)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.linear(x.movedim(1, 3)).movedim(3, 1)  # (k, 1, h/16, w/16)
 
 
 def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px: int) -> Tensor:
@@ -299,11 +394,22 @@ def _product(colors: Tensor, label_map: Tensor) -> Tensor:
     # fmt: on
 
 
-def _log_odds(scores: Tensor, head: str) -> Tensor:
-    """scores: (k, 2, h, w), fake and real -> (k, 1, h, w) or (k, 1, 1, 1), the log-odds of a
-    softmax over both.
-    """
-    return _pool(scores[:, 1:] - scores[:, :1], head)
+def _log_odds(scores: Tensor) -> Tensor:
+    """scores: (k, 2, h, w), fake and real -> (k, 1, h, w), the log-odds of a softmax over both."""
+    return scores[:, 1:] - scores[:, :1]
+
+
+def _mean_over_cells(x: Tensor) -> Tensor:
+    """(k, K, h, w) -> (k, K), in at least fp32."""
+    return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _hidden_of(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """What the last layer gets."""
+    # one by one: a slice of them would be another module, which nothing that spreads networks knows
+    for layer in list(layers)[:-1]:
+        x = layer(x)
+    return x
 
 
 def _init_hidden(network: nn.Module, last: nn.Module) -> None:

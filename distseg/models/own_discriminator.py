@@ -17,6 +17,7 @@ from shards.errors import InputError
 
 SIDES = (1, 2, 4, 8, 16, 32, 64, 128)  # of label maps, for the smallest that it takes
 LARGE = 128  # a label map that patches, if there are any, have several of
+FEATURES = "features"  # the option of a forward that has any
 FORMS = "forward(image, *label_maps), forward(image, label_map) or forward(label_map)"
 
 
@@ -27,6 +28,8 @@ class OwnDiscriminator(nn.Module):
     label map, or with one label map alone; the last two once for each. Answers of one number per
     image, (k,) or (k, 1), become (k, 1, 1, 1). Found by trying it, unless it has an attribute of
     the name: min_size_px, and head, "patch" where an answer has several cells, else "image".
+    has_features: its forward takes features=True, of which it answers with a pair, the logits as
+    ever and as many (k, K).
     """
 
     init_report: LoadReport | None = None  # what was taken from a file of weights
@@ -35,6 +38,8 @@ class OwnDiscriminator(nn.Module):
         super().__init__()
         self.network, self.num_classes = trial.network, num_classes
         self.num_inputs = _num_inputs(trial)
+        self.sees_image = self.num_inputs != 1
+        self.has_features = FEATURES in inspect.signature(self.network.forward).parameters
         own_size = getattr(self.network, "min_size_px", None)
         self.min_size_px = 1 if own_size is None else trial.positive("min_size_px", 1)
         # before anything of that size is tried, which may take minutes
@@ -61,27 +66,52 @@ class OwnDiscriminator(nn.Module):
                 side for side in (*SIDES[:-1], large) if side == large or _takes(trial, self, side)
             )
 
-    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, *label_maps: Tensor, features: bool = False) -> Any:
         for label_map in label_maps:
             require_size(label_map, self.min_size_px, "label map")
-        return judged(self.network, self.num_inputs, image, label_maps)
+        if not features:
+            return judged(self.network, self.num_inputs, image, label_maps)
+        return judged_with_features(self.network, self.num_inputs, image, label_maps)
 
 
 def judged(
     network: nn.Module, num_inputs: int | None, image: Tensor, label_maps: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The network's logits, called as its forward is written; see _num_inputs."""
-    answers: Any
-    if num_inputs is None:
-        answers = network(image, *label_maps)
-    elif num_inputs == 2:
-        # ground truth has the labelled images alone, which are the first
-        answers = [network(image[: len(each)], each) for each in label_maps]
-    else:
-        answers = [network(each) for each in label_maps]
+    answers = _called(network, num_inputs, image, label_maps)
     if not isinstance(answers, tuple | list):
         answers = [answers]
     return tuple(_scores(answer) for answer in answers)
+
+
+def judged_with_features(
+    network: nn.Module, num_inputs: int | None, image: Tensor, label_maps: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The network's logits and its features (k, K) of each label map."""
+    answers = _called(network, num_inputs, image, label_maps, **{FEATURES: True})
+    pairs = [answers] if num_inputs is None else answers
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        got = f"a discriminator that answers to {FEATURES}=True without a pair"
+        action = f"return logits, {FEATURES} where {FEATURES} is true"
+        raise InputError(got, f"a pair of logits and {FEATURES}", action)
+    logits, features = answers if num_inputs is None else zip(*pairs, strict=True)
+    return tuple(_scores(answer) for answer in logits), tuple(features)
+
+
+def _called(
+    network: nn.Module,
+    num_inputs: int | None,
+    image: Tensor,
+    label_maps: tuple[Tensor, ...],
+    **options: bool,
+) -> Any:
+    """What the network answers to all label maps together, or a list of answers to each."""
+    if num_inputs is None:
+        return network(image, *label_maps, **options)
+    if num_inputs == 2:
+        # ground truth has the labelled images alone, which are the first
+        return [network(image[: len(each)], each, **options) for each in label_maps]
+    return [network(each, **options) for each in label_maps]
 
 
 def own_discriminator(
@@ -118,6 +148,37 @@ def check_training(discriminator: OwnDiscriminator, reference: str) -> None:
 
     # above 0 is real: one that is never below 0 could call nothing fake
     trial.check_range(scores, answers, lambda each: each < 0)
+    if discriminator.has_features:
+        _check_features(trial, discriminator, side)
+
+
+def _check_features(trial: Trial, discriminator: OwnDiscriminator, side: int) -> None:
+    """Raise InputError unless it gives features of label maps, through which the segmentor learns.
+
+    Of 2 and 3 images, so that features of another number are told from a mean over images.
+    """
+    copy = trial.copied().train()
+    maps = [random_label_maps(k, discriminator.num_classes, side) for k in (2, 3)]
+    for each in maps:
+        each.requires_grad_()
+
+    def forward(image: Tensor, *label_maps: Tensor) -> Any:
+        return judged_with_features(copy, discriminator.num_inputs, image, label_maps)
+
+    with torch.enable_grad():
+        _, features = trial.answer(forward, random_images(3, side, side), *maps)
+    shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each) for each in features]
+    width = features[0].shape[-1] if isinstance(features[0], Tensor) and features[0].ndim else 0
+    if shapes != [(2, width), (3, width)] or not width:
+        got = f"{FEATURES} {', '.join(map(str, shapes))} of label maps of 2 and 3 images"
+        raise trial.refused(got, "a tensor (k, K) for each label map, K the same for all")
+    for each in features:
+        trial.check_finite(each, f"its {FEATURES}")
+    total = torch.stack([each.float().square().sum() for each in features]).sum()
+    found = torch.autograd.grad(total, maps, allow_unused=True) if total.requires_grad else [None]
+    if any(gradient is None for gradient in found):
+        got = f"no gradient of its {FEATURES} reaches the label map"
+        raise trial.refused(got, "one that the segmentor can follow")
 
 
 def check_step(discriminator: OwnDiscriminator, reference: str, images: StepImages) -> None:
@@ -185,7 +246,7 @@ def _num_inputs(trial: Trial) -> int | None:
     taken = list(inspect.signature(trial.network.forward).parameters.values())
     if any(each.kind is each.VAR_POSITIONAL for each in taken):
         return None
-    needed = [each for each in taken if each.default is each.empty]
+    needed = [each for each in taken if each.default is each.empty and each.name != FEATURES]
     if len(needed) not in (1, 2):
         got = f"forward({', '.join(each.name for each in taken)})"
         raise trial.refused(got, FORMS)

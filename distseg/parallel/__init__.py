@@ -51,14 +51,15 @@ class Learner(Protocol):
         autocast: of a segmentor the logits alone.
         """
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
         """Forward under autocast.
 
-        The gradients of a later backward will be averaged over the ranks. num_tracked: how many of
-        the first images enter batch norm's running statistics; None: all.
+        The gradients of a later backward will be averaged over the ranks. num_tracked: batch
+        norm takes so many of the first images by themselves, its running statistics too; None: all
+        together.
         """
 
-    def forward_frozen(self, *inputs: Tensor) -> Any:
+    def forward_frozen(self, *inputs: Tensor, **options: bool) -> Any:
         """Forward under autocast that leaves this learner's parameters and gradients alone."""
 
     def scaled(self, loss: Tensor) -> Tensor:

@@ -64,12 +64,12 @@ class DeepSpeedLearner(TorchLearner):
                 self.engine, self.optimizer, optimizer, self.stage
             )
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         if self.stage > 0:
             # the engine's own forward, which would say so, is never called
             begin_zero_micro_batch(self.engine)
-        return super().__call__(*inputs, num_tracked=num_tracked)
+        return super().__call__(*inputs, num_tracked=num_tracked, **options)
 
     def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """See Learner.full_network. At stage 3 a copy, as of this call."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,9 +28,9 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
         # the rest of nn.BatchNorm2d.forward is not run
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         if x.is_cuda:
-            if self.track_running_stats:
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             return SYNC_BATCH_NORM_FUNCTION.apply(
                 x,
                 self.weight,
@@ -54,25 +52,16 @@ class SynchronisedBatchNorm2d(BatchNorm2d):
         variance = _over_ranks(centred.square().mean((0, 2, 3)))
         count = x.numel() // x.shape[1] * dist.get_world_size()
         if self.track_running_stats:
-            track(self, mean.detach(), variance.detach(), count)
+            self._track(mean.detach(), variance.detach(), count)
         scale = self.weight * (variance + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
-
-@torch.no_grad()
-def track(layer: Any, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Take a batch into a batch normalisation's running statistics, as nn.BatchNorm2d does.
-
-    mean, variance: of `count` values of each channel, (channels,); the variance biased.
-    """
-    layer.num_batches_tracked.add_(1)
-    dtype, momentum = layer.running_mean.dtype, layer.momentum
-    if momentum is None:  # torch's word for the mean over all batches
-        momentum = 1 / layer.num_batches_tracked.to(dtype)
-    # as torch has it: unbiased in the running variance, biased where it normalises
-    unbiased = variance * (count / max(1, count - 1))
-    for kept, new in ((layer.running_mean, mean), (layer.running_var, unbiased)):
-        kept.lerp_(new.to(dtype), momentum)
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        # as torch has it: unbiased in the running variance, biased where it normalises
+        unbiased = variance * (count / max(1, count - 1))
+        for kept, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            kept.lerp_(new.to(kept.dtype), self.momentum)  # type: ignore[union-attr, arg-type]
 
 
 def synchronise(network: nn.Module) -> int:

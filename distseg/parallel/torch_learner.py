@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from distseg.config.schema import Config, OptimizerConfig
 from distseg.distributed.device import autocast_dtype
 from distseg.distributed.ranks import Ranks
+from distseg.models.spectral_norm import norms_of
 from distseg.parallel.optimizers import LossScale, build_optimizer, clip, guarded_step
 from distseg.parallel.running_statistics import RunningStatistics
 from distseg.parallel.stopwatch import Stopwatch
@@ -61,7 +63,7 @@ class TorchLearner:
         if config.compile:
             network.compile()  # in place: the names in a checkpoint stay
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         # timed without the averaging, in which a rank waits for the others
         with (
@@ -69,13 +71,15 @@ class TorchLearner:
             autocast(self._device_type, self._autocast_dtype),
             self.stopwatch.running(),
         ):
-            return self._forward(*inputs)
+            return self._forward(*inputs, **options)
 
-    def forward_frozen(self, *inputs: Tensor) -> Any:
+    def forward_frozen(self, *inputs: Tensor, **options: bool) -> Any:
         """See Learner.forward_frozen."""
-        # past DDP: its forward would prepare a reduction for a backward that is not its own
-        with autocast(self._device_type, self._autocast_dtype):
-            return self.network(*inputs)
+        # past DDP: its forward would prepare a reduction for a backward that is not its own; and
+        # what spectral norms remember stays, as of the last forward that was for an update
+        still = evaluating(*norms_of(self.network))
+        with still, autocast(self._device_type, self._autocast_dtype):
+            return self.network(*inputs, **options)
 
     def twin(self) -> nn.Module:
         """See Learner.twin: a copy, where every rank holds the whole network."""
@@ -166,10 +170,11 @@ class TorchLearner:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """A network in evaluation mode, and afterwards each layer in the mode that it was in."""
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Networks in evaluation mode, and afterwards each layer in the mode that it was in."""
     # layers by themselves: some are in evaluation mode while their network trains
-    training = [layer for layer in network.modules() if layer.training]
+    layers = itertools.chain.from_iterable(network.modules() for network in networks)
+    training = [layer for layer in layers if layer.training]
     for layer in training:
         layer.training = False
     try:

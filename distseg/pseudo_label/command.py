@@ -50,7 +50,8 @@ def add_pseudo_label(commands: Commands) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="where the shards do have labels of these images: how far they agree, in the table",
+        help="where the shards do have labels of these images: how far they agree, in the table, "
+        "and of each class in FILE.png",
     )
     add_device(parser)
     add_overrides(parser, "evaluate.horizontal_flip=true data.shards=DIR")

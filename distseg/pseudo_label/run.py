@@ -64,7 +64,8 @@ class Labelled:
     label: the encoded (H, W) uint8, as all of them wait for the ranking. confidence, labelled: mean
     of its pixels' largest probabilities, share of pixels that are not void. realness: of the
     discriminator, NaN where it is not asked. agreement: share of the labelled pixels that have the
-    shards' own class, NaN where that is not known.
+    shards' own class, NaN where that is not known. counts: (3, classes) of those: their pixels, how
+    many are labelled, and how many of these agree; None where that is not known.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Labelled:
     labelled: float
     realness: float = math.nan
     agreement: float = math.nan
+    counts: np.ndarray | None = None
 
 
 def run(
@@ -91,7 +93,7 @@ def run(
     Raises InputError for a run that used the labels of all images, shards of other classes than the
     run's, a split that is validated on, and for a place that cannot be written.
     """
-    _check_out(out)
+    _check_out(out, choice)
     where = choose_device(device)
     loading.refuse_others(list(overrides), lambda key: key.at_evaluation)
     network, config, found = trained_segmentor(run_dir, which)
@@ -106,8 +108,11 @@ def run(
     name = f"{data.reader.manifest.name}-pseudo"
     write_maps(out, name, data.classes, data.samples(kept, origin), data.num_samples(kept))
     _write_table(out.with_suffix(".csv"), ranked(images, choice), kept)
+    written = [str(out), out.with_suffix(".csv").name]
+    if _draw_quality(kept, data.classes.names, out.with_suffix(".png")):
+        written.append(out.with_suffix(".png").name)
     print(_told(images, kept, choice))
-    print(f"wrote {out} and {out.with_suffix('.csv').name}")
+    print(f"wrote {', '.join(written[:-1])} and {written[-1]}")
     command = shlex.join(["pack", str(out), "--out", str(out.with_suffix(""))])
     print(f"next: distseg {command}")
     return 0
@@ -236,18 +241,25 @@ class Labeller:
             labelled.realness = float(real.mean())
         truth = data.truth(index) if self._choice.compare else None
         if truth is not None:
+            labelled.counts = self._counts(truth, found)
             counted_pixels = valid & (truth != IGNORE_INDEX)
             if counted_pixels.any():
                 labelled.agreement = float((found == truth)[counted_pixels].mean())
         return labelled
 
+    def _counts(self, truth: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """Of Labelled.counts; truth and found: (H, W) uint8."""
+        parts = truth, truth[found != IGNORE_INDEX], truth[found == truth]
+        # of 256 values, void's with them, so that no label is out of range
+        return np.stack([np.bincount(part.ravel(), minlength=256) for part in parts])
 
-def _check_out(out: Path) -> None:
+
+def _check_out(out: Path, choice: Choice) -> None:
     """Raise InputError for a place that is taken or no file of ours, before time is spent."""
     if out.suffix not in (".h5", ".hdf5"):
         raise InputError(f"--out {out}", "a file that ends in .h5", f"write --out {out}.h5")
-    table = out.with_suffix(".csv")
-    for path in (out, table):
+    beside = [out.with_suffix(".csv")] + [out.with_suffix(".png")] * choice.compare
+    for path in (out, *beside):
         # labels that people have mended since must not be lost
         if path.exists():
             raise InputError(f"{path} exists", "a new file", "choose another --out, or remove it")
@@ -274,6 +286,23 @@ def _write_table(path: Path, images: Sequence[Labelled], kept: Sequence[Labelled
             numbers = (image.confidence, image.realness, image.labelled, image.agreement)
             cells = ["" if math.isnan(value) else f"{value:.6f}" for value in numbers]
             table.writerow([image.key, int(image.index in chosen), *cells])
+
+
+def _draw_quality(kept: Sequence[Labelled], names: Sequence[str], out: Path) -> bool:
+    """Draw of each class how much is labelled and how much of that is right, in the images that are
+    kept and whose labels were compared; whether there are any.
+    """
+    known = [image.counts for image in kept if image.counts is not None]
+    if not known:
+        return False
+    from distseg.tracking import figures  # other uses need not load matplotlib
+
+    # 0 / 0 of a class that is absent, or of which nothing is labelled, is NaN
+    with np.errstate(invalid="ignore"):
+        present, labelled, right = np.sum(known, 0).astype(float)[:, : len(names)]
+        shares = zip(labelled / present, right / labelled, strict=True)
+    figures.kept_bars(dict(zip(names, shares, strict=True)), out)
+    return True
 
 
 def _told(images: Sequence[Labelled], kept: Sequence[Labelled], choice: Choice) -> str:

@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from distseg.config.compare import setting
+from distseg.config.forms import DEFAULT
 from distseg.evaluate.summary import of_seeds, sample_deviation
-from distseg.tracking.catalogue import SCORES
+from distseg.tracking.catalogue import DISCRIMINATOR_FAKE, SCORES
 from shards.errors import InputError
 
 MAX_POINTS = 600  # of a curve: more than a panel has pixels; longer ones become means of neighbours
 
 Run = dict[str, Any]
 Curve = tuple[list[int], list[float | None]]  # steps, values; None for what is not finite
+
+
+def forms_of(runs: Sequence[Run]) -> list[str]:
+    """The loss.adv_form of every run with a discriminator; the default where there is none."""
+    judged = [run for run in runs if DISCRIMINATOR_FAKE in run["series"]]
+    return [run["config"].get("loss.adv_form", DEFAULT) for run in judged] or [DEFAULT]
 
 
 def check_distinct(paths: Sequence[Path]) -> None:

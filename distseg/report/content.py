@@ -33,7 +33,7 @@ from distseg.tracking.catalogue import (
     CLASS_IOU,
     HEALTH,
     MEAN_IOU,
-    NEVER_PREDICTED,
+    OF_CLASSES,
     SCORES,
     STEP_SECONDS,
 )
@@ -91,6 +91,7 @@ def collect(run_dir: Path) -> Run:
         "iou": [_class_iou(row, classes) for row in evaluations],
         "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
+        "taught": samples(run_dir / "pictures" / "pseudo_labels"),
         "health": health_spans(rows, config),
         "attempts": attempt_rows(run_dir),
         "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
@@ -112,10 +113,7 @@ def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:
     found: dict[str, Curve] = {}
     for row in rows:
         for name, value in row.items():
-            # scores of classes are a table: 150 curves in a panel show nothing
-            is_curve = name not in _NO_SERIES and not name.startswith(
-                (CLASS_IOU, NEVER_PREDICTED, HEALTH)
-            )
+            is_curve = name not in _NO_SERIES and not name.startswith((*OF_CLASSES, HEALTH))
             if is_curve and isinstance(value, (int, float)):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(row["step"])
@@ -186,7 +184,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def samples(folder: Path) -> list[dict[str, str]]:
-    """The panels of validation images, as data URLs."""
+    """The panels of a folder's images, as data URLs."""
     found = []
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
         with Image.open(path) as file:

@@ -12,6 +12,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from distseg.report.comparison import forms_of
 from distseg.report.curves import (
     STYLES,
     Curve,
@@ -102,7 +103,8 @@ def curves_section(collected: dict[str, Any], entries: list[Entry]) -> Section:
     for run in runs:
         # nowhere finite, or 0 throughout as skipped updates should be: nothing to draw
         names += [name for name, (_, values) in run["series"].items() if any(values)]
-    figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in panels_of(names)]
+    found = panels_of(names, forms_of(runs))
+    figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in found]
     note = (
         "Over training steps. Thin: single logged steps; thick: their running mean; of a mean over "
         "runs, the shaded band spans the lowest to the highest."

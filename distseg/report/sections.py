@@ -166,25 +166,39 @@ def _none(early: list[str]) -> str:
 
 def gallery_section(collected: Collected, entries: list[Entry]) -> Section | None:
     """The same validation image of all runs side by side, one after the other."""
+    note = (
+        "Above: picture, label, prediction, errors (red). Below: the probability of each class "
+        "that occurs."
+    )
+    content = _gallery(collected, entries, "samples", "picture, label, prediction and errors")
+    return Section("gallery", "Predictions", note, content) if content else None
+
+
+def taught_section(collected: Collected, entries: list[Entry]) -> Section | None:
+    """Some unlabelled images of each run that has a teacher, as they are trained on."""
+    note = (
+        "Unlabelled images: the weak view, the teacher's label of it, the strong view that the "
+        "segmentor is trained on, and its label. Striped pixels are not confident."
+    )
+    content = _gallery(collected, entries, "taught", "weak and strong view with pseudo-labels")
+    return Section("pseudo-labels", "Pseudo-labels", note, content) if content else None
+
+
+def _gallery(collected: Collected, entries: list[Entry], which: str, what: str) -> str:
+    """Pictures of all runs, those of one key side by side; "" where there are none."""
     pictures: dict[str, list[str]] = {}
     for run, entry in zip(collected["runs"], entries, strict=False):
-        for sample in run["samples"]:
-            text = f"{sample['key']}: picture, label, prediction and errors of {run['name']}"
+        for sample in run[which]:
+            text = f"{sample['key']}: {what} of {run['name']}"
             # lazy: a page of many runs has more pictures than a browser should decode at once
             image = f'<img src="{sample["url"]}" alt="{escape(text)}" loading="lazy">'
             label = f"{swatch(entry)} {escape(run['name'])}"
             figure = f"<figure>{label}{image}</figure>"
             pictures.setdefault(sample["key"], []).append(figure)
-    if not pictures:
-        return None
     parts = []
     for key, figures in pictures.items():
         parts.append(f'<h3>{escape(key)}</h3><div class="gallery">{"".join(figures)}</div>')
-    note = (
-        "Above: picture, label, prediction, errors (red). Below: the probability of each class "
-        "that occurs."
-    )
-    return Section("gallery", "Predictions", note, "".join(parts))
+    return "".join(parts)
 
 
 def attempts_section(collected: Collected, entries: list[Entry]) -> Section | None:
@@ -247,5 +261,6 @@ def _of_every_run(runs: list[Run], what: str, title: str) -> tuple[str, int]:
 # the order of the page; each gives None where it has nothing to show
 SECTIONS: tuple[Callable[[Collected, list[Entry]], Section | None], ...] = (
     *(runs_section, health_section, iou_section, confusion_section, gallery_section),
+    taught_section,
     *(attempts_section, differences_section, configuration_section, environment_section),
 )

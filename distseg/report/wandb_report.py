@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from distseg.config.schema import TrackingConfig
+from distseg.report.comparison import forms_of
 from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel, panels_of
 from distseg.tracking.wandb_run import ID_FILE, URL_FILE, choose_mode, naming, read_run_id
 from shards.errors import InputError
@@ -55,7 +56,8 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     # by id, which stays; names of W&B's runs can be changed, and are not unique
     runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
     metrics = chain.from_iterable(run["series"] for run in runs)
-    curves = [_line_plot(wr, panel, found) for panel, found in panels_of(metrics)]
+    panels = panels_of(metrics, forms_of(runs))
+    curves = [_line_plot(wr, panel, found) for panel, found in panels]
     sections = {
         "Curves": _placed(wr, curves),
         "Classes": _placed(wr, _class_plots(wr, runs), wide=True),
@@ -107,13 +109,13 @@ def _class_plots(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def _media(wr: Any, runs: Sequence[dict[str, Any]]) -> list[Any]:
-    found = chain.from_iterable(run["samples"] for run in runs)
-    keys = sorted({sample["key"] for sample in found})
-    if not keys:
-        return []
     browsers = []
-    for kind in ("samples", "masks"):
-        browsers.append(wr.MediaBrowser(title=kind, media_keys=[f"{kind}/{key}" for key in keys]))
+    # in the run's directory masks have no files of their own
+    for kind, of_run in (("samples", "samples"), ("masks", "samples"), ("pseudo_labels", "taught")):
+        found = chain.from_iterable(run[of_run] for run in runs)
+        keys = sorted({sample["key"] for sample in found})
+        media = [f"{kind}/{key}" for key in keys]
+        browsers += [wr.MediaBrowser(title=kind, media_keys=media)] * bool(media)
     return browsers
 
 

@@ -12,10 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from distseg.config.forms import DEFAULT, FORMS, FormFacts
+
 # names that the program itself reads back
 SEGMENTOR_LOSS, CROSS_ENTROPY = "loss/segmentor", "loss/cross_entropy"
 DISCRIMINATOR_REAL, DISCRIMINATOR_FAKE = "loss/discriminator_real", "loss/discriminator_fake"
 DISCRIMINATOR_ACCURACY = "discriminator/accuracy"
+MISMATCHED_ACCURACY = "discriminator/mismatched_accuracy"
 # of their norms, at the segmentor's output; see distseg.train.diagnostics
 RATIO = "gradient/adversarial_to_cross_entropy"
 ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
@@ -23,6 +26,14 @@ CONSISTENCY_WEIGHT, CONFIDENT_SHARE = "weight/consistency", "consistency/confide
 STEP_SECONDS, DATA_WAIT_SECONDS = "step_seconds", "data_wait_seconds"
 SLOWEST_RANK, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest_ratio"
 LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
+# of the classes: among confident pseudo-labelled pixels, and among the labelled ones of that step
+CLASS_SHARE, LABELLED_SHARE = "consistency/class_share/", "consistency/labelled_share/"
+# of labelled images that no step sees; see distseg.train.held_out
+HELD_OUT = "held_out/"
+SOURCE = "source/"  # as VALIDATION, of the domain that has the labels, where that is another
+AGREEMENT, CONFIDENT_AGREEMENT = "held_out/agreement", "held_out/confident_agreement"
+HELD_OUT_CONFIDENT = "held_out/confident_share"
+CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confident_agreement/"
 # of classes that validation labels have and no prediction, which alone are there
 NEVER_PREDICTED = "val/never_predicted/"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
@@ -35,16 +46,31 @@ class Panel:
     """One set of axes, over training steps.
 
     reference: a level worth knowing, and what it is; or check: the health check whose threshold is
-    that level. in_picture: also drawn in a run's curves.png.
+    that level. loss_of: whose loss on the discriminator's scores it shows, with the unit and the
+    level of the run's loss.adv_form. in_picture: also drawn in a run's curves.png.
     """
 
     title: str
     unit: str
     reference: tuple[float, str] | None = None
     check: str = ""
+    loss_of: Literal["discriminator", "segmentor", "both", ""] = ""
     is_log: bool = False
     is_share: bool = False  # from 0 to 1
     in_picture: bool = False
+
+    def under(self, forms: Sequence[FormFacts]) -> Panel:
+        """The panel of runs with these forms of loss; of several the level would be one's only."""
+        if not self.loss_of:
+            return self
+        units = {form.unit for form in forms}
+        unit = units.pop() if len(units) == 1 else "loss"
+        if self.loss_of == "both":
+            return replace(self, unit=unit)
+        by_segmentor = self.loss_of == "segmentor"
+        levels = {f.undecided_segmentor if by_segmentor else f.undecided for f in forms}
+        reference = (levels.pop(), forms[0].level) if len(levels) == 1 else None
+        return replace(self, unit=unit, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -88,15 +114,15 @@ class Metric:
         return max(known) if self.better == "higher" else min(known)
 
 
-# what a binary cross entropy costs that always answers 1/2; it says so, as loss.adv_form has others
-_UNDECIDED = (math.log(2), "undecided, of BCE (ln 2)")
 _NATS = "loss, nats"
 
 # two panels: their sum would hide which of the two is learnt
-_ON_REAL = Panel("Discriminator on real label maps", _NATS, _UNDECIDED, in_picture=True)
-_ON_FAKE = Panel("Discriminator on predictions", _NATS, _UNDECIDED, in_picture=True)
-_SEGMENTOR = Panel("Segmentor", _NATS, in_picture=True)
-_ADVERSARIAL = Panel("Adversarial term, unweighted", _NATS, _UNDECIDED, in_picture=True)
+_ON_REAL = Panel(
+    "Discriminator on real label maps", "loss", loss_of="discriminator", in_picture=True
+)
+_ON_FAKE = Panel("Discriminator on predictions", "loss", loss_of="discriminator", in_picture=True)
+_SEGMENTOR = Panel("Segmentor", "loss", loss_of="both", in_picture=True)
+_ADVERSARIAL = Panel("Adversarial term, unweighted", "loss", loss_of="segmentor", in_picture=True)
 _CERTAINTY = Panel(
     "Discriminator's certainty", "probability of being real", (0.5, "undecided"), is_share=True
 )
@@ -109,11 +135,19 @@ _RATIO = Panel(
     check="no_influence",
     is_log=True,
 )
+_R1 = Panel("Discriminator's squared gradient on real label maps", "squared norm", is_log=True)
+_MATCHING = Panel("Feature matching term, unweighted", "loss", in_picture=True)
 _SEMI = Panel("Semi-supervised term, unweighted", _NATS, in_picture=True)
 # terms of the user's own, whose unit nobody knows
 _OTHER_TERMS = Panel("Other terms, unweighted", "loss", in_picture=True)
 _CONSISTENCY = Panel("Consistency term, unweighted", "loss", in_picture=True)
+_ENTROPY = Panel(
+    "Entropy of unlabelled predictions", "share of the largest", is_share=True, in_picture=True
+)
 _MASK = Panel("Confidence mask", "share of unlabelled pixels", is_share=True, in_picture=True)
+_HELD_OUT = Panel(
+    "Pseudo-labels of held-out images", "share of pixels", is_share=True, in_picture=True
+)
 _VALIDATION = Panel("Validation", "score", is_share=True, in_picture=True)
 _VALIDATION_LOSS = Panel("Validation loss", "nats")
 _GRADIENTS = Panel("Gradient norms", "before clipping", is_log=True)
@@ -130,11 +164,16 @@ _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
 
 # in the order of the page; the panels of the published figures come first
 PANELS = (
-    *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO, _SEMI),
+    *(_ON_REAL, _ON_FAKE, _SEGMENTOR, _ADVERSARIAL, _CERTAINTY, _ACCURACY, _GAP, _RATIO),
     *(
+        _R1,
+        _MATCHING,
+        _SEMI,
         _CONSISTENCY,
+        _ENTROPY,
         _OTHER_TERMS,
         _MASK,
+        _HELD_OUT,
         _VALIDATION,
         _VALIDATION_LOSS,
         _GRADIENTS,
@@ -153,18 +192,30 @@ def _score(name: str, title: str, better: Better = "higher", short: str = "") ->
 
 # in the order of the progress line, of tables and of legends
 METRICS = (
-    Metric(SEGMENTOR_LOSS, "segmentor's loss", "nats", _SEGMENTOR, "total", "lower", "loss"),
+    Metric(SEGMENTOR_LOSS, "segmentor's loss", "loss", _SEGMENTOR, "total", "lower", "loss"),
     Metric(CROSS_ENTROPY, "cross entropy", "nats", _SEGMENTOR, "cross entropy", "lower", "ce"),
-    Metric("loss/adversarial", "adversarial term", "nats", _ADVERSARIAL, "labelled", "", "adv"),
+    Metric("loss/adversarial", "adversarial term", "loss", _ADVERSARIAL, "labelled", "", "adv"),
     Metric(
         "loss/adversarial_unlabelled",
         "adversarial term on unlabelled images",
-        "nats",
+        "loss",
         _ADVERSARIAL,
         "unlabelled",
     ),
+    Metric(
+        "loss/feature_matching",
+        "feature matching term",
+        "loss",
+        _MATCHING,
+        "feature matching",
+        "",
+        "features",
+    ),
     Metric("loss/semi", "semi-supervised term", "nats", _SEMI, "semi-supervised", "", "semi"),
     Metric(MASK_SHARE, "confidence mask", "share", _MASK, "share", "", "mask"),
+    Metric(
+        "loss/entropy", "entropy of unlabelled predictions", "share", _ENTROPY, "entropy", "", ""
+    ),
     Metric(
         "loss/consistency",
         "consistency term",
@@ -184,9 +235,32 @@ METRICS = (
         "confident",
     ),
     Metric(
+        CONFIDENT_AGREEMENT,
+        "confident pixels of held-out images that are labelled right",
+        "share",
+        _HELD_OUT,
+        "right among confident",
+        "higher",
+    ),
+    Metric(
+        AGREEMENT,
+        "pixels of held-out images that are labelled right",
+        "share",
+        _HELD_OUT,
+        "right",
+        "higher",
+    ),
+    Metric(
+        HELD_OUT_CONFIDENT,
+        "pixels of held-out images that the teacher is confident of",
+        "share",
+        _HELD_OUT,
+        "confident",
+    ),
+    Metric(
         DISCRIMINATOR_REAL,
         "discriminator's loss on real label maps",
-        "nats",
+        "loss",
         _ON_REAL,
         "real",
         "",
@@ -195,11 +269,29 @@ METRICS = (
     Metric(
         DISCRIMINATOR_FAKE,
         "discriminator's loss on predictions",
-        "nats",
+        "loss",
         _ON_FAKE,
         "fake",
         "",
         "D fake",
+    ),
+    Metric(
+        "loss/discriminator_mismatched",
+        "discriminator's loss on mismatched pairs",
+        "loss",
+        _ON_FAKE,
+        "mismatched pairs",
+        "",
+        "D mismatched",
+    ),
+    Metric(
+        "loss/r1",
+        "discriminator's squared gradient on ground truth",
+        "squared norm",
+        _R1,
+        "R1",
+        "",
+        "R1",
     ),
     Metric(
         "discriminator/on_real",
@@ -216,6 +308,13 @@ METRICS = (
         "predictions",
     ),
     Metric(DISCRIMINATOR_ACCURACY, "discriminator's accuracy", "share", _ACCURACY, "right"),
+    Metric(
+        MISMATCHED_ACCURACY,
+        "discriminator's accuracy on mismatched pairs",
+        "share",
+        _ACCURACY,
+        "right on mismatched pairs",
+    ),
     Metric("discriminator/logit_gap", "gap of the discriminator's logits", "logits", _GAP, "gap"),
     Metric(RATIO, "gradient ratio", "ratio", _RATIO, "ratio"),
     # what one confusion matrix gives, then what only `distseg evaluate` computes
@@ -225,6 +324,15 @@ METRICS = (
         panel=_VALIDATION,
         label="pixel accuracy",
     ),
+    Metric(
+        f"{SOURCE}mean_iou",
+        "mIoU on the source",
+        "share",
+        _VALIDATION,
+        "source: mIoU",
+        "higher",
+    ),
+    Metric(f"{SOURCE}pixel_accuracy", "pixel accuracy on the source", "share", None, "", "higher"),
     _score("val/mean_class_accuracy", "class accuracy", short="class accuracy"),
     _score("val/frequency_weighted_iou", "frequency-weighted IoU"),
     # needs outlines, so absent from evaluations within training
@@ -268,18 +376,29 @@ class Family:
         """The metric of that name."""
         rest = name.removeprefix(self.prefix)
         # class names are the data set's, underscores and all; names of terms are keys
-        words = rest if self.prefix in _OF_CLASSES else rest.replace("_", " ")
+        words = rest if self.prefix in OF_CLASSES else rest.replace("_", " ")
         title = self.title.replace("{}", words)
         short = words if self.on_line else ""
         return Metric(name, title, self.unit, self.panel, words, self.better, short)
 
 
-BOUNDARY_IOU = "val/boundary_iou/"
-_OF_CLASSES = (CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED)
+BOUNDARY_IOU, SOURCE_IOU = "val/boundary_iou/", f"{SOURCE}iou/"
+# a value for each class: a table, as 150 curves show nothing
+OF_CLASSES = (
+    *(CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED, CLASS_SHARE, LABELLED_SHARE),
+    *(CLASS_CONFIDENT, CLASS_AGREEMENT, SOURCE_IOU),
+)
 FAMILIES = (
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
+    Family(SOURCE_IOU, "IoU of {} on the source", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
     Family(NEVER_PREDICTED, "labels of {}, which is in no prediction", "share", better="lower"),
+    Family(CLASS_SHARE, "{} among confident pseudo-labelled pixels", "share"),
+    Family(LABELLED_SHARE, "{} among labelled pixels", "share"),
+    Family(CLASS_CONFIDENT, "{} of held-out images: confident pixels", "share"),
+    Family(
+        CLASS_AGREEMENT, "{} of held-out images: right among confident", "share", None, "higher"
+    ),
     # of a term that a configuration adds
     # after METRICS, which come first: a known term keeps its title
     Family(LOSS, "{} term", "loss", _OTHER_TERMS, on_line=True),
@@ -322,13 +441,19 @@ def ordered(names: Iterable[str]) -> list[Metric]:
     return [metric(name) for name in sorted(distinct, key=lambda n: _KNOWN.get(n, len(_KNOWN)))]
 
 
-def panels_of(names: Iterable[str]) -> list[tuple[Panel, list[Metric]]]:
-    """The panels that have something to draw, in the page's order, each with its metrics."""
+def panels_of(
+    names: Iterable[str], forms: Iterable[str] = (DEFAULT,)
+) -> list[tuple[Panel, list[Metric]]]:
+    """The panels that have something to draw, in the page's order, each with its metrics.
+
+    forms: the loss.adv_form of every run that is drawn.
+    """
     found = ordered(names)
+    facts = [FORMS.get(form, FORMS[DEFAULT]) for form in dict.fromkeys(forms)]
     panels = []
     for panel in PANELS:
         # by identity: panels of equal fields would be drawn twice
         metrics = [one for one in found if one.panel is panel]
         if metrics:
-            panels.append((panel, metrics))
+            panels.append((panel.under(facts), metrics))
     return panels

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
-from distseg.tracking.catalogue import VALIDATION, Metric, Panel, panels_of
+from distseg.config.forms import DEFAULT
+from distseg.tracking.catalogue import HELD_OUT, VALIDATION, Metric, Panel, panels_of
 from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet
@@ -41,6 +42,7 @@ _OF_A_METRIC = ((BLUE, "-"), (ORANGE, "--"), (PURPLE, ":"), (GREEN, "-."), (GRAY
 _CELL_INCHES = 2.6  # the longer side of one picture in a panel
 _TITLE_INCHES, _GAP_INCHES, _BAR_INCHES, _ENTRY_INCHES = 0.28, 0.08, 0.85, (0.19, 1.2)
 _NUM_COLUMNS = 4
+_STRIPES = 60  # across a picture, two to a period
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,17 @@ class Line:
     name: str | None = None
 
 
-def curves(metrics: Sequence[dict[str, Any]], out: Path) -> None:
+def curves(metrics: Sequence[dict[str, Any]], out: Path, adv_form: str = DEFAULT) -> None:
     """Draw the losses and validation scores of a run over its steps; `out`: as of `save`.
 
-    metrics: rows of metrics.jsonl. One panel each for the discriminator's loss on real and on
-    predicted label maps (if the run has a discriminator), the segmentor's losses, and the
-    validation scores (if there are any); of noisy losses the single values are thin and a running
-    mean is thick.
+    metrics: rows of metrics.jsonl; adv_form: of the run's losses. One panel each for the
+    discriminator's loss on real and on predicted label maps (if the run has a discriminator), the
+    segmentor's losses, and the validation scores (if there are any); of noisy losses the single
+    values are thin and a running mean is thick.
     """
     names = dict.fromkeys(itertools.chain.from_iterable(metrics))
     # the losses of the published figures; the report has the others
-    panels = [found for found in panels_of(names) if found[0].in_picture]
+    panels = [found for found in panels_of(names, [adv_form]) if found[0].in_picture]
     # a run that was stopped before its first logged step has a picture too
     panels = panels or [(Panel("no metrics yet", ""), [])]
     figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), dpi=_DPI, layout="constrained")
@@ -101,7 +103,7 @@ def smoothed(steps: np.ndarray, values: np.ndarray, metric: Metric, **style: Any
     """A curve as its running mean before its single values; scores of evaluations stay as they
     are.
     """
-    if metric.name.startswith(VALIDATION):
+    if metric.name.startswith((VALIDATION, HELD_OUT)):
         return Line(steps, values, has_dots=True, **style)
     # a share and not a number of rows: a run of 500 steps and one of 50,000 look alike
     window = max(1, round(_SMOOTHING * len(values)))
@@ -206,6 +208,36 @@ def iou_bars(per_class: dict[str, float], out: Path) -> None:
     save(figure, out)
 
 
+def kept_bars(per_class: Mapping[str, tuple[float, float]], out: Path) -> None:
+    """Draw how much of each class became pseudo-labels, and how much of that is right, in [0, 1].
+
+    NaN is a class that is absent, or of which nothing was kept.
+    """
+    names = [plain(name) for name in per_class]
+    values = np.array(list(per_class.values()), float).reshape(-1, 2)
+    figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    kinds = ((BLUE, "labelled, of its pixels"), (ORANGE, "right, of those"))
+    for column, (color, label) in enumerate(kinds):
+        rows, lengths = places + (column - 0.5) * 0.38, values[:, column]
+        axes.barh(rows, np.nan_to_num(lengths), height=0.36, color=color, label=label)
+        for row, value in zip(rows, lengths, strict=True):
+            text = "none" if math.isnan(value) else f"{value:.0%}"
+            place = (0 if math.isnan(value) else value) + 0.01
+            axes.text(place, row, text, va="center", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), yticks=places, yticklabels=names)
+    axes.set_xlabel("share of pixels that the shards label too")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    # the first class on top, as in every table
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_bounds(0, 1)
+    save(figure, out)
+
+
 def sample_panel(
     image: np.ndarray,
     label: np.ndarray | None,
@@ -241,9 +273,62 @@ def sample_panel(
         look: dict[str, Any] = {"cmap": "viridis", "vmin": 0, "vmax": 1}
         scale = axes.imshow(probabilities[index], interpolation="none", **look)
     grid.add_scale(scale)
-    grid.figure.legend(
-        handles=legend, loc="lower center", ncols=grid.legend_columns, fontsize=8, frameon=False
+    grid.add_legend(legend)
+    save(grid.figure, out)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An image with a teacher's label.
+
+    image: (H, W, 3) uint8 RGB; label: (H, W) uint8, 255 = outside; confident: (H, W) bool.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    confident: np.ndarray
+
+    def title(self, what: str) -> str:
+        """With the share of its pixels inside that are confident."""
+        inside = self.label != IGNORE_INDEX
+        share = float(self.confident[inside].mean()) if inside.any() else 0.0
+        return f"{what}: {share:.0%} confident"
+
+    def picture(self, classes: ClassSet) -> np.ndarray:
+        """The label in the colours of its classes, (H, W, 3) uint8; pale and striped where it is
+        not confident.
+        """
+        colours = colourise(self.label, classes)
+        rows, columns = np.indices(self.label.shape)
+        width = max(2, max(self.label.shape) // _STRIPES)
+        is_stripe = (rows + columns) // width % 2 == 0
+        # stripes, as a pale colour alone may be that of another class
+        pale = np.where(is_stripe[..., None], 255, 127 + colours // 2).astype(np.uint8)
+        is_pale = ~self.confident & (self.label != IGNORE_INDEX)
+        return np.where(is_pale[..., None], pale, colours)
+
+
+def taught_panel(
+    weak: Taught, strong: Taught, classes: ClassSet, threshold: float, out: Path
+) -> None:
+    """Draw an unlabelled image as a teacher labels it and as the segmentor is trained on it; `out`:
+    as of `save`. threshold: from which probability on a pixel is confident.
+    """
+    shown = sorted({*occurring(weak.label, classes), *occurring(strong.label, classes)})
+    has_void = bool((weak.label == IGNORE_INDEX).any() or (strong.label == IGNORE_INDEX).any())
+    legend = legend_entries(classes, has_void, shown)
+    unsure = f"probability < {threshold:g}"
+    legend.append(Patch(facecolor="white", edgecolor="gray", hatch="////", lw=0.4, label=unsure))
+    grid = _Grid(weak.image.shape[:2], 1, len(legend), has_scale=False)
+    pictures = (
+        ("weak view", weak.image),
+        (weak.title("pseudo-label"), weak.picture(classes)),
+        ("strong view", strong.image),
+        (strong.title("its pseudo-label"), strong.picture(classes)),
     )
+    for column, (title, picture) in enumerate(pictures):
+        grid.axes(0, column, title).imshow(picture, interpolation="none")
+    grid.add_legend(legend)
     save(grid.figure, out)
 
 
@@ -252,10 +337,18 @@ class _Grid:
     engine.
     """
 
-    def __init__(self, image_size: tuple[int, int], num_rows: int, num_legend_entries: int):
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        num_rows: int,
+        num_legend_entries: int,
+        *,
+        has_scale: bool = True,
+    ):
         # the image's shape, so that pictures are neither squeezed nor framed by white
         self._cell = np.array(image_size) / max(image_size) * _CELL_INCHES  # height, width
-        self._width = _NUM_COLUMNS * (self._cell[1] + _GAP_INCHES) + _BAR_INCHES
+        self._width = _NUM_COLUMNS * (self._cell[1] + _GAP_INCHES)
+        self._width += _BAR_INCHES if has_scale else _GAP_INCHES
         self.legend_columns = max(1, int(self._width / _ENTRY_INCHES[1]))
         num_legend_rows = math.ceil(num_legend_entries / self.legend_columns)
         self._height = (
@@ -271,6 +364,12 @@ class _Grid:
         axes.set_axis_off()
         axes.set_title(plain(title), fontsize=9, pad=3)
         return axes
+
+    def add_legend(self, entries: Sequence[Patch]) -> None:
+        """Below the pictures."""
+        columns = self.legend_columns
+        look: dict[str, Any] = {"fontsize": 8, "frameon": False}
+        self.figure.legend(handles=entries, loc="lower center", ncols=columns, **look)
 
     def add_scale(self, shown: AxesImage) -> None:
         """What the colours of a probability mean, in a narrow place right of the second row."""

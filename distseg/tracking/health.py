@@ -18,17 +18,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distseg.tracking.catalogue import HEALTH, LOSS, MEAN_IOU
+from distseg.tracking.catalogue import AGREEMENT, HEALTH, LOSS, MEAN_IOU
 from distseg.tracking.verdicts import (
+    BEST_AGREEMENT,
     CHECKS,
     LEVEL,
     LEVEL_ROWS,
     LEVELLED,
     NAMED,
+    UNKEPT,
     UNPREDICTED,
     Check,
     MetricsRow,
     levels_of,
+    teaches,
+    unkept,
     unpredicted,
 )
 from shards.files import write_text
@@ -124,6 +128,7 @@ class Health:
         self._first: dict[str, list[float]] = {name: [] for name in LEVELLED}
         self._start = levels_of(config or {})
         self._before: MetricsRow = dict(self._start)
+        self._remembered: MetricsRow = {}  # from rows before, by names of distseg.tracking.verdicts
         # every check from the start: a signal that never comes leaves its window empty, which
         # `flags` omits
         self._windows = {check.name: Window(check) for check in CHECKS}
@@ -134,17 +139,26 @@ class Health:
     def update(self, row: MetricsRow) -> list[Event]:
         """Take in a row; what it changed."""
         self.step = row["step"]
-        if MEAN_IOU in row:
-            lacking = unpredicted(row, self._before.get(UNPREDICTED, {}))
-            self._before = self._before | {UNPREDICTED: lacking}
+        # classes that this row lacks count in it, and the best agreement is of those before
+        self._remember_classes(row)
         # each row is judged whatever became of the others: checks do not know of one another
-        found = [event for check in CHECKS if (event := self._judge(check, row)) is not None]
+        before = self._before | self._remembered
+        judged = (self._judge(check, row, before) for check in CHECKS)
+        found = [event for event in judged if event is not None]
         # rows of evaluations have no counts of skips, from which the next difference is taken
         if any(name.startswith(LOSS) for name in row):
-            lacking = self._before.get(UNPREDICTED, {})
-            self._before = row | self._levels(row) | {UNPREDICTED: lacking}
+            self._before = row | self._levels(row)
+        best = max(row.get(AGREEMENT, 0.0), self._remembered.get(BEST_AGREEMENT, 0.0))
+        self._remembered[BEST_AGREEMENT] = best
         self.events += found
         return found
+
+    def _remember_classes(self, row: MetricsRow) -> None:
+        remembered = self._remembered
+        if MEAN_IOU in row:
+            remembered[UNPREDICTED] = unpredicted(row, remembered.get(UNPREDICTED, {}))
+        if teaches(row):
+            remembered[UNKEPT] = unkept(row, remembered.get(UNKEPT, {}))
 
     def _levels(self, row: MetricsRow) -> dict[str, float]:
         """At which level losses began, up to this row, and how high that may be."""
@@ -156,9 +170,9 @@ class Health:
                 levels[LEVEL + name] = statistics.median_low(first)
         return levels
 
-    def _judge(self, check: Check, row: MetricsRow) -> Event | None:
+    def _judge(self, check: Check, row: MetricsRow, before: MetricsRow) -> Event | None:
         # None: the row says nothing, which is neither good nor bad
-        value = check.measure(row, self._before)
+        value = check.measure(row, before)
         if value is None or not math.isfinite(value):
             return None
         window, name = self._windows[check.name], check.name
@@ -168,7 +182,7 @@ class Health:
             self.judged_from.setdefault(name, row["step"])
         # raised once, and told again only after it was cleared
         if name not in self.on and window.is_bad():
-            detail, first = check.about(row, self._before)
+            detail, first = check.about(row, before)
             since = window.since if first is None else first
             self.on[name] = Event(row["step"], name, True, since, window.mean(), detail)
             return self.on[name]

@@ -2,7 +2,8 @@
 
 Thresholds stand with their source. "Recorded" are 240 logged rows of six runs of
 `preset=stanford_semi` (three seeds, with and without unlabelled images), which ended as well as
-without an adversary; tests/data/health holds them.
+without an adversary, and of teachers two runs of `preset=stanford_consistency`, one of which
+collapses; tests/data/health holds them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distseg.config.forms import DEFAULT, FORMS
 from distseg.tracking.catalogue import (
     ADVERSARIAL_WEIGHT,
+    AGREEMENT,
+    CLASS_SHARE,
+    CONFIDENT_AGREEMENT,
     CONFIDENT_SHARE,
     CONSISTENCY_WEIGHT,
     CROSS_ENTROPY,
@@ -21,6 +26,8 @@ from distseg.tracking.catalogue import (
     DISCRIMINATOR_ACCURACY,
     DISCRIMINATOR_FAKE,
     DISCRIMINATOR_REAL,
+    HELD_OUT_CONFIDENT,
+    LABELLED_SHARE,
     LOSS,
     MASK_SHARE,
     MEAN_IOU,
@@ -34,6 +41,7 @@ from distseg.tracking.catalogue import (
 
 MetricsRow = dict[str, Any]  # of metrics.jsonl: "step" and named floats
 Unpredicted = dict[str, tuple[int, int]]
+Unkept = dict[str, tuple[int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -79,17 +87,17 @@ def _fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
     # A small loss alone is no proof: it may be small since everything is called fake.
     if row[DISCRIMINATOR_ACCURACY] < 0.9:
         return math.log(2)
-    return row[DISCRIMINATOR_FAKE] * _in_nats(before)
+    return row[DISCRIMINATOR_FAKE] * _as_bce(before)
 
 
 def _both_losses(row: MetricsRow, before: MetricsRow) -> float | None:
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
         return None
     # the mean of both, as ln 2 is the level of each when it answers 1/2 to everything
-    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2 * _in_nats(before)
+    return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2 * _as_bce(before)
 
 
-def _in_nats(before: MetricsRow) -> float:
+def _as_bce(before: MetricsRow) -> float:
     """What brings a loss of another form to the scale of the thresholds: ln 2 where undecided."""
     return math.log(2) / float(before.get(UNDECIDED, math.log(2)))
 
@@ -172,6 +180,87 @@ def _who_is_given_up(row: MetricsRow, before: MetricsRow) -> tuple[str, int | No
     return f"{', '.join(named[:MAX_NAMED])} of the labels{more}", min(found.values(), default=None)
 
 
+def unkept(row: MetricsRow, before: Unkept) -> Unkept:
+    """The classes that confident pseudo-labels lack, by their metrics' names: since which row, in
+    how many, and the sum of their shares of the labelled pixels in these.
+    """
+    found = {}
+    for name in row:
+        if name.startswith(CLASS_SHARE) and row[name] < UNKEPT_BELOW:
+            first, rows, total = before.get(name, (row["step"], 0, 0.0))
+            total += row.get(LABELLED_SHARE + name.removeprefix(CLASS_SHARE), 0.0)
+            found[name] = (first, rows + 1, total)
+    return found
+
+
+def teaches(row: MetricsRow) -> bool:
+    """Whether the teacher is confident of enough pixels to teach by, and to miss a class among."""
+    return (_confident(row, {}) or 0.0) >= MIN_CONFIDENT
+
+
+def _left_out(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, float]]:
+    """Classes that were lacking for long though labels show them, the most frequent first: since
+    which step, and their share of the labelled pixels.
+    """
+    found = {}
+    for name, (first, rows, total) in before.get(UNKEPT, {}).items():
+        is_long = rows >= MIN_UNKEPT_ROWS and row["step"] - first >= MIN_UNKEPT_STEPS
+        if is_long and total / rows >= MIN_LABELLED_SHARE:
+            found[name.removeprefix(CLASS_SHARE)] = (first, total / rows)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def _num_left_out(row: MetricsRow, before: MetricsRow) -> float | None:
+    return float(len(_left_out(row, before))) if teaches(row) else None
+
+
+def _who_is_left_out(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
+    found = _left_out(row, before)
+    named = [f"{name} {share:.2%}" for name, (_, share) in found.items()]
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    since = min((first for first, _ in found.values()), default=None)
+    return f"{', '.join(named[:MAX_NAMED])} of the labelled pixels{more}", since
+
+
+def _dominant(row: MetricsRow) -> tuple[str, float]:
+    """The class with the largest share of the confident pixels, of those that do not dominate the
+    labels too; and that share.
+    """
+    shares = {"": 0.0}
+    for name in row:
+        word = name.removeprefix(CLASS_SHARE)
+        if name.startswith(CLASS_SHARE) and row.get(LABELLED_SHARE + word, 0.0) < DOMINANT_LABEL:
+            shares[word] = row[name]
+    return max(shares.items(), key=lambda item: item[1])
+
+
+def _dominance(row: MetricsRow, before: MetricsRow) -> float | None:
+    return _dominant(row)[1] if teaches(row) else None
+
+
+def _who_dominates(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
+    name, share = _dominant(row)
+    labelled = row.get(LABELLED_SHARE + name, 0.0)
+    return f"{name}: {share:.1%} of the confident pixels, {labelled:.1%} of the labelled", None
+
+
+def _wrong_though_sure(row: MetricsRow, before: MetricsRow) -> float | None:
+    """The share of wrong pixels among confident ones, where nearly all are; else 0."""
+    if CONFIDENT_AGREEMENT not in row:
+        return None
+    is_sure = row[HELD_OUT_CONFIDENT] >= NEARLY_ALL
+    return 1.0 - row[CONFIDENT_AGREEMENT] if is_sure else 0.0
+
+
+def _fallen(row: MetricsRow, before: MetricsRow) -> float | None:
+    """How far the teacher's agreement with held-out labels is below its best so far."""
+    # while it teaches: an average of untrained weights is not its own doing
+    if AGREEMENT not in row or not teaches(before):
+        return None
+    # of all pixels: among the confident ones it falls as more, and so harder ones, are confident
+    return max(0.0, float(before.get(BEST_AGREEMENT, 0.0)) - row[AGREEMENT])
+
+
 def _wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
     if DATA_WAIT_SECONDS not in row or not row.get(STEP_SECONDS):
         return None
@@ -205,10 +294,10 @@ SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
 def levels_of(config: Mapping[str, Any]) -> MetricsRow:
     """What `Health` starts from: a run's levels, by its configuration under dotted names."""
     is_mean = config.get("loss.ce_reduction"), config.get("loss.adv_reduction")
-    of_form = {"hinge": 1.0, "least_squares": 0.25}
+    form = FORMS.get(str(config.get("loss.adv_form")), FORMS[DEFAULT])
     return {
         HIGHEST_LEVEL: MEAN_LEVEL if is_mean == ("mean_valid", "mean") else SUM_LEVEL,
-        UNDECIDED: of_form.get(str(config.get("loss.adv_form")), math.log(2)),
+        UNDECIDED: form.undecided,
     }
 
 
@@ -218,6 +307,16 @@ UNPREDICTED = "unpredicted"
 # the rarest classes come late: in the first evaluations they are missing in good runs, too
 MIN_EVALUATIONS, MIN_UNPREDICTED_STEPS = 3, 200
 MAX_NAMED = 5
+# likewise: of each class that confident pseudo-labels lack, see `unkept`; and the teacher's best
+# agreement with the labels of held-out images
+UNKEPT, BEST_AGREEMENT = "unkept", "best agreement"
+# of the confident pixels of a step: 0.01 % of 8 crops of 240 x 240 are 46 pixels, of an object's
+# edge. A class that labels show fifty times as much is missing, not rare.
+UNKEPT_BELOW, MIN_LABELLED_SHARE = 1e-4, 5e-3
+MIN_UNKEPT_ROWS, MIN_UNKEPT_STEPS = 10, 200
+MIN_CONFIDENT = 0.05  # of the unlabelled pixels; of fewer, teacher_is_unsure tells soon enough
+DOMINANT_LABEL = 0.6  # of two classes one may well have most pixels, of the labels too
+NEARLY_ALL = 0.9  # of the pixels
 
 CHECKS = (
     Check(
@@ -298,6 +397,68 @@ CHECKS = (
         "consistency term is 0: this is training on the labels alone at twice its price.",
         advice="Lower consistency.threshold, or start later (consistency.start_step), when the "
         "labels have taught it something.",
+    ),
+    Check(
+        "class_never_kept",
+        "pseudo-labels lack a class",
+        _num_left_out,
+        # classes, after MIN_UNKEPT_ROWS
+        raise_at=1.0,
+        clear_at=0.5,
+        num_rows=1,
+        clear_rows=1,
+        about=_who_is_left_out,
+        meaning="The labels show it, and no confident pixel did for 200 steps or more: unlabelled "
+        "images teach that it does not exist.",
+        advice="Lower consistency.threshold; draw it more often (data.sampling=rare_class) or "
+        "weigh it more (loss.class_weights=median_frequency); start later "
+        "(consistency.start_step).",
+    ),
+    Check(
+        "pseudo_labels_collapse",
+        "pseudo-labels are nearly all of one class",
+        _dominance,
+        # recorded: a sound teacher of 71 labels had at most 0.83 of its confident pixels in one
+        # of 8 classes, ten steps after it began
+        raise_at=0.95,
+        clear_at=0.9,
+        num_rows=10,
+        num_steps=100,
+        about=_who_dominates,
+        meaning="The labels have other classes, and the teacher is sure of one alone: it teaches "
+        "itself to see nothing else.",
+        advice="Go on from an earlier checkpoint, or begin anew, with a later and smaller term "
+        "(consistency.start_step, consistency.weight), a higher consistency.threshold and a "
+        "slower teacher (ema_decay).",
+    ),
+    Check(
+        "teacher_is_overconfident",
+        "the teacher is sure, and wrong",
+        _wrong_though_sure,
+        # of the pixels that it is sure of; a threshold of 0.95 promises at most 0.05
+        raise_at=0.3,
+        clear_at=0.25,
+        num_rows=2,
+        clear_rows=1,
+        meaning="It is confident of nine in ten pixels of the held-out images, and less than seven "
+        "in ten of these are right: the threshold chooses nothing, and errors are taught.",
+        advice="Raise consistency.threshold; lower consistency.weight or start later "
+        "(consistency.start_step), so that the labels teach more than it does.",
+    ),
+    Check(
+        "agreement_falls",
+        "the teacher gets worse",
+        _fallen,
+        # of all pixels of the held-out images, in the mean of two evaluations, which does not
+        # happen by chance to some images of 10^5 pixels each
+        raise_at=0.05,
+        clear_at=0.02,
+        num_rows=2,
+        clear_rows=1,
+        meaning="It is right about fewer pixels of the held-out images than before, by a twentieth "
+        "of all: its errors grow by being taught.",
+        advice="Go on from the checkpoint before; lower consistency.weight, raise "
+        "consistency.threshold or ema_decay.",
     ),
     Check(
         "not_finite",

@@ -107,7 +107,7 @@ def naming(settings: TrackingConfig, run_dir: Path) -> dict[str, Any]:
 
 
 # what a run can owe to a step that it was stopped at
-MADE_UP = ("val/", "samples/", "masks/", "tables/", "curves")
+MADE_UP = ("val/", "held_out/", "samples/", "masks/", "pseudo_labels/", "tables/", "curves")
 
 
 class WandbRun:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from distseg.config import loading
-from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.schema import Config
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks
@@ -21,16 +21,18 @@ from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.checkpointer import Checkpointer
+from distseg.tracking.catalogue import SOURCE
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker, open_tracker
 from distseg.train.ema import MovingAverage
 from distseg.train.flops import StepWork, convolution_peak
 from distseg.train.headline import headline
+from distseg.train.held_out import HeldOut
 from distseg.train.inputs import Data
 from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
-from distseg.train.strong_views import StrongViews
+from distseg.train.strong_views import StrongViews, has_teacher
 from distseg.train.teacher import WeakToStrong
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
@@ -81,11 +83,10 @@ def learned(
     """
     # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
     # average and of the networks, so nothing that has been looked up goes stale.
-    has_teacher = config.mode in WITH_UNLABELLED and config.consistency.weight > 0
-    is_teacher, ema = has_teacher and config.consistency.teacher == "ema", None
+    is_teacher, ema = has_teacher(config) and config.consistency.teacher == "ema", None
     if config.ema_decay > 0:
         ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
-    if has_teacher:
+    if has_teacher(config):
         weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
         pair = replace(pair, weak_to_strong=weak_to_strong)
     if config.strong.labelled:
@@ -112,6 +113,7 @@ def build_trainer(
     """The loop's parts. From here on the run directory is written to."""
     pair, ema, state = found.pair, found.ema, found.state
     scored = pair.segmentor if ema is None else ema
+    evaluator = _evaluator(config, ranks, scored.full_network, data, watchdog)
     progress = Progress(config.steps, state.step, ranks.is_main)
     # after loading, as it tells at which step the run goes on
     progress.message(headline(config, ranks, pair, data, state.step))
@@ -122,7 +124,9 @@ def build_trainer(
         ranks=ranks,
         pair=pair,
         ema=ema,
-        evaluator=_evaluator(config, ranks, scored.full_network, data, watchdog),
+        evaluator=evaluator,
+        source=_source(evaluator, data),
+        held_out=_held_out(config, found, data, evaluator),
         checkpoints=found.checkpoints,
         # None, not 0, of a run without a checkpoint: its metrics.jsonl is then begun anew, and what
         # an attempt wrote that never reached a checkpoint goes
@@ -159,6 +163,31 @@ def _evaluator(
         num_threads=config.data.num_threads,
         # an evaluation takes longer than the time limit; each image is a sign of life
         mark=watchdog.report,
+    )
+
+
+def _source(evaluator: Evaluator, data: Data) -> Evaluator | None:
+    """As the evaluation, on the domain that has the labels."""
+    if data.source is None:
+        return None
+    return replace(evaluator, samples=data.source, prefix=SOURCE)
+
+
+def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) -> HeldOut | None:
+    """What judges the teacher's pseudo-labels, as the evaluation looks at images."""
+    if data.held_out is None:
+        return None
+    is_average = config.consistency.teacher == "ema"
+    teacher = found.ema if is_average and found.ema is not None else found.pair.segmentor
+    return HeldOut(
+        teacher.full_network,
+        data.held_out,
+        evaluator.ranks,
+        # whole and once: in training it sees no other scales
+        replace(evaluator.augmentation, scales=(1.0,), horizontal_flip=False),
+        config.consistency.threshold,
+        config.data.num_threads,
+        evaluator.mark,
     )
 
 

@@ -19,7 +19,7 @@ class Images:
     pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
     the label says only where they are: 0 inside, 255 outside. pseudo: of unlabelled images whose
     pixels are a strong view, what a teacher says of them. is_tracked: whether batch norm's running
-    statistics are of these images too, where others are in the same forward.
+    statistics are of these images too; else they are normalised by themselves.
     """
 
     pixels: Tensor
@@ -60,7 +60,9 @@ class MicroBatch:
 
     @property
     def num_tracked(self) -> int | None:
-        """How many of the first of all images batch norm's running statistics are of; None: all."""
+        """How many of the first of all images batch norm takes by themselves, its running
+        statistics too; None: all together.
+        """
         untracked = self.unlabelled is not None and not self.unlabelled.is_tracked
         return len(self.labelled.label) if untracked else None
 

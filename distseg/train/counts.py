@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distseg.distributed.ranks import all_reduce_sum
-from distseg.losses.terms import Kind, Targets, Term
+from distseg.losses.terms import Kind, Targets, Term, count_scores
 from distseg.train.objective import Objective
 
 
@@ -60,6 +60,7 @@ class Counts:
             # two numbers: reductions divide the loss by images, but accuracy is always over scores
             local[f"divisor/{kind}"] = judging.divisor(of_kind)
             local[f"scores/{kind}"] = judging.num_scores(of_kind)
+            local[f"images/{kind}"] = count_scores(of_kind, per_cell=False)
         # in one message, as its cost is the latency, not the bytes
         summed = all_reduce_sum(torch.stack(list(local.values())))
         return cls(dict(zip(local, summed, strict=True)), num_micro_batches)
@@ -71,6 +72,10 @@ class Counts:
     def candidates(self, term: Term) -> Tensor:
         """Among how many pixels a term chooses."""
         return self.sums[f"candidates/{term.name}"]
+
+    def images(self, kind: Kind) -> Tensor:
+        """How many images of a kind there are."""
+        return self.sums[f"images/{kind}"]
 
     def chosen(self, local: Tensor) -> Tensor:
         """What a term that chooses divides by: how many all ranks have chosen in this micro-batch.

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import resource
 import statistics
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from distseg.distributed.ranks import Ranks, all_reduce_sum
-from distseg.losses.adversarial import score_sums
+from distseg.losses.adversarial import Form, score_sums
 from distseg.losses.tensors import at_least_float32
-from distseg.tracking.catalogue import RATIO
+from distseg.losses.terms import PseudoLabels
+from distseg.tracking.catalogue import (
+    CLASS_SHARE,
+    LABELLED_SHARE,
+    MISMATCHED_ACCURACY,
+    RATIO,
+)
 from distseg.train.counts import mean
 from distseg.train.objective import Scored
+from shards.sample import IGNORE_INDEX
 
 # squares, since sums of these over micro-batches and ranks are right, and those of norms are not
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
@@ -50,19 +58,56 @@ def gradients_at_output(
     return dict(zip(_SQUARES, squares, strict=True))
 
 
-def of_scores(real: Scored, fake: Scored) -> dict[str, Tensor]:
-    """The discriminator's accuracy, its mean probabilities, and the gap between its logits."""
-    of_real = score_sums(real.scores, real.mask, real=True)
-    of_fake = score_sums(fake.scores, fake.mask, real=False)
+def of_scores(scored: Mapping[str, Scored], form: Form) -> dict[str, Tensor]:
+    """The discriminator's accuracy, the gap between its logits, and its mean probabilities where a
+    score is one.
+
+    scored: "real", "fake", and "mismatched" where there are such pairs, whose accuracy is a number
+    of its own.
+    """
+    real, fake = scored["real"], scored["fake"]
+    of_real = score_sums(real.scores, real.mask, True, form)
+    of_fake = score_sums(fake.scores, fake.mask, False, form)
     # scaled as losses are, since `gather` divides every metric by the number of ranks
     on_real, on_fake = mean(of_real, real.num_scores), mean(of_fake, fake.num_scores)
     right, all_scores = of_real[0] + of_fake[0], real.num_scores + fake.num_scores
-    return {
+    values = {
         "discriminator/accuracy": mean(right, all_scores),
-        "discriminator/on_real": on_real[1],
-        "discriminator/on_fake": on_fake[1],
-        "discriminator/logit_gap": on_real[2] - on_fake[2],
+        "discriminator/logit_gap": on_real[1] - on_fake[1],
     }
+    if form.has_probability:
+        values |= {"discriminator/on_real": on_real[2], "discriminator/on_fake": on_fake[2]}
+    if "mismatched" in scored:
+        wrong = scored["mismatched"]
+        sums = score_sums(wrong.scores, wrong.mask, False, form)
+        values[MISMATCHED_ACCURACY] = mean(sums[0], wrong.num_scores)
+    return values
+
+
+def class_shares(
+    label: Tensor, pseudo: PseudoLabels, threshold: float, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The share of each class among the labelled pixels of the global batch, and among those that a
+    teacher is confident of; all 0 where there is none.
+
+    label: (n, H, W) uint8, 255 = void. Called on every rank, which all get the same scalars.
+    """
+    confident = pseudo.label.where(pseudo.confidence >= threshold, IGNORE_INDEX)
+    counts = torch.stack([_histogram(label), _histogram(confident)])
+    # sent with void's and all other values: a part of it is no tensor in one piece
+    sums = all_reduce_sum(counts)[:, : len(names)]
+    shares = sums / sums.sum(1, keepdim=True).clamp(min=1)
+    named: dict[str, Tensor] = {}
+    for prefix, of_classes in zip((LABELLED_SHARE, CLASS_SHARE), shares, strict=True):
+        named |= {prefix + name: share for name, share in zip(names, of_classes, strict=True)}
+    return named
+
+
+def _histogram(label: Tensor) -> Tensor:
+    """How many pixels have each value of a byte: (256,) float64."""
+    counts = torch.zeros(256, dtype=torch.float64, device=label.device)
+    # not bincount, which waits for the device
+    return counts.scatter_add_(0, label.flatten().long(), counts.new_ones(label.numel()))
 
 
 def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> dict[str, float]:

@@ -20,6 +20,7 @@ from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_settings
+from distseg.train.adversary import check_neighbours
 from distseg.train.inputs import check_batch
 from shards import user_code
 from shards.manifest import FILE_NAME, Manifest
@@ -40,6 +41,7 @@ def show(overrides: list[str], config: Config) -> int:
     # before the output, which promises that the same arguments could be trained
     check_settings(config)
     check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
+    check_neighbours(config, world_size)
     if rank == 0:
         lines = summary(config, world_size)
         print("\n".join([*(f"# {line}" for line in lines), *explained(overrides, config)]))

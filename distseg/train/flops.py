@@ -44,6 +44,7 @@ class StepWork:
     discriminator_backward: float = 0.0
     through_discriminator: float = 0.0
 
+    num_truths: int = 1  # ground truths that the discriminator judges beside each labelled image
     uncounted: str = ""  # why there is no count
 
     @classmethod
@@ -82,7 +83,8 @@ class StepWork:
         frozen = copy.deepcopy(discriminator).requires_grad_(False)
         _, to_label_map = _work(frozen, pixels, label_map.requires_grad_())
         of_discriminator = _work(discriminator, pixels, label_map.detach())
-        return cls(*of_segmentor, *of_discriminator, to_label_map)
+        num_truths = 2 if config.loss.mismatched_weight else 1
+        return cls(*of_segmentor, *of_discriminator, to_label_map, num_truths)
 
     def of_step(
         self, phase: Phase, num_labelled: int, num_unlabelled: int, num_views: int = 1
@@ -100,7 +102,12 @@ class StepWork:
         own_loss = phase.discriminator * self.discriminator_backward
         # one forward on a prediction serves the losses of both networks
         on_prediction = self.discriminator + phase.segmentor * self.through_discriminator + own_loss
-        on_truth = phase.discriminator * self.discriminator + own_loss
+        on_truth = phase.discriminator * self.num_truths * (self.discriminator + own_loss)
+        if phase.r1:  # a gradient to the label map, and a backward through its products
+            on_truth += self.through_discriminator + self.discriminator_backward
+        # to match its features ground truth is judged in steps that do not update it, too
+        if not phase.discriminator and phase.weights.get("feature_matching"):
+            on_truth = self.discriminator
         return num_images * (of_image + on_prediction) + num_labelled * on_truth + taught
 
 

@@ -8,6 +8,7 @@ from distseg.config.code import references
 from distseg.config.loading import to_dict
 from distseg.config.names import KEYS, flattened
 from distseg.config.schema import (
+    ADAPTATION,
     WITH_DISCRIMINATOR,
     WITH_UNLABELLED,
     Config,
@@ -50,6 +51,8 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
     lines.append(f"images: {images} for training, {len(data.val)} for validation")
+    if data.held_out is not None:
+        lines[-1] += f", {len(data.held_out)} labelled ones held out to judge the teacher by"
     lines += _data_sets(config, data)
     where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
     lines.append(f"{where} | {config.precision} | {batch} | {config.run_dir}")
@@ -184,11 +187,22 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
     if config.mode in WITH_DISCRIMINATOR:
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
-        terms.append(f"{loss.adv_weight} x adversarial ({how})")
+        what = "adversarial"
+        if config.mode in ADAPTATION:
+            what += f" on unlabelled, by {config.adaptation.input}"
+        terms.append(f"{loss.adv_weight} x {what} ({how})")
+        if loss.feature_weight:
+            terms.append(f"{loss.feature_weight} x feature matching")
+        if loss.mismatched_weight:
+            terms.append(f"discriminator: {loss.mismatched_weight} x mismatched pairs")
+        if loss.r1_weight:
+            terms.append(f"discriminator: R1, gamma {loss.r1_weight}, every {loss.r1_every}")
     if config.mode == "semi_supervised":
         terms.append(f"{semi.adv_weight} x adversarial on unlabelled ({loss.adv_reduction})")
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
         terms.append(f"{semi.weight} x semi-supervised cross entropy ({where})")
+    if config.mode in WITH_UNLABELLED and semi.entropy_weight:
+        terms.append(f"{semi.entropy_weight} x entropy on unlabelled")
     if config.mode in WITH_UNLABELLED and config.consistency.weight:
         terms.append(_consistency(config.consistency))
     return terms

@@ -20,10 +20,12 @@ from distseg.data.own_view import OwnView
 from distseg.data.partners import partners
 from distseg.data.plan import MixedPlan
 from distseg.data.samples import (
+    HELD_OUT_FILE,
     LABELLED_FILE,
     Mapped,
     SampleSet,
     check_not_void,
+    hold_out,
     kept,
     open_reader,
     split_labelled,
@@ -31,7 +33,7 @@ from distseg.data.samples import (
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
-from distseg.train.strong_views import check_pairs
+from distseg.train.strong_views import check_pairs, has_teacher
 from shards.errors import InputError
 from shards.files import write_text
 from shards.reader import ShardReader
@@ -57,19 +59,24 @@ def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: i
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: labelled training samples, unlabelled ones in the modes that have them, and
-    validation samples.
+    """What a run reads: labelled training samples, unlabelled ones in the modes that have them,
+    validation samples, and labelled ones of the training split that are not trained on. source:
+    validation samples of the domain that has the labels, where the others are of another.
     """
 
     train: Mixture
     unlabelled: Mixture | None
     val: SampleSet
+    held_out: SampleSet | None = None
+    source: SampleSet | None = None
 
     @property
     def readers(self) -> list[ShardReader]:
         """All that is read from, each once."""
         unlabelled = [] if self.unlabelled is None else self.unlabelled.readers
-        return list(dict.fromkeys([*self.train.readers, *unlabelled, self.val.reader]))
+        source = [] if self.source is None else [self.source.reader]
+        every = [*self.train.readers, *unlabelled, self.val.reader, *source]
+        return list(dict.fromkeys(every))
 
     def tell(self, moved: Callable[[], None]) -> None:
         """Call `moved` whenever bytes of shards that are far away arrive."""
@@ -92,6 +99,7 @@ def open_data(config: Config, world_size: int) -> Data:
     mapped = _mapped(options, [*readers, val], [*names, *names_of([val])])
     choices = _choices(config, readers, names)
     labelled = [indices for indices, _ in choices]
+    labelled[0], held_out = _hold_out(config, readers[0], labelled[0], mapped[0])
     train = Mixture(_sets(readers, labelled, mapped[:-1], options.keep_decoded_bytes), names)
     val_set = SampleSet(val, mapped=mapped[-1])
     # now, and not after the last step, when the scores turn out to be of no pixel
@@ -107,7 +115,31 @@ def open_data(config: Config, world_size: int) -> Data:
     if config.mode in WITH_UNLABELLED:
         unlabelled = _open_unlabelled(config, world_size, train, [rest for _, rest in choices])
     check_apart([train] if unlabelled is None else [train, unlabelled])
-    return Data(train, unlabelled, val_set)
+    source = _open_source(options, readers[0], mapped[0])
+    return Data(train, unlabelled, val_set, held_out, source)
+
+
+def _open_source(options: DataConfig, first: ShardReader, mapped: Mapped) -> SampleSet | None:
+    """The validation split of labelled data whose network is validated on other data."""
+    is_other = options.unlabelled_shards and options.val_shards not in ("", options.shards[0])
+    if not is_other or options.val_split not in first.manifest.splits:
+        return None
+    return SampleSet(open_reader(options, options.val_split, options.shards[0]), mapped=mapped)
+
+
+def _hold_out(
+    config: Config, reader: ShardReader, labelled: Sequence[int], mapped: Mapped
+) -> tuple[Sequence[int], SampleSet | None]:
+    """Whose labels are trained on, and the samples whose labels judge the teacher's: of the first
+    data set.
+    """
+    count = config.consistency.held_out
+    if not (has_teacher(config) and count):
+        return labelled, None
+    labelled, held_out = hold_out(reader, labelled, count, config.data.labelled_seed)
+    samples = SampleSet(reader, held_out, mapped=mapped)
+    check_not_void(samples, "to compare pseudo-labels with")
+    return labelled, samples
 
 
 def _check_verified(options: DataConfig, readers: Sequence[ShardReader]) -> None:
@@ -237,11 +269,20 @@ def _check_rest(config: Config, labelled: Mixture, rest: Sequence[Sequence[int]]
 
 
 def save_labelled(run_dir: Path, config: Config, data: Data) -> None:
-    """Write which samples are labelled, where that is a choice; a list that is there stays."""
-    path = run_dir / LABELLED_FILE
-    if config.data.labelled != "all" and not is_file(path):
-        # whole or not at all: half a list would be taken for the run's choice by the next attempt
-        write_text(path, "\n".join(data.train.keys) + "\n")
+    """Write which samples are labelled, where that is a choice, and which of them are held out;
+    lists that are there stay.
+    """
+    held_out = [] if data.held_out is None else data.held_out.keys
+    if len(data.train.names) > 1:
+        held_out = [f"{data.train.names[0]}/{key}" for key in held_out]  # as the others have it
+    lists = {HELD_OUT_FILE: held_out} if held_out else {}
+    if config.data.labelled != "all":
+        lists[LABELLED_FILE] = [*data.train.keys, *held_out]
+    for name, keys in lists.items():
+        if not is_file(run_dir / name):
+            # whole or not at all: half a list would be taken for the run's choice by the next
+            # attempt
+            write_text(run_dir / name, "\n".join(keys) + "\n")
 
 
 def open_streams(

@@ -23,6 +23,7 @@ from distseg.models.freezing import freeze
 from distseg.models.trial import StepImages, shaped
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import checkpoint
+from distseg.train.adversary import check_discriminator
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
 
@@ -55,6 +56,7 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
         chosen.name, num_classes, init=init, label_map_px=images.label_map_px, **chosen.options
     )
     _check_size(config, images.label_map_px, _stride(config, segmentor), discriminator)
+    check_discriminator(config, discriminator)
     # in training mode, on random images: a parameter without a gradient would leave other ranks
     # waiting
     check_training(chosen.name, discriminator)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import (
+    ADAPTATION,
     WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
     Config,
     LossConfig,
@@ -20,6 +22,7 @@ from distseg.config.schema import (
 )
 from distseg.data.mixture import Mixture
 from distseg.data.samples import SampleSet
+from distseg.losses.adversarial import FORMS, Form
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
 from distseg.losses.terms import (
@@ -28,6 +31,8 @@ from distseg.losses.terms import (
     Auxiliary,
     Consistency,
     CrossEntropy,
+    Entropy,
+    FeatureMatching,
     FunctionTerm,
     Head,
     Kind,
@@ -51,19 +56,24 @@ class Judging:
 
     at_image_size: label maps have the image's resolution, not that of the segmentor's output.
     scaling_tau: of the softened ground truth (Luc et al. 2016); None: one-hot. real_target: for
-    real label maps; below 1 is one-sided label smoothing. form: of its loss, see
-    `discriminator_sum`. per_cell: its scores are one per cell, not one per image. per_image: its
-    losses are sums over cells for each image. on_unlabelled: it learns from the label maps of
-    unlabelled images too.
+    real label maps; below 1 is one-sided label smoothing. form: of its loss.
+    per_cell: its scores are one per cell, not one per image. per_image: its losses are sums over
+    cells for each image. on_unlabelled: it learns from the label maps of unlabelled images too.
+    mismatched_weight: of (image, its neighbour's ground truth) among what is fake to it.
+    of_domains: real are predictions of labelled images, fake those of unlabelled ones, and it never
+    sees ground truth. as_self_information: of predictions it sees that.
     """
 
     at_image_size: bool = False
     scaling_tau: float | None = None
     real_target: float = 1.0
-    form: str = "non_saturating"
+    form: Form = FORMS["non_saturating"]
     per_cell: bool = True
     per_image: bool = False
     on_unlabelled: bool = True
+    mismatched_weight: float = 0.0
+    of_domains: bool = False
+    as_self_information: bool = False
 
     def mask(self, targets: Targets) -> Tensor | None:
         """The valid mask of its scores, (n, h, w); None where each image has one score."""
@@ -116,6 +126,11 @@ class Objective:
             return True
         return any(term.images == "unlabelled" for term, _ in self.active(phase))
 
+    def matched(self, phase: Phase) -> Kind | None:
+        """On which images' predictions a term of a phase needs the discriminator's features."""
+        kinds = [term.images for term, _ in self.active(phase) if term.needs_features]
+        return kinds[0] if kinds else None
+
     def weights(self, phase: Phase) -> dict[str, float]:
         """The weights of the terms beside the cross entropy, under their names in the metrics."""
         if not phase.segmentor:
@@ -125,7 +140,7 @@ class Objective:
 
 
 def _needs_adversary(term: Term) -> bool:
-    of_unlabelled = term.images == "unlabelled" and not term.needs_teacher
+    of_unlabelled = term.images == "unlabelled" and not term.without_adversary
     return term.through_discriminator or of_unlabelled
 
 
@@ -169,24 +184,26 @@ def build_objective(
 def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     """The terms that an adversary or a teacher brings."""
     loss, chosen = config.loss, config.consistency
-    if config.mode in WITH_DISCRIMINATOR:
-        yield _adversarial("adversarial", "labelled", loss, judging)
+    if config.mode in ADAPTATION:
+        yield _adversarial("adversarial", "unlabelled", judging)
+    if config.mode in WITH_GROUND_TRUTH:
+        yield _adversarial("adversarial", "labelled", judging)
+        if loss.feature_weight:
+            with_unlabelled = config.mode == "semi_supervised"
+            yield FeatureMatching("unlabelled" if with_unlabelled else "labelled")
     if config.mode == "semi_supervised":
-        yield _adversarial("adversarial_unlabelled", "unlabelled", loss, judging)
-        yield MaskedCrossEntropy(config.semi.threshold, loss.ce_reduction == "sum")
+        yield _adversarial("adversarial_unlabelled", "unlabelled", judging)
+        in_sums = loss.ce_reduction == "sum"
+        yield MaskedCrossEntropy(config.semi.threshold, in_sums, judging.form)
+    if config.mode in WITH_UNLABELLED and config.semi.entropy_weight:
+        yield Entropy()
     if config.mode in WITH_UNLABELLED and chosen.weight:
         soft = chosen.target == "probabilities"
         yield Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)
 
 
-def _adversarial(name: str, images: Kind, loss: LossConfig, judging: Judging) -> Adversarial:
-    return Adversarial(
-        name,
-        images,
-        form=loss.adv_form,
-        per_cell=judging.per_cell,
-        per_image=judging.per_image,
-    )
+def _adversarial(name: str, images: Kind, judging: Judging) -> Adversarial:
+    return Adversarial(name, images, judging.form, judging.per_cell, judging.per_image)
 
 
 def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
@@ -195,10 +212,13 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         at_image_size=loss.map_resolution == "image",
         scaling_tau=loss.scaling_tau if loss.real_map == "scaling" else None,
         real_target=loss.real_target,
-        form=loss.adv_form,
+        form=FORMS[loss.adv_form],
         per_cell=getattr(discriminator, "head", None) == "patch",
         per_image=loss.adv_reduction == "sum",
-        on_unlabelled=config.semi.discriminate,
+        on_unlabelled=config.semi.discriminate or config.mode in ADAPTATION,
+        mismatched_weight=loss.mismatched_weight,
+        of_domains=config.mode in ADAPTATION,
+        as_self_information=config.adaptation.input == "self_information",
     )
 
 
@@ -245,7 +265,7 @@ def _check_places(terms: Sequence[Term], config: Config, has_auxiliary: bool) ->
 
 def _check_mode(term: Term, mode: str) -> None:
     """Raise InputError for a term that no step of this mode would compute."""
-    modes, what = ["semi_supervised"], "on unlabelled images"
+    modes, what = ["semi_supervised", *ADAPTATION], "on unlabelled images"
     if term.images == "labelled":
         modes, what = ["adversarial", "semi_supervised"], "through the discriminator"
     if _needs_adversary(term) and mode not in modes:

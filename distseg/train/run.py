@@ -27,6 +27,7 @@ from distseg.parallel import check_installed, check_settings, check_shard_size
 from distseg.runs.checkpointer import newest, set_aside
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
+from distseg.train.adversary import check_neighbours
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
 from distseg.train.flops import StepWork
@@ -131,6 +132,7 @@ def check(config: Config, world_size: int) -> Prepared:
     """
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
     check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
+    check_neighbours(config, world_size)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
@@ -193,14 +195,16 @@ def _fit_and_show(
             # evaluation and the gathering of shards are collectives: every rank takes part in both
             # of a run that had been complete before this process began: evaluation.json and the
             # pictures may be what the earlier process was stopped in
-            if trainer.evaluator.result is None:
-                trainer.evaluator()
+            for evaluator in (trainer.evaluator, trainer.source):
+                if evaluator is not None and evaluator.result is None:
+                    evaluator()
             network = trainer.evaluator.gather_network()
+            views = trainer.next_views(data)
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
             if trainer.ranks.is_main:
                 from distseg.train.showcase import show  # others need not load matplotlib
 
-                show(trainer, network, data.val)
+                show(trainer, network, data.val, views)
         trainer.watchdog.done()  # uploads to W&B may last, and are no stall
         # within the block: an error in drawing is noted as this attempt's end, not after a "done"
         scores = trainer.evaluator.report(trainer.state.step) if done else {}

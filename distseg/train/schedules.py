@@ -9,7 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config, ScheduleConfig
+from distseg.config.schema import (
+    WITH_DISCRIMINATOR,
+    WITH_UNLABELLED,
+    Config,
+    LossConfig,
+    ScheduleConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,8 @@ class Phase:
     """Which networks are updated in one step, and the weights of the segmentor's terms by name.
 
     adversary: whether the discriminator judges at all; else the step is a plain supervised one.
-    watched: whether the step is logged, so that signals are measured which no loss needs.
+    watched: whether the step is logged, so that signals are measured which no loss needs. r1: the
+    factor of the discriminator's squared gradient; 0: it is not computed.
     """
 
     segmentor: bool
@@ -25,6 +32,7 @@ class Phase:
     adversary: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
     watched: bool = False
+    r1: float = 0.0
 
 
 def phase(step: int, config: Config) -> Phase:
@@ -46,12 +54,23 @@ def phase(step: int, config: Config) -> Phase:
     turn = since_start % (alternation.segmentor + alternation.discriminator)
     # no weights: nothing of the segmentor's loss is computed while it stands still
     if alternation.name == "blocks" and turn >= alternation.segmentor:
-        return Phase(segmentor=False, discriminator=True, adversary=True)
+        earlier = since_start // (alternation.segmentor + alternation.discriminator)
+        num_updates = earlier * alternation.discriminator + turn - alternation.segmentor
+        r1 = _r1_factor(num_updates, config.loss)
+        return Phase(segmentor=False, discriminator=True, adversary=True, r1=r1)
     both, brought = alternation.name == "simultaneous", _adversarial_weights(step, config)
     further = any(term.weight for term in config.loss.terms.values())  # which may ask it
     if not (both or further or any(brought.values())):  # nobody would look at what it says
         return Phase(segmentor=True, discriminator=False, weights=own)
-    return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought)
+    r1 = _r1_factor(since_start, config.loss) if both else 0.0
+    return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought, r1=r1)
+
+
+def _r1_factor(num_updates: int, loss: LossConfig) -> float:
+    """Of the squared gradient, in the discriminator's update after so many."""
+    # by its updates and not by steps: under `blocks` no multiple of r1_every need be its turn
+    is_due = num_updates % loss.r1_every == 0
+    return loss.r1_weight / 2 * loss.r1_every if is_due else 0.0
 
 
 def _own_weights(step: int, config: Config) -> dict[str, float]:
@@ -60,6 +79,8 @@ def _own_weights(step: int, config: Config) -> dict[str, float]:
     weights = {"cross_entropy": loss.ce_weight, "auxiliary": loss.aux_weight}
     for name, term in loss.terms.items():
         weights[name] = term.weight * _rise(step - term.start_step, term.warmup_steps)
+    if config.mode in WITH_UNLABELLED and config.semi.entropy_weight:
+        weights["entropy"] = config.semi.entropy_weight
     if config.mode in WITH_UNLABELLED and taught.weight:
         rise = _rise(step - taught.start_step, taught.warmup_steps)
         weights["consistency"] = taught.weight * rise
@@ -69,9 +90,11 @@ def _own_weights(step: int, config: Config) -> dict[str, float]:
 def _adversarial_weights(step: int, config: Config) -> dict[str, float]:
     """Of the terms that the adversary brings."""
     loss, semi = config.loss, config.semi
-    # one rise for both adversarial terms, which are one discriminator's
+    # one rise for all of its terms, which are one discriminator's
     rise = _rise(step - loss.adv_start_step, loss.adv_warmup_steps)
     weights = {"adversarial": loss.adv_weight * rise}
+    if loss.feature_weight:
+        weights["feature_matching"] = loss.feature_weight * rise
     if config.mode == "semi_supervised":
         started = step >= semi.adv_start_step
         # a start of its own: Hung et al. 2018 use the confidence mask once the discriminator has

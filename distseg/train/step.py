@@ -16,17 +16,24 @@ import functools
 import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distseg.config.schema import Config
-from distseg.losses.adversarial import discriminator_sum, real_label_map
-from distseg.losses.tensors import at_least_float32, upsample
+from distseg.losses.adversarial import (
+    Form,
+    real_label_map,
+    self_information,
+    squared_gradient_sum,
+    sum_of,
+)
+from distseg.losses.tensors import at_least_float32, of_neighbours, upsample
 from distseg.losses.terms import Kind, Predicted, Targets, Term
 from distseg.parallel import BackwardStart, Learner, backward
 from distseg.train import diagnostics
+from distseg.train.adversary import feature_means
 from distseg.train.batch import Images, MicroBatch
 from distseg.train.counts import Counts, mean
 from distseg.train.objective import Judging, Objective, Scored, build_objective
@@ -104,12 +111,12 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         logits, auxiliary = predict(segmentor, batch, judging.at_image_size)
         probabilities = at_least_float32(logits).softmax(dim=1)  # (n, C, h, w)
 
-    # Judge: ground truth of the labelled images and all predictions, these as a leaf of the graph
+    # Judge: label maps of the phase and all predictions, these as a leaf of the graph
     targets = Targets.at(batch.all.label, probabilities.shape[-2:])
     fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
-    real = ground_truth(targets, probabilities, batch, judging) if phase.discriminator else None
-    on_real, on_fake = judge(discriminator, pixels, real, fake)  # (n, 1, h', w') each
-    seen = Predicted(pixels, targets, logits, auxiliary, probabilities, on_fake)
+    maps = label_maps(pair.objective, phase, batch, targets, fake)
+    seen = Predicted(pixels, targets, logits, auxiliary, probabilities)
+    scores, seen = judge(pair, phase, batch, maps, seen)
 
     # Losses, the adversary's through a proxy: its gradient at the segmentor's probabilities
     starts, metrics = Starts(), Metrics()
@@ -121,11 +128,11 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         if phase.watched:
             cross_entropy = segmentor.scaled(_weighted_cross_entropy(phase, metrics, own))
             metrics |= diagnostics.gradients_at_output(cross_entropy, logits, proxy, probabilities)
-    if on_real is not None:
-        scores = split_scores(judging, batch, seen, on_real, counts)
-        loss, values = discriminator_loss(*scores, judging)
+    if phase.discriminator:
+        scored = split_scores(judging, batch, targets, scores, counts)
+        loss, values = discriminator_loss(phase, judging, scored, maps, counts)
         starts += [(discriminator, [(discriminator.scaled(loss), None)])]
-        metrics |= values | (diagnostics.of_scores(*scores) if phase.watched else {})
+        metrics |= values | (diagnostics.of_scores(scored, judging.form) if phase.watched else {})
 
     # One backward for both, so that the exchange of one's gradients hides behind the other's
     backward(starts)
@@ -167,26 +174,44 @@ def predict(
     return logits.view_as(logits), auxiliary
 
 
-def ground_truth(
-    targets: Targets, probabilities: Tensor, batch: MicroBatch, judging: Judging
-) -> Tensor:
-    """The label maps (n, C, h, w) of the labelled images, as the discriminator is to see them."""
-    n = len(batch.labelled.label)
-    index, valid = targets.index[:n], targets.valid[:n]
-    return real_label_map(index, valid, probabilities[:n], judging.scaling_tau)
+def label_maps(
+    objective: Objective, phase: Phase, batch: MicroBatch, targets: Targets, fake: Tensor
+) -> dict[str, Tensor]:
+    """What the discriminator is to judge in a step, (k, C, h, w) each: "fake", the predictions of
+    all images; of the labelled ones "real", their ground truth, and "mismatched", each other's.
+    Where domains are told apart the predictions alone.
+    """
+    judging, n = objective.judging, len(batch.labelled.label)
+    if judging.of_domains:
+        return {"fake": self_information(fake) if judging.as_self_information else fake}
+    maps: dict[str, Tensor] = {}
+    if phase.discriminator or objective.matched(phase):
+        index, valid = targets.index[:n], targets.valid[:n]
+        maps["real"] = real_label_map(index, valid, fake[:n], judging.scaling_tau)
+    if phase.discriminator and judging.mismatched_weight:
+        maps["mismatched"] = of_neighbours(maps["real"])
+    if phase.r1:
+        maps["real"].requires_grad_()  # after the others were made of it, which it does not look at
+    return maps | {"fake": fake}
 
 
 def judge(
-    discriminator: Learner, pixels: Tensor, real: Tensor | None, fake: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """The discriminator's scores on real and on fake label maps, (n, 1, h', w') or (n, 1, 1, 1).
-
-    real None: it is not updated in this step, so its parameters and gradients are left alone.
+    pair: Pair, phase: Phase, batch: MicroBatch, maps: dict[str, Tensor], seen: Predicted
+) -> tuple[dict[str, Tensor], Predicted]:
+    """The discriminator's scores on each kind of label maps, (k, 1, h', w') or (k, 1, 1, 1), and
+    what is seen with those on predictions; with its features, where a term of the phase needs them.
     """
-    if real is None:
-        (on_fake,) = discriminator.forward_frozen(pixels, fake)
-        return None, on_fake
-    return discriminator(pixels, real, fake)
+    learner, matched = pair.adversary, pair.objective.matched(phase)
+    # one that is not updated: its parameters and gradients are left alone
+    forward = learner if phase.discriminator else learner.forward_frozen
+    if matched is None:
+        scores = dict(zip(maps, forward(seen.pixels, *maps.values()), strict=True))
+        return scores, replace(seen, scores=scores["fake"])
+    every, means = forward(seen.pixels, *maps.values(), features=True)
+    scores, features = (dict(zip(maps, each, strict=True)) for each in (every, means))
+    over_ranks = feature_means(features["real"], features["fake"][batch.slices()[matched]])
+    seen = replace(seen, features=features["fake"], feature_means=over_ranks)
+    return scores, replace(seen, scores=scores["fake"])
 
 
 def segmentor_losses(
@@ -233,29 +258,75 @@ def term_mean(term: Term, seen: Predicted, counts: Counts) -> tuple[Tensor, Metr
 
 
 def split_scores(
-    judging: Judging, batch: MicroBatch, seen: Predicted, on_real: Tensor, counts: Counts
-) -> tuple[Scored, Scored]:
-    """The discriminator's scores on real and on fake label maps, as it is trained on them.
-
-    on_real: of the labelled images' ground truth, (n, 1, h', w') or (n, 1, 1, 1).
-    """
+    judging: Judging,
+    batch: MicroBatch,
+    targets: Targets,
+    scores: dict[str, Tensor],
+    counts: Counts,
+) -> dict[str, Scored]:
+    """The discriminator's scores on each kind of label maps, as it is trained on them."""
     where, everywhere = batch.slices(), judging.on_unlabelled
+    if judging.of_domains:
+        of_kind = functools.partial(_scored_kind, judging, batch, targets, scores["fake"], counts)
+        return {"real": of_kind("labelled"), "fake": of_kind("unlabelled")}
     labelled = where["labelled"]
     kinds: list[Kind] = list(where) if everywhere else ["labelled"]
-    real = Scored(on_real, judging.mask(seen.targets[labelled]), *counts.judged(["labelled"]))
-    fake = seen if everywhere else seen[labelled]
-    assert fake.scores is not None
-    return real, Scored(fake.scores, judging.mask(fake.targets), *counts.judged(kinds))
+    of_labelled = counts.judged(["labelled"])
+    mask = judging.mask(targets[labelled])
+    scored = {"real": Scored(scores["real"], mask, *of_labelled)}
+    on_fake, of_fake = scores["fake"], targets
+    if not everywhere:
+        on_fake, of_fake = on_fake[labelled], targets[labelled]
+    scored["fake"] = Scored(on_fake, judging.mask(of_fake), *counts.judged(kinds))
+    if "mismatched" in scores:
+        # void is where the label map has it, whichever image it stands beside
+        mask = None if mask is None else of_neighbours(mask)
+        scored["mismatched"] = Scored(scores["mismatched"], mask, *of_labelled)
+    return scored
 
 
-def discriminator_loss(real: Scored, fake: Scored, judging: Judging) -> tuple[Tensor, Metrics]:
-    """The discriminator's loss on ground truth and on predictions, and both as metrics."""
-    form = judging.form
-    of_real = discriminator_sum(real.scores, real.mask, judging.real_target, form)
-    of_fake = discriminator_sum(fake.scores, fake.mask, 0.0, form)
-    on_real, on_fake = mean(of_real, real.divisor), mean(of_fake, fake.divisor)
-    metrics = {"loss/discriminator_real": on_real, "loss/discriminator_fake": on_fake}
-    return on_real + on_fake, metrics
+def _scored_kind(
+    judging: Judging,
+    batch: MicroBatch,
+    targets: Targets,
+    scores: Tensor,
+    counts: Counts,
+    kind: Kind,
+) -> Scored:
+    """Of the scores on all predictions those of one kind of images."""
+    where = batch.slices()[kind]
+    return Scored(scores[where], judging.mask(targets[where]), *counts.judged([kind]))
+
+
+def discriminator_loss(
+    phase: Phase,
+    judging: Judging,
+    scored: dict[str, Scored],
+    maps: dict[str, Tensor],
+    counts: Counts,
+) -> tuple[Tensor, Metrics]:
+    """The discriminator's loss, and what it is on each kind of label maps as metrics."""
+    metrics: Metrics = {}
+    for kind, of_kind in scored.items():
+        target = judging.real_target if kind == "real" else 0.0
+        metrics[f"loss/discriminator_{kind}"] = _mean_loss(of_kind, target, judging.form)
+    on_real, on_fake = metrics["loss/discriminator_real"], metrics["loss/discriminator_fake"]
+    loss = on_real + on_fake
+    if "mismatched" in scored:
+        # Reed et al. 2016 (GAN-CLS), algorithm 1: both kinds of fakes together weigh as one
+        share, on_mismatched = judging.mismatched_weight, metrics["loss/discriminator_mismatched"]
+        loss = on_real + (1 - share) * on_fake + share * on_mismatched
+    if phase.r1:
+        penalty = squared_gradient_sum(scored["real"].scores, maps["real"])
+        metrics["loss/r1"] = mean(penalty, counts.images("labelled"))
+        loss = loss + phase.r1 * metrics["loss/r1"]
+    return loss, metrics
+
+
+def _mean_loss(scored: Scored, target: float, form: Form) -> Tensor:
+    """Of the discriminator, on label maps of one kind."""
+    loss = functools.partial(form.of_discriminator, target=target)
+    return mean(sum_of(loss, scored.scores, scored.mask), scored.divisor)
 
 
 def _weighted_cross_entropy(phase: Phase, metrics: Metrics, own: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.data.plan import rank_positions
-from distseg.data.strong import FILL, StrongView, of_neighbours, strong_draws
+from distseg.data.strong import FILL, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
+from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import PseudoLabels
 from distseg.train.batch import Images
 from shards.errors import InputError
@@ -102,14 +103,18 @@ def _view(config: Config) -> StrongView:
 _FIELDS = fields(StrongView)
 
 
+def has_teacher(config: Config) -> bool:
+    """Whether a teacher labels images in a run."""
+    return config.mode in WITH_UNLABELLED and config.consistency.weight > 0
+
+
 def check_pairs(config: Config, world_size: int) -> None:
     """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
     if not (StrongView(mix=config.strong.mix).is_paired and config.strong.mix_probability):
         return
     if config.strong.labelled:
         _check_even(config, world_size, "batch_size", config.batch_size)
-    chosen = config.consistency
-    if config.mode in WITH_UNLABELLED and chosen.weight and chosen.mix_with == "unlabelled":
+    if has_teacher(config) and config.consistency.mix_with == "unlabelled":
         size = config.semi.batch_size or config.batch_size
         _check_even(config, world_size, "semi.batch_size", size)
 

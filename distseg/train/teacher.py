@@ -84,8 +84,8 @@ class WeakToStrong:
 
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
-    each image. is_tracked: whether strong views enter batch norm's running statistics.
-    with_labelled: partners are labelled images, not neighbours.
+    each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
+    labelled images, not neighbours.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -126,7 +126,7 @@ class WeakToStrong:
             soft=chosen.target == "probabilities",
             gate=gate,
             num_views=chosen.num_views,
-            is_tracked=chosen.running_statistics == "all",
+            is_tracked=chosen.batch_norm == "joint",
             with_labelled=chosen.mix_with == "labelled",
         )
 
@@ -137,8 +137,15 @@ class WeakToStrong:
         """The strong views of this rank's images of a step, with their pseudo-labels: the first
         views of all images, then the second ones.
 
-        labelled: as many, as the segmentor sees them. The teacher sees as many images at a time as
-        the segmentor does.
+        labelled: as many, as the segmentor sees them.
+        """
+        return self.strong(self.taught(weak, num_micro_batches), labelled, step)
+
+    @torch.no_grad()
+    def taught(self, weak: Images, num_micro_batches: int = 1) -> Images:
+        """This rank's weak views with their pseudo-labels; called on every rank.
+
+        The teacher sees as many images at a time as the segmentor does.
         """
         chunks = (part.chunk(num_micro_batches) for part in (weak.pixels, weak.label))
         taught = [self._taught(*chunk) for chunk in zip(*chunks, strict=True)]
@@ -149,7 +156,11 @@ class WeakToStrong:
             # less than any threshold, so that no pixel of the others is confident
             confidence = pseudo.confidence.where(opened[:, None, None], -1)
             pseudo = replace(pseudo, confidence=confidence)
-        weak = replace(weak, pseudo=pseudo, is_tracked=self.is_tracked)
+        return replace(weak, pseudo=pseudo, is_tracked=self.is_tracked)
+
+    @torch.no_grad()
+    def strong(self, weak: Images, labelled: Images, step: int) -> Images:
+        """The strong views of weak ones that have been taught, as of a call."""
         views = [self._strong(weak, labelled, step, number) for number in range(self.num_views)]
         return views[0] if len(views) == 1 else _joined_views(views)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
 from distseg.train.finite import not_finite
 from distseg.train.flops import StepWork
+from distseg.train.held_out import HeldOut
+from distseg.train.inputs import Data, open_streams
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
@@ -63,6 +66,8 @@ class Trainer:
     watchdog: Watchdog
     work: StepWork
     peak: float  # operations per second of convolutions on this rank
+    source: Evaluator | None = None  # on the domain that has the labels, where that is another
+    held_out: HeldOut | None = None  # of a run with a teacher
     state: TrainState = field(default_factory=TrainState)
     # raises InputError where the run directory is another than the run began in; on the main rank
     check_folder: Callable[[], None] = lambda: None
@@ -148,7 +153,10 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the segmentor on the validation split; note the score, and if it is the best."""
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
-        values = self.evaluator.named()
+        values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
+        if self.source is not None:
+            self.source()
+            values |= self.source.named()
         self.check_folder()
         events = self.tracker.log(self.state.step, values)
         classes = self.evaluator.samples.classes.names
@@ -188,9 +196,14 @@ class Trainer:
         seed = np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         current = replace(phase(step, config), watched=logged(step, config))
-        labelled, unlabelled = self._images(batch, current)
+        labelled, unlabelled, taught = self._images(batch, current)
         num_micro_batches = config.gradient_accumulation_steps
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
+        if current.watched and taught is not None and taught.pseudo is not None:
+            names, threshold = self.evaluator.samples.classes.names, config.consistency.threshold
+            # not of strong views, which labels may be laid over
+            seen = labelled.label, taught.pseudo
+            metrics |= diagnostics.class_shares(*seen, threshold, names)
         # one factor for both networks: their base rates stand in the configuration, the course is
         # one
         factor = lr_factor(step, config.steps, config.schedule, self._validation.losses)
@@ -208,26 +221,49 @@ class Trainer:
             self.ema.update()
         return metrics
 
-    def _images(self, batch: Batch, current: Phase) -> tuple[Images, Images | None]:
+    def _images(self, batch: Batch, current: Phase) -> tuple[Images, Images | None, Images | None]:
         """What the networks get of a batch: strong views where they are asked for, and unlabelled
-        images where a term of the phase looks at them.
+        images where a term of the phase looks at them; and what a teacher was shown of these.
         """
-        pair, config, step = self.pair, self.config, self.state.step
-        labelled, unlabelled = to_device(batch, self.ranks.device, config), None
-        if pair.strong_labelled is not None:
-            labelled = pair.strong_labelled.labelled(labelled, step)
+        labelled, unlabelled = self._labelled(batch), None
         # read and decoded all the same, so that the order of the stream does not depend on the
         # schedule
-        if batch.unlabelled is not None and pair.objective.uses_unlabelled(current):
-            unlabelled = to_device(batch.unlabelled, self.ranks.device, config)
-        if (
-            unlabelled is not None
-            and pair.weak_to_strong is not None
-            and current.weights.get("consistency")
-        ):
-            count = config.gradient_accumulation_steps
-            unlabelled = pair.weak_to_strong(unlabelled, labelled, step, count)
-        return labelled, unlabelled
+        if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
+            if self.pair.weak_to_strong is not None and current.weights.get("consistency"):
+                taught, strong = self.views(batch.unlabelled, labelled)
+                return labelled, strong, taught
+            unlabelled = to_device(batch.unlabelled, self.ranks.device, self.config)
+        return labelled, unlabelled, None
+
+    def _labelled(self, batch: Batch) -> Images:
+        """The labelled images of a batch as the segmentor sees them."""
+        images = to_device(batch, self.ranks.device, self.config)
+        strong = self.pair.strong_labelled
+        return images if strong is None else strong.labelled(images, self.state.step)
+
+    def views(self, unlabelled: Batch, labelled: Images) -> tuple[Images, Images]:
+        """The weak views of a step's unlabelled images, labelled by the teacher, and the strong
+        ones, of a run that has a teacher; called on every rank.
+        """
+        teacher, step = self.pair.weak_to_strong, self.state.step
+        assert teacher is not None
+        weak = to_device(unlabelled, self.ranks.device, self.config)
+        weak = teacher.taught(weak, self.config.gradient_accumulation_steps)
+        return weak, teacher.strong(weak, labelled, step)
+
+    def next_views(self, data: Data) -> tuple[Images, Images] | None:
+        """The weak and the strong views of the unlabelled images of the step that would come next,
+        as training makes them; None where no teacher labels any, or no pictures are asked for.
+
+        Called on every rank. The run's own stream, weights and step stay as they are.
+        """
+        if self.pair.weak_to_strong is None or not self.config.evaluate.num_pictures:
+            return None
+        self.watchdog.report("pictures of pseudo-labels")
+        with closing(open_streams(self.config, self.ranks, data, self.state.step)) as stream:
+            batch = next(stream)
+        assert batch.unlabelled is not None
+        return self.views(batch.unlabelled, self._labelled(batch))
 
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""

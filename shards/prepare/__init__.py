@@ -22,8 +22,10 @@ from shards.prepare.parts import Prepared, write_dataset
 from shards.processes import check_workers
 from shards.words import nearest
 
-NAMES = ("toy", "stanford", "voc", "cityscapes", "gta5", "synthia", "camvid", "kitti_road")
-NAMES += ("ade20k", "folder", "ohe")
+NAMES = (
+    *("toy", "stanford", "voc", "cityscapes", "gta5", "synthia", "camvid", "kitti_road", "ade20k"),
+    *("folder", "ohe"),
+)
 Preparer = Callable[..., DataSet]
 
 

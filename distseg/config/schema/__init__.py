@@ -9,16 +9,24 @@ from dataclasses import dataclass
 
 from distseg.config.keys import key, section
 from distseg.config.schema.common import (
+    ADAPTATION,
     DISCRIMINATORS,
     MAX_BETA,
     MAX_SEED,
     SEGMENTORS,
     SEMI_SUPERVISED,
     WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
 )
 from distseg.config.schema.data import DataConfig
-from distseg.config.schema.losses import ConsistencyConfig, LossConfig, SemiConfig, TermConfig
+from distseg.config.schema.losses import (
+    AdaptationConfig,
+    ConsistencyConfig,
+    LossConfig,
+    SemiConfig,
+    TermConfig,
+)
 from distseg.config.schema.networks import DiscriminatorConfig, SegmentorConfig
 from distseg.config.schema.optimization import AlternationConfig, OptimizerConfig, ScheduleConfig
 from distseg.config.schema.running import (
@@ -30,13 +38,16 @@ from distseg.config.schema.running import (
 from distseg.config.schema.strong import StrongConfig
 
 __all__ = [
+    "ADAPTATION",
     "DISCRIMINATORS",
     "MAX_BETA",
     "MAX_SEED",
     "SEGMENTORS",
     "SEMI_SUPERVISED",
     "WITH_DISCRIMINATOR",
+    "WITH_GROUND_TRUTH",
     "WITH_UNLABELLED",
+    "AdaptationConfig",
     "AlternationConfig",
     "CheckpointConfig",
     "Config",
@@ -71,6 +82,8 @@ class Config:
             "supervised": "labels alone",
             "semi_supervised": "both, and unlabelled images",
             "consistency": "labels and unlabelled images, without a discriminator",
+            "domain_adaptation": "labels of one domain, and images of another whose predictions "
+            "are to look like the first one's to a discriminator",
         },
     )
     # of the whole run and not more steps from now: so the same command resumes it
@@ -156,6 +169,7 @@ class Config:
     loss: LossConfig = section(LossConfig)
     semi: SemiConfig = section(SemiConfig, modes=WITH_UNLABELLED)
     consistency: ConsistencyConfig = section(ConsistencyConfig, modes=WITH_UNLABELLED)
+    adaptation: AdaptationConfig = section(AdaptationConfig, modes=ADAPTATION)
     strong: StrongConfig = section(StrongConfig)
     evaluate: EvaluateConfig = section(
         EvaluateConfig, on_resume=True, at_evaluation=True, at_prediction=True

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 MAX_SEED = 2**31 - 1  # what every library's generator takes
 MAX_BETA = 0.99999  # of moving averages: at 1 nothing new would come in
-WITH_DISCRIMINATOR = ("adversarial", "semi_supervised")  # modes
+WITH_DISCRIMINATOR = ("adversarial", "semi_supervised", "domain_adaptation")  # modes
 SEMI_SUPERVISED = ("semi_supervised",)
-WITH_UNLABELLED = ("semi_supervised", "consistency")
+ADAPTATION = ("domain_adaptation",)
+WITH_GROUND_TRUTH = ("adversarial", "semi_supervised")  # for the discriminator to see
+WITH_UNLABELLED = ("semi_supervised", "consistency", "domain_adaptation")
 
 HUNG = "Hung et al. 2018"
 LUC = "Luc et al. 2016"
+ADVENT = "Vu et al. 2019 (AdvEnt)"
 UNIMATCH = "Yang et al. 2023 (UniMatch)"
 
 # as distseg/models has them, which needs torch: so a misspelt one is told at once
@@ -21,5 +24,5 @@ SEGMENTORS = (
 )
 DISCRIMINATORS = (
     *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),
-    *("small_fov", "small_fov_light"),
+    *("small_fov", "small_fov_light", "image_conditioned"),
 )

@@ -1,12 +1,21 @@
-"""`loss`, `semi` and `consistency`: what the networks are trained for."""
+"""`loss`, `semi`, `consistency` and `adaptation`: what the networks are trained for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from distseg.config.forms import DEFAULT, FORMS
 from distseg.config.keys import key
-from distseg.config.schema.common import HUNG, LUC, SEMI_SUPERVISED, UNIMATCH, WITH_DISCRIMINATOR
+from distseg.config.schema.common import (
+    ADVENT,
+    HUNG,
+    LUC,
+    SEMI_SUPERVISED,
+    UNIMATCH,
+    WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
+)
 
 
 @dataclass
@@ -33,18 +42,49 @@ class LossConfig:
     )
     # non-saturating: it has a gradient where the discriminator is sure
     adv_form: str = key(
-        "non_saturating",
+        DEFAULT,
         "the losses on the discriminator's scores s, > 0 = real; D is sigmoid(s), under "
         "least_squares (1 + s) / 2",
-        choices={
-            "non_saturating": "BCE; the segmentor's is BCE(D(fake), real)",
-            "saturating": "BCE; the segmentor's is - BCE(D(fake), fake)",
-            "hinge": "max(0, 1 - s) of real, max(0, 1 + s) of fake; the segmentor's is - s",
-            "least_squares": "(D - 1)^2 of real, D^2 of fake; the segmentor's is (D - 1)^2",
-        },
+        choices={name: form.meaning for name, form in FORMS.items()},
         source=f"saturating: {LUC}, eq. 3; hinge: Lim and Ye 2017; least_squares: Mao et al. 2017, "
         "eq. 9",
         modes=WITH_DISCRIMINATOR,
+    )
+    feature_weight: float = key(
+        0.0,
+        "of feature matching: the sum over the discriminator's features of the distance between "
+        "their mean over ground truth and their mean over predictions (of unlabelled images where "
+        "there are any); 0: off",
+        low=0,
+        source="Salimans et al. 2016, section 3.1; Mittal et al. 2019 (s4GAN)",
+        modes=WITH_GROUND_TRUTH,
+    )
+    mismatched_weight: float = key(
+        0.0,
+        "w: the discriminator also learns to call (image, ground truth of its neighbour in the "
+        "batch) fake; its loss is real + (1 - w) x fake + w x mismatched",
+        low=0,
+        high=0.99,
+        source="Reed et al. 2016, algorithm 1; there: 0.5",
+        modes=WITH_GROUND_TRUTH,
+    )
+    # second order: only ddp's backward goes through a gradient
+    r1_weight: float = key(
+        0.0,
+        "gamma of the R1 penalty in the discriminator's loss: gamma / 2 x the squared gradient of "
+        "its score at real label maps, the mean over images; parallel.strategy=ddp only; 0: off",
+        low=0,
+        source="Mescheder et al. 2018, eq. 9",
+        modes=WITH_GROUND_TRUTH,
+    )
+    r1_every: int = key(
+        1,
+        "only in every so many updates of the discriminator, and then times as many",
+        unit="updates",
+        low=1,
+        high=10**6,
+        source="Karras et al. 2020 (StyleGAN2), section 3.1; there: 16",
+        modes=WITH_GROUND_TRUTH,
     )
     # by the global step, which every rank knows: none decides for itself
     adv_start_step: int = key(
@@ -56,7 +96,7 @@ class LossConfig:
     )
     adv_warmup_steps: int = key(
         0,
-        "adv_weight rises linearly over so many steps from adv_start_step on",
+        "adv_weight and feature_weight rise linearly over so many steps from adv_start_step on",
         unit="steps",
         low=0,
         modes=WITH_DISCRIMINATOR,
@@ -79,7 +119,7 @@ class LossConfig:
             "scaling": "softened: scaling_tau or more for the true class",
         },
         source=f"scaling: {LUC}",
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     scaling_tau: float = key(
         0.9,
@@ -87,7 +127,7 @@ class LossConfig:
         low=0,
         high=1,
         source=LUC,
-        modes=WITH_DISCRIMINATOR,
+        modes=WITH_GROUND_TRUTH,
     )
     # output: at full size a two-branch discriminator costs more than the segmentor
     map_resolution: str = key(
@@ -175,7 +215,7 @@ class LossConfig:
 
 @dataclass
 class SemiConfig:
-    """The adversary's terms on unlabelled images (Hung et al. 2018, eq. 4 and 5)."""
+    """Terms on unlabelled images; the adversary's are those of Hung et al. 2018, eq. 4 and 5."""
 
     # over all ranks, so that a run on other hardware is the same run
     batch_size: int = key(
@@ -223,6 +263,13 @@ class SemiConfig:
         low=0,
         modes=SEMI_SUPERVISED,
     )
+    entropy_weight: float = key(
+        0.0,
+        "of the entropy of predictions, as a share of its largest value: low where the segmentor "
+        "is sure; 0: off",
+        low=0,
+        source="Grandvalet and Bengio 2004; Vu et al. 2019 (MinEnt), there 0.001",
+    )
     discriminate: bool = key(
         True, "the discriminator learns from their label maps too", modes=SEMI_SUPERVISED
     )
@@ -258,16 +305,22 @@ class ConsistencyConfig:
         },
         source="class: Sohn et al. 2020 (FixMatch); probabilities: Tarvainen and Valpola 2017",
     )
-    # colours and pasted pieces that no image to be predicted has
-    running_statistics: str = key(
-        "labelled",
-        "which images enter batch norm's running statistics, by which the network predicts later; "
-        "in training all images of a rank are normalised together",
+    batch_norm: str = key(
+        "joint",
+        "what normalises strong views in training",
         choices={
-            "labelled": "the labelled ones alone, not the strong views",
-            "all": "both",
+            "joint": "the statistics of all images, which running statistics are of too",
+            "separate": "their own; running statistics, by which the network predicts, are of the "
+            "labelled images alone",
         },
-        source="labelled: Yuan et al. 2021, which finds that strong views spoil them",
+        source="separate: Yuan et al. 2021, DSBN, with one scale and shift for both",
+    )
+    held_out: int = key(
+        0,
+        "so many labelled images are not trained on: at each evaluation the teacher labels them, "
+        "and the metrics held_out/... say how right it is; 0: none",
+        unit="images",
+        low=0,
     )
     threshold: float = key(
         0.95,
@@ -319,3 +372,21 @@ class ConsistencyConfig:
     )
     # relative: a discriminator that trusts all, or none, chooses all the same
     gate_share: float = key(0.5, "gate=rank: so many of the images count", low=0, high=1)
+
+
+@dataclass
+class AdaptationConfig:
+    """From one domain, which has labels, to another (Tsai et al. 2018): the discriminator tells
+    predictions on the one from predictions on the other, and never sees ground truth. The weight of
+    its term is `loss.adv_weight`.
+    """
+
+    input: str = key(
+        "probabilities",
+        "what the discriminator sees of a prediction p",
+        choices={
+            "probabilities": "p",
+            "self_information": "- p log p / log C of each of the C classes: how unsure it is",
+        },
+        source=f"probabilities: Tsai et al. 2018 (AdaptSegNet); self_information: {ADVENT}, eq. 8",
+    )
