@@ -236,13 +236,14 @@ class Scratch:
             lines = [f"{block.mark('keys')} {line}" for line in whole]
             self.bash(shlex.join(["python", "-c", READ_KEYS, *lines]))
         elif block.what == "console":
-            self._console(text)
+            self._console(text, int(block.mark("exit") or 0))
         elif block.what == "shell":
             self.bash("".join(map(small, commands(text))), int(block.mark("exit") or 0))
 
-    def _console(self, text: str) -> None:
-        for command, shown in exchanges(text):
-            got = self.bash(small(command))
+    def _console(self, text: str, exit_code: int) -> None:
+        found = exchanges(text)
+        for number, (command, shown) in enumerate(found, start=1):
+            got = self.bash(small(command), exit_code if number == len(found) else 0)
             line = missing(shown, got)
             if line is not None:
                 raise ValueError(f"not in its output: {line}\n{got[-3000:]}")

@@ -372,7 +372,7 @@ def test_the_page_of_the_reference_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["evaluate", "run", "steps=5"], "precision, data.shards, data.cache_dir"),
+        (["evaluate", "run", "steps=5"], "precision, data.shards, data.val_shards, data.cache_dir"),
         (["evaluate", "run", "mode=supervised"], "evaluate.*, parallel.*"),
         (["predict", "run", "image.png", "--out", "x", "device=cpu"], "one of: precision, eval"),
         (["predict", "run", "image.png", "--out", "x", "accumulate_steps=2"], "as the run was tr"),

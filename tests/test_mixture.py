@@ -212,6 +212,7 @@ def test_each_set_is_sampled_as_configured(toy_shards: Path, other_shards: Path)
     ):
         plan = mixed_plan(samples, options, [], batch_size=13, seed=1)
         assert [type(one) for one in plan.plans] == [kind, kind]
+        assert plan.plans[0].seed != plan.plans[1].seed  # or sets of one size would go in step
         # by default as many as each has: 8 to 5
         assert plan.taken(13) == [8, 5]
 

@@ -152,6 +152,8 @@ def test_blocks_are_run_in_their_folder_and_fail_where_they_do(tmp_path: Path) -
             scratch.run(block)
     marked = "<!-- check: exit 3 -->\n<!-- check: replace 7 with 3 -->\n    exit 7\n"
     scratch.run(blocks(marked)[0])
+    marked = "<!-- check: exit 3 -->\n    $ echo 1\n    1\n    $ echo 2; exit 3\n    2\n"
+    scratch.run(blocks(marked)[0])
 
 
 def test_keys_are_read_as_by_training(tmp_path: Path) -> None:

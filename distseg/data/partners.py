@@ -36,8 +36,7 @@ def partners(
     """
     if not asked and list(run) == list(names):
         return None
-    found = _asked(run, names, asked, name)
-    lonely = []
+    found, lonely = _asked(run, names, asked, name), []
     for ours in run[has_other:]:
         if any(same_name(ours, [word]) for word in asked):
             continue
@@ -47,11 +46,9 @@ def partners(
         else:
             found[theirs] = run.index(ours)
     rest = [theirs for theirs in names if theirs not in found]
-    if has_other:
-        found |= dict.fromkeys(rest, 0)
-        rest = []
-    if lonely or rest:
-        raise _without_partner(run, names, asked, (lonely, rest), name)
+    if lonely or (rest and not has_other):
+        raise _without_partner(run, names, asked, (lonely, [] if has_other else rest), name)
+    found |= dict.fromkeys(rest, 0)
     if set(found.values()) == {IGNORE_INDEX}:
         got = f"data.class_map.{name}: every class of {name} is void"
         raise InputError(got, "one class of the run's at least", "correct data.class_map")
