@@ -104,7 +104,6 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     BCE(D(y), real) + BCE(D(s(x)), fake); other forms and terms stand in distseg/losses.
     """
     segmentor, discriminator, judging = pair.segmentor, pair.adversary, pair.objective.judging
-    pixels = batch.all.pixels
 
     # Predict
     with torch.set_grad_enabled(phase.segmentor):
@@ -115,7 +114,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     targets = Targets.at(batch.all.label, probabilities.shape[-2:])
     fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
     maps = label_maps(pair.objective, phase, batch, targets, fake)
-    seen = Predicted(pixels, targets, logits, auxiliary, probabilities)
+    seen = Predicted(batch.all.pixels, targets, logits, auxiliary, probabilities)
     scores, seen = judge(pair, phase, batch, maps, seen)
 
     # Losses, the adversary's through a proxy: its gradient at the segmentor's probabilities
