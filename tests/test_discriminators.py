@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distseg.models import DISCRIMINATORS, build_discriminator
+from distseg.models import DISCRIMINATORS, Weights, build_discriminator
 from distseg.models.spectral_norm import norms_of
 from shards.errors import InputError
 
@@ -393,6 +393,16 @@ def test_bad_options_are_named(options, message):
 def test_bad_options_of_the_others_are_named(name, options, message):
     with pytest.raises(InputError, match=f"(?s){message}"):
         build_discriminator(name, 8, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_weights_for_other_classes_load_but_for_the_input_layer(name, options):
+    saved = build_discriminator(name, 4, **options).state_dict()
+    network = build_discriminator(name, 6, init=Weights(saved, "file"), **options)
+    first = "label_conv.weight" if name == "two_branch" else "layers.0.weight"
+    assert network.init_report.renewed == (first,)
+    for key, tensor in network.state_dict().items():
+        assert key == first or torch.equal(tensor, saved[key]), key
 
 
 def test_unknown_name_lists_the_choices():

@@ -13,6 +13,7 @@ from distseg.config.names import KEYS
 from distseg.config.schema import (
     ADAPTATION,
     WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
     Config,
     OptimizerConfig,
@@ -164,7 +165,7 @@ def scores_of_a_form(config: Config) -> None:
 
 def penalty_of_second_order(config: Config) -> None:
     """The R1 penalty is trained through a gradient, which not every way of computing allows."""
-    if config.mode not in WITH_DISCRIMINATOR or not config.loss.r1_weight:
+    if config.mode not in WITH_GROUND_TRUTH or not config.loss.r1_weight:
         return
     got, strategy = f"loss.r1_weight={config.loss.r1_weight} with ", config.parallel.strategy
     if strategy != "ddp":

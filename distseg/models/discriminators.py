@@ -33,15 +33,17 @@ Layout = tuple[tuple[int, int] | None, ...]
 class Discriminator(nn.Module):
     """What all have in common: a call, and what is asked of a network before training.
 
-    num_classes: C. head: "patch", a logit per cell, or "gap", their mean, one per image.
-    sees_image: whether the answer depends on the image. min_size_px: of label maps, on a side.
-    An option of all is spectral_norm, see distseg/models/spectral_norm.py.
+    num_classes: C; num_channels: of its input, which follow from C. head: "patch", a logit per
+    cell, or "gap", their mean, one per image. sees_image: whether the answer depends on the image.
+    min_size_px: of label maps, on a side. An option of all is spectral_norm, see
+    distseg/models/spectral_norm.py.
     """
 
     has_features = True
     sees_image = True
     min_size_px: int
     num_classes: int
+    num_channels: int
     head: str
 
     def forward(self, image: Tensor, *label_maps: Tensor, features: bool = False) -> Any:
@@ -104,6 +106,7 @@ class TwoBranch(Discriminator):
             )
         thin, branch, *trunk = (round(width * wide) or 1 for wide in (16, 64, 128, 256, 512))
         self.num_classes, self.head, self.image_pool = num_classes, head, image_pool
+        self.num_channels = num_classes
         self.label_conv = nn.Conv2d(num_classes, branch, 5, padding=2)
         self.image_conv1 = nn.Conv2d(3, thin, 5, padding=2)
         self.image_conv2 = nn.Conv2d(thin, branch, 5, padding=2)
@@ -189,7 +192,7 @@ class SingleBranch(Discriminator):
         self.inputs, self.image_range = inputs, image_range
         self.sees_image = inputs == "product"
         layers: list[nn.Module] = []
-        channels = num_classes * (3 if inputs == "product" else 1)
+        channels = self.num_channels = num_classes * (3 if inputs == "product" else 1)
         for step in self.layout:
             if step is POOL:
                 layers.append(nn.MaxPool2d(2))
@@ -280,7 +283,7 @@ class FullyConvolutional(Discriminator):
         _check_head(head)
         self.num_classes, self.head = num_classes, head
         layers: list[nn.Module] = []
-        channels = num_classes
+        channels = self.num_channels = num_classes
         for width in (64, 128, 256, 512):
             layers += [
                 nn.Conv2d(channels, width, 4, stride=2, padding=1),
@@ -328,7 +331,7 @@ class ImageConditioned(Discriminator):
         require_number("discriminator.options.dropout", dropout, 0, 0.95)
         self.num_classes, self.head = num_classes, head
         layers: list[nn.Module] = []
-        channels = num_classes + 3
+        channels = self.num_channels = num_classes + 3
         for wide in (64, 128, 256, 512):
             hidden = round(width * wide) or 1
             layers += [

@@ -197,7 +197,8 @@ def load_own(network: nn.Module, weights: Weights, num_classes: int) -> LoadRepo
 def load_discriminator(discriminator: nn.Module, weights: Weights) -> LoadReport:
     """Load a discriminator's weights; see load_segmentor. All but its input layers must fit."""
     names = _names_in(discriminator.state_dict(), weights)
-    return _load(discriminator, names, weights, _num_classes(discriminator), "discriminator")
+    channels = getattr(discriminator, "num_channels", None) or _num_classes(discriminator)
+    return _load(discriminator, names, weights, channels, "discriminator")
 
 
 def _num_classes(network: nn.Module) -> int:

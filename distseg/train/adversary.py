@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from distseg.config.schema import ADAPTATION, WITH_DISCRIMINATOR, Config
+from distseg.config.schema import ADAPTATION, WITH_GROUND_TRUTH, Config
 from distseg.distributed.ranks import all_reduce_sum
 from distseg.losses.adversarial import squared_gradient_sum
 from distseg.losses.terms import FeatureMeans
@@ -22,7 +22,7 @@ def check_neighbours(config: Config, world_size: int) -> None:
     each of which lends the other its ground truth.
     """
     weight = config.loss.mismatched_weight
-    if config.mode not in WITH_DISCRIMINATOR or not weight:
+    if config.mode not in WITH_GROUND_TRUTH or not weight:
         return
     num_parts = world_size * config.gradient_accumulation_steps
     size = config.batch_size // num_parts
@@ -61,6 +61,8 @@ def check_discriminator(config: Config, network: nn.Module) -> None:
         got = f"mode={config.mode} with discriminator={name}"
         needed = "a discriminator that looks at predictions alone: images say which domain it is"
         raise InputError(got, needed, "write discriminator=fully_convolutional")
+    if config.mode not in WITH_GROUND_TRUTH:
+        return
     if loss.feature_weight and not getattr(network, "has_features", False):
         got = f"loss.feature_weight={loss.feature_weight} with discriminator={name}"
         needed = "a discriminator whose forward takes features=False (docs/own_code.md)"

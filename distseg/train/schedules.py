@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from distseg.config.schema import (
     WITH_DISCRIMINATOR,
+    WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
     Config,
-    LossConfig,
     ScheduleConfig,
 )
 
@@ -56,20 +56,21 @@ def phase(step: int, config: Config) -> Phase:
     if alternation.name == "blocks" and turn >= alternation.segmentor:
         earlier = since_start // (alternation.segmentor + alternation.discriminator)
         num_updates = earlier * alternation.discriminator + turn - alternation.segmentor
-        r1 = _r1_factor(num_updates, config.loss)
+        r1 = _r1_factor(num_updates, config)
         return Phase(segmentor=False, discriminator=True, adversary=True, r1=r1)
     both, brought = alternation.name == "simultaneous", _adversarial_weights(step, config)
     further = any(term.weight for term in config.loss.terms.values())  # which may ask it
     if not (both or further or any(brought.values())):  # nobody would look at what it says
         return Phase(segmentor=True, discriminator=False, weights=own)
-    r1 = _r1_factor(since_start, config.loss) if both else 0.0
+    r1 = _r1_factor(since_start, config) if both else 0.0
     return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought, r1=r1)
 
 
-def _r1_factor(num_updates: int, loss: LossConfig) -> float:
+def _r1_factor(num_updates: int, config: Config) -> float:
     """Of the squared gradient, in the discriminator's update after so many."""
+    loss = config.loss
     # by its updates and not by steps: under `blocks` no multiple of r1_every need be its turn
-    is_due = num_updates % loss.r1_every == 0
+    is_due = config.mode in WITH_GROUND_TRUTH and num_updates % loss.r1_every == 0
     return loss.r1_weight / 2 * loss.r1_every if is_due else 0.0
 
 

@@ -104,7 +104,6 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     BCE(D(y), real) + BCE(D(s(x)), fake); other forms and terms stand in distseg/losses.
     """
     segmentor, discriminator, judging = pair.segmentor, pair.adversary, pair.objective.judging
-    pixels = batch.all.pixels
 
     # Predict
     with torch.set_grad_enabled(phase.segmentor):
@@ -115,7 +114,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     targets = Targets.at(batch.all.label, probabilities.shape[-2:])
     fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
     maps = label_maps(pair.objective, phase, batch, targets, fake)
-    seen = Predicted(pixels, targets, logits, auxiliary, probabilities)
+    seen = Predicted(batch.all.pixels, targets, logits, auxiliary, probabilities)
     scores, seen = judge(pair, phase, batch, maps, seen)
 
     # Losses, the adversary's through a proxy: its gradient at the segmentor's probabilities
@@ -267,8 +266,7 @@ def split_scores(
     """The discriminator's scores on each kind of label maps, as it is trained on them."""
     where, everywhere = batch.slices(), judging.on_unlabelled
     if judging.of_domains:
-        of_kind = functools.partial(_scored_kind, judging, batch, targets, scores["fake"], counts)
-        return {"real": of_kind("labelled"), "fake": of_kind("unlabelled")}
+        return _scored_domains(judging, batch, targets, scores["fake"], counts)
     labelled = where["labelled"]
     kinds: list[Kind] = list(where) if everywhere else ["labelled"]
     of_labelled = counts.judged(["labelled"])
@@ -285,17 +283,17 @@ def split_scores(
     return scored
 
 
-def _scored_kind(
-    judging: Judging,
-    batch: MicroBatch,
-    targets: Targets,
-    scores: Tensor,
-    counts: Counts,
-    kind: Kind,
-) -> Scored:
-    """Of the scores on all predictions those of one kind of images."""
-    where = batch.slices()[kind]
-    return Scored(scores[where], judging.mask(targets[where]), *counts.judged([kind]))
+def _scored_domains(
+    judging: Judging, batch: MicroBatch, targets: Targets, scores: Tensor, counts: Counts
+) -> dict[str, Scored]:
+    """The scores on all predictions, those of labelled images as real."""
+    domains: dict[str, Kind] = {"real": "labelled", "fake": "unlabelled"}
+    scored = {}
+    for name, kind in domains.items():
+        where = batch.slices()[kind]
+        mask = judging.mask(targets[where])
+        scored[name] = Scored(scores[where], mask, *counts.judged([kind]))
+    return scored
 
 
 def discriminator_loss(
