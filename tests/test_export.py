@@ -214,7 +214,7 @@ def test_a_hub_folder_is_all_that_is_needed(
     saved = loading.from_file(folder / "training.yaml")
     assert (
         saved.data.labelled == "some.txt"
-        and saved.data.shards == saved.run_dir == ""
+        and (saved.data.shards, saved.run_dir) == ([], "")
         and saved.tracking.entity is None
     )
     assert content["classes"] == CLASSES and len(content["evaluations"]) == 1
