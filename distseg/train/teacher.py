@@ -109,6 +109,7 @@ class WeakToStrong:
     ) -> WeakToStrong:
         """Of a configuration; ema: with a network, where the teacher is one."""
         chosen, network = config.consistency, segmentor.network
+        # by reference: the average goes on while this teacher labels
         if chosen.teacher == "ema":
             assert ema is not None and ema.network is not None
             network = ema.network
@@ -155,6 +156,7 @@ class WeakToStrong:
         if self.gate is not None:
             scores = torch.cat([scores for _, scores in taught if scores is not None])
             opened = self.gate.opens(scores)
+            # here and not in the term, so that what is laid over another image keeps its own gate:
             # less than any threshold, so that no pixel of the others is confident
             confidence = pseudo.confidence.where(opened[:, None, None], -1)
             pseudo = replace(pseudo, confidence=confidence)
