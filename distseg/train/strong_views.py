@@ -121,6 +121,7 @@ def check_pairs(config: Config, world_size: int) -> None:
 
 
 def _check_even(config: Config, world_size: int, key: str, batch_size: int) -> None:
+    # of micro-batches too: on more ranks without them it must be the same run
     num_parts = world_size * config.gradient_accumulation_steps
     share = batch_size // num_parts
     if share % 2:
