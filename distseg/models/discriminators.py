@@ -404,6 +404,7 @@ def _log_odds(scores: Tensor) -> Tensor:
 
 def _mean_over_cells(x: Tensor) -> Tensor:
     """(k, K, h, w) -> (k, K), in at least fp32."""
+    # under autocast the result would be rounded to 8 bits, and differences of means are small
     return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 

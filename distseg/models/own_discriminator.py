@@ -168,12 +168,14 @@ def _check_features(trial: Trial, discriminator: OwnDiscriminator, side: int) ->
     with torch.enable_grad():
         _, features = trial.answer(forward, random_images(3, side, side), *maps)
     shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each) for each in features]
+    # of any width, but one: means over images of two label maps are compared
     width = features[0].shape[-1] if isinstance(features[0], Tensor) and features[0].ndim else 0
     if shapes != [(2, width), (3, width)] or not width:
         got = f"{FEATURES} {', '.join(map(str, shapes))} of label maps of 2 and 3 images"
         raise trial.refused(got, "a tensor (k, K) for each label map, K the same for all")
     for each in features:
         trial.check_finite(each, f"its {FEATURES}")
+    # squared, as a sum of normalised features would have no gradient
     total = torch.stack([each.float().square().sum() for each in features]).sum()
     found = torch.autograd.grad(total, maps, allow_unused=True) if total.requires_grad else [None]
     if any(gradient is None for gradient in found):

@@ -43,6 +43,7 @@ def normalise(network: nn.Module, asked: bool) -> None:
         raise InputError(got, "true or false", "true: weights are divided by their largest factor")
     if not asked:
         return
+    # a list first: each norm is a module that is added to those looked at
     for layer in [layer for layer in network.modules() if isinstance(layer, LAYERS)]:
         parametrizations.spectral_norm(layer)
         chain: Any = layer.parametrizations.weight  # type: ignore[union-attr]
@@ -56,4 +57,5 @@ def norms_of(network: nn.Module) -> list[nn.Module]:
 
 def normalised_once(network: nn.Module) -> AbstractContextManager[None]:
     """Around a forward, in which every weight is normalised once, however often it is used."""
+    # torch normalises at every use of a weight, so each label map would be another iteration
     return parametrize.cached() if norms_of(network) else nullcontext()

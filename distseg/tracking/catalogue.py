@@ -63,6 +63,7 @@ class Panel:
         """The panel of runs with these forms of loss; of several the level would be one's only."""
         if not self.loss_of:
             return self
+        # runs of several forms have no unit in common, nor a level
         units = {form.unit for form in forms}
         unit = units.pop() if len(units) == 1 else "loss"
         if self.loss_of == "both":

@@ -37,6 +37,7 @@ def _check_second_order(network: OwnDiscriminator, name: str) -> None:
     """Raise InputError unless the R1 penalty can be differentiated."""
     side = max(32, network.min_size_px)
     label_map = random_label_maps(2, network.num_classes, side).requires_grad_()
+    # in training mode, as the penalty is computed there
     copied = copy.deepcopy(network).train()
     trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
     try:
@@ -88,5 +89,6 @@ def feature_means(real: Tensor, fake: Tensor) -> FeatureMeans:
     counts = torch.tensor([len(real), len(fake)], dtype=torch.float64).to(real.device)
     total = all_reduce_sum(torch.cat([*sums, counts]))
     width = real.shape[1]
+    # each by its own number: there may be more unlabelled images than labelled ones
     of_real, of_fake = total[:width] / total[-2], total[width : 2 * width] / total[-1]
     return FeatureMeans(of_real.to(real.dtype), of_fake.to(fake.dtype))
