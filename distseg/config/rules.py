@@ -256,6 +256,7 @@ def a_labelled_partner_for_each(config: Config) -> None:
         got = f"consistency.mix_with=labelled with strong.mix={config.strong.mix}"
         needed = "a way to mix two images"
         raise InputError(got, needed, "write strong.mix=classmix or cutmix")
+    # the k-th labelled image lies over the k-th unlabelled one, on any number of ranks
     size = config.semi.batch_size or config.batch_size
     if size != config.batch_size:
         got = f"consistency.mix_with=labelled with batch_size={config.batch_size} and "
@@ -280,6 +281,7 @@ def domains_without_ground_truth(config: Config) -> None:
 def rectangles_in_order(config: Config) -> None:
     """strong.mix_area_min is the smaller one."""
     strong = config.strong
+    # each is within its own bounds, which say nothing of the other
     if strong.mix_area_min > strong.mix_area_max:
         got = f"strong.mix_area_min={strong.mix_area_min} above "
         got += f"strong.mix_area_max={strong.mix_area_max}"
@@ -295,6 +297,7 @@ def a_discriminator_at_the_gate(config: Config) -> None:
         got = f"consistency.gate={chosen.gate} with mode={config.mode}"
         action = "write mode=semi_supervised, or consistency.gate=none"
         raise InputError(got, "a discriminator", action)
+    # before it the discriminator has its first, random weights, and still would choose
     if chosen.start_step < loss.adv_start_step:
         got = f"consistency.gate={chosen.gate} with consistency.start_step={chosen.start_step} "
         got += f"before loss.adv_start_step={loss.adv_start_step}"

@@ -126,6 +126,7 @@ def self_information(probabilities: Tensor) -> Tensor:
     """
     # at 0 the product is 0, and its derivative infinite: cut off where a double's log is -36
     safe = probabilities.clamp(min=torch.finfo(probabilities.dtype).eps)
+    # the factor before the logarithm is not cut off: at 0 the product is exactly 0
     return -probabilities * safe.log() / math.log(probabilities.shape[1])
 
 

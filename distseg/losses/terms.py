@@ -399,6 +399,7 @@ class Entropy(Term):
     def local_sum(self, seen: Predicted) -> Tensor:
         # of logarithms: a probability that was rounded to 0 has none
         logs = seen.full_logits.log_softmax(1)  # (n, C, H, W)
+        # in units of the largest, so that a weight means the same for any number of classes
         entropy = -(logs.exp() * logs).sum(1) / math.log(logs.shape[1])
         return (entropy * (seen.label != IGNORE_INDEX)).sum()
 

@@ -170,6 +170,7 @@ def _source(evaluator: Evaluator, data: Data) -> Evaluator | None:
     """As the evaluation, on the domain that has the labels."""
     if data.source is None:
         return None
+    # the same network and view, or the two scores would not compare
     return replace(evaluator, samples=data.source, prefix=SOURCE)
 
 

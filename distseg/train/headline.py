@@ -188,6 +188,7 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         late = f", from step {loss.adv_start_step}" if loss.adv_start_step else ""
         how = f"{loss.adv_form}, {loss.adv_reduction}, {config.alternation.name}{late}"
         what = "adversarial"
+        # elsewhere it is that of labelled images, and the unlabelled ones have a term of their own
         if config.mode in ADAPTATION:
             what += f" on unlabelled, by {config.adaptation.input}"
         terms.append(f"{loss.adv_weight} x {what} ({how})")

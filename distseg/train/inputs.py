@@ -121,6 +121,7 @@ def open_data(config: Config, world_size: int) -> Data:
 
 def _open_source(options: DataConfig, first: ShardReader, mapped: Mapped) -> SampleSet | None:
     """The validation split of labelled data whose network is validated on other data."""
+    # of data that are the run's own in all but the labels there is one validation split
     is_other = options.unlabelled_shards and options.val_shards not in ("", options.shards[0])
     if not is_other or options.val_split not in first.manifest.splits:
         return None

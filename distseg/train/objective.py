@@ -184,6 +184,7 @@ def build_objective(
 def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     """The terms that an adversary or a teacher brings."""
     loss, chosen = config.loss, config.consistency
+    # source predictions are what target ones are to look like: they get no such term
     if config.mode in ADAPTATION:
         yield _adversarial("adversarial", "unlabelled", judging)
     if config.mode in WITH_GROUND_TRUTH:

@@ -35,6 +35,7 @@ def show(
     trainer.watchdog.report("scores and curves")
     # first: the scores are what the run was for, and drawing is what can fail
     report = evaluator.report(step)
+    # beside the target's, which come first: they are what the run is for
     if trainer.source is not None:
         report |= trainer.source.named()
     write_json(run_dir / "evaluation.json", report)

@@ -290,6 +290,7 @@ def _scored_domains(
     domains: dict[str, Kind] = {"real": "labelled", "fake": "unlabelled"}
     scored = {}
     for name, kind in domains.items():
+        # both domains went through the discriminator in one forward
         where = batch.slices()[kind]
         mask = judging.mask(targets[where])
         scored[name] = Scored(scores[where], mask, *counts.judged([kind]))

@@ -112,6 +112,7 @@ def check_pairs(config: Config, world_size: int) -> None:
     """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
     if not (StrongView(mix=config.strong.mix).is_paired and config.strong.mix_probability):
         return
+    # each kind by itself: a step may have more of the one than of the other
     if config.strong.labelled:
         _check_even(config, world_size, "batch_size", config.batch_size)
     if has_teacher(config) and config.consistency.mix_with == "unlabelled":
@@ -120,6 +121,7 @@ def check_pairs(config: Config, world_size: int) -> None:
 
 
 def _check_even(config: Config, world_size: int, key: str, batch_size: int) -> None:
+    # of micro-batches too: on more ranks without them it must be the same run
     num_parts = world_size * config.gradient_accumulation_steps
     share = batch_size // num_parts
     if share % 2:

@@ -57,6 +57,7 @@ class Gate:
 
     def scores(self, pixels: Tensor, inside: Tensor, logits: Tensor) -> Tensor:
         """One for each image: (n,) float64, of several cells the mean over those inside."""
+        # as in the step, or it would judge what it has never learned from
         if self.at_image_size:
             logits = upsample(logits, pixels.shape[-2:])
         scores = self.judge(pixels, logits.softmax(1))[:, 0].double()  # (n, h', w')
@@ -72,6 +73,7 @@ class Gate:
         # one message of a number an image; each rank finds the same order by itself
         everywhere = scores.new_zeros(self.ranks.world_size, len(scores))
         everywhere[self.ranks.rank] = scores
+        # stable: images of one score stay in the order of the batch, on every rank
         order = all_reduce_sum(everywhere).flatten().argsort(descending=True, stable=True)
         chosen = order[: round(self.share * self.batch_size)]
         opened = torch.zeros_like(order, dtype=torch.bool).index_fill_(0, chosen, True)
@@ -107,6 +109,7 @@ class WeakToStrong:
     ) -> WeakToStrong:
         """Of a configuration; ema: with a network, where the teacher is one."""
         chosen, network = config.consistency, segmentor.network
+        # by reference: the average goes on while this teacher labels
         if chosen.teacher == "ema":
             assert ema is not None and ema.network is not None
             network = ema.network
@@ -153,6 +156,7 @@ class WeakToStrong:
         if self.gate is not None:
             scores = torch.cat([scores for _, scores in taught if scores is not None])
             opened = self.gate.opens(scores)
+            # here and not in the term, so that what is laid over another image keeps its own gate:
             # less than any threshold, so that no pixel of the others is confident
             confidence = pseudo.confidence.where(opened[:, None, None], -1)
             pseudo = replace(pseudo, confidence=confidence)
@@ -168,6 +172,7 @@ class WeakToStrong:
         """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
         inside = label != IGNORE_INDEX
         logits = at_least_float32(self.teach(pixels))
+        # before they are upsampled: the gate brings them to the size that it judges at
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
         probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
         confidence, index = probabilities.max(1)
@@ -177,6 +182,7 @@ class WeakToStrong:
     def _strong(self, weak: Images, labelled: Images, step: int, number: int) -> Images:
         """The `number`-th view of each."""
         draws = self.views.draws(step, number)
+        # colours before mixing: each piece keeps those of its own image
         changed = self.views.changed(weak, weak.label != IGNORE_INDEX, draws)
         partners = self._known(labelled) if self.with_labelled else self.views.partners(changed)
         return self.views.mixed(changed, partners, draws)
