@@ -395,6 +395,28 @@ def test_classes_without_partner_are_listed_with_what_to_write(
     assert table is not None and table[:8].tolist() == [1, 0, 0, 2, 0, 0, 0, 0]
 
 
+def test_classes_that_are_told_are_scored_so_in_training_and_afterwards(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    """Two classes of the set are one of the run's, and its sky is void: not what names say."""
+    names = ("ground", "sky", *(f"thing {number}" for number in range(6)))
+    shards = packed(tmp_path, "city", ClassSet(names, OTHER.palette), flipped(OTHER))
+    asked = (
+        "{sky: thing 1, road: [ground, thing 0], void: [sky, thing 2, thing 3, thing 4, thing 5]"
+    )
+    asked += "".join(f", {name}: void" for name in STANFORD.names if name not in ("sky", "road"))
+    words = [f"data.val_shards={shards}", f"data.class_map={{city: {asked}}}}}", "mode=supervised"]
+    done = fit([toy_shards], tmp_path / "run", *words, steps=1)
+    scored = [f"val/iou/{name}" for name in ("sky", "road")]
+    assert all(done.scores[name] is not None for name in scored)
+    again = distseg.load(done.run_dir, device="cpu").evaluate(quick=True)
+    for name in (*scored, "val/mean_iou", "val/num_pixels"):
+        assert again[name] == done.scores[name]
+    # afterwards the classes may be told otherwise, and other data be scored
+    other = distseg.load(done.run_dir, device="cpu").evaluate(shards=toy_shards, quick=True)
+    assert other["num_images"] == 4
+
+
 def named(first: Path, second: Path, *words: str) -> Config:
     given = [f"data.shards=[{first},{second}]", "run_dir=none", "batch_size=4"]
     return loading.load([*given, *words])

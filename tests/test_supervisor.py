@@ -359,8 +359,10 @@ def test_without_torch_the_ranks_in_the_container_look_at_the_networks(
         check.check_run(overrides, 1)
     monkeypatch.setattr(check, "find_spec", lambda name: None)
     assert check.check_run(overrides, 1).segmentor.options == {"nothing": 1}
-    with pytest.raises(InputError, match="packed shards"):
-        check.check_run([*overrides, f"data.shards={tmp_path}"], 1)
+    # each of several sets is looked for, and what is scored
+    for word in (f"shards=[{toy_shards},{tmp_path}]", f"val_shards={tmp_path}"):
+        with pytest.raises(InputError, match="packed shards"):
+            check.check_run([*overrides, f"data.{word}"], 1)
     # torch that is missing without a container is not passed over
     monkeypatch.delenv("DISTSEG_NODE_PYTHON")
     with pytest.raises(InputError, match="nothing"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -137,6 +139,28 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, damage: object, messa
     with pytest.raises(InputError, match=message):
         prepare(name, root, tmp_path / "maps.h5")
     assert list(tmp_path.iterdir()) == [root]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "DISTSEG_SAMPLES_ROOT" not in os.environ,
+    reason="set DISTSEG_SAMPLES_ROOT to the small real samples",
+)
+def test_a_real_cityscapes_frame_in_the_layout_of_gta5_has_the_same_label(tmp_path: Path) -> None:
+    """Its ids are Cityscapes', and so is what they mean."""
+    samples = Path(os.environ["DISTSEG_SAMPLES_ROOT"]) / "cityscapes_1"
+    frame, root = "frankfurt_000000_000294", tmp_path / "gta5"
+    files = {"images": f"leftImg8bit/{frame}_leftImg8bit.png"}
+    files["labels"] = f"gtFine/{frame}_gtFine_labelIds.png"
+    for folder, file in files.items():
+        (root / folder).mkdir(parents=True)
+        shutil.copy(samples / file, root / folder / "00001.png")
+    prepare("gta5", root, tmp_path / "maps.h5")
+    table = np.full(256, 255, np.uint8)
+    table[list(CITYSCAPES_IDS)] = range(19)
+    with MapsReader(tmp_path / "maps.h5") as reader:
+        expected = table[np.asarray(Image.open(samples / files["labels"]))]
+        assert np.array_equal(reader.read("00001").label, expected)
 
 
 ID_23 = np.full((6, 8, 3), 23, np.uint16)

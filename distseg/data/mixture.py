@@ -33,6 +33,7 @@ class Mixture:
     def __init__(self, sets: Sequence[SampleSet], names: Sequence[str]):
         self.sets, self.names = tuple(sets), tuple(names)
         self.classes, self.labelled = sets[0].classes, sets[0].labelled
+        # of each set and the end: the number of its first sample
         self._starts = np.cumsum([0, *map(len, sets)])
 
     def __len__(self) -> int:
@@ -42,7 +43,7 @@ class Mixture:
     def keys(self) -> list[str]:
         """Names of the samples, in order; of several sets as SET/KEY."""
         if len(self.sets) == 1:
-            return self.sets[0].keys
+            return self.sets[0].keys  # as checkpoints and lists of older runs have them
         named = zip(self.names, self.sets, strict=True)
         return [f"{name}/{key}" for name, samples in named for key in samples.keys]
 
@@ -87,7 +88,9 @@ class Mixture:
         """Each set with those of the samples that are its own, by its own numbers."""
         numbers = self._starts.searchsorted(indices, side="right") - 1
         for number, samples in enumerate(self.sets):
+            # in their order, by which shards are fetched ahead
             own = np.asarray(indices)[numbers == number] - self._starts[number]
+            # a set that is not asked hears nothing: its reader has nothing to plan
             if len(own):
                 yield samples, own.tolist()
 
@@ -180,6 +183,8 @@ def check_shares(samples: Mixture, asked: Sequence[float], batch_size: int, key:
         return  # of a tiny one all images are in every batch, more than once
     weights = weights_of(samples, asked)
     for name, one, weight in zip(samples.names, samples.sets, weights, strict=True):
+        # most often a slip: two sets of very different size, and weights that were meant the other
+        # way round
         if weight * batch_size > len(one):
             got = f"{counted(len(one), 'sample')} of {name}, whose share is "
             got += f"{float(weight * batch_size):.3g} of the {batch_size} images of a step"
@@ -195,6 +200,7 @@ def listed_by_set(
 
     Raises InputError for one that none has, or several.
     """
+    # once: a list may be as long as the sets
     there = [set(reader.keys) for reader in readers]
     listed: list[list[str]] = [[] for _ in readers]
     for line in listed_keys(path):
@@ -205,6 +211,7 @@ def listed_by_set(
             for number, keys in enumerate(there)
             if key in keys and name in ("", names[number])
         ]
+        # of two sets with a key in common, a guess would train on the wrong image
         if len(of) != 1:
             which = "no data set" if not of else " and ".join(names[number] for number in of)
             got, needed = f"{path}: {line!r} of {which}", "a key of one of the data sets"

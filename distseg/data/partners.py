@@ -34,28 +34,41 @@ def partners(
     without a partner. Raises InputError for a class on either side that is left without one, with
     what to write.
     """
+    # the usual case costs nothing when labels are decoded
     if not asked and list(run) == list(names):
         return None
+    found = _found(run, names, asked, name, has_other)
+    if set(found.values()) == {IGNORE_INDEX}:
+        got = f"data.class_map.{name}: every class of {name} is void"
+        raise InputError(got, "one class of the run's at least", "correct data.class_map")
+    # 256 entries: void itself, and any value that the set's labels cannot have, are void
+    table = np.full(256, IGNORE_INDEX, np.uint8)
+    for theirs, index in found.items():
+        table[names.index(theirs)] = index
+    return table
+
+
+def _found(
+    run: Sequence[str], names: Sequence[str], asked: Mapping[str, Any], name: str, has_other: bool
+) -> dict[str, int]:
+    """The run's class index, or 255, of each class of the set; InputError where one has none."""
     found, lonely = _asked(run, names, asked, name), []
     for ours in run[has_other:]:
+        # spelt as the user likes, as for the others
         if any(same_name(ours, [word]) for word in asked):
             continue
+        # what is named already is not found again: one pixel has one class
         theirs = same_name(ours, [word for word in names if word not in found])
         if theirs is None:
             lonely.append(ours)
         else:
             found[theirs] = run.index(ours)
     rest = [theirs for theirs in names if theirs not in found]
+    # not taken for void in silence: a class that is spelt otherwise would train nothing
     if lonely or (rest and not has_other):
         raise _without_partner(run, names, asked, (lonely, [] if has_other else rest), name)
     found |= dict.fromkeys(rest, 0)
-    if set(found.values()) == {IGNORE_INDEX}:
-        got = f"data.class_map.{name}: every class of {name} is void"
-        raise InputError(got, "one class of the run's at least", "correct data.class_map")
-    table = np.full(256, IGNORE_INDEX, np.uint8)
-    for theirs, index in found.items():
-        table[names.index(theirs)] = index
-    return table
+    return found
 
 
 def _asked(
@@ -69,6 +82,7 @@ def _asked(
             index = run.index(_named(str(ours), run, "the run", name))
             if value in (VOID, None):
                 continue  # the set has none of it
+        # several of the set may be one of the run's; never the other way round
         for word in value if isinstance(value, list) else [value]:
             theirs = _named(str(word), names, name, name)
             if theirs in found:
@@ -113,6 +127,7 @@ def _without_partner(
     parts += [f"{name}'s {', '.join(rest)}"] if rest else []
     got = f"the run's classes are {', '.join(run)}, those of {name} {', '.join(names)}: "
     got += f"no partner of {' and of '.join(parts)}"
+    # on one line and quoted, so that it can be copied as it stands
     spelt = yaml.safe_dump({name: words}, default_flow_style=True, sort_keys=False, width=10**6)
     action = f"write data.class_map={shlex.quote(spelt.strip())}, with the right names for void"
     return InputError(got, "for each class one of the other side, or that it is void", action)

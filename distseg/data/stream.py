@@ -131,6 +131,7 @@ class TrainStream:
         """
         if not isinstance(self._samples, Mixture) or not isinstance(self._plan, MixedPlan):
             return {}
+        # from the plan, not counted: after a stop the numbers go on
         num_images, found = num_steps * self._batch_size, {}
         sets = zip(
             self._samples.names, self._samples.sets, self._plan.taken(num_images), strict=True

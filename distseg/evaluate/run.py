@@ -144,6 +144,7 @@ def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None
     check_place(config, found.path.parent.parent)
     options = config.data
     reader = open_reader(options, options.val_split, options.val_shards)
+    # of the data set, whatever its folder is called
     name = names_of([reader])[0]
     mapped = None
     # as training scored it, if its classes were told by data.class_map

@@ -164,6 +164,7 @@ def _mapped(
         needed = f"a further data set: {', '.join(dict.fromkeys(names[1:]))}"
         action = "correct the name; the classes of the first data set are the run's"
         raise InputError(f"data.class_map.{unknown[0]}", needed, action)
+    # the first, not a union: what a network predicts must not depend on what else is mixed in
     first = kept(readers[0].classes, options.keep_classes)
     found = {readers[0].manifest.sha256: first}
     for reader, name in zip(readers, names, strict=True):

@@ -35,6 +35,7 @@ def samples(root: Path, train_list: str = "", val_list: str = "") -> DataSet:
     root = locate(root, "images", "GTA5", "gta5", "gta")
     folders, notes = (root / "images", root / "labels"), list[str]()
     images, labels = (files_by_id(folder, notes=notes) for folder in folders)
+    # each would be a label without an image
     converted = [id_ for id_ in labels if id_.endswith(CONVERTED)]
     labels = {id_: path for id_, path in labels.items() if id_ not in converted}
     if converted:

@@ -136,6 +136,7 @@ def listed_splits(ids: Iterable[str], train_list: str, val_list: str) -> dict[st
     Raises InputError for an empty or unreadable list, an id in both or twice.
     """
     ids = sorted(ids)
+    # ids of images or labels: one without the other becomes a task that says so
     splits = {"train": ids_in_list(Path(train_list), ids)} if train_list else {"train": ids}
     if val_list:
         splits["val"] = ids_in_list(Path(val_list), ids)
