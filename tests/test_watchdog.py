@@ -57,7 +57,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(toy_shards: Path, tmp_path: Pat
     (hang,) = (tmp_path / "run" / "hangs").iterdir()
     content = json.loads((hang / "summary.json").read_text())
     assert content["silent"] == [1] and sorted(content["at"]) == ["0", "2"]
-    assert "rank 1 on " in content["diagnosis"] and "train/" in content["at"]["0"][-1]
+    assert "rank 1 on " in content["diagnosis"] and "distseg/" in content["at"]["0"][-1]
     said = (hang / "summary.txt").read_text()
     assert sum(said in output for output in outputs) == 1
 
