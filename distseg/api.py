@@ -107,11 +107,12 @@ class Trained:
         what the segmentor says; None: the segmentor's own probabilities. Returns (H, W) float32,
         the probability of being real (of loss.adv_form=hinge the sigmoid of the score, which is
         none); one value throughout where the discriminator judges the image as a whole. Raises
-        InputError for a run without a discriminator, and for a mask of another form.
+        InputError for a run without a discriminator, for a mask of another form, and for any where
+        it tells domains apart (mode=domain_adaptation).
         """
         image = self._pixels(image)
         label = None if mask is None else self._label(mask, image)
-        return confidence_map(self.network, self.discriminator, self.config.loss, image, label)
+        return confidence_map(self.network, self.discriminator, self.config, image, label)
 
     def evaluate(
         self,

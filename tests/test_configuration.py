@@ -43,7 +43,10 @@ def test_every_preset_loads_and_names_itself(toy_shards: Path) -> None:
 
 
 def test_a_preset_takes_from_the_data_what_is_not_said(
-    toy_shards: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    toy_shards: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(from_data, "_told", set())  # by other tests
     caplog.set_level(logging.WARNING, logger="distseg.config")  # which other tests have quietened
@@ -67,6 +70,10 @@ def test_a_preset_takes_from_the_data_what_is_not_said(
     # 30 epochs of the eight labels, or of half of them, to hundreds
     for labelled, steps in (("all", 200), ("1/2", 100)):
         assert loading.load([*own, "batch_size=1", f"data.labelled={labelled}"]).steps == steps
+    # a file is of all sets together, and not of each of them
+    (tmp_path / "keys.txt").write_text("a b c d")
+    both = [f"data.shards=[{toy_shards},{toy_shards}/]", f"data.labelled={tmp_path}/keys.txt"]
+    assert loading.load([*own, *both, "batch_size=1"]).steps == 100
     with pytest.raises(InputError, match=r"(?s)preset=own without data\.shards.*distseg pack"):
         loading.load(["preset=own"])
     with pytest.raises(InputError, match="no split 'nowhere'"):
@@ -430,6 +437,9 @@ def test_an_adversarial_run_has_a_loss() -> None:
         loading.load(zero)
     loading.load([*zero, "loss.adv_weight=0.1"])
     loading.load([*zero, "loss.terms.dice=1"])
+    with pytest.raises(InputError, match=r"mode=domain_adaptation with loss\.ce_weight=0"):
+        loading.load([*zero, "mode=domain_adaptation"])
+    loading.load([*zero, "mode=domain_adaptation", "semi.entropy_weight=1"])
 
 
 def test_a_run_is_not_extended_to_fewer_steps(tmp_path: Path) -> None:

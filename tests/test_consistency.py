@@ -21,12 +21,13 @@ import distseg
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
+from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
 from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
-from distseg.train.batch import Images
+from distseg.train.batch import Images, MicroBatch
 from distseg.train.ema import MovingAverage
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
@@ -403,6 +404,64 @@ def test_a_gate_lets_the_images_of_the_highest_scores_through() -> None:
     assert gate.opens(torch.tensor([0.1, -0.1, 3, -3])).tolist() == [True, False, True, False]
 
 
+def test_a_gate_between_domains_judges_what_its_discriminator_has_learned_from() -> None:
+    pixels, label = crops(2, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    class Judge:
+        network = None
+
+        def infer(self, _: Any, pixels: Tensor, label_map: Tensor) -> list[Tensor]:
+            seen.append(label_map)
+            return [label_map.sum((1, 2, 3))[:, None, None, None]]
+
+    words = ["data.shards=unused", "mode=domain_adaptation", "consistency.weight=1"]
+    words += ["ema_decay=0.9", "consistency.gate=rank"]
+    logits = torch.randn(2, NUM_CLASSES, 12, 12, dtype=torch.float64)
+    for kind in ("probabilities", "self_information"):
+        config = loading.load([*words, f"adaptation.input={kind}"])
+        gate = Gate.of(config, Judge(), Ranks(0, 1, 0, torch.device("cpu")))  # type: ignore[arg-type]
+        gate.scores(pixels, label != 255, logits)
+    p = logits.softmax(1)
+    torch.testing.assert_close(seen[0], p)
+    torch.testing.assert_close(seen[1], -p * p.log() / math.log(NUM_CLASSES))
+
+
+def test_the_fill_keeps_its_colour_however_a_device_divides_bytes() -> None:
+    config = make_config("fp32", ["strong.labelled=true", "strong.mix=none"])
+    views = StrongViews.of_labelled(config, NUM_CLASSES, Ranks(0, 1, 0, torch.device("cpu")))
+    fill = torch.tensor(FILL_RGB, dtype=torch.float32)[:, None, None]
+    # a GPU multiplies by the inverse, which is another number in the last bit
+    for scaled in (fill / 255, fill * torch.tensor(1 / 255)):
+        pixels, label = crops(BATCH)
+        pixels[:, :, :7] = scaled
+        label[:, :7] = 255
+        strong = views.labelled(Images(pixels, label), 0).pixels
+        assert torch.equal(strong[:, :, :7], pixels[:, :, :7])
+        assert not torch.equal(strong[:, :, 7:], pixels[:, :, 7:])
+
+
+def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:
+    """So that batch normalisation sees the same images together."""
+
+    def views_of(rank: int, world_size: int) -> Images:
+        config = make_config("fp64", ["consistency.num_views=2"])
+        ranks = Ranks(rank, world_size, 0, torch.device("cpu"))
+        views = StrongViews.of_unlabelled(config, NUM_CLASSES, ranks)
+        teacher = WeakToStrong(lambda pixels: pixels, views, num_views=2)
+        share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+        weak = Images(*(part[share] for part in unlabelled(1, torch.float64)))
+        return teacher(weak, weak, 1)
+
+    alone = MicroBatch(views_of(0, 1), views_of(0, 1))
+    for rank, part in enumerate(alone.split(3)):
+        ours, of_rank = part.unlabelled, views_of(rank, 3)
+        assert ours is not None and ours.pseudo is not None and of_rank.pseudo is not None
+        assert torch.equal(ours.pixels, of_rank.pixels)
+        assert torch.equal(ours.label, of_rank.label)
+        assert torch.equal(ours.pseudo.confidence, of_rank.pseudo.confidence)
+
+
 def rank_by(ranks: Ranks) -> list[bool]:
     """A gate's choice from eight scores of which each rank has some."""
     scores = torch.tensor([0.5, 2.0, -1.0, 2.0, 0.7, 0.1, -3.0, 0.6], dtype=torch.float64)
@@ -460,6 +519,7 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
         ),
         ([*gated, "consistency.gate=rank", "loss.adv_start_step=9"], "adv_start_step=9"),
         ([*gated, "consistency.gate=score", "loss.adv_form=hinge"], "adv_form=hinge"),
+        ([*gated, "consistency.gate=rank", "consistency.gate_share=0.02"], "one image of each"),
         (
             [*taught, "consistency.teacher=segmentor", *ZERO_3],
             "stage 3",

@@ -80,6 +80,7 @@ def same_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tmp_path_factory.mktemp("same"), "flipped", STANFORD, flipped(STANFORD))
 
 
+MODE = "mode=semi_supervised"
 WEIGHTS = [(1, 1), (3, 1), (0, 2), (2, 3, 7), (Fraction(1, 10), Fraction(1, 3), 5, 1)]
 
 
@@ -326,6 +327,25 @@ def test_unlabelled_images_may_be_of_sets_of_their_own(
     assert data.unlabelled.classes == STANFORD
 
 
+def test_the_source_is_scored_beside_the_target(
+    toy_shards: Path, other_shards: Path, tmp_path: Path
+) -> None:
+    """A class that the source's validation images lack has no IoU, which JSON says as null."""
+    sky = STANFORD.names.index("sky")
+    without = [
+        replace(sample, label=np.where(sample.label == sky, 255, sample.label).astype(np.uint8))
+        for sample in toy_samples()
+    ]
+    source = packed(tmp_path / "source", "source", STANFORD, without)
+    words = [f"data.unlabelled_shards={other_shards}", f"data.val_shards={other_shards}"]
+    words += ["mode=domain_adaptation", "consistency.weight=1"]
+    words += ["adaptation.input=self_information", "consistency.gate=rank", "ema_decay=0.9"]
+    done = fit([source], tmp_path / "run", *words, steps=1, discriminator={"name": "large_fov"})
+    written = json.loads((done.run_dir / "evaluation.json").read_text())
+    assert written["source/iou/sky"] is None and written["val/iou/sky"] is not None
+    assert written["source/mean_iou"] > 0 and written["data"] == "flipped"
+
+
 def refused(shards: list[Path], message: str, *words: str, **data: Any) -> None:
     named = "[" + ",".join(map(str, shards)) + "]"
     with pytest.raises(InputError, match=message):
@@ -342,6 +362,7 @@ def test_what_cannot_be_mixed_is_refused_before_training(
     refused(both, "(?s)data.weights=.*from 0 on", "data.weights=[2,-1]")
     refused(both, "each data set once", f"data.shards=[{toy_shards},{toy_shards}]")
     refused(both, "a mode with unlabelled", f"data.unlabelled_shards={toy_shards}")
+    refused(both, "without data.unlabelled_shards", "data.unlabelled_split=extra", MODE)
     refused(both, "5 samples of flipped, whose share is 8", "batch_size=16", "data.weights=[1,1]")
     copy = shutil.copytree(toy_shards, tmp_path / "copy")
     refused([toy_shards, copy], "the same images in .*'toy_00' for one")

@@ -131,7 +131,7 @@ def _look(config: Config) -> _Images:
         got = f"preset={config.preset} without data.shards"
         action = "write data.shards=DIR, which `distseg pack` wrote (docs/your_data.md)"
         raise InputError(got, "your shards, which sizes and steps are taken from", action)
-    sizes, num_labelled = [], 0
+    sizes, num_with_label = [], 0
     for shards in options.shards:
         reader = ShardReader(
             shards,
@@ -145,9 +145,10 @@ def _look(config: Config) -> _Images:
             raise InputError(got, needed, "pack the data again, with images to train on")
         some = np.linspace(0, count - 1, min(count, MAX_SIZES)).astype(int).tolist()
         sizes += [reader.size(index) for index in some]
-        num_labelled += _num_labelled(count - len(reader.unlabelled), options.labelled)
+        num_with_label += count - len(reader.unlabelled)
     height, width = np.median(sizes, axis=0).astype(int).tolist()
-    return _Images(num_labelled, height, width)
+    # of all sets together: one file lists the keys of all
+    return _Images(_num_labelled(num_with_label, options.labelled), height, width)
 
 
 def _num_labelled(count: int, labelled: str) -> int:

@@ -303,6 +303,11 @@ def a_discriminator_at_the_gate(config: Config) -> None:
         got += f"before loss.adv_start_step={loss.adv_start_step}"
         needed = "a discriminator that has begun to learn"
         raise InputError(got, needed, f"write consistency.start_step={loss.adv_start_step} or more")
+    size = config.semi.batch_size or config.batch_size
+    if chosen.gate == "rank" and not round(chosen.gate_share * size):
+        got = f"consistency.gate_share={chosen.gate_share} of {counted(size, 'unlabelled image')}"
+        action = f"write consistency.gate_share={1 / size:.3g} or more"
+        raise InputError(got, "one image of each step at least", action)
     if chosen.gate == "score" and loss.adv_form not in ("non_saturating", "saturating"):
         # which only the cross entropy makes of the scores
         got = f"consistency.gate=score with loss.adv_form={loss.adv_form}"
@@ -365,8 +370,12 @@ def a_loss_to_minimise(config: Config) -> None:
     if config.mode == "adversarial":
         weights += [loss.adv_weight, loss.feature_weight]
         named += ", loss.adv_weight=0, loss.feature_weight=0"
+    if config.mode in ADAPTATION:
+        weights += [loss.adv_weight, config.semi.entropy_weight, config.consistency.weight]
+        named += ", loss.adv_weight=0, semi.entropy_weight=0, consistency.weight=0"
     # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
-    if config.mode not in WITH_UNLABELLED and not any(weights):
+    others = config.mode in WITH_UNLABELLED and config.mode not in ADAPTATION
+    if not (others or any(weights)):
         got = f"mode={config.mode} with {named} and no loss.terms"
         raise InputError(got, "a loss", "write loss.ce_weight=1, or for example loss.terms.dice=1")
 
@@ -427,7 +436,15 @@ def _check_weights(key: str, weights: list[float], folders: list[str]) -> None:
 
 
 def unlabelled_images_are_used(config: Config) -> None:
-    """data.unlabelled_shards goes with a mode that looks at them."""
+    """data.unlabelled_shards goes with a mode that looks at them, and a split of theirs with
+    them.
+    """
+    split = config.data.unlabelled_split
+    # without them the unlabelled images are the rest of data.train_split
+    if split and not config.data.unlabelled_shards:
+        got = f"data.unlabelled_split={split} without data.unlabelled_shards"
+        action = "write data.unlabelled_shards=DIR (that of data.shards may be it), or leave it out"
+        raise InputError(got, "the data sets that it is a split of", action)
     if config.data.unlabelled_shards and config.mode not in WITH_UNLABELLED:
         got = f"data.unlabelled_shards={config.data.unlabelled_shards} with mode={config.mode}"
         action = f"write mode={' or '.join(WITH_UNLABELLED)}, or leave it out"

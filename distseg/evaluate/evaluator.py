@@ -100,6 +100,12 @@ class Evaluator:
         missed = self.tally.never_predicted().items()
         return named | {f"{NEVER_PREDICTED}{classes[index]}": share for index, share in missed}
 
+    def written(self) -> dict[str, float | None]:
+        """As `named`, with None for what is NaN, such as the IoU of an absent class."""
+        # JSON has no NaN, and the strict readers of other languages refuse it
+        named = self.named().items()
+        return {name: None if math.isnan(value) else value for name, value in named}
+
     def report(self, step: int) -> dict[str, Any]:
         """What evaluation.json holds.
 
@@ -113,14 +119,9 @@ class Evaluator:
         about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
         if self.class_map is not None:
             about["class_map"] = self.class_map.to_dict()
-        scores = {
-            # JSON has no NaN, and the strict readers of other languages refuse it
-            name: None if math.isnan(value) else value
-            for name, value in self.named().items()
-        }
         if self.details:
             # a thousand resamples, which take longer than one evaluation within training should
             about["intervals_95"] = {
                 f"{VALIDATION}{name}": list(pair) for name, pair in self.tally.intervals().items()
             }
-        return about | scores | {"confusion": self.tally.confusion.tolist()}
+        return about | self.written() | {"confusion": self.tally.confusion.tolist()}

@@ -219,7 +219,7 @@ class Labeller:
         choice: Choice,
         where: torch.device,
     ):
-        self._choice, self._loss = choice, config.loss
+        self._choice, self._config = choice, config
         self._judge = None
         if choice.rank == "discriminator":
             self._judge = trained_discriminator(config, found, "--rank confidence").to(where)
@@ -237,7 +237,7 @@ class Labeller:
             index, key, encode_label(found), float(chances.mean()), float(valid.mean())
         )
         if self._judge is not None:
-            real = confidence_map(self._network, self._judge, self._loss, image)
+            real = confidence_map(self._network, self._judge, self._config, image)
             labelled.realness = float(real.mean())
         truth = data.truth(index) if self._choice.compare else None
         if truth is not None:

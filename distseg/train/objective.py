@@ -22,6 +22,7 @@ from distseg.config.schema import (
 )
 from distseg.data.mixture import Mixture
 from distseg.data.samples import SampleSet
+from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import FORMS, Form
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
@@ -219,7 +220,7 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         on_unlabelled=config.semi.discriminate or config.mode in ADAPTATION,
         mismatched_weight=loss.mismatched_weight,
         of_domains=config.mode in ADAPTATION,
-        as_self_information=config.adaptation.input == "self_information",
+        as_self_information=sees_self_information(config),
     )
 
 

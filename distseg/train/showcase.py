@@ -37,7 +37,7 @@ def show(
     report = evaluator.report(step)
     # beside the target's, which come first: they are what the run is for
     if trainer.source is not None:
-        report |= trainer.source.named()
+        report |= trainer.source.written()
     write_json(run_dir / "evaluation.json", report)
     folder = run_dir / FOLDER
     draw_scores(run_dir, folder, trainer.config.loss.adv_form)
@@ -75,12 +75,14 @@ def _show_views(
 ) -> None:
     """Draw what the teacher makes of the first unlabelled images, and what is trained on."""
     threshold = trainer.config.consistency.threshold
-    # of two views of an image the first ones come first: these indices are of the same images
+    # all strong views of an image stand together; its first one is shown
+    num_views = len(views[1].label) // len(views[0].label)
     count = min(trainer.config.evaluate.num_pictures, len(views[0].label))
     for index in range(count):
         trainer.watchdog.report("pictures")
         trainer.check_folder()
-        weak, strong = (_taught(images, index, threshold) for images in views)
+        weak = _taught(views[0], index, threshold)
+        strong = _taught(views[1], index * num_views, threshold)
         out = folder / TAUGHT_FOLDER / f"unlabelled_{index + 1}.png"
         figures.taught_panel(weak, strong, classes, threshold, out)
         trainer.tracker.image(trainer.state.step, f"{TAUGHT_FOLDER}/unlabelled_{index + 1}", out)

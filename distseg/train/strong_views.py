@@ -91,7 +91,8 @@ class StrongViews:
         # not by the label, whose void is inside of images too: a ring of unchanged colours would
         # tell the network where objects end. A pixel of an image may have the fill's colour; it
         # keeps it
-        inside = (images.pixels != FILL.to(images.pixels)).any(1)
+        # within half a byte: a GPU divides bytes by 255 through its inverse, which rounds otherwise
+        inside = ((images.pixels - FILL.to(images.pixels)).abs() > 0.5 / 255).any(1)
         changed = self.changed(images, inside, draws)
         return self.mixed(changed, self.partners(changed), draws)
 

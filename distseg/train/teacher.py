@@ -12,6 +12,8 @@ from torch import Tensor
 
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, all_reduce_sum
+from distseg.evaluate.judged import sees_self_information
+from distseg.losses.adversarial import self_information
 from distseg.losses.tensors import at_least_float32, label_at, upsample
 from distseg.losses.terms import PseudoLabels
 from distseg.parallel import Learner
@@ -28,7 +30,7 @@ class Gate:
     judge: pixels (n, 3, H, W), probabilities (n, C, h, w) -> scores (n, 1, h', w') or (n, 1, 1, 1),
     without a graph. at_image_size: h, w are H, W. probability: an image counts where the sigmoid of
     its score is above it; None: the share of the global batch with the highest scores counts.
-    batch_size: of unlabelled images, over all ranks.
+    batch_size: of unlabelled images, over all ranks. as_self_information: as of Judging.
     """
 
     judge: Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +39,7 @@ class Gate:
     at_image_size: bool
     probability: float | None
     share: float
+    as_self_information: bool = False
 
     @classmethod
     def of(cls, config: Config, discriminator: Learner, ranks: Ranks) -> Gate:
@@ -53,6 +56,7 @@ class Gate:
             config.loss.map_resolution == "image",
             chosen.gate_probability if chosen.gate == "score" else None,
             chosen.gate_share,
+            sees_self_information(config),
         )
 
     def scores(self, pixels: Tensor, inside: Tensor, logits: Tensor) -> Tensor:
@@ -60,7 +64,10 @@ class Gate:
         # as in the step, or it would judge what it has never learned from
         if self.at_image_size:
             logits = upsample(logits, pixels.shape[-2:])
-        scores = self.judge(pixels, logits.softmax(1))[:, 0].double()  # (n, h', w')
+        label_map = logits.softmax(1)
+        if self.as_self_information:
+            label_map = self_information(label_map)
+        scores = self.judge(pixels, label_map)[:, 0].double()  # (n, h', w')
         if scores.shape[-1] == scores.shape[-2] == 1:
             return scores[:, 0, 0]
         _, valid = label_at((~inside).to(torch.uint8) * IGNORE_INDEX, scores.shape[-2:])
@@ -137,8 +144,8 @@ class WeakToStrong:
     def __call__(
         self, weak: Images, labelled: Images, step: int, num_micro_batches: int = 1
     ) -> Images:
-        """The strong views of this rank's images of a step, with their pseudo-labels: the first
-        views of all images, then the second ones.
+        """The strong views of this rank's images of a step, with their pseudo-labels: all views of
+        the first image, then those of the second.
 
         labelled: as many, as the segmentor sees them.
         """
@@ -206,7 +213,12 @@ class WeakToStrong:
 def _joined_views(views: list[Images]) -> Images:
     pixels, label = torch.cat([v.pixels for v in views]), torch.cat([v.label for v in views])
     pseudo = _joined([v.pseudo for v in views if v.pseudo is not None])
-    return Images(pixels, label, pseudo, views[0].is_tracked)
+    joined = Images(pixels, label, pseudo, views[0].is_tracked)
+    # image by image: a micro-batch has all views of its images, as a rank has of its own, so that
+    # batch normalisation sees the same ones together
+    return joined.each(
+        lambda values: values.unflatten(0, (len(views), -1)).transpose(0, 1).flatten(0, 1)
+    )
 
 
 def _joined(parts: list[PseudoLabels]) -> PseudoLabels:
