@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from safetensors import safe_open
 
 from distseg.cli import main
 from distseg.config import loading
+from distseg.config.names import flattened
+from distseg.config.rules import check
 from distseg.distributed.ranks import Ranks, teardown
 from distseg.evaluate.inference import probabilities
 from distseg.evaluate.trained import trained_segmentor
@@ -170,6 +173,10 @@ def test_a_models_folder_names_no_place_of_this_machine(finished: Path, code: Pa
     config = loading.from_file(finished / "config.yaml")
     assert str(code) in loading.to_yaml(config)
     assert str(code) not in loading.to_yaml(_without_places(config))
+    # what is left is a configuration as any other, whatever the run's data were
+    data = replace(config.data, unlabelled_shards=["there"], unlabelled_split="extra")
+    left = _without_places(replace(config, mode="semi_supervised", data=data))
+    check(left, flattened(loading.to_dict(left)))
 
 
 @no_curves()

@@ -376,6 +376,12 @@ def test_a_discriminator_is_judged_by_its_form_of_loss(form: str, undecided: flo
         return names(Health([{"step": 10 * n} | both | more for n in range(1, 31)], config))
 
     assert told(undecided, 0.5) == {"discriminator_is_blind"}
+    config["mode"] = "adversarial"
+    assert told(undecided, 0.5) == {"discriminator_is_blind"}
+    # where it tells domains apart, to see no difference is what it is there for
+    config["mode"] = "domain_adaptation"
+    assert told(undecided, 0.5) == set()
+    config["mode"] = "adversarial"
     assert told(0.05 * undecided, 0.95) == {"discriminator_has_won"}
     assert told(0.6 * undecided, 0.8) == set()
 

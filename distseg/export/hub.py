@@ -71,6 +71,7 @@ def _without_places(config: Config) -> Config:
     # copies: the caller's configuration stays as it is
     data = replace(config.data, shards=[], cache_dir="", labelled=_last_part(config.data.labelled))
     data = replace(data, unlabelled_shards=[], val_shards="", weights=[], unlabelled_weights=[])
+    data.unlabelled_split = ""  # of data sets that are named no more
     data.view = user_code.short(config.data.view)
     segmentor = replace(config.segmentor, init=Path(config.segmentor.init).name)
     segmentor.name = user_code.short(config.segmentor.name)

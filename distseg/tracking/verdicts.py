@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.forms import DEFAULT, FORMS
+from distseg.config.schema import ADAPTATION
 from distseg.tracking.catalogue import (
     ADVERSARIAL_WEIGHT,
     AGREEMENT,
@@ -92,6 +93,9 @@ def _fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
 
 def _both_losses(row: MetricsRow, before: MetricsRow) -> float | None:
     if DISCRIMINATOR_FAKE not in row or DISCRIMINATOR_ACCURACY not in row:
+        return None
+    # between domains it is the aim that the discriminator sees no difference any more
+    if before.get(OF_DOMAINS):
         return None
     # the mean of both, as ln 2 is the level of each when it answers 1/2 to everything
     return (row[DISCRIMINATOR_REAL] + row[DISCRIMINATOR_FAKE]) / 2 * _as_bce(before)
@@ -290,6 +294,7 @@ LEVELLED = (CROSS_ENTROPY, SEGMENTOR_LOSS, DISCRIMINATOR_REAL, DISCRIMINATOR_FAK
 # that it may have begun at
 LEVEL, HIGHEST_LEVEL = "level/", "level"
 UNDECIDED = "level of an undecided discriminator"  # likewise: its loss on either kind of map
+OF_DOMAINS = "discriminator of domains"  # likewise: whether it tells domains apart
 LEVEL_ROWS = 5  # whose median is the level
 MEAN_LEVEL = 100.0  # of means over pixels: ln 255 = 5.5 nats, and room for the weights of terms
 SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
@@ -302,6 +307,7 @@ def levels_of(config: Mapping[str, Any]) -> MetricsRow:
     return {
         HIGHEST_LEVEL: MEAN_LEVEL if is_mean == ("mean_valid", "mean") else SUM_LEVEL,
         UNDECIDED: form.undecided,
+        OF_DOMAINS: config.get("mode") in ADAPTATION,
     }
 
 
@@ -400,7 +406,8 @@ CHECKS = (
         meaning="No pixel of the unlabelled images is above consistency.threshold, so that the "
         "consistency term is 0: this is training on the labels alone at twice its price.",
         advice="Lower consistency.threshold, or start later (consistency.start_step), when the "
-        "labels have taught it something.",
+        "labels have taught it something; with consistency.gate=score the discriminator may let "
+        "no image through: lower consistency.gate_probability, or take gate=rank.",
     ),
     Check(
         "class_never_kept",
