@@ -564,6 +564,9 @@ def test_a_dry_run_without_the_data_leaves_to_them_what_is_theirs(
     assert loading.load([str(tmp_path / "mine.yaml"), there]) == loading.load([*words, there])
 
 
+HALVES = ["gradient_accumulation_steps=2"]
+
+
 def test_a_dry_run_refuses_what_is_there_and_no_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture, toy_shards: Path
 ) -> None:
@@ -573,6 +576,11 @@ def test_a_dry_run_refuses_what_is_there_and_no_shards(
         ([f"data.shards={toy_shards}", "data.train_split=nowhere"], "no split 'nowhere'"),
         # what needs no images is checked without them
         (["ema_decay=2"], "ema_decay=2"),
+        (["batch_size=3", "strong.labelled=true"], "3 labelled images"),
+        (
+            ["batch_size=4", "mode=semi_supervised", "semi.batch_size=5", *HALVES],
+            "semi.batch_size=5",
+        ),
     ):
         assert main([*own, *wrong]) == 2
         assert said in capsys.readouterr().err

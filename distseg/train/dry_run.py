@@ -22,7 +22,7 @@ from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_settings
 from distseg.train.adversary import check_neighbours
-from distseg.train.inputs import check_batch
+from distseg.train.inputs import check_batches
 from shards import user_code
 from shards.manifest import FILE_NAME, Manifest
 from shards.storage import is_file
@@ -43,7 +43,7 @@ def show(overrides: list[str], config: Config, waiting: Collection[str] = ()) ->
     # before the output, which promises that the same arguments could be trained
     check_settings(config)
     if "batch_size" not in waiting:
-        check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
+        check_batches(config, world_size)
         check_neighbours(config, world_size)
     if rank == 0:
         lines = summary(config, world_size, waiting)

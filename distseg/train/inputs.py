@@ -42,10 +42,21 @@ from shards.verified import check_verified
 from shards.words import counted
 
 
-def check_batch(key: str, batch_size: int, world_size: int, num_micro_batches: int) -> None:
-    """Raise InputError unless ranks and micro-batches divide the images of a step evenly."""
+def check_batches(config: Config, world_size: int) -> None:
+    """Raise InputError for images of a step that ranks and micro-batches cannot share evenly, and
+    for half a pair of mixed ones. Needs no data.
+    """
+    _check_batch("batch_size", config.batch_size, config, world_size)
+    if config.mode in WITH_UNLABELLED:
+        size = config.semi.batch_size or config.batch_size
+        _check_batch("semi.batch_size", size, config, world_size)
+    check_pairs(config, world_size)
+
+
+def _check_batch(key: str, batch_size: int, config: Config, world_size: int) -> None:
     # Equal shares only. Unequal ones would have ranks wait for the largest, and a batch that is
     # padded or cut short is not the configured one.
+    num_micro_batches = config.gradient_accumulation_steps
     divisor = world_size * num_micro_batches
     if batch_size % divisor:
         below, above = batch_size // divisor * divisor, -(-batch_size // divisor) * divisor
@@ -89,6 +100,7 @@ def open_data(config: Config, world_size: int) -> Data:
 
     InputError when they are not there or do not fit the configuration.
     """
+    check_batches(config, world_size)
     options = config.data
     # a reader reads manifest and index here, and no sample yet: names and sizes are enough to
     # refuse
@@ -110,10 +122,9 @@ def open_data(config: Config, world_size: int) -> Data:
     _check_classes(config, train)
     check_shares(train, options.weights, config.batch_size, "data.weights")
     own_view(config, train.classes.num_classes)  # or training would find out what is wrong
-    check_pairs(config, world_size)
     unlabelled = None
     if config.mode in WITH_UNLABELLED:
-        unlabelled = _open_unlabelled(config, world_size, train, [rest for _, rest in choices])
+        unlabelled = _open_unlabelled(config, train, [rest for _, rest in choices])
     check_apart([train] if unlabelled is None else [train, unlabelled])
     source = _open_source(options, readers[0], mapped[0])
     return Data(train, unlabelled, val_set, held_out, source)
@@ -228,9 +239,7 @@ def _check_classes(config: Config, samples: Mixture) -> None:
         raise InputError(got, "the same number", action)
 
 
-def _open_unlabelled(
-    config: Config, world_size: int, labelled: Mixture, rest: Sequence[Sequence[int]]
-) -> Mixture:
+def _open_unlabelled(config: Config, labelled: Mixture, rest: Sequence[Sequence[int]]) -> Mixture:
     """The samples whose labels are not used: of data sets of their own, or the rest of the
     labelled.
     """
@@ -244,7 +253,6 @@ def _open_unlabelled(
     else:
         _check_rest(config, labelled, rest)
     size = config.semi.batch_size or config.batch_size
-    check_batch("semi.batch_size", size, world_size, config.gradient_accumulation_steps)
     # a set with all of its labels used has none left to give
     some = [number for number, indices in enumerate(rest) if len(indices)]
     # the labelled ones come first: being fewer, they come more often

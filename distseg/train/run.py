@@ -33,7 +33,7 @@ from distseg.train.assembly import build_trainer, learned, spread, with_precisio
 from distseg.train.attempt import noted
 from distseg.train.flops import StepWork
 from distseg.train.headline import about_checkpoints, extension
-from distseg.train.inputs import Data, check_batch, open_data, open_streams, save_labelled
+from distseg.train.inputs import Data, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
 from distseg.train.replicas import check_same_code
@@ -133,7 +133,6 @@ def check(config: Config, world_size: int) -> Prepared:
     InputError for what could not be trained. Touches no GPU.
     """
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
-    check_batch("batch_size", config.batch_size, world_size, config.gradient_accumulation_steps)
     check_neighbours(config, world_size)
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
