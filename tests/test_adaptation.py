@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks
+from distseg.evaluate.judged import confidence_map
 from distseg.losses.adversarial import self_information
 from distseg.train.networks import build_networks
 from distseg.train.schedules import phase
@@ -26,7 +28,7 @@ from tests.test_adversary import (
     train,
     values_of,
 )
-from tests.test_engine import NUM_CLASSES
+from tests.test_engine import NUM_CLASSES, TinySegmentor
 
 ADAPT = ["mode=domain_adaptation", "discriminator=large_fov"]
 CASES: dict[str, list[str]] = {
@@ -124,6 +126,27 @@ def test_self_information_is_the_entropy_class_by_class_and_has_a_gradient_at_ze
     torch.testing.assert_close(found[..., 0, 0], expected, atol=1e-14, rtol=0)
     (gradient,) = torch.autograd.grad(found.sum(), chances)
     assert gradient.isfinite().all()
+
+
+class Unsure(torch.nn.Module):
+    """A discriminator whose score is the mean of what it is shown."""
+
+    def forward(self, _: Tensor, label_map: Tensor) -> list[Tensor]:
+        return [label_map.mean((1, 2, 3))[:, None, None, None]]
+
+
+def test_maps_of_confidence_are_of_what_the_discriminator_has_learned_from() -> None:
+    segmentor, image = TinySegmentor(), np.full((32, 32, 3), 99, np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    p = segmentor(pixels).detach().softmax(1)
+    for kind, shown in (("probabilities", p), ("self_information", self_information(p))):
+        words = ["data.shards=unused", "mode=domain_adaptation", f"adaptation.input={kind}"]
+        config = loading.load(words)
+        found = confidence_map(segmentor, Unsure(), config, image)
+        np.testing.assert_allclose(found, float(shown.mean().sigmoid()), rtol=1e-6)
+        # ground truth is what it has never seen
+        with pytest.raises(InputError, match="never seen ground truth"):
+            confidence_map(segmentor, Unsure(), config, image, torch.zeros(32, 32).byte())
 
 
 TAUGHT = ["mode=domain_adaptation", "consistency.weight=1", "ema_decay=0.9"]
