@@ -184,7 +184,7 @@ def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) 
         teacher.full_network,
         data.held_out,
         evaluator.ranks,
-        # whole and once: in training it sees no other scales
+        # once: in training it sees no other scales
         replace(evaluator.augmentation, scales=(1.0,), horizontal_flip=False),
         config.consistency.threshold,
         config.data.num_threads,
