@@ -222,7 +222,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
         weak = None
         if pair.objective.uses_unlabelled(now):
             weak = Images(*(part[share] for part in unlabelled(step, dtype)))
-            if now.weights.get("consistency"):
+            if now.taught:
                 weak = teacher(weak, images, step, count)
         metrics = training_step(pair, now, images, weak, count)
         kept.append(float(metrics.get("consistency/confident_share", torch.tensor(-1.0))))

@@ -92,9 +92,8 @@ class StepWork:
         """Operations of one step on so many images; num_views: strong ones of each that a teacher
         labels.
         """
-        is_taught = bool(phase.weights.get("consistency"))
-        taught = num_unlabelled * self.segmentor if is_taught else 0.0
-        num_images = num_labelled + num_unlabelled * (num_views if is_taught else 1)
+        taught = num_unlabelled * self.segmentor if phase.taught else 0.0
+        num_images = num_labelled + num_unlabelled * (num_views if phase.taught else 1)
         # a phase of the discriminator alone needs the prediction, but no gradient of it
         of_image = self.segmentor + phase.segmentor * self.segmentor_backward
         if not phase.adversary:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distseg.config.schema import (
     WITH_DISCRIMINATOR,
@@ -24,7 +24,8 @@ class Phase:
 
     adversary: whether the discriminator judges at all; else the step is a plain supervised one.
     watched: whether the step is logged, so that signals are measured which no loss needs. r1: the
-    factor of the discriminator's squared gradient; 0: it is not computed.
+    factor of the discriminator's squared gradient; 0: it is not computed. taught: whether
+    unlabelled images are seen in strong views that a teacher has labelled, by either network.
     """
 
     segmentor: bool
@@ -33,6 +34,7 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     watched: bool = False
     r1: float = 0.0
+    taught: bool = False
 
 
 def phase(step: int, config: Config) -> Phase:
@@ -44,7 +46,14 @@ def phase(step: int, config: Config) -> Phase:
     """
     # Called at the same step on every rank, and several times: it reads neither state nor data, so
     # no rank can be in another phase, and a resumed run is in the right one.
-    alternation, own = config.alternation, _own_weights(step, config)
+    own = _own_weights(step, config)
+    # in blocks of the discriminator too: it is to judge what the segmentor's own blocks show it
+    return replace(_turn(step, config, own), taught=own.get("consistency", 0) > 0)
+
+
+def _turn(step: int, config: Config, own: Mapping[str, float]) -> Phase:
+    """Whose step it is; own: the weights of the terms that need no adversary."""
+    alternation = config.alternation
     since_start = step - config.loss.adv_start_step
     # before adv_start_step the discriminator is not even run: a warm-up costs what supervised
     # training does
@@ -63,7 +72,9 @@ def phase(step: int, config: Config) -> Phase:
     if not (both or further or any(brought.values())):  # nobody would look at what it says
         return Phase(segmentor=True, discriminator=False, weights=own)
     r1 = _r1_factor(since_start, config) if both else 0.0
-    return Phase(segmentor=True, discriminator=both, adversary=True, weights=own | brought, r1=r1)
+    return Phase(
+        segmentor=True, discriminator=both, adversary=True, weights={**own, **brought}, r1=r1
+    )
 
 
 def _r1_factor(num_updates: int, config: Config) -> float:

@@ -229,7 +229,7 @@ class Trainer:
         # read and decoded all the same, so that the order of the stream does not depend on the
         # schedule
         if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
-            if self.pair.weak_to_strong is not None and current.weights.get("consistency"):
+            if self.pair.weak_to_strong is not None and current.taught:
                 taught, strong = self.views(batch.unlabelled, labelled)
                 return labelled, strong, taught
             unlabelled = to_device(batch.unlabelled, self.ranks.device, self.config)
