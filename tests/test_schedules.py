@@ -88,6 +88,15 @@ def test_terms_on_unlabelled_images_begin_at_their_steps() -> None:
     assert "semi" not in phase(9, config_of("semi.start_step=0")).weights  # of another mode
 
 
+def test_a_teachers_views_are_seen_in_the_discriminators_blocks_too() -> None:
+    words = ["mode=semi_supervised", "alternation=blocks", "ema_decay=0.9"]
+    words += ["alternation.segmentor=1", "alternation.discriminator=1", "consistency.weight=1"]
+    config = config_of(*words, "consistency.start_step=2")
+    found = [phase(step, config) for step in range(5)]
+    assert [now.taught for now in found] == [False, False, True, True, True]
+    assert [now.discriminator for now in found] == [False, True, False, True, False]
+
+
 def test_further_terms_begin_at_their_steps_and_warm_up() -> None:
     settings = ["loss.terms.dice={weight: 0.8, start_step: 2, warmup_steps: 4}"]
     config = loading.load(["data.shards=unused", "mode=supervised", *settings])
