@@ -32,13 +32,14 @@ from distseg.train.ema import MovingAverage
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
 from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
-from distseg.train.teacher import Gate, WeakToStrong
+from distseg.train.teacher import Gate, WeakToStrong, logit_adjustment
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
 from tests.tiny import contents
 
 STEPS, SIDE = 5, 48
+PIXELS = torch.arange(1, NUM_CLASSES + 1, dtype=torch.float64) ** 2  # of each class, labelled
 ALWAYS = {"jitter_probability": 1.0, "gray_probability": 0.3, "mix_probability": 0.7}
 
 
@@ -209,6 +210,9 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     pair = Pair.of(config, *learners)
     ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
     teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+    if config.consistency.logit_adjustment:
+        adjustment = logit_adjustment(config.consistency.logit_adjustment, PIXELS)
+        teacher = replace(teacher, adjustment=adjustment)
     of_labelled = StrongViews.of_labelled(config, NUM_CLASSES, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     size = BATCH // ranks.world_size
@@ -263,6 +267,8 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             seen = []
             with torch.no_grad():
                 taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
+                shares = (PIXELS / PIXELS.sum()).view(-1, 1, 1)
+                taught = taught - chosen.logit_adjustment * shares.log()
                 sure, index = taught.softmax(1).max(1)
             index[where == 255] = 255
             places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
@@ -329,7 +335,10 @@ def update(
 
 
 JOINED = {
-    1: ["consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"],
+    1: [
+        *("consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"),
+        "consistency.logit_adjustment=0.7",
+    ],
     2: ["strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"],
     3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
 }
@@ -462,6 +471,12 @@ def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:
         assert torch.equal(ours.pseudo.confidence, of_rank.pseudo.confidence)
 
 
+def test_a_class_without_labels_is_raised_as_the_rarest_of_the_others() -> None:
+    found = logit_adjustment(2.0, torch.tensor([30, 0, 10, 60]))[:, 0, 0]
+    expected = [-2 * math.log(share) for share in (0.3, 0.1, 0.1, 0.6)]
+    assert found.tolist() == pytest.approx(expected)
+
+
 def rank_by(ranks: Ranks) -> list[bool]:
     """A gate's choice from eight scores of which each rank has some."""
     scores = torch.tensor([0.5, 2.0, -1.0, 2.0, 0.7, 0.1, -3.0, 0.6], dtype=torch.float64)
@@ -487,7 +502,7 @@ RUN: dict[str, Any] = {
         "init": "random",
         "options": {"hidden": 8, "norm": "batch"},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1, "logit_adjustment": 0.5},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distseg.config import loading
@@ -33,7 +34,7 @@ from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
 from distseg.train.strong_views import StrongViews, has_teacher
-from distseg.train.teacher import WeakToStrong
+from distseg.train.teacher import WeakToStrong, logit_adjustment
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
 
@@ -88,6 +89,11 @@ def learned(
         ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
     if has_teacher(config):
         weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+        if config.consistency.logit_adjustment:
+            # of the labels that are trained on: of the others nothing is known
+            pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
+            adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
+            weak_to_strong = replace(weak_to_strong, adjustment=adjustment)
         pair = replace(pair, weak_to_strong=weak_to_strong)
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes

@@ -223,6 +223,8 @@ def _consistency(chosen: ConsistencyConfig) -> str:
     how += chosen.weighting
     if chosen.mix_with == "labelled":
         how += ", mixed with labelled images"
+    if chosen.logit_adjustment:
+        how += f", logits adjusted by {chosen.logit_adjustment}"
     if chosen.gate != "none":
         how += f", gate by {chosen.gate}"
     if chosen.start_step:

@@ -94,7 +94,7 @@ class WeakToStrong:
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
     each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
-    labelled images, not neighbours.
+    labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -104,6 +104,7 @@ class WeakToStrong:
     num_views: int = 1
     is_tracked: bool = True
     with_labelled: bool = False
+    adjustment: Tensor | None = None
 
     @classmethod
     def of(
@@ -114,7 +115,9 @@ class WeakToStrong:
         ranks: Ranks,
         discriminator: Learner | None = None,
     ) -> WeakToStrong:
-        """Of a configuration; ema: with a network, where the teacher is one."""
+        """Of a configuration, without an adjustment; ema: with a network, where the teacher is
+        one.
+        """
         chosen, network = config.consistency, segmentor.network
         # by reference: the average goes on while this teacher labels
         if chosen.teacher == "ema":
@@ -179,8 +182,11 @@ class WeakToStrong:
         """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
         inside = label != IGNORE_INDEX
         logits = at_least_float32(self.teach(pixels))
-        # before they are upsampled: the gate brings them to the size that it judges at
+        # before they are upsampled: the gate brings them to the size that it judges at; and as they
+        # are, for it has learned from such
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
+        if self.adjustment is not None:
+            logits = logits + self.adjustment.to(logits)
         probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
         confidence, index = probabilities.max(1)
         pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
@@ -208,6 +214,17 @@ class WeakToStrong:
         pseudo = PseudoLabels(labelled.label, confidence, every)
         # void counts for nothing, so it is as if outside of the image
         return replace(labelled, label=(~valid).to(torch.uint8) * IGNORE_INDEX, pseudo=pseudo)
+
+
+def logit_adjustment(strength: float, class_pixels: Tensor) -> Tensor:
+    """- strength x log of each class's share of the labelled pixels, (C, 1, 1) float64: what is
+    added to logits so that rare classes are not pushed out (Menon et al. 2021, section 4.1).
+
+    class_pixels: (C,), how many each has. One without any gets what the rarest of the others gets.
+    """
+    share = class_pixels.double() / class_pixels.sum()
+    known = share.where(share > 0, share[share > 0].min())
+    return -strength * known.log()[:, None, None]
 
 
 def _joined_views(views: list[Images]) -> Images:

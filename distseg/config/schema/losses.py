@@ -338,6 +338,15 @@ class ConsistencyConfig:
         },
         source=f"pixel: {UNIMATCH}; image: Olsson et al. 2021 (ClassMix)",
     )
+    # a student of argmaxes forgets what its teacher is never sure of
+    logit_adjustment: float = key(
+        0.0,
+        "t: the teacher's logits are raised by - t log(share of the class among labelled pixels), "
+        "so that rare classes are not lost from pseudo-labels; 0: off",
+        low=0,
+        high=2,
+        source="Menon et al. 2021, section 4.1; of pseudo-labels Wang et al. 2022 (DebiasPL)",
+    )
     # in both cases by the place in the global batch, so any number of ranks mixes the same
     mix_with: str = key(
         "unlabelled",
