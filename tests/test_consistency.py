@@ -557,8 +557,11 @@ def mixed_by(config: Config, mix: str) -> Any:
     return replace(config.strong, mix=mix)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(toy_shards: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The teacher's memory is the average's: a resumed run labels as the undisturbed one does."""
+    leave_out(monkeypatch.setattr)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     data = RUN["data"] | {"shards": str(toy_shards)}
     for run_dir, steps in ((whole, (6,)), (parts, (3, 6))):
