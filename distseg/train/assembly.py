@@ -84,21 +84,13 @@ def learned(
     """
     # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
     # average and of the networks, so nothing that has been looked up goes stale.
-    is_teacher, ema = has_teacher(config) and config.consistency.teacher == "ema", None
-    if config.ema_decay > 0:
-        ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
-    if has_teacher(config):
-        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
-        if config.consistency.logit_adjustment:
-            # of the labels that are trained on: of the others nothing is known
-            pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
-            adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-            weak_to_strong = replace(weak_to_strong, adjustment=adjustment)
+    pair, ema = with_views(config, ranks, pair)
+    if pair.weak_to_strong is not None and config.consistency.logit_adjustment:
+        # of the labels that are trained on: of the others nothing is known
+        pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
+        adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
+        weak_to_strong = replace(pair.weak_to_strong, adjustment=adjustment)
         pair = replace(pair, weak_to_strong=weak_to_strong)
-    if config.strong.labelled:
-        num_classes = data.train.classes.num_classes
-        strong = StrongViews.of_labelled(config, num_classes, ranks)
-        pair = replace(pair, strong_labelled=strong)
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
@@ -111,6 +103,23 @@ def learned(
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)
+
+
+def with_views(config: Config, ranks: Ranks, pair: Pair) -> tuple[Pair, MovingAverage | None]:
+    """The learners with what makes the strong views that the configuration asks for, and the
+    segmentor's average, where it keeps one.
+    """
+    is_teacher, ema = has_teacher(config) and config.consistency.teacher == "ema", None
+    if config.ema_decay > 0:
+        ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
+    if has_teacher(config):
+        teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+        pair = replace(pair, weak_to_strong=teacher)
+    if config.strong.labelled:
+        num_classes = int(pair.segmentor.network.num_classes)  # type: ignore[arg-type]
+        strong = StrongViews.of_labelled(config, num_classes, ranks)
+        pair = replace(pair, strong_labelled=strong)
+    return pair, ema
 
 
 def build_trainer(
