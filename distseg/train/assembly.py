@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distseg.config import loading
@@ -91,9 +90,9 @@ def learned(
         weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
         if config.consistency.logit_adjustment:
             # of the labels that are trained on: of the others nothing is known
-            pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
+            pixels = data.train.class_pixels()
             adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-            weak_to_strong = replace(weak_to_strong, adjustment=adjustment)
+            weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
         pair = replace(pair, weak_to_strong=weak_to_strong)
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes

@@ -163,7 +163,8 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
     if not loss.ohem_threshold:
         reasons["loss.ohem_min_share"] = "loss.ohem_threshold is 0"
     if not has_cross_entropy:
-        names = ("class_weights", "label_smoothing", "focal_gamma", "ohem_threshold")
+        names = ["class_weights", "label_smoothing", "focal_gamma", "ohem_threshold"]
+        names.append("logit_adjustment")
         reasons |= {f"loss.{name}": "the loss is without cross entropy" for name in names}
     values = flattened(to_dict(config))
     return [
@@ -238,6 +239,8 @@ def _cross_entropy(loss: LossConfig) -> str:
     if loss.class_weights != "none":
         weights = loss.class_weights
         how.append(f"{weights} class weights" if isinstance(weights, str) else "class weights")
+    if loss.logit_adjustment:
+        how.append(f"logits adjusted by {loss.logit_adjustment}")
     if loss.label_smoothing:
         how.append(f"label smoothing {loss.label_smoothing}")
     if loss.focal_gamma:

@@ -24,7 +24,7 @@ from distseg.data.mixture import Mixture
 from distseg.data.samples import SampleSet
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import FORMS, Form
-from distseg.losses.class_weights import balanced, median_frequency
+from distseg.losses.class_weights import balanced, log_shares, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
 from distseg.losses.terms import (
     TERMS,
@@ -163,6 +163,7 @@ def build_objective(
         focal_gamma=loss.focal_gamma,
         ohem_threshold=loss.ohem_threshold,
         ohem_min_share=loss.ohem_min_share,
+        prior=None if samples is None else class_prior(loss, samples),
     )
     in_sums = loss.ce_reduction == "sum"
     terms: list[Term] = [CrossEntropy(pixels, in_sums)]
@@ -409,3 +410,10 @@ def class_weights(loss: LossConfig, samples: Mixture | SampleSet) -> Tensor | No
         got += counted(len(names), "class", "classes")
         raise InputError(got, f"one for each of: {', '.join(names)}", "correct loss.class_weights")
     return torch.tensor(asked, dtype=torch.float64)
+
+
+def class_prior(loss: LossConfig, samples: Mixture | SampleSet) -> Tensor | None:
+    """What `loss.logit_adjustment` adds to the logits of each class, (C,); None: nothing."""
+    if not loss.logit_adjustment:
+        return None
+    return torch.from_numpy(loss.logit_adjustment * log_shares(samples.class_pixels()))
