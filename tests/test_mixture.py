@@ -242,6 +242,12 @@ def test_the_counts_of_pixels_follow_the_classes(toy_shards: Path, other_shards:
     for index in range(len(samples)):
         label = samples.load(index)[2]
         assert np.array_equal(np.bincount(label.ravel(), minlength=256)[:8], counts[index])
+    # three quarters of every batch are of the first set, and so of what is counted
+    weighted = samples.class_pixels([3, 1])
+    of_first = weighted[: len(samples.sets[0])].sum() / samples.sets[0].class_pixels().sum()
+    of_second = weighted[len(samples.sets[0]) :].sum() / samples.sets[1].class_pixels().sum()
+    sizes = [len(one) for one in samples.sets]
+    assert of_first / of_second == pytest.approx(3 * sizes[1] / sizes[0])
     # the last class of the set stands for two of the run's, and its first for none
     run = ("b", "c")
     table = partners(run, ("A", "x", "c"), {"b": "x", "void": "A"}, name="set")

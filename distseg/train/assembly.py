@@ -90,7 +90,7 @@ def learned(
         weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
         if config.consistency.logit_adjustment:
             # of the labels that are trained on: of the others nothing is known
-            pixels = data.train.class_pixels()
+            pixels = data.train.class_pixels(config.data.weights)
             adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
             weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
         pair = replace(pair, weak_to_strong=weak_to_strong)
