@@ -37,6 +37,7 @@ CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confid
 # of classes that validation labels have and no prediction, which alone are there
 NEVER_PREDICTED = "val/never_predicted/"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
+SUBSET = "mean_iou_of/"  # after the prefix of the split
 
 Better = Literal["higher", "lower", ""]
 
@@ -390,6 +391,8 @@ OF_CLASSES = (
     *(CLASS_CONFIDENT, CLASS_AGREEMENT, SOURCE_IOU),
 )
 FAMILIES = (
+    Family(f"{VALIDATION}{SUBSET}", "mIoU of {}", "share", better="higher"),
+    Family(f"{SOURCE}{SUBSET}", "mIoU of {} on the source", "share", better="higher"),
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
     Family(SOURCE_IOU, "IoU of {} on the source", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),

@@ -17,6 +17,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
+from distseg.evaluate.subsets import subsets_of
 from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import Checkpoint
@@ -168,6 +169,7 @@ def _evaluator(
         num_threads=config.data.num_threads,
         # an evaluation takes longer than the time limit; each image is a sign of life
         mark=watchdog.report,
+        subsets=subsets_of(config.evaluate.subsets, data.val.classes.names),
     )
 
 
