@@ -356,7 +356,7 @@ def test_the_source_is_scored_beside_the_target(
         with pytest.raises(InputError, match=re.escape(got)):
             overrides = [f"evaluate.subsets={{two: {asked}}}"]
             distseg.load(done.run_dir, device="cpu").evaluate(quick=True, overrides=overrides)
-    with pytest.raises(InputError, match="subsets.two=sky"):
+    with pytest.raises(InputError, match=r"subsets\.two=sky"):
         named(source, other_shards, "evaluate.subsets={two: sky}")
 
 
