@@ -211,7 +211,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
     teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
     if config.consistency.logit_adjustment:
-        adjustment = logit_adjustment(config.consistency.logit_adjustment, PIXELS)
+        adjustment = logit_adjustment(config.consistency.logit_adjustment, PIXELS.numpy()[None])
         teacher = replace(teacher, adjustment=adjustment)
     of_labelled = StrongViews.of_labelled(config, NUM_CLASSES, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -472,7 +472,7 @@ def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:
 
 
 def test_a_class_without_labels_is_raised_as_the_rarest_of_the_others() -> None:
-    found = logit_adjustment(2.0, torch.tensor([30, 0, 10, 60]))[:, 0, 0]
+    found = logit_adjustment(2.0, np.array([[30, 0, 4, 60], [0, 0, 6, 0]]))[:, 0, 0]
     expected = [-2 * math.log(share) for share in (0.3, 0.1, 0.1, 0.6)]
     assert found.tolist() == pytest.approx(expected)
 

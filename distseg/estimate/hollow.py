@@ -8,18 +8,20 @@ have no storages that C++ could look into.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import conv_flop_count, flop_registry
+
+from distseg.distributed.compat import meta_chooses_all, ranks_of
 
 # tensors of so few elements, made of such alone, keep their values: counters, draws, shares
 SMALL = 2**16
@@ -28,16 +30,37 @@ _VIEWS = {torch.ops.aten._unsafe_view.default}
 # they change a tensor's shape in place, so they are done
 _RESHAPING = ("resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_")
 _UNFILLED = ("empty", "new_empty")
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
 class Block:
-    """One storage. kind: what it is for, said by whoever knows; "" of what a step works with."""
+    """One storage. kind: what it is for, said by whoever knows; network: in whose forward it was
+    made; "" where nobody said.
+    """
 
     __slots__ = ("hollow", "kind", "network", "size")
 
-    def __init__(self, size: int):
-        self.size, self.kind, self.network, self.hollow = size, "", "", False
+    def __init__(self, network: str):
+        self.size, self.kind, self.network, self.hollow = 0, "", network, False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel does: operations of products, bytes read and written, and in which type."""
+
+    operations: float
+    bytes_moved: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One exchange: its name as c10d has it, the bytes of its larger side, and between whom."""
+
+    name: str
+    num_bytes: int
+    ranks: tuple[int, ...]
 
 
 class Ledger:
@@ -45,6 +68,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.changes: list[tuple[Block, int]] = []
+        self.network = ""  # whose forward is under way
         self._blocks: dict[int, tuple[Block, Any]] = {}
 
     def block(self, tensor: Tensor) -> Block | None:
@@ -57,7 +81,7 @@ class Ledger:
         storage = tensor.untyped_storage()
         key = id(storage)  # torch keeps the object for as long as the memory
         if key not in self._blocks:
-            block = Block(0)
+            block = Block(self.network)
             self._blocks[key] = block, weakref.ref(storage, lambda _: self._free(key))
             self._change(block, storage.nbytes())
         return self._blocks[key][0]
@@ -97,13 +121,18 @@ class Ledger:
 class Hollow(TorchDispatchMode):
     """Within it, tensors have no values, and what they hold stands in `ledger`.
 
-    What the host reads from one is 0. collectives: of each, its name and its bytes, in order.
+    What the host reads from one is 0. collectives, work: of the kernels since `forget`, in order.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = Ledger()
-        self.collectives: list[tuple[str, int]] = []
+        self.collectives: list[Collective] = []
+        self.work: list[Work] = []
+
+    def forget(self) -> None:
+        """Begin to note collectives and work anew."""
+        self.collectives, self.work = [], []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -113,11 +142,13 @@ class Hollow(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         if func.namespace == "c10d":
-            self._note(func, args)
+            self._note_collective(func, args)
         result = self._done(func, args, kwargs)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self.ledger.add(tensor)
+        results = [it for it in tree_iter(result) if isinstance(it, Tensor)]
+        for tensor in results:
+            self.ledger.add(tensor)
+        if func.namespace == "aten" and results and not _is_view(func):
+            self._note_work(func, args, kwargs, result)
         return result
 
     @contextmanager
@@ -134,7 +165,7 @@ class Hollow(TorchDispatchMode):
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
         try:
             # of what is chosen by values, all: no more can be
-            with fx_config.patch(meta_nonzero_assume_all_nonzero=True), self:
+            with meta_chooses_all(), self:
                 yield self
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
@@ -174,12 +205,26 @@ class Hollow(TorchDispatchMode):
         found = [self.ledger.block(it) for it in tensors]
         return [block for block in found if block is not None]
 
-    def _note(self, func: Any, args: tuple) -> None:
+    def _note_collective(self, func: Any, args: tuple) -> None:
         # the larger side: of a gather what comes out, of a scatter what goes in
         sides = [[it for it in tree_iter(arg) if isinstance(it, Tensor)] for arg in args[:2]]
         size = max(sum(it.nbytes for it in side) for side in sides)
         if size:
-            self.collectives.append((func._schema.name.partition("::")[2], size))
+            name = func._schema.name.partition("::")[2]
+            self.collectives.append(Collective(name, size, ranks_of(args)))
+
+    def _note_work(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        tensors = [it for it in tree_iter((args, kwargs, result)) if isinstance(it, Tensor)]
+        count = flop_registry.get(func._overloadpacket)
+        if func is _CONVOLUTION_BACKWARD:
+            # torch's own takes a grouped convolution's gradient for a whole one's: the gradient of
+            # either factor costs what the product does
+            out, x, weight = (tensor.shape for tensor in args[:3])
+            operations = sum(args[10][:2]) * conv_flop_count(x, weight, out, args[7])
+        else:
+            operations = 0.0 if count is None else count(*args, **kwargs, out_val=result)
+        moved = sum(it.nbytes for it in tensors)
+        self.work.append(Work(float(operations), moved, tensors[0].dtype))
 
     def _made(self, meta: Tensor) -> Tensor:
         # of the same strides: channels last goes on through a network

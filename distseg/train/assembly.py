@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distseg.config import loading
@@ -18,6 +17,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
+from distseg.evaluate.subsets import subsets_of
 from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import Checkpoint
@@ -87,10 +87,10 @@ def learned(
     pair, ema = with_views(config, ranks, pair)
     if pair.weak_to_strong is not None and config.consistency.logit_adjustment:
         # of the labels that are trained on: of the others nothing is known
-        pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
+        pixels = data.train.class_pixels(config.data.weights)
         adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-        weak_to_strong = replace(pair.weak_to_strong, adjustment=adjustment)
-        pair = replace(pair, weak_to_strong=weak_to_strong)
+        adjusted = replace(pair.weak_to_strong, adjustment=adjustment.to(ranks.device))
+        pair = replace(pair, weak_to_strong=adjusted)
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
@@ -178,6 +178,7 @@ def _evaluator(
         num_threads=config.data.num_threads,
         # an evaluation takes longer than the time limit; each image is a sign of life
         mark=watchdog.report,
+        subsets=subsets_of(config.evaluate.subsets, data.val.classes.names),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
+from distseg.losses.class_weights import log_shares
 from distseg.losses.tensors import at_least_float32, label_at, upsample
 from distseg.losses.terms import PseudoLabels
 from distseg.parallel import Learner
@@ -216,15 +218,13 @@ class WeakToStrong:
         return replace(labelled, label=(~valid).to(torch.uint8) * IGNORE_INDEX, pseudo=pseudo)
 
 
-def logit_adjustment(strength: float, class_pixels: Tensor) -> Tensor:
+def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:
     """- strength x log of each class's share of the labelled pixels, (C, 1, 1) float64: what is
     added to logits so that rare classes are not pushed out (Menon et al. 2021, section 4.1).
 
-    class_pixels: (C,), how many each has. One without any gets what the rarest of the others gets.
+    class_pixels: (samples, C), how many each has.
     """
-    share = class_pixels.double() / class_pixels.sum()
-    known = share.where(share > 0, share[share > 0].min())
-    return -strength * known.log()[:, None, None]
+    return torch.from_numpy(-strength * log_shares(class_pixels))[:, None, None]
 
 
 def _joined_views(views: list[Images]) -> Images:

@@ -149,6 +149,14 @@ class LossConfig:
         "by the labelled training images",
         source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
     )
+    logit_adjustment: float = key(
+        0.0,
+        "t: t log(share of the class among labelled pixels) is added to the logits in the cross "
+        "entropy, so that the logits themselves favour no class for being frequent; 0: off",
+        low=0,
+        high=2,
+        source="Menon et al. 2021, eq. 10",
+    )
     # below 1, where nothing of the truth would be left
     label_smoothing: float = key(
         0.0,
