@@ -144,7 +144,7 @@ class Hollow(TorchDispatchMode):
         if func.namespace == "c10d":
             self._note_collective(func, args)
         result = self._done(func, args, kwargs)
-        results = [it for it in tree_iter(result) if isinstance(it, Tensor)]
+        results = [it for it in tree_iter(result) if isinstance(it, Tensor) and not it.is_meta]
         for tensor in results:
             self.ledger.add(tensor)
         if func.namespace == "aten" and results and not _is_view(func):
@@ -177,6 +177,9 @@ class Hollow(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if func is _READ:
             return torch.zeros((), dtype=tensors[0].dtype).item() if is_hollow else func(*args)
+        to_meta = str(kwargs.get("device")) == "meta"  # structures, which hold nothing
+        if to_meta or any(it.is_meta for it in tensors):
+            return func(*args, **kwargs)
         if func.namespace not in ("aten", "prims") or _is_view(func) or name in _RESHAPING:
             return func(*args, **kwargs)
         returns, written = func._schema.returns, _written(func, args, kwargs)

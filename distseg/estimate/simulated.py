@@ -63,16 +63,25 @@ class Simulated:
         return sum(it.operations for it in self.work)
 
 
-def simulate(config: Config, networks: Networks, world_size: int) -> Simulated:
-    """Build rank 0 of a job as training does, and take steps.
+@contextmanager
+def pretended(world_size: int) -> Iterator[Ranks]:
+    """Within it this process is rank 0 of a job of which there is nothing else.
 
-    config: as `prepared` makes it. networks: of the meta device; they stay as they are. Raises
-    InputError where this process has joined a job.
+    Raises InputError where it has joined a job.
     """
     check_alone()
-    hollow, ranks = Hollow(), Ranks(0, world_size, 0, torch.device("cpu"))
-    with fake_group(world_size), hollow.counting():
-        trainer = build_job(config, filled(copy.deepcopy(networks)), ranks)
+    with fake_group(world_size):
+        yield Ranks(0, world_size, 0, torch.device("cpu"))
+
+
+def simulate(config: Config, networks: Networks, ranks: Ranks) -> Simulated:
+    """Build a rank of a pretended job as training does, and take steps.
+
+    config: as `prepared` makes it. networks: of the meta device; they stay as they are.
+    """
+    hollow, networks = Hollow(), copy.deepcopy(networks)
+    with hollow.counting():
+        trainer = build_job(config, filled(networks), ranks)
         for learner in learners(trainer).values():
             if config.parallel.strategy == "ddp":
                 reduce_by_hook(learner.ddp)
@@ -81,7 +90,7 @@ def simulate(config: Config, networks: Networks, world_size: int) -> Simulated:
         with _naming_what_comes(hollow, trainer):
             for _ in range(NUM_STEPS):
                 hollow.forget()
-                batch = made_up(config, step, world_size)
+                batch = made_up(config, step, ranks.world_size)
                 _say(hollow, [*_tensors(batch)], "images")
                 take_step(trainer, batch)
         del batch
