@@ -40,7 +40,7 @@ NETWORKS = {
     "deeplabv2_resnet101": ["preset=voc_hung_semi", "data.crop_px=97"],
     "fcn8s_vgg16": ["preset=road_fcn8s", "data.crop_px=128"],
 }
-COMMON = ["precision=fp32", "data.num_classes=8"]
+COMMON = ["precision=fp32"]
 
 
 @dataclass(frozen=True)
