@@ -9,12 +9,13 @@ take for themselves is no tensor's, and not in it. Run: python -m benchmarks.mem
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,72 +34,75 @@ from distseg.estimate.job import (
     without_memory,
 )
 from distseg.estimate.simulated import NUM_STEPS, pretended, simulate
-from shards.files import say, tracked
+from shards.files import say
 
 NETWORKS = {
-    "deeplabv3_efficientnet_lite0": ["preset=stanford_semi", "data.crop_px=160"],
-    "deeplabv2_resnet101": ["preset=voc_hung_semi", "data.crop_px=97"],
-    "fcn8s_vgg16": ["preset=road_fcn8s", "data.crop_px=128"],
+    "deeplabv3_efficientnet_lite0": ["preset=stanford_semi", "data.crop_px=96"],
+    "deeplabv2_resnet101": ["preset=voc_hung_semi", "data.crop_px=65"],
+    "fcn8s_vgg16": ["preset=road_fcn8s", "data.crop_px=64"],
 }
 COMMON = ["precision=fp32"]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A network under a strategy."""
-
-    network: str
-    strategy: str
-    overrides: tuple[str, ...]
-
-
-def cases(num_ranks: int, batch: int) -> list[Case]:
-    """Every network under every strategy, and with accumulation."""
+def cases(network: str, num_ranks: int, batch: int) -> dict[str, list[str]]:
+    """What a network is trained with, under every strategy, accumulated and in bf16."""
     chosen = dict(STRATEGIES)
     if importlib.util.find_spec("deepspeed") is None:
         say("deepspeed is left out, as there is no package of that name")
         chosen = {name: it for name, it in chosen.items() if not name.startswith("deepspeed")}
-    if num_ranks > 1:
-        chosen["fsdp, shards of 1"] = ["parallel.strategy=fsdp", "parallel.shard_size=1"]
     chosen["ddp, accumulated"] = ["gradient_accumulation_steps=2"]
     chosen["ddp, bf16"] = ["precision=bf16"]
-    found = []
-    for network, of_network in NETWORKS.items():
-        size = num_ranks * batch
-        words = [*of_network, f"segmentor={network}", f"batch_size={size}", *COMMON]
-        words.append(f"semi.batch_size={size}")
-        found += [Case(network, name, (*words, *more)) for name, more in chosen.items()]
-    return found
+    size = num_ranks * batch
+    words = [*NETWORKS[network], f"segmentor={network}", f"batch_size={size}", "precision=fp32"]
+    words.append(f"semi.batch_size={size}")
+    return {name: [*words, *more] for name, more in chosen.items()}
 
 
-def start(num_ranks: int, overrides: tuple[str, ...]) -> int:
-    """`measured` on so many ranks; what rank 0 printed."""
+def start(network: str, num_ranks: int, batch: int) -> Iterator[tuple[str, int]]:
+    """The cases of a network and their peaks on rank 0, on so many ranks of new processes."""
     launcher = [f"--nproc_per_node={num_ranks}", "--standalone", "-m", "benchmarks.memory"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "--measured", *overrides]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--measured={network}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout[done.stdout.rindex('{"peak"') :])["peak"]
+    with subprocess.Popen(
+        [*command, f"--batch={batch}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the profiler tells of every start
+        text=True,
+    ) as ran:
+        for line in ran.stdout or ():
+            if line.startswith('{"peak"'):
+                told = json.loads(line)
+                yield told["name"], told["peak"]
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {ran.returncode}")
 
 
-def measured(overrides: list[str]) -> int:
+def measure(network: str, batch: int) -> None:
+    """All cases of a network on this rank, a line of JSON each."""
+    with joined("cpu") as ranks:
+        for name, overrides in cases(network, ranks.world_size, batch).items():
+            peak = measured(overrides, ranks)
+            if ranks.is_main:
+                print(json.dumps({"peak": peak, "name": name}), flush=True)
+        os._exit(0)  # a thread of the profiler now and then aborts an ordinary exit
+
+
+def measured(overrides: list[str], ranks: Ranks) -> int:
     """The most bytes at a time on this rank, from its networks' first tensor on."""
     torch.manual_seed(0)
+    gc.collect()  # of the case before, or what it gives back would count here
     config = prepared(loading.outline(overrides)[0])
-    with joined("cpu") as ranks:
-        networks = without_memory(config, config.data.num_classes, ranks.world_size)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            networks = filled(networks)
-            for network in networks:
-                for tensor in () if network is None else network.state_dict().values():
-                    tensor.zero_()
-            trainer = build_job(config, networks, ranks)
-            for _ in range(NUM_STEPS):
-                take_step(trainer, made_up(config, fullest_step(config), ranks.world_size))
-        events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    networks = without_memory(config, config.data.num_classes, ranks.world_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        networks = filled(networks)
+        for network in networks:
+            for tensor in () if network is None else network.state_dict().values():
+                tensor.zero_()
+        trainer = build_job(config, networks, ranks)
+        for _ in range(NUM_STEPS):
+            take_step(trainer, made_up(config, fullest_step(config), ranks.world_size))
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(it.start_ns(), it.nbytes()) for it in events if it.name() == "[memory]"]
     most = total = 0
     for _, change in sorted(changes, key=lambda it: it[0]):
@@ -107,9 +111,9 @@ def measured(overrides: list[str]) -> int:
     return most
 
 
-def estimated(overrides: tuple[str, ...], ranks: Ranks) -> int:
+def estimated(overrides: list[str], ranks: Ranks) -> int:
     """The same as `distseg estimate` has it, of a pretended job."""
-    config = prepared(loading.outline([*overrides])[0])
+    config = prepared(loading.outline(overrides)[0])
     networks = without_memory(config, config.data.num_classes, ranks.world_size)
     return simulate(config, networks, ranks).peak
 
@@ -120,26 +124,22 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2, help="labelled images a rank")
-    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name has it")
-    parser.add_argument("--measured", action="store_true", help="one case, on this rank")
-    parser.add_argument("overrides", nargs="*", help="of one case")
+    parser.add_argument("--measured", choices=NETWORKS, help="on this rank of a job")
+    parser.add_argument("networks", nargs="*", help=f"none: {', '.join(NETWORKS)}")
     options = parser.parse_args()
     if options.measured:
-        peak = measured(options.overrides)
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps({"peak": peak}), flush=True)
-        os._exit(0)  # a thread of the profiler now and then aborts an ordinary exit
+        measure(options.measured, options.batch)
     print(conditions(threads=1))
     print(f"{options.ranks} ranks, {options.batch} labelled images each; the most MB at a time")
     print(f"{'network':30}{'strategy':22}{'measured':>9}{'estimated':>10}{'':>7}", flush=True)
-    chosen = cases(options.ranks, options.batch)
-    chosen = [it for it in chosen if options.only in f"{it.network} {it.strategy}"]
     # one for all: DeepSpeed keeps the first group that it sees
     with pretended(options.ranks) as ranks:
-        for case in tracked(chosen, len(chosen), "cases"):
-            real, told = start(options.ranks, case.overrides), estimated(case.overrides, ranks)
-            row = f"{case.network:30}{case.strategy:22}{real / 1e6:9.0f}{told / 1e6:10.0f}"
-            print(f"{row}{told / real - 1:+7.1%}", flush=True)
+        for network in options.networks or NETWORKS:
+            under = cases(network, options.ranks, options.batch)
+            for name, real in start(network, options.ranks, options.batch):
+                told = estimated(under[name], ranks)
+                row = f"{network:30}{name:22}{real / 1e6:9.0f}{told / 1e6:10.0f}"
+                print(f"{row}{told / real - 1:+7.1%}", flush=True)
 
 
 if __name__ == "__main__":

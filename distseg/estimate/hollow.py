@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from distseg.distributed.compat import meta_chooses_all, ranks_of
@@ -30,7 +30,9 @@ _VIEWS = {torch.ops.aten._unsafe_view.default}
 # they change a tensor's shape in place, so they are done
 _RESHAPING = ("resize_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_")
 _UNFILLED = ("empty", "new_empty")
+_CONVOLUTION = torch.ops.aten.convolution.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_SIZES: dict[Any, Any] = {}  # results on meta tensors, which hold no memory, by function and sizes
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -92,6 +94,12 @@ class Ledger:
             block = self._blocks[id(storage)][0]
             self._change(block, storage.nbytes() - block.size)
 
+    def passing(self, size: int) -> None:
+        """Note memory that a kernel takes for itself and gives back."""
+        block = Block(self.network)
+        self._change(block, size)
+        self._change(block, -size)
+
     def live(self) -> list[Block]:
         """All that is there now."""
         return [block for block, _ in self._blocks.values()]
@@ -149,6 +157,7 @@ class Hollow(TorchDispatchMode):
             self.ledger.add(tensor)
         if func.namespace == "aten" and results and not _is_view(func):
             self._note_work(func, args, kwargs, result)
+        self.ledger.passing(workspace(func, args, result))
         return result
 
     @contextmanager
@@ -186,7 +195,7 @@ class Hollow(TorchDispatchMode):
         # in place: nothing new, and not every such function could say sizes without values
         in_place = all(it.alias_info is not None for it in returns) and "out" not in kwargs
         metas = _metas((args, kwargs))
-        sized = () if in_place else func(*metas[0], **metas[1])
+        sized = () if in_place else self._sized(func, metas, tensors)
         every = [*tensors, *(it for it in tree_iter(sized) if isinstance(it, Tensor))]
         is_small = sum(it.numel() for it in every) <= SMALL
         # numbers that are not floating point are written there by the host
@@ -207,6 +216,20 @@ class Hollow(TorchDispatchMode):
     def _blocks(self, tensors: Iterable[Tensor]) -> list[Block]:
         found = [self.ledger.block(it) for it in tensors]
         return [block for block in found if block is not None]
+
+    def _sized(self, func: Any, metas: tuple, tensors: list[Tensor]) -> Any:
+        """What a function gives on meta tensors; the same calls come again in every step."""
+        if metas[1].get("out") is not None:  # which it writes into
+            return func(*metas[0], **metas[1])
+        leaves, tree = tree_flatten(metas)
+        key = func, str(tree), *map(_described, leaves)
+        if key not in _SIZES:
+            sized = func(*metas[0], **metas[1])
+            if func is _CONVOLUTION and any(map(_is_channels_last, tensors[:2])):
+                # devices choose so where either factor is; the meta device asks for both
+                sized = sized.contiguous(memory_format=torch.channels_last)
+            _SIZES[key] = sized
+        return _SIZES[key]
 
     def _note_collective(self, func: Any, args: tuple) -> None:
         # the larger side: of a gather what comes out, of a scatter what goes in
@@ -234,6 +257,43 @@ class Hollow(TorchDispatchMode):
         tensor = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
         self.ledger.add(tensor).hollow = True
         return tensor
+
+
+def _described(leaf: Any) -> Any:
+    """A function's argument, as far as the size of its result depends on it."""
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype
+    # 1, 1.0 and True are equal, and make results of different types
+    return type(leaf), str(leaf)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def workspace(func: Any, args: tuple, result: Any) -> int:
+    """Bytes that a convolution takes beside its tensors: factors and results in the kernel's own
+    order, as oneDNN's were seen to (torch 2.13.0, benchmarks/memory.py). What cuDNN takes depends on
+    the algorithm that it chooses.
+    """
+    if func is not _CONVOLUTION and func is not _CONVOLUTION_BACKWARD:
+        return 0
+    is_backward = func is _CONVOLUTION_BACKWARD
+    out = args[0] if is_backward else result
+    x, weight = args[1:3] if is_backward else args[:2]
+    in_place = weight.dtype == torch.float32 and weight.shape[2:].numel() == 1
+    is_depthwise = weight.shape[1] == 1 and weight.shape[0] == x.shape[1]
+    if _is_channels_last(x) or _is_channels_last(weight):
+        if in_place or is_depthwise:
+            return 0
+        # one more where the weights are in the plain order, as FSDP needs them
+        is_plain = not _is_channels_last(weight)
+        return weight.nbytes * (1 + is_backward + is_plain)
+    if in_place:
+        return 0
+    if is_backward:
+        return out.nbytes + max(x.nbytes, weight.nbytes)
+    return weight.nbytes + max(x.nbytes, out.nbytes)
 
 
 def _is_view(func: Any) -> bool:

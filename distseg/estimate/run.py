@@ -289,8 +289,8 @@ def _modelled(options: argparse.Namespace) -> list[str]:
     links = f"{options.link_gbs or chip.link_gbs:g} GB/s a GPU, {options.node_link_gbs:g} a node"
     own = [name for name in ("tflops", "memory_bandwidth") if getattr(options, name)]
     changed = f" (but your {' and '.join(own)})" if own else ""
-    kept = f"{options.reserve_gb:g} GB of a GPU are left to CUDA, NCCL and fragments, assumed"
-    return [f"modelled with {share}{changed},", f"links of {links}; {kept}"]
+    kept = f"{options.reserve_gb:g} GB of a GPU are left to CUDA, NCCL and fragments, which is assumed"
+    return [f"modelled with {share}{changed},", f"links of {links};", kept]
 
 
 def _gb(size: float) -> str:

@@ -90,6 +90,7 @@ def simulate(config: Config, networks: Networks, ranks: Ranks) -> Simulated:
         with _naming_what_comes(hollow, trainer):
             for _ in range(NUM_STEPS):
                 hollow.forget()
+                hollow.ledger.network = ""
                 batch = made_up(config, step, ranks.world_size)
                 _say(hollow, [*_tensors(batch)], "images")
                 take_step(trainer, batch)
@@ -134,11 +135,12 @@ def _naming_what_comes(hollow: Hollow, trainer: Trainer) -> Iterator[None]:
 
     def left(*_: Any) -> None:
         # not "", which is of before the first forward
-        ledger.network = BACKWARD
+        ledger.network = "backward"
 
-    def updated(network: str, learner: Any, step: Callable[..., Any], lr_factor: float) -> Any:
-        gradients = [it.grad for it in learner.network.parameters() if it.grad is not None]
-        _say(hollow, (shard_of(it).rows for it in gradients), "gradients", network)
+    def updated(step: Callable[..., Any], lr_factor: float) -> Any:
+        for network, learner in learners(trainer).items():
+            gradients = [it.grad for it in learner.network.parameters() if it.grad is not None]
+            _say(hollow, (shard_of(it).rows for it in gradients), "gradients", network)
         # what lives on when the graph has gone: ZeRO's own
         for block in ledger.live():
             block.kind = block.kind or "gradients"
@@ -148,19 +150,17 @@ def _naming_what_comes(hollow: Hollow, trainer: Trainer) -> Iterator[None]:
         network = learner.network
         handles.append(network.register_forward_pre_hook(partial(entered, name)))
         handles.append(network.register_forward_hook(left))
-        learner.step = partial(updated, name, learner, learner.step)
+        learner.step = partial(updated, learner.step)
     yield
     for handle in handles:
         handle.remove()
 
 
-BACKWARD = "backward"
-
-
 def _say(hollow: Hollow, tensors: Iterable[Tensor], kind: str, network: str = "") -> None:
     for tensor in tensors:
         block: Block = hollow.ledger.add(tensor)
-        if block.kind in ("", "exchange"):
+        # buckets of DDP are made anew before a forward, as images are
+        if block.kind in ("", "exchange", "images"):
             block.kind, block.network = kind, network
 
 

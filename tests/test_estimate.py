@@ -1,0 +1,244 @@
+"""What `distseg estimate` counts, against hand counts, the step's own operations and the memory that
+a real step takes; on pretended jobs of up to 1,024 ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from distseg.cli import main
+from distseg.config.loading import outline
+from distseg.estimate import command
+from distseg.estimate.hollow import Collective, Hollow, Work
+from distseg.estimate.job import (
+    build_job,
+    filled,
+    fullest_step,
+    made_up,
+    prepared,
+    take_step,
+    without_memory,
+)
+from distseg.estimate.simulated import NUM_STEPS, pretended, simulate
+from distseg.estimate.timing import CHIPS, Hardware, exchange_seconds, seconds_of, word_of
+from distseg.train.flops import StepWork
+from distseg.train.schedules import phase
+
+SMALL = ["preset=stanford_semi", "data.num_classes=5", "data.crop_px=48", "precision=fp32"]
+SMALL += ["segmentor=multiscale", "segmentor.init=random", "segmentor.options.norm=batch"]
+SMALL += ["segmentor.options.hidden=8", "segmentor.batch_norm=per_rank"]
+SMALL += ["discriminator=two_branch", "discriminator.options.width=0.125"]
+
+
+def job(world_size: int, *overrides: str, per_rank: int = 2):
+    sizes = [f"batch_size={per_rank * world_size}", f"semi.batch_size={per_rank * world_size}"]
+    config = prepared(outline([*SMALL, *sizes, *overrides])[0])
+    return config, without_memory(config, 5, world_size)
+
+
+def counted(world_size: int, *overrides: str, per_rank: int = 2):
+    config, networks = job(world_size, *overrides, per_rank=per_rank)
+    with pretended(world_size) as ranks:
+        return simulate(config, networks, ranks)
+
+
+def num_parameters(networks) -> dict[str, int]:
+    kinds = ("segmentor", "discriminator")
+    return {
+        kind: sum(it.numel() for it in network.parameters())
+        for kind, network in zip(kinds, networks, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def ddp():
+    return counted(8)
+
+
+def test_ddp_holds_whole_networks_and_sends_their_gradients_once(ddp):
+    config, networks = job(8)
+    assert config.segmentor_optimizer.name == "adamw" and config.ema_decay > 0
+    sizes = num_parameters(networks)
+    for name, size in sizes.items():
+        num_tensors = len([*getattr(networks, name).parameters()])
+        assert ddp.parts["parameters", name] == ddp.parts["gradients", name] == 4 * size
+        # AdamW: two moments, and a counter for each tensor
+        assert ddp.parts["optimizer", name] == 8 * size + 4 * num_tensors
+    state = networks.segmentor.state_dict().values()
+    assert ddp.parts["average", "segmentor"] == sum(it.nbytes for it in state)
+    assert sum(ddp.parts.values()) == ddp.peak
+    sent = Counter({word_of(it.name): 0 for it in ddp.collectives})
+    for it in ddp.collectives:
+        sent[word_of(it.name)] += it.num_bytes
+        assert it.ranks == tuple(range(8))
+    # beside the gradients: running statistics, counts and metrics
+    gradients = 4 * sum(sizes.values())
+    assert gradients < sent["all_reduce"] < 1.05 * gradients and not sent["all_gather"]
+
+
+def test_operations_are_those_of_the_step(ddp):
+    config, networks = job(8)
+    work = StepWork.of(config, *networks)
+    assert ddp.operations == work.of_step(phase(fullest_step(config), config), 2, 2)
+
+
+def real_peak(world_size: int, *overrides: str) -> int:
+    """As benchmarks/memory.py measures it; of a pretended job, with real values."""
+    config, networks = job(world_size, *overrides)
+    with (
+        pretended(world_size) as ranks,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
+        networks = filled(networks)
+        for network in networks:
+            for tensor in network.state_dict().values():
+                tensor.zero_()
+        trainer = build_job(config, networks, ranks)
+        if config.parallel.strategy == "ddp":
+            from distseg.distributed.compat import reduce_by_hook
+
+            for learner in (trainer.pair.segmentor, trainer.pair.discriminator):
+                reduce_by_hook(learner.ddp)
+        for _ in range(NUM_STEPS):
+            take_step(trainer, made_up(config, fullest_step(config), world_size))
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((it.start_ns(), it.nbytes()) for it in events if it.name() == "[memory]")
+    most = total = 0
+    for _, change in changes:
+        total += change
+        most = max(most, total)
+    return most
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("gradient_accumulation_steps=2",), ("parallel.strategy=fsdp", "parallel.shard_size=2")],
+    ids=" ".join,
+)
+def test_memory_is_that_of_a_real_step(overrides):
+    assert counted(4, *overrides).peak == pytest.approx(real_peak(4, *overrides), rel=0.1)
+
+
+def test_a_thousand_ranks_in_a_mesh_of_128_by_8():
+    small = counted(8, "parallel.strategy=fsdp")
+    large = counted(1024, "parallel.strategy=fsdp", "parallel.shard_size=8")
+    # a rank of 1,024 holds what one of 8 does, as both have an eighth of the parameters
+    for kind in ("parameters", "optimizer", "average"):
+        assert large.of_kind(kind) == small.of_kind(kind)
+    whole = 4 * sum(num_parameters(job(8)[1]).values())
+    assert whole / 8 <= large.of_kind("parameters") < 1.2 * whole / 8
+    groups = Counter((word_of(it.name), len(it.ranks)) for it in large.collectives)
+    gathers, scatters = groups["all_gather", 8], groups["reduce_scatter", 8]
+    assert gathers >= scatters > 0 and not groups["all_gather", 1024]
+    # each shard's gradient once more, over the 128 ranks that hold the same
+    assert groups["all_reduce", 128] == scatters
+    between = [it for it in large.collectives if len(it.ranks) == 128]
+    assert {it.ranks for it in between} == {tuple(range(0, 1024, 8))}
+    scattered = sum(it.num_bytes for it in large.collectives if "reduce_scatter" in it.name)
+    assert sum(it.num_bytes for it in between) == scattered / 8
+
+
+def test_deepspeed_splits_more_at_every_stage():
+    pytest.importorskip("deepspeed")
+    found = {}
+    with pretended(4) as ranks:
+        for stage in (0, 1, 3):
+            words = ["parallel.strategy=deepspeed", f"parallel.zero_stage={stage}"]
+            config, networks = job(4, *words, "ema_decay=0")
+            found[stage] = simulate(config, networks, ranks)
+    whole = found[0].of_kind("optimizer")
+    assert found[1].of_kind("optimizer") == pytest.approx(whole / 4, rel=0.02)
+    assert found[3].of_kind("optimizer") == pytest.approx(whole / 4, rel=0.02)
+    segmentor = found[0].parts["parameters", "segmentor"]
+    assert found[3].parts["parameters", "segmentor"] < segmentor
+    sent = {
+        stage: Counter(word_of(it.name) for it in each.collectives) for stage, each in found.items()
+    }
+    assert not sent[0]["all_gather"] and sent[1]["all_gather"] and sent[3]["reduce_scatter"]
+
+
+def test_what_the_host_reads_has_no_value_and_storages_are_counted():
+    hollow = Hollow()
+    with hollow.counting():
+        one = torch.rand(300, 300)
+        assert float(one.sum()) == 0.0 and not bool((one > 0).any())
+        assert torch.arange(4).sum().item() == 6  # small, and made of nothing without values
+        peak = (one @ one).relu_().sum()
+        del peak
+        assert hollow.ledger.block(one).size == 4 * 300 * 300
+        one.untyped_storage().resize_(0)
+        assert hollow.ledger.block(one).size == 0
+    most, held = hollow.ledger.peak()
+    assert most == pytest.approx(2 * 4 * 300 * 300, abs=2000) and len(held) >= 2
+
+
+def test_the_model_of_seconds_is_its_formula():
+    hardware = Hardware({"bf16": 100.0, "tf32": 50.0, "fp32": 10.0}, 40.0, 8.0, 2.0, 0.5, 4)
+    work = [Work(1000.0, 10, torch.bfloat16), Work(1000.0, 10, torch.float32), Work(0, 200, torch.half)]
+    of_all = Collective("allreduce_", 16, tuple(range(8)))
+    found = seconds_of(work, [of_all], hardware, tf32=True)
+    assert found.compute == pytest.approx(1000 / 50 + 1000 / 25 + 200 / 20)
+    ring = 2 * 3 / 4 * 16 / 8 + 2 * 1 / 2 * 16 / 2
+    assert exchange_seconds(of_all, hardware) == pytest.approx(ring, rel=1e-4)
+    assert found.exposed == 0.0 and found.step == found.compute
+    slow = replace(hardware, node_link=0.1)
+    assert seconds_of(work, [of_all], slow, tf32=False).exposed > 0
+    assert tuple(CHIPS) == command.CHIPS
+
+
+def test_the_command_prints_80_columns_and_json(capsys):
+    words = ["estimate", *SMALL, "nodes=2", "gpus_per_node=2", "batch_size=8", "semi.batch_size=8"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("MODELLED, not measured" in line for line in lines)
+    assert main([*words, "strategy=fsdp", "shard_size=2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (found,) = told["strategies"].values()
+    assert found["peak_bytes"] == sum(sum(it.values()) for it in found["parts_bytes"].values())
+    fits = [*found["fits"].values()]
+    assert fits == sorted(fits) and fits[0] > 100
+    # once more at what it says: a line through two batches is no bad guess of ten times as large
+    more = counted(4, "parallel.strategy=fsdp", "parallel.shard_size=2", per_rank=20)
+    less = counted(4, "parallel.strategy=fsdp", "parallel.shard_size=2", per_rank=2)
+    twice = counted(4, "parallel.strategy=fsdp", "parallel.shard_size=2", per_rank=4)
+    assert more.peak == pytest.approx(less.peak + 9 * (twice.peak - less.peak), rel=0.05)
+
+
+def refusal(capsys, *words: str) -> str:
+    assert main(["estimate", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    return error
+
+
+def test_what_cannot_be_trained_is_refused(capsys):
+    assert "batch_size=10 for 64 ranks" in refusal(capsys, *SMALL, "nodes=8", "batch_size=10")
+    assert "nodes=none" in refusal(capsys, *SMALL, "nodes=none")
+    sized = [*SMALL, "gpus_per_node=4", "batch_size=8", "semi.batch_size=8"]
+    words = ["strategy=fsdp", "shard_size=3"]
+    assert "shard_size=3 for 4 ranks" in refusal(capsys, *sized, *words)
+    words = ["strategy=deepspeed", "zero_stage=3"]
+    assert "ema_decay" in refusal(capsys, *sized, *words)
+    assert "--efficiency" in refusal(capsys, *sized, "--efficiency=0")
+    without = [word for word in sized if "num_classes" not in word]
+    assert "--classes" in refusal(capsys, *without, "data.num_classes=0")
+    assert not dist.is_initialized()
+
+
+def test_networks_on_the_meta_device_stay_as_they_are():
+    config, networks = job(2)
+    before = copy.deepcopy(networks)
+    with pretended(2) as ranks:
+        simulate(config, networks, ranks)
+    for one, other in zip(networks, before, strict=True):
+        assert {it.device.type for it in one.state_dict().values()} == {"meta"}
+        assert [*one.state_dict()] == [*other.state_dict()]
