@@ -5,6 +5,7 @@ a real step takes; on pretended jobs of up to 1,024 ranks.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from distseg.cli import main
 from distseg.config.loading import outline
-from distseg.estimate import command
+from distseg.distributed.compat import reduce_by_hook
+from distseg.estimate import command, run
 from distseg.estimate.hollow import Collective, Hollow, Work
 from distseg.estimate.job import (
     build_job,
@@ -28,7 +30,14 @@ from distseg.estimate.job import (
     without_memory,
 )
 from distseg.estimate.simulated import NUM_STEPS, pretended, simulate
-from distseg.estimate.timing import CHIPS, Hardware, exchange_seconds, seconds_of, word_of
+from distseg.estimate.timing import (
+    CHIPS,
+    Hardware,
+    Seconds,
+    exchange_seconds,
+    seconds_of,
+    word_of,
+)
 from distseg.train.flops import StepWork
 from distseg.train.schedules import phase
 
@@ -38,12 +47,14 @@ SMALL += ["segmentor.options.hidden=8", "segmentor.batch_norm=per_rank"]
 SMALL += ["discriminator=two_branch", "discriminator.options.width=0.125"]
 
 
+@functools.cache
 def job(world_size: int, *overrides: str, per_rank: int = 2):
     sizes = [f"batch_size={per_rank * world_size}", f"semi.batch_size={per_rank * world_size}"]
     config = prepared(outline([*SMALL, *sizes, *overrides])[0])
     return config, without_memory(config, 5, world_size)
 
 
+@functools.cache
 def counted(world_size: int, *overrides: str, per_rank: int = 2):
     config, networks = job(world_size, *overrides, per_rank=per_rank)
     with pretended(world_size) as ranks:
@@ -58,13 +69,9 @@ def num_parameters(networks) -> dict[str, int]:
     }
 
 
-@pytest.fixture(scope="module")
-def ddp():
-    return counted(8)
-
-
-def test_ddp_holds_whole_networks_and_sends_their_gradients_once(ddp):
+def test_ddp_holds_whole_networks_and_sends_their_gradients_once():
     config, networks = job(8)
+    ddp = counted(8)
     assert config.segmentor_optimizer.name == "adamw" and config.ema_decay > 0
     sizes = num_parameters(networks)
     for name, size in sizes.items():
@@ -84,10 +91,16 @@ def test_ddp_holds_whole_networks_and_sends_their_gradients_once(ddp):
     assert gradients < sent["all_reduce"] < 1.05 * gradients and not sent["all_gather"]
 
 
-def test_operations_are_those_of_the_step(ddp):
-    config, networks = job(8)
-    work = StepWork.of(config, *networks)
-    assert ddp.operations == work.of_step(phase(fullest_step(config), config), 2, 2)
+def test_operations_are_those_of_the_step():
+    for words in (("mode=supervised",), ()):
+        config, networks = job(8, *words)
+        current, num_unlabelled = phase(fullest_step(config), config), 0 if words else 2
+        work = StepWork.of(config, *networks).of_step(current, 2, num_unlabelled)
+        found = counted(8, *words).operations
+        if words:
+            assert found == work
+        # a discriminator of two branches sees the images once, for both kinds of label maps
+        assert 0.97 * work < found <= work
 
 
 def real_peak(world_size: int, *overrides: str) -> int:
@@ -97,14 +110,12 @@ def real_peak(world_size: int, *overrides: str) -> int:
         pretended(world_size) as ranks,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
-        networks = filled(networks)
+        networks = filled(copy.deepcopy(networks))
         for network in networks:
             for tensor in network.state_dict().values():
                 tensor.zero_()
         trainer = build_job(config, networks, ranks)
         if config.parallel.strategy == "ddp":
-            from distseg.distributed.compat import reduce_by_hook
-
             for learner in (trainer.pair.segmentor, trainer.pair.discriminator):
                 reduce_by_hook(learner.ddp)
         for _ in range(NUM_STEPS):
@@ -120,11 +131,11 @@ def real_peak(world_size: int, *overrides: str) -> int:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("gradient_accumulation_steps=2",), ("parallel.strategy=fsdp", "parallel.shard_size=2")],
+    [("gradient_accumulation_steps=2",), ("parallel.strategy=fsdp", "parallel.shard_size=2")],
     ids=" ".join,
 )
 def test_memory_is_that_of_a_real_step(overrides):
-    assert counted(4, *overrides).peak == pytest.approx(real_peak(4, *overrides), rel=0.1)
+    assert counted(4, *overrides).peak == pytest.approx(real_peak(4, *overrides), rel=0.02)
 
 
 def test_a_thousand_ranks_in_a_mesh_of_128_by_8():
@@ -150,19 +161,21 @@ def test_deepspeed_splits_more_at_every_stage():
     pytest.importorskip("deepspeed")
     found = {}
     with pretended(4) as ranks:
-        for stage in (0, 1, 3):
+        for stage in (1, 3):
             words = ["parallel.strategy=deepspeed", f"parallel.zero_stage={stage}"]
             config, networks = job(4, *words, "ema_decay=0")
             found[stage] = simulate(config, networks, ranks)
-    whole = found[0].of_kind("optimizer")
-    assert found[1].of_kind("optimizer") == pytest.approx(whole / 4, rel=0.02)
-    assert found[3].of_kind("optimizer") == pytest.approx(whole / 4, rel=0.02)
-    segmentor = found[0].parts["parameters", "segmentor"]
-    assert found[3].parts["parameters", "segmentor"] < segmentor
+    whole = 4 * sum(num_parameters(job(8)[1]).values())
+    for each in found.values():
+        assert each.of_kind("optimizer") == pytest.approx(2 * whole / 4, rel=0.02)
+    segmentor = 4 * num_parameters(job(8)[1])["segmentor"]
+    # ZeRO-1 has beside the whole network a quarter that it updates, ZeRO-3 one that it gathers from
+    assert found[1].parts["parameters", "segmentor"] == pytest.approx(1.25 * segmentor, rel=0.02)
+    assert found[3].parts["parameters", "segmentor"] < 0.6 * segmentor
     sent = {
         stage: Counter(word_of(it.name) for it in each.collectives) for stage, each in found.items()
     }
-    assert not sent[0]["all_gather"] and sent[1]["all_gather"] and sent[3]["reduce_scatter"]
+    assert sent[1]["all_gather"] and not sent[1]["reduce_scatter"] and sent[3]["reduce_scatter"]
 
 
 def test_what_the_host_reads_has_no_value_and_storages_are_counted():
@@ -182,7 +195,11 @@ def test_what_the_host_reads_has_no_value_and_storages_are_counted():
 
 def test_the_model_of_seconds_is_its_formula():
     hardware = Hardware({"bf16": 100.0, "tf32": 50.0, "fp32": 10.0}, 40.0, 8.0, 2.0, 0.5, 4)
-    work = [Work(1000.0, 10, torch.bfloat16), Work(1000.0, 10, torch.float32), Work(0, 200, torch.half)]
+    work = [
+        Work(1000.0, 10, torch.bfloat16),
+        Work(1000.0, 10, torch.float32),
+        Work(0, 200, torch.half),
+    ]
     of_all = Collective("allreduce_", 16, tuple(range(8)))
     found = seconds_of(work, [of_all], hardware, tf32=True)
     assert found.compute == pytest.approx(1000 / 50 + 1000 / 25 + 200 / 20)
@@ -194,23 +211,22 @@ def test_the_model_of_seconds_is_its_formula():
     assert tuple(CHIPS) == command.CHIPS
 
 
-def test_the_command_prints_80_columns_and_json(capsys):
+def test_the_command_prints_80_columns_and_what_fits(capsys, monkeypatch):
+    monkeypatch.setattr(run, "LARGE_BYTES", 2e8)
+    monkeypatch.setattr(run, "CAPACITIES_GB", (1, 2))
     words = ["estimate", *SMALL, "nodes=2", "gpus_per_node=2", "batch_size=8", "semi.batch_size=8"]
-    assert main(words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert main([*words, "--json", "--reserve-gb=0"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["strategies"].values()
+    assert found["peak_bytes"] == sum(sum(it.values()) for it in found["parts_bytes"].values())
+    fits = found["fits"]["1"]
+    assert counted(4, per_rank=fits).peak == pytest.approx(1e9, rel=0.03)
+    config, _ = job(4)
+    it = run.Estimate("ddp", config, counted(4), found["fits"], Seconds(0.1, 0.1, 0.0, 0.1))
+    shape = {"nodes": 2, "gpus_per_node": 2}
+    lines = [*run.heading(config, shape, ()), *run.details(it), *run.comparison([it], {"x": "y"})]
     assert max(map(len, lines)) <= 80
     assert any("MODELLED, not measured" in line for line in lines)
-    assert main([*words, "strategy=fsdp", "shard_size=2", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    (found,) = told["strategies"].values()
-    assert found["peak_bytes"] == sum(sum(it.values()) for it in found["parts_bytes"].values())
-    fits = [*found["fits"].values()]
-    assert fits == sorted(fits) and fits[0] > 100
-    # once more at what it says: a line through two batches is no bad guess of ten times as large
-    more = counted(4, "parallel.strategy=fsdp", "parallel.shard_size=2", per_rank=20)
-    less = counted(4, "parallel.strategy=fsdp", "parallel.shard_size=2", per_rank=2)
-    twice = counted(4, "parallel.strategy=fsdp", "parallel.shard_size=2", per_rank=4)
-    assert more.peak == pytest.approx(less.peak + 9 * (twice.peak - less.peak), rel=0.05)
+    assert f"{fits:>11}" in "".join(lines)
 
 
 def refusal(capsys, *words: str) -> str:
@@ -229,16 +245,6 @@ def test_what_cannot_be_trained_is_refused(capsys):
     words = ["strategy=deepspeed", "zero_stage=3"]
     assert "ema_decay" in refusal(capsys, *sized, *words)
     assert "--efficiency" in refusal(capsys, *sized, "--efficiency=0")
-    without = [word for word in sized if "num_classes" not in word]
-    assert "--classes" in refusal(capsys, *without, "data.num_classes=0")
+    unnamed = [word for word in sized if "num_classes" not in word and "preset" not in word]
+    assert "--classes" in refusal(capsys, *unnamed)
     assert not dist.is_initialized()
-
-
-def test_networks_on_the_meta_device_stay_as_they_are():
-    config, networks = job(2)
-    before = copy.deepcopy(networks)
-    with pretended(2) as ranks:
-        simulate(config, networks, ranks)
-    for one, other in zip(networks, before, strict=True):
-        assert {it.device.type for it in one.state_dict().values()} == {"meta"}
-        assert [*one.state_dict()] == [*other.state_dict()]

@@ -307,14 +307,14 @@ def _metas(arguments: Any) -> Any:
     """The arguments of a function, with meta tensors for its tensors."""
 
     def meta(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
     args, kwargs = tree_map_only(Tensor, meta, arguments)
     if "device" in kwargs:
         kwargs = kwargs | {"device": torch.device("meta")}
-    return args, {name: it for name, it in kwargs.items() if name not in ("generator", "pin_memory")}
+    return args, {
+        name: it for name, it in kwargs.items() if name not in ("generator", "pin_memory")
+    }
 
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:

@@ -32,6 +32,7 @@ from shards.words import counted
 CAPACITIES_GB = (24, 40, 80, 141)
 GB, MB = 1e9, 1e6
 COLUMNS = 80
+LARGE_BYTES = 6e9  # of address space, of which nothing is touched
 
 
 @dataclass(frozen=True)
@@ -100,24 +101,34 @@ def estimated(
     hardware: Hardware,
     reserve_gb: float,
 ) -> Estimate:
-    """One strategy's, counted at the batch that is configured and at twice as large a one."""
+    """One strategy's."""
     found = simulate(config, networks, ranks)
-    twice = replace(
-        config,
-        batch_size=2 * config.batch_size,
-        semi=replace(config.semi, batch_size=2 * config.semi.batch_size),
-    )
-    per_rank = config.batch_size // ranks.world_size
-    # memory grows by a line with the images: what is held for each does not depend on the others
-    of_image = (simulate(twice, networks, ranks).peak - found.peak) / per_rank
-    fits = {}
-    for capacity in CAPACITIES_GB:
-        free = (capacity - reserve_gb) * GB - found.peak
-        most = int(per_rank + free / of_image) if of_image > 0 else per_rank
-        unit = config.gradient_accumulation_steps
-        fits[capacity] = max(0, most // unit * unit)
+    fits = fitting(config, found.peak, networks, ranks, reserve_gb)
     times = seconds_of(found.work, found.collectives, hardware, config.tf32)
     return Estimate(name, config, found, fits, times)
+
+
+def fitting(
+    config: Config, peak: int, networks: Networks, ranks: Ranks, reserve_gb: float
+) -> dict[int, int]:
+    """By GB of a GPU the most labelled images of a step that a rank has room for, unlabelled ones
+    in proportion; 0: none.
+
+    peak: bytes with the configured batch. By a line through two large batches: of small ones the
+    weights' share is other, as kernels copy them.
+    """
+    factor = max(1, round(LARGE_BYTES / peak))
+    per_rank, peaks = config.batch_size // ranks.world_size, []
+    for times in (factor, 2 * factor):
+        semi = replace(config.semi, batch_size=times * config.semi.batch_size)
+        larger = replace(config, batch_size=times * config.batch_size, semi=semi)
+        peaks.append(simulate(larger, networks, ranks).peak)
+    of_image = (peaks[1] - peaks[0]) / (factor * per_rank)
+    fits, unit = {}, config.gradient_accumulation_steps
+    for capacity in CAPACITIES_GB:
+        free = (capacity - reserve_gb) * GB - peaks[0]
+        fits[capacity] = max(0, int(factor * per_rank + free / of_image) // unit * unit)
+    return fits
 
 
 def strategies(config: Config, shape: dict[str, int]) -> dict[str, Config]:
@@ -289,7 +300,9 @@ def _modelled(options: argparse.Namespace) -> list[str]:
     links = f"{options.link_gbs or chip.link_gbs:g} GB/s a GPU, {options.node_link_gbs:g} a node"
     own = [name for name in ("tflops", "memory_bandwidth") if getattr(options, name)]
     changed = f" (but your {' and '.join(own)})" if own else ""
-    kept = f"{options.reserve_gb:g} GB of a GPU are left to CUDA, NCCL and fragments, which is assumed"
+    kept = (
+        f"{options.reserve_gb:g} GB of a GPU are left to CUDA, NCCL and fragments, which is assumed"
+    )
     return [f"modelled with {share}{changed},", f"links of {links};", kept]
 
 
