@@ -1,5 +1,5 @@
-"""What `distseg estimate` counts, against hand counts, the step's own operations and the memory that
-a real step takes; on pretended jobs of up to 1,024 ranks.
+"""What `distseg estimate` counts, against hand counts, the step's own operations and the memory
+that a real step takes; on pretended jobs of up to 1,024 ranks.
 """
 
 from __future__ import annotations

@@ -273,8 +273,8 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 def workspace(func: Any, args: tuple, result: Any) -> int:
     """Bytes that a convolution takes beside its tensors: factors and results in the kernel's own
-    order, as oneDNN's were seen to (torch 2.13.0, benchmarks/memory.py). What cuDNN takes depends on
-    the algorithm that it chooses.
+    order, as oneDNN's were seen to (torch 2.13.0, benchmarks/memory.py). What cuDNN takes depends
+    on the algorithm that it chooses.
     """
     if func is not _CONVOLUTION and func is not _CONVOLUTION_BACKWARD:
         return 0

@@ -1,4 +1,4 @@
-"""One rank's part of a job, without its data: the trainer's own step, on pixels that are made up."""
+"""One rank of a job without its data: the trainer's own step, on pixels that are made up."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config
 from distseg.data.stream import Batch
 from distseg.distributed.ranks import Ranks
+from distseg.parallel.parameter_shards import shard_of
 from distseg.train.assembly import spread, with_views
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import build_objective
@@ -64,7 +65,7 @@ def build_job(config: Config, networks: Networks, ranks: Ranks) -> Trainer:
     # a step asks for the names of the classes, and neither saves nor scores
     named: Any = SimpleNamespace(samples=SimpleNamespace(classes=SimpleNamespace(names=names)))
     unused: Any = None
-    rest = {key: unused for key in ("checkpoints", "tracker", "progress", "watchdog", "work")}
+    rest = dict.fromkeys(("checkpoints", "tracker", "progress", "watchdog", "work"), unused)
     return Trainer(
         config=config, ranks=ranks, pair=pair, ema=ema, evaluator=named, peak=0.0, **rest
     )
@@ -113,8 +114,6 @@ def learners(trainer: Trainer) -> dict[str, Any]:
 
 def tensors_of(network: nn.Module) -> dict[str, list[torch.Tensor]]:
     """Parameters and buffers of a network, as far as this rank holds them."""
-    from distseg.parallel.parameter_shards import shard_of
-
     held = [getattr(it, "ds_tensor", shard_of(it).rows) for it in network.parameters()]
     # under ZeRO-3 a shard, and of what stays whole the whole too
     whole = [it.data for it in network.parameters() if hasattr(it, "ds_tensor")]

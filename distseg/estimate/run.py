@@ -280,18 +280,21 @@ def cost(it: Estimate) -> list[str]:
 
 def comparison(found: list[Estimate], refused: dict[str, str]) -> list[str]:
     """All strategies, a line each."""
-    capacities = "".join(f"{capacity:>7}" for capacity in CAPACITIES_GB)
-    lines = ["", f"{'':12}{'GB, most':>10}{'between':>9}{'MB sent':>10}{'ms*':>9}  fit, of GB"]
-    lines.append(f"{'':52}{capacities}")
+    capacities = "".join(f"{f'{capacity} GB':>7}" for capacity in CAPACITIES_GB)
+    heads = f"{'':12}{'most':>8}{'between':>9}{'MB sent':>10}{'ms*':>9}"
+    lines = ["", f"{heads}  {capacities}"]
     for it in found:
         sent = sum(row["sent_bytes"] for row in exchanged(it.found))
-        sizes = f"{_gb(it.found.peak):>10}{_gb(it.found.between):>9}{sent / MB:10,.0f}"
+        sizes = f"{_gb(it.found.peak):>8}{_gb(it.found.between):>9}{sent / MB:10,.0f}"
         fits = "".join(f"{count or 'none':>7}" for count in it.fits.values())
         lines.append(f"{it.name:12}{sizes}{it.seconds.step * 1e3:9.1f}  {fits}")
     lines += [f"{name:12}refused: {why}"[:COLUMNS] for name, why in refused.items()]
-    legend = "most: of a rank within a step, between: between steps, both counted; sent: by a rank,"
-    rest = "a step; fit: labelled images a rank; * MODELLED, not measured"
-    return [*lines, "", legend, rest]
+    legend = [
+        "most, between: GB that a rank holds within a step and between steps; MB sent by",
+        "a rank and step; labelled images of a rank that fit such a GPU; all counted",
+        "*: a step, MODELLED, not measured",
+    ]
+    return [*lines, "", *legend]
 
 
 def _modelled(options: argparse.Namespace) -> list[str]:
