@@ -117,7 +117,7 @@ def reduce_by_hook(ddp: DistributedDataParallel) -> None:
     """
 
     # without types: torch compares them with its own, and here they are texts
-    def hook(_, bucket):  # type: ignore[no-untyped-def]
+    def hook(_, bucket):
         dist.all_reduce(bucket.buffer())
         done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
@@ -147,7 +147,7 @@ def meta_chooses_all() -> Iterator[None]:
     """
     from torch.fx.experimental import _config
 
-    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from distseg.config.arguments import configured_command
 from shards.command_line import Commands, add_overrides
@@ -32,7 +33,7 @@ def add_estimate(commands: Commands) -> None:
     )
     parser.add_argument("--classes", type=int, metavar="N", help="where neither keys nor data say")
     parser.add_argument("--chip", default="h100", choices=CHIPS, help="whose data sheet (h100)")
-    number = {"type": float, "metavar": "X"}
+    number: dict[str, Any] = {"type": float, "metavar": "X"}
     parser.add_argument("--tflops", help="of products, in place of the chip's", **number)
     parser.add_argument("--memory-bandwidth", help="TB/s, in place of the chip's", **number)
     parser.add_argument("--link-gbs", help="GB/s a GPU sends within its node", **number)

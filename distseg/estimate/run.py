@@ -61,22 +61,10 @@ def run(
     from images that are not there yet. Raises InputError for what could not be trained so.
     """
     world_size = shape["nodes"] * shape["gpus_per_node"]
-    chosen = {name_of(config): config}
-    if every:
-        chosen = strategies(config, shape)
     num_classes = _num_classes(config, options.classes)
     check_neighbours(config, world_size)
     check_batches(config, world_size)
-    refused: dict[str, str] = {}
-    for name, under in list(chosen.items()):
-        try:
-            _check_strategy(under, world_size)
-        except InputError as error:
-            # of several, one that cannot be is a line of the table
-            if not every:
-                raise
-            refused[name] = error.got
-            del chosen[name]
+    chosen, refused = _chosen(config, shape, every)
     hardware = _hardware(options, shape["gpus_per_node"])
     networks = without_memory(prepared(config), num_classes, world_size)
     with pretended(world_size) as ranks:
@@ -151,6 +139,23 @@ def name_of(config: Config) -> str:
         return f"ZeRO {options.zero_stage}"
     of_shards = options.strategy == "fsdp" and options.shard_size
     return f"fsdp / {options.shard_size}" if of_shards else options.strategy
+
+
+def _chosen(
+    config: Config, shape: dict[str, int], every: bool
+) -> tuple[dict[str, Config], dict[str, str]]:
+    """The configuration under its strategy, or under all; and why some of these are refused."""
+    under = strategies(config, shape) if every else {name_of(config): config}
+    refused: dict[str, str] = {}
+    for name, own in under.items():
+        try:
+            _check_strategy(own, shape["nodes"] * shape["gpus_per_node"])
+        except InputError as error:
+            # of several, one that cannot be is a line of the table
+            if not every:
+                raise
+            refused[name] = error.got
+    return {name: own for name, own in under.items() if name not in refused}, refused
 
 
 def _check_strategy(config: Config, world_size: int) -> None:
