@@ -48,12 +48,16 @@ def without_memory(config: Config, num_classes: int, world_size: int) -> Network
     has_own = any(user_code.is_reference(name) for name in names)
     with nullcontext() if has_own else torch.device("meta"):
         networks = build_networks(config, num_classes, world_size)
-    return Networks(*(None if it is None else it.to("meta") for it in networks))  # type: ignore[arg-type]
+    judge = networks.discriminator
+    return Networks(networks.segmentor.to("meta"), None if judge is None else judge.to("meta"))
 
 
 def filled(networks: Networks) -> Networks:
     """Networks of the meta device in memory, with whatever stands there."""
-    return Networks(*(None if it is None else it.to_empty(device="cpu") for it in networks))  # type: ignore[arg-type]
+    for network in networks:
+        if network is not None:
+            network.to_empty(device="cpu")
+    return networks
 
 
 def build_job(config: Config, networks: Networks, ranks: Ranks) -> Trainer:
