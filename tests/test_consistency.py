@@ -23,7 +23,7 @@ from distseg.config.schema import Config
 from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
-from distseg.losses.tensors import of_neighbours
+from distseg.losses.tensors import label_at, of_neighbours
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
@@ -32,7 +32,7 @@ from distseg.train.ema import MovingAverage
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
 from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
-from distseg.train.teacher import Gate, WeakToStrong, logit_adjustment
+from distseg.train.teacher import Alignment, Gate, WeakToStrong, logit_adjustment
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
@@ -213,6 +213,9 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     if config.consistency.logit_adjustment:
         adjustment = logit_adjustment(config.consistency.logit_adjustment, PIXELS.numpy()[None])
         teacher = replace(teacher, adjustment=adjustment)
+    if config.consistency.alignment:
+        alignment = Alignment(config.consistency.alignment, PIXELS.numpy()[None], ranks)
+        teacher = replace(teacher, alignment=alignment)
     of_labelled = StrongViews.of_labelled(config, NUM_CLASSES, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     size = BATCH // ranks.world_size
@@ -248,6 +251,8 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
     teacher = copy.deepcopy(student)
     chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
     view = StrongView(mix=config.strong.mix, mix_probability=0.8)
+    shares = PIXELS / PIXELS.sum()  # of the labels
+    running = shares.clone()  # of the teacher's predictions
     for step in range(STEPS):
         pixels, label = make_batch(step, torch.float64, SIDE)
         other = [n ^ 1 for n in range(BATCH)]  # mixed with each other
@@ -266,9 +271,14 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
         if step >= 1:
             seen = []
             with torch.no_grad():
-                taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
-                shares = (PIXELS / PIXELS.sum()).view(-1, 1, 1)
-                taught = taught - chosen.logit_adjustment * shares.log()
+                small = teacher(weak)
+                taught = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear")
+                moved = chosen.alignment * (shares / running).log()
+                moved = moved - chosen.logit_adjustment * shares.log()
+                taught = taught + moved.view(-1, 1, 1)
+                _, valid = label_at(where, small.shape[-2:])
+                said = small.softmax(1).movedim(1, -1)[valid].mean(0)
+                running = 0.99 * running + 0.01 * said
                 sure, index = taught.softmax(1).max(1)
             index[where == 255] = 255
             places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
@@ -340,7 +350,10 @@ JOINED = {
         "consistency.logit_adjustment=0.7",
     ],
     2: ["strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"],
-    3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
+    3: [
+        *("strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"),
+        "consistency.alignment=0.6",
+    ],
 }
 FSDP = "parallel.strategy=fsdp"
 BESIDE = {
@@ -502,7 +515,7 @@ RUN: dict[str, Any] = {
         "init": "random",
         "options": {"hidden": 8, "norm": "batch"},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1, "logit_adjustment": 0.5},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1, "alignment": 0.5},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},

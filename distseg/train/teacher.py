@@ -24,6 +24,10 @@ from distseg.train.ema import MovingAverage
 from distseg.train.strong_views import StrongViews
 from shards.sample import IGNORE_INDEX
 
+# of a step's mean in the running one: some hundred steps count, as in ReMixMatch
+_MEAN_DECAY = 0.99
+_LEAST_SHARE = 1e-4
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -89,6 +93,45 @@ class Gate:
         return opened.view(self.ranks.world_size, -1)[self.ranks.rank]
 
 
+class Alignment:
+    """Distribution alignment (Berthelot et al. 2020, ReMixMatch, section 3.1): the teacher's logits
+    are moved so that its classes become as frequent as the labels'.
+
+    By strength x log(share of a class among the labels / its mean probability in the teacher's
+    predictions of unlabelled pixels, before they are moved). That mean runs over the steps, the
+    same on every rank, and starts at the labels' shares. A class that pseudo-labels lack is raised,
+    and let down again as it comes.
+    """
+
+    def __init__(self, strength: float, class_pixels: np.ndarray, ranks: Ranks):
+        """class_pixels: (samples, C), of the labelled images."""
+        self.strength, self._ranks = strength, ranks
+        self._labelled = torch.from_numpy(log_shares(class_pixels)).to(ranks.device)  # (C,) float64
+        self._mean = self._labelled.exp()
+
+    def shift(self) -> Tensor:
+        """What is added to logits, (C, 1, 1) float64."""
+        # a class that was never seen would be raised without bound
+        found = self._mean.clamp(min=_LEAST_SHARE).log()
+        return (self.strength * (self._labelled - found))[:, None, None]
+
+    def learn(self, total: Tensor) -> None:
+        """Take in a step: total (C,), this rank's sum of probabilities. Called on every rank."""
+        everywhere = all_reduce_sum(total.double())
+        share = everywhere / everywhere.sum().clamp(min=1)
+        # nothing was inside of any image: nothing is learned
+        weight = (everywhere.sum() > 0).double() * (1 - _MEAN_DECAY)
+        self._mean.lerp_(share, weight)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The running mean."""
+        return {"alignment": {"mean": self._mean}}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copy in what `state_dict` gave."""
+        self._mean.copy_(state["alignment"]["mean"])
+
+
 @dataclass(frozen=True)
 class WeakToStrong:
     """Makes strong views of weak ones, with the teacher's pseudo-labels.
@@ -96,7 +139,8 @@ class WeakToStrong:
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
     each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
-    labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits.
+    labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits; and
+    alignment, by what it has said so far.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -107,6 +151,7 @@ class WeakToStrong:
     is_tracked: bool = True
     with_labelled: bool = False
     adjustment: Tensor | None = None
+    alignment: Alignment | None = None
 
     @classmethod
     def of(
@@ -157,16 +202,19 @@ class WeakToStrong:
         return self.strong(self.taught(weak, num_micro_batches), labelled, step)
 
     @torch.no_grad()
-    def taught(self, weak: Images, num_micro_batches: int = 1) -> Images:
+    def taught(self, weak: Images, num_micro_batches: int = 1, learn: bool = True) -> Images:
         """This rank's weak views with their pseudo-labels; called on every rank.
 
-        The teacher sees as many images at a time as the segmentor does.
+        The teacher sees as many images at a time as the segmentor does. learn: whether the
+        alignment takes in what it says.
         """
         chunks = (part.chunk(num_micro_batches) for part in (weak.pixels, weak.label))
         taught = [self._taught(*chunk) for chunk in zip(*chunks, strict=True)]
-        pseudo = _joined([labels for labels, _ in taught])
+        pseudo = _joined([labels for labels, _, _ in taught])
+        if self.alignment is not None and learn:
+            self.alignment.learn(torch.stack([totals for _, _, totals in taught]).sum(0))
         if self.gate is not None:
-            scores = torch.cat([scores for _, scores in taught if scores is not None])
+            scores = torch.cat([scores for _, scores, _ in taught if scores is not None])
             opened = self.gate.opens(scores)
             # here and not in the term, so that what is laid over another image keeps its own gate:
             # less than any threshold, so that no pixel of the others is confident
@@ -180,19 +228,27 @@ class WeakToStrong:
         views = [self._strong(weak, labelled, step, number) for number in range(self.num_views)]
         return views[0] if len(views) == 1 else _joined_views(views)
 
-    def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None]:
-        """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
+    def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None, Tensor]:
+        """By weak views, so before anything is mixed; the discriminator's scores, (n,); and the sum
+        over pixels of the probabilities before they are moved, (C,).
+        """
         inside = label != IGNORE_INDEX
         logits = at_least_float32(self.teach(pixels))
         # before they are upsampled: the gate brings them to the size that it judges at; and as they
         # are, for it has learned from such
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
+        totals = logits.new_zeros(logits.shape[1])
+        if self.alignment is not None:
+            _, valid = label_at((~inside).to(torch.uint8) * IGNORE_INDEX, logits.shape[-2:])
+            totals = (logits.softmax(1) * valid[:, None]).sum((0, 2, 3))
+            logits = logits + self.alignment.shift().to(logits)
         if self.adjustment is not None:
             logits = logits + self.adjustment.to(logits)
         probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
         confidence, index = probabilities.max(1)
         pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
-        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
+        labels = PseudoLabels(pseudo, confidence, probabilities if self.soft else None)
+        return labels, scores, totals
 
     def _strong(self, weak: Images, labelled: Images, step: int, number: int) -> Images:
         """The `number`-th view of each."""

@@ -355,6 +355,15 @@ class ConsistencyConfig:
         high=2,
         source="Menon et al. 2021, section 4.1; of pseudo-labels Wang et al. 2022 (DebiasPL)",
     )
+    alignment: float = key(
+        0.0,
+        "t: the teacher's logits are raised by t log(share of the class among labelled pixels / "
+        "its running mean probability in the teacher's predictions): classes stay as frequent as "
+        "in the labels; 0: off",
+        low=0,
+        high=1,
+        source="Berthelot et al. 2020 (ReMixMatch), section 3.1; there: 1",
+    )
     # in both cases by the place in the global batch, so any number of ranks mixes the same
     mix_with: str = key(
         "unlabelled",
