@@ -23,7 +23,7 @@ from distseg.config.schema import Config
 from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
-from distseg.losses.tensors import label_at, of_neighbours
+from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
@@ -252,7 +252,7 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
     chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
     view = StrongView(mix=config.strong.mix, mix_probability=0.8)
     shares = PIXELS / PIXELS.sum()  # of the labels
-    running = shares.clone()  # of the teacher's predictions
+    running, shift = shares.clone(), torch.zeros_like(shares)  # of the pseudo-labels
     for step in range(STEPS):
         pixels, label = make_batch(step, torch.float64, SIDE)
         other = [n ^ 1 for n in range(BATCH)]  # mixed with each other
@@ -271,16 +271,15 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
         if step >= 1:
             seen = []
             with torch.no_grad():
-                small = teacher(weak)
-                taught = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear")
-                moved = chosen.alignment * (shares / running).log()
-                moved = moved - chosen.logit_adjustment * shares.log()
-                taught = taught + moved.view(-1, 1, 1)
-                _, valid = label_at(where, small.shape[-2:])
-                said = small.softmax(1).movedim(1, -1)[valid].mean(0)
-                running = 0.99 * running + 0.01 * said
-                sure, index = taught.softmax(1).max(1)
+                taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
+                moved = shift - chosen.logit_adjustment * shares.log()
+                sure, index = (taught + moved.view(-1, 1, 1)).softmax(1).max(1)
             index[where == 255] = 255
+            if chosen.alignment:
+                said = torch.bincount(index[index != 255], minlength=NUM_CLASSES).double()
+                running = 0.95 * running + 0.05 * said / said.sum()
+                error = (shares.log() - running.clamp(min=1e-5).log()).clamp(-2, 2)
+                shift = (shift + chosen.alignment * error).clamp(-4, 4)
             places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
             for number in range(chosen.num_views):
                 draws = strong_draws(2**33 + number * 2**34, places, NUM_CLASSES)

@@ -24,9 +24,9 @@ from distseg.train.ema import MovingAverage
 from distseg.train.strong_views import StrongViews
 from shards.sample import IGNORE_INDEX
 
-# of a step's mean in the running one: some hundred steps count, as in ReMixMatch
-_MEAN_DECAY = 0.99
-_LEAST_SHARE = 1e-4
+# of Alignment: a step's weight in the running shares, twenty of which are enough images to show a
+# rare class; and bounds, so that one that is nowhere is not raised until it is everywhere
+_SHARE_WEIGHT, _LEAST_SHARE, _LARGEST_ERROR, _LARGEST_SHIFT = 0.05, 1e-5, 2.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -94,42 +94,49 @@ class Gate:
 
 
 class Alignment:
-    """Distribution alignment (Berthelot et al. 2020, ReMixMatch, section 3.1): the teacher's logits
-    are moved so that its classes become as frequent as the labels'.
+    """Keeps the classes of pseudo-labels as frequent as those of the labels.
 
-    By strength x log(share of a class among the labels / its mean probability in the teacher's
-    predictions of unlabelled pixels, before they are moved). That mean runs over the steps, the
-    same on every rank, and starts at the labels' shares. A class that pseudo-labels lack is raised,
-    and let down again as it comes.
+    What is added to the teacher's logits of a class grows, after each step, by rate x log(its share
+    of the labelled pixels / its running share of the pseudo-labels), and falls where these have too
+    much of it. Shares of pseudo-labels and not mean probabilities, as distribution alignment takes
+    them (Berthelot et al. 2020, ReMixMatch): a class that is likely nowhere has its share of
+    probability all over the image. The same on every rank.
     """
 
-    def __init__(self, strength: float, class_pixels: np.ndarray, ranks: Ranks):
+    def __init__(self, rate: float, class_pixels: np.ndarray, ranks: Ranks):
         """class_pixels: (samples, C), of the labelled images."""
-        self.strength, self._ranks = strength, ranks
-        self._labelled = torch.from_numpy(log_shares(class_pixels)).to(ranks.device)  # (C,) float64
-        self._mean = self._labelled.exp()
+        self.rate, self._ranks = rate, ranks
+        labelled = torch.from_numpy(log_shares(class_pixels)).to(ranks.device)  # (C,) float64
+        self._labelled = labelled
+        # of a class that no label has nothing is known
+        self._is_known = torch.from_numpy(class_pixels.any(0)).to(ranks.device)
+        self._share, self._shift = labelled.exp(), torch.zeros_like(labelled)
 
     def shift(self) -> Tensor:
-        """What is added to logits, (C, 1, 1) float64."""
-        # a class that was never seen would be raised without bound
-        found = self._mean.clamp(min=_LEAST_SHARE).log()
-        return (self.strength * (self._labelled - found))[:, None, None]
+        """What is added to logits now, (C, 1, 1) float64."""
+        return self._shift[:, None, None]
 
-    def learn(self, total: Tensor) -> None:
-        """Take in a step: total (C,), this rank's sum of probabilities. Called on every rank."""
-        everywhere = all_reduce_sum(total.double())
-        share = everywhere / everywhere.sum().clamp(min=1)
-        # nothing was inside of any image: nothing is learned
-        weight = (everywhere.sum() > 0).double() * (1 - _MEAN_DECAY)
-        self._mean.lerp_(share, weight)
+    def learn(self, pseudo: Tensor) -> None:
+        """Take in a step's pseudo-labels: (n, H, W) uint8, 255 = none. Called on every rank."""
+        # no count by an index: that would wait for the device
+        classes = torch.arange(len(self._share), device=pseudo.device, dtype=torch.uint8)
+        counts = torch.stack([(pseudo == index).sum() for index in classes]).double()
+        everywhere = all_reduce_sum(counts)
+        total = everywhere.sum()
+        is_any = (total > 0).double()  # else nothing is learned
+        self._share.lerp_(everywhere / total.clamp(min=1), is_any * _SHARE_WEIGHT)
+        error = (self._labelled - self._share.clamp(min=_LEAST_SHARE).log()) * self._is_known
+        error = error.clamp(-_LARGEST_ERROR, _LARGEST_ERROR) * is_any
+        self._shift.add_(self.rate * error).clamp_(-_LARGEST_SHIFT, _LARGEST_SHIFT)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The running mean."""
-        return {"alignment": {"mean": self._mean}}
+        """The running shares, and what follows from them."""
+        return {"alignment": {"share": self._share, "shift": self._shift}}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Copy in what `state_dict` gave."""
-        self._mean.copy_(state["alignment"]["mean"])
+        self._share.copy_(state["alignment"]["share"])
+        self._shift.copy_(state["alignment"]["shift"])
 
 
 @dataclass(frozen=True)
@@ -210,11 +217,11 @@ class WeakToStrong:
         """
         chunks = (part.chunk(num_micro_batches) for part in (weak.pixels, weak.label))
         taught = [self._taught(*chunk) for chunk in zip(*chunks, strict=True)]
-        pseudo = _joined([labels for labels, _, _ in taught])
+        pseudo = _joined([labels for labels, _ in taught])
         if self.alignment is not None and learn:
-            self.alignment.learn(torch.stack([totals for _, _, totals in taught]).sum(0))
+            self.alignment.learn(pseudo.label)
         if self.gate is not None:
-            scores = torch.cat([scores for _, scores, _ in taught if scores is not None])
+            scores = torch.cat([scores for _, scores in taught if scores is not None])
             opened = self.gate.opens(scores)
             # here and not in the term, so that what is laid over another image keeps its own gate:
             # less than any threshold, so that no pixel of the others is confident
@@ -228,27 +235,21 @@ class WeakToStrong:
         views = [self._strong(weak, labelled, step, number) for number in range(self.num_views)]
         return views[0] if len(views) == 1 else _joined_views(views)
 
-    def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None, Tensor]:
-        """By weak views, so before anything is mixed; the discriminator's scores, (n,); and the sum
-        over pixels of the probabilities before they are moved, (C,).
-        """
+    def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None]:
+        """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""
         inside = label != IGNORE_INDEX
         logits = at_least_float32(self.teach(pixels))
         # before they are upsampled: the gate brings them to the size that it judges at; and as they
         # are, for it has learned from such
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
-        totals = logits.new_zeros(logits.shape[1])
         if self.alignment is not None:
-            _, valid = label_at((~inside).to(torch.uint8) * IGNORE_INDEX, logits.shape[-2:])
-            totals = (logits.softmax(1) * valid[:, None]).sum((0, 2, 3))
             logits = logits + self.alignment.shift().to(logits)
         if self.adjustment is not None:
             logits = logits + self.adjustment.to(logits)
         probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
         confidence, index = probabilities.max(1)
         pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
-        labels = PseudoLabels(pseudo, confidence, probabilities if self.soft else None)
-        return labels, scores, totals
+        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
 
     def _strong(self, weak: Images, labelled: Images, step: int, number: int) -> Images:
         """The `number`-th view of each."""

@@ -357,12 +357,12 @@ class ConsistencyConfig:
     )
     alignment: float = key(
         0.0,
-        "t: the teacher's logits are raised by t log(share of the class among labelled pixels / "
-        "its running mean probability in the teacher's predictions): classes stay as frequent as "
-        "in the labels; 0: off",
+        "r: after each step the teacher's logits of a class are raised by r log(its share of the "
+        "labelled pixels / its running share of the pseudo-labels), so that these have classes as "
+        "often as the labels; 0: off",
         low=0,
         high=1,
-        source="Berthelot et al. 2020 (ReMixMatch), section 3.1; there: 1",
+        source="ours, after the distribution alignment of Berthelot et al. 2020 (ReMixMatch)",
     )
     # in both cases by the place in the global batch, so any number of ranks mixes the same
     mix_with: str = key(
