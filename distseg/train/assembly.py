@@ -34,7 +34,7 @@ from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
 from distseg.train.strong_views import StrongViews, has_teacher
-from distseg.train.teacher import WeakToStrong, logit_adjustment
+from distseg.train.teacher import Alignment, WeakToStrong, logit_adjustment
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
 
@@ -85,12 +85,18 @@ def learned(
     # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
     # average and of the networks, so nothing that has been looked up goes stale.
     pair, ema = with_views(config, ranks, pair)
-    if pair.weak_to_strong is not None and config.consistency.logit_adjustment:
-        # of the labels that are trained on: of the others nothing is known
-        pixels = data.train.class_pixels(config.data.weights)
-        adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-        adjusted = replace(pair.weak_to_strong, adjustment=adjustment.to(ranks.device))
-        pair = replace(pair, weak_to_strong=adjusted)
+    if pair.weak_to_strong is not None:
+        weak_to_strong = pair.weak_to_strong
+        if config.consistency.logit_adjustment:
+            # of the labels that are trained on: of the others nothing is known
+            pixels = data.train.class_pixels(config.data.weights)
+            adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
+            weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
+        if config.consistency.alignment:
+            pixels = data.train.class_pixels(config.data.weights)
+            alignment = Alignment(config.consistency.alignment, pixels, ranks)
+            weak_to_strong = replace(weak_to_strong, alignment=alignment)
+        pair = replace(pair, weak_to_strong=weak_to_strong)
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
