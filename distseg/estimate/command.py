@@ -57,6 +57,7 @@ def _estimate(options: argparse.Namespace) -> int:
         if value is not None and not value > 0:
             word = f"--{name.replace('_', '-')}"
             raise InputError(f"{word} {value}", "a number above 0", f"correct {word}")
+    # before torch, whose import takes seconds: a misspelt key is told at once
     config, waiting = loading.outline(overrides)
     from distseg.estimate.run import run
 
@@ -77,6 +78,7 @@ def read(words: list[str]) -> tuple[dict[str, int], list[str], bool]:
             shape[key] = int(value)
         elif key in ("strategy", "parallel.strategy") and value == "all":
             every = True
+        # later words win, as everywhere
         elif key in SHORT and equals:
             overrides.append(f"parallel.{key}={value}")
         else:

@@ -62,6 +62,7 @@ def filled(networks: Networks) -> Networks:
 
 def build_job(config: Config, networks: Networks, ranks: Ranks) -> Trainer:
     """The trainer of a rank that has joined a job, with all that its steps need and no more."""
+    # the samples, which class weights come from, change no size
     pair = spread(config, networks, build_objective(config, *networks), ranks)
     pair, ema = with_views(config, ranks, pair)
     num_classes: Any = pair.segmentor.network.num_classes
@@ -97,6 +98,7 @@ def made_up(config: Config, step: int, world_size: int) -> Batch:
         label = torch.rand(count, side, side).mul_(num_values).to(torch.uint8)
         return pixels.contiguous(memory_format=torch.channels_last), label
 
+    # as many as a rank of that job gets
     unlabelled = None
     if config.mode in WITH_UNLABELLED:
         count = (config.semi.batch_size or config.batch_size) // world_size

@@ -60,13 +60,16 @@ def run(
     shape: nodes and gpus_per_node. every: under all strategies. waiting: keys whose values come
     from images that are not there yet. Raises InputError for what could not be trained so.
     """
+    # a rank for each GPU, as every launcher of ours starts them
     world_size = shape["nodes"] * shape["gpus_per_node"]
     num_classes = _num_classes(config, options.classes)
     check_neighbours(config, world_size)
     check_batches(config, world_size)
     chosen, refused = _chosen(config, shape, every)
     hardware = _hardware(options, shape["gpus_per_node"])
+    # built once: the strategies wrap copies
     networks = without_memory(prepared(config), num_classes, world_size)
+    # one job for all strategies: DeepSpeed keeps the first group that it sees
     with pretended(world_size) as ranks:
         found = [
             estimated(name, prepared(under), networks, ranks, hardware, options.reserve_gb)
@@ -105,6 +108,7 @@ def fitting(
     peak: bytes with the configured batch. By a line through two large batches: of small ones the
     weights' share is other, as kernels copy them.
     """
+    # whole multiples, so that micro-batches and pairs still divide the images
     factor = max(1, round(LARGE_BYTES / peak))
     per_rank, peaks = config.batch_size // ranks.world_size, []
     for times in (factor, 2 * factor):
@@ -114,6 +118,7 @@ def fitting(
     of_image = (peaks[1] - peaks[0]) / (factor * per_rank)
     fits, unit = {}, config.gradient_accumulation_steps
     for capacity in CAPACITIES_GB:
+        # what is left of a GPU beside what the smaller of the two batches needs
         free = (capacity - reserve_gb) * GB - peaks[0]
         fits[capacity] = max(0, int(factor * per_rank + free / of_image) // unit * unit)
     return fits
@@ -125,7 +130,9 @@ def strategies(config: Config, shape: dict[str, int]) -> dict[str, Config]:
     def under(**keys: Any) -> Config:
         return replace(config, parallel=replace(config.parallel, **keys))
 
+    # in the order in which they split more
     found = [under(strategy="ddp"), under(strategy="fsdp", shard_size=0)]
+    # on one node it would be the line above
     if shape["nodes"] > 1:
         found.append(under(strategy="fsdp", shard_size=shape["gpus_per_node"]))
     found += [under(strategy="deepspeed", zero_stage=stage) for stage in range(4)]
@@ -206,6 +213,7 @@ def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> 
     lines = [f"{networks}, {own.precision}: {ranks}", images]
     if waiting:
         lines.append(f"from your images, and here assumed: {', '.join(waiting)}")
+    # a compiled graph could not be followed kernel by kernel
     if config.compile:
         lines.append("as if compile=false: a compiled network may hold less")
     return lines
@@ -223,6 +231,7 @@ def memory(it: Estimate) -> list[str]:
     lines.append(f"  {'':24}{'segmentor':>13}{'discriminator':>16}{'neither alone':>16}{'all':>9}")
     for kind in KINDS:
         sizes = [found.parts.get((kind, name), 0) for name in names]
+        # the rest is of both, such as images, or was made in the common backward
         whole = found.of_kind(kind)
         cells = f"{_gb(sizes[0]):>13}{_gb(sizes[1]):>16}{_gb(whole - sum(sizes)):>16}"
         lines.append(f"  {WORDS.get(kind, kind):24}{cells}{_gb(whole):>9}")
@@ -266,6 +275,7 @@ def exchanged(found: Simulated) -> list[dict[str, Any]]:
         row["bytes"] += one.num_bytes
         row["sent_bytes"] += sent_bytes(one)
     named = [{"collective": name, "ranks": ranks, **row} for (name, ranks), row in rows.items()]
+    # of one rank nothing is sent
     return sorted((row for row in named if row["ranks"] > 1), key=lambda row: -row["bytes"])
 
 
@@ -326,6 +336,7 @@ def document(
     for it in found:
         parts: dict[str, dict[str, int]] = defaultdict(dict)
         for (kind, network), size in it.found.parts.items():
+            # the internal names of moments, such as the backward, are of no use outside
             place = network if network in ("segmentor", "discriminator") else "neither"
             parts[kind][place] = parts[kind].get(place, 0) + size
         strategies[it.name] = {

@@ -79,6 +79,7 @@ def simulate(config: Config, networks: Networks, ranks: Ranks) -> Simulated:
 
     config: as `prepared` makes it. networks: of the meta device; they stay as they are.
     """
+    # a copy: filling and wrapping change a network in place
     hollow, networks = Hollow(), copy.deepcopy(networks)
     with hollow.counting():
         trainer = build_job(config, filled(networks), ranks)
@@ -86,15 +87,18 @@ def simulate(config: Config, networks: Networks, ranks: Ranks) -> Simulated:
             if config.parallel.strategy == "ddp":
                 reduce_by_hook(learner.ddp)
         _name_what_stays(hollow, trainer)
+        # before anything is run, as a step changes what the names stand for
         step = fullest_step(config)
         with _naming_what_comes(hollow, trainer):
             for _ in range(NUM_STEPS):
                 hollow.forget()
                 hollow.ledger.network = ""
+                # anew for each step, as a stream makes them
                 batch = made_up(config, step, ranks.world_size)
                 _say(hollow, [*_tensors(batch)], "images")
                 take_step(trainer, batch)
         del batch
+        # within the mode: what is freed outside of it is noted too
         peak, held = hollow.ledger.peak()
         between = sum(block.size for block in hollow.ledger.live())
     parts: dict[tuple[str, str], int] = defaultdict(int)
@@ -107,6 +111,7 @@ def _name_what_stays(hollow: Hollow, trainer: Trainer) -> None:
     """Say of everything that a job holds before its first step what it is for."""
     for network, learner in learners(trainer).items():
         optimizer = learner.optimizer
+        # ZeRO's optimizers work on flat pieces, which no parameter of the network is
         pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
         states = [it for state in optimizer.state.values() for it in state.values()]
         held = tensors_of(learner.network)
@@ -152,6 +157,7 @@ def _naming_what_comes(hollow: Hollow, trainer: Trainer) -> Iterator[None]:
         handles.append(network.register_forward_hook(left))
         learner.step = partial(updated, learner.step)
     yield
+    # the hooks hold the trainer
     for handle in handles:
         handle.remove()
 

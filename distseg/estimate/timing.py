@@ -79,6 +79,7 @@ def seconds_of(
     """
     compute = sum(_kernel(it, hardware, tf32) for it in work)
     exchange = sum(exchange_seconds(it, hardware) for it in collectives)
+    # as of benchmarks/scaling.py
     exposed = max(0.0, exchange - HIDING * compute)
     return Seconds(compute, exchange, exposed, compute + exposed)
 
@@ -86,6 +87,7 @@ def seconds_of(
 def exchange_seconds(collective: Collective, hardware: Hardware) -> float:
     """A ring within the nodes, and one between them."""
     turns = _TURNS.get(word_of(collective.name), 1)
+    # ranks of a group need not lie next to each other: replicas are a node apart
     nodes = len({rank // hardware.gpus_per_node for rank in collective.ranks})
     inside = math.ceil(len(collective.ranks) / nodes)
     size = turns * collective.num_bytes
@@ -109,5 +111,6 @@ def word_of(name: str) -> str:
 def _kernel(work: Work, hardware: Hardware, tf32: bool) -> float:
     kinds = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float64: "fp64"}
     kind = kinds.get(work.dtype, "tf32" if tf32 else "fp32")
+    # a kernel reads and writes while it computes, so the longer of the two counts
     arithmetic = work.operations / (hardware.tflops[kind] * hardware.efficiency)
     return max(arithmetic, work.bytes_moved / (hardware.memory_bandwidth * hardware.efficiency))
