@@ -19,7 +19,7 @@ from distseg.config.schema import (
     OptimizerConfig,
 )
 from shards.errors import InputError
-from shards.remote import check_url
+from shards.remote import check_plain, check_url
 from shards.user_code import FORMS as REFERENCES
 from shards.user_code import is_reference
 from shards.words import counted, nearest
@@ -462,6 +462,22 @@ def a_class_map_for_each_set(config: Config) -> None:
             raise InputError(got, needed, "correct data.class_map")
 
 
+def copies_behind_a_url(config: Config) -> None:
+    """checkpoint.copy_to is a URL that can be written to, and holds no credentials."""
+    url = config.checkpoint.copy_to
+    if not url:
+        return
+    scheme, separator, place = url.partition("://")
+    # a page is read only; whether a bucket may be written to is found when the run starts
+    if not separator or not place.strip("/") or scheme in ("", "http", "https"):
+        got = f"checkpoint.copy_to={scheme}://..." if separator else f"checkpoint.copy_to={url}"
+        needed = (
+            "a URL that can be written to: s3://bucket/prefix, gs://bucket/prefix, file:///path"
+        )
+        raise InputError(got, needed, "correct checkpoint.copy_to")
+    check_plain(url, "checkpoint.copy_to")
+
+
 RULES = (
     scales_in_order,
     one_order_of_samples,
@@ -491,6 +507,7 @@ RULES = (
     weights_of_data_sets,
     unlabelled_images_are_used,
     a_class_map_for_each_set,
+    copies_behind_a_url,
 )
 
 

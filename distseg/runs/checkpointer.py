@@ -137,7 +137,7 @@ class _Save:
     @property
     def partial(self) -> Path:
         """Where the files lie until all are there."""
-        return _hidden(self.target)
+        return hidden(self.target)
 
 
 class Checkpointer:
@@ -168,6 +168,9 @@ class Checkpointer:
         self._mailbox = Mailbox(ranks, timeout_seconds)
         # raises InputError where run_dir is not the run's any more: asked before it is written to
         self.check_folder: Callable[[], None] = lambda: None
+        # told of each checkpoint that is published, from the thread that has written it; on the
+        # main rank
+        self.on_published: Callable[[Path], None] = lambda path: None
         self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._is_pending = False  # a save whose outcome nobody has asked for
@@ -256,9 +259,11 @@ class Checkpointer:
             learner.load_state_dict(on_each(self._ranks, reading))
         return saved.state
 
-    def check_space(self, learners: dict[str, Any]) -> None:
+    def check_space(self, learners: dict[str, Any], num_leased: int = 0) -> None:
         """Raise InputError, on every rank, when the disk cannot hold what will be kept and one
         being written.
+
+        num_leased: older ones that a reader may hold at a time.
         """
         size = 0
         for learner in learners.values():
@@ -266,7 +271,7 @@ class Checkpointer:
             for tensors in learner.state_dict().values():
                 size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         present = len(published(self.directory))
-        needed = size * max(1, self._keep_last + 2 - present)  # and the best
+        needed = size * max(1, self._keep_last + 2 + num_leased - present)  # and the best
         # now, and not after the hours up to the first checkpoint
         action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
         on_main(self._ranks, lambda: check_space(self.directory, needed, action))
@@ -336,6 +341,8 @@ class Checkpointer:
             # which needs the target gone, unless it is empty
             os.replace(save.partial, save.target)
         sync_folder(self.directory)
+        # before older ones go: who was about to read one of them then knows of this one
+        self.on_published(save.target)
         self._prune()
 
     def _mark_best(self, step: int, mean_iou: float) -> None:
@@ -352,9 +359,9 @@ class Checkpointer:
             if int(path.name.removeprefix("step-")) != best_step and not is_leased(path):
                 # at once, and under a name that the next save clears away: a kill in the middle
                 # leaves no half of a checkpoint under its own
-                hidden = _hidden(path)
-                os.replace(path, hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+                aside = hidden(path)
+                os.replace(path, aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _check_own(self, saved: Checkpoint, learners: dict[str, Any]) -> None:
         """Raise InputError for the checkpoint of another run."""
@@ -372,7 +379,7 @@ class Checkpointer:
             raise InputError(got, "a checkpoint of the same settings", "choose another run_dir")
 
 
-def _hidden(path: Path) -> Path:
+def hidden(path: Path) -> Path:
     """Where a checkpoint lies that is not whole; hidden, so that nobody takes it for one."""
     return path.with_name(f".partial-{path.name}")
 

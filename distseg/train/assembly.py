@@ -101,7 +101,8 @@ def learned(
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
-    checkpoints.check_space(learners)
+    # one that is being copied stays until that is done
+    checkpoints.check_space(learners, num_leased=bool(config.checkpoint.copy_to))
     if saved is not None:
         # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
         # to go on: the order of samples, the phases and random numbers follow from the step and the

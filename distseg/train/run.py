@@ -20,6 +20,7 @@ from distseg.distributed.ranks import (
     Ranks,
     check_alone,
     joined,
+    on_each,
     on_main,
 )
 from distseg.distributed.stop import StopRequest
@@ -31,6 +32,7 @@ from distseg.tracking import tensorboard
 from distseg.train.adversary import check_neighbours
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
+from distseg.train.away import look_away
 from distseg.train.flops import StepWork
 from distseg.train.headline import about_checkpoints, extension
 from distseg.train.inputs import Data, open_data, open_streams, save_labelled
@@ -39,6 +41,7 @@ from distseg.train.objective import Objective, build_objective
 from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
 from distseg.train.trainer import Trainer
+from shards import remote
 
 
 def run(config: Config) -> int:
@@ -115,6 +118,10 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         stop = StopRequest(answers=ranks.is_main)
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
             watchdog.leave_evidence_in(on_main(ranks, lambda: evidence_of(run_directory.path)))
+            if look_away(config, run_directory, watchdog):
+                # again: the lists that came say which samples are the run's
+                prepared = on_each(ranks, lambda: check(config, ranks.world_size))
+                prepared.data.tell(watchdog.keep_alive)
             return train_and_show(config, run_directory, prepared, watchdog, stop)
 
 
@@ -137,6 +144,8 @@ def check(config: Config, world_size: int) -> Prepared:
     check_shard_size(config.parallel.shard_size, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
+    if config.checkpoint.copy_to:
+        remote.check_installed(config.checkpoint.copy_to)
     if config.tracking.tensorboard:
         tensorboard.check_installed()
     # the shards alone know how many classes there are, so data come before networks
@@ -174,8 +183,14 @@ def train_and_show(
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
-        for line in about_checkpoints(last):
+        for line in (*run_directory.fetched.lines, *about_checkpoints(last)):
             trainer.progress.warning(line)
+        # at once: the configuration, and a checkpoint that is newer here
+        run_directory.copies.ask()
+        trainer.copies, trainer.checkpoints.on_published = (
+            run_directory.copies,
+            run_directory.copies.ask,
+        )
         trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
         if run_directory.steps_before is not None:
             trainer.progress.message(extension(config, run_directory.steps_before))
@@ -211,6 +226,8 @@ def _fit_and_show(
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
+        wait_seconds = trainer.config.checkpoint.copy_wait_seconds
+        trainer.copies.finish(wait_seconds, trainer.progress.message)
     if not done and trainer.ranks.is_main:
         # when all else has been told, so that it is the last line
         where = f"step {trainer.state.step} of {trainer.config.steps}"
