@@ -430,6 +430,7 @@ def test_terms_with_gradient_accumulation_are_the_same_means(
         (["loss.aux_weight=0.2"], "loss.aux_weight=0.2"),
         (["loss.ohem_min_share=0.5"], "loss.ohem_min_share=0.5"),
         (["loss.ce_weight=0", "loss.terms.dice=1", "loss.focal_gamma=2"], "loss.focal_gamma=2.0"),
+        (["strong.mix=classmix"], "strong.mix=classmix"),
     ],
 )
 def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
@@ -437,7 +438,9 @@ def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
     (line,) = without_effect(configure(asked), plain)
     assert line.startswith(f"note: {key} has no effect, as ")
     plain.encoder, plain.has_auxiliary = nn.Identity(), True
-    assert not without_effect(configure([*asked, "loss.ohem_threshold=0.7"]), plain)
+    assert not without_effect(
+        configure([*asked, "loss.ohem_threshold=0.7", "strong.labelled=true"]), plain
+    )
     assert not without_effect(configure([]), nn.Conv2d(3, NUM_CLASSES, 1))
 
 

@@ -17,6 +17,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
+from distseg.evaluate.subsets import subsets_of
 from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ def learned(
         weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
         if config.consistency.logit_adjustment:
             # of the labels that are trained on: of the others nothing is known
-            pixels = data.train.class_pixels()
+            pixels = data.train.class_pixels(config.data.weights)
             adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
             weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
         pair = replace(pair, weak_to_strong=weak_to_strong)
@@ -169,6 +170,7 @@ def _evaluator(
         num_threads=config.data.num_threads,
         # an evaluation takes longer than the time limit; each image is a sign of life
         mark=watchdog.report,
+        subsets=subsets_of(config.evaluate.subsets, data.val.classes.names),
     )
 
 

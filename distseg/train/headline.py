@@ -24,6 +24,7 @@ from distseg.runs.checkpointer import SET_ASIDE, Newest
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
+from distseg.train.strong_views import has_teacher
 from shards import user_code
 
 
@@ -166,11 +167,20 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
         names = ["class_weights", "label_smoothing", "focal_gamma", "ohem_threshold"]
         names.append("logit_adjustment")
         reasons |= {f"loss.{name}": "the loss is without cross entropy" for name in names}
+    if not has_teacher(config):
+        for key in KEYS:
+            if key.startswith("consistency."):
+                reasons[key] = "there is no teacher"
+            elif key.startswith("strong.") and not config.strong.labelled:
+                reasons[key] = "nothing is seen in strong views"
     values = flattened(to_dict(config))
+    told: dict[str, list[str]] = {}
+    for key, reason in reasons.items():
+        if values[key] != KEYS[key].default:
+            told.setdefault(reason, []).append(f"{key}={values[key]}")
     return [
-        f"note: {key}={values[key]} has no effect, as {reason}"
-        for key, reason in reasons.items()
-        if values[key] != KEYS[key].default
+        f"note: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect, as {reason}"
+        for reason, keys in told.items()
     ]
 
 
