@@ -91,6 +91,19 @@ def check_installed(url: str) -> None:
         raise InputError(
             f"{scheme}:// without the package {module}", "it, to read that", action
         ) from None
+    if scheme not in PACKAGES:
+        _check_known(scheme)
+
+
+def _check_known(scheme: str) -> None:
+    """Raise InputError for a scheme that fsspec has no file system for, or not its package."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        action = "install what it asks for, or write a URL of s3://, gs:// or file://"
+        raise InputError(f"{scheme}://: {error}", "a scheme of fsspec's", action) from None
 
 
 class Remote:
