@@ -462,9 +462,10 @@ def filesystem(scheme: str, stall_seconds: float) -> Any:
     if scheme == "s3":
         # botocore's own attempts off: two layers of patience would multiply
         limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds}
-        files = fsspec.filesystem(
-            "s3", config_kwargs={**limits, "retries": {"total_max_attempts": 1}}, **options
-        )
+        options |= {"config_kwargs": {**limits, "retries": {"total_max_attempts": 1}}}
+        # parts of a large file, 50 MB each, that are in memory at a time
+        options |= {"max_concurrency": 2}
+        files = fsspec.filesystem("s3", **options)
         files.retries = 1  # attempts are counted here, not three times over
         return files
     if scheme not in PACKAGES:

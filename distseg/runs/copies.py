@@ -79,6 +79,9 @@ class Copies:
         self._progress = ""
         self._newest = -1  # the step that is whole there, as far as this run has seen to it
         self._published: set[int] = set()  # steps since then
+        # what was sent of the checkpoint that was begun last, by its state.json: a connection that
+        # breaks again and again gets it there all the same
+        self._begun, self._sent = b"", set[str]()
 
     def ask(self, path: Path | None = None) -> None:
         """Have copied what is new; returns at once. path: a checkpoint that was just published.
@@ -196,8 +199,10 @@ class Copies:
         if path.name not in self._damaged and self._bucket.read(marker) == state:
             before_whole()
             return
-        # of the same step, from another course of the run: from here on it is not whole
-        self._bucket.remove(folder)
+        if self._begun != state:
+            # of the same step, from another course of the run: from here on it is not whole
+            self._bucket.remove(folder)
+            self._begun, self._sent = state, set()
         # those of earlier versions do not name their files
         names = unseal(state)[0].get("files") or _tensor_files(listed(path))
         # raises where one is not here, before what names it is there
@@ -205,17 +210,20 @@ class Copies:
         copied = 0
         for name in sorted(names):
             self._check_open()
+            if name in self._sent:
+                continue
             self._progress = (
                 f"step {_step(path.name)} to {self._bucket.url}, {copied / 1e6:.0f} of "
                 f"{sum(sizes.values()) / 1e6:.0f} MB"
             )
             self._bucket.upload(path / name, f"{folder}/{name}")
             copied += sizes[name]
+            self._sent.add(name)
         before_whole()
         self._check_open()
         self._bucket.write(marker, state)
         self._damaged.discard(path.name)
-        self._progress = ""
+        self._begun, self._progress = b"", ""
 
     def _bring_records(self) -> None:
         assert self._bucket is not None

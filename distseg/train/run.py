@@ -183,7 +183,9 @@ def train_and_show(
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
-        for line in (*run_directory.fetched.lines, *about_checkpoints(last)):
+        for line in run_directory.fetched.lines:
+            trainer.progress.message(line)
+        for line in about_checkpoints(last):
             trainer.progress.warning(line)
         # at once: the configuration, and a checkpoint that is newer here
         run_directory.copies.ask()
