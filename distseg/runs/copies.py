@@ -201,7 +201,7 @@ class Copies:
             return
         if self._begun != state:
             # of the same step, from another course of the run: from here on it is not whole
-            self._bucket.remove(folder)
+            _remove(self._bucket, path.name)
             self._begun, self._sent = state, set()
         # those of earlier versions do not name their files
         names = unseal(state)[0].get("files") or _tensor_files(listed(path))
@@ -252,9 +252,7 @@ class Copies:
         for name in names:
             if name not in kept:
                 self._check_open()
-                # first what makes it whole: a kill in the middle leaves nothing that looks so
-                self._bucket.remove(f"{FOLDER}/{name}/{STATE_FILE}")
-                self._bucket.remove(f"{FOLDER}/{name}")
+                _remove(self._bucket, name)
 
     def _is_whole(self, name: str) -> bool:
         assert self._bucket is not None
@@ -394,6 +392,13 @@ def write_records(run_dir: Path, records: dict[str, bytes]) -> None:
             content += b"".join(kept)
         with files.published(path) as partial:
             partial.write_bytes(content)
+
+
+def _remove(bucket: Bucket, name: str) -> None:
+    """Remove a checkpoint from a bucket, or what is there of it."""
+    # first what makes it whole: a kill in the middle leaves nothing that looks so
+    bucket.remove(f"{FOLDER}/{name}/{STATE_FILE}")
+    bucket.remove(f"{FOLDER}/{name}")
 
 
 def _checkpoints(bucket: Bucket) -> list[str]:

@@ -183,20 +183,23 @@ def train_and_show(
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
-        for line in run_directory.fetched.lines:
-            trainer.progress.message(line)
         for line in about_checkpoints(last):
             trainer.progress.warning(line)
-        # at once: the configuration, and a checkpoint that is newer here
-        run_directory.copies.ask()
-        trainer.copies, trainer.checkpoints.on_published = (
-            run_directory.copies,
-            run_directory.copies.ask,
-        )
-        trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
+        _attach(trainer, run_directory)
         if run_directory.steps_before is not None:
             trainer.progress.message(extension(config, run_directory.steps_before))
         return _fit_and_show(trainer, stream, data, stop)
+
+
+def _attach(trainer: Trainer, run_directory: RunDirectory) -> None:
+    """Have the run directory looked after, and its checkpoints copied."""
+    trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
+    for line in run_directory.fetched.lines:
+        trainer.progress.message(line)
+    trainer.copies = run_directory.copies
+    trainer.checkpoints.on_published = trainer.copies.ask
+    # at once: the configuration, and a checkpoint that is newer here than there
+    trainer.copies.ask()
 
 
 def _fit_and_show(
