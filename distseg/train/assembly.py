@@ -34,7 +34,7 @@ from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
 from distseg.train.strong_views import StrongViews, has_teacher
-from distseg.train.teacher import WeakToStrong, logit_adjustment
+from distseg.train.teacher import Alignment, WeakToStrong, logit_adjustment
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
 
@@ -94,6 +94,10 @@ def learned(
             pixels = data.train.class_pixels(config.data.weights)
             adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
             weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
+        if config.consistency.alignment:
+            pixels = data.train.class_pixels(config.data.weights)
+            alignment = Alignment(config.consistency.alignment, pixels, ranks)
+            weak_to_strong = replace(weak_to_strong, alignment=alignment)
         pair = replace(pair, weak_to_strong=weak_to_strong)
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes

@@ -236,6 +236,8 @@ def _consistency(chosen: ConsistencyConfig) -> str:
         how += ", mixed with labelled images"
     if chosen.logit_adjustment:
         how += f", logits adjusted by {chosen.logit_adjustment}"
+    if chosen.alignment:
+        how += f", classes aligned at rate {chosen.alignment}"
     if chosen.gate != "none":
         how += f", gate by {chosen.gate}"
     if chosen.start_step:
