@@ -149,7 +149,8 @@ class Checkpointer:
     any strategy, reads either. `identity` holds what a checkpoint must agree on with the run that
     loads it (key -> value). async_save: the files are written while training goes on. What goes
     wrong then is raised by the next call of `save`, `mark_best` or `wait`, on every rank; `failed`
-    tells before. timeout_seconds: how much longer than the main rank another may write.
+    tells before. timeout_seconds: how much longer than the main rank another may write. num_leased:
+    checkpoints more than those kept that a reader may hold, for the space that is asked for.
     """
 
     def __init__(
@@ -161,8 +162,10 @@ class Checkpointer:
         *,
         async_save: bool = False,
         timeout_seconds: float = 300.0,
+        num_leased: int = 0,
     ):
         self.directory = run_dir / FOLDER
+        self._num_leased = num_leased
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
         self._async, self._timeout = async_save, timeout_seconds
         self._mailbox = Mailbox(ranks, timeout_seconds)
@@ -259,19 +262,18 @@ class Checkpointer:
             learner.load_state_dict(on_each(self._ranks, reading))
         return saved.state
 
-    def check_space(self, learners: dict[str, Any], num_leased: int = 0) -> None:
+    def check_space(self, learners: dict[str, Any]) -> None:
         """Raise InputError, on every rank, when the disk cannot hold what will be kept and one
         being written.
-
-        num_leased: older ones that a reader may hold at a time.
         """
         size = 0
         for learner in learners.values():
             # on every rank, as ZeRO-3 gathers here
             for tensors in learner.state_dict().values():
                 size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        present = len(published(self.directory))
-        needed = size * max(1, self._keep_last + 2 + num_leased - present)  # and the best
+        # and the best
+        more = self._keep_last + self._num_leased + 2 - len(published(self.directory))
+        needed = size * max(1, more)
         # now, and not after the hours up to the first checkpoint
         action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
         on_main(self._ranks, lambda: check_space(self.directory, needed, action))

@@ -88,17 +88,7 @@ def learned(
     if config.ema_decay > 0:
         ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
     if has_teacher(config):
-        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
-        if config.consistency.logit_adjustment:
-            # of the labels that are trained on: of the others nothing is known
-            pixels = data.train.class_pixels(config.data.weights)
-            adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-            weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
-        if config.consistency.alignment:
-            pixels = data.train.class_pixels(config.data.weights)
-            alignment = Alignment(config.consistency.alignment, pixels, ranks)
-            weak_to_strong = replace(weak_to_strong, alignment=alignment)
-        pair = replace(pair, weak_to_strong=weak_to_strong)
+        pair = replace(pair, weak_to_strong=_teacher(config, pair, ema, ranks, data))
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes
         strong = StrongViews.of_labelled(config, num_classes, ranks)
@@ -106,8 +96,7 @@ def learned(
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
-    # one that is being copied stays until that is done
-    checkpoints.check_space(learners, num_leased=bool(config.checkpoint.copy_to))
+    checkpoints.check_space(learners)
     if saved is not None:
         # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
         # to go on: the order of samples, the phases and random numbers follow from the step and the
@@ -116,6 +105,23 @@ def learned(
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)
+
+
+def _teacher(
+    config: Config, pair: Pair, ema: MovingAverage | None, ranks: Ranks, data: Data
+) -> WeakToStrong:
+    """What labels unlabelled images, with what it corrects by the labels that are trained on."""
+    chosen = config.consistency
+    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+    if chosen.logit_adjustment:
+        # of the labels that are trained on: of the others nothing is known
+        pixels = data.train.class_pixels(config.data.weights)
+        adjustment = logit_adjustment(chosen.logit_adjustment, pixels)
+        teacher = replace(teacher, adjustment=adjustment.to(ranks.device))
+    if chosen.alignment:
+        pixels = data.train.class_pixels(config.data.weights)
+        teacher = replace(teacher, alignment=Alignment(chosen.alignment, pixels, ranks))
+    return teacher
 
 
 def build_trainer(
@@ -227,6 +233,8 @@ def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
         identity,
         ranks,
         async_save=config.checkpoint.async_save,
+        # one that is being copied stays until that is done
+        num_leased=int(bool(config.checkpoint.copy_to)),
         timeout_seconds=config.parallel.timeout_seconds,
     )
 
