@@ -427,6 +427,25 @@ def test_a_slow_place_holds_no_step_and_the_newest_goes_first(
     assert steps_whole(place)[-1] == STEPS
 
 
+def test_a_connection_that_breaks_at_each_file_gets_a_checkpoint_there(
+    run: Path, place: Path
+) -> None:
+    puts: list[str] = []
+
+    def breaks(call: str, path: str) -> None:
+        if call == "put":
+            puts.append(path)
+            # each turn gets one file there: the next one's requests all fail
+            if len(puts) % 4 != 1:
+                raise ConnectionResetError
+
+    FakeBucket.hook = staticmethod(breaks)
+    said = copied(run, place)
+    assert steps_whole(place) == [STEPS] and verified(place / f"checkpoints/step-{STEPS:08d}")
+    assert "ConnectionResetError" in said[0] and said[-1].endswith("takes them again")
+    assert len([path for path in puts if "counters" in path]) == 1
+
+
 def test_the_end_waits_no_longer_than_it_is_told_to(run: Path, place: Path) -> None:
     gate = threading.Event()
 

@@ -207,17 +207,14 @@ class Copies:
         names = unseal(state)[0].get("files") or _tensor_files(listed(path))
         # raises where one is not here, before what names it is there
         sizes = {name: (path / name).stat().st_size for name in names}
-        copied = 0
-        for name in sorted(names):
+        for name in sorted(sizes.keys() - self._sent):
             self._check_open()
-            if name in self._sent:
-                continue
+            sent, total = sum(sizes[name] for name in self._sent), sum(sizes.values())
             self._progress = (
-                f"step {_step(path.name)} to {self._bucket.url}, {copied / 1e6:.0f} of "
-                f"{sum(sizes.values()) / 1e6:.0f} MB"
+                f"step {_step(path.name)} to {self._bucket.url}, {sent / 1e6:.0f} of "
+                f"{total / 1e6:.0f} MB"
             )
             self._bucket.upload(path / name, f"{folder}/{name}")
-            copied += sizes[name]
             self._sent.add(name)
         before_whole()
         self._check_open()
