@@ -23,6 +23,7 @@ import torch.distributed as dist
 from distseg.config.schema import Config
 from distseg.data.samples import open_reader
 from distseg.distributed.bounded import LateError, in_time
+from distseg.doctor import SHARED
 from distseg.doctor.checkup import (
     CheckResult,
     device_memory,
@@ -32,8 +33,6 @@ from distseg.doctor.checkup import (
 )
 from shards.errors import InputError
 
-# of what machines share: where all of them fail in it, it is none of theirs
-SHARED = ("run directory", "shards")
 GPUS_VARIABLE = "SLURM_GPUS_ON_NODE"
 _SIDES, _REPEATS = {"cuda": 2048, "cpu": 256}, 4  # of the matrices; products
 _NUM_REDUCED = 1 << 18  # numbers of the all-reduce: 1 MiB
