@@ -34,6 +34,7 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     data = config.data
     for shards in (*data.shards, *data.unlabelled_shards, *filter(None, [data.val_shards])):
         _check_shards(shards)
+    check_world_size(config, world_size)
     # where a container brings torch, the ranks look at the rest: they refuse it in the same words
     if os.environ.get(PYTHON_VARIABLE) and find_spec("torch") is None:
         return config
