@@ -80,19 +80,19 @@ def give_back_all_but(nodes: Sequence[str]) -> None:
             print(f"the job keeps all of its nodes, and SLURM may end it for one: {said}")
 
 
-def kill_wait() -> float:
-    """Seconds from a signal that ends a step to the one that kills it."""
+def termination_seconds() -> float:
+    """How long tasks can live on that SLURM has begun to end."""
     found = KILL_WAIT.search(_output("scontrol", "show", "config"))
-    return float(found.group(1)) if found else KILL_WAIT_SECONDS
+    return (float(found.group(1)) if found else KILL_WAIT_SECONDS) + TERMINATION_SECONDS
 
 
-def end_step(srun: subprocess.Popen) -> None:
-    """End a step, where need be without SLURM's word that its tasks have ended: on a node that is
-    gone they do so only for whoever has noticed.
+def end_step(srun: subprocess.Popen, seconds: float) -> None:
+    """End a step, after so many seconds without SLURM's word that its tasks have ended: of a node
+    that is gone it has none until it has noticed.
     """
     srun.terminate()  # which it takes for the end of its tasks
     try:
-        srun.wait(kill_wait() + TERMINATION_SECONDS)
+        srun.wait(seconds)
     except subprocess.TimeoutExpired:
         srun.kill()
         srun.wait()

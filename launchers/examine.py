@@ -16,11 +16,9 @@ from dataclasses import asdict
 
 from distseg.config import loading
 from distseg.doctor.node import examine_node
-from launchers.nodes import ANSWER
+from launchers.nodes import ANSWER, NODE_VARIABLE
 from launchers.places import ranks_per_node
 from shards.errors import InputError
-
-NODE_VARIABLE = "SLURMD_NODENAME"  # as SLURM calls it, which need not be its host name
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from launchers.check import node_counts
 from launchers.places import python_on_nodes, ranks_per_node
 from shards.errors import InputError
 
+NODE_VARIABLE = "SLURMD_NODENAME"  # as SLURM calls it, which need not be its host name
 MIN_NODES_VARIABLE = "DISTSEG_MIN_NODES"  # with so few nodes the job may go on
 SECONDS_VARIABLE = "DISTSEG_HEALTH_SECONDS"  # for all nodes to answer; 0: they are not asked
 DEFAULT_SECONDS = 120.0  # an image or an environment may have to be loaded on each
@@ -111,8 +112,9 @@ class JobNodes:
     def _take(self, chosen: list[str], names: list[str], wrong: dict[str, str]) -> None:
         all_of_job = int(os.environ["SLURM_JOB_NUM_NODES"])
         self._chosen = chosen if len(chosen) < all_of_job else []
-        # the first is this process's own, and stays whatever it is fit for
-        kept = [name for name in names if name not in wrong or name == names[0]]
+        # this process's own stays, whatever it is fit for
+        own = os.environ.get(NODE_VARIABLE) or names[0]
+        kept = [name for name in names if name not in wrong or name == own]
         if len(kept) < len(names):
             batch_job.give_back_all_but(kept)
             self._given_back |= set(names) - set(kept)
@@ -125,9 +127,10 @@ class JobNodes:
     def _wrong(self, names: list[str], is_told_to_stop: Callable[[], bool]) -> dict[str, str]:
         """{node: what is wrong with it}; {} where none could be asked."""
         answers, wrong = self._asked(names, is_told_to_stop)
+        if is_told_to_stop():  # which leaves no time for an answer
+            return {}
         if not answers:
-            if not is_told_to_stop():
-                print("the nodes could not be looked at, and are started all the same", flush=True)
+            print("the nodes could not be looked at, and are started all the same", flush=True)
             return {}
         for node in names:
             if node not in answers:
@@ -278,7 +281,7 @@ class _Look:
         try:
             self._process.wait(LAST_WORDS_SECONDS)
         except subprocess.TimeoutExpired:
-            batch_job.end_step(self._process)
+            batch_job.end_step(self._process, batch_job.termination_seconds())
             self.was_given_up = True
 
     def _read(self, source: IO[bytes]) -> None:

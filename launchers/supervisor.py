@@ -154,6 +154,7 @@ class Supervisor:
         except UnfitError as error:
             decision = self._unless_in_vain(Decision("requeue", str(error), without=error.nodes))
         except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
             decision = Decision("fail", error.got, BAD_INPUT)
         else:
             if self._stopping_since is None:
@@ -244,7 +245,7 @@ class Supervisor:
             if self._stopping_since is not None:
                 self._tell_ranks(self._process)
             if self._has_ended_but_for_a_node():
-                batch_job.end_step(self._process)
+                batch_job.end_step(self._process, LAST_WORDS_SECONDS)
                 self._nodes.may_overlap = True
             time.sleep(0.2)
 
@@ -258,7 +259,7 @@ class Supervisor:
 
     @functools.cached_property
     def _seconds_to_end(self) -> float:
-        return batch_job.kill_wait() + batch_job.TERMINATION_SECONDS
+        return batch_job.termination_seconds()
 
     def _run_nodes(self, label: str, number: int) -> int:
         # its own session: Ctrl-C and the job's signals reach this process, which passes them on

@@ -72,7 +72,8 @@ class FakeSlurm:
         patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         patch.setenv("SLURM_JOB_ID", str(os.getpid()))
         patch.setenv("SLURM_JOB_NUM_NODES", str(len(nodes)))
-        for name in ("SLURM_ARRAY_JOB_ID", "DISTSEG_MIN_NODES", "DISTSEG_HEALTH_SECONDS"):
+        settings = ("DISTSEG_MIN_NODES", "DISTSEG_HEALTH_SECONDS")
+        for name in ("SLURM_ARRAY_JOB_ID", "SLURMD_NODENAME", *settings):
             patch.delenv(name, raising=False)
 
     def command(self, name: str, text: str) -> None:
