@@ -125,13 +125,13 @@ class JobNodes:
             print(f"takes {takes}", flush=True)
 
     def _wrong(self, names: list[str], is_told_to_stop: Callable[[], bool]) -> dict[str, str]:
-        """{node: what is wrong with it}; {} where none could be asked."""
+        """{node: what is wrong with it}; where none has answered, of those that are dead."""
         answers, wrong = self._asked(names, is_told_to_stop)
         if is_told_to_stop():  # which leaves no time for an answer
             return {}
         if not answers:
             print("the nodes could not be looked at, and are started all the same", flush=True)
-            return {}
+            return wrong
         for node in names:
             if node not in answers:
                 wrong.setdefault(node, f"gave no answer in {self._seconds:.0f} s")
@@ -224,7 +224,8 @@ def _of_all(answers: dict[str, Answer]) -> set[str]:
             continue
         if found["name"] not in SHARED and len(answers) > 1:
             got = f"on all {len(answers)} nodes: {found['name']}: {found['text']}"
-            raise InputError(got, "nodes that are fit", found["action"])
+            action = f"{found['action']}; {SECONDS_VARIABLE}=0 starts all the same"
+            raise InputError(got, "nodes that are fit", action)
         # the run itself has better words for it, and knows what to try again
         if found["name"] in SHARED:
             print(f"on all nodes: {found['name']}: {found['text']}", flush=True)

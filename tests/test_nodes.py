@@ -351,7 +351,7 @@ def test_a_run_goes_on_without_a_node_that_is_gone_for_good(
     for name, value in (("DISTSEG_MIN_NODES", "1"), ("DISTSEG_RANKS_PER_NODE", "1")):
         monkeypatch.setenv(name, value)
     overrides = [*SMALL, f"data.shards={toy_shards}", "segmentor.batch_norm=synchronised"]
-    overrides += ["evaluate.every_steps=0", "data.crop_px=32", "parallel.timeout_seconds=60"]
+    overrides += ["evaluate.every_steps=0", "data.crop_px=32", "parallel.timeout_seconds=40"]
     for network in ("segmentor", "discriminator"):  # AdamW makes much of rounding
         overrides += [f"{network}_optimizer.name=sgd", f"{network}_optimizer.lr=0.03"]
     alone = Job(1, ["train", *overrides, f"run_dir={tmp_path / 'alone'}"], bare)
