@@ -22,7 +22,7 @@ from distseg.runs import attempts
 from launchers import batch_job, check, supervisor
 from launchers.agent import tell_ranks
 from launchers.nodes import JobNodes, UnfitError, counts_of_job
-from launchers.submission import Resources
+from launchers.submission import Resources, prepare
 from launchers.supervisor import Decision, Supervisor
 from shards.errors import InputError
 from tests.ranks import CONTEXT, TIMEOUT_SECONDS, Job, Program, agent_of_node, bare
@@ -194,6 +194,21 @@ def test_numbers_of_nodes_that_divide_the_batch(slurm: FakeSlurm) -> None:
         counts_of_job(config)
     with pytest.raises(InputError, match="min_nodes=3 of 2 nodes"):
         Resources(nodes=2, min_nodes=3)
+
+
+def test_a_run_that_leaves_a_spare_node_is_accepted_at_submission(
+    slurm: FakeSlurm, toy_shards: Path, tmp_path: Path
+) -> None:
+    slurm.command("sbatch", "exit 1")
+    overrides = [*SMALL, f"data.shards={toy_shards}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match="batch_size=4 for 3 ranks"):
+        prepare([overrides], Resources(nodes=3, ranks_per_node=1))
+    (job,) = prepare([overrides], Resources(nodes=3, min_nodes=2, ranks_per_node=1))
+    slurm.patch.setattr(Supervisor, "run", lambda self: Decision("done", "done"))
+    job()
+    assert os.environ["DISTSEG_MIN_NODES"] == "2"
+    for name in ("DISTSEG_MIN_NODES", "DISTSEG_RANKS_PER_NODE"):  # which the job has set
+        del os.environ[name]
 
 
 def test_a_step_that_waits_for_a_node_that_is_gone_is_ended(slurm: FakeSlurm) -> None:
