@@ -208,5 +208,6 @@ class Errors(threading.Thread):
         elif (found := NOT_LAUNCHED.match(line)) is not None:
             node, why = (word.decode(errors="replace") for word in found.groups())
             self.not_launched[node] = why
+        # the first: from then on srun ends the others
         elif self.ended_at is None and TASK_ENDED.match(line):
             self.ended_at = time.monotonic()

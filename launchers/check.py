@@ -54,6 +54,7 @@ def node_counts(config: Config | None, ranks_per_node: int, least: int, most: in
     if config is None:
         return list(range(most, least - 1, -1))
     refused: dict[int, str] = {}  # number of nodes -> why
+    # from one on, also where fewer are not allowed: the error names all that go
     for number in range(1, most + 1):
         try:
             check_world_size(config, number * ranks_per_node)

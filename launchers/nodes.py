@@ -104,6 +104,7 @@ class JobNodes:
         for node, why in wrong.items():
             print(f"{node} is not fit: {why}", flush=True)
         fit = [name for name in names if name not in wrong]
+        # the largest that goes: with spares that stays the same number, and so the same bits
         number = next((count for count in self._counts if count <= len(fit)), 0)
         if not number:
             raise UnfitError(_too_few(wrong, len(fit), self._counts), list(wrong))
@@ -115,6 +116,7 @@ class JobNodes:
         # this process's own stays, whatever it is fit for
         own = os.environ.get(NODE_VARIABLE) or names[0]
         kept = [name for name in names if name not in wrong or name == own]
+        # when one of the others dies for good, SLURM would end the whole job for it
         if len(kept) < len(names):
             batch_job.give_back_all_but(kept)
             self._given_back |= set(names) - set(kept)
@@ -132,6 +134,7 @@ class JobNodes:
         if not answers:
             print("the nodes could not be looked at, and are started all the same", flush=True)
             return wrong
+        # others have answered, so that it is not the look itself that went wrong
         for node in names:
             if node not in answers:
                 wrong.setdefault(node, f"gave no answer in {self._seconds:.0f} s")
@@ -150,6 +153,7 @@ class JobNodes:
         answers: dict[str, Answer] = {}
         lost: dict[str, str] = {}
         while left := [name for name in names if name not in answers and name not in lost]:
+            # one step for all of them: a step each would load SLURM's controller
             look = _Look(self._command(left))
             look.wait(left, self._seconds, is_told_to_stop)
             self.may_overlap |= look.was_given_up
@@ -189,11 +193,13 @@ def counts_of_job(config: Config | None) -> list[int]:
     environment = dict(os.environ)
     most = int(environment["SLURM_JOB_NUM_NODES"])
     text = environment.get(MIN_NODES_VARIABLE, "")
+    # without leave for fewer, all of them or none
     if not text:
         return [most]
     if not text.isdecimal() or not 1 <= int(text) <= most:
         action = f"correct {MIN_NODES_VARIABLE}, or ask for more nodes"
         raise InputError(f"{MIN_NODES_VARIABLE}={text}", f"a number from 1 to {most}", action)
+    # without a look nobody would know which nodes are left
     if not health_seconds():
         got = f"{MIN_NODES_VARIABLE}={text} with {SECONDS_VARIABLE}=0"
         raise InputError(got, "a look at the nodes", f"unset {SECONDS_VARIABLE}")
@@ -217,6 +223,7 @@ def _of_all(answers: dict[str, Answer]) -> set[str]:
 
     Raises InputError where it is each machine's own, as then no other would do better.
     """
+    # by the check's name: what it found, such as a free space, need not be alike
     errors = [answer.errors() for answer in answers.values()]
     common = set.intersection(*({found["name"] for found in of_node} for of_node in errors))
     for found in errors[0]:
@@ -233,7 +240,7 @@ def _of_all(answers: dict[str, Answer]) -> set[str]:
 
 
 def _say_warnings(answers: dict[str, Answer]) -> None:
-    nodes: dict[str, list[str]] = {}  # by what they say
+    nodes: dict[str, list[str]] = {}  # by what they say: of a hundred nodes alike it is one line
     for node, answer in answers.items():
         for found in answer.results:
             if found["level"] == "warning":
@@ -269,6 +276,7 @@ class _Look:
         self, nodes: Sequence[str], seconds: float, is_told_to_stop: Callable[[], bool]
     ) -> None:
         """Until all have answered, it has ended, or there is no time left."""
+        # polled: a wish to stop comes by a handler, and must not wait for a node that hangs
         end = time.monotonic() + seconds
         while self._process.poll() is None and time.monotonic() < end and not is_told_to_stop():
             if all(node in self.answers for node in nodes):
@@ -290,5 +298,6 @@ class _Look:
             text = line.decode(errors="replace")
             if text.startswith(ANSWER):
                 found: dict[str, Any] = json.loads(text.removeprefix(ANSWER))
+                # what srun takes to hand a line on is far below what counts as a wrong clock
                 skew = time.time() - found["time"]
                 self.answers[found["node"]] = Answer(found["results"], skew)

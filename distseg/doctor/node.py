@@ -124,6 +124,7 @@ class _Ranks:
             for _, connection in self._ranks:
                 connection.send("all have computed")
             found += self._answers("all-reduce", end)
+        # not waited for: one that hangs in a driver cannot even be killed
         for process, _ in self._ranks:
             process.kill()
         self._folder.cleanup()
@@ -133,6 +134,7 @@ class _Ranks:
         found: list[CheckResult] = []
         for rank, (process, connection) in enumerate(self._ranks):
             action = "look at it with nvidia-smi -q, and at dmesg"
+            # one after the other, with one end for all: who is late has had its time by then
             try:
                 if connection.poll(max(0.1, end - time.monotonic())):
                     level, text = connection.recv()
@@ -180,6 +182,7 @@ def _device(rank: int, num_ranks: int, device: str) -> torch.device:
         raise RuntimeError(f"{there} CUDA devices for {num_ranks} ranks")
     if not there:
         return torch.device("cpu")
+    # before NCCL's first use, which takes the current one
     torch.cuda.set_device(rank)
     return torch.device("cuda", rank)
 
@@ -194,6 +197,7 @@ def known_product(device: torch.device) -> str:
     u, v, w, z = ((number % p - p // 2).float() for p in (7, 5, 3, 11))
     expected = int((v.double() @ w.double()).item()) * torch.outer(u, z)
     left, right = torch.outer(u, v), torch.outer(w, z)
+    # again, as a fault may come and go
     for _ in range(_REPEATS):
         num_wrong = int((torch.matmul(left, right) != expected).sum().item())
         if num_wrong:
