@@ -11,6 +11,7 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
+from distseg.config.world_size import has_teacher
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks
@@ -33,7 +34,7 @@ from distseg.train.inputs import Data
 from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
-from distseg.train.strong_views import StrongViews, has_teacher
+from distseg.train.strong_views import StrongViews
 from distseg.train.teacher import Alignment, WeakToStrong, logit_adjustment
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError

@@ -12,6 +12,7 @@ from typing import Any
 
 from distseg.config import code, loading
 from distseg.config.schema import Config
+from distseg.config.world_size import check_world_size
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.device import allow_tf32, reuse_memory
 from distseg.distributed.hangs import evidence_of
@@ -25,11 +26,10 @@ from distseg.distributed.ranks import (
 )
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
-from distseg.parallel import check_installed, check_settings, check_shard_size
+from distseg.parallel import check_installed, check_settings
 from distseg.runs.checkpointer import newest, set_aside
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
-from distseg.train.adversary import check_neighbours
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
 from distseg.train.away import look_away
@@ -140,8 +140,7 @@ def check(config: Config, world_size: int) -> Prepared:
     InputError for what could not be trained. Touches no GPU.
     """
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
-    check_neighbours(config, world_size)
-    check_shard_size(config.parallel.shard_size, world_size)
+    check_world_size(config, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
     if config.checkpoint.copy_to:
