@@ -96,6 +96,7 @@ class Ledger:
 
     def passing(self, size: int) -> None:
         """Note memory that a kernel takes for itself and gives back."""
+        # it may be what the peak is made of, however short it is
         block = Block(self.network)
         self._change(block, size)
         self._change(block, -size)
@@ -106,6 +107,7 @@ class Ledger:
 
     def peak(self) -> tuple[int, dict[Block, int]]:
         """The most bytes at a time; and what they were."""
+        # looked for afterwards: to note at every change what is held would be dear
         most = total = when = 0
         for index, (_, change) in enumerate(self.changes):
             total += change
@@ -117,6 +119,7 @@ class Ledger:
         return most, {block: size for block, size in held.items() if size}
 
     def _free(self, key: int) -> None:
+        # by its key, as the storage itself has gone when this is called
         block, _ = self._blocks.pop(key)
         self._change(block, -block.size)
 
@@ -240,6 +243,7 @@ class Hollow(TorchDispatchMode):
             self.collectives.append(Collective(name, size, ranks_of(args)))
 
     def _note_work(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        # what it reads and what it writes
         tensors = [it for it in tree_iter((args, kwargs, result)) if isinstance(it, Tensor)]
         count = flop_registry.get(func._overloadpacket)
         if func is _CONVOLUTION_BACKWARD:
@@ -279,6 +283,7 @@ def workspace(func: Any, args: tuple, result: Any) -> int:
     if func is not _CONVOLUTION and func is not _CONVOLUTION_BACKWARD:
         return 0
     is_backward = func is _CONVOLUTION_BACKWARD
+    # by the order of the arguments in either function
     out = args[0] if is_backward else result
     x, weight = args[1:3] if is_backward else args[:2]
     in_place = weight.dtype == torch.float32 and weight.shape[2:].numel() == 1
@@ -289,6 +294,7 @@ def workspace(func: Any, args: tuple, result: Any) -> int:
         # one more where the weights are in the plain order, as FSDP needs them
         is_plain = not _is_channels_last(weight)
         return weight.nbytes * (1 + is_backward + is_plain)
+    # a plain convolution is reordered on its way in and out
     if in_place:
         return 0
     if is_backward:
@@ -309,6 +315,7 @@ def _metas(arguments: Any) -> Any:
     def meta(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
+    # strides too: kernels choose the layout of their results by them
     args, kwargs = tree_map_only(Tensor, meta, arguments)
     if "device" in kwargs:
         kwargs = kwargs | {"device": torch.device("meta")}

@@ -72,9 +72,17 @@ def run(
     # one job for all strategies: DeepSpeed keeps the first group that it sees
     with pretended(world_size) as ranks:
         found = [
-            estimated(name, prepared(under), networks, ranks, hardware, options.reserve_gb)
+            estimated(
+                name,
+                prepared(under),
+                networks,
+                ranks,
+                hardware=hardware,
+                reserve_gb=options.reserve_gb,
+            )
             for name, under in chosen.items()
         ]
+    # nothing else may be printed then
     if options.json:
         print(json.dumps(document(found, refused, shape, options), indent=1))
         return 0
@@ -89,6 +97,7 @@ def estimated(
     config: Config,
     networks: Networks,
     ranks: Ranks,
+    *,
     hardware: Hardware,
     reserve_gb: float,
 ) -> Estimate:
@@ -174,6 +183,7 @@ def _check_strategy(config: Config, world_size: int) -> None:
 
 
 def _num_classes(config: Config, told: int | None) -> int:
+    # the keys first, as in training
     sizes = sizes_of(config)
     found = config.data.num_classes or (None if sizes is None else sizes[1]) or told
     if not found or found < 1:
@@ -183,6 +193,7 @@ def _num_classes(config: Config, told: int | None) -> int:
 
 
 def _hardware(options: argparse.Namespace, gpus_per_node: int) -> Hardware:
+    # one number of the user counts for all types: it is of the run at hand
     chip = CHIPS[options.chip]
     tflops = {kind: options.tflops or value for kind, value in chip.tflops.items()}
     return Hardware(
@@ -281,6 +292,7 @@ def exchanged(found: Simulated) -> list[dict[str, Any]]:
 
 def cost(it: Estimate) -> list[str]:
     """Operations, counted, and seconds, modelled."""
+    # as if no kernel found anything in a cache
     moved = sum(work.bytes_moved for work in it.found.work)
     done = f"{it.found.operations / 1e12:.2f} TFLOP, {moved / GB:.0f} GB read and written"
     times = it.seconds
@@ -299,6 +311,7 @@ def comparison(found: list[Estimate], refused: dict[str, str]) -> list[str]:
     heads = f"{'':12}{'most':>8}{'between':>9}{'MB sent':>10}{'ms*':>9}"
     lines = ["", f"{heads}  {capacities}"]
     for it in found:
+        # what a link carries, and not the payload: an all-reduce sends it nearly twice
         sent = sum(row["sent_bytes"] for row in exchanged(it.found))
         sizes = f"{_gb(it.found.peak):>8}{_gb(it.found.between):>9}{sent / MB:10,.0f}"
         fits = "".join(f"{count or 'none':>7}" for count in it.fits.values())
@@ -316,6 +329,7 @@ def _modelled(options: argparse.Namespace) -> list[str]:
     chip = CHIPS[options.chip]
     share = f"{options.efficiency:.0%} of the {options.chip} of the {chip.source}"
     links = f"{options.link_gbs or chip.link_gbs:g} GB/s a GPU, {options.node_link_gbs:g} a node"
+    # or the page would name a data sheet for numbers that are not of it
     own = [name for name in ("tflops", "memory_bandwidth") if getattr(options, name)]
     changed = f" (but your {' and '.join(own)})" if own else ""
     kept = (
