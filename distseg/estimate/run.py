@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.world_size import check_world_size
 from distseg.distributed.ranks import Ranks
 from distseg.estimate.job import prepared, without_memory
 from distseg.estimate.simulated import KINDS, Simulated, pretended, simulate
@@ -21,10 +22,8 @@ from distseg.estimate.timing import (
     sent_bytes,
     word_of,
 )
-from distseg.parallel import check_installed, check_settings, check_shard_size
-from distseg.train.adversary import check_neighbours
+from distseg.parallel import check_installed, check_settings
 from distseg.train.dry_run import sizes_of
-from distseg.train.inputs import check_batches
 from distseg.train.networks import Networks
 from shards.errors import InputError
 from shards.words import counted
@@ -63,23 +62,17 @@ def run(
     # a rank for each GPU, as every launcher of ours starts them
     world_size = shape["nodes"] * shape["gpus_per_node"]
     num_classes = _num_classes(config, options.classes)
-    check_neighbours(config, world_size)
-    check_batches(config, world_size)
+    check_world_size(config, world_size)
     chosen, refused = _chosen(config, shape, every)
     hardware = _hardware(options, shape["gpus_per_node"])
     # built once: the strategies wrap copies
     networks = without_memory(prepared(config), num_classes, world_size)
     # one job for all strategies: DeepSpeed keeps the first group that it sees
     with pretended(world_size) as ranks:
+        kept: dict[str, Any] = {"hardware": hardware, "reserve_gb": options.reserve_gb}
+        # one after the other, each with its own copy of the networks
         found = [
-            estimated(
-                name,
-                prepared(under),
-                networks,
-                ranks,
-                hardware=hardware,
-                reserve_gb=options.reserve_gb,
-            )
+            estimated(name, prepared(under), networks, ranks, **kept)
             for name, under in chosen.items()
         ]
     # nothing else may be printed then
@@ -151,6 +144,7 @@ def strategies(config: Config, shape: dict[str, int]) -> dict[str, Config]:
 def name_of(config: Config) -> str:
     """A strategy in a word or two."""
     options = config.parallel
+    # as its users know the stages
     if options.strategy == "deepspeed":
         return f"ZeRO {options.zero_stage}"
     of_shards = options.strategy == "fsdp" and options.shard_size
@@ -175,9 +169,8 @@ def _chosen(
 
 
 def _check_strategy(config: Config, world_size: int) -> None:
-    # the cheapest first, as in training
-    if config.parallel.strategy == "fsdp":
-        check_shard_size(config.parallel.shard_size, world_size)
+    # the cheapest first, as in training: arithmetic, what does not go together, packages
+    check_world_size(config, world_size)
     check_settings(config)
     check_installed(config.parallel.strategy)
 
@@ -208,6 +201,7 @@ def _hardware(options: argparse.Namespace, gpus_per_node: int) -> Hardware:
 
 def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> list[str]:
     """The job in a few lines."""
+    # "auto" is told as what it was counted as
     nodes, of_node = shape["nodes"], shape["gpus_per_node"]
     world_size, own = nodes * of_node, prepared(config)
     ranks = f"{counted(world_size, 'rank')} ({counted(nodes, 'node')} of {of_node} GPUs)"
@@ -218,6 +212,7 @@ def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> 
     images += f" of {config.data.crop_px} px a rank and step"
     if config.gradient_accumulation_steps > 1:
         images += f", in {config.gradient_accumulation_steps} micro-batches"
+    # the recipe's name may be any: keys count more than the preset
     networks = config.segmentor.name
     if config.mode not in ("supervised",):
         networks += f", {config.mode}"
@@ -266,6 +261,7 @@ def exchange(it: Estimate) -> list[str]:
     """What a step sends, by collective."""
     lines = ["", "exchange of a step, counted"]
     lines.append(f"  {'':20}{'number':>10}{'of ranks':>12}{'MB':>14}{'MB a rank sends':>20}")
+    # by their size, so that what weighs stands first
     rows = exchanged(it.found)
     for row in rows:
         size = f"{row['bytes'] / MB:14,.1f}{row['sent_bytes'] / MB:20,.1f}"
