@@ -97,6 +97,7 @@ def estimated(
     """One strategy's."""
     found = simulate(config, networks, ranks)
     fits = fitting(config, found.peak, networks, ranks, reserve_gb)
+    # of the configured batch, not of those that were tried
     times = seconds_of(found.work, found.collectives, hardware, config.tf32)
     return Estimate(name, config, found, fits, times)
 
@@ -303,6 +304,7 @@ def cost(it: Estimate) -> list[str]:
 
 def comparison(found: list[Estimate], refused: dict[str, str]) -> list[str]:
     """All strategies, a line each."""
+    # a column for each GPU size
     capacities = "".join(f"{f'{capacity} GB':>7}" for capacity in CAPACITIES_GB)
     heads = f"{'':12}{'most':>8}{'between':>9}{'MB sent':>10}{'ms*':>9}"
     lines = ["", f"{heads}  {capacities}"]
@@ -358,5 +360,6 @@ def document(
             "fits": it.fits,
             "modelled_seconds": vars(it.seconds),
         }
+    # what the seconds and the fits depend on beside the counts
     given = {name: getattr(options, name) for name in ("chip", "efficiency", "reserve_gb")}
     return {"shape": shape, "hardware": given, "strategies": strategies, "refused": refused}
