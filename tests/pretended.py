@@ -186,6 +186,8 @@ def _in_two_steps(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Alone(nn.Module):
     """In place of DistributedDataParallel, of one rank."""
 
+    def _set_ddp_runtime_logging_sample_rate(self, rate: int) -> None: ...
+
     def __init__(self, network: nn.Module, **options: Any):
         super().__init__()
         self.module = network

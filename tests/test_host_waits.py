@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from distseg.config import loading
+from distseg.distributed.compat import measure_no_backwards
 from distseg.distributed.ranks import Ranks
 from distseg.models import SEGMENTORS, BatchNorm2d
 from distseg.train import assembly, run
@@ -207,7 +209,19 @@ def of_a_rank(ranks: Ranks, shards: Path, folder: Path) -> dict[str, Any]:
     for strategy in ("ddp", "fsdp"):
         spread = [*case, f"parallel.strategy={strategy}"]
         found[strategy] = steps(ranks, settings(spread, shards, folder / strategy), True)
+    found["ddp's log"] = measured_backwards(205)
     return found
+
+
+def measured_backwards(num_steps: int) -> list[int]:
+    """The steps after the first ten that DDP measures for its log."""
+    ddp = DistributedDataParallel(nn.Linear(1, 1))
+    measure_no_backwards(ddp)
+    seen = set()
+    for _ in range(num_steps):
+        ddp(torch.ones(1, 1)).sum().backward()
+        seen.add(ddp._get_ddp_logging_data()["iteration"])
+    return [step for step in seen if step > 10]
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +240,10 @@ def test_nor_under_what_spreads_a_network(strategy: str, found: dict[str, Any]) 
     # the average counts its updates on the host
     for kind, waits in found[strategy].items():
         assert [wait for wait in waits if "train/ema.py" not in wait] == [], kind
+
+
+def test_nor_for_ddps_own_log(found: dict[str, Any]) -> None:
+    assert found["ddp's log"] == []
 
 
 def test_each_way_to_wait_is_found(found: dict[str, Any]) -> None:
