@@ -119,7 +119,7 @@ def timed(method: Any, seconds: list[float]) -> Any:
 def measure(intervals: int, steps: int, overrides: list[str]) -> dict[str, Any]:
     """Seconds: "bare" steps, one value an interval; as many "ratios", of the loop's step without
     saving to it; "saving" and "writing" of a checkpoint, and "logging", which a logged step takes
-    more. "waits" for data: their shares of the logged steps.
+    more. "waits" for data of a step, one value for each that is logged.
     """
     # the first interval warms up
     TimedTrainer.every, TimedTrainer.intervals = steps, intervals + 1
@@ -149,7 +149,7 @@ def measure(intervals: int, steps: int, overrides: list[str]) -> dict[str, Any]:
         "saving": saving,
         "writing": statistics.median(TimedTrainer.writing[1:-1]),
         "logging": statistics.median(TimedTrainer.logging),
-        "waits": [row["data_wait_share"] for row in rows if "data_wait_share" in row][1:],
+        "waits": [row["data_wait_seconds"] for row in rows if "data_wait_seconds" in row],
     }
 
 

@@ -37,9 +37,9 @@ COMMON = [
 SEMI = ["mode=semi_supervised", "data.labelled=1/2", "semi.start_step=0", "semi.threshold=0"]
 TAUGHT = ["data.labelled=1/2", "consistency.weight=1", "consistency.threshold=0.1"]
 CASES = {
-    "supervised": ["mode=supervised", "segmentor_optimizer.name=sgd"],
     "supervised, hard pixels": [
-        *("mode=supervised", "loss.ohem_threshold=0.7", "loss.ohem_min_share=0.1"),
+        *("mode=supervised", "segmentor_optimizer.name=sgd", "loss.ohem_threshold=0.7"),
+        "loss.ohem_min_share=0.1",
         *("loss.class_weights=balanced", "loss.label_smoothing=0.1"),
     ],
     "supervised, focal and overlap": [
