@@ -7,12 +7,15 @@ there.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -109,7 +112,6 @@ def test_a_job_of_one_process_has_both_backends(ranks: Ranks) -> None:
 
 def test_nccl_carries_what_is_on_the_gpu(gpu: torch.device) -> None:
     group = dist.group.WORLD
-    assert dist.get_backend(group) in ("nccl", "cpu:gloo,cuda:nccl", "undefined")
     assert group._get_backend(gpu).name() == "nccl"
     assert group._get_backend(torch.device("cpu")).name() == "gloo"
     for collective in (dist.all_gather_into_tensor, dist.reduce_scatter_tensor):
@@ -129,10 +131,12 @@ def test_steps_equal_the_reference(strategy: str, case: tuple[str, ...], ranks: 
     if not on_gpu and (is_zero or case != test_engine.CASES[4]):
         pytest.skip("tests of the strategy have the CPU's side")
     if is_zero:
-        pytest.importorskip("deepspeed")
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("no deepspeed here")
         if case[0] != "fp32":
             pytest.skip("ZeRO's updates are float32")
-    got = test_engine.train(ranks, case, STRATEGIES[strategy])
+    with patch.dict(os.environ):  # DeepSpeed leaves LOCAL_RANK there
+        got = test_engine.train(ranks, case, STRATEGIES[strategy])
     expected = reference(*case)
     pairs = zip(got[:2], expected, strict=True)
     worst = max(abs(mine[name] - theirs[name]).max() for mine, theirs in pairs for name in theirs)
@@ -214,8 +218,9 @@ def test_tf32_is_what_the_key_says(gpu: torch.device) -> None:
     if torch.cuda.get_device_capability(gpu) < (8, 0):
         pytest.skip("a GPU without TF32")
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.rand(256, 256, generator=generator) for _ in range(2))
-    x, w = torch.rand(4, 256, 41, 41, generator=generator), torch.rand(256, 256, 3, 3)
+    # around 0: of positive numbers the errors would cancel
+    shapes = (256, 256), (256, 256), (4, 256, 41, 41), (256, 256, 3, 3)
+    a, b, x, w = (torch.randn(shape, generator=generator) for shape in shapes)
     expected = a.double() @ b.double(), F.conv2d(x.double(), w.double())
     errors = {}
     for allowed in (True, False):
@@ -223,7 +228,8 @@ def test_tf32_is_what_the_key_says(gpu: torch.device) -> None:
         found = a.to(gpu) @ b.to(gpu), F.conv2d(x.to(gpu), w.to(gpu))
         pairs = zip(found, expected, strict=True)
         errors[allowed] = [difference(own, exact) for own, exact in pairs]
-    assert max(errors[False]) < 1e-6 < 1e-5 < min(errors[True]) and max(errors[True]) < 1e-3
+    assert max(errors[False]) < 3e-5, errors  # which Winograd's transforms may take of float32
+    assert min(errors[True]) > 1e-4 and max(errors[True]) < 2e-3, errors
 
 
 def test_auto_is_bf16_where_it_is_multiplied(gpu: torch.device, ranks: Ranks) -> None:
@@ -497,7 +503,7 @@ def test_a_run_goes_on_is_evaluated_and_predicts_as_on_a_cpu(
     words = [*loading.arguments(SETTINGS), *case, f"data.shards={toy_shards}", "device=cuda"]
     words += [f"run_dir={tmp_path / 'run'}", "data.num_threads=2", "checkpoint.every_steps=2"]
     for steps in (2, 4):
-        program = Program(["train", *words, f"steps={steps}"])
+        program = Program(["train", *words, f"steps={steps}", "extend=true"])
         output, _ = program.communicate()
         assert program.returncode == 0, output
     assert "resumed at step 2" in output

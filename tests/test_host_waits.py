@@ -40,6 +40,7 @@ CASES = {
     "supervised, hard pixels": [
         *("mode=supervised", "segmentor_optimizer.name=sgd", "loss.ohem_threshold=0.7"),
         "loss.ohem_min_share=0.1",
+        "loss.logit_adjustment=1",
         *("loss.class_weights=balanced", "loss.label_smoothing=0.1"),
     ],
     "supervised, focal and overlap": [
@@ -64,7 +65,7 @@ CASES = {
     ],
     "consistency, EMA teacher": [
         *("mode=consistency", *TAUGHT, "strong.labelled=true", "strong.mix=classmix"),
-        *("consistency.teacher=ema", "consistency.logit_adjustment=1"),
+        *("consistency.teacher=ema", "consistency.logit_adjustment=1", "consistency.alignment=0.5"),
     ],
     "consistency, two views apart": [
         *(
@@ -205,7 +206,7 @@ def of_a_rank(ranks: Ranks, shards: Path, folder: Path) -> dict[str, Any]:
             where = folder / name.replace(" ", "")
             found[name] = steps(of_device, settings(case, shards, where))
     # with torch's own C++, of one rank, on the CPU
-    case = [*CASES["semi-supervised, accumulation"], "precision=fp32"]
+    case = [*SEMI, "gradient_accumulation_steps=2"]
     for strategy in ("ddp", "fsdp"):
         spread = [*case, f"parallel.strategy={strategy}"]
         found[strategy] = steps(ranks, settings(spread, shards, folder / strategy), True)

@@ -73,7 +73,7 @@ def _scores(logits: Tensor, label: Tensor, options: PixelOptions) -> Tensor:
     """At the label's size, (N, C, H, W), with the classes' prior."""
     scores = at_least_float32(logits)
     if options.prior is not None:
-        scores = scores + options.prior.to(scores)[:, None, None]
+        scores = scores + sent(options.prior, scores.device, scores.dtype)[:, None, None]
     return upsample(scores, label.shape[-2:])
 
 
