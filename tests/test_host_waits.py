@@ -48,12 +48,10 @@ CASES = {
         *("loss.terms.dice.weight=1", "loss.terms.lovasz.weight=1", "strong.labelled=true"),
         "strong.mix=cutout",
     ],
-    "adversarial, fp16": [
+    "adversarial, in blocks, fp16": [
         *("mode=adversarial", "precision=fp16", "segmentor_optimizer.clip_norm=1"),
-    ],
-    "adversarial, in blocks, at image size": [
-        *("mode=adversarial", "alternation.name=blocks", "alternation.segmentor=1"),
-        *("alternation.discriminator=1", "loss.map_resolution=image", "loss.real_map=scaling"),
+        *("alternation.name=blocks", "alternation.segmentor=1", "alternation.discriminator=1"),
+        *("loss.map_resolution=image", "loss.real_map=scaling"),
     ],
     "adversarial, feature matching, R1": [
         *("mode=adversarial", "discriminator=image_conditioned", "loss.feature_weight=0.1"),
@@ -63,19 +61,11 @@ CASES = {
         *(*SEMI, "gradient_accumulation_steps=2", "precision=fp16"),
         "discriminator.options.spectral_norm=true",
     ],
-    "consistency, EMA teacher": [
+    "consistency, EMA teacher, two views": [
         *("mode=consistency", *TAUGHT, "strong.labelled=true", "strong.mix=classmix"),
         *("consistency.teacher=ema", "consistency.logit_adjustment=1", "consistency.alignment=0.5"),
-    ],
-    "consistency, two views apart": [
-        *(
-            "mode=consistency",
-            *TAUGHT,
-            "consistency.num_views=2",
-            "batch_size=8",
-            "data.crop_px=32",
-        ),
-        *("consistency.batch_norm=separate", "gradient_accumulation_steps=2"),
+        *("consistency.num_views=2", "consistency.batch_norm=separate", "batch_size=8"),
+        *("gradient_accumulation_steps=2", "data.crop_px=32"),
     ],
     "consistency and an adversary's gate": [
         *("mode=semi_supervised", *TAUGHT, "consistency.gate=rank", "semi.entropy_weight=0.1"),
