@@ -77,6 +77,16 @@ def ddp_without_buffer_broadcast() -> dict[str, Any]:
     return {renamed if renamed in parameters else "broadcast_buffers": False}
 
 
+def measure_no_backwards(ddp: DistributedDataParallel) -> None:
+    """Keep DistributedDataParallel from measuring backwards for its own log after the first ten.
+
+    On a GPU it would have the host wait for one in every hundred. The method was seen in torch
+    2.13.0; where it is absent, the host waits that often.
+    """
+    if hasattr(ddp, "_set_ddp_runtime_logging_sample_rate"):
+        ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # a C++ int
+
+
 def forget_fsdp_forwards(network: nn.Module) -> None:
     """Have FSDP2 forget forwards that no backward follows, which it lists until there is one.
 
