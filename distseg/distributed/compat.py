@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +54,18 @@ def flight_record() -> list[dict[str, Any]]:
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
     # a pickle that this very process makes
     return [] if dump is None else pickle.loads(dump()).get("entries", [])
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Within a backward: have it call something when all gradients have been computed, before what
+    was asked for later (DDP's and FSDP2's waits for their exchanges).
+
+    `_execution_engine.queue_callback` was seen in torch 2.13.0. Where it is absent, nothing is
+    called.
+    """
+    engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if hasattr(engine, "queue_callback"):
+        engine.queue_callback(callback)
 
 
 def cpu_multiplies_bf16() -> bool:

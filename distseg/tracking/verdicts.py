@@ -27,6 +27,7 @@ from distseg.tracking.catalogue import (
     DISCRIMINATOR_ACCURACY,
     DISCRIMINATOR_FAKE,
     DISCRIMINATOR_REAL,
+    EXCESS,
     HELD_OUT_CONFIDENT,
     LABELLED_SHARE,
     LOSS,
@@ -276,7 +277,11 @@ def _wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
 
 
 def _who_is_slow(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
-    return f"rank {row[SLOWEST_RANK]:.0f}", None
+    # of the section in which it loses most; rows of earlier versions have none
+    beyond = {name: seconds for name, seconds in row.items() if name.startswith(EXCESS)}
+    most = max(beyond, key=lambda name: beyond[name], default="")
+    where = f", in {most.removeprefix(EXCESS)}" if most else ""
+    return f"rank {row[SLOWEST_RANK]:.0f}{where}", None
 
 
 def _slowest(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -538,11 +543,10 @@ CHECKS = (
         clear_at=1.1,
         num_rows=10,
         about=_who_is_slow,
-        meaning="The same rank needs a fifth more for its forward and its data, again and again, "
-        "and all others wait "
-        "for it at every step.",
-        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, "
-        "fewer cores.",
+        meaning="The same rank needs a fifth more for its own part of a step, again and again, and "
+        "all others wait for it at every step.",
+        advice="Look at that rank's machine: another job, a hot or throttled GPU; where it is slow "
+        "in data, a slow disk or fewer cores.",
     ),
 )
 NAMED = {check.name: check for check in CHECKS}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distseg.data.stream import PairedStream, TrainStream
-from distseg.distributed.ranks import is_shared, on_all
+from distseg.distributed.ranks import gathered, is_shared
 from distseg.distributed.watchdog import is_of_lost_peer
 from distseg.runs import attempts
 from distseg.train.trainer import Trainer
@@ -22,10 +22,10 @@ def noted(trainer: Trainer, stream: TrainStream | PairedStream) -> Iterator[atte
     process. What ends it well, its block notes.
     """
     # before the note is opened: a collective that fails leaves no attempt without hosts
-    ranks, hosts = trainer.ranks, on_all(trainer.ranks, socket.gethostname())
+    ranks, hosts = trainer.ranks, gathered(trainer.ranks, socket.gethostname())
     # of the main rank; the others' writes nothing, so that no condition is needed anywhere
     run_dir = Path(trainer.config.run_dir) if ranks.is_main else None
-    note = attempts.Note(run_dir, hosts, trainer.state.step)
+    note = trainer.note = attempts.Note(run_dir, hosts, trainer.state.step, trainer.ledger)
     # the watchdog ends the process by os._exit, which runs no `finally`: the only chance to say why
     trainer.watchdog.last_words = lambda diagnosis: note.finish(
         trainer.state.step, "failed", diagnosis

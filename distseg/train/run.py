@@ -25,7 +25,9 @@ from distseg.distributed.ranks import (
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.parallel import check_installed, check_settings, check_shard_size
+from distseg.runs import goodput
 from distseg.runs.checkpointer import newest, set_aside
+from distseg.runs.ledger import Ledger, process_began
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
 from distseg.train.adversary import check_neighbours
@@ -47,6 +49,7 @@ def run(config: Config) -> int:
     Returns the exit code. Raises InputError, before any network is trained, for input that cannot
     be used.
     """
+    ledger = Ledger(process_began())
     config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
     # Before the ranks join. Bad input is then met by all of them alike, by each on its own; once in
@@ -56,7 +59,7 @@ def run(config: Config) -> int:
     with joined(config.device, config.parallel.timeout_seconds) as ranks:
         if ranks.device.type == "cpu":
             reuse_memory()  # here alone: a process that lives on could not take it back
-        _train_on(ranks, config, prepared)
+        _train_on(ranks, config, prepared, ledger)
     return 0
 
 
@@ -89,6 +92,7 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     InputError for input that cannot be used, and where the caller has a process group of its own.
     On several ranks, one that is lost ends all processes, as the command does.
     """
+    ledger = Ledger()  # the process may have begun long ago, as a notebook's has
     named = {} if preset is None else {"preset": preset}
     config = loading.load([*loading.words(overrides), *loading.arguments(named | keys)])
     # again in `joined`; here before shards are opened and networks are built for nothing
@@ -99,10 +103,10 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     with restored_process():
         prepared = check(config, world_size)
         with joined(config.device, config.parallel.timeout_seconds) as ranks:
-            return _train_on(ranks, config, prepared)
+            return _train_on(ranks, config, prepared, ledger)
 
 
-def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
+def _train_on(ranks: Ranks, config: Config, prepared: Prepared, ledger: Ledger) -> TrainResult:
     """From checked input to the finished run, on every rank of a job that is joined."""
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
@@ -115,7 +119,7 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         stop = StopRequest(answers=ranks.is_main)
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
             watchdog.leave_evidence_in(on_main(ranks, lambda: evidence_of(run_directory.path)))
-            return train_and_show(config, run_directory, prepared, watchdog, stop)
+            return train_and_show(config, run_directory, prepared, watchdog, stop, ledger=ledger)
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ def train_and_show(
     prepared: Prepared,
     watchdog: Watchdog,
     stop: StopRequest,
+    *,
+    ledger: Ledger,
 ) -> TrainResult:
     """From the networks to the finished run, on every rank alike."""
     ranks, data = run_directory.ranks, prepared.data
@@ -174,6 +180,7 @@ def train_and_show(
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
+        trainer.ledger = ledger
         for line in about_checkpoints(last):
             trainer.progress.warning(line)
         trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
@@ -198,7 +205,8 @@ def _fit_and_show(
             # pictures may be what the earlier process was stopped in
             for evaluator in (trainer.evaluator, trainer.source):
                 if evaluator is not None and evaluator.result is None:
-                    evaluator()
+                    with trainer.ledger.within("evaluation"):
+                        evaluator()
             network = trainer.evaluator.gather_network()
             views = trainer.next_views(data)
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
@@ -211,9 +219,21 @@ def _fit_and_show(
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
+        _tell_goodput(trainer)
     if not done and trainer.ranks.is_main:
         # when all else has been told, so that it is the last line
         where = f"step {trainer.state.step} of {trainer.config.steps}"
         how = "the same command goes on from there"
         print(f"stopped at {where} ({stop.reason()}), checkpoint saved: {how}", flush=True)
     return TrainResult(Path(trainer.config.run_dir), trainer.state.step, done, scores)
+
+
+def _tell_goodput(trainer: Trainer) -> None:
+    """Where the run's time has gone, in all of its attempts up to now."""
+    found = None
+    # who may not write has told nobody anything, and reads nothing
+    if trainer.ranks.is_main:
+        found = goodput.of_run(Path(trainer.config.run_dir))
+    if found is not None:
+        trainer.progress.message(found.text())
+        trainer.tracker.summary(found.named())

@@ -17,7 +17,9 @@ from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.parallel import Learner
+from distseg.runs.attempts import Note
 from distseg.runs.checkpointer import Checkpointer
+from distseg.runs.ledger import Ledger
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
@@ -69,9 +71,14 @@ class Trainer:
     source: Evaluator | None = None  # on the domain that has the labels, where that is another
     held_out: HeldOut | None = None  # of a run with a teacher
     state: TrainState = field(default_factory=TrainState)
+    # where this process's time goes, and the attempt's note of it, which the main rank alone writes
+    ledger: Ledger = field(default_factory=Ledger)
+    note: Note | None = None
     # raises InputError where the run directory is another than the run began in; on the main rank
     check_folder: Callable[[], None] = lambda: None
     _validation: ValidationHistory = field(init=False)
+    # of the last logged step, on the main rank; see diagnostics.told
+    _of_ranks: list[list[float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._validation = ValidationHistory(self.config.schedule)
@@ -95,6 +102,7 @@ class Trainer:
             self.evaluate()
         # after that evaluation, which is no part of a step's time
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
+        self.ledger.enter("steps")
         while not self._is_done():
             self._advance(stream, stop, clock)
             # the sum of the flags that `begin` started before the step: by now it has arrived long
@@ -103,11 +111,12 @@ class Trainer:
             # Save, then stop or evaluate. A stop without a checkpoint loses steps, and an
             # evaluation can fail or be killed.
             self._save_if_due(is_stopping)
+            if is_stopping or self._is_done():
+                with self.ledger.within("checkpoints"):
+                    self.checkpoints.wait()
             if is_stopping:
-                self.checkpoints.wait()  # an evaluation due now is made up on resuming
-                return False
+                return False  # an evaluation due now is made up on resuming
             if self._is_done():
-                self.checkpoints.wait()
                 stop.release()  # nothing is left that a signal could lose
             # after saving, so that nothing that goes wrong here costs a step
             if self._evaluation_due():
@@ -115,6 +124,7 @@ class Trainer:
                 # or the evaluation would count as a slow step
                 clock.restart(self.state.step, stream.wait_seconds)
         stop.release()
+        self.ledger.enter("other")
         return True
 
     def _advance(
@@ -124,7 +134,8 @@ class Trainer:
         # reported before `next`, so that a rank without data is told from one in a collective
         step = self.state.step
         self.watchdog.report(f"step {step + 1}, waiting for data")
-        batch = next(stream)
+        with self.ledger.within("data"):
+            batch = next(stream)
         self.watchdog.report(f"step {step + 1}")
         # A failed save is asked for like a stop: one rank's disk alone may be full, and raising
         # here would leave the others waiting. At the agreed stop `save` raises it on all.
@@ -134,9 +145,13 @@ class Trainer:
         clock.count(self._operations(step))
         # nothing is read from the device in other steps: the host stays ahead of it
         if logged(step, self.config):
+            num_steps = step + 1 - clock.step
             speed = clock.lap(step + 1, stream.wait_seconds)
-            self._log(step + 1, metrics, speed | stream.told(step + 1))
+            longer = self._log(step + 1, metrics, speed | stream.told(step + 1))
+            # until that rank had its data all others waited for it, within the step
+            self.ledger.move(longer * num_steps, "steps", "data")
         self.state.step += 1
+        self._mark()
         if _due(self.state.step, self.config.parallel.check_every):
             check_equal(self.ranks, self.pair, self.state.step)
 
@@ -148,10 +163,22 @@ class Trainer:
             self.watchdog.report(f"step {self.state.step}, saving")
             # collective: every rank comes here at the same step, as all of the conditions are
             # agreed on
-            self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
+            with self.ledger.within("checkpoints"):
+                self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
+            self._mark(is_saved=True)
+
+    def _mark(self, *, is_saved: bool = False) -> None:
+        if self.note is not None:
+            self.note.mark(self.state.step, is_saved=is_saved)
 
     def evaluate(self) -> None:
         """Score the segmentor on the validation split; note the score, and if it is the best."""
+        with self.ledger.within("evaluation"):
+            self._evaluate()
+        # what comes after its checkpoint is not done again where the run goes on from there
+        self._mark(is_saved=True)
+
+    def _evaluate(self) -> None:
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
         if self.source is not None:
@@ -162,6 +189,9 @@ class Trainer:
         classes = self.evaluator.samples.classes.names
         rows = [(name, values[f"val/iou/{name}"]) for name in classes]
         self.tracker.table(self.state.step, "classes", ("class", "IoU"), rows)
+        if self.ranks.world_size > 1:
+            of_ranks = [(rank, *of_rank) for rank, of_rank in enumerate(self._of_ranks)]
+            self.tracker.table(self.state.step, "ranks", diagnostics.COLUMNS, of_ranks)
         self.progress.evaluation(self.state.step, values)
         for event in events:
             self.progress.warning(event.text())
@@ -196,6 +226,8 @@ class Trainer:
         seed = np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         current = replace(phase(step, config), watched=logged(step, config))
+        for learner in self.pair.learners:
+            learner.stopwatch.begin(current.watched)
         labelled, unlabelled, taught = self._images(batch, current)
         num_micro_batches = config.gradient_accumulation_steps
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
@@ -277,20 +309,22 @@ class Trainer:
         # ranks have equal shares, so no rank needs to be asked
         return total / self.ranks.world_size
 
-    def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
+    def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> float:
         """All scalars at once: the means over the ranks, what each tells of itself, the weights of
-        the terms.
+        the terms. Returns, on the main rank, how much longer than itself some rank has waited for
+        data, in seconds a step.
         """
-        # seconds() waits for the last forward on a GPU: here, where the host is about to wait
-        # anyway
+        # the wait for the device, where the host is about to wait anyway
+        values = diagnostics.means(metrics, self.ranks) | speed
+        waited = speed["data_wait_seconds"]
         own = {
-            "forward_seconds": self.pair.segmentor.stopwatch.seconds(),
-            "data_wait_seconds": speed.pop("data_wait_seconds"),
-            "memory_bytes": diagnostics.memory_bytes(self.ranks.device),
+            "step": speed["step_seconds"],
+            "memory": diagnostics.memory_bytes(self.ranks.device),
+            "data": waited,
+            **diagnostics.sections(self.pair.learners),
         }
-        values = diagnostics.gather(metrics, own, self.ranks) | speed
-        # of the rank that waits most
-        values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
+        self._of_ranks = diagnostics.told(own, self.ranks)
+        values |= diagnostics.pace(self._of_ranks)
         values |= self.pair.objective.weights(phase(step - 1, self.config))
         self.check_folder()
         # verdicts are told by whoever keeps the rows: the null tracker of other ranks has none
@@ -301,6 +335,7 @@ class Trainer:
         error = not_finite(self.config, step, values)
         if error is not None:
             raise shared_error(error)
+        return values["data_wait_seconds"] - waited
 
 
 def _update(name: str, learner: Learner, lr_factor: float) -> Metrics:
