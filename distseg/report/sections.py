@@ -25,7 +25,6 @@ from distseg.tracking.catalogue import SCORES, Metric
 from distseg.tracking.verdicts import NAMED
 from shards.words import counted
 
-
 # of curves.py, which are told apart by colour-blind readers too; green: the steps that counted
 _PART_COLORS = dict(zip(PARTS, (2, 5, 6, 0, 3, 9, 1, 10, 4), strict=True))
 

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.ranks import gathered, is_shared
 from distseg.distributed.watchdog import is_of_lost_peer
 from distseg.runs import attempts
+from distseg.train import out_of_memory
 from distseg.train.trainer import Trainer
 
 
@@ -38,6 +41,9 @@ def noted(trainer: Trainer, stream: TrainStream | PairedStream) -> Iterator[atte
     except BaseException as error:
         # sys.exit in code of the user's own: its exit code 0 would say that the run is done
         cause = RuntimeError(f"SystemExit: {error}") if isinstance(error, SystemExit) else error
+        if isinstance(cause, torch.OutOfMemoryError):
+            where = f"step {trainer.state.step + 1}"
+            out_of_memory.explain(trainer.config, ranks, where, trainer.ledger.part)
         if not is_shared(cause):
             trainer.checkpoints.give_up()  # the other ranks' parts may never come
         # an interrupt is told by the shell; of a lost rank the watchdog has the better words
@@ -51,6 +57,7 @@ def noted(trainer: Trainer, stream: TrainStream | PairedStream) -> Iterator[atte
         # not
         trainer.checkpoints.close()
         stream.close()
+        trainer.profiler.close()
         # before the tracker, whose warnings would land in the middle of the live line
         trainer.progress.close()
         trainer.tracker.finish(exit_code)

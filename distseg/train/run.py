@@ -38,6 +38,7 @@ from distseg.train.headline import about_checkpoints, extension
 from distseg.train.inputs import Data, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
+from distseg.train.profiling import check_ranks
 from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
 from distseg.train.trainer import Trainer
@@ -139,6 +140,7 @@ def check(config: Config, world_size: int) -> Prepared:
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
     check_neighbours(config, world_size)
     check_shard_size(config.parallel.shard_size, world_size)
+    check_ranks(config.profile, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
     if config.tracking.tensorboard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from distseg.train.finite import not_finite
 from distseg.train.flops import StepWork
 from distseg.train.held_out import HeldOut
 from distseg.train.inputs import Data, open_streams
+from distseg.train.profiling import StepProfiler
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
@@ -76,12 +78,15 @@ class Trainer:
     note: Note | None = None
     # raises InputError where the run directory is another than the run began in; on the main rank
     check_folder: Callable[[], None] = lambda: None
+    profiler: StepProfiler = field(init=False)
     _validation: ValidationHistory = field(init=False)
     # of the last logged step, on the main rank; see diagnostics.told
     _of_ranks: list[list[float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._validation = ValidationHistory(self.config.schedule)
+        run_dir = Path(self.config.run_dir)
+        self.profiler = StepProfiler(self.config.profile, self.ranks, run_dir)
 
     def fit(self, stream: TrainStream | PairedStream, stop: StopRequest) -> bool:
         """Train from state.step to config.steps.
@@ -104,7 +109,9 @@ class Trainer:
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
         self.ledger.enter("steps")
         while not self._is_done():
+            self.profiler.before(self.state.step + 1)
             self._advance(stream, stop, clock)
+            self._write_profile()
             # the sum of the flags that `begin` started before the step: by now it has arrived long
             # since
             is_stopping = stop.agreed() and not self._is_done()
@@ -167,6 +174,15 @@ class Trainer:
                 self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
             self._mark(is_saved=True)
 
+    def _write_profile(self) -> None:
+        """Where this was the last step that is to be profiled."""
+        if self.profiler.is_running:
+            self.watchdog.report(f"step {self.state.step}, profiled")
+            with self.ledger.within("other"):
+                path = self.profiler.after(self.state.step)
+            if path is not None:
+                self.progress.message(f"profile: {path}, to be opened at https://ui.perfetto.dev")
+
     def _mark(self, *, is_saved: bool = False) -> None:
         if self.note is not None:
             self.note.mark(self.state.step, is_saved=is_saved)
@@ -227,7 +243,7 @@ class Trainer:
         torch.manual_seed(int(seed))
         current = replace(phase(step, config), watched=logged(step, config))
         for learner in self.pair.learners:
-            learner.stopwatch.begin(current.watched)
+            learner.stopwatch.begin(current.watched or self.profiler.is_running)
         labelled, unlabelled, taught = self._images(batch, current)
         num_micro_batches = config.gradient_accumulation_steps
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
