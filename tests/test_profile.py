@@ -95,7 +95,7 @@ def test_steps_that_are_none_are_refused(text: str) -> None:
 
 def test_steps_and_ranks_that_the_run_has_not_are_refused() -> None:
     assert list(rules.profiled_steps("10:13")) == [10, 11, 12, 13]
-    with pytest.raises(InputError, match="profile.steps=9:11 of 10 steps"):
+    with pytest.raises(InputError, match=r"profile\.steps=9:11 of 10 steps"):
         config("steps=10", "profile.steps=9:11")
     chosen = config("profile.steps=1:2", "profile.ranks=[0,4]").profile
     check_ranks(chosen, 5)
@@ -150,15 +150,19 @@ def test_a_gpu_out_of_memory_leaves_a_snapshot_and_says_which_keys_need_less(
         # one image a rank is no more divided; 2 x 2 x 2 are, and unlabelled ones with them
         (["batch_size=4", "precision=bf16"], 4, "data", [("parallel.strategy=fsdp", "the same")]),
         (
-            ["batch_size=8", "gradient_accumulation_steps=2", "mode=semi_supervised"]
-            + ["data.labelled=1/2", "semi.batch_size=16", "precision=bf16"],
+            [
+                *("batch_size=8", "gradient_accumulation_steps=2", "mode=semi_supervised"),
+                *("data.labelled=1/2", "semi.batch_size=16", "precision=bf16"),
+            ],
             2,
             "steps",
             [("gradient_accumulation_steps=4", "new"), ("parallel.strategy=fsdp", "the same")],
         ),
         (
-            ["parallel.strategy=deepspeed", "parallel.zero_stage=2", "batch_size=1"]
-            + ["precision=bf16"],
+            [
+                *("parallel.strategy=deepspeed", "parallel.zero_stage=2"),
+                *("batch_size=1", "precision=bf16"),
+            ],
             1,
             "steps",
             [],

@@ -342,11 +342,12 @@ def steps_to_profile(config: Config) -> None:
 
 def profiled_steps(text: str) -> range:
     """Of "10:13" the steps 10 to 13, counted from 1. Raises InputError for what is none."""
+    # in a file without quotes YAML has made a number of it, to the base of 60
     found = re.fullmatch(r"(\d{1,8}):(\d{1,8})", text)
     first, last = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= first <= last:
         needed = "FIRST:LAST, from 1 on and both included"
-        raise InputError(f"profile.steps={text}", needed, "write profile.steps=10:13, for example")
+        raise InputError(f"profile.steps={text}", needed, "write 10:13, in a file in quotes")
     return range(first, last + 1)
 
 

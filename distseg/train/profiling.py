@@ -1,4 +1,4 @@
-"""profile.steps: what some steps are made of, as a trace of chosen ranks and a table of operators."""
+"""profile.steps: what steps are made of, as a trace of chosen ranks and a table of operators."""
 
 from __future__ import annotations
 
