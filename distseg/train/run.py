@@ -172,7 +172,7 @@ def train_and_show(
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)
     watchdog.report("loading a checkpoint")
-    found = learned(config, ranks, pair, data, last.sound)
+    found = learned(config, ranks, pair, data, last.sound, moved=watchdog.keep_alive)
     with closing(open_streams(config, ranks, data, found.state.step)) as stream:
         # Not earlier: until here other data, networks or settings than the run's are refused, and a
         # directory that says otherwise than its checkpoints would be scored as another run.
