@@ -114,6 +114,7 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared, ledger: Ledger) 
         # A shard from far away may take longer than the time limit. Its bytes count as signs of
         # life, or the watchdog would end a job that merely waits for the network.
         prepared.data.tell(watchdog.keep_alive)
+        prepared.data.verify(ranks)
         check_same_code(ranks, config)
         # From here on a signal asks for a stop at a step boundary; until now it ended the process,
         # which had nothing to lose.
