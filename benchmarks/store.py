@@ -69,6 +69,11 @@ class CountedStore:
         self._traffic.count(key, value)
         return value
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        values = self._store.multi_get(keys)
+        self._traffic.count(*keys, *values)
+        return values
+
     def add(self, key: str, amount: int) -> int:
         self._traffic.count(key, 8 * b" ")
         return self._store.add(key, amount)

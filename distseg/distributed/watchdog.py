@@ -425,9 +425,7 @@ class Watchdog:
         # two beats of a rank that lives, and half an interval for one that is late
         seconds = max(2.5 * self._interval, MIN_LISTENING_SECONDS)
         try:
-            said = by_first(
-                self._store, "silent ranks", lambda: self._listen(seconds), 1.5 * seconds
-            )
+            said = by_first(self._store, "silent ranks", lambda: self._listen(seconds), 2 * seconds)
         except (RuntimeError, OSError):
             return None
         silent = json.loads(said)
@@ -492,8 +490,14 @@ class Watchdog:
 
     def _read_beats(self) -> dict[int, Beat]:
         """The last one of every rank that has published any; {} where the store is gone."""
+        ranks = range(self._ranks.world_size)
+        keys = [f"beat/{rank}" for rank in ranks]
         try:
-            beats = {rank: self._read_beat(rank) for rank in range(self._ranks.world_size)}
+            # as a rule all are there, and come in one message; of a key that is not one would wait
+            if self._store.check(keys):
+                texts = self._store.multi_get(keys)
+                return {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
+            beats = {rank: self._read_beat(rank) for rank in ranks}
         except (RuntimeError, OSError):
             return {}
         return {rank: beat for rank, beat in beats.items() if beat is not None}

@@ -95,13 +95,7 @@ def learned(
     if config.ema_decay > 0:
         ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
     if has_teacher(config):
-        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
-        if config.consistency.logit_adjustment:
-            # of the labels that are trained on: of the others nothing is known
-            pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
-            adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-            weak_to_strong = replace(weak_to_strong, adjustment=adjustment)
-        pair = replace(pair, weak_to_strong=weak_to_strong)
+        pair = replace(pair, weak_to_strong=_weak_to_strong(config, ranks, pair, ema, data))
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes
         strong = StrongViews.of_labelled(config, num_classes, ranks)
@@ -118,6 +112,18 @@ def learned(
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)
+
+
+def _weak_to_strong(
+    config: Config, ranks: Ranks, pair: Pair, ema: MovingAverage | None, data: Data
+) -> WeakToStrong:
+    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+    if not config.consistency.logit_adjustment:
+        return teacher
+    # of the labels that are trained on: of the others nothing is known
+    pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
+    adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
+    return replace(teacher, adjustment=adjustment)
 
 
 def build_trainer(

@@ -202,6 +202,7 @@ def _fit_and_show(
     gc.freeze()
     with noted(trainer, stream) as note:
         done = trainer.fit(stream, stop)
+        trainer.ledger.enter("other")
         if done:
             # evaluation and the gathering of shards are collectives: every rank takes part in both
             # of a run that had been complete before this process began: evaluation.json and the

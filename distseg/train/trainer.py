@@ -109,18 +109,13 @@ class Trainer:
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
         self.ledger.enter("steps")
         while not self._is_done():
-            self.profiler.before(self.state.step + 1)
             self._advance(stream, stop, clock)
-            self._write_profile()
             # the sum of the flags that `begin` started before the step: by now it has arrived long
             # since
             is_stopping = stop.agreed() and not self._is_done()
             # Save, then stop or evaluate. A stop without a checkpoint loses steps, and an
             # evaluation can fail or be killed.
             self._save_if_due(is_stopping)
-            if is_stopping or self._is_done():
-                with self.ledger.within("checkpoints"):
-                    self.checkpoints.wait()
             if is_stopping:
                 return False  # an evaluation due now is made up on resuming
             if self._is_done():
@@ -131,7 +126,6 @@ class Trainer:
                 # or the evaluation would count as a slow step
                 clock.restart(self.state.step, stream.wait_seconds)
         stop.release()
-        self.ledger.enter("other")
         return True
 
     def _advance(
@@ -140,6 +134,7 @@ class Trainer:
         """One step, logged and checked where that is due."""
         # reported before `next`, so that a rank without data is told from one in a collective
         step = self.state.step
+        self.profiler.before(step + 1)
         self.watchdog.report(f"step {step + 1}, waiting for data")
         with self.ledger.within("data"):
             batch = next(stream)
@@ -159,11 +154,14 @@ class Trainer:
             self.ledger.move(longer * num_steps, "steps", "data")
         self.state.step += 1
         self._mark()
+        self._write_profile()
         if _due(self.state.step, self.config.parallel.check_every):
             check_equal(self.ranks, self.pair, self.state.step)
 
     def _save_if_due(self, is_stopping: bool) -> None:
-        """A checkpoint before every evaluation and stop, and every so many steps."""
+        """A checkpoint before every evaluation and stop, and every so many steps; the last one is
+        on the disk when this returns.
+        """
         # an evaluation needs its checkpoint: `mark_best` names the step just saved
         is_due = _due(self.state.step, self.config.checkpoint.every_steps)
         if is_due or is_stopping or self._evaluation_due():
@@ -173,6 +171,9 @@ class Trainer:
             with self.ledger.within("checkpoints"):
                 self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
             self._mark(is_saved=True)
+        if is_stopping or self._is_done():
+            with self.ledger.within("checkpoints"):
+                self.checkpoints.wait()
 
     def _write_profile(self) -> None:
         """Where this was the last step that is to be profiled."""
