@@ -26,11 +26,13 @@ def by_first(store: Asked, name: str, look: Callable[[], str], seconds: float) -
     name: of the question, which has one answer. seconds: what a look takes at most; after each such
     time without an answer the next that has asked looks, as the one before may be lost.
     """
+    # the store counts for all: of ranks that ask at once one gets the 1
     answer, number = f"{name}/answer", store.add(f"{name}/number asking", 1)
     own_turn = time.monotonic() + (number - 1) * seconds
     while time.monotonic() < own_turn:
         if store.check([answer]):
             return store.get(answer).decode()
+        # asked again, not waited for inside of the store: a rank may have to take over
         time.sleep(seconds * _SHARE_BETWEEN_LOOKS)
     found = look()
     store.set(answer, found)

@@ -250,6 +250,7 @@ def of_all(ranks: Ranks, value: Result, work: Callable[[list[Result]], Conclusio
     The main rank alone sees all values: at a thousand ranks a list of them on each would be a
     million messages.
     """
+    # and on_main sends an error of it to all, so that none goes on alone
     values = gathered(ranks, value)
     return on_main(ranks, lambda: work(values))
 

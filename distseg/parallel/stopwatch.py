@@ -53,6 +53,7 @@ class Stopwatch:
         if not self._is_timed:
             yield
             return
+        # of the backward before, which had other waits
         self._computed = None
         handle = root.register_hook(self._on_first_gradient) if root.requires_grad else None
         start = self._now()
@@ -87,6 +88,7 @@ class Stopwatch:
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
+        # on the stream that computes, so that nothing is waited for until somebody reads it
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

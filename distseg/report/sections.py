@@ -233,6 +233,7 @@ def goodput_section(collected: Collected, entries: list[Entry]) -> Section | Non
     return Section("goodput", "Goodput", note, content)
 
 
+# HTML and not a chart: it prints, needs no script and follows the page's colours
 def _stacked(shares: dict[str, float]) -> str:
     """One line of pieces, each as wide as its share."""
     pieces = []

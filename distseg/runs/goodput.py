@@ -42,6 +42,7 @@ class Goodput:
 
     def named(self) -> dict[str, float]:
         """By their names in W&B's summary: shares, and the wall time in seconds."""
+        # shares, as the seconds of runs of different lengths say nothing beside one another
         shares = {f"goodput/{part}": self.share(part) for part in PARTS}
         return {"goodput": self.share(), "goodput/wall_seconds": self.wall_seconds, **shares}
 
@@ -69,6 +70,7 @@ def of_attempts(found: Sequence[Attempt]) -> Goodput | None:
         return None
     seconds = dict.fromkeys(PARTS, 0.0)
     for index, span in enumerate(spans):
+        # the earliest of all, not the next one's: a damaged checkpoint sets a run back further
         later = [other.attempt.first_step for other in spans[index + 1 :]]
         steps = [step for step in later if step is not None]
         for part, of_part in _booked(span, min(steps, default=None)).items():
@@ -90,6 +92,7 @@ def _spans(found: Sequence[Attempt]) -> Iterator[_Span]:
     """Attempts that came as far as to note their start, none of which overlaps another."""
     end = 0.0
     for attempt in found:
+        # machines' clocks differ: a second is booked under one attempt, and never under two
         begin = max(attempt.started if attempt.began is None else attempt.began, end)
         signs = [attempt.started, attempt.ended or 0.0, *(mark.time for mark in attempt.marks)]
         # of two starts at once the second is refused, and takes no time of the run's
@@ -105,9 +108,10 @@ def _booked(span: _Span, resumed_at: int | None) -> dict[str, float]:
     """
     attempt, duration = span.attempt, span.end - span.begin
     sound = [one for one in attempt.marks if resumed_at is None or one.step <= resumed_at]
-    # the first is made at the start, and the start has been whatever came of it
+    # of an attempt of an earlier version nobody knows more than how long it was
     if not attempt.marks:
         return {"unknown": duration}
+    # the first mark is made at the start, which has been whatever came of the steps
     kept = (sound or attempt.marks[:1])[-1]
     is_whole = kept is attempt.marks[-1] and attempt.outcome in ENDED_WELL
     until = span.end if is_whole else kept.time

@@ -30,6 +30,7 @@ class Ledger:
         # the watchdog reads it while the main thread may be anywhere
         self._lock = threading.Lock()
 
+    # read without the lock: a word is replaced at once
     @property
     def part(self) -> str:
         """What the process is at."""
@@ -53,7 +54,9 @@ class Ledger:
     def move(self, seconds: float, source: str, target: str) -> None:
         """Book seconds, at most those that there are, under another part."""
         with self._lock:
+            # first: what the present part has had since it began may be moved too
             self._settle()
+            # what is measured otherwise, and of another rank, may be more than was booked
             moved = min(max(0.0, seconds), self._seconds[source])
             self._seconds[source] -= moved
             self._seconds[target] += moved
@@ -76,6 +79,7 @@ def process_began() -> float:
     Imports come before the first line that could look at a clock, and take seconds.
     """
     try:
+        # the 22nd field, in ticks since the boot, and not the time of day, which may have been set
         # behind the name, which may have blanks and brackets of its own
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         since_boot = float(Path("/proc/uptime").read_text().split()[0])

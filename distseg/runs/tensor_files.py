@@ -160,6 +160,7 @@ class Part:
     def __exit__(self, *exception: object) -> None:
         self._opened.close()
 
+    # which is why the first is opened by every rank, and no other one has to be
     def names(self) -> list[str]:
         """Of all tensors: the first file has those that are full, and rows of every other one."""
         return list(self._file(0).keys())
@@ -221,6 +222,7 @@ class Part:
         return self._shards[place][name][0] if name in self._shards[0] else 0
 
     def _file(self, place: int) -> Any:
+        # kept open to the end: slices are read from the mapped files when they are asked for
         if place not in self._files:
             with self._damage():
                 file = self._opened.enter_context(safe_open(self._paths[place], framework="pt"))

@@ -53,11 +53,14 @@ def noted(trainer: Trainer, stream: TrainStream | PairedStream) -> Iterator[atte
             raise cause from error
         raise
     finally:
-        # first and alone worth waiting for: what this rank is writing becomes a checkpoint, or does
-        # not
-        trainer.checkpoints.close()
-        stream.close()
-        trainer.profiler.close()
-        # before the tracker, whose warnings would land in the middle of the live line
-        trainer.progress.close()
-        trainer.tracker.finish(exit_code)
+        _close(trainer, stream, exit_code)
+
+
+def _close(trainer: Trainer, stream: TrainStream | PairedStream, exit_code: int) -> None:
+    # first and alone worth waiting for: what this rank is writing becomes a checkpoint, or does not
+    trainer.checkpoints.close()
+    stream.close()
+    trainer.profiler.close()
+    # before the tracker, whose warnings would land in the middle of the live line
+    trainer.progress.close()
+    trainer.tracker.finish(exit_code)

@@ -153,6 +153,7 @@ def summary(means: dict[str, float]) -> dict[str, float]:
 
 def sections(learners: Sequence[Learner]) -> dict[str, float]:
     """This rank's seconds of the sections of a step that was timed, of all networks together."""
+    # both networks' together: a rank's pace is that of the step
     of_learners = [learner.stopwatch.seconds() for learner in learners]
     return {name: sum(of_one[name] for of_one in of_learners) for name in SECTIONS}
 

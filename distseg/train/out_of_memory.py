@@ -22,6 +22,7 @@ def explain(config: Config, ranks: Ranks, where: str, part: str) -> None:
 
     where: "step 12"; part: of distseg.runs.ledger. On the rank that it happened to.
     """
+    # beside torch's own words, which name bytes but no key
     lines = [f"rank {ranks.rank} on {socket.gethostname()} is out of memory at {where} ({part})"]
     lines += [f"  to need less: {line}" for line in advice(config, ranks.world_size, part)]
     path = _snapshot(Path(config.run_dir) / FOLDER / f"out-of-memory-rank-{ranks.rank}.pickle")
@@ -48,6 +49,7 @@ Change = tuple[str, object, str]  # a key, a value, what it does
 
 def _in_evaluation(config: Config) -> Iterator[Change]:
     chosen = config.evaluate
+    # images of any size come here whole: the largest one of the split decides
     if chosen.window_px == 0 or chosen.window_px > 512:
         yield "evaluate.window_px", 512, "images are scored by a sliding window"
     if max(chosen.scales) > 1:
@@ -56,6 +58,7 @@ def _in_evaluation(config: Config) -> Iterator[Change]:
 
 
 def _in_steps(config: Config, world_size: int) -> Iterator[Change]:
+    # first what gives the same numbers, then what gives nearly the same, and smaller images last
     factor = _split(config, world_size)
     if factor > 1:
         parts = config.gradient_accumulation_steps * factor
@@ -83,6 +86,7 @@ def _split(config: Config, world_size: int) -> int:
     if config.mode in WITH_UNLABELLED:
         num_images.append(config.semi.batch_size or config.batch_size)
     shares = [num // (world_size * config.gradient_accumulation_steps) for num in num_images]
+    # labelled and unlabelled images are divided alike
     divisors = range(2, min(shares) + 1)
     return next((d for d in divisors if all(share % d == 0 for share in shares)), 1)
 

@@ -54,6 +54,7 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU]
             if self._ranks.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
+            # here, and not before the run: kineto takes seconds to start, and memory
             # without shapes and stacks, which take longer than what is measured
             self._running = profile(activities=activities)
             self._running.start()
@@ -63,6 +64,7 @@ class StepProfiler:
         if self._running is None or step != self._steps[-1]:
             return None
         recorded, self._running = self._running, None
+        # which waits for the device, so that the last step's kernels are in it
         recorded.stop()
         path = self._folder / f"steps-{self._steps[0]}-{step}-rank-{self._ranks.rank}.json.gz"
         return path if self._write(path, recorded) else None
@@ -74,6 +76,7 @@ class StepProfiler:
             self._running = None
 
     def _write(self, path: Path, recorded: profile) -> bool:
+        # by what an operator does itself, or the outermost would come first and say nothing
         order = "device" if self._ranks.device.type == "cuda" else "cpu"
         about = {"sort_by": f"self_{order}_time_total", "row_limit": _NUM_ROWS}
         table = recorded.key_averages().table(**about, max_name_column_width=60)
