@@ -62,10 +62,19 @@ def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) ->
     )
     now = replace(phase(STEP, config), watched=True)
     rest = unlabelled if config.mode == "semi_supervised" else None
+    for learner in pair.learners:
+        learner.stopwatch.begin(True)
     metrics = training_step(pair, now, labelled, rest, num_parts)
     grad_norm = {
         f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)
     }
+    seconds = diagnostics.sections(pair.learners)
+    # timed under every strategy; where one exchanges within its backward, no wait is left
+    assert (
+        min(seconds[name] for name in ("forward", "backward", "optimizer"))
+        > 0
+        <= min(seconds.values())
+    )
     return diagnostics.means(metrics | grad_norm, ranks)
 
 
