@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +54,37 @@ def flight_record() -> list[dict[str, Any]]:
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
     # a pickle that this very process makes
     return [] if dump is None else pickle.loads(dump()).get("entries", [])
+
+
+def record_memory_history() -> None:
+    """Have torch remember where a GPU's memory is asked for, some microseconds each time.
+
+    `_record_memory_history` was seen in torch 2.13.0. Where it is absent, snapshots name no lines.
+    """
+    record = getattr(torch.cuda.memory, "_record_memory_history", None)
+    if record is not None:
+        record(max_entries=200_000, stacks="python")
+
+
+def memory_snapshot() -> Callable[[str], None] | None:
+    """What writes, to a path, all that this process holds of the GPU's memory; None: there is none.
+
+    `_dump_snapshot` was seen in torch 2.13.0. Where it is absent, nothing is written.
+    """
+    is_there = torch.cuda.is_initialized()
+    return getattr(torch.cuda.memory, "_dump_snapshot", None) if is_there else None
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Within a backward: have it call something when all gradients have been computed, before what
+    was asked for later (DDP's and FSDP2's waits for their exchanges).
+
+    `_execution_engine.queue_callback` was seen in torch 2.13.0. Where it is absent, nothing is
+    called.
+    """
+    engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if hasattr(engine, "queue_callback"):
+        engine.queue_callback(callback)
 
 
 def cpu_multiplies_bf16() -> bool:

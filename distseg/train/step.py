@@ -66,6 +66,11 @@ class Pair:
         return cls(segmentor, discriminator, objective)
 
     @property
+    def learners(self) -> list[Learner]:
+        """Those that there are."""
+        return [self.segmentor, *([] if self.discriminator is None else [self.discriminator])]
+
+    @property
     def adversary(self) -> Learner:
         """The discriminator, of a mode that has one."""
         assert self.discriminator is not None  # else no phase asks for it
