@@ -169,6 +169,7 @@ def _groups() -> dict[str, tuple[Callable[[Commands], None], ...]]:
     from distseg.catalogue.command import add_models
     from distseg.completion import add_completion
     from distseg.doctor.command import add_doctor
+    from distseg.estimate.command import add_estimate
     from distseg.evaluate.command import add_evaluate, add_pictures, add_summarize
     from distseg.export.command import add_export
     from distseg.inspection.command import add_inspect
@@ -181,7 +182,7 @@ def _groups() -> dict[str, tuple[Callable[[Commands], None], ...]]:
 
     return {
         "data": (add_prepare, add_pack, add_import, add_inspect),
-        "before a run": (add_models, add_doctor),
+        "before a run": (add_models, add_estimate, add_doctor),
         "training": (add_train, add_submit, add_sweep),
         "results": (
             *(add_evaluate, add_summarize, add_report, add_pictures),

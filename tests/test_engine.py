@@ -138,7 +138,7 @@ def count_payload(pair: Pair) -> list[int]:
 
     for learner in (pair.segmentor, pair.discriminator):
         if learner is not None:
-            learner._ddp.register_comm_hook(None, hook)  # type: ignore[attr-defined]
+            learner.ddp.register_comm_hook(None, hook)  # type: ignore[attr-defined]
     return payload
 
 

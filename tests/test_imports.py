@@ -60,7 +60,7 @@ def test_launchers_know_the_command_line_not() -> None:
 ROOMS = (
     *("config", "losses", "models", "catalogue", "distributed", "data", "parallel", "runs"),
     *("tracking", "evaluate", "predict", "pseudo_label", "export", "inspection", "doctor"),
-    *("report", "train"),
+    *("report", "train", "estimate"),
 )
 MAX_MODULES = 6  # of distseg/ itself, beside the rooms
 

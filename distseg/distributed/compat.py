@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -130,6 +131,65 @@ def forget_fsdp_forwards(network: nn.Module) -> None:
     for group in order:
         getattr(group, "_post_forward_indices", []).clear()
     order.clear()
+
+
+@contextmanager
+def fake_group(world_size: int) -> Iterator[None]:
+    """Within it this process is rank 0 of a job whose other ranks are not there; what they would
+    send is what this one has.
+
+    torch's "fake" process group, made for its own tests; it is in every release. Seen in 2.13.0.
+    """
+    # which registers the backend
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def reduce_by_hook(ddp: DistributedDataParallel) -> None:
+    """Have DDP's reducer exchange its buckets by Python.
+
+    Its own exchange asks the fake group for what that does not have: an internal error of torch
+    2.13.0.
+    """
+
+    # without types: torch compares them with its own, and here they are texts
+    def hook(_, bucket):
+        dist.all_reduce(bucket.buffer())
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    ddp.register_comm_hook(None, hook)
+
+
+def ranks_of(arguments: tuple) -> tuple[int, ...]:
+    """Those that a function of c10d is between, by its arguments.
+
+    `ProcessGroup.unbox` was seen in torch 2.13.0; where it is absent, they are the job's.
+    """
+    for argument in arguments:
+        if isinstance(argument, torch.ScriptObject) and hasattr(dist.ProcessGroup, "unbox"):
+            with suppress(RuntimeError):  # of another class, such as a ReduceOp
+                group = dist.ProcessGroup.unbox(argument)
+                return tuple(dist.get_process_group_ranks(group))
+    return tuple(range(dist.get_world_size()))
+
+
+@contextmanager
+def meta_chooses_all() -> Iterator[None]:
+    """Within it, meta tensors that are chosen by values are as large as if all were chosen.
+
+    A setting of torch's own compiler, seen in torch 2.13.0.
+    """
+    from torch.fx.experimental import _config
+
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
+        yield
 
 
 def without_shared_memory_kernel(deepspeed: Any) -> None:

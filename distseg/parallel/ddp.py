@@ -31,7 +31,7 @@ class DDPLearner(TorchLearner):
         network.to(memory_format=layout)  # type: ignore[call-overload]
         # Running statistics are averaged once a forward; DDP's own broadcast would keep only rank
         # 0's.
-        self._ddp = DistributedDataParallel(
+        self.ddp = DistributedDataParallel(
             network,
             # a list is an error on CPUs
             device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
@@ -39,8 +39,8 @@ class DDPLearner(TorchLearner):
             gradient_as_bucket_view=True,
             **ddp_without_buffer_broadcast(),
         )
-        measure_no_backwards(self._ddp)
-        super().__init__(network, self._ddp, optimizer, config, ranks)
+        measure_no_backwards(self.ddp)
+        super().__init__(network, self.ddp, optimizer, config, ranks)
 
     def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """See Learner.full_network: it always is."""
@@ -49,7 +49,7 @@ class DDPLearner(TorchLearner):
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See Learner.no_sync."""
-        return self._ddp.no_sync()
+        return self.ddp.no_sync()
 
     @staticmethod
     def backward(work: Sequence[tuple[DDPLearner, Sequence[BackwardStart]]]) -> None:

@@ -92,15 +92,10 @@ def learned(
     """
     # Before the checkpoint is loaded: loading copies into the tensors that are there, of the
     # average and of the networks, so nothing that has been looked up goes stale.
-    is_teacher, ema = has_teacher(config) and config.consistency.teacher == "ema", None
-    if config.ema_decay > 0:
-        ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
-    if has_teacher(config):
-        pair = replace(pair, weak_to_strong=_teacher(config, pair, ema, ranks, data))
-    if config.strong.labelled:
-        num_classes = data.train.classes.num_classes
-        strong = StrongViews.of_labelled(config, num_classes, ranks)
-        pair = replace(pair, strong_labelled=strong)
+    pair, ema = with_views(config, ranks, pair)
+    if pair.weak_to_strong is not None:
+        corrected = _corrected(config, pair.weak_to_strong, ranks, data)
+        pair = replace(pair, weak_to_strong=corrected)
     checkpoints = _checkpoints(config, ranks, data)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
@@ -115,12 +110,26 @@ def learned(
     return Learned(pair, ema, checkpoints, state, saved is not None)
 
 
-def _teacher(
-    config: Config, pair: Pair, ema: MovingAverage | None, ranks: Ranks, data: Data
-) -> WeakToStrong:
+def with_views(config: Config, ranks: Ranks, pair: Pair) -> tuple[Pair, MovingAverage | None]:
+    """The learners with what makes the strong views that the configuration asks for, and the
+    segmentor's average, where it keeps one.
+    """
+    is_teacher, ema = has_teacher(config) and config.consistency.teacher == "ema", None
+    if config.ema_decay > 0:
+        ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
+    if has_teacher(config):
+        teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+        pair = replace(pair, weak_to_strong=teacher)
+    if config.strong.labelled:
+        num_classes = int(pair.segmentor.network.num_classes)  # type: ignore[arg-type]
+        strong = StrongViews.of_labelled(config, num_classes, ranks)
+        pair = replace(pair, strong_labelled=strong)
+    return pair, ema
+
+
+def _corrected(config: Config, teacher: WeakToStrong, ranks: Ranks, data: Data) -> WeakToStrong:
     """What labels unlabelled images, with what it corrects by the labels that are trained on."""
     chosen = config.consistency
-    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
     if chosen.logit_adjustment:
         # of the labels that are trained on: of the others nothing is known
         pixels = data.train.class_pixels(config.data.weights)

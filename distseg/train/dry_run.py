@@ -96,7 +96,7 @@ def _meaning(name: str) -> str:
 
 def summary(config: Config, world_size: int, waiting: Collection[str] = ()) -> list[str]:
     """What a run of it is, in a few lines: steps and epochs, the batch of a rank, its networks."""
-    sizes = _sizes(config)
+    sizes = sizes_of(config)
     num_classes = config.data.num_classes or (None if sizes is None else sizes[1])
     networks = _networks(config, num_classes)
     shards = ", ".join(config.data.shards)
@@ -115,7 +115,7 @@ def summary(config: Config, world_size: int, waiting: Collection[str] = ()) -> l
     return [*lines, *networks]
 
 
-def _sizes(config: Config) -> Sizes:
+def sizes_of(config: Config) -> Sizes:
     """Of shards in a folder, from their manifest alone; None where there is none to read."""
     options = config.data
     manifests = []

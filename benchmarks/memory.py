@@ -1,0 +1,146 @@
+"""What `distseg estimate` says of a rank's memory, beside what a rank holds.
+
+Measured: real ranks of one thread with gloo, processes of their own, take the same steps on noise;
+the most bytes at a time are those that torch's CPU allocator has given out, as torch.profiler
+records them (profile_memory), temporary ones inside of kernels among them. What oneDNN and gloo
+take for themselves is no tensor's, and not in it. Run: python -m benchmarks.memory [--ranks 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.comm import STRATEGIES
+from benchmarks.conditions import conditions
+from distseg.config import loading
+from distseg.distributed.ranks import Ranks, joined
+from distseg.estimate.job import (
+    build_job,
+    filled,
+    fullest_step,
+    made_up,
+    prepared,
+    take_step,
+    without_memory,
+)
+from distseg.estimate.simulated import NUM_STEPS, pretended, simulate
+from shards.files import say
+
+NETWORKS = {
+    "deeplabv3_efficientnet_lite0": ["preset=stanford_semi", "data.crop_px=96"],
+    "deeplabv2_resnet101": ["preset=voc_hung_semi", "data.crop_px=65"],
+    "fcn8s_vgg16": ["preset=road_fcn8s", "data.crop_px=64"],
+}
+COMMON = ["precision=fp32"]
+
+
+def cases(network: str, num_ranks: int, batch: int) -> dict[str, list[str]]:
+    """What a network is trained with, under every strategy, accumulated and in bf16."""
+    chosen = dict(STRATEGIES)
+    if importlib.util.find_spec("deepspeed") is None:
+        say("deepspeed is left out, as there is no package of that name")
+        chosen = {name: it for name, it in chosen.items() if not name.startswith("deepspeed")}
+    chosen["ddp, accumulated"] = ["gradient_accumulation_steps=2"]
+    chosen["ddp, bf16"] = ["precision=bf16"]
+    size = num_ranks * batch
+    words = [*NETWORKS[network], f"segmentor={network}", f"batch_size={size}", "precision=fp32"]
+    words.append(f"semi.batch_size={size}")
+    return {name: [*words, *more] for name, more in chosen.items()}
+
+
+def start(network: str, num_ranks: int, batch: int) -> Iterator[tuple[str, int]]:
+    """The cases of a network and their peaks on rank 0, on so many ranks of new processes."""
+    launcher = [f"--nproc_per_node={num_ranks}", "--standalone", "-m", "benchmarks.memory"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--measured={network}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, f"--batch={batch}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the profiler tells of every start
+        text=True,
+    ) as ran:
+        for line in ran.stdout or ():
+            if line.startswith('{"peak"'):
+                told = json.loads(line)
+                yield told["name"], told["peak"]
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {ran.returncode}")
+
+
+def measure(network: str, batch: int) -> None:
+    """All cases of a network on this rank, a line of JSON each."""
+    with joined("cpu") as ranks:
+        for name, overrides in cases(network, ranks.world_size, batch).items():
+            peak = measured(overrides, ranks)
+            if ranks.is_main:
+                print(json.dumps({"peak": peak, "name": name}), flush=True)
+        os._exit(0)  # a thread of the profiler now and then aborts an ordinary exit
+
+
+def measured(overrides: list[str], ranks: Ranks) -> int:
+    """The most bytes at a time on this rank, from its networks' first tensor on."""
+    torch.manual_seed(0)
+    gc.collect()  # of the case before, or what it gives back would count here
+    config = prepared(loading.outline(overrides)[0])
+    networks = without_memory(config, config.data.num_classes, ranks.world_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        networks = filled(networks)
+        for network in networks:
+            for tensor in () if network is None else network.state_dict().values():
+                tensor.zero_()
+        trainer = build_job(config, networks, ranks)
+        for _ in range(NUM_STEPS):
+            take_step(trainer, made_up(config, fullest_step(config), ranks.world_size))
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(it.start_ns(), it.nbytes()) for it in events if it.name() == "[memory]"]
+    most = total = 0
+    for _, change in sorted(changes, key=lambda it: it[0]):
+        total += change
+        most = max(most, total)
+    return most
+
+
+def estimated(overrides: list[str], ranks: Ranks) -> int:
+    """The same as `distseg estimate` has it, of a pretended job."""
+    config = prepared(loading.outline(overrides)[0])
+    networks = without_memory(config, config.data.num_classes, ranks.world_size)
+    return simulate(config, networks, ranks).peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2, help="labelled images a rank")
+    parser.add_argument("--measured", choices=NETWORKS, help="on this rank of a job")
+    parser.add_argument("networks", nargs="*", help=f"none: {', '.join(NETWORKS)}")
+    options = parser.parse_args()
+    if options.measured:
+        measure(options.measured, options.batch)
+    print(conditions(threads=1))
+    print(f"{options.ranks} ranks, {options.batch} labelled images each; the most MB at a time")
+    print(f"{'network':30}{'strategy':22}{'measured':>9}{'estimated':>10}{'':>7}", flush=True)
+    # one for all: DeepSpeed keeps the first group that it sees
+    with pretended(options.ranks) as ranks:
+        for network in options.networks or NETWORKS:
+            under = cases(network, options.ranks, options.batch)
+            for name, real in start(network, options.ranks, options.batch):
+                told = estimated(under[name], ranks)
+                row = f"{network:30}{name:22}{real / 1e6:9.0f}{told / 1e6:10.0f}"
+                print(f"{row}{told / real - 1:+7.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
