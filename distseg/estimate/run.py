@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.world_size import check_batches, check_neighbours, check_shard_size
 from distseg.distributed.ranks import Ranks
 from distseg.estimate.job import prepared, without_memory
 from distseg.estimate.simulated import KINDS, Simulated, pretended, simulate
@@ -21,10 +22,8 @@ from distseg.estimate.timing import (
     sent_bytes,
     word_of,
 )
-from distseg.parallel import check_installed, check_settings, check_shard_size
-from distseg.train.adversary import check_neighbours
+from distseg.parallel import check_installed, check_settings
 from distseg.train.dry_run import sizes_of
-from distseg.train.inputs import check_batches
 from distseg.train.networks import Networks
 from shards.errors import InputError
 from shards.words import counted
