@@ -10,7 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distseg.config.schema import WITH_UNLABELLED, Config
+<<<<<<< HEAD
 from distseg.config.world_size import check_batches, check_neighbours, check_shard_size
+=======
+from distseg.config.world_size import check_world_size
+>>>>>>> estimate
 from distseg.distributed.ranks import Ranks
 from distseg.estimate.job import prepared, without_memory
 from distseg.estimate.simulated import KINDS, Simulated, pretended, simulate
@@ -62,23 +66,17 @@ def run(
     # a rank for each GPU, as every launcher of ours starts them
     world_size = shape["nodes"] * shape["gpus_per_node"]
     num_classes = _num_classes(config, options.classes)
-    check_neighbours(config, world_size)
-    check_batches(config, world_size)
+    check_world_size(config, world_size)
     chosen, refused = _chosen(config, shape, every)
     hardware = _hardware(options, shape["gpus_per_node"])
     # built once: the strategies wrap copies
     networks = without_memory(prepared(config), num_classes, world_size)
     # one job for all strategies: DeepSpeed keeps the first group that it sees
     with pretended(world_size) as ranks:
+        kept: dict[str, Any] = {"hardware": hardware, "reserve_gb": options.reserve_gb}
+        # one after the other, each with its own copy of the networks
         found = [
-            estimated(
-                name,
-                prepared(under),
-                networks,
-                ranks,
-                hardware=hardware,
-                reserve_gb=options.reserve_gb,
-            )
+            estimated(name, prepared(under), networks, ranks, **kept)
             for name, under in chosen.items()
         ]
     # nothing else may be printed then
@@ -103,6 +101,7 @@ def estimated(
     """One strategy's."""
     found = simulate(config, networks, ranks)
     fits = fitting(config, found.peak, networks, ranks, reserve_gb)
+    # of the configured batch, not of those that were tried
     times = seconds_of(found.work, found.collectives, hardware, config.tf32)
     return Estimate(name, config, found, fits, times)
 
@@ -150,6 +149,7 @@ def strategies(config: Config, shape: dict[str, int]) -> dict[str, Config]:
 def name_of(config: Config) -> str:
     """A strategy in a word or two."""
     options = config.parallel
+    # as its users know the stages
     if options.strategy == "deepspeed":
         return f"ZeRO {options.zero_stage}"
     of_shards = options.strategy == "fsdp" and options.shard_size
@@ -174,9 +174,8 @@ def _chosen(
 
 
 def _check_strategy(config: Config, world_size: int) -> None:
-    # the cheapest first, as in training
-    if config.parallel.strategy == "fsdp":
-        check_shard_size(config.parallel.shard_size, world_size)
+    # the cheapest first, as in training: arithmetic, what does not go together, packages
+    check_world_size(config, world_size)
     check_settings(config)
     check_installed(config.parallel.strategy)
 
@@ -207,6 +206,7 @@ def _hardware(options: argparse.Namespace, gpus_per_node: int) -> Hardware:
 
 def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> list[str]:
     """The job in a few lines."""
+    # "auto" is told as what it was counted as
     nodes, of_node = shape["nodes"], shape["gpus_per_node"]
     world_size, own = nodes * of_node, prepared(config)
     ranks = f"{counted(world_size, 'rank')} ({counted(nodes, 'node')} of {of_node} GPUs)"
@@ -217,6 +217,7 @@ def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> 
     images += f" of {config.data.crop_px} px a rank and step"
     if config.gradient_accumulation_steps > 1:
         images += f", in {config.gradient_accumulation_steps} micro-batches"
+    # the recipe's name may be any: keys count more than the preset
     networks = config.segmentor.name
     if config.mode not in ("supervised",):
         networks += f", {config.mode}"
@@ -265,6 +266,7 @@ def exchange(it: Estimate) -> list[str]:
     """What a step sends, by collective."""
     lines = ["", "exchange of a step, counted"]
     lines.append(f"  {'':20}{'number':>10}{'of ranks':>12}{'MB':>14}{'MB a rank sends':>20}")
+    # by their size, so that what weighs stands first
     rows = exchanged(it.found)
     for row in rows:
         size = f"{row['bytes'] / MB:14,.1f}{row['sent_bytes'] / MB:20,.1f}"
@@ -306,6 +308,7 @@ def cost(it: Estimate) -> list[str]:
 
 def comparison(found: list[Estimate], refused: dict[str, str]) -> list[str]:
     """All strategies, a line each."""
+    # a column for each GPU size
     capacities = "".join(f"{f'{capacity} GB':>7}" for capacity in CAPACITIES_GB)
     heads = f"{'':12}{'most':>8}{'between':>9}{'MB sent':>10}{'ms*':>9}"
     lines = ["", f"{heads}  {capacities}"]
@@ -361,5 +364,6 @@ def document(
             "fits": it.fits,
             "modelled_seconds": vars(it.seconds),
         }
+    # what the seconds and the fits depend on beside the counts
     given = {name: getattr(options, name) for name in ("chip", "efficiency", "reserve_gb")}
     return {"shape": shape, "hardware": given, "strategies": strategies, "refused": refused}
