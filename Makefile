@@ -1,4 +1,4 @@
-# make demo | slurm-demo | test | test-avx2 | test-slurm | lint | docs | docs-check | bench    each sets up .venv by itself
+# make demo | slurm-demo | test | test-avx2 | test-slurm | gpu-check | lint | docs | docs-check | bench    each sets up .venv by itself
 # make test PYTHON=python3.13    in .venv-python3.13, beside the .venv of python3
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
@@ -8,7 +8,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo demo-says slurm-demo test test-avx2 test-slurm lint docs docs-check bench clean
+.PHONY: demo demo-says slurm-demo test test-avx2 test-slurm gpu-check lint docs docs-check bench clean
 
 demo: demo-says $(VENV)/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -44,6 +44,11 @@ test-avx2: $(VENV)/.developer
 # a real cluster on this machine; as root, with slurmctld slurmd slurm-client munge from apt-get install
 test-slurm: $(VENV)/.developer
 	$(BIN)/python -m pytest -v tests/slurm
+
+# on one GPU, in at most 8 minutes: docs/gpu_check.md; by $(PYTHON) itself where it has all that is needed
+gpu-check:
+	@if $(PYTHON) -m benchmarks.gpu --ready; then $(PYTHON) -m benchmarks.gpu; \
+	else $(MAKE) $(VENV)/.developer && $(BIN)/python -m benchmarks.gpu; fi
 
 lint: $(VENV)/.developer
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ Two to three minutes on two CPU cores.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -65,6 +66,7 @@ class TimedTrainer(Trainer):
 
     def train_step(self, batch: Batch) -> Metrics:
         if self._count % self.every == 0:
+            self._finish()  # or the interval's last steps would count as the bare ones'
             now = time.perf_counter()
             if self._count:
                 self.checkpoints.wait()  # not at the bare steps' cost
@@ -87,14 +89,19 @@ class TimedTrainer(Trainer):
         parts = [
             to_device(part, self.ranks.device, self.config) for part in (batch, batch.unlabelled)
         ]
+        self._finish()
         before = time.perf_counter()
         for _ in range(self.every):
             training_step(self.pair, phase(SEMI_STEP, self.config), *parts)
             self.pair.segmentor.step(0.0)
             self.pair.discriminator.step(0.0)
+        self._finish()
+        return (time.perf_counter() - before) / self.every
+
+    def _finish(self) -> None:
+        """Wait until the device has done all that it was given."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
-        return (time.perf_counter() - before) / self.every
 
 
 def timed(method: Any, seconds: list[float]) -> Any:
@@ -109,6 +116,43 @@ def timed(method: Any, seconds: list[float]) -> Any:
     return call
 
 
+def measure(intervals: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """Seconds: "bare" steps, one value an interval; as many "ratios", of the loop's step without
+    saving to it; "saving" and "writing" of a checkpoint, and "logging", which a logged step takes
+    more. "waits" for data of a step, one value for each that is logged.
+    """
+    # the first interval warms up
+    TimedTrainer.every, TimedTrainer.intervals = steps, intervals + 1
+    with tempfile.TemporaryDirectory() as folder:
+        prepare("toy", None, Path(folder) / "toy.h5", num_train="40", num_val="1")
+        pack(Path(folder) / "toy.h5", Path(folder) / "shards")
+        settings = [
+            *SETTINGS,
+            f"steps={TimedTrainer.intervals * steps + 1}",
+            f"checkpoint.every_steps={steps}",
+            *overrides,
+        ]
+        save = timed(assembly.Checkpointer.save, TimedTrainer.saving)
+        TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
+        with (
+            patch.object(assembly, "Trainer", TimedTrainer),
+            patch.object(assembly.Checkpointer, "save", save),
+        ):
+            words = [*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"]
+            training.run(load(words))
+        rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").open()]
+    bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
+    saving = statistics.median(TimedTrainer.saving[1:-1])
+    return {
+        "bare": bare,
+        "ratios": [(loop - saving / steps) / step for loop, step in zip(looped, bare, strict=True)],
+        "saving": saving,
+        "writing": statistics.median(TimedTrainer.writing[1:-1]),
+        "logging": statistics.median(TimedTrainer.logging),
+        "waits": [row["data_wait_seconds"] for row in rows if "data_wait_seconds" in row],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,43 +163,19 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further key=value for the run")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    # the first one warms up
-    TimedTrainer.every, TimedTrainer.intervals = options.steps, options.intervals + 1
     say("drawing scenes, building networks, two intervals until the time left is known")
-    with tempfile.TemporaryDirectory() as folder:
-        prepare("toy", None, Path(folder) / "toy.h5", num_train="40", num_val="1")
-        pack(Path(folder) / "toy.h5", Path(folder) / "shards")
-        steps = TimedTrainer.intervals * options.steps + 1
-        settings = [
-            *SETTINGS,
-            f"steps={steps}",
-            f"checkpoint.every_steps={options.steps}",
-            *options.overrides,
-        ]
-        save = timed(assembly.Checkpointer.save, TimedTrainer.saving)
-        TimedTrainer._log = timed(Trainer._log, TimedTrainer.logging)  # type: ignore[method-assign]
-        with (
-            patch.object(assembly, "Trainer", TimedTrainer),
-            patch.object(assembly.Checkpointer, "save", save),
-        ):
-            words = [*settings, f"data.shards={folder}/shards", f"run_dir={folder}/run"]
-            training.run(load(words))
-    bare, looped = TimedTrainer.bare[1:-1], TimedTrainer.looped[1:]
-    saving = statistics.median(TimedTrainer.saving[1:-1])
-    ratios = [
-        (loop - saving / options.steps) / step for loop, step in zip(looped, bare, strict=True)
-    ]
-    step = statistics.median(bare)
+    found = measure(options.intervals, options.steps, options.overrides)
+    ratios, step = found["ratios"], statistics.median(found["bare"])
     print(conditions(options.threads))
     each = ", ".join(f"{ratio - 1:+.1%}" for ratio in ratios)
     without = f"loop without saving {statistics.median(ratios) - 1:+.1%} ({each})"
     print(f"bare step {step * 1e3:.0f} ms; {without}")
-    logging, every = statistics.median(TimedTrainer.logging), TrackingConfig().log_every
+    logging, every = found["logging"], TrackingConfig().log_every
     print(
         f"a logged step takes {logging * 1e3:.1f} ms more: every {every} steps "
         f"{logging / every / step:+.2%}"
     )
-    writing = statistics.median(TimedTrainer.writing[1:-1])
+    saving, writing = found["saving"], found["writing"]
     most = (saving + writing) / 1000 / step
     kept = f"a checkpoint keeps the loop for {saving:.2f} s, and is then written beside it in"
     print(f"{kept} {writing:.2f} s: every 1000 steps at most {most:+.2%}")

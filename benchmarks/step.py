@@ -40,10 +40,12 @@ NUM_CLASSES, BATCH = 21, 2
 SEMI_STEP = 6000  # after semi.start_step, when every term is on
 
 
-def networks(batch_norm: str) -> tuple[nn.Module, nn.Module]:
-    """The two networks of voc_hung_semi, from the same seed each time."""
+def networks(batch_norm: str, width: int = 64) -> tuple[nn.Module, nn.Module]:
+    """The two networks of voc_hung_semi, from the same seed each time; width: of the segmentor's
+    first stage.
+    """
     torch.manual_seed(0)
-    segmentor = build_segmentor("deeplabv2_resnet101", NUM_CLASSES, init="random")
+    segmentor = build_segmentor("deeplabv2_resnet101", NUM_CLASSES, init="random", width=width)
     norms = [layer for layer in segmentor.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in norms:
         layer.momentum = 1.0
@@ -92,13 +94,18 @@ def our_config(precision: str) -> Config:
     return loading.load(["preset=voc_hung_semi", f"precision={precision}", "device=cpu"])
 
 
-def reference_step(size: int) -> Callable[[], None]:
-    """The same update by the reference's passes."""
-    segmentor, judge = networks("per_rank")
+def reference_step(
+    size: int, batch: int = BATCH, device: torch.device | str = "cpu", width: int = 64
+) -> Callable[[], None]:
+    """The same update by the reference's passes, of `batch` images of each kind."""
+    segmentor, judge = (network.to(device) for network in networks("per_rank", width))
     segmentor.aspp = _Sum(segmentor.aspp.children())  # type: ignore[operator, union-attr]
     s_optimizer = torch.optim.SGD(segmentor.parameters(), lr=1e-9, momentum=0.9, weight_decay=5e-4)
     d_optimizer = torch.optim.Adam(judge.parameters(), lr=1e-9, betas=(0.9, 0.99))
-    labelled, unlabelled = images(size, True), images(size, False)
+    labelled, unlabelled = (
+        images(size, is_labelled, batch).each(lambda tensor: tensor.to(device))
+        for is_labelled in (True, False)
+    )
 
     def up(x: Tensor) -> Tensor:
         return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)

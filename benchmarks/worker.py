@@ -58,8 +58,9 @@ def start(num_ranks: int, arguments: list[str], threads: int = 1) -> dict[str, A
 
 def build(config: Config, ranks: Ranks, size: int, batch: int) -> tuple[Pair, list[Images]]:
     """Learners, and this rank's `batch` labelled and `batch` unlabelled images."""
+    options = {"width": 64} | config.segmentor.options
     wrapped = zip(
-        networks(config.segmentor.batch_norm),
+        networks(config.segmentor.batch_norm, options["width"]),
         (config.segmentor_optimizer, config.discriminator_optimizer),
         strict=True,
     )

@@ -68,18 +68,31 @@ class Indices:
     Up to max_indexed samples all indices are read at once, so that one that is missing or damaged
     is found before time is spent; of a larger split only when a sample of the shard is asked for,
     and those used last are kept. Raises InputError, naming the index, for one that is not as
-    packed.
+    packed; with verify=False only where it cannot be one, until `verify` is called.
     """
 
-    def __init__(self, source: Source, shards: Sequence[ShardInfo], max_indexed: int | None = None):
+    def __init__(
+        self,
+        source: Source,
+        shards: Sequence[ShardInfo],
+        max_indexed: int | None = None,
+        verify: bool = True,
+    ):
         self._source, self._shards = source, shards
         self._max_indexed = MAX_INDEXED if max_indexed is None else max_indexed
         # of each shard, and the end
         self.starts = np.cumsum([0, *(shard.num_samples for shard in shards)])
         self._forget()
         if len(self) <= self._max_indexed:
-            for shard, content in enumerate(source.indices(shards)):
+            for shard, content in enumerate(source.indices(shards, verify)):
                 self._keep(shard, self._parsed(shard, content))
+
+    def verify(self) -> None:
+        """Compare those that were read at the start with what was packed. Raises InputError."""
+        # of a larger split each is compared when it is read
+        if len(self) <= self._max_indexed:
+            for _ in self._source.indices(self._shards):
+                pass
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -37,11 +37,19 @@ class ShardReader:
     cache_bytes of them (shards.cache has the defaults). Raises InputError at construction when
     there is no manifest, the split is not there, or (of a split that is not too large to look, see
     shards.index) a local shard is missing or of another length; at `read` when a member's bytes are
-    not the ones that were packed, or a remote shard cannot be had.
+    not the ones that were packed, or a remote shard cannot be had. verify: whether shards and
+    indices in a folder are compared with the manifest; else `verify` does it, on one process of
+    many.
     """
 
     def __init__(
-        self, location: str | Path, split: str, *, cache_dir: str = "", cache_bytes: float = 0
+        self,
+        location: str | Path,
+        split: str,
+        *,
+        cache_dir: str = "",
+        cache_bytes: float = 0,
+        verify: bool = True,
     ):
         self.location, self.split = location, split
         # manifest, split, indices: the cheap checks first, and all of them before a rank or a GPU
@@ -56,7 +64,11 @@ class ShardReader:
             )
         self._shards = self.manifest.splits[split].shards
         # of a set of millions of samples no index is read yet
-        self._entries = Indices(self._source, self._shards)
+        self._entries = Indices(self._source, self._shards, verify=verify)
+
+    def verify(self) -> None:
+        """Compare shards and indices in a folder with the manifest. Raises InputError."""
+        self._entries.verify()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -293,8 +293,8 @@ class RemoteSource:
         """As Source."""
         return self._remote.find(file)
 
-    def indices(self, shards: Sequence[ShardInfo]) -> Iterator[bytes]:
-        """As Source, many at a time."""
+    def indices(self, shards: Sequence[ShardInfo], verify: bool = True) -> Iterator[bytes]:
+        """As Source, many at a time; always verified, as each process has fetched its own."""
         # map keeps the order of the shards, which numbers the samples
         with ThreadPoolExecutor(INDEX_FETCHERS) as pool:
             yield from pool.map(self._index, shards)

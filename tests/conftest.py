@@ -37,6 +37,15 @@ def toy_samples() -> list[Sample]:
     return samples
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="of tests marked gpu; auto: a GPU where there is one, else the CPU",
+    )
+
+
 @pytest.fixture(scope="session")
 def toy_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of packed shards.

@@ -61,12 +61,13 @@ LENGTH = {
 }
 # of rows of metrics.jsonl, what no two runs have alike
 OF_THE_CLOCK = re.compile(
-    r"time|.*seconds|images_per_second|.*_share|memory_bytes|ranks/.*"
+    r"time|.*seconds|images_per_second|.*_share|memory_bytes|(ranks|sections)/.*"
     r"|health/(data_starved|slow_rank)"
 )
 # files that tell of the run's starts and machine, or of what a clock measures
 OF_THE_STARTS = re.compile(
     r"config\.yaml|environment\.json|attempts\.jsonl|lock|health\.json|pictures/curves\.png|hangs/.*"
+    r"|tables/ranks-.*"
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import LostRankError, Watchdog
 from distseg.runs import attempts
+from distseg.runs.ledger import Ledger
 from distseg.train.attempt import noted
 from shards.errors import InputError
 
@@ -95,7 +96,10 @@ def test_of_a_lost_rank_the_watchdogs_words_are_noted(
     lost = LostRankError("rank 1 on b has failed: x")
     monkeypatch.setattr(watchdog, "explain", lambda e: lost if isinstance(e, RuntimeError) else e)
     trainer = MagicMock(
-        ranks=watchdog._ranks, watchdog=watchdog, config=SimpleNamespace(run_dir=str(tmp_path))
+        ranks=watchdog._ranks,
+        watchdog=watchdog,
+        config=SimpleNamespace(run_dir=str(tmp_path)),
+        ledger=Ledger(),
     )
     trainer.state.step = 4
     ends = pytest.raises((LostRankError, InputError, KeyboardInterrupt))

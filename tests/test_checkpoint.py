@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks
 from distseg.models.weights import read_weights
 from distseg.parallel import fsdp
-from distseg.runs import checkpoint, checkpointer, lease
+from distseg.parallel.parameter_shards import ParameterShard
+from distseg.runs import checkpoint, checkpointer, lease, tensor_files
 from distseg.runs.checkpoint import Checkpoint
 from distseg.runs.checkpointer import Checkpointer, newest, set_aside
 from distseg.runs.sealed import seal, unseal, write_sealed
@@ -232,6 +234,67 @@ def save_sharded(run_dir: Path) -> Path:
     content = {"version": 1, "state": state(5), "identity": {}, "parts": {"segmentor": ["network"]}}
     write_sealed(path / "state.json", content | {"files": files})
     return path
+
+
+@pytest.mark.parametrize("num_files", [1, 3, 8])
+@pytest.mark.parametrize("num_readers", [1, 2, 5])
+def test_a_rank_reads_its_rows_and_opens_the_files_that_have_them(
+    num_files: int, num_readers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {f"{rows} rows": torch.rand(rows, 3) for rows in (1, 2, 7, 16)}
+    cut = {name: list(cut_rows(len(rows), num_files)) for name, rows in whole.items()}
+    for index in range(num_files):
+        file = TensorFile(f"a.network.{index + 1}-of-{num_files}")
+        for name, rows in whole.items():
+            begin, end = cut[name][index]
+            file.tensors[name], file.shards[name] = rows[begin:end].clone(), (begin, len(rows))
+        if index == 0:
+            file.tensors["count"] = torch.tensor(5.0)
+        file.write(tmp_path)
+    opened: list[Path] = []
+    safe_open = tensor_files.safe_open
+
+    def counted(path: Path, **options: Any) -> Any:
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(tensor_files, "safe_open", counted)
+    monkeypatch.setattr(tensor_files, "sharded_like", lambda rows, like: rows)
+    for rank in range(num_readers):
+        opened.clear()
+        monkeypatch.setattr(
+            tensor_files,
+            "shard_of",
+            lambda like, rank=rank: shard_of_reader(like, rank, num_readers),
+        )
+        signs: list[int] = []
+        names = {path.name for path in tmp_path.iterdir()}
+        like = whole | {"count": torch.tensor(0.0)}
+        found = read(tmp_path, "a.network", like, names, lambda: signs.append(1))  # noqa: B023
+        for name, rows in whole.items():
+            begin, end = list(cut_rows(len(rows), num_readers))[rank]
+            assert torch.equal(found[name], rows[begin:end]), (rank, name)
+        assert found["count"] == 5 and len(signs) == 5
+        # those of each length at one end too many, and the first, whose header says what there is
+        assert len(opened) <= min(num_files, -(-num_files // num_readers) + 3)
+        assert len(opened) == len(set(opened))
+    assert {name: rows.tolist() for name, rows in read(tmp_path, "a.network").items()} == {
+        name: rows.tolist() for name, rows in like.items()
+    } | {"count": 5.0}
+
+
+def cut_rows(total: int, count: int) -> Iterator[tuple[int, int]]:
+    """As FSDP cuts: rows from and to of each shard."""
+    size = -(-total // count)
+    for index in range(count):
+        yield min(index * size, total), min((index + 1) * size, total)
+
+
+def shard_of_reader(like: Tensor, rank: int, count: int) -> ParameterShard:
+    if like.ndim == 0:
+        return ParameterShard(like, ())
+    begin, end = list(cut_rows(len(like), count))[rank]
+    return ParameterShard(like[begin:end], tuple(like.shape), begin, rank, count)
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])

@@ -531,8 +531,8 @@ def test_a_dry_run_says_where_values_are_from_and_is_a_file_of_the_same_run(
     words += ["segmentor=multiscale", "segmentor.init=random", "loss.terms.dice=0.5"]
     assert main(["train", "--dry-run", *words]) == 0
     shown = capsys.readouterr().out
-    lines = {line.split(":")[0].strip(): line for line in shown.splitlines()}
-    assert re.search(r"steps: 8 +# command line: updates in all", lines["steps"])
+    lines = {line.split(":")[0].rstrip(): line for line in shown.splitlines()}
+    assert re.search(r"^steps: 8 +# command line: updates in all", lines["steps"])
     assert re.search(r"^batch_size: 16 +# preset toy: GLOBAL: images per step", shown, re.M)
     assert "# default: what the segmentor learns from" in lines["mode"]
     # 8 steps of 16 of the 8 images

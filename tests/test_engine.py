@@ -110,7 +110,8 @@ def train(ranks: Ranks, case: Sequence[str], overrides: Sequence[str] = ()) -> A
         ranks.rank * BATCH // ranks.world_size, (ranks.rank + 1) * BATCH // ranks.world_size
     )
     for step in range(NUM_STEPS[discriminator]):
-        image, label = (part[share] for part in make_batch(step, dtype, IMAGE_PX[discriminator]))
+        batch = make_batch(step, dtype, IMAGE_PX[discriminator])
+        image, label = (part[share].to(ranks.device) for part in batch)
         now = phase(step, config)
         training_step(pair, now, Images(image, label))
         leaks += [f"segmentor at {step}"] * (not now.segmentor and has_gradient(segmentor))
@@ -147,7 +148,8 @@ def has_gradient(network: nn.Module) -> bool:
 
 def parameters_of(network: nn.Module) -> dict[str, Any]:
     return {
-        name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()
+        name: parameter.detach().cpu().numpy().copy()
+        for name, parameter in network.named_parameters()
     }
 
 

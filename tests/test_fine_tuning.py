@@ -20,6 +20,7 @@ from distseg.config.schema import ScheduleConfig
 from distseg.distributed.ranks import Ranks, on_main
 from distseg.models import build_segmentor
 from distseg.models.freezing import freeze
+from distseg.runs.ledger import Ledger
 from distseg.runs.tensor_files import read
 from distseg.tracking.tracker import read_metrics
 from distseg.train import run
@@ -53,7 +54,7 @@ def test_patterns_match_names_and_whole_parts() -> None:
 def _train(ranks: Ranks, keys: dict[str, Any]) -> None:
     """A run on the ranks of a test, which has joined them already."""
     config = loading.load(loading.arguments(keys))
-    run._train_on(ranks, config, run.check(config, ranks.world_size))
+    run._train_on(ranks, config, run.check(config, ranks.world_size), Ledger())
 
 
 def settings(shards: Path, run_dir: Path, **keys: Any) -> dict[str, Any]:

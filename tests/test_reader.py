@@ -9,20 +9,26 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import toy_samples
 
 import shards.index
+from distseg.config import loading
+from distseg.distributed.ranks import Ranks
 from distseg.evaluate.run import data_suffix
+from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest, sha256_of
 from shards.maps import write_maps
 from shards.pack import pack
 from shards.reader import RawSample, ShardReader
 from shards.sample import STANFORD, decode_label
+from shards.source import LocalSource
 from shards.verified import check_verified
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -117,6 +123,37 @@ def test_missing_file_is_named(directory: Path, name: str) -> None:
         ShardReader(directory, "train")
     with pytest.raises(InputError, match=name):
         Manifest.load(directory).verify(directory)
+
+
+def verify_on_two_machines(ranks: Ranks, directory: Path) -> tuple[str, int]:
+    """What a rank is told, and how many indices it has hashed itself; 2 ranks a machine."""
+    own = Ranks(ranks.rank, ranks.world_size, ranks.rank % 2, ranks.device)
+    hashed, compare = [], LocalSource.indices
+    config = loading.load([f"data.shards={directory}", "batch_size=4", "data.crop_px=32"])
+    data = open_data(config, ranks.world_size)
+
+    def counted(self: LocalSource, shards: Any, verify: bool = True) -> Any:
+        hashed.extend(shards if verify else [])
+        return compare(self, shards, verify)
+
+    LocalSource.indices = counted  # type: ignore[method-assign]
+    try:
+        data.verify(own)
+    except InputError as error:
+        return error.got, len(hashed)
+    return "", len(hashed)
+
+
+def test_of_a_machines_ranks_one_compares_the_indices_and_all_are_told(directory: Path) -> None:
+    sound = run_ranks(4, verify_on_two_machines, directory)
+    assert [num_hashed > 0 for _, num_hashed in sound] == [True, False, True, False]
+    assert {said for said, _ in sound} == {""}
+    path = directory / "train-000001.index.json"
+    content = path.read_text()
+    # a number that could be one: nothing else would notice before the sample is read
+    path.write_text(content.replace('"height": ', '"height": 1', 1))
+    damaged = run_ranks(4, verify_on_two_machines, directory)
+    assert len({said for said, _ in damaged}) == 1 and "not as packed" in damaged[1][0]
 
 
 def test_no_manifest_gives_the_command(directory: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,6 @@ if importlib.util.find_spec("deepspeed") is not None:
     STRATEGIES |= {
         f"stage {n}": ["parallel.strategy=deepspeed", f"parallel.zero_stage={n}"] for n in (0, 3)
     }
-OWN = {"forward_seconds": 1.0, "data_wait_seconds": 0.0, "memory_bytes": 0.0}
 
 
 def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) -> dict[str, float]:
@@ -62,11 +62,20 @@ def measure(ranks: Ranks, case: list[str], strategy: str, num_parts: int = 1) ->
     )
     now = replace(phase(STEP, config), watched=True)
     rest = unlabelled if config.mode == "semi_supervised" else None
+    for learner in pair.learners:
+        learner.stopwatch.begin(True)
     metrics = training_step(pair, now, labelled, rest, num_parts)
     grad_norm = {
         f"grad_norm/{name}": learner.step(0.0)["grad_norm"] for name, learner in named(pair)
     }
-    return diagnostics.gather(metrics | grad_norm, OWN, ranks)
+    seconds = diagnostics.sections(pair.learners)
+    # timed under every strategy; where one exchanges within its backward, no wait is left
+    assert (
+        min(seconds[name] for name in ("forward", "backward", "optimizer"))
+        > 0
+        <= min(seconds.values())
+    )
+    return diagnostics.means(metrics | grad_norm, ranks)
 
 
 def named(pair: Pair) -> list[tuple[str, Any]]:
@@ -216,38 +225,83 @@ def test_watching_costs_no_pass_and_no_message() -> None:
 LONGER = 0.1 * PATIENCE
 
 
-def two_paces(ranks: Ranks) -> tuple[dict[str, float], float]:
-    """Rank 1's segmentor takes LONGER; and it waits longest for data."""
+class LateBackward(torch.autograd.Function):
+    """The identity, whose gradient takes LONGER."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        time.sleep(LONGER)
+        return gradient
+
+
+def two_paces(ranks: Ranks, slow_in: str) -> dict[str, Any]:
+    """What is made of a step in which rank 1 takes LONGER in a section."""
     config = make_config(GAP)
     segmentor, _ = make_networks(config)
     learner = wrap(segmentor, config.segmentor_optimizer, config, ranks)
-    if ranks.rank == 1:
+    if ranks.rank == 1 and slow_in == "forward":
         segmentor.register_forward_hook(lambda *_: time.sleep(LONGER))
-    images = make_images(STEP, True)
-    metrics = training_step(
-        Pair.of(config, learner), SUPERVISED, Images(images.pixels[:2], images.label[:2])
+    if ranks.rank == 1 and slow_in == "backward":
+        # at the network's input side: its first layer's gradients come after it
+        first = next(m for m in segmentor.modules() if isinstance(m, torch.nn.Conv2d))
+        first.register_forward_hook(lambda module, _, output: LateBackward.apply(output))
+    pair, images = Pair.of(config, learner), make_images(STEP, True)
+    learner.stopwatch.begin(True)
+    part = Images(images.pixels[:2], images.label[:2])
+    metrics = training_step(pair, SUPERVISED, part)
+    metrics |= learner.step(0.0)
+    own = {"step": 1.0, "memory": 5.0 - ranks.rank, "data": 0.001 * ranks.rank}
+    of_ranks = diagnostics.told(own | diagnostics.sections(pair.learners), ranks)
+    learner.stopwatch.begin(False)
+    training_step(pair, SUPERVISED, part)
+    assert not any(learner.stopwatch.seconds().values()), "a step that was not to be timed"
+    means = diagnostics.means(metrics, ranks)
+    return {"rows": of_ranks, "pace": diagnostics.pace(of_ranks), "means": means}
+
+
+@pytest.mark.parametrize("slow_in", ["forward", "backward"])
+def test_the_slowest_rank_is_named_with_its_section_and_the_worst_wait_and_memory_kept(
+    slow_in: str,
+) -> None:
+    main, *others = run_ranks(3, two_paces, slow_in)
+    assert all(other["means"] == main["means"] for other in others)
+    assert not any(other["rows"] or other["pace"] for other in others), "the main rank alone"
+    values, rows = main["pace"], np.array(main["rows"])
+    forward, backward, exchange = (
+        rows[:, diagnostics.OF_A_RANK.index(name)] for name in ("forward", "backward", "exchange")
     )
-    seconds = learner.stopwatch.seconds()
-    own = {
-        "forward_seconds": seconds,
-        "data_wait_seconds": 0.001 * ranks.rank,
-        "memory_bytes": 5.0 - ranks.rank,
-    }
-    return diagnostics.gather(metrics, own, ranks), seconds
-
-
-def test_the_slowest_rank_is_named_and_the_worst_wait_and_memory_kept() -> None:
-    ranks = run_ranks(3, two_paces)
-    assert ranks[1][1] >= LONGER
-    values = ranks[0][0]
-    assert all(of_rank[0] == values for of_rank in ranks)
+    slow = {"forward": forward, "backward": backward}[slow_in]
+    assert slow[1] >= LONGER > max(slow[0], slow[2])
+    assert (rows[:, 2:] >= 0).all() and (rows[:, -1] > 0).all(), "the optimizer's too"
+    # the others wait for rank 1 when they have computed their own
+    assert slow_in == "forward" or min(exchange[0], exchange[2]) > 0.5 * LONGER > exchange[1]
     assert values["ranks/slowest"] == 1 and values["ranks/slowest_ratio"] > 2
+    beyond = {name: values[name] for name in values if name.startswith("ranks/excess/")}
+    del beyond["ranks/excess/exchange"]  # of which it has less
+    assert max(beyond, key=beyond.__getitem__) == f"ranks/excess/{slow_in}"
     assert values["data_wait_seconds"] == pytest.approx(0.002) and values["memory_bytes"] == 5.0
 
 
 def test_pace_of_one_rank_has_no_slowest_and_no_ratio_is_made_of_nothing() -> None:
-    assert diagnostics.pace([[0.5, 0.1, 7.0]]) == {"data_wait_seconds": 0.1, "memory_bytes": 7.0}
-    assert diagnostics.pace([[1.0, 0.0, 1.0], [1.5, 0.5, 1.0]])["ranks/slowest_ratio"] == 2.0
+    # of a step, bytes, data, forward, backward, exchange, optimizer
+    assert diagnostics.pace([[2.0, 7.0, 0.1, 0.5, 0.4, 0.0, 0.2]]) == {
+        "data_wait_seconds": 0.1,
+        "memory_bytes": 7.0,
+        "data_wait_share": 0.05,
+        "sections/data": 0.1,
+        "sections/forward": 0.5,
+        "sections/backward": 0.4,
+        "sections/exchange": 0.0,
+        "sections/optimizer": 0.2,
+    }
+    quick, slow = [2.0, 1.0, 0.0, 0.5, 0.25, 1.0, 0.25], [2.0, 1.0, 0.5, 1.0, 0.25, 0.0, 0.25]
+    values = diagnostics.pace([quick, slow])
+    assert values["ranks/slowest_ratio"] == 2.0 and values["ranks/excess/forward"] == 0.5
+    assert values["ranks/excess/exchange"] == 0.0, "the median rank of two is the lower one"
     squares = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
     assert diagnostics.summary(dict(zip(squares, (9.0, 4.0), strict=True)) | {"a": 1.0}) == {
         "a": 1.0,

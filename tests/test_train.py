@@ -26,6 +26,7 @@ from distseg.data.stream import Batch
 from distseg.distributed import device
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.inference import TestTimeAugmentation
+from distseg.runs import attempts, goodput
 from distseg.tracking.tracker import read_metrics
 from distseg.train import run as training
 from distseg.train import showcase, trainer
@@ -453,7 +454,14 @@ def test_each_signal_saves_at_the_step_and_the_same_command_goes_on(
         last = f"stopped at step {step} of 12 ({name} here), checkpoint saved"
         assert output.splitlines()[-1] == f"{last}: the same command goes on from there"
         assert step < 12
-    finish(start(1, toy_shards, run_dir, *every))
+    output = finish(start(1, toy_shards, run_dir, *every))
+    found = goodput.of_run(run_dir)
+    assert found is not None and found.text() in output and " in 4 attempts" in found.text()
+    first, *_, last_one = attempts.read(run_dir)
+    assert first.began is not None and last_one.ended is not None
+    # the parts add up to the time from the first start to the end, and nothing was done twice
+    assert abs(found.wall_seconds - (last_one.ended - first.began)) < 0.02 * found.wall_seconds
+    assert abs(found.share("unknown")) < 0.02 and found.share("repeated") == 0
     assert checkpoint_bytes(run_dir) == checkpoint_bytes(uninterrupted[1])
     assert curve(run_dir) == curve(uninterrupted[1])
 

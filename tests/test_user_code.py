@@ -268,7 +268,7 @@ def test_ranks_with_other_files_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     config = loading.load(["data.shards=x", "segmentor=net.py:Net"])
     config.code = {"segmentor": "a"}
     answers = [("host0", {"segmentor": "a"}), ("host1", {"segmentor": "b"})]
-    monkeypatch.setattr(replicas, "on_all", lambda ranks, own: answers)
+    monkeypatch.setattr(replicas, "of_all", lambda ranks, own, work: work(answers))
     with pytest.raises(InputError, match=r"segmentor=.*net\.py:Net differs on rank 1 \(host1\)"):
         replicas.check_same_code(None, config)  # type: ignore[arg-type]
     answers[1] = answers[0]

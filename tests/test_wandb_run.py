@@ -5,6 +5,7 @@ training.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -130,9 +131,16 @@ def test_offline_file_holds_curves_pictures_and_config_but_no_secret(
     monkeypatch.setenv("WANDB_RESUME", "must")
     monkeypatch.setenv("WANDB_NOTES", "of the environment")
     run_dir = tmp_path / "voc_1"
-    write_run(run_dir, range(10, 60, 10)).finish(0)
+    tracker = write_run(run_dir, range(10, 60, 10))
+    tracker.summary({"goodput": 0.75})
+    tracker.finish(0)
     (file,) = offline_files(run_dir)
     rows = history(file)
+    told = [
+        one.summary.update for one in records(file) if one.WhichOneof("record_type") == "summary"
+    ]
+    whole_run = {item.key: json.loads(item.value_json) for item in itertools.chain(*told)}
+    assert whole_run["goodput"] == 0.75 and not any("goodput" in row for row in rows)
 
     assert [row["_step"] for row in rows] == [row["step"] for row in rows] == [10, 20, 30, 40, 50]
     assert [row["loss/segmentor"] for row in rows] == [1 / step for step in range(10, 60, 10)]

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,37 @@ def test_the_rank_that_has_begun_the_least_is_the_one_that_stalls(job: Job) -> N
     seconds = job.wait(0)
     assert 0.6 * SECONDS < seconds < 1.5 * SECONDS and job.left[0] == LOST_RANK_EXIT_CODE
     assert job.said[0].startswith("rank 2 on ") and "at step 7) has not moved on" in job.said[0]
+
+
+def test_of_a_stall_and_of_a_broken_collective_one_rank_reads_all_beats(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
+    members = [job.rank(number, of=8) for number in range(8)]
+    for member in members:
+        member._closed.set()  # the threads' part is played here
+        member._look()
+    readers: list[int] = []
+    read = Watchdog._read_beats
+
+    def counted(self: Watchdog) -> Any:
+        readers.append(self._ranks.rank)
+        return read(self)
+
+    monkeypatch.setattr(Watchdog, "_read_beats", counted)
+    for member in members:
+        member._look()  # nobody has moved since
+    assert [bool(member._diagnose_stall()) for member in members] == [True] + 7 * [False]
+    assert members[0]._diagnose_stall() and readers == [0, 0], "as long as the stall lasts"
+    members[3].keep_alive()
+    for member in members:
+        member._look()
+    assert members[5]._diagnose_stall() == "" or readers[-1] == 5, "another stall, another reader"
+    readers.clear()
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda one: one._listen_for_silent_ranks(), members))
+    assert len(set(readers)) == 1 and len(readers) == 2, "before and after"
+    assert all(answer == found[0] for answer in found) and len(found[0] or ()) == 7
 
 
 def test_where_all_are_as_far_none_is_accused(job: Job) -> None:

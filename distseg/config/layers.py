@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from shards.words import nearest
 CONFIG_FILE = "config.yaml"  # in a run directory
 PRESETS = Path(__file__).parent.parent / "presets"
 COMMAND_LINE = "command line"
+_BASE_60 = re.compile(r"[0-9]+(:[0-9]+)+")
 SUFFIXES = (".yaml", ".yml")
 # Networks: with another name the options of the former one are dropped.
 NETWORKS = tuple(name for name in SECTIONS if f"{name}.name" in KEYS and f"{name}.options" in KEYS)
@@ -93,6 +95,9 @@ def split(word: str) -> tuple[str, Any]:
 
 
 def _parse(key: str, value: str) -> Any:
+    # which YAML takes for hours and minutes, a number to the base of 60
+    if _BASE_60.fullmatch(value):
+        return value
     try:
         # by OmegaConf's own rules for a command line: 1e-3 is a number, null is None
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))

@@ -333,6 +333,24 @@ def _is_weight(value: Any) -> bool:
     return is_number and 0 <= value < math.inf
 
 
+def steps_to_profile(config: Config) -> None:
+    """There are such steps."""
+    if config.profile.steps and profiled_steps(config.profile.steps)[-1] > config.steps:
+        got = f"profile.steps={config.profile.steps} of {config.steps} steps"
+        raise InputError(got, "steps that the run has", "choose earlier ones")
+
+
+def profiled_steps(text: str) -> range:
+    """Of "10:13" the steps 10 to 13, counted from 1. Raises InputError for what is none."""
+    # in a file without quotes YAML has made a number of it, to the base of 60
+    found = re.fullmatch(r"(\d{1,8}):(\d{1,8})", text)
+    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= first <= last:
+        needed = "FIRST:LAST, from 1 on and both included"
+        raise InputError(f"profile.steps={text}", needed, "write 10:13, in a file in quotes")
+    return range(first, last + 1)
+
+
 def focal_or_smoothed(config: Config) -> None:
     """The focal loss looks at the true class alone, label smoothing at all."""
     loss = config.loss
@@ -510,6 +528,7 @@ RULES = (
     a_view_by_reference,
     class_weights_of_a_kind,
     focal_or_smoothed,
+    steps_to_profile,
     further_terms_within_bounds,
     options_of_the_network_alone,
     a_loss_to_minimise,

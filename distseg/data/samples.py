@@ -34,16 +34,19 @@ MAX_COUNTED = 1000  # of a choice of samples: larger ones are never all void by 
 OTHER, OTHER_COLORS = "other", ((70, 70, 70), (200, 200, 200))  # two grays
 
 
-def open_reader(options: DataConfig, split: str, shards: str = "") -> ShardReader:
+def open_reader(
+    options: DataConfig, split: str, shards: str = "", verify: bool = True
+) -> ShardReader:
     """The reader of a split as configured, of the first data set where none is named.
 
-    Raises InputError as ShardReader does.
+    verify: as of ShardReader, which raises InputError.
     """
     return ShardReader(
         shards or options.shards[0],
         split,
         cache_dir=options.cache_dir,
         cache_bytes=options.cache_bytes,
+        verify=verify,
     )
 
 

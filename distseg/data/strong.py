@@ -20,6 +20,7 @@ from torch import Tensor
 from distseg.config.world_size import PAIRED_MIXES
 from distseg.data.plan import augmentation_rng
 from distseg.data.transforms import BLUR_MIN_PX, FILL_RGB, GRAY, color_matrix
+from distseg.losses.tensors import sent
 
 # what each draw of an image decides; behind them one for every class
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYED, BLURRED, SIGMA = range(8)
@@ -69,10 +70,10 @@ class StrongView:
         """
         rows = draws.numpy()
         matrices = torch.from_numpy(np.stack([self._color(row) for row in rows]))
-        result = _recolored(pixels, matrices.to(pixels, non_blocking=True))
+        result = _recolored(pixels, sent(matrices, pixels.device, pixels.dtype))
         if self.blur_probability:
             weights = torch.from_numpy(np.stack([self._blur(row) for row in rows]))
-            result = _blurred(result, weights.to(pixels, non_blocking=True))
+            result = _blurred(result, sent(weights, pixels.device, pixels.dtype))
         return result.where(inside[:, None], pixels)
 
     def mask(self, of_partners: Tensor, draws: Tensor) -> Tensor:
@@ -84,8 +85,7 @@ class StrongView:
         chosen = draws[:, MIXED] < self.mix_probability
         if self.mix == "classmix":
             chosen, draws = (
-                part.to(of_partners.device, non_blocking=True)
-                for part in (chosen, draws[:, NUM_DRAWS:])
+                sent(part, of_partners.device) for part in (chosen, draws[:, NUM_DRAWS:])
             )
             half = _half_of_the_classes(of_partners, draws)
             return half & chosen[:, None, None]
@@ -93,7 +93,7 @@ class StrongView:
         drawn = [self._rectangle(row, height, width) for row in draws.numpy()]
         # of one that is not mixed, no row and no column
         spans = torch.tensor(drawn) * chosen[:, None]
-        top, bottom, left, right = spans.to(device, non_blocking=True).T[..., None]
+        top, bottom, left, right = sent(spans, device).T[..., None]
         rows = torch.arange(height, device=device)
         columns = torch.arange(width, device=device)
         of_rows = (rows >= top) & (rows < bottom)  # (n, H)
@@ -112,7 +112,7 @@ class StrongView:
             mask = mask[:, None]
         if self.is_paired:
             return of_partners.where(mask, values)
-        return torch.as_tensor(empty).to(values, non_blocking=True).where(mask, values)
+        return sent(torch.as_tensor(empty), values.device, values.dtype).where(mask, values)
 
     def _color(self, draw: np.ndarray) -> np.ndarray:
         """(3, 4): the affine map of one image's RGB in [0, 1]."""

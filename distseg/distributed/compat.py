@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -57,6 +57,37 @@ def flight_record() -> list[dict[str, Any]]:
     return [] if dump is None else pickle.loads(dump()).get("entries", [])
 
 
+def record_memory_history() -> None:
+    """Have torch remember where a GPU's memory is asked for, some microseconds each time.
+
+    `_record_memory_history` was seen in torch 2.13.0. Where it is absent, snapshots name no lines.
+    """
+    record = getattr(torch.cuda.memory, "_record_memory_history", None)
+    if record is not None:
+        record(max_entries=200_000, stacks="python")
+
+
+def memory_snapshot() -> Callable[[str], None] | None:
+    """What writes, to a path, all that this process holds of the GPU's memory; None: there is none.
+
+    `_dump_snapshot` was seen in torch 2.13.0. Where it is absent, nothing is written.
+    """
+    is_there = torch.cuda.is_initialized()
+    return getattr(torch.cuda.memory, "_dump_snapshot", None) if is_there else None
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Within a backward: have it call something when all gradients have been computed, before what
+    was asked for later (DDP's and FSDP2's waits for their exchanges).
+
+    `_execution_engine.queue_callback` was seen in torch 2.13.0. Where it is absent, nothing is
+    called.
+    """
+    engine: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if hasattr(engine, "queue_callback"):
+        engine.queue_callback(callback)
+
+
 def cpu_multiplies_bf16() -> bool:
     """Whether oneDNN has bf16 dot products on this CPU, and may use them (ONEDNN_MAX_CPU_ISA).
 
@@ -77,6 +108,16 @@ def ddp_without_buffer_broadcast() -> dict[str, Any]:
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     renamed = "forward_sync_buffers"
     return {renamed if renamed in parameters else "broadcast_buffers": False}
+
+
+def measure_no_backwards(ddp: DistributedDataParallel) -> None:
+    """Keep DistributedDataParallel from measuring backwards for its own log after the first ten.
+
+    On a GPU it would have the host wait for one in every hundred. The method was seen in torch
+    2.13.0; where it is absent, the host waits that often.
+    """
+    if hasattr(ddp, "_set_ddp_runtime_logging_sample_rate"):
+        ddp._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # a C++ int
 
 
 def forget_fsdp_forwards(network: nn.Module) -> None:

@@ -11,7 +11,7 @@ import platform
 import torch
 
 from distseg.distributed.compat import cpu_multiplies_bf16
-from distseg.distributed.ranks import Ranks, on_all
+from distseg.distributed.ranks import Ranks, of_all
 
 # glibc's malloc.h and Linux's madvise
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _MADV_HUGEPAGE = -1, -2, -4, 14
@@ -29,7 +29,7 @@ def resolve_precision(precision: str, ranks: Ranks) -> str:
     if precision != "auto":
         return precision
     # agreed on by all: replicas that compute in different precisions drift apart
-    return "bf16" if all(on_all(ranks, _has_bf16(ranks.device))) else "fp32"
+    return "bf16" if of_all(ranks, _has_bf16(ranks.device), all) else "fp32"
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -23,6 +23,7 @@ from shards.errors import InputError
 from shards.words import counted
 
 Result = TypeVar("Result")
+Conclusion = TypeVar("Conclusion")
 _TEARDOWN_SECONDS = 20.0  # after an error
 
 
@@ -85,12 +86,15 @@ def _check_own_gpus(ranks: Ranks) -> None:
     """Raise InputError, on every rank, when two processes of a machine have the same GPU."""
     # not by its number: where a launcher shows each process one GPU, all of them have number 0
     uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
-    owners = on_all(ranks, (socket.gethostname(), uuid))
+    of_all(ranks, (socket.gethostname(), uuid), _check_no_gpu_twice)
+
+
+def _check_no_gpu_twice(owners: list[tuple[str, str]]) -> None:
     shared = [rank for rank, owner in enumerate(owners) if owners.index(owner) != rank]
     if shared:
         got = f"rank {shared[0]} has the same GPU as rank {owners.index(owners[shared[0]])}"
         action = "lower --nproc_per_node, or write device=cpu"
-        raise shared_error(InputError(got, "one CUDA device per process", action))
+        raise InputError(got, "one CUDA device per process", action)
 
 
 def _usable_cores() -> int:
@@ -154,12 +158,10 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
             pickle.dumps(outcome)  # or nothing would be sent, and the others would wait for it
         except Exception as error:
             outcome = [None, _sendable(error)]
-    if ranks.world_size > 1:
-        # by gloo: over NCCL the message would queue behind the GPU's work
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
-    if outcome[1] is not None:
-        raise shared_error(outcome[1])
-    return outcome[0]
+    result, failure = _sent_by(ranks, 0, outcome)
+    if failure is not None:
+        raise shared_error(failure)
+    return result
 
 
 def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
@@ -174,10 +176,28 @@ def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
     except Exception as error:
         failure = _sendable(error)
     # the same error everywhere, and no rank goes on alone into the next collective
-    failures = [of_rank for of_rank in on_all(ranks, failure) if of_rank is not None]
-    if failures:
-        raise shared_error(failures[0])
+    first = _first(ranks, failure is not None)
+    if first is not None:
+        raise shared_error(_sent_by(ranks, first, failure))
     return result  # type: ignore[return-value]
+
+
+def _first(ranks: Ranks, is_it: bool) -> int | None:
+    """The lowest rank that says so, on every rank; None: none does."""
+    found = torch.tensor([ranks.rank if is_it else ranks.world_size])
+    if ranks.world_size > 1:
+        # a number, and not every rank's answer to every rank: nearly always there is nothing to say
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found) if found < ranks.world_size else None
+
+
+def _sent_by(ranks: Ranks, source: int, value: Any) -> Any:
+    """The value of one rank, on every rank."""
+    values = [value]
+    if ranks.world_size > 1:
+        # by gloo: over NCCL the message would queue behind the GPU's work
+        dist.broadcast_object_list(values, src=source, device=torch.device("cpu"))
+    return values[0]
 
 
 def on_main_for_long(
@@ -226,8 +246,44 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
+def gathered_tensors(ranks: Ranks, tensor: Tensor) -> list[Tensor]:
+    """On the main rank the CPU tensors of all ranks, which are of one shape; on the others []."""
+    if ranks.world_size == 1:
+        return [tensor]
+    into = [torch.empty_like(tensor) for _ in range(ranks.world_size)] if ranks.is_main else None
+    dist.gather(tensor, into, dst=0)
+    return into or []
+
+
+def gathered(ranks: Ranks, value: Result) -> list[Result]:
+    """On the main rank [the `value` of rank 0, of rank 1, ...]; on the others []."""
+    # not gather_object, which tells every rank the size of every other one's value
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    size = torch.tensor([len(content)])
+    if ranks.world_size > 1:
+        dist.all_reduce(size, dist.ReduceOp.MAX)
+    # a pickle ends where it says so, whatever follows it
+    padded = torch.zeros(int(size), dtype=torch.uint8)
+    padded[: len(content)] = content
+    return [pickle.loads(one.numpy().tobytes()) for one in gathered_tensors(ranks, padded)]
+
+
+def of_all(ranks: Ranks, value: Result, work: Callable[[list[Result]], Conclusion]) -> Conclusion:
+    """What `work` makes of [the `value` of rank 0, of rank 1, ...], on every rank; its exception is
+    raised on every rank too.
+
+    The main rank alone sees all values: at a thousand ranks a list of them on each would be a
+    million messages.
+    """
+    # and on_main sends an error of it to all, so that none goes on alone
+    values = gathered(ranks, value)
+    return on_main(ranks, lambda: work(values))
+
+
 def on_all(ranks: Ranks, value: Result) -> list[Result]:
-    """[the `value` of rank 0, of rank 1, ...], on every rank."""
+    """[the `value` of rank 0, of rank 1, ...], on every rank: messages by the square of the ranks,
+    so nothing for training.
+    """
     values: list[Any] = [value] * ranks.world_size
     if ranks.world_size > 1:
         dist.all_gather_object(values, value)

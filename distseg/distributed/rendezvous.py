@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from distseg.distributed.bounded import LateError, ends_within, in_time
+from distseg.distributed.by_first import by_first
 from distseg.distributed.launch import (
     end_stopped_torchrun,
     is_store_of_torchrun,
@@ -114,18 +115,24 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, seconds: float)
     try:
         store.wait([_ALL_ARRIVED], timedelta(seconds=seconds))
     except dist.DistError:
-        missing, places = [], {}
-        for other in range(world_size):
-            if store.check([_key(other)]):
-                places[other] = json.loads(store.get(_key(other)))
-            else:
-                missing.append(other)
-        named = ", ".join(_named(other, places) for other in missing) or "a rank"
+        moment = min(1.0, seconds / 16)
+        named = by_first(store, "missing", lambda: _missing(store, world_size), moment)
         # a moment in which the others can ask too: this process may keep the store
-        time.sleep(min(1.0, seconds / 16) if rank == 0 else 0.0)
+        time.sleep(moment if rank == 0 else 0.0)
         raise TemporaryError(
             f"{named} did not come to the rendezvous at {_address()} within {seconds:.0f} s"
         ) from None
+
+
+def _missing(store: dist.Store, world_size: int) -> str:
+    """The ranks that have not come, for people."""
+    missing, places = [], {}
+    for other in range(world_size):
+        if store.check([_key(other)]):
+            places[other] = json.loads(store.get(_key(other)))
+        else:
+            missing.append(other)
+    return ", ".join(_named(other, places) for other in missing) or "a rank"
 
 
 def _key(rank: int) -> str:

@@ -43,6 +43,10 @@ class BoundedStore:
         """As dist.Store."""
         return self._call(self._store.check, keys)
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """As dist.Store: of keys that are all there, in one message."""
+        return self._call(self._store.multi_get, keys)
+
     def delete_key(self, key: str) -> bool:
         """As dist.Store."""
         return self._call(self._store.delete_key, key)

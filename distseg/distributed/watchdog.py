@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from distseg.distributed.bounded import LateError, in_time
+from distseg.distributed.by_first import by_first
 from distseg.distributed.compat import set_collective_timeout
 from distseg.distributed.hangs import Evidence, record
 from distseg.distributed.launch import (
@@ -114,8 +115,8 @@ class Watchdog:
     is waiting for one that gives none), is written into the store as the diagnosis; every rank
     reads it, prints it and leaves with LOST_RANK_EXIT_CODE. So does every rank for itself where the
     store does not answer, as whoever keeps it is stopped. All of that takes `timeout_seconds` at
-    most, so what is waited for is some intervals less. Cost: five small messages per rank and
-    interval, none from the main thread.
+    most, so what is waited for is some intervals less. Cost: seven small messages per rank and
+    interval, none from the main thread; what all ranks have said is read by one rank alone.
 
     last_words: called with the diagnosis before this rank leaves. Where a folder was given
     (`leave_evidence_in`), a rank that is lost or stalls has every other one write down there where
@@ -145,6 +146,7 @@ class Watchdog:
         self._activity, self._num_activities, self._num_signs = "starting", 0, 0
         # the watching thread's own
         self._num_beats, self._num_signs_counted = 0, 0
+        self._num_active, self._reads_at = 0, -1  # intervals; at which of them it reads all beats
         self._heard: dict[int, _Unchanged] = {}  # of the ranks before this one that it looks after
         self._job = _Unchanged(0)
         self._beat_of_main: Beat | None = None
@@ -386,7 +388,14 @@ class Watchdog:
         return [name for seconds, name in quiet if seconds > self._patience / 2]
 
     def _diagnose_stall(self) -> str:
-        """Who holds the others up: who began the fewest activities, where the ranks differ."""
+        """Who holds the others up: who began the fewest activities, where the ranks differ. On the
+        rank that finds it out first: the others would ask the same of every rank.
+        """
+        if self._reads_at != self._num_active:
+            # the number is that of this stall alone: it stands still for as long as the job does
+            if self._store.add(f"readers at {self._num_active}", 1) > 1:
+                return ""
+            self._reads_at = self._num_active
         of_all = self._read_beats()
         beats = {rank: beat for rank, beat in of_all.items() if not beat.is_done}
         # those that are done wait for nobody's steps
@@ -406,19 +415,37 @@ class Watchdog:
         # one counter of the whole job: where it stands still, no rank has moved
         num_signs = self._num_signs
         total = self._store.add(_ACTIVE_INTERVALS, int(num_signs != self._num_signs_counted))
-        self._num_signs_counted = num_signs
+        self._num_signs_counted, self._num_active = num_signs, total
         return total
 
     def _listen_for_silent_ranks(self) -> dict[int, Beat | None] | None:
-        """Other ranks without a new beat while this one listens; None where the store is gone."""
-        before = self._read_beats()
+        """Other ranks without a new beat while the first that asks listens; None where the store is
+        gone.
+        """
         # two beats of a rank that lives, and half an interval for one that is late
-        time.sleep(max(2.5 * self._interval, MIN_LISTENING_SECONDS))
-        after = self._read_beats()
-        if not after:
+        seconds = max(2.5 * self._interval, MIN_LISTENING_SECONDS)
+        try:
+            said = by_first(self._store, "silent ranks", lambda: self._listen(seconds), 2 * seconds)
+        except (RuntimeError, OSError):
             return None
+        silent = json.loads(said)
+        if silent is None:
+            return None
+        return {int(rank): beat and Beat(**beat) for rank, beat in silent.items()}
+
+    def _listen(self, seconds: float) -> str:
+        """As JSON the last beats, or null, of the other ranks without a new one in so many seconds;
+        null where the store is gone.
+        """
+        before = self._read_beats()
+        time.sleep(seconds)
+        after = self._read_beats()
         others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
-        return {rank: after.get(rank) for rank in others if before.get(rank) == after.get(rank)}
+        silent: dict[int, Any] = {}
+        for rank in others:
+            if before.get(rank) == after.get(rank):
+                silent[rank] = asdict(after[rank]) if rank in after else None
+        return json.dumps(silent if after else None)
 
     def _tell_own_failure(self, error: BaseException) -> None:
         """Tell the others what ended this rank.
@@ -463,8 +490,14 @@ class Watchdog:
 
     def _read_beats(self) -> dict[int, Beat]:
         """The last one of every rank that has published any; {} where the store is gone."""
+        ranks = range(self._ranks.world_size)
+        keys = [f"beat/{rank}" for rank in ranks]
         try:
-            beats = {rank: self._read_beat(rank) for rank in range(self._ranks.world_size)}
+            # as a rule all are there, and come in one message; of a key that is not one would wait
+            if self._store.check(keys):
+                texts = self._store.multi_get(keys)
+                return {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
+            beats = {rank: self._read_beat(rank) for rank in ranks}
         except (RuntimeError, OSError):
             return {}
         return {rank: beat for rank, beat in beats.items() if beat is not None}

@@ -18,7 +18,7 @@ from distseg.data.mixture import names_of
 from distseg.data.partners import partners
 from distseg.data.samples import SampleSet, check_not_void, open_reader, sha256_of_keys
 from distseg.distributed.device import resolve_precision
-from distseg.distributed.ranks import Ranks, joined, on_all, on_each, on_main
+from distseg.distributed.ranks import Ranks, joined, of_all, on_each, on_main
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate import document, table_of_images
 from distseg.evaluate.class_map import Wanted, class_map
@@ -127,7 +127,7 @@ def _of_one_checkpoint(
     trains on meanwhile.
     """
     step = on_main(ranks, lambda: found.step)
-    if any(on_all(ranks, found.step != step)):
+    if of_all(ranks, found.step != step, any):
         network, _, found = on_each(ranks, lambda: trained_segmentor(run_dir, str(step)))
     return network, found
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distseg.losses.tensors import at_least_float32, upsample
+from distseg.losses.tensors import at_least_float32, sent, upsample
 from shards.sample import IGNORE_INDEX
 
 
@@ -50,7 +50,7 @@ def cross_entropy_sum(logits: Tensor, label: Tensor, options: PixelOptions = PLA
     target, weights = label.long(), options.class_weights
     # torch takes weights only in the scores' own type, and on their device
     if weights is not None:
-        weights = weights.to(scores)
+        weights = sent(weights, scores.device, scores.dtype)
     if not options.focal_gamma:
         # a sum: what it is divided by is the count of all ranks, which this one does not know
         return F.cross_entropy(
@@ -73,7 +73,7 @@ def _scores(logits: Tensor, label: Tensor, options: PixelOptions) -> Tensor:
     """At the label's size, (N, C, H, W), with the classes' prior."""
     scores = at_least_float32(logits)
     if options.prior is not None:
-        scores = scores + options.prior.to(scores)[:, None, None]
+        scores = scores + sent(options.prior, scores.device, scores.dtype)[:, None, None]
     return upsample(scores, label.shape[-2:])
 
 
@@ -84,7 +84,7 @@ def pixel_weights(label: Tensor, class_weights: Tensor | None, dtype: torch.dtyp
         return valid.to(dtype)
     index = label.long().where(valid, 0)
     # (N, H, W); indexing with 255 would be out of range, so void is 0 first and masked after it
-    return class_weights.to(label.device, dtype)[index].where(valid, 0)
+    return sent(class_weights, label.device, dtype)[index].where(valid, 0)
 
 
 @torch.no_grad()

@@ -15,6 +15,18 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Values of the host on a device, as another type where one is named; the host does not wait
+    for the device.
+    """
+    # here, or torch would convert them on the way, into memory that is not pinned
+    values = values.to(dtype or values.dtype)
+    # from memory that the system may move, a copy can wait until all before it is done
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def upsample(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear, half-pixel centres: (N, C, h, w) -> (N, C, *size)."""
     if logits.shape[-2:] == tuple(size):

@@ -472,4 +472,5 @@ def count_scores(targets: Targets, per_cell: bool) -> Tensor:
 
 
 def _number_of(label: Tensor) -> Tensor:
-    return torch.tensor(len(label), dtype=torch.float64, device=label.device)
+    # filled there: torch.tensor would send it, for which the host waits
+    return torch.full((), len(label), dtype=torch.float64, device=label.device)

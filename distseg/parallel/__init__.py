@@ -32,7 +32,7 @@ class Learner(Protocol):
     """A network that can be trained, whatever spreads it over the ranks."""
 
     network: nn.Module  # bare: its attributes and parameter count; its parameters may be shards
-    stopwatch: Stopwatch  # of this rank's last forward
+    stopwatch: Stopwatch  # of this rank's part of a step
 
     def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The network with all its parameters on this rank, for evaluation; called on every rank.
@@ -101,7 +101,10 @@ def backward(work: Sequence[tuple[Learner, Sequence[BackwardStart]]]) -> None:
 
     The learners are of one kind, and the starts of one lead to no parameter of another.
     """
-    type(work[0][0]).backward(work)
+    learner, starts = work[0]
+    # the graph of the first is gone through last
+    with learner.stopwatch.running_backward(starts[0][0]):
+        type(learner).backward(work)
 
 
 def wrap(network: nn.Module, optimizer: OptimizerConfig, config: Config, ranks: Ranks) -> Learner:

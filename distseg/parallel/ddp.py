@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distseg.config.schema import Config, OptimizerConfig
-from distseg.distributed.compat import ddp_without_buffer_broadcast
+from distseg.distributed.compat import ddp_without_buffer_broadcast, measure_no_backwards
 from distseg.distributed.ranks import Ranks
 from distseg.parallel.full_copy import copy_with
 from distseg.parallel.torch_learner import BackwardStart, TorchLearner, dtype_of
@@ -39,6 +39,7 @@ class DDPLearner(TorchLearner):
             gradient_as_bucket_view=True,
             **ddp_without_buffer_broadcast(),
         )
+        measure_no_backwards(self.ddp)
         super().__init__(network, self.ddp, optimizer, config, ranks)
 
     def full_network(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -69,7 +69,7 @@ class TorchLearner:
         with (
             self._statistics.averaged(len(inputs[0]), num_tracked),
             autocast(self._device_type, self._autocast_dtype),
-            self.stopwatch.running(),
+            self.stopwatch.running("forward"),
         ):
             return self._forward(*inputs, **options)
 
@@ -77,8 +77,8 @@ class TorchLearner:
         """See Learner.forward_frozen."""
         # past DDP: its forward would prepare a reduction for a backward that is not its own; and
         # what spectral norms remember stays, as of the last forward that was for an update
-        still = evaluating(*norms_of(self.network))
-        with still, autocast(self._device_type, self._autocast_dtype):
+        still, timed = evaluating(*norms_of(self.network)), self.stopwatch.running("forward")
+        with still, timed, autocast(self._device_type, self._autocast_dtype):
             return self.network(*inputs, **options)
 
     def twin(self) -> nn.Module:
@@ -88,7 +88,8 @@ class TorchLearner:
     @torch.no_grad()
     def infer(self, network: nn.Module, *inputs: Tensor) -> Any:
         """See Learner.infer."""
-        with evaluating(network), autocast(self._device_type, self._autocast_dtype):
+        timed = self.stopwatch.running("forward")
+        with evaluating(network), timed, autocast(self._device_type, self._autocast_dtype):
             output = network(*inputs)
         return output["out"] if isinstance(output, dict) else output
 
@@ -101,7 +102,8 @@ class TorchLearner:
         for group in self.optimizer.param_groups:
             # from the rate as configured: a checkpoint need not hold the present one
             group["lr"] = group["base_lr"] * lr_factor
-        norm, skipped = self._update()
+        with self.stopwatch.running("optimizer"):
+            norm, skipped = self._update()
         self.counters["skips"] += skipped
         # times 0 at an update: the row ends without a branch, which would wait for the device
         self.counters["skips_in_a_row"].add_(1).mul_(skipped)

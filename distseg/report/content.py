@@ -28,7 +28,7 @@ from distseg.report.comparison import (
     plain,
     thin,
 )
-from distseg.runs import attempts
+from distseg.runs import attempts, goodput
 from distseg.tracking.catalogue import (
     CLASS_IOU,
     HEALTH,
@@ -94,6 +94,7 @@ def collect(run_dir: Path) -> Run:
         "taught": samples(run_dir / "pictures" / "pseudo_labels"),
         "health": health_spans(rows, config),
         "attempts": attempt_rows(run_dir),
+        "goodput": goodput_of(run_dir),
         "environment": flat(_json(run_dir / ENVIRONMENT_FILE)),
         "config": config,
     }
@@ -161,6 +162,16 @@ def attempt_rows(run_dir: Path) -> list[dict[str, Any]]:
         row["outcome"] = "running or killed" if may_run else attempt.outcome
         rows.append(row | {"reason": attempt.reason})
     return rows
+
+
+def goodput_of(run_dir: Path) -> dict[str, Any] | None:
+    """Where the run's time has gone, in shares by part; None of a run of an earlier version."""
+    found = goodput.of_run(run_dir)
+    if found is None:
+        return None
+    shares = {part: found.share(part) for part in goodput.PARTS}
+    about = {"attempts": found.num_attempts, "wall_seconds": found.wall_seconds}
+    return about | {"shares": shares}
 
 
 def _local(seconds: float | None) -> str | None:

@@ -20,9 +20,13 @@ from distseg.report.markup import (
     swatch,
     table,
 )
+from distseg.runs.goodput import PARTS
 from distseg.tracking.catalogue import SCORES, Metric
 from distseg.tracking.verdicts import NAMED
 from shards.words import counted
+
+# of curves.py, which are told apart by colour-blind readers too; green: the steps that counted
+_PART_COLORS = dict(zip(PARTS, (2, 5, 6, 0, 3, 9, 1, 10, 4), strict=True))
 
 
 def runs_section(collected: Collected, entries: list[Entry]) -> Section:
@@ -202,6 +206,57 @@ def _gallery(collected: Collected, entries: list[Entry], which: str, what: str) 
     return "".join(parts)
 
 
+def goodput_section(collected: Collected, entries: list[Entry]) -> Section | None:
+    """A bar of each run's time, in shares, and the same as a table."""
+    booked = []
+    for run, entry in zip(collected["runs"], entries, strict=False):
+        if run["goodput"] is not None:
+            booked.append((run["goodput"], entry))
+    if not booked:
+        return None
+    # a part that took no time in any run would be a column of zeros
+    parts = [part for part in PARTS if any(found["shares"][part] >= 0.0005 for found, _ in booked)]
+    bars, rows = [], []
+    for found, entry in booked:
+        stacked = _stacked(found["shares"])
+        bars.append(f'<div class="check"><div>{named(entry).html}</div>{stacked}</div>')
+        about = [number(str(found["attempts"])), number(f"{found['wall_seconds'] / 60:.1f}")]
+        rows.append([named(entry), *about, *(_share(found, part) for part in parts)])
+    marks = [f"<span>{_part_mark(part)}{escape(PARTS[part])}</span>" for part in parts]
+    legend = f'<div class="legend">{"".join(marks)}</div>'
+    head = ["run", "attempts", "minutes", *(PARTS[part] for part in parts)]
+    note = (
+        "Where the time between a run's first start and its end went; the goodput is the share of "
+        "the steps that counted."
+    )
+    content = "".join([*bars, legend, table(head, rows)])
+    return Section("goodput", "Goodput", note, content)
+
+
+# HTML and not a chart: it prints, needs no script and follows the page's colours
+def _stacked(shares: dict[str, float]) -> str:
+    """One line of pieces, each as wide as its share."""
+    pieces = []
+    for part, share in shares.items():
+        title = escape(f"{PARTS[part]}: {share:.1%}")
+        width = f"width: {max(0.0, share):.2%}; background: {_part_color(part)}"
+        pieces.append(f'<i style="{width}" title="{title}"></i>')
+    return f'<div class="stacked">{"".join(pieces)}</div>'
+
+
+def _part_mark(part: str) -> str:
+    return f'<i class="swatch" style="border-top-color: {_part_color(part)}"></i>'
+
+
+def _part_color(part: str) -> str:
+    return f"var(--run-{_PART_COLORS[part]})"
+
+
+def _share(found: dict[str, Any], part: str) -> Cell:
+    share = found["shares"][part]
+    return number(f"{share:.1%}", title=f"{share * found['wall_seconds']:.0f} s")
+
+
 def attempts_section(collected: Collected, entries: list[Entry]) -> Section | None:
     """One line for each start of a run."""
     found = []
@@ -263,5 +318,11 @@ def _of_every_run(runs: list[Run], what: str, title: str) -> tuple[str, int]:
 SECTIONS: tuple[Callable[[Collected, list[Entry]], Section | None], ...] = (
     *(runs_section, health_section, iou_section, confusion_section, gallery_section),
     taught_section,
-    *(attempts_section, differences_section, configuration_section, environment_section),
+    *(
+        goodput_section,
+        attempts_section,
+        differences_section,
+        configuration_section,
+        environment_section,
+    ),
 )

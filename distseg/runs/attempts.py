@@ -1,8 +1,9 @@
 """attempts.jsonl: how often a run was started, where, from which step, and how each attempt ended.
 
-One JSON object a line, only ever appended. The main rank writes "start" and "end"; the launcher of
-a machine writes "failure" for a rank that ended badly, since a killed rank cannot say so itself.
-What a kill tore is skipped.
+One JSON object a line, only ever appended. The main rank writes "start", "mark" (how far it is and
+where its time has gone, at every checkpoint and once a minute) and "end"; the launcher of a
+machine writes "failure" for a rank that ended badly, since a killed rank cannot say so itself. What
+a kill tore is skipped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distseg.runs.ledger import Ledger
 from shards.errors import InputError, TemporaryError
 from shards.storage import is_file, read_bytes, retried
 
@@ -23,6 +25,17 @@ FILE_NAME = "attempts.jsonl"
 # set by a launcher that wants to find its attempt again: "job 12, restart 1, try 2"
 LABEL_VARIABLE = "DISTSEG_ATTEMPT"
 _BAD_INPUT = 2  # the command's exit code for an InputError
+ENDED_WELL = ("done", "stopped")  # outcomes after which nothing is done again
+MARK_SECONDS = 60.0  # between two marks beside those of checkpoints
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far an attempt was at a time (Unix seconds), and its seconds by part of ledger.py."""
+
+    step: int
+    time: float
+    seconds: dict[str, float]
 
 
 @dataclass
@@ -35,7 +48,8 @@ class Attempt:
     label: str
     hosts: list[str] = field(default_factory=list)
     world_size: int = 0
-    started: float = 0.0  # Unix seconds
+    started: float = 0.0  # Unix seconds: when it was noted
+    began: float | None = None  # when its process began; None: of an earlier version
     ended: float | None = None
     first_step: int | None = None  # None: it did not get as far as to know
     last_step: int | None = None
@@ -43,6 +57,8 @@ class Attempt:
     reason: str = ""
     # of ranks that ended badly; -9: killed by signal 9
     exit_codes: list[int] = field(default_factory=list)
+    # in order, the first made at the start; an end without an error makes the last
+    marks: list[Mark] = field(default_factory=list)
 
 
 class Note:
@@ -51,13 +67,27 @@ class Note:
     With run_dir None, on the other ranks, nothing.
     """
 
-    def __init__(self, run_dir: Path | None, hosts: list[str], step: int):
-        """Note that it goes on from `step`. hosts: of every rank, in order."""
-        self._run_dir = run_dir
+    def __init__(
+        self, run_dir: Path | None, hosts: list[str], step: int, ledger: Ledger | None = None
+    ):
+        """Note that it goes on from `step`. hosts: of every rank, in order. ledger: of this
+        process; None: it begins now.
+        """
+        self._run_dir, self._ledger = run_dir, ledger or Ledger()
         self._ending, self._is_ended = threading.Lock(), False
-        self._write(
-            "start", True, step=step, hosts=list(dict.fromkeys(hosts)), world_size=len(hosts)
-        )
+        self._marked_at = time.monotonic()
+        about = {"hosts": list(dict.fromkeys(hosts)), "world_size": len(hosts)}
+        self._write("start", True, **self._mark(step), **about, began=round(self._ledger.began, 3))
+
+    def mark(self, step: int, *, is_saved: bool) -> None:
+        """Note how far it is; where nothing was saved not more often than once a minute."""
+        # what is saved may be gone on from, so that the time before and after is told apart there
+        if is_saved or time.monotonic() - self._marked_at >= MARK_SECONDS:
+            self._marked_at = time.monotonic()
+            self._write("mark", **self._mark(step))
+
+    def _mark(self, step: int) -> dict[str, Any]:
+        return {"step": step, "seconds": self._ledger.seconds()}
 
     def finish(self, step: int, outcome: str, reason: str = "") -> None:
         """Note how it ended, as in Attempt; of several calls the first counts."""
@@ -65,7 +95,7 @@ class Note:
         with self._ending:
             if not self._is_ended:
                 self._is_ended = True
-                self._write("end", step=step, outcome=outcome, reason=reason)
+                self._write("end", **self._mark(step), outcome=outcome, reason=reason)
 
     def fail(self, step: int, error: Exception) -> None:
         """Note that it ended by an exception."""
@@ -114,7 +144,7 @@ def _add_event(found: list[Attempt], line: dict[str, Any]) -> None:
     if event == "start":
         attempt.hosts = line["hosts"]
         attempt.world_size = line["world_size"]
-        attempt.first_step = line["step"]
+        attempt.first_step, attempt.began = line["step"], line.get("began")
     elif event == "end":
         attempt.ended, attempt.last_step = line["time"], line["step"]
         attempt.outcome, attempt.reason = line["outcome"], line["reason"]
@@ -124,6 +154,9 @@ def _add_event(found: list[Attempt], line: dict[str, Any]) -> None:
         if attempt.ended is None:
             attempt.ended = line["time"]
             attempt.outcome, attempt.reason = "failed", _failure(line)
+    # none of an end by an error, before which a rank may have waited long for one that is lost
+    if "seconds" in line and line.get("outcome", "done") in ENDED_WELL:
+        attempt.marks.append(Mark(line["step"], line["time"], line["seconds"]))
 
 
 def _failure(line: dict[str, Any]) -> str:

@@ -122,12 +122,13 @@ def verified(
 
 def _verified(path: Path, rank: int, world_size: int, moved: Callable[[], None]) -> Checkpoint:
     found = read_state(path)
-    there = {name for name in listed(path) if name.endswith(SUFFIX)}
     if found.files is None:
         for learner, parts in found.parts.items():
             for part in parts:
                 check_readable(path, f"{learner}.{part}")
         return found
+    # by one rank for all: a list of a thousand ranks' files takes time of its own
+    there = {name for name in listed(path) if name.endswith(SUFFIX)} if rank == 0 else found.files
     # one too many, too: it could be read in the place of another
     for name in sorted(there ^ found.files.keys()):
         what = "is missing" if name in found.files else "is none of its files"

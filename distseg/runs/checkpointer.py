@@ -247,9 +247,14 @@ class Checkpointer:
         # after the wait: best.json must not name what was never published
         on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
 
-    def load(self, saved: Checkpoint, learners: dict[str, Any]) -> dict[str, Any]:
+    def load(
+        self,
+        saved: Checkpoint,
+        learners: dict[str, Any],
+        moved: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """Copy a checkpoint, which has been verified, into the learners; returns its state. Called
-        on every rank.
+        on every rank. moved: called as tensors arrive.
 
         Raises InputError, on all of them, when it is another run's, or unreadable for any rank.
         """
@@ -258,7 +263,7 @@ class Checkpointer:
         for name, learner in learners.items():
             own = learner.state_dict()
             # read on all ranks before any of them changes its learner
-            reading = functools.partial(_read_parts, saved, name, own)
+            reading = functools.partial(_read_parts, saved, name, own, moved)
             learner.load_state_dict(on_each(self._ranks, reading))
         return saved.state
 
@@ -386,10 +391,19 @@ def hidden(path: Path) -> Path:
     return path.with_name(f".partial-{path.name}")
 
 
-def _read_parts(saved: Checkpoint, name: str, own: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def _read_parts(
+    saved: Checkpoint,
+    name: str,
+    own: dict[str, dict[str, Tensor]],
+    moved: Callable[[], None],
+) -> dict[str, Any]:
     def tensors() -> dict[str, Any]:
-        parts = saved.parts[name]
-        return {part: read(saved.path, f"{name}.{part}", own.get(part)) for part in parts}
+        found = {}
+        for part in saved.parts[name]:
+            # by the names that its state has: to list the folder is one more message a file
+            like, names = own.get(part), saved.files
+            found[part] = read(saved.path, f"{name}.{part}", like, names, moved)
+        return found
 
     return retried(saved.path, tensors)
 

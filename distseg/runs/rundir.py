@@ -10,7 +10,7 @@ from pathlib import Path
 from distseg.config import loading
 from distseg.config.loading import CONFIG_FILE
 from distseg.config.schema import Config
-from distseg.distributed.ranks import Ranks, on_all, on_main, shared_error
+from distseg.distributed.ranks import Ranks, of_all, on_main, shared_error
 from distseg.runs.copies import Copies, Fetched, write_records
 from distseg.runs.lock import LOCK_FILE, DirectoryLock
 from shards.errors import InputError
@@ -46,13 +46,13 @@ class RunDirectory:
         owner, self.steps_before = on_main(ranks, self._claim)
         # the main rank waits in a collective
         patience = min(visible_seconds, config.parallel.timeout_seconds / 2)
-        sees = on_all(ranks, self._is_owned_by(owner, patience))
-        if not all(sees):
+        blind = of_all(ranks, self._is_owned_by(owner, patience), _first_that_does_not)
+        if blind is not None:
             self._release()
-            # every rank knows of all answers, so every one raises: none waits for the others
+            # every rank knows of it, so every one raises: none waits for the others
             raise shared_error(
                 InputError(
-                    f"rank {sees.index(False)} does not see {path.absolute()} as rank 0 has "
+                    f"rank {blind} does not see {path.absolute()} as rank 0 has "
                     f"written it, for {patience:.0f} s",
                     "a directory that all machines share",
                     "write run_dir=DIR on a shared file system",
@@ -131,3 +131,7 @@ class RunDirectory:
                 raise
             got = f"{self.path}: {error.strerror}"
             raise InputError(got, "a directory that can be written", "write run_dir=DIR") from None
+
+
+def _first_that_does_not(sees: list[bool]) -> int | None:
+    return sees.index(False) if False in sees else None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distseg.parallel.parameter_shards import ParameterShard, shard_of, sharded_like
 from shards.errors import InputError
-from shards.storage import is_passing
+from shards.storage import is_passing, listed
 
 SUFFIX = ".safetensors"
 # in a file's header: {tensor: [first row, rows of the full tensor]}; the word is the format's
@@ -137,68 +137,155 @@ def _first_writers(shards: Mapping[str, Shards], world_size: int) -> dict[str, i
     return first_ranks
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A tensor's rows in one file, from row `start` of the full tensor on."""
+class Part:
+    """The files of a part of a checkpoint, each opened when something of it is asked for: a rank
+    that wants its own rows opens one or two, however many ranks have written it.
 
-    file: Any  # open, as safe_open gives it
-    start: int
+    names: of the files in the folder that there are; None: it is listed. A context. Raises
+    DamagedCheckpoint for a damaged file and a missing one.
+    """
+
+    def __init__(self, folder: Path, part: str, names: Collection[str] | None = None):
+        self._where = f"{folder}: {part}"
+        self._folder, self._opened = folder, ExitStack()
+        self._files: dict[int, Any] = {}  # as safe_open gives them, by their place
+        # of the tensors in shards: {name: (first row, rows of the full tensor)} of each file
+        self._shards: dict[int, dict[str, tuple[int, int]]] = {}
+        with self._damage():
+            self._paths = _paths(folder, part, listed(folder) if names is None else names)
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._opened.close()
+
+    # which is why the first is opened by every rank, and no other one has to be
+    def names(self) -> list[str]:
+        """Of all tensors: the first file has those that are full, and rows of every other one."""
+        return list(self._file(0).keys())
+
+    def open_all(self) -> None:
+        """Look at headers and lengths of all files."""
+        for place in range(len(self._paths)):
+            self._file(place)
+
+    def tensor(self, name: str, like: Tensor | None) -> Tensor:
+        """A tensor, or of one that is sharded in `like` this rank's rows.
+
+        Raises InputError for one of another shape.
+        """
+        first, is_whole = self._file(0), like is None or shard_of(like).count == 1
+        if is_whole and name not in self._shards[0]:
+            with self._damage():
+                found = first.get_tensor(name)
+            _check_shape(name, tuple(found.shape), like)
+        else:
+            found = self._rows(name, like)
+        # FSDP's tensors are of their own kind even where one rank holds all their rows
+        return found if like is None else sharded_like(found.to(like.device), like)
+
+    def _rows(self, name: str, like: Tensor | None) -> Tensor:
+        """Of a tensor the rows that this rank holds of `like`; without it, all."""
+        with self._damage():
+            stored = self._file(0).get_slice(name)
+            shape = tuple(stored.get_shape())
+            if name in self._shards[0]:
+                # what all files have together
+                shape = (self._shards[0][name][1], *shape[1:])
+            _check_shape(name, shape, like)
+            total = shape[0]
+            begin, end = (0, total) if like is None else _own_rows(like)
+            taken, at = [], begin
+            for place in self._places_of(name, total, begin, end):
+                # slices: a rank reads its rows, and not the whole tensor
+                rows, start = self._file(place).get_slice(name), self._start(place, name)
+                last = min(end, start + rows.get_shape()[0])
+                if start <= at < last:
+                    taken.append(rows[at - start : last - start])
+                    at = last
+            if at < end:
+                raise ValueError(f"no file has rows {at} to {end - 1} of {name}")
+            # a rank that holds no row still needs the type and the other dimensions
+            return torch.cat(taken) if taken else stored[0:0]
+
+    def _places_of(self, name: str, total: int, begin: int, end: int) -> range:
+        """The files that have these rows of so many."""
+        if name not in self._shards[0]:
+            return range(1)
+        # as FSDP cuts, which is how they were written: as many rows each, rounded up
+        rows_per_file = max(1, -(-total // len(self._paths)))
+        return range(begin // rows_per_file, -(-end // rows_per_file) if end > begin else 0)
+
+    def _start(self, place: int, name: str) -> int:
+        self._file(place)
+        return self._shards[place][name][0] if name in self._shards[0] else 0
+
+    def _file(self, place: int) -> Any:
+        # kept open to the end: slices are read from the mapped files when they are asked for
+        if place not in self._files:
+            with self._damage():
+                file = self._opened.enter_context(safe_open(self._paths[place], framework="pt"))
+                self._shards[place] = json.loads((file.metadata() or {}).get(SHARDS_KEY, "{}"))
+            self._files[place] = file
+        return self._files[place]
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """What goes wrong within is damage, unless a disk may come back."""
+        try:
+            yield
+        except (FileNotFoundError, SafetensorError, ValueError, KeyError) as error:
+            # which is a ValueError, and says more already; or no damage, but a disk that may return
+            if isinstance(error, InputError) or is_passing(error, self._folder):
+                raise
+            got = f"{self._where}: {error}"
+            raise DamagedCheckpoint(got, "a whole checkpoint", "choose the one before it") from None
 
 
-def read(folder: Path, part: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def read(
+    folder: Path,
+    part: str,
+    like: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
+    moved: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
     """The tensors of a part, from however many files; of those that are sharded in `like`, this
     rank's shard.
 
-    Raises DamagedCheckpoint for a damaged file and a missing one, and InputError for tensors of
-    other names or shapes than in `like`.
+    names: of the files in the folder, where they are known. moved: called at each tensor. Raises
+    DamagedCheckpoint for a damaged file and a missing one, and InputError for tensors of other
+    names or shapes than in `like`.
     """
-    with _opened(folder, part) as files:
+    with Part(folder, part, names) as opened:
         tensors = {}
-        pieces_of = _pieces(files)
+        found = opened.names()
         if like is not None:
-            _check_names(f"{folder}: {part}", pieces_of.keys(), like.keys())
-        for name, pieces in pieces_of.items():
-            tensors[name] = _read_tensor(name, pieces, None if like is None else like[name])
+            _check_names(f"{folder}: {part}", found, like.keys())
+        for name in found:
+            tensors[name] = opened.tensor(name, None if like is None else like[name])
+            moved()
         return tensors
 
 
 def check_readable(folder: Path, part: str) -> None:
     """Raise DamagedCheckpoint where a file of a part is missing or cut short."""
-    with _opened(folder, part):  # which looks at headers and lengths
-        pass
+    with Part(folder, part) as opened:
+        opened.open_all()
 
 
-@contextmanager
-def _opened(folder: Path, part: str) -> Iterator[list[Any]]:
-    """The files of a part, as safe_open gives them."""
-    try:
-        with ExitStack() as opened:
-            # open to the end: slices are read from the mapped files when they are asked for
-            yield [
-                opened.enter_context(safe_open(path, framework="pt"))
-                for path in _paths(folder, part)
-            ]
-    except (FileNotFoundError, SafetensorError, ValueError) as error:
-        # which is a ValueError, and says more already; or no damage, but a disk that may come back
-        if isinstance(error, InputError) or is_passing(error, folder):
-            raise
-        got = f"{folder}: {part}: {error}"
-        raise DamagedCheckpoint(got, "a whole checkpoint", "choose the one before it") from None
-
-
-def _paths(folder: Path, part: str) -> list[Path]:
+def _paths(folder: Path, part: str, names: Collection[str]) -> list[Path]:
     """The files of a part in order. Raises ValueError when one is missing."""
     # saved by one rank, or as full tensors
-    single = folder / (part + SUFFIX)
-    if single.is_file():
-        return [single]
+    if part + SUFFIX in names:
+        return [folder / (part + SUFFIX)]
     pattern = re.compile(re.escape(part) + r"\.(\d+)-of-(\d+)" + re.escape(SUFFIX))
     found: dict[int, Path] = {}
     count = 1
-    for path in folder.iterdir():
-        match = pattern.fullmatch(path.name)
+    for name in names:
+        match = pattern.fullmatch(name)
         if match:
-            found[int(match[1])] = path
+            found[int(match[1])] = folder / name
             # how many there were, by any of their names: the last may be missing
             count = max(count, int(match[2]))
     missing = set(range(1, count + 1)) - found.keys()
@@ -207,50 +294,10 @@ def _paths(folder: Path, part: str) -> list[Path]:
     return [found[index] for index in sorted(found)]
 
 
-def _pieces(files: list[Any]) -> dict[str, list[_Piece]]:
-    """Where the rows of each tensor lie, in their order."""
-    pieces: dict[str, list[_Piece]] = {}
-    for file in files:
-        shards = json.loads((file.metadata() or {}).get(SHARDS_KEY, "{}"))
-        for name in file.keys():  # noqa: SIM118  # not a mapping
-            start = shards[name][0] if name in shards else 0
-            pieces.setdefault(name, []).append(_Piece(file, start))
-    for of_tensor in pieces.values():
-        # files come in the order of ranks, rows need not
-        of_tensor.sort(key=lambda piece: piece.start)
-    return pieces
-
-
-def _read_tensor(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor:
-    """A tensor, or this rank's shard of it where `like` is one."""
-    if len(pieces) == 1 and (like is None or shard_of(like).count == 1):
-        found = pieces[0].file.get_tensor(name)
-        _check_shape(name, tuple(found.shape), like)
-    else:
-        found = _read_rows(name, pieces, like)
-    # FSDP's tensors are of their own kind even where one rank holds all their rows
-    return found if like is None else sharded_like(found.to(like.device), like)
-
-
-def _read_rows(name: str, pieces: list[_Piece], like: Tensor | None) -> Tensor:
-    """Of a tensor in several files the rows that this rank holds of `like`; without it, all."""
-    # slices: a rank reads its rows, and not the whole tensor
-    stored = [piece.file.get_slice(name) for piece in pieces]
-    lengths = [rows.get_shape()[0] for rows in stored]
-    total = sum(lengths)
-    # before reading: a gap between files shows here too, as too few rows
-    _check_shape(name, (total, *stored[0].get_shape()[1:]), like)
-    begin, end = 0, total
-    if like is not None:
-        shard = shard_of(like)
-        begin, end = shard.start, shard.start + shard.rows.shape[0]
-    taken = []
-    for piece, rows, length in zip(pieces, stored, lengths, strict=True):
-        first, last = max(begin - piece.start, 0), min(end - piece.start, length)
-        if first < last:
-            taken.append(rows[first:last])
-    # a rank that holds no row still needs the type and the other dimensions
-    return torch.cat(taken) if taken else stored[0][0:0]
+def _own_rows(like: Tensor) -> tuple[int, int]:
+    """The first row that this rank holds of a tensor, and the one behind its last."""
+    shard = shard_of(like)
+    return shard.start, shard.start + shard.rows.shape[0]
 
 
 def _check_names(part: str, found: Collection[str], wanted: Collection[str]) -> None:

@@ -26,6 +26,9 @@ CONSISTENCY_WEIGHT, CONFIDENT_SHARE = "weight/consistency", "consistency/confide
 COPY_FAILURES = "checkpoint/copy_failures"
 STEP_SECONDS, DATA_WAIT_SECONDS = "step_seconds", "data_wait_seconds"
 SLOWEST_RANK, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest_ratio"
+# of a step: of the median rank, and what the slowest rank has more of it
+SECTION, EXCESS = "sections/", "ranks/excess/"
+GOODPUT = "goodput/"
 LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
 # of the classes: among confident pseudo-labelled pixels, and among the labelled ones of that step
 CLASS_SHARE, LABELLED_SHARE = "consistency/class_share/", "consistency/labelled_share/"
@@ -161,6 +164,7 @@ _SKIPS = Panel("Skipped updates so far", "updates")
 _SPEED = Panel("Speed", "images per second")
 _PEAK = Panel("Arithmetic done, of what a convolution does on this device", "share", is_share=True)
 _TIME = Panel("Time of a step", "seconds")
+_SECTIONS = Panel("Sections of a step, of the median rank", "seconds")
 _RANKS = Panel("Slowest rank over the median rank", "ratio", (1.0, "equal"))
 _EPOCHS = Panel("Times that each data set was gone through", "epochs")
 _MEMORY = Panel("Memory, the largest rank's peak", "bytes")
@@ -184,7 +188,7 @@ PANELS = (
         _WEIGHTS,
         _SCALE,
     ),
-    *(_SKIPS, _SPEED, _PEAK, _TIME, _RANKS, _MEMORY, _EPOCHS),
+    *(_SKIPS, _SPEED, _PEAK, _TIME, _SECTIONS, _RANKS, _MEMORY, _EPOCHS),
 )
 
 
@@ -355,6 +359,9 @@ METRICS = (
     Metric(DATA_WAIT_SECONDS, "waiting for data", "seconds", _TIME, "waiting for data", "lower"),
     Metric("data_wait_share", "share of a step spent waiting for data", "share", better="lower"),
     Metric(SLOWEST_RATIO, "slowest rank over the median", "ratio", _RANKS, "ratio", "lower"),
+    # of the whole run, in W&B's summary
+    Metric("goodput", "share of the time in steps that counted", "share", better="higher"),
+    Metric("goodput/wall_seconds", "time from the first start to the end", "seconds"),
     # a rank's number: no curve, but the health check names it
     Metric(SLOWEST_RANK, "slowest rank", "count"),
     Metric("memory_bytes", "memory", "bytes", _MEMORY, "memory", "lower"),
@@ -416,6 +423,9 @@ FAMILIES = (
     # no panel: it is 0 but for moments that the verdict tells of
     Family("skips_in_a_row/", "updates of the {} skipped in a row", "count", better="lower"),
     Family(HEALTH, "{}", "flag", better="lower"),
+    Family(SECTION, "{} of the median rank", "seconds", _SECTIONS, "lower"),
+    Family(EXCESS, "{} of the slowest rank, beyond the median rank's", "seconds"),
+    Family(GOODPUT, "share of the time: {}", "share"),
     # of several data sets; constant, so that curves would show nothing
     Family("data/share/", "share of {} in a step's images", "share"),
     Family("data/unlabelled_share/", "share of {} in a step's unlabelled images", "share"),

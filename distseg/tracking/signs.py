@@ -21,6 +21,7 @@ from distseg.tracking.catalogue import (
     DISCRIMINATOR_ACCURACY,
     DISCRIMINATOR_FAKE,
     DISCRIMINATOR_REAL,
+    EXCESS,
     HELD_OUT_CONFIDENT,
     LABELLED_SHARE,
     LOSS,
@@ -280,7 +281,11 @@ def wait_share(row: MetricsRow, before: MetricsRow) -> float | None:
 
 
 def who_is_slow(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
-    return f"rank {row[SLOWEST_RANK]:.0f}", None
+    # of the section in which it loses most; rows of earlier versions have none
+    beyond = {name: seconds for name, seconds in row.items() if name.startswith(EXCESS)}
+    most = max(beyond, key=lambda name: beyond[name], default="")
+    where = f", in {most.removeprefix(EXCESS)}" if most else ""
+    return f"rank {row[SLOWEST_RANK]:.0f}{where}", None
 
 
 def slowest(row: MetricsRow, before: MetricsRow) -> float | None:

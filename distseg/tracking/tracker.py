@@ -68,6 +68,9 @@ class Tracker(Protocol):
     def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
         """Write a table: tables/<name>-step-<step>.csv, and W&B's tables/<name>."""
 
+    def summary(self, values: dict[str, float]) -> None:
+        """Show values of the whole run, beside its last ones (W&B only)."""
+
     def finish(self, exit_code: int = 0) -> None:
         """Close the files and wait, for a bounded time, until W&B has what it was given."""
 
@@ -90,6 +93,9 @@ class NullTracker:
         pass
 
     def table(self, step: int, name: str, columns: Names, rows: list[tuple[Any, ...]]) -> None:
+        pass
+
+    def summary(self, values: dict[str, float]) -> None:
         pass
 
     def finish(self, exit_code: int = 0) -> None:
@@ -169,6 +175,10 @@ class RunTracker:
             csv.writer(file).writerows([columns, *rows])
         if self._wandb is not None:
             self._wandb.table(step, f"tables/{name}", columns, rows)
+
+    def summary(self, values: dict[str, float]) -> None:
+        if self._wandb is not None:
+            self._wandb.summary(values)
 
     def finish(self, exit_code: int = 0) -> None:
         self._file.close()

@@ -258,11 +258,10 @@ CHECKS = (
         clear_at=1.1,
         num_rows=10,
         about=signs.who_is_slow,
-        meaning="The same rank needs a fifth more for its forward and its data, again and again, "
-        "and all others wait "
-        "for it at every step.",
-        advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, "
-        "fewer cores.",
+        meaning="The same rank needs a fifth more for its own part of a step, again and again, and "
+        "all others wait for it at every step.",
+        advice="Look at that rank's machine: another job, a hot or throttled GPU; where it is slow "
+        "in data, a slow disk or fewer cores.",
     ),
     Check(
         "not_copied",

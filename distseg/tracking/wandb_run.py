@@ -181,6 +181,10 @@ class WandbRun:
 
         self._queue(show)
 
+    def summary(self, values: dict[str, float]) -> None:
+        """Queue values of the whole run, which its rows have none of."""
+        self._queue(lambda run: run.summary.update(values))
+
     def alert(self, title: str, text: str, is_error: bool) -> None:
         """Queue an alert, which W&B sends by mail or chat where the user asked for that."""
         self._queue(

@@ -70,8 +70,9 @@ def feature_means(real: Tensor, fake: Tensor) -> FeatureMeans:
     """
     # float64, and the numbers of images with them: one message for all
     sums = [part.double().sum(0) for part in (real, fake)]
-    counts = torch.tensor([len(real), len(fake)], dtype=torch.float64).to(real.device)
-    total = all_reduce_sum(torch.cat([*sums, counts]))
+    # filled on the device: numbers that are sent there are waited for
+    counts = [part.new_full((1,), len(part), dtype=torch.float64) for part in (real, fake)]
+    total = all_reduce_sum(torch.cat([*sums, *counts]))
     width = real.shape[1]
     # each by its own number: there may be more unlabelled images than labelled ones
     of_real, of_fake = total[:width] / total[-2], total[width : 2 * width] / total[-1]

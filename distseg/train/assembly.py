@@ -76,9 +76,16 @@ class Learned:
 
 
 def learned(
-    config: Config, ranks: Ranks, pair: Pair, data: Data, saved: Checkpoint | None
+    config: Config,
+    ranks: Ranks,
+    pair: Pair,
+    data: Data,
+    saved: Checkpoint | None,
+    *,
+    moved: Callable[[], None] = lambda: None,
 ) -> Learned:
-    """The learners as a checkpoint has them, where there is one. Writes nothing.
+    """The learners as a checkpoint has them, where there is one. Writes nothing. moved: called as
+    its tensors arrive.
 
     Raises InputError, on every rank, for a checkpoint that is another run's, and where the disk
     cannot hold what the run will keep.
@@ -97,7 +104,7 @@ def learned(
         # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
         # to go on: the order of samples, the phases and random numbers follow from the step and the
         # seed.
-        state = TrainState(**checkpoints.load(saved, learners))
+        state = TrainState(**checkpoints.load(saved, learners, moved))
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)

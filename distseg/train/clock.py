@@ -17,7 +17,7 @@ class StepClock:
         """Begin a lap now: what came before, such as an evaluation, is no part of a step's time."""
         # perf_counter: the wall clock of a node can be set back by NTP in the middle of a lap
         self._time, self._wait = time.perf_counter(), wait_seconds
-        self._step, self._operations = step, 0.0
+        self.step, self._operations = step, 0.0
 
     def count(self, operations: float) -> None:
         """A step of so many operations on this rank is done."""
@@ -29,7 +29,7 @@ class StepClock:
 
         step: steps done by now; wait_seconds: waited for data, since the stream was opened.
         """
-        steps = step - self._step
+        steps = step - self.step
         # Nothing waits for the device here. Logging does, once in every lap, so laps are right on
         # the whole although each of their ends is a little early.
         seconds = max(time.perf_counter() - self._time, 1e-9) / steps

@@ -14,15 +14,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distseg.distributed.ranks import Ranks, all_reduce_sum
+from distseg.distributed.ranks import Ranks, all_reduce_sum, gathered_tensors
 from distseg.losses.adversarial import Form, score_sums
 from distseg.losses.tensors import at_least_float32
 from distseg.losses.terms import PseudoLabels
+from distseg.parallel import Learner
+from distseg.parallel.stopwatch import SECTIONS
 from distseg.tracking.catalogue import (
     CLASS_SHARE,
+    EXCESS,
     LABELLED_SHARE,
     MISMATCHED_ACCURACY,
     RATIO,
+    SECTION,
 )
 from distseg.train.counts import mean
 from distseg.train.objective import Scored
@@ -30,8 +34,11 @@ from shards.sample import IGNORE_INDEX
 
 # squares, since sums of these over micro-batches and ranks are right, and those of norms are not
 _SQUARES = ("gradient/adversarial_squared", "gradient/cross_entropy_squared")
-# what every rank tells of itself
-_OF_A_RANK = ("forward_seconds", "data_wait_seconds", "memory_bytes")
+SECTIONS_OF_A_RANK = ("data", *SECTIONS)
+# what every rank tells of itself: seconds of a step and of its sections, bytes
+OF_A_RANK = ("step", "memory", *SECTIONS_OF_A_RANK)
+# of the table of ranks
+COLUMNS = ("rank", "step, seconds", "memory, bytes", *(f"{one}, seconds" for one in OF_A_RANK[2:]))
 
 
 def gradients_at_output(
@@ -111,29 +118,25 @@ def _histogram(label: Tensor) -> Tensor:
     return counts.scatter_add_(0, label.flatten().long(), counts.new_ones(label.numel()))
 
 
-def gather(metrics: dict[str, Tensor], own: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Metrics as means over the ranks, and what every rank told of itself, in one sum: the only
-    wait for the device.
+def means(metrics: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """Metrics as means over the ranks, in one sum: the only wait for the device.
 
-    own: this rank's values for all names in `_OF_A_RANK`. Called on every rank, which all get the
-    same values.
+    Called on every rank, which all get the same values.
     """
-    # Every rank adds its row to zeros, so that one sum is a gather too and no second message is
-    # needed.
-    told = torch.zeros(ranks.world_size, len(_OF_A_RANK), dtype=torch.float64)
-    told[ranks.rank] = torch.tensor([own[name] for name in _OF_A_RANK], dtype=torch.float64)
-    # in float64: the ranks' rows hold bytes of memory, which fp32 would round
     packed = [value.detach().double().to(ranks.device).reshape(1) for value in metrics.values()]
-    packed.append(told.flatten().to(ranks.device))
     # one copy to the host for all metrics; `.item()` of each would wait for the device as often
-    sums = all_reduce_sum(torch.cat(packed)).tolist()
-    means = {name: total / ranks.world_size for name, total in zip(metrics, sums, strict=False)}
-    width = len(_OF_A_RANK)
-    of_ranks = [
-        sums[len(metrics) + width * r : len(metrics) + width * (r + 1)]
-        for r in range(ranks.world_size)
-    ]
-    return summary(means) | pace(of_ranks)
+    sums = all_reduce_sum(torch.cat(packed)).tolist() if packed else []
+    named = {name: total / ranks.world_size for name, total in zip(metrics, sums, strict=True)}
+    return summary(named)
+
+
+def told(own: dict[str, float], ranks: Ranks) -> list[list[float]]:
+    """On the main rank what every rank tells of itself: rows of the values of OF_A_RANK; [] on the
+    others. Called on every rank.
+    """
+    row = torch.tensor([own[name] for name in OF_A_RANK], dtype=torch.float64)
+    # to the one rank that tells people: sent to all, the rows would be the square of the ranks
+    return [each.tolist() for each in gathered_tensors(ranks, row)]
 
 
 def summary(means: dict[str, float]) -> dict[str, float]:
@@ -148,27 +151,41 @@ def summary(means: dict[str, float]) -> dict[str, float]:
     return values | ({RATIO: (adversarial / own) ** 0.5} if own > 0 else {})
 
 
-def pace(of_ranks: list[list[float]]) -> dict[str, float]:
-    """The most that any rank waits for data and holds in memory; and who keeps the others waiting,
-    and how much.
+def sections(learners: Sequence[Learner]) -> dict[str, float]:
+    """This rank's seconds of the sections of a step that was timed, of all networks together."""
+    # both networks' together: a rank's pace is that of the step
+    of_learners = [learner.stopwatch.seconds() for learner in learners]
+    return {name: sum(of_one[name] for of_one in of_learners) for name in SECTIONS}
 
-    of_ranks: rows of (seconds of a forward, seconds of a step's wait for data, bytes).
-    ranks/slowest_ratio: the slowest rank's forward and wait for data over the median rank's. Under
-    FSDP, ZeRO-3 and synchronised batch norm a forward waits for all ranks itself, so that this
-    stays near 1 whoever is slow.
+
+def pace(of_ranks: list[list[float]]) -> dict[str, float]:
+    """The most that any rank waits for data and holds in memory; the sections of the median rank;
+    and who keeps the others waiting, how much, and in which section. {} of no rank.
+
+    of_ranks: rows of `told`. ranks/slowest_ratio: what the slowest rank computes and waits for
+    data, over the same of the median rank. Under FSDP, ZeRO-3 and synchronised batch norm
+    forward and backward wait for all ranks themselves, so that this stays near 1 whoever is slow.
     """
+    if not of_ranks:
+        return {}
+    step, memory, *sections = zip(*of_ranks, strict=True)
+    wait = max(sections[0])
     # the largest, as a step takes as long as its slowest rank, and fails as soon as one has no
     # memory
-    forward, wait, memory = zip(*of_ranks, strict=True)
-    values = {"data_wait_seconds": max(wait), "memory_bytes": max(memory)}
-    own = [sum(pair) for pair in zip(forward, wait, strict=True)]
+    values = {"data_wait_seconds": wait, "memory_bytes": max(memory)}
+    # of the rank that waits most
+    values["data_wait_share"] = wait / max(step)
+    for name, seconds in zip(SECTIONS_OF_A_RANK, sections, strict=True):
+        values[SECTION + name] = statistics.median_low(seconds)
+    # what a rank does by itself: in the exchange the quick ones wait for the slow one
+    own = [sum(row[2:]) - row[OF_A_RANK.index("exchange")] for row in of_ranks]
     # the mean would hide a slow rank among few, as it is part of it
     others = statistics.median_low(own)  # of two ranks the quicker one
     if len(own) > 1 and others > 0:
-        values |= {
-            "ranks/slowest": float(own.index(max(own))),
-            "ranks/slowest_ratio": max(own) / others,
-        }
+        slowest = own.index(max(own))
+        values |= {"ranks/slowest": float(slowest), "ranks/slowest_ratio": max(own) / others}
+        for name, seconds in zip(SECTIONS_OF_A_RANK, sections, strict=True):
+            values[EXCESS + name] = seconds[slowest] - values[SECTION + name]
     return values
 
 

@@ -18,7 +18,6 @@ from distseg.config.schema import (
 from distseg.config.world_size import has_teacher
 from distseg.data.mixture import median_size, weights_of
 from distseg.distributed.ranks import Ranks
-from distseg.parallel import Learner
 from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.runs.checkpointer import SET_ASIDE, Newest
@@ -36,7 +35,7 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     lines = [_networks(config, pair), *_frozen(config, pair.segmentor.network), *_modules(config)]
     # on resuming these were replaced by the checkpoint's, and would mislead
     if not step:
-        reports = [getattr(it.network, "init_report", None) for it in _learners(pair)]
+        reports = [getattr(it.network, "init_report", None) for it in pair.learners]
         lines += [f"weights: {report}" for report in reports if report is not None]
     has_auxiliary = bool(getattr(pair.segmentor.network, "has_auxiliary", False))
     lines.append(f"loss: {' + '.join(_terms(config, has_auxiliary))}")
@@ -134,10 +133,6 @@ def about_checkpoints(last: Newest) -> list[str]:
             f"from step {step}: {again} done again"
         )
     return lines
-
-
-def _learners(pair: Pair) -> list[Learner]:
-    return [pair.segmentor, *([] if pair.discriminator is None else [pair.discriminator])]
 
 
 def _frozen(config: Config, network: torch.nn.Module) -> list[str]:

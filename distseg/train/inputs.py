@@ -33,7 +33,7 @@ from distseg.data.samples import (
 )
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
-from distseg.distributed.ranks import Ranks
+from distseg.distributed.ranks import Ranks, on_each
 from shards.errors import InputError
 from shards.files import write_text
 from shards.reader import ShardReader
@@ -68,18 +68,32 @@ class Data:
         for reader in self.readers:
             reader.tell(moved)
 
+    def verify(self, ranks: Ranks) -> None:
+        """Compare all indices with the manifests, on one rank of each machine: to hash the same
+        files again on its other ranks would find nothing more. Raises InputError on every rank.
+        """
+        # of one process they were compared when they were read
+        if ranks.world_size > 1:
+            on_each(ranks, self._verify if ranks.local_rank == 0 else lambda: None)
+
+    def _verify(self) -> None:
+        for reader in self.readers:
+            reader.verify()
+
 
 def open_data(config: Config, world_size: int) -> Data:
     """The sample sets of a run.
 
-    InputError when they are not there or do not fit the configuration.
+    InputError when they are not there or do not fit the configuration. Of several ranks none
+    compares indices with the manifest here: `verify`.
     """
     check_batches(config, world_size)
-    options = config.data
+    options, verify = config.data, world_size == 1
     # a reader reads manifest and index here, and no sample yet: names and sizes are enough to
     # refuse
-    readers = [open_reader(options, options.train_split, folder) for folder in options.shards]
-    val = open_reader(options, options.val_split, options.val_shards)
+    train_split = options.train_split
+    readers = [open_reader(options, train_split, folder, verify) for folder in options.shards]
+    val = open_reader(options, options.val_split, options.val_shards, verify)
     _check_verified(options, readers)
     names = names_of(readers)
     mapped = _mapped(options, [*readers, val], [*names, *names_of([val])])
@@ -98,19 +112,22 @@ def open_data(config: Config, world_size: int) -> Data:
     own_view(config, train.classes.num_classes)  # or training would find out what is wrong
     unlabelled = None
     if config.mode in WITH_UNLABELLED:
-        unlabelled = _open_unlabelled(config, train, [rest for _, rest in choices])
+        unlabelled = _open_unlabelled(config, train, [rest for _, rest in choices], verify)
     check_apart([train] if unlabelled is None else [train, unlabelled])
-    source = _open_source(options, readers[0], mapped[0])
+    source = _open_source(options, readers[0], mapped[0], verify)
     return Data(train, unlabelled, val_set, held_out, source)
 
 
-def _open_source(options: DataConfig, first: ShardReader, mapped: Mapped) -> SampleSet | None:
+def _open_source(
+    options: DataConfig, first: ShardReader, mapped: Mapped, verify: bool
+) -> SampleSet | None:
     """The validation split of labelled data whose network is validated on other data."""
     # of data that are the run's own in all but the labels there is one validation split
     is_other = options.unlabelled_shards and options.val_shards not in ("", options.shards[0])
     if not is_other or options.val_split not in first.manifest.splits:
         return None
-    return SampleSet(open_reader(options, options.val_split, options.shards[0]), mapped=mapped)
+    reader = open_reader(options, options.val_split, options.shards[0], verify)
+    return SampleSet(reader, mapped=mapped)
 
 
 def _hold_out(
@@ -213,7 +230,9 @@ def _check_classes(config: Config, samples: Mixture) -> None:
         raise InputError(got, "the same number", action)
 
 
-def _open_unlabelled(config: Config, labelled: Mixture, rest: Sequence[Sequence[int]]) -> Mixture:
+def _open_unlabelled(
+    config: Config, labelled: Mixture, rest: Sequence[Sequence[int]], verify: bool
+) -> Mixture:
     """The samples whose labels are not used: of data sets of their own, or the rest of the
     labelled.
     """
@@ -221,7 +240,8 @@ def _open_unlabelled(config: Config, labelled: Mixture, rest: Sequence[Sequence[
     readers, names = labelled.readers, list(labelled.names)
     if options.unlabelled_shards:
         split = options.unlabelled_split or options.train_split
-        readers = [open_reader(options, split, folder) for folder in options.unlabelled_shards]
+        folders = options.unlabelled_shards
+        readers = [open_reader(options, split, folder, verify) for folder in folders]
         names, rest = names_of(readers), [range(len(reader)) for reader in readers]
         _check_verified(options, readers)
     else:

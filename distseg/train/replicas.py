@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from distseg.config.code import references
 from distseg.config.schema import Config
-from distseg.distributed.ranks import Ranks, on_all, shared_error
+from distseg.distributed.ranks import Ranks, of_all
 from distseg.parallel.parameter_shards import shard_of
 from distseg.train.step import Pair
 from shards.errors import InputError
@@ -41,15 +42,17 @@ def check_equal(ranks: Ranks, pair: Pair, step: int) -> None:
     own = {"segmentor": _fingerprint(pair.segmentor.network)}
     if pair.discriminator is not None:
         own["discriminator"] = _fingerprint(pair.discriminator.network)
-    # Every rank gets all fingerprints and finds the same, so all of them raise, and none waits.
-    of_ranks = on_all(ranks, own)
-    for name in own:
+    of_all(ranks, own, functools.partial(_check_fingerprints, step))
+
+
+def _check_fingerprints(step: int, of_ranks: list[dict[str, Fingerprint]]) -> None:
+    for name in of_ranks[0]:
         others = different([of_rank[name] for of_rank in of_ranks])
         if others:
             which = f"the {name} of rank {', '.join(map(str, others))} differs from rank 0's"
             text = f"step {step}: {which}, perhaps in the last checkpoint too"
             cause = "A faulty device, or a network that draws random numbers per rank?"
-            raise shared_error(RuntimeError(f"{text}. {cause}"))
+            raise RuntimeError(f"{text}. {cause}")
 
 
 def check_same_code(ranks: Ranks, config: Config) -> None:
@@ -57,7 +60,11 @@ def check_same_code(ranks: Ranks, config: Config) -> None:
     # of files on a disk of each machine; without any there is nothing to send
     if not references(config):
         return
-    of_ranks = on_all(ranks, (socket.gethostname(), config.code))
+    compare = functools.partial(_check_code, config)
+    of_all(ranks, (socket.gethostname(), config.code), compare)
+
+
+def _check_code(config: Config, of_ranks: list[tuple[str, dict[str, str]]]) -> None:
     first_host, first = of_ranks[0]
     for rank, (host, own) in enumerate(of_ranks):
         other = [part for part in first | own if first.get(part) != own.get(part)]
@@ -68,7 +75,7 @@ def check_same_code(ranks: Ranks, config: Config) -> None:
             )
             got = f"{what} differs on rank {rank} ({host}) from rank 0's ({first_host})"
             action = "copy it to that machine, or name it on a file system that all of them share"
-            raise shared_error(InputError(got, "the same file on all ranks", action))
+            raise InputError(got, "the same file on all ranks", action)
 
 
 def different(of_ranks: Sequence[Fingerprint]) -> list[int]:

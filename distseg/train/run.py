@@ -27,7 +27,9 @@ from distseg.distributed.ranks import (
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.parallel import check_installed, check_settings
+from distseg.runs import goodput
 from distseg.runs.checkpointer import newest, set_aside
+from distseg.runs.ledger import Ledger, process_began
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
@@ -38,6 +40,7 @@ from distseg.train.headline import about_checkpoints, extension
 from distseg.train.inputs import Data, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
+from distseg.train.profiling import check_ranks
 from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
 from distseg.train.trainer import Trainer
@@ -50,6 +53,7 @@ def run(config: Config) -> int:
     Returns the exit code. Raises InputError, before any network is trained, for input that cannot
     be used.
     """
+    ledger = Ledger(process_began())
     config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
     # Before the ranks join. Bad input is then met by all of them alike, by each on its own; once in
@@ -59,7 +63,7 @@ def run(config: Config) -> int:
     with joined(config.device, config.parallel.timeout_seconds) as ranks:
         if ranks.device.type == "cpu":
             reuse_memory()  # here alone: a process that lives on could not take it back
-        _train_on(ranks, config, prepared)
+        _train_on(ranks, config, prepared, ledger)
     return 0
 
 
@@ -92,6 +96,7 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     InputError for input that cannot be used, and where the caller has a process group of its own.
     On several ranks, one that is lost ends all processes, as the command does.
     """
+    ledger = Ledger()  # the process may have begun long ago, as a notebook's has
     named = {} if preset is None else {"preset": preset}
     config = loading.load([*loading.words(overrides), *loading.arguments(named | keys)])
     # again in `joined`; here before shards are opened and networks are built for nothing
@@ -102,16 +107,17 @@ def fit(overrides: Sequence[str] = (), /, *, preset: str | None = None, **keys: 
     with restored_process():
         prepared = check(config, world_size)
         with joined(config.device, config.parallel.timeout_seconds) as ranks:
-            return _train_on(ranks, config, prepared)
+            return _train_on(ranks, config, prepared, ledger)
 
 
-def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
+def _train_on(ranks: Ranks, config: Config, prepared: Prepared, ledger: Ledger) -> TrainResult:
     """From checked input to the finished run, on every rank of a job that is joined."""
     allow_tf32(config.tf32)
     with Watchdog(ranks, config.parallel.timeout_seconds) as watchdog:
         # A shard from far away may take longer than the time limit. Its bytes count as signs of
         # life, or the watchdog would end a job that merely waits for the network.
         prepared.data.tell(watchdog.keep_alive)
+        prepared.data.verify(ranks)
         check_same_code(ranks, config)
         # From here on a signal asks for a stop at a step boundary; until now it ended the process,
         # which had nothing to lose.
@@ -122,7 +128,8 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
                 # again: the lists that came say which samples are the run's
                 prepared = on_each(ranks, lambda: check(config, ranks.world_size))
                 prepared.data.tell(watchdog.keep_alive)
-            return train_and_show(config, run_directory, prepared, watchdog, stop)
+                prepared.data.verify(ranks)
+            return train_and_show(config, run_directory, prepared, watchdog, stop, ledger=ledger)
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,7 @@ def check(config: Config, world_size: int) -> Prepared:
     """
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
     check_world_size(config, world_size)
+    check_ranks(config.profile, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
     if config.checkpoint.copy_to:
@@ -159,6 +167,8 @@ def train_and_show(
     prepared: Prepared,
     watchdog: Watchdog,
     stop: StopRequest,
+    *,
+    ledger: Ledger,
 ) -> TrainResult:
     """From the networks to the finished run, on every rank alike."""
     ranks, data = run_directory.ranks, prepared.data
@@ -172,7 +182,7 @@ def train_and_show(
     watchdog.report("spreading the networks")
     pair = spread(config, prepared.networks, prepared.objective, ranks)
     watchdog.report("loading a checkpoint")
-    found = learned(config, ranks, pair, data, last.sound)
+    found = learned(config, ranks, pair, data, last.sound, moved=watchdog.keep_alive)
     with closing(open_streams(config, ranks, data, found.state.step)) as stream:
         # Not earlier: until here other data, networks or settings than the run's are refused, and a
         # directory that says otherwise than its checkpoints would be scored as another run.
@@ -182,6 +192,7 @@ def train_and_show(
         # so that it stays with its samples whatever the rule for drawing becomes.
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
+        trainer.ledger = ledger
         for line in about_checkpoints(last):
             trainer.progress.warning(line)
         _attach(trainer, run_directory)
@@ -211,13 +222,15 @@ def _fit_and_show(
     gc.freeze()
     with noted(trainer, stream) as note:
         done = trainer.fit(stream, stop)
+        trainer.ledger.enter("other")
         if done:
             # evaluation and the gathering of shards are collectives: every rank takes part in both
             # of a run that had been complete before this process began: evaluation.json and the
             # pictures may be what the earlier process was stopped in
             for evaluator in (trainer.evaluator, trainer.source):
                 if evaluator is not None and evaluator.result is None:
-                    evaluator()
+                    with trainer.ledger.within("evaluation"):
+                        evaluator()
             network = trainer.evaluator.gather_network()
             views = trainer.next_views(data)
             # The main rank's alone. The others wait at the end of their watchdogs, and see it stop.
@@ -230,6 +243,7 @@ def _fit_and_show(
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
+        _tell_goodput(trainer)
         wait_seconds = trainer.config.checkpoint.copy_wait_seconds
         trainer.copies.finish(wait_seconds, trainer.progress.message)
     if not done and trainer.ranks.is_main:
@@ -238,3 +252,14 @@ def _fit_and_show(
         how = "the same command goes on from there"
         print(f"stopped at {where} ({stop.reason()}), checkpoint saved: {how}", flush=True)
     return TrainResult(Path(trainer.config.run_dir), trainer.state.step, done, scores)
+
+
+def _tell_goodput(trainer: Trainer) -> None:
+    """Where the run's time has gone, in all of its attempts up to now."""
+    found = None
+    # who may not write has told nobody anything, and reads nothing
+    if trainer.ranks.is_main:
+        found = goodput.of_run(Path(trainer.config.run_dir))
+    if found is not None:
+        trainer.progress.message(found.text())
+        trainer.tracker.summary(found.named())

@@ -66,6 +66,11 @@ class Pair:
         return cls(segmentor, discriminator, objective)
 
     @property
+    def learners(self) -> list[Learner]:
+        """Those that there are."""
+        return [self.segmentor, *([] if self.discriminator is None else [self.discriminator])]
+
+    @property
     def adversary(self) -> Learner:
         """The discriminator, of a mode that has one."""
         assert self.discriminator is not None  # else no phase asks for it
@@ -250,7 +255,9 @@ def term_mean(term: Term, seen: Predicted, counts: Counts) -> tuple[Tensor, Metr
     if not term.chooses:
         return mean(term.local_sum(seen), counts.of_term(term)), {}
     local_sum, number = term.local_sum(seen)
-    chosen = torch.as_tensor(number, dtype=torch.float64, device=seen.label.device).detach()
+    if not isinstance(number, Tensor):  # of a term of the user's own
+        number = local_sum.new_full((), number, dtype=torch.float64)
+    chosen = number.detach().to(local_sum.device, torch.float64)
     count = counts.of_term(term) if term.per_image else counts.chosen(chosen)
     share = {term.share: mean(chosen, counts.candidates(term))} if term.share else {}
     return mean(local_sum, count), share

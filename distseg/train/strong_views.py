@@ -11,7 +11,7 @@ from distseg.config.schema import Config
 from distseg.data.plan import rank_positions
 from distseg.data.strong import FILL, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
-from distseg.losses.tensors import of_neighbours
+from distseg.losses.tensors import of_neighbours, sent
 from distseg.losses.terms import PseudoLabels
 from distseg.train.batch import Images
 from shards.sample import IGNORE_INDEX
@@ -91,7 +91,8 @@ class StrongViews:
         # tell the network where objects end. A pixel of an image may have the fill's colour; it
         # keeps it
         # within half a byte: a GPU divides bytes by 255 through its inverse, which rounds otherwise
-        inside = ((images.pixels - FILL.to(images.pixels)).abs() > 0.5 / 255).any(1)
+        fill = sent(FILL, images.pixels.device, images.pixels.dtype)
+        inside = ((images.pixels - fill).abs() > 0.5 / 255).any(1)
         changed = self.changed(images, inside, draws)
         return self.mixed(changed, self.partners(changed), draws)
 

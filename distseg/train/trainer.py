@@ -18,8 +18,10 @@ from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.parallel import Learner
+from distseg.runs.attempts import Note
 from distseg.runs.checkpointer import Checkpointer
 from distseg.runs.copies import Copies
+from distseg.runs.ledger import Ledger
 from distseg.tracking.catalogue import COPY_FAILURES
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
@@ -31,6 +33,7 @@ from distseg.train.finite import not_finite
 from distseg.train.flops import StepWork
 from distseg.train.held_out import HeldOut
 from distseg.train.inputs import Data, open_streams
+from distseg.train.profiling import StepProfiler
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
@@ -78,13 +81,21 @@ class Trainer:
     source: Evaluator | None = None  # on the domain that has the labels, where that is another
     held_out: HeldOut | None = None  # of a run with a teacher
     state: TrainState = field(default_factory=TrainState)
+    # where this process's time goes, and the attempt's note of it, which the main rank alone writes
+    ledger: Ledger = field(default_factory=Ledger)
+    note: Note | None = None
     # raises InputError where the run directory is another than the run began in; on the main rank
     check_folder: Callable[[], None] = lambda: None
+    profiler: StepProfiler = field(init=False)
     copies: Copies = field(default_factory=lambda: Copies(Path()))  # of checkpoints, elsewhere
     _validation: ValidationHistory = field(init=False)
+    # of the last logged step, on the main rank; see diagnostics.told
+    _of_ranks: list[list[float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._validation = ValidationHistory(self.config.schedule)
+        run_dir = Path(self.config.run_dir)
+        self.profiler = StepProfiler(self.config.profile, self.ranks, run_dir)
 
     def fit(self, stream: TrainStream | PairedStream, stop: StopRequest) -> bool:
         """Train from state.step to config.steps.
@@ -105,6 +116,7 @@ class Trainer:
             self.evaluate()
         # after that evaluation, which is no part of a step's time
         clock = StepClock(self.config.batch_size, self.peak, self.state.step)
+        self.ledger.enter("steps")
         while not self._is_done():
             self._advance(stream, stop, clock)
             # the sum of the flags that `begin` started before the step: by now it has arrived long
@@ -114,10 +126,8 @@ class Trainer:
             # evaluation can fail or be killed.
             self._save_if_due(is_stopping)
             if is_stopping:
-                self.checkpoints.wait()  # an evaluation due now is made up on resuming
-                return False
+                return False  # an evaluation due now is made up on resuming
             if self._is_done():
-                self.checkpoints.wait()
                 stop.release()  # nothing is left that a signal could lose
             # after saving, so that nothing that goes wrong here costs a step
             if self._evaluation_due():
@@ -133,8 +143,10 @@ class Trainer:
         """One step, logged and checked where that is due."""
         # reported before `next`, so that a rank without data is told from one in a collective
         step = self.state.step
+        self.profiler.before(step + 1)
         self.watchdog.report(f"step {step + 1}, waiting for data")
-        batch = next(stream)
+        with self.ledger.within("data"):
+            batch = next(stream)
         self.watchdog.report(f"step {step + 1}")
         # A failed save is asked for like a stop: one rank's disk alone may be full, and raising
         # here would leave the others waiting. At the agreed stop `save` raises it on all.
@@ -144,24 +156,55 @@ class Trainer:
         clock.count(self._operations(step))
         # nothing is read from the device in other steps: the host stays ahead of it
         if logged(step, self.config):
+            num_steps = step + 1 - clock.step
             speed = clock.lap(step + 1, stream.wait_seconds)
-            self._log(step + 1, metrics, speed | stream.told(step + 1))
+            longer = self._log(step + 1, metrics, speed | stream.told(step + 1))
+            # until that rank had its data all others waited for it, within the step
+            self.ledger.move(longer * num_steps, "steps", "data")
         self.state.step += 1
+        self._mark()
+        self._write_profile()
         if _due(self.state.step, self.config.parallel.check_every):
             check_equal(self.ranks, self.pair, self.state.step)
 
     def _save_if_due(self, is_stopping: bool) -> None:
-        """A checkpoint before every evaluation and stop, and every so many steps."""
+        """A checkpoint before every evaluation and stop, and every so many steps; the last one is
+        on the disk when this returns.
+        """
         # an evaluation needs its checkpoint: `mark_best` names the step just saved
         is_due = _due(self.state.step, self.config.checkpoint.every_steps)
         if is_due or is_stopping or self._evaluation_due():
             self.watchdog.report(f"step {self.state.step}, saving")
             # collective: every rank comes here at the same step, as all of the conditions are
             # agreed on
-            self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
+            with self.ledger.within("checkpoints"):
+                self.checkpoints.save(saved_parts(self.pair, self.ema), asdict(self.state))
+            self._mark(is_saved=True)
+        if is_stopping or self._is_done():
+            with self.ledger.within("checkpoints"):
+                self.checkpoints.wait()
+
+    def _write_profile(self) -> None:
+        """Where this was the last step that is to be profiled."""
+        if self.profiler.is_running:
+            self.watchdog.report(f"step {self.state.step}, profiled")
+            with self.ledger.within("other"):
+                path = self.profiler.after(self.state.step)
+            if path is not None:
+                self.progress.message(f"profile: {path}, to be opened at https://ui.perfetto.dev")
+
+    def _mark(self, *, is_saved: bool = False) -> None:
+        if self.note is not None:
+            self.note.mark(self.state.step, is_saved=is_saved)
 
     def evaluate(self) -> None:
         """Score the segmentor on the validation split; note the score, and if it is the best."""
+        with self.ledger.within("evaluation"):
+            self._evaluate()
+        # what comes after its checkpoint is not done again where the run goes on from there
+        self._mark(is_saved=True)
+
+    def _evaluate(self) -> None:
         self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
         values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
         if self.source is not None:
@@ -172,6 +215,9 @@ class Trainer:
         classes = self.evaluator.samples.classes.names
         rows = [(name, values[f"val/iou/{name}"]) for name in classes]
         self.tracker.table(self.state.step, "classes", ("class", "IoU"), rows)
+        if self.ranks.world_size > 1:
+            of_ranks = [(rank, *of_rank) for rank, of_rank in enumerate(self._of_ranks)]
+            self.tracker.table(self.state.step, "ranks", diagnostics.COLUMNS, of_ranks)
         self.progress.evaluation(self.state.step, values)
         for event in events:
             self.progress.warning(event.text())
@@ -206,6 +252,8 @@ class Trainer:
         seed = np.random.SeedSequence([config.seed, step, self.ranks.rank]).generate_state(1)[0]
         torch.manual_seed(int(seed))
         current = replace(phase(step, config), watched=logged(step, config))
+        for learner in self.pair.learners:
+            learner.stopwatch.begin(current.watched or self.profiler.is_running)
         labelled, unlabelled, taught = self._images(batch, current)
         num_micro_batches = config.gradient_accumulation_steps
         metrics = training_step(self.pair, current, labelled, unlabelled, num_micro_batches)
@@ -289,20 +337,22 @@ class Trainer:
         # ranks have equal shares, so no rank needs to be asked
         return total / self.ranks.world_size
 
-    def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> None:
+    def _log(self, step: int, metrics: Metrics, speed: dict[str, float]) -> float:
         """All scalars at once: the means over the ranks, what each tells of itself, the weights of
-        the terms.
+        the terms. Returns, on the main rank, how much longer than itself some rank has waited for
+        data, in seconds a step.
         """
-        # seconds() waits for the last forward on a GPU: here, where the host is about to wait
-        # anyway
+        # the wait for the device, where the host is about to wait anyway
+        values = diagnostics.means(metrics, self.ranks) | speed
+        waited = speed["data_wait_seconds"]
         own = {
-            "forward_seconds": self.pair.segmentor.stopwatch.seconds(),
-            "data_wait_seconds": speed.pop("data_wait_seconds"),
-            "memory_bytes": diagnostics.memory_bytes(self.ranks.device),
+            "step": speed["step_seconds"],
+            "memory": diagnostics.memory_bytes(self.ranks.device),
+            "data": waited,
+            **diagnostics.sections(self.pair.learners),
         }
-        values = diagnostics.gather(metrics, own, self.ranks) | speed
-        # of the rank that waits most
-        values["data_wait_share"] = values["data_wait_seconds"] / values["step_seconds"]
+        self._of_ranks = diagnostics.told(own, self.ranks)
+        values |= diagnostics.pace(self._of_ranks)
         values |= self.pair.objective.weights(phase(step - 1, self.config))
         self.check_folder()
         # verdicts are told by whoever keeps the rows: the null tracker of other ranks has none
@@ -317,6 +367,7 @@ class Trainer:
         error = not_finite(self.config, step, values)
         if error is not None:
             raise shared_error(error)
+        return values["data_wait_seconds"] - waited
 
 
 def _update(name: str, learner: Learner, lr_factor: float) -> Metrics:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 
+from distseg.runs import goodput
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import STEPS, Run, wait_until
 
@@ -57,6 +58,14 @@ def the_time_limit_twice(run: Run, cluster: Cluster) -> None:
         cluster.run("scontrol", "update", f"job={run.job}", "TimeLimit=60")
     run.wait()
     assert [attempt.outcome for attempt in run.attempts()] == ["stopped", "stopped", "done"]
+    found = goodput.of_run(run.run_dir)
+    assert found is not None and found.num_attempts == 3
+    first, *_, last = run.attempts()
+    # the parts add up to the time that the job was there, to 2 %
+    assert first.began is not None and last.ended is not None
+    assert abs(found.wall_seconds - (last.ended - first.began)) < 0.02 * found.wall_seconds
+    assert abs(found.share("unknown")) < 0.02 and found.share("repeated") == 0, found.text()
+    assert min(found.share("start"), found.share("between"), found.share()) > 0, found.text()
     run.check_finished()
 
 

@@ -33,6 +33,7 @@ from distseg.config.schema.running import (
     CheckpointConfig,
     EvaluateConfig,
     ParallelConfig,
+    ProfileConfig,
     TrackingConfig,
 )
 from distseg.config.schema.strong import StrongConfig
@@ -58,6 +59,7 @@ __all__ = [
     "LossConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "ScheduleConfig",
     "SegmentorConfig",
     "SemiConfig",
@@ -158,7 +160,7 @@ class Config:
         False, "go on with a run though a file of your own code has changed", on_resume=True
     )
     # What is said of a section holds for all of its keys. Those down to `semi` shape the networks,
-    # so there each key says for itself what may change; the last four do not.
+    # so there each key says for itself what may change; the last five do not.
     data: DataConfig = section(DataConfig)
     segmentor: SegmentorConfig = section(SegmentorConfig)
     discriminator: DiscriminatorConfig = section(DiscriminatorConfig, modes=WITH_DISCRIMINATOR)
@@ -177,3 +179,4 @@ class Config:
     checkpoint: CheckpointConfig = section(CheckpointConfig, on_resume=True)
     tracking: TrackingConfig = section(TrackingConfig, on_resume=True)
     parallel: ParallelConfig = section(ParallelConfig, on_resume=True, at_evaluation=True)
+    profile: ProfileConfig = section(ProfileConfig, on_resume=True)

@@ -119,6 +119,21 @@ class TrackingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """What some steps are made of, written into the run directory's profile/."""
+
+    # a few, once caches are warm: a trace of a step has some megabytes
+    steps: str = key("", 'FIRST:LAST, both included, as "10:13": traced; "": none')
+    ranks: list[int] = key([0], "that write a trace", low=0)
+    # off: each allocation then takes some microseconds longer
+    memory: bool = key(
+        False,
+        "on a GPU: remember where memory is asked for, so that the snapshot of a rank that runs "
+        "out of it names the lines",
+    )
+
+
+@dataclass
 class ParallelConfig:
     """How the networks are spread over the ranks."""
 
