@@ -27,6 +27,7 @@ from distseg.models import (
     SEGMENTORS,
     build_discriminator,
     build_segmentor,
+    efficientnet,
     resnet,
     vgg,
 )
@@ -93,6 +94,7 @@ def train_pairs(ranks: Ranks, shards: Path) -> dict[tuple[str, str], tuple[float
     config, found = make_config(), {}
     # in this process: depth and width change nothing here
     resnet.NUM_BLOCKS = dict.fromkeys(resnet.NUM_BLOCKS, (1, 1, 1, 1))
+    efficientnet.SCALES = dict.fromkeys(efficientnet.SCALES, (1.0, 0.25))
     vgg.LAYOUT = NARROW_VGG
     (images,) = batches(ranks, shards, config, 1)
     for name, other in pairs():

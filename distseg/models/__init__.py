@@ -16,7 +16,11 @@ from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
 from distseg.models.deeplab import (
     DeepLabV2ResNet101,
     DeepLabV3Lite0,
-    DeepLabV3Plus,
+    DeepLabV3Lite1,
+    DeepLabV3Lite2,
+    DeepLabV3PlusLite0,
+    DeepLabV3PlusLite1,
+    DeepLabV3PlusLite2,
     DeepLabV3PlusResNet50,
     DeepLabV3PlusResNet101,
     DeepLabV3ResNet50,
@@ -32,7 +36,7 @@ from distseg.models.discriminators import (
     SmallFOVLight,
     TwoBranch,
 )
-from distseg.models.efficientnet import imagenet_weights_file as lite0_weights_file
+from distseg.models.efficientnet import imagenet_weights_file as lite_weights_file
 from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
 from distseg.models.multiscale import MultiScale
 from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
@@ -66,9 +70,13 @@ Segmentor = (
     | DeepLabV3ResNet50
     | DeepLabV3ResNet101
     | DeepLabV3Lite0
+    | DeepLabV3Lite1
+    | DeepLabV3Lite2
     | DeepLabV3PlusResNet50
     | DeepLabV3PlusResNet101
-    | DeepLabV3Plus
+    | DeepLabV3PlusLite0
+    | DeepLabV3PlusLite1
+    | DeepLabV3PlusLite2
     | FCN32s
     | FCN16s
     | FCN8s
@@ -83,9 +91,13 @@ SEGMENTORS: dict[str, Callable[..., Segmentor]] = {
     "deeplabv3_resnet50": DeepLabV3ResNet50,
     "deeplabv3_resnet101": DeepLabV3ResNet101,
     "deeplabv3_efficientnet_lite0": DeepLabV3Lite0,
+    "deeplabv3_efficientnet_lite1": DeepLabV3Lite1,
+    "deeplabv3_efficientnet_lite2": DeepLabV3Lite2,
     "deeplabv3plus_resnet50": DeepLabV3PlusResNet50,
     "deeplabv3plus_resnet101": DeepLabV3PlusResNet101,
-    "deeplabv3plus_efficientnet_lite0": DeepLabV3Plus,
+    "deeplabv3plus_efficientnet_lite0": DeepLabV3PlusLite0,
+    "deeplabv3plus_efficientnet_lite1": DeepLabV3PlusLite1,
+    "deeplabv3plus_efficientnet_lite2": DeepLabV3PlusLite2,
     "fcn32s_vgg16": FCN32s,
     "fcn16s_vgg16": FCN16s,
     "fcn8s_vgg16": FCN8s,
@@ -108,10 +120,14 @@ IMAGENET: dict[str, Callable[[], Path]] = {
     "deeplabv2_resnet101": partial(resnet_weights_file, 101),
     "deeplabv3_resnet50": partial(resnet_weights_file, 50),
     "deeplabv3_resnet101": partial(resnet_weights_file, 101),
-    "deeplabv3_efficientnet_lite0": lite0_weights_file,
+    "deeplabv3_efficientnet_lite0": partial(lite_weights_file, 0),
+    "deeplabv3_efficientnet_lite1": partial(lite_weights_file, 1),
+    "deeplabv3_efficientnet_lite2": partial(lite_weights_file, 2),
     "deeplabv3plus_resnet50": partial(resnet_weights_file, 50),
     "deeplabv3plus_resnet101": partial(resnet_weights_file, 101),
-    "deeplabv3plus_efficientnet_lite0": lite0_weights_file,
+    "deeplabv3plus_efficientnet_lite0": partial(lite_weights_file, 0),
+    "deeplabv3plus_efficientnet_lite1": partial(lite_weights_file, 1),
+    "deeplabv3plus_efficientnet_lite2": partial(lite_weights_file, 2),
     "fcn32s_vgg16": vgg_weights_file,
     "fcn16s_vgg16": vgg_weights_file,
     "fcn8s_vgg16": vgg_weights_file,

@@ -1,4 +1,5 @@
-"""DeepLabV2, V3 and V3+ (Chen et al. 2016, 2017, 2018) on ResNets; V3 and V3+ on Lite0 too.
+"""DeepLabV2, V3 and V3+ (Chen et al. 2016, 2017, 2018) on ResNets; V3 and V3+ on
+EfficientNet-Lite0, 1 and 2 too.
 
 All of them: forward takes an image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32, and gives
 logits (N, C, ceil(H/s), ceil(W/s)), s the `output_stride`, on a grid that starts at the image's
@@ -25,7 +26,7 @@ from distseg.models.aspp import (
     separable,
 )
 from distseg.models.checks import require_number, require_size
-from distseg.models.efficientnet import TAPS, EfficientNetLite0
+from distseg.models.efficientnet import EfficientNetLite
 from distseg.models.grids import to_multiple, upsample_nodes, with_margin
 from distseg.models.resnet import EXPANSION, WIDTH, ResNet
 from distseg.models.weights import LoadReport
@@ -232,12 +233,13 @@ class DeepLabV3PlusResNet101(_DeepLabV3PlusResNet):
     depth = 101
 
 
-class _OnLite0(nn.Module):
-    """EfficientNet-Lite0 and a light pooling at its stride 16; `_add_head` says what follows.
+class _OnLite(nn.Module):
+    """An EfficientNet-Lite and a light pooling at its stride 16; `_add_head` says what follows.
 
     dropout: probability behind the pooling.
     """
 
+    variant: int
     min_size_px = 32
     init_report: LoadReport | None = None
 
@@ -245,8 +247,8 @@ class _OnLite0(nn.Module):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
         self.num_classes = num_classes
-        self.encoder = EfficientNetLite0()
-        self.aspp = ASPP(list(TAPS.values())[-1], dropout)
+        self.encoder = EfficientNetLite(self.variant)
+        self.aspp = ASPP(self.encoder.channels[-1], dropout)
         self._add_head()
 
     def _add_head(self) -> None:
@@ -254,8 +256,8 @@ class _OnLite0(nn.Module):
         raise NotImplementedError  # in the class of each version
 
 
-class DeepLabV3Lite0(_OnLite0):
-    """A light DeepLabV3: DeepLabV3Plus below without its decoder, logits at stride 16."""
+class _DeepLabV3Lite(_OnLite):
+    """A light DeepLabV3: _DeepLabV3PlusLite below without its decoder, logits at stride 16."""
 
     output_stride = 16
 
@@ -277,9 +279,26 @@ class DeepLabV3Lite0(_OnLite0):
         # fmt: on
 
 
-class DeepLabV3Plus(_OnLite0):
-    """A light DeepLabV3+ on EfficientNet-Lite0: stride 16, refined by the encoder's maps at 1/8 and
-    1/4.
+class DeepLabV3Lite0(_DeepLabV3Lite):
+    """The light DeepLabV3 on EfficientNet-Lite0."""
+
+    variant = 0
+
+
+class DeepLabV3Lite1(_DeepLabV3Lite):
+    """The light DeepLabV3 on EfficientNet-Lite1."""
+
+    variant = 1
+
+
+class DeepLabV3Lite2(_DeepLabV3Lite):
+    """The light DeepLabV3 on EfficientNet-Lite2."""
+
+    variant = 2
+
+
+class _DeepLabV3PlusLite(_OnLite):
+    """A light DeepLabV3+: stride 16, refined by the encoder's maps at 1/8 and 1/4.
 
     Its decoder has two steps, the paper's one.
     """
@@ -287,7 +306,7 @@ class DeepLabV3Plus(_OnLite0):
     output_stride = 4
 
     def _add_head(self) -> None:
-        quarter, eighth, _ = TAPS.values()
+        quarter, eighth, _ = self.encoder.channels
         self.skip_eighth = conv_bn_relu(eighth, SKIP_EIGHTH)
         self.refine_eighth = separable(LIGHT_CHANNELS + SKIP_EIGHTH, LIGHT_CHANNELS)
         self.skip_quarter = conv_bn_relu(quarter, SKIP_QUARTER)
@@ -305,6 +324,24 @@ class DeepLabV3Plus(_OnLite0):
         x = self.refine_quarter(x)                        # (N, 128, H/4, W/4)
         return self.classifier(x)                         # (N, C, H/4, W/4)
         # fmt: on
+
+
+class DeepLabV3PlusLite0(_DeepLabV3PlusLite):
+    """The light DeepLabV3+ on EfficientNet-Lite0."""
+
+    variant = 0
+
+
+class DeepLabV3PlusLite1(_DeepLabV3PlusLite):
+    """The light DeepLabV3+ on EfficientNet-Lite1."""
+
+    variant = 1
+
+
+class DeepLabV3PlusLite2(_DeepLabV3PlusLite):
+    """The light DeepLabV3+ on EfficientNet-Lite2."""
+
+    variant = 2
 
 
 def _on_nodes(image: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:

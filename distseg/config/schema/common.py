@@ -18,8 +18,10 @@ UNIMATCH = "Yang et al. 2023 (UniMatch)"
 # as distseg/models has them, which needs torch: so a misspelt one is told at once
 SEGMENTORS = (
     *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
-    *("deeplabv3_efficientnet_lite0", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
-    *("deeplabv3plus_efficientnet_lite0", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
+    *("deeplabv3_efficientnet_lite0", "deeplabv3_efficientnet_lite1"),
+    *("deeplabv3_efficientnet_lite2", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
+    *("deeplabv3plus_efficientnet_lite0", "deeplabv3plus_efficientnet_lite1"),
+    *("deeplabv3plus_efficientnet_lite2", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
     *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
 )
 DISCRIMINATORS = (
