@@ -16,11 +16,17 @@ ADVENT = "Vu et al. 2019 (AdvEnt)"
 UNIMATCH = "Yang et al. 2023 (UniMatch)"
 
 # as distseg/models has them, which needs torch: so a misspelt one is told at once
+ENCODERS = (
+    *("vits14", "vitb14", "vitl14", "vitg14"),
+    *("vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
+)
+HEADS = ("linear",)
 SEGMENTORS = (
     *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("deeplabv3_efficientnet_lite0", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
     *("deeplabv3plus_efficientnet_lite0", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
     *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
+    *(f"{head}_{encoder}" for encoder in ENCODERS for head in HEADS),
 )
 DISCRIMINATORS = (
     *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),
