@@ -13,6 +13,7 @@ from torch import nn
 
 from distseg.models import own_discriminator, own_segmentor
 from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
+from distseg.models.composed import COMPOSITIONS, Composed
 from distseg.models.deeplab import (
     DeepLabV2ResNet101,
     DeepLabV3Lite0,
@@ -82,6 +83,7 @@ Segmentor = (
     | FCN8s
     | Dilated8
     | MultiScale
+    | Composed
     | own_segmentor.OwnSegmentor
 )
 
@@ -104,6 +106,7 @@ SEGMENTORS: dict[str, Callable[..., Segmentor]] = {
     "fcn8s_atonce_vgg16": FCN8sAtOnce,
     "dilated8_vgg16": Dilated8,
     "multiscale": MultiScale,
+    **COMPOSITIONS,
 }
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "two_branch": TwoBranch,
@@ -133,6 +136,7 @@ IMAGENET: dict[str, Callable[[], Path]] = {
     "fcn8s_vgg16": vgg_weights_file,
     "fcn8s_atonce_vgg16": vgg_weights_file,
     "dilated8_vgg16": vgg_weights_file,
+    **{name: made.weights_file for name, made in COMPOSITIONS.items() if made.weights_file},
 }
 
 log = logging.getLogger(__name__)

@@ -22,10 +22,11 @@ from distseg.models.aspp import (
     SummedClassifiers,
     conv_bn_relu,
     dense,
+    fcn_head,
     init_classifier,
     separable,
 )
-from distseg.models.checks import require_number, require_size
+from distseg.models.checks import require_flag, require_number, require_size
 from distseg.models.efficientnet import EfficientNetLite
 from distseg.models.grids import to_multiple, upsample_nodes, with_margin
 from distseg.models.resnet import EXPANSION, WIDTH, ResNet
@@ -123,9 +124,7 @@ class _OnResNet(nn.Module):
     ):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
-        if not isinstance(auxiliary, bool):
-            got = f"segmentor.options.auxiliary={auxiliary}"
-            raise InputError(got, "true or false", "correct segmentor.options.auxiliary")
+        require_flag("segmentor.options.auxiliary", auxiliary)
         self.num_classes = num_classes
         self.encoder = ResNet(self.depth, encoder_stride, width=width)
         rates = [rate * 16 // encoder_stride for rate in RATES]
@@ -136,7 +135,7 @@ class _OnResNet(nn.Module):
         # last, so that the other layers' first weights do not depend on it
         self.has_auxiliary = auxiliary
         if auxiliary:
-            self.auxiliary = _fcn_head(4 * EXPANSION * width, num_classes)
+            self.auxiliary = fcn_head(4 * EXPANSION * width, num_classes)
 
     def _add_head(self, encoder_stride: int, width: int) -> None:
         """Add the layers from the pooling to the logits."""
@@ -366,13 +365,6 @@ def _join(coarse: Tensor, skip: Tensor) -> Tensor:
     """`coarse` upsampled to the grid of `skip`, and `skip`, side by side."""
     up = F.interpolate(coarse, _size_of(skip), mode="bilinear", align_corners=False)
     return _beside(up, skip)
-
-
-def _fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:
-    """A 3x3 convolution to a quarter of the channels, and the scores (torchvision's FCNHead)."""
-    channels = in_channels // 4
-    classifier = init_classifier(nn.Conv2d(channels, num_classes, 1))
-    return nn.Sequential(dense(in_channels, channels), nn.Dropout(0.1), classifier)
 
 
 def _beside(up: Tensor, skip: Tensor) -> Tensor:

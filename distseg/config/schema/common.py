@@ -16,6 +16,11 @@ ADVENT = "Vu et al. 2019 (AdvEnt)"
 UNIMATCH = "Yang et al. 2023 (UniMatch)"
 
 # as distseg/models has them, which needs torch: so a misspelt one is told at once
+ENCODERS = (
+    *("vits14", "vitb14", "vitl14", "vitg14"),
+    *("vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
+)
+HEADS = ("linear",)
 SEGMENTORS = (
     *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("deeplabv3_efficientnet_lite0", "deeplabv3_efficientnet_lite1"),
@@ -23,6 +28,7 @@ SEGMENTORS = (
     *("deeplabv3plus_efficientnet_lite0", "deeplabv3plus_efficientnet_lite1"),
     *("deeplabv3plus_efficientnet_lite2", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
     *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
+    *(f"{head}_{encoder}" for encoder in ENCODERS for head in HEADS),
 )
 DISCRIMINATORS = (
     *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),

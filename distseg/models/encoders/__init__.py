@@ -1,0 +1,36 @@
+"""Encoders that any head can stand on, by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distseg.models.encoders import vit
+from distseg.models.levels import Encoder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An encoder of one size.
+
+    make: its class; size: the arguments that make it this size, which are no options of the user's;
+    weights_file: where its published weights lie, called for segmentor.init=imagenet alone; raises
+    InputError where they are not there.
+    """
+
+    make: Callable[..., Encoder]
+    size: Mapping[str, Any] = field(default_factory=dict)
+    weights_file: Callable[[], Path] | None = None
+
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The options left to the user, by name."""
+        parameters = inspect.signature(self.make).parameters
+        return {name: value for name, value in parameters.items() if name not in self.size}
+
+
+ENCODERS: dict[str, Entry] = {
+    **{name: Entry(vit.VisionTransformer, {"size": size}) for name, size in vit.SIZES.items()},
+}

@@ -1,0 +1,8 @@
+"""Heads that stand on any encoder, by name."""
+
+from __future__ import annotations
+
+from distseg.models.heads.linear import Linear
+from distseg.models.levels import Head
+
+HEADS: dict[str, type[Head]] = {"linear": Linear}
