@@ -93,10 +93,10 @@ class Composition:
         # a head says what it wants of an encoder that has a choice; the user's word comes before
         chosen = {"layers": head_class.layers} if "layers" in entry.options() else {}
         encoder = entry.make(**entry.size, **{**chosen, **_among(entry.options(), options)})
+        published = entry.head_options.get(self.head, {})
+        own = {**published, **_among(_head_options(self.head), options)}
         try:
-            head = head_class(
-                encoder.levels, num_classes, **_among(_head_options(self.head), options)
-            )
+            head = head_class(encoder.levels, num_classes, **own)
         except InputError as error:
             raise InputError(
                 f"segmentor={self.head}_{self.encoder}: {error.got}", error.needed, error.action

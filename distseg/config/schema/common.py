@@ -19,8 +19,10 @@ UNIMATCH = "Yang et al. 2023 (UniMatch)"
 ENCODERS = (
     *("vits14", "vitb14", "vitl14", "vitg14"),
     *("vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
+    *("mitb0", "mitb1", "mitb2", "mitb3", "mitb4", "mitb5"),
+    *("convnext_tiny", "convnext_small", "convnext_base"),
 )
-HEADS = ("linear",)
+HEADS = ("linear", "segformer", "upernet")
 SEGMENTORS = (
     *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("deeplabv3_efficientnet_lite0", "deeplabv3_efficientnet_lite1"),

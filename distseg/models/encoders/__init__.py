@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distseg.models.encoders import vit
+from distseg.models.encoders import convnext, mit, vit
 from distseg.models.levels import Encoder
 
 
@@ -18,12 +19,14 @@ class Entry:
 
     make: its class; size: the arguments that make it this size, which are no options of the user's;
     weights_file: where its published weights lie, called for segmentor.init=imagenet alone; raises
-    InputError where they are not there.
+    InputError where they are not there. head_options: by a head's name, what it was published with
+    on this encoder, where that is not its default.
     """
 
     make: Callable[..., Encoder]
     size: Mapping[str, Any] = field(default_factory=dict)
     weights_file: Callable[[], Path] | None = None
+    head_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The options left to the user, by name."""
@@ -33,4 +36,17 @@ class Entry:
 
 ENCODERS: dict[str, Entry] = {
     **{name: Entry(vit.VisionTransformer, {"size": size}) for name, size in vit.SIZES.items()},
+    **{
+        name: Entry(
+            mit.MixTransformer,
+            {"size": size},
+            partial(mit.weights_file, name),
+            {"segformer": {"channels": mit.HEAD_CHANNELS[name]}},
+        )
+        for name, size in mit.SIZES.items()
+    },
+    **{
+        name: Entry(convnext.ConvNeXt, {"size": size}, partial(convnext.weights_file, size))
+        for name, size in convnext.SIZES.items()
+    },
 }
