@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distseg.models.encoders import vit
+from distseg.models.encoders import dinov3, vit
+from distseg.models.encoders.dinov3 import DINOv3
+from distseg.models.encoders.vit import DINOv2
 from distseg.models.levels import Encoder
 
 
@@ -32,5 +34,6 @@ class Entry:
 
 
 ENCODERS: dict[str, Entry] = {
-    **{name: Entry(vit.VisionTransformer, {"size": size}) for name, size in vit.SIZES.items()},
+    **{name: Entry(DINOv2, {"size": size}) for name, size in vit.SIZES.items()},
+    **{name: Entry(DINOv3, {"size": size}) for name, size in dinov3.SIZES.items()},
 }
