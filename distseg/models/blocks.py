@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint
-from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from shards.errors import InputError
 
@@ -19,6 +22,7 @@ _PRODUCTS = (
     torch.ops.aten.convolution.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
 
@@ -27,12 +31,12 @@ class Block(nn.Module):
     """A layer of an encoder that has many alike; subclasses write `compute`.
 
     drop_path: probability that a residual branch is left out for a sample (stochastic depth, Huang
-    et al. 2016). Its forward is `compute`, of whose activations `keep` says which stay in memory for
-    the backward (activation checkpointing, Chen et al. 2016); what is computed again sees the same
-    random numbers. There must be no batch normalisation inside, whose statistics would move twice.
+    et al. 2016). Its forward is `compute`, whose activations are kept for the backward, or computed
+    again there with the same random numbers; see checkpoint_activations. There must be no batch
+    normalisation inside: its statistics would move twice.
     """
 
-    keep = "all"  # "products", "none"; see set_kept_activations
+    recomputed = "none"
 
     def __init__(self, drop_path: float = 0.0):
         super().__init__()
@@ -44,10 +48,10 @@ class Block(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         """See compute."""
-        if self.keep == "all" or not torch.is_grad_enabled():
+        if self.recomputed == "none" or not torch.is_grad_enabled():
             return self.compute(*inputs)
-        contexts = {"context_fn": partial(selective, _policy)} if self.keep == "products" else {}
-        return checkpoint(self.compute, *inputs, use_reentrant=False, **contexts)
+        contexts = noop_context_fn if self.recomputed == "blocks" else _saving_products
+        return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=contexts)
 
     def kept(self, branch: Tensor) -> Tensor:
         """A residual branch (N, ...), zero for the samples that leave it out, and larger by as much
@@ -66,19 +70,24 @@ def rising(drop_path: float, depth: int) -> list[float]:
     return [drop_path * index / max(1, depth - 1) for index in range(depth)]
 
 
-def set_kept_activations(network: nn.Module, keep: str) -> None:
-    """Choose what the blocks of a network keep of their activations; see Block.
+def checkpoint_activations(network: nn.Module, recomputed: str) -> None:
+    """Choose what the blocks of a network compute again in the backward, to save memory.
 
-    keep: "all"; "products", the results of matrix products and of attention; "none". Raises
-    InputError for a network without blocks, unless it keeps all.
+    recomputed: "none"; "blocks", all that is inside of one (Chen et al. 2016); "selective", all but
+    the results of matrix products and of attention. Values and gradients stay as they are. Raises
+    InputError for a network without blocks, unless it is "none".
     """
     blocks = [module for module in network.modules() if isinstance(module, Block)]
-    if keep != "all" and not blocks:
-        got = f"segmentor.keep_activations={keep} for a network without blocks of this kind"
+    if recomputed != "none" and not blocks:
+        got = f"segmentor.activation_checkpointing={recomputed} for a network without such blocks"
         needed = "a segmentor on a transformer or a ConvNeXt, such as dpt_vitb14"
-        raise InputError(got, needed, "write segmentor.keep_activations=all")
+        raise InputError(got, needed, "write segmentor.activation_checkpointing=none")
     for block in blocks:
-        block.keep = keep
+        block.recomputed = recomputed
+
+
+def _saving_products() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:

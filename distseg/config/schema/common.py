@@ -19,6 +19,7 @@ UNIMATCH = "Yang et al. 2023 (UniMatch)"
 ENCODERS = (
     *("vits14", "vitb14", "vitl14", "vitg14"),
     *("vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
+    *("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16"),
     *("mitb0", "mitb1", "mitb2", "mitb3", "mitb4", "mitb5"),
     *("convnext_tiny", "convnext_small", "convnext_base"),
 )

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distseg.models.encoders import convnext, mit, vit
+from distseg.models.encoders import convnext, dinov3, mit, vit
+from distseg.models.encoders.dinov3 import DINOv3
+from distseg.models.encoders.vit import DINOv2
 from distseg.models.levels import Encoder
 
 
@@ -35,7 +37,8 @@ class Entry:
 
 
 ENCODERS: dict[str, Entry] = {
-    **{name: Entry(vit.VisionTransformer, {"size": size}) for name, size in vit.SIZES.items()},
+    **{name: Entry(DINOv2, {"size": size}) for name, size in vit.SIZES.items()},
+    **{name: Entry(DINOv3, {"size": size}) for name, size in dinov3.SIZES.items()},
     **{
         name: Entry(
             mit.MixTransformer,
