@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class Entry:
 
 
 ENCODERS: dict[str, Entry] = {
-    **{name: Entry(DINOv2, {"size": size}) for name, size in vit.SIZES.items()},
-    **{name: Entry(DINOv3, {"size": size}) for name, size in dinov3.SIZES.items()},
+    **{
+        name: Entry(DINOv2, {"size": size}, partial(vit.weights_file, name))
+        for name, size in vit.SIZES.items()
+    },
+    **{
+        name: Entry(DINOv3, {"size": size}, partial(dinov3.weights_file, name))
+        for name, size in dinov3.SIZES.items()
+    },
 }
