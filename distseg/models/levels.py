@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Encoder(nn.Module):
         (segmentor_optimizer.layer_decay).
         """
         raise NotImplementedError
+
+    def translated(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of another library's under this encoder's names, wrappers' prefixes left as
+        they are; any other as it is.
+        """
+        return state
 
 
 class Head(nn.Module):

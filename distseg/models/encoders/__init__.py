@@ -37,8 +37,13 @@ class Entry:
 
 
 ENCODERS: dict[str, Entry] = {
-    **{name: Entry(DINOv2, {"size": size}) for name, size in vit.SIZES.items()},
-    **{name: Entry(DINOv3, {"size": size}) for name, size in dinov3.SIZES.items()},
+    **{
+        name: Entry(DINOv2, {"size": size}, partial(vit.weights_file, name))
+        for name, size in vit.SIZES.items()
+    },
+    **{
+        name: Entry(DINOv3, {"size": size}, partial(dinov3.weights_file, name))
+        for name, size in dinov3.SIZES.items()
     **{
         name: Entry(
             mit.MixTransformer,

@@ -18,7 +18,7 @@ from distseg.models.checks import require_number
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.levels import Encoder, Level
 from distseg.models.vgg import MEAN, STD
-from distseg.models.weights import torchvision_file
+from distseg.models.weights import downloaded_file
 from shards.errors import InputError
 
 STRIDES = (4, 8, 16, 32)
@@ -154,7 +154,7 @@ class ChannelNorm(nn.LayerNorm):
 
 def weights_file(size: Size) -> Path:
     """torchvision's file, where torchvision itself puts it. Raises InputError when it is absent."""
-    return torchvision_file("ConvNeXt", [size.file])
+    return downloaded_file("ConvNeXt", [size.file])
 
 
 def _reduction(in_channels: int, channels: int) -> nn.Sequential:

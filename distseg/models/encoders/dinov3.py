@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.encoders.vit import Rotation, Size, Transformer
+from distseg.models.weights import downloaded_file
 
 BASE = 100.0  # of the periods: rotations of the finest channels once in the image, then fewer
 
@@ -62,6 +64,16 @@ SIZES = {
     ),
 }
 
+# of images of the web, with the hash that the file's name ends in (dinov3/hub/backbones.py)
+_HASHES = {
+    "vits16": "08c60483",
+    "vits16plus": "4057cbaa",
+    "vitb16": "73cec8be",
+    "vitl16": "8aa4cbdd",
+    "vith16plus": "7c1da9a5",
+    "vit7b16": "a955f4ea",
+}
+
 
 class DINOv3(Transformer):
     """A vision transformer that sees positions through rotations of queries and keys (Su et al.
@@ -90,6 +102,15 @@ class DINOv3(Transformer):
         # the first tokens have no place: turned by nothing
         angles = F.pad(angles, (0, 0, 1 + self.size.registers, 0))
         return angles.cos(), angles.sin()
+
+
+def weights_file(name: str) -> Path:
+    """DINOv3's released file of a size. Raises InputError where it is not."""
+    file = f"dinov3_{name}_pretrain_lvd1689m-{_HASHES[name]}.pth"
+    source = (
+        "https://github.com/facebookresearch/dinov3, which gives links to who accepts its licence"
+    )
+    return downloaded_file(f"DINOv3 {name}", (file,), source)
 
 
 class Periods(nn.Module):

@@ -18,7 +18,7 @@ from distseg.models.checks import require_number
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.levels import Encoder, Level
 from distseg.models.vgg import MEAN, STD
-from distseg.models.weights import torchvision_file
+from distseg.models.weights import downloaded_file
 
 STRIDES = (4, 8, 16, 32)
 NUM_HEADS = (1, 2, 5, 8)
@@ -195,4 +195,4 @@ class MLP(nn.Module):
 
 def weights_file(name: str) -> Path:
     """The authors' ImageNet weights. Raises InputError where they are not."""
-    return torchvision_file(name, (f"mit_{name.removeprefix('mit')}.pth",))
+    return downloaded_file(name, (f"mit_{name.removeprefix('mit')}.pth",))

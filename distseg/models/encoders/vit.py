@@ -7,8 +7,9 @@ on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from torch.compiler import is_exporting
 from distseg.models.blocks import Block, rising
 from distseg.models.checks import require_number
 from distseg.models.encoders.resampling import resampling
+from distseg.models.encoders.translation import translated
 from distseg.models.levels import Encoder, Level
+from distseg.models.weights import downloaded_file
 from shards.errors import InputError
 
 # of ImageNet, as DINOv2 and v3 were trained with
@@ -164,6 +167,9 @@ class Transformer(Encoder):
         return maps
         # fmt: on
 
+    def translated(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return translated(state, self.state_dict())
+
     def layers_above(self, name: str) -> int:
         part, _, rest = name.partition(".")
         if part == "norm":
@@ -213,6 +219,13 @@ class DINOv2(Transformer):
                 stored = stored.unflatten(1, (size.grid, size.grid))  # (1, 37, 37, dim)
                 stored = torch.einsum("ri,cj,nijd->nrcd", rows, columns, stored).flatten(1, 2)
         return patches + stored.to(patches.dtype)
+
+
+def weights_file(name: str) -> Path:
+    """DINOv2's released file of a size. Raises InputError where it is not."""
+    file = f"dinov2_{name.replace('_reg', '_reg4')}_pretrain.pth"
+    source = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_{name.removesuffix('_reg')}/"
+    return downloaded_file(f"DINOv2 {name}", (file,), source)
 
 
 class PatchEmbedding(nn.Module):
