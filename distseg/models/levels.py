@@ -67,3 +67,9 @@ class Head(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """See the class."""
         raise NotImplementedError
+
+    def translated(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict of another library's, its keys of such a head under this one's names, after
+        "head."; all others as they are.
+        """
+        return state

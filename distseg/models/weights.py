@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distseg.models.levels import Encoder
+from distseg.models.levels import Encoder, Head
 from shards.errors import InputError
 from shards.words import counted
 
@@ -177,8 +177,9 @@ def load_segmentor(
     shapes differ otherwise, no key or too few fit, two fit one tensor, or an encoder's `layout` is
     not the one that the weights were trained with.
     """
-    if isinstance(segmentor.encoder, Encoder):
-        weights = replace(weights, state=segmentor.encoder.translated(weights.state))
+    for part in (segmentor.encoder, getattr(segmentor, "head", None)):
+        if isinstance(part, Encoder | Head):
+            weights = replace(weights, state=part.translated(weights.state))
     own = segmentor.state_dict()
     foreign = _advsemiseg_names(weights.state)
     _check_layout(segmentor, weights, is_caffe=bool(foreign))

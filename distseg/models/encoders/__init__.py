@@ -44,6 +44,7 @@ ENCODERS: dict[str, Entry] = {
     **{
         name: Entry(DINOv3, {"size": size}, partial(dinov3.weights_file, name))
         for name, size in dinov3.SIZES.items()
+    },
     **{
         name: Entry(
             mit.MixTransformer,

@@ -6,7 +6,8 @@ authors' norm0 to norm3, which classification files lack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from distseg.models.blocks import Block, rising
 from distseg.models.checks import require_number
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.levels import Encoder, Level
+from distseg.models.renaming import Renaming, renamed
 from distseg.models.vgg import MEAN, STD
 from distseg.models.weights import downloaded_file
 from shards.errors import InputError
@@ -47,6 +49,34 @@ SIZES = {
 }
 
 
+def _stage(at: re.Match[str]) -> str:
+    """A stage's number as the place of its blocks in torchvision's `features`."""
+    return f"features.{2 * int(at[1]) + 1}."
+
+
+def _reduced(at: re.Match[str]) -> str:
+    """A stage's number as the place of what comes before its blocks."""
+    return f"features.{2 * int(at[1])}."
+
+
+# what others call the layers: the authors, timm, transformers and mmpretrain
+_RENAMED: tuple[Renaming, ...] = (
+    (r"\bconvnext\.", ""),
+    (r"\bdownsample_layers\.(\d)\.", _reduced),
+    (r"\bstem\.(?=[01]\.)", "features.0."),
+    (r"\bembeddings\.patch_embeddings\.", "features.0.0."),
+    (r"\bembeddings\.layernorm\.", "features.0.1."),
+    (r"\b(?:encoder\.)?stages\.(\d)\.(?:downsample|downsampling_layer)\.", _reduced),
+    (r"\b(?:encoder\.)?stages\.(\d)\.(?:blocks\.|layers\.)?(?=\d)", _stage),
+    (r"\b(?:dwconv|conv_dw|depthwise_conv)\.", "block.0."),
+    (r"(?<=\d\.)(?:norm|layernorm)\.", "block.2."),
+    (r"\b(?:pwconv1|mlp\.fc1|pointwise_conv1)\.", "block.3."),
+    (r"\b(?:pwconv2|mlp\.fc2|pointwise_conv2)\.", "block.5."),
+    (r"\b(?:gamma|layer_scale_parameter)$", "layer_scale"),
+    (r"\bhidden_states_norms\.stage(\d)\.", lambda at: f"norm{int(at[1]) - 1}."),
+)
+
+
 class ConvNeXt(Encoder):
     """Four stages of depthwise 7x7 convolutions and MLPs of a pixel's channels.
 
@@ -67,12 +97,13 @@ class ConvNeXt(Encoder):
         drop_path = size.drop_path if drop_path is None else drop_path
         require_number("segmentor.options.drop_path", drop_path, 0, 0.9)
         self.stages = _stages(layers)
+        self.depths = size.depths[: max(self.stages) + 1]
         self.levels = tuple(Level(size.channels[stage], STRIDES[stage]) for stage in self.stages)
         rates, in_channels = rising(drop_path, sum(size.depths)), 3
         features: list[nn.Module] = []
         # what comes after the last stage asked for would get no gradient
-        for stage in range(max(self.stages) + 1):
-            channels, depth = size.channels[stage], size.depths[stage]
+        for stage, depth in enumerate(self.depths):
+            channels = size.channels[stage]
             before = sum(size.depths[:stage])
             blocks = [ConvNeXtBlock(channels, rates[before + index]) for index in range(depth)]
             features += [_reduction(in_channels, channels), nn.Sequential(*blocks)]
@@ -91,7 +122,7 @@ class ConvNeXt(Encoder):
         # fmt: off
         x = (image - self.mean) / self.std                     # (N, 3, H, W)
         maps = []
-        for stage in range(max(self.stages) + 1):
+        for stage in range(len(self.depths)):
             x = self.features[2 * stage](x)                    # (N, channels, H/s, W/s)
             x = self.features[2 * stage + 1](x)                # (N, channels, H/s, W/s)
             if stage in self.stages:
@@ -99,15 +130,20 @@ class ConvNeXt(Encoder):
         return maps
         # fmt: on
 
+    def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = renamed(state, _RENAMED)
+        # of rank 1 elsewhere, where channels come last
+        scales = {key: found[key].reshape(-1, 1, 1) for key in found if key.endswith("layer_scale")}
+        return found | scales
+
     def layers_above(self, name: str) -> int:
-        # two features each stage: what halves the grid, which stands beside the first block, and
-        # the blocks
-        depths = [len(blocks) for blocks in self.features[1::2]]  # type: ignore[arg-type]
         part, _, rest = name.partition(".")
         if part.startswith("norm"):
-            return sum(depths[int(part[-1]) + 1 :])
+            return sum(self.depths[int(part[-1]) + 1 :])
+        # two features each stage: what halves the grid, which stands beside the first block, and
+        # the blocks
         feature, index = (int(number) for number in rest.split(".")[:2])
-        from_here = sum(depths[feature // 2 :])
+        from_here = sum(self.depths[feature // 2 :])
         return from_here - index if feature % 2 else from_here + (feature == 0)
 
 

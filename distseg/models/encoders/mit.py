@@ -6,6 +6,7 @@ Names and shapes of parameters are those of the authors' files, mit_b0.pth and s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from distseg.models.blocks import Block, rising
 from distseg.models.checks import require_number
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.levels import Encoder, Level
+from distseg.models.renaming import Renaming, renamed
 from distseg.models.vgg import MEAN, STD
 from distseg.models.weights import downloaded_file
 
@@ -43,8 +45,48 @@ SIZES = {
     "mitb4": Size((64, 128, 320, 512), (3, 8, 27, 3)),
     "mitb5": Size((64, 128, 320, 512), (3, 6, 40, 3)),
 }
+# files of mmsegmentation's configs/segformer
+_MMSEGMENTATION = {
+    "mitb0": "mit_b0_20220624-7e0fe6dd.pth",
+    "mitb1": "mit_b1_20220624-02e5a6a1.pth",
+    "mitb2": "mit_b2_20220624-66e8bf70.pth",
+    "mitb3": "mit_b3_20220624-13b1141c.pth",
+    "mitb4": "mit_b4_20220624-d588d980.pth",
+    "mitb5": "mit_b5_20220624-658746d9.pth",
+}
 # of SegFormer's head: embed_dim in the authors' configurations
 HEAD_CHANNELS = {name: 256 if name in ("mitb0", "mitb1") else 768 for name in SIZES}
+
+# what others call the layers: transformers (its released files, and its version 5 in memory), and
+# mmsegmentation, whose stages are lists of patches, blocks and a norm
+_RENAMED: tuple[Renaming, ...] = (
+    (r"\bsegformer\.(?:encoder\.)?", ""),
+    (r"\bpatch_embeddings\.(\d)\.", lambda at: f"patch_embed{int(at[1]) + 1}."),
+    (r"\bstages\.(\d)\.patch_embeddings\.", lambda at: f"patch_embed{int(at[1]) + 1}."),
+    (r"\blayers\.(\d)\.0\.(?=proj|norm)", lambda at: f"patch_embed{int(at[1]) + 1}."),
+    (r"\bblock\.(\d)\.", lambda at: f"block{int(at[1]) + 1}."),
+    (r"\bstages\.(\d)\.blocks\.", lambda at: f"block{int(at[1]) + 1}."),
+    (r"\blayers\.(\d)\.1\.(?=\d)", lambda at: f"block{int(at[1]) + 1}."),
+    (r"\blayer_norm\.(\d)\.", lambda at: f"norm{int(at[1]) + 1}."),
+    (r"\bstages\.(\d)\.layer_norm\.", lambda at: f"norm{int(at[1]) + 1}."),
+    (r"\blayers\.(\d)\.2\.(?=weight|bias)", lambda at: f"norm{int(at[1]) + 1}."),
+    (r"(?<=patch_embed\d\.)layer_norm\.", "norm."),
+    (r"(?<=patch_embed\d\.)projection\.", "proj."),
+    (r"\battention\.(?:self\.query|q_proj)\.", "attn.q."),
+    (r"\battention\.(?:self\.key|k_proj)\.", "attn.key."),
+    (r"\battention\.(?:self\.value|v_proj)\.", "attn.value."),
+    (r"\battention\.(?:self\.sr|sequence_reduction\.sequence_reduction)\.", "attn.sr."),
+    (r"\battention\.(?:self|sequence_reduction)\.layer_norm\.", "attn.norm."),
+    (r"\battention\.(?:output\.dense|o_proj)\.", "attn.proj."),
+    (r"\battn\.attn\.in_proj_", "attn.qkv."),
+    (r"\battn\.attn\.out_proj\.", "attn.proj."),
+    (r"\b(?:layer_norm_1|layernorm_before)\.", "norm1."),
+    (r"\b(?:layer_norm_2|layernorm_after)\.", "norm2."),
+    (r"\bmlp\.dense(?=[12]\.)", "mlp.fc"),
+    (r"\bffn\.layers\.0\.", "mlp.fc1."),
+    (r"\bffn\.layers\.1\.", "mlp.dwconv.dwconv."),
+    (r"\bffn\.layers\.4\.", "mlp.fc2."),
+)
 
 
 class MixTransformer(Encoder):
@@ -102,6 +144,23 @@ class MixTransformer(Encoder):
             maps.append(x)
         return maps
         # fmt: on
+
+    def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        given = renamed(state, _RENAMED)
+        # keys and values are one layer here, as the authors have it
+        for key, tensor in given.items():
+            value = given.get(key.replace(".attn.key.", ".attn.value."))
+            if ".attn.qkv." in key:
+                third = len(tensor) // 3
+                found[key.replace(".qkv.", ".q.")] = tensor[:third]
+                found[key.replace(".qkv.", ".kv.")] = tensor[third:]
+            elif ".attn.key." in key and value is not None:
+                found[key.replace(".key.", ".kv.")] = torch.cat([tensor, value])
+            elif ".attn.value." not in key:
+                is_1x1 = ".mlp.fc" in key and tensor.ndim == 4
+                found[key] = tensor.flatten(1) if is_1x1 else tensor
+        return found
 
     def layers_above(self, name: str) -> int:
         part, _, rest = name.partition(".")
@@ -188,11 +247,16 @@ class MLP(nn.Module):
         self.dwconv = nn.ModuleDict({"dwconv": DepthwiseConv2d(hidden, 3, bias=True)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x).permute(0, 3, 1, 2)            # (N, 4 * channels, h, w)
+        x = self.fc1(x).permute(0, 3, 1, 2)  # (N, 4 * channels, h, w)
         x = self.dwconv["dwconv"](x).permute(0, 2, 3, 1)
         return self.fc2(F.gelu(x))
 
 
 def weights_file(name: str) -> Path:
-    """The authors' ImageNet weights. Raises InputError where they are not."""
-    return downloaded_file(name, (f"mit_{name.removeprefix('mit')}.pth",))
+    """The authors' ImageNet weights, or these as mmsegmentation has them. Raises InputError where
+    neither file is.
+    """
+    size = name.removeprefix("mit")
+    files = (f"mit_{size}.pth", _MMSEGMENTATION[name])
+    source = "https://github.com/NVlabs/SegFormer, or https://download.openmmlab.com/mmsegmentation"
+    return downloaded_file(f"MiT-{size.upper()}", files, f"{source}/v0.5/pretrain/segformer/")

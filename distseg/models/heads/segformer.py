@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -12,6 +12,16 @@ from distseg.models.aspp import init_classifier
 from distseg.models.checks import require_number
 from distseg.models.heads.layers import ConvNormReLU
 from distseg.models.levels import Head, Level
+from distseg.models.renaming import Renaming, renamed
+
+# the authors' files begin with decode_head, transformers' have names of their own too
+_RENAMED: tuple[Renaming, ...] = (
+    (r"\bdecode_head\.", "head."),
+    (r"\bhead\.linear_(?:c|projections)\.(\d)\.", lambda at: f"head.linear_c{int(at[1]) + 1}."),
+    (r"\bhead\.linear_fuse\.weight$", "head.linear_fuse.conv.weight"),
+    (r"\bhead\.batch_norm\.", "head.linear_fuse.bn."),
+    (r"\bhead\.classifier\.", "head.linear_pred."),
+)
 
 
 class SegFormer(Head):
@@ -61,6 +71,9 @@ class SegFormer(Head):
         x = self.dropout(self.linear_fuse.normalised(total))            # (N, channels, H/4, W/4)
         return self.linear_pred(x)                                      # (N, C, H/4, W/4)
         # fmt: on
+
+    def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return renamed(state, _RENAMED)
 
 
 class Projection(nn.Module):

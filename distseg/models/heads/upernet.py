@@ -4,7 +4,7 @@ then a feature pyramid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,9 +15,17 @@ from distseg.models.aspp import init_classifier
 from distseg.models.checks import require_number
 from distseg.models.heads.layers import ConvNormReLU
 from distseg.models.levels import Head, Level
+from distseg.models.renaming import Renaming, renamed
 from shards.errors import InputError
 
 BINS = (1, 2, 3, 6)  # cells on a side, Zhao et al. 2017, section 3.2
+
+# mmsegmentation's files begin with decode_head, transformers' have names of their own too
+_RENAMED: tuple[Renaming, ...] = (
+    (r"\bdecode_head\.", "head."),
+    (r"\b(?<=head\.)(.*)\bbatch_norm\.", r"\1bn."),
+    (r"\bhead\.classifier\.", "head.conv_seg."),
+)
 
 
 class UPerNet(Head):
@@ -68,6 +76,9 @@ class UPerNet(Head):
         x = self.dropout(self.fpn_bottleneck(x))                  # (N, channels, H/4, W/4)
         return self.conv_seg(x)                                   # (N, C, H/4, W/4)
         # fmt: on
+
+    def translated(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return renamed(state, _RENAMED)
 
     def _pooled(self, x: Tensor) -> Tensor:
         pooled = [_resized(branch(x), x) for branch in self.psp_modules]
