@@ -21,13 +21,18 @@ ENCODERS = (
     *("vits14_reg", "vitb14_reg", "vitl14_reg", "vitg14_reg"),
     *("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16"),
 )
-HEADS = ("linear",)
-SEGMENTORS = (
+HEADS = ("linear", "multilevel", "dpt")
+_WHOLE = (
     *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("deeplabv3_efficientnet_lite0", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
     *("deeplabv3plus_efficientnet_lite0", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
     *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
-    *(f"{head}_{encoder}" for encoder in ENCODERS for head in HEADS),
+)
+SEGMENTORS = (*_WHOLE, *(f"{head}_{encoder}" for encoder in ENCODERS for head in HEADS))
+# what stands for a list of them all
+SEGMENTORS_TOLD = (
+    f"{', '.join(_WHOLE)}; or HEAD_ENCODER, such as linear_vitb14, of the heads "
+    f"{', '.join(HEADS)} and the encoders {', '.join(ENCODERS)}"
 )
 DISCRIMINATORS = (
     *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),

@@ -21,7 +21,9 @@ def resampling(cells: int, new: int, offset: float = 0.0, antialias: bool = Fals
     centres = ((torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5)[:, None]
     if antialias:
         # a kernel as wide as a new cell where these are the larger ones, cut at the border
-        weights = _cubic((torch.arange(cells) - centres) / step.maximum(torch.ones_like(step)), _SMOOTH)
+        weights = _cubic(
+            (torch.arange(cells) - centres) / step.maximum(torch.ones_like(step)), _SMOOTH
+        )
         return weights / weights.sum(1, keepdim=True)
     # beyond the border lie copies of the cell there: their weights are its
     places = range(-_SUPPORT - 1, cells + _SUPPORT + 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distseg.models.heads.linear import Linear
+from distseg.models.heads.dpt import DPT
+from distseg.models.heads.linear import Linear, MultiLevel
 from distseg.models.levels import Head
 
-HEADS: dict[str, type[Head]] = {"linear": Linear}
+HEADS: dict[str, type[Head]] = {"linear": Linear, "multilevel": MultiLevel, "dpt": DPT}
