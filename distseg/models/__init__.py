@@ -38,7 +38,9 @@ from distseg.models.discriminators import (
     TwoBranch,
 )
 from distseg.models.efficientnet import imagenet_weights_file as lite_weights_file
+from distseg.models.encoders import ENCODERS
 from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
+from distseg.models.heads import HEADS
 from distseg.models.multiscale import MultiScale
 from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
 from distseg.models.trial import StepImages
@@ -56,6 +58,9 @@ from shards.user_code import FORMS, is_reference
 from shards.words import nearest
 
 __all__ = [
+    "COMPOSITIONS",
+    "ENCODERS",
+    "HEADS",
     "BatchNorm2d",
     "LoadReport",
     "Weights",
@@ -266,7 +271,10 @@ def _check(
     options: Mapping[str, Any],
 ) -> None:
     if name not in choices:
-        needed = f"one of: {', '.join(choices)}; or your own, as {FORMS}"
+        parts = f"HEAD_ENCODER of the heads {', '.join(HEADS)} and encoders {', '.join(ENCODERS)}; "
+        composed = parts if choices is SEGMENTORS else ""
+        listed = [known for known in choices if known not in COMPOSITIONS]
+        needed = f"one of: {', '.join(listed)}; {composed}or your own, as {FORMS}"
         raise InputError(f"{kind}={name}", needed, nearest(name, choices))
     # from the constructor's own signature: an option has no second list that could be forgotten
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]

@@ -23,15 +23,20 @@ ENCODERS = (
     *("mitb0", "mitb1", "mitb2", "mitb3", "mitb4", "mitb5"),
     *("convnext_tiny", "convnext_small", "convnext_base"),
 )
-HEADS = ("linear", "segformer", "upernet")
-SEGMENTORS = (
+HEADS = ("linear", "multilevel", "dpt", "segformer", "upernet")
+_WHOLE = (
     *("deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("deeplabv3_efficientnet_lite0", "deeplabv3_efficientnet_lite1"),
     *("deeplabv3_efficientnet_lite2", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101"),
     *("deeplabv3plus_efficientnet_lite0", "deeplabv3plus_efficientnet_lite1"),
     *("deeplabv3plus_efficientnet_lite2", "fcn32s_vgg16", "fcn16s_vgg16", "fcn8s_vgg16"),
     *("fcn8s_atonce_vgg16", "dilated8_vgg16", "multiscale"),
-    *(f"{head}_{encoder}" for encoder in ENCODERS for head in HEADS),
+)
+SEGMENTORS = (*_WHOLE, *(f"{head}_{encoder}" for encoder in ENCODERS for head in HEADS))
+# what stands for a list of them all
+SEGMENTORS_TOLD = (
+    f"{', '.join(_WHOLE)}; or HEAD_ENCODER, such as linear_vitb14, of the heads "
+    f"{', '.join(HEADS)} and the encoders {', '.join(ENCODERS)}"
 )
 DISCRIMINATORS = (
     *("two_branch", "fully_convolutional", "large_fov", "large_fov_light"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.keys import key
-from distseg.config.schema.common import DISCRIMINATORS, SEGMENTORS
+from distseg.config.schema.common import DISCRIMINATORS, SEGMENTORS, SEGMENTORS_TOLD
 
 
 @dataclass
@@ -21,6 +21,7 @@ class SegmentorConfig:
         "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
         "package.module:name",
         choices=SEGMENTORS,
+        told=SEGMENTORS_TOLD,
         own_code=True,
     )
     init: str = key(
