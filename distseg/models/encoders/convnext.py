@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distseg.models.blocks import Block, rising
+from distseg.models.channel_order import channels_first, channels_last
 from distseg.models.checks import require_number
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.levels import Encoder, Level
@@ -157,12 +158,12 @@ class ConvNeXtBlock(Block):
         # with places for what has no parameters: the keys are numbered as torchvision's
         self.block = nn.Sequential(
             DepthwiseConv2d(channels, 7, bias=True),
-            Permute(0, 2, 3, 1),
+            Last(),
             nn.LayerNorm(channels, eps=EPSILON),
             nn.Linear(channels, 4 * channels),
             nn.GELU(),
             nn.Linear(4 * channels, channels),
-            Permute(0, 3, 1, 2),
+            First(),
         )
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), FIRST_SCALE))
 
@@ -170,22 +171,25 @@ class ConvNeXtBlock(Block):
         return x + self.kept(self.layer_scale * self.block(x))
 
 
-class Permute(nn.Module):
-    """The dimensions in another order, in the same memory."""
-
-    def __init__(self, *dimensions: int):
-        super().__init__()
-        self.dimensions = dimensions
+class Last(nn.Module):
+    """Channels last, as layers of a pixel's channels want them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.dimensions)
+        return channels_last(x)
+
+
+class First(nn.Module):
+    """Channels first again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_first(x)
 
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalisation of each pixel's channels: (N, channels, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return channels_first(super().forward(channels_last(x)))
 
 
 def weights_file(size: Size) -> Path:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.blocks import Block, rising
+from distseg.models.channel_order import channels_first, channels_last
 from distseg.models.checks import require_number
 from distseg.models.depthwise import DepthwiseConv2d
 from distseg.models.levels import Encoder, Level
@@ -140,7 +141,7 @@ class MixTransformer(Encoder):
             for block in getattr(self, f"block{stage}"):
                 x = block(x)                                 # (N, h, w, channels)
             x = getattr(self, f"norm{stage}")(x)             # (N, h, w, channels)
-            x = x.permute(0, 3, 1, 2)                        # (N, channels, h, w)
+            x = channels_first(x)                            # (N, channels, h, w)
             maps.append(x)
         return maps
         # fmt: on
@@ -186,7 +187,7 @@ class Patches(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(channels_last(self.proj(x)))
 
 
 class MixBlock(Block):
@@ -222,7 +223,7 @@ class Attention(nn.Module):
         # fmt: off
         seen = x
         if self.sr is not None:
-            seen = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            seen = channels_last(self.sr(channels_first(x)))
             seen = self.norm(seen)                            # (N, h / r, w / r, channels)
         query = self._heads(self.q(x), 1)                     # (1, N, heads, h * w, dim)
         key_value = self._heads(self.kv(seen), 2)             # (2, N, heads, h * w / r^2, dim)
@@ -247,8 +248,8 @@ class MLP(nn.Module):
         self.dwconv = nn.ModuleDict({"dwconv": DepthwiseConv2d(hidden, 3, bias=True)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x).permute(0, 3, 1, 2)  # (N, 4 * channels, h, w)
-        x = self.dwconv["dwconv"](x).permute(0, 2, 3, 1)
+        x = channels_first(self.fc1(x))  # (N, 4 * channels, h, w)
+        x = channels_last(self.dwconv["dwconv"](x))
         return self.fc2(F.gelu(x))
 
 
