@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from distseg.models.encoders import Entry
 
 SETTINGS = {
     "segmentor": {"name": "multiscale", "init": "random", "options": {"norm": "batch"}},
@@ -46,3 +51,9 @@ def no_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("distseg.train.showcase.draw_scores", lambda *_: None)
         yield
+
+
+def narrow(encoder: Entry) -> Entry:
+    """A vision transformer's entry with four small blocks, each of them given to heads."""
+    size = replace(encoder.size["size"], dim=24, depth=4, num_heads=3, layers=(0, 1, 2, 3), grid=3)
+    return replace(encoder, size={"size": size})
