@@ -49,15 +49,15 @@ class ThreeLayerGatedMLP(nn.Module):
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
-_size = partial(Size, patch_px=16, registers=4, qkv=UnbiasedKeys, epsilon=1e-5)
-_wide = partial(ThreeLayerGatedMLP, width=4)
+sized = partial(Size, patch_px=16, registers=4, qkv=UnbiasedKeys, epsilon=1e-5)
+WIDE = partial(ThreeLayerGatedMLP, width=4)
 SIZES = {
-    "vits16": _size(384, 12, 6, (2, 5, 8, 11)),
-    "vits16plus": _size(384, 12, 6, (2, 5, 8, 11), mlp=_wide),
-    "vitb16": _size(768, 12, 12, (2, 5, 8, 11)),
-    "vitl16": _size(1024, 24, 16, (4, 11, 17, 23)),
-    "vith16plus": _size(1280, 32, 20, (7, 15, 23, 31), mlp=_wide),
-    "vit7b16": _size(
+    "vits16": sized(384, 12, 6, (2, 5, 8, 11)),
+    "vits16plus": sized(384, 12, 6, (2, 5, 8, 11), mlp=WIDE),
+    "vitb16": sized(768, 12, 12, (2, 5, 8, 11)),
+    "vitl16": sized(1024, 24, 16, (4, 11, 17, 23)),
+    "vith16plus": sized(1280, 32, 20, (7, 15, 23, 31), mlp=WIDE),
+    "vit7b16": sized(
         *(4096, 40, 32, (9, 19, 29, 39)),
         mlp=partial(ThreeLayerGatedMLP, width=2),
         qkv=partial(nn.Linear, bias=False),

@@ -31,6 +31,13 @@ def resampling(cells: int, new: int, offset: float = 0.0, antialias: bool = Fals
     return _cubic(torch.tensor(places) - centres, _SHARP) @ F.one_hot(inside, cells).double()
 
 
+def resampled(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(i, j, dim) by the matrices (h, i) and (w, j) -> (h * w, dim)."""
+    # without a transposition, whose strides exporters could not tell apart
+    tall = (rows @ cells.flatten(1)).unflatten(1, cells.shape[1:])  # (h, j, dim)
+    return (columns @ tall).flatten(0, 1)
+
+
 def _cubic(distances: Tensor, a: float) -> Tensor:
     """Keys' kernel (1981): 1 at 0, 0 at all other whole distances."""
     x = distances.abs()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distseg.models.encoders.resampling import resampling
+from distseg.models.encoders.resampling import resampled, resampling
 
 # in order; what a name is then called, wherever it stands in a key
 _RENAMED = (
@@ -94,6 +94,5 @@ def _positions(stored: Tensor, length: int) -> Tensor:
     if grid == side or grid**2 + 1 != stored.shape[1]:
         return stored  # what is no square fails by its shape
     matrix = resampling(grid, side, antialias=True)
-    cells = stored[0, 1:].double().unflatten(0, (grid, grid))
-    cells = torch.einsum("ri,cj,ijd->rcd", matrix, matrix, cells).flatten(0, 1)
+    cells = resampled(stored[0, 1:].double().unflatten(0, (grid, grid)), matrix, matrix)
     return torch.cat([stored[:, :1], cells[None].to(stored.dtype)], 1)

@@ -18,7 +18,7 @@ from torch.compiler import is_exporting
 
 from distseg.models.blocks import Block, rising
 from distseg.models.checks import require_number
-from distseg.models.encoders.resampling import resampling
+from distseg.models.encoders.resampling import resampled, resampling
 from distseg.models.encoders.translation import translated
 from distseg.models.levels import Encoder, Level
 from distseg.models.weights import downloaded_file
@@ -154,16 +154,16 @@ class Transformer(Encoder):
         # fmt: off
         x = self.patch_embed((image - self.mean) / self.deviation)   # (N, dim, h, w)
         grid = (x.shape[-2], x.shape[-1])
-        x = self._placed(x.flatten(2).transpose(1, 2), grid)         # (N, h * w, dim)
+        x = self._placed(_plain(x.flatten(2).transpose(1, 2)), grid)  # (N, h * w, dim)
         first = self._first_tokens().to(x.dtype)
-        x = torch.cat([first.expand(len(x), -1, -1), x], 1)          # (N, T, dim)
+        x = torch.cat([first.expand(x.shape[0], -1, -1), x], 1)          # (N, T, dim)
         rotation = self._rotation(grid)
         maps = []
         for index, block in enumerate(self.blocks):
             x = block(x, rotation)                                   # (N, T, dim)
             if index in self.layers:
                 patches = self.norm(x[:, first.shape[1] :])          # (N, h * w, dim)
-                maps.append(patches.transpose(1, 2).unflatten(2, grid))
+                maps.append(_plain(patches.transpose(1, 2)).unflatten(2, grid))
         return maps
         # fmt: on
 
@@ -216,8 +216,7 @@ class DINOv2(Transformer):
             )
             # under autocast the products would round what they are to place
             with torch.autocast(stored.device.type, enabled=False):
-                stored = stored.unflatten(1, (size.grid, size.grid))  # (1, 37, 37, dim)
-                stored = torch.einsum("ri,cj,nijd->nrcd", rows, columns, stored).flatten(1, 2)
+                stored = resampled(stored[0].unflatten(0, (size.grid, -1)), rows, columns)[None]
         return patches + stored.to(patches.dtype)
 
 
@@ -286,6 +285,11 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def _plain(x: Tensor) -> Tensor:
+    """x itself; while it is exported a copy, of whose strides exporters need not know the order."""
+    return x.contiguous() if is_exporting() else x
+
+
 def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
     """Each pair (i, i + head_dim / 2) of channels turned by its angle at each token."""
     cosine, sine = rotation
@@ -299,8 +303,9 @@ def _layers(size: Size, layers: str | Sequence[int]) -> tuple[int, ...]:
     words = {"last": (last,), "last_four": tuple(range(last - 3, last + 1)), "spread": size.layers}
     if isinstance(layers, str) and layers in words:
         return words[layers]
-    numbers = [] if isinstance(layers, str) else list(layers)
-    if not numbers or numbers != sorted(set(numbers)) or not set(numbers) <= set(range(last + 1)):
+    numbers = layers if isinstance(layers, list | tuple) else ()
+    # those in order that there are: the same list where every one was good
+    if not numbers or [each for each in range(last + 1) if each in numbers] != list(numbers):
         needed = f"last, last_four, spread, or rising numbers from 0 to {last}: [2,5,8,11]"
         got = f"segmentor.options.layers={layers}"
         raise InputError(got, needed, "correct segmentor.options.layers")
