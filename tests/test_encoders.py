@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distseg.config.schema import OptimizerConfig
 from distseg.export import formats
 from distseg.export.formats import describe
 from distseg.models import build_segmentor
@@ -28,6 +29,7 @@ from distseg.models.encoders.mit import MixTransformer
 from distseg.models.heads.segformer import SegFormer
 from distseg.models.heads.upernet import BINS, Bins, UPerNet
 from distseg.models.levels import Level
+from distseg.parallel.optimizers import parameter_groups
 from shards.errors import InputError
 
 # with all that the large ones have: several blocks, heads and strides
@@ -448,6 +450,16 @@ def test_layers_are_numbered_from_the_head_to_the_image() -> None:
     mixed = MixTransformer(size=MIT)
     assert mixed.layers_above("block2.1.attn.q.weight") == 3
     assert mixed.layers_above("patch_embed4.norm.bias") == mixed.layers_above("norm3.bias") == 1
+
+
+def test_scales_of_channels_are_not_decayed(narrow: None) -> None:
+    """ConvNeXt's are (C, 1, 1), as torchvision has them, and still no weights."""
+    network = build_segmentor("upernet_convnext_tiny", 1, init="random", **HEAD)
+    groups = parameter_groups(network, OptimizerConfig(weight_decay=0.05))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        is_weight = name.endswith("weight") and parameter.ndim > 1
+        assert (id(parameter) in decayed) == is_weight, name
 
 
 def test_stochastic_depth_rises_from_the_image_to_the_head() -> None:

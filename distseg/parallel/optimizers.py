@@ -30,11 +30,13 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
         # a bias is told apart only where it has a rate of its own: each group costs a launch
         is_bias = name.endswith("bias") and config.bias_lr_factor != 1
         above = layers.get(id(parameter))
-        key = (above, parameter.ndim > 1, is_bias)
+        # one number for each channel is no weight, however a map's places are kept in its shape
+        is_weight = parameter.ndim > 1 and parameter.shape[1:].numel() > 1
+        key = (above, is_weight, is_bias)
         lr = config.lr * (config.bias_lr_factor if is_bias else 1.0)
         if above is not None:
             lr *= config.encoder_lr_factor * config.layer_decay**above
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        decay = config.weight_decay if is_weight else 0.0
         # base_lr stays; lr is written from it at each step, so that no rounding adds up
         group = groups.setdefault(
             key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distseg.models.aspp import init_classifier
+from distseg.models.batch_norm import BatchNorm2d
 from distseg.models.checks import require_number
 from distseg.models.heads.layers import ConvNormReLU
 from distseg.models.levels import Head, Level
@@ -87,7 +88,7 @@ class UPerNet(Head):
     def _check_batch(self, x: Tensor) -> None:
         norm = cast(ConvNormReLU, cast(nn.Sequential, self.psp_modules[0])[1]).bn
         # torch's own error would name a shape that nobody has written
-        if norm.training and type(norm).__name__ == "BatchNorm2d" and len(x) == 1:
+        if norm.training and type(norm) is BatchNorm2d and len(x) == 1:
             got = "one image for a rank, in training with segmentor.batch_norm=per_rank"
             needed = "two or more: UPerNet normalises each image's mean by the others'"
             raise InputError(got, needed, "or write segmentor.batch_norm=synchronised")
