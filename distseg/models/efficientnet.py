@@ -73,6 +73,7 @@ class EfficientNetLite(nn.Module):
                 else:
                     stride_so_far *= stride
                 channels = stage.channels
+            # by stages, as their blocks are numbered differently in each variant
             ends.append(len(self._blocks) - 1)
         self._taps = {ends[index] for index in TAPS}
         for layer in self.modules():
@@ -131,6 +132,7 @@ def scaled_stages(width: float, depth: float) -> tuple[Stage, ...]:
         channels = max(8, int(stage.channels * width + 4) // 8 * 8)
         if channels < 0.9 * stage.channels * width:
             channels += 8
+        # as the authors fix them, so that a larger network costs little more at both ends
         is_fixed = index in (0, len(STAGES) - 1)
         num_blocks = stage.num_blocks if is_fixed else math.ceil(stage.num_blocks * depth)
         scaled.append(stage._replace(channels=channels, num_blocks=num_blocks))

@@ -15,6 +15,7 @@ def renamed(state: Mapping[str, Tensor], pairs: Sequence[Renaming]) -> dict[str,
     """The state dict with every pair applied in turn, wherever its pattern stands in a key."""
     found = {}
     for key, tensor in state.items():
+        # in order: a later pattern may be meant for what an earlier one wrote
         for pattern, name in pairs:
             key = re.sub(pattern, name, key)
         found[key] = tensor

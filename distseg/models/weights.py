@@ -177,6 +177,7 @@ def load_segmentor(
     shapes differ otherwise, no key or too few fit, two fit one tensor, or an encoder's `layout` is
     not the one that the weights were trained with.
     """
+    # each part knows what others call its layers
     for part in (segmentor.encoder, getattr(segmentor, "head", None)):
         if isinstance(part, Encoder | Head):
             weights = replace(weights, state=part.translated(weights.state))

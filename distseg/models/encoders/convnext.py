@@ -110,10 +110,12 @@ class ConvNeXt(Encoder):
             features += [_reduction(in_channels, channels), nn.Sequential(*blocks)]
             in_channels = channels
         self.features = nn.Sequential(*features)
+        # beside the path from stage to stage, which goes on without them
         for stage in self.stages:
             self.add_module(f"norm{stage}", ChannelNorm(size.channels[stage], eps=EPSILON))
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        # as the authors and torchvision begin
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -165,6 +167,7 @@ class ConvNeXtBlock(Block):
             nn.Linear(4 * channels, channels),
             First(),
         )
+        # next to nothing: at first a block changes its input hardly at all
         self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), FIRST_SCALE))
 
     def compute(self, x: Tensor) -> Tensor:
@@ -199,6 +202,7 @@ def weights_file(size: Size) -> Path:
 
 def _reduction(in_channels: int, channels: int) -> nn.Sequential:
     """To a quarter of the image's grid, or to half of the stage's before; (N, channels, h, w)."""
+    # of the image there is nothing to normalise yet
     if in_channels == 3:
         norm = ChannelNorm(channels, eps=EPSILON)
         return nn.Sequential(nn.Conv2d(in_channels, channels, 4, 4), norm)

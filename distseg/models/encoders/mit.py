@@ -122,6 +122,7 @@ class MixTransformer(Encoder):
         self._initialise()
 
     def _initialise(self) -> None:
+        # as the authors begin, for training from nothing
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -133,6 +134,7 @@ class MixTransformer(Encoder):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         # fmt: off
+        # sizes of maps follow from the convolutions alone, so that any image will do
         x = (image - self.mean) / self.std                   # (N, 3, H, W)
         maps = []
         for stage in range(1, len(self.levels) + 1):
@@ -153,12 +155,14 @@ class MixTransformer(Encoder):
         for key, tensor in given.items():
             value = given.get(key.replace(".attn.key.", ".attn.value."))
             if ".attn.qkv." in key:
+                # mmsegmentation's attention is torch's own, with all three in one
                 third = len(tensor) // 3
                 found[key.replace(".qkv.", ".q.")] = tensor[:third]
                 found[key.replace(".qkv.", ".kv.")] = tensor[third:]
             elif ".attn.key." in key and value is not None:
                 found[key.replace(".key.", ".kv.")] = torch.cat([tensor, value])
             elif ".attn.value." not in key:
+                # its linear layers are 1x1 convolutions
                 is_1x1 = ".mlp.fc" in key and tensor.ndim == 4
                 found[key] = tensor.flatten(1) if is_1x1 else tensor
         return found
@@ -211,10 +215,12 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int, reduction: int):
         super().__init__()
         self.num_heads = num_heads
+        # keys and values together, queries apart: they come from grids of two sizes
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
         self.sr: nn.Conv2d | None = None
+        # at 1/4 every token looking at every other would be most of the network's work
         if reduction > 1:
             self.sr = nn.Conv2d(channels, channels, reduction, reduction)
             self.norm = nn.LayerNorm(channels)

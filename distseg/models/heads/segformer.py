@@ -53,6 +53,7 @@ class SegFormer(Head):
             self.add_module(f"linear_c{number}", Projection(level.channels, channels))
         self.linear_fuse = ConvNormReLU(channels * len(self.levels), channels)
         self.dropout = nn.Dropout2d(dropout)
+        # whole channels are dropped, since neighbouring pixels tell the same
         self.linear_pred = init_classifier(nn.Conv2d(channels, num_classes, 1))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

@@ -51,6 +51,7 @@ class UPerNet(Head):
         require_number("segmentor.options.channels", channels, 1, 4096)
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
         self.output_stride = self.levels[0].stride
+        # the last level has its own way down, through the pooling
         *finer, last = (level.channels for level in self.levels)
         # pooling has no parameters, but a place in mmsegmentation's numbering
         self.psp_modules = nn.ModuleList(
@@ -107,6 +108,7 @@ class Bins(nn.Module):
         self.bins = bins
 
     def forward(self, x: Tensor) -> Tensor:
+        # the whole map is one cell: no matrix is needed
         if self.bins == 1:
             return x.mean((2, 3), keepdim=True)
         rows, columns = (self._weights(x.shape[axis], x) for axis in (2, 3))
