@@ -462,13 +462,13 @@ def test_scales_of_channels_are_not_decayed(narrow: None) -> None:
         assert (id(parameter) in decayed) == is_weight, name
 
 
-def test_stochastic_depth_rises_from_the_image_to_the_head() -> None:
+def test_stochastic_depth_rises_from_the_image_to_the_head(published: dict[str, Composed]) -> None:
     mixed = MixTransformer(size=MIT, drop_path=0.4)
     rates = [block.drop_path for stage in (1, 2, 3, 4) for block in getattr(mixed, f"block{stage}")]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     blocks = [block for stage in ConvNeXt(size=CONVNEXT).features[1::2] for block in stage]
     assert [block.drop_path for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert ConvNeXt(size=convnext.SIZES["convnext_small"]).features[7][2].drop_path == 0.3
+    assert published["convnext_small"].encoder.features[7][2].drop_path == 0.3
 
 
 # what others call the parts of a block, of the patches before it and of the norm after
@@ -716,9 +716,9 @@ def test_a_network_learns_images_by_heart(name: str, narrow: None) -> None:
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("segformer_mitb0", "onnx"),
-        ("upernet_convnext_tiny", "torch-export"),
-        pytest.param("segformer_mitb0", "torch-export", marks=pytest.mark.slow),
+        ("segformer_mitb0", "torch-export"),
+        pytest.param("segformer_mitb0", "onnx", marks=pytest.mark.slow),
+        pytest.param("upernet_convnext_tiny", "torch-export", marks=pytest.mark.slow),
         pytest.param("upernet_convnext_tiny", "onnx", marks=pytest.mark.slow),
     ],
 )
@@ -753,9 +753,10 @@ def reference(kind: str, tmp_path: Path) -> Any:
             backbone_config=backbone, hidden_size=24, num_labels=3, use_auxiliary_head=False
         )
         network = transformers.UperNetForSemanticSegmentation(config)
-    network = lively(network)
+    # numbers that float32 has, so that the file says all of them
+    network = lively(network).float()
     network.save_pretrained(tmp_path)
-    return network, str(tmp_path / "model.safetensors")
+    return network.double(), str(tmp_path / "model.safetensors")
 
 
 def test_a_segformer_equals_transformers(narrow: None, tmp_path: Path) -> None:
@@ -774,8 +775,8 @@ def test_a_segformer_equals_transformers(narrow: None, tmp_path: Path) -> None:
             of_reference = network.segformer(x, output_hidden_states=True).hidden_states
             expected = [*of_reference, network(x).logits]
         for ours, theirs in zip(answers, expected, strict=True):
-            assert theirs.std() > 0.1
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            assert theirs.std() > 0.01
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 def test_an_upernet_on_convnext_equals_transformers(narrow: None, tmp_path: Path) -> None:
@@ -788,5 +789,5 @@ def test_an_upernet_on_convnext_equals_transformers(narrow: None, tmp_path: Path
             expected = network.backbone(normalised(image(size))).feature_maps
             logits = network.decode_head(expected)
         for ours, theirs in zip([*maps, own.head(maps)], [*expected, logits], strict=True):
-            assert theirs.std() > 0.1
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            assert theirs.std() > 0.01
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
