@@ -24,7 +24,7 @@ BINS = (1, 2, 3, 6)  # cells on a side, Zhao et al. 2017, section 3.2
 # mmsegmentation's files begin with decode_head, transformers' have names of their own too
 _RENAMED: tuple[Renaming, ...] = (
     (r"\bdecode_head\.", "head."),
-    (r"\b(?<=head\.)(.*)\bbatch_norm\.", r"\1bn."),
+    (r"\bhead\.(.+)\.batch_norm\.", r"head.\1.bn."),
     (r"\bhead\.classifier\.", "head.conv_seg."),
 )
 
