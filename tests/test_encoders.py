@@ -374,6 +374,15 @@ def test_segformers_head_equals_the_published_order_gradients_too() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_segformers_gradients_lie_in_memory_as_the_weights(layout: torch.memory_format) -> None:
+    """Or DDP copies them, and warns."""
+    head = SegFormer(LEVELS, 3, **HEAD).to(memory_format=layout)  # type: ignore[call-overload]
+    head([x.detach().float() for x in random_maps(LEVELS, 64, 96)]).sum().backward()
+    for parameter in head.parameters():
+        assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
+
+
 def test_upernets_head_equals_the_formulas() -> None:
     head = lively(UPerNet(LEVELS, 3, **HEAD))
     state, maps = head.state_dict(), random_maps(LEVELS, 128, 224)

@@ -60,7 +60,7 @@ class SegFormer(Head):
         # fmt: off
         size = (maps[0].shape[-2], maps[0].shape[-1])
         # (channels, channels) for each level, the coarsest first, as the authors join them
-        mixing = self.linear_fuse.conv.weight.flatten(1).chunk(len(maps), 1)
+        mixing = _matrix(self.linear_fuse.conv.weight).chunk(len(maps), 1)
         total: Tensor | None = None
         for number, (x, mix) in enumerate(zip(maps, reversed(mixing), strict=True), start=1):
             linear = cast(Projection, getattr(self, f"linear_c{number}")).proj
@@ -83,3 +83,10 @@ class Projection(nn.Module):
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.proj = nn.Linear(in_channels, channels)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight (out, in, 1, 1) as (out, in)."""
+    # by the way that gives a gradient in the weight's own order in memory, which DDP asks for
+    is_first = weight.stride(-1) == 1
+    return weight.flatten(1) if is_first else weight.permute(0, 2, 3, 1).flatten(1)
