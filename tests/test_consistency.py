@@ -32,7 +32,7 @@ from distseg.train.ema import MovingAverage
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
 from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
-from distseg.train.teacher import Gate, WeakToStrong, logit_adjustment
+from distseg.train.teacher import Alignment, Gate, WeakToStrong, logit_adjustment
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks
 from tests.test_engine import BATCH, NUM_CLASSES, TinySegmentor, make_batch
@@ -211,8 +211,11 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
     teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
     if config.consistency.logit_adjustment:
-        adjustment = logit_adjustment(config.consistency.logit_adjustment, PIXELS)
+        adjustment = logit_adjustment(config.consistency.logit_adjustment, PIXELS.numpy()[None])
         teacher = replace(teacher, adjustment=adjustment)
+    if config.consistency.alignment:
+        alignment = Alignment(config.consistency.alignment, PIXELS.numpy()[None], ranks)
+        teacher = replace(teacher, alignment=alignment)
     of_labelled = StrongViews.of_labelled(config, NUM_CLASSES, ranks)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     size = BATCH // ranks.world_size
@@ -248,6 +251,8 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
     teacher = copy.deepcopy(student)
     chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
     view = StrongView(mix=config.strong.mix, mix_probability=0.8)
+    shares = PIXELS / PIXELS.sum()  # of the labels
+    running, shift = shares.clone(), torch.zeros_like(shares)  # of the pseudo-labels
     for step in range(STEPS):
         pixels, label = make_batch(step, torch.float64, SIDE)
         other = [n ^ 1 for n in range(BATCH)]  # mixed with each other
@@ -267,10 +272,14 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             seen = []
             with torch.no_grad():
                 taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
-                shares = (PIXELS / PIXELS.sum()).view(-1, 1, 1)
-                taught = taught - chosen.logit_adjustment * shares.log()
-                sure, index = taught.softmax(1).max(1)
+                moved = shift - chosen.logit_adjustment * shares.log()
+                sure, index = (taught + moved.view(-1, 1, 1)).softmax(1).max(1)
             index[where == 255] = 255
+            if chosen.alignment:
+                said = torch.bincount(index[index != 255], minlength=NUM_CLASSES).double()
+                running = 0.95 * running + 0.05 * said / said.sum()
+                error = (shares.log() - running.clamp(min=1e-5).log()).clamp(-2, 2)
+                shift = (shift + chosen.alignment * error).clamp(-4, 4)
             places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
             for number in range(chosen.num_views):
                 draws = strong_draws(2**33 + number * 2**34, places, NUM_CLASSES)
@@ -340,7 +349,10 @@ JOINED = {
         "consistency.logit_adjustment=0.7",
     ],
     2: ["strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"],
-    3: ["strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"],
+    3: [
+        *("strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"),
+        "consistency.alignment=0.6",
+    ],
 }
 FSDP = "parallel.strategy=fsdp"
 BESIDE = {
@@ -472,7 +484,7 @@ def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:
 
 
 def test_a_class_without_labels_is_raised_as_the_rarest_of_the_others() -> None:
-    found = logit_adjustment(2.0, torch.tensor([30, 0, 10, 60]))[:, 0, 0]
+    found = logit_adjustment(2.0, np.array([[30, 0, 4, 60], [0, 0, 6, 0]]))[:, 0, 0]
     expected = [-2 * math.log(share) for share in (0.3, 0.1, 0.1, 0.6)]
     assert found.tolist() == pytest.approx(expected)
 
@@ -502,7 +514,7 @@ RUN: dict[str, Any] = {
         "init": "random",
         "options": {"hidden": 8, "norm": "batch"},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1, "logit_adjustment": 0.5},
+    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1, "alignment": 0.5},
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},

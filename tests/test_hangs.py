@@ -193,7 +193,7 @@ def of_rank(rank: int, *entered: tuple[int, str, bool]) -> Record:
     collectives = [
         Collective(number, what, is_open, "a.py:1 in f") for number, what, is_open in entered
     ]
-    return Record(rank, "host", "step 7", ["b.py:2 in g"], {"0 gloo": collectives})
+    return Record(rank, "host", "step 7", ["b.py:2 in g"], {"0 default_pg gloo": collectives})
 
 
 def test_ranks_that_are_at_different_collectives_are_told_apart() -> None:
@@ -213,6 +213,9 @@ def test_ranks_that_are_at_different_collectives_are_told_apart() -> None:
     records[1] = of_rank(1, (3, sum_, False))
     (wait,) = summary(records, 3, "stall")["waits"]
     assert wait["number"] == 4 and wait["not_entered"] == [1]
+    # of one that has not come to the first of all
+    (wait,) = summary({0: records[0], 3: Record(3, "a", "start", [])}, 4, "stall")["waits"]
+    assert wait["not_entered"] == [3]
     # where none waits for another, the places alone tell
     quiet = {rank: of_rank(rank, (4, sum_, False)) for rank in range(3)}
     found = summary(quiet, 5, "stall")

@@ -116,6 +116,18 @@ def test_focal_loss_of_a_certain_pixel_has_a_finite_gradient() -> None:
     assert total == 0 and gradient.isfinite().all()
 
 
+def test_adjusted_logits_are_their_formula() -> None:
+    logits, label = make()
+    shares = torch.tensor([0.6, 0.3, 0.09, 0.01], dtype=torch.float64)
+    expected = torch.zeros((), dtype=torch.float64)
+    for scores, truth in pixels(logits, label):
+        # Menon et al. 2021, eq. 10: each other class by its margin
+        others = (scores - scores[truth] + 0.5 * (shares / shares[truth]).log()).exp().sum()
+        expected = expected + others.log()
+    options = PixelOptions(prior=0.5 * shares.log())
+    check_same(cross_entropy_sum(logits, label, options), expected, logits)
+
+
 @pytest.mark.parametrize(("threshold", "share"), [(0.3, 0.0), (0.05, 0.27), (0.01, 1.0)])
 def test_hard_pixels_are_those_of_a_sorted_list_of_each_image(
     threshold: float, share: float
@@ -257,7 +269,11 @@ CASES = {
         "loss.terms.region={use: lovasz, weight: 0.3}",
     ],
     "focal": ["loss.focal_gamma=2", "loss.ce_weight=0.5"],
-    "hard pixels": ["loss.ohem_threshold=0.25", "loss.ohem_min_share=0.1"],
+    "hard pixels": [
+        "loss.ohem_threshold=0.25",
+        "loss.ohem_min_share=0.1",
+        "loss.logit_adjustment=0.5",
+    ],
     "without cross entropy": ["loss.ce_weight=0", "loss.terms.dice=1", "loss.aux_weight=0.2"],
     "no term of the auxiliary head": ["loss.aux_weight=0"],
     "no term of the logits at first": [
@@ -294,6 +310,9 @@ class FourClasses:
 
     classes = ClassSet(("a", "b", "c", "d"), ((0, 0, 0),) * 4)
 
+    def class_pixels(self) -> np.ndarray:
+        return np.array([[30, 0, 4, 60], [0, 0, 6, 0]])
+
 
 def train(ranks: Ranks, overrides: list[str], num_micro_batches: int = 1) -> dict[str, Any]:
     config = configure(overrides)
@@ -321,8 +340,12 @@ def reference_loss(config: Any, output: dict[str, Tensor], label: Tensor, step: 
     weights = class_weights_of(config)
     factors = torch.ones(NUM_CLASSES, dtype=torch.float64) if weights is None else weights
     options = PixelOptions(weights, loss.label_smoothing, loss.focal_gamma)
+    # class b, which has no pixel, as the rarest of the others
+    shares = torch.tensor([0.3, 0.1, 0.1, 0.6], dtype=torch.float64)
+    prior = loss.logit_adjustment * shares.log()[:, None, None]
 
     def cross_entropy(logits: Tensor) -> Tensor:
+        logits = logits + prior
         mining = PixelOptions(None, 0, 0, loss.ohem_threshold, loss.ohem_min_share)
         chosen = hard_pixels(logits, label, mining) if loss.ohem_threshold else label
         return (
@@ -407,6 +430,7 @@ def test_terms_with_gradient_accumulation_are_the_same_means(
         (["loss.aux_weight=0.2"], "loss.aux_weight=0.2"),
         (["loss.ohem_min_share=0.5"], "loss.ohem_min_share=0.5"),
         (["loss.ce_weight=0", "loss.terms.dice=1", "loss.focal_gamma=2"], "loss.focal_gamma=2.0"),
+        (["strong.mix=classmix"], "strong.mix=classmix"),
     ],
 )
 def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
@@ -414,7 +438,9 @@ def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
     (line,) = without_effect(configure(asked), plain)
     assert line.startswith(f"note: {key} has no effect, as ")
     plain.encoder, plain.has_auxiliary = nn.Identity(), True
-    assert not without_effect(configure([*asked, "loss.ohem_threshold=0.7"]), plain)
+    assert not without_effect(
+        configure([*asked, "loss.ohem_threshold=0.7", "strong.labelled=true"]), plain
+    )
     assert not without_effect(configure([]), nn.Conv2d(3, NUM_CLASSES, 1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -242,6 +243,12 @@ def test_the_counts_of_pixels_follow_the_classes(toy_shards: Path, other_shards:
     for index in range(len(samples)):
         label = samples.load(index)[2]
         assert np.array_equal(np.bincount(label.ravel(), minlength=256)[:8], counts[index])
+    # three quarters of every batch are of the first set, and so of what is counted
+    weighted = samples.class_pixels([3, 1])
+    of_first = weighted[: len(samples.sets[0])].sum() / samples.sets[0].class_pixels().sum()
+    of_second = weighted[len(samples.sets[0]) :].sum() / samples.sets[1].class_pixels().sum()
+    sizes = [len(one) for one in samples.sets]
+    assert of_first / of_second == pytest.approx(3 * sizes[1] / sizes[0])
     # the last class of the set stands for two of the run's, and its first for none
     run = ("b", "c")
     table = partners(run, ("A", "x", "c"), {"b": "x", "void": "A"}, name="set")
@@ -338,10 +345,19 @@ def test_the_source_is_scored_beside_the_target(
     words = [f"data.unlabelled_shards={other_shards}", f"data.val_shards={other_shards}"]
     words += ["mode=domain_adaptation", "consistency.weight=1"]
     words += ["adaptation.input=self_information", "consistency.gate=rank", "ema_decay=0.9"]
+    words += ["evaluate.subsets={two: [Sky, road]}"]
     done = fit([source], tmp_path / "run", *words, steps=1, discriminator={"name": "large_fov"})
     written = json.loads((done.run_dir / "evaluation.json").read_text())
     assert None in [written[f"source/iou/{name}"] for name in STANFORD.names]
     assert 0 <= written["source/mean_iou"] <= 1 and written["data"] == "flipped"
+    two = (written["val/iou/sky"] + written["val/iou/road"]) / 2
+    assert written["val/mean_iou_of/two"] == pytest.approx(two)
+    for asked, got in (("[sky, rode]", "'rode'"), ("[sky, Sky]", "['sky', 'Sky']")):
+        with pytest.raises(InputError, match=re.escape(got)):
+            overrides = [f"evaluate.subsets={{two: {asked}}}"]
+            distseg.load(done.run_dir, device="cpu").evaluate(quick=True, overrides=overrides)
+    with pytest.raises(InputError, match=r"subsets\.two=sky"):
+        named(source, other_shards, "evaluate.subsets={two: sky}")
 
 
 def refused(shards: list[Path], message: str, *words: str, **data: Any) -> None:

@@ -60,6 +60,14 @@ def titles(figure: Figure) -> list[str]:
     ]
 
 
+def test_curves_between_domains_name_the_domains(tmp_path: Path, figures: list[Figure]) -> None:
+    figures_module.curves(rows(TRAIN + ADVERSARIAL), tmp_path / "curves.png", of_domains=True)
+    assert titles(figures[0])[:2] == [
+        "Discriminator on predictions for the source",
+        "Discriminator on predictions for the target",
+    ]
+
+
 def test_curves_of_an_adversarial_run_show_each_value_and_its_running_mean(
     tmp_path: Path, figures: list[Figure]
 ) -> None:

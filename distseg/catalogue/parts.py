@@ -55,6 +55,7 @@ def measure_head(name: str, num_classes: int) -> HeadEntry:
     encoder = network.encoder
     assert isinstance(encoder, Encoder)
     side = _whole_cells(encoder)
+    # by the difference, as a head alone cannot be asked: it needs maps
     work = gflop(network, _forward, (3, side)) - gflop(encoder, _forward, (3, side))
     number = num_parameters(network) - num_parameters(encoder)
     return HeadEntry(name, number, network.output_stride, work)

@@ -462,6 +462,15 @@ def a_class_map_for_each_set(config: Config) -> None:
             raise InputError(got, needed, "correct data.class_map")
 
 
+def subsets_by_name(config: Config) -> None:
+    """evaluate.subsets has a list of class names for each subset."""
+    for name, members in config.evaluate.subsets.items():
+        is_list = isinstance(members, list) and members
+        if not is_list or not all(isinstance(word, str) for word in members):
+            got = f"evaluate.subsets.{name}={members}"
+            raise InputError(got, "{NAME: [CLASS, ...]}", "correct evaluate.subsets")
+
+
 RULES = (
     scales_in_order,
     one_order_of_samples,
@@ -491,6 +500,7 @@ RULES = (
     weights_of_data_sets,
     unlabelled_images_are_used,
     a_class_map_for_each_set,
+    subsets_by_name,
 )
 
 

@@ -52,9 +52,16 @@ class Mixture:
         """One of each set."""
         return [samples.reader for samples in self.sets]
 
-    def class_pixels(self) -> np.ndarray:
-        """(samples, classes) int64: as SampleSet."""
-        return np.concatenate([samples.class_pixels() for samples in self.sets])
+    def class_pixels(self, asked: Sequence[float] = ()) -> np.ndarray:
+        """(samples, classes): as SampleSet; with weights asked for, as of `mixed_plan`, float64,
+        each set's as much more or less as its share in a batch is than in the samples.
+        """
+        pixels = [samples.class_pixels() for samples in self.sets]
+        if asked:
+            weights = weights_of(self, asked)
+            factors = [float(w * len(self) / len(p)) for w, p in zip(weights, pixels, strict=True)]
+            pixels = [factor * own for factor, own in zip(factors, pixels, strict=True)]
+        return np.concatenate(pixels)
 
     def decoded_bytes(self, at_most: float) -> float:
         """Memory that all of them take decoded, or at_most where that is less. Reads none."""

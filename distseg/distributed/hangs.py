@@ -31,6 +31,7 @@ FOLDER = "hangs"  # in the run's directory, with a folder for each attempt that 
 SUMMARY = "summary.txt"
 # of a group and rank: enough to see where two ranks parted, and small enough to be sent
 _NUM_COLLECTIVES = 64
+_EVERYONE = "default_pg"  # torch's name of the group of all ranks
 _NUM_PLACES = 3  # of a stack, in the summary
 _POLL_SECONDS = 0.05
 _PACKAGES = str(Path(__file__).parents[2]) + "/"  # whose files are named without it
@@ -248,6 +249,9 @@ def _wait(group: str, records: dict[int, Record]) -> dict[str, Any] | None:
             one = of_rank[number]
             ways.setdefault((one.what, one.place), []).append(rank)
     missing = [rank for rank in sorted(entered) if number > max(entered[rank])]
+    # every rank is of this group; of others only those that have entered something are known
+    if _EVERYONE in group:
+        missing = sorted({*missing, *records.keys() - entered.keys()})
     return {
         "group": group,
         "number": number,

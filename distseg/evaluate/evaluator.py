@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from distseg.distributed.ranks import Ranks
 from distseg.evaluate.class_map import ClassMap
 from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.metrics import SegmentationScores
+from distseg.evaluate.subsets import mean_iou
 from distseg.evaluate.tally import Tally
-from distseg.tracking.catalogue import NEVER_PREDICTED, VALIDATION
+from distseg.tracking.catalogue import NEVER_PREDICTED, SUBSET, VALIDATION
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Evaluator:
     per_image: bool = False  # what each image's own scores are made from, in tally.margins
     # None: the classes of the samples are the network's
     class_map: ClassMap | None = None
+    # indices of classes whose mean IoU is told too, by the subset's name
+    subsets: Mapping[str, Sequence[int]] = field(default_factory=dict)
     result: SegmentationScores | None = None
     tally: Tally | None = None  # what the result was made from
     # scores that no confusion matrix gives: Tally.others
@@ -94,6 +97,8 @@ class Evaluator:
         assert self.result is not None and self.tally is not None
         classes = self.samples.classes.names
         values = self.result.to_dict(classes) | self.extra
+        for name, indices in self.subsets.items():
+            values[f"{SUBSET}{name}"] = mean_iou(self.result.per_class_iou, indices)
         named = {f"{self.prefix}{name}": value for name, value in values.items()}
         if self.prefix != VALIDATION:
             return named

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distseg.config import loading
-from distseg.config.schema import Config
+from distseg.config.schema import ADAPTATION, Config
 from distseg.data.samples import SampleSet
 from distseg.distributed.ranks import joined
 from distseg.evaluate import document
@@ -44,20 +44,18 @@ def run(
     overrides = loading.of_validation(list(overrides))
     out = out or run_dir / FOLDER
     config = loading.override(loading.from_file(run_dir / "config.yaml"), overrides)
-    drawn = draw_scores(run_dir, out, config.loss.adv_form, form)
+    drawn = draw_scores(run_dir, out, config, form)
     if config.evaluate.num_pictures:
         drawn += _draw_samples(run_dir, which, out, form, overrides)
     print(f"wrote {counted(drawn, 'picture')} into {out}")
     return 0
 
 
-def draw_scores(run_dir: Path, out: Path, adv_form: str, form: str = "png") -> int:
-    """Draw curves.* and, of a run that was evaluated, iou.* into `out`; how many.
-
-    adv_form: of the run's losses.
-    """
+def draw_scores(run_dir: Path, out: Path, config: Config, form: str = "png") -> int:
+    """Draw curves.* and, of a run that was evaluated, iou.* into `out`; how many."""
     # from the file and not from memory: it has the steps of earlier attempts too
-    figures.curves(read_metrics(run_dir / METRICS_FILE), out / f"curves.{form}", adv_form)
+    metrics, of_domains = read_metrics(run_dir / METRICS_FILE), config.mode in ADAPTATION
+    figures.curves(metrics, out / f"curves.{form}", config.loss.adv_form, of_domains)
     class_iou = _class_iou(run_dir / "evaluation.json")
     if class_iou:
         figures.iou_bars(class_iou, out / f"iou.{form}")

@@ -24,6 +24,7 @@ from distseg.evaluate import document, table_of_images
 from distseg.evaluate.class_map import Wanted, class_map
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
+from distseg.evaluate.subsets import subsets_of
 from distseg.evaluate.summary import overview
 from distseg.evaluate.trained import trained_classes, trained_segmentor
 from distseg.runs.checkpoint import Checkpoint
@@ -196,6 +197,7 @@ def evaluator_of(
         augmentation,
         num_threads=config.data.num_threads,
         class_map=class_map(found.identity["classes"], samples.classes.names, wanted),
+        subsets=subsets_of(config.evaluate.subsets, samples.classes.names),
     )
 
 

@@ -19,7 +19,15 @@ from distseg.config.compare import differing
 from distseg.config.schema import Config
 from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
-from distseg.tracking.catalogue import CLASS_IOU, CLASSES_COUNTED, MEAN_IOU, SCORES
+from distseg.tracking.catalogue import (
+    CLASS_IOU,
+    CLASSES_COUNTED,
+    MEAN_IOU,
+    SCORES,
+    SUBSET,
+    VALIDATION,
+    metric,
+)
 from shards.errors import InputError
 from shards.words import counted
 
@@ -52,6 +60,9 @@ def overview(report: dict[str, Any]) -> list[str]:
         if score.name == MEAN_IOU:
             line += f"  mean over {over} in labels or predictions"
         lines.append(line)
+    for name in report:
+        if name.startswith(f"{VALIDATION}{SUBSET}") and report[name] is not None:
+            lines.append(f"{metric(name).title:24}{report[name]:6.1%}")
     if intervals:
         lines.append("in brackets: 95 % of 1000 sets of as many images drawn from these")
     return lines

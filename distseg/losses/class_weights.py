@@ -1,4 +1,4 @@
-"""Weights of classes from how many pixels of each there are."""
+"""Weights and prior chances of classes, from how many pixels of each there are."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def median_frequency(pixels: np.ndarray) -> np.ndarray:
     frequency = pixels.sum(0) / np.maximum(of_samples_with, 1)
     median = np.median(frequency[present]) if present.any() else 0.0
     return np.where(present, median / np.where(present, frequency, 1.0), 0.0)
+
+
+def log_shares(pixels: np.ndarray) -> np.ndarray:
+    """The natural logarithm of each class's share of all pixels: what a segmentor that has learned
+    nothing but how often each class is would answer (Menon et al. 2021, section 3).
+
+    A class without pixels gets what the rarest of the others gets. pixels, and what is returned: as
+    of `balanced`; at least one pixel.
+    """
+    per_class = pixels.sum(0)  # (C,)
+    return np.log(np.maximum(per_class, per_class[per_class > 0].min()) / per_class.sum())

@@ -24,6 +24,8 @@ class PixelOptions:
     ohem_threshold: only pixels whose p is below it take part (Shrivastava et al. 2016's hard
     examples, as segmentation has them); 0: all do. ohem_min_share: of each image at least this
     share of its valid pixels does, the hardest ones.
+    prior: (C,) added to the logits before all of that, in training alone; None: nothing (Menon et
+    al. 2021, eq. 10: t times the log of each class's share).
     """
 
     class_weights: Tensor | None = None
@@ -31,6 +33,7 @@ class PixelOptions:
     focal_gamma: float = 0.0
     ohem_threshold: float = 0.0
     ohem_min_share: float = 0.0
+    prior: Tensor | None = None
 
 
 PLAIN = PixelOptions()
@@ -43,7 +46,7 @@ def cross_entropy_sum(logits: Tensor, label: Tensor, options: PixelOptions = PLA
     scalar (nats), 0 with a live graph when no pixel is valid. Luc et al. 2016, l_mce. options: see
     PixelOptions; hard pixels are chosen by `hard_pixels`, before.
     """
-    scores = upsample(at_least_float32(logits), label.shape[-2:])  # (N, C, H, W)
+    scores = _scores(logits, label, options)
     target, weights = label.long(), options.class_weights
     # torch takes weights only in the scores' own type, and on their device
     if weights is not None:
@@ -66,6 +69,14 @@ def cross_entropy_sum(logits: Tensor, label: Tensor, options: PixelOptions = PLA
     return -(focus * chance * pixel_weights(label, weights, scores.dtype)).sum()
 
 
+def _scores(logits: Tensor, label: Tensor, options: PixelOptions) -> Tensor:
+    """At the label's size, (N, C, H, W), with the classes' prior."""
+    scores = at_least_float32(logits)
+    if options.prior is not None:
+        scores = scores + options.prior.to(scores)[:, None, None]
+    return upsample(scores, label.shape[-2:])
+
+
 def pixel_weights(label: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What each pixel counts, (N, H, W): its class's weight, 0 at void."""
     valid = label != IGNORE_INDEX
@@ -84,7 +95,7 @@ def hard_pixels(logits: Tensor, label: Tensor, options: PixelOptions) -> Tensor:
     least the hardest options.ohem_min_share of each image's valid pixels, rounded up. That is for
     each image alone, so it does not depend on how a batch is split.
     """
-    scores = upsample(at_least_float32(logits), label.shape[-2:])
+    scores = _scores(logits, label, options)
     valid = label != IGNORE_INDEX
     chance = scores.softmax(1).gather(1, label.long().where(valid, 0)[:, None])[:, 0]  # (N, H, W)
     chance = chance.where(valid, torch.inf).flatten(1)  # (N, H * W), void last

@@ -43,6 +43,7 @@ class Composed(nn.Module):
         require_flag("segmentor.options.auxiliary", auxiliary)
         self.encoder, self.head = encoder, head
         self.num_classes, self.output_stride = head.num_classes, head.output_stride
+        # with whole cells of the coarsest level every level's grid ends where the image does
         self.size_multiple = max(level.stride for level in encoder.levels)
         # last, so that the other layers' first weights do not depend on it
         self.has_auxiliary = auxiliary
@@ -108,12 +109,10 @@ class Composition:
         # an option belongs to one part: two parts that share a name could not both be given theirs
         parts = (_head_options(self.head), ENCODERS[self.encoder].options())
         own = inspect.signature(Composed).parameters
-        parameters = [
-            inspect.Parameter("num_classes", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            *(parameter for part in parts for parameter in part.values()),
-            own["auxiliary"],
-        ]
-        return inspect.Signature(parameters)
+        parameters = [inspect.Parameter("num_classes", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        for part in parts:
+            parameters += part.values()
+        return inspect.Signature([*parameters, own["auxiliary"]])
 
 
 def _head_options(head: str) -> Mapping[str, inspect.Parameter]:
@@ -126,6 +125,6 @@ def _among(names: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # every head on every encoder; one that cannot stand there says so when it is built
-COMPOSITIONS = {
-    f"{head}_{encoder}": Composition(head, encoder) for encoder in ENCODERS for head in HEADS
-}
+COMPOSITIONS: dict[str, Composition] = {}
+for _encoder in ENCODERS:
+    COMPOSITIONS |= {f"{head}_{_encoder}": Composition(head, _encoder) for head in HEADS}

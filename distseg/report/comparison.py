@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from distseg.config.compare import setting
 from distseg.config.forms import DEFAULT
+from distseg.config.schema import ADAPTATION
 from distseg.evaluate.summary import of_seeds, sample_deviation
-from distseg.tracking.catalogue import DISCRIMINATOR_FAKE, SCORES
+from distseg.tracking.catalogue import DISCRIMINATOR_FAKE, SCORES, Metric, Panel, panels_of
 from shards.errors import InputError
 
 MAX_POINTS = 600  # of a curve: more than a panel has pixels; longer ones become means of neighbours
@@ -21,10 +22,13 @@ Run = dict[str, Any]
 Curve = tuple[list[int], list[float | None]]  # steps, values; None for what is not finite
 
 
-def forms_of(runs: Sequence[Run]) -> list[str]:
-    """The loss.adv_form of every run with a discriminator; the default where there is none."""
-    judged = [run for run in runs if DISCRIMINATOR_FAKE in run["series"]]
-    return [run["config"].get("loss.adv_form", DEFAULT) for run in judged] or [DEFAULT]
+def drawn_panels(names: Iterable[str], runs: Sequence[Run]) -> list[tuple[Panel, list[Metric]]]:
+    """As `panels_of`, by what the runs' discriminators learn."""
+    judged = [run["config"] for run in runs if DISCRIMINATOR_FAKE in run["series"]]
+    forms = [config.get("loss.adv_form", DEFAULT) for config in judged] or [DEFAULT]
+    # of both kinds of runs the words of the usual one hold
+    of_domains = bool(judged) and all(config.get("mode") in ADAPTATION for config in judged)
+    return panels_of(names, forms, of_domains)
 
 
 def check_distinct(paths: Sequence[Path]) -> None:

@@ -12,7 +12,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from distseg.report.comparison import forms_of
+from distseg.report.comparison import drawn_panels
 from distseg.report.curves import (
     STYLES,
     Curve,
@@ -24,7 +24,7 @@ from distseg.report.curves import (
 )
 from distseg.report.markup import Section, swatch
 from distseg.report.sections import SECTIONS
-from distseg.tracking.catalogue import Metric, Panel, panels_of
+from distseg.tracking.catalogue import Metric, Panel
 from distseg.tracking.figures import reference
 
 # The policy forbids scripts and every address: should something escape escaping, it can neither run
@@ -103,7 +103,7 @@ def curves_section(collected: dict[str, Any], entries: list[Entry]) -> Section:
     for run in runs:
         # nowhere finite, or 0 throughout as skipped updates should be: nothing to draw
         names += [name for name, (_, values) in run["series"].items() if any(values)]
-    found = panels_of(names, forms_of(runs))
+    found = drawn_panels(names, runs)
     figures = [panel_figure(panel, metrics, entries, runs) for panel, metrics in found]
     note = (
         "Over training steps. Thin: single logged steps; thick: their running mean; of a mean over "

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from distseg.config.schema import TrackingConfig
-from distseg.report.comparison import forms_of
-from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel, panels_of
+from distseg.report.comparison import drawn_panels
+from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel
 from distseg.tracking.wandb_run import ID_FILE, URL_FILE, choose_mode, naming, read_run_id
 from shards.errors import InputError
 from shards.files import published
@@ -56,7 +56,7 @@ def build(run_dirs: Sequence[Path], collected: dict[str, Any]) -> Any:
     # by id, which stays; names of W&B's runs can be changed, and are not unique
     runset = wr.Runset(**place, name="runs", filters=f"Metric('ID') in {ids!r}")
     metrics = chain.from_iterable(run["series"] for run in runs)
-    panels = panels_of(metrics, forms_of(runs))
+    panels = drawn_panels(metrics, runs)
     curves = [_line_plot(wr, panel, found) for panel, found in panels]
     sections = {
         "Curves": _placed(wr, curves),

@@ -37,6 +37,7 @@ CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confid
 # of classes that validation labels have and no prediction, which alone are there
 NEVER_PREDICTED = "val/never_predicted/"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
+SUBSET = "mean_iou_of/"  # after the prefix of the split
 
 Better = Literal["higher", "lower", ""]
 
@@ -390,6 +391,8 @@ OF_CLASSES = (
     *(CLASS_CONFIDENT, CLASS_AGREEMENT, SOURCE_IOU),
 )
 FAMILIES = (
+    Family(f"{VALIDATION}{SUBSET}", "mIoU of {}", "share", better="higher"),
+    Family(f"{SOURCE}{SUBSET}", "mIoU of {} on the source", "share", better="higher"),
     Family(CLASS_IOU, "IoU of {}", "share", better="higher"),
     Family(SOURCE_IOU, "IoU of {} on the source", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
@@ -442,19 +445,37 @@ def ordered(names: Iterable[str]) -> list[Metric]:
     return [metric(name) for name in sorted(distinct, key=lambda n: _KNOWN.get(n, len(_KNOWN)))]
 
 
+# titles of panels and labels of metrics where the discriminator tells domains apart: there source
+# stands for real
+_OF_DOMAINS = {
+    _ON_REAL.title: "Discriminator on predictions for the source",
+    _ON_FAKE.title: "Discriminator on predictions for the target",
+    _GAP.title: "Gap between its logits on source and target",
+    DISCRIMINATOR_REAL: "source",
+    DISCRIMINATOR_FAKE: "target",
+    "discriminator/on_real": "source",
+    "discriminator/on_fake": "target",
+    "loss/adversarial": "target",
+}
+
+
 def panels_of(
-    names: Iterable[str], forms: Iterable[str] = (DEFAULT,)
+    names: Iterable[str], forms: Iterable[str] = (DEFAULT,), of_domains: bool = False
 ) -> list[tuple[Panel, list[Metric]]]:
     """The panels that have something to draw, in the page's order, each with its metrics.
 
-    forms: the loss.adv_form of every run that is drawn.
+    forms: the loss.adv_form of every run that is drawn. of_domains: whether their discriminators
+    tell domains apart.
     """
     found = ordered(names)
+    words = _OF_DOMAINS if of_domains else {}
     facts = [FORMS.get(form, FORMS[DEFAULT]) for form in dict.fromkeys(forms)]
     panels = []
     for panel in PANELS:
         # by identity: panels of equal fields would be drawn twice
         metrics = [one for one in found if one.panel is panel]
         if metrics:
-            panels.append((panel.under(facts), metrics))
+            titled = replace(panel.under(facts), title=words.get(panel.title, panel.title))
+            named = [replace(one, label=words.get(one.name, one.label)) for one in metrics]
+            panels.append((titled, named))
     return panels

@@ -66,17 +66,19 @@ class Line:
     name: str | None = None
 
 
-def curves(metrics: Sequence[dict[str, Any]], out: Path, adv_form: str = DEFAULT) -> None:
+def curves(
+    metrics: Sequence[dict[str, Any]], out: Path, adv_form: str = DEFAULT, of_domains: bool = False
+) -> None:
     """Draw the losses and validation scores of a run over its steps; `out`: as of `save`.
 
-    metrics: rows of metrics.jsonl; adv_form: of the run's losses. One panel each for the
-    discriminator's loss on real and on predicted label maps (if the run has a discriminator), the
-    segmentor's losses, and the validation scores (if there are any); of noisy losses the single
-    values are thin and a running mean is thick.
+    metrics: rows of metrics.jsonl; adv_form: of the run's losses; of_domains: as of
+    `panels_of`. One panel each for the discriminator's loss on real and on predicted label maps (if
+    the run has a discriminator), the segmentor's losses, and the validation scores (if there are
+    any); of noisy losses the single values are thin and a running mean is thick.
     """
     names = dict.fromkeys(itertools.chain.from_iterable(metrics))
     # the losses of the published figures; the report has the others
-    panels = [found for found in panels_of(names, [adv_form]) if found[0].in_picture]
+    panels = [found for found in panels_of(names, [adv_form], of_domains) if found[0].in_picture]
     # a run that was stopped before its first logged step has a picture too
     panels = panels or [(Panel("no metrics yet", ""), [])]
     figure = Figure(figsize=(9, 2.6 * len(panels) + 0.4), dpi=_DPI, layout="constrained")

@@ -19,22 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from distseg.tracking.catalogue import AGREEMENT, HEALTH, LOSS, MEAN_IOU
-from distseg.tracking.verdicts import (
+from distseg.tracking.signs import (
     BEST_AGREEMENT,
-    CHECKS,
     LEVEL,
     LEVEL_ROWS,
     LEVELLED,
-    NAMED,
     UNKEPT,
     UNPREDICTED,
-    Check,
     MetricsRow,
     levels_of,
     teaches,
     unkept,
     unpredicted,
 )
+from distseg.tracking.verdicts import CHECKS, NAMED, Check
 from shards.files import write_text
 
 HEALTH_FILE = "health.json"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from distseg.config import loading
@@ -18,6 +17,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.evaluate.inference import TestTimeAugmentation
+from distseg.evaluate.subsets import subsets_of
 from distseg.parallel import wrap
 from distseg.runs import environment
 from distseg.runs.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
 from distseg.train.strong_views import StrongViews, has_teacher
-from distseg.train.teacher import WeakToStrong, logit_adjustment
+from distseg.train.teacher import Alignment, WeakToStrong, logit_adjustment
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
 
@@ -91,9 +91,13 @@ def learned(
         weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
         if config.consistency.logit_adjustment:
             # of the labels that are trained on: of the others nothing is known
-            pixels = torch.from_numpy(data.train.class_pixels().sum(axis=0)).to(ranks.device)
+            pixels = data.train.class_pixels(config.data.weights)
             adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-            weak_to_strong = replace(weak_to_strong, adjustment=adjustment)
+            weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
+        if config.consistency.alignment:
+            pixels = data.train.class_pixels(config.data.weights)
+            alignment = Alignment(config.consistency.alignment, pixels, ranks)
+            weak_to_strong = replace(weak_to_strong, alignment=alignment)
         pair = replace(pair, weak_to_strong=weak_to_strong)
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes
@@ -169,6 +173,7 @@ def _evaluator(
         num_threads=config.data.num_threads,
         # an evaluation takes longer than the time limit; each image is a sign of life
         mark=watchdog.report,
+        subsets=subsets_of(config.evaluate.subsets, data.val.classes.names),
     )
 
 

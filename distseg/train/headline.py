@@ -24,6 +24,7 @@ from distseg.runs.checkpointer import SET_ASIDE, Newest
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
+from distseg.train.strong_views import has_teacher
 from shards import user_code
 
 
@@ -163,13 +164,23 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
     if not loss.ohem_threshold:
         reasons["loss.ohem_min_share"] = "loss.ohem_threshold is 0"
     if not has_cross_entropy:
-        names = ("class_weights", "label_smoothing", "focal_gamma", "ohem_threshold")
+        names = ["class_weights", "label_smoothing", "focal_gamma", "ohem_threshold"]
+        names.append("logit_adjustment")
         reasons |= {f"loss.{name}": "the loss is without cross entropy" for name in names}
+    if not has_teacher(config):
+        for key in KEYS:
+            if key.startswith("consistency."):
+                reasons[key] = "there is no teacher"
+            elif key.startswith("strong.") and not config.strong.labelled:
+                reasons[key] = "nothing is seen in strong views"
     values = flattened(to_dict(config))
+    told: dict[str, list[str]] = {}
+    for key, reason in reasons.items():
+        if values[key] != KEYS[key].default:
+            told.setdefault(reason, []).append(f"{key}={values[key]}")
     return [
-        f"note: {key}={values[key]} has no effect, as {reason}"
-        for key, reason in reasons.items()
-        if values[key] != KEYS[key].default
+        f"note: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect, as {reason}"
+        for reason, keys in told.items()
     ]
 
 
@@ -225,6 +236,8 @@ def _consistency(chosen: ConsistencyConfig) -> str:
         how += ", mixed with labelled images"
     if chosen.logit_adjustment:
         how += f", logits adjusted by {chosen.logit_adjustment}"
+    if chosen.alignment:
+        how += f", classes aligned at rate {chosen.alignment}"
     if chosen.gate != "none":
         how += f", gate by {chosen.gate}"
     if chosen.start_step:
@@ -238,6 +251,8 @@ def _cross_entropy(loss: LossConfig) -> str:
     if loss.class_weights != "none":
         weights = loss.class_weights
         how.append(f"{weights} class weights" if isinstance(weights, str) else "class weights")
+    if loss.logit_adjustment:
+        how.append(f"logits adjusted by {loss.logit_adjustment}")
     if loss.label_smoothing:
         how.append(f"label smoothing {loss.label_smoothing}")
     if loss.focal_gamma:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +18,13 @@ from distseg.config.schema import (
     WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
     Config,
-    LossConfig,
     TermConfig,
 )
 from distseg.data.mixture import Mixture
 from distseg.data.samples import SampleSet
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import FORMS, Form
-from distseg.losses.class_weights import balanced, median_frequency
+from distseg.losses.class_weights import balanced, log_shares, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
 from distseg.losses.terms import (
     TERMS,
@@ -158,11 +158,12 @@ def build_objective(
     """
     loss = config.loss
     pixels = PixelOptions(
-        class_weights=None if samples is None else class_weights(loss, samples),
+        class_weights=None if samples is None else class_weights(config, samples),
         label_smoothing=loss.label_smoothing,
         focal_gamma=loss.focal_gamma,
         ohem_threshold=loss.ohem_threshold,
         ohem_min_share=loss.ohem_min_share,
+        prior=None if samples is None else class_prior(config, samples),
     )
     in_sums = loss.ce_reduction == "sum"
     terms: list[Term] = [CrossEntropy(pixels, in_sums)]
@@ -393,19 +394,35 @@ def _random(num_classes: int, score_side: int = 8) -> Predicted:
     return Predicted(pixels, targets, logits, logits, logits.softmax(1), scores)
 
 
-def class_weights(loss: LossConfig, samples: Mixture | SampleSet) -> Tensor | None:
+def class_weights(config: Config, samples: Mixture | SampleSet) -> Tensor | None:
     """The weights (C,) of `loss.class_weights`; None: none. Raises InputError for a wrong list.
 
-    balanced and median_frequency follow from the pixels of the samples that are labelled.
+    balanced and median_frequency follow from the pixels of the samples that are labelled, as often
+    as they are seen.
     """
-    asked, names = loss.class_weights, samples.classes.names
+    asked, names = config.loss.class_weights, samples.classes.names
     if asked == "none":
         return None
     if isinstance(asked, str):
         formulas = {"balanced": balanced, "median_frequency": median_frequency}
-        return torch.from_numpy(formulas[asked](samples.class_pixels()))
+        return torch.from_numpy(formulas[asked](_seen_pixels(config, samples)))
     if len(asked) != len(names):
         got = f"loss.class_weights with {counted(len(asked), 'number')} for "
         got += counted(len(names), "class", "classes")
         raise InputError(got, f"one for each of: {', '.join(names)}", "correct loss.class_weights")
     return torch.tensor(asked, dtype=torch.float64)
+
+
+def class_prior(config: Config, samples: Mixture | SampleSet) -> Tensor | None:
+    """What `loss.logit_adjustment` adds to the logits of each class, (C,); None: nothing."""
+    if not config.loss.logit_adjustment:
+        return None
+    shares = log_shares(_seen_pixels(config, samples))
+    return torch.from_numpy(config.loss.logit_adjustment * shares)
+
+
+def _seen_pixels(config: Config, samples: Mixture | SampleSet) -> np.ndarray:
+    """Of each sample and class, several sets in the shares in which they are trained on."""
+    if isinstance(samples, Mixture):
+        return samples.class_pixels(config.data.weights)
+    return samples.class_pixels()

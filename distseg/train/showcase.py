@@ -40,7 +40,7 @@ def show(
         report |= trainer.source.written()
     write_json(run_dir / "evaluation.json", report)
     folder = run_dir / FOLDER
-    draw_scores(run_dir, folder, trainer.config.loss.adv_form)
+    draw_scores(run_dir, folder, trainer.config)
     trainer.tracker.image(step, "curves", folder / "curves.png")
     classes = classes_in(trainer.config, val_set)
     _show_samples(trainer, network, val_set, classes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
+from distseg.losses.class_weights import log_shares
 from distseg.losses.tensors import at_least_float32, label_at, upsample
 from distseg.losses.terms import PseudoLabels
 from distseg.parallel import Learner
@@ -21,6 +23,10 @@ from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
 from distseg.train.strong_views import StrongViews
 from shards.sample import IGNORE_INDEX
+
+# of Alignment: a step's weight in the running shares, twenty of which are enough images to show a
+# rare class; and bounds, so that one that is nowhere is not raised until it is everywhere
+_SHARE_WEIGHT, _LEAST_SHARE, _LARGEST_ERROR, _LARGEST_SHIFT = 0.05, 1e-5, 2.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,52 @@ class Gate:
         return opened.view(self.ranks.world_size, -1)[self.ranks.rank]
 
 
+class Alignment:
+    """Keeps the classes of pseudo-labels as frequent as those of the labels.
+
+    What is added to the teacher's logits of a class grows, after each step, by rate x log(its share
+    of the labelled pixels / its running share of the pseudo-labels), and falls where these have too
+    much of it. Shares of pseudo-labels and not mean probabilities, as distribution alignment takes
+    them (Berthelot et al. 2020, ReMixMatch): a class that is likely nowhere has its share of
+    probability all over the image. The same on every rank.
+    """
+
+    def __init__(self, rate: float, class_pixels: np.ndarray, ranks: Ranks):
+        """class_pixels: (samples, C), of the labelled images."""
+        self.rate, self._ranks = rate, ranks
+        labelled = torch.from_numpy(log_shares(class_pixels)).to(ranks.device)  # (C,) float64
+        self._labelled = labelled
+        # of a class that no label has nothing is known
+        self._is_known = torch.from_numpy(class_pixels.any(0)).to(ranks.device)
+        self._share, self._shift = labelled.exp(), torch.zeros_like(labelled)
+
+    def shift(self) -> Tensor:
+        """What is added to logits now, (C, 1, 1) float64."""
+        return self._shift[:, None, None]
+
+    def learn(self, pseudo: Tensor) -> None:
+        """Take in a step's pseudo-labels: (n, H, W) uint8, 255 = none. Called on every rank."""
+        # no count by an index: that would wait for the device
+        classes = torch.arange(len(self._share), device=pseudo.device, dtype=torch.uint8)
+        counts = torch.stack([(pseudo == index).sum() for index in classes]).double()
+        everywhere = all_reduce_sum(counts)
+        total = everywhere.sum()
+        is_any = (total > 0).double()  # else nothing is learned
+        self._share.lerp_(everywhere / total.clamp(min=1), is_any * _SHARE_WEIGHT)
+        error = (self._labelled - self._share.clamp(min=_LEAST_SHARE).log()) * self._is_known
+        error = error.clamp(-_LARGEST_ERROR, _LARGEST_ERROR) * is_any
+        self._shift.add_(self.rate * error).clamp_(-_LARGEST_SHIFT, _LARGEST_SHIFT)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The running shares, and what follows from them."""
+        return {"alignment": {"share": self._share, "shift": self._shift}}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copy in what `state_dict` gave."""
+        self._share.copy_(state["alignment"]["share"])
+        self._shift.copy_(state["alignment"]["shift"])
+
+
 @dataclass(frozen=True)
 class WeakToStrong:
     """Makes strong views of weak ones, with the teacher's pseudo-labels.
@@ -94,7 +146,8 @@ class WeakToStrong:
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
     each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
-    labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits.
+    labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits; and
+    alignment, by what it has said so far.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -105,6 +158,7 @@ class WeakToStrong:
     is_tracked: bool = True
     with_labelled: bool = False
     adjustment: Tensor | None = None
+    alignment: Alignment | None = None
 
     @classmethod
     def of(
@@ -155,14 +209,17 @@ class WeakToStrong:
         return self.strong(self.taught(weak, num_micro_batches), labelled, step)
 
     @torch.no_grad()
-    def taught(self, weak: Images, num_micro_batches: int = 1) -> Images:
+    def taught(self, weak: Images, num_micro_batches: int = 1, learn: bool = True) -> Images:
         """This rank's weak views with their pseudo-labels; called on every rank.
 
-        The teacher sees as many images at a time as the segmentor does.
+        The teacher sees as many images at a time as the segmentor does. learn: whether the
+        alignment takes in what it says.
         """
         chunks = (part.chunk(num_micro_batches) for part in (weak.pixels, weak.label))
         taught = [self._taught(*chunk) for chunk in zip(*chunks, strict=True)]
         pseudo = _joined([labels for labels, _ in taught])
+        if self.alignment is not None and learn:
+            self.alignment.learn(pseudo.label)
         if self.gate is not None:
             scores = torch.cat([scores for _, scores in taught if scores is not None])
             opened = self.gate.opens(scores)
@@ -185,6 +242,8 @@ class WeakToStrong:
         # before they are upsampled: the gate brings them to the size that it judges at; and as they
         # are, for it has learned from such
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
+        if self.alignment is not None:
+            logits = logits + self.alignment.shift().to(logits)
         if self.adjustment is not None:
             logits = logits + self.adjustment.to(logits)
         probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
@@ -216,15 +275,13 @@ class WeakToStrong:
         return replace(labelled, label=(~valid).to(torch.uint8) * IGNORE_INDEX, pseudo=pseudo)
 
 
-def logit_adjustment(strength: float, class_pixels: Tensor) -> Tensor:
+def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:
     """- strength x log of each class's share of the labelled pixels, (C, 1, 1) float64: what is
     added to logits so that rare classes are not pushed out (Menon et al. 2021, section 4.1).
 
-    class_pixels: (C,), how many each has. One without any gets what the rarest of the others gets.
+    class_pixels: (samples, C), how many each has.
     """
-    share = class_pixels.double() / class_pixels.sum()
-    known = share.where(share > 0, share[share > 0].min())
-    return -strength * known.log()[:, None, None]
+    return torch.from_numpy(-strength * log_shares(class_pixels))[:, None, None]
 
 
 def _joined_views(views: list[Images]) -> Images:

@@ -46,8 +46,14 @@ class TrainState:
 
 def saved_parts(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
     """Everything with a state_dict, by its name in a checkpoint."""
+    teacher = pair.weak_to_strong
     # these names are file names in checkpoints: renaming one makes old checkpoints unreadable
-    named = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
+    named = {
+        "segmentor": pair.segmentor,
+        "discriminator": pair.discriminator,
+        "ema": ema,
+        "alignment": None if teacher is None else teacher.alignment,
+    }
     return {name: learner for name, learner in named.items() if learner is not None}
 
 
@@ -241,15 +247,17 @@ class Trainer:
         strong = self.pair.strong_labelled
         return images if strong is None else strong.labelled(images, self.state.step)
 
-    def views(self, unlabelled: Batch, labelled: Images) -> tuple[Images, Images]:
+    def views(
+        self, unlabelled: Batch, labelled: Images, learn: bool = True
+    ) -> tuple[Images, Images]:
         """The weak views of a step's unlabelled images, labelled by the teacher, and the strong
-        ones, of a run that has a teacher; called on every rank.
+        ones, of a run that has a teacher; called on every rank. learn: as of WeakToStrong.taught.
         """
         teacher, step = self.pair.weak_to_strong, self.state.step
         # phases ask for a teacher only where there is one, and so do pictures
         assert teacher is not None
         weak = to_device(unlabelled, self.ranks.device, self.config)
-        weak = teacher.taught(weak, self.config.gradient_accumulation_steps)
+        weak = teacher.taught(weak, self.config.gradient_accumulation_steps, learn)
         return weak, teacher.strong(weak, labelled, step)
 
     def next_views(self, data: Data) -> tuple[Images, Images] | None:
@@ -265,7 +273,7 @@ class Trainer:
         with closing(open_streams(self.config, self.ranks, data, self.state.step)) as stream:
             batch = next(stream)
         assert batch.unlabelled is not None
-        return self.views(batch.unlabelled, self._labelled(batch))
+        return self.views(batch.unlabelled, self._labelled(batch), learn=False)
 
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""

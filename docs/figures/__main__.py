@@ -15,6 +15,7 @@ FIGURES = {
     **dict.fromkeys(("data_flow", "step", "rooms", "job", "label_maps", "curves"), ".svg"),
     "palette": ".svg",
     "adversary": ".png",
+    "unlabelled": ".png",
 }
 
 

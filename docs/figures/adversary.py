@@ -1,4 +1,4 @@
-"""The README's picture: a scene, its label, the prediction, and what the discriminator believes."""
+"""A scene, its label, the prediction, and what the discriminator believes of both."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ def draw() -> Figure:
         ("image", scene["image"]),
         ("label", coloured(scene, "label")),
         ("prediction", coloured(scene, "prediction")),
-        ("prediction, judged", _confidence(scene, "on_fake")),
-        ("label, judged", _confidence(scene, "on_real")),
+        ("prediction, judged", confidence(scene, "on_fake")),
+        ("label, judged", confidence(scene, "on_real")),
     )
     for column, (name, picture) in enumerate(pictures):
         x = LEFT + column * (WIDTH + GAP)
         axes = canvas.picture((x, TOP, WIDTH, height))
         axes.imshow(picture, cmap=SHADES, vmin=0, vmax=1, interpolation="nearest")
         canvas.text(x + WIDTH / 2, 13, name, size=13, weight="bold")
-    _legend(canvas, scene, TOP + height + 20)
+    shown = [scene["label"], scene["prediction"]]
+    legend(canvas, scene, shown, TOP + height + 20)
+    canvas.scale((LEFT + 3 * (WIDTH + GAP) + 94, TOP + height + 14, 160, 12), "fake", "real")
     return canvas.figure
 
 
-def _confidence(scene: dict[str, np.ndarray], name: str) -> np.ndarray:
+def confidence(scene: dict[str, np.ndarray], name: str) -> np.ndarray:
     """The discriminator's probability of real at every pixel, (H, W), as its loss sees it."""
     logits = torch.from_numpy(scene[name].astype(np.float32))[None, None]
     return upsample(logits, scene["label"].shape).sigmoid()[0, 0].numpy()
 
 
-def _legend(canvas: Canvas, scene: dict[str, np.ndarray], y: float) -> None:
-    x = LEFT
-    shown = np.concatenate([scene["label"].ravel(), scene["prediction"].ravel()])
+def legend(canvas: Canvas, scene: dict[str, np.ndarray], maps: list[np.ndarray], y: float) -> None:
+    """The classes of some maps in one line."""
+    x: float = LEFT
+    shown = np.concatenate([indices.ravel() for indices in maps])
     for index, name in enumerate(scene["names"]):
         # a speck of a class needs no entry
         if (shown == index).mean() < MIN_SHARE:
@@ -50,5 +53,3 @@ def _legend(canvas: Canvas, scene: dict[str, np.ndarray], y: float) -> None:
         color = "#" + bytes(scene["palette"][index]).hex()
         canvas.swatch(x, y, color, str(name))
         x += 34 + 6.8 * len(name)
-    x = LEFT + 3 * (WIDTH + GAP) + 94
-    canvas.scale((x, y - 6, 160, 12), "fake", "real")

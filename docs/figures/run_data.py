@@ -43,10 +43,15 @@ def main() -> None:
     arrays = scene(options.run_dir, "last", options.key)
     early = scene(options.run_dir, options.early, options.key)
     arrays["early_probabilities"] = early["probabilities"]
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    with published(SCENE) as partial:
-        partial.write_bytes(file.getvalue())
+    keep(SCENE, arrays)
+
+
+def keep(file: Path, arrays: dict[str, Any]) -> None:
+    """Written compressed, whole or not at all."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    with published(file) as partial:
+        partial.write_bytes(packed.getvalue())
 
 
 def curves(run_dir: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from matplotlib.path import Path as Outline
 
 FOLDER = Path(__file__).parent
 RUN, SCENE = FOLDER / "data" / "run.json", FOLDER / "data" / "scene.npz"  # of run_data.py
+UNLABELLED = FOLDER / "data" / "unlabelled.npz"  # of unlabelled_data.py
 
 # after Okabe and Ito, darkened until white text on them has a contrast of 5
 BLUE, ORANGE, GREEN, PURPLE, SLATE = "#1f6fa8", "#b4530a", "#0b7a5c", "#8c3f88", "#5b6168"

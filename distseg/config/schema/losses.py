@@ -149,6 +149,14 @@ class LossConfig:
         "by the labelled training images",
         source="balanced: scikit-learn; median_frequency: Eigen and Fergus 2015, section 6.2",
     )
+    logit_adjustment: float = key(
+        0.0,
+        "t: t log(share of the class among labelled pixels) is added to the logits in the cross "
+        "entropy, so that the logits themselves favour no class for being frequent; 0: off",
+        low=0,
+        high=2,
+        source="Menon et al. 2021, eq. 10",
+    )
     # below 1, where nothing of the truth would be left
     label_smoothing: float = key(
         0.0,
@@ -346,6 +354,15 @@ class ConsistencyConfig:
         low=0,
         high=2,
         source="Menon et al. 2021, section 4.1; of pseudo-labels Wang et al. 2022 (DebiasPL)",
+    )
+    alignment: float = key(
+        0.0,
+        "r: after each step the teacher's logits of a class are raised by r log(its share of the "
+        "labelled pixels / its running share of the pseudo-labels), so that these have classes as "
+        "often as the labels; 0: off",
+        low=0,
+        high=1,
+        source="ours, after the distribution alignment of Berthelot et al. 2020 (ReMixMatch)",
     )
     # in both cases by the place in the global batch, so any number of ranks mixes the same
     mix_with: str = key(

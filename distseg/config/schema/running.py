@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from distseg.config.keys import key
 
@@ -43,6 +44,10 @@ class EvaluateConfig:
         low=32,
         high=10**5,
         grouping="view",
+    )
+    subsets: dict[str, Any] = key(
+        {},
+        "mean IoU over some of the classes too, as val/mean_iou_of/NAME: {NAME: [classes]}",
     )
     num_pictures: int = key(
         6, "validation images shown in pictures/ after the run", unit="images", low=0, high=64

@@ -29,6 +29,7 @@ class UnbiasedKeys(nn.Linear):
 
     def __init__(self, dim: int, channels: int):
         super().__init__(dim, channels)
+        # a constant, but one that the released files hold
         mask = torch.ones(3, channels // 3)
         mask[1] = 0
         self.register_buffer("bias_mask", mask.flatten())
@@ -42,6 +43,7 @@ class ThreeLayerGatedMLP(nn.Module):
 
     def __init__(self, dim: int, width: int):
         super().__init__()
+        # two products, as the released weights have them apart
         self.w1, self.w2 = nn.Linear(dim, width * dim), nn.Linear(dim, width * dim)
         self.w3 = nn.Linear(width * dim, dim)
 

@@ -45,6 +45,7 @@ def translated(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
     Prefixes of wrappers stay. Position embeddings for another grid of patches than the encoder's
     are resampled to it.
     """
+    # by what the network has, as a file does not say of which network it is
     is_gated = "blocks.0.mlp.w3.weight" in own
     is_fused = "blocks.0.mlp.w12.weight" in own
     renamed = (*_RENAMED, *(_GATED if is_gated else _PLAIN), *(_FUSED if is_fused else ()))

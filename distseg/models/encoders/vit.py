@@ -51,6 +51,7 @@ class GatedMLP(nn.Module):
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # one product for both, in the order of the released weights
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate) * value)
 
@@ -157,6 +158,7 @@ class Transformer(Encoder):
         x = self._placed(_plain(x.flatten(2).transpose(1, 2)), grid)  # (N, h * w, dim)
         first = self._first_tokens().to(x.dtype)
         x = torch.cat([first.expand(x.shape[0], -1, -1), x], 1)          # (N, T, dim)
+        # once for all blocks
         rotation = self._rotation(grid)
         maps = []
         for index, block in enumerate(self.blocks):
@@ -172,6 +174,7 @@ class Transformer(Encoder):
 
     def layers_above(self, name: str) -> int:
         part, _, rest = name.partition(".")
+        # as in BEiT and in DINOv2's param_groups.py, where the last norm goes with the head
         if part == "norm":
             return 0
         return len(self.blocks) - (int(rest.split(".")[0]) if part == "blocks" else -1)
@@ -246,6 +249,7 @@ class TransformerBlock(Block):
         self.norm1 = size.norm()
         self.attn = Attention(size)
         self.ls1 = LayerScale(size.dim)
+        # in the order of the released files, which the report of what was loaded goes through
         self.norm2 = size.norm()
         self.mlp = size.mlp(size.dim)
         self.ls2 = LayerScale(size.dim)
@@ -265,7 +269,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(size.dim, size.dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        # (N, T, 3 * dim) -> (N, heads, T, head_dim) each
+        # one product for all three; (N, T, 3 * dim) -> (N, heads, T, head_dim) each
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind()
         if rotation is not None:

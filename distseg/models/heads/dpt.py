@@ -95,6 +95,7 @@ class DPT(Head):
         x = self.fuse[2](upsample(x, third), third)
         x = self.fuse[1](_upsampled(x, second), second)
         x = self.fuse[0](_upsampled(x, first), first)
+        # before the last convolutions, which so see what they are to tell apart at twice the grid
         x = F.interpolate(x, scale_factor=2, mode="bilinear")
         x = self.classifier(x)                 # (N, C, 8h, 8w)
         if self.output_stride == 1:

@@ -32,6 +32,7 @@ class MultiLevel(Head):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         # fmt: off
+        # the finest, so that no level loses places
         size = maps[0].shape[-2:]                                     # (h, w)
         every = [
             x if level.stride == self.output_stride else F.interpolate(x, size, mode="bilinear")
