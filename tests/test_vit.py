@@ -481,6 +481,12 @@ def test_stochastic_depth_leaves_out_branches_by_sample(narrow_vits: None) -> No
     assert torch.equal(kept, kept[:, :1, :1].expand_as(kept))  # of a sample all or nothing
     assert float(kept.mean()) == pytest.approx(1, abs=0.05)
     assert torch.equal(block.eval().kept(branch), branch)
+    # of both branches of a block
+    branches: list[Tensor] = []
+    block.kept = lambda branch: branches.append(branch) or branch
+    block(torch.rand(2, 5, 24))
+    assert len(branches) == 2
+    del block.kept
     # by the seed alone, as the trainer gives one to each step
     network, image = segmentor.train(), torch.rand(4, 3, 42, 42)
     answers = []
