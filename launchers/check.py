@@ -11,11 +11,13 @@ from pathlib import Path
 
 from distseg.config import code, loading
 from distseg.config.schema import Config
+from distseg.config.world_size import check_world_size
 from launchers.places import PYTHON_VARIABLE
 from shards.errors import InputError
 from shards.files import nearest_existing
 from shards.manifest import FILE_NAME as MANIFEST
 from shards.prepare import NAMES
+from shards.words import counted
 
 
 def check_run(overrides: list[str], world_size: int) -> Config:
@@ -32,6 +34,7 @@ def check_run(overrides: list[str], world_size: int) -> Config:
     data = config.data
     for shards in (*data.shards, *data.unlabelled_shards, *filter(None, [data.val_shards])):
         _check_shards(shards)
+    check_world_size(config, world_size)
     # where a container brings torch, the ranks look at the rest: they refuse it in the same words
     if os.environ.get(PYTHON_VARIABLE) and find_spec("torch") is None:
         return config
@@ -40,6 +43,31 @@ def check_run(overrides: list[str], world_size: int) -> Config:
 
     check(config, world_size)
     return config
+
+
+def node_counts(config: Config | None, ranks_per_node: int, least: int, most: int) -> list[int]:
+    """The numbers of nodes from least to most that a run can be trained on, the largest first.
+
+    config: None for what may have any number of ranks. Raises InputError where there is none, and
+    where `most` is the only one although fewer were allowed.
+    """
+    if config is None:
+        return list(range(most, least - 1, -1))
+    refused: dict[int, str] = {}  # number of nodes -> why
+    # from one on, also where fewer are not allowed: the error names all that go
+    for number in range(1, most + 1):
+        try:
+            check_world_size(config, number * ranks_per_node)
+        except InputError as error:
+            refused[number] = error.got
+    counts = [number for number in range(most, least - 1, -1) if number not in refused]
+    if counts and (counts[-1] < most or least == most):
+        return counts
+    possible = [str(number) for number in range(1, most + 1) if number not in refused]
+    why = refused[most if not counts else most - 1]
+    got = f"{least} to {most} nodes of {counted(ranks_per_node, 'rank')}: {why}"
+    needed = f"numbers of nodes that go: of up to {most} there are {', '.join(possible) or 'none'}"
+    raise InputError(got, needed, "allow fewer nodes, or change the batch size")
 
 
 def _check_run_dir(config: Config) -> None:

@@ -67,6 +67,9 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument(
+        "--min-nodes", type=int, metavar="N", help="go on with so few, when one is lost or not fit"
+    )
+    parser.add_argument(
         "--gpus-per-node", type=int, metavar="N", help="default: whole nodes, with all their GPUs"
     )
     parser.add_argument(
@@ -86,7 +89,8 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
 
 
 def _resources(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("executor", "nodes", "gpus_per_node", "ranks_per_node", "minutes", "signal_seconds")
+    names = ["executor", "nodes", "min_nodes", "gpus_per_node", "ranks_per_node"]
+    names += ["minutes", "signal_seconds"]
     # at the first "=": a value may have others, as in --slurm gres=gpu:1 or export=A=B
     pairs = [option.partition("=") for option in options.slurm]
     for name, separator, _ in pairs:

@@ -18,6 +18,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission
 
 from launchers.batch_job import requeue
+from launchers.nodes import MIN_NODES_VARIABLE
 from launchers.places import RANKS_VARIABLE
 from launchers.supervisor import Decision, Supervisor
 from shards.errors import InputError
@@ -37,6 +38,7 @@ class Job:
     folder: str  # relative paths in the overrides start here
     with_srun: bool  # on SLURM; else on this machine alone
     ranks_per_node: int | None = None
+    min_nodes: int | None = None
 
     def __call__(self) -> dict[str, Any]:
         """Train to the end; returns the run directory and what evaluation.json holds. RunError."""
@@ -45,6 +47,8 @@ class Job:
         if self.ranks_per_node is not None:
             # by the environment, since srun passes that on to the agents of all nodes
             os.environ[RANKS_VARIABLE] = str(self.ranks_per_node)
+        if self.min_nodes is not None:
+            os.environ[MIN_NODES_VARIABLE] = str(self.min_nodes)
         _supervisors[self.run_dir] = supervisor = Supervisor(
             "distseg.train", self.overrides, Path(self.run_dir), self.with_srun
         )
@@ -80,7 +84,7 @@ class Job:
     def _outcome(self, decision: Decision) -> dict[str, Any]:
         # the nodes may have stopped before submitit's signal came, by a SIGTERM of a preemption
         if decision.action == "requeue" and self.with_srun:
-            requeue()  # returns only when SLURM refuses: then it is an error
+            requeue(decision.without)  # returns only when SLURM refuses: then it is an error
         if decision.action != "done":
             raise self._error(decision)
         return {"run_dir": self.run_dir} | evaluation(Path(self.run_dir))

@@ -15,11 +15,13 @@ from typing import Any
 
 import submitit
 
+from distseg.config import loading
 from launchers import batch_job, slots
-from launchers.check import check_run
+from launchers.check import check_run, node_counts
 from launchers.job import Job
 from launchers.places import RANKS_VARIABLE
 from shards.errors import InputError
+from shards.words import counted
 
 EXECUTORS = ("slurm", "local", "debug")
 SITE_FILE = Path("slurm/cluster.sh")
@@ -34,6 +36,7 @@ class Resources:
 
     executor: str = "slurm"
     nodes: int = 1
+    min_nodes: int | None = None  # it may go on with so few; None: with all alone
     gpus_per_node: int | None = None  # None: whole nodes, with all their GPUs
     ranks_per_node: int | None = None  # None: one for each GPU, one without GPUs
     minutes: int = 240  # of one turn; the job comes back until its run is done
@@ -55,12 +58,15 @@ class Resources:
                 "1",
                 "choose the executor slurm",
             )
-        for name in ("nodes", "minutes", "gpus_per_node", "ranks_per_node"):
+        for name in ("nodes", "min_nodes", "minutes", "gpus_per_node", "ranks_per_node"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(
                     f"{name}={value}", "at least 1", f"correct {name}, or leave it out"
                 )
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            got = f"min_nodes={self.min_nodes} of {counted(self.nodes, 'node')}"
+            raise InputError(got, "at most nodes", "correct min_nodes, or ask for more nodes")
         if not 0 < self.signal_seconds < 60 * self.minutes:
             got = f"signal_seconds={self.signal_seconds} in {self.minutes} minutes"
             raise InputError(got, "less than the time limit", "correct signal_seconds")
@@ -93,10 +99,12 @@ def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
     jobs = []
     # all before one is submitted: half a sweep in the queue is worse than none
     for overrides in runs:
-        config = check_run(overrides, resources.nodes * ranks_per_node)
-        jobs.append(
-            Job(tuple(overrides), config.run_dir, os.getcwd(), with_srun, resources.ranks_per_node)
-        )
+        num_nodes, least = resources.nodes, resources.min_nodes
+        if least is not None:
+            num_nodes = node_counts(loading.load(overrides), ranks_per_node, least, num_nodes)[0]
+        config = check_run(overrides, num_nodes * ranks_per_node)
+        place = (os.getcwd(), with_srun, resources.ranks_per_node, least)
+        jobs.append(Job(tuple(overrides), config.run_dir, *place))
     return jobs
 
 

@@ -12,6 +12,8 @@ place for
                                              done; after MAX_TURNS in a row that saved no step,
                                              however they ended, an exit code that says so
   srun refuses the job's own settings     -> exit code 2: the same would happen again
+  a node is not fit, or is gone           -> the other nodes alone, where they may (nodes.py); else
+                                             `scontrol requeue`, for other nodes
   a rank was lost, or anything else       -> the nodes are started again inside the allocation;
                                              after MAX_FAILURES in a row that got no step further,
                                              that exit code
@@ -37,6 +39,7 @@ from distseg.runs import attempts
 from launchers import batch_job, turns
 from launchers.batch_job import TEMPORARY, requeue
 from launchers.check import check_run
+from launchers.nodes import JobNodes, UnfitError, counts_of_job
 from launchers.places import TRY_VARIABLE, python_on_nodes, ranks_per_node
 from launchers.stopping import REPEAT_SECONDS, stop_signal, tell_ranks
 from shards.errors import InputError, TemporaryError
@@ -58,12 +61,13 @@ BAD_INPUT, INTERRUPTED = 2, 130  # argparse's code, also ours; 128 + SIGINT
 @dataclass(frozen=True)
 class Decision:
     """What is to be done: "done", "requeue", "again" (start the nodes again, here) or "fail" with
-    an exit code.
+    an exit code. without: nodes that a requeued job should not get again.
     """
 
     action: str
     reason: str
     exit_code: int = 0
+    without: tuple[str, ...] = ()
 
 
 def decide(exit_code: int, attempt: attempts.Attempt | None, stopping: bool) -> Decision:
@@ -137,6 +141,28 @@ class Supervisor:
             return self._unless_in_vain(Decision("requeue", BEFORE_THE_NODES))
         return self._turn()
 
+    @functools.cached_property
+    def _nodes(self) -> JobNodes:
+        return JobNodes(None if self._run_dir is None else self._arguments)
+
+    def _unfit(self) -> Decision | None:
+        """Choose the nodes of the next start; a decision where there can be none."""
+        if not self._with_srun:
+            return None
+        try:
+            self._nodes.choose(lambda: self._stopping_since is not None)
+        except UnfitError as error:
+            decision = self._unless_in_vain(Decision("requeue", str(error), without=error.nodes))
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            decision = Decision("fail", error.got, BAD_INPUT)
+        else:
+            if self._stopping_since is None:
+                return None
+            decision = self._unless_in_vain(Decision("requeue", BEFORE_THE_NODES))
+        print(f"{decision.action} ({decision.reason})", flush=True)
+        return decision
+
     def _turn(self) -> Decision:
         num_failures = 0  # in a row, of attempts that began at one step
         failed_at: int | None = -1  # that step
@@ -145,6 +171,8 @@ class Supervisor:
             # a new label each time: an attempt that noted nothing must not be judged by the one
             # before
             self._started = label = self._label(number)
+            if (unfit := self._unfit()) is not None:
+                return unfit
             exit_code = self._run_nodes(label, number)
             attempt = self._noted(label)
             decision = self._decide(exit_code, attempt)
@@ -216,7 +244,22 @@ class Supervisor:
         while self._process is not None and self._process.poll() is None:
             if self._stopping_since is not None:
                 self._tell_ranks(self._process)
+            if self._has_ended_but_for_a_node():
+                batch_job.end_step(self._process, LAST_WORDS_SECONDS)
+                self._nodes.may_overlap = True
             time.sleep(0.2)
+
+    def _has_ended_but_for_a_node(self) -> bool:
+        """Whether srun waits for a node that is gone, as it does until SLURM has noticed."""
+        ended_at = None if self._errors is None else self._errors.ended_at
+        if ended_at is None or not self._nodes.are_looked_at:
+            return False
+        # a task that ends badly ends the others: SIGTERM, and KillWait later SIGKILL
+        return time.monotonic() - ended_at > self._seconds_to_end
+
+    @functools.cached_property
+    def _seconds_to_end(self) -> float:
+        return batch_job.termination_seconds()
 
     def _run_nodes(self, label: str, number: int) -> int:
         # its own session: Ctrl-C and the job's signals reach this process, which passes them on
@@ -241,23 +284,11 @@ class Supervisor:
         if not self._with_srun:
             return [sys.executable, *agent, "--alone", f"--supervisor={os.getpid()}", *work]
         # one torchrun a node; it starts the ranks, so that a rank's end is noted where it happened
-        # said in full, since srun does not take over every option of sbatch; one task per node is
-        # what Place counts on
-        num_nodes = os.environ["SLURM_JOB_NUM_NODES"]
-        srun = [
-            "srun",
-            f"--nodes={num_nodes}",
-            f"--ntasks={num_nodes}",
-            "--ntasks-per-node=1",
-            "--input=none",
-        ]
-        # of an exclusive node a step gets no GPU that it does not ask for
-        if "SLURM_GPUS_ON_NODE" in os.environ:
-            srun += [f"--gpus-per-node={os.environ['SLURM_GPUS_ON_NODE']}"]
         # without it the other nodes would wait in a collective for the one that is gone, until
         # their time limit
+        srun = [*self._nodes.srun(), "--kill-on-bad-exit=1"]
         # last: options of srun may stand before a container's Python
-        return [*srun, "--kill-on-bad-exit=1", *python_on_nodes(dict(os.environ)), *agent, *work]
+        return [*srun, *python_on_nodes(dict(os.environ)), *agent, *work]
 
     def _tell_ranks(self, process: subprocess.Popen) -> None:
         now = time.monotonic()
@@ -328,7 +359,7 @@ def main(arguments: list[str]) -> int:
     if told:
         supervisor.stop()
     decision = supervisor.run()
-    code = requeue() if decision.action == "requeue" else decision.exit_code
+    code = requeue(decision.without) if decision.action == "requeue" else decision.exit_code
     # Python ends without its handlers, and would die of a late one
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -347,11 +378,12 @@ def _checked(overrides: list[str]) -> Path:
 
     Looked at closely only by a job's first start.
     """
+    config = loading.load(overrides)
+    num_nodes = counts_of_job(config)[0]
     # accepted at the first start; a requeued job need not build the networks once more
-    if _restarts():
-        return Path(loading.load(overrides).run_dir)
-    num_ranks = int(os.environ["SLURM_JOB_NUM_NODES"]) * ranks_per_node(dict(os.environ))
-    return Path(check_run(overrides, num_ranks).run_dir)
+    if not _restarts():
+        config = check_run(overrides, num_nodes * ranks_per_node(dict(os.environ)))
+    return Path(config.run_dir)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ def check_url(url: str) -> None:
         raise InputError(
             f"data.shards with {parts.scheme}://", f"a local folder, or {known}", action
         )
+    check_plain(url, "data.shards")
+    if not parts.netloc:
+        raise InputError(
+            f"data.shards={url}", "a host or a bucket after ://", "correct data.shards"
+        )
+
+
+def check_plain(url: str, key: str) -> None:
+    """Raise InputError, not repeating it, for the URL of a key that holds credentials."""
+    parts = urlsplit(url)
     # user:password@host, and the signature of a pre-signed URL
     if "@" in parts.netloc or parts.query or parts.fragment:
         needed = "a plain URL: this one would be written to config.yaml, logs and W&B"
@@ -66,13 +76,34 @@ def check_url(url: str) -> None:
             "put the credentials where the tools of the store look: ~/.netrc, AWS_* variables, "
             "gcloud's login"
         )
+        raise InputError(f"{key} with credentials or a query ({parts.scheme}://)", needed, action)
+
+
+def check_installed(url: str) -> None:
+    """Raise InputError, with the extra that brings it, for a package that a URL needs."""
+    scheme = urlsplit(url).scheme
+    module, extra = PACKAGES.get(scheme, ("fsspec", "http"))
+    try:
+        # now, not at the first request: on a cluster that may be hours in the queue later
+        importlib.import_module(module)
+    except ImportError:
+        action = f"pip install -e '.[{extra}]' in the repository"
         raise InputError(
-            f"data.shards with credentials or a query ({parts.scheme}://)", needed, action
-        )
-    if not parts.netloc:
-        raise InputError(
-            f"data.shards={url}", "a host or a bucket after ://", "correct data.shards"
-        )
+            f"{scheme}:// without the package {module}", "it, to read that", action
+        ) from None
+    if scheme not in PACKAGES:
+        _check_known(scheme)
+
+
+def _check_known(scheme: str) -> None:
+    """Raise InputError for a scheme that fsspec has no file system for, or not its package."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        action = "install what it asks for, or write a URL of s3://, gs:// or file://"
+        raise InputError(f"{scheme}://: {error}", "a scheme of fsspec's", action) from None
 
 
 class Remote:
@@ -90,15 +121,7 @@ class Remote:
     def __init__(self, url: str):
         check_url(url)
         self._url, self._scheme = url.rstrip("/"), urlsplit(url).scheme
-        module, extra = PACKAGES[self._scheme]
-        try:
-            # now, not at the first request: on a cluster that may be hours in the queue later
-            importlib.import_module(module)
-        except ImportError:
-            action = f"pip install -e '.[{extra}]' in the repository"
-            raise InputError(
-                f"{self._scheme}:// without the package {module}", "it, to read that", action
-            ) from None
+        check_installed(url)
         self._forget()
 
     def url(self, name: str) -> str:
@@ -178,12 +201,12 @@ class Remote:
                 return request()
             # each library has its own kinds; none of them is known without it
             except Exception as error:
-                if pause is None or _is_final(error):
-                    if not _is_final(error):
+                if pause is None or is_final(error):
+                    if not is_final(error):
                         self._gave_up = time.monotonic()
                     raise self._failure(name, error, len(pauses) + 1) from None
                 if pause >= SAID_PAUSE:
-                    say(f"{self.url(name)}: {_described(error)}; again in {pause:.0f} s")
+                    say(f"{self.url(name)}: {described(error)}; again in {pause:.0f} s")
             # ranks that failed together do not come back together
             time.sleep(pause * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
@@ -196,7 +219,7 @@ class Remote:
                 "correct data.shards, or copy all of the packed folder there, manifest.json last"
             )
             return InputError(f"no {self.url(name)}", "packed shards with their manifest", action)
-        times = "" if _is_final(error) else f" ({counted(num_attempts, 'attempt')})"
+        times = "" if is_final(error) else f" ({counted(num_attempts, 'attempt')})"
         if _is_forbidden(error):
             times += (
                 "; S3 says so of a file that is not there, too, to those who may not list the "
@@ -207,7 +230,7 @@ class Remote:
             "check the address, the network and this machine's credentials, "
             "then run the same command again"
         )
-        return InputError(f"{self.url(name)}: {_described(error)}{times}", needed, action)
+        return InputError(f"{self.url(name)}: {described(error)}{times}", needed, action)
 
     def _files(self) -> Any:
         """fsspec's file system for this scheme, one a process.
@@ -219,7 +242,7 @@ class Remote:
             if self._filesystem is None or self._owner != os.getpid():
                 self._owner, self._filesystem = (
                     os.getpid(),
-                    _filesystem(self._scheme, STALL_SECONDS),
+                    filesystem(self._scheme, STALL_SECONDS),
                 )
             return self._filesystem
 
@@ -427,7 +450,10 @@ def _nothing() -> None:
     """Nobody wants to know."""
 
 
-def _filesystem(scheme: str, stall_seconds: float) -> Any:
+def filesystem(scheme: str, stall_seconds: float) -> Any:
+    """fsspec's file system for a scheme, whose requests are tried once, and fail after so many
+    seconds without a byte where it knows limits.
+    """
     import fsspec
 
     # an instance of our own, since the one for s3 is changed below; no listings from memory: a
@@ -436,11 +462,16 @@ def _filesystem(scheme: str, stall_seconds: float) -> Any:
     if scheme == "s3":
         # botocore's own attempts off: two layers of patience would multiply
         limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds}
-        files = fsspec.filesystem(
-            "s3", config_kwargs={**limits, "retries": {"total_max_attempts": 1}}, **options
-        )
+        options |= {"config_kwargs": {**limits, "retries": {"total_max_attempts": 1}}}
+        # parts of a large file, 50 MB each, that are in memory at a time
+        options |= {"max_concurrency": 2}
+        files = fsspec.filesystem("s3", **options)
         files.retries = 1  # attempts are counted here, not three times over
         return files
+    if scheme not in PACKAGES:
+        # auto_mkdir: a folder is made with the first file in it, as in a bucket
+        local = {"auto_mkdir": True} if scheme in ("file", "local") else {}
+        return fsspec.filesystem(scheme, **options, **local)
     import aiohttp
 
     # no limit for the whole: over a slow line a chunk may take minutes, as long as bytes keep
@@ -452,7 +483,7 @@ def _filesystem(scheme: str, stall_seconds: float) -> Any:
     return fsspec.filesystem("http", client_kwargs={"timeout": limit, "trust_env": True}, **options)
 
 
-def _is_final(error: Exception) -> bool:
+def is_final(error: Exception) -> bool:
     """Whether another attempt would get the same answer."""
     # aiohttp says status, gcsfs code; 408, 425 and 429 ask to come again later
     status = getattr(error, "status", None) or getattr(error, "code", None)
@@ -469,7 +500,7 @@ def _is_forbidden(error: Exception) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "status", None) == 403
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
     """Kind and text of an error without its URLs, since redirects may carry signatures."""
     # the first line only: some libraries put a whole HTML page into the text
     text = re.sub(r"\w+://[^\s'\"]*", "(URL)", str(error).partition("\n")[0])

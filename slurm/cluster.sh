@@ -18,6 +18,9 @@
 # export DISTSEG_STOP_SECONDS=240      # how long ranks may take to save before the time limit; below --signal's seconds
 # export DISTSEG_PAUSE_SECONDS=330     # before the last of three tries: above SlurmdTimeout (scontrol show config)
 
+# export DISTSEG_HEALTH_SECONDS=120    # within which each node has to say that it is fit, before each start; 0: none asked
+# export DISTSEG_MIN_NODES=2           # with so few nodes a job may go on, when others are lost or not fit: docs/clusters.md
+
 # --- in a container: what starts Python on the nodes, after srun's options; docs/containers.md
 # export DISTSEG_NODE_PYTHON="apptainer exec --nv --bind /shared /shared/distseg.sif python"
 # export DISTSEG_NODE_PYTHON="--container-image=/shared/distseg.sqsh --container-mounts=/shared:/shared --container-workdir=$PWD python"

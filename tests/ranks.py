@@ -136,6 +136,31 @@ def restarting(arguments: list[str]) -> int:
     return 0
 
 
+def agent_of_node(arguments: list[str]) -> int:
+    """What `python -m launchers.agent` does with its arguments, but for its ranks, which are forked
+    and are slow.
+    """
+    from dataclasses import replace
+
+    from torch.distributed.launcher.api import elastic_launch
+
+    from launchers import agent
+
+    def forked(config: Any, executable: str) -> Callable[..., Any]:
+        return lambda unbuffered, module, name, *words: elastic_launch(
+            replace(config, start_method="fork"), _slow_rank_of_torchrun
+        )(list(words))
+
+    agent.elastic_launch = forked  # type: ignore[assignment]
+    sys.argv = ["agent", *arguments]
+    return agent.main()
+
+
+def _slow_rank_of_torchrun(arguments: list[str]) -> None:
+    if code := slow(["train", *arguments]):
+        sys.exit(code)
+
+
 def _rank_of_torchrun(arguments: list[str]) -> None:
     if code := whole(arguments):
         sys.exit(code)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import distseg
 from distseg.config import loading
 from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.world_size import check_neighbours
 from distseg.distributed.ranks import Ranks
 from distseg.losses.adversarial import squared_gradient_sum
 from distseg.models import build_discriminator
 from distseg.models.spectral_norm import norms_of
 from distseg.parallel import wrap
 from distseg.tracking.tracker import read_metrics
-from distseg.train.adversary import check_discriminator, check_neighbours
+from distseg.train.adversary import check_discriminator
 from distseg.train.batch import Images
 from distseg.train.networks import build_networks
 from distseg.train.schedules import phase

@@ -158,6 +158,8 @@ def test_space_is_asked_for_all_that_will_be_kept_and_the_one_being_written(
     checkpoints, free = Checkpointer(tmp_path, 2, {}, RANKS), 4 * one  # two, the best, a new one
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     checkpoints.check_space({"segmentor": Holder(1)})
+    with pytest.raises(InputError, match="MB free"):  # and one that is being copied
+        Checkpointer(tmp_path, 2, {}, RANKS, num_leased=1).check_space({"segmentor": Holder(1)})
     free -= 1
     with pytest.raises(InputError, match="MB free"):
         checkpoints.check_space({"segmentor": Holder(1)})

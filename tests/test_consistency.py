@@ -20,6 +20,7 @@ from torch import Tensor
 import distseg
 from distseg.config import loading
 from distseg.config.schema import Config
+from distseg.config.world_size import check_pairs
 from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
@@ -31,7 +32,7 @@ from distseg.train.batch import Images, MicroBatch
 from distseg.train.ema import MovingAverage
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
-from distseg.train.strong_views import OF_LABELLED, StrongViews, check_pairs
+from distseg.train.strong_views import OF_LABELLED, StrongViews
 from distseg.train.teacher import Alignment, Gate, WeakToStrong, logit_adjustment
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -236,13 +237,36 @@ def fail_on_main(ranks: Ranks) -> Any:
     try:
         on_main(ranks, work)
     except InputError as error:
-        return str(error), on_main(ranks, lambda: ranks.rank)
+        return str(error), on_main(ranks, lambda: ranks.rank), *at_length(ranks, work)
+    return None
+
+
+def at_length(ranks: Ranks, fail: Any) -> Any:
+    """The same of work that outlasts the turns in which the other ranks wait for it."""
+    turns: list[int] = []
+    enough = threading.Event()
+
+    def work() -> int:
+        assert enough.wait(60)
+        return ranks.rank
+
+    def alive() -> None:
+        turns.append(0)
+        # the main rank's own; the others have waited as often by then
+        if len(turns) == 3:
+            enough.set()
+
+    found = ranks_module.on_main_for_long(ranks, work, alive, turn_seconds=0.01)
+    try:
+        ranks_module.on_main_for_long(ranks, fail, alive)
+    except InputError as error:
+        return found, error.got, len(turns) >= 3
     return None
 
 
 def test_what_fails_on_the_main_rank_fails_on_all_and_results_reach_all() -> None:
     message = "disk full\n  needed: space\n  to do:  free some"
-    assert run_ranks(2, fail_on_main) == [(message, 0), (message, 0)]
+    assert run_ranks(2, fail_on_main) == [(message, 0, 0, "disk full", True)] * 2
 
 
 class Unpicklable(Exception):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from distseg.cli import main
+from distseg.config.world_size import check_shard_size
 from distseg.distributed.ranks import Ranks
 from distseg.models import build_discriminator, build_segmentor
-from distseg.parallel import check_shard_size, fsdp, wrap
+from distseg.parallel import fsdp, wrap
 from distseg.parallel.parameter_shards import shard_of
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage

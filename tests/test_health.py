@@ -45,6 +45,7 @@ def healthy(step: int) -> dict[str, Any]:
         "data_wait_seconds": 0.01,
         "ranks/slowest": 2.0,
         "ranks/slowest_ratio": 1.05,
+        "checkpoint/copy_failures": 0.0,
     }
 
 
@@ -73,6 +74,7 @@ BAD: dict[str, dict[str, Any]] = {
     "class_never_predicted": {"val/mean_iou": 0.4, "val/never_predicted/car": 0.013},
     "data_starved": {"data_wait_seconds": 0.3},
     "slow_rank": {"ranks/slowest_ratio": 1.5},
+    "not_copied": {"checkpoint/copy_failures": 1.0},
 }
 
 

@@ -471,7 +471,7 @@ def test_no_message_repeats_what_a_redirect_carried() -> None:
         "403, url='https://host/a?X-Amz-Signature=hunter2'",
         "at http://u:hunter2@proxy:1/ (x)",
     ):
-        assert "hunter2" not in remote._described(OSError(text))
+        assert "hunter2" not in remote.described(OSError(text))
 
 
 @pytest.mark.parametrize("fault", ["403", "404"])

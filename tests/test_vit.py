@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distseg.catalogue.parts import measure_encoder, measure_head
+from distseg.catalogue.run import measure_segmentor
 from distseg.distributed.ranks import Ranks
 from distseg.models import COMPOSITIONS, ENCODERS, HEADS, build_segmentor
 from distseg.models.blocks import checkpoint_activations, rising
@@ -479,6 +481,12 @@ def test_stochastic_depth_leaves_out_branches_by_sample(narrow_vits: None) -> No
     assert torch.equal(kept, kept[:, :1, :1].expand_as(kept))  # of a sample all or nothing
     assert float(kept.mean()) == pytest.approx(1, abs=0.05)
     assert torch.equal(block.eval().kept(branch), branch)
+    # of both branches of a block
+    branches: list[Tensor] = []
+    block.kept = lambda branch: branches.append(branch) or branch
+    block(torch.rand(2, 5, 24))
+    assert len(branches) == 2
+    del block.kept
     # by the seed alone, as the trainer gives one to each step
     network, image = segmentor.train(), torch.rand(4, 3, 42, 42)
     answers = []
@@ -586,3 +594,18 @@ def test_rates_fall_from_the_head_to_the_image(narrow_vits: None) -> None:
     assert len(rates) == len(list(segmentor.parameters()))
     with pytest.raises(InputError, match=r"layer_decay=0\.8 for a network that has no such layers"):
         parameter_groups(build_segmentor("multiscale", 3, init="random"), config)
+
+
+def test_parts_are_measured_and_attention_sees_the_whole_image(narrow_vits: None) -> None:
+    entry = measure_encoder("vits14_reg")
+    assert entry.levels == (Level(24, 14),) * 4 and entry.kind == "DINOv2"
+    patches = 23 * 23  # of 322 px, the next multiple of 14 above 321
+    tokens = patches + 5
+    block = 2 * tokens * 24 * (3 * 24 + 24 + 2 * 96) + 2 * 2 * tokens**2 * 24
+    work = (2 * patches * 3 * 14 * 14 * 24 + 4 * block) / 1e9
+    assert entry.gflop == pytest.approx(work, rel=1e-3)
+    head = measure_head("multilevel", 21)
+    assert head.parameters == 2 * 96 + 96 * 21 + 21 and head.output_stride == 14
+    assert head.gflop == pytest.approx(2 * patches * 96 * 21 / 1e9, rel=1e-3)
+    # also where queries, keys and values are all that leads from pixel to pixel
+    assert measure_segmentor("linear_vits16", 3).field_of_view_px is None

@@ -38,7 +38,6 @@ from shards.words import counted
 # of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
 LABEL_STRIDE = 8
 STRIDED_PX = -(-SIZE_PX // LABEL_STRIDE)
-WHOLE = tuple(name for name in SEGMENTORS if name not in COMPOSITIONS)
 UNKNOWN = (0, 0)  # a field of view
 MIN_WIDTH = 112  # of the tables, in characters: narrower ones would cut numbers off
 NOTE = f"""\
@@ -109,15 +108,16 @@ def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> tuple[list[En
     InputError for an unknown name, and for a number of classes outside 1 to 255.
     """
     own: dict[str, list[str]] = {"segmentor": [], "discriminator": []}
+    whole = [name for name in SEGMENTORS if name not in COMPOSITIONS]
     for name in names:
         kind, _, reference = name.partition("=")
         if kind in own and user_code.is_reference(reference):
             own[kind].append(reference)
         elif not any(name in known for known in (SEGMENTORS, DISCRIMINATORS, HEADS, ENCODERS)):
-            known = ", ".join([*WHOLE, *HEADS, *ENCODERS, *DISCRIMINATORS])
+            known = ", ".join([*whole, *HEADS, *ENCODERS, *DISCRIMINATORS])
             action = "correct the name, give none for all, or your own as segmentor=FILE.py:NAME"
             raise InputError(f"no network {name}", f"among: {known}", action)
-    segmentors = [name for name in WHOLE if not names or name in names]
+    segmentors = [name for name in whole if not names or name in names]
     for name, made in COMPOSITIONS.items():
         if {name, made.head, made.encoder} & set(names):
             segmentors.append(name)

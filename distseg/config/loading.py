@@ -213,9 +213,18 @@ def from_file(path: Path) -> Config:
             "a run directory of distseg (with config.yaml)",
             runs_inside(path.parent) or "check the path of the run",
         )
+    return _read(lambda: read_text(path), path)
+
+
+def from_bytes(content: bytes, place: str) -> Config:
+    """As `from_file`, of a file's content; place: where it lies, for messages."""
+    return _read(content.decode, place)
+
+
+def _read(text: Callable[[], str], place: Path | str) -> Config:
     try:
         # first as plain values, in which old names can be replaced
-        saved: Any = OmegaConf.to_container(OmegaConf.create(read_text(path)))
+        saved: Any = OmegaConf.to_container(OmegaConf.create(text()))
         if not isinstance(saved, dict):
             raise ValueError("not a mapping")
         # keys that are newer than the file get their defaults
@@ -223,7 +232,7 @@ def from_file(path: Path) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), known)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
-        got = f"{path}: {_first_line(error)}"
+        got = f"{place}: {_first_line(error)}"
         raise InputError(
             got, "a configuration of this version", "restore it, or start a new run"
         ) from None
@@ -248,25 +257,33 @@ def check_same(run_dir: Path, config: Config) -> int | None:
     # a look that is answered wrongly would begin the run anew
     if not is_file(saved):
         return None
-    before = from_file(saved)
+    way_out = f"write run_dir=DIR to start a new run, or remove {run_dir}"
+    return check_goes_on(from_file(saved), config, str(run_dir), way_out)
+
+
+def check_goes_on(before: Config, config: Config, place: str, way_out: str) -> int | None:
+    """As `check_same`, for a configuration that was read already.
+
+    place: where it stands; way_out: what to do where it is another run's.
+    """
     code.check_unchanged(before, config)
     changed = differences(before, config)
     steps_before, steps = changed.get("steps", (config.steps, config.steps))
     if config.extend and steps > steps_before:
         del changed["steps"]
     if config.extend and steps < steps_before:
-        got = f"extend=true with steps={steps}, and {run_dir} is a run of {steps_before} steps"
+        got = f"extend=true with steps={steps}, and {place} is a run of {steps_before} steps"
         action = f"write a larger steps, or evaluate the checkpoint of step {steps}"
         raise InputError(got, f"more than {steps_before} steps", action)
     if changed:
         values = ", ".join(
             f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items()
         )
-        action = f"write run_dir=DIR to start a new run, or remove {run_dir}"
+        action = way_out
         if changed.keys() == {"steps"} and steps > steps_before:
             action = f"write extend=true to train on to step {steps}, or run_dir=DIR for a new run"
         raise InputError(
-            f"{run_dir} holds a run of another configuration ({values})",
+            f"{place} holds a run of another configuration ({values})",
             "the same configuration to resume it, or another directory",
             action,
         )

@@ -19,7 +19,7 @@ from distseg.config.schema import (
     OptimizerConfig,
 )
 from shards.errors import InputError
-from shards.remote import check_url
+from shards.remote import PACKAGES, check_plain, check_url
 from shards.user_code import FORMS as REFERENCES
 from shards.user_code import is_reference
 from shards.words import counted, nearest
@@ -462,6 +462,23 @@ def a_class_map_for_each_set(config: Config) -> None:
             raise InputError(got, needed, "correct data.class_map")
 
 
+def copies_behind_a_url(config: Config) -> None:
+    """checkpoint.copy_to is a URL that can be written to, and holds no credentials."""
+    url = config.checkpoint.copy_to
+    if not url:
+        return
+    scheme, separator, place = url.partition("://")
+    # a page is read only; whether a bucket may be written to is found when the run starts
+    has_place = bool(place.strip("/")) and not (scheme in PACKAGES and place.startswith("/"))
+    if not separator or not has_place or scheme in ("", "http", "https"):
+        got = f"checkpoint.copy_to={scheme}://..." if separator else f"checkpoint.copy_to={url}"
+        needed = (
+            "a URL that can be written to: s3://bucket/prefix, gs://bucket/prefix, file:///path"
+        )
+        raise InputError(got, needed, "correct checkpoint.copy_to")
+    check_plain(url, "checkpoint.copy_to")
+
+
 def subsets_by_name(config: Config) -> None:
     """evaluate.subsets has a list of class names for each subset."""
     for name, members in config.evaluate.subsets.items():
@@ -500,6 +517,7 @@ RULES = (
     weights_of_data_sets,
     unlabelled_images_are_used,
     a_class_map_for_each_set,
+    copies_behind_a_url,
     subsets_by_name,
 )
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distseg.config.world_size import PAIRED_MIXES
 from distseg.data.plan import augmentation_rng
 from distseg.data.transforms import BLUR_MIN_PX, FILL_RGB, GRAY, color_matrix
 
@@ -58,7 +59,7 @@ class StrongView:
     @property
     def is_paired(self) -> bool:
         """Whether images are mixed with their neighbours, so that a share must hold pairs."""
-        return self.mix in ("cutmix", "classmix")
+        return self.mix in PAIRED_MIXES
 
     def changed(self, pixels: Tensor, inside: Tensor, draws: Tensor) -> Tensor:
         """Colour and blur: pixels (n, 3, H, W) float in [0, 1] -> the same, another tensor.

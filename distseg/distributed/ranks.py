@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -176,6 +178,29 @@ def on_each(ranks: Ranks, work: Callable[[], Result]) -> Result:
     if failures:
         raise shared_error(failures[0])
     return result  # type: ignore[return-value]
+
+
+def on_main_for_long(
+    ranks: Ranks, work: Callable[[], Result], alive: Callable[[], None], turn_seconds: float = 0.5
+) -> Result:
+    """As `on_main`, for work that may take longer than ranks wait in a collective, but has a limit
+    of its own. alive: called on every rank again and again meanwhile.
+    """
+    task: Future[Result] = Future()
+    if ranks.is_main:
+        # a daemon: an interrupt must not wait for it
+        threading.Thread(target=_settle, args=(task, work), name="for all", daemon=True).start()
+    # in short turns: in one broadcast the others would run into its time limit
+    while not on_main(ranks, lambda: bool(wait([task], turn_seconds).done)):
+        alive()
+    return on_main(ranks, task.result)
+
+
+def _settle(task: Future[Result], work: Callable[[], Result]) -> None:
+    try:
+        task.set_result(work())
+    except BaseException as error:
+        task.set_exception(error)
 
 
 def shared_error(error: Exception) -> Exception:

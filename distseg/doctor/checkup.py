@@ -170,19 +170,39 @@ def shared_memory(is_needed: bool) -> CheckResult:
     return CheckResult("error" if is_needed else "warning", "shared memory", text, action)
 
 
-def run_directory(path: Path) -> CheckResult:
-    """Whether a run can be written there, how fast, and how much fits."""
-    start, written, problem = time.perf_counter(), 0, ""
+def run_directory(path: Path, num_bytes: int = _FILE_BYTES) -> CheckResult:
+    """Whether a run can be written there, how fast, and how much fits.
+
+    num_bytes: that are written to see, at most.
+    """
     # what will hold the run: the directory itself is made by training
     parent = nearest(path)
+    speed, problem = write_speed(parent, num_bytes)
+    if problem:
+        action = "choose another with --run-dir, and run_dir=DIR in training"
+        return CheckResult(
+            "error", "run directory", f"{parent} cannot be written: {problem}", action
+        )
+    free = shutil.disk_usage(parent).free
+    text = f"{path}: {speed / 1e6:.0f} MB/s written, {free / 1e9:.1f} GB free"
+    if free < _MIN_FREE_BYTES:
+        return CheckResult("error", "run directory", text, "free some space, or choose another")
+    if free < _LITTLE_FREE_BYTES:
+        return CheckResult("warning", "run directory", text, "a run with checkpoints may take more")
+    return CheckResult("ok", "run directory", text)
+
+
+def write_speed(folder: Path, num_bytes: int) -> tuple[float, str]:
+    """(bytes a second, what went wrong) of a file of at most so many bytes, which is removed."""
+    start, written, problem = time.perf_counter(), 0, ""
     # named by machine and process, as the first ranks of all machines write at the same time
-    probe = parent / f".distseg-doctor-{socket.gethostname()}-{os.getpid()}"
+    probe = folder / f".distseg-doctor-{socket.gethostname()}-{os.getpid()}"
     # random: a file system that compresses would take zeros at no cost
-    content = os.urandom(1 << 20)
+    content = os.urandom(min(num_bytes, 1 << 20))
     try:
         with probe.open("wb") as file:
             # by time as well: a slow file system must not make the check slow
-            while written < _FILE_BYTES and time.perf_counter() - start < _SECONDS:
+            while written < num_bytes and time.perf_counter() - start < _SECONDS:
                 written += file.write(content)
             file.flush()
             # within the time: without it the memory's speed would be measured
@@ -193,18 +213,7 @@ def run_directory(path: Path) -> CheckResult:
     finally:
         with suppress(OSError):
             probe.unlink()
-    if problem:
-        action = "choose another with --run-dir, and run_dir=DIR in training"
-        return CheckResult(
-            "error", "run directory", f"{parent} cannot be written: {problem}", action
-        )
-    speed, free = written / (time.perf_counter() - start), shutil.disk_usage(parent).free
-    text = f"{path}: {speed / 1e6:.0f} MB/s written, {free / 1e9:.1f} GB free"
-    if free < _MIN_FREE_BYTES:
-        return CheckResult("error", "run directory", text, "free some space, or choose another")
-    if free < _LITTLE_FREE_BYTES:
-        return CheckResult("warning", "run directory", text, "a run with checkpoints may take more")
-    return CheckResult("ok", "run directory", text)
+    return written / (time.perf_counter() - start), problem
 
 
 def nearest(path: Path) -> Path:

@@ -24,7 +24,6 @@ __all__ = [
     "backward",
     "check_installed",
     "check_settings",
-    "check_shard_size",
     "wrap",
 ]
 
@@ -129,18 +128,6 @@ def check_installed(strategy: str) -> None:
             "parallel.strategy=deepspeed, and DeepSpeed is not installed",
             "the package deepspeed",
             action,
-        )
-
-
-def check_shard_size(shard_size: int, world_size: int) -> None:
-    """Raise InputError unless the ranks divide into groups of `shard_size` (0: one group)."""
-    # a mesh of (replicas, shards) is a full rectangle of ranks
-    if shard_size and world_size % shard_size:
-        got = f"parallel.shard_size={shard_size} for {world_size} ranks"
-        raise InputError(
-            got,
-            "a divisor of the number of ranks",
-            "write parallel.shard_size=0 for one group of all",
         )
 
 

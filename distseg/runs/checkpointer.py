@@ -137,7 +137,7 @@ class _Save:
     @property
     def partial(self) -> Path:
         """Where the files lie until all are there."""
-        return _hidden(self.target)
+        return hidden(self.target)
 
 
 class Checkpointer:
@@ -149,7 +149,8 @@ class Checkpointer:
     any strategy, reads either. `identity` holds what a checkpoint must agree on with the run that
     loads it (key -> value). async_save: the files are written while training goes on. What goes
     wrong then is raised by the next call of `save`, `mark_best` or `wait`, on every rank; `failed`
-    tells before. timeout_seconds: how much longer than the main rank another may write.
+    tells before. timeout_seconds: how much longer than the main rank another may write. num_leased:
+    checkpoints more than those kept that a reader may hold, for the space that is asked for.
     """
 
     def __init__(
@@ -161,13 +162,18 @@ class Checkpointer:
         *,
         async_save: bool = False,
         timeout_seconds: float = 300.0,
+        num_leased: int = 0,
     ):
         self.directory = run_dir / FOLDER
+        self._num_leased = num_leased
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
         self._async, self._timeout = async_save, timeout_seconds
         self._mailbox = Mailbox(ranks, timeout_seconds)
         # raises InputError where run_dir is not the run's any more: asked before it is written to
         self.check_folder: Callable[[], None] = lambda: None
+        # told of each checkpoint that is published, from the thread that has written it; on the
+        # main rank
+        self.on_published: Callable[[Path], None] = lambda path: None
         self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._is_pending = False  # a save whose outcome nobody has asked for
@@ -265,8 +271,9 @@ class Checkpointer:
             # on every rank, as ZeRO-3 gathers here
             for tensors in learner.state_dict().values():
                 size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        present = len(published(self.directory))
-        needed = size * max(1, self._keep_last + 2 - present)  # and the best
+        # and the best
+        more = self._keep_last + self._num_leased + 2 - len(published(self.directory))
+        needed = size * max(1, more)
         # now, and not after the hours up to the first checkpoint
         action = "free some space, choose another run_dir, or lower checkpoint.keep_last"
         on_main(self._ranks, lambda: check_space(self.directory, needed, action))
@@ -336,6 +343,8 @@ class Checkpointer:
             # which needs the target gone, unless it is empty
             os.replace(save.partial, save.target)
         sync_folder(self.directory)
+        # before older ones go: who was about to read one of them then knows of this one
+        self.on_published(save.target)
         self._prune()
 
     def _mark_best(self, step: int, mean_iou: float) -> None:
@@ -352,9 +361,9 @@ class Checkpointer:
             if int(path.name.removeprefix("step-")) != best_step and not is_leased(path):
                 # at once, and under a name that the next save clears away: a kill in the middle
                 # leaves no half of a checkpoint under its own
-                hidden = _hidden(path)
-                os.replace(path, hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+                aside = hidden(path)
+                os.replace(path, aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _check_own(self, saved: Checkpoint, learners: dict[str, Any]) -> None:
         """Raise InputError for the checkpoint of another run."""
@@ -372,7 +381,7 @@ class Checkpointer:
             raise InputError(got, "a checkpoint of the same settings", "choose another run_dir")
 
 
-def _hidden(path: Path) -> Path:
+def hidden(path: Path) -> Path:
     """Where a checkpoint lies that is not whole; hidden, so that nobody takes it for one."""
     return path.with_name(f".partial-{path.name}")
 

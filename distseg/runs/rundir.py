@@ -11,6 +11,7 @@ from distseg.config import loading
 from distseg.config.loading import CONFIG_FILE
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, on_all, on_main, shared_error
+from distseg.runs.copies import Copies, Fetched, write_records
 from distseg.runs.lock import LOCK_FILE, DirectoryLock
 from shards.errors import InputError
 from shards.files import write_text
@@ -39,6 +40,8 @@ class RunDirectory:
         self._config = config
         self._lock: DirectoryLock | None = None
         self._is_accepted = False
+        # its copies elsewhere, and what came from there for this start; on the main rank
+        self.copies, self.fetched = Copies(path), Fetched()
         # one rank locks for all: a lock for each would keep the job's own ranks out
         owner, self.steps_before = on_main(ranks, self._claim)
         # the main rank waits in a collective
@@ -77,9 +80,13 @@ class RunDirectory:
     def _save(self) -> None:
         # with the lock held: of two jobs one could save its own over the other's
         write_text(self.path / CONFIG_FILE, loading.to_yaml(self._config))
+        write_records(self.path, self.fetched.records)
         self._is_accepted = True
 
     def _release(self) -> None:
+        self.copies.close()
+        if not self._is_accepted:
+            self.fetched.remove()
         if self._lock is not None:
             self._lock.release(self._is_accepted)
             self._lock = None

@@ -23,6 +23,7 @@ MISMATCHED_ACCURACY = "discriminator/mismatched_accuracy"
 RATIO = "gradient/adversarial_to_cross_entropy"
 ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
 CONSISTENCY_WEIGHT, CONFIDENT_SHARE = "weight/consistency", "consistency/confident_share"
+COPY_FAILURES = "checkpoint/copy_failures"
 STEP_SECONDS, DATA_WAIT_SECONDS = "step_seconds", "data_wait_seconds"
 SLOWEST_RANK, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest_ratio"
 LOSS, VALIDATION, CLASS_IOU, HEALTH = "loss/", "val/", "val/iou/", "health/"
@@ -357,6 +358,7 @@ METRICS = (
     # a rank's number: no curve, but the health check names it
     Metric(SLOWEST_RANK, "slowest rank", "count"),
     Metric("memory_bytes", "memory", "bytes", _MEMORY, "memory", "lower"),
+    Metric(COPY_FAILURES, "tries in a row that copied no checkpoint", "count", better="lower"),
 )
 
 

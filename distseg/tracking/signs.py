@@ -15,6 +15,7 @@ from distseg.tracking.catalogue import (
     CONFIDENT_AGREEMENT,
     CONFIDENT_SHARE,
     CONSISTENCY_WEIGHT,
+    COPY_FAILURES,
     CROSS_ENTROPY,
     DATA_WAIT_SECONDS,
     DISCRIMINATOR_ACCURACY,
@@ -288,3 +289,7 @@ def slowest(row: MetricsRow, before: MetricsRow) -> float | None:
         return None
     # some rank always is the slowest; only the same one again and again is a slow machine
     return row[SLOWEST_RATIO] if row[SLOWEST_RANK] == before.get(SLOWEST_RANK) else 1.0
+
+
+def copy_failures(row: MetricsRow, before: MetricsRow) -> float | None:
+    return row.get(COPY_FAILURES)

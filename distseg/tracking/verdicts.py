@@ -264,5 +264,19 @@ CHECKS = (
         advice="Look at that rank's machine: another job, a hot or throttled GPU, a slow disk, "
         "fewer cores.",
     ),
+    Check(
+        "not_copied",
+        "checkpoints are not copied",
+        signs.copy_failures,
+        # each is a request that failed six times over a quarter of a minute, or was refused
+        raise_at=1.0,
+        clear_at=0.5,
+        num_rows=1,
+        clear_rows=1,
+        meaning="checkpoint.copy_to does not take them: where this node and run_dir are lost, so "
+        "is what was learned since the last copy.",
+        advice="Look at the bucket's rights and room, and at the network; the run itself goes on, "
+        "and copies the newest checkpoint as soon as it can.",
+    ),
 )
 NAMED = {check.name: check for check in CHECKS}

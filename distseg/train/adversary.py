@@ -17,22 +17,6 @@ from shards import user_code
 from shards.errors import InputError
 
 
-def check_neighbours(config: Config, world_size: int) -> None:
-    """Raise InputError where a rank's share of a micro-batch holds half a pair of labelled images,
-    each of which lends the other its ground truth.
-    """
-    weight = config.loss.mismatched_weight
-    if config.mode not in WITH_GROUND_TRUTH or not weight:
-        return
-    num_parts = world_size * config.gradient_accumulation_steps
-    size = config.batch_size // num_parts
-    if size % 2:
-        got = f"loss.mismatched_weight={weight} with {size} labelled images a rank and micro-batch"
-        needed = "an even number: neighbours lend each other their ground truth"
-        action = f"write batch_size={num_parts * (size + 1)} or loss.mismatched_weight=0; of a run "
-        raise InputError(got, needed, f"{action}that goes on, start fewer ranks")
-
-
 def _check_second_order(network: OwnDiscriminator, name: str) -> None:
     """Raise InputError unless the R1 penalty can be differentiated."""
     side = max(32, network.min_size_px)

@@ -11,6 +11,7 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
+from distseg.config.world_size import has_teacher
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks
@@ -33,7 +34,7 @@ from distseg.train.inputs import Data
 from distseg.train.networks import Networks
 from distseg.train.objective import Objective
 from distseg.train.step import Pair
-from distseg.train.strong_views import StrongViews, has_teacher
+from distseg.train.strong_views import StrongViews
 from distseg.train.teacher import Alignment, WeakToStrong, logit_adjustment
 from distseg.train.trainer import Trainer, TrainState, saved_parts
 from shards.errors import InputError
@@ -88,17 +89,7 @@ def learned(
     if config.ema_decay > 0:
         ema = MovingAverage(pair.segmentor, config.ema_decay, as_network=is_teacher)
     if has_teacher(config):
-        weak_to_strong = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
-        if config.consistency.logit_adjustment:
-            # of the labels that are trained on: of the others nothing is known
-            pixels = data.train.class_pixels(config.data.weights)
-            adjustment = logit_adjustment(config.consistency.logit_adjustment, pixels)
-            weak_to_strong = replace(weak_to_strong, adjustment=adjustment.to(ranks.device))
-        if config.consistency.alignment:
-            pixels = data.train.class_pixels(config.data.weights)
-            alignment = Alignment(config.consistency.alignment, pixels, ranks)
-            weak_to_strong = replace(weak_to_strong, alignment=alignment)
-        pair = replace(pair, weak_to_strong=weak_to_strong)
+        pair = replace(pair, weak_to_strong=_teacher(config, pair, ema, ranks, data))
     if config.strong.labelled:
         num_classes = data.train.classes.num_classes
         strong = StrongViews.of_labelled(config, num_classes, ranks)
@@ -115,6 +106,23 @@ def learned(
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)
+
+
+def _teacher(
+    config: Config, pair: Pair, ema: MovingAverage | None, ranks: Ranks, data: Data
+) -> WeakToStrong:
+    """What labels unlabelled images, with what it corrects by the labels that are trained on."""
+    chosen = config.consistency
+    teacher = WeakToStrong.of(config, pair.segmentor, ema, ranks, pair.discriminator)
+    if chosen.logit_adjustment:
+        # of the labels that are trained on: of the others nothing is known
+        pixels = data.train.class_pixels(config.data.weights)
+        adjustment = logit_adjustment(chosen.logit_adjustment, pixels)
+        teacher = replace(teacher, adjustment=adjustment.to(ranks.device))
+    if chosen.alignment:
+        pixels = data.train.class_pixels(config.data.weights)
+        teacher = replace(teacher, alignment=Alignment(chosen.alignment, pixels, ranks))
+    return teacher
 
 
 def build_trainer(
@@ -226,6 +234,8 @@ def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
         identity,
         ranks,
         async_save=config.checkpoint.async_save,
+        # one that is being copied stays until that is done
+        num_leased=int(bool(config.checkpoint.copy_to)),
         timeout_seconds=config.parallel.timeout_seconds,
     )
 

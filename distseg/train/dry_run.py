@@ -18,11 +18,10 @@ from distseg.config import loading
 from distseg.config.from_data import FROM_DATA
 from distseg.config.names import SECTIONS, find
 from distseg.config.schema import WITH_DISCRIMINATOR, Config
+from distseg.config.world_size import check_world_size
 from distseg.distributed.launch import resolve_ranks
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_settings
-from distseg.train.adversary import check_neighbours
-from distseg.train.inputs import check_batches
 from shards import user_code
 from shards.manifest import FILE_NAME, Manifest
 from shards.storage import is_file
@@ -43,8 +42,7 @@ def show(overrides: list[str], config: Config, waiting: Collection[str] = ()) ->
     # before the output, which promises that the same arguments could be trained
     check_settings(config)
     if "batch_size" not in waiting:
-        check_batches(config, world_size)
-        check_neighbours(config, world_size)
+        check_world_size(config, world_size)
     if rank == 0:
         lines = summary(config, world_size, waiting)
         print("\n".join([*(f"# {line}" for line in lines), *explained(overrides, config, waiting)]))

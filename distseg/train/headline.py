@@ -15,6 +15,7 @@ from distseg.config.schema import (
     ConsistencyConfig,
     LossConfig,
 )
+from distseg.config.world_size import has_teacher
 from distseg.data.mixture import median_size, weights_of
 from distseg.distributed.ranks import Ranks
 from distseg.parallel import Learner
@@ -24,7 +25,6 @@ from distseg.runs.checkpointer import SET_ASIDE, Newest
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
-from distseg.train.strong_views import has_teacher
 from shards import user_code
 
 

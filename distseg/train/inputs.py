@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distseg.config.schema import WITH_UNLABELLED, Config, DataConfig
+from distseg.config.world_size import check_batches, has_teacher
 from distseg.data.mixture import (
     Mixture,
     check_apart,
@@ -33,39 +34,12 @@ from distseg.data.samples import (
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
-from distseg.train.strong_views import check_pairs, has_teacher
 from shards.errors import InputError
 from shards.files import write_text
 from shards.reader import ShardReader
 from shards.storage import is_file
 from shards.verified import check_verified
 from shards.words import counted
-
-
-def check_batches(config: Config, world_size: int) -> None:
-    """Raise InputError for images of a step that ranks and micro-batches cannot share evenly, and
-    for half a pair of mixed ones. Needs no data.
-    """
-    _check_batch("batch_size", config.batch_size, config, world_size)
-    if config.mode in WITH_UNLABELLED:
-        size = config.semi.batch_size or config.batch_size
-        _check_batch("semi.batch_size", size, config, world_size)
-    check_pairs(config, world_size)
-
-
-def _check_batch(key: str, batch_size: int, config: Config, world_size: int) -> None:
-    # Equal shares only. Unequal ones would have ranks wait for the largest, and a batch that is
-    # padded or cut short is not the configured one.
-    num_micro_batches = config.gradient_accumulation_steps
-    divisor = world_size * num_micro_batches
-    if batch_size % divisor:
-        below, above = batch_size // divisor * divisor, -(-batch_size // divisor) * divisor
-        got = f"{key}={batch_size} for {world_size} ranks"
-        if num_micro_batches > 1:
-            got += f" and gradient_accumulation_steps={num_micro_batches}"
-        nearest = f"{below} or {above}" if below else str(above)
-        action = f"write {key}={nearest}, or start other ranks"
-        raise InputError(got, f"a multiple of {divisor}", action)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from distseg.config import code, loading
 from distseg.config.schema import Config
+from distseg.config.world_size import check_world_size
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.device import allow_tf32, reuse_memory
 from distseg.distributed.hangs import evidence_of
@@ -20,17 +21,18 @@ from distseg.distributed.ranks import (
     Ranks,
     check_alone,
     joined,
+    on_each,
     on_main,
 )
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.watchdog import Watchdog
-from distseg.parallel import check_installed, check_settings, check_shard_size
+from distseg.parallel import check_installed, check_settings
 from distseg.runs.checkpointer import newest, set_aside
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
-from distseg.train.adversary import check_neighbours
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
+from distseg.train.away import look_away
 from distseg.train.flops import StepWork
 from distseg.train.headline import about_checkpoints, extension
 from distseg.train.inputs import Data, open_data, open_streams, save_labelled
@@ -39,6 +41,7 @@ from distseg.train.objective import Objective, build_objective
 from distseg.train.replicas import check_same_code
 from distseg.train.restored import restored_process
 from distseg.train.trainer import Trainer
+from shards import remote
 
 
 def run(config: Config) -> int:
@@ -115,6 +118,10 @@ def _train_on(ranks: Ranks, config: Config, prepared: Prepared) -> TrainResult:
         stop = StopRequest(answers=ranks.is_main)
         with RunDirectory(Path(config.run_dir), config, ranks) as run_directory:
             watchdog.leave_evidence_in(on_main(ranks, lambda: evidence_of(run_directory.path)))
+            if look_away(config, run_directory, watchdog):
+                # again: the lists that came say which samples are the run's
+                prepared = on_each(ranks, lambda: check(config, ranks.world_size))
+                prepared.data.tell(watchdog.keep_alive)
             return train_and_show(config, run_directory, prepared, watchdog, stop)
 
 
@@ -133,10 +140,11 @@ def check(config: Config, world_size: int) -> Prepared:
     InputError for what could not be trained. Touches no GPU.
     """
     # cheapest first: arithmetic, installed packages, then manifests, and weights of networks last
-    check_neighbours(config, world_size)
-    check_shard_size(config.parallel.shard_size, world_size)
+    check_world_size(config, world_size)
     check_installed(config.parallel.strategy)
     check_settings(config)
+    if config.checkpoint.copy_to:
+        remote.check_installed(config.checkpoint.copy_to)
     if config.tracking.tensorboard:
         tensorboard.check_installed()
     # the shards alone know how many classes there are, so data come before networks
@@ -176,10 +184,21 @@ def train_and_show(
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
         for line in about_checkpoints(last):
             trainer.progress.warning(line)
-        trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
+        _attach(trainer, run_directory)
         if run_directory.steps_before is not None:
             trainer.progress.message(extension(config, run_directory.steps_before))
         return _fit_and_show(trainer, stream, data, stop)
+
+
+def _attach(trainer: Trainer, run_directory: RunDirectory) -> None:
+    """Have the run directory looked after, and its checkpoints copied."""
+    trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
+    for line in run_directory.fetched.lines:
+        trainer.progress.message(line)
+    trainer.copies = run_directory.copies
+    trainer.checkpoints.on_published = trainer.copies.ask
+    # at once: the configuration, and a checkpoint that is newer here than there
+    trainer.copies.ask()
 
 
 def _fit_and_show(
@@ -211,6 +230,8 @@ def _fit_and_show(
         scores = trainer.evaluator.report(trainer.state.step) if done else {}
         outcome = ("done", "") if done else ("stopped", stop.reason())
         note.finish(trainer.state.step, *outcome)
+        wait_seconds = trainer.config.checkpoint.copy_wait_seconds
+        trainer.copies.finish(wait_seconds, trainer.progress.message)
     if not done and trainer.ranks.is_main:
         # when all else has been told, so that it is the last line
         where = f"step {trainer.state.step} of {trainer.config.steps}"

@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.schema import Config
 from distseg.data.plan import rank_positions
 from distseg.data.strong import FILL, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
 from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import PseudoLabels
 from distseg.train.batch import Images
-from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 
 # beyond the seeds of the streams, so that a strong view repeats no draw of its crop
@@ -102,33 +101,3 @@ def _view(config: Config) -> StrongView:
 
 
 _FIELDS = fields(StrongView)
-
-
-def has_teacher(config: Config) -> bool:
-    """Whether a teacher labels images in a run."""
-    return config.mode in WITH_UNLABELLED and config.consistency.weight > 0
-
-
-def check_pairs(config: Config, world_size: int) -> None:
-    """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
-    if not (StrongView(mix=config.strong.mix).is_paired and config.strong.mix_probability):
-        return
-    # each kind by itself: a step may have more of the one than of the other
-    if config.strong.labelled:
-        _check_even(config, world_size, "batch_size", config.batch_size)
-    if has_teacher(config) and config.consistency.mix_with == "unlabelled":
-        size = config.semi.batch_size or config.batch_size
-        _check_even(config, world_size, "semi.batch_size", size)
-
-
-def _check_even(config: Config, world_size: int, key: str, batch_size: int) -> None:
-    # of micro-batches too: on more ranks without them it must be the same run
-    num_parts = world_size * config.gradient_accumulation_steps
-    share = batch_size // num_parts
-    if share % 2:
-        kind = "labelled" if key == "batch_size" else "unlabelled"
-        got = f"strong.mix={config.strong.mix} with {share} {kind} images a rank and micro-batch"
-        needed = "an even number: neighbours are mixed with each other"
-        action = f"write {key}={2 * num_parts * max(1, share // 2)} or strong.mix=cutout; of a run "
-        action += "that goes on, start fewer ranks"
-        raise InputError(got, needed, action)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
 from distseg.parallel import Learner
 from distseg.runs.checkpointer import Checkpointer
+from distseg.runs.copies import Copies
+from distseg.tracking.catalogue import COPY_FAILURES
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
@@ -77,6 +80,7 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
     # raises InputError where the run directory is another than the run began in; on the main rank
     check_folder: Callable[[], None] = lambda: None
+    copies: Copies = field(default_factory=lambda: Copies(Path()))  # of checkpoints, elsewhere
     _validation: ValidationHistory = field(init=False)
 
     def __post_init__(self) -> None:
@@ -302,8 +306,12 @@ class Trainer:
         values |= self.pair.objective.weights(phase(step - 1, self.config))
         self.check_folder()
         # verdicts are told by whoever keeps the rows: the null tracker of other ranks has none
-        for event in self.tracker.log(step, values):
+        num_failures = self.copies.num_failures
+        own = {} if num_failures is None else {COPY_FAILURES: float(num_failures)}
+        for event in self.tracker.log(step, values | own):
             self.progress.warning(event.text())
+        for line in self.copies.told():
+            self.progress.warning(line)
         self.progress.update(step, values)
         # from values that all ranks share, so that all raise at the same step
         error = not_finite(self.config, step, values)

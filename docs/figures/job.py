@@ -38,6 +38,14 @@ RULES = (
         ("FAILED, not tried again; checkpoints stay",),
     ),
     (
+        ("a node is not fit, or is gone",),
+        ("requeue", BLUE),
+        (
+            "PENDING again, for other nodes; or the others",
+            "go on at once, where DISTSEG_MIN_NODES lets them",
+        ),
+    ),
+    (
         ("a node or its slurmd dies",),
         ("(SLURM)", PURPLE),
         ("SLURM requeues the job, on other nodes",),
@@ -46,7 +54,7 @@ RULES = (
 
 
 def draw() -> Figure:
-    canvas = Canvas(640, 566)
+    canvas = Canvas(640, 610)
     _axes(canvas)
     _steps(canvas)
     _lanes(canvas)

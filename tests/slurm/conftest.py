@@ -11,7 +11,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, why_not
 from tests.slurm.runs import Run
-from tests.slurm.scenarios import SCENARIOS
+from tests.slurm.scenarios import CLUSTERS, SCENARIOS
 
 AT_A_TIME = 4  # scenarios mostly wait: for SLURM's clocks, and for what is held
 
@@ -42,7 +42,7 @@ def outcomes(
     begun: dict[str, Future[Any]] = {}
 
     def play(name: str) -> Any:
-        cluster = Cluster()
+        cluster = Cluster(**CLUSTERS.get(name, {}))
         try:
             cluster.start()
             run = Run(

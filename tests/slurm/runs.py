@@ -52,6 +52,8 @@ class Run:
             "DISTSEG_PYTHON": sys.executable,
             "DISTSEG_RANKS_PER_NODE": "1",
             "DISTSEG_PAUSE_SECONDS": "30",
+            # most scenarios are of what comes later, and start often
+            "DISTSEG_HEALTH_SECONDS": "0",
         }
         return found | {
             "OMP_NUM_THREADS": "1",

@@ -18,6 +18,9 @@ Scenario = Callable[[Run, Cluster], object]
 # They begin in this order, some at a time. Those with most starts and longest waits come first, or
 # the last of them would be waited for alone.
 SCENARIOS: dict[str, Scenario] = {}
+# The cluster of one of them, where it is not as usual: the fields of Cluster
+CLUSTERS: dict[str, dict[str, int]] = {}
+LOOK = {"DISTSEG_HEALTH_SECONDS": "120"}  # at the nodes, before each start
 
 
 def scenario(function: Scenario) -> Scenario:
@@ -55,6 +58,27 @@ def the_time_limit_twice(run: Run, cluster: Cluster) -> None:
     run.wait()
     assert [attempt.outcome for attempt in run.attempts()] == ["stopped", "stopped", "done"]
     run.check_finished()
+
+
+@scenario
+def a_node_that_is_not_fit_and_one_that_is_gone_for_good(run: Run, cluster: Cluster) -> None:
+    (run.folder / "wrong-node1").touch()
+    run.hold(5)
+    # of which two divide the batch of four
+    run.sbatch(options=("--nodes=3",), variables=LOOK | {"DISTSEG_MIN_NODES": "1"})
+    run.wait_at(5)
+    assert run.said("node1 is not fit: device: local rank 0: cpu multiplies wrongly: 1 of 65536")
+    assert run.attempts()[0].hosts == ["node2", "node3"]
+    cluster.cut_power("node3")
+    run.release(5)
+    assert run.wait()["Restarts"] == "0", "SLURM has not noticed, or does not mind"
+    first, second = run.attempts()
+    assert first.outcome == "failed" and second.outcome == "done", run.describe()
+    assert second.hosts == ["node2"] and second.world_size == 1 and second.first_step == 3
+    assert second.last_step == STEPS and run.said("node3 is not fit: ")
+
+
+CLUSTERS["a_node_that_is_not_fit_and_one_that_is_gone_for_good"] = {"slurmd_timeout": 300}
 
 
 @scenario
@@ -162,14 +186,18 @@ def preemption_with_a_grace_time(run: Run, cluster: Cluster) -> None:
 
 
 @scenario
-def a_requeue_by_an_administrator(run: Run, cluster: Cluster) -> None:
+def a_node_that_is_not_fit_and_a_requeue_by_an_administrator(run: Run, cluster: Cluster) -> None:
+    (run.folder / "wrong-node1").touch()
     run.hold(5)
-    run.sbatch()
+    run.sbatch(variables=LOOK)
     run.wait_at(5)
+    # it came back by itself, on other nodes, before any rank was started
+    assert run.show()["Restarts"] == "1" and run.show()["ExcNodeList"] == "node1"
+    assert [attempt.hosts for attempt in run.attempts()] == [["node2", "node3"]]
     cluster.run("scontrol", "requeue", run.job)
     run.release(5)
     run.wait()
-    assert run.show()["Restarts"] == "1"
+    assert run.show()["Restarts"] == "2"
     run.check_finished()
 
 

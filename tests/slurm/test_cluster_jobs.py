@@ -34,8 +34,11 @@ def login_node(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     yield run
 
 
-def test_two_nodes_preempted_in_the_middle(login_node: Run) -> None:
+def test_two_nodes_preempted_in_the_middle(
+    login_node: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = login_node
+    monkeypatch.setenv("DISTSEG_HEALTH_SECONDS", "120")
     run.hold(5)
     job = submit("preset=voc", *run.overrides, nodes=2, **PARTLY)
     run.job = job.job_id

@@ -74,6 +74,20 @@ class CheckpointConfig:
     async_save: bool = key(
         True, "copied to host memory at once, written to the disk while training goes on"
     )
+    # the run directory itself stays on a file system: every rank writes there
+    copy_to: str = key(
+        "",
+        "a URL (s3://, gs://, file:// or another of fsspec's) that checkpoints are copied to "
+        "beside training, and fetched from where run_dir has none as new",
+    )
+    # of a job that is told to stop: below DISTSEG_STOP_SECONDS, after which its ranks are killed
+    copy_wait_seconds: float = key(
+        120.0,
+        "how long the end of training waits for the last copy",
+        unit="s",
+        low=0,
+        high=10**6,
+    )
 
 
 @dataclass

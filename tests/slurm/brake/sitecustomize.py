@@ -3,10 +3,11 @@ it, or fails there.
 
 DISTSEG_TEST_BRAKE is a folder. A rank that is about to take step N (from 1) writes `at-N` and waits
 while `hold-N` is there; with `crash-N` it raises an error instead, with `refuse-N-SEED`, in the run
-of that seed, an InputError.
+of that seed, an InputError. With `wrong-NODE` a node multiplies wrongly when it is looked at.
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def _install(folder: Path) -> None:
 
     Trainer.train_step = braked
 
+
+def _multiply_wrongly() -> None:
+    import torch
+
+    right = torch.matmul
+
+    def wrong(*matrices):
+        product = right(*matrices)
+        product[-1, -1] += 1
+        return product
+
+    torch.matmul = wrong
+
+
+if "launchers.examine" in sys.orig_argv and "DISTSEG_TEST_BRAKE" in os.environ:
+    node = os.environ.get("SLURMD_NODENAME")
+    if (Path(os.environ["DISTSEG_TEST_BRAKE"]) / f"wrong-{node}").exists():
+        _multiply_wrongly()
 
 if "RANK" in os.environ and "DISTSEG_TEST_BRAKE" in os.environ:
     _install(Path(os.environ["DISTSEG_TEST_BRAKE"]))
