@@ -103,25 +103,31 @@ class JobNodes:
         wrong = self._wrong(names, is_told_to_stop) if self._seconds else {}
         for node, why in wrong.items():
             print(f"{node} is not fit: {why}", flush=True)
-        fit = [name for name in names if name not in wrong]
+        fit = self._kept(names, wrong)
         # the largest that goes: with spares that stays the same number, and so the same bits
         number = next((count for count in self._counts if count <= len(fit)), 0)
         if not number:
             raise UnfitError(_too_few(wrong, len(fit), self._counts), list(wrong))
-        self._take(fit[:number], names, wrong)
+        self._take(fit[:number], fit)
 
-    def _take(self, chosen: list[str], names: list[str], wrong: dict[str, str]) -> None:
-        all_of_job = int(os.environ["SLURM_JOB_NUM_NODES"])
-        self._chosen = chosen if len(chosen) < all_of_job else []
+    def _kept(self, names: list[str], wrong: dict[str, str]) -> list[str]:
+        """The fit nodes; the others are given back."""
+        fit = [name for name in names if name not in wrong]
         # this process's own stays, whatever it is fit for
         own = os.environ.get(NODE_VARIABLE) or names[0]
-        kept = [name for name in names if name not in wrong or name == own]
-        # when one of the others dies for good, SLURM would end the whole job for it
+        kept = [name for name in names if name in fit or name == own]
+        # when one of the others dies for good, SLURM would end the whole job for it; and a job that
+        # is requeued would wait until SLURM has noticed that it is dead
         if len(kept) < len(names):
             batch_job.give_back_all_but(kept)
             self._given_back |= set(names) - set(kept)
+        return fit
+
+    def _take(self, chosen: list[str], fit: list[str]) -> None:
+        all_of_job = int(os.environ["SLURM_JOB_NUM_NODES"])
+        self._chosen = chosen if len(chosen) < all_of_job else []
         if self._chosen:
-            spare = [name for name in kept if name not in chosen and name not in wrong]
+            spare = [name for name in fit if name not in chosen]
             and_spare = f"; spare: {', '.join(spare)}" if spare else ""
             takes = f"{len(chosen)} of {all_of_job} nodes: {', '.join(chosen)}{and_spare}"
             print(f"takes {takes}", flush=True)

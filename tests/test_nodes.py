@@ -131,6 +131,8 @@ def test_without_leave_for_fewer_nodes_the_job_ends_by_name(slurm: FakeSlurm) ->
         slurm.chosen()
     assert e.value.nodes == ("b",)
     assert Supervisor("nothing", []).run() == Decision("requeue", str(e.value), without=("b",))
+    # a requeued job would wait until SLURM had noticed that one of its nodes is dead
+    assert slurm.said().endswith(f"update JobId={os.getpid()} NodeList=a,late\n")
 
 
 def test_a_dead_node_is_left_out_and_a_silent_one_too(slurm: FakeSlurm) -> None:
