@@ -10,11 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distseg.config.schema import WITH_UNLABELLED, Config
-<<<<<<< HEAD
-from distseg.config.world_size import check_batches, check_neighbours, check_shard_size
-=======
 from distseg.config.world_size import check_world_size
->>>>>>> estimate
 from distseg.distributed.ranks import Ranks
 from distseg.estimate.job import prepared, without_memory
 from distseg.estimate.simulated import KINDS, Simulated, pretended, simulate
