@@ -15,7 +15,7 @@ from distseg.catalogue import command
 from distseg.catalogue.run import measure, measure_discriminator, measure_segmentor
 from distseg.cli import main
 from distseg.config import schema
-from distseg.models import DISCRIMINATORS, SEGMENTORS, build_segmentor
+from distseg.models import COMPOSITIONS, DISCRIMINATORS, SEGMENTORS, build_segmentor
 from distseg.models.connections import Filled, _ones, geometry
 from shards.errors import InputError
 
@@ -30,10 +30,11 @@ def everything():
 
 def test_every_network_is_listed_with_the_stride_it_declares(everything):
     segmentors, discriminators = everything
-    assert list(segmentors) == list(SEGMENTORS) and list(discriminators) == list(DISCRIMINATORS)
+    assert {*segmentors, *COMPOSITIONS} == {*SEGMENTORS}
+    assert list(discriminators) == list(DISCRIMINATORS)
     with torch.device("meta"):
         declared = {
-            name: build_segmentor(name, 21, init="random").output_stride for name in SEGMENTORS
+            name: build_segmentor(name, 21, init="random").output_stride for name in segmentors
         }
     assert {name: entry.output_stride for name, entry in segmentors.items()} == declared
     assert all(

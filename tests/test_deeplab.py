@@ -18,7 +18,7 @@ from distseg.models.aspp import ASPP, SummedClassifiers
 from distseg.models.deeplab import (
     DeepLabV2ResNet101,
     DeepLabV3Lite0,
-    DeepLabV3Plus,
+    DeepLabV3PlusLite0,
     DeepLabV3PlusResNet50,
     DeepLabV3PlusResNet101,
     DeepLabV3ResNet50,
@@ -81,7 +81,7 @@ def test_deeplabv3plus_adds_the_decoder_of_chen_et_al(plus, kind):
 
 
 def test_lite0_keeps_its_keys_and_sizes():
-    network = on_meta(DeepLabV3Plus, 8)
+    network = on_meta(DeepLabV3PlusLite0, 8)
     assert num_parameters(network) == 3_306_040
     shapes = [
         f"{key} {'x'.join(map(str, value.shape)) or 'scalar'}"

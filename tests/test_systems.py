@@ -23,10 +23,14 @@ from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.metrics import confusion_matrix, scores
 from distseg.models import (
+    COMPOSITIONS,
     DISCRIMINATORS,
+    ENCODERS,
+    HEADS,
     SEGMENTORS,
     build_discriminator,
     build_segmentor,
+    efficientnet,
     resnet,
     vgg,
 )
@@ -38,9 +42,12 @@ from distseg.train.trainer import to_device
 from shards.reader import ShardReader
 from tests.ranks import run_ranks
 from tests.test_engine import SUPERVISED
-from tests.tiny import NARROW_VGG
+from tests.tiny import NARROW_VGG, every_part, narrow_encoder
 
 CROP = 48
+# of those that are a head on an encoder, each part at least once
+NAMES = [name for name in SEGMENTORS if name not in COMPOSITIONS]
+NAMES += every_part(HEADS, list(ENCODERS))
 
 
 def narrow_options(name: str) -> dict[str, Any]:
@@ -84,8 +91,8 @@ def pairs() -> list[tuple[str, str]]:
     A discriminator is shown maps and images of one size, whichever segmentor they come from.
     """
     judges = itertools.cycle(DISCRIMINATORS)
-    assert len(SEGMENTORS) >= len(DISCRIMINATORS)
-    return list(zip(SEGMENTORS, judges, strict=False))
+    assert len(NAMES) >= len(DISCRIMINATORS)
+    return list(zip(NAMES, judges, strict=False))
 
 
 def train_pairs(ranks: Ranks, shards: Path) -> dict[tuple[str, str], tuple[float, bool, bytes]]:
@@ -93,7 +100,9 @@ def train_pairs(ranks: Ranks, shards: Path) -> dict[tuple[str, str], tuple[float
     config, found = make_config(), {}
     # in this process: depth and width change nothing here
     resnet.NUM_BLOCKS = dict.fromkeys(resnet.NUM_BLOCKS, (1, 1, 1, 1))
+    efficientnet.SCALES = dict.fromkeys(efficientnet.SCALES, (1.0, 0.25))
     vgg.LAYOUT = NARROW_VGG
+    ENCODERS.update({name: narrow_encoder(entry) for name, entry in ENCODERS.items()})
     (images,) = batches(ranks, shards, config, 1)
     for name, other in pairs():
         torch.manual_seed(0)
@@ -122,7 +131,7 @@ def fingerprint(network: torch.nn.Module) -> bytes:
 
 def test_every_segmentor_and_every_discriminator_trains_on_two_ranks(toy_shards: Path) -> None:
     one, other = run_ranks(2, train_pairs, toy_shards)
-    for known, of_pairs in zip((SEGMENTORS, DISCRIMINATORS), zip(*one, strict=True), strict=True):
+    for known, of_pairs in zip((NAMES, DISCRIMINATORS), zip(*one, strict=True), strict=True):
         assert set(of_pairs) == set(known)
     for pair, (loss, moved, content) in one.items():
         assert math.isfinite(loss) and math.isfinite(other[pair][0]), pair
@@ -131,7 +140,7 @@ def test_every_segmentor_and_every_discriminator_trains_on_two_ranks(toy_shards:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(SEGMENTORS))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_segmentor_learns_four_images_by_heart(name: str, toy_shards: Path) -> None:
     (score,) = run_ranks(1, learn_by_heart, toy_shards, name, timeout_seconds=3600)
     assert score > 0.95
@@ -141,6 +150,7 @@ def learn_by_heart(ranks: Ranks, shards: Path, name: str) -> float:
     """mIoU on four fixed images after training on nothing else."""
     config = make_config("mode=supervised", "loss.adv_weight=0", "segmentor_optimizer.lr=2e-3")
     torch.manual_seed(0)
+    ENCODERS.update({each: narrow_encoder(entry) for each, entry in ENCODERS.items()})
     learner = wrap(
         build_segmentor(name, 8, init="random", **narrow_options(name)),
         config.segmentor_optimizer,

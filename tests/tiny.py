@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from distseg.models.encoders import Entry
 
 SETTINGS = {
     "segmentor": {"name": "multiscale", "init": "random", "options": {"norm": "batch"}},
@@ -46,3 +52,20 @@ def no_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("distseg.train.showcase.draw_scores", lambda *_: None)
         yield
+
+
+def narrow_encoder(encoder: Entry) -> Entry:
+    """An encoder with four small blocks: of a transformer each is given to heads, of another each
+    is a stage.
+    """
+    size = encoder.size["size"]
+    if is_dataclass(size):
+        size = replace(size, dim=24, depth=4, num_heads=3, layers=(0, 1, 2, 3), grid=3)
+    else:
+        size = size._replace(channels=(16, 32, 40, 64), depths=(1, 1, 1, 1))
+    return replace(encoder, size={"size": size})
+
+
+def every_part(heads: Iterable[str], encoders: Sequence[str]) -> list[str]:
+    """Segmentors HEAD_ENCODER in which every head is, and every encoder once."""
+    return [f"{h}_{e}" for h, e in zip(itertools.cycle(heads), encoders, strict=False)]

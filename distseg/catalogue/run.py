@@ -15,20 +15,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from distseg.models import DISCRIMINATORS, SEGMENTORS, build_discriminator, build_segmentor
-from distseg.models.connections import Filled, Forward, geometry
+from distseg.catalogue.measuring import SIZE_PX, gflop, num_parameters, table
+from distseg.catalogue.parts import encoder_table, head_table, measure_encoder, measure_head
+from distseg.models import (
+    COMPOSITIONS,
+    DISCRIMINATORS,
+    ENCODERS,
+    HEADS,
+    SEGMENTORS,
+    build_discriminator,
+    build_segmentor,
+)
+from distseg.models.connections import Forward, geometry
 from shards import user_code
 from shards.errors import InputError
 from shards.words import counted
 
-SIZE_PX = 321  # of the images whose work is counted: the crop of Hung et al. 2018
 # of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
 LABEL_STRIDE = 8
 STRIDED_PX = -(-SIZE_PX // LABEL_STRIDE)
@@ -37,9 +43,9 @@ MIN_WIDTH = 112  # of the tables, in characters: narrower ones would cut numbers
 NOTE = f"""\
 stride, view   of one logit, in px of what is judged: the image, or the label map \
 (of which head=patch gives many)
-GFLOP          10^9 operations of a forward, a multiply-add counted as two, of convolutions alone; \
-the image has
-               {SIZE_PX}x{SIZE_PX} px, the label map as many (1/1) \
+GFLOP          10^9 operations of a forward, a multiply-add counted as two, of convolutions and \
+matrix
+               products; the image has {SIZE_PX}x{SIZE_PX} px, the label map as many (1/1) \
 or {STRIDED_PX}x{STRIDED_PX} (1/{LABEL_STRIDE})"""
 
 
@@ -68,10 +74,15 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
 
     Raises InputError for an unknown name, and for a number of classes outside 1 to 255.
     """
-    segmentors, discriminators = measure(tuple(names), num_classes)
+    names = tuple(names)
+    segmentors, discriminators = measure(names, num_classes)
+    encoders = [] if names else [measure_encoder(name) for name in ENCODERS]
+    heads = [] if names else [measure_head(name, num_classes) for name in HEADS]
     if as_json:
         document: dict[str, Any] = {"num_classes": num_classes, "size_px": SIZE_PX}
         document["segmentors"] = [asdict(entry) for entry in segmentors]
+        document["encoders"] = [asdict(entry) for entry in encoders]
+        document["heads"] = [asdict(entry) for entry in heads]
         document["discriminators"] = [asdict(entry) for entry in discriminators]
         print(json.dumps(document, indent=2))
         return 0
@@ -79,6 +90,9 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
     console.width = max(console.width, MIN_WIDTH)
     if segmentors:
         console.print(_segmentor_table(segmentors, num_classes))
+    if not names:
+        console.print(encoder_table(encoders))
+        console.print(head_table(heads, num_classes))
     if discriminators:
         console.print(_discriminator_table(discriminators, num_classes))
     console.print(NOTE, highlight=False, soft_wrap=True)
@@ -86,21 +100,27 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
 
 
 def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> tuple[list[Entry], list[Entry]]:
-    """The segmentors and the discriminators among `names` (none: all), with their default options.
+    """The segmentors and the discriminators among `names`, with their default options.
 
+    No names: all but the segmentors that are a head on an encoder. The name of a head, or of an
+    encoder: all segmentors of it.
     One of the user's own is named as in training: segmentor=FILE.py:NAME, discriminator=... Raises
     InputError for an unknown name, and for a number of classes outside 1 to 255.
     """
     own: dict[str, list[str]] = {"segmentor": [], "discriminator": []}
+    whole = [name for name in SEGMENTORS if name not in COMPOSITIONS]
     for name in names:
         kind, _, reference = name.partition("=")
         if kind in own and user_code.is_reference(reference):
             own[kind].append(reference)
-        elif name not in SEGMENTORS and name not in DISCRIMINATORS:
-            known = ", ".join([*SEGMENTORS, *DISCRIMINATORS])
+        elif not any(name in known for known in (SEGMENTORS, DISCRIMINATORS, HEADS, ENCODERS)):
+            known = ", ".join([*whole, *HEADS, *ENCODERS, *DISCRIMINATORS])
             action = "correct the name, give none for all, or your own as segmentor=FILE.py:NAME"
             raise InputError(f"no network {name}", f"among: {known}", action)
-    segmentors = [name for name in SEGMENTORS if not names or name in names]
+    segmentors = [name for name in whole if not names or name in names]
+    for name, made in COMPOSITIONS.items():
+        if {name, made.head, made.encoder} & set(names):
+            segmentors.append(name)
     discriminators = [name for name in DISCRIMINATORS if not names or name in names]
     return (
         [measure_segmentor(name, num_classes) for name in [*segmentors, *own["segmentor"]]],
@@ -196,31 +216,16 @@ def _gflop(
         return None
 
 
-def num_parameters(network: nn.Module) -> int:
-    """All of them, trained or frozen; shared ones once."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def gflop(network: nn.Module, forward: Forward, channels_and_size: tuple[int, int]) -> float:
-    """10^9 operations of one forward, a multiply-add counted as two; its values are not used."""
-    channels, size = channels_and_size
-    counter = FlopCounterMode(display=False)
-    # fake tensors, which call themselves CPU tensors: under autocast the meta device is refused
-    with FakeTensorMode(), torch.no_grad(), counter:
-        forward(Filled(network, torch.empty), torch.empty(1, channels, size, size))
-    return counter.get_total_flops() / 1e9
-
-
 def _segmentor_table(entries: list[Entry], num_classes: int) -> Table:
-    table = _table(
+    rows = table(
         f"Segmentors, {counted(num_classes, 'class', 'classes')}", ("segmentor", "encoder")
     )
     for column in ("parameters", "of encoder", "stride", "view", "GFLOP"):
-        table.add_column(column, justify="right")
+        rows.add_column(column, justify="right")
     for entry in entries:
         parameters, of_encoder = f"{entry.parameters:,}", f"{entry.encoder_parameters or 0:,}"
         view, work = _view(entry.field_of_view_px), _number(entry.gflop, 1)
-        table.add_row(
+        rows.add_row(
             entry.name,
             entry.encoder or "-",
             parameters,
@@ -229,27 +234,18 @@ def _segmentor_table(entries: list[Entry], num_classes: int) -> Table:
             view,
             work,
         )
-    return table
+    return rows
 
 
 def _discriminator_table(entries: list[Entry], num_classes: int) -> Table:
-    table = _table(
-        f"Discriminators, {counted(num_classes, 'class', 'classes')}", ("discriminator",)
-    )
+    rows = table(f"Discriminators, {counted(num_classes, 'class', 'classes')}", ("discriminator",))
     for column in ("parameters", "stride", "view", "GFLOP 1/1", f"GFLOP 1/{LABEL_STRIDE}"):
-        table.add_column(column, justify="right")
+        rows.add_column(column, justify="right")
     for entry in entries:
         parameters, view = f"{entry.parameters:,}", _view(entry.field_of_view_px)
         work = _number(entry.gflop, 1), _number(entry.gflop_at_stride_8, 2)
-        table.add_row(entry.name, parameters, str(entry.output_stride), view, *work)
-    return table
-
-
-def _table(title: str, text_columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in text_columns:
-        table.add_column(column, no_wrap=True)
-    return table
+        rows.add_row(entry.name, parameters, str(entry.output_stride), view, *work)
+    return rows
 
 
 def _number(value: float | None, digits: int) -> str:

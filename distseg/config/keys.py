@@ -32,7 +32,8 @@ class Key:
     """A key of the configuration, or a section of keys.
 
     name: its dotted name; type: as annotated; default: a section's is None. choices: the accepted
-    words, each with its meaning or ""; own_code: besides them a reference to code of the user's own
+    words, each with its meaning or ""; told: what stands in place of their list, where they are
+    many; own_code: besides them a reference to code of the user's own
     (see shards.user_code). low, high: inclusive bounds of the number, or of each number
     of a list; None: open. unit: of the value. source: where the value or the method is from.
     on_resume, at_evaluation, at_prediction: whether it may differ from the run that is resumed,
@@ -44,6 +45,7 @@ class Key:
     type: str = ""
     default: Any = None
     choices: Mapping[str, str] = field(default_factory=dict)
+    told: str = ""
     own_code: bool = False
     low: Bound = None
     high: Bound = None

@@ -38,9 +38,11 @@ def key_text(entry: Key) -> str:
     """A key's type, default, meaning, accepted values, unit, source and where it may change."""
     title = f"{entry.name}: {entry.type} = {_as_written(entry.default)}"
     lines = [title, *_wrapped(entry.meaning)]
+    lines += _wrapped(entry.told, indent=4)
+    choices = {} if entry.told else entry.choices
     # so that meanings begin in one column
-    width = max(map(len, entry.choices), default=0)
-    for word, meaning in entry.choices.items():
+    width = max(map(len, choices), default=0)
+    for word, meaning in choices.items():
         lines += _wrapped(f"{word:{width}}  {meaning}".rstrip(), indent=4)
     about = {
         "unit": entry.unit,
@@ -76,7 +78,8 @@ def markdown() -> str:
 
 
 def _row(entry: Key) -> str:
-    values = ", ".join(f"`{word}`" for word in entry.choices) or entry.range or entry.type
+    words = "" if entry.told else ", ".join(f"`{word}`" for word in entry.choices)
+    values = entry.told or words or entry.range or entry.type
     meaning = entry.meaning
     if any(entry.choices.values()):
         explained = (f"`{word}`: {text}" for word, text in entry.choices.items() if text)

@@ -54,7 +54,7 @@ def check_choice(entry: Key, value: Any) -> None:
     if entry.own_code and is_reference(str(value)):
         return
     if value not in entry.choices:
-        needed = f"one of: {', '.join(entry.choices)}"
+        needed = f"one of: {entry.told or ', '.join(entry.choices)}"
         needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
         raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
 

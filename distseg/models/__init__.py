@@ -13,10 +13,15 @@ from torch import nn
 
 from distseg.models import own_discriminator, own_segmentor
 from distseg.models.batch_norm import BatchNorm2d, set_batch_norm
+from distseg.models.composed import COMPOSITIONS, Composed
 from distseg.models.deeplab import (
     DeepLabV2ResNet101,
     DeepLabV3Lite0,
-    DeepLabV3Plus,
+    DeepLabV3Lite1,
+    DeepLabV3Lite2,
+    DeepLabV3PlusLite0,
+    DeepLabV3PlusLite1,
+    DeepLabV3PlusLite2,
     DeepLabV3PlusResNet50,
     DeepLabV3PlusResNet101,
     DeepLabV3ResNet50,
@@ -32,8 +37,10 @@ from distseg.models.discriminators import (
     SmallFOVLight,
     TwoBranch,
 )
-from distseg.models.efficientnet import imagenet_weights_file as lite0_weights_file
+from distseg.models.efficientnet import imagenet_weights_file as lite_weights_file
+from distseg.models.encoders import ENCODERS
 from distseg.models.fcn import FCN8s, FCN8sAtOnce, FCN16s, FCN32s
+from distseg.models.heads import HEADS
 from distseg.models.multiscale import MultiScale
 from distseg.models.resnet import imagenet_weights_file as resnet_weights_file
 from distseg.models.trial import StepImages
@@ -51,6 +58,9 @@ from shards.user_code import FORMS, is_reference
 from shards.words import nearest
 
 __all__ = [
+    "COMPOSITIONS",
+    "ENCODERS",
+    "HEADS",
     "BatchNorm2d",
     "LoadReport",
     "Weights",
@@ -66,14 +76,19 @@ Segmentor = (
     | DeepLabV3ResNet50
     | DeepLabV3ResNet101
     | DeepLabV3Lite0
+    | DeepLabV3Lite1
+    | DeepLabV3Lite2
     | DeepLabV3PlusResNet50
     | DeepLabV3PlusResNet101
-    | DeepLabV3Plus
+    | DeepLabV3PlusLite0
+    | DeepLabV3PlusLite1
+    | DeepLabV3PlusLite2
     | FCN32s
     | FCN16s
     | FCN8s
     | Dilated8
     | MultiScale
+    | Composed
     | own_segmentor.OwnSegmentor
 )
 
@@ -83,15 +98,20 @@ SEGMENTORS: dict[str, Callable[..., Segmentor]] = {
     "deeplabv3_resnet50": DeepLabV3ResNet50,
     "deeplabv3_resnet101": DeepLabV3ResNet101,
     "deeplabv3_efficientnet_lite0": DeepLabV3Lite0,
+    "deeplabv3_efficientnet_lite1": DeepLabV3Lite1,
+    "deeplabv3_efficientnet_lite2": DeepLabV3Lite2,
     "deeplabv3plus_resnet50": DeepLabV3PlusResNet50,
     "deeplabv3plus_resnet101": DeepLabV3PlusResNet101,
-    "deeplabv3plus_efficientnet_lite0": DeepLabV3Plus,
+    "deeplabv3plus_efficientnet_lite0": DeepLabV3PlusLite0,
+    "deeplabv3plus_efficientnet_lite1": DeepLabV3PlusLite1,
+    "deeplabv3plus_efficientnet_lite2": DeepLabV3PlusLite2,
     "fcn32s_vgg16": FCN32s,
     "fcn16s_vgg16": FCN16s,
     "fcn8s_vgg16": FCN8s,
     "fcn8s_atonce_vgg16": FCN8sAtOnce,
     "dilated8_vgg16": Dilated8,
     "multiscale": MultiScale,
+    **COMPOSITIONS,
 }
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "two_branch": TwoBranch,
@@ -108,15 +128,20 @@ IMAGENET: dict[str, Callable[[], Path]] = {
     "deeplabv2_resnet101": partial(resnet_weights_file, 101),
     "deeplabv3_resnet50": partial(resnet_weights_file, 50),
     "deeplabv3_resnet101": partial(resnet_weights_file, 101),
-    "deeplabv3_efficientnet_lite0": lite0_weights_file,
+    "deeplabv3_efficientnet_lite0": partial(lite_weights_file, 0),
+    "deeplabv3_efficientnet_lite1": partial(lite_weights_file, 1),
+    "deeplabv3_efficientnet_lite2": partial(lite_weights_file, 2),
     "deeplabv3plus_resnet50": partial(resnet_weights_file, 50),
     "deeplabv3plus_resnet101": partial(resnet_weights_file, 101),
-    "deeplabv3plus_efficientnet_lite0": lite0_weights_file,
+    "deeplabv3plus_efficientnet_lite0": partial(lite_weights_file, 0),
+    "deeplabv3plus_efficientnet_lite1": partial(lite_weights_file, 1),
+    "deeplabv3plus_efficientnet_lite2": partial(lite_weights_file, 2),
     "fcn32s_vgg16": vgg_weights_file,
     "fcn16s_vgg16": vgg_weights_file,
     "fcn8s_vgg16": vgg_weights_file,
     "fcn8s_atonce_vgg16": vgg_weights_file,
     "dilated8_vgg16": vgg_weights_file,
+    **{name: made.weights_file for name, made in COMPOSITIONS.items() if made.weights_file},
 }
 
 log = logging.getLogger(__name__)
@@ -246,7 +271,10 @@ def _check(
     options: Mapping[str, Any],
 ) -> None:
     if name not in choices:
-        needed = f"one of: {', '.join(choices)}; or your own, as {FORMS}"
+        parts = f"HEAD_ENCODER of the heads {', '.join(HEADS)} and encoders {', '.join(ENCODERS)}; "
+        composed = parts if choices is SEGMENTORS else ""
+        listed = [known for known in choices if known not in COMPOSITIONS]
+        needed = f"one of: {', '.join(listed)}; {composed}or your own, as {FORMS}"
         raise InputError(f"{kind}={name}", needed, nearest(name, choices))
     # from the constructor's own signature: an option has no second list that could be forgotten
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]

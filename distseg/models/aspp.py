@@ -49,6 +49,13 @@ def init_classifier(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+def fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:
+    """A 3x3 convolution to a quarter of the channels, and the scores (torchvision's FCNHead)."""
+    channels = in_channels // 4
+    classifier = init_classifier(nn.Conv2d(channels, num_classes, 1))
+    return nn.Sequential(dense(in_channels, channels), nn.Dropout(0.1), classifier)
+
+
 class ASPP(nn.Module):
     """A 1x1 branch, atrous ones and the image's mean, side by side and mixed.
 

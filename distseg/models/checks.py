@@ -31,3 +31,9 @@ def require_number(key: str, value: Any, low: float, high: float) -> None:
     # a bool is an int to Python, and `dropout=true` would pass for 1
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{key}={value}", f"a number from {low} to {high}", f"correct {key}")
+
+
+def require_flag(key: str, value: Any) -> None:
+    """Raise InputError when an option is neither true nor false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{key}={value}", "true or false", f"correct {key}")

@@ -8,7 +8,7 @@ output is followed back to the input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,10 +162,44 @@ def _pooling(x: Tensor, kernel_size: Any, *values: Any, **named: Any) -> Tensor:
 
 
 def _sum(x: Any, y: Any, **_: Any) -> Any:
-    if _is_shared(x) and _is_shared(y) and x.shape == y.shape:
-        # a plain sum would give every channel memory of its own again
-        return (x[:, :1] + y[:, :1]).expand_as(x)
-    return x + y
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape):
+        return x + y
+    # a plain sum would give every channel memory of its own again
+    return (_lean(x, y) + _lean(y, x)).expand_as(x)
+
+
+def _product(x: Any, y: Any, **_: Any) -> Any:
+    # all weights are 1, and one number in memory
+    if isinstance(y, Tensor) and not y.requires_grad and y.numel() > 1 and not any(y.stride()):
+        return x
+    return x * y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    features = x[..., :1] if x.stride(-1) == 0 else x.mean(-1, keepdim=True)
+    return features.expand(*x.shape[:-1], weight.shape[0])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    # every token looks at every token, with weights that see its own query
+    seen = value.mean(-2, keepdim=True) + key.mean((-2, -1), keepdim=True)
+    return query.mean(-1, keepdim=True).expand_as(query) + seen.expand_as(query)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    joined = torch.cat([_lean(each, *tensors, but=dim) for each in tensors], dim)
+    shape = list(tensors[0].shape)
+    shape[dim] = joined.shape[dim]
+    return joined.expand(shape)
+
+
+def _lean(x: Tensor, *others: Tensor, but: int | None = None) -> Tensor:
+    """x without the copies along dimensions in which it and all the others are one in memory."""
+    kept = range(x.ndim)[but] if but is not None else None
+    for dim in range(x.ndim):
+        if dim != kept and not any(each.stride(dim) for each in (x, *others)):
+            x = x.narrow(dim, 0, 1)
+    return x
 
 
 def _sum_in_place(x: Tensor, y: Any, **_: Any) -> Tensor:
@@ -221,5 +255,9 @@ STAND_INS: dict[str, Callable] = {
         for name in ("interpolate", "avg_pool2d", "adaptive_avg_pool2d")
     },
     **dict.fromkeys(("add", "sub"), _sum),
+    **dict.fromkeys(("mul", "multiply"), _product),
+    "linear": _linear,
+    "scaled_dot_product_attention": _attention,
+    "cat": _joined,
     **dict.fromkeys(("add_", "sub_"), _sum_in_place),
 }

@@ -1,4 +1,5 @@
-"""DeepLabV2, V3 and V3+ (Chen et al. 2016, 2017, 2018) on ResNets; V3 and V3+ on Lite0 too.
+"""DeepLabV2, V3 and V3+ (Chen et al. 2016, 2017, 2018) on ResNets; V3 and V3+ on
+EfficientNet-Lite0, 1 and 2 too.
 
 All of them: forward takes an image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32, and gives
 logits (N, C, ceil(H/s), ceil(W/s)), s the `output_stride`, on a grid that starts at the image's
@@ -21,11 +22,12 @@ from distseg.models.aspp import (
     SummedClassifiers,
     conv_bn_relu,
     dense,
+    fcn_head,
     init_classifier,
     separable,
 )
-from distseg.models.checks import require_number, require_size
-from distseg.models.efficientnet import TAPS, EfficientNetLite0
+from distseg.models.checks import require_flag, require_number, require_size
+from distseg.models.efficientnet import EfficientNetLite
 from distseg.models.grids import to_multiple, upsample_nodes, with_margin
 from distseg.models.resnet import EXPANSION, WIDTH, ResNet
 from distseg.models.weights import LoadReport
@@ -122,9 +124,7 @@ class _OnResNet(nn.Module):
     ):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
-        if not isinstance(auxiliary, bool):
-            got = f"segmentor.options.auxiliary={auxiliary}"
-            raise InputError(got, "true or false", "correct segmentor.options.auxiliary")
+        require_flag("segmentor.options.auxiliary", auxiliary)
         self.num_classes = num_classes
         self.encoder = ResNet(self.depth, encoder_stride, width=width)
         rates = [rate * 16 // encoder_stride for rate in RATES]
@@ -135,7 +135,7 @@ class _OnResNet(nn.Module):
         # last, so that the other layers' first weights do not depend on it
         self.has_auxiliary = auxiliary
         if auxiliary:
-            self.auxiliary = _fcn_head(4 * EXPANSION * width, num_classes)
+            self.auxiliary = fcn_head(4 * EXPANSION * width, num_classes)
 
     def _add_head(self, encoder_stride: int, width: int) -> None:
         """Add the layers from the pooling to the logits."""
@@ -232,12 +232,13 @@ class DeepLabV3PlusResNet101(_DeepLabV3PlusResNet):
     depth = 101
 
 
-class _OnLite0(nn.Module):
-    """EfficientNet-Lite0 and a light pooling at its stride 16; `_add_head` says what follows.
+class _OnLite(nn.Module):
+    """An EfficientNet-Lite and a light pooling at its stride 16; `_add_head` says what follows.
 
     dropout: probability behind the pooling.
     """
 
+    variant: int
     min_size_px = 32
     init_report: LoadReport | None = None
 
@@ -245,8 +246,8 @@ class _OnLite0(nn.Module):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
         self.num_classes = num_classes
-        self.encoder = EfficientNetLite0()
-        self.aspp = ASPP(list(TAPS.values())[-1], dropout)
+        self.encoder = EfficientNetLite(self.variant)
+        self.aspp = ASPP(self.encoder.channels[-1], dropout)
         self._add_head()
 
     def _add_head(self) -> None:
@@ -254,8 +255,8 @@ class _OnLite0(nn.Module):
         raise NotImplementedError  # in the class of each version
 
 
-class DeepLabV3Lite0(_OnLite0):
-    """A light DeepLabV3: DeepLabV3Plus below without its decoder, logits at stride 16."""
+class _DeepLabV3Lite(_OnLite):
+    """A light DeepLabV3: _DeepLabV3PlusLite below without its decoder, logits at stride 16."""
 
     output_stride = 16
 
@@ -277,9 +278,26 @@ class DeepLabV3Lite0(_OnLite0):
         # fmt: on
 
 
-class DeepLabV3Plus(_OnLite0):
-    """A light DeepLabV3+ on EfficientNet-Lite0: stride 16, refined by the encoder's maps at 1/8 and
-    1/4.
+class DeepLabV3Lite0(_DeepLabV3Lite):
+    """The light DeepLabV3 on EfficientNet-Lite0."""
+
+    variant = 0
+
+
+class DeepLabV3Lite1(_DeepLabV3Lite):
+    """The light DeepLabV3 on EfficientNet-Lite1."""
+
+    variant = 1
+
+
+class DeepLabV3Lite2(_DeepLabV3Lite):
+    """The light DeepLabV3 on EfficientNet-Lite2."""
+
+    variant = 2
+
+
+class _DeepLabV3PlusLite(_OnLite):
+    """A light DeepLabV3+: stride 16, refined by the encoder's maps at 1/8 and 1/4.
 
     Its decoder has two steps, the paper's one.
     """
@@ -287,7 +305,7 @@ class DeepLabV3Plus(_OnLite0):
     output_stride = 4
 
     def _add_head(self) -> None:
-        quarter, eighth, _ = TAPS.values()
+        quarter, eighth, _ = self.encoder.channels
         self.skip_eighth = conv_bn_relu(eighth, SKIP_EIGHTH)
         self.refine_eighth = separable(LIGHT_CHANNELS + SKIP_EIGHTH, LIGHT_CHANNELS)
         self.skip_quarter = conv_bn_relu(quarter, SKIP_QUARTER)
@@ -305,6 +323,24 @@ class DeepLabV3Plus(_OnLite0):
         x = self.refine_quarter(x)                        # (N, 128, H/4, W/4)
         return self.classifier(x)                         # (N, C, H/4, W/4)
         # fmt: on
+
+
+class DeepLabV3PlusLite0(_DeepLabV3PlusLite):
+    """The light DeepLabV3+ on EfficientNet-Lite0."""
+
+    variant = 0
+
+
+class DeepLabV3PlusLite1(_DeepLabV3PlusLite):
+    """The light DeepLabV3+ on EfficientNet-Lite1."""
+
+    variant = 1
+
+
+class DeepLabV3PlusLite2(_DeepLabV3PlusLite):
+    """The light DeepLabV3+ on EfficientNet-Lite2."""
+
+    variant = 2
 
 
 def _on_nodes(image: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
@@ -329,13 +365,6 @@ def _join(coarse: Tensor, skip: Tensor) -> Tensor:
     """`coarse` upsampled to the grid of `skip`, and `skip`, side by side."""
     up = F.interpolate(coarse, _size_of(skip), mode="bilinear", align_corners=False)
     return _beside(up, skip)
-
-
-def _fcn_head(in_channels: int, num_classes: int) -> nn.Sequential:
-    """A 3x3 convolution to a quarter of the channels, and the scores (torchvision's FCNHead)."""
-    channels = in_channels // 4
-    classifier = init_classifier(nn.Conv2d(channels, num_classes, 1))
-    return nn.Sequential(dense(in_channels, channels), nn.Dropout(0.1), classifier)
 
 
 def _beside(up: Tensor, skip: Tensor) -> Tensor:

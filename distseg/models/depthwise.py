@@ -48,20 +48,27 @@ class SameConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """One filter per channel, SAME padding, no bias; state dict and values as
-    nn.Conv2d(groups=channels).
+    """One filter per channel, SAME padding; state dict and values as nn.Conv2d(groups=channels).
 
     x: (N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride)). Raises ValueError for an even
     kernel_size.
     """
 
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1, dilation: int = 1):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        bias: bool = False,
+    ):
         if kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size={kernel_size}: an even filter has no middle; use an odd one"
             )
         super().__init__(
-            channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=False
+            channels, channels, kernel_size, stride, dilation=dilation, groups=channels, bias=bias
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,15 +76,16 @@ class DepthwiseConv2d(nn.Conv2d):
         if x.device.type == "cpu" and _autocast_is_bf16():
             x, weight = x.to(torch.bfloat16), self.weight.to(torch.bfloat16)
             if _ONEDNN_HAS_BF16:
-                return _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
+                y = _Depthwise.apply(x, weight, (pads, self.stride[0], self.dilation[0]))
+                return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
             x, padding = _pad(x.float(), pads)
             with torch.autocast("cpu", enabled=False):
                 y = F.conv2d(
-                    x, weight.float(), None, self.stride, padding, self.dilation, self.groups
+                    x, weight.float(), self.bias, self.stride, padding, self.dilation, self.groups
                 )
             return y.to(torch.bfloat16)
         x, padding = _pad(x, pads)
-        return F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class _Depthwise(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch.compiler import is_exporting
 from distseg.models.batch_norm import BatchNorm2d, conv_norm
 from distseg.models.checks import require_choice, require_number
 from distseg.models.vgg import MEAN, STD
-from distseg.models.weights import torchvision_file
+from distseg.models.weights import downloaded_file
 from shards.errors import InputError
 
 NUM_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # He et al. 2016, table 1
@@ -143,7 +143,7 @@ class Bottleneck(nn.Module):
 
 def imagenet_weights_file(depth: int) -> Path:
     """torchvision's file for ResNet-`depth`. Raises InputError where there is none."""
-    return torchvision_file(f"ResNet-{depth}", IMAGENET_FILES[depth])
+    return downloaded_file(f"ResNet-{depth}", IMAGENET_FILES[depth])
 
 
 def _stage(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_exporting
 
-from distseg.models.weights import torchvision_file
+from distseg.models.weights import downloaded_file
 
 # output channels of the 3x3 convolutions, "P" = 2x2 pooling; the positions give torchvision's
 # features.N
@@ -84,4 +84,4 @@ class Halve(nn.MaxPool2d):
 
 def imagenet_weights_file() -> Path:
     """torchvision's file. Raises InputError where there is none."""
-    return torchvision_file("VGG16", ("vgg16-397923af.pth",))
+    return downloaded_file("VGG16", ("vgg16-397923af.pth",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distseg.models.levels import Encoder, Head
 from shards.errors import InputError
 from shards.words import counted
 
@@ -75,21 +76,23 @@ class LoadReport:
         return text
 
 
-def torchvision_file(network: str, files: Sequence[str]) -> Path:
-    """The first of torchvision's published `files` that lies where torchvision itself downloads
-    them to.
+def downloaded_file(
+    network: str, files: Sequence[str], source: str = "https://download.pytorch.org/models/"
+) -> Path:
+    """The first of the published `files` that lies where torch.hub and torchvision download them
+    to.
 
-    Nothing is downloaded here: compute nodes often have no network. Raises InputError when there is
-    none.
+    source: where they are published. Nothing is downloaded here: compute nodes often have no
+    network. Raises InputError when there is none.
     """
-    # where torchvision puts them: a machine that has used them once needs no second copy
+    # where these put them: a machine that has used them once needs no second copy
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for file in files:
         if (folder / file).is_file():
             return folder / file
-    needed = f"{' or '.join(files)} of https://download.pytorch.org/models/"
+    needed = f"{' or '.join(files)} of {source}"
     action = "put the file there, write segmentor.init=PATH of it, or segmentor.init=random"
-    raise InputError(f"no ImageNet weights of {network} in {folder}", needed, action)
+    raise InputError(f"no published weights of {network} in {folder}", needed, action)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -174,6 +177,10 @@ def load_segmentor(
     shapes differ otherwise, no key or too few fit, two fit one tensor, or an encoder's `layout` is
     not the one that the weights were trained with.
     """
+    # each part knows what others call its layers
+    for part in (segmentor.encoder, getattr(segmentor, "head", None)):
+        if isinstance(part, Encoder | Head):
+            weights = replace(weights, state=part.translated(weights.state))
     own = segmentor.state_dict()
     foreign = _advsemiseg_names(weights.state)
     _check_layout(segmentor, weights, is_caffe=bool(foreign))

@@ -11,40 +11,56 @@ import torch
 from torch import Tensor, nn
 
 from distseg.config.schema import OptimizerConfig
+from distseg.models.levels import Encoder
+from shards.errors import InputError
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """Groups by encoder or head, decayed or not (biases and norms are not), bias or not.
+    """Groups by encoder or head, by layer of the encoder where layers have rates of their own,
+    decayed or not (biases and norms are not), bias or not.
 
-    No parameter twice.
+    No parameter twice. Raises InputError for config.layer_decay of an encoder that does not number
+    its layers.
     """
-    encoder = getattr(network, "encoder", None)
-    # by identity, as == of tensors compares their values
-    in_encoder = (
-        {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
-    )
-    groups: dict[tuple[bool, bool, bool], dict] = {}
+    layers = _layers_above(network, config.layer_decay)
+    groups: dict[tuple[int | None, bool, bool], dict] = {}
     for name, parameter in network.named_parameters():  # lists a shared parameter once
         if not parameter.requires_grad:
             continue
         # a bias is told apart only where it has a rate of its own: each group costs a launch
-        is_encoder, is_bias = (
-            id(parameter) in in_encoder,
-            name.endswith("bias") and config.bias_lr_factor != 1,
-        )
-        key = (is_encoder, parameter.ndim > 1, is_bias)
-        lr = (
-            config.lr
-            * (config.encoder_lr_factor if is_encoder else 1.0)
-            * (config.bias_lr_factor if is_bias else 1.0)
-        )
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        is_bias = name.endswith("bias") and config.bias_lr_factor != 1
+        above = layers.get(id(parameter))
+        # one number for each channel is no weight, however a map's places are kept in its shape
+        is_weight = parameter.ndim > 1 and parameter.shape[1:].numel() > 1
+        key = (above, is_weight, is_bias)
+        lr = config.lr * (config.bias_lr_factor if is_bias else 1.0)
+        if above is not None:
+            lr *= config.encoder_lr_factor * config.layer_decay**above
+        decay = config.weight_decay if is_weight else 0.0
         # base_lr stays; lr is written from it at each step, so that no rounding adds up
         group = groups.setdefault(
             key, {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _layers_above(network: nn.Module, layer_decay: float) -> dict[int, int]:
+    """The layers between each parameter of the encoder and the head, by the parameter's id; 0 where
+    all have one rate.
+    """
+    encoder = getattr(network, "encoder", None)
+    if layer_decay != 1 and not isinstance(encoder, Encoder):
+        got = f"segmentor_optimizer.layer_decay={layer_decay} for a network that has no such layers"
+        needed = "a segmentor on an encoder that numbers its layers, such as dpt_vitb14"
+        raise InputError(got, needed, "write segmentor_optimizer.layer_decay=1")
+    if encoder is None:
+        return {}
+    # by identity, as == of tensors compares their values
+    return {
+        id(parameter): encoder.layers_above(name) if layer_decay != 1 else 0
+        for name, parameter in encoder.named_parameters()
+    }
 
 
 def build_optimizer(

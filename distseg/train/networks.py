@@ -19,6 +19,7 @@ from distseg.models import (
     check_training,
     set_batch_norm,
 )
+from distseg.models.blocks import checkpoint_activations
 from distseg.models.freezing import freeze
 from distseg.models.trial import StepImages, shaped
 from distseg.parallel.sync_batch_norm import synchronise
@@ -104,6 +105,7 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     if chosen.batch_norm == "synchronised":
         synchronise(segmentor)
     freeze(segmentor, chosen.freeze)
+    checkpoint_activations(segmentor, chosen.activation_checkpointing)
     _check_learns(config, segmentor)
     return segmentor
 

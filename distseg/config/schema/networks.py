@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.keys import key
-from distseg.config.schema.common import DISCRIMINATORS, SEGMENTORS
+from distseg.config.schema.common import DISCRIMINATORS, SEGMENTORS, SEGMENTORS_TOLD
 
 
 @dataclass
@@ -21,11 +21,13 @@ class SegmentorConfig:
         "which network: one that `distseg models` lists, or your own, as path/to/file.py:name or "
         "package.module:name",
         choices=SEGMENTORS,
+        told=SEGMENTORS_TOLD,
         own_code=True,
     )
     init: str = key(
         "imagenet",
-        "first weights: imagenet; random; a file of weights; a run directory, of which RUN@last, "
+        "first weights: imagenet, the encoder's published ones, whatever they were trained on; "
+        "random; a file of weights; a run directory, of which RUN@last, "
         "RUN@best and RUN@500 name a checkpoint, and RUN the best, or the last where none was "
         "scored (EMA weights where there are); parts for another number of classes are made anew",
     )
@@ -48,6 +50,17 @@ class SegmentorConfig:
             "frozen": "the stored ones",
             "synchronised": "those of all ranks' images",
         },
+    )
+    # may change: values and gradients stay as they are
+    activation_checkpointing: str = key(
+        "none",
+        "what a transformer's blocks compute again in the backward, to save memory",
+        choices={
+            "none": "nothing: all activations are kept",
+            "selective": "all but the results of matrix products and of attention",
+            "blocks": "all that is inside a block",
+        },
+        on_resume=True,
     )
     # free in form, as each network has its own; checked against its constructor when it is built
     options: dict[str, Any] = key({}, "further keyword arguments of the network")

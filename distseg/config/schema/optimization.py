@@ -18,6 +18,15 @@ class OptimizerConfig:
     encoder_lr_factor: float = key(
         1.0, "the encoder's rate is lr times this (segmentor only)", low=0
     )
+    # of each layer: a transformer's early layers are the ones that fine-tuning spoils first
+    layer_decay: float = key(
+        1.0,
+        "the rate of a layer of the encoder is times this, once for each layer between it and the "
+        "head (segmentor only; vision transformers, MiT, ConvNeXt); 1: off",
+        low=0.1,
+        high=1,
+        source="BEiT, Bao et al. 2022, appendix",
+    )
     bias_lr_factor: float = key(
         1.0,
         "the rate of biases is their layer's times this; 2 in the source",
