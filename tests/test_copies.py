@@ -202,7 +202,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def rows(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock says."""
     timed = ("time", "seconds", "images_per_second", "peak_share", "ranks/", "data_wait", "memory")
-    timed += ("checkpoint/", "health/")
+    timed += ("checkpoint/", "health/", "sections/")
     found = read_metrics(run / "metrics.jsonl")
     return [{k: row[k] for k in row if not any(word in k for word in timed)} for row in found]
 

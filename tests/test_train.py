@@ -402,7 +402,9 @@ def test_semi_supervised_training_resumes_to_the_same_bits_and_never_reads_an_un
     assert [line["step"] for line in lines if "semi/mask_share" in line] == list(range(5, 13))
     assert all("loss/adversarial_unlabelled" in line for line in lines if "loss/segmentor" in line)
     for line in (line for line in lines if "loss/segmentor" in line):
-        assert 0 < line["data_wait_share"] == line["data_wait_seconds"] / line["step_seconds"] < 1
+        # of the longest step of any rank, which is about the main rank's
+        share = line["data_wait_seconds"] / line["step_seconds"]
+        assert 0 < line["data_wait_share"] == pytest.approx(share, rel=0.2) and share < 1
 
 
 def damage_labels(shards: Path, keep: list[str]) -> None:

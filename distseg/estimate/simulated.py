@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,8 +71,14 @@ def pretended(world_size: int) -> Iterator[Ranks]:
     Raises InputError where it has joined a job.
     """
     check_alone()
-    with fake_group(world_size):
-        yield Ranks(0, world_size, 0, torch.device("cpu"))
+    # DeepSpeed's stage 3 leaves LOCAL_RANK there, and half of torchrun's variables are refused
+    launched_with = dict(os.environ)
+    try:
+        with fake_group(world_size):
+            yield Ranks(0, world_size, 0, torch.device("cpu"))
+    finally:
+        os.environ.clear()
+        os.environ.update(launched_with)
 
 
 def simulate(config: Config, networks: Networks, ranks: Ranks) -> Simulated:

@@ -173,7 +173,7 @@ def pace(of_ranks: list[list[float]]) -> dict[str, float]:
     # the largest, as a step takes as long as its slowest rank, and fails as soon as one has no
     # memory
     values = {"data_wait_seconds": wait, "memory_bytes": max(memory)}
-    # of the rank that waits most
+    # of the longest step: ranks wait for each other, so theirs are about equal
     values["data_wait_share"] = wait / max(step)
     for name, seconds in zip(SECTIONS_OF_A_RANK, sections, strict=True):
         values[SECTION + name] = statistics.median_low(seconds)
