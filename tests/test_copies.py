@@ -245,7 +245,8 @@ def test_a_fresh_node_goes_on_to_the_bits_of_a_run_that_was_never_stopped(
     assert distseg.load(place, "best").step == read_best(finished / "checkpoints")["step"]
     # what the lost node could no longer copy is how it ended
     lines = (fresh / "attempts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["start", "start", "end"]
+    events = [json.loads(line)["event"] for line in lines]
+    assert [event for event in events if event != "mark"] == ["start", "start", "end"]
 
 
 class Killed(BaseException):
