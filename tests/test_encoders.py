@@ -725,7 +725,7 @@ def test_a_network_learns_images_by_heart(name: str, narrow: None) -> None:
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("segformer_mitb0", "torch-export"),
+        pytest.param("segformer_mitb0", "torch-export", marks=pytest.mark.slow),
         pytest.param("segformer_mitb0", "onnx", marks=pytest.mark.slow),
         pytest.param("upernet_convnext_tiny", "torch-export", marks=pytest.mark.slow),
         pytest.param("upernet_convnext_tiny", "onnx", marks=pytest.mark.slow),

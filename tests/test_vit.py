@@ -4,7 +4,6 @@ their files, the heads on them, and what makes them train.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import re
@@ -542,18 +541,29 @@ IN_FP32: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def train_all(ranks: Ranks) -> dict[str, dict[str, Any]]:
-    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
-    runs = IN_FP64 | (IN_FP32 if has_deepspeed else {})
+def train_all(
+    ranks: Ranks, runs: dict[str, tuple[tuple[str, ...], str]]
+) -> dict[str, dict[str, Any]]:
     return {name: train_on(ranks, *run) for name, run in runs.items()}
 
 
-def test_strategies_with_activation_checkpointing_make_the_same_steps() -> None:
-    of_ranks = run_ranks(2, train_all)
+# DeepSpeed takes seconds to be imported by each rank, so its stages are among the slow ones
+@pytest.mark.parametrize(
+    ("runs", "most"),
+    [
+        pytest.param(IN_FP64, 1e-9, id="ddp and fsdp"),
+        pytest.param(IN_FP32, 1e-5, id="deepspeed", marks=pytest.mark.slow),
+    ],
+)
+def test_strategies_with_activation_checkpointing_make_the_same_steps(
+    runs: dict[str, tuple[tuple[str, ...], str]], most: float
+) -> None:
+    if runs is IN_FP32:
+        pytest.importorskip("deepspeed")
+    of_ranks = run_ranks(2, train_all, runs)
+    wanted = next(iter(of_ranks[0].values()))
     for of_rank in of_ranks:
         for name, parameters in of_rank.items():
-            first, most = ("ddp", 1e-9) if name in IN_FP64 else ("ddp in fp32", 1e-5)
-            wanted = of_ranks[0][first]
             far = (abs(parameters[key] - wanted[key]).max() for key in wanted)
             assert max(map(float, far)) < most, name
 
