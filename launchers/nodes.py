@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -303,7 +304,9 @@ class _Look:
         for line in source:
             text = line.decode(errors="replace")
             if text.startswith(ANSWER):
-                found: dict[str, Any] = json.loads(text.removeprefix(ANSWER))
-                # what srun takes to hand a line on is far below what counts as a wrong clock
-                skew = time.time() - found["time"]
-                self.answers[found["node"]] = Answer(found["results"], skew)
+                # one that srun has torn or mixed with another is no answer; those after it are
+                with suppress(ValueError, KeyError, TypeError):
+                    found: dict[str, Any] = json.loads(text.removeprefix(ANSWER))
+                    # what srun takes to hand a line on is far below what counts as a wrong clock
+                    skew = time.time() - found["time"]
+                    self.answers[found["node"]] = Answer(found["results"], skew)

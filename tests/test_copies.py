@@ -491,6 +491,39 @@ def test_the_best_is_copied_and_fetched_and_named_only_where_it_is(
     assert read_best(tmp_path / "other/checkpoints") == {} and steps(tmp_path / "other") == [STEPS]
 
 
+def test_a_fetch_that_is_broken_off_leaves_nothing_and_one_that_was_killed_is_completed(
+    run: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_checkpoint(run, 1)
+    write_sealed(run / "checkpoints/best.json", {"step": 1, "mean_iou": 0.5})
+    copied(run, place, keep_last=1)
+    node = tmp_path / "node"
+
+    def refuse(call: str, path: str) -> None:
+        if call == "read" and path.endswith("metrics.jsonl"):
+            raise PermissionError("not for you")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBucket, "hook", staticmethod(refuse))
+        with pytest.raises(InputError, match="not for you"):
+            fetch(node, opened(place), RECORDS)
+    assert steps(node) == []
+    # killed when the newest had come: its records are in memory until the run is accepted
+    fetch(node, opened(place), RECORDS)
+    without(node, 1)
+    fetch_all(node, place)
+    assert steps(node) == [1, STEPS] and read_best(node / "checkpoints")["step"] == 1
+    for name in ("metrics.jsonl", "attempts.jsonl"):
+        assert (node / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_a_copy_later_than_where_a_damaged_run_went_on_from_stays(run: Path, place: Path) -> None:
+    copied_in_turn(run, place)
+    without(run, STEPS)
+    copied(run, place, keep_last=1)
+    assert steps_whole(place) == [STEPS - 1, STEPS]
+
+
 def fetch_all(node: Path, place: Path) -> None:
     write_records(node, fetch(node, opened(place), RECORDS).records)
 

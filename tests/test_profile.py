@@ -97,7 +97,7 @@ def test_steps_and_ranks_that_the_run_has_not_are_refused() -> None:
     assert list(rules.profiled_steps("10:13")) == [10, 11, 12, 13]
     with pytest.raises(InputError, match=r"profile\.steps=9:11 of 10 steps"):
         config("steps=10", "profile.steps=9:11")
-    chosen = config("profile.steps=1:2", "profile.ranks=[0,4]").profile
+    chosen = config("profile.steps=1:2", "profile.ranks=[4,9]").profile
     check_ranks(chosen, 5)
     with pytest.raises(InputError, match="ranks from 0 to 3"):
         check_ranks(chosen, 4)

@@ -222,7 +222,7 @@ def test_watching_costs_no_pass_and_no_message() -> None:
 
 
 # seconds that rank 1 takes longer than the others, and above what a busy machine holds them up
-LONGER = 0.1 * PATIENCE
+LONGER = 0.3 * PATIENCE
 
 
 class LateBackward(torch.autograd.Function):
@@ -250,8 +250,11 @@ def two_paces(ranks: Ranks, slow_in: str) -> dict[str, Any]:
         first = next(m for m in segmentor.modules() if isinstance(m, torch.nn.Conv2d))
         first.register_forward_hook(lambda module, _, output: LateBackward.apply(output))
     pair, images = Pair.of(config, learner), make_images(STEP, True)
-    learner.stopwatch.begin(True)
     part = Images(images.pixels[:2], images.label[:2])
+    # the first step of a process takes long by itself
+    training_step(pair, SUPERVISED, part)
+    learner.step(0.0)
+    learner.stopwatch.begin(True)
     metrics = training_step(pair, SUPERVISED, part)
     metrics |= learner.step(0.0)
     own = {"step": 1.0, "memory": 5.0 - ranks.rank, "data": 0.001 * ranks.rank}
@@ -275,10 +278,11 @@ def test_the_slowest_rank_is_named_with_its_section_and_the_worst_wait_and_memor
         rows[:, diagnostics.OF_A_RANK.index(name)] for name in ("forward", "backward", "exchange")
     )
     slow = {"forward": forward, "backward": backward}[slow_in]
-    assert slow[1] >= LONGER > max(slow[0], slow[2])
+    # beside the others, which a busy machine may make slow too
+    assert slow[1] >= LONGER and slow[1] > max(slow[0], slow[2])
     assert (rows[:, 2:] >= 0).all() and (rows[:, -1] > 0).all(), "the optimizer's too"
     # the others wait for rank 1 when they have computed their own
-    assert slow_in == "forward" or min(exchange[0], exchange[2]) > 0.5 * LONGER > exchange[1]
+    assert slow_in == "forward" or min(exchange[0], exchange[2]) > exchange[1]
     assert values["ranks/slowest"] == 1 and values["ranks/slowest_ratio"] > 2
     beyond = {name: values[name] for name in values if name.startswith("ranks/excess/")}
     del beyond["ranks/excess/exchange"]  # of which it has less

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from distseg.config.forms import FORMS
@@ -495,6 +496,11 @@ def copies_behind_a_url(config: Config) -> None:
         )
         raise InputError(got, needed, "correct checkpoint.copy_to")
     check_plain(url, "checkpoint.copy_to")
+    if scheme in ("file", "local") and config.run_dir:
+        run_dir, copies = Path(config.run_dir).absolute(), Path(place).absolute()
+        if copies == run_dir or run_dir in copies.parents:
+            got = f"checkpoint.copy_to={url}, which is in run_dir"
+            raise InputError(got, "another place", "correct checkpoint.copy_to")
 
 
 def subsets_by_name(config: Config) -> None:

@@ -44,7 +44,7 @@ def add_estimate(commands: Commands) -> None:
     kept = "GB of the GPU that tensors do not get (2, assumed: context, NCCL, workspace)"
     parser.add_argument("--reserve-gb", default=2.0, help=kept, **number)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add_overrides(parser, "preset=stanford nodes=2 ..., or FILE.yaml with such keys")
+    add_overrides(parser, "preset=stanford nodes=2 ..., or FILE.yaml with keys of training")
     parser.set_defaults(handler=_estimate)
 
 

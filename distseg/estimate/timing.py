@@ -22,14 +22,12 @@ class Chip:
     """A GPU by its maker's data sheet, dense arithmetic.
 
     tflops: by type, 10^12 operations a second. memory_bandwidth: TB/s. link_gbs: GB/s that it sends
-    to the other GPUs of its node, half of what data sheets give for both directions. memory_gb:
-    10^9 bytes.
+    to the other GPUs of its node, half of what data sheets give for both directions.
     """
 
     tflops: dict[str, float]
     memory_bandwidth: float
     link_gbs: float
-    memory_gb: float
     source: str
 
 
@@ -38,11 +36,11 @@ def _tflops(bf16: float, tf32: float, fp32: float, fp64: float) -> dict[str, flo
 
 
 CHIPS = {
-    "l4": Chip(_tflops(121, 60, 30.3, 0.49), 0.3, 32, 24, "NVIDIA L4 data sheet"),
-    "a100-40": Chip(_tflops(312, 156, 19.5, 19.5), 1.555, 300, 40, "NVIDIA A100 data sheet"),
-    "a100": Chip(_tflops(312, 156, 19.5, 19.5), 2.039, 300, 80, "NVIDIA A100 data sheet"),
-    "h100": Chip(_tflops(989, 494, 67, 67), 3.35, 450, 80, "NVIDIA H100 SXM data sheet"),
-    "h200": Chip(_tflops(989, 494, 67, 67), 4.8, 450, 141, "NVIDIA H200 SXM data sheet"),
+    "l4": Chip(_tflops(121, 60, 30.3, 0.49), 0.3, 32, "NVIDIA L4 data sheet"),
+    "a100-40": Chip(_tflops(312, 156, 19.5, 19.5), 1.555, 300, "NVIDIA A100 data sheet"),
+    "a100": Chip(_tflops(312, 156, 19.5, 19.5), 2.039, 300, "NVIDIA A100 data sheet"),
+    "h100": Chip(_tflops(989, 494, 67, 67), 3.35, 450, "NVIDIA H100 SXM data sheet"),
+    "h200": Chip(_tflops(989, 494, 67, 67), 4.8, 450, "NVIDIA H200 SXM data sheet"),
 }
 
 

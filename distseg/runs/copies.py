@@ -28,7 +28,6 @@ from distseg.runs.checkpoint import (
     FOLDER,
     STATE_FILE,
     published,
-    read_best,
     verified,
 )
 from distseg.runs.checkpointer import hidden
@@ -188,8 +187,7 @@ class Copies:
                 raise
             return
         self._note_copied(step)
-        self._bring_best(directory)
-        self._prune(step)
+        self._prune(step, self._bring_best(directory))
 
     def _bring(self, path: Path, before_whole: Callable[[], None] = lambda: None) -> None:
         """Copy a checkpoint, where it is not there as it is here."""
@@ -229,23 +227,32 @@ class Copies:
             if is_file(self._run_dir / name):
                 self._bucket.write(name, read_bytes(self._run_dir / name))
 
-    def _bring_best(self, directory: Path) -> None:
-        """The best checkpoint, and last the file that names it: never one that is not there."""
+    def _bring_best(self, directory: Path) -> int | None:
+        """The best checkpoint, and last the file that names it: never one that is not there.
+
+        Returns its step.
+        """
         assert self._bucket is not None
-        step = read_best(directory).get("step")
+        file = directory / BEST_FILE
+        # read once: an evaluation may name another one meanwhile
+        content = read_bytes(file) if is_file(file) else b""
+        step = _step_of_best(content)
         path = directory / f"step-{step:08d}" if step is not None else None
         if path is not None and path.is_dir():
             with leased(path):
                 self._bring(path)
-            self._bucket.write(BEST, read_bytes(directory / BEST_FILE))
+            self._bucket.write(BEST, content)
+        return step
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, newest: int, best: int | None) -> None:
         """Remove all but the newest and the best, as in the run directory."""
         assert self._bucket is not None
-        names, best = _checkpoints(self._bucket), read_best(self._run_dir / FOLDER).get("step")
-        # Later ones are of a course that the run has left, as they were damaged.
-        whole = [name for name in names if _step(name) <= newest and self._is_whole(name)]
-        kept = {*whole[-self._keep_last :]} | {name for name in whole if _step(name) == best}
+        names = _checkpoints(self._bucket)
+        whole = [name for name in names if name not in self._damaged and self._is_whole(name)]
+        # later ones were damaged in the run directory, which went on from before them: here they
+        # may be the only sound ones
+        kept = {name for name in whole if _step(name) > newest or _step(name) == best}
+        kept |= {*[name for name in whole if _step(name) <= newest][-self._keep_last :]}
         for name in names:
             if name not in kept:
                 self._check_open()
@@ -316,35 +323,56 @@ def fetch(run_dir: Path, bucket: Bucket, records: Sequence[str]) -> Fetched:
     """Bring the newest whole checkpoint of a bucket, and the best one, where run_dir has none as
     new.
 
-    One that is not as it was written is passed over, and told. Raises InputError for a full disk.
+    One that is not as it was written is passed over, and told. What has come goes again where the
+    rest cannot. Raises InputError for a full disk.
     """
-    here = {path.name for path in published(run_dir / FOLDER)}
     found = Fetched()
+    try:
+        _fetch(run_dir, bucket, records, found)
+    except BaseException:
+        found.remove()
+        raise
+    return found
+
+
+def _fetch(run_dir: Path, bucket: Bucket, records: Sequence[str], found: Fetched) -> None:
+    newest = max((path.name for path in published(run_dir / FOLDER)), default="")
     for name in reversed(_checkpoints(bucket)):
-        if here and name <= max(here):
-            return found
+        if name < newest:
+            return
+        if name == newest:
+            # a fetch that was killed may have left it without what belongs to it
+            records = [record for record in records if not is_file(run_dir / record)]
+            break
         if _bring_here(run_dir, bucket, name, found):
             found.lines.append(f"fetched step {_step(name)} from {bucket.url}")
             break
     else:
-        return found
+        return
     for record in records:
         content = bucket.read(record)
         if content is not None:
             found.records[record] = content
-    _fetch_best(run_dir, bucket, found)
-    return found
+    if name != newest or not is_file(run_dir / BEST):
+        _fetch_best(run_dir, bucket, found)
 
 
 def _fetch_best(run_dir: Path, bucket: Bucket, found: Fetched) -> None:
     content = bucket.read(BEST)
-    if content is None:
-        return
-    with suppress(ValueError, KeyError, TypeError):  # damaged: the next evaluation decides
-        name = f"step-{int(unseal(content)[0]['step']):08d}"
-        is_here = (run_dir / FOLDER / name).is_dir()
-        if is_here or _bring_here(run_dir, bucket, name, found):
-            found.records[BEST] = content
+    step = None if content is None else _step_of_best(content)
+    if content is None or step is None:
+        return  # damaged: the next evaluation decides
+    name = f"step-{step:08d}"
+    if (run_dir / FOLDER / name).is_dir() or _bring_here(run_dir, bucket, name, found):
+        found.records[BEST] = content
+
+
+def _step_of_best(content: bytes) -> int | None:
+    """The step that a best.json names; None of one that is damaged."""
+    try:
+        return int(unseal(content)[0]["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _bring_here(run_dir: Path, bucket: Bucket, name: str, found: Fetched) -> bool:

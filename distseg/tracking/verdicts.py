@@ -141,9 +141,9 @@ CHECKS = (
         about=signs.who_is_left_out,
         meaning="The labels show it, and no confident pixel did for 200 steps or more: unlabelled "
         "images teach that it does not exist.",
-        advice="Raise it in the pseudo-labels (consistency.logit_adjustment=0.5) or lower "
-        "consistency.threshold; draw it more often (data.sampling=rare_class); start later "
-        "(consistency.start_step).",
+        advice="Lower consistency.threshold; draw it more often (data.sampling=rare_class); start "
+        "later (consistency.start_step); raise it in the pseudo-labels "
+        "(consistency.logit_adjustment), which may run away with classes that are like it.",
     ),
     Check(
         "pseudo_labels_collapse",

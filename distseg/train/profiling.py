@@ -13,7 +13,7 @@ from distseg.config.rules import profiled_steps
 from distseg.config.schema import ProfileConfig
 from distseg.distributed.compat import record_memory_history
 from distseg.distributed.ranks import Ranks
-from shards.errors import InputError, TemporaryError
+from shards.errors import InputError
 from shards.files import published, write_text
 
 FOLDER = "profile"  # in the run's directory
@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 
 
 def check_ranks(settings: ProfileConfig, world_size: int) -> None:
-    """Raise InputError for ranks to profile that the job does not have."""
-    missing = [rank for rank in settings.ranks if rank >= world_size]
-    if settings.steps and missing:
+    """Raise InputError where the job has none of the ranks to profile."""
+    # some are enough: a job may go on with fewer ranks than it began with
+    if settings.steps and not any(rank < world_size for rank in settings.ranks):
         got = f"profile.ranks={settings.ranks} for {world_size} ranks"
         raise InputError(got, f"ranks from 0 to {world_size - 1}", "write profile.ranks=[0]")
 
@@ -64,8 +64,6 @@ class StepProfiler:
         if self._running is None or step != self._steps[-1]:
             return None
         recorded, self._running = self._running, None
-        # which waits for the device, so that the last step's kernels are in it
-        recorded.stop()
         path = self._folder / f"steps-{self._steps[0]}-{step}-rank-{self._ranks.rank}.json.gz"
         return path if self._write(path, recorded) else None
 
@@ -79,11 +77,13 @@ class StepProfiler:
         # by what an operator does itself, or the outermost would come first and say nothing
         order = "device" if self._ranks.device.type == "cuda" else "cpu"
         about = {"sort_by": f"self_{order}_time_total", "row_limit": _NUM_ROWS}
-        table = recorded.key_averages().table(**about, max_name_column_width=60)
-        return _written(path, lambda: _write_both(path, recorded, table))
+        return _written(path, lambda: _write_both(path, recorded, about))
 
 
-def _write_both(path: Path, recorded: profile, table: str) -> None:
+def _write_both(path: Path, recorded: profile, about: dict[str, Any]) -> None:
+    # which waits for the device, so that the last step's kernels are in it
+    recorded.stop()
+    table = recorded.key_averages().table(**about, max_name_column_width=60)
     with published(path) as partial:
         # compressed by torch, which goes by the name
         recorded.export_chrome_trace(str(partial))
@@ -93,8 +93,9 @@ def _write_both(path: Path, recorded: profile, table: str) -> None:
 def _written(path: Path, write: Callable[[], Any]) -> bool:
     try:
         write()
-    # a disk that is full will end the next checkpoint, with better words
-    except (OSError, InputError, TemporaryError, RuntimeError) as error:
+    # whatever a profiler raises: on one rank alone it would end the job; and a disk that is full
+    # will end the next checkpoint, with better words
+    except Exception as error:
         _log.warning("no profile: %s: %s", path, error)
         return False
     return True
