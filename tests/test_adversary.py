@@ -435,6 +435,7 @@ ALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits_with_all_of_it(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

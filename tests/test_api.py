@@ -142,6 +142,7 @@ def test_nothing_is_scored_where_scores_cannot_be_written(
     assert f"error: {result.run_dir}: Read-only file system" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures_have_the_colours_and_the_form_that_are_asked_for(
     result: Any, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def anew() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_few_blocks_of_a_deep_segmentor_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resnet, "NUM_BLOCKS", {101: FEWER_BLOCKS[50]})
     check_segmentor(QUICK, (True,))

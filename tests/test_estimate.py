@@ -149,6 +149,7 @@ def test_a_thousand_ranks_in_a_mesh_of_128_by_8():
     assert sum(it.num_bytes for it in between) == scattered / 8
 
 
+@pytest.mark.slow
 def test_deepspeed_splits_parameters_and_states_at_stage_3():
     pytest.importorskip("deepspeed")
     found = counted(4, "parallel.strategy=deepspeed", "parallel.zero_stage=3", "ema_decay=0")

@@ -104,7 +104,9 @@ def check(name: str, options: dict, form: str, folder: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", ["fcn8s_vgg16", pytest.param("deeplabv3plus_resnet50", marks=pytest.mark.slow)]
+)
 def test_onnx_gives_the_originals_outputs_at_any_size(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

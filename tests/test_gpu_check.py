@@ -27,6 +27,7 @@ def here() -> None:
         yield
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_stops_no_other(
     here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

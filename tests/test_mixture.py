@@ -270,6 +270,7 @@ def bare_runs() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_classes_in_another_order_train_and_score_as_in_the_same(
     toy_shards: Path, other_shards: Path, same_shards: Path, tmp_path: Path
 ) -> None:

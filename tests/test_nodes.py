@@ -360,6 +360,8 @@ class TwoNodes(Supervisor):
         agent.kill()
 
 
+# tests/slurm has it on a real cluster
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_node_that_is_gone_for_good(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

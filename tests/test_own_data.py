@@ -264,6 +264,7 @@ def test_what_is_no_preparer_is_refused_and_nothing_written(
     assert not list(tmp_path.glob("*.h5"))
 
 
+@pytest.mark.slow
 def test_three_small_images_go_the_whole_way(tmp_path: Path) -> None:
     for name in "abc":
         label = np.zeros((60, 80), np.uint8)

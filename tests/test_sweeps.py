@@ -88,6 +88,7 @@ def wait_until(what: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_whose_job_was_killed_stops_and_is_no_others_until_then(
     toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

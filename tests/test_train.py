@@ -176,6 +176,7 @@ def test_torchrun_brings_a_run_back_that_lost_a_rank(
     assert differences(run_dir, uninterrupted[2]) == []
 
 
+@pytest.mark.slow
 def test_two_launchers_of_one_rank_are_a_launcher_of_two(
     toy_shards: Path, uninterrupted: dict[int, Path], tmp_path: Path
 ) -> None:

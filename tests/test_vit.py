@@ -547,12 +547,13 @@ def train_all(
     return {name: train_on(ranks, *run) for name, run in runs.items()}
 
 
-# DeepSpeed takes seconds to be imported by each rank, so its stages are among the slow ones
+# each rank is a process that imports the libraries; tests/test_systems.py has a step of two ranks
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "most"),
     [
         pytest.param(IN_FP64, 1e-9, id="ddp and fsdp"),
-        pytest.param(IN_FP32, 1e-5, id="deepspeed", marks=pytest.mark.slow),
+        pytest.param(IN_FP32, 1e-5, id="deepspeed"),
     ],
 )
 def test_strategies_with_activation_checkpointing_make_the_same_steps(
