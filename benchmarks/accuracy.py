@@ -40,13 +40,13 @@ class Plan:
 
 
 # the adversary's ways beside a teacher
-_SIDE = ("mode=semi_supervised", "semi.weight=0")
-_AMONG_LABELS = ("discriminator=image_conditioned", "discriminator_optimizer.lr=3e-5")
+_BESIDE = ("mode=semi_supervised", "semi.weight=0")
+_CONDITIONED = ("discriminator=image_conditioned", "discriminator_optimizer.lr=3e-5")
 _WITH_TEACHER = {
     "teacher": ("mode=consistency",),
-    "teacher + adversary": (*_SIDE, "loss.adv_weight=0.01", "semi.adv_weight=0.01"),
-    "teacher + features": (*_SIDE, *_AMONG_LABELS, "loss.feature_weight=0.0002"),
-    "teacher + gate": (*_SIDE, *_AMONG_LABELS, "consistency.gate=rank"),
+    "teacher + adversary": (*_BESIDE, "loss.adv_weight=0.01", "semi.adv_weight=0.01"),
+    "teacher + features": (*_BESIDE, *_CONDITIONED, "loss.feature_weight=0.0002"),
+    "teacher + gate": (*_BESIDE, *_CONDITIONED, "consistency.gate=rank"),
 }
 _SUPERVISED = {
     "supervised": ("mode=supervised",),

@@ -105,7 +105,7 @@ class Alignment:
 
     def __init__(self, rate: float, class_pixels: np.ndarray, ranks: Ranks):
         """class_pixels: (samples, C), of the labelled images."""
-        self.rate, self._ranks = rate, ranks
+        self.rate = rate
         labelled = torch.from_numpy(log_shares(class_pixels)).to(ranks.device)  # (C,) float64
         self._labelled = labelled
         # of a class that no label has nothing is known
