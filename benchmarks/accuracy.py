@@ -3,9 +3,10 @@ gains over the first, with the 95 % interval of the paired difference.
 
 Run: python -m benchmarks.accuracy PLAN [key=value ...] --out DIR [--seeds 0 1 2] [--arms NAME ...]
 
-PLAN: unlabelled (71 of Stanford Background's labels), scenes (6 of 400 labels of generated scenes)
-or adversary (all of Stanford Background's labels). key=value holds for every arm, data.shards=DIR
-for example. A run that is done is not run again, one that was stopped goes on. The scores are of
+PLAN: unlabelled (71 of Stanford Background's labels), scenes (6 of 400 labels of generated scenes),
+adversary (all of Stanford Background's labels) or adaptation (from generated scenes to Stanford
+Background without labels, in data/scenes and data/stanford). key=value holds for every arm,
+data.shards=DIR for example. A run that is done is not run again, one that was stopped goes on. The scores are of
 the last step: nothing is chosen by validation images.
 """
 
@@ -52,7 +53,27 @@ _SUPERVISED = {
     "supervised": ("mode=supervised",),
     "supervised, adjusted": ("mode=supervised", "loss.logit_adjustment=0.5"),
 }
+_ACROSS, _TAUGHT = "preset=toy_stanford_adaptsegnet", "preset=toy_stanford_dacs"
+_ADAPTED = {
+    "colour": ("preset=toy_stanford", "strong.labelled=true"),
+    "source only": ("preset=toy_stanford",),
+    "adaptsegnet": (_ACROSS,),
+    "advent": (_ACROSS, "adaptation.input=self_information"),
+    "minent": (
+        *(_TAUGHT, "consistency.weight=0", "consistency.mix_with=unlabelled"),
+        "semi.entropy_weight=0.01",
+    ),
+    "classmix": (_TAUGHT,),
+    # a discriminator between domains needs images of one each: target images are mixed in pairs
+    "adversary + classmix": (
+        *(_ACROSS, "consistency.weight=1", "consistency.start_step=100"),
+        *("consistency.warmup_steps=100", "consistency.threshold=0.9"),
+        "consistency.weighting=image",
+    ),
+    "oracle": ("preset=toy_stanford", "data.shards=data/stanford"),
+}
 PLANS = {
+    "adaptation": Plan((), _ADAPTED),
     "unlabelled": Plan(
         ("preset=stanford_consistency", "steps=1000"), {**_SUPERVISED, **_WITH_TEACHER}
     ),

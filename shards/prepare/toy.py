@@ -8,6 +8,7 @@ from shards.errors import InputError
 from shards.prepare.dataset import DataSet, Task
 from shards.sample import STANFORD, Sample
 from shards.synthetic import render_scene
+from shards.synthetic.layout import PLACES, TOWN_PLACES
 
 JPEG_QUALITY = 92
 VAL_START = 2**32  # index of the first validation scene: more training scenes never run into it
@@ -50,11 +51,17 @@ PORTRAIT = (
     (224, 168),
 )
 SIZES = (*LANDSCAPE, *PORTRAIT)
+# as large as photographs of Stanford Background, most of 240 x 320
+LARGER_SIZES = tuple((height * 3 // 2, width * 3 // 2) for height, width in SIZES)
+# by `like`: sizes, and how often each place is drawn
+KINDS = {"": (SIZES, PLACES), "stanford": (LARGER_SIZES, TOWN_PLACES)}
 
 
-def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
+def samples(num_train: int = 400, num_val: int = 60, seed: int = 0, like: str = "") -> DataSet:
     """`num_train` training scenes, then `num_val` validation scenes.
 
+    like: "stanford": as large as the photographs of Stanford Background, and with about the shares
+    of classes of its training labels, which is all that is taken from it.
     Keys are train-00000 and val-00000 onwards. A scene depends on seed, split and its number only,
     so that each split of a larger set begins with the smaller one. Labels and pixels are the same
     on every machine (see shards.synthetic); so are the JPEG files with one version of simplejpeg.
@@ -65,20 +72,24 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0) -> DataSet:
         raise InputError(got, "1 or more of each", "ask for more scenes")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed}", "a whole number from 0 to 2^63 - 1", "choose another")
+    if like not in KINDS:
+        raise InputError(f"like={like}", "like=stanford", "correct it, or leave it out")
     splits = (("train", 0, num_train), ("val", VAL_START, num_val))
     tasks = []
     for split, start, count in splits:
         for number in range(count):
             key = f"{split}-{number:05d}"
             # numbers only: the scene is painted by the worker that stores it
-            tasks.append(Task(key, split, _scene, (seed, start + number, number)))
+            tasks.append(Task(key, split, _scene, (seed, start + number, number, like)))
     return DataSet(STANFORD, tasks)
 
 
-def _scene(key: str, split: str, seed: int, index: int, number: int) -> Sample:
+def _scene(key: str, split: str, seed: int, index: int, number: int, like: str) -> Sample:
+    sizes, places = KINDS[like]
     # (H, W, 3) uint8 and (H, W) uint8; the size goes by the number, so that a short set has all
     # sizes, too
-    image, label = render_scene(seed, index, SIZES[number % len(SIZES)])
+    image, label = render_scene(seed, index, sizes[number % len(sizes)], places)
     jpeg = simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY)
     # its arguments as the source: the scene can be painted again from them
-    return Sample(key, jpeg, label, split, f"toy seed={seed} index={index}")
+    kind = f" like={like}" if like else ""
+    return Sample(key, jpeg, label, split, f"toy seed={seed} index={index}{kind}")

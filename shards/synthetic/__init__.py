@@ -19,12 +19,21 @@ version of NumPy (its streams) or of OpenCV (`fillPoly`, `ellipse`, `resize`) co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from shards.errors import InputError
 from shards.synthetic.canvas import Canvas, add_void
 from shards.synthetic.land import paint_far, paint_ground, paint_sky
-from shards.synthetic.layout import Layout, plan_layout, scene_rng, uniform
+from shards.synthetic.layout import (
+    PLACES,
+    Layout,
+    PlaceKind,
+    plan_layout,
+    scene_rng,
+    uniform,
+)
 from shards.synthetic.noise import fractal
 from shards.synthetic.placement import Site
 
@@ -35,16 +44,21 @@ MIN_SIDE_PX = 32
 VOID_SHARE = (0.006, 0.018)  # least and greatest share of void pixels in a scene
 
 
-def render_scene(seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def render_scene(
+    seed: int,
+    index: int,
+    size: tuple[int, int],
+    places: Mapping[str, PlaceKind] = PLACES,
+) -> tuple[np.ndarray, np.ndarray]:
     """Paint scene `index` of set `seed`: image (H, W, 3) uint8 RGB, label (H, W) uint8, 0 to 7 or
     255 (void).
 
-    size: (height, width), each at least 32 pixels. A pure function of its arguments.
-    Raises InputError for a negative seed or index and for smaller sizes.
+    size: (height, width), each at least 32 pixels. places: how often each is drawn. A pure function
+    of its arguments. Raises InputError for a negative seed or index and for smaller sizes.
     """
     rng = _checked_rng(seed, index, size)
     # first, so that scene_layout can draw it alone from the same numbers
-    layout = plan_layout(rng, size)
+    layout = plan_layout(rng, size, places)
     canvas = Canvas(layout, rng)
     # from the back to the front, as a painter: what is near covers what is far, in the label too
     paint_sky(canvas, rng)
