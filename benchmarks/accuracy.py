@@ -6,8 +6,8 @@ Run: python -m benchmarks.accuracy PLAN [key=value ...] --out DIR [--seeds 0 1 2
 PLAN: unlabelled (71 of Stanford Background's labels), scenes (6 of 400 labels of generated scenes),
 adversary (all of Stanford Background's labels) or adaptation (from generated scenes to Stanford
 Background without labels, in data/scenes and data/stanford). key=value holds for every arm,
-data.shards=DIR for example. A run that is done is not run again, one that was stopped goes on. The scores are of
-the last step: nothing is chosen by validation images.
+data.shards=DIR for example. A run that is done is not run again, one that was stopped goes on. The
+scores are of the last step: nothing is chosen by validation images.
 """
 
 from __future__ import annotations

@@ -14,10 +14,9 @@ from distseg.config import loading
 @pytest.mark.parametrize("name", PLANS)
 def test_every_arm_is_a_configuration_of_its_own(name: str) -> None:
     plan = PLANS[name]
-    loaded = [
-        loading.load([*plan.common, *words, "data.shards=unused", "seed=1", "run_dir=none"])
-        for words in plan.arms.values()
-    ]
+    told = ["data.shards=unused", "seed=1", "run_dir=none"]
+    # an arm's own words count
+    loaded = [loading.load([*told, *plan.common, *words]) for words in plan.arms.values()]
     assert loaded[0].mode == "supervised"
     assert len({str(config) for config in loaded}) == len(loaded)
 

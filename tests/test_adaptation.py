@@ -43,12 +43,21 @@ ACCUMULATED = "a score per cell, unsureness"
 MATCHES = {**CASES, "in parts": CASES[ACCUMULATED], "fsdp": CASES[ACCUMULATED]}
 
 
+def entropy_of(chances: Tensor, valid: Tensor) -> float:
+    """As a share of the largest, of each image's valid pixels, then of the images."""
+    each = -(chances * chances.log()).sum(1) / math.log(NUM_CLASSES)
+    # one that is void alone counts as 0
+    pairs = zip(each, valid, strict=True)
+    means = [float(entropy[inside].sum() / max(1, inside.sum())) for entropy, inside in pairs]
+    return float(np.mean(means))
+
+
 def reference(overrides: list[str]) -> Any:
     """The steps by the formulas of Tsai et al. 2018 and Vu et al. 2019, in one process.
 
     Labels tell what every mean is divided by, so micro-batches change nothing.
     """
-    config = make_config(overrides)
+    config, entropies = make_config(overrides), []
     segmentor, judge = networks = [network.double() for network in make_networks(config)]
     optimizers = [torch.optim.SGD(it.parameters(), lr=1e-3, momentum=0.9) for it in networks]
     for step in range(STEPS):
@@ -72,6 +81,7 @@ def reference(overrides: list[str]) -> Any:
             return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, goal))
 
         chances = [each.softmax(1) for each in logits]
+        entropies.append([entropy_of(c.detach(), v) for c, v in zip(chances, valid, strict=True)])
         on_source, on_target = (judged(c.detach(), v) for c, v in zip(chances, valid, strict=True))
         d_loss = loss_of(on_source, 1.0) + loss_of(on_target, 0.0)
         up = [F.interpolate(each, (32, 32), mode="bilinear") for each in logits]
@@ -91,7 +101,7 @@ def reference(overrides: list[str]) -> Any:
                 parameter.grad = gradient
             if is_updated:
                 optimizers[k].step()
-    return [values_of(network) for network in networks]
+    return *(values_of(network) for network in networks), entropies
 
 
 def run_all(ranks: Ranks) -> dict[str, Any]:
@@ -112,11 +122,18 @@ def of_ranks() -> dict[int, list[dict[str, Any]]]:
 def test_steps_equal_the_formulas_on_the_joined_batch(
     case: str, of_ranks: dict[int, list[dict[str, Any]]]
 ) -> None:
-    expected = reference(MATCHES[case])
+    *expected, entropies = reference(MATCHES[case])
     for results in of_ranks.values():
         for of_rank in (each for each in results if case in each):
             for ours, theirs in zip(of_rank[case][:2], expected, strict=True):
                 assert max(abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-12
+        if case in ("a score per image", "in parts"):
+            told = [of_rank[case][2] for of_rank in results if case in of_rank]
+            for step, expected_step in enumerate(entropies if told else []):
+                for kind, theirs in zip(("source", "target"), expected_step, strict=True):
+                    name = f"adaptation/{kind}_entropy"
+                    over_ranks = np.mean([of_rank[step][name] for of_rank in told])
+                    assert over_ranks == pytest.approx(theirs, abs=1e-12)
 
 
 def test_self_information_is_the_entropy_class_by_class_and_has_a_gradient_at_zero() -> None:

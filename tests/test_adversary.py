@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> Any:
     for step in range(STEPS):
         images = [make_images(config, step, labelled) for labelled in (True, False)]
         labelled, unlabelled = (Images(each.pixels[share], each.label[share]) for each in images)
-        now = phase(step, config)
+        now = replace(phase(step, config), watched=config.mode == "domain_adaptation")
         is_semi = config.mode in WITH_UNLABELLED and pair.objective.uses_unlabelled(now)
         rest = unlabelled if is_semi else None
         metrics = training_step(pair, now, labelled, rest, num_parts)

@@ -39,6 +39,7 @@ def healthy(step: int) -> dict[str, Any]:
     row |= {"consistency/labelled_share/sky": 0.3, "consistency/labelled_share/road": 0.4}
     row |= {"held_out/agreement": 0.8, "held_out/confident_agreement": 0.95}
     row |= {"held_out/confident_share": 0.5}
+    row |= {"adaptation/source_entropy": 0.1, "adaptation/target_entropy": 0.12}
     row |= {"semi/mask_share": 0.2, "weight/adversarial": 0.05, RATIO: 0.2, "skips/segmentor": 0.0}
     return row | {
         "step_seconds": 1.0,
@@ -72,6 +73,9 @@ BAD: dict[str, dict[str, Any]] = {
     "not_finite": {"loss/adversarial": math.nan},
     "exploding": {"loss/cross_entropy": 300.0},
     "class_never_predicted": {"val/mean_iou": 0.4, "val/never_predicted/car": 0.013},
+    "target_loses_class": {"val/mean_iou": 0.4, "source/predicted_share/car": 0.02}
+    | {"val/predicted_share/car": 0.0},
+    "target_collapses": {"adaptation/target_entropy": 0.01, "discriminator/accuracy": 0.52},
     "data_starved": {"data_wait_seconds": 0.3},
     "slow_rank": {"ranks/slowest_ratio": 1.5},
     "not_copied": {"checkpoint/copy_failures": 1.0},
@@ -87,7 +91,8 @@ def test_every_check_is_tested_here() -> None:
 
 
 # they count classes over rows, and have tests of their own
-BY_STEP = [name for name in BAD if name not in ("class_never_predicted", "class_never_kept")]
+COUNTED = ("class_never_predicted", "class_never_kept", "target_loses_class")
+BY_STEP = [name for name in BAD if name not in COUNTED]
 
 
 @pytest.mark.parametrize("name", BY_STEP)
@@ -195,6 +200,48 @@ def test_classes_that_no_prediction_has_for_long_are_named_with_their_share() ->
     assert names(health) == {"class_never_predicted"}
     health.update(evaluation(350))
     assert not health.on
+
+
+def test_a_class_that_the_target_loses_is_named_with_what_the_source_has_of_it() -> None:
+    def evaluation(step: int, car: float, on_source: float = 0.02) -> dict[str, Any]:
+        row = {"step": step, "val/mean_iou": 0.4, "val/predicted_share/sky": 0.5}
+        row |= {"source/predicted_share/car": on_source, "source/predicted_share/sky": 0.5}
+        return row | {"val/predicted_share/car": car}
+
+    health = Health()
+    # as a class that is pushed out: less at every evaluation, then none
+    for step, car in ((100, 0.02), (200, 0.004), (300, 5e-5), (400, 1e-5)):
+        health.update(evaluation(step, car))
+        health.update(healthy(step + 10))
+    assert not health.events and health.flags()["health/target_loses_class"] == 0.0
+    (event,) = health.update(evaluation(500, 0.0, 0.05))
+    said = "the target loses a class (car 3.00% of the predictions for the source), since step 300."
+    assert event.text().startswith(f"health: {said}")
+    health.update(evaluation(600, 0.003))
+    assert not health.on
+    # rarer there, or as rare in both, is no loss
+    for car, on_source in ((0.001, 0.05), (0.0, 1e-4)):
+        rows = [evaluation(step, car, on_source) for step in range(100, 2000, 100)]
+        assert not Health(rows).events
+
+
+def test_a_target_whose_entropy_falls_is_told_where_the_discriminator_teaches_nothing() -> None:
+    def row(step: int, target: float, accuracy: float) -> dict[str, Any]:
+        # the source's falls, as it does while labels are learned
+        source = max(0.05, 0.9 - step / 300)
+        of_domains = {"adaptation/source_entropy": source, "adaptation/target_entropy": target}
+        return {"step": step, "discriminator/accuracy": accuracy} | of_domains
+
+    steps = range(10, 610, 10)
+    # as it should be: both fall together, to a discriminator at chance
+    assert not Health(row(s, 1.1 * max(0.05, 0.9 - s / 300), 0.5) for s in steps).events
+    # surer than the source by half, which strong views of the source may explain
+    assert not Health(row(s, 0.5 * max(0.05, 0.9 - s / 300), 0.5) for s in steps).events
+    for accuracy in (0.47, 0.997):
+        health = Health(row(s, 0.9 * 0.98 ** (s / 2), accuracy) for s in steps)
+        assert names(health) == {"target_collapses"}
+    # one that sees the difference works against it
+    assert not Health(row(s, 0.9 * 0.98 ** (s / 2), 0.8) for s in steps).events
 
 
 def test_a_rank_that_is_slow_is_named_and_ranks_that_take_turns_are_not() -> None:

@@ -19,7 +19,7 @@ from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.metrics import SegmentationScores
 from distseg.evaluate.subsets import mean_iou
 from distseg.evaluate.tally import Tally
-from distseg.tracking.catalogue import NEVER_PREDICTED, SUBSET, VALIDATION
+from distseg.tracking.catalogue import NEVER_PREDICTED, PREDICTED_SHARE, SUBSET, VALIDATION
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Evaluator:
     seen: Callable[[int], None] = lambda number: None  # told how many images this rank has scored
     details: bool = False  # outlines, calibration and intervals too, which take longer
     prefix: str = VALIDATION  # of its scores' names
+    predicted_shares: bool = False  # of each class too
     per_image: bool = False  # what each image's own scores are made from, in tally.margins
     # None: the classes of the samples are the network's
     class_map: ClassMap | None = None
@@ -99,6 +100,9 @@ class Evaluator:
         values = self.result.to_dict(classes) | self.extra
         for name, indices in self.subsets.items():
             values[f"{SUBSET}{name}"] = mean_iou(self.result.per_class_iou, indices)
+        if self.predicted_shares:
+            shares = zip(classes, self.tally.predicted_shares(), strict=True)
+            values |= {f"{PREDICTED_SHARE}{name}": share for name, share in shares}
         named = {f"{self.prefix}{name}": value for name, value in values.items()}
         if self.prefix != VALIDATION:
             return named

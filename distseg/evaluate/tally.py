@@ -147,6 +147,11 @@ class Tally:
         total = int(truth.sum())
         return {index: int(truth[index]) / total for index in missed}
 
+    def predicted_shares(self) -> list[float]:
+        """The share of the labelled pixels that is taken for each class."""
+        predicted = self.confusion.sum(0).double()
+        return (predicted / predicted.sum()).tolist()
+
     def others(self, class_names: Sequence[str]) -> dict[str, float]:
         """Scores that no confusion matrix gives.
 

@@ -40,8 +40,12 @@ HELD_OUT_CONFIDENT = "held_out/confident_share"
 CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confident_agreement/"
 # of classes that validation labels have and no prediction, which alone are there
 NEVER_PREDICTED = "val/never_predicted/"
+# of each class among the predictions for the target and for the source, where there are both
+TARGET_SHARE, SOURCE_SHARE = "val/predicted_share/", "source/predicted_share/"
+# of predictions in a step of domain adaptation, see distseg.train.diagnostics
+TARGET_ENTROPY, SOURCE_ENTROPY = "adaptation/target_entropy", "adaptation/source_entropy"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
-SUBSET = "mean_iou_of/"  # after the prefix of the split
+SUBSET, PREDICTED_SHARE = "mean_iou_of/", "predicted_share/"  # after the prefix of the split
 
 Better = Literal["higher", "lower", ""]
 
@@ -150,6 +154,7 @@ _CONSISTENCY = Panel("Consistency term, unweighted", "loss", in_picture=True)
 _ENTROPY = Panel(
     "Entropy of unlabelled predictions", "share of the largest", is_share=True, in_picture=True
 )
+_DOMAINS = Panel("Entropy of predictions, by domain", "share of the largest", is_share=True)
 _MASK = Panel("Confidence mask", "share of unlabelled pixels", is_share=True, in_picture=True)
 _HELD_OUT = Panel(
     "Pseudo-labels of held-out images", "share of pixels", is_share=True, in_picture=True
@@ -178,6 +183,7 @@ PANELS = (
         _SEMI,
         _CONSISTENCY,
         _ENTROPY,
+        _DOMAINS,
         _OTHER_TERMS,
         _MASK,
         _HELD_OUT,
@@ -324,6 +330,8 @@ METRICS = (
     ),
     Metric("discriminator/logit_gap", "gap of the discriminator's logits", "logits", _GAP, "gap"),
     Metric(RATIO, "gradient ratio", "ratio", _RATIO, "ratio"),
+    Metric(SOURCE_ENTROPY, "entropy of predictions for the source", "share", _DOMAINS, "source"),
+    Metric(TARGET_ENTROPY, "entropy of predictions for the target", "share", _DOMAINS, "target"),
     # what one confusion matrix gives, then what only `distseg evaluate` computes
     replace(_score(MEAN_IOU, "mIoU", short="mIoU"), panel=_VALIDATION, label="mean IoU"),
     replace(
@@ -397,7 +405,7 @@ BOUNDARY_IOU, SOURCE_IOU = "val/boundary_iou/", f"{SOURCE}iou/"
 # a value for each class: a table, as 150 curves show nothing
 OF_CLASSES = (
     *(CLASS_IOU, BOUNDARY_IOU, NEVER_PREDICTED, CLASS_SHARE, LABELLED_SHARE),
-    *(CLASS_CONFIDENT, CLASS_AGREEMENT, SOURCE_IOU),
+    *(CLASS_CONFIDENT, CLASS_AGREEMENT, SOURCE_IOU, TARGET_SHARE, SOURCE_SHARE),
 )
 FAMILIES = (
     Family(f"{VALIDATION}{SUBSET}", "mIoU of {}", "share", better="higher"),
@@ -406,6 +414,8 @@ FAMILIES = (
     Family(SOURCE_IOU, "IoU of {} on the source", "share", better="higher"),
     Family(BOUNDARY_IOU, "boundary IoU of {}", "share", better="higher"),
     Family(NEVER_PREDICTED, "labels of {}, which is in no prediction", "share", better="lower"),
+    Family(TARGET_SHARE, "{} among predictions for the target", "share"),
+    Family(SOURCE_SHARE, "{} among predictions for the source", "share"),
     Family(CLASS_SHARE, "{} among confident pseudo-labelled pixels", "share"),
     Family(LABELLED_SHARE, "{} among labelled pixels", "share"),
     Family(CLASS_CONFIDENT, "{} of held-out images: confident pixels", "share"),

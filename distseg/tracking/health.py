@@ -24,10 +24,12 @@ from distseg.tracking.signs import (
     LEVEL,
     LEVEL_ROWS,
     LEVELLED,
+    LOST,
     UNKEPT,
     UNPREDICTED,
     MetricsRow,
     levels_of,
+    lost,
     teaches,
     unkept,
     unpredicted,
@@ -156,6 +158,7 @@ class Health:
         remembered = self._remembered
         if MEAN_IOU in row:
             remembered[UNPREDICTED] = unpredicted(row, remembered.get(UNPREDICTED, {}))
+            remembered[LOST] = lost(row, remembered.get(LOST, {}))
         # in other rows classes are missing for want of confident pixels
         if teaches(row):
             remembered[UNKEPT] = unkept(row, remembered.get(UNKEPT, {}))

@@ -32,7 +32,11 @@ from distseg.tracking.catalogue import (
     SEGMENTOR_LOSS,
     SLOWEST_RANK,
     SLOWEST_RATIO,
+    SOURCE_ENTROPY,
+    SOURCE_SHARE,
     STEP_SECONDS,
+    TARGET_ENTROPY,
+    TARGET_SHARE,
 )
 
 MetricsRow = dict[str, Any]  # of metrics.jsonl: "step" and named floats
@@ -59,6 +63,7 @@ MAX_NAMED = 5
 # likewise: of each class that confident pseudo-labels lack, see `unkept`; and the teacher's best
 # agreement with the labels of held-out images
 UNKEPT, BEST_AGREEMENT = "unkept", "best agreement"
+LOST = "lost"  # likewise: of each class that predictions for the target lack, see `lost`
 # of the confident pixels of a step: 0.01 % of 8 crops of 240 x 240 are 46 pixels, of an object's
 # edge. A class that labels show fifty times as much is missing, not rare.
 UNKEPT_BELOW, MIN_LABELLED_SHARE = 1e-4, 5e-3
@@ -66,6 +71,8 @@ MIN_UNKEPT_ROWS, MIN_UNKEPT_STEPS = 10, 200
 MIN_CONFIDENT = 0.05  # of the unlabelled pixels; of fewer, teacher_is_unsure tells soon enough
 DOMINANT_LABEL = 0.6  # of two classes one may well have most pixels, of the labels too
 NEARLY_ALL = 0.9  # of the pixels
+# of a discriminator's accuracy: as good as chance, and as good as always right
+BLIND_WITHIN, SATURATED_FROM = 0.05, 0.99
 
 
 def levels_of(config: Mapping[str, Any]) -> MetricsRow:
@@ -201,6 +208,55 @@ def unkept(row: MetricsRow, before: Unkept) -> Unkept:
             total += row.get(LABELLED_SHARE + name.removeprefix(CLASS_SHARE), 0.0)
             found[name] = (first, rows + 1, total)
     return found
+
+
+def lost(row: MetricsRow, before: Unkept) -> Unkept:
+    """The classes that predictions for the target lack and those for the source have, as `unkept`
+    has them: since which evaluation, in how many, and the sum of their shares for the source.
+    """
+    found = {}
+    for name in row:
+        word = name.removeprefix(SOURCE_SHARE)
+        is_missing = row.get(TARGET_SHARE + word, 1.0) < UNKEPT_BELOW
+        if name.startswith(SOURCE_SHARE) and is_missing and row[name] >= MIN_LABELLED_SHARE:
+            first, times, total = before.get(word, (row["step"], 0, 0.0))
+            found[word] = (first, times + 1, total + row[name])
+    return found
+
+
+def _lost_for_long(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, float]]:
+    """Those that were missing for long, the most frequent first: since which step, and their mean
+    share for the source.
+    """
+    found = {}
+    for name, (first, times, total) in before.get(LOST, {}).items():
+        if times >= MIN_EVALUATIONS and row["step"] - first >= MIN_UNPREDICTED_STEPS:
+            found[name] = (first, total / times)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def num_lost(row: MetricsRow, before: MetricsRow) -> float | None:
+    is_of_domains = any(name.startswith(SOURCE_SHARE) for name in row)
+    return float(len(_lost_for_long(row, before))) if is_of_domains else None
+
+
+def who_is_lost(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
+    found = _lost_for_long(row, before)
+    named = [f"{name} {share:.2%}" for name, (_, share) in found.items()]
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    since = min((first for first, _ in found.values()), default=None)
+    return f"{', '.join(named[:MAX_NAMED])} of the predictions for the source{more}", since
+
+
+def relative_entropy(row: MetricsRow, before: MetricsRow) -> float | None:
+    """The target's entropy over the source's, where the discriminator teaches nothing; else 1."""
+    if TARGET_ENTROPY not in row or DISCRIMINATOR_ACCURACY not in row:
+        return None
+    accuracy = row[DISCRIMINATOR_ACCURACY]
+    # one that sees a difference pulls the target back to what the source looks like
+    if abs(accuracy - 0.5) > BLIND_WITHIN and accuracy < SATURATED_FROM:
+        return 1.0
+    return row[TARGET_ENTROPY] / max(row[SOURCE_ENTROPY], 1e-9)
 
 
 def teaches(row: MetricsRow) -> bool:

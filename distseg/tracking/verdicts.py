@@ -236,6 +236,40 @@ CHECKS = (
         "weigh it more (loss.class_weights=median_frequency); train longer.",
     ),
     Check(
+        "target_loses_class",
+        "the target loses a class",
+        signs.num_lost,
+        # classes, after MIN_EVALUATIONS
+        raise_at=1.0,
+        clear_at=0.5,
+        num_rows=1,
+        clear_rows=1,
+        about=signs.who_is_lost,
+        meaning="Predictions for the source have it, and fewer than one in 10,000 pixels of the "
+        "target are taken for it, in three evaluations or more. Where the target shows it, "
+        "adaptation has pushed it out.",
+        advice="Lower loss.adv_weight, semi.entropy_weight or consistency.weight, or start later; "
+        "draw the class more often (data.sampling=rare_class), lay it over target images "
+        "(consistency.mix_with=labelled). If the target has none of it, nothing is wrong.",
+    ),
+    Check(
+        "target_collapses",
+        "predictions for the target collapse",
+        signs.relative_entropy,
+        # ours: predictions that pass for the source's are about as sure as those; strong views of
+        # the source alone do not make them four times as unsure
+        raise_at=0.25,
+        clear_at=0.35,
+        num_rows=10,
+        num_steps=100,
+        meaning="Their entropy is less than a quarter of the source's, while the discriminator is "
+        "at chance or always right: nothing holds them to what labels look like, and being sure of "
+        "anything is rewarded.",
+        advice="Lower semi.entropy_weight or consistency.weight; raise "
+        "discriminator_optimizer.lr where it is at chance, lower it where it is always right; go "
+        "on from an earlier checkpoint.",
+    ),
+    Check(
         "data_starved",
         "training waits for data",
         signs.wait_share,

@@ -148,6 +148,8 @@ def build_trainer(
     pair, ema, state = found.pair, found.ema, found.state
     scored = pair.segmentor if ema is None else ema
     evaluator = _evaluator(config, ranks, scored.full_network, data, watchdog)
+    # of two domains they tell whether the target loses a class that the source keeps
+    evaluator.predicted_shares = data.source is not None
     progress = Progress(config.steps, state.step, ranks.is_main)
     # after loading, as it tells at which step the run goes on
     progress.message(headline(config, ranks, pair, data, state.step))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from distseg.distributed.ranks import Ranks, all_reduce_sum, gathered_tensors
-from distseg.losses.adversarial import Form, score_sums
+from distseg.losses.adversarial import Form, score_sums, self_information
 from distseg.losses.tensors import at_least_float32
-from distseg.losses.terms import PseudoLabels
+from distseg.losses.terms import Kind, PseudoLabels, Targets
 from distseg.parallel import Learner
 from distseg.parallel.stopwatch import SECTIONS
 from distseg.tracking.catalogue import (
@@ -27,8 +27,11 @@ from distseg.tracking.catalogue import (
     MISMATCHED_ACCURACY,
     RATIO,
     SECTION,
+    SOURCE_ENTROPY,
+    TARGET_ENTROPY,
 )
-from distseg.train.counts import mean
+from distseg.train.batch import MicroBatch
+from distseg.train.counts import Counts, mean
 from distseg.train.objective import Scored
 from shards.sample import IGNORE_INDEX
 
@@ -89,6 +92,21 @@ def of_scores(scored: Mapping[str, Scored], form: Form) -> dict[str, Tensor]:
         sums = score_sums(wrong.scores, wrong.mask, False, form)
         values[MISMATCHED_ACCURACY] = mean(sums[0], wrong.num_scores)
     return values
+
+
+def entropies(
+    probabilities: Tensor, targets: Targets, batch: MicroBatch, counts: Counts
+) -> dict[str, Tensor]:
+    """The entropy of predictions on each of two domains, as a share of its largest value: of the
+    valid pixels of an image, the mean over the images.
+
+    probabilities: (n, C, h, w), of all images.
+    """
+    names: dict[Kind, str] = {"labelled": SOURCE_ENTROPY, "unlabelled": TARGET_ENTROPY}
+    entropy = self_information(probabilities.detach()).sum(1)  # (n, h, w)
+    of_images = (entropy * targets.valid).sum((1, 2)) / targets.valid.sum((1, 2)).clamp(min=1)
+    where = batch.slices().items()
+    return {names[kind]: mean(of_images[some].sum(), counts.images(kind)) for kind, some in where}
 
 
 def class_shares(

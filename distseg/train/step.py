@@ -136,7 +136,8 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         scored = split_scores(judging, batch, targets, scores, counts)
         loss, values = discriminator_loss(phase, judging, scored, maps, counts)
         starts += [(discriminator, [(discriminator.scaled(loss), None)])]
-        metrics |= values | (diagnostics.of_scores(scored, judging.form) if phase.watched else {})
+        metrics |= values
+        metrics |= _looked_at(judging, batch, seen, scored, counts) if phase.watched else {}
 
     # One backward for both, so that the exchange of one's gradients hides behind the other's
     backward(starts)
@@ -327,6 +328,20 @@ def discriminator_loss(
         metrics["loss/r1"] = mean(penalty, counts.images("labelled"))
         loss = loss + phase.r1 * metrics["loss/r1"]
     return loss, metrics
+
+
+def _looked_at(
+    judging: Judging,
+    batch: MicroBatch,
+    seen: Predicted,
+    scored: dict[str, Scored],
+    counts: Counts,
+) -> Metrics:
+    """What the discriminator's scores say of it, and of two domains how sure predictions are."""
+    found = diagnostics.of_scores(scored, judging.form)
+    if judging.of_domains and seen.probabilities is not None:
+        found |= diagnostics.entropies(seen.probabilities, seen.targets, batch, counts)
+    return found
 
 
 def _mean_loss(scored: Scored, target: float, form: Form) -> Tensor:
