@@ -19,6 +19,7 @@ import simplejpeg
 import torch
 
 import distseg
+from distseg.cli import main
 from distseg.config import loading
 from distseg.config.schema import Config, DataConfig
 from distseg.data.mixture import Mixture, mixed_plan
@@ -351,6 +352,18 @@ def test_the_source_is_scored_beside_the_target(
     written = json.loads((done.run_dir / "evaluation.json").read_text())
     assert None in [written[f"source/iou/{name}"] for name in STANFORD.names]
     assert 0 <= written["source/mean_iou"] <= 1 and written["data"] == "flipped"
+    # one class is left of the source's labels, and shares are of all that is predicted there
+    for prefix in ("val", "source"):
+        shares = [written[f"{prefix}/predicted_share/{name}"] for name in STANFORD.names]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+    predicted = np.array(written["confusion"]).sum(0)
+    assert written["val/predicted_share/sky"] == pytest.approx(predicted[0] / predicted.sum())
+    other = shutil.copytree(done.run_dir, tmp_path / "other")
+    call = ["pictures", str(done.run_dir), "--out", str(tmp_path / "out"), "device=cpu"]
+    call += ["evaluate.num_pictures=1", "--beside"]
+    assert main([*call, str(other)]) == 0 and len([*(tmp_path / "out/beside").iterdir()]) == 1
+    assert (tmp_path / "out" / "shares.png").is_file()
+    assert main([*call, str(done.run_dir)]) == 2  # beside itself
     two = (written["val/iou/sky"] + written["val/iou/road"]) / 2
     assert written["val/mean_iou_of/two"] == pytest.approx(two)
     for asked, got in (("[sky, rode]", "'rode'"), ("[sky, Sky]", "['sky', 'Sky']")):

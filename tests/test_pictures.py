@@ -333,6 +333,32 @@ def test_bars_have_the_length_of_the_iou(tmp_path: Path, figures: list[Figure]) 
     assert figures[0].legends[0].get_texts()[0].get_text() == "mean IoU 46.7%"
 
 
+def test_shares_of_both_domains_stand_beside_one_another(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    figures_module.share_bars({"sky": (0.41, 0.3), "car": (0.0, 0.05)}, tmp_path / "shares.png")
+    axes = figures[0].axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.41, 0.0, 0.3, 0.05]
+    assert [text.get_text() for text in axes.texts] == ["41.0%", "0.0%", "30.0%", "5.0%"]
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    # the axis ends where the largest does, or classes of a few per cent could not be seen
+    assert legend == ["target", "source"] and axes.get_xticks().max() == pytest.approx(0.5)
+
+
+def test_two_runs_stand_beside_picture_and_label(tmp_path: Path, figures: list[Figure]) -> None:
+    classes = ClassSet(("a", "b", "c"), ((10, 0, 0), (0, 20, 0), (0, 0, 30)))
+    label = np.array([[0, 1], [1, 255]], np.uint8)
+    found = {"plain": np.zeros((2, 2), np.uint8), "adapted": np.array([[0, 1], [1, 2]], np.uint8)}
+    image = np.full((2, 2, 3), 7, np.uint8)
+    figures_module.beside_panel(image, label, found, classes, tmp_path / "beside.png")
+    shown = {axes.get_title(): np.asarray(axes.images[0].get_array()) for axes in figures[0].axes}
+    assert [*shown] == ["picture", "label", "plain: 33.3% right", "adapted: 100.0% right"]
+    assert np.array_equal(shown["plain: 33.3% right"], np.full((2, 2, 3), (10, 0, 0)))
+    assert shown["adapted: 100.0% right"][1, 1].tolist() == [0, 0, 30]
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert legend == ["a", "b", "c", "void"]
+
+
 def _rare_letter() -> tuple[str, Path]:
     """A letter that DejaVu Sans has not, and the font of matplotlib's that has it."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

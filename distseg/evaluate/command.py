@@ -31,6 +31,8 @@ other colours, more of them. Training draws them at its end, as PNG.
 For a paper:         distseg pictures RUN --format pdf --out figures
 For other eyes:      distseg pictures RUN evaluate.palette=safe (`distseg report` shows these then)
 Curves alone:        evaluate.num_pictures=0, which needs neither shards nor a network
+Of two runs:         distseg pictures ADAPTED --beside SOURCE_ONLY: picture, label and both
+                     predictions, in beside/
 
 Text stays text in SVG and PDF, and photographs keep their pixels."""
 
@@ -92,6 +94,9 @@ def add_pictures(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where they go; else pictures/ of the run"
     )
+    parser.add_argument(
+        "--beside", type=Path, metavar="RUN", help="another run, whose predictions stand beside"
+    )
     add_overrides(parser, "evaluate.num_pictures=12 data.val_split=val")
     parser.set_defaults(handler=_pictures)
 
@@ -104,6 +109,5 @@ def _pictures(options: argparse.Namespace) -> int:
     loading.check_changes(options.run, overrides, lambda key: key.at_evaluation)
     from distseg.evaluate import pictures
 
-    return pictures.run(
-        options.run, options.checkpoint, options.out, options.format, options.overrides
-    )
+    chosen = options.run, options.checkpoint, options.out, options.format
+    return pictures.run(*chosen, options.overrides, beside=options.beside)

@@ -7,8 +7,11 @@ images, or as drawings for a paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from distseg.config import loading
 from distseg.config.schema import ADAPTATION, Config
@@ -18,7 +21,7 @@ from distseg.evaluate import document
 from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
 from distseg.evaluate.trained import trained_segmentor
 from distseg.tracking import figures
-from distseg.tracking.catalogue import CLASS_IOU
+from distseg.tracking.catalogue import CLASS_IOU, SOURCE_SHARE, TARGET_SHARE
 from distseg.tracking.palettes import coloured
 from distseg.tracking.tracker import METRICS_FILE, read_metrics
 from shards.errors import InputError
@@ -27,13 +30,20 @@ from shards.sample import ClassSet
 from shards.words import counted
 
 # within it, of unlabelled images; training alone draws these, from its own views
-FOLDER, TAUGHT_FOLDER = "pictures", "pseudo_labels"
+FOLDER, TAUGHT_FOLDER, BESIDE_FOLDER = "pictures", "pseudo_labels", "beside"
 
 
 def run(
-    run_dir: Path, which: str, out: Path | None, form: str, overrides: Sequence[str] = ()
+    run_dir: Path,
+    which: str,
+    out: Path | None,
+    form: str,
+    overrides: Sequence[str] = (),
+    *,
+    beside: Path | None = None,
 ) -> int:
-    """`distseg pictures RUN`: curves.*, iou.* and samples/KEY.*, as png, svg or pdf.
+    """`distseg pictures RUN`: curves.*, iou.*, samples/KEY.* and, of two domains, shares.*, as png,
+    svg or pdf; with another run `beside` it, beside/KEY.*.
 
     which: the checkpoint that looks at the images. out: None for RUN/pictures. overrides: key=value
     that may differ from the run when it is evaluated, evaluate.palette among them. Raises
@@ -47,34 +57,45 @@ def run(
     drawn = draw_scores(run_dir, out, config, form)
     if config.evaluate.num_pictures:
         drawn += _draw_samples(run_dir, which, out, form, overrides)
+        if beside is not None:
+            drawn += _draw_beside((beside, run_dir), which, out, form, overrides)
     print(f"wrote {counted(drawn, 'picture')} into {out}")
     return 0
 
 
 def draw_scores(run_dir: Path, out: Path, config: Config, form: str = "png") -> int:
-    """Draw curves.* and, of a run that was evaluated, iou.* into `out`; how many."""
+    """Draw curves.* and, of a run that was evaluated, iou.* and shares.* into `out`; how many."""
     # from the file and not from memory: it has the steps of earlier attempts too
     metrics, of_domains = read_metrics(run_dir / METRICS_FILE), config.mode in ADAPTATION
     figures.curves(metrics, out / f"curves.{form}", config.loss.adv_form, of_domains)
-    class_iou = _class_iou(run_dir / "evaluation.json")
+    scores = _scores(run_dir / "evaluation.json")
+    class_iou = _by_class(scores, CLASS_IOU)
     if class_iou:
         figures.iou_bars(class_iou, out / f"iou.{form}")
-    return 1 + bool(class_iou)
+    target, source = (_by_class(scores, prefix) for prefix in (TARGET_SHARE, SOURCE_SHARE))
+    if target and target.keys() == source.keys():
+        shares = {name: (target[name], source[name]) for name in target}
+        figures.share_bars(shares, out / f"shares.{form}")
+    return 1 + bool(class_iou) + bool(target)
 
 
-def _class_iou(path: Path) -> dict[str, float]:
-    """IoU by class, NaN for an absent one; {} where there is no evaluation yet."""
+def _scores(path: Path) -> dict[str, Any]:
+    """What an evaluation found; {} where there is none yet."""
     if not path.is_file():
         return {}
     try:
-        scores = document.read(path)
+        return document.read(path)
     except ValueError as error:
         got = f"{path}, which cannot be read ({error})"
         raise InputError(got, "JSON as training writes it", "remove it") from None
+
+
+def _by_class(scores: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The scores of a family by class, NaN for an absent one."""
     found = {}
     for name, value in scores.items():
-        if name.startswith(CLASS_IOU):
-            found[name.removeprefix(CLASS_IOU)] = math.nan if value is None else float(value)
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = math.nan if value is None else float(value)
     return found
 
 
@@ -92,6 +113,39 @@ def _draw_samples(run_dir: Path, which: str, out: Path, form: str, overrides: Se
             probabilities = evaluator.probabilities(network, image).cpu().numpy()
             path = out / "samples" / f"{key}.{form}"
             figures.sample_panel(image, label, probabilities, classes, path)
+    return len(indices)
+
+
+def _draw_beside(
+    run_dirs: tuple[Path, Path], which: str, out: Path, form: str, overrides: Sequence[str]
+) -> int:
+    """Draw images of the second run's validation split with what both runs make of them."""
+    if run_dirs[0].resolve() == run_dirs[1].resolve():
+        raise InputError(f"--beside {run_dirs[0]}, the run itself", "another run", "name another")
+    networks = [trained_segmentor(run_dir, which) for run_dir in run_dirs]
+    first, second = (found.identity["classes"] for _, _, found in networks)
+    if first != second:
+        got = f"{run_dirs[0]} and {run_dirs[1]}, whose classes differ"
+        raise InputError(got, "runs of the same classes", "choose another run")
+    configs = [loading.override(config, list(overrides)) for _, config, _ in networks]
+    samples = open_samples(configs[1], networks[1][2])
+    classes = classes_in(configs[1], samples)
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    if names[0] == names[1]:
+        names = [str(run_dir) for run_dir in run_dirs]
+    with joined(configs[1].device, configs[1].parallel.timeout_seconds) as ranks:
+        looking = []
+        for (network, _, found), config in zip(networks, configs, strict=True):
+            looking.append((evaluator_of(network, config, found, samples, ranks), network))
+        indices = list(spread(configs[1].evaluate.num_pictures, len(samples)))
+        for index in tracked(indices, len(indices), "drawing both"):
+            key, image, label = samples.load(index)
+            predictions = {}
+            for name, (evaluator, network) in zip(names, looking, strict=True):
+                chances = evaluator.probabilities(network, image)
+                predictions[name] = chances.argmax(0).to(torch.uint8).cpu().numpy()
+            path = out / BESIDE_FOLDER / f"{key}.{form}"
+            figures.beside_panel(image, label, predictions, classes, path)
     return len(indices)
 
 

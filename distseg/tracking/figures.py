@@ -218,31 +218,83 @@ def kept_bars(per_class: Mapping[str, tuple[float, float]], out: Path) -> None:
 
     NaN is a class that is absent, or of which nothing was kept.
     """
+    kinds = "labelled, of its pixels", "right, of those"
+    _paired_bars(per_class, kinds, "share of pixels that the shards label too", out)
+
+
+def share_bars(per_class: Mapping[str, tuple[float, float]], out: Path) -> None:
+    """Draw the share of each class among the predictions for the target and for the source, in
+    [0, 1]: what adaptation pushes out has a bar for the source alone.
+    """
+    kinds = "target", "source"
+    largest = max((max(pair) for pair in per_class.values()), default=1.0)
+    # up to the next tenth: of twenty classes none has half of the pixels
+    end = math.ceil(10 * max(largest, 0.1)) / 10
+    _paired_bars(per_class, kinds, "share of the predictions", out, end=end)
+
+
+def _paired_bars(
+    per_class: Mapping[str, tuple[float, float]],
+    words: tuple[str, str],
+    unit: str,
+    out: Path,
+    *,
+    end: float = 1.0,
+) -> None:
+    """Two bars of each class, on an axis from 0 to `end`; words: what each kind is."""
     names = [plain(name) for name in drawable(list(per_class), out.suffix)]
     values = np.array(list(per_class.values()), float).reshape(-1, 2)
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(names))
-    kinds = ((BLUE, "labelled, of its pixels"), (ORANGE, "right, of those"))
-    for column, (color, label) in enumerate(kinds):
+    for column, (color, label) in enumerate(zip((BLUE, ORANGE), words, strict=True)):
         rows, lengths = places + (column - 0.5) * 0.38, values[:, column]
         axes.barh(rows, np.nan_to_num(lengths), height=0.36, color=color, label=label)
         for row, value in zip(rows, lengths, strict=True):
             # told apart from 0 %, which is a measurement
-            text = "none" if math.isnan(value) else f"{value:.0%}"
-            place = (0 if math.isnan(value) else value) + 0.01
+            text = "none" if math.isnan(value) else f"{value:.{int(end < 1)}%}"
+            place = (0 if math.isnan(value) else value) + 0.01 * end
             axes.text(place, row, text, va="center", fontsize=8)
     # outside: of 150 classes some bar would be behind it
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
-    axes.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6), yticks=places, yticklabels=names)
-    axes.set_xlabel("share of pixels that the shards label too")
+    axes.set(xlim=(0, 1.12 * end), xticks=np.linspace(0, end, 6), yticks=places)
+    axes.set(yticklabels=names, xlabel=unit)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     # the first class on top, as in every table
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines["bottom"].set_bounds(0, 1)
+    axes.spines["bottom"].set_bounds(0, end)
     save(figure, out)
+
+
+def beside_panel(
+    image: np.ndarray,
+    label: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    classes: ClassSet,
+    out: Path,
+) -> None:
+    """Draw the picture, its label, and what two runs make of it; `out`: as of `save`.
+
+    image, label: as of `sample_panel`. predictions: by the run's name, (H, W) uint8.
+    """
+    classes = drawable_classes(classes, out.suffix)
+    pictures = [("picture", image), ("label", colourise(label, classes))]
+    counted = label != IGNORE_INDEX
+    shown = set(occurring(label, classes))
+    for name, prediction in predictions.items():
+        right = (prediction == label)[counted]
+        share = f": {right.mean():.1%} right" if right.size else ""
+        pictures.append((f"{name}{share}", colourise(prediction, classes)))
+        shown |= {*occurring(prediction, classes)}
+    legend = legend_entries(classes, not counted.all(), sorted(shown))
+    grid = _Grid(image.shape[:2], 1, len(legend), has_scale=False)
+    for column, (title, picture) in enumerate(pictures):
+        # none: as in sample_panel
+        grid.axes(0, column, title).imshow(picture, interpolation="none")
+    grid.add_legend(legend)
+    save(grid.figure, out)
 
 
 def sample_panel(
