@@ -21,7 +21,7 @@ from PIL import Image
 
 from distseg.cli import main
 from distseg.report import comparison, content
-from distseg.report.classes import confusion_matrix
+from distseg.report.classes import confusion_matrix, shares_section
 from distseg.report.curves import COLORS, css_colors, curve, entries_of, mean_line, panel_svg
 from distseg.report.page import render, style
 from distseg.runs.attempts import LABEL_VARIABLE, Note
@@ -189,6 +189,23 @@ def test_a_confusion_matrix_is_of_the_runs_classes_and_says_where_it_is_from(
     other.write_text(json.dumps(document))
     about = {"file": other.name, "split": "test", "step": 200}
     assert content.collect(runs[0])["confusion"] == about | {"matrix": [[90, 10], [30, 70]]}
+
+
+def test_class_shares_of_both_domains_are_shown_of_the_run_that_has_them(runs: list[Path]) -> None:
+    path = runs[0] / "evaluation.json"
+    shares = {"val": (0.91, 0.0), "source": (0.6, 0.05)}
+    found = json.loads(path.read_text())
+    for prefix, values in shares.items():
+        for name, value in zip(CLASSES, values, strict=True):
+            found[f"{prefix}/predicted_share/{name}"] = value
+    path.write_text(json.dumps(found))
+    collected = content.collect_all(runs[:2])
+    assert [run["shares"] for run in collected["runs"]] == [[[0.91, 0.6], [0.0, 0.05]], []]
+    section = shares_section(collected, entries_of(collected))
+    assert section is not None and "s1" not in section.content
+    texts = re.findall("<td[^>]*>([^<]*)</td>", section.content)
+    assert texts == ["sky", "91.0", "60.0", html.escape(HOSTILE), "0.0", "5.0"]
+    assert shares_section(content.collect_all(runs[1:2]), entries_of(collected)) is None
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:

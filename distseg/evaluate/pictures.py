@@ -127,10 +127,12 @@ def _draw_beside(
     if first != second:
         got = f"{run_dirs[0]} and {run_dirs[1]}, whose classes differ"
         raise InputError(got, "runs of the same classes", "choose another run")
+    # the same images, scales and windows for both, but each network as it was trained
     configs = [loading.override(config, list(overrides)) for _, config, _ in networks]
     samples = open_samples(configs[1], networks[1][2])
     classes = classes_in(configs[1], samples)
     names = [run_dir.resolve().name for run_dir in run_dirs]
+    # both stand in a title, where a whole path has no room unless it must
     if names[0] == names[1]:
         names = [str(run_dir) for run_dir in run_dirs]
     with joined(configs[1].device, configs[1].parallel.timeout_seconds) as ranks:

@@ -120,6 +120,30 @@ def _blue(share: np.ndarray) -> np.ndarray:
     return np.rint(low + (high - low) * np.sqrt(share)[..., None]).astype(np.uint8)
 
 
+def shares_section(collected: Collected, entries: list[Entry]) -> Section | None:
+    """How often each class is predicted for the target and for the source, of runs with both."""
+    having = []
+    for run, entry in zip(collected["runs"], entries, strict=False):
+        if run["shares"]:
+            having.append((run, entry))
+    if not having:
+        return None
+    # both of a run beside one another: it is their difference that tells something
+    head, columns = ["class"], []
+    for run, entry in having:
+        head += [f"{entry.name}, target", f"{entry.name}, source"]
+        columns.append(dict(zip(run["classes"], run["shares"], strict=True)))
+    rows = []
+    for name in dict.fromkeys(chain.from_iterable(columns)):
+        cells = [_heat(share) for found in columns for share in found.get(name, [None, None])]
+        rows.append([Cell(name), *cells])
+    note = (
+        "Per cent of all predicted pixels, at the last evaluation. A class that the source has and "
+        "the target hardly does was pushed out by adaptation, unless the target lacks it."
+    )
+    return Section("shares", "Classes among the predictions", note, table(head, rows, "heat"))
+
+
 def confusion_section(collected: Collected, entries: list[Entry]) -> Section:
     """Every run's confusion matrix, and its largest entries off the diagonal."""
     parts: list[str] = []

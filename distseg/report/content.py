@@ -35,7 +35,9 @@ from distseg.tracking.catalogue import (
     MEAN_IOU,
     OF_CLASSES,
     SCORES,
+    SOURCE_SHARE,
     STEP_SECONDS,
+    TARGET_SHARE,
 )
 from distseg.tracking.health import Health
 from distseg.tracking.tracker import ENVIRONMENT_FILE, METRICS_FILE, read_metrics
@@ -89,6 +91,7 @@ def collect(run_dir: Path) -> Run:
         "series": series(rows),
         "classes": classes,
         "iou": [_class_iou(row, classes) for row in evaluations],
+        "shares": _predicted_shares(scores, classes),
         "confusion": _confusion(run_dir, classes),
         "samples": samples(run_dir / "pictures" / "samples"),
         "taught": samples(run_dir / "pictures" / "pseudo_labels"),
@@ -107,6 +110,14 @@ def _classes(scores: dict[str, Any]) -> list[str]:
 def _class_iou(row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
     values = [plain(row.get(CLASS_IOU + name)) for name in classes]
     return {"step": row["step"], "values": values}
+
+
+def _predicted_shares(scores: dict[str, Any], classes: list[str]) -> list[list[float | None]]:
+    """Of each class among the predictions for the target and for the source; [] of one domain."""
+    if not any(name.startswith(SOURCE_SHARE) for name in scores):
+        return []
+    prefixes = TARGET_SHARE, SOURCE_SHARE
+    return [[plain(scores.get(prefix + name)) for prefix in prefixes] for name in classes]
 
 
 def series(rows: Iterable[dict[str, Any]]) -> dict[str, Curve]:

@@ -7,7 +7,7 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-from distseg.report.classes import confusion_section, iou_section
+from distseg.report.classes import confusion_section, iou_section, shares_section
 from distseg.report.comparison import Run
 from distseg.report.curves import Entry
 from distseg.report.markup import (
@@ -316,7 +316,8 @@ def _of_every_run(runs: list[Run], what: str, title: str) -> tuple[str, int]:
 
 # the order of the page; each gives None where it has nothing to show
 SECTIONS: tuple[Callable[[Collected, list[Entry]], Section | None], ...] = (
-    *(runs_section, health_section, iou_section, confusion_section, gallery_section),
+    *(runs_section, health_section, iou_section, shares_section),
+    *(confusion_section, gallery_section),
     taught_section,
     *(
         goodput_section,

@@ -281,6 +281,7 @@ def beside_panel(
     """
     classes = drawable_classes(classes, out.suffix)
     pictures = [("picture", image), ("label", colourise(label, classes))]
+    # void is in neither share, as in every score
     counted = label != IGNORE_INDEX
     shown = set(occurring(label, classes))
     for name, prediction in predictions.items():

@@ -236,6 +236,7 @@ def _lost_for_long(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, 
 
 
 def num_lost(row: MetricsRow, before: MetricsRow) -> float | None:
+    # by the row itself, as source-only runs and earlier versions have no such shares
     is_of_domains = any(name.startswith(SOURCE_SHARE) for name in row)
     return float(len(_lost_for_long(row, before))) if is_of_domains else None
 
@@ -256,6 +257,7 @@ def relative_entropy(row: MetricsRow, before: MetricsRow) -> float | None:
     # one that sees a difference pulls the target back to what the source looks like
     if abs(accuracy - 0.5) > BLIND_WITHIN and accuracy < SATURATED_FROM:
         return 1.0
+    # a ratio: how sure a network is at all depends on its classes, data and steps
     return row[TARGET_ENTROPY] / max(row[SOURCE_ENTROPY], 1e-9)
 
 

@@ -103,6 +103,7 @@ def entropies(
     probabilities: (n, C, h, w), of all images.
     """
     names: dict[Kind, str] = {"labelled": SOURCE_ENTROPY, "unlabelled": TARGET_ENTROPY}
+    # no pass and no message of its own: the step has these, and sums over ranks come later
     entropy = self_information(probabilities.detach()).sum(1)  # (n, h, w)
     of_images = (entropy * targets.valid).sum((1, 2)) / targets.valid.sum((1, 2)).clamp(min=1)
     where = batch.slices().items()

@@ -72,6 +72,7 @@ def samples(num_train: int = 400, num_val: int = 60, seed: int = 0, like: str = 
         raise InputError(got, "1 or more of each", "ask for more scenes")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed {seed}", "a whole number from 0 to 2^63 - 1", "choose another")
+    # before a scene is painted, as for the others
     if like not in KINDS:
         raise InputError(f"like={like}", "like=stanford", "correct it, or leave it out")
     splits = (("train", 0, num_train), ("val", VAL_START, num_val))
