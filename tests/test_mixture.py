@@ -352,6 +352,9 @@ def test_the_source_is_scored_beside_the_target(
     written = json.loads((done.run_dir / "evaluation.json").read_text())
     assert None in [written[f"source/iou/{name}"] for name in STANFORD.names]
     assert 0 <= written["source/mean_iou"] <= 1 and written["data"] == "flipped"
+    rows = [json.loads(line) for line in (done.run_dir / "metrics.jsonl").open()]
+    assert 0 < rows[0]["adaptation/target_entropy"] <= 1
+    assert 0 < rows[0]["adaptation/source_entropy"] <= 1
     # one class is left of the source's labels, and shares are of all that is predicted there
     for prefix in ("val", "source"):
         shares = [written[f"{prefix}/predicted_share/{name}"] for name in STANFORD.names]

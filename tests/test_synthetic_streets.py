@@ -55,7 +55,7 @@ def gta5(root: Path, sizes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]
 
 
 def test_gta5_has_the_19_classes_of_cityscapes_at_every_size(tmp_path: Path) -> None:
-    sizes = {"00001": (263, 478), "00002": (46, 83), "24966": (105, 191)}
+    sizes = {"00001": (1052, 1914), "00002": (46, 83), "24966": (105, 191)}
     labels = gta5(tmp_path / "GTA5", sizes)
     # as DAFormer's converter leaves them beside the labels
     save(tmp_path / "GTA5/labels/00001_labelTrainIds.png", Image.new("L", (8, 8)))

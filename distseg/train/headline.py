@@ -76,9 +76,11 @@ def _data_sets(config: Config, data: Data) -> list[str]:
         for name, one, share in zip(samples.names, samples.sets, shares, strict=True):
             height, width = median_size(one)
             epochs = float(config.steps * batch_size * share) / len(one)
+            # of a target that has labels people ask whether anything is learned from them
+            unread = ", labels, if any, not read" if kind == "unlabelled" else ""
             lines.append(
                 f"{kind} data {name}: {len(one)} images of median {height}x{width} px, "
-                f"{float(share):.1%} of each batch, {epochs:.3g} epochs in all"
+                f"{float(share):.1%} of each batch, {epochs:.3g} epochs in all{unread}"
             )
     return lines
 
