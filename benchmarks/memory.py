@@ -2,8 +2,9 @@
 
 Measured: real ranks of one thread with gloo, processes of their own, take the same steps on noise;
 the most bytes at a time are those that torch's CPU allocator has given out, as torch.profiler
-records them (profile_memory), temporary ones inside of kernels among them. What oneDNN and gloo
-take for themselves is no tensor's, and not in it. Run: python -m benchmarks.memory [--ranks 2]
+records them (profile_memory), temporary ones inside of kernels and gloo's copies of what it sends
+among them. What oneDNN takes for itself is no tensor's, and not in it.
+Run: python -m benchmarks.memory [--ranks 2]
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
+from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.comm import STRATEGIES
@@ -41,7 +47,7 @@ NETWORKS = {
     "deeplabv2_resnet101": ["preset=voc_hung_semi", "data.crop_px=65"],
     "fcn8s_vgg16": ["preset=road_fcn8s", "data.crop_px=64"],
 }
-COMMON = ["precision=fp32"]
+RELEASE_SECONDS = 0.02  # that gloo's thread gets, on a busy machine too, to let go of its tensors
 
 
 def cases(network: str, num_ranks: int, batch: int) -> dict[str, list[str]]:
@@ -94,7 +100,10 @@ def measured(overrides: list[str], ranks: Ranks) -> int:
     gc.collect()  # of the case before, or what it gives back would count here
     config = prepared(loading.outline(overrides)[0])
     networks = without_memory(config, config.data.num_classes, ranks.world_size)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with (
+        released_before_it_goes_on(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
         networks = filled(networks)
         for network in networks:
             for tensor in () if network is None else network.state_dict().values():
@@ -102,12 +111,53 @@ def measured(overrides: list[str], ranks: Ranks) -> int:
         trainer = build_job(config, networks, ranks)
         for _ in range(NUM_STEPS):
             take_step(trainer, made_up(config, fullest_step(config), ranks.world_size))
-    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(it.start_ns(), it.nbytes()) for it in events if it.name() == "[memory]"]
-    most = total = 0
-    for _, change in sorted(changes, key=lambda it: it[0]):
+    return most_bytes(recorded)
+
+
+@contextmanager
+def released_before_it_goes_on() -> Iterator[None]:
+    """Within it, whoever has waited for a collective goes on when gloo's thread has let go of it.
+
+    The profiler sees the threads of the program alone: what gloo's thread gives back, as the last
+    that has it, would be taken for held until the end.
+    """
+    wait = Work.wait
+
+    def wait_longer(work: Work, *arguments: Any) -> bool:
+        result = wait(work, *arguments)
+        time.sleep(RELEASE_SECONDS)
+        return result
+
+    Work.wait = wait_longer  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Work.wait = wait  # type: ignore[method-assign]
+
+
+def most_bytes(recorded: profile) -> int:
+    """The most bytes at a time. Raises SystemExit where blocks were given back unseen."""
+    waiting = list(recorded.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    changes = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            changes.append(event)
+    held: dict[int, int] = {}
+    most = total = unseen = 0
+    for event in sorted(changes, key=lambda it: it.start_time_ns):
+        change, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+        if change > 0:
+            # what is given out was free
+            unseen += held.pop(address, 0)
+            held[address] = change
+        else:
+            held.pop(address, None)
         total += change
         most = max(most, total)
+    if unseen:
+        raise SystemExit(f"{unseen / 1e6:.1f} MB were given back by a thread that nobody looked at")
     return most
 
 
