@@ -46,31 +46,44 @@ NETWORKS = {
     "deeplabv3_efficientnet_lite0": ["preset=stanford_semi", "data.crop_px=96"],
     "deeplabv2_resnet101": ["preset=voc_hung_semi", "data.crop_px=65"],
     "fcn8s_vgg16": ["preset=road_fcn8s", "data.crop_px=64"],
+    "dpt_vitb14": ["preset=ade20k_dpt", "data.crop_px=252"],
 }
+# with blocks whose activations may be computed again
+TRANSFORMERS = ("dpt_vitb14",)
 RELEASE_SECONDS = 0.02  # that gloo's thread gets, on a busy machine too, to let go of its tensors
 
 
 def cases(network: str, num_ranks: int, batch: int) -> dict[str, list[str]]:
-    """What a network is trained with, under every strategy, accumulated and in bf16."""
+    """What a network is trained with: under every strategy, accumulated, in bf16, and with
+    activations that are computed again.
+    """
     chosen = dict(STRATEGIES)
     if importlib.util.find_spec("deepspeed") is None:
         say("deepspeed is left out, as there is no package of that name")
         chosen = {name: it for name, it in chosen.items() if not name.startswith("deepspeed")}
-    chosen["ddp, accumulated"] = ["gradient_accumulation_steps=2"]
+    if batch > 1:
+        chosen["ddp, accumulated"] = ["gradient_accumulation_steps=2"]
     chosen["ddp, bf16"] = ["precision=bf16"]
+    if network in TRANSFORMERS:
+        for kind in ("selective", "blocks"):
+            again = f"segmentor.activation_checkpointing={kind}"
+            chosen[f"fsdp, {kind}"] = ["parallel.strategy=fsdp", again]
     size = num_ranks * batch
     words = [*NETWORKS[network], f"segmentor={network}", f"batch_size={size}", "precision=fp32"]
     words.append(f"semi.batch_size={size}")
     return {name: [*words, *more] for name, more in chosen.items()}
 
 
-def start(network: str, num_ranks: int, batch: int) -> Iterator[tuple[str, int]]:
-    """The cases of a network and their peaks on rank 0, on so many ranks of new processes."""
+def start(network: str, num_ranks: int, further: list[str]) -> Iterator[tuple[str, int]]:
+    """The cases of a network and their peaks on rank 0, on so many ranks of new processes.
+
+    further: arguments of this command, which say what is measured.
+    """
     launcher = [f"--nproc_per_node={num_ranks}", "--standalone", "-m", "benchmarks.memory"]
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--measured={network}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*command, f"--batch={batch}"],
+        [*command, *further],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # the profiler tells of every start
@@ -84,10 +97,12 @@ def start(network: str, num_ranks: int, batch: int) -> Iterator[tuple[str, int]]
         raise SystemExit(f"{' '.join(command)}: exit code {ran.returncode}")
 
 
-def measure(network: str, batch: int) -> None:
-    """All cases of a network on this rank, a line of JSON each."""
+def measure(network: str, batch: int, only: list[str] | None) -> None:
+    """The cases of a network on this rank, a line of JSON each; only: some of them."""
     with joined("cpu") as ranks:
         for name, overrides in cases(network, ranks.world_size, batch).items():
+            if name not in (only or [name]):
+                continue
             peak = measured(overrides, ranks)
             if ranks.is_main:
                 print(json.dumps({"peak": peak, "name": name}), flush=True)
@@ -175,18 +190,20 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2, help="labelled images a rank")
     parser.add_argument("--measured", choices=NETWORKS, help="on this rank of a job")
+    parser.add_argument("--case", action="append", help='one of them, for example "fsdp, blocks"')
     parser.add_argument("networks", nargs="*", help=f"none: {', '.join(NETWORKS)}")
     options = parser.parse_args()
     if options.measured:
-        measure(options.measured, options.batch)
+        measure(options.measured, options.batch, options.case)
     print(conditions(threads=1))
     print(f"{options.ranks} ranks, {options.batch} labelled images each; the most MB at a time")
     print(f"{'network':30}{'strategy':22}{'measured':>9}{'estimated':>10}{'':>7}", flush=True)
+    arguments = [f"--batch={options.batch}", *(f"--case={name}" for name in options.case or ())]
     # one for all: DeepSpeed keeps the first group that it sees
     with pretended(options.ranks) as ranks:
         for network in options.networks or NETWORKS:
             under = cases(network, options.ranks, options.batch)
-            for name, real in start(network, options.ranks, options.batch):
+            for name, real in start(network, options.ranks, arguments):
                 told = estimated(under[name], ranks)
                 row = f"{network:30}{name:22}{real / 1e6:9.0f}{told / 1e6:10.0f}"
                 print(f"{row}{told / real - 1:+7.1%}", flush=True)

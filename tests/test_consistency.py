@@ -21,15 +21,19 @@ import distseg
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.config.world_size import check_pairs
+from distseg.data.plan import augmentation_rng
 from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
 from distseg.losses.tensors import of_neighbours
 from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
-from distseg.models import build_discriminator
+from distseg.models import build_discriminator, build_segmentor
+from distseg.models.levels import scaled
 from distseg.parallel import wrap
 from distseg.train.batch import Images, MicroBatch
 from distseg.train.ema import MovingAverage
+from distseg.train.feature_dropout import FeatureDropout
+from distseg.train.networks import build_networks
 from distseg.train.schedules import lr_factor, phase
 from distseg.train.step import Pair, training_step
 from distseg.train.strong_views import OF_LABELLED, StrongViews
@@ -184,6 +188,17 @@ def test_the_term_equals_its_formula_pixel_by_pixel(by_image: bool, soft: bool) 
     assert int(confident) == number and int(term.count(seen.targets)) == 40 + 64
 
 
+class SplitSegmentor(TinySegmentor):
+    """One whose encoder gives two feature maps to a head, by factors for each channel."""
+
+    feature_channels = (8, 5)
+
+    def forward(self, image: Tensor, feature_factors: Any = None) -> Tensor:
+        first = self.encoder(image)
+        maps = scaled((first, first[:, :5].square()), feature_factors)
+        return self.head(maps[0] + F.pad(maps[1], (0, 0, 0, 0, 0, 3)))
+
+
 def make_config(precision: str, overrides: Sequence[str]) -> Config:
     common = ["data.shards=unused", f"precision={precision}", "mode=consistency", "steps=10"]
     common += [f"batch_size={BATCH}", "segmentor_optimizer.name=sgd", "ema_decay=0.9"]
@@ -202,7 +217,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     """Some of our steps on this rank's part of each batch: the networks' final parameters."""
     config = make_config(precision, overrides)
     torch.manual_seed(3)
-    network = TinySegmentor()
+    network = SplitSegmentor()
     network.num_classes = NUM_CLASSES  # type: ignore[assignment]
     learners = [wrap(network, config.segmentor_optimizer, config, ranks)]
     if config.mode == "semi_supervised":
@@ -248,7 +263,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
 def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
     """The same in one process, plainly, in float64: the segmentor's parameters, and the EMA's."""
     torch.manual_seed(3)
-    student = TinySegmentor().double()
+    student = SplitSegmentor().double()
     teacher = copy.deepcopy(student)
     chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
     view = StrongView(mix=config.strong.mix, mix_probability=0.8)
@@ -268,7 +283,7 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
         logits = F.interpolate(student(pixels), size=(SIDE, SIDE), mode="bilinear")
         loss = F.cross_entropy(logits, label.long(), ignore_index=255)
         weak, where = unlabelled(step, torch.float64)
-        seen = [(weak, where != 255)]
+        seen = [(weak, where != 255, None)]
         if step >= 1:
             seen = []
             with torch.no_grad():
@@ -282,6 +297,7 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
                 error = (shares.log() - running.clamp(min=1e-5).log()).clamp(-2, 2)
                 shift = (shift + chosen.alignment * error).clamp(-4, 4)
             places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
+            first, second = features_of(chosen.feature_perturbation, places)
             for number in range(chosen.num_views):
                 draws = strong_draws(2**33 + number * 2**34, places, NUM_CLASSES)
                 changed = view.changed(weak, where != 255, draws)
@@ -294,24 +310,36 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
                 changed = torch.where(mask[:, None], laid, changed)
                 target = torch.where(mask, of_laid, index)
                 known = sure.where(~mask, sure_of_laid)
-                logits = F.interpolate(student(changed), size=(SIDE, SIDE), mode="bilinear")
+                factors = (first, second)[number] if first else None
+                logits = student(changed, factors)
+                logits = F.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")
                 each = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
                 inside = target != 255
                 weight = (known >= chosen.threshold) & inside
                 if chosen.weighting == "image":
                     share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
                     weight = share[:, None, None] * inside
-                seen.append((changed, inside))
+                seen.append((changed, inside, factors))
                 terms.append((each * weight).sum())
                 counts.append(inside.sum())
+            if chosen.feature_perturbation == "dropout":
+                logits = F.interpolate(student(weak, second), size=(SIDE, SIDE), mode="bilinear")
+                each = F.cross_entropy(logits, index, ignore_index=255, reduction="none")
+                strong, inside = sum(terms) / len(terms), where != 255
+                seen.append((weak, inside, second))
+                counts.append(inside.sum())
+                # half of the term, each half by the mean number of pixels of a view
+                terms = [strong / 2, (each * (sure >= chosen.threshold) * inside).sum() / 2]
+                counts = [sum(counts) / len(counts)]
             loss = loss + chosen.weight * sum(terms) / sum(counts)
         if config.semi.entropy_weight:
             unsure = pixels.new_zeros(())
-            for images, inside in seen:
-                logits = F.interpolate(student(images), size=(SIDE, SIDE), mode="bilinear")
+            for images, inside, factors in seen:
+                logits = student(images, factors)
+                logits = F.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")
                 p = logits.softmax(1)
                 unsure = unsure - (p * p.log2()).sum(1)[inside].sum() / math.log2(NUM_CLASSES)
-            count = sum(inside.sum() for _, inside in seen)
+            count = sum(inside.sum() for _, inside, _ in seen)
             loss = loss + config.semi.entropy_weight * unsure / count
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         update(config, step, student, gradients, momentum)
@@ -319,6 +347,28 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
         for average, new in zip(teacher.parameters(), student.parameters(), strict=True):
             average.data.mul_(decay).add_(new.data, alpha=1 - decay)
     return list(student.parameters()), list(teacher.parameters())
+
+
+def features_of(kind: str, places: range) -> tuple[Any, Any]:
+    """What is multiplied with the two feature maps of each image: of the strong views where they
+    complement each other, else of none and of the weak view.
+    """
+    if kind == "none":
+        return None, None
+    some: tuple[list[Tensor], list[Tensor]] = ([], [])
+    other: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for place in places:
+        drawn = augmentation_rng(2**38, place).random(14)
+        is_whole, kept = drawn[0] < 0.5, torch.from_numpy(2.0 * (drawn[1:] < 0.5))
+        for index, start in ((0, 0), (1, 8)):
+            mask = kept[start:][: (8, 5)[index]]
+            if kind == "complementary":
+                mask = torch.ones(8).double() if is_whole else kept[:8]
+                mask = mask[: (8, 5)[index]]
+            some[index].append(mask)
+            other[index].append(2 - mask)
+    joined, rest = ([torch.stack(part) for part in each] for each in (some, other))
+    return (None, joined) if kind == "dropout" else (joined, rest)
 
 
 @torch.no_grad()
@@ -349,16 +399,22 @@ JOINED = {
         *("consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"),
         "consistency.logit_adjustment=0.7",
     ],
-    2: ["strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"],
+    2: [
+        *("strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"),
+        "consistency.feature_perturbation=complementary",
+    ],
     3: [
         *("strong.mix=classmix", "gradient_accumulation_steps=2", "strong.labelled=true"),
-        "consistency.alignment=0.6",
+        *("consistency.alignment=0.6", "consistency.feature_perturbation=dropout"),
     ],
 }
 FSDP = "parallel.strategy=fsdp"
 BESIDE = {
     "ema": [FSDP],
-    "segmentor": [FSDP, "consistency.teacher=segmentor"],
+    "segmentor": [
+        *(FSDP, "consistency.teacher=segmentor", "consistency.num_views=2"),
+        "consistency.feature_perturbation=dropout",
+    ],
     "adversary": ["mode=semi_supervised"],
     "gate": ["mode=semi_supervised", "consistency.gate=rank", "gradient_accumulation_steps=2"],
 }
@@ -454,9 +510,9 @@ def test_the_fill_keeps_its_colour_however_a_device_divides_bytes() -> None:
     views = StrongViews.of_labelled(config, NUM_CLASSES, Ranks(0, 1, 0, torch.device("cpu")))
     fill = torch.tensor(FILL_RGB, dtype=torch.float32)[:, None, None]
     # a GPU multiplies by the inverse, which is another number in the last bit
-    for scaled in (fill / 255, fill * torch.tensor(1 / 255)):
+    for filled in (fill / 255, fill * torch.tensor(1 / 255)):
         pixels, label = crops(BATCH)
-        pixels[:, :, :7] = scaled
+        pixels[:, :, :7] = filled
         label[:, :7] = 255
         strong = views.labelled(Images(pixels, label), 0).pixels
         assert torch.equal(strong[:, :, :7], pixels[:, :, :7])
@@ -484,6 +540,58 @@ def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:
         assert torch.equal(ours.pseudo.confidence, of_rank.pseudo.confidence)
 
 
+def test_channels_are_left_out_by_image_and_the_other_view_has_them() -> None:
+    like = torch.zeros(1, dtype=torch.float32)
+    draw = FeatureDropout((300, 200), 7, 2, is_complementary=True)
+    first, second = draw.factors(range(400), like)
+    assert first.shape == (800, 300) and torch.equal(first[:, :200], second)
+    one, other = first.unflatten(0, (-1, 2)).unbind(1)
+    assert torch.equal(one + other, torch.full_like(one, 2)) and set(one.unique().tolist()) == {
+        0.0,
+        1.0,
+        2.0,
+    }
+    whole = (one == 1).all(1)
+    assert torch.equal((one == 1).any(1), whole)
+    assert float(whole.double().mean()) == pytest.approx(0.5, abs=0.1)
+    assert float(one[~whole].mean()) == pytest.approx(1, abs=0.02)
+    # of the weak view alone, of each map by itself
+    views = FeatureDropout((300, 200), 7, 3, is_complementary=False).factors(range(400), like)
+    for factors in views:
+        strong, weak = factors.unflatten(0, (-1, 4)).split([3, 1], 1)
+        assert (strong == 1).all() and set(weak.unique().tolist()) == {0.0, 2.0}
+        assert float(weak.mean()) == pytest.approx(1, abs=0.02)
+    assert not torch.equal(views[0][:, :200], views[1])
+    # by the place alone
+    again = draw.factors(range(3, 5), like)
+    assert torch.equal(again[1], second[6:10])
+
+
+def test_every_network_with_a_head_on_features_takes_factors_of_its_channels() -> None:
+    """A channel that is left out is one that the encoder gives as zeros."""
+    names = ["deeplabv2_resnet101", "deeplabv3_resnet50", "deeplabv3plus_resnet50"]
+    names += ["deeplabv3_efficientnet_lite0", "deeplabv3plus_efficientnet_lite0"]
+    names += ["segformer_mitb0"]
+    image = torch.rand(2, 3, 64, 64)
+    for name in names:
+        torch.manual_seed(0)
+        narrow = {"width": 4} if "resnet" in name else {}
+        network = build_segmentor(name, 3, init="random", **narrow).eval().requires_grad_(False)
+        channels = network.feature_channels  # type: ignore[union-attr]
+        kept = [2.0 * (torch.rand(2, number) < 0.5) for number in channels]
+        found = network(image, feature_factors=kept)
+
+        def changed(module: Any, inputs: Any, maps: Any, kept: Any = kept) -> Any:
+            last = len(maps) - len(kept)
+            pairs = zip(maps[last:], kept, strict=True)
+            return (*maps[:last], *(x * factor[:, :, None, None] for x, factor in pairs))
+
+        plain = network(image)
+        network.encoder.register_forward_hook(changed)  # type: ignore[union-attr]
+        assert torch.equal(found, network(image)), name
+        assert not torch.equal(found, plain), name
+
+
 def test_a_class_without_labels_is_raised_as_the_rarest_of_the_others() -> None:
     found = logit_adjustment(2.0, np.array([[30, 0, 4, 60], [0, 0, 6, 0]]))[:, 0, 0]
     expected = [-2 * math.log(share) for share in (0.3, 0.1, 0.1, 0.6)]
@@ -504,6 +612,7 @@ def test_the_order_of_scores_is_that_of_all_ranks() -> None:
         assert [*itertools.chain(*run_ranks(num_ranks, rank_by))] == expected
 
 
+COMPLEMENTARY = "consistency.feature_perturbation=complementary"
 ZERO_3 = ["parallel.strategy=deepspeed", "parallel.zero_stage=3"]
 RUN: dict[str, Any] = {
     "mode": "consistency",
@@ -511,11 +620,17 @@ RUN: dict[str, Any] = {
     "ema_decay": 0.9,
     "data": {"crop_px": 48, "labelled": "1/2", "num_threads": 0},
     "segmentor": {
-        "name": "multiscale",
+        "name": "deeplabv3_resnet50",
         "init": "random",
-        "options": {"hidden": 8, "norm": "batch"},
+        "options": {"width": 4},
     },
-    "consistency": {"weight": 1.0, "threshold": 0.05, "held_out": 1, "alignment": 0.5},
+    "consistency": {
+        "weight": 1.0,
+        "threshold": 0.05,
+        "held_out": 1,
+        "alignment": 0.5,
+        "feature_perturbation": "dropout",
+    },
     "strong": {"mix": "classmix"},
     "checkpoint": {"every_steps": 3},
     "evaluate": {"num_pictures": 0},
@@ -548,6 +663,7 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
         ([*gated, "consistency.gate=rank", "loss.adv_start_step=9"], "adv_start_step=9"),
         ([*gated, "consistency.gate=score", "loss.adv_form=hinge"], "adv_form=hinge"),
         ([*gated, "consistency.gate=rank", "consistency.gate_share=0.02"], "one image of each"),
+        ([*taught, "ema_decay=0.9", COMPLEMENTARY], "consistency.num_views=1\n"),
         (
             [*taught, "consistency.teacher=segmentor", *ZERO_3],
             "stage 3",
@@ -555,6 +671,10 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     ):
         with pytest.raises(InputError, match=what):
             loading.load(words)
+    words = ["segmentor=multiscale", "segmentor.init=random", "consistency.num_views=2"]
+    whole = loading.load([*taught, "ema_decay=0.9", COMPLEMENTARY, *words])
+    with pytest.raises(InputError, match="complementary with segmentor=multiscale"):
+        build_networks(whole, 3)
     config = loading.load([*taught, "ema_decay=0.9", "batch_size=6"])
     with pytest.raises(InputError, match="even number"):
         check_pairs(config, 2)
@@ -622,9 +742,11 @@ def test_pictures_show_what_the_next_step_trains_on_and_change_nothing(
     for n, (weak, strong, _, threshold, _) in enumerate(drawn):
         labels = seen[0].pseudo
         assert labels is not None and threshold == 0.05
-        assert np.array_equal(strong.image, (seen[0].pixels[n] * 255).round().permute(1, 2, 0))
-        assert np.array_equal(strong.label, labels.label[n])
-        assert np.array_equal(strong.confident, labels.confidence[n] >= threshold)
+        first = 2 * n  # of its strong and its weak view
+        shown = (seen[0].pixels[first] * 255).round().permute(1, 2, 0)
+        assert np.array_equal(strong.image, shown)
+        assert np.array_equal(strong.label, labels.label[first])
+        assert np.array_equal(strong.confident, labels.confidence[first] >= threshold)
         # the rest of both is of one crop
         same = (weak.label == strong.label) & (weak.label != 255)
         assert same.mean() > 0.5 and not np.array_equal(weak.image, strong.image)

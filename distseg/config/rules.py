@@ -249,6 +249,17 @@ def consistency_with_a_teacher(config: Config) -> None:
         raise InputError(got, needed, "write parallel.zero_stage=2, or parallel.strategy=fsdp")
 
 
+def two_views_that_complement(config: Config) -> None:
+    """consistency.feature_perturbation=complementary has two strong views to share channels."""
+    chosen = config.consistency
+    # of others there is none that has what all the rest lack
+    if chosen.feature_perturbation == "complementary" and chosen.num_views != 2:
+        got = "consistency.feature_perturbation=complementary with consistency.num_views="
+        got += f"{chosen.num_views}"
+        needed = "two strong views, of which each has the channels that the other lacks"
+        raise InputError(got, needed, "write consistency.num_views=2")
+
+
 def a_labelled_partner_for_each(config: Config) -> None:
     """consistency.mix_with=labelled has something to lay over every unlabelled image."""
     if config.mode not in WITH_UNLABELLED or config.consistency.mix_with != "labelled":
@@ -528,6 +539,7 @@ RULES = (
     unlabelled_images_have_a_term,
     consistency_with_a_teacher,
     a_discriminator_at_the_gate,
+    two_views_that_complement,
     a_labelled_partner_for_each,
     domains_without_ground_truth,
     rectangles_in_order,

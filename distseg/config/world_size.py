@@ -49,6 +49,13 @@ def has_teacher(config: Config) -> bool:
     return config.mode in WITH_UNLABELLED and config.consistency.weight > 0
 
 
+def num_views_of(config: Config) -> int:
+    """How many views of an unlabelled image a step trains on where there is a teacher."""
+    chosen = config.consistency
+    # that of dropout is the weak one
+    return chosen.num_views + (chosen.feature_perturbation == "dropout")
+
+
 def check_pairs(config: Config, world_size: int) -> None:
     """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
     if not (config.strong.mix in PAIRED_MIXES and config.strong.mix_probability):

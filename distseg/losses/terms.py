@@ -343,12 +343,14 @@ class Consistency(Term):
     2021); else the confident ones alone. soft: the squared difference of the probabilities, mean
     over the classes, instead of the cross entropy. The sum is divided by all pixels inside of
     images, confident or not, as the latter have it: by the confident ones alone, the few of a poor
-    teacher would weigh as much as the many of a good one.
+    teacher would weigh as much as the many of a good one. view_weights: of each view of an image,
+    which stand together, 1 on average; (): all weigh the same.
     """
 
     threshold: float = 0.95
     by_image: bool = False
     soft: bool = False
+    view_weights: tuple[float, ...] = ()
     name: str = "consistency"
     share: str = "consistency/confident_share"
     images: Kind = "unlabelled"
@@ -368,7 +370,13 @@ class Consistency(Term):
             share = confident.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
             weight = share[:, None, None] * inside
         loss = self._per_pixel(seen, seen.pseudo)
-        return (weight.to(loss.dtype) * loss).sum(), confident.sum().double()
+        loss = weight.to(loss.dtype) * loss  # (n, H, W)
+        if self.view_weights:
+            views = loss.unflatten(0, (-1, len(self.view_weights))).unbind(1)
+            # by numbers of the host: a tensor of them would have to be sent
+            pairs = zip(self.view_weights, views, strict=True)
+            loss = torch.stack([number * view for number, view in pairs])
+        return loss.sum(), confident.sum().double()
 
     def _per_pixel(self, seen: Predicted, pseudo: PseudoLabels) -> Tensor:
         """(n, H, W): of each pixel, 0 outside of the image."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from distseg.models.checks import require_flag, require_size
 from distseg.models.encoders import ENCODERS
 from distseg.models.grids import cropped, num_cells, to_multiple
 from distseg.models.heads import HEADS
-from distseg.models.levels import Encoder, Head
+from distseg.models.levels import Encoder, Head, scaled
 from distseg.models.weights import LoadReport
 from shards.errors import InputError
 
@@ -29,10 +29,11 @@ class Composed(nn.Module):
     ceil(W/s)), s the head's output_stride, on a grid that starts at the image's corner. An image of
     no whole number of the encoder's coarsest cells gets a border, its own repeated, below and to
     the right, and the logits there are cut off; one of a whole number is taken as it is, which is
-    what windows of such a size make of every image (evaluate.sliding_window). auxiliary: a second
-    head, a small FCN, on the level before the last (Zhao et al. 2017), whose logits forward gives
-    in training mode: {"out": logits, "aux": logits of the same size}. Raises InputError for a
-    smaller image.
+    what windows of such a size make of every image (evaluate.sliding_window). feature_factors:
+    what each channel of the encoder's maps is multiplied by, (N, c) for each c of
+    feature_channels; None: nothing is. auxiliary: a second head, a small FCN, on the level before
+    the last (Zhao et al. 2017), whose logits forward gives in training mode: {"out": logits, "aux":
+    logits of the same size}. Raises InputError for a smaller image.
     """
 
     min_size_px = 32
@@ -45,17 +46,19 @@ class Composed(nn.Module):
         self.num_classes, self.output_stride = head.num_classes, head.output_stride
         # with whole cells of the coarsest level every level's grid ends where the image does
         self.size_multiple = max(level.stride for level in encoder.levels)
+        self.feature_channels = tuple(level.channels for level in encoder.levels)
         # last, so that the other layers' first weights do not depend on it
         self.has_auxiliary = auxiliary
         if auxiliary:
             self.auxiliary = fcn_head(encoder.levels[-2:][0].channels, head.num_classes)
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, image: Tensor, feature_factors: Sequence[Tensor] | None = None) -> Any:
         require_size(image, self.min_size_px)
         # fmt: off
         image = to_multiple(image, self.output_stride)   # (N, 3, H, W), whole cells of the logits
         grid = (image.shape[-2] // self.output_stride, image.shape[-1] // self.output_stride)
         maps = self.encoder(self._bordered(image))       # (N, channels, H/stride, W/stride) each
+        maps = scaled(maps, feature_factors)             # the same
         logits = self.head(maps)                         # (N, C, h + border, w + border)
         # fmt: on
         if not (self.training and self.has_auxiliary):

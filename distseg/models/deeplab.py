@@ -4,11 +4,13 @@ EfficientNet-Lite0, 1 and 2 too.
 All of them: forward takes an image (N, 3, H, W) float in [0, 1], RGB, H and W >= 32, and gives
 logits (N, C, ceil(H/s), ceil(W/s)), s the `output_stride`, on a grid that starts at the image's
 corner; DeepLabV2 with layout=caffe brings its own to the image's size, s = 1. An image smaller than
-that and a bad option raise InputError.
+that and a bad option raise InputError. feature_factors: what each channel of the encoder's maps is
+multiplied by, (N, c) for each c of feature_channels; None: nothing is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from distseg.models.aspp import (
 from distseg.models.checks import require_flag, require_number, require_size
 from distseg.models.efficientnet import EfficientNetLite
 from distseg.models.grids import to_multiple, upsample_nodes, with_margin
+from distseg.models.levels import scaled
 from distseg.models.resnet import EXPANSION, WIDTH, ResNet
 from distseg.models.weights import LoadReport
 from shards.errors import InputError
@@ -40,6 +43,7 @@ DECODER_SKIP = 48  # channels left of the encoder's map at 1/4: Chen et al. 2018
 SKIP_QUARTER, SKIP_EIGHTH = 32, 48  # of the light decoder
 
 Size = tuple[int, int]  # height, width
+Factors = Sequence[Tensor] | None  # of channels
 
 
 class DeepLabV2ResNet101(nn.Module):
@@ -78,23 +82,26 @@ class DeepLabV2ResNet101(nn.Module):
         if layout == "caffe":
             self.output_stride = 1
         self.encoder = ResNet(101, 8, layout=layout, channel_order=channel_order, width=width)
-        channels = 8 * EXPANSION * width
-        self.aspp = SummedClassifiers(channels, num_classes, V2_RATES[:aspp_branches])
+        self.feature_channels = self.encoder.channels[-1:]
+        self.aspp = SummedClassifiers(
+            self.feature_channels[0], num_classes, V2_RATES[:aspp_branches]
+        )
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Tensor:
         require_size(image, self.min_size_px)
         if self.encoder.layout == "caffe":
-            return self._stretched(image)
+            return self._stretched(image, feature_factors)
         # fmt: off
-        x, grid = _on_nodes(image, self.output_stride)  # (N, 3, 8h + 4, 8w + 4)
-        x = self.encoder(x)[-1]                         # (N, 2048, h + 1, w + 1)
-        x = self.aspp(x)                                # (N, C, h + 1, w + 1)
-        return _off_nodes(x, grid)                      # (N, C, h, w)
+        x, grid = _on_nodes(image, self.output_stride)   # (N, 3, 8h + 4, 8w + 4)
+        maps = self.encoder(x)[-1:]                      # (N, 2048, h + 1, w + 1), alone
+        x = self.aspp(scaled(maps, feature_factors)[0])  # (N, C, h + 1, w + 1)
+        return _off_nodes(x, grid)                       # (N, C, h, w)
         # fmt: on
 
-    def _stretched(self, image: Tensor) -> Tensor:
+    def _stretched(self, image: Tensor, feature_factors: Factors) -> Tensor:
         """The logits as AdvSemiSeg has them, of an image without a margin."""
-        x = self.aspp(self.encoder(image)[-1])  # (N, C, h, w), h and w up to one above H/8 and W/8
+        maps = scaled(self.encoder(image)[-1:], feature_factors)
+        x = self.aspp(maps[0])  # (N, C, h, w), h and w up to one above H/8 and W/8
         size = _size_of(image)
         # at least float32: what follows takes logits of the image's size as they are
         return F.interpolate(at_least_float32(x), size, mode="bilinear", align_corners=True)
@@ -127,6 +134,7 @@ class _OnResNet(nn.Module):
         require_flag("segmentor.options.auxiliary", auxiliary)
         self.num_classes = num_classes
         self.encoder = ResNet(self.depth, encoder_stride, width=width)
+        self.feature_channels = self.encoder.channels
         rates = [rate * 16 // encoder_stride for rate in RATES]
         self.aspp = ASPP(
             8 * EXPANSION * width, dropout, channels=CHANNELS, rates=rates, branch=dense
@@ -165,11 +173,12 @@ class _DeepLabV3ResNet(_OnResNet):
         self.output_stride, self.upsampling = encoder_stride, 1
         self.classifier = init_classifier(nn.Conv2d(CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Any:
         require_size(image, self.min_size_px)
         # fmt: off
         x, grid = _on_nodes(image, self.output_stride)  # (N, 3, s * h + s/2, s * w + s/2)
-        _, third, x = self.encoder(x)                   # (N, 1024 and 2048, h + 1, w + 1)
+        maps = scaled(self.encoder(x), feature_factors)
+        _, third, x = maps                              # (N, 1024 and 2048, h + 1, w + 1)
         x = self.aspp(x)                                # (N, 256, h + 1, w + 1)
         x = self.classifier(x)                          # (N, C, h + 1, w + 1)
         size, x = _size_of(x), _off_nodes(x, grid)      # (N, C, h, w)
@@ -205,11 +214,12 @@ class _DeepLabV3PlusResNet(_OnResNet):
         )
         self.classifier = init_classifier(nn.Conv2d(CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Any:
         require_size(image, self.min_size_px)
         # fmt: off
         x, grid = _on_nodes(image, self.output_stride)          # (N, 3, 4h + 2, 4w + 2)
-        quarter, third, x = self.encoder(x)                     # (N, 256, h + 1, w + 1), ...
+        maps = scaled(self.encoder(x), feature_factors)
+        quarter, third, x = maps                                # (N, 256, h + 1, w + 1), ...
         skip = self.skip(quarter)                               # (N, 48, h + 1, w + 1)
         x = self.aspp(x)                                        # (N, 256, ...) at encoder_stride
         x = upsample_nodes(x, self.upsampling, _size_of(skip))  # (N, 256, h + 1, w + 1)
@@ -247,6 +257,7 @@ class _OnLite(nn.Module):
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
         self.num_classes = num_classes
         self.encoder = EfficientNetLite(self.variant)
+        self.feature_channels = self.encoder.channels
         self.aspp = ASPP(self.encoder.channels[-1], dropout)
         self._add_head()
 
@@ -263,7 +274,7 @@ class _DeepLabV3Lite(_OnLite):
     def _add_head(self) -> None:
         self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Tensor:
         require_size(image, self.min_size_px)
         image = to_multiple(image, self.output_stride)
         height, width = (side // self.output_stride for side in image.shape[-2:])
@@ -271,8 +282,8 @@ class _DeepLabV3Lite(_OnLite):
         # of the image
         # fmt: off
         x = with_margin(image, 7, 9)    # (N, 3, 16h + 16, 16w + 16)
-        x = self.encoder(x)[-1]         # (N, 320, h + 1, w + 1)
-        x = self.aspp(x)                # (N, 128, h + 1, w + 1)
+        maps = scaled(self.encoder(x), feature_factors)
+        x = self.aspp(maps[-1])         # (N, 320 to 128, h + 1, w + 1)
         x = self.classifier(x)          # (N, C, h + 1, w + 1)
         return x[..., :height, :width]  # (N, C, h, w)
         # fmt: on
@@ -312,10 +323,11 @@ class _DeepLabV3PlusLite(_OnLite):
         self.refine_quarter = separable(LIGHT_CHANNELS + SKIP_QUARTER, LIGHT_CHANNELS)
         self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Tensor:
         require_size(image, self.min_size_px)
         # fmt: off
-        quarter, eighth, sixteenth = self.encoder(image)  # (N, 24, H/4, W/4), 1/8, 1/16
+        maps = scaled(self.encoder(image), feature_factors)
+        quarter, eighth, sixteenth = maps                 # (N, 24, H/4, W/4), 1/8, 1/16
         x = self.aspp(sixteenth)                          # (N, 128, H/16, W/16)
         x = _join(x, self.skip_eighth(eighth))            # (N, 176, H/8, W/8)
         x = self.refine_eighth(x)                         # (N, 128, H/8, W/8)

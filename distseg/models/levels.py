@@ -15,6 +15,16 @@ class Level(NamedTuple):
     stride: int
 
 
+def scaled(maps: Sequence[Tensor], factors: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """Feature maps (N, channels, h, w) times the factor (N, channels) of each channel of each
+    image, one tensor for each map; factors None: as they are.
+    """
+    if factors is None:
+        return maps
+    pairs = zip(maps, factors, strict=True)
+    return [x * factor.to(x.dtype)[:, :, None, None] for x, factor in pairs]
+
+
 class Encoder(nn.Module):
     """From images to feature maps; `ENCODERS` lists those that any head can stand on.
 

@@ -57,6 +57,7 @@ class ResNet(nn.Module):
         super().__init__()
         _check(output_stride, layout, channel_order, width)
         self.layout, self.is_bgr = layout, channel_order == "bgr"
+        self.channels = tuple(EXPANSION * width * times for times in (1, 4, 8))  # of its maps
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)

@@ -50,7 +50,7 @@ class Learner(Protocol):
         autocast: of a segmentor the logits alone.
         """
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: Any) -> Any:
         """Forward under autocast.
 
         The gradients of a later backward will be averaged over the ranks. num_tracked: batch

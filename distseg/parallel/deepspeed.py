@@ -64,7 +64,7 @@ class DeepSpeedLearner(TorchLearner):
                 self.engine, self.optimizer, optimizer, self.stage
             )
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: Any) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         if self.stage > 0:
             # the engine's own forward, which would say so, is never called

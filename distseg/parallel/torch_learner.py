@@ -63,7 +63,7 @@ class TorchLearner:
         if config.compile:
             network.compile()  # in place: the names in a checkpoint stay
 
-    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: bool) -> Any:
+    def __call__(self, *inputs: Tensor, num_tracked: int | None = None, **options: Any) -> Any:
         """Forward under autocast, then running statistics averaged over the ranks."""
         # timed without the averaging, in which a rank waits for the others
         with (

@@ -19,18 +19,25 @@ class Images:
     pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
     the label says only where they are: 0 inside, 255 outside. pseudo: of unlabelled images whose
     pixels are a strong view, what a teacher says of them. is_tracked: whether batch norm's running
-    statistics are of these images too; else they are normalised by themselves.
+    statistics are of these images too; else they are normalised by themselves. feature_factors:
+    what their channels are multiplied by where the segmentor's encoder gives them to its head, (n,
+    channels) for each feature map; None: nothing is.
     """
 
     pixels: Tensor
     label: Tensor
     pseudo: PseudoLabels | None = None
     is_tracked: bool = True
+    feature_factors: tuple[Tensor, ...] | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Images:
         """With every tensor changed, for example to those of some of the images."""
         pseudo = None if self.pseudo is None else self.pseudo.each(change)
-        return replace(self, pixels=change(self.pixels), label=change(self.label), pseudo=pseudo)
+        factors = None
+        if self.feature_factors is not None:
+            factors = tuple(change(each) for each in self.feature_factors)
+        changed = replace(self, pixels=change(self.pixels), label=change(self.label))
+        return replace(changed, pseudo=pseudo, feature_factors=factors)
 
     def __getitem__(self, chosen: slice) -> Images:
         return self.each(lambda tensor: tensor[chosen])
@@ -56,7 +63,13 @@ class MicroBatch:
         # One forward of all images: batch normalisation sees the statistics of both kinds together,
         # and the segmentor's gradients are exchanged once.
         pixels = torch.cat([one.pixels, other.pixels]).contiguous(memory_format=layout)
-        return Images(pixels, torch.cat([one.label, other.label]))
+        factors = other.feature_factors
+        if factors is not None:
+            # labelled images keep their features as they are
+            of_one = (each.new_ones(len(one.label), each.shape[1]) for each in factors)
+            factors = tuple(map(torch.cat, zip(of_one, factors, strict=True)))
+        label = torch.cat([one.label, other.label])
+        return Images(pixels, label, feature_factors=factors)
 
     @property
     def num_tracked(self) -> int | None:

@@ -25,6 +25,7 @@ from distseg.models.trial import StepImages, shaped
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import checkpoint
 from distseg.train.adversary import check_discriminator
+from distseg.train.feature_dropout import FeatureDropout
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
 
@@ -86,6 +87,7 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
         init_partial=chosen.init_partial,
         **chosen.options,
     )
+    FeatureDropout.of(config, segmentor)  # refuses a network that has no such features
     # before batch norms are replaced and parameters frozen, as it tries the network as the user
     # wrote it
     check_training(chosen.name, segmentor)

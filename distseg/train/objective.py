@@ -201,8 +201,19 @@ def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     if config.mode in WITH_UNLABELLED and config.semi.entropy_weight:
         yield Entropy()
     if config.mode in WITH_UNLABELLED and chosen.weight:
-        soft = chosen.target == "probabilities"
-        yield Consistency(chosen.threshold, by_image=chosen.weighting == "image", soft=soft)
+        soft, by_image = chosen.target == "probabilities", chosen.weighting == "image"
+        weights = _view_weights(config)
+        yield Consistency(chosen.threshold, by_image=by_image, soft=soft, view_weights=weights)
+
+
+def _view_weights(config: Config) -> tuple[float, ...]:
+    """How much each view of an image weighs in the term, 1 on average; (): all the same."""
+    if config.consistency.feature_perturbation != "dropout":
+        return ()
+    # Yang et al. 2023 (UniMatch), eq. 7: the perturbed weak view as much as all strong ones
+    num_strong = config.consistency.num_views
+    half = (num_strong + 1) / 2
+    return (*[half / num_strong] * num_strong, half)
 
 
 def _adversarial(name: str, images: Kind, judging: Judging) -> Adversarial:

@@ -72,7 +72,9 @@ def _in_steps(config: Config, world_size: int) -> Iterator[Change]:
         yield "parallel.zero_stage", parallel.zero_stage + 1, "each rank holds less"
     if world_size > 1 and parallel.strategy == "fsdp" and parallel.shard_size:
         yield "parallel.shard_size", 0, "all ranks share one copy"
-    if config.consistency.num_views > 1 and config.mode == "consistency":
+    chosen = config.consistency
+    may_be_one = chosen.num_views > 1 and chosen.feature_perturbation != "complementary"
+    if may_be_one and config.mode == "consistency":
         yield "consistency.num_views", 1, "fewer strong views"
     if config.data.crop_px > 64:
         # a multiple of 32, about three quarters: half of the pixels

@@ -168,8 +168,10 @@ def predict(
 
     at_image_size: brought to the size of the pixels (n, 3, H, W).
     """
-    pixels = batch.all.pixels
-    output = segmentor(pixels, num_tracked=batch.num_tracked)
+    pixels, factors = batch.all.pixels, batch.all.feature_factors
+    # not to every network: not all of them have such features
+    options = {} if factors is None else {"feature_factors": factors}
+    output = segmentor(pixels, num_tracked=batch.num_tracked, **options)
     logits, auxiliary = output, None
     if isinstance(output, dict):
         logits, auxiliary = output["out"], output.get("aux")

@@ -49,8 +49,12 @@ class StrongViews:
         """The random numbers of this rank's images, of their `number`-th views; see
         `strong_draws`.
         """
-        positions = rank_positions(step, self.batch_size, self.ranks.rank, self.ranks.world_size)
-        return strong_draws(self.seed + number * NEXT_VIEW, positions, self.num_classes)
+        seed = self.seed + number * NEXT_VIEW
+        return strong_draws(seed, self.positions(step), self.num_classes)
+
+    def positions(self, step: int) -> range:
+        """Of this rank's images of a step, among all that the run has seen."""
+        return rank_positions(step, self.batch_size, self.ranks.rank, self.ranks.world_size)
 
     def changed(self, images: Images, inside: Tensor, draws: Tensor) -> Images:
         """With other colours and sharpness; see StrongView.changed."""

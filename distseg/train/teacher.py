@@ -21,6 +21,7 @@ from distseg.losses.terms import PseudoLabels
 from distseg.parallel import Learner
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
+from distseg.train.feature_dropout import FeatureDropout
 from distseg.train.strong_views import StrongViews
 from shards.sample import IGNORE_INDEX
 
@@ -147,7 +148,7 @@ class WeakToStrong:
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
     each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
     labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits; and
-    alignment, by what it has said so far.
+    alignment, by what it has said so far. dropout: of features of some views; None: of none.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -159,6 +160,7 @@ class WeakToStrong:
     with_labelled: bool = False
     adjustment: Tensor | None = None
     alignment: Alignment | None = None
+    dropout: FeatureDropout | None = None
 
     @classmethod
     def of(
@@ -195,6 +197,7 @@ class WeakToStrong:
             num_views=chosen.num_views,
             is_tracked=chosen.batch_norm == "joint",
             with_labelled=chosen.mix_with == "labelled",
+            dropout=FeatureDropout.of(config, segmentor.network),
         )
 
     @torch.no_grad()
@@ -231,9 +234,18 @@ class WeakToStrong:
 
     @torch.no_grad()
     def strong(self, weak: Images, labelled: Images, step: int) -> Images:
-        """The strong views of weak ones that have been taught, as of a call."""
+        """The strong views of weak ones that have been taught, as of a call; with what their
+        features are multiplied by, and the weak ones behind them, where there is dropout of that
+        kind.
+        """
         views = [self._strong(weak, labelled, step, number) for number in range(self.num_views)]
-        return views[0] if len(views) == 1 else _joined_views(views)
+        if self.dropout is None:
+            return views[0] if len(views) == 1 else _joined_views(views)
+        if not self.dropout.is_complementary:
+            views.append(weak)
+        joined = _joined_views(views)
+        factors = self.dropout.factors(self.views.positions(step), joined.pixels)
+        return replace(joined, feature_factors=factors)
 
     def _taught(self, pixels: Tensor, label: Tensor) -> tuple[PseudoLabels, Tensor | None]:
         """By weak views, so before anything is mixed; and the discriminator's scores, (n,)."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from distseg.config.schema import WITH_UNLABELLED, Config
+from distseg.config.world_size import num_views_of
 from distseg.data.stream import Batch, PairedStream, TrainStream
 from distseg.distributed.ranks import Ranks, on_main, shared_error
 from distseg.distributed.stop import StopRequest
@@ -332,7 +333,7 @@ class Trainer:
         config, current, num_unlabelled = self.config, phase(step, self.config), 0
         if config.mode in WITH_UNLABELLED and self.pair.objective.uses_unlabelled(current):
             num_unlabelled = config.semi.batch_size or config.batch_size
-        num_views = config.consistency.num_views
+        num_views = num_views_of(config)
         total = self.work.of_step(current, config.batch_size, num_unlabelled, num_views)
         # ranks have equal shares, so no rank needs to be asked
         return total / self.ranks.world_size

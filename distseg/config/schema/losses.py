@@ -382,6 +382,20 @@ class ConsistencyConfig:
         high=8,
         source=f"{UNIMATCH}, there 2",
     )
+    # the share of channels is no key: both papers have one half
+    feature_perturbation: str = key(
+        "none",
+        "channels of the encoder's features that are left out on their way to the head, half of "
+        "them; of segmentors HEAD_ENCODER and DeepLabs",
+        choices={
+            "none": "no channel",
+            "dropout": "of the weak view, which is trained on as well: it weighs as much as all "
+            "strong views",
+            "complementary": "of two strong views the one lacks what the other has, in half of the "
+            "images",
+        },
+        source=f"dropout: {UNIMATCH}; complementary: Yang et al. 2025 (UniMatch V2)",
+    )
     # early, a discriminator's scores say nothing: rules.py asks for it to have begun before
     gate: str = key(
         "none",
