@@ -227,7 +227,63 @@ def test_what_cannot_be_trained_is_refused(capsys):
     assert "shard_size=3 for 4 ranks" in refusal(capsys, *sized, *words)
     words = ["strategy=deepspeed", "zero_stage=3"]
     assert "ema_decay" in refusal(capsys, *sized, *words)
-    assert "--efficiency" in refusal(capsys, *sized, "--efficiency=0")
+    for word in ("--efficiency=0", "--efficiency=60", "--reserve-gb=-1"):
+        assert word.replace("=", " ") in refusal(capsys, *sized, word)
     unnamed = [word for word in sized if "num_classes" not in word and "preset" not in word]
     assert "--classes" in refusal(capsys, *unnamed)
     assert not dist.is_initialized()
+
+
+OWN = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Segmentor(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Conv2d(3, num_classes, 3, 2, 1)
+
+    def forward(self, image):
+        return self.layers(2 * image if image.mean() > 1 else image)
+
+
+class Discriminator(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Conv2d(num_classes, 1, 3, 2, 1)
+
+    def forward(self, label_map):
+        return self.layers(label_map)
+
+
+def chosen(logits, label):
+    scores = F.interpolate(logits.float(), label.shape[-2:]).permute(0, 2, 3, 1)
+    is_valid = label != 255
+    return F.cross_entropy(scores[is_valid], label[is_valid].long(), reduction="sum"), 1
+
+
+def looped(logits, label):
+    return sum(logits.sum() * value for value in label.unique()), 1
+"""
+
+
+def test_code_of_the_users_own_is_counted_or_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "LARGE_BYTES", 1e6)
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    words = ["preset=toy", "data.crop_px=48", "batch_size=4", "gpus_per_node=4", "ema_decay=0"]
+    words += [f"segmentor={file}:Segmentor", f"discriminator={file}:Discriminator"]
+    term = f"loss.terms.own.use={file}:"
+    assert main(["estimate", *words, "data.num_classes=5", "--json", f"{term}chosen"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["strategies"].values()
+    parameters = found["parts_bytes"]["parameters"]
+    assert parameters["segmentor"] == 4 * (3 * 5 * 9 + 5)
+    assert parameters["discriminator"] == 4 * (5 * 9 + 1)
+    line = 1 + OWN.splitlines().index(
+        "    return sum(logits.sum() * value for value in label.unique()), 1"
+    )
+    error = refusal(capsys, *words, "data.num_classes=5", f"{term}looped")
+    assert f"loss.terms.own.use={file}:looped: in a step without values" in error
+    assert f"({file}, line {line})" in error and not dist.is_initialized()

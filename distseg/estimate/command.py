@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from distseg.config.arguments import configured_command
@@ -52,16 +53,26 @@ def _estimate(options: argparse.Namespace) -> int:
     from distseg.config import loading
 
     shape, overrides, every = read(options.overrides)
-    for name in ("tflops", "memory_bandwidth", "link_gbs", "node_link_gbs", "efficiency"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            word = f"--{name.replace('_', '-')}"
-            raise InputError(f"{word} {value}", "a number above 0", f"correct {word}")
+    _check_numbers(options)
     # before torch, whose import takes seconds: a misspelt key is told at once
     config, waiting = loading.outline(overrides)
     from distseg.estimate.run import run
 
     return run(config, shape, every, waiting, options)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raise InputError for hardware that there is not."""
+    above = dict.fromkeys(("tflops", "memory_bandwidth", "link_gbs", "node_link_gbs"), math.inf)
+    for name, most in (above | {"efficiency": 1.0}).items():
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= most:
+            word = f"--{name.replace('_', '-')}"
+            needed = "a number above 0" + (f", and at most {most:g}" if most < math.inf else "")
+            raise InputError(f"{word} {value:g}", needed, f"correct {word}")
+    if not 0 <= options.reserve_gb < math.inf:
+        got = f"--reserve-gb {options.reserve_gb:g}"
+        raise InputError(got, "GB from 0", "correct --reserve-gb")
 
 
 def read(words: list[str]) -> tuple[dict[str, int], list[str], bool]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import textwrap
+import traceback
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distseg.config.code import references
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.config.world_size import check_world_size
 from distseg.distributed.ranks import Ranks
@@ -25,6 +30,7 @@ from distseg.estimate.timing import (
 from distseg.parallel import check_installed, check_settings
 from distseg.train.dry_run import sizes_of
 from distseg.train.networks import Networks
+from shards import user_code
 from shards.errors import InputError
 from shards.words import counted
 
@@ -68,7 +74,7 @@ def run(
     # built once: the strategies wrap copies
     networks = without_memory(prepared(config), num_classes, world_size)
     # one job for all strategies: DeepSpeed keeps the first group that it sees
-    with pretended(world_size) as ranks:
+    with _own_code_named(config), pretended(world_size) as ranks:
         kept: dict[str, Any] = {"hardware": hardware, "reserve_gb": options.reserve_gb}
         # one after the other, each with its own copy of the networks
         found = [
@@ -83,6 +89,29 @@ def run(
     lines += comparison(found, refused) if every else details(found[0])
     print("\n".join([*lines, *_modelled(options)]))
     return 0
+
+
+@contextmanager
+def _own_code_named(config: Config) -> Iterator[None]:
+    """Within it, what goes wrong in code of the user's own is an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        for key, reference in references(config).items():
+            code = user_code.load(reference, key)
+            # by lines: several may be in one file
+            lines, first = inspect.getsourcelines(code.value)
+            own = range(first, first + len(lines))
+            if any(it.filename == str(code.path) and it.lineno in own for it in frames):
+                told = user_code.told(error, code.path)
+                got = f"{key}={reference}: in a step without values: {told}"
+                needed = "results whose sizes follow from the sizes of the inputs"
+                action = f"estimate without {key}, or find what it takes by a short training"
+                raise InputError(got, needed, action) from error
+        raise
 
 
 def estimated(
@@ -205,7 +234,8 @@ def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> 
     # "auto" is told as what it was counted as
     nodes, of_node = shape["nodes"], shape["gpus_per_node"]
     world_size, own = nodes * of_node, prepared(config)
-    ranks = f"{counted(world_size, 'rank')} ({counted(nodes, 'node')} of {of_node} GPUs)"
+    gpus = counted(of_node, "GPU")
+    ranks = f"{counted(world_size, 'rank')} ({counted(nodes, 'node')} of {gpus})"
     images = counted(config.batch_size // world_size, "labelled image")
     if config.mode in WITH_UNLABELLED:
         unlabelled = (config.semi.batch_size or config.batch_size) // world_size
@@ -214,7 +244,7 @@ def heading(config: Config, shape: dict[str, int], waiting: Collection[str]) -> 
     if config.gradient_accumulation_steps > 1:
         images += f", in {config.gradient_accumulation_steps} micro-batches"
     # the recipe's name may be any: keys count more than the preset
-    networks = config.segmentor.name
+    networks = user_code.short(config.segmentor.name)
     if config.mode not in ("supervised",):
         networks += f", {config.mode}"
     lines = [f"{networks}, {own.precision}: {ranks}", images]
@@ -314,7 +344,10 @@ def comparison(found: list[Estimate], refused: dict[str, str]) -> list[str]:
         sizes = f"{_gb(it.found.peak):>8}{_gb(it.found.between):>9}{sent / MB:10,.0f}"
         fits = "".join(f"{count or 'none':>7}" for count in it.fits.values())
         lines.append(f"{it.name:12}{sizes}{it.seconds.step * 1e3:9.1f}  {fits}")
-    lines += [f"{name:12}refused: {why}"[:COLUMNS] for name, why in refused.items()]
+    for name, why in refused.items():
+        lines += textwrap.wrap(
+            f"{name:12}refused: {why}", COLUMNS, subsequent_indent=12 * " ", break_on_hyphens=False
+        )
     legend = [
         "most, between: GB that a rank holds within a step and between steps; MB sent by",
         "a rank and step; labelled images of a rank that fit such a GPU; all counted",
