@@ -347,6 +347,50 @@ def test_a_place_that_does_not_answer_is_asked_again_and_then_named(place: Path)
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_start_waits_for_a_place_that_hangs_no_longer_than_its_limit(
+    toy_shards: Path, tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    def hang(call: str, path: str) -> None:
+        assert call != "read" or gate.wait(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(bucket_module, "HUNG_SECONDS", 0.2)
+    monkeypatch.setattr(Trainer, "train_step", None)
+    monkeypatch.setattr(FakeBucket, "hook", staticmethod(hang))
+    with pytest.raises(TemporaryError, match=r"fake://.*config\.yaml: no answer for 0 s; the"):
+        train(toy_shards, tmp_path / "run", place)
+    gate.set()
+
+
+def test_a_fetch_may_take_long_for_as_long_as_bytes_come(
+    run: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(run, place)
+    limit, stops, gate = 0.4, False, threading.Event()
+
+    def slowly(self: FakeBucket, rpath: str, lpath: str, *rest: Any, **options: Any) -> None:
+        content = Path(self._strip_protocol(rpath)).read_bytes()
+        is_long = rpath.endswith("segmentor.network.safetensors")
+        size = -(-len(content) // (6 if is_long else 1))
+        with Path(lpath).open("wb", buffering=0) as file:
+            for start in range(0, len(content), size):
+                if stops and start:
+                    assert gate.wait(PATIENCE_SECONDS)
+                time.sleep(limit / 4 if is_long else 0)
+                file.write(content[start : start + size])
+
+    monkeypatch.setattr(bucket_module, "HUNG_SECONDS", limit)
+    monkeypatch.setattr(FakeBucket, "get_file", slowly)
+    fetch(tmp_path / "node", opened(place), RECORDS)
+    assert steps(tmp_path / "node") == [STEPS]
+    stops = True
+    with pytest.raises(TemporaryError, match=r"safetensors: no answer for 0 s"):
+        fetch(tmp_path / "other", opened(place), RECORDS)
+    gate.set()
+    assert steps(tmp_path / "other") == []
+
+
 def test_a_place_that_refuses_later_ends_nothing_and_is_told_once_and_in_the_health(
     toy_shards: Path,
     finished: Path,

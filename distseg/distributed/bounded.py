@@ -22,6 +22,15 @@ class LateError(RuntimeError):
 
 def in_time(seconds: float, call: Callable[..., Result], *arguments: Any) -> Result:
     """What the call returns, or its error. Raises LateError after so many seconds."""
+    return while_it_moves(seconds, lambda: None, call, *arguments)
+
+
+def while_it_moves(
+    seconds: float, progress: Callable[[], object], call: Callable[..., Result], *arguments: Any
+) -> Result:
+    """As `in_time`, of a call that may take any time for as long as `progress` gives new values, at
+    least one in so many seconds.
+    """
     outcome: Future[Result] = Future()
 
     def work() -> None:
@@ -32,13 +41,18 @@ def in_time(seconds: float, call: Callable[..., Result], *arguments: Any) -> Res
 
     # a daemon, and of no pool: the interpreter would wait at its end for one that never comes back
     threading.Thread(target=work, name="bounded call", daemon=True).start()
-    try:
-        return outcome.result(seconds)
-    except FutureTimeoutError as error:
-        # in Python 3.11 also the type of a time limit of the call's own, which is its outcome
-        if outcome.done():
-            raise
-        raise LateError(f"no answer for {seconds:.0f} s") from error
+    before = progress()
+    while True:
+        try:
+            return outcome.result(seconds)
+        except FutureTimeoutError as error:
+            # in Python 3.11 also the type of a time limit of the call's own, which is its outcome
+            if outcome.done():
+                raise
+            now = progress()
+            if now == before:
+                raise LateError(f"no answer for {seconds:.0f} s") from error
+            before = now
 
 
 @contextmanager

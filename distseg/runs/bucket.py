@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from distseg.distributed.bounded import LateError, in_time, while_it_moves
 from shards.errors import InputError, TemporaryError
 from shards.remote import check_installed, described, filesystem, is_final
 from shards.storage import StorageError
@@ -19,6 +20,9 @@ Result = TypeVar("Result")
 # seconds between two attempts at a request
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 STALL_SECONDS = 60.0  # without a byte: the request has failed
+# for a small request, with all that a library tries; of a download, without a byte. A file system
+# that hangs knows no limit of its own.
+HUNG_SECONDS = 300.0
 # they show an object when all of it is there; elsewhere a file is seen while it is written
 OBJECT_STORES = ("s3", "gs", "gcs", "az", "abfs")
 
@@ -27,8 +31,9 @@ class Bucket:
     """The files below a URL, by their names there ("checkpoints/step-00000500/state.json").
 
     Each request is tried again after each of PAUSES, unless the answer is final. Raises InputError
-    for an answer that is, and StorageError for a place that does not answer; at construction
-    InputError for a missing package.
+    for an answer that is, and StorageError for a place that does not answer, or not within
+    HUNG_SECONDS (an upload, which nothing waits for, may take any time); at construction InputError
+    for a missing package.
     """
 
     def __init__(self, url: str):
@@ -55,7 +60,7 @@ class Bucket:
                 return []
             return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
-        return self._insist(folder, request)
+        return self._insist(folder, lambda: in_time(HUNG_SECONDS, request))
 
     def read(self, name: str) -> bytes | None:
         """All of a small file; None where there is none."""
@@ -66,7 +71,7 @@ class Bucket:
             except FileNotFoundError:
                 return None
 
-        return self._insist(name, request)
+        return self._insist(name, lambda: in_time(HUNG_SECONDS, request))
 
     def write(self, name: str, content: bytes) -> None:
         """A small file, which appears whole or not at all."""
@@ -79,7 +84,7 @@ class Bucket:
             self._files().pipe_file(f"{place}.partial", content)
             self._files().mv(f"{place}.partial", place)
 
-        self._insist(name, request)
+        self._insist(name, lambda: in_time(HUNG_SECONDS, request))
 
     def upload(self, path: Path, name: str) -> None:
         """A file of any size. One that is cut off in the middle may be seen."""
@@ -87,7 +92,14 @@ class Bucket:
 
     def download(self, name: str, path: Path) -> None:
         """A file of any size, to a path whose folder is there."""
-        self._insist(name, lambda: self._files().get_file(self._place(name), str(path)))
+
+        def size() -> int:
+            return path.stat().st_size if path.exists() else 0
+
+        def request() -> None:
+            self._files().get_file(self._place(name), str(path))
+
+        self._insist(name, lambda: while_it_moves(HUNG_SECONDS, size, request))
 
     def remove(self, name: str) -> None:
         """A file or a folder, where it is there."""
@@ -98,7 +110,7 @@ class Bucket:
             except FileNotFoundError:
                 return
 
-        self._insist(name, request)
+        self._insist(name, lambda: in_time(HUNG_SECONDS, request))
 
     def _place(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
@@ -107,6 +119,12 @@ class Bucket:
         for pause in (*PAUSES, None):
             try:
                 return request()
+            # not again: each try would leave a thread behind
+            except LateError as error:
+                there = "the same command goes on once it answers"
+                raise StorageError(
+                    f"checkpoint.copy_to: {self._place(name)}: {error}; {there}"
+                ) from None
             # each library has its own kinds; a read-only file system says that it has no such call
             except Exception as error:
                 if is_final(error) or isinstance(error, NotImplementedError):
