@@ -93,6 +93,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises InputError for what is no command line, with the nearest command, option or key.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    # as git and others have it; `help` is no command of its own
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     # key=value may stand anywhere, which argparse alone does not allow
     options, rest = build_parser().parse_known_args(arguments)
     # argparse takes optional positionals only where it meets the required ones

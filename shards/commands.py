@@ -66,7 +66,11 @@ def _prepare(options: argparse.Namespace) -> int:
     pairs = [option.partition("=") for option in options.overrides]
     for key, separator, _ in pairs:
         if not separator:
-            raise InputError(f"argument {key!r}", "key=value", "write for example seed=1")
+            action = "write for example seed=1"
+            # a data set mostly, whose place is no key
+            if options.root is None and Path(key).is_dir():
+                action = f"write --root {shlex.quote(key)}"
+            raise InputError(f"argument {key!r}", "key=value", action)
     settings: dict[str, Any] = {key: value for key, _, value in pairs}
     # they would reach the preparer twice, as options and as settings
     if settings.keys() & {"workers", "skip_bad"}:
@@ -84,8 +88,11 @@ def _prepare(options: argparse.Namespace) -> int:
     for key, why in made.left_out.items():
         print(f"  {key}: {why}")
     # each step of the way names the next one
-    command = shlex.join(["pack", str(made.path), "--out", str(made.path.with_suffix(""))])
-    print(f"next: distseg {command}")
+    out = made.path.with_suffix("")
+    # the raw data may lie there; only shards are replaced by shards
+    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+        out = out.with_name(f"{out.name}-shards")
+    print(f"next: distseg {shlex.join(['pack', str(made.path), '--out', str(out)])}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from shards.files import published
 from shards.names import check_name
 from shards.sample import IGNORE_INDEX, ClassSet, decode_coded_label, decode_label
 from shards.storage import is_file, read_bytes
+from shards.words import making, place_for_shards
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -110,18 +112,10 @@ class Manifest:
     def load(directory: Path) -> Manifest:
         """Read manifest.json. Raises InputError: it is missing, damaged or of another version."""
         path = directory / FILE_NAME
-        action = (
-            f"make it with `distseg pack FILE.h5 --out {directory}` "
-            "(FILE.h5: from `distseg prepare`)"
-        )
         if not is_file(path):
-            if any(directory.glob("*.tar")):
-                action = f"tars of another program: `distseg import {directory}`; else {action}"
-            if directory.is_file() and directory.suffix in (".h5", ".hdf5"):
-                # maps in the place of shards: the folder they are mostly packed into is beside them
-                out = directory.with_suffix("")
-                action = f"name the shards; `distseg pack {directory} --out {out}` makes them"
-            raise InputError(f"no {path}", "a directory of packed shards with its manifest", action)
+            needed = "a directory of packed shards with its manifest"
+            raise InputError(f"no {path}", needed, _instead(directory))
+        action = f"make it again: {making(None, directory)}"
         return Manifest.parse(read_bytes(path), str(path), action)
 
     @staticmethod
@@ -245,6 +239,38 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     if len(set(files)) != len(files):
         raise ValueError("a shard that is named twice")
     return manifest
+
+
+def _instead(directory: Path) -> str:
+    """What to do about a place without a manifest."""
+    if any(directory.glob("*.tar")):
+        # ours have lost their manifest, or they never had one
+        again = making(None, directory)
+        return f"tars of another program: `distseg import {directory}`; else make it: {again}"
+    if directory.is_file() and directory.suffix in (".h5", ".hdf5"):
+        # maps in the place of shards: the folder they are mostly packed into is beside them
+        out = directory.with_suffix("")
+        return f"name the shards; `distseg pack {directory} --out {out}` makes them"
+    inside = sorted(path.parent for path in directory.glob(f"*/{FILE_NAME}"))
+    if inside:
+        more = f", or another of its {len(inside)}" if len(inside) > 3 else ""
+        return f"name a data set in it: {', '.join(map(str, inside[:3]))}{more}"
+    # hidden: what a pack that was killed has left
+    if any(not path.name.startswith(".") for path in directory.glob("*")):
+        out = place_for_shards(directory)
+        return f"for images and masks of your own: {making(directory, out)}"
+    return f"make it: {making(None, directory, _data_set(directory.name))}"
+
+
+def _data_set(name: str) -> str:
+    """A data set that a folder is called after, as `distseg prepare` takes it."""
+    # here, as preparers need more than readers of shards
+    from shards.prepare import NAMES, preparer_of
+
+    if name not in NAMES:
+        return "NAME --root DIR"
+    is_raw = "root" in inspect.signature(preparer_of(name)).parameters
+    return f"{name} --root DIR" if is_raw else name
 
 
 def _split(split: dict[str, Any], num_classes: int) -> SplitInfo:

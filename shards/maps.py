@@ -22,6 +22,7 @@ from shards.holders import open_to_read
 from shards.images import MAX_PX
 from shards.names import check_name
 from shards.sample import IGNORE_INDEX, ClassSet, Sample, check_sample, from_one_hot, to_one_hot
+from shards.words import making, place_for_shards
 
 VERSION = 1
 # bytes of a label map; HDF5's chunks end below 4 GiB, and larger maps have a chunk for each class
@@ -197,9 +198,10 @@ def _check_file(path: Path) -> None:
         action = f"use tars of another program with `distseg import {path}`"
         raise InputError(f"{path} is a folder of tars", "one file of HDF5 maps", action)
     if path.is_dir():
-        raise InputError(
-            f"{path} is a folder", "one file of HDF5 maps", f"of the older layout, {OLDER_ACTION}"
-        )
+        action = f"for images and masks of your own: {making(path, place_for_shards(path))}"
+        if any(path.glob("*.h5")):
+            action = f"name one of its files; of the older layout, {OLDER_ACTION}"
+        raise InputError(f"{path} is a folder", "one file of HDF5 maps", action)
     if not path.is_file():
         raise InputError(
             f"no file {path}", "HDF5 maps", "make them with `distseg prepare NAME --out FILE.h5`"

@@ -35,7 +35,9 @@ def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
     # letters alone: Road is as near to road as it can be
     plain = {choice.casefold(): choice for choice in reversed(choices)}
     similar = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=likeness)
-    found = same_last[:1] or [plain[choice] for choice in similar]
+    # a word cut short is far from the whole one, by its letters
+    begun = [choice for choice in choices if choice.casefold().startswith(word.casefold())]
+    found = same_last[:1] or begun[:1] or [plain[choice] for choice in similar]
     return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"
 
 
@@ -49,6 +51,30 @@ def same_name(name: str, names: Collection[str]) -> str | None:
 
 def _folded(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def making(raw: Path | None, out: Path, data_set: str = "NAME --root DIR") -> str:
+    """The commands that make packed shards in `out`, or only those of them that are left to call.
+
+    raw: a folder of images and masks of the user's own; None: of the `data_set`, as it is named to
+    `distseg prepare`.
+    """
+    maps = out.with_name(f"{out.name}.h5")
+    pack = f"`{_command('pack', maps, '--out', out)}`"
+    if maps.is_file():
+        return pack
+    words = f"folder {shlex.join(['--root', str(raw)])}" if raw else data_set
+    return f"`distseg prepare {words} {shlex.join(['--out', str(maps)])}`, then {pack}"
+
+
+def _command(*words: str | Path) -> str:
+    return f"distseg {shlex.join(map(str, words))}"
+
+
+def place_for_shards(raw: Path) -> Path:
+    """Where shards of a raw folder go by default: never among its own files."""
+    out = Path("data", raw.resolve().name)
+    return out if out.resolve() != raw.resolve() else out.with_name(f"{out.name}-shards")
 
 
 def train_command(shards: Path, splits: Collection[str]) -> str:

@@ -123,6 +123,11 @@ def test_an_error_that_brings_an_exit_code_is_one_message_and_others_stay_errors
         (["train", "preset=stanfrod"], "did you mean stanford?"),
         (["train", "toy"], "write preset=toy"),
         (["train", "steps"], "write steps=VALUE"),
+        (["train", "."], "write data.shards=."),
+        (["train", "preset=toy", "segmentor=unet"], "choose one of them, or write your own"),
+        (["train", "preset=toy", "segmentor=fcn"], "did you mean fcn"),
+        (["prepare", "folder", ".", "--out", "x.h5"], "write --root ."),
+        (["help", "trian"], "did you mean train?"),
         (["train", "preset=toy", "segmentor=deeplabv3_resnet"], "did you mean deeplabv3_resnet"),
         (["train", "preset=toy", "discriminator=largefov"], "did you mean large_fov?"),
         (["train", "preset=toy", "mode=supervisd"], "did you mean supervised?"),
@@ -156,7 +161,7 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
     return dict(found[0].choices)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["help"]])
 def test_the_overview_names_every_command_once_in_a_group(
     arguments: list[str], capsys: pytest.CaptureFixture
 ) -> None:
@@ -168,6 +173,15 @@ def test_the_overview_names_every_command_once_in_a_group(
     ]
     assert listed == list(subparsers(build_parser()))
     assert max(map(len, shown.splitlines())) <= 100 and "docs/quickstart.md" in shown
+
+
+def test_help_is_asked_for_as_a_command_too(capsys: pytest.CaptureFixture) -> None:
+    said = []
+    for arguments in (["help", "pack"], ["pack", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "--samples-per-shard" in said[0]
 
 
 def test_the_version_is_that_of_the_clone_with_its_commit(

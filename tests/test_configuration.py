@@ -450,6 +450,23 @@ def test_a_run_is_not_extended_to_fewer_steps(tmp_path: Path) -> None:
         loading.check_same(tmp_path, fewer)
 
 
+def test_what_follows_the_steps_is_named_when_a_run_is_to_be_extended(
+    toy_shards: Path, tmp_path: Path
+) -> None:
+    own = ["preset=own", f"data.shards={toy_shards}"]
+    (tmp_path / "config.yaml").write_text(loading.to_yaml(loading.load([*own, "steps=20"])))
+    meant = r"write (extend=true schedule\.warmup_steps=2) to train on to step 30"
+    for more in ([], ["extend=true"]):
+        with pytest.raises(InputError, match=meant) as refused:
+            loading.check_same(tmp_path, loading.load([*own, "steps=30", *more]))
+    # what it says is accepted
+    words = re.search(meant, str(refused.value))[1].split()  # type: ignore[index]
+    assert loading.check_same(tmp_path, loading.load([*own, "steps=30", *words])) == 20
+    # another run is not taken for a longer one
+    with pytest.raises(InputError, match="run_dir=DIR to start a new run"):
+        loading.check_same(tmp_path, loading.load([*own, "steps=30", "seed=5"]))
+
+
 def test_a_checkpoint_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="train first"):
         checkpoint.find(tmp_path, "77")

@@ -243,7 +243,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         ],
         "passwd.jpg leads to",
     ),
-    "images elsewhere": (yaml(BY_ID + "images: JPEGImages"), "no image in .*JPEGImages"),
+    "images elsewhere": (
+        yaml(BY_ID + "images: JPEGImages"),
+        r"(?s)no image in .*JPEGImages.*has images, masks\)",
+    ),
     "a list names a mask that is not there": (
         lambda r: [
             (r / "t.txt").write_text("images/a.jpg masks/zz.png"),

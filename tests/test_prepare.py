@@ -20,7 +20,8 @@ from shards.sample import STANFORD
     [
         ("stanfrod", ".", {}, "(?s)'stanfrod'.*toy, stanford, voc, .*ohe"),
         ("stanford", None, {}, "(?s)no --root.*the folder that stanford was unpacked to"),
-        ("stanford", "absent", {}, "--root .*absent"),
+        ("stanford", "absent", {}, "--root .*absent: no such folder"),
+        ("folder", None, {}, "(?s)no --root.*the folder that your images and masks are in"),
         ("stanford", ".", {"sed": "1"}, "(?s)option 'sed' of stanford.*one of: seed"),
         ("stanford", ".", {"root": "1"}, "option 'root' of stanford"),
         ("stanford", ".", {"seed": "one"}, "(?s)seed=one.*whole number"),
@@ -34,6 +35,15 @@ def test_request_that_cannot_be_met(
     with pytest.raises(InputError, match=message):
         prepare(name, None if root is None else tmp_path / root, tmp_path / "maps.h5", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_a_like_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / "scenes").mkdir()
+    with pytest.raises(InputError, match=r"did you mean scenes\?"):
+        prepare("folder", tmp_path / "scens", tmp_path / "maps.h5")
+    (tmp_path / "notes").touch()
+    with pytest.raises(InputError, match="notes, which is a file"):
+        prepare("folder", tmp_path / "notes", tmp_path / "maps.h5")
 
 
 def test_only_maps_of_the_same_data_are_replaced(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from distseg.evaluate.run import data_suffix
 from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest, sha256_of
-from shards.maps import write_maps
+from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import RawSample, ShardReader
 from shards.sample import STANFORD, decode_label
@@ -157,9 +157,40 @@ def test_of_a_machines_ranks_one_compares_the_indices_and_all_are_told(directory
 
 
 def test_no_manifest_gives_the_command(directory: Path) -> None:
+    with pytest.raises(InputError, match=rf"name a data set in it: {directory}$"):
+        Manifest.load(directory.parent)
     (directory / "manifest.json").unlink()
-    with pytest.raises(InputError, match=rf"distseg pack FILE\.h5 --out {directory}"):
+    with pytest.raises(InputError, match=rf"distseg pack {directory}\.h5 --out {directory}`"):
         ShardReader(directory, "train")
+
+
+def test_what_is_no_shards_gives_the_commands_that_make_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = {
+        "toy": "prepare toy --out data/toy.h5`, then `distseg pack data/toy.h5 --out data/toy`$",
+        "voc": "prepare voc --root DIR --out data/voc.h5`, then",
+        "mine": "prepare NAME --root DIR --out data/mine.h5`, then",
+    }
+    for name, command in commands.items():
+        with pytest.raises(InputError, match=f"distseg {command}"):
+            Manifest.load(Path("data", name))
+    # maps that are there are made no second time
+    Path("data").mkdir()
+    Path("data/toy.h5").touch()
+    with pytest.raises(InputError, match=r"make it: `distseg pack data/toy\.h5 --out data/toy`$"):
+        Manifest.load(Path("data/toy"))
+    # shards of a raw folder never come to lie among its images
+    for raw, out in {"scenes": "data/scenes", "data/more": "data/more-shards"}.items():
+        Path(raw, "images").mkdir(parents=True)
+        found = rf"prepare folder --root {raw} --out {out}\.h5`, then `.* --out {out}`$"
+        for refuses in (Manifest.load, MapsReader):
+            with pytest.raises(InputError, match=found):
+                refuses(Path(raw))
+    Path("scenes/a.h5").touch()
+    with pytest.raises(InputError, match="older layout"):
+        MapsReader(Path("scenes"))
 
 
 def test_manifest_of_another_version(directory: Path) -> None:

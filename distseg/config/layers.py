@@ -112,6 +112,9 @@ def _meant(word: str) -> str:
         return f"write preset={word}"
     if is_file(Path(word) / CONFIG_FILE):
         return f"write {Path(word) / CONFIG_FILE} to go on with that run"
+    # shards mostly; what is no shards is told where they are opened
+    if Path(word).is_dir():
+        return f"write data.shards={word}"
     if full_name(word) in KEYS:
         return f"write {word}=VALUE; `--help {word}` explains it"
     return "write for example steps=500 or loss.adv_weight=0.01"

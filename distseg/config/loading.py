@@ -280,14 +280,24 @@ def check_goes_on(before: Config, config: Config, place: str, way_out: str) -> i
             f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changed.items()
         )
         action = way_out
-        if changed.keys() == {"steps"} and steps > steps_before:
-            action = f"write extend=true to train on to step {steps}, or run_dir=DIR for a new run"
+        kept = {key: both for key, both in changed.items() if key != "steps"}
+        if steps > steps_before and kept.keys() <= from_data.RULES.keys():
+            action = _how_to_extend(kept, steps)
         raise InputError(
             f"{place} holds a run of another configuration ({values})",
             "the same configuration to resume it, or another directory",
             action,
         )
     return steps_before if steps > steps_before else None
+
+
+def _how_to_extend(kept: Mapping[str, tuple[Any, Any]], steps: int) -> str:
+    """What to do about a run that is to have more steps.
+
+    kept: keys that preset=own takes from the steps, with the run's value and the one now.
+    """
+    words = ["extend=true", *(f"{key}={before}" for key, (before, _) in kept.items())]
+    return f"write {' '.join(words)} to train on to step {steps}, or run_dir=DIR for a new run"
 
 
 def _is_free(name: str) -> bool:

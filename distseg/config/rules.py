@@ -57,7 +57,11 @@ def check_choice(entry: Key, value: Any) -> None:
     if value not in entry.choices:
         needed = f"one of: {entry.told or ', '.join(entry.choices)}"
         needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
-        raise InputError(f"{entry.name}={value}", needed, nearest(str(value), entry.choices))
+        # of many names some one has half of any word's letters
+        action = nearest(str(value), entry.choices, 0.5 if entry.own_code else 0.3)
+        if entry.own_code and not action.startswith("did you mean"):
+            action = "choose one of them, or write your own (docs/own_code.md)"
+        raise InputError(f"{entry.name}={value}", needed, action)
 
 
 def check_bounds(entry: Key, value: Any) -> None:

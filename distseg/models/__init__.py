@@ -275,7 +275,7 @@ def _check(
         composed = parts if choices is SEGMENTORS else ""
         listed = [known for known in choices if known not in COMPOSITIONS]
         needed = f"one of: {', '.join(listed)}; {composed}or your own, as {FORMS}"
-        raise InputError(f"{kind}={name}", needed, nearest(name, choices))
+        raise InputError(f"{kind}={name}", needed, nearest(name, choices, 0.5))
     # from the constructor's own signature: an option has no second list that could be forgotten
     accepted = [key for key in inspect.signature(choices[name]).parameters if key != "num_classes"]
     for key in options:

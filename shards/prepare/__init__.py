@@ -26,6 +26,7 @@ NAMES = (
     *("toy", "stanford", "voc", "cityscapes", "gta5", "synthia", "camvid", "kitti_road", "ade20k"),
     *("folder", "ohe"),
 )
+OF_THE_USER = ("folder", "ohe")  # forms of data, where the others are names of sets
 Preparer = Callable[..., DataSet]
 
 
@@ -101,14 +102,27 @@ def _arguments(
         arguments[key] = _parse(name, key, value, parameters)
     if "root" in parameters:
         if root is None or not root.is_dir():
-            got = f"--root {root}" if root else "no --root"
-            action = f"write --root DIR, the folder that {name} was unpacked to"
-            raise InputError(got, "the folder of the data set", action)
+            raise _no_root(name, root)
         arguments["root"] = root
     elif root is not None:
         raise InputError(f"--root {root}", f"no --root: {name} is generated", "leave it out")
     _check_given(name, arguments, parameters)
     return arguments
+
+
+def _no_root(name: str, root: Path | None) -> InputError:
+    """The error of a folder that is not named, or not there."""
+    action = f"write --root DIR, the folder that {name} was unpacked to"
+    if name in OF_THE_USER or user_code.is_reference(name):
+        action = "write --root DIR, the folder that your images and masks are in"
+    if root is None:
+        return InputError("no --root", "the folder of the data set", action)
+    got = f"--root {root}, which is a file" if root.exists() else f"--root {root}: no such folder"
+    if root.parent.is_dir():
+        beside = [path.name for path in root.parent.iterdir() if path.is_dir()]
+        near = nearest(root.name, beside, 0.6)
+        action = f"{near} {action}" if near.startswith("did you mean") else action
+    return InputError(got, "the folder of the data set", action)
 
 
 def _check_given(

@@ -35,6 +35,7 @@ from typing import Any
 import yaml
 
 from shards.errors import InputError
+from shards.image_files import NUM_NAMED
 from shards.images import READ, SUFFIXES
 from shards.names import is_name
 from shards.prepare.dataset import DataSet
@@ -170,11 +171,7 @@ def _files(
         else:
             masks = _without(masks, images)
     if not images:
-        raise InputError(
-            f"no image in {folders[0]}",
-            f"images: {READ}",
-            "correct `images` in the YAML, or --root",
-        )
+        raise InputError(f"no image in {folders[0]}", f"images: {READ}", _folders_there(root))
     respelt = _share_ids(images, masks)
     if respelt:
         spelt = counted(respelt, "mask", verb=IS)
@@ -183,6 +180,18 @@ def _files(
     if by_name:
         files.check_names(what)
     return files
+
+
+def _folders_there(root: Path) -> str:
+    """What to do where there are no images: name one of the folders that are there."""
+    action = "correct `images` in the YAML, or --root"
+    there = sorted(path.name for path in root.iterdir() if path.is_dir())
+    there = [name for name in there if not name.startswith(".")]
+    if not there:
+        return action
+    more = ", ..." if len(there) > NUM_NAMED else ""
+    named = ", ".join(there[:NUM_NAMED])
+    return f"write `images: FOLDER` and `masks: FOLDER` in the YAML ({root} has {named}{more})"
 
 
 def _without(files: Mapping[str, Path], others: Mapping[str, Path]) -> dict[str, Path]:
