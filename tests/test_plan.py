@@ -291,3 +291,22 @@ def test_bad_plans():
     for seed in (-1, 2**64):
         with pytest.raises(InputError, match="seed"):
             Plan(3, seed=seed)
+
+
+def test_a_thousand_ranks_show_what_one_does_and_go_on_on_fewer():
+    plan, batch, stop = Plan(3000, seed=5), 2048, 3
+    alone = [plan.sample_index(position) for step in range(6) for position in range_of(step, batch)]
+    shown = []
+    for step in range(6):
+        # stopped at a step boundary, and gone on with on half of the nodes
+        world = 1024 if step < stop else 512
+        for rank in range(world):
+            shown += map(plan.sample_index, rank_positions(step, batch, rank, world))
+    # a rank's slice is a run of positions, so that in their order the ranks are one rank
+    assert shown == alone
+    # every sample of an epoch once, over the boundary between two steps, ranks and worlds
+    assert sorted(shown[:3000]) == sorted(shown[3000:6000]) == list(range(3000))
+
+
+def range_of(step: int, batch: int) -> range:
+    return range(step * batch, (step + 1) * batch)

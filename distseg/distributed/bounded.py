@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,7 +22,15 @@ class LateError(RuntimeError):
 
 def in_time(seconds: float, call: Callable[..., Result], *arguments: Any) -> Result:
     """What the call returns, or its error. Raises LateError after so many seconds."""
-    return while_it_moves(seconds, lambda: None, call, *arguments)
+    thread, outcome = _bounded(call, arguments)
+    thread.start()
+    try:
+        return outcome.result(seconds)
+    except FutureTimeoutError as error:
+        # in Python 3.11 also the type of a time limit of the call's own, which is its outcome
+        if outcome.done():
+            raise
+        raise LateError(f"no answer for {seconds:.0f} s") from error
 
 
 def while_it_moves(
@@ -31,6 +39,20 @@ def while_it_moves(
     """As `in_time`, of a call that may take any time for as long as `progress` gives new values, at
     least one in so many seconds.
     """
+    thread, outcome = _bounded(call, arguments)
+    before = progress()
+    thread.start()
+    while not wait([outcome], seconds).done:
+        now = progress()
+        if now == before:
+            raise LateError(f"no progress for {seconds:.0f} s")
+        before = now
+    return outcome.result()
+
+
+def _bounded(
+    call: Callable[..., Result], arguments: tuple[Any, ...]
+) -> tuple[threading.Thread, Future[Result]]:
     outcome: Future[Result] = Future()
 
     def work() -> None:
@@ -40,19 +62,7 @@ def while_it_moves(
             outcome.set_exception(error)
 
     # a daemon, and of no pool: the interpreter would wait at its end for one that never comes back
-    threading.Thread(target=work, name="bounded call", daemon=True).start()
-    before = progress()
-    while True:
-        try:
-            return outcome.result(seconds)
-        except FutureTimeoutError as error:
-            # in Python 3.11 also the type of a time limit of the call's own, which is its outcome
-            if outcome.done():
-                raise
-            now = progress()
-            if now == before:
-                raise LateError(f"no answer for {seconds:.0f} s") from error
-            before = now
+    return threading.Thread(target=work, name="bounded call", daemon=True), outcome
 
 
 @contextmanager
