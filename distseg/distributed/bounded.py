@@ -40,9 +40,11 @@ def while_it_moves(
     least one in so many seconds.
     """
     thread, outcome = _bounded(call, arguments)
+    # before it begins, or a call that moves once and then hangs would be given two turns
     before = progress()
     thread.start()
     while not wait([outcome], seconds).done:
+        # asked once a turn: it may ask a disk
         now = progress()
         if now == before:
             raise LateError(f"no progress for {seconds:.0f} s")

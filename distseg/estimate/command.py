@@ -63,6 +63,7 @@ def _estimate(options: argparse.Namespace) -> int:
 
 def _check_numbers(options: argparse.Namespace) -> None:
     """Raise InputError for hardware that there is not."""
+    # a share above 1 would be a per cent, and seconds too few by a hundred
     above = dict.fromkeys(("tflops", "memory_bandwidth", "link_gbs", "node_link_gbs"), math.inf)
     for name, most in (above | {"efficiency": 1.0}).items():
         value = getattr(options, name)

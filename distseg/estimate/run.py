@@ -99,6 +99,7 @@ def _own_code_named(config: Config) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        # an operator that has no shapes without values fails below the user's own line
         frames = traceback.extract_tb(error.__traceback__)
         for key, reference in references(config).items():
             code = user_code.load(reference, key)
@@ -344,6 +345,7 @@ def comparison(found: list[Estimate], refused: dict[str, str]) -> list[str]:
         sizes = f"{_gb(it.found.peak):>8}{_gb(it.found.between):>9}{sent / MB:10,.0f}"
         fits = "".join(f"{count or 'none':>7}" for count in it.fits.values())
         lines.append(f"{it.name:12}{sizes}{it.seconds.step * 1e3:9.1f}  {fits}")
+    # whole: the end of a reason is where the key stands
     for name, why in refused.items():
         lines += textwrap.wrap(
             f"{name:12}refused: {why}", COLUMNS, subsequent_indent=12 * " ", break_on_hyphens=False

@@ -93,6 +93,7 @@ class Bucket:
     def download(self, name: str, path: Path) -> None:
         """A file of any size, to a path whose folder is there."""
 
+        # whatever library it is: its bytes arrive in this file
         def size() -> int:
             return path.stat().st_size if path.exists() else 0
 
