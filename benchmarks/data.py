@@ -56,7 +56,7 @@ AIMS = {"folder, PIL": 6.0, "folder, OpenCV": 4.5, "webdataset": 1.9, "decoding 
 
 
 def synthetic(count: int) -> list[Sample]:
-    """Pictures with the size, the detail and so the bytes of VOC's: 500 x 375, about 46 kB."""
+    """Pictures with the size, the detail and so the bytes of VOC's: 375 x 500 px, about 46 kB."""
     samples = []
     for index in range(count):
         rng = np.random.default_rng(index)

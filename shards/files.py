@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +61,28 @@ def published(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it may have no folder to be in
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def cleaned_up_after_sigterm() -> Iterator[None]:
+    """Within it SIGTERM ends the program as Ctrl-C does, through what removes unfinished files.
+
+    Only for commands that run alone: a training has its own answer to signals.
+    """
+    # Python lets no other thread set handlers
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: object) -> None:
+    # no Exception, which libraries catch; the exit code is the one that shells give for it
+    raise SystemExit(128 + number)
 
 
 def _short(name: str) -> str:

@@ -93,7 +93,7 @@ def _opened(file: BinaryIO) -> Image.Image:
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if math.prod(picture.size) > MAX_PX:
-        got = f"{picture.width} x {picture.height} pixels"
+        got = f"{picture.height} x {picture.width} pixels (height x width)"
         raise InputError(got, f"at most {MAX_PX} pixels", "cut it into several images")
     return picture
 

@@ -8,10 +8,12 @@ import functools
 import json
 import operator
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,6 +300,42 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
                 tmp_path / "m.safetensors",
             )
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_that_is_stopped_leaves_nothing_and_says_what_it_did(
+    number: signal.Signals,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "m.safetensors"
+    words = ["export", str(finished), "--format", "safetensors", "--out", str(out)]
+    writer, reader = formats._FORMATS["safetensors"]
+
+    def stopped(*arguments: Any) -> None:
+        writer(*arguments)
+        assert [path.name for path in tmp_path.iterdir()] == [arguments[-1].name]
+        signal.raise_signal(number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setitem(formats._FORMATS, "safetensors", (stopped, reader))
+        if number == signal.SIGINT:
+            assert main(words) == 130
+        else:
+            with pytest.raises(SystemExit) as left:
+                main(words)
+            assert left.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
+    # what nothing could answer, a kill -9, has left is removed by the next one
+    (tmp_path / f".partial-99999999-{out.name}").write_text("half")
+    capsys.readouterr()
+    assert main(words) == 0
+    assert list(tmp_path.iterdir()) == [out]
+    said = capsys.readouterr().err
+    assert f"writing {out}" in said and f"comparing {out.name} with the network" in said
 
 
 def test_a_missing_package_is_named_before_anything_is_read(

@@ -257,7 +257,9 @@ def test_a_turned_image_needs_the_mask_that_viewers_show(tmp_path: Path) -> None
     sample = masked_sample("a", "train", image, mask, coding=CODING, source="x")
     np.testing.assert_array_equal(sample.label, np.rot90(LABEL, -1))
     assert "turned" in sample.notes[0]
-    with pytest.raises(InputError, match=r"(?s)6 x 8 pixels for an image 8 x 6; .*`exif: ignore`"):
+    with pytest.raises(
+        InputError, match=r"(?s)6 x 8 pixels for an image 8 x 6 .*; .*`exif: ignore`"
+    ):
         masked_sample("a", "train", image, stored, coding=CODING, source="x")
     as_stored = Coding(CODING.codes, turn=False)
     sample = masked_sample("a", "train", image, stored, coding=as_stored, source="x")

@@ -343,6 +343,30 @@ def points(svg: str, place: int) -> np.ndarray:
     return np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", group[1]), float)
 
 
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_no_two_curves_of_a_panel_look_alike(tmp_path: Path, num_runs: int) -> None:
+    run_dirs = [tmp_path / f"r{run}" for run in range(num_runs)]
+    names = ("data", "exchange", "forward", "backward", "optimizer")
+    for run, run_dir in enumerate(run_dirs):
+        run_dir.mkdir()
+        values = {f"{catalogue.SECTION}{name}": 1.0 + place for place, name in enumerate(names)}
+        rows = [json.dumps({"step": step, **values}) for step in (1, 2, 3)]
+        (run_dir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+        (run_dir / "config.yaml").write_text(yaml.safe_dump({"batch_size": 1 + run}))
+    assert main(["report", *map(str, run_dirs), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    figure = next(part for part in page.split("<figure>") if "Sections of a step" in part)
+    svg, legend = figure.split("</svg>")
+    drawn = re.findall(
+        r'<path d="[^"]*"[^>]*style="fill: none; ([^"]*stroke-width: 1.8[^"]*)"', svg
+    )
+    assert len(drawn) == len(set(drawn)) == len(names) * num_runs
+    assert svg.count("<title>") == len(drawn)
+    # and the legend tells of each curve which it is
+    marks = re.findall(r'<i class="swatch[^"]*" style="([^"]*)"', legend)
+    assert len(marks) == len(set(marks)) == len(drawn)
+
+
 def test_a_panel_draws_each_value_at_its_place() -> None:
     values = [0.1, 0.9, math.nan, 0.5]
     line = line_of(values, name="entry-7")

@@ -199,6 +199,7 @@ def test_an_overview_says_how_many_classes_count() -> None:
     assert overview(report) == [
         "mIoU                     50.0%  mean over 2 of 3 classes in labels or predictions"
     ]
+    assert overview(report | {"num_images": 1})[-1] == "of one image, so without intervals"
     report["intervals_95"] = {"val/mean_iou": [0.4, 0.625]}
     assert "50.0%  (40.0% to 62.5%)" in overview(report)[0]
 

@@ -250,6 +250,13 @@ def test_nothing_but_void_is_refused() -> None:
         tally.scores()
 
 
+def test_a_single_image_has_scores_and_no_intervals() -> None:
+    tally = Tally(1, 2, torch.device("cpu"), details=True)
+    tally.add(0, torch.full((2, 3, 3), 0.5), torch.zeros(3, 3, dtype=torch.uint8))
+    tally.sum_over_ranks()
+    assert tally.scores().pixel_accuracy == 1 and tally.intervals() == {}
+
+
 def test_two_classes_also_get_their_best_f1() -> None:
     found = tallied(Ranks(0, 1, 0, torch.device("cpu")), num_classes=2)
     sklearn = pytest.importorskip("sklearn.metrics")

@@ -97,7 +97,7 @@ def fill(config: Config, keys: Iterable[str]) -> dict[str, int]:
     found = _filled(config, keys, images)
     values = " ".join(f"{key}={value}" for key, value in found.items())
     what = f"{counted(images.num_labelled, 'labelled image')} of median"
-    text = f"note: {values} (from {what} {images.height}x{images.width} px)"
+    text = f"note: {values} (from {what} {images.height}x{images.width} px, height x width)"
     if text not in _told:
         _told.add(text)
         _log.warning(text)

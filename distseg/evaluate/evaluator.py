@@ -128,9 +128,10 @@ class Evaluator:
         about |= {"num_images": self.tally.num_images} | self.augmentation.to_dict()
         if self.class_map is not None:
             about["class_map"] = self.class_map.to_dict()
-        if self.details:
-            # a thousand resamples, which take longer than one evaluation within training should
+        # a thousand resamples, which take longer than one evaluation within training should
+        intervals = self.tally.intervals() if self.details else {}
+        if intervals:
             about["intervals_95"] = {
-                f"{VALIDATION}{name}": list(pair) for name, pair in self.tally.intervals().items()
+                f"{VALIDATION}{name}": list(pair) for name, pair in intervals.items()
             }
         return about | self.written() | {"confusion": self.tally.confusion.tolist()}

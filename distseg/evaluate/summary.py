@@ -65,6 +65,8 @@ def overview(report: dict[str, Any]) -> list[str]:
             lines.append(f"{metric(name).title:24}{report[name]:6.1%}")
     if intervals:
         lines.append("in brackets: 95 % of 1000 sets of as many images drawn from these")
+    elif report.get("num_images") == 1:
+        lines.append("of one image, so without intervals")
     return lines
 
 

@@ -191,8 +191,9 @@ class Tally:
         return found | {f"boundary_iou/{name}": iou for name, iou in each}
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap intervals over images; only with details."""
-        return bootstrap(self.margins)
+        """95 % bootstrap intervals over images; only with details, and none of a single image."""
+        # drawn again and again it is no other set: an interval without a width looks like certainty
+        return bootstrap(self.margins) if self.num_images > 1 else {}
 
 
 def bootstrap(margins: np.ndarray, seed: int = 0) -> dict[str, tuple[float, float]]:

@@ -37,7 +37,10 @@ def add_export(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    return run(options.run, options.checkpoint, options.format, options.out, options.hub_folder)
+    from shards.files import cleaned_up_after_sigterm
+
+    with cleaned_up_after_sigterm():
+        return run(options.run, options.checkpoint, options.format, options.out, options.hub_folder)
 
 
 def run(run_dir: Path, which: str, form: str, out: Path | None, hub_folder: Path | None) -> int:

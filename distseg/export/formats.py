@@ -31,8 +31,9 @@ from distseg.models.own_segmentor import OwnSegmentor
 from distseg.runs.version import package_version
 from shards import user_code
 from shards.errors import InputError
-from shards.files import published
+from shards.files import published, say
 from shards.sample import IGNORE_INDEX
+from shards.words import counted
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 # the key of the JSON text in all three formats (torch.export: the extra file distseg.json)
@@ -152,7 +153,10 @@ def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path)
     original = FullResolution(segmentor).eval().requires_grad_(False)
     # the check below is inside: when it fails, nothing is left under the name
     with published(out) as partial:
+        # minutes for a large network on a busy machine
+        say(f"writing {out}: the network as {form} ...")
         writer(original, metadata, partial)
+        say(f"comparing {out.name} with the network, at {counted(len(CHECKED_SIZES), 'size')} ...")
         own = isinstance(segmentor, OwnSegmentor) and form == "safetensors"
         # what was written is read again, as its user will
         exported = _with_weights_of(partial, original) if own else reader(partial)

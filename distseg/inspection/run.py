@@ -118,7 +118,7 @@ def tables(inspection: Inspection) -> Iterator[Table]:
     """The splits side by side, their classes, and the findings if there are any."""
     splits = inspection.splits()
     about = _table(
-        escape(f"{inspection.manifest.name}: splits"),
+        escape(f"{inspection.manifest.name}: splits; sizes: height x width"),
         "split",
         right=("samples", "unlabelled", "shards", "MB"),
     )

@@ -98,6 +98,20 @@ def entries_of(collected: dict[str, Any]) -> list[Entry]:
     return entries
 
 
+def look_of(entry: Entry, place: int, num_runs: int) -> tuple[int, tuple[str, str]]:
+    """The index into COLORS and the member of STYLES of a panel's metric, for an entry of a page.
+
+    place: of the metric in its panel.
+    """
+    style = STYLES[place % len(STYLES)]
+    # of a single run nothing but its metrics has to be told apart
+    if num_runs == 1:
+        return place % len(COLORS), style
+    # several runs have a colour each, and metrics their dashes; where those are used up, colours
+    # go on behind those of the runs
+    return (entry.runs[0] + num_runs * (place // len(STYLES))) % len(COLORS), style
+
+
 @dataclass(frozen=True)
 class Curve:
     """A metric over the steps of an entry.

@@ -14,12 +14,14 @@ from typing import Any
 
 from distseg.report.comparison import drawn_panels
 from distseg.report.curves import (
+    COLORS,
     STYLES,
     Curve,
     Entry,
     css_colors,
     curve,
     entries_of,
+    look_of,
     panel_svg,
 )
 from distseg.report.markup import Section, swatch
@@ -120,10 +122,9 @@ def panel_figure(
     drawn: list[Curve] = []
     for entry in entries:
         for place, metric in enumerate(metrics):
-            # colours tell runs apart, so metrics of one panel differ in their dashes
-            line_style = STYLES[place % len(STYLES)][0]
+            color, (line_style, _) = look_of(entry, place, len(runs))
             label = f"{entry.name}, {metric.label}" if len(metrics) > 1 else entry.name
-            look = {"label": label, "color": entry.color, "style": line_style}
+            look = {"label": label, "color": COLORS[color], "style": line_style}
             # its class is the entry's, by which the style sheet hides it
             found = curve(entry, metric, runs, name=entry.css_class, **look)
             if found is not None:
@@ -132,19 +133,34 @@ def panel_figure(
                 drawn.append(replace(found, line=line))
     svg = panel_svg(panel, [one.line for one in drawn])
     title = f"{escape(panel.title)} <small>{escape(panel.unit)}</small>"
-    marks = "".join(f"<span>{mark}</span>" for mark in _marks(panel, metrics, drawn, runs))
+    names = [*_names(metrics, entries, len(runs)), *_notes(panel, drawn, runs)]
+    marks = "".join(f"<span>{name}</span>" for name in names)
     caption = f"<figcaption>{title}</figcaption>"
     return f'<figure>{caption}{svg}<div class="legend">{marks}</div></figure>'
 
 
-def _marks(
-    panel: Panel, metrics: list[Metric], drawn: list[Curve], runs: list[dict[str, Any]]
-) -> list[str]:
+def _names(metrics: list[Metric], entries: list[Entry], num_runs: int) -> list[str]:
+    """The legend of a panel's metrics; none where there is only one."""
+    names = []
+    for place, metric in enumerate(metrics if len(metrics) > 1 else []):
+        # while there are dashes enough, they say which metric it is of every run
+        if num_runs > 1 and len(metrics) <= len(STYLES):
+            lines = f'<i class="swatch" style="border-top-style: {STYLES[place][1]}"></i>'
+        else:
+            lines = "".join(_line(entry, place, num_runs) for entry in entries)
+        names.append(lines + escape(metric.label))
+    return names
+
+
+def _line(entry: Entry, place: int, num_runs: int) -> str:
+    color, (_, dashes) = look_of(entry, place, num_runs)
+    look = f"border-top-style: {dashes}; border-top-color: var(--run-{color})"
+    # its class, so that it is hidden with the entry's curves
+    return f'<i class="swatch {entry.css_class}" style="{look}"></i>'
+
+
+def _notes(panel: Panel, drawn: list[Curve], runs: list[dict[str, Any]]) -> list[str]:
     marks = []
-    if len(metrics) > 1:
-        for place, metric in enumerate(metrics):
-            border = f"border-top-style: {STYLES[place % len(STYLES)][1]}"
-            marks.append(f'<i class="swatch" style="{border}"></i>{escape(metric.label)}')
     level = reference(panel)
     if level is not None:
         marks.append(f"····· {escape(level[1])}")

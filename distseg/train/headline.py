@@ -79,7 +79,8 @@ def _data_sets(config: Config, data: Data) -> list[str]:
             # of a target that has labels people ask whether anything is learned from them
             unread = ", labels, if any, not read" if kind == "unlabelled" else ""
             lines.append(
-                f"{kind} data {name}: {len(one)} images of median {height}x{width} px, "
+                f"{kind} data {name}: {len(one)} images of median height x width "
+                f"{height}x{width} px, "
                 f"{float(share):.1%} of each batch, {epochs:.3g} epochs in all{unread}"
             )
     return lines

@@ -90,7 +90,7 @@ def read_mask(path: Path, size: tuple[int, int], coding: Coding) -> np.ndarray:
     if values.shape[:2] != size:
         got = (
             f"{path}: {values.shape[0]} x {values.shape[1]} pixels "
-            f"for an image {size[0]} x {size[1]}"
+            f"for an image {size[0]} x {size[1]} (height x width)"
         )
         raise InputError(got, "a mask of the image's size", "replace the image or the mask")
     label, unknown = _coded(values, coding)
