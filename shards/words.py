@@ -59,6 +59,8 @@ def making(raw: Path | None, out: Path, data_set: str = "NAME --root DIR") -> st
     raw: a folder of images and masks of the user's own; None: of the `data_set`, as it is named to
     `distseg prepare`.
     """
+    # "." and ".." have no name of their own
+    out = out if out.name.strip(".") else out.resolve()
     maps = out.with_name(f"{out.name}.h5")
     pack = f"`{_command('pack', maps, '--out', out)}`"
     if maps.is_file():
