@@ -23,7 +23,14 @@ def counted(number: int, noun: str, plural: str = "", verb: tuple[str, str] | No
 
 
 def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
-    """What to do about a word that is none of the choices: take the most similar, or any of them.
+    """What to do about a word that is none of the choices: take the `closest`, or any of them."""
+    choices = list(choices)
+    found = closest(word, choices, likeness)
+    return f"did you mean {found}?" if found else f"choose one of: {', '.join(choices)}"
+
+
+def closest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str | None:
+    """The most similar of the choices; None where none is similar.
 
     Of dotted names those with the same last part come first. likeness: what it has at least, from 0
     to 1.
@@ -36,9 +43,9 @@ def nearest(word: str, choices: Iterable[str], likeness: float = 0.3) -> str:
     plain = {choice.casefold(): choice for choice in reversed(choices)}
     similar = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=likeness)
     # a word cut short is far from the whole one, by its letters
-    begun = [choice for choice in choices if choice.casefold().startswith(word.casefold())]
-    found = same_last[:1] or begun[:1] or [plain[choice] for choice in similar]
-    return f"did you mean {found[0]}?" if found else f"choose one of: {', '.join(choices)}"
+    begun = [choice for choice in choices if word and choice.casefold().startswith(word.casefold())]
+    found = same_last or begun or [plain[choice] for choice in similar]
+    return found[0] if found else None
 
 
 def same_name(name: str, names: Collection[str]) -> str | None:

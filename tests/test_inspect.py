@@ -24,7 +24,8 @@ from PIL import Image
 from distseg.cli import main
 from distseg.config.schema import Config, DataConfig
 from distseg.inspection.run import conclusion, contact_sheet
-from distseg.tracking.figures import iou_bars, sample_panel
+from distseg.tracking.bars import iou_bars
+from distseg.tracking.figures import sample_panel
 from distseg.tracking.palettes import safe_colors
 from distseg.train.inputs import open_data
 from shards import pack as packing

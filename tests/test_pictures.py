@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from distseg.tracking import bars, fonts
 from distseg.tracking import figures as figures_module
-from distseg.tracking import fonts
 from distseg.tracking.catalogue import Panel
 from distseg.tracking.legend import legend_strip
 from shards.sample import STANFORD, ClassSet
@@ -37,9 +37,13 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved, for a look at what is in it."""
     saved: list[Figure] = []
     original = figures_module.save
-    monkeypatch.setattr(
-        figures_module, "save", lambda figure, out: (saved.append(figure), original(figure, out))[1]
-    )
+
+    def save(figure: Figure, out: Path) -> None:
+        saved.append(figure)
+        original(figure, out)
+
+    for module in (figures_module, bars):
+        monkeypatch.setattr(module, "save", save)
     return saved
 
 
@@ -325,7 +329,7 @@ def test_error_map_separates_right_wrong_and_void() -> None:
 
 def test_bars_have_the_length_of_the_iou(tmp_path: Path, figures: list[Figure]) -> None:
     per_class = {"sky": 0.9, "tree": 0.5, "road": float("nan"), "grass": 0.0}
-    figures_module.iou_bars(per_class, tmp_path / "iou.png")
+    bars.iou_bars(per_class, tmp_path / "iou.png")
     axes = figures[0].axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.9, 0.5, 0.0, 0.0]
     assert [text.get_text() for text in axes.texts] == ["90.0%", "50.0%", "absent", "0.0%"]
@@ -336,7 +340,7 @@ def test_bars_have_the_length_of_the_iou(tmp_path: Path, figures: list[Figure]) 
 def test_shares_of_both_domains_stand_beside_one_another(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
-    figures_module.share_bars({"sky": (0.41, 0.3), "car": (0.0, 0.05)}, tmp_path / "shares.png")
+    bars.share_bars({"sky": (0.41, 0.3), "car": (0.0, 0.05)}, tmp_path / "shares.png")
     axes = figures[0].axes[0]
     assert [bar.get_width() for bar in axes.patches] == [0.41, 0.0, 0.3, 0.05]
     assert [text.get_text() for text in axes.texts] == ["41.0%", "0.0%", "30.0%", "5.0%"]
@@ -401,7 +405,7 @@ def test_names_in_any_script_are_written_by_a_font_that_has_the_letters(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _panel(classes, tmp_path / "panel.png")
-        figures_module.iou_bars({letter: 0.5, "road": 0.25}, tmp_path / "iou.pdf")
+        bars.iou_bars({letter: 0.5, "road": 0.25}, tmp_path / "iou.pdf")
     strip = legend_strip(ClassSet((letter,), ((255, 0, 0),)), [0], 60, 60)
     # what Pillow draws of the letter by itself is in the strip
     glyph = Image.new("RGB", (20, 20), "white")
@@ -433,7 +437,7 @@ def test_a_name_that_no_font_can_write_is_a_number_and_is_told_once(
     assert legend[:2] == ["class 0 (no font)", "class 0"]
     # a browser has fonts of its own
     assert letter in titles(figures[1]) and f">{letter}<" in (tmp_path / "panel.svg").read_text()
-    figures_module.iou_bars({letter: 0.5, "class 0": 0.25}, tmp_path / "iou.png")
+    bars.iou_bars({letter: 0.5, "class 0": 0.25}, tmp_path / "iou.png")
     assert len(figures[3].axes[0].patches) == 2
     # the name of a sample is no class
     figure = Figure()

@@ -14,7 +14,7 @@ import distseg
 from distseg.cli import main
 from distseg.data.samples import LABELLED_FILE
 from distseg.pseudo_label.run import Choice, Labelled, surest
-from distseg.tracking import figures
+from distseg.tracking import bars
 from shards.maps import MapsReader, write_maps
 from shards.pack import pack
 from shards.reader import ShardReader
@@ -47,9 +47,9 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[dict[str, tuple[float, float]]] = []
-    original_bars = figures.kept_bars
+    original_bars = bars.kept_bars
     monkeypatch.setattr(
-        figures, "kept_bars", lambda shares, out: (drawn.append(shares), original_bars(shares, out))
+        bars, "kept_bars", lambda shares, out: (drawn.append(shares), original_bars(shares, out))
     )
     network, before = distseg.load(trained, device="cpu"), MapsReader(toy_shards.parent / "maps.h5")
     by_people = (trained / LABELLED_FILE).read_text().split()

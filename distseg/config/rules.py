@@ -23,7 +23,7 @@ from shards.errors import InputError
 from shards.remote import PACKAGES, check_plain, check_url
 from shards.user_code import FORMS as REFERENCES
 from shards.user_code import is_reference
-from shards.words import counted, nearest
+from shards.words import closest, counted, nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
 # here too, and not imported: the schema must not wait for torch, which losses need
@@ -58,9 +58,11 @@ def check_choice(entry: Key, value: Any) -> None:
         needed = f"one of: {entry.told or ', '.join(entry.choices)}"
         needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
         # of many names some one has half of any word's letters
-        action = nearest(str(value), entry.choices, 0.5 if entry.own_code else 0.3)
-        if entry.own_code and not action.startswith("did you mean"):
-            action = "choose one of them, or write your own (docs/own_code.md)"
+        action = nearest(str(value), entry.choices)
+        if entry.own_code:
+            found = closest(str(value), entry.choices, 0.5)
+            own = "choose one of them, or write your own (docs/own_code.md)"
+            action = f"did you mean {found}?" if found else own
         raise InputError(f"{entry.name}={value}", needed, action)
 
 

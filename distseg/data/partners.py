@@ -11,7 +11,7 @@ import yaml
 
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
-from shards.words import nearest, same_name
+from shards.words import closest, nearest, same_name
 
 VOID = "void"  # in data.class_map, of either side: the other has no such class
 
@@ -114,11 +114,7 @@ def _without_partner(
     words: dict[str, Any] = dict(asked)
     left = list(rest)
     for one in ours:
-        near = nearest(one, left, 0.6) if left else ""
-        words[one] = VOID
-        for other in left:
-            if near == f"did you mean {other}?":
-                words[one] = other
+        words[one] = closest(one, left, 0.6) or VOID
         left = [other for other in left if other != words[one]]
     if left:
         before = words.get(VOID, [])

@@ -14,7 +14,7 @@ from torch import Tensor
 from shards.errors import InputError
 from shards.sample import IGNORE_INDEX
 from shards.storage import is_file, read_text
-from shards.words import counted, nearest, same_name
+from shards.words import closest, counted, nearest, same_name
 
 # the run's class -> the data's; None: it has none there. Under the key None: those of the data that
 # are none of the run's.
@@ -205,8 +205,6 @@ def _check_whole(
 def _listed(whose: str, without: list[str], others: Sequence[str]) -> str:
     named = []
     for name in without:
-        near = nearest(name, others, 0.6)
-        # a word that is near to none would be answered with all of them, for each
-        like = near.removeprefix("did you mean ").removesuffix("?")
-        named.append(f"{name} (near: {like})" if near != like else name)
+        like = closest(name, others, 0.6)
+        named.append(f"{name} (near: {like})" if like else name)
     return f"no counterpart of {whose} {', '.join(named)}"

@@ -20,7 +20,7 @@ from distseg.distributed.ranks import joined
 from distseg.evaluate import document
 from distseg.evaluate.run import check_overrides, evaluator_of, open_samples
 from distseg.evaluate.trained import trained_segmentor
-from distseg.tracking import figures
+from distseg.tracking import bars, figures
 from distseg.tracking.catalogue import CLASS_IOU, SOURCE_SHARE, TARGET_SHARE
 from distseg.tracking.palettes import coloured
 from distseg.tracking.tracker import METRICS_FILE, read_metrics
@@ -71,12 +71,13 @@ def draw_scores(run_dir: Path, out: Path, config: Config, form: str = "png") -> 
     scores = _scores(run_dir / "evaluation.json")
     class_iou = _by_class(scores, CLASS_IOU)
     if class_iou:
-        figures.iou_bars(class_iou, out / f"iou.{form}")
+        bars.iou_bars(class_iou, out / f"iou.{form}")
     target, source = (_by_class(scores, prefix) for prefix in (TARGET_SHARE, SOURCE_SHARE))
-    if target and target.keys() == source.keys():
+    has_both = bool(target) and target.keys() == source.keys()
+    if has_both:
         shares = {name: (target[name], source[name]) for name in target}
-        figures.share_bars(shares, out / f"shares.{form}")
-    return 1 + bool(class_iou) + bool(target)
+        bars.share_bars(shares, out / f"shares.{form}")
+    return 1 + bool(class_iou) + has_both
 
 
 def _scores(path: Path) -> dict[str, Any]:

@@ -296,13 +296,13 @@ def _draw_quality(kept: Sequence[Labelled], names: Sequence[str], out: Path) -> 
     known = [image.counts for image in kept if image.counts is not None]
     if not known:
         return False
-    from distseg.tracking import figures  # other uses need not load matplotlib
+    from distseg.tracking import bars  # other uses need not load matplotlib
 
     # 0 / 0 of a class that is absent, or of which nothing is labelled, is NaN
     with np.errstate(invalid="ignore"):
         present, labelled, right = np.sum(known, 0).astype(float)[:, : len(names)]
         shares = zip(labelled / present, right / labelled, strict=True)
-    figures.kept_bars(dict(zip(names, shares, strict=True)), out)
+    bars.kept_bars(dict(zip(names, shares, strict=True)), out)
     return True
 
 

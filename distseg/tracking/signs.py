@@ -42,6 +42,8 @@ from distseg.tracking.catalogue import (
 MetricsRow = dict[str, Any]  # of metrics.jsonl: "step" and named floats
 Unpredicted = dict[str, tuple[int, int]]
 Unkept = dict[str, tuple[int, int, float]]
+# since which step each is missing, and its share of what is told, the most frequent first
+Classes = dict[str, tuple[int, float]]
 
 # of these, as every network that explodes shows in them, and as they begin at their highest: others
 # may begin with few pixels, or with a weight that is yet to come
@@ -175,13 +177,13 @@ def unpredicted(row: MetricsRow, before: Unpredicted) -> Unpredicted:
     return found
 
 
-def _given_up(row: MetricsRow, before: MetricsRow) -> dict[str, int]:
-    """Those that were lacking for long, the most frequent first, and since which step."""
+def _given_up(row: MetricsRow, before: MetricsRow) -> Classes:
+    """Those that were lacking for long, and their share of the labels."""
     found = {}
     for name, (first, times) in before.get(UNPREDICTED, {}).items():
         if times >= MIN_EVALUATIONS and row["step"] - first >= MIN_UNPREDICTED_STEPS:
-            found[name] = first
-    return dict(sorted(found.items(), key=lambda item: -row.get(item[0], 0.0)))
+            found[name.removeprefix(NEVER_PREDICTED)] = (first, row.get(name, 0.0))
+    return _by_share(found)
 
 
 def num_given_up(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -190,10 +192,19 @@ def num_given_up(row: MetricsRow, before: MetricsRow) -> float | None:
 
 
 def who_is_given_up(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
-    found = _given_up(row, before)
-    named = [f"{name.removeprefix(NEVER_PREDICTED)} {row[name]:.2%}" for name in found]
+    return _named(_given_up(row, before), "labels")
+
+
+def _by_share(found: Classes) -> Classes:
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
+def _named(found: Classes, whole: str) -> tuple[str, int | None]:
+    """The classes and their shares of the `whole`, and the first step that one was missing at."""
+    named = [f"{name} {share:.2%}" for name, (_, share) in found.items()]
     more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    return f"{', '.join(named[:MAX_NAMED])} of the labels{more}", min(found.values(), default=None)
+    since = min((first for first, _ in found.values()), default=None)
+    return f"{', '.join(named[:MAX_NAMED])} of the {whole}{more}", since
 
 
 def unkept(row: MetricsRow, before: Unkept) -> Unkept:
@@ -224,7 +235,7 @@ def lost(row: MetricsRow, before: Unkept) -> Unkept:
     return found
 
 
-def _lost_for_long(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, float]]:
+def _lost_for_long(row: MetricsRow, before: MetricsRow) -> Classes:
     """Those that were missing for long, the most frequent first: since which step, and their mean
     share for the source.
     """
@@ -232,7 +243,7 @@ def _lost_for_long(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, 
     for name, (first, times, total) in before.get(LOST, {}).items():
         if times >= MIN_EVALUATIONS and row["step"] - first >= MIN_UNPREDICTED_STEPS:
             found[name] = (first, total / times)
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+    return _by_share(found)
 
 
 def num_lost(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -242,11 +253,7 @@ def num_lost(row: MetricsRow, before: MetricsRow) -> float | None:
 
 
 def who_is_lost(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
-    found = _lost_for_long(row, before)
-    named = [f"{name} {share:.2%}" for name, (_, share) in found.items()]
-    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    since = min((first for first, _ in found.values()), default=None)
-    return f"{', '.join(named[:MAX_NAMED])} of the predictions for the source{more}", since
+    return _named(_lost_for_long(row, before), "predictions for the source")
 
 
 def relative_entropy(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -266,7 +273,7 @@ def teaches(row: MetricsRow) -> bool:
     return (confident(row, {}) or 0.0) >= MIN_CONFIDENT
 
 
-def _left_out(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, float]]:
+def _left_out(row: MetricsRow, before: MetricsRow) -> Classes:
     """Classes that were lacking for long though labels show them, the most frequent first: since
     which step, and their share of the labelled pixels.
     """
@@ -276,7 +283,7 @@ def _left_out(row: MetricsRow, before: MetricsRow) -> dict[str, tuple[int, float
         is_long = rows >= MIN_UNKEPT_ROWS and row["step"] - first >= MIN_UNKEPT_STEPS
         if is_long and total / rows >= MIN_LABELLED_SHARE:
             found[name.removeprefix(CLASS_SHARE)] = (first, total / rows)
-    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+    return _by_share(found)
 
 
 def num_left_out(row: MetricsRow, before: MetricsRow) -> float | None:
@@ -284,11 +291,7 @@ def num_left_out(row: MetricsRow, before: MetricsRow) -> float | None:
 
 
 def who_is_left_out(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
-    found = _left_out(row, before)
-    named = [f"{name} {share:.2%}" for name, (_, share) in found.items()]
-    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    since = min((first for first, _ in found.values()), default=None)
-    return f"{', '.join(named[:MAX_NAMED])} of the labelled pixels{more}", since
+    return _named(_left_out(row, before), "labelled pixels")
 
 
 def _dominant(row: MetricsRow) -> tuple[str, float]:

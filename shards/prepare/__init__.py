@@ -20,7 +20,7 @@ from shards.prepare.dataset import DataSet, absent
 from shards.prepare.masks import UnknownValues, with_other_masks
 from shards.prepare.parts import Prepared, write_dataset
 from shards.processes import check_workers
-from shards.words import nearest
+from shards.words import closest, nearest
 
 NAMES = (
     *("toy", "stanford", "voc", "cityscapes", "gta5", "synthia", "camvid", "kitti_road", "ade20k"),
@@ -120,8 +120,8 @@ def _no_root(name: str, root: Path | None) -> InputError:
     got = f"--root {root}, which is a file" if root.exists() else f"--root {root}: no such folder"
     if root.parent.is_dir():
         beside = [path.name for path in root.parent.iterdir() if path.is_dir()]
-        near = nearest(root.name, beside, 0.6)
-        action = f"{near} {action}" if near.startswith("did you mean") else action
+        near = closest(root.name, beside, 0.6)
+        action = f"did you mean {near}? {action}" if near else action
     return InputError(got, "the folder of the data set", action)
 
 
