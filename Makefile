@@ -1,4 +1,4 @@
-# make demo | slurm-demo | test | test-avx2 | test-slurm | gpu-check | lint | docs | docs-check | bench    each sets up .venv by itself
+# make demo | slurm-demo | test | test-slow | test-avx2 | test-slurm | gpu-check | lint | docs | docs-check | bench    each sets up .venv by itself
 # make test PYTHON=python3.13    in .venv-python3.13, beside the .venv of python3
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(notdir $(PYTHON)))
@@ -8,7 +8,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo demo-says slurm-demo test test-avx2 test-slurm gpu-check lint docs docs-check bench clean
+.PHONY: demo demo-says slurm-demo test test-slow test-avx2 test-slurm gpu-check lint docs docs-check bench clean
 
 demo: demo-says $(VENV)/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -36,6 +36,12 @@ slurm-demo: $(VENV)/.user  # as root, with Debian's slurmctld slurmd slurm-clien
 JOBS ?= 2
 test: $(VENV)/.developer
 	$(BIN)/python -m pytest -q --ignore=tests/slurm -n $(JOBS) --dist worksteal
+
+# all that the tests above leave out, on every core: each network exported and compiled, learned by heart, whole runs;
+# hours on two cores. Tests of real data are skipped where it is not. SLOW=tests/test_vit.py: of these files
+SLOW ?= tests
+test-slow: $(VENV)/.developer
+	$(BIN)/python -m pytest -q --ignore=tests/slurm -n $(shell getconf _NPROCESSORS_ONLN) --dist worksteal -m slow --durations=20 $(SLOW)
 
 # as a CPU without AVX512 and bf16 computes; on such a CPU it is what `make test` does
 test-avx2: $(VENV)/.developer

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from distseg.cli import main
 from distseg.config.world_size import check_shard_size
 from distseg.distributed.ranks import Ranks
-from distseg.models import build_discriminator, build_segmentor
-from distseg.parallel import fsdp, wrap
+from distseg.models import ENCODERS, build_discriminator, build_segmentor
+from distseg.parallel import check_network, fsdp, wrap
 from distseg.parallel.parameter_shards import shard_of
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
@@ -37,7 +37,7 @@ HYBRID = (*FSDP, "parallel.shard_size=2")
 # of how many ranks which runs are looked at
 OF_RANKS = {
     1: ["steps", "synchronised", "average"],
-    2: ["steps", "bad batch", "synchronised", "ddp", "spoiled", "half", "average", "large"],
+    2: ["steps", "bad batch", "synchronised", "ddp", "spoiled", "half", "average", "large", "bf16"],
     3: ["terms", "norms"],
     4: ["steps", "spoiled", "average", "differences"],
 }
@@ -331,6 +331,78 @@ def test_layers_gathered_one_at_a_time_give_the_plain_networks_gradients(
         assert max(of_rank["large"]) < 1e-12
 
 
+IN_BF16 = (*FSDP, "precision=bf16", "parallel.gather_dtype=bf16")
+
+
+def train_in_bf16(ranks: Ranks) -> list[Any]:
+    """What three steps change a vision transformer by: in fp32 under DDP, with autocast under FSDP,
+    and with blocks that are gathered in bf16; and of that what is held in which type.
+    """
+    found: list[Any] = []
+    entry = tiny.narrow_encoder(ENCODERS["vits14"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "vits14", entry)
+        for overrides in ((), (*FSDP, "precision=bf16"), IN_BF16):
+            config = make_config("fp32", "simultaneous", "supervised", overrides)
+            torch.manual_seed(0)
+            network = build_segmentor("linear_vits14", NUM_CLASSES, init="random")
+            first = {name: p.detach().clone() for name, p in network.named_parameters()}
+            learner = wrap(network, config.segmentor_optimizer, config, ranks)
+            seen = computed_with(network)
+            pair, share = Pair.of(config, learner), BATCH // ranks.world_size
+            where = slice(ranks.rank * share, (ranks.rank + 1) * share)
+            for step in range(3):
+                image, label = (part[where] for part in make_batch(step, torch.float32))
+                training_step(pair, phase(step, config), Images(image, label))
+                gradients = {str(p.grad.dtype) for p in network.parameters() if p.grad is not None}
+                learner.step(1.0)
+            last = learner.full_network().named_parameters()
+            found.append([(p.detach() - first[name]).double().flatten() for name, p in last])
+    state = learner.optimizer.state.values()
+    held = {str(tensor.dtype) for each in state for tensor in each.values()}
+    held |= {str(parameter.dtype) for parameter in network.parameters()} | gradients
+    return [*(torch.cat(each).numpy() for each in found), seen, held]
+
+
+def computed_with(network: nn.Module) -> dict[str, str]:
+    """Filled by each forward: the type of some layers' weights as they are used."""
+    seen: dict[str, str] = {}
+    for name, layer in network.named_modules():
+        if name in ("encoder.blocks.0.mlp.fc1", "encoder.blocks.0.norm1", "head.norm"):
+
+            def look(layer: nn.Module, *_: Any, name: str = name) -> None:
+                seen[name] = str(layer.weight.dtype)
+
+            layer.register_forward_pre_hook(look)
+    return seen
+
+
+@pytest.mark.cpu
+def test_blocks_gathered_in_bf16_make_the_steps_of_fp32_to_its_rounding(of_ranks: OfRanks) -> None:
+    for of_rank in of_ranks[2]:
+        exact, autocast, gathered, seen, held = of_rank["bf16"]
+        size = np.linalg.norm(exact)
+        assert 0 < np.linalg.norm(gathered - exact) < 0.02 * size
+        # rounded at another place: not the numbers of autocast, but no worse
+        assert np.linalg.norm(gathered - exact) < 2 * np.linalg.norm(autocast - exact)
+        # a rounded master would have lost most of these changes
+        assert {seen[f"encoder.blocks.0.{name}"] for name in ("mlp.fc1", "norm1")} == {
+            "torch.bfloat16"
+        }
+        assert seen["head.norm"] == "torch.float32" and held == {"torch.float32"}
+
+
+def test_a_gathering_in_bf16_that_cannot_be_is_refused() -> None:
+    for words in (FSDP, ("precision=bf16",)):
+        with pytest.raises(InputError, match=r"gather_dtype=bf16 with parallel\.strategy"):
+            make_config("fp32", "simultaneous", "supervised", (*words, IN_BF16[-1]))
+    config = make_config("fp32", "simultaneous", "supervised", IN_BF16)
+    # its blocks all have batch normalisation
+    deeplab = build_segmentor("deeplabv3plus_resnet50", 3, init="random", width=16)
+    with pytest.raises(InputError, match="no block for it"):
+        check_network(deeplab, config)
+
+
 def run_all(ranks: Ranks) -> dict[str, Any]:
     """All that the tests look at, of one number of ranks."""
     n = ranks.world_size
@@ -348,6 +420,7 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
         "norms": lambda: {"": spoil(ranks, overrides, "")},
         "half": partial(train_in_half, ranks),
         "large": partial(with_blocks, 20_000, run_large, ranks),
+        "bf16": partial(with_blocks, 1_000, train_in_bf16, ranks),
         "differences": lambda: [find_difference(ranks, HYBRID, wrong) for wrong in (3, -1)],
     }
     return {name: runs[name]() for name in OF_RANKS[n]}

@@ -225,6 +225,20 @@ def shards_of_fsdp(config: Config) -> None:
         raise InputError(got, "networks in parameter shards", action)
 
 
+def gathered_in_bf16(config: Config) -> None:
+    """parallel.gather_dtype=bf16 is fsdp's, for steps that compute in bf16."""
+    strategy = config.parallel.strategy
+    # fp16 would need its loss scale before the sum, and fp32 would no longer be one
+    if config.parallel.gather_dtype == "fp32" or (
+        strategy == "fsdp" and config.precision == "bf16"
+    ):
+        return
+    got = f"parallel.gather_dtype=bf16 with parallel.strategy={strategy} and "
+    got += f"precision={config.precision}"
+    action = "write parallel.strategy=fsdp precision=bf16, or parallel.gather_dtype=fp32"
+    raise InputError(got, "parameter shards, and steps that compute in bf16", action)
+
+
 def unlabelled_images_have_a_term(config: Config) -> None:
     """The semi-supervised mode has a weight above 0."""
     weights = [config.loss.adv_weight, config.semi.adv_weight, config.semi.weight]
@@ -542,6 +556,7 @@ RULES = (
     spectral_norm_of_whole_weights,
     evaluations_for_the_schedule,
     shards_of_fsdp,
+    gathered_in_bf16,
     unlabelled_images_have_a_term,
     consistency_with_a_teacher,
     a_discriminator_at_the_gate,

@@ -192,6 +192,12 @@ class Hollow(TorchDispatchMode):
         to_meta = str(kwargs.get("device")) == "meta"  # structures, which hold nothing
         if to_meta or any(it.is_meta for it in tensors):
             return func(*args, **kwargs)
+        if func.namespace == "c10d" and is_hollow:
+            # of nothing: what the fake group copies would touch every page
+            empty = tree_map_only(Tensor, lambda it: it.new_empty(0), (args, kwargs))
+            return func(*empty[0], **empty[1])
+        if func.namespace == "fsdp" and is_hollow and not func._schema.returns:
+            return None  # its copies out of what was gathered
         if func.namespace not in ("aten", "prims") or _is_view(func) or name in _RESHAPING:
             return func(*args, **kwargs)
         returns, written = func._schema.returns, _written(func, args, kwargs)

@@ -23,6 +23,7 @@ __all__ = [
     "Learner",
     "backward",
     "check_installed",
+    "check_network",
     "check_settings",
     "wrap",
 ]
@@ -120,6 +121,14 @@ def check_settings(config: Config) -> None:
         from distseg.parallel.deepspeed_config import check
 
         check(config)
+
+
+def check_network(network: nn.Module, config: Config) -> None:
+    """Raise InputError for a segmentor that does not go with `config.parallel`."""
+    if config.parallel.gather_dtype == "bf16":
+        from distseg.parallel.fsdp import check_gathering
+
+        check_gathering(network)
 
 
 def check_installed(strategy: str) -> None:

@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from distseg.config.schema import Config, OptimizerConfig
-from distseg.distributed.compat import forget_fsdp_forwards
+from distseg.distributed.compat import BATCH_NORM, forget_fsdp_forwards
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.parallel.full_copy import FullCopies
 from distseg.parallel.parameter_shards import shard_of, sharded_like
 from distseg.parallel.torch_learner import BackwardStart, TorchLearner, dtype_of
+from shards.errors import InputError
 
 # The segmentor's logits are a view, of which FSDP warns at every start; nothing here changes them
 # in place.
@@ -32,9 +33,11 @@ BLOCK_PARAMETERS = 2**20
 class FSDPLearner(TorchLearner):
     """A network under FSDP2 with its optimizer; see distseg.parallel.Learner.
 
-    Parameters stay in full precision and autocast chooses the kernels' types, so the numbers are
-    DDP's. The optimizer works on the plain tensors behind the DTensors: its fused kernels, with
-    `found_inf`, as everywhere else.
+    Parameters are kept in full precision and autocast chooses the kernels' types, so the numbers
+    are DDP's; with parallel.gather_dtype=bf16 blocks get them rounded to what most kernels would
+    round them to, and their gradients are summed over the ranks in fp32 all the same. The optimizer
+    works on the plain tensors behind the DTensors: its fused kernels, with `found_inf`, as
+    everywhere else.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class FSDPLearner(TorchLearner):
         # while it is still a plain network
         self._full_copies = FullCopies(network)
         self._mesh = mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
-        _shard(network, mesh)
+        self._in_bf16 = config.parallel.gather_dtype == "bf16"
+        _shard(network, mesh, self._in_bf16)
         self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
         # plain tensors in the DTensors' memory: updating one updates the other
         own_shards: dict[Tensor, Tensor] = {
@@ -65,7 +69,7 @@ class FSDPLearner(TorchLearner):
         network = self._full_copies.make(self.network, self.network.state_dict()).eval()
         # its root too is gathered anew in every forward: no backward lets go of it, and what has
         # been averaged since would not be seen
-        _shard(network, self._mesh, reshard_after_forward=True)
+        _shard(network, self._mesh, self._in_bf16, reshard_after_forward=True)
         return network
 
     def infer(self, network: nn.Module, *inputs: Tensor) -> Any:
@@ -116,10 +120,44 @@ class FSDPLearner(TorchLearner):
         return tensor if counts_steps else sharded_like(tensor, parameter)
 
 
-def _shard(network: nn.Module, mesh: DeviceMesh, reshard_after_forward: bool | None = None) -> None:
+def _shard(
+    network: nn.Module,
+    mesh: DeviceMesh,
+    in_bf16: bool,
+    reshard_after_forward: bool | None = None,
+) -> None:
+    rounded = _rounded(network) if in_bf16 else []
     # layers before the root, which takes what is left
     for block in [*blocks(network), network]:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        # the inputs stay as autocast wants them: only the parameters are cast
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        kept = MixedPrecisionPolicy()
+        fully_shard(
+            block,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=policy if any(block is each for each in rounded) else kept,
+        )
+
+
+def _rounded(network: nn.Module) -> list[nn.Module]:
+    """The blocks that may be gathered in bf16: those without batch normalisation, whose kernels
+    want parameters in the type of its statistics.
+    """
+    return [
+        block
+        for block in blocks(network)
+        if not any(isinstance(layer, BATCH_NORM) for layer in block.modules())
+    ]
+
+
+def check_gathering(network: nn.Module) -> None:
+    """Raise InputError for a network of which nothing would be gathered in bf16."""
+    if not _rounded(network):
+        needed = f"a segmentor with blocks of {BLOCK_PARAMETERS:,} parameters or more without "
+        needed += "batch normalisation, such as dpt_vitb14"
+        got = "parallel.gather_dtype=bf16 for a network that has no block for it"
+        raise InputError(got, needed, "write parallel.gather_dtype=fp32")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

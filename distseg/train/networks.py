@@ -22,6 +22,7 @@ from distseg.models import (
 from distseg.models.blocks import checkpoint_activations
 from distseg.models.freezing import freeze
 from distseg.models.trial import StepImages, shaped
+from distseg.parallel import check_network
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import checkpoint
 from distseg.train.adversary import check_discriminator
@@ -88,6 +89,7 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
         **chosen.options,
     )
     FeatureDropout.of(config, segmentor)  # refuses a network that has no such features
+    check_network(segmentor, config)
     # before batch norms are replaced and parameters frozen, as it tries the network as the user
     # wrote it
     check_training(chosen.name, segmentor)

@@ -155,6 +155,16 @@ class ParallelConfig:
         low=0,
         high=10**6,
     )
+    # blocks alone: batch normalisation takes no parameters that are coarser than its statistics
+    gather_dtype: str = key(
+        "fp32",
+        "fsdp, precision=bf16: as what a block's parameters are gathered and computed with",
+        choices={
+            "fp32": "as they are kept; autocast then rounds a copy of them for each product",
+            "bf16": "rounded before they are sent; kept, summed over the ranks and updated in "
+            "fp32; blocks with batch normalisation and what is in no block stay in fp32",
+        },
+    )
     zero_stage: int = key(
         1,
         "deepspeed: ranks hold shards of the optimizer state (1), gradients too (2), parameters "
