@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from distseg.cli import main
 from distseg.config.world_size import check_shard_size
@@ -334,13 +336,27 @@ def test_layers_gathered_one_at_a_time_give_the_plain_networks_gradients(
 IN_BF16 = (*FSDP, "precision=bf16", "parallel.gather_dtype=bf16")
 
 
+class Summed(TorchDispatchMode):
+    """Notes of which type gradients are summed over the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce_scatter" in func.__name__:
+            tensors = (it for it in tree_iter((args, kwargs)) if isinstance(it, Tensor))
+            self.dtypes |= {str(tensor.dtype) for tensor in tensors}
+        return func(*args, **(kwargs or {}))
+
+
 def train_in_bf16(ranks: Ranks) -> list[Any]:
     """What three steps change a vision transformer by: in fp32 under DDP, with autocast under FSDP,
     and with blocks that are gathered in bf16; and of that what is held in which type.
     """
     found: list[Any] = []
     entry = tiny.narrow_encoder(ENCODERS["vits14"])
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Summed() as summed:
         patch.setitem(ENCODERS, "vits14", entry)
         for overrides in ((), (*FSDP, "precision=bf16"), IN_BF16):
             config = make_config("fp32", "simultaneous", "supervised", overrides)
@@ -361,7 +377,7 @@ def train_in_bf16(ranks: Ranks) -> list[Any]:
     state = learner.optimizer.state.values()
     held = {str(tensor.dtype) for each in state for tensor in each.values()}
     held |= {str(parameter.dtype) for parameter in network.parameters()} | gradients
-    return [*(torch.cat(each).numpy() for each in found), seen, held]
+    return [*(torch.cat(each).numpy() for each in found), seen, held, summed.dtypes]
 
 
 def computed_with(network: nn.Module) -> dict[str, str]:
@@ -380,7 +396,7 @@ def computed_with(network: nn.Module) -> dict[str, str]:
 @pytest.mark.cpu
 def test_blocks_gathered_in_bf16_make_the_steps_of_fp32_to_its_rounding(of_ranks: OfRanks) -> None:
     for of_rank in of_ranks[2]:
-        exact, autocast, gathered, seen, held = of_rank["bf16"]
+        exact, autocast, gathered, seen, held, summed = of_rank["bf16"]
         size = np.linalg.norm(exact)
         assert 0 < np.linalg.norm(gathered - exact) < 0.02 * size
         # rounded at another place: not the numbers of autocast, but no worse
@@ -389,7 +405,16 @@ def test_blocks_gathered_in_bf16_make_the_steps_of_fp32_to_its_rounding(of_ranks
         assert {seen[f"encoder.blocks.0.{name}"] for name in ("mlp.fc1", "norm1")} == {
             "torch.bfloat16"
         }
-        assert seen["head.norm"] == "torch.float32" and held == {"torch.float32"}
+        assert seen["head.norm"] == "torch.float32"
+        assert held == summed == {"torch.float32"}
+
+
+class ResidualPair(nn.Module):
+    """A layer that is gathered whole, with a norm inside."""
+
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
 
 
 def test_a_gathering_in_bf16_that_cannot_be_is_refused() -> None:
@@ -397,10 +422,12 @@ def test_a_gathering_in_bf16_that_cannot_be_is_refused() -> None:
         with pytest.raises(InputError, match=r"gather_dtype=bf16 with parallel\.strategy"):
             make_config("fp32", "simultaneous", "supervised", (*words, IN_BF16[-1]))
     config = make_config("fp32", "simultaneous", "supervised", IN_BF16)
-    # its blocks all have batch normalisation
-    deeplab = build_segmentor("deeplabv3plus_resnet50", 3, init="random", width=16)
-    with pytest.raises(InputError, match="no block for it"):
-        check_network(deeplab, config)
+    # the narrow one has no large layer; of the other the only ones have batch normalisation
+    narrow = build_segmentor("multiscale", 3, init="random", hidden=64)
+    residual = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(2**19)))
+    for network in (narrow, nn.Sequential(ResidualPair(residual))):
+        with pytest.raises(InputError, match="no block for it"):
+            check_network(network, config)
 
 
 def run_all(ranks: Ranks) -> dict[str, Any]:
