@@ -68,6 +68,9 @@ def cases(network: str, num_ranks: int, batch: int) -> dict[str, list[str]]:
         for kind in ("selective", "blocks"):
             again = f"segmentor.activation_checkpointing={kind}"
             chosen[f"fsdp, {kind}"] = ["parallel.strategy=fsdp", again]
+        in_bf16 = ["parallel.strategy=fsdp", "precision=bf16"]
+        chosen["fsdp, bf16"] = in_bf16
+        chosen["fsdp, gathered bf16"] = [*in_bf16, "parallel.gather_dtype=bf16"]
     size = num_ranks * batch
     words = [*NETWORKS[network], f"segmentor={network}", f"batch_size={size}", "precision=fp32"]
     words.append(f"semi.batch_size={size}")

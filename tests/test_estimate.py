@@ -9,6 +9,7 @@ import functools
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from distseg.cli import main
 from distseg.config.loading import outline
 from distseg.estimate import command, run
+from distseg.estimate.hollow import SMALL as SMALL_ELEMENTS
 from distseg.estimate.hollow import Collective, Hollow, Work
 from distseg.estimate.job import (
     build_job,
@@ -174,6 +176,30 @@ def test_what_the_host_reads_has_no_value_and_storages_are_counted():
         assert hollow.ledger.block(one).size == 0
     most, held = hollow.ledger.peak()
     assert most == pytest.approx(2 * 4 * 300 * 300, abs=2000) and len(held) >= 2
+
+
+def test_what_is_gathered_of_tensors_without_values_touches_no_page():
+    whole, hollow = torch.full((8 * SMALL_ELEMENTS,), 7.0), Hollow()
+    with pretended(4), hollow.counting():
+        shard = torch.rand(2 * SMALL_ELEMENTS)
+        dist.all_gather(list(whole.chunk(4)), shard)
+        # and nobody takes for values what was there before
+        assert float(whole[0]) == 0.0
+    assert (whole == 7).all()
+    assert [(it.num_bytes, len(it.ranks)) for it in hollow.collectives] == [(whole.nbytes, 4)]
+
+
+def test_images_that_fit_are_counted_where_they_are_what_is_most(monkeypatch):
+    """In GB: 2 and one an image; but 9 in an update, however many images there are."""
+    config, networks = job(4, per_rank=2)
+
+    def simulated(larger, *_):
+        return SimpleNamespace(peak=max(9e9, 2e9 + 1e9 * larger.batch_size / 4))
+
+    monkeypatch.setattr(run, "simulate", simulated)
+    with pretended(4) as ranks:
+        fits = run.fitting(config, simulated(config).peak, networks, ranks, reserve_gb=2)
+    assert fits == {24: 20, 40: 36, 80: 76, 141: 137}
 
 
 def test_the_model_of_seconds_is_its_formula():

@@ -193,6 +193,8 @@ class Hollow(TorchDispatchMode):
         if to_meta or any(it.is_meta for it in tensors):
             return func(*args, **kwargs)
         if func.namespace == "c10d" and is_hollow:
+            for tensor in tensors:  # which of them it writes its schema does not say
+                self.ledger.add(tensor).hollow = True
             # of nothing: what the fake group copies would touch every page
             empty = tree_map_only(Tensor, lambda it: it.new_empty(0), (args, kwargs))
             return func(*empty[0], **empty[1])

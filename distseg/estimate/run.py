@@ -142,12 +142,17 @@ def fitting(
     weights' share is other, as kernels copy them.
     """
     # whole multiples, so that micro-batches and pairs still divide the images
-    factor = max(1, round(LARGE_BYTES / peak))
-    per_rank, peaks = config.batch_size // ranks.world_size, []
-    for times in (factor, 2 * factor):
+    factor, per_rank = max(2, round(LARGE_BYTES / peak)), config.batch_size // ranks.world_size
+
+    def of_times(times: int) -> int:
         semi = replace(config.semi, batch_size=times * config.semi.batch_size)
         larger = replace(config, batch_size=times * config.batch_size, semi=semi)
-        peaks.append(simulate(larger, networks, ranks).peak)
+        return simulate(larger, networks, ranks).peak
+
+    peaks = [of_times(factor), of_times(2 * factor)]
+    # where the weights alone are the most, as in an update, one image more changes nothing
+    while peaks[0] <= peak:
+        factor, peaks = 2 * factor, [peaks[1], of_times(4 * factor)]
     of_image = (peaks[1] - peaks[0]) / (factor * per_rank)
     fits, unit = {}, config.gradient_accumulation_steps
     for capacity in CAPACITIES_GB:
