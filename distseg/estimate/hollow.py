@@ -193,11 +193,7 @@ class Hollow(TorchDispatchMode):
         if to_meta or any(it.is_meta for it in tensors):
             return func(*args, **kwargs)
         if func.namespace == "c10d" and is_hollow:
-            for tensor in tensors:  # which of them it writes its schema does not say
-                self.ledger.add(tensor).hollow = True
-            # of nothing: what the fake group copies would touch every page
-            empty = tree_map_only(Tensor, lambda it: it.new_empty(0), (args, kwargs))
-            return func(*empty[0], **empty[1])
+            return self._exchanged(func, args, kwargs)
         if func.namespace == "fsdp" and is_hollow and not func._schema.returns:
             return None  # its copies out of what was gathered
         if func.namespace not in ("aten", "prims") or _is_view(func) or name in _RESHAPING:
@@ -223,6 +219,17 @@ class Hollow(TorchDispatchMode):
                 self.ledger.resized(tensor.untyped_storage())
         # it returns what it has written, or nothing
         return written[0] if len(returns) == 1 else tuple(written) if returns else None
+
+    def _exchanged(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A collective of tensors without values, made of empty ones: what the fake group copies
+        would touch every page.
+        """
+        # which of them it writes its schema does not say
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self.ledger.add(tensor).hollow = True
+        empty = tree_map_only(Tensor, lambda it: it.new_empty(0), (args, kwargs))
+        return func(*empty[0], **empty[1])
 
     def _blocks(self, tensors: Iterable[Tensor]) -> list[Block]:
         found = [self.ledger.block(it) for it in tensors]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distseg.parallel.parameter_shards import load_full
@@ -18,7 +20,15 @@ class FullCopies:
     """
 
     def __init__(self, network: nn.Module):
-        self._structure = copy.deepcopy(network).to("meta").requires_grad_(False)
+        # copied with tensors of the meta device in place of its own, or there would be two for a
+        # moment: more than a large network's steps take
+        tensors: dict[int, Any] = {
+            id(it): torch.empty_like(it, device="meta") for it in network.buffers()
+        }
+        for parameter in network.parameters():
+            structure = torch.empty_like(parameter, device="meta")
+            tensors[id(parameter)] = nn.Parameter(structure, requires_grad=False)
+        self._structure = copy.deepcopy(network, tensors)
 
     def make(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A plain network with these values of its state_dict, joined if sharded; called on every
