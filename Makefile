@@ -32,8 +32,10 @@ slurm-demo: $(VENV)/.user  # as root, with Debian's slurmctld slurmd slurm-clien
 	test -d $(SHARDS) || ($(BIN)/distseg prepare toy --out data/toy.h5 && $(BIN)/distseg pack data/toy.h5 --out data/toy)
 	$(BIN)/python -m tests.slurm.cluster tests/slurm/demo.sh $(SHARDS)
 
-# two tests at a time, each on up to three processes: most wait for something now and then
+# two tests at a time, each on up to three processes: most wait for something now and then. One thread each: threads that
+# wait for one another spin, which took half of the time of all tests
 JOBS ?= 2
+test test-slow test-avx2: export OMP_NUM_THREADS = 1
 test: $(VENV)/.developer
 	$(BIN)/python -m pytest -q --ignore=tests/slurm -n $(JOBS) --dist worksteal
 
