@@ -65,7 +65,7 @@ def open_source(location: str | Path, cache_dir: str = "", cache_bytes: float = 
     if "://" not in str(location):
         return LocalSource(Path(location))
     # its packages are extras, and asyncio takes a moment to import
-    from shards.remote import RemoteSource
+    from shards.remote_source import RemoteSource
 
     return RemoteSource(str(location), cache_dir, cache_bytes)
 

@@ -33,7 +33,8 @@ from shards.manifest import Manifest, ShardInfo
 from shards.maps import write_maps
 from shards.pack import pack
 from shards.reader import RawSample, ShardReader
-from shards.remote import Remote, RemoteSource
+from shards.remote import Remote
+from shards.remote_source import Prefetch, RemoteSource
 from shards.sample import STANFORD
 from shards.source import LocalSource
 from shards.verified import check_verified
@@ -429,7 +430,7 @@ def test_blocks_fetch_a_shard_once_an_epoch_into_a_cache_that_holds_a_quarter(
 def test_what_a_reader_was_faster_with_is_not_brought_again() -> None:
     begun, gate = [], threading.Event()
     shards = [ShardInfo(f"{i}.tar", 1, 10, f"{i:064d}", "") for i in range(6)]
-    ahead = remote.Prefetch(lambda shard: (begun.append(shard), gate.wait(10)), max_bytes=60)
+    ahead = Prefetch(lambda shard: (begun.append(shard), gate.wait(10)), max_bytes=60)
     ahead.expect(shards)  # four are under way, two wait for a thread
     while len(begun) < 4:
         time.sleep(0.001)
@@ -443,7 +444,7 @@ def test_what_a_reader_was_faster_with_is_not_brought_again() -> None:
 def test_what_is_expected_is_fetched_once_for_each_use_and_never_too_far_ahead() -> None:
     begun, gate = [], threading.Event()
     shards = [ShardInfo(f"{i}.tar", 1, 10, f"{i:064d}", "") for i in range(40)]
-    ahead = remote.Prefetch(lambda shard: (begun.append(shard), gate.wait(10)), max_bytes=50)
+    ahead = Prefetch(lambda shard: (begun.append(shard), gate.wait(10)), max_bytes=50)
     ahead.expect(shards[:20])
     ahead.expect(shards)  # told twice
     gate.set()
