@@ -32,11 +32,12 @@ from safetensors.torch import save_file
 
 from benchmarks.conditions import conditions
 from distseg.distributed import mailbox, ranks, rendezvous
+from distseg.distributed.beats import Beat, Beats
 from distseg.distributed.mailbox import Mailbox
 from distseg.distributed.ranks import Ranks
 from distseg.distributed.stop import StopRequest
 from distseg.distributed.store import BoundedStore
-from distseg.distributed.watchdog import Beat, Watchdog
+from distseg.distributed.watchdog import Watchdog
 from distseg.parallel.parameter_shards import ParameterShard
 from distseg.runs import tensor_files
 
@@ -120,6 +121,8 @@ class Job:
             # one of a job of one rank has no thread
             member = Watchdog(Ranks(0, 1, 0, CPU), SECONDS, lambda code: None)
             member._ranks, member._store = self.rank(number), BoundedStore(store, SECONDS)
+            waits = member._interval, member._patience
+            member._beats = Beats(member._ranks, member._store, *waits)
             member.report("step 1")
             members.append(member)
         return members
@@ -147,14 +150,16 @@ def of_store(num_ranks: int) -> Iterator[tuple[str, float, float, float]]:
         member._look()
     # few at once: in a job they are spread over the interval of 5 s
     yield "the watchdog, an interval", *job.measured(lambda r: members[r]._look(), 8)
-    yield "a stall is found", *job.measured(lambda r: members[r]._diagnose_stall(), 64)
+    yield "a stall is found", *job.measured(lambda r: members[r]._beats.stall("step 1"), 64)
     beating, ended = threading.Event(), threading.Event()
     thread = threading.Thread(target=_beat, args=(job, beating, ended))
     thread.start()
     beating.wait()
     for member in members:
-        member._interval = 0.8  # listens for 2 s instead of 12.5, as nothing but waiting is done
-    row = job.measured(lambda r: members[r]._listen_for_silent_ranks())
+        member._beats._interval = (
+            0.8  # listens for 2 s instead of 12.5, as nothing but waiting is done
+        )
+    row = job.measured(lambda r: members[r]._beats.silent())
     ended.set()
     thread.join()
     yield "a lost rank breaks a collective", *row
