@@ -135,7 +135,8 @@ def timed(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
     for _ in range(WARM_UP):
         next(batches)
     begun, cpu, views = time.perf_counter(), cpu_seconds(), 0
-    while time.perf_counter() - begun < seconds:
+    # at least one: on a busy host a short time may be up before the first
+    while not views or time.perf_counter() - begun < seconds:
         next(batches)
         views += BATCH
     result = (time.perf_counter() - begun) / views, (cpu_seconds() - cpu) / views

@@ -14,14 +14,17 @@ import argparse
 import json
 import pickle
 import resource
+import signal
+import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,15 +32,18 @@ from safetensors.torch import save_file
 
 from benchmarks.conditions import conditions
 from distseg.distributed import mailbox, ranks, rendezvous
+from distseg.distributed.beats import Beat, Beats
 from distseg.distributed.mailbox import Mailbox
 from distseg.distributed.ranks import Ranks
+from distseg.distributed.stop import StopRequest
 from distseg.distributed.store import BoundedStore
-from distseg.distributed.watchdog import Beat, Watchdog
+from distseg.distributed.watchdog import Watchdog
 from distseg.parallel.parameter_shards import ParameterShard
 from distseg.runs import tensor_files
 
 SECONDS = 300.0  # the usual time limit
 CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -115,6 +121,8 @@ class Job:
             # one of a job of one rank has no thread
             member = Watchdog(Ranks(0, 1, 0, CPU), SECONDS, lambda code: None)
             member._ranks, member._store = self.rank(number), BoundedStore(store, SECONDS)
+            waits = member._interval, member._patience
+            member._beats = Beats(member._ranks, member._store, *waits)
             member.report("step 1")
             members.append(member)
         return members
@@ -142,14 +150,16 @@ def of_store(num_ranks: int) -> Iterator[tuple[str, float, float, float]]:
         member._look()
     # few at once: in a job they are spread over the interval of 5 s
     yield "the watchdog, an interval", *job.measured(lambda r: members[r]._look(), 8)
-    yield "a stall is found", *job.measured(lambda r: members[r]._diagnose_stall(), 64)
+    yield "a stall is found", *job.measured(lambda r: members[r]._beats.stall("step 1"), 64)
     beating, ended = threading.Event(), threading.Event()
     thread = threading.Thread(target=_beat, args=(job, beating, ended))
     thread.start()
     beating.wait()
     for member in members:
-        member._interval = 0.8  # listens for 2 s instead of 12.5, as nothing but waiting is done
-    row = job.measured(lambda r: members[r]._listen_for_silent_ranks())
+        member._beats._interval = (
+            0.8  # listens for 2 s instead of 12.5, as nothing but waiting is done
+        )
+    row = job.measured(lambda r: members[r]._beats.silent())
     ended.set()
     thread.join()
     yield "a lost rank breaks a collective", *row
@@ -196,60 +206,102 @@ def _round(box: Mailbox, rank: int) -> None:
         box.collect(1, SECONDS)
 
 
-def of_collectives(num_ranks: int) -> Iterator[tuple[str, float]]:
-    """kB that a rank other than the main one is given, for each occasion."""
+def of_collectives(num_ranks: int) -> Iterator[tuple[str, float, float]]:
+    """kB that the main rank and another one are given, for each occasion."""
     occasions: dict[str, Callable[[Ranks], object]] = {
         "an agreed error, of which there is none": lambda r: ranks.on_each(r, lambda: None),
         "something that all must have alike": lambda r: ranks.of_all(r, (r.rank, "a host"), len),
+        "the agreed stop, in a step": lambda r: _step(StopRequest()),
     }
     for name, work in occasions.items():
-        yield name, _given(num_ranks, work) / 1e3
+        _, given = together(num_ranks, work)
+        yield name, given[0] / 1e3, given[1] / 1e3
 
 
-def _given(num_ranks: int, work: Callable[[Ranks], object]) -> int:
-    """Bytes that rank 1 is given by the collectives of `work`, which all ranks do in threads."""
+def of_agreement(num_ranks: int) -> Counter[tuple[bool, bool, str]]:
+    """How many ranks are told in which of two steps to stop, and then raise which error: a signal
+    comes to one of them in the second step, and in the end two fail, each alone.
+    """
+    one, later = num_ranks // 3, num_ranks // 2
+
+    def work(own: Ranks) -> tuple[bool, bool, str]:
+        stop = StopRequest()
+        told = _step(stop), _step(stop, own.rank == one)
+        try:
+            ranks.on_each(own, lambda: _fail(own.rank) if own.rank in (one, later) else None)
+        except ValueError as error:
+            return *told, str(error)
+        return *told, "none"
+
+    found, _ = together(num_ranks, work)
+    return Counter(found)
+
+
+def _step(stop: StopRequest, is_signalled: bool = False) -> bool:
+    """Whether training stops after a step, as the trainer asks."""
+    if is_signalled:
+        # as Python calls it, but in a main thread
+        stop._on_signal(signal.SIGUSR1, None)
+    stop.begin()
+    return stop.agreed()
+
+
+def _fail(rank: int) -> None:
+    raise ValueError(f"of rank {rank}")
+
+
+def together(
+    num_ranks: int, work: Callable[[Ranks], Result]
+) -> tuple[list[Result], dict[int, int]]:
+    """What `work` returns on each rank, all in threads of this process; and the bytes that its
+    collectives give to ranks 0 and 1.
+    """
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-    given, number = [0], threading.local()
-    patched = {name: getattr(dist, name) for name in ("all_reduce", "gather", "all_gather_object")}
-    patched["broadcast_object_list"] = dist.broadcast_object_list
+    given, number = {0: 0, 1: 0}, threading.local()
+    names = ("all_reduce", "gather", "broadcast", "all_gather_object", "broadcast_object_list")
+    patched = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             result = patched[name](*arguments, **options)
-            if number.rank == 1:
-                given[0] += _num_bytes(name, arguments)
+            if number.rank in given:
+                given[number.rank] += _num_bytes(name, arguments)
             return result
 
         return call
 
-    def run(rank: int) -> None:
+    def run(rank: int) -> Result:
         number.rank = rank
         dist.init_process_group("threaded", rank=rank, world_size=num_ranks, store=store)
-        work(Ranks(rank, num_ranks, 0, CPU))
+        result = work(Ranks(rank, num_ranks, 0, CPU))
         dist.destroy_process_group()
+        return result
 
     threaded._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    store = dist.HashStore()
+    store, interval = dist.HashStore(), sys.getswitchinterval()
+    # nearly all wait for each other, and would wake up every 5 ms to ask for their turn
+    sys.setswitchinterval(1.0)
     try:
         for name in patched:
             setattr(dist, name, counting(name))
         with ThreadPoolExecutor(num_ranks) as threads:
-            list(threads.map(run, range(num_ranks)))
+            return list(threads.map(run, range(num_ranks))), given
     finally:
+        sys.setswitchinterval(interval)
         for name, function in patched.items():
             setattr(dist, name, function)
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
         threaded._uninstall_threaded_pg()
-    return given[0]
 
 
 def _num_bytes(name: str, arguments: Sequence[Any]) -> int:
-    if name == "all_reduce":
-        return arguments[0].numel() * arguments[0].element_size()
+    if name in ("all_reduce", "broadcast"):
+        return arguments[0].nbytes
     if name == "gather":
-        return 0  # the main rank alone is given something
+        # the main rank alone is given something
+        return sum(tensor.nbytes for tensor in arguments[1] or ())
     return sum(len(pickle.dumps(value)) for value in arguments[0])
 
 
@@ -304,9 +356,11 @@ def main() -> None:
         print(f"\n{num_ranks} ranks, through the store: messages a rank, kB at the main rank, s")
         for name, messages, kilobytes, seconds in of_store(num_ranks):
             print(f"  {name:42}{messages:10.1f}{kilobytes:12.1f}{seconds:9.2f}")
-        print("  collectives: kB given to a rank other than the main one")
-        for name, kilobytes in of_collectives(num_ranks):
-            print(f"  {name:42}{kilobytes:10.3f}")
+        print("  collectives: kB given to the main rank, and to another one")
+        for name, of_main, of_other in of_collectives(num_ranks):
+            print(f"  {name:42}{of_main:10.3f}{of_other:12.3f}")
+        for (*told, error), count in of_agreement(num_ranks).items():
+            print(f"  {count} ranks: told to stop in steps 1 and 2: {told}, then the error {error}")
         opened, seconds = of_checkpoint(num_ranks)
         print(f"  a part of {num_ranks} files, 100 tensors: {opened} opened, {seconds:.2f} s")
 

@@ -354,8 +354,14 @@ def test_what_ranks_ask_of_each_other_grows_with_their_number_and_not_with_its_s
     for occasion in few:
         # of a rank; the main one's part of what it reads for all is shared out among them
         assert many[occasion] < 1.5 * few[occasion] + 4, (occasion, few, many)
-    given = [dict(store.of_collectives(number)) for number in (2, 16)]
-    assert given[0] == given[1] and all(given[0].values())
+    for two, sixteen in zip(*map(store.of_collectives, (2, 16)), strict=True):
+        assert 0 < two[2] == sixteen[2] < 0.1, "kB of a rank that is not the main one"
+        assert sixteen[1] <= 8 * two[1]
+
+
+def test_a_thousand_ranks_stop_at_the_same_step_and_raise_the_same_error() -> None:
+    # of two that fail the first
+    assert store.of_agreement(1024) == {(False, True, "of rank 341"): 1024}
 
 
 def named(rows: Iterator[tuple[str, float, float, float]]) -> Iterator[tuple[str, float]]:

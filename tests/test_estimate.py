@@ -292,9 +292,14 @@ def chosen(logits, label):
 
 def looped(logits, label):
     return sum(logits.sum() * value for value in label.unique()), 1
+
+
+def scripted(num_classes):
+    return torch.jit.script(Discriminator(num_classes))
 """
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_code_of_the_users_own_is_counted_or_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "LARGE_BYTES", 1e6)
     file = tmp_path / "own.py"
@@ -313,3 +318,6 @@ def test_code_of_the_users_own_is_counted_or_named(tmp_path, capsys, monkeypatch
     error = refusal(capsys, *words, "data.num_classes=5", f"{term}looped")
     assert f"loss.terms.own.use={file}:looped: in a step without values" in error
     assert f"({file}, line {line})" in error and not dist.is_initialized()
+    words.append(f"discriminator={file}:scripted")
+    error = refusal(capsys, *words, "data.num_classes=5")
+    assert f"discriminator={file}:scripted: a network of torch.jit.script" in error

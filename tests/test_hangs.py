@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distseg.distributed import beats
 from distseg.distributed import watchdog as watchdog_module
 from distseg.distributed.bounded import in_time
 from distseg.distributed.compat import flight_record
@@ -134,7 +135,7 @@ def lose(environment: dict[str, str], number: signal.Signals, folder: Path, lost
     with (folder / f"said-{environment['RANK']}").open("w") as file:
         os.dup2(file.fileno(), 2)
     # the error of a lost connection is looked into before the stall is seen
-    watchdog_module.MIN_LISTENING_SECONDS = 0.2
+    beats.MIN_LISTENING_SECONDS = 0.2
     watchdog_module._MIN_EVIDENCE_SECONDS = 4 * PATIENCE
     ranks = setup("cpu", 60 * PATIENCE)
     with Watchdog(ranks, SHORT) as watchdog:

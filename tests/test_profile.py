@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 import distseg
 from distseg.config import loading, rules
 from distseg.config.schema import Config
+from distseg.distributed.ranks import Ranks
 from distseg.runs import attempts, goodput
 from distseg.train.out_of_memory import advice
 from distseg.train.profiling import StepProfiler, check_ranks
 from distseg.train.trainer import Trainer
 from shards.errors import InputError
-from tests.ranks import leave_out
+from tests.ranks import leave_out, run_ranks
 from tests.tiny import SETTINGS
 
 
@@ -77,9 +79,23 @@ def test_a_profile_that_cannot_be_whole_is_none(tmp_path: Path) -> None:
     assert not elsewhere.is_running
 
 
-def distseg_ranks() -> Any:
-    from distseg.distributed.ranks import Ranks
+def profile_a_sum(ranks: Ranks, folder: Path) -> str:
+    """What the profiler writes to the process's own stderr, past Python."""
+    with (folder / "said").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    profiler = StepProfiler(config("profile.steps=1:1").profile, ranks, folder)
+    profiler.before(1)
+    torch.ones(3).sum()
+    assert profiler.after(1) is not None
+    return (folder / "said").read_text()
 
+
+def test_the_profiler_writes_nothing_into_the_log(tmp_path: Path) -> None:
+    # in a process of its own, since the first use in a process decides
+    assert run_ranks(1, profile_a_sum, tmp_path) == [""]
+
+
+def distseg_ranks() -> Ranks:
     return Ranks(0, 1, 0, torch.device("cpu"))
 
 

@@ -110,30 +110,6 @@ def test_stopped_ranks_are_named_whoever_keeps_the_store(
         assert f"error on rank {rank}: {first}" in said and "not answered for" in said
 
 
-def test_ranks_one_behind_the_other_are_named_together_and_those_that_live_are_not() -> None:
-    store, clock = torch.distributed.HashStore(), [0.0]
-    alone = Ranks(0, 1, 0, torch.device("cpu"))
-    watchdogs = [Watchdog(alone, 32.0) for _ in range(5)]  # intervals of a second
-    for rank, watchdog in enumerate(watchdogs):
-        watchdog._ranks, watchdog._store = Ranks(rank, 5, 0, torch.device("cpu")), store
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "monotonic", lambda: clock[0])
-        said: dict[int, float] = {}
-        for second in range(40):
-            clock[0] = float(second)
-            for rank in {0, 3, 4} if second >= 5 else range(5):
-                watchdogs[rank]._num_beats += 1
-                watchdogs[rank]._publish_beat()
-            for rank in (0, 3, 4):
-                diagnosis = watchdogs[rank]._diagnose(0.0)
-                if diagnosis:
-                    said.setdefault(rank, second)
-                    assert "rank 2" in diagnosis and "rank 1 " in diagnosis
-                    assert "rank 0" not in diagnosis and "have not answered for 23 s" in diagnosis
-    # by the one that looks after rank 2, after `patience` (23 s) since its last beat
-    assert said == {3: 28}
-
-
 def wait_in_vain(ranks: Ranks, case: str) -> tuple[list[int], str, float]:
     """All wait for rank 1, which is busy, stuck or fails.
 

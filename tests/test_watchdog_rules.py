@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distseg.distributed import beats
 from distseg.distributed import watchdog as module
 from distseg.distributed.ranks import Ranks, shared_error
 from distseg.distributed.watchdog import (
     LOST_RANK_EXIT_CODE,
-    Beat,
     Diagnosis,
     Watchdog,
     is_of_lost_peer,
@@ -105,37 +104,6 @@ def test_the_rank_that_has_begun_the_least_is_the_one_that_stalls(job: Job) -> N
     assert job.said[0].startswith("rank 2 on ") and "at step 7) has not moved on" in job.said[0]
 
 
-def test_of_a_stall_and_of_a_broken_collective_one_rank_reads_all_beats(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
-    members = [job.rank(number, of=8) for number in range(8)]
-    for member in members:
-        member._closed.set()  # the threads' part is played here
-        member._look()
-    readers: list[int] = []
-    read = Watchdog._read_beats
-
-    def counted(self: Watchdog) -> Any:
-        readers.append(self._ranks.rank)
-        return read(self)
-
-    monkeypatch.setattr(Watchdog, "_read_beats", counted)
-    for member in members:
-        member._look()  # nobody has moved since
-    assert [bool(member._diagnose_stall()) for member in members] == [True] + 7 * [False]
-    assert members[0]._diagnose_stall() and readers == [0, 0], "as long as the stall lasts"
-    members[3].keep_alive()
-    for member in members:
-        member._look()
-    assert members[5]._diagnose_stall() and readers[-1] == 5, "another stall, another reader"
-    readers.clear()
-    with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda one: one._listen_for_silent_ranks(), members))
-    assert len(set(readers)) == 1 and len(readers) == 2, "before and after"
-    assert all(answer == found[0] for answer in found) and len(found[0] or ()) == 7
-
-
 def test_where_all_are_as_far_none_is_accused(job: Job) -> None:
     members = [job.rank(number) for number in range(3)]
     for member in members:
@@ -168,24 +136,6 @@ def test_a_job_that_was_stopped_as_a_whole_goes_on(
         members[0].keep_alive()
         time.sleep(0.02)
     assert not job.left
-
-
-def test_a_rank_that_is_late_behind_a_silent_one_is_not_accused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    members, store, now = [], dist.HashStore(), [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    for rank in range(4):
-        members.append(Watchdog(Ranks(0, 1, 0, torch.device("cpu")), 32.0))  # intervals of 1 s
-        members[-1]._ranks, members[-1]._store = Ranks(rank, 4, 0, torch.device("cpu")), store
-    silent: list[str] = []
-    for now[0] in map(float, range(25)):
-        for rank, last in ((0, 24), (1, 20), (2, 0)):
-            if now[0] <= last:
-                members[rank]._num_beats += 1
-                members[rank]._publish_beat()
-        silent = members[3]._silent_before()
-    assert [name.partition(" on ")[0] for name in silent] == ["rank 2"]
 
 
 def test_who_has_stood_still_for_so_long_that_others_could_seem_silent_knows_it(
@@ -264,13 +214,14 @@ def test_a_rank_that_leaves_waits_for_no_keeper_of_the_store_that_is_stopped(
 ) -> None:
     ended: list[int] = []
     monkeypatch.setattr(module, "end_stopped_torchrun", lambda: ended.append(1))
-    monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_MIN_CALL_SECONDS", 0.2)
     member, stopped = job.rank(1), threading.Event()
     member._stop_thread()
     silent: Any = SimpleNamespace(
         check=lambda keys: stopped.wait(60), set=lambda key, value: stopped.wait(60)
     )
-    member._store, start = silent, time.monotonic()
+    member._store = member._beats._store = silent
+    start = time.monotonic()
     member._closed.clear()  # as before its error
     with pytest.raises(ValueError, match="no such file"), member:
         raise ValueError("no such file")
@@ -295,7 +246,7 @@ def test_errors_of_a_lost_peer_are_told_by_their_words(error: Exception, expecte
 def test_a_lost_peers_error_names_who_is_silent(
     job: Job, monkeypatch: pytest.MonkeyPatch, was_heard: bool
 ) -> None:
-    monkeypatch.setattr(module, "MIN_LISTENING_SECONDS", 0.2)
+    monkeypatch.setattr(beats, "MIN_LISTENING_SECONDS", 0.2)
     member, living = job.rank(1), job.rank(2)
     if was_heard:
         lost = job.rank(0)
@@ -314,5 +265,5 @@ def test_a_beat_says_where_a_rank_was(job: Job) -> None:
     member.report("step 1")
     member.report("step 2")
     member._publish_beat()
-    beat = member._read_beat(0)
-    assert isinstance(beat, Beat) and beat.activity == "step 2" and beat.num_activities == 2
+    beat = member._beats.of(0)
+    assert beat is not None and beat.activity == "step 2" and beat.num_activities == 2

@@ -8,6 +8,7 @@ slow to import, so its entries take an engine and import nothing at the top.
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,16 @@ def flight_record() -> list[dict[str, Any]]:
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
     # a pickle that this very process makes
     return [] if dump is None else pickle.loads(dump()).get("entries", [])
+
+
+def silence_profiler() -> None:
+    """Keep torch's profiler from writing into the log that it begins and ends; before its first
+    use in a process.
+
+    KINETO_LOG_LEVEL, seen in torch 2.13.0, where these lines (USDT) are of level 5 and all below is
+    kept back in any case. Where it is absent, they come. A level that the user has set stays.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def record_memory_history() -> None:

@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distseg.distributed.beats import Beat, Beats, Unchanged, named
 from distseg.distributed.bounded import LateError, in_time
-from distseg.distributed.by_first import by_first
 from distseg.distributed.compat import set_collective_timeout
 from distseg.distributed.hangs import Evidence, record
 from distseg.distributed.launch import (
@@ -42,8 +42,8 @@ from shards.errors import InputError, TemporaryError
 
 LOST_RANK_EXIT_CODE = TemporaryError.exit_code
 BAD_INPUT_EXIT_CODE = 2  # of the command, for an InputError
-# for a rank's next beat, however short the intervals: it may be busy
-MIN_LISTENING_SECONDS = 2.0
+# for a call of the store, however short the intervals
+_MIN_CALL_SECONDS = 2.0
 # to write down where this rank is, and, of these, for the records of the others
 _MIN_EVIDENCE_SECONDS, _SHARE_FOR_OTHERS = 2.0, 0.5
 # no limit of theirs comes before the watchdog, which knows who downloads
@@ -51,7 +51,6 @@ COLLECTIVE_SECONDS = 7 * 86400.0
 
 # keys of the job's store
 _DIAGNOSIS = "diagnosis"
-_ACTIVE_INTERVALS = "active intervals"
 _NUM_DONE, _NUM_LEFT = "ranks that are done", "ranks that have left"
 # Between two looks at whether all are done: a run's end should not take an interval longer. Of a
 # long wait, in which rank 0 draws or uploads, this share: not many messages for nothing.
@@ -72,18 +71,6 @@ _LOST_PEER = (
 
 class LostRankError(TemporaryError):
     """Another rank died or stalled; the text says which, and where it was last seen."""
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank last published of itself."""
-
-    number: int  # grows for as long as its process runs
-    num_activities: int  # begun by its main thread so far
-    activity: str  # the last of them
-    host: str
-    is_done: bool  # needs no other rank any more
-    has_left: bool  # and publishes nothing further
 
 
 @dataclass(frozen=True)
@@ -138,7 +125,7 @@ class Watchdog:
         # four until all left
         self._patience = timeout_seconds - 9 * self._interval
         # of a rank that leaves: it waits for no keeper of the store that is stopped
-        self._last_call_seconds = max(2 * self._interval, MIN_LISTENING_SECONDS)
+        self._last_call_seconds = max(2 * self._interval, _MIN_CALL_SECONDS)
         self.last_words: Callable[[str], Any] = lambda diagnosis: None
         self._evidence: Evidence | None = None
         self._error: BaseException | None = None  # of a collective that did not end well
@@ -146,19 +133,17 @@ class Watchdog:
         self._activity, self._num_activities, self._num_signs = "starting", 0, 0
         # the watching thread's own
         self._num_beats, self._num_signs_counted = 0, 0
-        self._num_active, self._reads_at = 0, -1  # intervals; at which of them it reads all beats
-        self._heard: dict[int, _Unchanged] = {}  # of the ranks before this one that it looks after
-        self._job = _Unchanged(0)
         self._beat_of_main: Beat | None = None
         # set by the main thread; is_counted by the watching one
         self._is_done, self._is_leaving, self._is_counted = False, False, False
         self._leaving_since = 0.0
-        self._last_seen_leaving = _Unchanged(-1)
+        self._last_seen_leaving = Unchanged(-1)
         self._looked_at = time.monotonic()
         self._closed, self._woken = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         if ranks.world_size > 1:
             self._store = self._opened_store(timeout_seconds)
+            self._beats = Beats(ranks, self._store, self._interval, self._patience)
             set_collective_timeout(COLLECTIVE_SECONDS)
             # a daemon: a main thread that ends by an error must not wait for it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -255,7 +240,7 @@ class Watchdog:
             self._tell_own_failure(error)
             return error
         self._error = error
-        silent = self._listen_for_silent_ranks()
+        silent = self._beats.silent()
         if silent is None:
             diagnosis = f"the job's store is gone, and with it {self._keeper()}"
             self._leave_evidence(diagnosis)
@@ -265,7 +250,7 @@ class Watchdog:
             self._tell_own_failure(error)
             self._leave_evidence(str(error).splitlines()[0])
             return error
-        diagnosis = "; ".join(f"{_named(rank, beat)} is gone" for rank, beat in silent.items())
+        diagnosis = "; ".join(f"{named(rank, beat)} is gone" for rank, beat in silent.items())
         self._publish_diagnosis(Diagnosis(diagnosis))
         self._leave_evidence(diagnosis)
         return LostRankError(diagnosis)
@@ -295,15 +280,19 @@ class Watchdog:
         """One beat of this rank, and one look at the others."""
         self._num_beats += 1
         self._publish_beat()
-        self._beat_of_main = self._read_beat(0) or self._beat_of_main
-        stalled_seconds = self._job.seconds(self._count_active_intervals())
+        self._beat_of_main = self._beats.of(0) or self._beat_of_main
+        # read once: the main thread goes on
+        num_signs = self._num_signs
+        stalled_seconds = self._beats.count(num_signs != self._num_signs_counted)
+        self._num_signs_counted = num_signs
         # before a diagnosis of its own: the first is the cause, others follow from it
         if self._store.check([_DIAGNOSIS]):
             self._end(Diagnosis(**json.loads(self._store.get(_DIAGNOSIS))))
             return
-        diagnosis = self._diagnose(stalled_seconds)
+        diagnosis = self._beats.diagnosis(self._activity, stalled_seconds)
         if self._was_stopped():
-            self._listen_anew()
+            self._beats.listen_anew()
+            self._last_seen_leaving = Unchanged(-1)
         elif diagnosis:
             # as all others, this rank reads it in its next interval
             self._store.set(_DIAGNOSIS, json.dumps(asdict(Diagnosis(diagnosis))))
@@ -315,10 +304,6 @@ class Watchdog:
         before, self._looked_at = self._looked_at, time.monotonic()
         # what is added to it until others are heard again stays below the patience
         return self._looked_at - before > self._patience - 3 * self._interval
-
-    def _listen_anew(self) -> None:
-        self._heard.clear()
-        self._job, self._last_seen_leaving = _Unchanged(-1), _Unchanged(-1)
 
     def _may_leave(self) -> bool:
         """Whether all ranks are done; where this one may keep the store, whether they know it."""
@@ -336,10 +321,10 @@ class Watchdog:
         num_left = self._store.add(_NUM_LEFT, 0)
         if self._last_seen_leaving.seconds(num_left) > self._patience:
             # done, but stopped: its launcher would wait for it, and nobody else is left to tell
-            beats = self._read_beats()
+            beats = self._beats.of_all()
             there = [rank for rank in beats if rank and not beats[rank].has_left]
-            named = " and ".join(_named(rank, beats[rank]) for rank in there)
-            self._end(Diagnosis(f"{named}: not answered for {self._patience:.0f} s at the end"))
+            names = " and ".join(named(rank, beats[rank]) for rank in there)
+            self._end(Diagnosis(f"{names}: not answered for {self._patience:.0f} s at the end"))
             return True
         return num_left >= self._ranks.world_size - 1
 
@@ -357,95 +342,7 @@ class Watchdog:
         environment = dict(os.environ)
         if self._beat_of_main is None or is_store_of_torchrun(environment):
             return store_keeper(environment)
-        return _named(0, self._beat_of_main)
-
-    def _diagnose(self, stalled_seconds: float) -> str:
-        """What is wrong with the ranks before this one, or with the job; "" where nothing is."""
-        silent = self._silent_before()
-        if silent:
-            verb = "has" if len(silent) == 1 else "have"
-            return f"{' and '.join(silent)} {verb} not answered for {self._patience:.0f} s"
-        # later, so that a silent rank is named first
-        if stalled_seconds > self._patience + 3 * self._interval:
-            return self._diagnose_stall()
-        return ""
-
-    def _silent_before(self) -> list[str]:
-        """The names of the ranks right before this one that are silent, once their time is up."""
-        # A ring: messages grow with the number of ranks, and not with its square. Who looks after a
-        # rank may have stopped with it, so behind one that is quiet the one before it is heard too.
-        quiet = []
-        for distance in range(1, self._ranks.world_size):
-            rank = (self._ranks.rank - distance) % self._ranks.world_size
-            beat = self._read_beat(rank)
-            seconds = self._heard.setdefault(rank, _Unchanged(beat)).seconds(beat)
-            if seconds <= 2 * self._interval or (beat is not None and beat.has_left):
-                break
-            quiet.append((seconds, _named(rank, beat)))
-        if not quiet or quiet[0][0] <= self._patience:
-            return []
-        # those further back have been listened to for less
-        return [name for seconds, name in quiet if seconds > self._patience / 2]
-
-    def _diagnose_stall(self) -> str:
-        """Who holds the others up: who began the fewest activities, where the ranks differ. On the
-        rank that finds it out first: the others would ask the same of every rank.
-        """
-        if self._reads_at != self._num_active:
-            # the number is that of this stall alone: it stands still for as long as the job does
-            if self._store.add(f"readers at {self._num_active}", 1) > 1:
-                return ""
-            self._reads_at = self._num_active
-        of_all = self._read_beats()
-        beats = {rank: beat for rank, beat in of_all.items() if not beat.is_done}
-        # those that are done wait for nobody's steps
-        if not beats:
-            return ""
-        most = max(beat.num_activities for beat in beats.values())
-        behind = [rank for rank, beat in beats.items() if beat.num_activities < most]
-        if len(beats) < len(of_all):  # but for the end of the others
-            behind = behind or list(beats)
-        if not behind:
-            return f"no rank has moved on for {self._patience:.0f} s; all are at {self._activity}"
-        name = _named(behind[0], beats[behind[0]])
-        return f"{name} has not moved on for {self._patience:.0f} s"
-
-    def _count_active_intervals(self) -> int:
-        """Of all ranks so far: intervals in which one gave a sign of life, this one included."""
-        # one counter of the whole job: where it stands still, no rank has moved
-        num_signs = self._num_signs
-        total = self._store.add(_ACTIVE_INTERVALS, int(num_signs != self._num_signs_counted))
-        self._num_signs_counted, self._num_active = num_signs, total
-        return total
-
-    def _listen_for_silent_ranks(self) -> dict[int, Beat | None] | None:
-        """Other ranks without a new beat while the first that asks listens; None where the store is
-        gone.
-        """
-        # two beats of a rank that lives, and half an interval for one that is late
-        seconds = max(2.5 * self._interval, MIN_LISTENING_SECONDS)
-        try:
-            said = by_first(self._store, "silent ranks", lambda: self._listen(seconds), 2 * seconds)
-        except (RuntimeError, OSError):
-            return None
-        silent = json.loads(said)
-        if silent is None:
-            return None
-        return {int(rank): beat and Beat(**beat) for rank, beat in silent.items()}
-
-    def _listen(self, seconds: float) -> str:
-        """As JSON the last beats, or null, of the other ranks without a new one in so many seconds;
-        null where the store is gone.
-        """
-        before = self._read_beats()
-        time.sleep(seconds)
-        after = self._read_beats()
-        others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
-        silent: dict[int, Any] = {}
-        for rank in others:
-            if before.get(rank) == after.get(rank):
-                silent[rank] = asdict(after[rank]) if rank in after else None
-        return json.dumps(silent if after else None)
+        return named(0, self._beat_of_main)
 
     def _tell_own_failure(self, error: BaseException) -> None:
         """Tell the others what ended this rank.
@@ -478,29 +375,10 @@ class Watchdog:
             has_left,
         )
         try:
-            self._store.set(f"beat/{self._ranks.rank}", json.dumps(asdict(beat)))
+            self._beats.publish(beat)
         except (RuntimeError, OSError):
             if not self._closed.is_set():
                 raise
-
-    def _read_beat(self, rank: int) -> Beat | None:
-        """The last one of a rank; None before its first."""
-        key = f"beat/{rank}"
-        return Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
-
-    def _read_beats(self) -> dict[int, Beat]:
-        """The last one of every rank that has published any; {} where the store is gone."""
-        ranks = range(self._ranks.world_size)
-        keys = [f"beat/{rank}" for rank in ranks]
-        try:
-            # as a rule all are there, and come in one message; of a key that is not one would wait
-            if self._store.check(keys):
-                texts = self._store.multi_get(keys)
-                return {rank: Beat(**json.loads(text)) for rank, text in enumerate(texts)}
-            beats = {rank: self._read_beat(rank) for rank in ranks}
-        except (RuntimeError, OSError):
-            return {}
-        return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _end(self, diagnosis: Diagnosis) -> None:
         began = time.monotonic()
@@ -547,30 +425,9 @@ class Watchdog:
             time.sleep(max(0.0, since + 2 * self._interval - time.monotonic()))
 
 
-class _Unchanged:
-    """A value that is looked at again and again, and since when it has been the same."""
-
-    def __init__(self, value: object):
-        self._value, self._since = value, time.monotonic()
-
-    def seconds(self, value: object) -> float:
-        """How long it has been the same; 0 where it is another than the last time."""
-        now = time.monotonic()
-        if value != self._value:
-            self._value, self._since = value, now
-        return now - self._since
-
-
 def is_of_lost_peer(error: BaseException) -> bool:
     """Whether a collective's error says that another rank is gone."""
     # a TemporaryError knows its own cause, such as a disk's timeout
     if not isinstance(error, RuntimeError) or isinstance(error, TemporaryError):
         return False
     return any(word in str(error).lower() for word in _LOST_PEER)
-
-
-def _named(rank: int, beat: Beat | None) -> str:
-    """A rank for people; None: it was never heard of."""
-    if beat is None:
-        return f"rank {rank}"
-    return f"rank {rank} on {beat.host} (last heard of at {beat.activity})"

@@ -20,6 +20,7 @@ from distseg.train.objective import build_objective
 from distseg.train.schedules import phase
 from distseg.train.trainer import Trainer, logged
 from shards import user_code
+from shards.errors import InputError
 
 LAST_STEPS = 2000  # of a run, in which every term is on; more than a round of any recipe's blocks
 
@@ -41,15 +42,26 @@ def prepared(config: Config) -> Config:
 
 def without_memory(config: Config, num_classes: int, world_size: int) -> Networks:
     """Both networks on the meta device. Raises InputError as `build_networks` does."""
-    names = [config.segmentor.name]
+    names = {"segmentor": config.segmentor.name}
     if config.mode in WITH_DISCRIMINATOR:
-        names.append(config.discriminator.name)
+        names["discriminator"] = config.discriminator.name
     # one of the user's own is tried, which needs values
-    has_own = any(user_code.is_reference(name) for name in names)
-    with nullcontext() if has_own else torch.device("meta"):
+    own = {key: name for key, name in names.items() if user_code.is_reference(name)}
+    with nullcontext() if own else torch.device("meta"):
         networks = build_networks(config, num_classes, world_size)
+    for key, name in own.items():
+        _check_python(f"{key}={name}", getattr(networks, key))
     judge = networks.discriminator
     return Networks(networks.segmentor.to("meta"), None if judge is None else judge.to("meta"))
+
+
+def _check_python(what: str, network: nn.Module) -> None:
+    """Raise InputError for a network of the user's own that torch.jit has compiled."""
+    # its parameters cannot be taken away from it, nor its operations be seen
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        got = f"{what}: a network of torch.jit.script or torch.jit.trace, in whole or in part"
+        needed = "one that runs in Python, so that a step can be followed without values"
+        raise InputError(got, needed, "estimate the network as it is before torch.jit")
 
 
 def filled(networks: Networks) -> Networks:

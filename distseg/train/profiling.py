@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from distseg.config.rules import profiled_steps
 from distseg.config.schema import ProfileConfig
-from distseg.distributed.compat import record_memory_history
+from distseg.distributed.compat import record_memory_history, silence_profiler
 from distseg.distributed.ranks import Ranks
 from shards.errors import InputError
 from shards.files import published, write_text
@@ -56,6 +56,7 @@ class StepProfiler:
                 activities.append(ProfilerActivity.CUDA)
             # here, and not before the run: kineto takes seconds to start, and memory
             # without shapes and stacks, which take longer than what is measured
+            silence_profiler()
             self._running = profile(activities=activities)
             self._running.start()
 
