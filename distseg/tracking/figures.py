@@ -155,6 +155,7 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         axes.set_ylim(bottom=bottom)
     if panel.unit == "bytes":
         axes.yaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step between two
     # 10k, as five digits would touch each other
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
