@@ -105,6 +105,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             options.parser.refuse(word, arguments)
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.parser.check_keys(getattr(options, "overrides", []))
     return options
 
 

@@ -24,6 +24,8 @@ from shards.errors import InputError
 from shards.words import counted
 
 EXECUTORS = ("slurm", "local", "debug")
+# the command's word and the library's: both come here
+HERE = "take this machine: --executor local, or from Python executor='local'"
 SITE_FILE = Path("slurm/cluster.sh")
 # what SLURM's commands say then
 NO_CONTROLLER = re.compile("config(uration)? source|fetch.config|Unable to contact")
@@ -92,8 +94,7 @@ def prepare(runs: list[list[str]], resources: Resources) -> list[Job]:
     with_srun = resources.executor == "slurm"
     if with_srun:
         if shutil.which("sbatch") is None:
-            action = "log in to a machine that has it, or choose the executor local, or torchrun"
-            raise InputError("no sbatch here", "a login node of SLURM", action)
+            raise InputError("no sbatch here", "a login node of SLURM", f"log in to one, or {HERE}")
         _adopt_site()
     ranks_per_node = resources.ranks_per_node or resources.gpus_per_node or _ranks_here()
     jobs = []
@@ -130,9 +131,8 @@ def hand_in(
         text = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
         got = f"sbatch: {text[-1].strip()}"
         if NO_CONTROLLER.search(str(error)):
-            raise no_controller(
-                got, "log in to a login node of the cluster, or choose --executor local"
-            ) from None
+            action = f"log in to a login node of the cluster, or {HERE}"
+            raise no_controller(got, action) from None
         action = "correct nodes, gpus_per_node, minutes or slurm; `sinfo` shows what there is"
         raise InputError(got, "resources that the cluster has", action) from None
 

@@ -6,7 +6,8 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from shards.errors import InputError
@@ -19,10 +20,14 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are InputErrors, told like those of all other bad input.
 
     suggest: what to do about an option that is none, by its name and the word behind it ("" where
-    it has no value); "" where it knows nothing.
+    it has no value); "" where it knows nothing. besides: what may be given in place of an option's
+    choices, by its name.
     """
 
     suggest: Callable[[str, str], str] | None = None
+    # whether a name is that of a key; None where a command takes no keys that are known
+    is_key: Callable[[str], bool] | None = None
+    besides: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
@@ -33,13 +38,31 @@ class Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         choices = [str(choice) for choice in action.choices]
-        option = f"{action.option_strings[-1]} " if action.option_strings else ""
+        option = action.option_strings[-1] if action.option_strings else ""
+        got = " ".join(word for word in (self.prog, option, str(value)) if word)
         needed = f"one of: {', '.join(choices)}"
-        raise InputError(f"{self.prog} {option}{value}", needed, nearest(str(value), choices))
+        needed += f"; {self.besides[option]}" if option in self.besides else ""
+        raise InputError(got, needed, nearest(str(value), choices))
 
     def accepts(self, word: str, options: argparse.Namespace) -> bool:
         """Whether a word that argparse found no place for is key=value of a command with keys."""
         return hasattr(options, "overrides") and not word.startswith("-") and "=" in word
+
+    def check_keys(self, words: Iterable[str]) -> None:
+        """Raise InputError for an option written as a key: chip=l4 in place of --chip l4."""
+        if self.is_key is None:
+            return
+        for word in words:
+            name, equals, value = word.partition("=")
+            option = f"--{name.replace('_', '-')}"
+            action = self._option_string_actions.get(option)
+            if not equals or action is None or self.is_key(name):
+                continue
+            # of a value that is none either, that error says the option too
+            self._check_value(action, value)
+            written = option if action.nargs == 0 else f"{option} {value}"
+            needed = f"the option {option}: {name} is no key"
+            raise InputError(f"{self.prog} {word}", needed, f"write {written}")
 
     def refuse(self, word: str, arguments: list[str]) -> NoReturn:
         """Raise InputError for a word of the arguments that is no option, with the nearest one."""

@@ -18,14 +18,23 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from shards.errors import InputError
 from shards.storage import retried
 
 Item = TypeVar("Item")
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
+# neither as the column's format nor as markup: names of files may have braces and brackets
+_DESCRIPTION = TextColumn("{task.description}", markup=False)
 
 
 @contextmanager
@@ -241,13 +250,13 @@ def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     if console.is_terminal:
         # transient below: the bar is gone at the end, and the terminal holds messages only
         columns = (
-            TextColumn(escape(what)),
+            _DESCRIPTION,
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as progress:
-            yield from progress.track(items, total=total)
+            yield from progress.track(items, total=total, description=what)
         return
     start = said = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -257,3 +266,17 @@ def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
             said = now
             left = (now - start) / done * (total - done)
             console.print(f"{what}: {done} of {total}, {left:.0f} s left", highlight=False)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say what takes a while in one piece: on a terminal with the time so far, elsewhere a line."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        say(f"{what} ...")
+        yield
+        return
+    columns = (SpinnerColumn(), _DESCRIPTION, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield

@@ -53,6 +53,13 @@ def is_reference(text: str) -> bool:
     return ":" in text
 
 
+def check_complete(key: str, value: str) -> None:
+    """Raise InputError for a file alone, FILE.py, which does not say what in it is meant."""
+    if value.endswith(SUFFIX):
+        action = f"write {value}:NAME, with the name of your class or function"
+        raise InputError(f"{key}={value}", FORMS, action)
+
+
 def absolute(reference: str) -> str:
     """The reference with the absolute path of its file; that of a module as it is."""
     place, _, name = reference.rpartition(":")

@@ -253,6 +253,7 @@ def test_what_cannot_be_trained_is_refused(capsys):
     assert "shard_size=3 for 4 ranks" in refusal(capsys, *sized, *words)
     words = ["strategy=deepspeed", "zero_stage=3"]
     assert "ema_decay" in refusal(capsys, *sized, *words)
+    assert "--tflops X --memory-bandwidth X" in refusal(capsys, *sized, "--chip=v100")
     for word in ("--efficiency=0", "--efficiency=60", "--reserve-gb=-1"):
         assert word.replace("=", " ") in refusal(capsys, *sized, word)
     unnamed = [word for word in sized if "num_classes" not in word and "preset" not in word]

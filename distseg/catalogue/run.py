@@ -9,9 +9,10 @@ operations by torch's FlopCounterMode, strides and fields of view by `distseg.mo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from distseg.models import (
 from distseg.models.connections import Forward, geometry
 from shards import user_code
 from shards.errors import InputError
+from shards.files import tracked
 from shards.words import counted
 
 # of the smaller label maps that discriminators are counted on: Dilated-8's and DeepLab-v2's
@@ -74,38 +76,54 @@ def run(names: Iterable[str], num_classes: int, as_json: bool) -> int:
 
     Raises InputError for an unknown name, and for a number of classes outside 1 to 255.
     """
-    names = tuple(names)
-    segmentors, discriminators = measure(names, num_classes)
-    encoders = [] if names else [measure_encoder(name) for name in ENCODERS]
-    heads = [] if names else [measure_head(name, num_classes) for name in HEADS]
+    found = measure(tuple(names), num_classes)
     if as_json:
         document: dict[str, Any] = {"num_classes": num_classes, "size_px": SIZE_PX}
-        document["segmentors"] = [asdict(entry) for entry in segmentors]
-        document["encoders"] = [asdict(entry) for entry in encoders]
-        document["heads"] = [asdict(entry) for entry in heads]
-        document["discriminators"] = [asdict(entry) for entry in discriminators]
+        document |= {kind: list(map(asdict, entries)) for kind, entries in found.items()}
         print(json.dumps(document, indent=2))
         return 0
     console = Console()
     console.width = max(console.width, MIN_WIDTH)
-    if segmentors:
-        console.print(_segmentor_table(segmentors, num_classes))
-    if not names:
-        console.print(encoder_table(encoders))
-        console.print(head_table(heads, num_classes))
-    if discriminators:
-        console.print(_discriminator_table(discriminators, num_classes))
+    if found["segmentors"]:
+        console.print(_segmentor_table(found["segmentors"], num_classes))
+    if found["encoders"]:
+        console.print(encoder_table(found["encoders"]))
+        console.print(head_table(found["heads"], num_classes))
+    if found["discriminators"]:
+        console.print(_discriminator_table(found["discriminators"], num_classes))
     console.print(NOTE, highlight=False, soft_wrap=True)
     return 0
 
 
-def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> tuple[list[Entry], list[Entry]]:
-    """The segmentors and the discriminators among `names`, with their default options.
+def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> dict[str, list[Any]]:
+    """What `names` chooses, measured with default options: entries under "segmentors", "encoders",
+    "heads" and "discriminators", with a bar while it takes its time.
 
-    No names: all but the segmentors that are a head on an encoder. The name of a head, or of an
-    encoder: all segmentors of it.
-    One of the user's own is named as in training: segmentor=FILE.py:NAME, discriminator=... Raises
+    No names: all, and of the segmentors that are a head on an encoder their parts. Raises
     InputError for an unknown name, and for a number of classes outside 1 to 255.
+    """
+    segmentors, discriminators = _chosen(names)
+    of_classes: dict[str, Any] = {"num_classes": num_classes}
+    work: dict[str, tuple[Callable[[str], Any], Iterable[str]]] = {
+        "segmentors": (partial(measure_segmentor, **of_classes), segmentors),
+        "encoders": (measure_encoder, () if names else ENCODERS),
+        "heads": (partial(measure_head, **of_classes), () if names else HEADS),
+        "discriminators": (partial(measure_discriminator, **of_classes), discriminators),
+    }
+    tasks = [(kind, name) for kind, (_, every) in work.items() for name in every]
+    found: dict[str, list[Any]] = {kind: [] for kind in work}
+    # minutes for all of them on a busy machine
+    for kind, name in tracked(tasks, len(tasks), "measuring networks"):
+        found[kind].append(work[kind][0](name))
+    return found
+
+
+def _chosen(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The segmentors and the discriminators among `names`.
+
+    The name of a head, or of an encoder: all segmentors of it.
+    One of the user's own is named as in training: segmentor=FILE.py:NAME, discriminator=... Raises
+    InputError for an unknown name.
     """
     own: dict[str, list[str]] = {"segmentor": [], "discriminator": []}
     whole = [name for name in SEGMENTORS if name not in COMPOSITIONS]
@@ -122,13 +140,7 @@ def measure(names: tuple[str, ...] = (), num_classes: int = 21) -> tuple[list[En
         if {name, made.head, made.encoder} & set(names):
             segmentors.append(name)
     discriminators = [name for name in DISCRIMINATORS if not names or name in names]
-    return (
-        [measure_segmentor(name, num_classes) for name in [*segmentors, *own["segmentor"]]],
-        [
-            measure_discriminator(name, num_classes)
-            for name in [*discriminators, *own["discriminator"]]
-        ],
-    )
+    return [*segmentors, *own["segmentor"]], [*discriminators, *own["discriminator"]]
 
 
 def measure_segmentor(name: str, num_classes: int, **options: Any) -> Entry:

@@ -24,6 +24,7 @@ def configured_command(commands: Commands, name: str, summary: str, text: str) -
     explained = "this help, or that of a key or a section (loss.adv_weight, loss)"
     parser.add_argument("-h", "--help", action=_KeyHelp, nargs="?", metavar="KEY", help=explained)
     parser.suggest = as_key
+    parser.is_key = lambda word: find(full_name(word)) is not None
     return parser
 
 

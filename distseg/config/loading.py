@@ -242,10 +242,15 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two configurations and must not when a run is
     resumed.
     """
-    before, after = flattened(to_dict(old)), flattened(to_dict(new))
+    before, after = (_without_empty(flattened(to_dict(config))) for config in (old, new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     names = [name for name in names if not _is_free(name) and not code.is_moved(name, old, new)]
     return {name: (before.get(name), after.get(name)) for name in names}
+
+
+def _without_empty(flat: dict[str, Any]) -> dict[str, Any]:
+    # what one of the two has where the other's dictionary is empty is named by itself
+    return {name: value for name, value in flat.items() if value != {}}
 
 
 def check_same(run_dir: Path, config: Config) -> int | None:

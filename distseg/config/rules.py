@@ -22,7 +22,7 @@ from distseg.config.schema import (
 from shards.errors import InputError
 from shards.remote import PACKAGES, check_plain, check_url
 from shards.user_code import FORMS as REFERENCES
-from shards.user_code import is_reference
+from shards.user_code import check_complete, is_reference
 from shards.words import closest, counted, nearest
 
 # of distseg/losses/terms.py, by the names of their metrics
@@ -55,6 +55,8 @@ def check_choice(entry: Key, value: Any) -> None:
     if entry.own_code and is_reference(str(value)):
         return
     if value not in entry.choices:
+        if entry.own_code:
+            check_complete(entry.name, str(value))
         needed = f"one of: {entry.told or ', '.join(entry.choices)}"
         needed += f"; or your own, as {REFERENCES}" if entry.own_code else ""
         # of many names some one has half of any word's letters
@@ -447,6 +449,7 @@ def a_view_by_reference(config: Config) -> None:
     """data.view names code, and its options are of one."""
     data = config.data
     if data.view and not is_reference(data.view):
+        check_complete("data.view", data.view)
         raise InputError(f"data.view={data.view}", REFERENCES, "correct data.view")
     # they would be passed over in silence
     if data.view_options and not data.view:

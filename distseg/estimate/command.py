@@ -25,6 +25,7 @@ job, on tensors without values. Seconds are modelled, from the hardware's data s
 SHAPE = {"nodes": 1, "gpus_per_node": 8}
 SHORT = ("strategy", "zero_stage", "shard_size")
 CHIPS = ("l4", "a100-40", "a100", "h100", "h200")
+OTHER_CHIP = "or another chip's data sheet: --tflops X --memory-bandwidth X (TB/s) --link-gbs X"
 
 
 def add_estimate(commands: Commands) -> None:
@@ -34,6 +35,7 @@ def add_estimate(commands: Commands) -> None:
     )
     parser.add_argument("--classes", type=int, metavar="N", help="where neither keys nor data say")
     parser.add_argument("--chip", default="h100", choices=CHIPS, help="whose data sheet (h100)")
+    parser.besides = {"--chip": OTHER_CHIP}
     number: dict[str, Any] = {"type": float, "metavar": "X"}
     parser.add_argument("--tflops", help="of products, in place of the chip's", **number)
     parser.add_argument("--memory-bandwidth", help="TB/s, in place of the chip's", **number)

@@ -62,5 +62,6 @@ def run(run_dir: Path, which: str, form: str, out: Path | None, hub_folder: Path
         written = [out]
         print(f"largest difference to the original on random images: {error:.1g} (probabilities)")
     for path in written:
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        size = path.stat().st_size
+        print(f"wrote {path} ({f'{size / 1e6:.1f} MB' if size >= 1e5 else f'{size / 1e3:.1f} kB'})")
     return 0

@@ -31,7 +31,7 @@ from distseg.models.own_segmentor import OwnSegmentor
 from distseg.runs.version import package_version
 from shards import user_code
 from shards.errors import InputError
-from shards.files import published, say
+from shards.files import published, say, working
 from shards.sample import IGNORE_INDEX
 from shards.words import counted
 
@@ -153,14 +153,14 @@ def export(segmentor: nn.Module, metadata: dict[str, Any], form: str, out: Path)
     original = FullResolution(segmentor).eval().requires_grad_(False)
     # the check below is inside: when it fails, nothing is left under the name
     with published(out) as partial:
-        # minutes for a large network on a busy machine
-        say(f"writing {out}: the network as {form} ...")
+        say(f"writing {out}: the network as {form}")
         writer(original, metadata, partial)
-        say(f"comparing {out.name} with the network, at {counted(len(CHECKED_SIZES), 'size')} ...")
-        own = isinstance(segmentor, OwnSegmentor) and form == "safetensors"
-        # what was written is read again, as its user will
-        exported = _with_weights_of(partial, original) if own else reader(partial)
-        return largest_difference(original, exported, form)
+        sizes = counted(len(CHECKED_SIZES), "size")
+        with working(f"comparing {out.name} with the network, at {sizes}"):
+            own = isinstance(segmentor, OwnSegmentor) and form == "safetensors"
+            # what was written is read again, as its user will
+            exported = _with_weights_of(partial, original) if own else reader(partial)
+            return largest_difference(original, exported, form)
 
 
 @torch.no_grad()
@@ -206,8 +206,10 @@ def _program(original: FullResolution) -> torch.export.ExportedProgram:
     side = {"min": MIN_SIDE_PX, "max": MAX_SIDE_PX}
     dims = {0: torch.export.Dim("batch", min=1, max=1024)}
     dims |= {2: torch.export.Dim("height", **side), 3: torch.export.Dim("width", **side)}
-    # an example of none of the sizes that a network has a shorter way for
-    return torch.export.export(original, (torch.rand(2, 3, 97, 131),), dynamic_shapes=(dims,))
+    layers = sum(1 for layer in original.modules() if not any(layer.children()))
+    with working(f"tracing {counted(layers, 'layer')}, which takes minutes where they are many"):
+        # an example of none of the sizes that a network has a shorter way for
+        return torch.export.export(original, (torch.rand(2, 3, 97, 131),), dynamic_shapes=(dims,))
 
 
 def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) -> None:
@@ -220,7 +222,9 @@ def _write_onnx(original: FullResolution, metadata: dict[str, Any], path: Path) 
             warnings.simplefilter("ignore")  # of onnxscript's own internals
             options: dict[str, Any] = {"dynamo": True, "verbose": False, "opset_version": _OPSET}
             names: dict[str, Any] = {"input_names": ["image"], "output_names": ["logits"]}
-            program = torch.onnx.export(_program(original), (), **options, **names)
+            traced = _program(original)
+            with working(f"translating {counted(len(traced.graph.nodes), 'operation')} to ONNX"):
+                program = torch.onnx.export(traced, (), **options, **names)
     finally:
         # as it was: the process may go on with exports of its own
         log.setLevel(level)

@@ -58,9 +58,13 @@ def table(
 ) -> str:
     """A table that scrolls by itself where the window is narrow.
 
-    head_kinds: CSS classes of the first titles.
+    head_kinds: CSS classes of the first titles; those over numbers stand at the right, as these do.
     """
+    rows = list(rows)
     kinds = [*head_kinds, *[""] * (len(head) - len(head_kinds))]
+    for place, cell in enumerate(rows[0] if rows else ()):
+        if "number" in cell.kind.split():
+            kinds[place] = f"{kinds[place]} number".strip()
     titles = "".join(
         f'<th class="{css}">{escape(title)}</th>' for css, title in zip(kinds, head, strict=True)
     )

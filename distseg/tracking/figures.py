@@ -148,9 +148,14 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         axes.set_ylim(0, 1)
     else:
         # from 0, so that a loss which has halved looks so
-        axes.set_ylim(bottom=axes.get_ylim()[0] if _has_negative(lines) else 0)
+        bottom = axes.get_ylim()[0] if _has_negative(lines) else 0
+        # room above by the whole height: a curve that hardly moves would lie on the frame
+        axes.update_datalim([(axes.dataLim.x0, bottom)])
+        axes.autoscale_view()
+        axes.set_ylim(bottom=bottom)
     if panel.unit == "bytes":
         axes.yaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step between two
     # 10k, as five digits would touch each other
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)

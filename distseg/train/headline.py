@@ -262,4 +262,6 @@ def _cross_entropy(loss: LossConfig) -> str:
 
 
 def _millions(network: torch.nn.Module) -> str:
-    return f"({sum(num_elements(parameter) for parameter in network.parameters()) / 1e6:.2f} M)"
+    number = sum(num_elements(parameter) for parameter in network.parameters())
+    # a first network of one's own may be as small as that, and 0.00 M would look like none
+    return f"({number / 1e6:.2f} M)" if number >= 1e4 else f"({number:,} parameters)"

@@ -242,6 +242,7 @@ def build_term(name: str, asked: TermConfig) -> Term:
     if user_code.is_reference(use):
         return _own_term(name, use, asked.options)
     if use not in TERMS:
+        user_code.check_complete(f"{key}.use", use)
         needed = f"one of: {', '.join(TERMS)}; or your own, as {user_code.FORMS}"
         raise InputError(f"{key}.use={use}", needed, f"correct {key}.use")
     try:

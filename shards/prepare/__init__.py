@@ -38,6 +38,7 @@ def preparer_of(name: str) -> Preparer:
     if user_code.is_reference(name):
         return user_code.load(name, own.KEY).value
     if name not in NAMES:
+        user_code.check_complete(own.KEY, name)
         needed = f"one of: {', '.join(NAMES)}; or your own, as {user_code.FORMS}"
         raise InputError(f"data set {name!r}", needed, nearest(name, NAMES))
     # imported here, so that a data set's own dependencies are paid for by those who use it
