@@ -118,26 +118,41 @@ def smoothed(steps: np.ndarray, values: np.ndarray, metric: Metric, **style: Any
 def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     """Draw curves into axes, with the panel's scale and its reference level."""
     for line in lines:
-        if line.band is not None:
-            # the group's id is what the report's style sheet takes hold of
-            band = axes.fill_between(line.steps, *line.band, color=line.color, alpha=0.15, lw=0)
-            band.set_gid(line.name)
-        if line.raw is not None:
-            # thin and behind, as single batches scatter more than runs differ
-            axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
-        # a point without neighbours has no line to be seen by: a run's first row, one between gaps
-        dots = np.isfinite(line.values) if line.has_dots else alone(line.values)
-        style: dict[str, Any] = {
-            "color": line.color,
-            "linestyle": line.style,
-            "label": line.label or "_",
-        }
-        if dots.any():
-            style |= {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(dots).tolist()}
-        axes.plot(line.steps, line.values, lw=1.8, gid=line.name, **style)
+        _draw_line(axes, line)
     level = reference(panel)
     if level is not None:
         axes.axhline(level[0], color="black", linewidth=0.9, linestyle=":", label=level[1])
+    _set_scale(axes, panel, lines)
+    if panel.unit == "bytes":
+        axes.yaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step between two
+    # 10k, as five digits would touch each other
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    if line.band is not None:
+        # the group's id is what the report's style sheet takes hold of
+        band = axes.fill_between(line.steps, *line.band, color=line.color, alpha=0.15, lw=0)
+        band.set_gid(line.name)
+    if line.raw is not None:
+        # thin and behind, as single batches scatter more than runs differ
+        axes.plot(line.steps, line.raw, color=line.color, lw=0.6, alpha=0.3, gid=line.name)
+    # a point without neighbours has no line to be seen by: a run's first row, one between gaps
+    dots = np.isfinite(line.values) if line.has_dots else alone(line.values)
+    style: dict[str, Any] = {
+        "color": line.color,
+        "linestyle": line.style,
+        "label": line.label or "_",
+    }
+    if dots.any():
+        style |= {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(dots).tolist()}
+    axes.plot(line.steps, line.values, lw=1.8, gid=line.name, **style)
+
+
+def _set_scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     if panel.is_log:
         axes.set_yscale("log")
         # powers as plain numbers: 0.001, not a formula
@@ -153,13 +168,6 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         axes.update_datalim([(axes.dataLim.x0, bottom)])
         axes.autoscale_view()
         axes.set_ylim(bottom=bottom)
-    if panel.unit == "bytes":
-        axes.yaxis.set_major_formatter(EngFormatter())
-    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step between two
-    # 10k, as five digits would touch each other
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def alone(values: np.ndarray) -> np.ndarray:
