@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from torch import Tensor
 
+import distseg
 from distseg.config import loading
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import confidence_map
 from distseg.losses.adversarial import self_information
+from distseg.models import OfBothOutputs, Weights, build_discriminator
+from distseg.tracking.tracker import read_metrics
 from distseg.train.networks import build_networks
 from distseg.train.schedules import phase
 from shards.errors import InputError
-from tests.ranks import run_ranks
+from tests.ranks import leave_out, run_ranks
 from tests.test_adversary import (
     BATCH,
     STEPS,
@@ -29,6 +35,7 @@ from tests.test_adversary import (
     values_of,
 )
 from tests.test_engine import NUM_CLASSES, TinySegmentor
+from tests.tiny import SETTINGS, contents
 
 ADAPT = ["mode=domain_adaptation", "discriminator=large_fov"]
 CASES: dict[str, list[str]] = {
@@ -38,8 +45,14 @@ CASES: dict[str, list[str]] = {
         *("adaptation.input=self_information", "semi.entropy_weight=0.2"),
     ],
     "blocks": [*ADAPT, "alternation=blocks"],
+    "two outputs": [*ADAPT, "adaptation.aux_adv_weight=0.3", "loss.aux_weight=0.2"],
+    "two outputs, cells, unsureness": [
+        *(*ADAPT, "discriminator.options.head=patch", "loss.adv_form=least_squares"),
+        *("adaptation.input=self_information", "semi.entropy_weight=0.2"),
+        *("adaptation.aux_adv_weight=0.3", "loss.aux_weight=0", "loss.map_resolution=image"),
+    ],
 }
-ACCUMULATED = "a score per cell, unsureness"
+ACCUMULATED = "two outputs, cells, unsureness"
 MATCHES = {**CASES, "in parts": CASES[ACCUMULATED], "fsdp": CASES[ACCUMULATED]}
 
 
@@ -52,10 +65,21 @@ def entropy_of(chances: Tensor, valid: Tensor) -> float:
     return float(np.mean(means))
 
 
+def outputs_of(segmentor: torch.nn.Module, pixels: Tensor) -> list[Tensor]:
+    """The logits, and those of an auxiliary head where there is one."""
+    answer = segmentor(pixels)
+    return list(answer.values()) if isinstance(answer, dict) else [answer]
+
+
+def resized(logits: Tensor, side: int) -> Tensor:
+    return F.interpolate(logits, (side, side), mode="bilinear")
+
+
 def reference(overrides: list[str]) -> Any:
     """The steps by the formulas of Tsai et al. 2018 and Vu et al. 2019, in one process.
 
-    Labels tell what every mean is divided by, so micro-batches change nothing.
+    Labels tell what every mean is divided by, so micro-batches change nothing. A segmentor of two
+    outputs has a discriminator for each.
     """
     config, entropies = make_config(overrides), []
     segmentor, judge = networks = [network.double() for network in make_networks(config)]
@@ -63,10 +87,13 @@ def reference(overrides: list[str]) -> Any:
     for step in range(STEPS):
         now = phase(step, config)
         source, target = (make_images(config, step, labelled) for labelled in (True, False))
-        logits = [segmentor(images.pixels) for images in (source, target)]
-        valid = [images.label[:, 2::4, 2::4] != 255 for images in (source, target)]
+        side, cells = 8, slice(2, None, 4)
+        if config.loss.map_resolution == "image":
+            side, cells = 32, slice(None)
+        outputs = [outputs_of(segmentor, images.pixels) for images in (source, target)]
+        valid = [images.label[:, cells, cells] != 255 for images in (source, target)]
 
-        def judged(chances: Tensor, where: Tensor) -> Tensor:
+        def judged(judge: Any, chances: Tensor, where: Tensor) -> Tensor:
             shown = chances
             if config.adaptation.input == "self_information":
                 shown = -chances * chances.log() / math.log(NUM_CLASSES)
@@ -80,15 +107,22 @@ def reference(overrides: list[str]) -> Any:
                 return ((1 + scores) / 2 - goal).square().mean()
             return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, goal))
 
-        chances = [each.softmax(1) for each in logits]
-        entropies.append([entropy_of(c.detach(), v) for c, v in zip(chances, valid, strict=True)])
-        on_source, on_target = (judged(c.detach(), v) for c, v in zip(chances, valid, strict=True))
-        d_loss = loss_of(on_source, 1.0) + loss_of(on_target, 0.0)
-        up = [F.interpolate(each, (32, 32), mode="bilinear") for each in logits]
-        s_loss = F.cross_entropy(up[0], source.label.long(), ignore_index=255)
-        # the target's predictions are to pass for the source's
-        s_loss = s_loss + config.loss.adv_weight * loss_of(judged(chances[1], valid[1]), 1.0)
-        p = up[1].softmax(1)
+        first = [resized(each[0].detach(), side).softmax(1) for each in outputs]
+        entropies.append([entropy_of(c, v) for c, v in zip(first, valid, strict=True)])
+        judges = [judge] if len(outputs[0]) == 1 else [judge.of_logits, judge.of_auxiliary]
+        weights = [(1.0, config.loss.adv_weight)]
+        weights += [(config.loss.aux_weight, config.adaptation.aux_adv_weight)]
+        d_loss = s_loss = torch.zeros((), dtype=torch.float64)
+        for judge_of, (weight, adv_weight), *logits in zip(judges, weights, *outputs, strict=False):
+            chances = [resized(each, side).softmax(1) for each in logits]
+            scores = [judged(judge_of, c.detach(), v) for c, v in zip(chances, valid, strict=True)]
+            d_loss = d_loss + loss_of(scores[0], 1.0) + loss_of(scores[1], 0.0)
+            up = resized(logits[0], 32)
+            on_source = F.cross_entropy(up, source.label.long(), ignore_index=255)
+            # the target's predictions are to pass for the source's
+            on_target = loss_of(judged(judge_of, chances[1], valid[1]), 1.0)
+            s_loss = s_loss + weight * on_source + adv_weight * on_target
+        p = resized(outputs[1][0], 32).softmax(1)
         entropy = -(p * p.log2()).sum(1)[target.label != 255].mean() / math.log2(NUM_CLASSES)
         s_loss = s_loss + config.semi.entropy_weight * entropy
         updated = ((s_loss, now.segmentor), (d_loss, now.discriminator))
@@ -178,6 +212,8 @@ TAUGHT = ["mode=domain_adaptation", "consistency.weight=1", "ema_decay=0.9"]
         (["mode=domain_adaptation", "loss.r1_weight=1"], "r1_weight=1.*a mode with its term"),
         (["mode=domain_adaptation", "semi.adv_weight=1"], "semi.adv_weight=1"),
         ([*TAUGHT, "consistency.mix_with=labelled", "semi.batch_size=16"], "one domain each"),
+        (["mode=adversarial", "adaptation.aux_adv_weight=1"], "aux_adv_weight=1 with mode=adv"),
+        (["mode=domain_adaptation", "adaptation.aux_adv_weight=-1"], "from 0 on"),
     ],
 )
 def test_what_needs_ground_truth_or_mixes_domains_is_refused(
@@ -193,3 +229,66 @@ def test_a_discriminator_that_sees_the_image_is_refused(name: str) -> None:
     config = loading.load([*words, "segmentor.init=random", f"discriminator={name}"])
     with pytest.raises(InputError, match=f"(?s){name}.*predictions alone"):
         build_networks(config, NUM_CLASSES)
+
+
+def test_a_second_output_is_asked_of_a_segmentor_that_has_one() -> None:
+    words = ["data.shards=unused", "segmentor=multiscale", "segmentor.init=random", *ADAPT]
+    config = loading.load([*words, "adaptation.aux_adv_weight=0.1"])
+    with pytest.raises(InputError, match=r"(?s)multiscale.*no auxiliary.*options.auxiliary=true"):
+        build_networks(config, NUM_CLASSES)
+
+
+def test_each_output_begins_with_the_weights_of_its_own_discriminator() -> None:
+    made = [build_discriminator("large_fov_light", 3, width=0.1) for _ in range(2)]
+    both = Weights(OfBothOutputs(*made).state_dict(), "both")
+    for output, one in zip(("of_logits", "of_auxiliary"), made, strict=True):
+        # of one alone whichever asks
+        for weights in (both, Weights(one.state_dict(), "one")):
+            found = build_discriminator(
+                "large_fov_light", 3, init=weights, output=output, width=0.1
+            )
+            wanted = one.state_dict()
+            assert all(torch.equal(it, wanted[key]) for key, it in found.state_dict().items())
+
+
+OWN = """
+from torch import nn
+
+class TwoOutputs(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, num_classes, 1)
+        self.other = nn.Conv2d(8, num_classes, 1, 2)
+
+    def forward(self, image):
+        x = self.encoder(image)
+        return {"out": self.head(x), "aux": self.other(x)} if self.training else self.head(x)
+"""
+
+
+def test_a_run_of_two_outputs_goes_on_to_the_same_bits_and_shows_its_first(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out(monkeypatch.setattr)
+    (tmp_path / "own.py").write_text(OWN)
+    words = [f"data.shards={toy_shards}", "data.labelled=1/2", "checkpoint.every_steps=1"]
+    words += [*ADAPT, "adaptation.aux_adv_weight=0.1"]
+    named = {"name": f"{tmp_path}/own.py:TwoOutputs", "init": "random", "options": {}}
+    keys: Any = SETTINGS | {"segmentor": named}
+    runs = [tmp_path / name for name in ("one", "two")]
+    distseg.fit([*words, f"run_dir={runs[0]}"], **keys)
+    shutil.copytree(*runs)
+    shutil.rmtree(runs[1] / "checkpoints/step-00000002")
+    distseg.fit([*words, f"run_dir={runs[1]}"], **keys)
+    one, two = (contents(run / "checkpoints/step-00000002") for run in runs)
+    assert one == two
+    rows = read_metrics(runs[0] / "metrics.jsonl")
+    for name in ("loss/adversarial_auxiliary", "discriminator/auxiliary_accuracy"):
+        assert all(np.isfinite(row[name]) for row in rows if name in row)
+        assert any(name in row for row in rows)
+    trained = distseg.load(runs[0], device="cpu")
+    tensors = load(one["discriminator.network.safetensors"])
+    own = trained.discriminator.state_dict()
+    assert all(torch.equal(it, tensors[f"of_logits.{key}"]) for key, it in own.items())
+    assert isinstance(trained.network(torch.zeros(1, 3, 48, 48)), Tensor)

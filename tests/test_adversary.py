@@ -17,10 +17,12 @@ from distseg.config import loading
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.config.world_size import check_neighbours
 from distseg.distributed.ranks import Ranks
+from distseg.evaluate.judged import judges_auxiliary
 from distseg.losses.adversarial import squared_gradient_sum
-from distseg.models import build_discriminator
+from distseg.models import OfBothOutputs, build_discriminator
 from distseg.models.spectral_norm import norms_of
 from distseg.parallel import wrap
+from distseg.parallel.torch_learner import dtype_of
 from distseg.tracking.tracker import read_metrics
 from distseg.train.adversary import check_discriminator
 from distseg.train.batch import Images
@@ -70,10 +72,28 @@ def make_config(overrides: list[str]) -> Config:
     return loading.load([*common, "discriminator.options.width=0.1", *overrides])
 
 
+class TwoOutputs(TinySegmentor):
+    """In training mode with the logits of an auxiliary head, of half the resolution."""
+
+    has_auxiliary = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Conv2d(8, NUM_CLASSES, 3, stride=2, padding=1)
+
+    def forward(self, image: Tensor) -> Any:
+        x = self.encoder(image)
+        return {"out": self.head(x), "aux": self.auxiliary(x)} if self.training else self.head(x)
+
+
 def make_networks(config: Config) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(3)
-    chosen = config.discriminator
-    return TinySegmentor(), build_discriminator(chosen.name, NUM_CLASSES, **chosen.options)
+    chosen, both = config.discriminator, judges_auxiliary(config)
+    segmentor = TwoOutputs() if both else TinySegmentor()
+    judges = [
+        build_discriminator(chosen.name, NUM_CLASSES, **chosen.options) for _ in range(1 + both)
+    ]
+    return segmentor, OfBothOutputs(*judges) if both else judges[0]
 
 
 def make_images(config: Config, step: int, labelled: bool) -> Images:
@@ -104,7 +124,9 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> Any:
     told = []
     for step in range(STEPS):
         images = [make_images(config, step, labelled) for labelled in (True, False)]
-        labelled, unlabelled = (Images(each.pixels[share], each.label[share]) for each in images)
+        labelled, unlabelled = (
+            Images(each.pixels[share].to(dtype_of(config)), each.label[share]) for each in images
+        )
         now = replace(phase(step, config), watched=config.mode == "domain_adaptation")
         is_semi = config.mode in WITH_UNLABELLED and pair.objective.uses_unlabelled(now)
         rest = unlabelled if is_semi else None
@@ -113,7 +135,8 @@ def train(ranks: Ranks, overrides: list[str], num_parts: int = 1) -> Any:
         updated = (now.segmentor, now.discriminator)
         for learner, is_updated in zip(learners, updated, strict=True):
             given = [p.grad is not None for p in learner.network.parameters()]
-            assert any(given) == is_updated
+            # DeepSpeed keeps them elsewhere
+            assert any(given) == is_updated or config.parallel.strategy == "deepspeed"
             if is_updated:
                 learner.step(1.0)
     return *(values_of(learner.full_network()) for learner in learners), told

@@ -354,16 +354,22 @@ def test_other_numbers_of_branches_are_refused():
         ("deeplabv3_resnet50", {}),
         ("deeplabv3plus_resnet50", {}),
         ("deeplabv3plus_resnet50", {"encoder_stride": 8}),
+        ("deeplabv2_resnet101", {}),
+        ("deeplabv2_resnet101", {"layout": "caffe"}),
+        ("deeplabv3_efficientnet_lite0", {}),
+        ("deeplabv3plus_efficientnet_lite0", {}),
     ],
 )
 @pytest.mark.parametrize("size", [(64, 96), (65, 97)])
 def test_an_auxiliary_head_lies_on_the_cells_of_the_logits_and_changes_nothing_else(
     name: str, options: dict[str, Any], size: tuple[int, int]
 ) -> None:
+    if "resnet" in name:
+        options = {"width": 8, **options}
     torch.manual_seed(0)
-    plain = build_segmentor(name, 5, init="random", width=8, **options)
+    plain = build_segmentor(name, 5, init="random", **options)
     torch.manual_seed(0)
-    network = build_segmentor(name, 5, init="random", width=8, auxiliary=True, **options)
+    network = build_segmentor(name, 5, init="random", auxiliary=True, **options)
     own = network.state_dict()
     assert all(torch.equal(tensor, own[key]) for key, tensor in plain.state_dict().items())
     assert network.has_auxiliary and not plain.has_auxiliary
@@ -373,8 +379,9 @@ def test_an_auxiliary_head_lies_on_the_cells_of_the_logits_and_changes_nothing_e
     assert answer["out"].shape == answer["aux"].shape == plain.train()(image).shape
     (answer["aux"].square().sum()).backward()
     reached = {key for key, p in network.named_parameters() if p.grad is not None}
-    assert {"auxiliary.0.0.weight", "auxiliary.2.weight"} <= reached
-    assert not any(key.startswith(("encoder.layer4", "aspp", "classifier")) for key in reached)
+    assert {key for key, _ in network.named_parameters() if key.startswith("auxiliary")} <= reached
+    last = ("encoder.layer4", "encoder._blocks.15", "aspp", "classifier")
+    assert not any(key.startswith(last) for key in reached)
 
 
 def test_the_auxiliary_heads_cells_are_those_of_layer3() -> None:
@@ -390,3 +397,20 @@ def test_the_auxiliary_heads_cells_are_those_of_layer3() -> None:
     # less the one that the margin adds before the image
     fine, coarse = answer["aux"], seen["map"]
     torch.testing.assert_close(fine[..., 3::4, 3::4], coarse[..., 1:5, 1:7])
+
+
+def test_the_auxiliary_heads_cells_are_those_of_the_light_encoders_eighths() -> None:
+    """What one of the logits' cells shows is found on that cell of the auxiliary ones."""
+    network = build_segmentor("deeplabv3_efficientnet_lite0", 5, init="random", auxiliary=True)
+    network.train()
+    network.auxiliary = torch.nn.Identity()
+    for layer in network.modules():
+        layer.training = layer is network  # no statistics, which all of an image have a part in
+    black = torch.zeros(1, 3, 160, 160)
+    image = black.clone()
+    image[..., 64:80, 96:112] = 1
+    with torch.no_grad():
+        found = (network(image)["aux"] - network(black)["aux"]).abs().sum((0, 1))  # (10, 10)
+    for axis, cell in ((1, 4), (0, 6)):
+        shares = found.sum(axis) / found.sum()
+        assert float(shares @ torch.arange(10.0)) == pytest.approx(cell, abs=0.1)

@@ -30,7 +30,7 @@ from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
-from tests import test_engine, test_engine_terms, tiny
+from tests import test_adaptation, test_adversary, test_engine, test_engine_terms, tiny
 from tests.ranks import Program, environments, run_ranks
 from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networks
 from tests.test_train import DROPOUT, finish, small, start
@@ -51,6 +51,7 @@ CASES = [
 ]
 TERMS = [(test_engine_terms.CASES[name], 1) for name in ("semi, a score per cell", "semi, blocks")]
 TERMS += [(test_engine_terms.IN_PARTS[0], 2)]  # the images of a step in two parts
+TWO_OUTPUTS = test_adaptation.CASES["two outputs"]  # which two discriminators judge
 
 
 def deepspeed(stage: int) -> list[str]:
@@ -248,6 +249,8 @@ def run_three(ranks: Ranks, folder: Path) -> dict[str, Any]:
         results["terms", stage] = [
             test_engine_terms.train(ranks, [*each, *more], parts) for each, parts in TERMS
         ]
+        adapted = test_adversary.train(ranks, [*TWO_OUTPUTS, *more])
+        results["two outputs", stage] = adapted[:2]
     names = list(STRATEGIES)
     for name, other in zip(names, names[1:] + names[:1], strict=True):
         results["resumed", name] = go_on(ranks, folder / name, STRATEGIES[other], True)
@@ -308,6 +311,15 @@ def test_semi_supervised_terms_and_images_in_parts_equal_their_formulas(
         for case, got, expected in zip(TERMS, of_rank["terms", stage], references[1], strict=True):
             for mine, theirs in zip(got, expected, strict=True):
                 assert distance(mine, theirs) <= 1e-6, case
+
+
+@needs_deepspeed
+def test_two_domains_at_two_outputs_equal_their_formulas(three_ranks: list[Any]) -> None:
+    *expected, _ = test_adaptation.reference(TWO_OUTPUTS)
+    for of_rank in three_ranks:
+        for stage in STAGES:
+            for mine, theirs in zip(of_rank["two outputs", stage], expected, strict=True):
+                assert distance(mine, theirs) <= 1e-6, stage
 
 
 @needs_deepspeed

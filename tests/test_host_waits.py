@@ -74,6 +74,7 @@ CASES = {
     "domain adaptation": [
         *("mode=domain_adaptation", "discriminator=large_fov", "data.labelled=1/2"),
         *("semi.entropy_weight=0.1", "adaptation.input=self_information"),
+        "adaptation.aux_adv_weight=0.1",
     ],
 }
 
@@ -84,6 +85,7 @@ class Small(nn.Module):
     """
 
     output_stride = 4
+    has_auxiliary = True
     init_report = None
 
     def __init__(self, num_classes: int, *, norm: str, hidden: int):
@@ -93,9 +95,11 @@ class Small(nn.Module):
         self.head = nn.Sequential(
             BatchNorm2d(hidden), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(hidden, num_classes, 1)
         )
+        self.auxiliary = nn.Conv2d(hidden, num_classes, 1, 2)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.encoder(image))
+    def forward(self, image: Tensor) -> Any:
+        x = self.encoder(image)
+        return {"out": self.head(x), "aux": self.auxiliary(x)} if self.training else self.head(x)
 
 
 def settings(case: list[str], shards: Path, run_dir: Path) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.step import flops_of
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
-from distseg.models import build_discriminator
+from distseg.models import OfBothOutputs, build_discriminator
 from distseg.parallel import wrap
 from distseg.train.batch import Images
 from distseg.train.clock import StepClock
@@ -41,6 +41,8 @@ SETTINGS = [
         "semi.adv_weight=0.1",
     ),
 ]
+TWO_OUTPUTS = ["mode=domain_adaptation", "semi.adv_weight=0", "semi.start_step=0"]
+TWO_OUTPUTS += ["adaptation.aux_adv_weight=0.1"]
 OWN = {"cross_entropy": 1.0}
 FOOL = {"adversarial": 0.1}
 MORE = {"adversarial_unlabelled": 0.1, "semi": 1.0}
@@ -70,8 +72,28 @@ class SmallSegmentor(nn.Module):
         return self.classifier(self.encoder(image))
 
 
+class WithFrozenParts(SmallSegmentor):
+    """And an auxiliary head."""
+
+    has_auxiliary = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Conv2d(16, NUM_CLASSES, 3, 1, 1)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.encoder(image)
+        return {"out": self.classifier(x), "aux": self.auxiliary(x)}
+
+
 def make_config(*overrides: str) -> Config:
     return loading.load([*SETTINGS, *overrides])
+
+
+def two_outputs(config: Config) -> tuple[nn.Module, nn.Module]:
+    """A segmentor with two, and a discriminator of each."""
+    judges = [build_discriminator(config.discriminator.name, NUM_CLASSES) for _ in range(2)]
+    return WithFrozenParts(), OfBothOutputs(*judges)
 
 
 def work_of(config: Config) -> StepWork:
@@ -110,7 +132,13 @@ def counted(ranks: Ranks, overrides: list[str]) -> dict[str, int]:
         for learner in (pair.segmentor, pair.discriminator):
             learner.network.zero_grad(set_to_none=True)
 
-    return {name: flops_of(lambda of=of: step(*of)) for name, of in PHASES.items()}
+    found = {name: flops_of(lambda of=of: step(*of)) for name, of in PHASES.items()}
+    config = make_config(*overrides, *TWO_OUTPUTS)
+    networks = two_outputs(config)
+    optimizers = config.segmentor_optimizer, config.discriminator_optimizer
+    both = zip(networks, optimizers, strict=True)
+    pair = Pair.of(config, *(wrap(*each, config, ranks) for each in both))
+    return found | {"two outputs": flops_of(lambda: step(phase(0, config), True))}
 
 
 # label maps of the least that the discriminator takes, or somewhat more
@@ -124,6 +152,11 @@ def test_operations_of_a_step_are_those_that_torch_counts(resolution: str, side:
         # truth
         assert work.of_step(now, 2, int(is_semi)) == pytest.approx(found[name], rel=0.03), name
     assert work.of_step(BOTH, 4, 0) == 2 * work.of_step(BOTH, 2, 0)
+    config = make_config(*overrides, *TWO_OUTPUTS)
+    work = StepWork.of(config, *two_outputs(config))
+    # of ground truth none: it is never judged
+    of_step = work.of_step(phase(0, config), 2, 1)
+    assert of_step == pytest.approx(found["two outputs"], rel=0.03)
 
 
 def test_without_an_adversary_no_discriminator_is_counted() -> None:
@@ -135,18 +168,6 @@ def test_without_an_adversary_no_discriminator_is_counted() -> None:
     # nobody asks for the gradient of the pixels, which would cost what the first convolution does
     first = 2 * 65**2 * 16 * 3 * 3**2
     assert work.discriminator == 0 and of_step == 3 * work.segmentor - first
-
-
-class WithFrozenParts(SmallSegmentor):
-    """And an auxiliary head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.auxiliary = nn.Conv2d(16, NUM_CLASSES, 3, 1, 1)
-
-    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        x = self.encoder(image)
-        return {"out": self.classifier(x), "aux": self.auxiliary(x)}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ TERMS = "loss.terms."
 WEIGHTS = (
     *("loss.adv_weight", "loss.feature_weight", "loss.mismatched_weight", "loss.r1_weight"),
     *("semi.adv_weight", "semi.weight", "semi.entropy_weight", "consistency.weight"),
+    "adaptation.aux_adv_weight",
 )
 
 

@@ -31,6 +31,7 @@ BUILT_IN_TERMS = (
     *("cross_entropy", "auxiliary", "adversarial", "adversarial_unlabelled", "semi", "consistency"),
     *("segmentor", "discriminator", "discriminator_real", "discriminator_fake"),
     *("feature_matching", "discriminator_mismatched", "entropy", "r1"),
+    *("adversarial_auxiliary", "discriminator_auxiliary_real", "discriminator_auxiliary_fake"),
 )
 
 
@@ -304,9 +305,11 @@ def domains_without_ground_truth(config: Config) -> None:
     if config.mode not in ADAPTATION:
         return
     chosen = config.consistency
-    if chosen.weight and chosen.mix_with == "labelled" and config.loss.adv_weight:
-        got = f"mode={config.mode} with consistency.mix_with=labelled and loss.adv_weight="
-        got += f"{config.loss.adv_weight}"
+    weights = {"loss.adv_weight": config.loss.adv_weight}
+    weights["adaptation.aux_adv_weight"] = config.adaptation.aux_adv_weight
+    asked = [f"{name}={weight}" for name, weight in weights.items() if weight]
+    if chosen.weight and chosen.mix_with == "labelled" and asked:
+        got = f"mode={config.mode} with consistency.mix_with=labelled and {' and '.join(asked)}"
         needed = "images of one domain each, for the discriminator to tell them apart"
         action = "write consistency.mix_with=unlabelled, or mode=consistency without an adversary"
         raise InputError(got, needed, action)
@@ -424,6 +427,7 @@ def a_loss_to_minimise(config: Config) -> None:
         named += ", loss.adv_weight=0, loss.feature_weight=0"
     if config.mode in ADAPTATION:
         weights += [loss.adv_weight, config.semi.entropy_weight, config.consistency.weight]
+        weights.append(config.adaptation.aux_adv_weight)
         named += ", loss.adv_weight=0, semi.entropy_weight=0, consistency.weight=0"
     # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
     others = config.mode in WITH_UNLABELLED and config.mode not in ADAPTATION

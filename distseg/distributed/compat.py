@@ -231,6 +231,17 @@ def begin_zero_backward(engine: Any) -> None:
     engine.optimizer.enter_backward()
 
 
+def keep_gathered(engine: Any) -> None:
+    """Have ZeRO stage 3 keep the parameters that are below its threshold from their first forward
+    on.
+
+    It promises to, but until it has seen a whole step it releases them after every layer's backward
+    too. Seen in DeepSpeed 0.19.8.
+    """
+    for parameter in engine.optimizer.persistent_parameters:
+        parameter.is_external_param = True
+
+
 def link_zero_optimizer_state(engine: Any) -> None:
     """Show a ZeRO engine (stages 1 and 2) the optimizer state that is there before its first step.
 

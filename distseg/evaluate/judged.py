@@ -17,6 +17,11 @@ def sees_self_information(config: Config) -> bool:
     return config.mode in ADAPTATION and config.adaptation.input == "self_information"
 
 
+def judges_auxiliary(config: Config) -> bool:
+    """Whether a run has a second discriminator, of the segmentor's auxiliary output."""
+    return config.mode in ADAPTATION and config.adaptation.aux_adv_weight > 0
+
+
 @torch.no_grad()
 def confidence_map(
     segmentor: nn.Module,

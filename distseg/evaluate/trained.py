@@ -11,7 +11,7 @@ from torch import nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.launch import resolve_ranks
-from distseg.models import build_discriminator, build_segmentor
+from distseg.models import build_discriminator, build_segmentor, of_output
 from distseg.runs import checkpoint
 from distseg.runs.checkpoint import Checkpoint
 from shards import user_code
@@ -52,7 +52,8 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Che
 
 
 def trained_discriminator(config: Config, found: Checkpoint, instead: str = "") -> nn.Module:
-    """The discriminator of a run's checkpoint in evaluation mode; both of `trained_segmentor`.
+    """The discriminator of a run's checkpoint in evaluation mode; both of `trained_segmentor`. Of
+    two outputs that of the logits, as no other are known outside of training.
 
     instead: what the user may write who has no run with a discriminator. Raises InputError for a
     run that had none, and where the checkpoint has been pruned since.
@@ -63,7 +64,7 @@ def trained_discriminator(config: Config, found: Checkpoint, instead: str = "") 
     with checkpoint.opened(found.path.parent.parent, str(found.step)) as still:
         _, tensors = checkpoint.read_network(still, "discriminator", instead)
     network = build_discriminator(chosen.name, num_classes, **chosen.options)
-    network.load_state_dict(tensors)
+    network.load_state_dict(of_output(tensors))
     return network.eval()
 
 

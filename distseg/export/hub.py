@@ -236,7 +236,8 @@ def _training(config: Config) -> str:
         "data.crop_px",
         "segmentor.init",
     ]
-    named += ["loss.adv_weight"] if config.mode in WITH_DISCRIMINATOR else []
+    if config.mode in WITH_DISCRIMINATOR:
+        named += ["loss.adv_weight", "adaptation.aux_adv_weight"]
     shown = [
         f"{key}={own[key]}"
         for key in named

@@ -92,8 +92,9 @@ class Predicted:
     the auxiliary head, (n, C, h'', w''); None: there is none. In a step without the adversary the
     others are None: probabilities (n, C, h, w), the softmax of the logits; scores, the
     discriminator's logits on them, (n, 1, h', w') or (n, 1, 1, 1), whose graph ends at the
-    probabilities. features: the discriminator's on them, (n, K), likewise, and feature_means, where
-    a term needs them. pseudo: of unlabelled images in steps with a teacher, else None.
+    probabilities; auxiliary_scores, likewise on the auxiliary head's, None where they are not
+    judged. features: the discriminator's on them, (n, K), likewise, and feature_means, where a term
+    needs them. pseudo: of unlabelled images in steps with a teacher, else None.
     """
 
     pixels: Tensor
@@ -105,12 +106,14 @@ class Predicted:
     pseudo: PseudoLabels | None = None
     features: Tensor | None = None
     feature_means: FeatureMeans | None = None
+    auxiliary_scores: Tensor | None = None
 
     def with_constant_scores(self) -> Predicted:
         """For terms whose gradient must not reach the discriminator."""
         if self.scores is None:
             return self
-        return replace(self, scores=self.scores.detach(), features=None, feature_means=None)
+        constant = replace(self, scores=self.scores.detach(), auxiliary_scores=None)
+        return replace(constant, features=None, feature_means=None)
 
     @property
     def label(self) -> Tensor:
@@ -131,8 +134,9 @@ class Predicted:
     def __getitem__(self, chosen: slice) -> Predicted:
         """Of some of the images, without pseudo-labels."""
         optional = (self.auxiliary, self.probabilities, self.scores, self.features)
-        auxiliary, probabilities, scores, features = (
-            None if tensor is None else tensor[chosen] for tensor in optional
+        auxiliary, probabilities, scores, features, auxiliary_scores = (
+            None if tensor is None else tensor[chosen]
+            for tensor in (*optional, self.auxiliary_scores)
         )
         # its full_logits are made anew, so a term of some images does not upsample all of them
         return Predicted(
@@ -144,6 +148,7 @@ class Predicted:
             scores,
             features=features,
             feature_means=self.feature_means,
+            auxiliary_scores=auxiliary_scores,
         )
 
 
@@ -245,11 +250,7 @@ class Auxiliary(CrossEntropy):
 
     def local_sum(self, seen: Predicted) -> Any:
         if seen.auxiliary is None:
-            raise InputError(
-                "a segmentor that returns no auxiliary logits while it trains",
-                'a dict with "out" and "aux"',
-                "return them in every training step, or in none",
-            )
+            raise no_auxiliary()
         return self._sum(seen.auxiliary, seen.label)
 
 
@@ -258,7 +259,8 @@ class Adversarial(Term):
     """The segmentor's reward for label maps that the discriminator takes for real.
 
     per_cell: the discriminator gives a score per cell, and valid ones count; otherwise one per
-    image. per_image: the sum over cells for each image, instead of their mean.
+    image. per_image: the sum over cells for each image, instead of their mean. head: which of the
+    segmentor's outputs the label maps are.
     """
 
     name: str = "adversarial"
@@ -266,16 +268,18 @@ class Adversarial(Term):
     form: Form = FORMS["non_saturating"]
     per_cell: bool = True
     per_image: bool = False
+    head: Head = "logits"
     through_discriminator = True
 
     def count(self, targets: Targets) -> Tensor:
         return count_scores(targets, self.per_cell and not self.per_image)
 
     def local_sum(self, seen: Predicted) -> Tensor:
-        assert seen.scores is not None  # only asked for where the discriminator judges
+        scores = seen.scores if self.head == "logits" else seen.auxiliary_scores
+        assert scores is not None  # only asked for where the discriminator judges
         # one score for a whole image counts, however much of the image is void
         valid = seen.targets.valid if self.per_cell else None
-        return sum_of(self.form.of_segmentor, seen.scores, valid)
+        return sum_of(self.form.of_segmentor, scores, valid)
 
 
 @dataclass
@@ -472,6 +476,13 @@ class FunctionTerm(Term):
 
 # by loss.terms.NAME.use; the terms that every run may have are built from keys of their own
 TERMS: dict[str, type[Term]] = {"dice": Dice, "lovasz": LovaszSoftmax}
+
+
+def no_auxiliary() -> InputError:
+    """Of a network of the user's own, that had them when it was tried."""
+    got = "a segmentor that returns no auxiliary logits while it trains"
+    action = "return them in every training step, or in none"
+    return InputError(got, 'a dict with "out" and "aux"', action)
 
 
 def count_scores(targets: Targets, per_cell: bool) -> Tensor:

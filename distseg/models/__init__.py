@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from distseg.models.discriminators import (
     ImageConditioned,
     LargeFOV,
     LargeFOVLight,
+    OfBothOutputs,
     SmallFOV,
     SmallFOVLight,
     TwoBranch,
+    of_output,
 )
 from distseg.models.efficientnet import imagenet_weights_file as lite_weights_file
 from distseg.models.encoders import ENCODERS
@@ -63,11 +66,13 @@ __all__ = [
     "HEADS",
     "BatchNorm2d",
     "LoadReport",
+    "OfBothOutputs",
     "Weights",
     "build_discriminator",
     "build_segmentor",
     "check_step",
     "check_training",
+    "of_output",
     "set_batch_norm",
 ]
 
@@ -194,6 +199,7 @@ def build_discriminator(
     num_classes: int,
     *,
     init: str | Weights = "random",
+    output: str = "of_logits",
     label_map_px: int | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -202,7 +208,8 @@ def build_discriminator(
 
     name: one of DISCRIMINATORS, or code of the user's own (see shards.user_code). init: "random", a
     file of a discriminator's weights, or these themselves; its input layer is made anew for another
-    number of classes. label_map_px: the side of the label maps that one of the user's own is to
+    number of classes. output: which part of them is taken where they are of both outputs' (see
+    of_output). label_map_px: the side of the label maps that one of the user's own is to
     judge; None: any. Raises InputError for an unknown name or option, for a bad value, and for
     weights that are absent or do not fit.
     """
@@ -210,11 +217,11 @@ def build_discriminator(
         _check_num_classes(num_classes)
         own = own_discriminator.own_discriminator(name, num_classes, options, label_map_px)
         if init != "random":
-            own.init_report = load_own(own.network, _weights(init), num_classes)
+            own.init_report = load_own(own.network, _of_output(init, output), num_classes)
             log.info("%s", own.init_report)
         return own
     _check("discriminator", name, DISCRIMINATORS, num_classes, options)
-    weights = None if init == "random" else _weights(init)
+    weights = None if init == "random" else _of_output(init, output)
     discriminator = DISCRIMINATORS[name](num_classes, **options)
     if weights is not None:
         report = load_discriminator(discriminator, weights)
@@ -234,6 +241,11 @@ def _own_weights(name: str, init: str | Weights) -> Weights:
 
 def _weights(init: str | Path | Weights) -> Weights:
     return init if isinstance(init, Weights) else Weights(read_weights(init), str(init))
+
+
+def _of_output(init: str | Path | Weights, output: str) -> Weights:
+    weights = _weights(init)
+    return replace(weights, state=of_output(weights.state, output))
 
 
 def check_training(name: str, network: nn.Module) -> None:

@@ -5,7 +5,9 @@ All of them: forward takes an image (N, 3, H, W) float in [0, 1], RGB, H and W >
 logits (N, C, ceil(H/s), ceil(W/s)), s the `output_stride`, on a grid that starts at the image's
 corner; DeepLabV2 with layout=caffe brings its own to the image's size, s = 1. An image smaller than
 that and a bad option raise InputError. feature_factors: what each channel of the encoder's maps is
-multiplied by, (N, c) for each c of feature_channels; None: nothing is.
+multiplied by, (N, c) for each c of feature_channels; None: nothing is. auxiliary: a second head on
+the map before the last, whose logits forward gives in training mode: {"out": logits, "aux": logits
+of the same size}.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class DeepLabV2ResNet101(nn.Module):
 
     The segmentor of Hung et al. 2018; they train it with batch norm frozen
     (segmentor.batch_norm=frozen). layout, channel_order, width: see ResNet. aspp_branches: 4, or 2
-    for weights released by AdvSemiSeg, whose code left its loop after rates 6 and 12.
+    for weights released by AdvSemiSeg, whose code left its loop after rates 6 and 12. auxiliary:
+    the same classifiers on layer3 (Tsai et al. 2018).
 
     layout=caffe: for weights of AdvSemiSeg or of its COCO start, whose grid has a cell on every 8th
     pixel from 0 on, one more where the pooling rounds up, and is stretched over the image so that
@@ -71,9 +74,11 @@ class DeepLabV2ResNet101(nn.Module):
         layout: str = "torchvision",
         channel_order: str = "rgb",
         aspp_branches: int = 4,
+        auxiliary: bool = False,
         width: int = WIDTH,
     ):
         super().__init__()
+        require_flag("segmentor.options.auxiliary", auxiliary)
         if aspp_branches not in (2, 4):
             raise InputError(
                 f"segmentor.options.aspp_branches={aspp_branches}", "4 or 2", "correct it"
@@ -82,37 +87,38 @@ class DeepLabV2ResNet101(nn.Module):
         if layout == "caffe":
             self.output_stride = 1
         self.encoder = ResNet(101, 8, layout=layout, channel_order=channel_order, width=width)
-        self.feature_channels = self.encoder.channels[-1:]
-        self.aspp = SummedClassifiers(
-            self.feature_channels[0], num_classes, V2_RATES[:aspp_branches]
-        )
+        # those that are looked at: layer4's, and layer3's before it for an auxiliary head
+        self.feature_channels = self.encoder.channels[-1 - auxiliary :]
+        rates = V2_RATES[:aspp_branches]
+        self.aspp = SummedClassifiers(self.feature_channels[-1], num_classes, rates)
+        # last, so that the other layers' first weights do not depend on it
+        self.has_auxiliary = auxiliary
+        if auxiliary:
+            self.auxiliary = SummedClassifiers(self.feature_channels[0], num_classes, rates)
 
-    def forward(self, image: Tensor, feature_factors: Factors = None) -> Tensor:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Any:
         require_size(image, self.min_size_px)
-        if self.encoder.layout == "caffe":
-            return self._stretched(image, feature_factors)
+        is_stretched = self.encoder.layout == "caffe"
+        x, grid = image, _size_of(image)
+        if not is_stretched:
+            x, grid = _on_nodes(image, self.output_stride)  # (N, 3, 8h + 4, 8w + 4)
+        on_image = _stretched if is_stretched else _off_nodes
         # fmt: off
-        x, grid = _on_nodes(image, self.output_stride)   # (N, 3, 8h + 4, 8w + 4)
-        maps = self.encoder(x)[-1:]                      # (N, 2048, h + 1, w + 1), alone
-        x = self.aspp(scaled(maps, feature_factors)[0])  # (N, C, h + 1, w + 1)
-        return _off_nodes(x, grid)                       # (N, C, h, w)
+        maps = self.encoder(x)[-len(self.feature_channels) :]
+        maps = scaled(maps, feature_factors)                 # (N, 2048, h + 1, w + 1) the last
+        logits = on_image(self.aspp(maps[-1]), grid)         # (N, C, h, w)
+        if not (self.training and self.has_auxiliary):
+            return logits
+        auxiliary = on_image(self.auxiliary(maps[0]), grid)  # (N, C, h, w)
         # fmt: on
-
-    def _stretched(self, image: Tensor, feature_factors: Factors) -> Tensor:
-        """The logits as AdvSemiSeg has them, of an image without a margin."""
-        maps = scaled(self.encoder(image)[-1:], feature_factors)
-        x = self.aspp(maps[0])  # (N, C, h, w), h and w up to one above H/8 and W/8
-        size = _size_of(image)
-        # at least float32: what follows takes logits of the image's size as they are
-        return F.interpolate(at_least_float32(x), size, mode="bilinear", align_corners=True)
+        return {"out": logits, "aux": auxiliary}
 
 
 class _OnResNet(nn.Module):
     """A ResNet and the paper's atrous spatial pyramid pooling; `_add_head` says what follows.
 
     encoder_stride: 16, or 8 with doubled rates. dropout: probability behind the pooling. auxiliary:
-    a second head on layer3 (Zhao et al. 2017; torchvision's form), whose logits forward gives in
-    training mode: {"out": logits, "aux": logits of the same size}. width: see ResNet.
+    a small FCN on layer3 (Zhao et al. 2017; torchvision's form). width: see ResNet.
     """
 
     depth: int
@@ -245,24 +251,42 @@ class DeepLabV3PlusResNet101(_DeepLabV3PlusResNet):
 class _OnLite(nn.Module):
     """An EfficientNet-Lite and a light pooling at its stride 16; `_add_head` says what follows.
 
-    dropout: probability behind the pooling.
+    dropout: probability behind the pooling. auxiliary: a small FCN on the map at 1/8.
     """
 
     variant: int
     min_size_px = 32
     init_report: LoadReport | None = None
 
-    def __init__(self, num_classes: int, *, dropout: float = 0.1):
+    def __init__(self, num_classes: int, *, dropout: float = 0.1, auxiliary: bool = False):
         super().__init__()
         require_number("segmentor.options.dropout", dropout, 0, 0.9)
+        require_flag("segmentor.options.auxiliary", auxiliary)
         self.num_classes = num_classes
         self.encoder = EfficientNetLite(self.variant)
         self.feature_channels = self.encoder.channels
         self.aspp = ASPP(self.encoder.channels[-1], dropout)
         self._add_head()
+        # last, so that the other layers' first weights do not depend on it
+        self.has_auxiliary = auxiliary
+        if auxiliary:
+            self.auxiliary = fcn_head(self.encoder.channels[-2], num_classes)
 
     def _add_head(self) -> None:
         """Add the layers from the pooling to the logits."""
+        raise NotImplementedError  # in the class of each version
+
+    def _answer(self, logits: Tensor, eighth: Tensor) -> Any:
+        """The logits (N, C, h, w), with the auxiliary head's where they are trained.
+
+        eighth: the encoder's map at 1/8.
+        """
+        if not (self.training and self.has_auxiliary):
+            return logits
+        return {"out": logits, "aux": self._on_cells(self.auxiliary(eighth), _size_of(logits))}
+
+    def _on_cells(self, eighths: Tensor, size: Size) -> Tensor:
+        """Logits at 1/8 on the cells (h, w) of the network's own."""
         raise NotImplementedError  # in the class of each version
 
 
@@ -274,19 +298,25 @@ class _DeepLabV3Lite(_OnLite):
     def _add_head(self) -> None:
         self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor, feature_factors: Factors = None) -> Tensor:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Any:
         require_size(image, self.min_size_px)
         image = to_multiple(image, self.output_stride)
         height, width = (side // self.output_stride for side in image.shape[-2:])
         # SAME padding puts cell i of a whole grid on pixel 16i + 15: with 7 more before, on 16i + 8
         # of the image
         # fmt: off
-        x = with_margin(image, 7, 9)    # (N, 3, 16h + 16, 16w + 16)
+        x = with_margin(image, 7, 9)              # (N, 3, 16h + 16, 16w + 16)
         maps = scaled(self.encoder(x), feature_factors)
-        x = self.aspp(maps[-1])         # (N, 320 to 128, h + 1, w + 1)
-        x = self.classifier(x)          # (N, C, h + 1, w + 1)
-        return x[..., :height, :width]  # (N, C, h, w)
+        x = self.aspp(maps[-1])                   # (N, 320 to 128, h + 1, w + 1)
+        x = self.classifier(x)                    # (N, C, h + 1, w + 1)
+        x = x[..., :height, :width]               # (N, C, h, w)
+        return self._answer(x, maps[-2])
         # fmt: on
+
+    def _on_cells(self, eighths: Tensor, size: Size) -> Tensor:
+        # with that margin cell j of 8 px lies on pixel 8j of the image, so every second one, from
+        # the one after the first, on a cell of the logits
+        return eighths[..., 1::2, 1::2][..., : size[0], : size[1]]
 
 
 class DeepLabV3Lite0(_DeepLabV3Lite):
@@ -323,7 +353,7 @@ class _DeepLabV3PlusLite(_OnLite):
         self.refine_quarter = separable(LIGHT_CHANNELS + SKIP_QUARTER, LIGHT_CHANNELS)
         self.classifier = init_classifier(nn.Conv2d(LIGHT_CHANNELS, self.num_classes, 1))
 
-    def forward(self, image: Tensor, feature_factors: Factors = None) -> Tensor:
+    def forward(self, image: Tensor, feature_factors: Factors = None) -> Any:
         require_size(image, self.min_size_px)
         # fmt: off
         maps = scaled(self.encoder(image), feature_factors)
@@ -333,8 +363,11 @@ class _DeepLabV3PlusLite(_OnLite):
         x = self.refine_eighth(x)                         # (N, 128, H/8, W/8)
         x = _join(x, self.skip_quarter(quarter))          # (N, 160, H/4, W/4)
         x = self.refine_quarter(x)                        # (N, 128, H/4, W/4)
-        return self.classifier(x)                         # (N, C, H/4, W/4)
+        return self._answer(self.classifier(x), eighth)   # (N, C, H/4, W/4)
         # fmt: on
+
+    def _on_cells(self, eighths: Tensor, size: Size) -> Tensor:
+        return F.interpolate(eighths, size, mode="bilinear", align_corners=False)
 
 
 class DeepLabV3PlusLite0(_DeepLabV3PlusLite):
@@ -371,6 +404,12 @@ def _on_nodes(image: Tensor, stride: int) -> tuple[Tensor, tuple[int, int]]:
 def _off_nodes(logits: Tensor, grid: tuple[int, int]) -> Tensor:
     """The cells that lie on the image: the first one, and a last one of ceil mode, do not."""
     return logits[..., 1 : 1 + grid[0], 1 : 1 + grid[1]]
+
+
+def _stretched(logits: Tensor, size: Size) -> Tensor:
+    """The logits as AdvSemiSeg has them, of an image of that size without a margin."""
+    # at least float32: what follows takes logits of the image's size as they are
+    return F.interpolate(at_least_float32(logits), size, mode="bilinear", align_corners=True)
 
 
 def _join(coarse: Tensor, skip: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ mean over cells. InputError: more label maps than images, sizes that differ or a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -353,6 +354,44 @@ class ImageConditioned(Discriminator):
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.linear(x.movedim(1, 3)).movedim(3, 1)  # (k, 1, h/16, w/16)
+
+
+class OfBothOutputs(nn.Module):
+    """A discriminator of the segmentor's logits, and one of its auxiliary logits, which know
+    nothing of each other (Tsai et al. 2018, multi-level adversarial learning); as one network, so
+    that they are spread, updated and saved together.
+
+    forward: images, and label maps of the one and of the other -> the logits of each on its own. Of
+    the first label map alone, what the first says of it. What is asked of a discriminator before
+    training, the first says for both.
+    """
+
+    num_outputs = 2
+
+    def __init__(self, of_logits: nn.Module, of_auxiliary: nn.Module):
+        super().__init__()
+        self.of_logits, self.of_auxiliary = of_logits, of_auxiliary
+        told: Any = of_logits
+        self.num_classes, self.min_size_px = told.num_classes, told.min_size_px
+        self.head, self.sees_image = told.head, told.sees_image
+        self.init_report = getattr(told, "init_report", None)
+
+    def forward(self, image: Tensor, *label_maps: Tensor) -> tuple[Tensor, ...]:
+        # of a teacher's predictions, which have no auxiliary ones, the first is asked alone
+        judges = (self.of_logits, self.of_auxiliary)[: len(label_maps)]
+        pairs = zip(judges, label_maps, strict=True)
+        return tuple(judge(image, label_map)[0] for judge, label_map in pairs)
+
+
+def of_output(state: Mapping[str, Tensor], name: str = "of_logits") -> Mapping[str, Tensor]:
+    """The part of a state dict of `OfBothOutputs` that is of_logits or of_auxiliary; any other
+    discriminator's as it is.
+    """
+    # by both names: a network of the user's own may have a child of either
+    if {key.partition(".")[0] for key in state} != {"of_logits", "of_auxiliary"}:
+        return state
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): it for key, it in state.items() if key.startswith(prefix)}
 
 
 def _images_with_maps(image: Tensor, label_maps: tuple[Tensor, ...], min_size_px: int) -> Tensor:

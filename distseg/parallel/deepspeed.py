@@ -15,10 +15,11 @@ from distseg.config.schema import Config, OptimizerConfig
 from distseg.distributed.compat import (
     begin_zero_backward,
     begin_zero_micro_batch,
+    keep_gathered,
     remove_forward_hooks,
 )
 from distseg.distributed.ranks import Ranks
-from distseg.parallel.deepspeed_config import generate, initialize
+from distseg.parallel.deepspeed_config import generate, initialize, stays_whole
 from distseg.parallel.deepspeed_state import ZeroOptimizerState, full_tensors, gathered
 from distseg.parallel.full_copy import FullCopies, copy_with
 from distseg.parallel.optimizers import initial_state
@@ -49,6 +50,9 @@ class DeepSpeedLearner(TorchLearner):
         self.engine = initialize(
             network, self.optimizer, generate(network, optimizer, config, ranks.world_size), ranks
         )
+        if self.stage == 3 and stays_whole(network):
+            # one forward and two backward passes, as between domains: the second needs them too
+            keep_gathered(self.engine)
         # not before: DeepSpeed's first broadcast cannot take it; and ZeRO flattens anyway
         if self.stage == 0 and config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

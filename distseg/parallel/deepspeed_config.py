@@ -115,6 +115,11 @@ def user_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
+def stays_whole(network: nn.Module) -> bool:
+    """Whether ZeRO stage 3 is to leave a network's parameters whole: a discriminator's."""
+    return not hasattr(network, "output_stride")  # which segmentors have
+
+
 def generate(
     network: nn.Module, optimizer: OptimizerConfig, config: Config, world_size: int
 ) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def generate(
     user = user_settings(config)
     zero |= user.get("zero_optimization", {})
     # a parameter of no more elements than the threshold stays whole: all of a discriminator's
-    if stage == 3 and not hasattr(network, "output_stride"):  # which segmentors have
+    if stage == 3 and stays_whole(network):
         zero["stage3_param_persistence_threshold"] = size
     return settings | user | {"zero_optimization": zero}
 

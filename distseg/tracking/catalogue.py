@@ -19,6 +19,7 @@ SEGMENTOR_LOSS, CROSS_ENTROPY = "loss/segmentor", "loss/cross_entropy"
 DISCRIMINATOR_REAL, DISCRIMINATOR_FAKE = "loss/discriminator_real", "loss/discriminator_fake"
 DISCRIMINATOR_ACCURACY = "discriminator/accuracy"
 MISMATCHED_ACCURACY = "discriminator/mismatched_accuracy"
+AUXILIARY_ACCURACY = "discriminator/auxiliary_accuracy"
 # of their norms, at the segmentor's output; see distseg.train.diagnostics
 RATIO = "gradient/adversarial_to_cross_entropy"
 ADVERSARIAL_WEIGHT, MASK_SHARE = "weight/adversarial", "semi/mask_share"
@@ -298,6 +299,20 @@ METRICS = (
         "D mismatched",
     ),
     Metric(
+        "loss/discriminator_auxiliary_real",
+        "loss on the source of the auxiliary output's discriminator",
+        "loss",
+        _ON_REAL,
+        "auxiliary output",
+    ),
+    Metric(
+        "loss/discriminator_auxiliary_fake",
+        "loss on the target of the auxiliary output's discriminator",
+        "loss",
+        _ON_FAKE,
+        "auxiliary output",
+    ),
+    Metric(
         "loss/r1",
         "discriminator's squared gradient on ground truth",
         "squared norm",
@@ -327,6 +342,13 @@ METRICS = (
         "share",
         _ACCURACY,
         "right on mismatched pairs",
+    ),
+    Metric(
+        AUXILIARY_ACCURACY,
+        "accuracy of the auxiliary output's discriminator",
+        "share",
+        _ACCURACY,
+        "right on the auxiliary output",
     ),
     Metric("discriminator/logit_gap", "gap of the discriminator's logits", "logits", _GAP, "gap"),
     Metric(RATIO, "gradient ratio", "ratio", _RATIO, "ratio"),

@@ -62,6 +62,17 @@ def check_discriminator(config: Config, network: nn.Module) -> None:
         _check_second_order(network, name)
 
 
+def check_auxiliary(config: Config, segmentor: nn.Module) -> None:
+    """Raise InputError for a segmentor without the auxiliary output that is to be judged."""
+    if getattr(segmentor, "has_auxiliary", False):
+        return
+    got = f"adaptation.aux_adv_weight={config.adaptation.aux_adv_weight} with "
+    got += f"segmentor={user_code.short(config.segmentor.name)}, which has no auxiliary output"
+    action = "write segmentor.options.auxiliary=true, which DeepLabs and HEAD_ENCODER have, answer "
+    action += 'with "aux" too (one of your own), or leave adaptation.aux_adv_weight out'
+    raise InputError(got, "an auxiliary output in training", action)
+
+
 @torch.no_grad()
 def feature_means(real: Tensor, fake: Tensor) -> FeatureMeans:
     """Over all ranks' images of a micro-batch; called on every rank.

@@ -21,7 +21,9 @@ from distseg.losses.terms import Kind, PseudoLabels, Targets
 from distseg.parallel import Learner
 from distseg.parallel.stopwatch import SECTIONS
 from distseg.tracking.catalogue import (
+    AUXILIARY_ACCURACY,
     CLASS_SHARE,
+    DISCRIMINATOR_ACCURACY,
     EXCESS,
     LABELLED_SHARE,
     MISMATCHED_ACCURACY,
@@ -73,24 +75,29 @@ def of_scores(scored: Mapping[str, Scored], form: Form) -> dict[str, Tensor]:
     score is one.
 
     scored: "real", "fake", and "mismatched" where there are such pairs, whose accuracy is a number
-    of its own.
+    of its own; so is that of the discriminator of "auxiliary_real" and "auxiliary_fake".
     """
-    real, fake = scored["real"], scored["fake"]
-    of_real = score_sums(real.scores, real.mask, True, form)
-    of_fake = score_sums(fake.scores, fake.mask, False, form)
+    sums = {
+        kind: score_sums(one.scores, one.mask, kind.endswith("real"), form)
+        for kind, one in scored.items()
+    }
     # scaled as losses are, since `gather` divides every metric by the number of ranks
-    on_real, on_fake = mean(of_real, real.num_scores), mean(of_fake, fake.num_scores)
-    right, all_scores = of_real[0] + of_fake[0], real.num_scores + fake.num_scores
+    on_real, on_fake = (mean(sums[kind], scored[kind].num_scores) for kind in ("real", "fake"))
+
+    def accuracy(*kinds: str) -> Tensor:
+        right = torch.stack([sums[kind][0] for kind in kinds]).sum()
+        return mean(right, torch.stack([scored[kind].num_scores for kind in kinds]).sum())
+
     values = {
-        "discriminator/accuracy": mean(right, all_scores),
+        DISCRIMINATOR_ACCURACY: accuracy("real", "fake"),
         "discriminator/logit_gap": on_real[1] - on_fake[1],
     }
     if form.has_probability:
         values |= {"discriminator/on_real": on_real[2], "discriminator/on_fake": on_fake[2]}
     if "mismatched" in scored:
-        wrong = scored["mismatched"]
-        sums = score_sums(wrong.scores, wrong.mask, False, form)
-        values[MISMATCHED_ACCURACY] = mean(sums[0], wrong.num_scores)
+        values[MISMATCHED_ACCURACY] = accuracy("mismatched")
+    if "auxiliary_real" in scored:
+        values[AUXILIARY_ACCURACY] = accuracy("auxiliary_real", "auxiliary_fake")
     return values
 
 

@@ -20,6 +20,7 @@ from distseg.config.names import SECTIONS, find
 from distseg.config.schema import WITH_DISCRIMINATOR, Config
 from distseg.config.world_size import check_world_size
 from distseg.distributed.launch import resolve_ranks
+from distseg.evaluate.judged import judges_auxiliary
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_settings
 from shards import user_code
@@ -140,7 +141,8 @@ def _networks(config: Config, num_classes: int | None) -> list[str]:
     ]
     if config.mode in WITH_DISCRIMINATOR:
         own = dict(config.discriminator.options)
-        built.append(("discriminator", config.discriminator.name, build_discriminator, own))
+        kind = "discriminator of each output" if judges_auxiliary(config) else "discriminator"
+        built.append((kind, config.discriminator.name, build_discriminator, own))
     lines = []
     for kind, name, build, keywords in built:
         # one of the user's own would be run: it is imported and tried when training starts

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from distseg.config.schema import Config
+from distseg.config.schema import ADAPTATION, Config
 from distseg.distributed.device import autocast_dtype
 from distseg.models.connections import Filled
 from distseg.models.own_discriminator import OwnDiscriminator
@@ -35,8 +35,8 @@ class StepWork:
     """Operations of the convolutions for one image, a multiply-add counted as two.
 
     Of the segmentor, with its auxiliary head, and of the discriminator for one label map of the
-    run's size: its forward; its backward, to the parameters that are not frozen; and what the
-    segmentor's gradient costs in the discriminator.
+    run's size, or one of each output: its forward; its backward, to the parameters that are not
+    frozen; and what the segmentor's gradient costs in the discriminator.
     """
 
     segmentor: float
@@ -81,10 +81,13 @@ class StepWork:
         of_map = side if config.loss.map_resolution == "image" else -(-side // stride)
         shape = (1, int(segmentor.num_classes), of_map, of_map)  # type: ignore[arg-type]
         label_map = torch.empty(shape, device="meta")
+        num_outputs = getattr(discriminator, "num_outputs", 1)
         frozen = copy.deepcopy(discriminator).requires_grad_(False)
-        _, to_label_map = _work(frozen, pixels, label_map.requires_grad_())
-        of_discriminator = _work(discriminator, pixels, label_map.detach())
+        _, to_label_map = _work(frozen, pixels, *[label_map.requires_grad_()] * num_outputs)
+        of_discriminator = _work(discriminator, pixels, *[label_map.detach()] * num_outputs)
         num_truths = 2 if config.loss.mismatched_weight else 1
+        if config.mode in ADAPTATION:
+            num_truths = 0  # predictions on the source stand in their place
         return cls(*of_segmentor, *of_discriminator, to_label_map, num_truths)
 
     def of_step(

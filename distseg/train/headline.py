@@ -18,6 +18,7 @@ from distseg.config.schema import (
 from distseg.config.world_size import has_teacher
 from distseg.data.mixture import median_size, weights_of
 from distseg.distributed.ranks import Ranks
+from distseg.evaluate.judged import judges_auxiliary
 from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from distseg.runs.checkpointer import SET_ASIDE, Newest
@@ -92,7 +93,8 @@ def _networks(config: Config, pair: Pair) -> str:
     if pair.discriminator is None:
         return text
     name = user_code.short(config.discriminator.name)
-    return f"{text} | discriminator {name} {_millions(pair.discriminator.network)}"
+    what = "a discriminator of each output," if judges_auxiliary(config) else "discriminator"
+    return f"{text} | {what} {name} {_millions(pair.discriminator.network)}"
 
 
 def _modules(config: Config) -> list[str]:
@@ -201,6 +203,9 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         if config.mode in ADAPTATION:
             what += f" on unlabelled, by {config.adaptation.input}"
         terms.append(f"{loss.adv_weight} x {what} ({how})")
+        if judges_auxiliary(config):
+            weight = config.adaptation.aux_adv_weight
+            terms.append(f"{weight} x the same of the auxiliary output")
         if loss.feature_weight:
             terms.append(f"{loss.feature_weight} x feature matching")
         if loss.mismatched_weight:

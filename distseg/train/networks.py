@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config
+from distseg.evaluate.judged import judges_auxiliary
 from distseg.models import (
+    OfBothOutputs,
     Weights,
     build_discriminator,
     build_segmentor,
@@ -25,7 +27,7 @@ from distseg.models.trial import StepImages, shaped
 from distseg.parallel import check_network
 from distseg.parallel.sync_batch_norm import synchronise
 from distseg.runs import checkpoint
-from distseg.train.adversary import check_discriminator
+from distseg.train.adversary import check_auxiliary, check_discriminator
 from distseg.train.feature_dropout import FeatureDropout
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
@@ -52,11 +54,29 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     segmentor.awaits_checkpoint = is_resumed(config)  # type: ignore[assignment]
     if config.mode not in WITH_DISCRIMINATOR:
         return Networks(segmentor, None)
-    chosen = config.discriminator
-    init = _first_weights(config, "discriminator")
     images = _step_images(config, world_size, segmentor)
+    discriminator = _discriminator(config, segmentor, images, "of_logits")
+    if judges_auxiliary(config):
+        # drawn after the first, whose weights are then those of a run with one output
+        check_auxiliary(config, segmentor)
+        other = _discriminator(config, segmentor, images, "of_auxiliary")
+        discriminator = OfBothOutputs(discriminator, other)
+    return Networks(segmentor, discriminator)
+
+
+def _discriminator(
+    config: Config, segmentor: nn.Module, images: StepImages, output: str
+) -> nn.Module:
+    """That of one of the segmentor's outputs, see of_output."""
+    chosen, num_classes = config.discriminator, int(segmentor.num_classes)  # type: ignore[arg-type]
+    init = _first_weights(config, "discriminator")
     discriminator = build_discriminator(
-        chosen.name, num_classes, init=init, label_map_px=images.label_map_px, **chosen.options
+        chosen.name,
+        num_classes,
+        init=init,
+        output=output,
+        label_map_px=images.label_map_px,
+        **chosen.options,
     )
     _check_size(config, images.label_map_px, _stride(config, segmentor), discriminator)
     check_discriminator(config, discriminator)
@@ -64,7 +84,7 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     # waiting
     check_training(chosen.name, discriminator)
     check_step(chosen.name, discriminator, images)
-    return Networks(segmentor, discriminator)
+    return discriminator
 
 
 def _step_images(config: Config, world_size: int, segmentor: nn.Module) -> StepImages:

@@ -22,7 +22,7 @@ from distseg.config.schema import (
 )
 from distseg.data.mixture import Mixture
 from distseg.data.samples import SampleSet
-from distseg.evaluate.judged import sees_self_information
+from distseg.evaluate.judged import judges_auxiliary, sees_self_information
 from distseg.losses.adversarial import FORMS, Form
 from distseg.losses.class_weights import balanced, log_shares, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
@@ -62,7 +62,8 @@ class Judging:
     cells for each image. on_unlabelled: it learns from the label maps of unlabelled images too.
     mismatched_weight: of (image, its neighbour's ground truth) among what is fake to it.
     of_domains: real are predictions of labelled images, fake those of unlabelled ones, and it never
-    sees ground truth. as_self_information: of predictions it sees that.
+    sees ground truth. as_self_information: of predictions it sees that. on_auxiliary: another one
+    judges the predictions of the auxiliary head.
     """
 
     at_image_size: bool = False
@@ -75,6 +76,7 @@ class Judging:
     mismatched_weight: float = 0.0
     of_domains: bool = False
     as_self_information: bool = False
+    on_auxiliary: bool = False
 
     def mask(self, targets: Targets) -> Tensor | None:
         """The valid mask of its scores, (n, h, w); None where each image has one score."""
@@ -189,6 +191,9 @@ def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:
     # source predictions are what target ones are to look like: they get no such term
     if config.mode in ADAPTATION:
         yield _adversarial("adversarial", "unlabelled", judging)
+        if judging.on_auxiliary:
+            of_auxiliary = _adversarial("adversarial_auxiliary", "unlabelled", judging)
+            yield replace(of_auxiliary, head="auxiliary")
     if config.mode in WITH_GROUND_TRUTH:
         yield _adversarial("adversarial", "labelled", judging)
         if loss.feature_weight:
@@ -233,6 +238,7 @@ def _judging(config: Config, discriminator: nn.Module | None) -> Judging:
         mismatched_weight=loss.mismatched_weight,
         of_domains=config.mode in ADAPTATION,
         as_self_information=sees_self_information(config),
+        on_auxiliary=judges_auxiliary(config),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from distseg.config.schema import (
+    ADAPTATION,
     WITH_DISCRIMINATOR,
     WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
@@ -105,6 +106,8 @@ def _adversarial_weights(step: int, config: Config) -> dict[str, float]:
     # one rise for all of its terms, which are one discriminator's
     rise = _rise(step - loss.adv_start_step, loss.adv_warmup_steps)
     weights = {"adversarial": loss.adv_weight * rise}
+    if config.mode in ADAPTATION and config.adaptation.aux_adv_weight:
+        weights["adversarial_auxiliary"] = config.adaptation.aux_adv_weight * rise
     if loss.feature_weight:
         weights["feature_matching"] = loss.feature_weight * rise
     if config.mode == "semi_supervised":

@@ -30,7 +30,7 @@ from distseg.losses.adversarial import (
     sum_of,
 )
 from distseg.losses.tensors import at_least_float32, of_neighbours, upsample
-from distseg.losses.terms import Kind, Predicted, Targets, Term
+from distseg.losses.terms import Kind, Predicted, Targets, Term, no_auxiliary
 from distseg.parallel import BackwardStart, Learner, backward
 from distseg.train import diagnostics
 from distseg.train.adversary import feature_means
@@ -113,25 +113,25 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     # Predict
     with torch.set_grad_enabled(phase.segmentor):
         logits, auxiliary = predict(segmentor, batch, judging.at_image_size)
-        probabilities = at_least_float32(logits).softmax(dim=1)  # (n, C, h, w)
+        outputs = probabilities_of(judging, logits, auxiliary)  # (n, C, h, w) each
 
-    # Judge: label maps of the phase and all predictions, these as a leaf of the graph
-    targets = Targets.at(batch.all.label, probabilities.shape[-2:])
-    fake = probabilities.detach().requires_grad_(phase.segmentor)  # (n, C, h, w)
-    maps = label_maps(pair.objective, phase, batch, targets, fake)
-    seen = Predicted(batch.all.pixels, targets, logits, auxiliary, probabilities)
+    # Judge: label maps of the phase and all predictions, these as leaves of the graph
+    targets = Targets.at(batch.all.label, logits.shape[-2:])
+    fakes = [each.detach().requires_grad_(phase.segmentor) for each in outputs]
+    maps = label_maps(pair.objective, phase, batch, targets, fakes)
+    seen = Predicted(batch.all.pixels, targets, logits, auxiliary, outputs[0])
     scores, seen = judge(pair, phase, batch, maps, seen)
 
     # Losses, the adversary's through a proxy: its gradient at the segmentor's probabilities
     starts, metrics = Starts(), Metrics()
     if phase.segmentor:
         own, adversarial, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
-        scaled = segmentor.scaled(adversarial)
-        (proxy,) = torch.autograd.grad(scaled, fake, retain_graph=phase.discriminator)
-        starts += [(segmentor, [(segmentor.scaled(own), None), (probabilities, proxy)])]
+        own, scaled = segmentor.scaled(own), segmentor.scaled(adversarial)
+        proxies = torch.autograd.grad(scaled, fakes, retain_graph=phase.discriminator)
+        starts += [(segmentor, [(own, None), *zip(outputs, proxies, strict=True)])]
         if phase.watched:
-            cross_entropy = segmentor.scaled(_weighted_cross_entropy(phase, metrics, own))
-            metrics |= diagnostics.gradients_at_output(cross_entropy, logits, proxy, probabilities)
+            weighted = _weighted_cross_entropy(segmentor, phase, metrics, own)
+            metrics |= diagnostics.gradients_at_output(weighted, logits, proxies[0], outputs[0])
     if phase.discriminator:
         scored = split_scores(judging, batch, targets, scores, counts)
         loss, values = discriminator_loss(phase, judging, scored, maps, counts)
@@ -181,16 +181,31 @@ def predict(
     return logits.view_as(logits), auxiliary
 
 
+def probabilities_of(judging: Judging, logits: Tensor, auxiliary: Tensor | None) -> list[Tensor]:
+    """Of what is judged: of the logits (n, C, h, w), and of the auxiliary ones, brought to their
+    size, where another discriminator judges those.
+    """
+    outputs = [at_least_float32(logits)]
+    if judging.on_auxiliary:
+        if auxiliary is None:
+            raise no_auxiliary()
+        # One size for both: which cells are valid, and how many over all ranks, is known before the
+        # forward, and an auxiliary head of the user's own may have any resolution.
+        outputs.append(upsample(at_least_float32(auxiliary), logits.shape[-2:]))
+    return [output.softmax(dim=1) for output in outputs]
+
+
 def label_maps(
-    objective: Objective, phase: Phase, batch: MicroBatch, targets: Targets, fake: Tensor
+    objective: Objective, phase: Phase, batch: MicroBatch, targets: Targets, fakes: list[Tensor]
 ) -> dict[str, Tensor]:
     """What the discriminator is to judge in a step, (k, C, h, w) each: "fake", the predictions of
     all images; of the labelled ones "real", their ground truth, and "mismatched", each other's.
-    Where domains are told apart the predictions alone.
+    Where domains are told apart the predictions alone, "auxiliary" those of the auxiliary head.
     """
-    judging, n = objective.judging, len(batch.labelled.label)
+    judging, n, fake = objective.judging, len(batch.labelled.label), fakes[0]
     if judging.of_domains:
-        return {"fake": self_information(fake) if judging.as_self_information else fake}
+        shown = map(self_information, fakes) if judging.as_self_information else fakes
+        return dict(zip(("fake", "auxiliary"), shown, strict=False))  # often the first alone
     maps: dict[str, Tensor] = {}
     if phase.discriminator or objective.matched(phase):
         index, valid = targets.index[:n], targets.valid[:n]
@@ -213,7 +228,8 @@ def judge(
     forward = learner if phase.discriminator else learner.forward_frozen
     if matched is None:
         scores = dict(zip(maps, forward(seen.pixels, *maps.values()), strict=True))
-        return scores, replace(seen, scores=scores["fake"])
+        of_auxiliary = scores.get("auxiliary")
+        return scores, replace(seen, scores=scores["fake"], auxiliary_scores=of_auxiliary)
     every, means = forward(seen.pixels, *maps.values(), features=True)
     scores, features = (dict(zip(maps, each, strict=True)) for each in (every, means))
     over_ranks = feature_means(features["real"], features["fake"][batch.slices()[matched]])
@@ -276,7 +292,7 @@ def split_scores(
     """The discriminator's scores on each kind of label maps, as it is trained on them."""
     where, everywhere = batch.slices(), judging.on_unlabelled
     if judging.of_domains:
-        return _scored_domains(judging, batch, targets, scores["fake"], counts)
+        return _scored_domains(judging, batch, targets, scores, counts)
     labelled = where["labelled"]
     kinds: list[Kind] = list(where) if everywhere else ["labelled"]
     of_labelled = counts.judged(["labelled"])
@@ -294,7 +310,11 @@ def split_scores(
 
 
 def _scored_domains(
-    judging: Judging, batch: MicroBatch, targets: Targets, scores: Tensor, counts: Counts
+    judging: Judging,
+    batch: MicroBatch,
+    targets: Targets,
+    scores: dict[str, Tensor],
+    counts: Counts,
 ) -> dict[str, Scored]:
     """The scores on all predictions, those of labelled images as real."""
     domains: dict[str, Kind] = {"real": "labelled", "fake": "unlabelled"}
@@ -302,8 +322,10 @@ def _scored_domains(
     for name, kind in domains.items():
         # both domains went through the discriminator in one forward
         where = batch.slices()[kind]
-        mask = judging.mask(targets[where])
-        scored[name] = Scored(scores[where], mask, *counts.judged([kind]))
+        mask, numbers = judging.mask(targets[where]), counts.judged([kind])
+        scored[name] = Scored(scores["fake"][where], mask, *numbers)
+        if "auxiliary" in scores:
+            scored[f"auxiliary_{name}"] = Scored(scores["auxiliary"][where], mask, *numbers)
     return scored
 
 
@@ -317,7 +339,7 @@ def discriminator_loss(
     """The discriminator's loss, and what it is on each kind of label maps as metrics."""
     metrics: Metrics = {}
     for kind, of_kind in scored.items():
-        target = judging.real_target if kind == "real" else 0.0
+        target = judging.real_target if kind.endswith("real") else 0.0
         metrics[f"loss/discriminator_{kind}"] = _mean_loss(of_kind, target, judging.form)
     on_real, on_fake = metrics["loss/discriminator_real"], metrics["loss/discriminator_fake"]
     loss = on_real + on_fake
@@ -325,6 +347,11 @@ def discriminator_loss(
         # Reed et al. 2016 (GAN-CLS), algorithm 1: both kinds of fakes together weigh as one
         share, on_mismatched = judging.mismatched_weight, metrics["loss/discriminator_mismatched"]
         loss = on_real + (1 - share) * on_fake + share * on_mismatched
+    if judging.on_auxiliary:
+        # A plain sum: no parameter is shared, so that each has the gradient of its own loss, and
+        # optimizers that look at one parameter at a time do what two of them would.
+        loss = loss + metrics["loss/discriminator_auxiliary_real"]
+        loss = loss + metrics["loss/discriminator_auxiliary_fake"]
     if phase.r1:
         penalty = squared_gradient_sum(scored["real"].scores, maps["real"])
         metrics["loss/r1"] = mean(penalty, counts.images("labelled"))
@@ -352,11 +379,15 @@ def _mean_loss(scored: Scored, target: float, form: Form) -> Tensor:
     return mean(sum_of(loss, scored.scores, scored.mask), scored.divisor)
 
 
-def _weighted_cross_entropy(phase: Phase, metrics: Metrics, own: Tensor) -> Tensor:
-    """Of the labelled pixels; all terms that come through the logits where there is none."""
+def _weighted_cross_entropy(
+    segmentor: Learner, phase: Phase, metrics: Metrics, own: Tensor
+) -> Tensor:
+    """Of the labelled pixels; all terms that come through the logits, `own`, where there is none;
+    on the loss scale.
+    """
     if "loss/cross_entropy" not in metrics:
         return own
-    return phase.weights["cross_entropy"] * metrics["loss/cross_entropy"]
+    return segmentor.scaled(phase.weights["cross_entropy"] * metrics["loss/cross_entropy"])
 
 
 def _total(values: list[Tensor]) -> Tensor:

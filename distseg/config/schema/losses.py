@@ -430,3 +430,11 @@ class AdaptationConfig:
         },
         source=f"probabilities: Tsai et al. 2018 (AdaptSegNet); self_information: {ADVENT}, eq. 8",
     )
+    aux_adv_weight: float = key(
+        0.0,
+        "of the adversarial term on the segmentor's auxiliary output, which a second discriminator "
+        "of its own judges; 0: there is none",
+        low=0,
+        source="Tsai et al. 2018, in whose code 0.0002 beside loss.adv_weight=0.001 and "
+        "loss.aux_weight=0.1",
+    )
