@@ -280,6 +280,8 @@ def together(
 
     threaded._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    # for groups beside the first, and at each arrival it wakes all that have come
+    barrier, threaded._store_based_barrier = threaded._store_based_barrier, lambda *_: None
     store, interval = dist.HashStore(), sys.getswitchinterval()
     # nearly all wait for each other, and would wake up every 5 ms to ask for their turn
     sys.setswitchinterval(1.0)
@@ -290,6 +292,7 @@ def together(
             return list(threads.map(run, range(num_ranks))), given
     finally:
         sys.setswitchinterval(interval)
+        threaded._store_based_barrier = barrier
         for name, function in patched.items():
             setattr(dist, name, function)
         torch._C._distributed_c10d._set_thread_isolation_mode(False)

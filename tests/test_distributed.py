@@ -34,7 +34,7 @@ from distseg.distributed.ranks import (
     setup,
 )
 from distseg.distributed.stop import SIGNALS, StopRequest
-from distseg.distributed.store import SilentStoreError
+from distseg.distributed.store import BoundedStore, SilentStoreError
 from shards.errors import InputError, TemporaryError
 from tests.ranks import CONTEXT, environments, run_ranks
 
@@ -239,6 +239,29 @@ def test_a_store_that_does_not_answer_is_no_fault_of_the_rank_that_is_waited_for
     error = failure.to_error()
     assert isinstance(error, TemporaryError) and "rank" not in str(error)
     assert "the job's store is gone or does not answer (no answer for 9 s)" in str(error)
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+def test_a_store_that_is_lost_is_asked_no_more(is_silent: bool) -> None:
+    asked: list[str] = []
+    back = threading.Event()
+
+    class Lost:
+        def check(self, keys: list[str]) -> bool:
+            asked.extend(keys)
+            if is_silent:
+                return back.wait(60)
+            raise torch.distributed.DistNetworkError("connection reset")
+
+    store: Any = BoundedStore(Lost(), 0.1)  # type: ignore[arg-type]
+    said = []
+    for key in "ab":
+        kind = SilentStoreError if is_silent else torch.distributed.DistNetworkError
+        with pytest.raises(kind) as raised:
+            store.check([key])
+        said.append(str(raised.value))
+    back.set()
+    assert asked == ["a"] and said[0] == said[1] != ""
 
 
 def fail_on_main(ranks: Ranks) -> Any:

@@ -5,12 +5,14 @@ line of code at which each rank is.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
 import re
 import signal
 import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ from distseg.distributed import beats
 from distseg.distributed import watchdog as watchdog_module
 from distseg.distributed.bounded import in_time
 from distseg.distributed.compat import flight_record
-from distseg.distributed.hangs import Collective, Record, lines_of, record, summary
+from distseg.distributed.hangs import (
+    Collective,
+    Record,
+    lines_of,
+    record,
+    summary,
+    tell_crashes,
+)
 from distseg.distributed.ranks import Ranks, all_reduce_sum, setup
 from distseg.distributed.watchdog import LOST_RANK_EXIT_CODE, Watchdog
 from tests.ranks import CONTEXT, PATIENCE, environments, run_ranks
@@ -176,6 +185,36 @@ def test_of_a_rank_that_is_lost_the_others_say_where_they_wait_for_it(
         assert any(" in lose" in place for place in content["at"][str(rank)])
     text = (tmp_path / "hang" / "summary.txt").read_text()
     assert f"nothing was left by rank {lost}: killed, stopped" in text
+
+
+def differ(environment: dict[str, str], out: Path) -> None:
+    """One of two ranks, which sum up different numbers of numbers."""
+    os.environ.update(environment)
+    # as a process that was not forked from one of tests has it
+    faulthandler.disable()
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    ranks = setup("cpu", 60 * PATIENCE)
+    tell_crashes()
+    all_reduce_sum(torch.zeros(1 if ranks.rank else 1000))
+
+
+def test_a_rank_that_gloo_ends_says_where_it_was(tmp_path: Path) -> None:
+    processes = []
+    for environment in environments(2):
+        out = tmp_path / environment["RANK"]
+        processes.append(CONTEXT.Process(target=differ, args=(environment, out)))
+        processes[-1].start()
+    # which of the two depends on whose numbers come first, and on how many there are
+    connection.wait([process.sentinel for process in processes], 60 * PATIENCE)
+    ended = [rank for rank in range(2) if processes[rank].exitcode == -signal.SIGABRT]
+    for process in processes:
+        process.kill()
+    assert ended
+    for rank in ended:
+        said = (tmp_path / str(rank)).read_text()
+        assert "Fatal Python error: Aborted" in said and "test_hangs.py" in said
+        assert " in differ\n" in said
 
 
 def test_where_nothing_can_be_written_the_log_has_the_place(

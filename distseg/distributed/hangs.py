@@ -123,6 +123,15 @@ def _is_of_library(file: str) -> bool:
     return is_python or file.startswith((_TORCH, "<"))
 
 
+def tell_crashes() -> None:
+    """Have a process that is ended inside of C code say where its threads were in Python: so gloo
+    ends one whose ranks are at collectives of different sizes.
+    """
+    # whoever has turned it on already, such as a test's tool, has its own place for it
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
+
+
 def evidence_of(run_dir: Path) -> Path:
     """The folder of an attempt that begins now: run_dir/hangs/2026-11-29T22-30-05Z."""
     return run_dir / FOLDER / time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())

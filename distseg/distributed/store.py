@@ -20,12 +20,14 @@ class BoundedStore:
     """A store whose calls all end: a TCPStore waits for its answer without a limit.
 
     Where its keeper is stopped (SIGSTOP) or its machine is lost, no error ever comes. After
-    `seconds` a call raises SilentStoreError, and from then on every call does so at once.
+    `seconds` a call raises SilentStoreError. From then on every call does so at once, and where the
+    keeper has gone every call raises dist.DistNetworkError as the first did.
     """
 
     def __init__(self, store: dist.Store, seconds: float):
         self._store, self._seconds = store, seconds
-        self._is_silent = False
+        self._lost: type[Exception] | None = None  # as which it was lost
+        self._said = ""
 
     def set(self, key: str, value: str) -> None:
         """As dist.Store."""
@@ -52,14 +54,18 @@ class BoundedStore:
         return self._call(self._store.delete_key, key)
 
     def _call(self, method: Any, *arguments: Any) -> Any:
-        # the connection is still held by the call that has not come back
-        if self._is_silent:
-            raise SilentStoreError("the store does not answer")
+        # of one that is silent the connection is still held by the call that has not come back; of
+        # one that is gone torch writes a trace into the log at every call
+        if self._lost is not None:
+            raise self._lost(self._said)
         try:
             return in_time(self._seconds, method, *arguments)
         except LateError as error:
-            self._is_silent = True
-            raise SilentStoreError(str(error)) from None
+            self._lost, self._said = SilentStoreError, str(error)
+            raise SilentStoreError(self._said) from None
+        except dist.DistNetworkError as error:
+            self._lost, self._said = dist.DistNetworkError, str(error)
+            raise
 
 
 def own_store(ranks: Ranks, seconds: float) -> BoundedStore:

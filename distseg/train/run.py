@@ -15,7 +15,7 @@ from distseg.config.schema import Config
 from distseg.config.world_size import check_world_size
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.distributed.device import allow_tf32, reuse_memory
-from distseg.distributed.hangs import evidence_of
+from distseg.distributed.hangs import evidence_of, tell_crashes
 from distseg.distributed.launch import resolve_ranks
 from distseg.distributed.ranks import (
     Ranks,
@@ -54,6 +54,7 @@ def run(config: Config) -> int:
     be used.
     """
     ledger = Ledger(process_began())
+    tell_crashes()
     config = _with_code(config)
     _, world_size, _ = resolve_ranks(dict(os.environ))
     # Before the ranks join. Bad input is then met by all of them alike, by each on its own; once in
