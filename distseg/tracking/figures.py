@@ -150,7 +150,7 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         # from 0, so that a loss which has halved looks so
         bottom = axes.get_ylim()[0] if _has_negative(lines) else 0
         # room above by the whole height: a curve that hardly moves would lie on the frame
-        axes.update_datalim([(axes.dataLim.x0, bottom)])
+        axes.update_datalim([(0, bottom)], updatex=False)
         axes.autoscale_view()
         axes.set_ylim(bottom=bottom)
     if panel.unit == "bytes":
