@@ -96,7 +96,8 @@ def curves(
         draw_panel(axes, panel, lines)
         axes.set_title(panel.title, loc="left", fontsize=10)
         axes.set_ylabel(panel.unit)
-        if len(axes.get_legend_handles_labels()[0]) > 1:
+        # one curve too: "other terms" does not say which
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="best", fontsize=9)
     all_axes[-1].set_xlabel("training step")
     save(figure, out)
