@@ -265,7 +265,7 @@ def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         if now - said >= PLAIN_SECONDS:
             said = now
             left = (now - start) / done * (total - done)
-            console.print(f"{what}: {done} of {total}, {left:.0f} s left", highlight=False)
+            say(f"{what}: {done} of {total}, {left:.0f} s left")
 
 
 @contextmanager

@@ -179,6 +179,14 @@ def test_differences_leave_out_what_may_change_on_resume() -> None:
     assert loading.differences(old, new) == {"loss.adv_weight": (0.05, 1.0)}
 
 
+def test_differences_name_a_term_and_not_the_empty_dictionary_without_it() -> None:
+    words = ["preset=toy", "run_dir=r"]
+    old, new = loading.load([*words, "loss.terms.dice=0.5"]), loading.load(words)
+    for found in (loading.differences(old, new), loading.differences(new, old)):
+        assert {*found} >= {"loss.terms.dice.weight"} and "loss.terms" not in found
+        assert all(name.startswith("loss.terms.dice.") for name in found)
+
+
 def test_without_shards_the_commands_that_make_them_are_named() -> None:
     with pytest.raises(InputError, match="distseg pack"):
         loading.load(["steps=5"])

@@ -277,6 +277,17 @@ def test_a_point_without_neighbours_is_a_dot(values: list[float], dots: list[int
     assert found == dots
 
 
+@pytest.mark.parametrize("values", [[0.9, 1.0], [-0.5, 1.0], [0.0, 0.0]])
+def test_a_curve_that_hardly_moves_has_room_above_it(values: list[float]) -> None:
+    line = figures_module.Line(np.array([10, 12]), np.array(values), "a", "#000000")
+    axes = Figure().subplots()
+    figures_module.draw_panel(axes, Panel("a", "b"), [line])
+    bottom, top = axes.get_ylim()
+    assert bottom <= 0 and (top - max(values)) >= 0.04 * (top - bottom)
+    # there is no step 10.5
+    assert all(step == int(step) for step in axes.get_xticks())
+
+
 def test_void_is_named_in_the_legend_where_it_occurs(tmp_path: Path, figures: list[Figure]) -> None:
     label = np.full((30, 40), 255, np.uint8)
     planes = np.full((8, 30, 40), 0.125, np.float32)

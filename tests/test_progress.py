@@ -11,6 +11,7 @@ from rich.console import Console
 
 from distseg.tracking import progress as progress_module
 from distseg.tracking.progress import Progress
+from shards import files
 
 
 class Clock:
@@ -172,3 +173,25 @@ def test_an_evaluation_that_is_over_soon_leaves_no_line_in_a_log_and_a_long_one_
             progress.update(number, {"images_per_second": 1 / seconds})
         progress.close()
         assert out.getvalue().count("img/s") == expected
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_bars_of_commands_show_any_name(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bar, piece = io.StringIO(), io.StringIO()
+    name = "{a} [red].h5"
+    monkeypatch.setattr(files, "PLAIN_SECONDS", 0)
+
+    def write_to(out: io.StringIO) -> None:
+        console = Console(file=out, width=100, force_terminal=is_terminal, color_system=None)
+        monkeypatch.setattr(files, "Console", lambda **_: console)
+
+    write_to(bar)
+    assert list(files.tracked("ab", 2, f"writing {name}")) == ["a", "b"]
+    write_to(piece)
+    with files.working(f"tracing {name}"):
+        assert is_terminal or piece.getvalue() == f"tracing {name} ...\n"
+    assert f"tracing {name}" in piece.getvalue()
+    if is_terminal:
+        assert f"writing {name}" in bar.getvalue()
+    else:
+        assert bar.getvalue().splitlines()[0].startswith(f"writing {name}: 1 of 2, ")

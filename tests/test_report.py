@@ -205,6 +205,8 @@ def test_class_shares_of_both_domains_are_shown_of_the_run_that_has_them(runs: l
     assert section is not None and "s1" not in section.content
     texts = re.findall("<td[^>]*>([^<]*)</td>", section.content)
     assert texts == ["sky", "91.0", "60.0", html.escape(HOSTILE), "0.0", "5.0"]
+    # titles stand over their numbers, at the right
+    assert re.findall('<th class="([^"]*)"', section.content) == ["", "number", "number"]
     assert shares_section(content.collect_all(runs[1:2]), entries_of(collected)) is None
 
 

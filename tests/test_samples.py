@@ -73,10 +73,12 @@ def test_a_list_file_names_the_labelled_samples(reader: ShardReader, tmp_path: P
         split_labelled(reader, str(path), 0)
 
 
-@pytest.mark.parametrize("labelled", ["0", "1.5", "-1/8", "1/0", "some", "1/9"])
+@pytest.mark.parametrize("labelled", ["0", "1.5", "6", "-1/8", "1/0", "some", "1/9"])
 def test_a_bad_share_is_refused(reader: ShardReader, labelled: str) -> None:
-    with pytest.raises(InputError, match=r"data\.labelled"):
+    with pytest.raises(InputError, match=r"data\.labelled") as caught:
         split_labelled(reader, labelled, 0)
+    # a number of images is what people try first
+    assert ("write 6/N" in str(caught.value)) == (labelled == "6")
 
 
 def test_samples_without_a_label_are_never_in_a_share(reader: ShardReader, tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from yaml import YAMLError
 from distseg.config import code, from_data
 from distseg.config.keys import Key
 from distseg.config.layers import CONFIG_FILE, layers, names_network, split
-from distseg.config.names import KEYS, abbreviated, find, flattened, with_full_names, with_lists
+from distseg.config.names import (
+    KEYS,
+    abbreviated,
+    find,
+    flattened,
+    with_full_names,
+    with_lists,
+    without_empty,
+)
 from distseg.config.rules import check, shards_to_train_on
 from distseg.config.schema import Config, TermConfig
 from shards import user_code
@@ -243,15 +251,10 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ between two configurations and must not when a run is
     resumed.
     """
-    before, after = (_without_empty(flattened(to_dict(config))) for config in (old, new))
+    before, after = (without_empty(flattened(to_dict(config))) for config in (old, new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     names = [name for name in names if not _is_free(name) and not code.is_moved(name, old, new)]
     return {name: (before.get(name), after.get(name)) for name in names}
-
-
-def _without_empty(flat: dict[str, Any]) -> dict[str, Any]:
-    # what one of the two has where the other's dictionary is empty is named by itself
-    return {name: value for name, value in flat.items() if value != {}}
 
 
 def check_same(run_dir: Path, config: Config) -> int | None:

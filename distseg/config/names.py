@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distseg.config.keys import Key, keys_of, sections_of
@@ -100,3 +100,10 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def without_empty(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat values to compare with others: what one has where the other's dictionary is empty is
+    named by itself.
+    """
+    return {name: value for name, value in flat.items() if value != {}}

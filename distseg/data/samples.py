@@ -360,7 +360,9 @@ def _share(text: str) -> Fraction:
         share = Fraction(0)
     if not 0 < share <= 1:
         needed = "all, a share above 0 and at most 1 (1/8 or 0.125), or a file with one key a line"
-        raise InputError(f"data.labelled={text}", needed, "correct data.labelled")
+        is_number = share > 1 and share.denominator == 1
+        action = f"write {text}/N, of N images in all" if is_number else "correct data.labelled"
+        raise InputError(f"data.labelled={text}", needed, action)
     return share
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from distseg.config import loading
 from distseg.config.compare import differing
+from distseg.config.names import flattened, without_empty
 from distseg.config.schema import Config
 from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
@@ -168,7 +169,7 @@ def _in_tables(name: str) -> bool:
 
 
 def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: list[str]) -> Setting:
-    config = loading.flattened(loading.to_dict(group[0].config))
+    config = _compared(group[0])
     apart: set[str] = set()
     for other in groups:
         apart |= set(_differing(group[0], other[0]))
@@ -188,8 +189,11 @@ def _setting(group: list[Evaluation], groups: list[list[Evaluation]], names: lis
 
 def _differing(one: Evaluation, other: Evaluation) -> list[str]:
     """Keys, other than the seed, that made the networks of two runs different."""
-    first, second = (loading.flattened(loading.to_dict(e.config)) for e in (one, other))
-    return differing(first, second)
+    return differing(_compared(one), _compared(other))
+
+
+def _compared(evaluation: Evaluation) -> dict[str, Any]:
+    return without_empty(flattened(loading.to_dict(evaluation.config)))
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:

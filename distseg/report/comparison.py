@@ -173,6 +173,9 @@ def differences(runs: list[Run]) -> list[dict[str, Any]]:
     # run_dir differs in every two runs, and says nothing
     for key in sorted(set().union(*(run["config"] for run in runs)) - {"run_dir"}):
         values = [run["config"].get(key) for run in runs]
+        # what the others have there is named by itself
+        if {} in values:
+            continue
         if any(value != values[0] for value in values):
             found.append({"key": key, "values": values})
     return found

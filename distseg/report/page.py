@@ -133,16 +133,17 @@ def panel_figure(
                 drawn.append(replace(found, line=line))
     svg = panel_svg(panel, [one.line for one in drawn])
     title = f"{escape(panel.title)} <small>{escape(panel.unit)}</small>"
-    names = [*_names(metrics, entries, len(runs)), *_notes(panel, drawn, runs)]
+    names = [*_names(panel, metrics, entries, len(runs)), *_notes(panel, drawn, runs)]
     marks = "".join(f"<span>{name}</span>" for name in names)
     caption = f"<figcaption>{title}</figcaption>"
     return f'<figure>{caption}{svg}<div class="legend">{marks}</div></figure>'
 
 
-def _names(metrics: list[Metric], entries: list[Entry], num_runs: int) -> list[str]:
-    """The legend of a panel's metrics; none where there is only one."""
+def _names(panel: Panel, metrics: list[Metric], entries: list[Entry], num_runs: int) -> list[str]:
+    """The legend of a panel's metrics; none of a single one that the title names."""
     names = []
-    for place, metric in enumerate(metrics if len(metrics) > 1 else []):
+    is_told = len(metrics) == 1 and metrics[0].label.casefold() in panel.title.casefold()
+    for place, metric in enumerate([] if is_told else metrics):
         # while there are dashes enough, they say which metric it is of every run
         if num_runs > 1 and len(metrics) <= len(STYLES):
             lines = f'<i class="swatch" style="border-top-style: {STYLES[place][1]}"></i>'

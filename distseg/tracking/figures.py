@@ -96,7 +96,8 @@ def curves(
         draw_panel(axes, panel, lines)
         axes.set_title(panel.title, loc="left", fontsize=10)
         axes.set_ylabel(panel.unit)
-        if len(axes.get_legend_handles_labels()[0]) > 1:
+        # one curve too: "other terms" does not say which
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="best", fontsize=9)
     all_axes[-1].set_xlabel("training step")
     save(figure, out)
@@ -165,7 +166,7 @@ def _set_scale(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
         # from 0, so that a loss which has halved looks so
         bottom = axes.get_ylim()[0] if _has_negative(lines) else 0
         # room above by the whole height: a curve that hardly moves would lie on the frame
-        axes.update_datalim([(axes.dataLim.x0, bottom)])
+        axes.update_datalim([(0, bottom)], updatex=False)
         axes.autoscale_view()
         axes.set_ylim(bottom=bottom)
 
