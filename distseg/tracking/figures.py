@@ -126,7 +126,7 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     _set_scale(axes, panel, lines)
     if panel.unit == "bytes":
         axes.yaxis.set_major_formatter(EngFormatter())
-    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step between two
+    axes.locator_params(axis="x", integer=True)  # there is no step between two
     # 10k, as five digits would touch each other
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
