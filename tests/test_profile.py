@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import distseg
-from distseg.config import loading, rules
+from distseg.config import loading
+from distseg.config.rules.running import profiled_steps
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
 from distseg.runs import attempts, goodput
@@ -106,11 +107,11 @@ def config(*overrides: str) -> Config:
 @pytest.mark.parametrize("text", ["10", "0:3", "4:3", "a:b", "1:2:3", "-1:3"])
 def test_steps_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=f"profile.steps={text}"):
-        rules.profiled_steps(text)
+        profiled_steps(text)
 
 
 def test_steps_and_ranks_that_the_run_has_not_are_refused() -> None:
-    assert list(rules.profiled_steps("10:13")) == [10, 11, 12, 13]
+    assert list(profiled_steps("10:13")) == [10, 11, 12, 13]
     with pytest.raises(InputError, match=r"profile\.steps=9:11 of 10 steps"):
         config("steps=10", "profile.steps=9:11")
     chosen = config("profile.steps=1:2", "profile.ranks=[4,9]").profile

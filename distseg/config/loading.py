@@ -24,7 +24,8 @@ from distseg.config.names import (
     with_lists,
     without_empty,
 )
-from distseg.config.rules import check, shards_to_train_on
+from distseg.config.rules import check
+from distseg.config.rules.data import shards_to_train_on
 from distseg.config.schema import Config, TermConfig
 from shards import user_code
 from shards.errors import InputError

@@ -281,7 +281,7 @@ def plan_for(samples: SampleSet, options: DataConfig, seed: int) -> Plan:
 
     Raises InputError as SampleSet.class_pixels does.
     """
-    # drawn with replacement, so shards in blocks would not help; see rules.py
+    # drawn with replacement, so shards in blocks would not help; see config/rules
     if options.sampling != "each_once" and samples.labelled:
         temperature = options.rare_class_temperature if options.sampling == "rare_class" else None
         return BalancedPlan(samples.class_pixels(), seed, temperature)

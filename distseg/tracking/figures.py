@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from distseg.config.forms import DEFAULT
 from distseg.tracking.catalogue import HELD_OUT, VALIDATION, Metric, Panel, panels_of
@@ -126,8 +126,8 @@ def draw_panel(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     _set_scale(axes, panel, lines)
     if panel.unit == "bytes":
         axes.yaxis.set_major_formatter(EngFormatter())
-    # there is no step between two
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    # there is no step between two; one tick is enough where there is one step
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     # 10k, as five digits would touch each other
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)

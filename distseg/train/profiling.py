@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from distseg.config.rules import profiled_steps
+from distseg.config.rules.running import profiled_steps
 from distseg.config.schema import ProfileConfig
 from distseg.distributed.compat import record_memory_history, silence_profiler
 from distseg.distributed.ranks import Ranks

@@ -185,7 +185,7 @@ class WeakToStrong:
 
         gate = None
         if chosen.gate != "none":
-            assert discriminator is not None  # rules.py
+            assert discriminator is not None  # config/rules
             gate = Gate.of(config, discriminator, ranks)
         num_classes = int(segmentor.network.num_classes)  # type: ignore[arg-type]
         views = StrongViews.of_unlabelled(config, num_classes, ranks)

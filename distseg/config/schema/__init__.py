@@ -1,6 +1,6 @@
 """The configuration as typed sections: every key with its default, meaning, unit and rules.
 
-What `key()` takes is in keys.py. Rules between several keys are in rules.py.
+What `key()` takes is in keys.py. Rules between several keys are in config/rules.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class LossConfig:
         modes=WITH_DISCRIMINATOR,
     )
     ce_weight: float = key(1.0, "of the cross entropy; 0: the loss is without it", low=0)
-    # a word or a list, which no type of OmegaConf's can say; rules.py checks it
+    # a word or a list, which no type of OmegaConf's can say; rules/ checks it
     class_weights: Any = key(
         "none",
         "what a pixel of each class counts in the cross entropy: a number for every class, in "
@@ -396,7 +396,7 @@ class ConsistencyConfig:
         },
         source=f"dropout: {UNIMATCH}; complementary: Yang et al. 2025 (UniMatch V2)",
     )
-    # early, a discriminator's scores say nothing: rules.py asks for it to have begun before
+    # early, a discriminator's scores say nothing: rules/ asks for it to have begun before
     gate: str = key(
         "none",
         "which images are pseudo-labelled, by D's score of what the teacher predicts",
