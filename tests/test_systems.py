@@ -5,6 +5,7 @@ Each trains on two ranks, and every segmentor can learn four images by heart.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -54,6 +55,9 @@ def narrow_options(name: str) -> dict[str, Any]:
     """Options that make layers narrow; what is left is the network itself."""
     if "resnet" in name:
         return {"width": 16}
+    if name in COMPOSITIONS:
+        has_width = "channels" in inspect.signature(HEADS[name.partition("_")[0]]).parameters
+        return {"channels": 24} if has_width else {}
     return (
         {"fc_channels": 32} if "vgg16" in name else {"hidden": 64} if name == "multiscale" else {}
     )
