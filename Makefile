@@ -8,7 +8,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; n = torch.cuda.device_count(); 
 	print(max(k for k in (1, 2, 4, 8, 16) if k <= n) if n else 2)" 2>/dev/null)
 DEMO := runs/toy
 
-.PHONY: demo demo-says slurm-demo test test-slow test-avx2 test-slurm gpu-check lint docs docs-check bench clean
+.PHONY: demo demo-says slurm-demo venv test test-slow test-avx2 test-slurm gpu-check lint docs docs-check bench clean
 
 demo: demo-says $(VENV)/.user
 	$(BIN)/distseg prepare toy --out data/toy.h5
@@ -31,6 +31,8 @@ SHARDS ?= data/toy
 slurm-demo: $(VENV)/.user  # as root, with Debian's slurmctld slurmd slurm-client munge; SHARDS=DIR: your own
 	test -d $(SHARDS) || ($(BIN)/distseg prepare toy --out data/toy.h5 && $(BIN)/distseg pack data/toy.h5 --out data/toy)
 	$(BIN)/python -m tests.slurm.cluster tests/slurm/demo.sh $(SHARDS)
+
+venv: $(VENV)/.developer
 
 # two tests at a time, each on up to three processes: most wait for something now and then. One thread each: threads that
 # wait for one another spin, which took half of the time of all tests

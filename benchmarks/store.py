@@ -156,9 +156,8 @@ def of_store(num_ranks: int) -> Iterator[tuple[str, float, float, float]]:
     thread.start()
     beating.wait()
     for member in members:
-        member._beats._interval = (
-            0.8  # listens for 2 s instead of 12.5, as nothing but waiting is done
-        )
+        # listens for 2 s instead of 12.5, as nothing but waiting is done
+        member._beats._interval = 0.8
     row = job.measured(lambda r: members[r]._beats.silent())
     ended.set()
     thread.join()

@@ -590,6 +590,7 @@ def test_a_dry_run_without_the_data_leaves_to_them_what_is_theirs(
 
 
 HALVES = ["gradient_accumulation_steps=2"]
+TWO_OUTPUTS = ["mode=domain_adaptation", "adaptation.aux_adv_weight=0.1", "segmentor=multiscale"]
 
 
 def test_a_dry_run_refuses_what_is_there_and_no_shards(
@@ -602,6 +603,7 @@ def test_a_dry_run_refuses_what_is_there_and_no_shards(
         # what needs no images is checked without them
         (["ema_decay=2"], "ema_decay=2"),
         (["batch_size=3", "strong.labelled=true"], "3 labelled images"),
+        ([f"data.shards={toy_shards}", *TWO_OUTPUTS], "segmentor=multiscale, which has no aux"),
         (
             ["batch_size=4", "mode=semi_supervised", "semi.batch_size=5", *HALVES],
             "semi.batch_size=5",

@@ -381,13 +381,14 @@ def train_in_bf16(ranks: Ranks) -> list[Any]:
 
 
 def computed_with(network: nn.Module) -> dict[str, str]:
-    """Filled by each forward: the type of some layers' weights as they are used."""
+    """Filled by each forward: the type of some layers' weights as they are used, and of inputs."""
     seen: dict[str, str] = {}
     for name, layer in network.named_modules():
         if name in ("encoder.blocks.0.mlp.fc1", "encoder.blocks.0.norm1", "head.norm"):
 
-            def look(layer: nn.Module, *_: Any, name: str = name) -> None:
+            def look(layer: nn.Module, inputs: Any, name: str = name) -> None:
                 seen[name] = str(layer.weight.dtype)
+                seen[f"into {name}"] = str(inputs[0].dtype)
 
             layer.register_forward_pre_hook(look)
     return seen
@@ -405,6 +406,8 @@ def test_blocks_gathered_in_bf16_make_the_steps_of_fp32_to_its_rounding(of_ranks
         assert {seen[f"encoder.blocks.0.{name}"] for name in ("mlp.fc1", "norm1")} == {
             "torch.bfloat16"
         }
+        # the embeddings' sum is fp32, and some kernels take no parameters of another type
+        assert seen["into encoder.blocks.0.norm1"] == "torch.bfloat16"
         assert seen["head.norm"] == "torch.float32"
         assert held == summed == {"torch.float32"}
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from distseg.cli import main
 from distseg.config import loading
-from distseg.models import build_discriminator, build_segmentor, check_training, set_batch_norm
+from distseg.models import (
+    OfBothOutputs,
+    build_discriminator,
+    build_segmentor,
+    check_training,
+    set_batch_norm,
+)
 from distseg.models.own_segmentor import OwnSegmentor
 from distseg.parallel.optimizers import parameter_groups
 from distseg.parallel.sync_batch_norm import synchronise
@@ -492,6 +498,13 @@ def test_features_that_are_none_are_refused(returned: str, message: str) -> None
         check_training(reference(WithFeatures), own)
 
 
+class OddJudge(nn.Module):
+    """Reads a value, which a count without values cannot give."""
+
+    def forward(self, label_map: Tensor) -> Tensor:
+        return label_map.mean(dim=(1, 2, 3)) * float(label_map.mean().item() > -1)
+
+
 def test_operations_are_counted_or_the_reason_is_told() -> None:
     class Odd(nn.Module):
         """Reads a value, which a count without values cannot give."""
@@ -509,6 +522,11 @@ def test_operations_are_counted_or_the_reason_is_told() -> None:
     segmentor = copy.deepcopy(segmentor)
     segmentor.network = odd
     work = StepWork.of(config, segmentor, None)
+    assert work.segmentor == 0 and work.uncounted
+    # of two outputs, a discriminator of each
+    judge = build_discriminator(reference(OnLabelMap), NUM_CLASSES)
+    judge.network = OddJudge()
+    work = StepWork.of(config, built(Strided), OfBothOutputs(judge, judge))
     assert work.segmentor == 0 and work.uncounted
 
 

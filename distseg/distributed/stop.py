@@ -22,12 +22,13 @@ class StopRequest:
     """Turns a signal to any rank into a stop of all ranks at the same step boundary.
 
     A handler may do next to nothing, so it sets a flag. `begin` sends the flags to the main rank
-    (gloo, beside the step's own work), `agreed` hears what it makes of them; both are called once a
-    step on every rank.
+    (gloo, beside the step's own work), `agreed` waits for the main rank's answer; both are called
+    once a step on every rank.
 
     Not by a sum over the ranks, which gloo takes round a ring: at 1,024 ranks 2,046 messages one
-    after the other, longer than a step. As it is they come to the main rank all at once, and go out
-    from it by a tree, in ten.
+    after the other, longer than a step. As it is they come to the main rank all at once, and its
+    answer goes out by a tree, in ten. For that the hosts wait for the main one at the end of each
+    step; a GPU is not waited for.
     """
 
     def __init__(self, answers: bool = False) -> None:
@@ -88,7 +89,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True on all ranks when any rank had been signalled at `begin`."""
-        # begun a step's work ago, so as a rule it is done; nothing of the GPU is waited for
+        # sent a step's work ago, so as a rule they are all there
         self._work.wait()
         if len(self._of_all):
             self._tensor.copy_(self._of_all.amax(dim=0))

@@ -16,6 +16,7 @@ from distseg.config import loading
 from distseg.config.schema import WITH_DISCRIMINATOR, Config, TrackingConfig
 from distseg.evaluate import document
 from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
+from distseg.evaluate.judged import judges_auxiliary
 from distseg.export.formats import SUFFIXES, Trained, export
 from distseg.tracking.catalogue import SCORES, VALIDATION
 from shards import user_code
@@ -237,7 +238,9 @@ def _training(config: Config) -> str:
         "segmentor.init",
     ]
     if config.mode in WITH_DISCRIMINATOR:
-        named += ["loss.adv_weight", "adaptation.aux_adv_weight"]
+        named.append("loss.adv_weight")
+    if judges_auxiliary(config):
+        named.append("adaptation.aux_adv_weight")
     shown = [
         f"{key}={own[key]}"
         for key in named

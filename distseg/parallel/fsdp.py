@@ -126,34 +126,28 @@ def _shard(
     in_bf16: bool,
     reshard_after_forward: bool | None = None,
 ) -> None:
-    rounded = _rounded(network) if in_bf16 else []
+    # The inputs of a block are cast too, as some kernels want both alike. Gradients are summed over
+    # the ranks in fp32.
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     # layers before the root, which takes what is left
     for block in [*blocks(network), network]:
-        # the inputs stay as autocast wants them: only the parameters are cast
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        kept = MixedPrecisionPolicy()
+        is_rounded = in_bf16 and block is not network and not _has_batch_norm(block)
         fully_shard(
             block,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
-            mp_policy=policy if any(block is each for each in rounded) else kept,
+            mp_policy=rounded if is_rounded else MixedPrecisionPolicy(),
         )
 
 
-def _rounded(network: nn.Module) -> list[nn.Module]:
-    """The blocks that may be gathered in bf16: those without batch normalisation, whose kernels
-    want parameters in the type of its statistics.
-    """
-    return [
-        block
-        for block in blocks(network)
-        if not any(isinstance(layer, BATCH_NORM) for layer in block.modules())
-    ]
+def _has_batch_norm(block: nn.Module) -> bool:
+    # whose kernels want parameters in the type of its statistics
+    return any(isinstance(layer, BATCH_NORM) for layer in block.modules())
 
 
 def check_gathering(network: nn.Module) -> None:
     """Raise InputError for a network of which nothing would be gathered in bf16."""
-    if not _rounded(network):
+    if all(map(_has_batch_norm, blocks(network))):
         needed = f"a segmentor with blocks of {BLOCK_PARAMETERS:,} parameters or more without "
         needed += "batch normalisation, such as dpt_vitb14"
         got = "parallel.gather_dtype=bf16 for a network that has no block for it"

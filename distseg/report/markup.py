@@ -62,8 +62,9 @@ def table(
     """
     rows = list(rows)
     kinds = [*head_kinds, *[""] * (len(head) - len(head_kinds))]
-    for place, cell in enumerate(rows[0] if rows else ()):
-        if "number" in cell.kind.split():
+    for place, cells in enumerate(zip(*rows, strict=True)):
+        # of some rows there may be none
+        if any("number" in cell.kind.split() for cell in cells):
             kinds[place] = f"{kinds[place]} number".strip()
     titles = "".join(
         f'<th class="{css}">{escape(title)}</th>' for css, title in zip(kinds, head, strict=True)

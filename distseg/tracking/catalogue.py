@@ -217,6 +217,13 @@ METRICS = (
         "unlabelled",
     ),
     Metric(
+        "loss/adversarial_auxiliary",
+        "adversarial term of the auxiliary output",
+        "loss",
+        _ADVERSARIAL,
+        "auxiliary output",
+    ),
+    Metric(
         "loss/feature_matching",
         "feature matching term",
         "loss",

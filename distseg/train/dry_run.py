@@ -23,6 +23,7 @@ from distseg.distributed.launch import resolve_ranks
 from distseg.evaluate.judged import judges_auxiliary
 from distseg.models import build_discriminator, build_segmentor
 from distseg.parallel import check_settings
+from distseg.train.networks import check_segmentor
 from shards import user_code
 from shards.manifest import FILE_NAME, Manifest
 from shards.storage import is_file
@@ -155,6 +156,8 @@ def _networks(config: Config, num_classes: int | None) -> list[str]:
         # on the meta device, which has shapes but no memory
         with torch.device("meta"):
             network = build(name, num_classes, **keywords)
+        if build is build_segmentor:
+            check_segmentor(config, network)
         classes = counted(num_classes, "class", "classes")
         lines.append(f"{kind} {name}: {num_parameters(network):,} parameters for {classes}")
     return lines

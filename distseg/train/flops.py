@@ -61,9 +61,7 @@ class StepWork:
         except Exception as error:
             # of the package's own networks it is an error of the program, which nobody would see in
             # a missing curve
-            if not isinstance(segmentor, OwnSegmentor) | isinstance(
-                discriminator, OwnDiscriminator
-            ):
+            if not (isinstance(segmentor, OwnSegmentor) or _has_own(discriminator)):
                 raise
             return cls(0.0, uncounted=(str(error).splitlines() or [type(error).__name__])[0])
 
@@ -112,6 +110,12 @@ class StepWork:
         if not phase.discriminator and phase.weights.get("feature_matching"):
             on_truth = self.discriminator
         return num_images * (of_image + on_prediction) + num_labelled * on_truth + taught
+
+
+def _has_own(discriminator: nn.Module | None) -> bool:
+    """Whether a discriminator is of the user's own, or one of two outputs' is."""
+    layers = () if discriminator is None else discriminator.modules()
+    return any(isinstance(layer, OwnDiscriminator) for layer in layers)
 
 
 def _work(network: nn.Module, *inputs: Tensor) -> tuple[float, float]:

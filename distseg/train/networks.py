@@ -58,10 +58,19 @@ def build_networks(config: Config, num_classes: int, world_size: int = 1) -> Net
     discriminator = _discriminator(config, segmentor, images, "of_logits")
     if judges_auxiliary(config):
         # drawn after the first, whose weights are then those of a run with one output
-        check_auxiliary(config, segmentor)
         other = _discriminator(config, segmentor, images, "of_auxiliary")
         discriminator = OfBothOutputs(discriminator, other)
     return Networks(segmentor, discriminator)
+
+
+def check_segmentor(config: Config, segmentor: nn.Module) -> None:
+    """Raise InputError for a segmentor, with or without values, that has not what the configuration
+    asks of it.
+    """
+    FeatureDropout.of(config, segmentor)  # features on their way to a head
+    check_network(segmentor, config)
+    if judges_auxiliary(config):
+        check_auxiliary(config, segmentor)
 
 
 def _discriminator(
@@ -108,8 +117,7 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
         init_partial=chosen.init_partial,
         **chosen.options,
     )
-    FeatureDropout.of(config, segmentor)  # refuses a network that has no such features
-    check_network(segmentor, config)
+    check_segmentor(config, segmentor)
     # before batch norms are replaced and parameters frozen, as it tries the network as the user
     # wrote it
     check_training(chosen.name, segmentor)

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from distseg.config.schema import (
-    ADAPTATION,
     WITH_DISCRIMINATOR,
     WITH_GROUND_TRUTH,
     WITH_UNLABELLED,
     Config,
     ScheduleConfig,
 )
+from distseg.evaluate.judged import judges_auxiliary
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _adversarial_weights(step: int, config: Config) -> dict[str, float]:
     # one rise for all of its terms, which are one discriminator's
     rise = _rise(step - loss.adv_start_step, loss.adv_warmup_steps)
     weights = {"adversarial": loss.adv_weight * rise}
-    if config.mode in ADAPTATION and config.adaptation.aux_adv_weight:
+    if judges_auxiliary(config):
         weights["adversarial_auxiliary"] = config.adaptation.aux_adv_weight * rise
     if loss.feature_weight:
         weights["feature_matching"] = loss.feature_weight * rise

@@ -120,7 +120,7 @@ class Trainer:
         self.ledger.enter("steps")
         while not self._is_done():
             self._advance(stream, stop, clock)
-            # of the flags that `begin` sent before the step: by now they have arrived long since
+            # of the flags that `begin` sent before the step
             is_stopping = stop.agreed() and not self._is_done()
             # Save, then stop or evaluate. A stop without a checkpoint loses steps, and an
             # evaluation can fail or be killed.

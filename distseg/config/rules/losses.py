@@ -37,7 +37,8 @@ def a_loss_to_minimise(config: Config) -> None:
     if config.mode in ADAPTATION:
         weights += [loss.adv_weight, config.semi.entropy_weight, config.consistency.weight]
         weights.append(config.adaptation.aux_adv_weight)
-        named += ", loss.adv_weight=0, semi.entropy_weight=0, consistency.weight=0"
+        named += ", loss.adv_weight=0, adaptation.aux_adv_weight=0, semi.entropy_weight=0, "
+        named += "consistency.weight=0"
     # of the other modes: unlabelled_images_have_a_term, consistency_with_a_teacher
     others = config.mode in WITH_UNLABELLED and config.mode not in ADAPTATION
     if not (others or any(weights)):
