@@ -20,6 +20,7 @@ import torch
 from benchmarks import store
 from distseg.distributed import device, launch, mailbox, rendezvous
 from distseg.distributed import ranks as ranks_module
+from distseg.distributed import stop as stop_module
 from distseg.distributed.by_first import by_first
 from distseg.distributed.launch import first_host, rendezvous_of_srun, resolve_ranks
 from distseg.distributed.mailbox import Failure, Mailbox
@@ -430,18 +431,23 @@ def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one(
         ranks_module._cuda_device(local_rank)
 
 
-def signal_last_rank(ranks: Ranks) -> list[bool]:
-    stop, agreed = StopRequest(), []
-    for step in range(4):
-        if step == 2 and ranks.rank == ranks.world_size - 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        stop.begin()
-        agreed.append(stop.agreed())
-    return agreed
+def signal_last_rank(ranks: Ranks) -> list[list[bool]]:
+    """What each of four steps is told: of few ranks, and as of many."""
+    of_steps: list[list[bool]] = []
+    for ring_at_most in (ranks.world_size, ranks.world_size - 1):
+        stop_module.RING_AT_MOST = ring_at_most
+        stop, agreed = StopRequest(), []
+        for step in range(4):
+            if step == 2 and ranks.rank == ranks.world_size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            stop.begin()
+            agreed.append(stop.agreed())
+        of_steps.append(agreed)
+    return of_steps
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step() -> None:
-    assert run_ranks(3, signal_last_rank) == [[False, False, True, True]] * 3
+    assert run_ranks(3, signal_last_rank) == [[[False, False, True, True]] * 2] * 3
 
 
 @pytest.fixture
