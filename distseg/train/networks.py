@@ -117,10 +117,10 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
         init_partial=chosen.init_partial,
         **chosen.options,
     )
-    check_segmentor(config, segmentor)
     # before batch norms are replaced and parameters frozen, as it tries the network as the user
     # wrote it
     check_training(chosen.name, segmentor)
+    check_segmentor(config, segmentor)  # after it: whether the user's own has two outputs is tried
     images = _step_images(config, world_size, segmentor)
     # before these steps are of labelled images alone
     if config.loss.adv_start_step or config.consistency.start_step:
