@@ -269,9 +269,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(size.dim, size.dim)
 
     def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        # one product for all three; (N, T, 3 * dim) -> (N, heads, T, head_dim) each
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind()
+        # One product for all three; (N, T, 3 * dim) -> (N, heads, T, head_dim) each. Parts of the
+        # last axis, whose gradients are joined by one copy.
+        query, key, value = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=2)
+        )
         if rotation is not None:
             query, key = _rotated(query, rotation), _rotated(key, rotation)
         seen = F.scaled_dot_product_attention(query, key, value)
