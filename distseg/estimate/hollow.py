@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from distseg.distributed.compat import meta_chooses_all, ranks_of
+from shards.errors import InputError
 
 # tensors of so few elements, made of such alone, keep their values: counters, draws, shares
 SMALL = 2**16
@@ -96,7 +98,8 @@ class Ledger:
 
     def passing(self, size: int) -> None:
         """Note memory that a kernel takes for itself and gives back."""
-        # it may be what the peak is made of, however short it is
+        # it may be what the peak is made of, however short it is; noted where it is nothing too, so
+        # that batches of other sizes leave as many changes
         block = Block(self.network)
         self._change(block, size)
         self._change(block, -size)
@@ -105,18 +108,17 @@ class Ledger:
         """All that is there now."""
         return [block for block, _ in self._blocks.values()]
 
-    def peak(self) -> tuple[int, dict[Block, int]]:
-        """The most bytes at a time; and what they were."""
+    def totals(self) -> np.ndarray:
+        """Bytes that are held after each change, (n,) int64."""
+        return np.cumsum([change for _, change in self.changes], dtype=np.int64)
+
+    def at_most(self) -> dict[Block, int]:
+        """What is there when there is most, and its bytes."""
         # looked for afterwards: to note at every change what is held would be dear
-        most = total = when = 0
-        for index, (_, change) in enumerate(self.changes):
-            total += change
-            if total > most:
-                most, when = total, index
         held: dict[Block, int] = {}
-        for block, change in self.changes[: when + 1]:
+        for block, change in self.changes[: int(self.totals().argmax()) + 1]:
             held[block] = held.get(block, 0) + change
-        return most, {block: size for block, size in held.items() if size}
+        return {block: size for block, size in held.items() if size}
 
     def _free(self, key: int) -> None:
         # by its key, as the storage itself has gone when this is called
@@ -125,8 +127,7 @@ class Ledger:
 
     def _change(self, block: Block, change: int) -> None:
         block.size += change
-        if change:
-            self.changes.append((block, change))
+        self.changes.append((block, change))
 
 
 class Hollow(TorchDispatchMode):
@@ -272,8 +273,14 @@ class Hollow(TorchDispatchMode):
         self.work.append(Work(float(operations), moved, tensors[0].dtype))
 
     def _made(self, meta: Tensor) -> Tensor:
-        # of the same strides: channels last goes on through a network
-        tensor = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
+        try:
+            # of the same strides: channels last goes on through a network
+            tensor = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
+        except RuntimeError:
+            # address space alone, but of one that is larger than the memory systems give none
+            got = f"a batch that makes a tensor of {meta.nbytes / 1e9:.1f} GB, more than this "
+            needed = "a smaller one: which batch fits a GPU is told for any"
+            raise InputError(f"{got}machine gives", needed, "write a smaller batch_size") from None
         self.ledger.add(tensor).hollow = True
         return tensor
 

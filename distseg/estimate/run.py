@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from distseg.config.code import references
 from distseg.config.schema import WITH_UNLABELLED, Config
 from distseg.config.world_size import check_world_size
@@ -138,27 +140,32 @@ def fitting(
     """By GB of a GPU the most labelled images of a step that a rank has room for, unlabelled ones
     in proportion; 0: none.
 
-    peak: bytes with the configured batch. By a line through two large batches: of small ones the
-    weights' share is other, as kernels copy them.
+    peak: bytes with the configured batch. By two large batches: of small ones the weights' share is
+    other, as kernels copy them.
     """
     # whole multiples, so that micro-batches and pairs still divide the images
     factor, per_rank = max(2, round(LARGE_BYTES / peak)), config.batch_size // ranks.world_size
 
-    def of_times(times: int) -> int:
+    def of_times(times: int) -> Simulated:
         semi = replace(config.semi, batch_size=times * config.semi.batch_size)
         larger = replace(config, batch_size=times * config.batch_size, semi=semi)
-        return simulate(larger, networks, ranks).peak
+        return simulate(larger, networks, ranks)
 
-    peaks = [of_times(factor), of_times(2 * factor)]
-    # where the weights alone are the most, as in an update, one image more changes nothing
-    while peaks[0] <= peak:
-        factor, peaks = 2 * factor, [peaks[1], of_times(4 * factor)]
-    of_image = (peaks[1] - peaks[0]) / (factor * per_rank)
+    one, other = of_times(factor), of_times(2 * factor)
+    at, then = one.totals, other.totals
+    # Moment by moment, each of which has its own line: with few images it may be an update that
+    # holds most, or the start, and with many a backward. Code that goes other ways with other
+    # batches has no such moments in common.
+    if len(at) != len(then):
+        at, then = np.array([one.peak]), np.array([other.peak])
+    of_image = (then - at) / (factor * per_rank)
+    # what an image takes nothing of holds for any number
+    grows = of_image > 0
     fits, unit = {}, config.gradient_accumulation_steps
     for capacity in CAPACITIES_GB:
-        # what is left of a GPU beside what the smaller of the two batches needs
-        free = (capacity - reserve_gb) * GB - peaks[0]
-        fits[capacity] = max(0, int(factor * per_rank + free / of_image) // unit * unit)
+        free = (capacity - reserve_gb) * GB - at
+        most = factor * per_rank + (free[grows] / of_image[grows]).min()
+        fits[capacity] = max(0, int(most) // unit * unit) if (free[~grows] >= 0).all() else 0
     return fits
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,15 +45,21 @@ KINDS = (
 class Simulated:
     """A rank of a job, in bytes.
 
-    peak: the most at a time. parts: what was held then, by kind (of KINDS) and network ("" where it
-    is of both or of neither). between: what is held between steps. collectives, work: of one step.
+    totals: what is held after each change, (n,) int64. parts: what is there when there is most, by
+    kind (of KINDS) and network ("" where it is of both or of neither). between: what is held
+    between steps. collectives, work: of one step.
     """
 
-    peak: int
+    totals: np.ndarray
     parts: dict[tuple[str, str], int]
     between: int
     collectives: list[Collective]
     work: list[Work]
+
+    @property
+    def peak(self) -> int:
+        """The most at a time."""
+        return int(self.totals.max())
 
     def of_kind(self, kind: str) -> int:
         """Bytes at the peak, of both networks."""
@@ -106,12 +113,12 @@ def simulate(config: Config, networks: Networks, ranks: Ranks) -> Simulated:
                 take_step(trainer, batch)
         del batch
         # within the mode: what is freed outside of it is noted too
-        peak, held = hollow.ledger.peak()
+        totals, held = hollow.ledger.totals(), hollow.ledger.at_most()
         between = sum(block.size for block in hollow.ledger.live())
     parts: dict[tuple[str, str], int] = defaultdict(int)
     for block, size in held.items():
         parts[block.kind or "activations", block.network] += size
-    return Simulated(peak, dict(parts), between, hollow.collectives, hollow.work)
+    return Simulated(totals, dict(parts), between, hollow.collectives, hollow.work)
 
 
 def _name_what_stays(hollow: Hollow, trainer: Trainer) -> None:
