@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from distseg.tracking import bars, fonts
 from distseg.tracking import figures as figures_module
-from distseg.tracking.catalogue import Panel
 from distseg.tracking.legend import legend_strip
+from distseg.tracking.metric import Panel
 from shards.sample import STANFORD, ClassSet
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -13,7 +13,8 @@ from distseg.config.compare import setting
 from distseg.config.forms import DEFAULT
 from distseg.config.schema import ADAPTATION
 from distseg.evaluate.summary import of_seeds, sample_deviation
-from distseg.tracking.catalogue import DISCRIMINATOR_FAKE, SCORES, Metric, Panel, panels_of
+from distseg.tracking.catalogue import DISCRIMINATOR_FAKE, SCORES, panels_of
+from distseg.tracking.metric import Metric, Panel
 from shards.errors import InputError
 
 MAX_POINTS = 600  # of a curve: more than a panel has pixels; longer ones become means of neighbours

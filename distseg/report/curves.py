@@ -24,8 +24,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from distseg.report.comparison import Run
-from distseg.tracking.catalogue import Metric, Panel
 from distseg.tracking.figures import Line, draw_panel, smoothed
+from distseg.tracking.metric import Metric, Panel
 
 # Okabe and Ito's colours without the yellow that white swallows, then some of Tol's; told apart by
 # colour-blind readers

@@ -26,8 +26,8 @@ from distseg.report.curves import (
 )
 from distseg.report.markup import Section, swatch
 from distseg.report.sections import SECTIONS
-from distseg.tracking.catalogue import Metric, Panel
 from distseg.tracking.figures import reference
+from distseg.tracking.metric import Metric, Panel
 
 # The policy forbids scripts and every address: should something escape escaping, it can neither run
 # nor call home.

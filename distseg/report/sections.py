@@ -21,7 +21,8 @@ from distseg.report.markup import (
     table,
 )
 from distseg.runs.goodput import PARTS
-from distseg.tracking.catalogue import SCORES, Metric
+from distseg.tracking.catalogue import SCORES
+from distseg.tracking.metric import Metric
 from distseg.tracking.verdicts import NAMED
 from shards.words import counted
 

@@ -16,7 +16,8 @@ from urllib.parse import unquote
 
 from distseg.config.schema import TrackingConfig
 from distseg.report.comparison import drawn_panels
-from distseg.tracking.catalogue import CLASS_IOU, Metric, Panel
+from distseg.tracking.catalogue import CLASS_IOU
+from distseg.tracking.metric import Metric, Panel
 from distseg.tracking.wandb_run import ID_FILE, URL_FILE, choose_mode, naming, read_run_id
 from shards.errors import InputError
 from shards.files import published

@@ -24,8 +24,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogFormatter, PercentFormatter
 
 from distseg.config.forms import DEFAULT
-from distseg.tracking.catalogue import HELD_OUT, VALIDATION, Metric, Panel, panels_of
+from distseg.tracking.catalogue import HELD_OUT, VALIDATION, panels_of
 from distseg.tracking.fonts import drawable_classes, lettered
+from distseg.tracking.metric import Metric, Panel
 from distseg.tracking.verdicts import NAMED
 from shards.files import published
 from shards.sample import IGNORE_INDEX, ClassSet

@@ -113,13 +113,13 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     # Predict
     with torch.set_grad_enabled(phase.segmentor):
         logits, auxiliary = predict(segmentor, batch, judging.at_image_size)
-        outputs = probabilities_of(judging, logits, auxiliary)  # (n, C, h, w) each
+        predictions = probabilities_of(judging, logits, auxiliary)  # (n, C, h, w) each
 
     # Judge: label maps of the phase and all predictions, these as leaves of the graph
     targets = Targets.at(batch.all.label, logits.shape[-2:])
-    fakes = [each.detach().requires_grad_(phase.segmentor) for each in outputs]
+    fakes = [each.detach().requires_grad_(phase.segmentor) for each in predictions]
     maps = label_maps(pair.objective, phase, batch, targets, fakes)
-    seen = Predicted(batch.all.pixels, targets, logits, auxiliary, outputs[0])
+    seen = Predicted(batch.all.pixels, targets, logits, auxiliary, predictions[0])
     scores, seen = judge(pair, phase, batch, maps, seen)
 
     # Losses, the adversary's through a proxy: its gradient at the segmentor's probabilities
@@ -128,10 +128,10 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
         own, adversarial, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
         own, scaled = segmentor.scaled(own), segmentor.scaled(adversarial)
         proxies = torch.autograd.grad(scaled, fakes, retain_graph=phase.discriminator)
-        starts += [(segmentor, [(own, None), *zip(outputs, proxies, strict=True)])]
+        starts += [(segmentor, [(own, None), *zip(predictions, proxies, strict=True)])]
         if phase.watched:
             weighted = _weighted_cross_entropy(segmentor, phase, metrics, own)
-            metrics |= diagnostics.gradients_at_output(weighted, logits, proxies[0], outputs[0])
+            metrics |= diagnostics.gradients_at_output(weighted, logits, proxies[0], predictions[0])
     if phase.discriminator:
         scored = split_scores(judging, batch, targets, scores, counts)
         loss, values = discriminator_loss(phase, judging, scored, maps, counts)
