@@ -2,12 +2,14 @@
 gains over the first, with the 95 % interval of the paired difference.
 
 Run: python -m benchmarks.accuracy PLAN [key=value ...] --out DIR [--seeds 0 1 2] [--arms NAME ...]
+         [--at-once N]
 
 PLAN: unlabelled (71 of Stanford Background's labels), scenes (6 of 400 labels of generated scenes),
 adversary (all of Stanford Background's labels) or adaptation (from generated scenes to Stanford
 Background without labels, in data/scenes and data/stanford). key=value holds for every arm,
 data.shards=DIR for example. A run that is done is not run again, one that was stopped goes on. The
-scores are of the last step: nothing is chosen by validation images.
+scores are of the last step: nothing is chosen by validation images. --at-once 2 on two cores: one
+thread each, which is faster than one after the other on both (docs/results.md).
 """
 
 from __future__ import annotations
@@ -15,19 +17,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import conditions
 
-SCORES = ("val/mean_iou", "val/pixel_accuracy")
+SCORES = {
+    "val/mean_iou": "mIoU",
+    "val/pixel_accuracy": "pixel acc.",
+    "val/boundary_f1": "boundary F1",
+}
 # of Student's distribution, two-sided, by degrees of freedom
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+# of an arm by seed; of all arms
+Scores = Mapping[int, Mapping[str, Any]]
+Found = Mapping[str, Scores]
 
 
 @dataclass(frozen=True)
@@ -48,10 +63,15 @@ _WITH_TEACHER = {
     "teacher + adversary": (*_BESIDE, "loss.adv_weight=0.01", "semi.adv_weight=0.01"),
     "teacher + features": (*_BESIDE, *_CONDITIONED, "loss.feature_weight=0.0002"),
     "teacher + gate": (*_BESIDE, *_CONDITIONED, "consistency.gate=rank"),
+    "teacher + all": (
+        *(*_BESIDE, *_CONDITIONED, "loss.adv_weight=0.01", "semi.adv_weight=0.01"),
+        *("loss.feature_weight=0.0002", "consistency.gate=rank"),
+    ),
 }
 _SUPERVISED = {
     "supervised": ("mode=supervised",),
     "supervised, adjusted": ("mode=supervised", "loss.logit_adjustment=0.5"),
+    "supervised, strong views": ("mode=supervised", "strong.labelled=true"),
 }
 _ACROSS, _TAUGHT = "preset=toy_stanford_adaptsegnet", "preset=toy_stanford_dacs"
 _ADAPTED = {
@@ -93,13 +113,35 @@ PLANS = {
 }
 
 
-def run(words: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """The scores of a run, which is trained if it is not done."""
+def run(words: Sequence[str], run_dir: Path, threads: int | None = None) -> dict[str, Any]:
+    """The scores of a run, outlines too; it is trained and scored if that is not done.
+
+    threads: of the run, which then writes to RUN_DIR.log; None: all, and to this terminal.
+    """
     done = run_dir / "evaluation.json"
     if not done.is_file():
         told = [f"run_dir={run_dir}", "tracking.wandb=disabled"]
-        subprocess.run([sys.executable, "-m", "distseg.train", *words, *told], check=True)
-    return json.loads(done.read_text())
+        _call(["-m", "distseg.train", *words, *told], run_dir, threads)
+    scores: dict[str, Any] = json.loads(done.read_text())
+    outlines = run_dir / f"evaluation-step-{scores['step']}-{scores['split']}.json"
+    if not outlines.is_file():
+        _call(["-m", "distseg.evaluate", str(run_dir)], run_dir, threads)
+    return json.loads(outlines.read_text()) | scores
+
+
+def _call(words: Sequence[str], run_dir: Path, threads: int | None) -> None:
+    command = [sys.executable, *words]
+    if threads is None:
+        subprocess.run(command, check=True)
+        return
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    # threads that wait for one another must not spin while another run wants the core
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    with run_dir.with_name(f"{run_dir.name}.log").open("a") as log:
+        try:
+            subprocess.run(command, check=True, env=env, stdout=log, stderr=log)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{error}; its last words are in {log.name}") from error
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -112,28 +154,50 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
 
 
-def table(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """Markdown: a row an arm, of the seeds that it shares with the first.
-
-    found: {arm: {seed: scores}}.
-    """
+def table(found: Found) -> list[str]:
+    """Markdown: a row an arm, of the seeds that it shares with the first."""
     base_name, base = next(iter(found.items()))
-    lines = [
-        f"| arm | seeds | mIoU | pixel acc. | mIoU over {base_name} (95 %) | pixel acc. over it |",
-        "|---|---|---|---|---|---|",
-    ]
+    over = [f"{label} over {base_name} (95 %)" for label in SCORES.values()]
+    header = ["arm", "seeds", *SCORES.values(), *over]
+    lines = _head(header)
     for name, scores in found.items():
         seeds = sorted(scores.keys() & base.keys())
         if not seeds:
             continue
         cells = [name, ", ".join(map(str, seeds))]
         cells += [_percent(statistics.mean(scores[s][key] for s in seeds)) for key in SCORES]
-        for key in SCORES:
-            mean, half = interval([scores[seed][key] - base[seed][key] for seed in seeds])
-            width = "" if math.isnan(half) else f" ± {100 * half:.1f}"
-            cells.append("" if name == base_name else f"{100 * mean:+.1f}{width}")
+        cells += ["" if name == base_name else _gain(scores, base, key) for key in SCORES]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def classes_table(found: Found) -> list[str]:
+    """Markdown: the first arm's IoU of each class, and by how much another's is above it."""
+    base_name, base = next(iter(found.items()))
+    prefix = "val/iou/"
+    names = [key.removeprefix(prefix) for key in next(iter(base.values())) if prefix in key]
+    lines = _head([f"IoU of a class, and over {base_name} (95 %)", *names])
+    for arm, scores in found.items():
+        seeds = sorted(scores.keys() & base.keys())
+        if not seeds:
+            continue
+        cells = [arm]
+        for key in (prefix + name for name in names):
+            mean = statistics.mean(base[seed][key] for seed in seeds)
+            cells.append(_percent(mean) if arm == base_name else _gain(scores, base, key))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def _gain(scores: Scores, base: Scores, key: str) -> str:
+    """By how much a score is above the first arm's, in points, where both have it."""
+    seeds = sorted(scores.keys() & base.keys())
+    mean, half = interval([scores[seed][key] - base[seed][key] for seed in seeds])
+    return f"{100 * mean:+.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
 
 
 def _percent(value: float) -> str:
@@ -147,23 +211,67 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", help="of the plan, beside its first; default: all")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs beside one another, each with a share of the cores and a log of its own",
+    )
     options = parser.parse_args()
+    if options.at_once < 1:
+        parser.error(f"--at-once {options.at_once}: at least 1 is needed")
     plan = PLANS[options.plan]
     names = list(plan.arms)
+    if unknown := set(options.arms or ()) - set(names):
+        parser.error(f"--arms: no {sorted(unknown)} in {options.plan}, it has {names}")
     chosen = [names[0], *(name for name in names[1:] if name in (options.arms or names))]
-    found: dict[str, dict[int, Any]] = {name: {} for name in chosen}
-    number = 0
     # seed by seed: whatever is stopped leaves pairs
-    for seed in options.seeds:
-        for name in chosen:
-            number += 1
-            print(f"run {number} of {len(chosen) * len(options.seeds)}: {name}, seed {seed}")
-            seeds = (f"seed={seed}", f"data.labelled_seed={seed}")
-            words = (*plan.common, *plan.arms[name], *seeds, *options.words)
-            run_dir = options.out / options.plan / f"{name.replace(' ', '_')}-{seed}"
-            found[name][seed] = run(words, run_dir)
-        print(*table(found), sep="\n", flush=True)
-    print(conditions(1))
+    todo = [(name, seed) for seed in options.seeds for name in chosen]
+    threads = None if options.at_once == 1 else max(1, _cores() // options.at_once)
+
+    def place(name: str, seed: int) -> Path:
+        return options.out / options.plan / f"{name.replace(' ', '_')}-{seed}"
+
+    def one(name: str, seed: int) -> dict[str, Any]:
+        seeds = (f"seed={seed}", f"data.labelled_seed={seed}")
+        words = (*plan.common, *plan.arms[name], *seeds, *options.words)
+        return run(words, place(name, seed), threads)
+
+    found: dict[str, dict[int, Any]] = {name: {} for name in chosen}
+    # apart, since they take no time and would make the end look near
+    done = [pair for pair in todo if (place(*pair) / "evaluation.json").is_file()]
+    for name, seed in done:
+        found[name][seed] = one(name, seed)
+    for name, seed, scores in finished([p for p in todo if p not in done], one, options.at_once):
+        found[name][seed] = scores
+    print(*table(found), "", *classes_table(found), sep="\n")
+    print(conditions(threads or _cores()))
+
+
+def finished(
+    todo: Sequence[tuple[str, int]], one: Callable[[str, int], dict[str, Any]], at_once: int
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Arm, seed and scores as runs end; says after each how many are left and when they end."""
+    began, workers = time.monotonic(), ThreadPoolExecutor(at_once)
+    waiting = {workers.submit(one, name, seed): (name, seed) for name, seed in todo}
+    print(f"{len(todo)} runs to do, {at_once} at once", flush=True)
+    try:
+        for number, future in enumerate(as_completed(waiting), 1):
+            name, seed = waiting[future]
+            scores = future.result()
+            left = (time.monotonic() - began) / number * (len(todo) - number)
+            end = datetime.now() + timedelta(seconds=left)
+            score = f"mIoU {_percent(scores['val/mean_iou'])}; all by {end:%d %b %H:%M}"
+            print(f"run {number} of {len(todo)} ({name}, seed {seed}): {score}", flush=True)
+            yield name, seed, scores
+    finally:
+        # after one that failed none begins; those that run end by themselves, and are kept
+        workers.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

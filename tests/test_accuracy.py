@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from scipy import stats
 
-from benchmarks.accuracy import PLANS, interval, table
+from benchmarks.accuracy import PLANS, classes_table, finished, interval, table
 from distseg.config import loading
 
 
@@ -30,17 +31,50 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
     assert math.isnan(interval([1.0])[1])
 
 
-def test_the_table_compares_the_seeds_that_both_have() -> None:
-    def scores(iou: float) -> dict[str, float]:
-        return {"val/mean_iou": iou, "val/pixel_accuracy": 0.8}
+def scores(iou: float, sky: float = 0.5) -> dict[str, float]:
+    fixed = {"val/pixel_accuracy": 0.8, "val/boundary_f1": 0.4}
+    return {"val/mean_iou": iou, "val/iou/sky": sky, "val/iou/water": 0.25} | fixed
 
-    found = {
-        "plain": {0: scores(0.5), 1: scores(0.6)},
-        "more": {0: scores(0.53), 1: scores(0.61), 2: scores(0.9)},
-        "not run": {},
-    }
-    rows = table(found)
-    assert rows[2:] == [
-        "| plain | 0, 1 | 55.0 | 80.0 |  |  |",
-        "| more | 0, 1 | 57.0 | 80.0 | +2.0 ± 12.7 | +0.0 ± 0.0 |",
+
+FOUND = {
+    "plain": {0: scores(0.5), 1: scores(0.6)},
+    "more": {0: scores(0.53, 0.55), 1: scores(0.61, 0.47), 2: scores(0.9)},
+    "not run": {},
+}
+
+
+def test_the_table_compares_the_seeds_that_both_have() -> None:
+    assert table(FOUND)[2:] == [
+        "| plain | 0, 1 | 55.0 | 80.0 | 40.0 |  |  |  |",
+        "| more | 0, 1 | 57.0 | 80.0 | 40.0 | +2.0 ± 12.7 | +0.0 ± 0.0 | +0.0 ± 0.0 |",
     ]
+
+
+def test_the_table_of_classes_has_the_change_of_each() -> None:
+    assert classes_table(FOUND) == [
+        "| IoU of a class, and over plain (95 %) | sky | water |",
+        "|---|---|---|",
+        "| plain | 50.0 | 25.0 |",
+        "| more | +1.0 ± 50.8 | +0.0 ± 0.0 |",
+    ]
+
+
+def test_after_a_run_that_failed_none_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    begun: list[tuple[str, int]] = []
+
+    def one(name: str, seed: int) -> dict[str, float]:
+        begun.append((name, seed))
+        if (name, seed) == ("b", 0):
+            raise SystemExit("b-0 failed")
+        if seed > 0:
+            time.sleep(0.3)  # as a run takes longer than to hear of one that failed
+        return scores(0.5)
+
+    todo = [(name, seed) for seed in range(3) for name in "ab"]
+    done = finished(todo, one, 1)
+    assert next(done) == ("a", 0, scores(0.5))
+    with pytest.raises(SystemExit, match="b-0 failed"):
+        list(done)
+    # the worker may have taken the next before it was told
+    assert begun[:2] == todo[:2] and len(begun) < 5
+    assert "run 1 of 6 (a, seed 0): mIoU 50.0; all by" in capsys.readouterr().out
