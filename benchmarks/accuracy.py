@@ -1,8 +1,8 @@
 """Do unlabelled images pay, or an adversary? Runs of several arms, paired by seed, and what each
 gains over the first, with the 95 % interval of the paired difference.
 
-Run: python -m benchmarks.accuracy PLAN [key=value ...] --out DIR [--seeds 0 1 2] [--arms NAME ...]
-         [--at-once N]
+Run: python -m benchmarks.accuracy PLAN [key=value ...] --out DIR [--seeds 0 1 2] [--arms ARM ...]
+         [--over ARM] [--at-once N]
 
 PLAN: unlabelled (71 of Stanford Background's labels), scenes (6 of 400 labels of generated scenes),
 adversary (all of Stanford Background's labels) or adaptation (from generated scenes to Stanford
@@ -47,8 +47,8 @@ Found = Mapping[str, Scores]
 
 @dataclass(frozen=True)
 class Plan:
-    """common: words of every run; arms: further ones by name, the first is what others are compared
-    with.
+    """common: words of every run; arms: further ones by name. What others are compared with is the
+    first, unless told.
     """
 
     common: tuple[str, ...]
@@ -104,9 +104,10 @@ PLANS = {
             "supervised": ("mode=supervised",),
             "adversarial": (),
             "hinge, R1": ("loss.adv_form=hinge", "loss.r1_weight=1", "loss.r1_every=16"),
-            "conditioned, features": (
-                "discriminator=image_conditioned",
-                "loss.feature_weight=0.0002",
+            "conditioned, features": (*_CONDITIONED, "loss.feature_weight=0.0002"),
+            "conditioned, features, hinge, R1": (
+                *(*_CONDITIONED, "loss.feature_weight=0.0002", "loss.adv_form=hinge"),
+                *("loss.r1_weight=1", "loss.r1_every=16"),
             ),
         },
     ),
@@ -123,10 +124,19 @@ def run(words: Sequence[str], run_dir: Path, threads: int | None = None) -> dict
         told = [f"run_dir={run_dir}", "tracking.wandb=disabled"]
         _call(["-m", "distseg.train", *words, *told], run_dir, threads)
     scores: dict[str, Any] = json.loads(done.read_text())
-    outlines = run_dir / f"evaluation-step-{scores['step']}-{scores['split']}.json"
-    if not outlines.is_file():
+    found = _outlines(run_dir, scores)
+    if not found:
         _call(["-m", "distseg.evaluate", str(run_dir)], run_dir, threads)
-    return json.loads(outlines.read_text()) | scores
+        found = _outlines(run_dir, scores)
+    return json.loads(found[0].read_text()) | scores
+
+
+def _outlines(run_dir: Path, scores: Mapping[str, Any]) -> list[Path]:
+    """What `distseg evaluate` wrote of the last step; of data that the run was not trained on the
+    names have more parts.
+    """
+    pattern = f"evaluation-step-{scores['step']:08d}-{scores['split']}*.json"
+    return sorted(path for path in run_dir.glob(pattern) if "-quick" not in path.name)
 
 
 def _call(words: Sequence[str], run_dir: Path, threads: int | None) -> None:
@@ -154,38 +164,33 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * statistics.stdev(differences) / math.sqrt(count)
 
 
-def table(found: Found) -> list[str]:
-    """Markdown: a row an arm, of the seeds that it shares with the first."""
-    base_name, base = next(iter(found.items()))
-    over = [f"{label} over {base_name} (95 %)" for label in SCORES.values()]
-    header = ["arm", "seeds", *SCORES.values(), *over]
-    lines = _head(header)
+def table(found: Found, over: str) -> list[str]:
+    """Markdown: a row an arm, of the seeds that it shares with the arm `over`."""
+    base = found[over]
+    gains = [f"{label} over {over} (95 %)" for label in SCORES.values()]
+    lines = _head(["arm", "seeds", *SCORES.values(), *gains])
     for name, scores in found.items():
         seeds = sorted(scores.keys() & base.keys())
         if not seeds:
             continue
         cells = [name, ", ".join(map(str, seeds))]
         cells += [_percent(statistics.mean(scores[s][key] for s in seeds)) for key in SCORES]
-        cells += ["" if name == base_name else _gain(scores, base, key) for key in SCORES]
+        cells += ["" if name == over else _gain(scores, base, key) for key in SCORES]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def classes_table(found: Found) -> list[str]:
-    """Markdown: the first arm's IoU of each class, and by how much another's is above it."""
-    base_name, base = next(iter(found.items()))
-    prefix = "val/iou/"
+def classes_table(found: Found, over: str) -> list[str]:
+    """Markdown: IoU of each class by the arm `over`, and by how much the others' is above it."""
+    base, prefix = found[over], "val/iou/"
     names = [key.removeprefix(prefix) for key in next(iter(base.values())) if prefix in key]
-    lines = _head([f"IoU of a class, and over {base_name} (95 %)", *names])
+    lines = _head([f"IoU of a class; of others over {over} (95 %)", *names])
+    means = [statistics.mean(of[prefix + name] for of in base.values()) for name in names]
+    lines.append(f"| {over} | {' | '.join(map(_percent, means))} |")
     for arm, scores in found.items():
-        seeds = sorted(scores.keys() & base.keys())
-        if not seeds:
-            continue
-        cells = [arm]
-        for key in (prefix + name for name in names):
-            mean = statistics.mean(base[seed][key] for seed in seeds)
-            cells.append(_percent(mean) if arm == base_name else _gain(scores, base, key))
-        lines.append(f"| {' | '.join(cells)} |")
+        if arm != over and scores.keys() & base.keys():
+            gains = [_gain(scores, base, prefix + name) for name in names]
+            lines.append(f"| {arm} | {' | '.join(gains)} |")
     return lines
 
 
@@ -194,7 +199,7 @@ def _head(names: Sequence[str]) -> list[str]:
 
 
 def _gain(scores: Scores, base: Scores, key: str) -> str:
-    """By how much a score is above the first arm's, in points, where both have it."""
+    """By how much a score is above the base's, in points, where both have it."""
     seeds = sorted(scores.keys() & base.keys())
     mean, half = interval([scores[seed][key] - base[seed][key] for seed in seeds])
     return f"{100 * mean:+.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
@@ -210,7 +215,8 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", help="of the plan, beside its first; default: all")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of the plan; default: all")
+    parser.add_argument("--over", metavar="ARM", help="what others are compared with; the first")
     parser.add_argument(
         "--at-once",
         type=int,
@@ -223,9 +229,10 @@ def main() -> None:
         parser.error(f"--at-once {options.at_once}: at least 1 is needed")
     plan = PLANS[options.plan]
     names = list(plan.arms)
-    if unknown := set(options.arms or ()) - set(names):
-        parser.error(f"--arms: no {sorted(unknown)} in {options.plan}, it has {names}")
-    chosen = [names[0], *(name for name in names[1:] if name in (options.arms or names))]
+    over = options.over or names[0]
+    if unknown := {over, *(options.arms or ())} - set(names):
+        parser.error(f"no arm {sorted(unknown)} in {options.plan}, it has {names}")
+    chosen = [name for name in names if name == over or name in (options.arms or names)]
     # seed by seed: whatever is stopped leaves pairs
     todo = [(name, seed) for seed in options.seeds for name in chosen]
     threads = None if options.at_once == 1 else max(1, _cores() // options.at_once)
@@ -245,7 +252,7 @@ def main() -> None:
         found[name][seed] = one(name, seed)
     for name, seed, scores in finished([p for p in todo if p not in done], one, options.at_once):
         found[name][seed] = scores
-    print(*table(found), "", *classes_table(found), sep="\n")
+    print(*table(found, over), "", *classes_table(found, over), sep="\n")
     print(conditions(threads or _cores()))
 
 

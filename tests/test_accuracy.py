@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from benchmarks import accuracy
 from benchmarks.accuracy import PLANS, classes_table, finished, interval, table
+from distseg.cli import main
 from distseg.config import loading
+from tests.test_train import SMALL
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -44,19 +48,39 @@ FOUND = {
 
 
 def test_the_table_compares_the_seeds_that_both_have() -> None:
-    assert table(FOUND)[2:] == [
+    assert table(FOUND, "plain")[2:] == [
         "| plain | 0, 1 | 55.0 | 80.0 | 40.0 |  |  |  |",
         "| more | 0, 1 | 57.0 | 80.0 | 40.0 | +2.0 ± 12.7 | +0.0 ± 0.0 | +0.0 ± 0.0 |",
     ]
 
 
 def test_the_table_of_classes_has_the_change_of_each() -> None:
-    assert classes_table(FOUND) == [
-        "| IoU of a class, and over plain (95 %) | sky | water |",
+    assert classes_table(FOUND, "plain") == [
+        "| IoU of a class; of others over plain (95 %) | sky | water |",
         "|---|---|---|",
         "| plain | 50.0 | 25.0 |",
         "| more | +1.0 ± 50.8 | +0.0 ± 0.0 |",
     ]
+
+
+def test_a_run_is_trained_and_scored_once(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def call(words: list[str], run_dir: Path, threads: int | None) -> None:
+        called.append(words[1])
+        assert main([words[1].removeprefix("distseg."), *words[2:]]) == 0
+
+    monkeypatch.setattr(accuracy, "_call", call)
+    words = [*SMALL, "steps=2", "evaluate.every_steps=0", "evaluate.num_pictures=0"]
+    words += ["mode=supervised", f"data.shards={toy_shards}"]
+    first = accuracy.run(words, tmp_path / "run")
+    assert called == ["distseg.train", "distseg.evaluate"]
+    # training's own scores, and those that it leaves out
+    assert first["step"] == 2 and set(accuracy.SCORES) <= first.keys()
+    assert accuracy.run(words, tmp_path / "run") == first
+    assert len(called) == 2
 
 
 def test_after_a_run_that_failed_none_begins(capsys: pytest.CaptureFixture[str]) -> None:

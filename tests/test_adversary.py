@@ -24,7 +24,7 @@ from distseg.models.spectral_norm import norms_of
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of
 from distseg.tracking.tracker import read_metrics
-from distseg.train.adversary import check_discriminator
+from distseg.train.adversary import check_discriminator, image_tells
 from distseg.train.batch import Images
 from distseg.train.networks import build_networks
 from distseg.train.schedules import phase
@@ -380,6 +380,27 @@ def test_discriminators_that_cannot_do_it_are_refused(words: list[str], message:
     config = loading.load(["data.shards=unused", "discriminator=small_fov", able, MISMATCHED])
     network = build_discriminator("small_fov", NUM_CLASSES, inputs="product", width=0.1)
     check_discriminator(config, network)
+
+
+@pytest.mark.parametrize(
+    ("words", "which"),
+    [
+        (["consistency.weight=1"], "unlabelled"),
+        (["strong.labelled=true"], "labelled"),
+        (["consistency.weight=1", "strong.labelled=true"], None),
+        (["consistency.weight=1", "discriminator=fully_convolutional"], None),
+        # s4GAN: both views are the crop itself
+        (["preset=voc_s4gan"], None),
+    ],
+)
+def test_strong_views_of_only_some_images_are_warned_of(
+    words: list[str], which: str | None
+) -> None:
+    told = ["data.shards=unused", *SEMI, "ema_decay=0.9", "discriminator=image_conditioned", *words]
+    config = loading.load(told)
+    name = config.discriminator.name
+    text = image_tells(config, build_discriminator(name, NUM_CLASSES))
+    assert (text is None) if which is None else f"only the {which} are in strong views" in str(text)
 
 
 def test_half_a_pair_of_labelled_images_is_refused() -> None:

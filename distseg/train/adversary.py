@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from distseg.config.schema import ADAPTATION, WITH_GROUND_TRUTH, Config
+from distseg.config.schema import ADAPTATION, WITH_GROUND_TRUTH, WITH_UNLABELLED, Config
 from distseg.distributed.ranks import all_reduce_sum
 from distseg.losses.adversarial import squared_gradient_sum
 from distseg.losses.terms import FeatureMeans
@@ -60,6 +60,25 @@ def check_discriminator(config: Config, network: nn.Module) -> None:
         raise InputError(got, needed, action)
     if loss.r1_weight and isinstance(network, OwnDiscriminator):  # those of the package can
         _check_second_order(network, name)
+
+
+def image_tells(config: Config, network: nn.Module | None) -> str | None:
+    """A warning where a discriminator that sees the image can tell predictions for unlabelled ones
+    from ground truth by the image alone: the one is in strong views and the other is not.
+    """
+    strong, labelled = config.strong, config.strong.labelled
+    changes = [strong.jitter_probability, strong.gray_probability, strong.blur_probability]
+    changes.append(0.0 if strong.mix == "none" else strong.mix_probability)
+    unlabelled = config.consistency.weight > 0
+    seen = config.mode in WITH_GROUND_TRUTH and getattr(network, "sees_image", False)
+    # without unlabelled images all it gets is in the same views
+    if config.mode not in WITH_UNLABELLED or not seen or labelled == unlabelled or not any(changes):
+        return None
+    which = "unlabelled" if unlabelled else "labelled"
+    text = f"the discriminator sees images, of which only the {which} are in strong views: it can "
+    text += "tell predictions from ground truth by colours and seams, and not by the label map. "
+    also = "strong.labelled=true shows" if unlabelled else "strong.labelled=false leaves"
+    return f"{text}{also} both alike; discriminator=fully_convolutional sees label maps alone"
 
 
 def check_auxiliary(config: Config, segmentor: nn.Module) -> None:

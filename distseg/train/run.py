@@ -32,6 +32,7 @@ from distseg.runs.checkpointer import newest, set_aside
 from distseg.runs.ledger import Ledger, process_began
 from distseg.runs.rundir import RunDirectory
 from distseg.tracking import tensorboard
+from distseg.train.adversary import image_tells
 from distseg.train.assembly import build_trainer, learned, spread, with_precision
 from distseg.train.attempt import noted
 from distseg.train.away import look_away
@@ -194,7 +195,8 @@ def train_and_show(
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
         trainer.ledger = ledger
-        for line in about_checkpoints(last):
+        tell = image_tells(config, prepared.networks.discriminator)
+        for line in [*about_checkpoints(last), *filter(None, [tell])]:
             trainer.progress.warning(line)
         _attach(trainer, run_directory)
         if run_directory.steps_before is not None:
