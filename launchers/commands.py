@@ -18,7 +18,8 @@ from shards.words import counted
 def add_submit(commands: Commands) -> None:
     """Add `submit` to the commands."""
     text = """Hand one run to SLURM, or to a process in the background here. \
-All of it is checked first.
+All of it is checked first, the batch for as many ranks as --ranks-per-node or --gpus-per-node say \
+(else one a node, since what nodes have is known when they run).
 
 The job saves before its time limit, or when it is preempted, \
 and comes back until the run is done."""
@@ -42,7 +43,9 @@ each trial goes on from its last checkpoint"""
     parser = add_command(
         actions, "run", "submit every trial of a plan", "Submit every trial of a plan."
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
+    parser.add_argument(
+        "plan", type=Path, metavar="PLAN.yaml", help="with base, and grid, zip, list or random"
+    )
     parser.add_argument(
         "--parallelism", type=int, default=4, metavar="N", help="trials at a time (4)"
     )
@@ -65,7 +68,7 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
         default="slurm",
         help="slurm, local (in the background, here) or debug (waits)",
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of each job (1)")
     parser.add_argument(
         "--min-nodes", type=int, metavar="N", help="go on with so few, when one is lost or not fit"
     )

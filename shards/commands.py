@@ -40,7 +40,7 @@ file."""
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one"
+        "--workers", type=int, default=0, metavar="N", help="processes; 0: in this one (0)"
     )
 
 
@@ -107,7 +107,9 @@ nothing is done."""
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="directory for the shards"
     )
-    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=256, metavar="N", help="images of a shard (256)"
+    )
     _add_workers(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another data set that is in the directory"

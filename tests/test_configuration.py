@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from distseg.cli import main
-from distseg.config import compare, from_data, layers, loading, reference
+from distseg.config import compare, from_data, layers, loading, presets, reference
 from distseg.config.keys import Key, key, keys_of
 from distseg.config.layers import preset_names
 from distseg.config.names import KEYS, OLD_NAMES, SECTIONS, find, with_full_names
@@ -382,6 +382,19 @@ def test_the_reference_has_a_row_for_every_key_and_a_table_for_every_section() -
 def test_the_page_of_the_reference_is_up_to_date() -> None:
     page = Path(__file__).parent.parent / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == reference.markdown(), reference.COMMAND
+
+
+def test_the_page_of_the_presets_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "presets.md"
+    assert page.read_text(encoding="utf-8") == presets.markdown(), presets.COMMAND
+
+
+def test_a_preset_is_described_by_the_first_sentence_of_its_file() -> None:
+    hung, own = presets.described("voc_hung"), presets.described("own")
+    assert hung.endswith("adversarial training on PASCAL VOC 2012 with all labels")
+    assert own.startswith("Your own images") and own.endswith("docs/your_data.md leads there")
+    text = reference.help_text("preset")
+    assert all(f"\n    {name} " in text for name in preset_names())
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from distseg.parallel import wrap
 from distseg.train.batch import Images, MicroBatch
 from distseg.train.counts import Counts, mean
 from distseg.train.finite import not_finite as not_finite_step
-from distseg.train.headline import without_effect
+from distseg.train.headline import never_begun, without_effect
 from distseg.train.objective import (
     Judging,
     Objective,
@@ -442,6 +442,29 @@ def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
         configure([*asked, "loss.ohem_threshold=0.7", "strong.labelled=true"]), plain
     )
     assert not without_effect(configure([]), nn.Conv2d(3, NUM_CLASSES, 1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        (["mode=semi_supervised", "semi.weight=0.1"], ["semi.start_step=5000"]),
+        (["mode=semi_supervised", "semi.weight=0", "semi.adv_weight=0.1"], []),
+        (
+            [
+                "mode=adversarial",
+                "loss.adv_start_step=1000",
+                "loss.terms={dice: {start_step: 1001}}",
+            ],
+            ["loss.terms.dice.start_step=1001", "loss.adv_start_step=1000"],
+        ),
+        (["mode=adversarial", "loss.adv_start_step=999"], []),
+    ],
+)
+def test_a_term_that_never_begins_is_told(asked: list[str], keys: list[str]) -> None:
+    lines = never_begun(configure(["steps=1000", *asked]))
+    assert len(lines) == len(keys)
+    for line, key in zip(lines, keys, strict=True):
+        assert line.startswith(f"note: {key}, and the run ends at step 1000")
 
 
 def mean_square(logits: Tensor, label: Tensor, power: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -96,8 +96,8 @@ def section(kind: type, **about: Any) -> Any:
     kind: the section's class, whose docstring begins with its meaning. on_resume, at_evaluation,
     at_prediction and modes are handed down; a key can add to them, and has its own grouping.
     """
-    # the docstring's first line, so that the meaning stands in one place
-    meaning = (kind.__doc__ or "").partition("\n")[0]
+    # the docstring's first paragraph, so that the meaning stands in one place
+    meaning = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
     return field(default_factory=kind, metadata={_METADATA: Key(meaning, **about)})
 
 

@@ -39,6 +39,11 @@ def key_text(entry: Key) -> str:
     title = f"{entry.name}: {entry.type} = {_as_written(entry.default)}"
     lines = [title, *_wrapped(entry.meaning)]
     lines += _wrapped(entry.told, indent=4)
+    if entry.name == "preset":
+        # inside: it reads configurations, which `--help` alone need not wait for
+        from distseg.config import presets
+
+        lines += [f"    {line}" for line in presets.text()]
     choices = {} if entry.told else entry.choices
     # so that meanings begin in one column
     width = max(map(len, choices), default=0)
@@ -58,7 +63,7 @@ def key_text(entry: Key) -> str:
 def section_text(section: Key) -> str:
     """A section's meaning and its keys with default and meaning."""
     inside = [entry for entry in KEYS.values() if entry.section == section.name]
-    lines = [f"{section.name}: {section.meaning}", ""]
+    lines = [*textwrap.wrap(f"{section.name}: {section.meaning}", WIDTH), ""]
     for entry in inside:
         lines.append(f"{entry.name} = {_as_written(entry.default)}")
         lines += _wrapped(entry.meaning, indent=4)

@@ -76,7 +76,10 @@ def add_summarize(commands: Commands) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN|FILE", help="run directories or evaluation*.json"
     )
-    parser.add_argument("--format", default="markdown", choices=("markdown", "latex", "json"))
+    choices = ("markdown", "latex", "json")
+    parser.add_argument(
+        "--format", default=choices[0], choices=choices, help="of the table (markdown)"
+    )
     parser.set_defaults(handler=_summarize)
 
 
@@ -90,7 +93,9 @@ def add_pictures(commands: Commands) -> None:
     """Add `pictures` to the commands."""
     parser = configured_command(commands, "pictures", "draw a run's pictures again", PICTURES)
     add_run(parser)
-    parser.add_argument("--format", default="png", choices=("png", "svg", "pdf"))
+    parser.add_argument(
+        "--format", default="png", choices=("png", "svg", "pdf"), help="of the files (png)"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where they go; else pictures/ of the run"
     )

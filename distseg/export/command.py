@@ -25,7 +25,8 @@ def add_export(commands: Commands) -> None:
     summary = "a trained run as ONNX, torch.export or safetensors"
     parser = add_command(commands, "export", summary, TEXT)
     add_run(parser)
-    parser.add_argument("--format", default="onnx", choices=("onnx", "torch-export", "safetensors"))
+    choices = ("onnx", "torch-export", "safetensors")
+    parser.add_argument("--format", default=choices[0], choices=choices, help="of the file (onnx)")
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
         "--out", type=Path, metavar="FILE", help="the file to write; else RUN/export/model.*"

@@ -41,7 +41,7 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     has_auxiliary = bool(getattr(pair.segmentor.network, "has_auxiliary", False))
     lines.append(f"loss: {' + '.join(_terms(config, has_auxiliary))}")
     lines += _strong_views(config)
-    lines += without_effect(config, pair.segmentor.network)
+    lines += without_effect(config, pair.segmentor.network) + never_begun(config)
     lines += _batch_norm(pair.segmentor.network) if ranks.world_size > 1 else []
     # over all ranks and per rank: both are called "batch size" elsewhere, and learning rates go by
     # the first
@@ -181,6 +181,28 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
     return [
         f"note: {', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect, as {reason}"
         for reason, keys in told.items()
+    ]
+
+
+def never_begun(config: Config) -> list[str]:
+    """A line for each term that would begin after the last step; defaults are those of long runs.
+
+    No error: a recipe is tried for a few steps first.
+    """
+    loss, semi = config.loss, config.semi
+    begins = {f"loss.terms.{name}": term.start_step for name, term in loss.terms.items()}
+    if config.mode in WITH_DISCRIMINATOR and (loss.adv_weight or loss.feature_weight):
+        begins["loss.adv"] = loss.adv_start_step
+    if config.mode == "semi_supervised":
+        begins |= {"semi": semi.start_step} if semi.weight else {}
+        begins |= {"semi.adv": semi.adv_start_step} if semi.adv_weight else {}
+    if has_teacher(config):
+        begins["consistency"] = config.consistency.start_step
+    return [
+        f"note: {name}{'_' if name.endswith('adv') else '.'}start_step={step}, and the run ends at "
+        f"step {config.steps}: the term has no effect"
+        for name, step in begins.items()
+        if step >= config.steps
     ]
 
 
