@@ -28,6 +28,7 @@ from distseg.data.plan import BalancedPlan, BlockPlan, MixedPlan, Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
+from distseg.runs.checkpoint import read_best
 from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest
@@ -337,7 +338,7 @@ def test_unlabelled_images_may_be_of_sets_of_their_own(
 
 
 def test_the_source_is_scored_beside_the_target(
-    toy_shards: Path, other_shards: Path, tmp_path: Path
+    toy_shards: Path, other_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A class that is neither there nor predicted has no IoU, which JSON says as null."""
     samples = toy_samples()
@@ -375,6 +376,37 @@ def test_the_source_is_scored_beside_the_target(
             distseg.load(done.run_dir, device="cpu").evaluate(quick=True, overrides=overrides)
     with pytest.raises(InputError, match=r"subsets\.two=sky"):
         named(source, other_shards, "evaluate.subsets={two: sky}")
+    best = read_best(done.run_dir / "checkpoints")
+    assert best["chosen_by"] == {"data": "flipped", "split": "val", "domain": "target"}
+    caplog.clear()
+    distseg.load(done.run_dir, device="cpu")
+    assert not caplog.records
+    distseg.load(done.run_dir, "best", device="cpu")
+    (line,) = caplog.messages
+    assert line.endswith("chosen by labels of the target (flipped, val); `last` is not")
+
+
+def test_whose_labels_validate_follows_from_what_a_data_set_holds(
+    toy_shards: Path, other_shards: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(other_shards, tmp_path / "copy")
+    alone = [f"data.shards={toy_shards}", "run_dir=none", "batch_size=4"]
+    taught = ["mode=consistency", "consistency.weight=1", "ema_decay=0.9"]
+    target = [f"data.unlabelled_shards={other_shards}", f"data.val_shards={copy}"]
+    adversary = ["mode=domain_adaptation", "discriminator=large_fov"]
+    for words, domain in (
+        (adversary, "own"),
+        ([*adversary, *target], "target"),
+        ([*taught, *target], "target"),
+        ([*adversary, f"data.val_shards={copy}", "data.labelled=1/2"], "target"),
+        ([*taught, f"data.val_shards={copy}", "data.labelled=1/2"], "other"),
+        (["mode=supervised", f"data.val_shards={copy}"], "other"),
+        (["mode=supervised", f"data.val_shards={toy_shards}/"], "own"),
+    ):
+        more = ["data.labelled=1/2"] if words is adversary else []
+        data = open_data(loading.load([*alone, *words, *more]), 1)
+        name = "toy_blobs" if domain == "own" else "flipped"
+        assert data.chosen_by == {"data": name, "split": "val", "domain": domain}
 
 
 def refused(shards: list[Path], message: str, *words: str, **data: Any) -> None:

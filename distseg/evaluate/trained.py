@@ -47,6 +47,9 @@ def trained_segmentor(run_dir: Path, which: str) -> tuple[nn.Module, Config, Che
         # its EMA weights where the run has them, as those are what training scored
         checkpoint.load_segmentor(found, network)
     _warn(found.caveat)
+    target = checkpoint.target_of_best(run_dir) if which == "best" else ""
+    if target:
+        _warn(f"{run_dir}, best, which is step {found.step}: chosen by {target}; `last` is not")
     # dropout and batch statistics would make scores depend on chance and on the batch
     return network.eval(), config, found
 

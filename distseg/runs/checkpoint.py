@@ -29,6 +29,10 @@ VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
 STATE_FILE, BEST_FILE = "state.json", "best.json"
 _KEYS = {"version", "state", "identity", "parts"}
+_CHOSEN_BY = {"data", "split", "domain"}
+# domains of a validation set: one of the data sets whose labels are trained on; another one; the
+# one that is adapted to, whose labels nobody has who needs that
+OWN, OTHER, TARGET = "own", "other", "target"
 _NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _NAME = re.compile(r"[A-Za-z0-9_]+")  # of learners and parts, which become names of files
 
@@ -162,7 +166,9 @@ def _damaged(path: Path, what: str) -> DamagedCheckpoint:
 
 
 def read_best(directory: Path) -> dict[str, Any]:
-    """{"step", "mean_iou"} of the best one in a run's checkpoints/, {} when none was scored yet.
+    """{"step", "mean_iou", "chosen_by"} of the best one in a run's checkpoints/, {} when none was
+    scored yet. chosen_by: {"data", "split", "domain"} of the labels that it was scored by, the
+    domain being OWN, OTHER or TARGET; {} of an earlier version.
 
     Raises InputError when the file is damaged.
     """
@@ -171,14 +177,27 @@ def read_best(directory: Path) -> dict[str, Any]:
         return {}
     try:
         best, _ = unseal(read_bytes(path))
-        if best.keys() != {"step", "mean_iou"}:
+        # what chose it was not noted by earlier versions
+        by = best.setdefault("chosen_by", {})
+        if best.keys() != {"step", "mean_iou", "chosen_by"} or (by and by.keys() != _CHOSEN_BY):
             raise ValueError(f"keys {sorted(best)}")
-        return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
+        return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"]), "chosen_by": by}
     # not passed over as "none yet": the next score would then replace a better one
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: damaged ({error})", "the file that training wrote", "remove it"
         ) from None
+
+
+def target_of_best(run_dir: Path) -> str:
+    """Whose labels chose a run's best checkpoint, where they are those of the domain that the run
+    adapted to; "" elsewhere, and where it is not known.
+
+    Raises InputError as `read_best`.
+    """
+    by = read_best(run_dir / FOLDER).get("chosen_by", {})
+    is_target = by.get("domain") == TARGET
+    return f"labels of the target ({by['data']}, {by['split']})" if is_target else ""
 
 
 def read_state(path: Path) -> Checkpoint:

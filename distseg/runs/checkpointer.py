@@ -238,14 +238,16 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
-    def mark_best(self, step: int, mean_iou: float) -> None:
-        """Tell the score of the checkpoint just saved.
+    def mark_best(
+        self, step: int, mean_iou: float, chosen_by: dict[str, str] | None = None
+    ) -> None:
+        """Tell the score of the checkpoint just saved, and by whose labels, see `read_best`.
 
         It is kept for as long as none is better. On every rank.
         """
         self.wait()
         # after the wait: best.json must not name what was never published
-        on_main(self._ranks, lambda: self._mark_best(step, mean_iou))
+        on_main(self._ranks, lambda: self._mark_best(step, mean_iou, chosen_by or {}))
 
     def load(
         self,
@@ -352,10 +354,11 @@ class Checkpointer:
         self.on_published(save.target)
         self._prune()
 
-    def _mark_best(self, step: int, mean_iou: float) -> None:
+    def _mark_best(self, step: int, mean_iou: float, chosen_by: dict[str, str]) -> None:
         self.check_folder()  # an evaluation has passed since: writing would make it anew
         if mean_iou > read_best(self.directory).get("mean_iou", -1.0):
-            write_sealed(self.directory / BEST_FILE, {"step": step, "mean_iou": mean_iou})
+            best = {"step": step, "mean_iou": mean_iou, "chosen_by": chosen_by}
+            write_sealed(self.directory / BEST_FILE, best)
         retried(self.directory, self._prune)
 
     def _prune(self) -> None:

@@ -161,6 +161,7 @@ def build_trainer(
         pair=pair,
         ema=ema,
         evaluator=evaluator,
+        chosen_by=data.chosen_by,
         source=_source(evaluator, data),
         held_out=_held_out(config, found, data, evaluator),
         checkpoints=found.checkpoints,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from distseg.config.schema import WITH_UNLABELLED, Config, DataConfig
+from distseg.config.schema import ADAPTATION, WITH_UNLABELLED, Config, DataConfig
 from distseg.config.world_size import check_batches, has_teacher
 from distseg.data.mixture import (
     Mixture,
@@ -34,6 +34,7 @@ from distseg.data.samples import (
 from distseg.data.stream import PairedStream, TrainStream
 from distseg.data.transforms import TrainView
 from distseg.distributed.ranks import Ranks, on_each
+from distseg.runs.checkpoint import OTHER, OWN, TARGET
 from shards.errors import InputError
 from shards.files import write_text
 from shards.reader import ShardReader
@@ -46,7 +47,8 @@ from shards.words import counted
 class Data:
     """What a run reads: labelled training samples, unlabelled ones in the modes that have them,
     validation samples, and labelled ones of the training split that are not trained on. source:
-    validation samples of the domain that has the labels, where the others are of another.
+    validation samples of the domain that has the labels, where the others are of another. domain:
+    of the validation samples, as distseg.runs.checkpoint has it.
     """
 
     train: Mixture
@@ -54,6 +56,14 @@ class Data:
     val: SampleSet
     held_out: SampleSet | None = None
     source: SampleSet | None = None
+    domain: str = OWN
+
+    @property
+    def chosen_by(self) -> dict[str, str]:
+        """Whose labels choose the best checkpoint, as it is noted."""
+        reader = self.val.reader
+        name = names_of([reader])[0]
+        return {"data": name, "split": reader.split, "domain": self.domain}
 
     @property
     def readers(self) -> list[ShardReader]:
@@ -115,7 +125,22 @@ def open_data(config: Config, world_size: int) -> Data:
         unlabelled = _open_unlabelled(config, train, [rest for _, rest in choices], verify)
     check_apart([train] if unlabelled is None else [train, unlabelled])
     source = _open_source(options, readers[0], mapped[0], verify)
-    return Data(train, unlabelled, val_set, held_out, source)
+    domain = _domain(config, readers, unlabelled, val)
+    return Data(train, unlabelled, val_set, held_out, source, domain)
+
+
+def _domain(
+    config: Config, labelled: Sequence[ShardReader], unlabelled: Mixture | None, val: ShardReader
+) -> str:
+    """Of the validation split, by the manifests: one data set may lie in several places."""
+    sha256 = val.manifest.sha256
+    if sha256 in [reader.manifest.sha256 for reader in labelled]:
+        return OWN
+    # a data set for validation alone is the target where two domains are told apart; elsewhere it
+    # may well be of the same domain, packed by itself
+    others = [] if unlabelled is None else unlabelled.readers
+    is_target = config.mode in ADAPTATION or sha256 in [it.manifest.sha256 for it in others]
+    return TARGET if is_target else OTHER
 
 
 def _open_source(

@@ -80,6 +80,8 @@ class Trainer:
     work: StepWork
     peak: float  # operations per second of convolutions on this rank
     source: Evaluator | None = None  # on the domain that has the labels, where that is another
+    # whose labels the evaluator's are, as `checkpoint.read_best` has it
+    chosen_by: dict[str, str] = field(default_factory=dict)
     held_out: HeldOut | None = None  # of a run with a teacher
     state: TrainState = field(default_factory=TrainState)
     # where this process's time goes, and the attempt's note of it, which the main rank alone writes
@@ -205,7 +207,7 @@ class Trainer:
         self._mark(is_saved=True)
 
     def _evaluate(self) -> None:
-        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou)
+        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou, self.chosen_by)
         values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
         if self.source is not None:
             self.source()
