@@ -400,6 +400,36 @@ def test_first_weights_are_taken_from_no_damaged_checkpoint(tmp_path: Path) -> N
             initial_weights(init, "segmentor")
 
 
+@pytest.mark.parametrize(
+    ("domain", "adapts", "step"),
+    [
+        ("own", True, 1),
+        ("other", False, 1),
+        ("other", True, 2),
+        ("target", False, 2),
+        ("", True, 1),
+    ],
+)
+def test_first_weights_are_of_the_last_where_labels_of_the_target_chose_the_best(
+    tmp_path: Path, domain: str, adapts: bool, step: int
+) -> None:
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS)
+    by = {"data": "city", "split": "val", "domain": domain} if domain else {}
+    for saved, mean_iou in ((1, 0.5), (2, 0.4)):
+        checkpoints.save({"segmentor": Holder(saved)}, state(saved))
+        checkpoints.mark_best(saved, mean_iou, by)
+    if not by:  # as earlier versions wrote it
+        write_sealed(tmp_path / "checkpoints/best.json", {"step": 1, "mean_iou": 0.5})
+    found = initial_weights(str(tmp_path), "segmentor", adapts=adapts)
+    assert (found.state["weight"] == step).all()
+    told = ", its last, as labels of city chose the best"
+    assert found.source == f"{tmp_path}, step {step}{told if step == 2 else ''}"
+    # who asks for it gets it, and reads whose labels those were
+    found = initial_weights(f"{tmp_path}@best", "segmentor", adapts=adapts)
+    told = ", chosen by labels of the target (city, val)"
+    assert found.source == f"{tmp_path}, step 1{told if domain == 'target' else ''}"
+
+
 def test_a_best_score_that_is_damaged_is_met_before_time_is_spent(tmp_path: Path) -> None:
     checkpoints = Checkpointer(tmp_path, 2, {}, RANKS)
     checkpoints.save({"segmentor": Holder(1)}, state(1))

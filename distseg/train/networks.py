@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from distseg.config.schema import WITH_DISCRIMINATOR, WITH_UNLABELLED, Config
+from distseg.config.schema import ADAPTATION, WITH_DISCRIMINATOR, WITH_UNLABELLED, Config
 from distseg.evaluate.judged import judges_auxiliary
 from distseg.models import (
     OfBothOutputs,
@@ -151,7 +151,8 @@ def _first_weights(config: Config, network: str) -> str | Weights:
     if is_resumed(config):
         return "random"
     chosen = config.segmentor if network == "segmentor" else config.discriminator
-    return initial_weights(chosen.init, network)
+    adapts = config.mode in ADAPTATION or bool(config.data.unlabelled_shards)
+    return initial_weights(chosen.init, network, adapts=adapts)
 
 
 def is_resumed(config: Config) -> bool:

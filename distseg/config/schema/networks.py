@@ -29,7 +29,8 @@ class SegmentorConfig:
         "first weights: imagenet, the encoder's published ones, whatever they were trained on; "
         "random; a file of weights; a run directory, of which RUN@last, "
         "RUN@best and RUN@500 name a checkpoint, and RUN the best, or the last where none was "
-        "scored (EMA weights where there are); parts for another number of classes are made anew",
+        "scored or the target's labels chose it (EMA weights where there are); parts for another "
+        "number of classes are made anew",
     )
     # off: weights of another network would load a few tensors, and pass for a good start
     init_partial: bool = key(
