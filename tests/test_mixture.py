@@ -386,6 +386,19 @@ def test_the_source_is_scored_beside_the_target(
     assert line.endswith("chosen by labels of the target (flipped, val); `last` is not")
 
 
+@pytest.mark.parametrize("key", ["schedule.name=plateau", "schedule.early_stop_patience=3"])
+def test_no_label_of_the_target_decides_on_the_course_of_a_run(
+    toy_shards: Path, other_shards: Path, key: str
+) -> None:
+    adapts = [f"data.unlabelled_shards={other_shards}", key, "evaluate.every_steps=1"]
+    adapts += ["mode=domain_adaptation", "discriminator=large_fov"]
+    on_target = [*adapts, f"data.val_shards={other_shards}"]
+    refused([toy_shards], f"{key} with validation on flipped, the target", *on_target)
+    # the source's labels are there
+    alone = [f"data.shards={toy_shards}", "run_dir=none", "batch_size=4"]
+    assert open_data(loading.load([*alone, *adapts]), 1).domain == "own"
+
+
 def test_whose_labels_validate_follows_from_what_a_data_set_holds(
     toy_shards: Path, other_shards: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from distseg.config.rules.networks import goes_by_loss
 from distseg.config.schema import ADAPTATION, WITH_UNLABELLED, Config, DataConfig
 from distseg.config.world_size import check_batches, has_teacher
 from distseg.data.mixture import (
@@ -126,7 +127,9 @@ def open_data(config: Config, world_size: int) -> Data:
     check_apart([train] if unlabelled is None else [train, unlabelled])
     source = _open_source(options, readers[0], mapped[0], verify)
     domain = _domain(config, readers, unlabelled, val)
-    return Data(train, unlabelled, val_set, held_out, source, domain)
+    data = Data(train, unlabelled, val_set, held_out, source, domain)
+    _check_course(config, data)
+    return data
 
 
 def _domain(
@@ -141,6 +144,18 @@ def _domain(
     others = [] if unlabelled is None else unlabelled.readers
     is_target = config.mode in ADAPTATION or sha256 in [it.manifest.sha256 for it in others]
     return TARGET if is_target else OTHER
+
+
+def _check_course(config: Config, data: Data) -> None:
+    """Raise InputError where labels of the target would decide on the course of what adapts to
+    it: on its learning rates, or on its end.
+    """
+    named = goes_by_loss(config)
+    if named and data.domain == TARGET:
+        got = f"{named} with validation on {data.chosen_by['data']}, the target"
+        needed = "a course that asks none of its labels: both go by the loss on them"
+        action = "write schedule.name=poly schedule.early_stop_patience=0, or leave data.val_shards"
+        raise InputError(got, needed, f"{action} out, which validates on the source")
 
 
 def _open_source(

@@ -66,15 +66,24 @@ def _check_nesterov(section: str, optimizer: OptimizerConfig) -> None:
 
 def evaluations_for_the_schedule(config: Config) -> None:
     """What goes by the validation loss needs evaluations."""
-    schedule = config.schedule
-    goes_by_loss = schedule.name == "plateau" or schedule.early_stop_patience
     # otherwise the rate would stay as it is for the whole run, without a word
-    if goes_by_loss and not config.evaluate.every_steps:
+    if goes_by_loss(config) and not config.evaluate.every_steps:
         needed = (
             "evaluations: schedule.name=plateau and schedule.early_stop_patience go by their loss"
         )
         action = "write for example evaluate.every_steps=100"
         raise InputError("evaluate.every_steps=0", needed, action)
+
+
+def goes_by_loss(config: Config) -> str:
+    """The key, with its value, by which the loss of validation decides on a run's course; "" where
+    it does not.
+    """
+    schedule = config.schedule
+    if schedule.name == "plateau":
+        return "schedule.name=plateau"
+    patience = schedule.early_stop_patience
+    return f"schedule.early_stop_patience={patience}" if patience else ""
 
 
 RULES = (
