@@ -28,7 +28,10 @@ from distseg.data.plan import BalancedPlan, BlockPlan, MixedPlan, Plan
 from distseg.data.samples import SampleSet
 from distseg.data.stream import TrainStream
 from distseg.data.transforms import TrainView
-from distseg.runs.checkpoint import read_best
+from distseg.distributed.ranks import Ranks
+from distseg.evaluate.run import open_samples
+from distseg.runs.checkpoint import Checkpoint, read_best
+from distseg.train.assembly import _checkpoints
 from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest
@@ -512,6 +515,42 @@ def test_classes_that_are_told_are_scored_so_in_training_and_afterwards(
     # afterwards the classes may be told otherwise, and other data be scored
     other = distseg.load(done.run_dir, device="cpu").evaluate(shards=toy_shards, quick=True)
     assert other["num_images"] == 4
+
+
+@pytest.mark.parametrize("of_one_name", [False, True])
+def test_afterwards_a_data_set_is_mapped_as_in_training(
+    toy_shards: Path, tmp_path: Path, of_one_name: bool
+) -> None:
+    """Where kept names are spelt otherwise, and where data.class_map tells two of a name apart."""
+    names = ("Sky", "trees", *OTHER.names[2:3], "grass", "water", "building", "moutain", "car")
+    classes = ClassSet(names, OTHER.palette)
+    name = "toy blobs" if of_one_name else "city"
+    shards = packed(tmp_path, name, classes, flipped(OTHER))
+    words = [f"data.val_shards={shards}"]
+    if of_one_name:
+        asked = "{toy_blobs-2: {tree: trees, road: car, mountain: moutain}}"
+        config = named(toy_shards, shards, f"data.class_map={asked}", *words)
+    else:
+        given = [f"data.shards={toy_shards}", "run_dir=none", "batch_size=4"]
+        config = loading.load([*given, "data.keep_classes=[sky,grass]", *words])
+    data = open_data(config, 1)
+    identity = _checkpoints(config, Ranks(0, 1, 0, torch.device("cpu")), data)._identity
+    found = Checkpoint(tmp_path / "run/checkpoints/step-00000001", {"step": 1}, identity, {}, None)
+    samples = open_samples(config, found)
+    assert samples.classes == data.val.classes
+    for index in range(len(samples)):
+        assert np.array_equal(samples.load(index)[2], data.val.load(index)[2])
+    # the first data set is as it was packed, whatever the others are called
+    config = replace(config, data=replace(config.data, val_shards=str(toy_shards)))
+    samples, expected = open_samples(config, found), open_data(config, 1).val
+    assert np.array_equal(samples.load(0)[2], expected.load(0)[2])
+    assert samples.classes == data.train.classes
+    if not of_one_name:
+        strange = ClassSet(("a", *names[1:]), OTHER.palette)
+        other = packed(tmp_path / "other", "other", strange, flipped(OTHER))
+        config = replace(config, data=replace(config.data, val_shards=str(other)))
+        with pytest.raises(InputError, match=r"the run's sky(?s:.)*data\.shards=DIR"):
+            open_samples(config, found)
 
 
 def named(first: Path, second: Path, *words: str) -> Config:

@@ -9,11 +9,24 @@ from typing import Any
 import numpy as np
 import yaml
 
+from distseg.config.schema import DataConfig
 from shards.errors import InputError
-from shards.sample import IGNORE_INDEX
+from shards.sample import IGNORE_INDEX, ClassSet
 from shards.words import closest, nearest, same_name
 
 VOID = "void"  # in data.class_map, of either side: the other has no such class
+
+
+def mapped_classes(
+    run: ClassSet, theirs: ClassSet, options: DataConfig, name: str
+) -> tuple[ClassSet, np.ndarray | None]:
+    """The classes of a run, and the table of `partners` for a further data set, as configured: in
+    training, and when it is scored afterwards.
+
+    name: of the set, as data.class_map has it. Raises InputError as `partners`.
+    """
+    asked, has_other = options.class_map.get(name, {}), bool(options.keep_classes)
+    return run, partners(run.names, theirs.names, asked, name=name, has_other=has_other)
 
 
 def partners(

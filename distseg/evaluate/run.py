@@ -13,10 +13,16 @@ import torch
 from torch import nn
 
 from distseg.config import loading
-from distseg.config.schema import Config
+from distseg.config.schema import Config, DataConfig
 from distseg.data.mixture import names_of
-from distseg.data.partners import partners
-from distseg.data.samples import SampleSet, check_not_void, open_reader, sha256_of_keys
+from distseg.data.partners import mapped_classes
+from distseg.data.samples import (
+    Mapped,
+    SampleSet,
+    check_not_void,
+    open_reader,
+    sha256_of_keys,
+)
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, joined, of_all, on_each, on_main
 from distseg.distributed.watchdog import Watchdog
@@ -145,19 +151,30 @@ def open_samples(config: Config, found: Checkpoint, wanted: Wanted | None = None
     check_place(config, found.path.parent.parent)
     options = config.data
     reader = open_reader(options, options.val_split, options.val_shards)
-    # of the data set, whatever its folder is called
-    name = names_of([reader])[0]
-    mapped = None
-    # as training scored it, if its classes were told by data.class_map
-    if wanted is None and name in options.class_map:
-        classes, asked = trained_classes(found), options.class_map[name]
-        has_other = bool(options.keep_classes)
-        table = partners(classes.names, reader.classes.names, asked, name=name, has_other=has_other)
-        mapped = classes, table
+    mapped = None if wanted is not None else _mapped(options, found, reader)
     samples = SampleSet(reader, keep=options.keep_classes, mapped=mapped)
     class_map(found.identity["classes"], samples.classes.names, wanted)
     check_not_void(samples, "to score on")
     return samples
+
+
+def _mapped(options: DataConfig, found: Checkpoint, reader: ShardReader) -> Mapped | None:
+    """A data set's classes as training mapped them: told by data.class_map, or "other" where they
+    have no kept name. None: as they are, to be found by `class_map`.
+
+    Raises InputError where it is another data set than training had, and its classes do not fit.
+    """
+    sha256, identity = reader.manifest.sha256, found.identity
+    # by its content, and not by its folder, or by a name that another may have
+    name = identity.get("data_names", {}).get(sha256, names_of([reader])[0])
+    is_first = sha256 == identity.get("manifest_sha256")
+    if is_first or not (options.keep_classes or name in options.class_map):
+        return None
+    try:
+        return mapped_classes(trained_classes(found), reader.classes, options, name)
+    except InputError as error:
+        action = "choose other shards with data.shards=DIR: what the classes are is training's"
+        raise InputError(error.got, error.needed, action) from None
 
 
 def check_place(config: Config, run_dir: Path) -> None:

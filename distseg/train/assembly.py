@@ -12,6 +12,7 @@ from torch import nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.config.world_size import has_teacher
+from distseg.data.mixture import names_of
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks
@@ -240,6 +241,15 @@ def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
     # of one data set the splits have one
     if {*sums} != {sums[0]}:
         identity["manifests_sha256"] = sums
+    # by what data.class_map calls them: two may have one name, and who scores one of them
+    # afterwards has that one alone
+    names = {
+        reader.manifest.sha256: name
+        for name, reader in zip(data.train.names, data.train.readers, strict=True)
+        if config.data.class_map and name != names_of([reader])[0]
+    }
+    if names:
+        identity["data_names"] = names
     # left out of runs with all labels, whose samples the manifest names already
     if config.data.labelled != "all":
         identity["labelled_sha256"] = sha256_of_keys(data.train.keys)

@@ -19,7 +19,7 @@ from distseg.data.mixture import (
     names_of,
 )
 from distseg.data.own_view import OwnView
-from distseg.data.partners import partners
+from distseg.data.partners import mapped_classes
 from distseg.data.plan import MixedPlan
 from distseg.data.samples import (
     HELD_OUT_FILE,
@@ -212,11 +212,8 @@ def _mapped(
     for reader, name in zip(readers, names, strict=True):
         # of a split of the same data set they are the same
         if reader.manifest.sha256 not in found:
-            asked = options.class_map.get(name, {})
-            has_other = bool(options.keep_classes)
-            theirs = reader.classes.names
-            table = partners(first[0].names, theirs, asked, name=name, has_other=has_other)
-            found[reader.manifest.sha256] = first[0], table
+            of_set = mapped_classes(first[0], reader.classes, options, name)
+            found[reader.manifest.sha256] = of_set
     return [found[reader.manifest.sha256] for reader in readers]
 
 
