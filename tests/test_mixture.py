@@ -32,6 +32,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.evaluate.run import open_samples
 from distseg.runs.checkpoint import Checkpoint, read_best
 from distseg.train.assembly import _checkpoints
+from distseg.train.headline import _scored_too
 from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest
@@ -449,6 +450,11 @@ def test_what_cannot_be_mixed_is_refused_before_training(
     refused(
         [toy_shards], "leave out data.unlabelled_shards", *semi, f"data.unlabelled_shards={copy}"
     )
+    # the images of the validation are none of those that are learned by heart
+    seen = [replace(sample, split="val") for sample in toy_samples()[6:8]]
+    kept = [replace(sample, key=f"kept_{sample.key}") for sample in toy_samples()[8:]]
+    scored = packed(tmp_path / "scored", "scored", STANFORD, [*seen, *kept])
+    refused([toy_shards], "2 images of val of .*'toy_06' for one", f"data.val_shards={scored}")
     partly = packed(tmp_path / "partly", "partly", STANFORD, toy_samples()[7:8])
     refused([toy_shards, partly], "'toy_07' for one", "data.weights=[8,1]")
     refused(both, "data.class_map.nobody", "data.class_map={nobody: {sky: a}}")
@@ -459,6 +465,21 @@ def test_what_cannot_be_mixed_is_refused_before_training(
     refused(both, "(?s)toy_blobs and flipped.*SET/KEY", f"data.labelled={listed}")
     (copy / "verified.json").unlink()
     refused([other_shards, copy], "not verified")
+
+
+def test_unlabelled_images_that_are_scored_too_are_told(toy_shards: Path, tmp_path: Path) -> None:
+    taught = ["mode=consistency", "consistency.weight=1", "ema_decay=0.9"]
+    alone = [f"data.shards={toy_shards}", "run_dir=none", "batch_size=4", *taught]
+    seen = [replace(sample, split="train") for sample in toy_samples()[9:]]
+    other = packed(tmp_path / "other", "other", STANFORD, [*seen, *flipped(STANFORD)[:1]])
+    for words, number in (
+        ([f"data.unlabelled_shards={toy_shards}", "data.unlabelled_split=val"], 4),
+        ([f"data.unlabelled_shards={other}"], 3),
+        (["data.labelled=1/2"], 0),
+    ):
+        told = _scored_too(open_data(loading.load([*alone, *words]), 1))
+        line = f"note: {number} of the 4 images for validation are trained on too, without their"
+        assert [it.startswith(line) for it in told] == [True] * bool(number)
 
 
 def test_classes_without_partner_are_listed_with_what_to_write(

@@ -162,13 +162,49 @@ def check_apart(mixtures: Sequence[Mixture]) -> None:
         return
     seen: dict[tuple[str, int, int], SampleSet] = {}
     for _, samples in sets:
-        # of a set whose indices are not held, enough to know the same one again
-        is_held = len(samples.reader) <= MAX_INDEXED
-        for index in range(len(samples) if is_held else min(len(samples), MAX_SIZES)):
-            found = samples.fingerprint(index)
+        for found in _fingerprints(samples):
             other = seen.setdefault(found, samples)
             if other is not samples:
                 raise _twice(samples, other, found[0])
+
+
+def _fingerprints(samples: SampleSet) -> Iterator[tuple[str, int, int]]:
+    # of a set whose indices are not held, enough to know the same one again
+    is_held = len(samples.reader) <= MAX_INDEXED
+    for index in range(len(samples) if is_held else min(len(samples), MAX_SIZES)):
+        yield samples.fingerprint(index)
+
+
+def shared_with(samples: SampleSet, mixture: Mixture) -> list[str]:
+    """Keys of the images of a split that are in the mixture too, found as by `check_apart`."""
+    found: list[str] = []
+    scored: set[tuple[str, int, int]] = set()
+    for one in mixture.sets:
+        # the splits of one data set are apart by themselves: no index is read for nothing
+        is_same = one.reader.manifest.sha256 == samples.reader.manifest.sha256
+        if is_same and one.reader.split != samples.reader.split:
+            continue
+        scored = scored or {*_fingerprints(samples)}
+        found += [fingerprint[0] for fingerprint in _fingerprints(one) if fingerprint in scored]
+    return found
+
+
+def check_not_scored(mixture: Mixture, samples: SampleSet) -> None:
+    """Raise InputError where images of a validation split are trained on with their labels.
+
+    samples: the split. One that is trained on itself (data.val_split=train) is no slip.
+    """
+    sums = {it.reader.manifest.sha256: it.reader.split for it in mixture.sets}
+    if sums.get(samples.reader.manifest.sha256) == samples.reader.split:
+        return
+    keys = shared_with(samples, mixture)
+    if keys:
+        reader = samples.reader
+        places = ", ".join(str(it.location) for it in mixture.readers)
+        got = f"{counted(len(keys), 'image')} of {reader.split} of {reader.location}, which is "
+        got += f"scored, also among the labelled ones of {places}, {keys[0]!r} for one"
+        action = "leave them out of one, or name other images by data.val_shards and data.val_split"
+        raise InputError(got, "images for validation that are not trained on", action)
 
 
 def _twice(samples: SampleSet, other: SampleSet, key: str) -> InputError:

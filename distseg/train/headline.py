@@ -16,7 +16,7 @@ from distseg.config.schema import (
     LossConfig,
 )
 from distseg.config.world_size import has_teacher
-from distseg.data.mixture import median_size, weights_of
+from distseg.data.mixture import median_size, shared_with, weights_of
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import judges_auxiliary
 from distseg.parallel.parameter_shards import num_elements
@@ -26,6 +26,7 @@ from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
 from distseg.train.step import Pair
 from shards import user_code
+from shards.words import counted
 
 
 def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) -> str:
@@ -54,7 +55,7 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     lines.append(f"images: {images} for training, {len(data.val)} for validation")
     if data.held_out is not None:
         lines[-1] += f", {len(data.held_out)} labelled ones held out to judge the teacher by"
-    lines += _data_sets(config, data)
+    lines += [*_data_sets(config, data), *_scored_too(data)]
     where = f"{ranks.world_size} x {ranks.device.type} | {config.parallel.strategy}"
     lines.append(f"{where} | {config.precision} | {batch} | {config.run_dir}")
     if step:
@@ -85,6 +86,16 @@ def _data_sets(config: Config, data: Data) -> list[str]:
                 f"{float(share):.1%} of each batch, {epochs:.3g} epochs in all{unread}"
             )
     return lines
+
+
+def _scored_too(data: Data) -> list[str]:
+    """That images of the validation split are trained on without labels, where some are."""
+    keys = [] if data.unlabelled is None else shared_with(data.val, data.unlabelled)
+    if not keys:
+        return []
+    # no error: some compare so on purpose (transductive); but the scores are not of unseen images
+    what = f"{len(keys)} of the {counted(len(data.val), 'image')} for validation"
+    return [f"note: {what} are trained on too, without their labels"]
 
 
 def _networks(config: Config, pair: Pair) -> str:

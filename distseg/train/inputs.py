@@ -13,6 +13,7 @@ from distseg.config.world_size import check_batches, has_teacher
 from distseg.data.mixture import (
     Mixture,
     check_apart,
+    check_not_scored,
     check_shares,
     listed_by_set,
     mixed_plan,
@@ -125,6 +126,7 @@ def open_data(config: Config, world_size: int) -> Data:
     if config.mode in WITH_UNLABELLED:
         unlabelled = _open_unlabelled(config, train, [rest for _, rest in choices], verify)
     check_apart([train] if unlabelled is None else [train, unlabelled])
+    check_not_scored(train, val_set)
     source = _open_source(options, readers[0], mapped[0], verify)
     domain = _domain(config, readers, unlabelled, val)
     data = Data(train, unlabelled, val_set, held_out, source, domain)
