@@ -32,7 +32,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.evaluate.run import open_samples
 from distseg.runs.checkpoint import Checkpoint, read_best
 from distseg.train.assembly import _checkpoints
-from distseg.train.headline import _scored_too
+from distseg.train.headline import _scored_too, about_scores
 from distseg.train.inputs import open_data
 from shards.errors import InputError
 from shards.manifest import Manifest
@@ -411,19 +411,27 @@ def test_whose_labels_validate_follows_from_what_a_data_set_holds(
     taught = ["mode=consistency", "consistency.weight=1", "ema_decay=0.9"]
     target = [f"data.unlabelled_shards={other_shards}", f"data.val_shards={copy}"]
     adversary = ["mode=domain_adaptation", "discriminator=large_fov"]
-    for words, domain in (
-        (adversary, "own"),
-        ([*adversary, *target], "target"),
-        ([*taught, *target], "target"),
-        ([*adversary, f"data.val_shards={copy}", "data.labelled=1/2"], "target"),
-        ([*taught, f"data.val_shards={copy}", "data.labelled=1/2"], "other"),
-        (["mode=supervised", f"data.val_shards={copy}"], "other"),
-        (["mode=supervised", f"data.val_shards={toy_shards}/"], "own"),
+    half, val = "data.labelled=1/2", f"data.val_shards={copy}"
+    for words, domain, warning in (
+        ([*adversary, half], "own", None),
+        (
+            [*adversary, target[0]],
+            "own",
+            r"toy_blobs \(val\), which has the labels: no score",
+        ),
+        ([*adversary, *target], "target", None),
+        ([*taught, *target], "target", None),
+        ([*adversary, val, half], "target", r"flipped \(val\), none of the unlabelled"),
+        ([*taught, val, half], "other", None),
+        (["mode=supervised", val], "other", None),
+        (["mode=supervised", f"data.val_shards={toy_shards}/"], "own", None),
     ):
-        more = ["data.labelled=1/2"] if words is adversary else []
-        data = open_data(loading.load([*alone, *words, *more]), 1)
+        config = loading.load([*alone, *words])
+        data = open_data(config, 1)
         name = "toy_blobs" if domain == "own" else "flipped"
         assert data.chosen_by == {"data": name, "split": "val", "domain": domain}
+        told = about_scores(config, data)
+        assert len(told) == (warning is not None) and (not told or re.search(warning, told[0]))
 
 
 def refused(shards: list[Path], message: str, *words: str, **data: Any) -> None:

@@ -21,6 +21,7 @@ from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import judges_auxiliary
 from distseg.parallel.parameter_shards import num_elements
 from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
+from distseg.runs.checkpoint import OWN
 from distseg.runs.checkpointer import SET_ASIDE, Newest
 from distseg.train.inputs import Data
 from distseg.train.schedules import lr_factor
@@ -52,7 +53,8 @@ def headline(config: Config, ranks: Ranks, pair: Pair, data: Data, step: int) ->
     if data.unlabelled is not None:
         images += f" and {len(data.unlabelled)} unlabelled"
         batch += f", + {config.semi.batch_size or config.batch_size} unlabelled"
-    lines.append(f"images: {images} for training, {len(data.val)} for validation")
+    scored = f"{len(data.val)} of {data.chosen_by['data']} ({data.chosen_by['split']})"
+    lines.append(f"images: {images} for training, {scored} for validation")
     if data.held_out is not None:
         lines[-1] += f", {len(data.held_out)} labelled ones held out to judge the teacher by"
     lines += [*_data_sets(config, data), *_scored_too(data)]
@@ -86,6 +88,22 @@ def _data_sets(config: Config, data: Data) -> list[str]:
                 f"{float(share):.1%} of each batch, {epochs:.3g} epochs in all{unread}"
             )
     return lines
+
+
+def about_scores(config: Config, data: Data) -> list[str]:
+    """What is to be said where two domains are told apart, and the scores may not be of the one
+    that is adapted to.
+    """
+    readers = [] if data.unlabelled is None else data.unlabelled.readers
+    sums = [reader.manifest.sha256 for reader in readers]
+    if config.mode not in ADAPTATION or data.val.reader.manifest.sha256 in sums:
+        return []
+    name = f"{data.chosen_by['data']} ({data.chosen_by['split']})"
+    if data.domain == OWN:
+        what = "which has the labels: no score says how the target is done"
+        return [f"validation is on {name}, {what}. data.val_shards=DIR names the target's"]
+    # that of the target may well be packed by itself
+    return [f"validation is on {name}, none of the unlabelled data sets: see that it is the target"]
 
 
 def _scored_too(data: Data) -> list[str]:

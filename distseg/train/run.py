@@ -37,7 +37,7 @@ from distseg.train.assembly import build_trainer, learned, spread, with_precisio
 from distseg.train.attempt import noted
 from distseg.train.away import look_away
 from distseg.train.flops import StepWork
-from distseg.train.headline import about_checkpoints, extension
+from distseg.train.headline import about_checkpoints, about_scores, extension
 from distseg.train.inputs import Data, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
@@ -196,7 +196,8 @@ def train_and_show(
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
         trainer.ledger = ledger
         tell = image_tells(config, prepared.networks.discriminator)
-        for line in [*about_checkpoints(last), *filter(None, [tell])]:
+        told = [*about_checkpoints(last), *about_scores(config, data), *filter(None, [tell])]
+        for line in told:
             trainer.progress.warning(line)
         _attach(trainer, run_directory)
         if run_directory.steps_before is not None:
