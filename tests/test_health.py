@@ -219,6 +219,10 @@ def test_a_class_that_the_target_loses_is_named_with_what_the_source_has_of_it()
     assert event.text().startswith(f"health: {said}")
     health.update(evaluation(600, 0.003))
     assert not health.on
+    # other data than the source alone was trained for lack what they lack
+    rows = [evaluation(step, 0.0) for step in range(100, 2000, 100)]
+    for mode, found in (("supervised", 0), ("consistency", 1), ("domain_adaptation", 1)):
+        assert len(Health(rows, {"mode": mode}).events) == found
     # rarer there, or as rare in both, is no loss
     for car, on_source in ((0.001, 0.05), (0.0, 1e-4)):
         rows = [evaluation(step, car, on_source) for step in range(100, 2000, 100)]

@@ -390,6 +390,33 @@ def test_the_source_is_scored_beside_the_target(
     assert line.endswith("chosen by labels of the target (flipped, val); `last` is not")
 
 
+def test_the_source_is_scored_wherever_validation_is_on_other_data(
+    toy_shards: Path, other_shards: Path, tmp_path: Path
+) -> None:
+    """Of a run on it alone too, by what the sets hold; and older runs go on, by their manifests."""
+    copy = shutil.copytree(toy_shards, tmp_path / "copy")
+    first, later = flipped(STANFORD)[:5], flipped(STANFORD)[5:]
+    blank = [*first, *(replace(sample, label=None) for sample in later)]
+    without = packed(tmp_path / "without", "without", STANFORD, blank)
+    alone = ["mode=supervised", "run_dir=none", "batch_size=4"]
+    taught = [*alone, "mode=consistency", "consistency.weight=1", "ema_decay=0.9"]
+    taught.append(f"data.unlabelled_shards={other_shards}")
+    for words, shards, val, expected, listed in (
+        (alone, toy_shards, other_shards, 4, [0, 1]),
+        (taught, toy_shards, other_shards, 4, [0, 1, 1, 0]),
+        (alone, toy_shards, copy, None, None),
+        (alone, toy_shards, f"{toy_shards}/", None, None),
+        (alone, without, toy_shards, None, [0, 1]),
+    ):
+        config = loading.load([f"data.shards={shards}", f"data.val_shards={val}", *words])
+        data = open_data(config, 1)
+        assert (None if data.source is None else len(data.source)) == expected
+        identity = _checkpoints(config, Ranks(0, 1, 0, torch.device("cpu")), data)._identity
+        sums = [Manifest.load(Path(folder)).sha256 for folder in (shards, val)]
+        wanted = None if listed is None else [sums[number] for number in listed]
+        assert identity.get("manifests_sha256") == wanted
+
+
 @pytest.mark.parametrize("key", ["schedule.name=plateau", "schedule.early_stop_patience=3"])
 def test_no_label_of_the_target_decides_on_the_course_of_a_run(
     toy_shards: Path, other_shards: Path, key: str

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distseg.config.forms import DEFAULT, FORMS
-from distseg.config.schema import ADAPTATION
+from distseg.config.schema import ADAPTATION, WITH_UNLABELLED
 from distseg.tracking.catalogue import (
     ADVERSARIAL_WEIGHT,
     AGREEMENT,
@@ -53,6 +53,7 @@ LEVELLED = (CROSS_ENTROPY, SEGMENTOR_LOSS, DISCRIMINATOR_REAL, DISCRIMINATOR_FAK
 LEVEL, HIGHEST_LEVEL = "level/", "level"
 UNDECIDED = "level of an undecided discriminator"  # likewise: its loss on either kind of map
 OF_DOMAINS = "discriminator of domains"  # likewise: whether it tells domains apart
+NO_TARGET = "no target"  # likewise: whether no image of a target is trained on
 LEVEL_ROWS = 5  # whose median is the level
 MEAN_LEVEL = 100.0  # of means over pixels: ln 255 = 5.5 nats, and room for the weights of terms
 SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
@@ -85,6 +86,7 @@ def levels_of(config: Mapping[str, Any]) -> MetricsRow:
         HIGHEST_LEVEL: MEAN_LEVEL if is_mean == ("mean_valid", "mean") else SUM_LEVEL,
         UNDECIDED: form.undecided,
         OF_DOMAINS: config.get("mode") in ADAPTATION,
+        NO_TARGET: "mode" in config and config["mode"] not in WITH_UNLABELLED,
     }
 
 
@@ -247,8 +249,10 @@ def _lost_for_long(row: MetricsRow, before: MetricsRow) -> Classes:
 
 
 def num_lost(row: MetricsRow, before: MetricsRow) -> float | None:
-    # by the row itself, as source-only runs and earlier versions have no such shares
+    # by the row itself, as runs on one data set and earlier versions have no such shares
     is_of_domains = any(name.startswith(SOURCE_SHARE) for name in row)
+    # what a run on the source alone does not find in other data, no adaptation has pushed out
+    is_of_domains &= not before.get(NO_TARGET)
     return float(len(_lost_for_long(row, before))) if is_of_domains else None
 
 
