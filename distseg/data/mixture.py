@@ -233,7 +233,8 @@ def check_shares(samples: Mixture, asked: Sequence[float], batch_size: int, key:
             got += f"{float(weight * batch_size):.3g} of the {batch_size} images of a step"
             most = [round(float(other), 3) for other in weights]
             action = f"give it less than in {key}={most}, or take a smaller batch"
-            raise InputError(got, "no image twice in a step", action)
+            # where an epoch ends within a step, an image may still be in it twice
+            raise InputError(got, "as many samples at least as its share of a step", action)
 
 
 def listed_by_set(

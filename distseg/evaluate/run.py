@@ -16,13 +16,7 @@ from distseg.config import loading
 from distseg.config.schema import Config, DataConfig
 from distseg.data.mixture import names_of
 from distseg.data.partners import mapped_classes
-from distseg.data.samples import (
-    Mapped,
-    SampleSet,
-    check_not_void,
-    open_reader,
-    sha256_of_keys,
-)
+from distseg.data.samples import Mapped, SampleSet, check_not_void, open_reader, sha256_of_keys
 from distseg.distributed.device import resolve_precision
 from distseg.distributed.ranks import Ranks, joined, of_all, on_each, on_main
 from distseg.distributed.watchdog import Watchdog

@@ -138,8 +138,9 @@ def shares_section(collected: Collected, entries: list[Entry]) -> Section | None
         cells = [_heat(share) for found in columns for share in found.get(name, [None, None])]
         rows.append([Cell(name), *cells])
     note = (
-        "Per cent of all predicted pixels, at the last evaluation. A class that the source has and "
-        "the target hardly does was pushed out by adaptation, unless the target lacks it."
+        "Per cent of the predictions for pixels with a label (void is excluded), at the last "
+        "evaluation. In a run that adapts, a class that the source has and the target hardly does "
+        "was pushed out, unless the target lacks it."
     )
     return Section("shares", "Classes among the predictions", note, table(head, rows, "heat"))
 
