@@ -4,8 +4,9 @@
 #SBATCH --nodes=1
 #SBATCH --exclusive                # whole nodes, with all their GPUs; a part of one: --oversubscribe --gpus-per-node=2
 #SBATCH --mem=0                    # all of their memory
-#SBATCH --time=4:00:00             # of one turn: the job comes back until the run is done
-#SBATCH --signal=B:USR1@300        # so many seconds before the time limit it saves
+#SBATCH --time=4:00:00             # must suffice for all of it: nothing is saved on the way. A job that is not done begins anew,
+                                   # and after three such turns it is FAILED
+#SBATCH --signal=B:USR1@300        # so many seconds before the time limit it stops
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
