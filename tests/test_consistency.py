@@ -519,6 +519,21 @@ def test_the_fill_keeps_its_colour_however_a_device_divides_bytes() -> None:
         assert not torch.equal(strong[:, :, 7:], pixels[:, :, 7:])
 
 
+@pytest.mark.parametrize("mix", ["cutmix", "classmix", "cutout"])
+def test_images_that_are_never_mixed_need_no_partner(mix: str) -> None:
+    """An odd number of them will do, as for views without a mix, which they are."""
+    found = []
+    for words in ([f"strong.mix={mix}", "strong.mix_probability=0"], ["strong.mix=none"]):
+        config = make_config("fp32", ["strong.labelled=true", *words])
+        views = StrongViews.of_labelled(config, NUM_CLASSES, Ranks(0, 1, 0, torch.device("cpu")))
+        pixels, label = crops(3)
+        images = Images(pixels, label)
+        draws = strong_draws(0, range(3), NUM_CLASSES)
+        found.append(views.mixed(images, views.partners(images), draws))
+    assert torch.equal(found[0].pixels, found[1].pixels)
+    assert torch.equal(found[0].label, found[1].label)
+
+
 def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:
     """So that batch normalisation sees the same images together."""
 
@@ -683,6 +698,8 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     with pytest.raises(InputError, match="3 labelled images"):
         check_pairs(alone, 1)
     check_pairs(replace(alone, strong=mixed_by(alone, "none")), 1)
+    never = replace(alone.strong, mix_probability=0.0)
+    check_pairs(replace(alone, strong=never), 1)
     check_pairs(replace(config, batch_size=3, strong=mixed_by(config, "cutout")), 1)
 
 

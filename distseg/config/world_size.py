@@ -56,9 +56,14 @@ def num_views_of(config: Config) -> int:
     return chosen.num_views + (chosen.feature_perturbation == "dropout")
 
 
+def mixes_pairs(mix: str, mix_probability: float) -> bool:
+    """Whether strong views of these keys of `strong` may hold a part of another image."""
+    return mix in PAIRED_MIXES and mix_probability > 0
+
+
 def check_pairs(config: Config, world_size: int) -> None:
     """Raise InputError where a rank's share of a micro-batch holds half a pair of mixed images."""
-    if not (config.strong.mix in PAIRED_MIXES and config.strong.mix_probability):
+    if not mixes_pairs(config.strong.mix, config.strong.mix_probability):
         return
     # each kind by itself: a step may have more of the one than of the other
     if config.strong.labelled:

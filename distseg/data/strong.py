@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distseg.config.world_size import PAIRED_MIXES
+from distseg.config.world_size import mixes_pairs
 from distseg.data.plan import augmentation_rng
 from distseg.data.transforms import BLUR_MIN_PX, FILL_RGB, GRAY, color_matrix
 from distseg.losses.tensors import sent
@@ -60,7 +60,7 @@ class StrongView:
     @property
     def is_paired(self) -> bool:
         """Whether images are mixed with their neighbours, so that a share must hold pairs."""
-        return self.mix in PAIRED_MIXES
+        return mixes_pairs(self.mix, self.mix_probability)
 
     def changed(self, pixels: Tensor, inside: Tensor, draws: Tensor) -> Tensor:
         """Colour and blur: pixels (n, 3, H, W) float in [0, 1] -> the same, another tensor.
@@ -106,7 +106,7 @@ class StrongView:
         """Values of images, (n, H, W) or (n, C, H, W), with those of their partners under the mask;
         of cutout with `empty` there.
         """
-        if self.mix == "none":
+        if self.mix == "none" or not self.mix_probability:  # nothing is laid over anything
             return values
         if values.ndim == 4:
             mask = mask[:, None]
