@@ -26,7 +26,7 @@ from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
 from distseg.losses.tensors import of_neighbours
-from distseg.losses.terms import Consistency, Predicted, PseudoLabels, Targets
+from distseg.losses.terms import GROUND_TRUTH, Consistency, Predicted, PseudoLabels, Targets
 from distseg.models import build_discriminator, build_segmentor
 from distseg.models.levels import scaled
 from distseg.parallel import wrap
@@ -157,35 +157,44 @@ def test_classmix_lays_half_of_the_partners_classes_over_an_image() -> None:
         assert np.array_equal(mask[n].numpy(), np.isin(partner, half))
 
 
+@pytest.mark.parametrize("laid", [False, True], ids=["taught", "labels laid over"])
 @pytest.mark.parametrize("by_image", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
-def test_the_term_equals_its_formula_pixel_by_pixel(by_image: bool, soft: bool) -> None:
+def test_the_term_equals_its_formula_pixel_by_pixel(soft: bool, by_image: bool, laid: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 8, 8, dtype=torch.float64, generator=generator).requires_grad_()
     label = torch.zeros(3, 8, 8, dtype=torch.uint8)
     label[0, :3] = 255
     label[2] = 255  # nothing of the third is inside
+    if laid:  # the teacher has said something there, which counts nowhere
+        label[0, 2:, 4:] = label[1, :3] = label[2, 6:] = GROUND_TRUTH
     teacher = (3 * torch.randn(3, 5, 8, 8, dtype=torch.float64, generator=generator)).softmax(1)
     confidence, index = teacher.max(1)
-    pseudo = PseudoLabels(index.to(torch.uint8), confidence, teacher if soft else None)
+    of_weak = torch.tensor([0.25, 0.0, 0.5], dtype=torch.float64) if laid else None
+    pseudo = PseudoLabels(index.to(torch.uint8), confidence, teacher if soft else None, of_weak)
     seen = Predicted(torch.zeros(3, 3, 8, 8), Targets.at(label, (8, 8)), logits, pseudo=pseudo)
     term = Consistency(0.9, by_image=by_image, soft=soft)
     total, confident = term.local_sum(seen)
     expected, number = torch.zeros((), dtype=torch.float64), 0
     for n in range(3):
         inside = [(y, x) for y in range(8) for x in range(8) if label[n, y, x] != 255]
-        sure = [at for at in inside if confidence[n][at] >= 0.9]
+        own = [at for at in inside if label[n][at] == 0]
+        sure = [at for at in own if confidence[n][at] >= 0.9]
         number += len(sure)
-        for y, x in inside if by_image else sure:
+        share = len(sure) / max(1, len(own)) if of_weak is None else of_weak[n]
+        for y, x in inside:
             p = logits[n, :, y, x].softmax(0)
             one = -p[index[n, y, x]].log()
             if soft:
                 one = ((p - teacher[n, :, y, x]) ** 2).mean()
-            expected = expected + one * (len(sure) / len(inside) if by_image else 1)
+            weight = share if by_image else (y, x) in sure
+            expected = expected + one * (weight if (y, x) in own else 1)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
     found, wanted = (torch.autograd.grad(each, logits)[0] for each in (total, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert int(confident) == number and int(term.count(seen.targets)) == 40 + 64
+    assert int(confident) == number
+    assert int(term.count(seen.targets)) == int((label != 255).sum())
+    assert int(term.candidates(seen.targets)) == int((label == 0).sum())
 
 
 class SplitSegmentor(TinySegmentor):
@@ -197,6 +206,10 @@ class SplitSegmentor(TinySegmentor):
         first = self.encoder(image)
         maps = scaled((first, first[:, :5].square()), feature_factors)
         return self.head(maps[0] + F.pad(maps[1], (0, 0, 0, 0, 0, 3)))
+
+
+def make_judge() -> torch.nn.Module:
+    return build_discriminator("two_branch", NUM_CLASSES, head="gap", width=0.1)
 
 
 def make_config(precision: str, overrides: Sequence[str]) -> Config:
@@ -221,7 +234,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     network.num_classes = NUM_CLASSES  # type: ignore[assignment]
     learners = [wrap(network, config.segmentor_optimizer, config, ranks)]
     if config.mode == "semi_supervised":
-        judge = build_discriminator("two_branch", NUM_CLASSES, head="gap", width=0.1)
+        judge = make_judge()
         learners.append(wrap(judge, config.discriminator_optimizer, config, ranks))
     pair = Pair.of(config, *learners)
     ema = MovingAverage(pair.segmentor, 0.9, as_network=True)
@@ -260,15 +273,19 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
     return *([p.detach().clone().numpy() for p in each.parameters()] for each in networks), kept
 
 
-def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
-    """The same in one process, plainly, in float64: the segmentor's parameters, and the EMA's."""
+def reference(config: Config) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """The same in one process, plainly, in float64: the segmentor's parameters, the EMA's, and the
+    share of confident pixels of each step.
+    """
     torch.manual_seed(3)
     student = SplitSegmentor().double()
+    judge = make_judge().double()  # of a learning rate of 0
     teacher = copy.deepcopy(student)
     chosen, momentum = config.consistency, [torch.zeros_like(p) for p in student.parameters()]
     view = StrongView(mix=config.strong.mix, mix_probability=0.8)
     shares = PIXELS / PIXELS.sum()  # of the labels
     running, shift = shares.clone(), torch.zeros_like(shares)  # of the pseudo-labels
+    told = []
     for step in range(STEPS):
         pixels, label = make_batch(step, torch.float64, SIDE)
         other = [n ^ 1 for n in range(BATCH)]  # mixed with each other
@@ -280,73 +297,127 @@ def reference(config: Config) -> tuple[list[Tensor], list[Tensor]]:
             pixels = view.changed(pixels, torch.ones_like(mask), draws)
             pixels = torch.where(mask[:, None], pixels[other], pixels)
             label = torch.where(mask, label[other], label)
-        logits = F.interpolate(student(pixels), size=(SIDE, SIDE), mode="bilinear")
-        loss = F.cross_entropy(logits, label.long(), ignore_index=255)
+        output = student(pixels)
+        loss = F.cross_entropy(at_full_size(output), label.long(), ignore_index=255)
         weak, where = unlabelled(step, torch.float64)
         seen = [(weak, where != 255, None)]
+        told.append(-1.0)
         if step >= 1:
             seen = []
             with torch.no_grad():
-                taught = F.interpolate(teacher(weak), size=(SIDE, SIDE), mode="bilinear")
+                taught = teacher(weak)
+                opened = torch.ones(BATCH, dtype=torch.bool)
+                if chosen.gate == "rank":  # the half of the images that have the highest scores
+                    scores = judge(weak, taught.softmax(1))[0].flatten()
+                    opened = scores > scores.median()
+                    assert opened.sum() == BATCH // 2
                 moved = shift - chosen.logit_adjustment * shares.log()
-                sure, index = (taught + moved.view(-1, 1, 1)).softmax(1).max(1)
+                chances = at_full_size(taught + moved.view(-1, 1, 1)).softmax(1)
+                sure, index = chances.max(1)
+                sure = sure * opened[:, None, None]
             index[where == 255] = 255
             if chosen.alignment:
                 said = torch.bincount(index[index != 255], minlength=NUM_CLASSES).double()
                 running = 0.95 * running + 0.05 * said / said.sum()
                 error = (shares.log() - running.clamp(min=1e-5).log()).clamp(-2, 2)
                 shift = (shift + chosen.alignment * error).clamp(-4, 4)
+            with_labelled = chosen.mix_with == "labelled"
+            of_labels = F.one_hot(label.long().where(label != 255, 0), NUM_CLASSES)
             places, terms, counts = range(step * BATCH, (step + 1) * BATCH), [], []
+            own_pixels, own_sure = 0.0, 0.0  # the teacher's
             first, second = features_of(chosen.feature_perturbation, places)
             for number in range(chosen.num_views):
                 draws = strong_draws(2**33 + number * 2**34, places, NUM_CLASSES)
                 changed = view.changed(weak, where != 255, draws)
-                shown = label if chosen.mix_with == "labelled" else index.to(torch.uint8)[other]
+                shown = label if with_labelled else index.to(torch.uint8)[other]
                 mask = view.mask(shown, draws)
-                if chosen.mix_with == "labelled":
-                    laid, of_laid, sure_of_laid = pixels, label.long(), (label != 255).double()
-                else:
-                    laid, of_laid, sure_of_laid = changed[other], index[other], sure[other]
-                changed = torch.where(mask[:, None], laid, changed)
-                target = torch.where(mask, of_laid, index)
-                known = sure.where(~mask, sure_of_laid)
+                laid = [changed[other], index[other], chances[other]]
+                if with_labelled:
+                    laid = [pixels, label.long(), of_labels.permute(0, 3, 1, 2).double()]
+                changed = torch.where(mask[:, None], laid[0], changed)
+                target = torch.where(mask, laid[1], index)
+                soft = torch.where(mask[:, None], laid[2], chances)
+                known = torch.where(mask, sure[other], sure)
                 factors = (first, second)[number] if first else None
-                logits = student(changed, factors)
-                logits = F.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")
+                logits = at_full_size(student(changed, factors))
                 each = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
+                if chosen.target == "probabilities":
+                    each = (logits.softmax(1) - soft).square().mean(1)
                 inside = target != 255
-                weight = (known >= chosen.threshold) & inside
+                own = inside & ~mask if with_labelled else inside
+                confident = own & (known >= chosen.threshold)
+                weight = confident.double()
                 if chosen.weighting == "image":
-                    share = weight.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-                    weight = share[:, None, None] * inside
+                    of_image = (confident, own)
+                    if with_labelled:  # what is laid over a view does not change its share
+                        of_image = ((where != 255) & (sure >= chosen.threshold), where != 255)
+                    some, every = (part.double().sum((1, 2)) for part in of_image)
+                    weight = (some / every.clamp(min=1))[:, None, None] * own
+                weight = weight + (inside & ~own)
                 seen.append((changed, inside, factors))
                 terms.append((each * weight).sum())
                 counts.append(inside.sum())
+                own_pixels += float(own.sum())
+                own_sure += float(confident.sum())
             if chosen.feature_perturbation == "dropout":
-                logits = F.interpolate(student(weak, second), size=(SIDE, SIDE), mode="bilinear")
+                logits = at_full_size(student(weak, second))
                 each = F.cross_entropy(logits, index, ignore_index=255, reduction="none")
                 strong, inside = sum(terms) / len(terms), where != 255
                 seen.append((weak, inside, second))
                 counts.append(inside.sum())
+                confident = (sure >= chosen.threshold) & inside
+                own_pixels += float(inside.sum())
+                own_sure += float(confident.sum())
                 # half of the term, each half by the mean number of pixels of a view
-                terms = [strong / 2, (each * (sure >= chosen.threshold) * inside).sum() / 2]
+                terms = [strong / 2, (each * confident).sum() / 2]
                 counts = [sum(counts) / len(counts)]
             loss = loss + chosen.weight * sum(terms) / sum(counts)
+            told[-1] = own_sure / own_pixels
         if config.semi.entropy_weight:
             unsure = pixels.new_zeros(())
             for images, inside, factors in seen:
-                logits = student(images, factors)
-                logits = F.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")
-                p = logits.softmax(1)
+                p = at_full_size(student(images, factors)).softmax(1)
                 unsure = unsure - (p * p.log2()).sum(1)[inside].sum() / math.log2(NUM_CLASSES)
             count = sum(inside.sum() for _, inside, _ in seen)
             loss = loss + config.semi.entropy_weight * unsure / count
+        if config.mode == "semi_supervised":
+            ((images, _, _),) = seen
+            loss = loss + of_judge(
+                config, judge, (pixels, output, label), (images, student(images))
+            )
         gradients = torch.autograd.grad(loss, list(student.parameters()))
         update(config, step, student, gradients, momentum)
         decay = min(0.9, (2 + step) / (11 + step))
         for average, new in zip(teacher.parameters(), student.parameters(), strict=True):
             average.data.mul_(decay).add_(new.data, alpha=1 - decay)
-    return list(student.parameters()), list(teacher.parameters())
+    return list(student.parameters()), list(teacher.parameters()), told
+
+
+def at_full_size(logits: Tensor) -> Tensor:
+    return F.interpolate(logits, size=(SIDE, SIDE), mode="bilinear")
+
+
+def of_judge(
+    config: Config,
+    judge: torch.nn.Module,
+    labelled: tuple[Tensor, Tensor, Tensor],
+    unlabelled: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What the segmentor's loss has of a discriminator: its score of the labelled images, and its
+    mean features of ground truth and of predictions of the unlabelled ones.
+    """
+    pixels, logits, label = labelled
+    (scores,) = judge(pixels, logits.softmax(1))
+    small, real = label[:, 2::4, 2::4].long(), logits.softmax(1).detach().permute(0, 2, 3, 1)
+    one_hot = F.one_hot(small.where(small != 255, 0), NUM_CLASSES).double()
+    real = torch.where((small != 255)[..., None], one_hot, real).permute(0, 3, 1, 2)
+    means = [
+        judge(images, maps, features=True)[1][0].mean(0)
+        for images, maps in ((pixels, real), (unlabelled[0], unlabelled[1].softmax(1)))
+    ]
+    distance = (means[0] - means[1]).abs().sum()
+    adversarial = -F.logsigmoid(scores).mean()
+    return config.loss.adv_weight * adversarial + config.loss.feature_weight * distance
 
 
 def features_of(kind: str, places: range) -> tuple[Any, Any]:
@@ -397,7 +468,7 @@ def update(
 JOINED = {
     1: [
         *("consistency.weighting=image", "strong.mix=classmix", "consistency.mix_with=labelled"),
-        "consistency.logit_adjustment=0.7",
+        *("consistency.logit_adjustment=0.7", "consistency.threshold=0.6"),
     ],
     2: [
         *("strong.labelled=true", "consistency.num_views=2", "semi.entropy_weight=0.3"),
@@ -441,14 +512,15 @@ def test_steps_equal_a_plain_process_on_the_joined_batch(
     num_ranks: int, of_ranks: dict[int, Any]
 ) -> None:
     results = [of_rank["joined"] for of_rank in of_ranks[num_ranks]]
-    expected = reference(make_config("fp64", JOINED[num_ranks]))
+    *expected, told = reference(make_config("fp64", JOINED[num_ranks]))
     for parameters, averages, _ in results:
         for found, wanted in zip((parameters, averages), expected, strict=True):
             for one, other in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(one, other.detach(), rtol=1e-11, atol=1e-11)
     # of the ranks' metrics the mean is logged
     shares = np.mean([shares for _, _, shares in results], axis=0)
-    assert shares[0] == -1 and np.all((shares[1:] > 0) & (shares[1:] < 1 + 1e-9))
+    np.testing.assert_allclose(shares, told, rtol=1e-12)
+    assert shares[0] == -1 and 0.1 < shares[1] < 0.9
 
 
 @pytest.mark.parametrize("name", BESIDE)
@@ -532,6 +604,39 @@ def test_images_that_are_never_mixed_need_no_partner(mix: str) -> None:
         found.append(views.mixed(images, views.partners(images), draws))
     assert torch.equal(found[0].pixels, found[1].pixels)
     assert torch.equal(found[0].label, found[1].label)
+
+
+def test_labels_laid_over_an_image_are_none_of_its_teachers() -> None:
+    """A teacher that is sure of nothing is told as one, and so is one that is sure of all."""
+    words = ["consistency.mix_with=labelled", "strong.mix=classmix", "consistency.num_views=2"]
+    config = make_config("fp64", [*words, "consistency.weighting=image"])
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    labelled = Images(*make_batch(1, torch.float64, SIDE))
+    weak = Images(*unlabelled(1, torch.float64))
+    views = StrongViews.of_unlabelled(config, NUM_CLASSES, alone)
+    for factor, told in ((0.0, 0.0), (99.0, 1.0)):
+        logits = torch.zeros(BATCH, NUM_CLASSES, SIDE, SIDE, dtype=torch.float64)
+        logits[:, 1] = factor
+        teacher = WeakToStrong(
+            lambda pixels, logits=logits: logits, views, num_views=2, with_labelled=True
+        )
+        strong = teacher(weak, labelled, 1)
+        assert strong.pseudo is not None and strong.pseudo.share is not None
+        some = (weak.label != 255).flatten(1).any(1).double()
+        assert torch.equal(strong.pseudo.share, told * some.repeat_interleave(2))
+        # what is laid over is said by the truth, of void nothing
+        truth = labelled.label.repeat_interleave(2, 0)
+        laid = strong.label == GROUND_TRUTH
+        assert laid.any() and torch.equal(strong.pseudo.label[laid], truth[laid])
+        assert not laid[truth == 255].any()
+        term = Consistency(0.95, by_image=True)
+        targets = Targets.at(strong.label, (SIDE, SIDE))
+        seen = Predicted(strong.pixels, targets, torch.zeros_like(logits).repeat(2, 1, 1, 1))
+        total, number = term.local_sum(replace(seen, pseudo=strong.pseudo))
+        assert float(number) == told * float(term.candidates(targets))
+        # logits of 0 cost log C a pixel, and a label counts whatever the teacher says
+        counted = laid.sum() + number
+        assert float(total) == pytest.approx(float(counted) * math.log(NUM_CLASSES), rel=1e-12)
 
 
 def test_a_micro_batch_has_all_views_of_its_images_as_a_rank_has() -> None:

@@ -31,15 +31,16 @@ from shards.sample import IGNORE_INDEX
 
 Kind = Literal["labelled", "unlabelled"]
 Head = Literal["logits", "auxiliary"]
+GROUND_TRUTH = 1  # in the label of an unlabelled image; see Targets
 
 
 @dataclass(frozen=True)
 class Targets:
     """What is known of images before any network has seen them.
 
-    label: (n, H, W) uint8, 255 = void; of unlabelled images 0 inside and 255 outside. index:
-    (n, h, w) int64, the label at the resolution of the label maps, 0 at void. valid: (n, h, w)
-    bool, where that is not void.
+    label: (n, H, W) uint8, 255 = void; of unlabelled images 0 inside, 255 outside, and GROUND_TRUTH
+    where a labelled image is laid over. index: (n, h, w) int64, the label at the resolution of the
+    label maps, 0 at void. valid: (n, h, w) bool, where that is not void.
     """
 
     label: Tensor
@@ -61,17 +62,22 @@ class PseudoLabels:
 
     label: (n, H, W) uint8, the likeliest class, 255 outside of the image. confidence: (n, H, W)
     float, its probability. probabilities: (n, C, H, W), of all classes; None where no term asks.
+    share: (n,) float64, how much of the weak view is confident, where labelled images are laid over
+    the strong one; None where views are mixed with each other.
     """
 
     label: Tensor
     confidence: Tensor
     probabilities: Tensor | None = None
+    share: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> PseudoLabels:
         """With every tensor changed, for example to those of some of the images."""
-        every = self.probabilities
-        changed = None if every is None else change(every)
-        return PseudoLabels(change(self.label), change(self.confidence), changed)
+        every, share = (
+            None if tensor is None else change(tensor)
+            for tensor in (self.probabilities, self.share)
+        )
+        return PseudoLabels(change(self.label), change(self.confidence), every, share)
 
 
 @dataclass(frozen=True)
@@ -344,11 +350,13 @@ class Consistency(Term):
 
     threshold: a pixel is confident where the teacher's largest probability is at least this.
     by_image: all pixels of an image count as much as its share of confident ones (Olsson et al.
-    2021); else the confident ones alone. soft: the squared difference of the probabilities, mean
-    over the classes, instead of the cross entropy. The sum is divided by all pixels inside of
-    images, confident or not, as the latter have it: by the confident ones alone, the few of a poor
-    teacher would weigh as much as the many of a good one. view_weights: of each view of an image,
-    which stand together, 1 on average; (): all weigh the same.
+    2021); else the confident ones alone. Ground truth that is laid over an image counts as it is,
+    and is none of the teacher's pixels, of which `share` tells (Tranheden et al. 2021). soft: the
+    squared difference of the probabilities, mean over the classes, instead of the cross entropy.
+    The sum is divided by all pixels inside of images, confident or not, as Yang et al. have it: by
+    the confident ones alone, the few of a poor teacher would weigh as much as the many of a good
+    one. view_weights: of each view of an image, which stand together, 1 on average; (): all weigh
+    the same.
     """
 
     threshold: float = 0.95
@@ -365,16 +373,20 @@ class Consistency(Term):
     def count(self, targets: Targets) -> Tensor:
         return (targets.label != IGNORE_INDEX).sum().double()
 
+    def candidates(self, targets: Targets) -> Tensor:
+        return _of_teacher(targets.label).sum().double()
+
     def local_sum(self, seen: Predicted) -> tuple[Tensor, Tensor]:
         assert seen.pseudo is not None  # only asked for in steps with a teacher
-        inside = seen.label != IGNORE_INDEX  # (n, H, W)
-        confident = inside & (seen.pseudo.confidence >= self.threshold)
-        weight = confident
+        pseudo, taught = seen.pseudo, _of_teacher(seen.label)  # (n, H, W)
+        confident = taught & (pseudo.confidence >= self.threshold)
+        weight: Tensor = confident
         if self.by_image:
-            share = confident.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-            weight = share[:, None, None] * inside
-        loss = self._per_pixel(seen, seen.pseudo)
-        loss = weight.to(loss.dtype) * loss  # (n, H, W)
+            share = confident_share(confident, taught) if pseudo.share is None else pseudo.share
+            weight = share[:, None, None] * taught
+        loss = self._per_pixel(seen, pseudo)
+        weight = weight.to(loss.dtype).where(seen.label != GROUND_TRUTH, 1)
+        loss = weight * loss  # (n, H, W)
         if self.view_weights:
             views = loss.unflatten(0, (-1, len(self.view_weights))).unbind(1)
             # by numbers of the host: a tensor of them would have to be sent
@@ -392,6 +404,16 @@ class Consistency(Term):
         return F.cross_entropy(
             seen.full_logits, target, ignore_index=IGNORE_INDEX, reduction="none"
         )
+
+
+def _of_teacher(label: Tensor) -> Tensor:
+    """(n, H, W) bool: where an unlabelled image has no more than a teacher's label."""
+    return (label != IGNORE_INDEX) & (label != GROUND_TRUTH)
+
+
+def confident_share(confident: Tensor, inside: Tensor) -> Tensor:
+    """Of each image, both (n, H, W) bool: (n,) float64, 0 where nothing is inside."""
+    return confident.sum((1, 2)).double() / inside.sum((1, 2)).clamp(min=1)
 
 
 @dataclass

@@ -17,11 +17,12 @@ class Images:
     """Images of one kind on this rank's device.
 
     pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
-    the label says only where they are: 0 inside, 255 outside. pseudo: of unlabelled images whose
-    pixels are a strong view, what a teacher says of them. is_tracked: whether batch norm's running
-    statistics are of these images too; else they are normalised by themselves. feature_factors:
-    what their channels are multiplied by where the segmentor's encoder gives them to its head, (n,
-    channels) for each feature map; None: nothing is.
+    the label says only where they are, and where ground truth is laid over them; see Targets.
+    pseudo: of unlabelled images whose pixels are a strong view, what a teacher says of them.
+    is_tracked: whether batch norm's running statistics are of these images too; else they are
+    normalised by themselves. feature_factors: what their channels are multiplied by where the
+    segmentor's encoder gives them to its head, (n, channels) for each feature map; None: nothing
+    is.
     """
 
     pixels: Tensor

@@ -79,6 +79,7 @@ class StrongViews:
                 self.view.mixed(pseudo.label, others.label, mask, IGNORE_INDEX),
                 self.view.mixed(pseudo.confidence, others.confidence, mask),
                 every,
+                pseudo.share,
             )
         pixels = pixels.contiguous(memory_format=layout)
         return replace(images, pixels=pixels, label=label, pseudo=pseudo)

@@ -17,7 +17,7 @@ from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
 from distseg.losses.class_weights import log_shares
 from distseg.losses.tensors import at_least_float32, label_at, upsample
-from distseg.losses.terms import PseudoLabels
+from distseg.losses.terms import GROUND_TRUTH, PseudoLabels, confident_share
 from distseg.parallel import Learner
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
@@ -147,8 +147,9 @@ class WeakToStrong:
     teach: pixels (n, 3, H, W) -> logits (n, C, h, w), without a graph. soft: whether the
     probabilities of all classes are kept. gate: None, all images are pseudo-labelled. num_views: of
     each image. is_tracked: of the strong views, as in Images. with_labelled: partners are
-    labelled images, not neighbours. adjustment: (C, 1, 1), added to the teacher's logits; and
-    alignment, by what it has said so far. dropout: of features of some views; None: of none.
+    labelled images, not neighbours. threshold: of a confident pixel. adjustment: (C, 1, 1), added
+    to the teacher's logits; and alignment, by what it has said so far. dropout: of features of some
+    views; None: of none.
     """
 
     teach: Callable[[Tensor], Tensor]
@@ -158,6 +159,7 @@ class WeakToStrong:
     num_views: int = 1
     is_tracked: bool = True
     with_labelled: bool = False
+    threshold: float = 0.95
     adjustment: Tensor | None = None
     alignment: Alignment | None = None
     dropout: FeatureDropout | None = None
@@ -197,6 +199,7 @@ class WeakToStrong:
             num_views=chosen.num_views,
             is_tracked=chosen.batch_norm == "joint",
             with_labelled=chosen.mix_with == "labelled",
+            threshold=chosen.threshold,
             dropout=FeatureDropout.of(config, segmentor.network),
         )
 
@@ -238,6 +241,8 @@ class WeakToStrong:
         features are multiplied by, and the weak ones behind them, where there is dropout of that
         kind.
         """
+        if self.with_labelled:
+            weak = self._with_share(weak)
         views = [self._strong(weak, labelled, step, number) for number in range(self.num_views)]
         if self.dropout is None:
             return views[0] if len(views) == 1 else _joined_views(views)
@@ -263,6 +268,14 @@ class WeakToStrong:
         pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
         return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
 
+    def _with_share(self, weak: Images) -> Images:
+        """With how much of each one is confident, which what is laid over it does not change."""
+        assert weak.pseudo is not None
+        inside = weak.label != IGNORE_INDEX
+        confident = inside & (weak.pseudo.confidence >= self.threshold)
+        share = confident_share(confident, inside)
+        return replace(weak, pseudo=replace(weak.pseudo, share=share))
+
     def _strong(self, weak: Images, labelled: Images, step: int, number: int) -> Images:
         """The `number`-th view of each."""
         draws = self.views.draws(step, number)
@@ -284,7 +297,8 @@ class WeakToStrong:
         confidence = valid.to(at_least_float32(labelled.pixels).dtype)
         pseudo = PseudoLabels(labelled.label, confidence, every)
         # void counts for nothing, so it is as if outside of the image
-        return replace(labelled, label=(~valid).to(torch.uint8) * IGNORE_INDEX, pseudo=pseudo)
+        where = torch.full_like(labelled.label, GROUND_TRUTH).where(valid, IGNORE_INDEX)
+        return replace(labelled, label=where, pseudo=pseudo)
 
 
 def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:
@@ -310,8 +324,10 @@ def _joined_views(views: list[Images]) -> Images:
 def _joined(parts: list[PseudoLabels]) -> PseudoLabels:
     """Of several micro-batches or views, in their order."""
     every = [part.probabilities for part in parts if part.probabilities is not None]
+    shares = [part.share for part in parts if part.share is not None]
     return PseudoLabels(
         torch.cat([part.label for part in parts]),
         torch.cat([part.confidence for part in parts]),
         torch.cat(every) if every else None,
+        torch.cat(shares) if shares else None,
     )
