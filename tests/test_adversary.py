@@ -319,12 +319,21 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
         ([R1, "compile=true"], "compile=true.*no second derivative"),
         ([R1, "precision=fp16"], "precision=fp16.*precision=bf16"),
         (["mode=supervised", R1], "mode=supervised"),
+        ([MISMATCHED, "strong.labelled=true"], "strong.mix=cutmix.*strong.mix=cutout or none"),
         (["loss.terms.feature_matching.use=dice"], "a name that no built-in term has"),
     ],
 )
 def test_bad_values_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
         loading.load(["data.shards=unused", *words])
+
+
+def test_mismatched_pairs_stand_beside_views_that_are_not_mixed_in_pairs() -> None:
+    views = [MISMATCHED, "strong.labelled=true", "strong.mix=classmix"]
+    for words in (["strong.mix=cutout"], ["strong.mix=none"], ["strong.mix_probability=0"]):
+        assert loading.load(["data.shards=unused", *views, *words]).strong.labelled
+    # which nothing looks at
+    loading.load(["data.shards=unused", *views, "mode=adversarial", "strong.labelled=false"])
 
 
 class Blind(nn.Module):

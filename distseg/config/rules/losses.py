@@ -14,6 +14,7 @@ from distseg.config.schema import (
     WITH_UNLABELLED,
     Config,
 )
+from distseg.config.world_size import mixes_pairs
 from shards.errors import InputError
 
 # of distseg/losses/terms.py, by the names of their metrics
@@ -129,6 +130,21 @@ def penalty_of_second_order(config: Config) -> None:
         raise InputError(f"{got}precision=fp16", needed, "write precision=bf16 or fp32")
 
 
+def pairs_that_do_not_match(config: Config) -> None:
+    """loss.mismatched_weight is of neighbours that have no part of each other."""
+    strong, weight = config.strong, config.loss.mismatched_weight
+    if config.mode not in WITH_GROUND_TRUTH or not (weight and strong.labelled):
+        return
+    # the pairs are the same ones: where a piece lies over one of two neighbours alone, the image of
+    # the one and the label of the other are of the same pixels, a true pair that is called fake
+    if mixes_pairs(strong.mix, strong.mix_probability):
+        got = f"loss.mismatched_weight={weight} with strong.labelled=true and "
+        got += f"strong.mix={strong.mix}, which lays a piece of one neighbour over the other"
+        needed = "neighbours of which neither shows the other"
+        action = "write strong.mix=cutout or none, strong.labelled=false, or "
+        raise InputError(got, needed, f"{action}loss.mismatched_weight=0")
+
+
 RULES = (
     a_loss_to_minimise,
     class_weights_of_a_kind,
@@ -136,4 +152,5 @@ RULES = (
     further_terms_within_bounds,
     scores_of_a_form,
     penalty_of_second_order,
+    pairs_that_do_not_match,
 )
