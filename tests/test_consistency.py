@@ -566,7 +566,7 @@ def test_a_gate_between_domains_judges_what_its_discriminator_has_learned_from()
             return [label_map.sum((1, 2, 3))[:, None, None, None]]
 
     words = ["data.shards=unused", "mode=domain_adaptation", "consistency.weight=1"]
-    words += ["ema_decay=0.9", "consistency.gate=rank"]
+    words += ["ema_decay=0.9", "consistency.gate=rank", "consistency.start_step=1"]
     logits = torch.randn(2, NUM_CLASSES, 12, 12, dtype=torch.float64)
     for kind in ("probabilities", "self_information"):
         config = loading.load([*words, f"adaptation.input={kind}"])
@@ -761,7 +761,8 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     shards = f"data.shards={toy_shards}"
     taught = [shards, "mode=consistency", "consistency.weight=1"]
     gated = [shards, "mode=semi_supervised", "consistency.weight=1", "ema_decay=0.9"]
-    gated += ["semi.weight=0"]
+    gated += ["semi.weight=0", "consistency.start_step=1"]
+    in_blocks = ["alternation.name=blocks", "alternation.segmentor=3"]
     for words, what in (
         ([shards, "mode=consistency"], "consistency.weight=0"),
         (taught, "ema_decay=0"),
@@ -781,6 +782,12 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
             "semi.batch_size=16",
         ),
         ([*gated, "consistency.gate=rank", "loss.adv_start_step=9"], "adv_start_step=9"),
+        ([*gated, "consistency.gate=rank", "consistency.start_step=0"], "start_step=1"),
+        ([*gated, "consistency.gate=rank", "loss.adv_start_step=1"], "ends step 1"),
+        (
+            [*gated, "consistency.gate=rank", *in_blocks, "consistency.start_step=3"],
+            "write consistency.start_step=4",
+        ),
         ([*gated, "consistency.gate=score", "loss.adv_form=hinge"], "adv_form=hinge"),
         ([*gated, "consistency.gate=rank", "consistency.gate_share=0.02"], "one image of each"),
         ([*taught, "ema_decay=0.9", COMPLEMENTARY], "consistency.num_views=1\n"),
@@ -791,6 +798,8 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     ):
         with pytest.raises(InputError, match=what):
             loading.load(words)
+    loading.load([*gated, "consistency.gate=rank"])
+    loading.load([*gated, "consistency.gate=rank", *in_blocks, "consistency.start_step=4"])
     words = ["segmentor=multiscale", "segmentor.init=random", "consistency.num_views=2"]
     whole = loading.load([*taught, "ema_decay=0.9", COMPLEMENTARY, *words])
     with pytest.raises(InputError, match="complementary with segmentor=multiscale"):

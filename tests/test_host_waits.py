@@ -70,6 +70,7 @@ CASES = {
     "consistency and an adversary's gate": [
         *("mode=semi_supervised", *TAUGHT, "consistency.gate=rank", "semi.entropy_weight=0.1"),
         *("consistency.target=probabilities", "consistency.weighting=image"),
+        *("consistency.start_step=1", "consistency.mix_with=labelled"),
     ],
     "domain adaptation": [
         *("mode=domain_adaptation", "discriminator=large_fov", "data.labelled=1/2"),

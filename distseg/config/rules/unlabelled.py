@@ -77,7 +77,7 @@ def rectangles_in_order(config: Config) -> None:
 
 
 def a_discriminator_at_the_gate(config: Config) -> None:
-    """consistency.gate has a discriminator that has begun to learn."""
+    """consistency.gate has a discriminator that has learned."""
     chosen, loss = config.consistency, config.loss
     if config.mode not in WITH_UNLABELLED or not chosen.weight or chosen.gate == "none":
         return
@@ -85,12 +85,15 @@ def a_discriminator_at_the_gate(config: Config) -> None:
         got = f"consistency.gate={chosen.gate} with mode={config.mode}"
         action = "write mode=semi_supervised, or consistency.gate=none"
         raise InputError(got, "a discriminator", action)
-    # before it the discriminator has its first, random weights, and still would choose
-    if chosen.start_step < loss.adv_start_step:
+    # up to its first update, at that step's end, it has random weights, and still would choose
+    first, starts = loss.adv_start_step, f"loss.adv_start_step={loss.adv_start_step}"
+    if config.alternation.name == "blocks":
+        first += config.alternation.segmentor  # whose block comes first
+        starts += f", alternation.segmentor={config.alternation.segmentor}"
+    if chosen.start_step <= first:
         got = f"consistency.gate={chosen.gate} with consistency.start_step={chosen.start_step} "
-        got += f"before loss.adv_start_step={loss.adv_start_step}"
-        needed = "a discriminator that has begun to learn"
-        raise InputError(got, needed, f"write consistency.start_step={loss.adv_start_step} or more")
+        needed = f"a discriminator that has learned; its first update ends step {first}"
+        raise InputError(f"{got}({starts})", needed, f"write consistency.start_step={first + 1}")
     size = config.semi.batch_size or config.batch_size
     if chosen.gate == "rank" and not round(chosen.gate_share * size):
         got = f"consistency.gate_share={chosen.gate_share} of {counted(size, 'unlabelled image')}"
