@@ -73,7 +73,7 @@ def buffers_after_steps(ranks: Ranks, overrides: list[str]) -> tuple[dict[str, A
     for step in STEPS:
         labelled = Images(*(part[share] for part in make_batch(step, torch.float64, SIDE)))
         weak = Images(*(part[share] for part in unlabelled(step, torch.float64)))
-        strong = teacher(weak, step, count)
+        strong = teacher(weak, labelled, step, count)
         training_step(pair, phase(step, config), labelled, strong, count)
         views.append(strong.pixels.numpy())
     return {name: buffer.numpy() for name, buffer in network.named_buffers()}, views
