@@ -803,7 +803,10 @@ def test_what_cannot_be_is_refused(toy_shards: Path) -> None:
     ):
         with pytest.raises(InputError, match=what):
             loading.load(words)
-    loading.load([*gated, "consistency.gate=rank"])
+    trained = loading.load([*gated, "consistency.gate=rank"])
+    # one that was trained before there was such a rule can still be scored
+    trained.consistency.start_step = 0
+    assert loading.override(trained, []).consistency.start_step == 0
     loading.load([*gated, "consistency.gate=rank", *in_blocks, "consistency.start_step=4"])
     words = ["segmentor=multiscale", "segmentor.init=random", "consistency.num_views=2"]
     whole = loading.load([*taught, "ema_decay=0.9", COMPLEMENTARY, *words])

@@ -156,8 +156,11 @@ def words(overrides: Sequence[str]) -> list[str]:
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """A configuration with `key=value` overrides on top. Raises InputError as `load` does."""
-    changed = _override(OmegaConf.structured(config), [split(item) for item in overrides])
+    """The configuration of a run that has been trained, with `key=value` overrides on top. Raises
+    InputError as `load` does, but for rules of training.
+    """
+    pairs = [split(item) for item in overrides]
+    changed = _override(OmegaConf.structured(config), pairs, is_trained=True)
     shards_to_train_on(changed)
     return changed
 
@@ -315,7 +318,7 @@ def _is_free(name: str) -> bool:
     return found is not None and found.on_resume
 
 
-def _override(merged: Any, pairs: list[tuple[str, Any]]) -> Config:
+def _override(merged: Any, pairs: list[tuple[str, Any]], is_trained: bool = False) -> Config:
     # from here on a plain dataclass: the rest of the package knows nothing of OmegaConf
     config = _resolved(_applied(merged, pairs))
     # by what was written here: defaults and presets have weights for other modes too
@@ -324,7 +327,7 @@ def _override(merged: Any, pairs: list[tuple[str, Any]]) -> Config:
     config.run_dir = config.run_dir or f"runs/{config.preset or 'run'}"
     # before the check and the saving: config.yaml is read from other folders
     _make_references_absolute(config)
-    check(config, flattened(to_dict(config)))
+    check(config, flattened(to_dict(config)), is_trained)
     return config
 
 

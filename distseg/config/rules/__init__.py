@@ -16,13 +16,15 @@ from shards.user_code import check_complete, is_reference
 from shards.words import closest, nearest
 
 # the first one broken is told alone: of images and networks before what is made of both
-RULES = (*data.RULES, *networks.RULES, *losses.RULES, *unlabelled.RULES, *running.RULES)
+TRAINING = (*losses.RULES, *unlabelled.RULES)
+RULES = (*data.RULES, *networks.RULES, *TRAINING, *running.RULES)
 
 
-def check(config: Config, values: Mapping[str, Any]) -> None:
+def check(config: Config, values: Mapping[str, Any], is_trained: bool = False) -> None:
     """Raise InputError for the first value or combination that no run can have.
 
-    values: the same configuration by dotted names.
+    values: the same configuration by dotted names. is_trained: of a run that has been, perhaps
+    before there was some rule of training; it is only to be scored or used.
     """
     for entry in KEYS.values():
         if entry.choices:
@@ -32,7 +34,8 @@ def check(config: Config, values: Mapping[str, Any]) -> None:
             check_bounds(entry, values[entry.name])
     # last, so that rules can rely on each value by itself
     for rule in RULES:
-        rule(config)
+        if not (is_trained and rule in TRAINING):
+            rule(config)
 
 
 def check_choice(entry: Key, value: Any) -> None:
