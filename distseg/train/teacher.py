@@ -254,14 +254,21 @@ class WeakToStrong:
         # before they are upsampled: the gate brings them to the size that it judges at; and as they
         # are, for it has learned from such
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
+        probabilities = upsample(self.corrected(logits), pixels.shape[-2:]).softmax(1)
+        confidence, index = probabilities.max(1)
+        pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
+        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
+
+    def corrected(self, logits: Tensor) -> Tensor:
+        """The teacher's logits (n, C, h, w) with what is added to each class, in fp32 or fp64: what
+        pseudo-labels are made of.
+        """
+        logits = at_least_float32(logits)
         if self.alignment is not None:
             logits = logits + self.alignment.shift().to(logits)
         if self.adjustment is not None:
             logits = logits + self.adjustment.to(logits)
-        probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
-        confidence, index = probabilities.max(1)
-        pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
-        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
+        return logits
 
     def _strong(self, weak: Images, labelled: Images, step: int, number: int) -> Images:
         """The `number`-th view of each."""
