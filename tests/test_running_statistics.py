@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,9 +59,12 @@ CASES: dict[str, tuple[int, list[str]]] = {
 }
 
 
-def buffers_after_steps(ranks: Ranks, overrides: list[str]) -> tuple[dict[str, Any], list[Any]]:
+def buffers_after_steps(
+    ranks: Ranks, overrides: Sequence[str], precision: str = "fp64"
+) -> tuple[dict[str, Any], list[Any]]:
     """Our steps, without updates: the buffers, and this rank's strong views of each step."""
-    config = make_config("fp64", overrides)
+    config = make_config(precision, overrides)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(3)
     network = Normed()
     assert synchronise(network) == 2  # the frozen one as well
@@ -71,9 +74,9 @@ def buffers_after_steps(ranks: Ranks, overrides: list[str]) -> tuple[dict[str, A
     size, count, views = BATCH // ranks.world_size, config.gradient_accumulation_steps, []
     share = slice(ranks.rank * size, (ranks.rank + 1) * size)
     for step in STEPS:
-        labelled = Images(*(part[share] for part in make_batch(step, torch.float64, SIDE)))
-        weak = Images(*(part[share] for part in unlabelled(step, torch.float64)))
-        strong = teacher(weak, step, count)
+        labelled = Images(*(part[share] for part in make_batch(step, dtype, SIDE)))
+        weak = Images(*(part[share] for part in unlabelled(step, dtype)))
+        strong = teacher(weak, labelled, step, count)
         training_step(pair, phase(step, config), labelled, strong, count)
         views.append(strong.pixels.numpy())
     return {name: buffer.numpy() for name, buffer in network.named_buffers()}, views
