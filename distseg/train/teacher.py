@@ -195,7 +195,7 @@ class WeakToStrong:
             soft=chosen.target == "probabilities",
             gate=gate,
             num_views=chosen.num_views,
-            is_tracked=chosen.batch_norm == "joint",
+            is_tracked=_is_tracked(config),
             with_labelled=chosen.mix_with == "labelled",
             dropout=FeatureDropout.of(config, segmentor.network),
         )
@@ -292,6 +292,13 @@ class WeakToStrong:
         pseudo = PseudoLabels(labelled.label, confidence, every)
         # void counts for nothing, so it is as if outside of the image
         return replace(labelled, label=(~valid).to(torch.uint8) * IGNORE_INDEX, pseudo=pseudo)
+
+
+def _is_tracked(config: Config) -> bool:
+    """Whether batch norm's running statistics are of the strong views too."""
+    chosen = config.consistency.batch_norm
+    # between domains they are what the network is to predict, which labelled images are not
+    return chosen == "joint" or (chosen == "auto" and bool(config.data.unlabelled_shards))
 
 
 def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:
