@@ -125,6 +125,9 @@ class MapsWriter:
 
 def _write_sample(group: h5py.Group, sample: Sample, num_classes: int) -> None:
     group.attrs.update(split=sample.split, source_id=sample.source_id)
+    # where there is any: maps without are the same bytes as ever
+    if sample.origin:
+        group.attrs["origin"] = json.dumps(sample.origin)
     # HDF5's filters, the checksum among them, work on chunks only: one for the whole image
     image = np.frombuffer(sample.image, np.uint8)
     group.create_dataset("image", data=image, chunks=image.shape, fletcher32=True)
@@ -289,7 +292,9 @@ class MapsReader:
             group = self._group(key)
             label = _read_label(group["label_map"]) if "label_map" in group else None
             split, source_id = str(group.attrs["split"]), str(group.attrs["source_id"])
-            return Sample(key, group["image"][()].tobytes(), label, split, source_id)
+            origin = json.loads(str(group.attrs.get("origin", "{}")))
+            image = group["image"][()].tobytes()
+            return Sample(key, image, label, split, source_id, origin=origin)
         # h5py raises any of them, by where the damage lies: header, name, chunk or checksum
         except (OSError, RuntimeError, MemoryError, *_NOT_OURS) as error:
             # of the whole file, which another process holds

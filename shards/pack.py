@@ -375,7 +375,8 @@ def _members(sample: Sample) -> dict[str, Any]:
     }
     if sample.label is not None:
         members["png"] = encode_label(sample.label)
-    about = {"source_id": sample.source_id, "split": sample.split}
+    about: dict[str, Any] = {"source_id": sample.source_id, "split": sample.split}
+    about |= {"origin": sample.origin} if sample.origin else {}
     members["json"] = json.dumps(about, sort_keys=True).encode()
     return members
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -94,7 +95,8 @@ class Sample:
     key: unique printable name without "." and "/"; image: the original file's bytes (JPEG or PNG);
     label: (H, W) uint8, class indices and 255 for void, None for an unlabelled image; split: for
     example "train", named as a key is; source_id: where it came from; notes: what was done to the
-    image on the way here, which `distseg prepare` counts and tells, and nobody keeps.
+    image on the way here, which `distseg prepare` counts and tells, and nobody keeps; origin: how
+    its label was made where no person made it, of what JSON has.
     """
 
     key: str
@@ -103,6 +105,7 @@ class Sample:
     split: str
     source_id: str
     notes: tuple[str, ...] = ()
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def check_sample(sample: Sample, num_classes: int) -> None:

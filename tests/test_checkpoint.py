@@ -35,6 +35,7 @@ from distseg.train.headline import about_checkpoints
 from distseg.train.initial import initial_weights
 from shards.errors import InputError
 from tests.ranks import CONTEXT, run_ranks
+from tests.test_engine import make_batch
 from tests.test_fsdp import FSDP, HYBRID, gradients, make_pair
 
 RANKS = Ranks(0, 1, 0, torch.device("cpu"))
@@ -534,12 +535,15 @@ def test_a_lease_is_renewed_while_it_is_held(
         pass
 
 
-def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: Path) -> None:
-    """Load a checkpoint, or train three steps, with one update left out; then save."""
+def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: Path) -> Any:
+    """Load a checkpoint, or train three steps, with one update left out; then save. What the
+    average says as a teacher, of images that all ranks are shown.
+    """
     fsdp.BLOCK_PARAMETERS = 3_000
     pair, config = make_pair(ranks, overrides)
-    ema = MovingAverage(pair.segmentor, 0.9)
+    ema, teacher = (MovingAverage(pair.segmentor, 0.9, as_network=each) for each in (False, True))
     learners = {"segmentor": pair.segmentor, "discriminator": pair.discriminator, "ema": ema}
+    learners["teacher"] = teacher
     checkpoints = Checkpointer(target, 2, {}, ranks, async_save=True)
     if start is not None:
         for learner in learners.values():  # nothing that is not loaded may pass for it
@@ -554,8 +558,11 @@ def chain(ranks: Ranks, overrides: tuple[str, ...], start: Path | None, target: 
         pair.segmentor.step(1.0)
         pair.discriminator.step(1.0)
         ema.update()
+        teacher.update()
     checkpoints.save(learners, state(3))
     checkpoints.wait()
+    assert teacher.network is not None
+    return pair.segmentor.infer(teacher.network, make_batch(9, torch.float64)[0]).numpy()
 
 
 def _shard_of_network(folder: Path) -> Path:
@@ -564,20 +571,21 @@ def _shard_of_network(folder: Path) -> Path:
 
 def test_every_strategy_on_any_number_of_ranks_loads_what_another_saved(tmp_path: Path) -> None:
     links = [(2, ()), (1, FSDP), (3, FSDP), (4, HYBRID), (2, ())]
+    said: list[Any] = []
     for index, (num_ranks, overrides) in enumerate(links):
-        run_ranks(
-            num_ranks,
-            chain,
-            overrides,
-            tmp_path / str(index - 1) if index else None,
-            tmp_path / str(index),
-        )
+        start = tmp_path / str(index - 1) if index else None
+        said += run_ranks(num_ranks, chain, overrides, start, tmp_path / str(index))
     first, last = (
         sorted(checkpoint.find(tmp_path / run, "last").glob("*.safetensors")) for run in ("0", "4")
     )
-    assert len(first) == 8 and [path.name for path in first] == [path.name for path in last]
+    assert len(first) == 10 and [path.name for path in first] == [path.name for path in last]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in last]
     assert float(read(first[0].parent, "discriminator.counters")["skips"]) == 1
+    averages = [read(first[0].parent, f"{name}.network") for name in ("ema", "teacher")]
+    assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
+    # sharded or whole, a teacher that was loaded says what the one that was saved did
+    for each in said:
+        np.testing.assert_allclose(each, said[0], rtol=1e-12, atol=1e-12)
     sharded = checkpoint.find(tmp_path / "2", "last")
     assert len(list(sharded.glob("segmentor.optimizer.*-of-3.safetensors"))) == 3
     pieces = read(sharded, "segmentor.optimizer")

@@ -30,7 +30,15 @@ from distseg.train.replicas import check_equal
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
-from tests import test_adaptation, test_adversary, test_engine, test_engine_terms, tiny
+from tests import (
+    test_adaptation,
+    test_adversary,
+    test_consistency,
+    test_engine,
+    test_engine_terms,
+    test_running_statistics,
+    tiny,
+)
 from tests.ranks import Program, environments, run_ranks
 from tests.test_engine import BATCH, STEPS, make_batch, make_config, make_networks
 from tests.test_train import DROPOUT, finish, small, start
@@ -62,6 +70,10 @@ def deepspeed(stage: int) -> list[str]:
 STRATEGIES = {"ddp": [], "fsdp": ["parallel.strategy=fsdp"]} | {
     f"stage {n}": deepspeed(n) for n in STAGES
 }
+
+# stage 3 has no whole teacher, and refuses one
+WITH_TEACHER = ("ddp", "stage 0", "stage 1", "stage 2")
+TAUGHT = ["consistency.alignment=0.6", "strong.mix=classmix", "gradient_accumulation_steps=3"]
 
 PRECISELY = [("fp16", 0), ("fp16", 1), ("fp16", 2), ("fp16", 3), ("bf16", 2)]
 
@@ -217,6 +229,12 @@ def refusal(ranks: Ranks, file: Path) -> str:
 
 def run_steps(ranks: Ranks) -> dict[str, Any]:
     results: dict[str, Any] = {}
+    for name in WITH_TEACHER:
+        words = [*TAUGHT, *STRATEGIES[name]]
+        results["taught", name] = test_consistency.train(ranks, "fp32", words)
+        words = [*test_running_statistics.SEPARATE, *STRATEGIES[name]]
+        found = test_running_statistics.buffers_after_steps(ranks, words, "fp32")
+        results["statistics", name] = found[0]
     for stage in STAGES:
         results["steps", stage] = [
             test_engine.train(ranks, case, deepspeed(stage)) for case in CASES
@@ -347,6 +365,22 @@ def test_an_infinity_on_one_rank_skips_that_network_on_all(stage: int, steps: li
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_bad_batch_on_one_rank_is_left_out_by_all(stage: int, steps: list[Any]) -> None:
     test_engine.check_bad_batch([of_rank["bad batch", stage] for of_rank in steps])
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", WITH_TEACHER[1:])
+def test_a_teacher_and_statistics_without_strong_views_are_those_of_ddp(
+    name: str, steps: list[Any]
+) -> None:
+    for of_rank in steps:
+        *ours, confident = of_rank["taught", name]
+        *theirs, expected = of_rank["taught", "ddp"]
+        # the segmentor's parameters, and the teacher's, which are others by now
+        for mine, other in zip(ours, theirs, strict=True):
+            assert max(abs(a - b).max() for a, b in zip(mine, other, strict=True)) <= 1e-6
+        assert max(abs(a - b).max() for a, b in zip(*ours, strict=True)) > 1e-3
+        assert confident == expected and max(confident) > 0
+        assert distance(of_rank["statistics", name], of_rank["statistics", "ddp"]) <= 1e-6
 
 
 @pytest.mark.cpu

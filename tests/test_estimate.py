@@ -153,6 +153,31 @@ def test_a_thousand_ranks_in_a_mesh_of_128_by_8():
     assert sum(it.num_bytes for it in between) == scattered / 8
 
 
+def sent(*words: str) -> Counter[str]:
+    """Bytes by kind of collective, of a step on four ranks of two images of each kind."""
+    total: Counter[str] = Counter()
+    for it in counted(4, *words).collectives:
+        total[word_of(it.name)] += it.num_bytes
+    return total
+
+
+def test_a_teacher_sends_nothing_of_its_own_but_is_gathered_where_it_is_sharded():
+    preset, fsdp = "preset=stanford_consistency", "parallel.strategy=fsdp"
+    size = 4 * num_parameters(job(4)[1])["segmentor"]
+    for words in ((), (fsdp,)):
+        more = sent(preset, *words)
+        more.subtract(sent(preset, "mode=supervised", *words))
+        # the teacher's forward; a shard may end in padding
+        assert more.pop("all_gather", 0) == pytest.approx(size if words else 0, rel=1e-3)
+        # as this step is logged: the classes of labels and of pseudo-labels, and five metrics
+        assert more.pop("all_reduce") == 2 * 256 * 8 + 5 * 8
+        assert not any(more.values())
+    taught = ("consistency.weight=1", "semi.weight=0")
+    gated = sent(*taught, "consistency.gate=rank")
+    gated.subtract(sent(*taught))
+    assert gated.pop("all_reduce") == 4 * 2 * 8 and not any(gated.values())
+
+
 @pytest.mark.slow
 def test_deepspeed_splits_parameters_and_states_at_stage_3():
     pytest.importorskip("deepspeed")

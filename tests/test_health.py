@@ -174,11 +174,26 @@ def test_classes_that_no_confident_pixel_has_for_long_are_named_with_their_share
 def test_a_teacher_that_does_not_teach_is_not_blamed() -> None:
     """At the start an average is of untrained weights, whatever the term."""
     rows = [healthy(step) | {"consistency/confident_share": 0.0} for step in (10, 20, 30)]
-    rows[2]["held_out/agreement"] = rows[1]["held_out/agreement"] = 0.3
+    for row in rows[1:]:
+        row |= {"held_out/agreement": 0.3, "held_out/confident_share": 1.0}
+        row["held_out/confident_agreement"] = 0.3
     assert not Health(rows).events
     for row in rows:
         row["consistency/confident_share"] = 0.4
-    assert names(Health(rows)) == {"agreement_falls"}
+    assert names(Health(rows)) == {"agreement_falls", "teacher_is_overconfident"}
+    # its term has no weight yet
+    for row in rows:
+        row["weight/consistency"] = 0.0
+    assert not Health(rows).events
+
+
+def test_a_teacher_of_whom_all_pixels_are_taken_is_not_called_sure_of_them() -> None:
+    """At threshold 0 being sure of wrong ones is being wrong, which `agreement_falls` tells."""
+    sure = {"consistency/confident_share": 1.0, "held_out/confident_share": 1.0}
+    sure |= {"held_out/confident_agreement": 0.6}
+    rows = [healthy(step) | sure for step in range(10, 100, 10)]
+    assert not Health(rows, MEANS | {"consistency.threshold": 0.0}).events
+    assert names(Health(rows, MEANS)) == {"teacher_is_overconfident"}
 
 
 def test_classes_that_no_prediction_has_for_long_are_named_with_their_share() -> None:
@@ -343,15 +358,15 @@ PLANTED = {
     # 1.3 % of the labels: a teacher of 71 images never sees them, and nor does the network
     "teacher": {"class_never_kept", "class_never_predicted"},
     "collapse": {
-        *("pseudo_labels_collapse", "teacher_is_overconfident"),
-        *("class_never_kept", "class_never_predicted"),
+        *("pseudo_labels_collapse", "class_never_kept", "class_never_predicted"),
     },
 }
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_real_runs_with_a_planted_fault_get_its_verdict_and_no_other(name: str) -> None:
-    health = Health(read_metrics(RECORDED / f"{name}.jsonl"))
+    config = {"consistency.threshold": 0.0} if name == "collapse" else {}
+    health = Health(read_metrics(RECORDED / f"{name}.jsonl"), config)
     assert names(health) == PLANTED[name] == {event.name for event in health.events}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import distseg
 from distseg.config import loading
 from distseg.data.plan import Plan
 from distseg.data.samples import SampleSet, hold_out, split_labelled
@@ -19,12 +21,18 @@ from distseg.losses.terms import PseudoLabels
 from distseg.train import diagnostics
 from distseg.train.held_out import HeldOut
 from distseg.train.inputs import open_data
+from distseg.train.strong_views import StrongViews
+from distseg.train.teacher import Alignment, WeakToStrong, logit_adjustment
 from shards.errors import InputError
 from shards.reader import ShardReader
 from shards.sample import STANFORD
-from tests.ranks import run_ranks
+from tests.ranks import leave_out, run_ranks
+from tests.tiny import SETTINGS
 
 THRESHOLD = 0.7
+WEIGHT = ["consistency.weight=1"]
+PIXELS = np.arange(1, 9)[None] ** 2  # of each class, labelled
+SHIFT = torch.linspace(-0.3, 0.5, 8, dtype=torch.float64)  # of logits, learned before
 
 
 def test_the_last_of_the_draw_are_held_out_also_by_the_list_of_a_run_that_goes_on(
@@ -76,7 +84,15 @@ def compared(ranks: Ranks, shards: str) -> tuple[dict[str, float], dict[str, Any
     samples = SampleSet(ShardReader(Path(shards), "train"))
     network, told = Colours().train(), []
     look = TestTimeAugmentation((1.0,), False, "fp32", ranks.device)
-    held_out = HeldOut(lambda: network, samples, ranks, look, THRESHOLD, 0, told.append)
+    # as training corrects what it says: by the labels, and by what was said so far
+    alignment = Alignment(1.0, PIXELS, ranks)
+    alignment.load_state_dict({"alignment": {"share": SHIFT, "shift": SHIFT}})
+    adjustment = logit_adjustment(0.4, PIXELS)
+    config = loading.load([*WEIGHT, "data.shards=unused", "mode=consistency", "ema_decay=0.9"])
+    views = StrongViews.of_unlabelled(config, 8, ranks)
+    taught = WeakToStrong(network, views, adjustment=adjustment, alignment=alignment)
+    looks = (samples, ranks, look)
+    held_out = HeldOut(lambda: network, taught.corrected, *looks, THRESHOLD, 0, told.append)
     found = held_out()
     assert network.training and len(told) == len(range(ranks.rank, 8, ranks.world_size))
     share = slice(ranks.rank * 6 // ranks.world_size, (ranks.rank + 1) * 6 // ranks.world_size)
@@ -117,6 +133,25 @@ def test_shares_are_those_of_all_pixels_together_on_any_number_of_ranks(toy_shar
             assert of_labels == pytest.approx(float(labelled.double().mean()), abs=1e-15)
 
 
+def test_a_run_judges_the_labels_that_it_trains_on(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out(monkeypatch.setattr)
+    # an adjustment after which all of them are of one class
+    grass = STANFORD.names.index("grass")
+    adjustment = 1e4 * nn.functional.one_hot(torch.tensor(grass), 8)[:, None, None].double()
+    monkeypatch.setattr("distseg.train.assembly.logit_adjustment", lambda *_: adjustment)
+    data = SETTINGS["data"] | {"shards": str(toy_shards), "labelled": "1/2"}
+    teacher = {"weight": 1.0, "held_out": 2, "logit_adjustment": 1.0, "threshold": 0.99}
+    keys = SETTINGS | {"mode": "consistency", "data": data, "consistency": teacher, "steps": 1}
+    del keys["discriminator"]
+    distseg.fit(**keys, run_dir=str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = next(row for row in rows if "held_out/agreement" in row)
+    assert found["held_out/confident_share"] == found["held_out/confident_agreement/grass"] == 1
+    assert found["held_out/confident_agreement/sky"] == 0
+
+
 def by_pixel(shards: Path) -> dict[str, float]:
     """In NumPy, over one row of all pixels of the toy's training images."""
     samples = SampleSet(ShardReader(shards, "train"))
@@ -124,7 +159,8 @@ def by_pixel(shards: Path) -> dict[str, float]:
     for index in range(len(samples)):
         _, image, label = samples.load(index)
         distance = (0.6 * image[:, :, None].astype(np.float64) - np.array(STANFORD.palette)) / 255
-        chances = np.exp(-12 * np.square(distance).sum(-1))
+        raised = SHIFT.numpy() - 0.4 * np.log(PIXELS[0] / PIXELS.sum())
+        chances = np.exp(-12 * np.square(distance).sum(-1) + raised)
         chances /= chances.sum(-1, keepdims=True)
         columns.append([label.ravel(), chances.argmax(-1).ravel(), chances.max(-1).ravel()])
     label, predicted, chance = (np.concatenate(each) for each in zip(*columns, strict=True))

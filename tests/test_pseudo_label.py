@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 import distseg
 from distseg.cli import main
@@ -63,6 +66,11 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
     said = capsys.readouterr().out
     assert "4 of 4 unlabelled images kept" in said and f"next: distseg pack '{out}'" in said
     rows, labels = table(out.with_suffix(".csv")), []
+    state = trained / "checkpoints/step-00000002/state.json"
+    expected = {"made_by": "pseudo-label", "run": "run", "step": 2, "threshold": threshold}
+    expected |= {"keep": 1.0, "rank": "confidence", "scales": [1.0], "horizontal_flip": False}
+    expected |= {"state_sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+    expected |= {"precision": "fp32"}
     with MapsReader(out) as maps:
         assert maps.name == "toy blobs-pseudo" and maps.classes == before.classes
         assert maps.splits["val"] == before.splits["val"]
@@ -72,12 +80,13 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
             assert sample.image == original.image and sample.label is not None
             if key in by_people or key in maps.splits["val"]:
                 assert np.array_equal(sample.label, original.label)
-                assert key not in rows
+                assert key not in rows and not sample.origin
                 continue
             chances = network.probabilities(decode_image(sample.image))
             sure = chances.max(0) >= threshold
             assert np.array_equal(sample.label, np.where(sure, chances.argmax(0), 255))
             assert sample.source_id == f"pseudo-label of run at step 2: {key}"
+            assert sample.origin == expected
             row = rows.pop(key)
             assert math.isclose(float(row["confidence"]), chances.max(0).mean(), abs_tol=1e-5)
             assert math.isclose(float(row["labelled_share"]), sure.mean(), abs_tol=1e-5)
@@ -98,6 +107,10 @@ def test_labels_are_the_networks_where_it_is_sure_and_all_else_stays(
     assert f"wrote {out}, of a run.csv and of a run.png" in said
     pack(out, tmp_path / "packed")
     assert len(ShardReader(tmp_path / "packed", "train")) == 8
+    of_shards = webdataset.WebDataset(str(tmp_path / "packed/train-000000.tar"), shardshuffle=False)
+    origins = {row["__key__"]: json.loads(row["json"]).get("origin") for row in of_shards}
+    assert origins == {key: None if key in by_people else expected for key in origins}
+    assert len(origins) == 8
 
 
 def test_the_share_kept_is_the_surest_by_either_measure(
@@ -171,6 +184,20 @@ def test_shards_of_other_classes_are_told_whatever_their_images_are(
     words = ["--out", str(tmp_path / "x.h5"), f"data.shards={tmp_path / 'shards'}"]
     assert main(["pseudo-label", str(trained), *words]) == 2
     assert "shards with the classes a, b, c, d, e, f, g, h" in capsys.readouterr().err
+
+
+def test_images_that_the_run_was_scored_on_are_not_labelled_as_other_data_either(
+    toy_shards: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Another pack has two images of its validation split to train on."""
+    moved = {"toy_08", "toy_09"}
+    samples = [replace(s, split="train") if s.key in moved else s for s in toy_samples()]
+    write_maps(tmp_path / "maps.h5", "other", STANFORD, samples, total=len(samples))
+    pack(tmp_path / "maps.h5", tmp_path / "shards")
+    words = ["--out", str(tmp_path / "x.h5"), f"data.shards={tmp_path / 'shards'}"]
+    assert main(["pseudo-label", str(trained), *words]) == 2
+    said = capsys.readouterr().err
+    assert f"2 unlabelled images are in val of {toy_shards}, the first: toy_08" in said
 
 
 @no_curves()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,18 +51,21 @@ class Normed(nn.Module):
         return self.own(self.second(x + by_image[..., None, None]))
 
 
-SEPARATE = ["consistency.batch_norm=separate"]
+SEPARATE, JOINT = (["consistency.batch_norm=" + word] for word in ("separate", "joint"))
 CASES: dict[str, tuple[int, list[str]]] = {
-    "one rank": (1, SEPARATE),
+    "one rank, by default": (1, []),
     "three ranks, accumulated": (3, [*SEPARATE, "gradient_accumulation_steps=2"]),
     "three ranks, fsdp": (3, [*SEPARATE, "parallel.strategy=fsdp"]),
-    "both kinds of images": (3, []),
+    "both kinds of images": (3, JOINT),
 }
 
 
-def buffers_after_steps(ranks: Ranks, overrides: list[str]) -> tuple[dict[str, Any], list[Any]]:
+def buffers_after_steps(
+    ranks: Ranks, overrides: Sequence[str], precision: str = "fp64"
+) -> tuple[dict[str, Any], list[Any]]:
     """Our steps, without updates: the buffers, and this rank's strong views of each step."""
-    config = make_config("fp64", overrides)
+    config = make_config(precision, overrides)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
     torch.manual_seed(3)
     network = Normed()
     assert synchronise(network) == 2  # the frozen one as well
@@ -71,18 +75,29 @@ def buffers_after_steps(ranks: Ranks, overrides: list[str]) -> tuple[dict[str, A
     size, count, views = BATCH // ranks.world_size, config.gradient_accumulation_steps, []
     share = slice(ranks.rank * size, (ranks.rank + 1) * size)
     for step in STEPS:
-        labelled = Images(*(part[share] for part in make_batch(step, torch.float64, SIDE)))
-        weak = Images(*(part[share] for part in unlabelled(step, torch.float64)))
+        labelled = Images(*(part[share] for part in make_batch(step, dtype, SIDE)))
+        weak = Images(*(part[share] for part in unlabelled(step, dtype)))
         strong = teacher(weak, labelled, step, count)
         training_step(pair, phase(step, config), labelled, strong, count)
         views.append(strong.pixels.numpy())
     return {name: buffer.numpy() for name, buffer in network.named_buffers()}, views
 
 
+def one_value(ranks: Ranks) -> list[Any]:
+    """A synchronised layer after pooling, with one image of each kind a rank: its output."""
+    layer = BatchNorm2d(2)
+    network = nn.Sequential(layer)
+    synchronise(network)
+    x = torch.tensor([[1.0, 5.0], [3.0, -2.0]])[..., None, None] * (ranks.rank + 1)
+    with RunningStatistics(network).averaged(2, 1):
+        return [network(x).flatten(1).tolist(), layer.running_mean.tolist()]
+
+
 def of_rank(ranks: Ranks, num_ranks: int) -> dict[str, Any]:
     """All cases of so many ranks, in one group."""
     cases = {name: overrides for name, (n, overrides) in CASES.items() if n == num_ranks}
-    return {name: buffers_after_steps(ranks, overrides) for name, overrides in cases.items()}
+    found = {name: buffers_after_steps(ranks, overrides) for name, overrides in cases.items()}
+    return found | ({"one value": one_value(ranks)} if num_ranks == 3 else {})
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +193,28 @@ def test_running_statistics_are_of_the_images_that_are_asked_for(
         assert np.array_equal(buffers["frozen.running_mean"], np.zeros(8))
         batches = len(STEPS) * (2 if "accumulated" in name else 1)
         assert buffers["joint.num_batches_tracked"] == buffers["own.num_batches_tracked"] == batches
+
+
+def test_one_value_on_each_of_several_ranks_is_enough_for_a_synchronised_layer(
+    found: dict[int, list[dict[str, Any]]],
+) -> None:
+    # 1, 2, 3 times a value: (k - 2) / sqrt(2 / 3) whatever the value, with its sign
+    for rank, result in enumerate(found[3]):
+        output, running_mean = result["one value"]
+        k = (rank - 1) / (2 / 3) ** 0.5
+        np.testing.assert_allclose(output, [[k, k], [k, -k]], atol=1e-4)
+        assert running_mean == pytest.approx([0.2, 1.0])  # a tenth of the labelled images' mean
+
+
+def test_strong_views_are_tracked_where_they_may_be_of_the_domain_that_is_predicted() -> None:
+    segmentor: Any = SimpleNamespace(network=Normed())
+    other = "data.unlabelled_shards=other"
+    for words, is_tracked in (([], False), ([other], True), (JOINT, True), (SEPARATE, False)):
+        config = make_config("fp64", ["consistency.teacher=segmentor", *words])
+        alone = Ranks(0, 1, 0, torch.device("cpu"))
+        assert WeakToStrong.of(config, segmentor, None, alone).is_tracked == is_tracked
+    config = make_config("fp64", ["consistency.teacher=segmentor", other, *SEPARATE])
+    assert not WeakToStrong.of(config, segmentor, None, alone).is_tracked
 
 
 def test_one_value_has_no_variance_and_half_an_image_no_statistics() -> None:

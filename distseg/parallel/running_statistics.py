@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distseg.distributed.compat import BATCH_NORM
 from distseg.distributed.ranks import all_reduce_sum
+from distseg.parallel.sync_batch_norm import SynchronisedBatchNorm2d
 from shards.errors import InputError
+
+_OVER_RANKS = (SynchronisedBatchNorm2d, nn.SyncBatchNorm)
 
 
 class RunningStatistics:
@@ -74,8 +78,11 @@ def _first_part(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None
     (num_tracked, num_images), x = share, inputs[0]
     # a network may hold several rows of an image, one after the other
     num_rows, odd = divmod(len(x) * num_tracked, num_images)
-    first, rest = x[:num_rows], x[num_rows:]
-    if odd or min(first.numel(), rest.numel()) < 2 * x.shape[1]:
+    # not by two slices, each of which has a gradient as large as x
+    first, rest = x.split([num_rows, len(x) - num_rows])
+    # a layer over all ranks' images has as many more of them
+    num_shares = dist.get_world_size() if isinstance(layer, _OVER_RANKS) else 1
+    if odd or min(first.numel(), rest.numel()) * num_shares < 2 * x.shape[1]:
         got = f"batch normalisation of an input of {tuple(x.shape)} for {num_images} images, "
         needed = (
             "images one after the other, and at least two values of each channel in either kind"
@@ -102,7 +109,7 @@ def _with_the_rest(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> T
 
 def _average(buffers: list[Tensor], before: Tensor) -> None:
     # one message for all layers: each is small, and latency would count
-    mean = all_reduce_sum(torch.cat(buffers)).div_(torch.distributed.get_world_size())
+    mean = all_reduce_sum(torch.cat(buffers)).div_(dist.get_world_size())
     # on the device, and by what all ranks hold: no wait, and no rank decides otherwise
     kept = torch.where(mean.isfinite().all(), mean, before)
     sizes = [buffer.numel() for buffer in buffers]

@@ -11,27 +11,29 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from distseg.config import loading
-from distseg.config.schema import Config
+from distseg.config.schema import Config, DataConfig
 from distseg.data.samples import LABELLED_FILE, SampleSet, open_reader, split_labelled
 from distseg.distributed.ranks import Ranks
+from distseg.evaluate.inference import TestTimeAugmentation
 from distseg.evaluate.judged import confidence_map
 from distseg.evaluate.run import as_trained, check_place
 from distseg.evaluate.trained import trained_classes, trained_discriminator, trained_segmentor
 from distseg.predict.run import choose_device
 from distseg.runs.checkpoint import Checkpoint
 from shards.errors import InputError
-from shards.files import check_writable, nearest_existing, published, tracked
+from shards.files import check_writable, nearest_existing, published, say, tracked
 from shards.maps import write_maps
 from shards.reader import ShardReader
 from shards.sample import IGNORE_INDEX, Sample, decode_label, encode_label
 from shards.storage import is_file
-from shards.words import counted
+from shards.words import IS, counted
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,17 @@ def run(
     where = choose_device(device)
     loading.refuse_others(list(overrides), lambda key: key.at_evaluation)
     network, config, found = trained_segmentor(run_dir, which)
-    config = loading.override(config, list(overrides))
+    trained, config = config, loading.override(config, list(overrides))
     data = Data(run_dir, config, found)
+    data.check_unscored(trained.data, found)
     labeller = Labeller(network, config, found, choice, where)
     count = len(data.unlabelled)
     images = [labeller(data, index) for index in tracked(range(count), count, "labelling")]
     kept = surest(images, choice)
     _check_labelled(images, kept, choice)
-    origin = f"pseudo-label of {run_dir.resolve().name} at step {found.step}"
     name = f"{data.reader.manifest.name}-pseudo"
-    write_maps(out, name, data.classes, data.samples(kept, origin), data.num_samples(kept))
+    samples = data.samples(kept, origin_of(run_dir, found, choice, labeller.look))
+    write_maps(out, name, data.classes, samples, data.num_samples(kept))
     _write_table(out.with_suffix(".csv"), ranked(images, choice), kept)
     written = [str(out), out.with_suffix(".csv").name]
     if _draw_quality(kept, data.classes.names, out.with_suffix(".png")):
@@ -136,6 +139,15 @@ def surest(images: Sequence[Labelled], choice: Choice) -> list[Labelled]:
     number = max(1, round(choice.keep * len(images)))
     kept = [image for image in ranked(images, choice)[:number] if image.labelled]
     return sorted(kept, key=lambda image: image.index)
+
+
+def origin_of(
+    run_dir: Path, found: Checkpoint, choice: Choice, look: TestTimeAugmentation
+) -> dict[str, Any]:
+    """How pseudo-labels were made: enough to make them again."""
+    checkpoint = {"run": run_dir.resolve().name, "step": found.step, "state_sha256": found.sha256}
+    chosen = {"threshold": choice.threshold, "keep": choice.keep, "rank": choice.rank}
+    return {"made_by": "pseudo-label"} | checkpoint | chosen | look.to_dict()
 
 
 class Data:
@@ -182,14 +194,39 @@ class Data:
     def num_samples(self, kept: Sequence[Labelled]) -> int:
         return len(self.labelled) + len(kept) + len(self.validation)
 
-    def samples(self, kept: Sequence[Labelled], origin: str) -> Iterator[Sample]:
-        """All of the new data set, each image in its original bytes."""
+    def check_unscored(self, trained: DataConfig, found: Checkpoint) -> None:
+        """Raise InputError where an image that would be labelled is in the validation split of the
+        run. trained: the run's own data, where other data are labelled.
+        """
+        split, own = trained.val_split, trained.val_shards or trained.shards[0]
+        # by content: they may lie in another place than when it was trained
+        is_own = self.reader.manifest.sha256 == found.identity["manifest_sha256"]
+        if is_own and not trained.val_shards:
+            own = str(self.reader.location)
+        try:
+            scored = {*open_reader(trained, split, own).keys}
+        except InputError as error:
+            # a run may be taken to another machine without its data
+            say(f"not compared with what the run was scored on: {error.got}")
+            return
+        shared = [key for key in self.unlabelled.keys if key in scored]
+        if shared:
+            got = f"{counted(len(shared), 'unlabelled image', verb=IS)} in {split} of {own}, "
+            needed = "images that the run was not scored on: such scores would say nothing"
+            got += f"the first: {shared[0]}"
+            raise InputError(got, needed, "name other shards, or leave these images out")
+
+    def samples(self, kept: Sequence[Labelled], origin: dict[str, Any]) -> Iterator[Sample]:
+        """All of the new data set, each image in its original bytes; origin: of the labels of those
+        that are kept.
+        """
         train, val = self._splits
+        source = f"pseudo-label of {origin['run']} at step {origin['step']}"
         yield from _as_they_are(self.labelled, train)
         for image in kept:
             raw = self.reader.read(self._without[image.index], with_label=False)
             label = decode_label(image.label)
-            yield Sample(raw.key, raw.image, label, train, f"{origin}: {raw.key}")
+            yield Sample(raw.key, raw.image, label, train, f"{source}: {raw.key}", origin=origin)
         yield from _as_they_are(self.validation, val)
 
     def truth(self, index: int) -> np.ndarray | None:
@@ -223,12 +260,12 @@ class Labeller:
         self._judge = None
         if choice.rank == "discriminator":
             self._judge = trained_discriminator(config, found, "--rank confidence").to(where)
-        self._network, self._look = as_trained(network, config, found, Ranks(0, 1, 0, where))
+        self._network, self.look = as_trained(network, config, found, Ranks(0, 1, 0, where))
 
     def __call__(self, data: Data, index: int) -> Labelled:
         """Of one of the unlabelled samples."""
         key, image, _ = data.unlabelled.load(index)
-        chances, classes = self._look(self._network, image).max(0)  # (H, W) each
+        chances, classes = self.look(self._network, image).max(0)  # (H, W) each
         label = classes.to(torch.uint8)
         label[chances < self._choice.threshold] = IGNORE_INDEX
         found = label.cpu().numpy()

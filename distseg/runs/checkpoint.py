@@ -8,6 +8,7 @@ A checkpoint is a folder checkpoints/step-00000500 of a run with safetensors fil
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ class Checkpoint:
     """What a checkpoint says of itself, read once: its folder may be pruned at any time.
 
     identity: what it must agree on with the run that loads it. parts: of each learner. files: the
-    sha256 of each; None: of an earlier version, which kept none.
+    sha256 of each; None: of an earlier version, which kept none. sha256: of state.json, which names
+    these.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Checkpoint:
     identity: dict[str, Any]
     parts: dict[str, list[str]]
     files: dict[str, str] | None
+    sha256: str = ""
 
     @property
     def step(self) -> int:
@@ -207,7 +210,8 @@ def read_state(path: Path) -> Checkpoint:
     """
     file = path / STATE_FILE
     try:
-        content, is_sealed = unseal(read_bytes(file))
+        data = read_bytes(file)
+        content, is_sealed = unseal(data)
         # exactly: a sealed one whose seal has lost its name must not pass for an old one
         keys = _KEYS | {"files"} if is_sealed else _KEYS
         # one of another version may have other keys, and is not damaged
@@ -216,7 +220,7 @@ def read_state(path: Path) -> Checkpoint:
         if "version" not in content:
             raise ValueError("no version")
         if content["version"] == VERSION:
-            return _checked(path, content)
+            return _checked(path, content, hashlib.sha256(data).hexdigest())
     except _NO_FILE:
         raise _damaged(path, f"{STATE_FILE} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -225,11 +229,10 @@ def read_state(path: Path) -> Checkpoint:
     raise InputError(got, f"version {VERSION}", "use the distseg that wrote it")
 
 
-def _checked(path: Path, content: dict[str, Any]) -> Checkpoint:
+def _checked(path: Path, content: dict[str, Any], sha256: str) -> Checkpoint:
     """Raises ValueError where the content is not that of a checkpoint in this folder."""
-    found = Checkpoint(
-        path, content["state"], content["identity"], content["parts"], content.get("files")
-    )
+    parts, files = content["parts"], content.get("files")
+    found = Checkpoint(path, content["state"], content["identity"], parts, files, sha256)
     if not isinstance(found.identity, dict):
         raise ValueError(f"an identity that is a {type(found.identity).__name__}")
     # a file of another checkpoint, whole in itself

@@ -54,6 +54,7 @@ LEVEL, HIGHEST_LEVEL = "level/", "level"
 UNDECIDED = "level of an undecided discriminator"  # likewise: its loss on either kind of map
 OF_DOMAINS = "discriminator of domains"  # likewise: whether it tells domains apart
 NO_TARGET = "no target"  # likewise: whether no image of a target is trained on
+CHOOSES = "teacher chooses"  # likewise: whether pixels must be confident to be taught
 LEVEL_ROWS = 5  # whose median is the level
 MEAN_LEVEL = 100.0  # of means over pixels: ln 255 = 5.5 nats, and room for the weights of terms
 SUM_LEVEL = 1e6  # of sums over an image's pixels, 4 nats at each of 512 x 512
@@ -87,6 +88,7 @@ def levels_of(config: Mapping[str, Any]) -> MetricsRow:
         UNDECIDED: form.undecided,
         OF_DOMAINS: config.get("mode") in ADAPTATION,
         NO_TARGET: "mode" in config and config["mode"] not in WITH_UNLABELLED,
+        CHOOSES: config.get("consistency.threshold") != 0,
     }
 
 
@@ -323,7 +325,8 @@ def who_dominates(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]
 
 def wrong_though_sure(row: MetricsRow, before: MetricsRow) -> float | None:
     """The share of wrong pixels among confident ones, where nearly all are; else 0."""
-    if CONFIDENT_AGREEMENT not in row:
+    # as of `fallen`; and at threshold 0 all are confident whatever the teacher says
+    if CONFIDENT_AGREEMENT not in row or not teaches(before) or not before.get(CHOOSES, True):
         return None
     # a threshold that few pixels reach still chooses: wrong ones are then another check's matter
     is_sure = row[HELD_OUT_CONFIDENT] >= NEARLY_ALL

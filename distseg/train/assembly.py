@@ -215,12 +215,15 @@ def _source(evaluator: Evaluator, data: Data) -> Evaluator | None:
 
 def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) -> HeldOut | None:
     """What judges the teacher's pseudo-labels, as the evaluation looks at images."""
-    if data.held_out is None:
+    pseudo_labels = found.pair.weak_to_strong
+    if data.held_out is None or pseudo_labels is None:
         return None
     is_average = config.consistency.teacher == "ema"
     teacher = found.ema if is_average and found.ema is not None else found.pair.segmentor
     return HeldOut(
         teacher.full_network,
+        # as training corrects them: what runs away by that shows in these labels too
+        pseudo_labels.corrected,
         data.held_out,
         evaluator.ranks,
         # once: in training it sees no other scales

@@ -23,16 +23,29 @@ from distseg.tracking.catalogue import (
 from shards.sample import IGNORE_INDEX
 
 
+class _Corrected(nn.Module):
+    """A teacher whose logits are what its pseudo-labels are made of."""
+
+    def __init__(self, teacher: nn.Module, corrected: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.teacher, self._corrected = teacher, corrected
+
+    def forward(self, image: Tensor) -> Tensor:
+        # before they are upsampled or cut into windows, as in training
+        return self._corrected(self.teacher(image))
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Compares the teacher's pseudo-labels with the labels of images that are not trained on.
 
-    gather_network: the teacher with every parameter on this rank; called on every rank. look: how
-    it sees an image. threshold: a pixel is confident from this probability on. mark: told of every
-    image.
+    gather_network: the teacher with every parameter on this rank; called on every rank. corrected:
+    its logits (n, C, h, w) -> those that training makes pseudo-labels of. look: how it sees an
+    image. threshold: a pixel is confident from this probability on. mark: told of every image.
     """
 
     gather_network: Callable[[], nn.Module]
+    corrected: Callable[[Tensor], Tensor]
     samples: SampleSet
     ranks: Ranks
     look: TestTimeAugmentation
@@ -48,7 +61,7 @@ class HeldOut:
         where nothing is confident.
         """
         # collective under FSDP and ZeRO-3, so before anything that can fail on one rank alone
-        network = self.gather_network()
+        network = _Corrected(self.gather_network(), self.corrected)
         num_classes = self.samples.classes.num_classes
         # of the confident pixels and of the others: rows = labels, columns = pseudo-labels
         counts = torch.zeros(2, num_classes, num_classes, device=self.ranks.device).long()

@@ -197,7 +197,7 @@ class WeakToStrong:
             soft=chosen.target == "probabilities",
             gate=gate,
             num_views=chosen.num_views,
-            is_tracked=chosen.batch_norm == "joint",
+            is_tracked=_is_tracked(config),
             with_labelled=chosen.mix_with == "labelled",
             threshold=chosen.threshold,
             dropout=FeatureDropout.of(config, segmentor.network),
@@ -259,14 +259,21 @@ class WeakToStrong:
         # before they are upsampled: the gate brings them to the size that it judges at; and as they
         # are, for it has learned from such
         scores = None if self.gate is None else self.gate.scores(pixels, inside, logits)
+        probabilities = upsample(self.corrected(logits), pixels.shape[-2:]).softmax(1)
+        confidence, index = probabilities.max(1)
+        pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
+        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
+
+    def corrected(self, logits: Tensor) -> Tensor:
+        """The teacher's logits (n, C, h, w) with what is added to each class, in fp32 or fp64: what
+        pseudo-labels are made of.
+        """
+        logits = at_least_float32(logits)
         if self.alignment is not None:
             logits = logits + self.alignment.shift().to(logits)
         if self.adjustment is not None:
             logits = logits + self.adjustment.to(logits)
-        probabilities = upsample(logits, pixels.shape[-2:]).softmax(1)
-        confidence, index = probabilities.max(1)
-        pseudo = index.to(torch.uint8).where(inside, IGNORE_INDEX)
-        return PseudoLabels(pseudo, confidence, probabilities if self.soft else None), scores
+        return logits
 
     def _with_share(self, weak: Images) -> Images:
         """With how much of each one is confident, which what is laid over it does not change."""
@@ -299,6 +306,13 @@ class WeakToStrong:
         # void counts for nothing, so it is as if outside of the image
         where = torch.full_like(labelled.label, GROUND_TRUTH).where(valid, IGNORE_INDEX)
         return replace(labelled, label=where, pseudo=pseudo)
+
+
+def _is_tracked(config: Config) -> bool:
+    """Whether batch norm's running statistics are of the strong views too."""
+    chosen = config.consistency.batch_norm
+    # between domains they are what the network is to predict, which labelled images are not
+    return chosen == "joint" or (chosen == "auto" and bool(config.data.unlabelled_shards))
 
 
 def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:

@@ -314,12 +314,14 @@ class ConsistencyConfig:
         source="class: Sohn et al. 2020 (FixMatch); probabilities: Tarvainen and Valpola 2017",
     )
     batch_norm: str = key(
-        "joint",
+        "auto",
         "what normalises strong views in training",
         choices={
+            "auto": "separate; joint with data.unlabelled_shards, whose images may be of the kind "
+            "that is predicted later",
+            "separate": "their own statistics; the running ones, by which the network predicts, "
+            "are of the labelled images alone",
             "joint": "the statistics of all images, which running statistics are of too",
-            "separate": "their own; running statistics, by which the network predicts, are of the "
-            "labelled images alone",
         },
         source="separate: Yuan et al. 2021, DSBN, with one scale and shift for both",
     )
