@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,18 @@ from torch import Tensor
 
 import distseg
 from distseg.config import loading
+from distseg.config.world_size import check_pairs
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import confidence_map
 from distseg.losses.adversarial import self_information
 from distseg.models import OfBothOutputs, Weights, build_discriminator
 from distseg.tracking.tracker import read_metrics
+from distseg.train.assembly import with_views
+from distseg.train.inputs import open_data, open_streams
 from distseg.train.networks import build_networks
 from distseg.train.schedules import phase
+from distseg.train.step import Pair
+from distseg.train.trainer import Trainer, TrainState
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks
 from tests.test_adversary import (
@@ -203,6 +211,8 @@ def test_maps_of_confidence_are_of_what_the_discriminator_has_learned_from() -> 
 
 
 TAUGHT = ["mode=domain_adaptation", "consistency.weight=1", "ema_decay=0.9"]
+STRONG = ["mode=domain_adaptation", "strong.labelled=true"]
+COMPLEMENTARY = "consistency.feature_perturbation=complementary"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +224,17 @@ TAUGHT = ["mode=domain_adaptation", "consistency.weight=1", "ema_decay=0.9"]
         ([*TAUGHT, "consistency.mix_with=labelled", "semi.batch_size=16"], "one domain each"),
         (["mode=adversarial", "adaptation.aux_adv_weight=1"], "aux_adv_weight=1 with mode=adv"),
         (["mode=domain_adaptation", "adaptation.aux_adv_weight=-1"], "from 0 on"),
+        # views of another kind in each domain
+        (TAUGHT, "strong.labelled=false.*views of one kind.*strong.labelled=true"),
+        (
+            [*STRONG, *TAUGHT, "consistency.num_views=2", COMPLEMENTARY],
+            "complementary.*views of one kind",
+        ),
+        ([*STRONG, "strong.mix=classmix"], "no teacher.*write strong.mix=none or cutmix$"),
+        (
+            [*STRONG, *TAUGHT, "strong.mix=classmix", "consistency.start_step=9"],
+            "adv_start_step=0 and consistency.start_step=9.*or loss.adv_start_step=9",
+        ),
     ],
 )
 def test_what_needs_ground_truth_or_mixes_domains_is_refused(
@@ -221,6 +242,64 @@ def test_what_needs_ground_truth_or_mixes_domains_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
         loading.load(["data.shards=unused", *words])
+
+
+def test_what_shows_both_domains_alike_is_accepted() -> None:
+    late = ["consistency.start_step=9", "loss.adv_start_step=9"]
+    for words in (
+        STRONG,  # rectangles
+        [*STRONG, "strong.mix=classmix", "strong.mix_probability=0"],
+        [*STRONG, *TAUGHT, "strong.mix=classmix"],
+        [*STRONG, *TAUGHT, "strong.mix=classmix", *late],
+        # no discriminator that could tell
+        ["mode=consistency", *TAUGHT[1:], "strong.labelled=true", "strong.mix=classmix", late[0]],
+    ):
+        config = loading.load(["data.shards=unused", *words])
+    # pairs of target images too, without a teacher
+    odd = loading.load(["data.shards=unused", *STRONG, "semi.batch_size=3"])
+    with pytest.raises(InputError, match="3 unlabelled images"):
+        check_pairs(odd, 1)
+    check_pairs(replace(odd, strong=replace(config.strong, mix="cutout")), 1)
+
+
+@pytest.mark.parametrize("words", [[], ["consistency.weight=1", "consistency.start_step=1"]])
+def test_both_domains_come_in_views_of_one_kind_before_a_teacher_and_without(
+    toy_shards: Path, words: list[str]
+) -> None:
+    """All that a strong view does is done to every image of either."""
+    told = [f"data.shards={toy_shards}", "data.labelled=1/2", "batch_size=4", *STRONG, *words]
+    told += ["strong.gray_probability=1", "strong.blur_probability=0", "strong.mix=cutout"]
+    told += ["strong.mix_probability=1", "consistency.teacher=segmentor", "data.crop_px=32"]
+    ranks, batches = Ranks(0, 1, 0, torch.device("cpu")), []
+    for jitter in (0.4, 0.0):
+        config = loading.load([*told, f"data.color_jitter={jitter}", "data.num_threads=0"])
+        with closing(open_streams(config, ranks, open_data(config, 1), 0)) as stream:
+            batches.append(next(stream))
+    unlabelled = [batch.unlabelled.image for batch in batches if batch.unlabelled is not None]
+    assert torch.equal(*unlabelled)  # its colours are those of the strong view alone
+    segmentor: Any = SimpleNamespace(network=TinySegmentor())
+    segmentor.network.num_classes = NUM_CLASSES
+    pair = replace(Pair.of(config, segmentor), segmentor=segmentor)
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.ranks, trainer.state = config, ranks, TrainState()
+    trainer.pair, _ = with_views(config, ranks, pair)
+    source, target, taught = trainer._images(batches[0], phase(0, config))
+    assert taught is None and target is not None
+    crops = (batches[0].label, torch.zeros(4, 32, 32, dtype=torch.uint8))
+    for images, label in zip((source, target), crops, strict=True):
+        seen = images.label != 255
+        colours = images.pixels.amax(1) - images.pixels.amin(1)
+        assert (colours[seen] < 1e-3).float().mean() > 0.99
+        cut = (images.label == 255) & (label != 255)
+        assert (cut.flatten(1).sum(1) > 0).all()
+
+
+def test_the_entropy_begins_late_and_rises() -> None:
+    words = ["data.shards=unused", "mode=domain_adaptation", "semi.entropy_weight=0.3"]
+    words += ["semi.entropy_start_step=4", "semi.entropy_warmup_steps=3"]
+    config = loading.load(words)
+    found = [phase(step, config).weights["entropy"] for step in range(3, 8)]
+    assert found == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
 
 
 @pytest.mark.parametrize("name", ["two_branch", "image_conditioned"])

@@ -15,7 +15,7 @@ from distseg.config.schema import (
     ConsistencyConfig,
     LossConfig,
 )
-from distseg.config.world_size import has_teacher
+from distseg.config.world_size import has_teacher, unlabelled_as_labelled
 from distseg.data.mixture import median_size, shared_with, weights_of
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import judges_auxiliary
@@ -268,7 +268,8 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
         terms.append(f"{semi.weight} x semi-supervised cross entropy ({where})")
     if config.mode in WITH_UNLABELLED and semi.entropy_weight:
-        terms.append(f"{semi.entropy_weight} x entropy on unlabelled")
+        late = f" (from step {semi.entropy_start_step})" if semi.entropy_start_step else ""
+        terms.append(f"{semi.entropy_weight} x entropy on unlabelled{late}")
     if config.mode in WITH_UNLABELLED and config.consistency.weight:
         terms.append(_consistency(config.consistency))
     return terms
@@ -277,7 +278,7 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
 def _strong_views(config: Config) -> list[str]:
     """Which images have them, where some do."""
     kinds = ["labelled"] if config.strong.labelled else []
-    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+    if has_teacher(config) or unlabelled_as_labelled(config):
         kinds.append("unlabelled")
     return [f"strong views of {' and '.join(kinds)} images, {config.strong.mix}"] if kinds else []
 

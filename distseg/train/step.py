@@ -57,6 +57,7 @@ class Pair:
     objective: Objective
     weak_to_strong: WeakToStrong | None = None  # of a run with a teacher
     strong_labelled: StrongViews | None = None  # where labelled images have strong views too
+    strong_unlabelled: StrongViews | None = None  # and unlabelled ones without a teacher's labels
 
     @classmethod
     def of(cls, config: Config, segmentor: Learner, discriminator: Learner | None = None) -> Pair:

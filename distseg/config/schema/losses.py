@@ -278,6 +278,13 @@ class SemiConfig:
         low=0,
         source="Grandvalet and Bengio 2004; Vu et al. 2019 (MinEnt), there 0.001",
     )
+    entropy_start_step: int = key(0, "of that term", unit="steps", low=0)
+    entropy_warmup_steps: int = key(
+        0,
+        "entropy_weight rises linearly over so many steps from entropy_start_step on",
+        unit="steps",
+        low=0,
+    )
     discriminate: bool = key(
         True, "the discriminator learns from their label maps too", modes=SEMI_SUPERVISED
     )

@@ -11,8 +11,8 @@ from distseg.config.keys import key
 class StrongConfig:
     """Strong views of crops: colours, blur, and a part of another image.
 
-    Unlabelled images have them wherever there is a teacher. The defaults are UniMatch's (Yang et
-    al. 2023).
+    Unlabelled images have them wherever there is a teacher, and with `labelled` in modes
+    consistency and domain_adaptation without one. The defaults are UniMatch's (Yang et al. 2023).
     """
 
     # of its own: what unlabelled images gain can only be seen beside labels with the same views
