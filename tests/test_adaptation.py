@@ -28,6 +28,7 @@ from distseg.tracking.tracker import read_metrics
 from distseg.train.assembly import with_views
 from distseg.train.inputs import open_data, open_streams
 from distseg.train.networks import build_networks
+from distseg.train.objective import build_objective
 from distseg.train.schedules import phase
 from distseg.train.step import Pair
 from distseg.train.trainer import Trainer, TrainState
@@ -53,6 +54,8 @@ CASES: dict[str, list[str]] = {
         *("adaptation.input=self_information", "semi.entropy_weight=0.2"),
     ],
     "blocks": [*ADAPT, "alternation=blocks"],
+    # the first step without an adversary, so that its entropy alone sees the target
+    "an adversary that begins late": [*ADAPT, "semi.entropy_weight=0.2", "loss.adv_start_step=1"],
     "two outputs": [*ADAPT, "adaptation.aux_adv_weight=0.3", "loss.aux_weight=0.2"],
     "two outputs, cells, unsureness": [
         *(*ADAPT, "discriminator.options.head=patch", "loss.adv_form=least_squares"),
@@ -118,7 +121,7 @@ def reference(overrides: list[str]) -> Any:
         first = [resized(each[0].detach(), side).softmax(1) for each in outputs]
         entropies.append([entropy_of(c, v) for c, v in zip(first, valid, strict=True)])
         judges = [judge] if len(outputs[0]) == 1 else [judge.of_logits, judge.of_auxiliary]
-        weights = [(1.0, config.loss.adv_weight)]
+        weights = [(1.0, config.loss.adv_weight * now.adversary)]
         weights += [(config.loss.aux_weight, config.adaptation.aux_adv_weight)]
         d_loss = s_loss = torch.zeros((), dtype=torch.float64)
         for judge_of, (weight, adv_weight), *logits in zip(judges, weights, *outputs, strict=False):
@@ -169,7 +172,7 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
         for of_rank in (each for each in results if case in each):
             for ours, theirs in zip(of_rank[case][:2], expected, strict=True):
                 assert max(abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-12
-        if case in ("a score per image", "in parts"):
+        if case in ("a score per image", "in parts", "an adversary that begins late"):
             told = [of_rank[case][2] for of_rank in results if case in of_rank]
             for step, expected_step in enumerate(entropies if told else []):
                 for kind, theirs in zip(("source", "target"), expected_step, strict=True):
@@ -300,6 +303,13 @@ def test_the_entropy_begins_late_and_rises() -> None:
     config = loading.load(words)
     found = [phase(step, config).weights["entropy"] for step in range(3, 8)]
     assert found == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
+
+
+def test_entropies_are_of_two_data_sets_alone() -> None:
+    words = ["data.shards=unused", "mode=consistency", "semi.entropy_weight=1"]
+    for more, expected in ((["data.unlabelled_shards=other"], True), ([], False)):
+        config = loading.load([*words, *more])
+        assert build_objective(config, TinySegmentor()).of_domains == expected
 
 
 @pytest.mark.parametrize("name", ["two_branch", "image_conditioned"])

@@ -263,10 +263,11 @@ def who_is_lost(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
 
 
 def relative_entropy(row: MetricsRow, before: MetricsRow) -> float | None:
-    """The target's entropy over the source's, where the discriminator teaches nothing; else 1."""
-    if TARGET_ENTROPY not in row or DISCRIMINATOR_ACCURACY not in row:
+    """The target's entropy over the source's, where no discriminator teaches anything; else 1."""
+    if TARGET_ENTROPY not in row:
         return None
-    accuracy = row[DISCRIMINATOR_ACCURACY]
+    # of MinEnt and self-training there is none
+    accuracy = row.get(DISCRIMINATOR_ACCURACY, 0.5)
     # one that sees a difference pulls the target back to what the source looks like
     if abs(accuracy - 0.5) > BLIND_WITHIN and accuracy < SATURATED_FROM:
         return 1.0

@@ -262,10 +262,10 @@ CHECKS = (
         clear_at=0.35,
         num_rows=10,
         num_steps=100,
-        meaning="Their entropy is less than a quarter of the source's, while the discriminator is "
-        "at chance or always right: nothing holds them to what labels look like, and being sure of "
-        "anything is rewarded.",
-        advice="Lower semi.entropy_weight or consistency.weight; raise "
+        meaning="Their entropy is less than a quarter of the source's, and there is no "
+        "discriminator, or one at chance or always right: nothing holds them to what labels look "
+        "like, and being sure of anything is rewarded.",
+        advice="Lower semi.entropy_weight or consistency.weight, or start later; raise "
         "discriminator_optimizer.lr where it is at chance, lower it where it is always right; go "
         "on from an earlier checkpoint.",
     ),

@@ -157,6 +157,9 @@ def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     targets = Targets.at(images.label, logits.shape[-2:])
     seen = Predicted(images.pixels, targets, logits, auxiliary)
     loss, _, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
+    if phase.watched and pair.objective.of_domains and batch.unlabelled is not None:
+        probabilities = at_least_float32(logits.detach()).softmax(1)
+        metrics |= diagnostics.entropies(probabilities, targets, batch, counts)
     backward([(pair.segmentor, [(pair.segmentor.scaled(loss), None)])])
     return metrics
 
