@@ -52,6 +52,7 @@ def healthy(step: int) -> dict[str, Any]:
 
 BAD: dict[str, dict[str, Any]] = {
     "discriminator_has_won": {"loss/discriminator_fake": 0.02, "discriminator/accuracy": 0.99},
+    "domains_are_told_apart": {"loss/discriminator_fake": 0.02, "discriminator/accuracy": 0.99},
     "discriminator_is_blind": {
         "loss/discriminator_real": 0.693,
         "loss/discriminator_fake": 0.694,
@@ -82,6 +83,10 @@ BAD: dict[str, dict[str, Any]] = {
 }
 
 
+# of runs of another mode
+CONFIGS = {"domains_are_told_apart": {"mode": "domain_adaptation"}}
+
+
 def names(health: Health) -> set[str]:
     return set(health.on)
 
@@ -99,7 +104,8 @@ BY_STEP = [name for name in BAD if name not in COUNTED]
 def test_a_verdict_is_raised_alone_when_enough_rows_say_so_and_cleared_when_they_no_longer_do(
     name: str,
 ) -> None:
-    check, health = NAMED[name], Health(healthy(step) for step in range(10, 310, 10))
+    rows = (healthy(step) for step in range(10, 310, 10))
+    check, health = NAMED[name], Health(rows, CONFIGS.get(name))
     assert not health.events and set(health.flags().values()) == {0.0}
     step, raised_at = 300, None
     while raised_at is None and step < 700:
@@ -121,7 +127,8 @@ def test_a_verdict_is_raised_alone_when_enough_rows_say_so_and_cleared_when_they
 
 @pytest.mark.parametrize("name", [name for name in BAD if NAMED[name].num_rows > 1])
 def test_a_single_bad_row_and_a_signal_between_the_bounds_change_nothing(name: str) -> None:
-    check, health = NAMED[name], Health(healthy(step) for step in range(10, 210, 10))
+    rows = (healthy(step) for step in range(10, 210, 10))
+    check, health = NAMED[name], Health(rows, CONFIGS.get(name))
     near = healthy(210) | {
         key: healthy(0)[key] + (bad - healthy(0)[key]) / 5 for key, bad in BAD[name].items()
     }
@@ -134,6 +141,7 @@ def test_a_single_bad_row_and_a_signal_between_the_bounds_change_nothing(name: s
         "teacher_is_unsure": "consistency/confident_share",
     }
     keys |= {"slow_rank": "ranks/slowest_ratio", "discriminator_has_won": "loss/discriminator_fake"}
+    keys |= {"domains_are_told_apart": "loss/discriminator_fake"}
     if name not in keys:
         return
     row = healthy(0) | BAD[name] | {keys[name]: between}
@@ -452,6 +460,7 @@ def test_a_discriminator_is_judged_by_its_form_of_loss(form: str, undecided: flo
     # where it tells domains apart, to see no difference is what it is there for
     config["mode"] = "domain_adaptation"
     assert told(undecided, 0.5) == set()
+    assert told(0.05 * undecided, 0.95) == {"domains_are_told_apart"}
     config["mode"] = "adversarial"
     assert told(0.05 * undecided, 0.95) == {"discriminator_has_won"}
     assert told(0.6 * undecided, 0.8) == set()

@@ -93,7 +93,17 @@ def levels_of(config: Mapping[str, Any]) -> MetricsRow:
 
 
 def fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
-    """The discriminator's loss on predictions, where it is right about nearly all label maps.
+    # between domains what it has won at is another thing
+    return None if before.get(OF_DOMAINS) else _loss_when_right(row, before)
+
+
+def target_loss(row: MetricsRow, before: MetricsRow) -> float | None:
+    return _loss_when_right(row, before) if before.get(OF_DOMAINS) else None
+
+
+def _loss_when_right(row: MetricsRow, before: MetricsRow) -> float | None:
+    """The discriminator's loss on what is fake to it, where it is right about nearly all label
+    maps.
 
     Else as if undecided.
     """
