@@ -265,7 +265,10 @@ def test_what_shows_both_domains_alike_is_accepted() -> None:
     check_pairs(replace(odd, strong=replace(config.strong, mix="cutout")), 1)
 
 
-@pytest.mark.parametrize("words", [[], ["consistency.weight=1", "consistency.start_step=1"]])
+APART = ["adaptation.batch_norm=separate", "consistency.weight=1", "consistency.start_step=1"]
+
+
+@pytest.mark.parametrize("words", [[], APART])
 def test_both_domains_come_in_views_of_one_kind_before_a_teacher_and_without(
     toy_shards: Path, words: list[str]
 ) -> None:
@@ -288,6 +291,7 @@ def test_both_domains_come_in_views_of_one_kind_before_a_teacher_and_without(
     trainer.pair, _ = with_views(config, ranks, pair)
     source, target, taught = trainer._images(batches[0], phase(0, config))
     assert taught is None and target is not None
+    assert target.is_tracked and source.is_tracked == (not words)
     crops = (batches[0].label, torch.zeros(4, 32, 32, dtype=torch.uint8))
     for images, label in zip((source, target), crops, strict=True):
         seen = images.label != 255

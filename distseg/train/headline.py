@@ -196,6 +196,10 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
         names = ["class_weights", "label_smoothing", "focal_gamma", "ohem_threshold"]
         names.append("logit_adjustment")
         reasons |= {f"loss.{name}": "the loss is without cross entropy" for name in names}
+    if config.mode in ADAPTATION and has_teacher(config):
+        reasons["consistency.batch_norm"] = "adaptation.batch_norm is for the teacher's images too"
+    if config.segmentor.batch_norm == "frozen":
+        reasons["adaptation.batch_norm"] = "segmentor.batch_norm is frozen"
     if not has_teacher(config):
         for key in KEYS:
             if key.startswith("consistency."):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distseg.config.schema import Config
+from distseg.config.schema import ADAPTATION, Config
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
@@ -311,8 +311,10 @@ class WeakToStrong:
 def _is_tracked(config: Config) -> bool:
     """Whether batch norm's running statistics are of the strong views too."""
     chosen = config.consistency.batch_norm
-    # between domains they are what the network is to predict, which labelled images are not
-    return chosen == "joint" or (chosen == "auto" and bool(config.data.unlabelled_shards))
+    # between domains they are what the network is to predict, which labelled images are not; of a
+    # discriminator's it is those that may be left out, see batch.py
+    may_be_target = config.mode in ADAPTATION or (chosen == "auto" and config.data.unlabelled_shards)
+    return chosen == "joint" or bool(may_be_target)
 
 
 def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:

@@ -27,7 +27,7 @@ from distseg.tracking.catalogue import COPY_FAILURES
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
-from distseg.train.batch import Images
+from distseg.train.batch import Images, tracked_by
 from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
 from distseg.train.finite import not_finite
@@ -287,6 +287,7 @@ class Trainer:
         images where a term of the phase looks at them; and what a teacher was shown of these.
         """
         labelled, unlabelled = self._alone(batch, self.pair.strong_labelled), None
+        labelled = tracked_by(self.config, labelled)
         # read and decoded all the same, so that the order of the stream does not depend on the
         # schedule
         if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):

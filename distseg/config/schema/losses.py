@@ -439,6 +439,18 @@ class AdaptationConfig:
         },
         source=f"probabilities: Tsai et al. 2018 (AdaptSegNet); self_information: {ADVENT}, eq. 8",
     )
+    # here and not consistency.batch_norm, as the target is what the network is to predict
+    batch_norm: str = key(
+        "joint",
+        "what normalises both domains' images in training, with a teacher too",
+        choices={
+            "joint": "the statistics of all images, which running statistics are of too",
+            "separate": "each domain's own; running statistics, by which the network predicts, are "
+            "of the unlabelled images, where a step sees any",
+        },
+        source="separate: Li et al. 2016 (AdaBN); Chang et al. 2019 (DSBN), with one scale and "
+        "shift for both",
+    )
     aux_adv_weight: float = key(
         0.0,
         "of the adversarial term on the segmentor's auxiliary output, which a second discriminator "
