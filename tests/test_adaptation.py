@@ -26,6 +26,7 @@ from distseg.losses.adversarial import self_information
 from distseg.models import OfBothOutputs, Weights, build_discriminator
 from distseg.tracking.tracker import read_metrics
 from distseg.train.assembly import with_views
+from distseg.train.headline import without_effect
 from distseg.train.inputs import open_data, open_streams
 from distseg.train.networks import build_networks
 from distseg.train.objective import build_objective
@@ -307,6 +308,19 @@ def test_the_entropy_begins_late_and_rises() -> None:
     config = loading.load(words)
     found = [phase(step, config).weights["entropy"] for step in range(3, 8)]
     assert found == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["segmentor.batch_norm=frozen", APART[0]], "adaptation.batch_norm"),
+        ([*STRONG, *TAUGHT, "consistency.batch_norm=separate"], "consistency.batch_norm"),
+    ],
+)
+def test_a_choice_of_batch_norm_without_effect_is_told(words: list[str], key: str) -> None:
+    config = loading.load(["data.shards=unused", "mode=domain_adaptation", *words])
+    (line,) = without_effect(config, TinySegmentor())
+    assert f"{key}=separate has no effect" in line
 
 
 def test_entropies_are_of_two_data_sets_alone() -> None:

@@ -223,18 +223,19 @@ def never_begun(config: Config) -> list[str]:
     No error: a recipe is tried for a few steps first.
     """
     loss, semi = config.loss, config.semi
-    begins = {f"loss.terms.{name}": term.start_step for name, term in loss.terms.items()}
+    begins = {f"loss.terms.{name}.start_step": it.start_step for name, it in loss.terms.items()}
     if config.mode in WITH_DISCRIMINATOR and (loss.adv_weight or loss.feature_weight):
-        begins["loss.adv"] = loss.adv_start_step
+        begins["loss.adv_start_step"] = loss.adv_start_step
     if config.mode == "semi_supervised":
-        begins |= {"semi": semi.start_step} if semi.weight else {}
-        begins |= {"semi.adv": semi.adv_start_step} if semi.adv_weight else {}
+        begins |= {"semi.start_step": semi.start_step} if semi.weight else {}
+        begins |= {"semi.adv_start_step": semi.adv_start_step} if semi.adv_weight else {}
+    if config.mode in WITH_UNLABELLED and semi.entropy_weight:
+        begins["semi.entropy_start_step"] = semi.entropy_start_step
     if has_teacher(config):
-        begins["consistency"] = config.consistency.start_step
+        begins["consistency.start_step"] = config.consistency.start_step
     return [
-        f"note: {name}{'_' if name.endswith('adv') else '.'}start_step={step}, and the run ends at "
-        f"step {config.steps}: the term has no effect"
-        for name, step in begins.items()
+        f"note: {key}={step}, and the run ends at step {config.steps}: the term has no effect"
+        for key, step in begins.items()
         if step >= config.steps
     ]
 
