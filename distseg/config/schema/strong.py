@@ -19,7 +19,8 @@ class StrongConfig:
     labelled: bool = key(
         False,
         "labelled images are trained on in strong views too, made on the device, instead of "
-        "data.color_jitter and data.blur_probability",
+        "data.color_jitter and data.blur_probability; in modes consistency and domain_adaptation "
+        "unlabelled ones that no teacher has labelled as well, but for classmix",
     )
     # partners are neighbours in the global batch, so any number of ranks mixes the same pairs
     mix: str = key(
