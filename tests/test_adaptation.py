@@ -32,6 +32,7 @@ from distseg.train.networks import build_networks
 from distseg.train.objective import build_objective
 from distseg.train.schedules import phase
 from distseg.train.step import Pair
+from distseg.train.strong_views import StrongViews
 from distseg.train.trainer import Trainer, TrainState
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks
@@ -259,6 +260,9 @@ def test_what_shows_both_domains_alike_is_accepted() -> None:
         ["mode=consistency", *TAUGHT[1:], "strong.labelled=true", "strong.mix=classmix", late[0]],
     ):
         config = loading.load(["data.shards=unused", *words])
+    # without a teacher's classes nothing is cut by them
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    assert StrongViews.of_untaught(config, NUM_CLASSES, alone).view.mix == "none"
     # pairs of target images too, without a teacher
     odd = loading.load(["data.shards=unused", *STRONG, "semi.batch_size=3"])
     with pytest.raises(InputError, match="3 unlabelled images"):
