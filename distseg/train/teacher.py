@@ -311,10 +311,10 @@ class WeakToStrong:
 def _is_tracked(config: Config) -> bool:
     """Whether batch norm's running statistics are of the strong views too."""
     chosen = config.consistency.batch_norm
-    # between domains they are what the network is to predict, which labelled images are not; of a
-    # discriminator's it is those that may be left out, see batch.py
-    may_be_target = config.mode in ADAPTATION or (chosen == "auto" and config.data.unlabelled_shards)
-    return chosen == "joint" or bool(may_be_target)
+    # between domains they are what the network is to predict, which labelled images are not
+    if config.mode in ADAPTATION:
+        return True  # and those may be left out, see tracked_by
+    return chosen == "joint" or (chosen == "auto" and bool(config.data.unlabelled_shards))
 
 
 def logit_adjustment(strength: float, class_pixels: np.ndarray) -> Tensor:

@@ -145,7 +145,9 @@ def classes_cut_out_in_both_domains(config: Config) -> None:
     late, action = "no teacher", "write strong.mix=none or cutmix"
     if chosen.weight:
         late = f"consistency.start_step={chosen.start_step}"
-        action += f", or loss.adv_start_step={chosen.start_step}"
+        # a gate asks for a discriminator that begins before it
+        if chosen.gate == "none":
+            action += f", or loss.adv_start_step={chosen.start_step}"
     if not chosen.weight or chosen.start_step > start:
         got = f"mode={config.mode} with strong.mix=classmix, loss.adv_start_step={start} and {late}"
         raise InputError(got, _ONE_KIND, action)
