@@ -23,9 +23,12 @@ from distseg.config.world_size import check_pairs
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import confidence_map
 from distseg.losses.adversarial import self_information
+from distseg.losses.terms import Targets
 from distseg.models import OfBothOutputs, Weights, build_discriminator
 from distseg.tracking.tracker import read_metrics
 from distseg.train.assembly import with_views
+from distseg.train.batch import Images, MicroBatch
+from distseg.train.diagnostics import entropies
 from distseg.train.headline import without_effect
 from distseg.train.inputs import open_data, open_streams
 from distseg.train.networks import build_networks
@@ -325,6 +328,22 @@ def test_a_choice_of_batch_norm_without_effect_is_told(words: list[str], key: st
     config = loading.load(["data.shards=unused", "mode=domain_adaptation", *words])
     (line,) = without_effect(config, TinySegmentor())
     assert f"{key}=separate has no effect" in line
+
+
+def test_pieces_of_the_source_do_not_count_in_the_targets_entropy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distseg.train.counts.dist.get_world_size", lambda: 1)
+    label = torch.ones(2, 4, 4, dtype=torch.uint8)  # of the source this is a class
+    label[1, 2:] = 0
+    chances = torch.full((2, 2, 4, 4), 0.5)
+    chances[1, :, :2] = torch.tensor([1.0, 0.0])[:, None, None]  # sure of what is laid over it
+    batch = MicroBatch(*(Images(chances[n : n + 1], label[n : n + 1]) for n in range(2)))
+    counts: Any = SimpleNamespace(images=lambda kind: torch.ones((), dtype=torch.float64))
+    found = entropies(chances, Targets.at(label, (4, 4)), batch, counts)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {"adaptation/source_entropy": 1.0, "adaptation/target_entropy": 1.0}
+    )
 
 
 def test_entropies_are_of_two_data_sets_alone() -> None:
