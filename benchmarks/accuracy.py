@@ -75,22 +75,27 @@ _SUPERVISED = {
 }
 _ACROSS, _TAUGHT = "preset=toy_stanford_adaptsegnet", "preset=toy_stanford_dacs"
 _ADAPTED = {
+    # what the others are compared with; they have its views, on the target as well
     "colour": ("preset=toy_stanford", "strong.labelled=true"),
     "source only": ("preset=toy_stanford",),
+    # target images in the forward and in batch norm's statistics, and nothing learned of them
+    "control": (_ACROSS, "loss.adv_weight=0"),
     "adaptsegnet": (_ACROSS,),
     "advent": (_ACROSS, "adaptation.input=self_information"),
     "minent": (
-        *(_TAUGHT, "consistency.weight=0", "consistency.mix_with=unlabelled"),
-        "semi.entropy_weight=0.01",
+        *(_TAUGHT, "consistency.weight=0", "consistency.mix_with=unlabelled", "strong.mix=none"),
+        *("semi.entropy_weight=0.01", "semi.entropy_start_step=50"),
+        "semi.entropy_warmup_steps=100",
     ),
     "classmix": (_TAUGHT,),
-    # a discriminator between domains needs images of one each: target images are mixed in pairs
+    # A discriminator between domains needs images of one each, so target images are mixed in pairs,
+    # and both domains from its first step on.
     "adversary + classmix": (
-        *(_ACROSS, "consistency.weight=1", "consistency.start_step=100"),
+        *(_ACROSS, "loss.adv_start_step=100", "consistency.weight=1", "consistency.start_step=100"),
         *("consistency.warmup_steps=100", "consistency.threshold=0.9"),
-        "consistency.weighting=image",
+        *("consistency.weighting=image", "strong.mix=classmix", "strong.mix_probability=1"),
     ),
-    "oracle": ("preset=toy_stanford", "data.shards=data/stanford"),
+    "oracle": ("preset=toy_stanford", "data.shards=data/stanford", "strong.labelled=true"),
 }
 PLANS = {
     "adaptation": Plan((), _ADAPTED),

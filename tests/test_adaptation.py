@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,24 @@ from torch import Tensor
 
 import distseg
 from distseg.config import loading
+from distseg.config.world_size import check_pairs
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import confidence_map
 from distseg.losses.adversarial import self_information
+from distseg.losses.terms import Targets
 from distseg.models import OfBothOutputs, Weights, build_discriminator
 from distseg.tracking.tracker import read_metrics
+from distseg.train.assembly import with_views
+from distseg.train.batch import Images, MicroBatch
+from distseg.train.diagnostics import entropies
+from distseg.train.headline import without_effect
+from distseg.train.inputs import open_data, open_streams
 from distseg.train.networks import build_networks
+from distseg.train.objective import build_objective
 from distseg.train.schedules import phase
+from distseg.train.step import Pair
+from distseg.train.strong_views import StrongViews
+from distseg.train.trainer import Trainer, TrainState
 from shards.errors import InputError
 from tests.ranks import leave_out, run_ranks
 from tests.test_adversary import (
@@ -45,6 +59,8 @@ CASES: dict[str, list[str]] = {
         *("adaptation.input=self_information", "semi.entropy_weight=0.2"),
     ],
     "blocks": [*ADAPT, "alternation=blocks"],
+    # the first step without an adversary, so that its entropy alone sees the target
+    "an adversary that begins late": [*ADAPT, "semi.entropy_weight=0.2", "loss.adv_start_step=1"],
     "two outputs": [*ADAPT, "adaptation.aux_adv_weight=0.3", "loss.aux_weight=0.2"],
     "two outputs, cells, unsureness": [
         *(*ADAPT, "discriminator.options.head=patch", "loss.adv_form=least_squares"),
@@ -110,7 +126,7 @@ def reference(overrides: list[str]) -> Any:
         first = [resized(each[0].detach(), side).softmax(1) for each in outputs]
         entropies.append([entropy_of(c, v) for c, v in zip(first, valid, strict=True)])
         judges = [judge] if len(outputs[0]) == 1 else [judge.of_logits, judge.of_auxiliary]
-        weights = [(1.0, config.loss.adv_weight)]
+        weights = [(1.0, config.loss.adv_weight * now.adversary)]
         weights += [(config.loss.aux_weight, config.adaptation.aux_adv_weight)]
         d_loss = s_loss = torch.zeros((), dtype=torch.float64)
         for judge_of, (weight, adv_weight), *logits in zip(judges, weights, *outputs, strict=False):
@@ -161,7 +177,7 @@ def test_steps_equal_the_formulas_on_the_joined_batch(
         for of_rank in (each for each in results if case in each):
             for ours, theirs in zip(of_rank[case][:2], expected, strict=True):
                 assert max(abs(ours[name] - theirs[name]).max() for name in theirs) < 1e-12
-        if case in ("a score per image", "in parts"):
+        if case in ("a score per image", "in parts", "an adversary that begins late"):
             told = [of_rank[case][2] for of_rank in results if case in of_rank]
             for step, expected_step in enumerate(entropies if told else []):
                 for kind, theirs in zip(("source", "target"), expected_step, strict=True):
@@ -203,6 +219,8 @@ def test_maps_of_confidence_are_of_what_the_discriminator_has_learned_from() -> 
 
 
 TAUGHT = ["mode=domain_adaptation", "consistency.weight=1", "ema_decay=0.9"]
+STRONG = ["mode=domain_adaptation", "strong.labelled=true"]
+COMPLEMENTARY = "consistency.feature_perturbation=complementary"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +232,17 @@ TAUGHT = ["mode=domain_adaptation", "consistency.weight=1", "ema_decay=0.9"]
         ([*TAUGHT, "consistency.mix_with=labelled", "semi.batch_size=16"], "one domain each"),
         (["mode=adversarial", "adaptation.aux_adv_weight=1"], "aux_adv_weight=1 with mode=adv"),
         (["mode=domain_adaptation", "adaptation.aux_adv_weight=-1"], "from 0 on"),
+        # views of another kind in each domain
+        (TAUGHT, "strong.labelled=false.*views of one kind.*strong.labelled=true"),
+        (
+            [*STRONG, *TAUGHT, "consistency.num_views=2", COMPLEMENTARY],
+            "complementary.*views of one kind",
+        ),
+        ([*STRONG, "strong.mix=classmix"], "no teacher.*write strong.mix=none or cutmix$"),
+        (
+            [*STRONG, *TAUGHT, "strong.mix=classmix", "consistency.start_step=9"],
+            "adv_start_step=0 and consistency.start_step=9.*or loss.adv_start_step=9",
+        ),
     ],
 )
 def test_what_needs_ground_truth_or_mixes_domains_is_refused(
@@ -221,6 +250,107 @@ def test_what_needs_ground_truth_or_mixes_domains_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
         loading.load(["data.shards=unused", *words])
+
+
+def test_what_shows_both_domains_alike_is_accepted() -> None:
+    late = ["consistency.start_step=9", "loss.adv_start_step=9"]
+    for words in (
+        STRONG,  # rectangles
+        [*STRONG, "strong.mix=classmix", "strong.mix_probability=0"],
+        [*STRONG, *TAUGHT, "strong.mix=classmix"],
+        [*STRONG, *TAUGHT, "strong.mix=classmix", *late],
+        # no discriminator that could tell
+        ["mode=consistency", *TAUGHT[1:], "strong.labelled=true", "strong.mix=classmix", late[0]],
+    ):
+        config = loading.load(["data.shards=unused", *words])
+    # without a teacher's classes nothing is cut by them
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    assert StrongViews.of_untaught(config, NUM_CLASSES, alone).view.mix == "none"
+    # pairs of target images too, without a teacher
+    odd = loading.load(["data.shards=unused", *STRONG, "semi.batch_size=3"])
+    with pytest.raises(InputError, match="3 unlabelled images"):
+        check_pairs(odd, 1)
+    check_pairs(replace(odd, strong=replace(config.strong, mix="cutout")), 1)
+
+
+APART = ["adaptation.batch_norm=separate", "consistency.weight=1", "consistency.start_step=1"]
+
+
+@pytest.mark.parametrize("words", [[], APART])
+def test_both_domains_come_in_views_of_one_kind_before_a_teacher_and_without(
+    toy_shards: Path, words: list[str]
+) -> None:
+    """All that a strong view does is done to every image of either."""
+    told = [f"data.shards={toy_shards}", "data.labelled=1/2", "batch_size=4", *STRONG, *words]
+    told += ["strong.gray_probability=1", "strong.blur_probability=0", "strong.mix=cutout"]
+    told += ["strong.mix_probability=1", "consistency.teacher=segmentor", "data.crop_px=32"]
+    ranks, batches = Ranks(0, 1, 0, torch.device("cpu")), []
+    for jitter in (0.4, 0.0):
+        config = loading.load([*told, f"data.color_jitter={jitter}", "data.num_threads=0"])
+        with closing(open_streams(config, ranks, open_data(config, 1), 0)) as stream:
+            batches.append(next(stream))
+    unlabelled = [batch.unlabelled.image for batch in batches if batch.unlabelled is not None]
+    assert torch.equal(*unlabelled)  # its colours are those of the strong view alone
+    segmentor: Any = SimpleNamespace(network=TinySegmentor())
+    segmentor.network.num_classes = NUM_CLASSES
+    pair = replace(Pair.of(config, segmentor), segmentor=segmentor)
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.ranks, trainer.state = config, ranks, TrainState()
+    trainer.pair, _ = with_views(config, ranks, pair)
+    source, target, taught = trainer._images(batches[0], phase(0, config))
+    assert taught is None and target is not None
+    assert target.is_tracked and source.is_tracked == (not words)
+    crops = (batches[0].label, torch.zeros(4, 32, 32, dtype=torch.uint8))
+    for images, label in zip((source, target), crops, strict=True):
+        seen = images.label != 255
+        colours = images.pixels.amax(1) - images.pixels.amin(1)
+        assert (colours[seen] < 1e-3).float().mean() > 0.99
+        cut = (images.label == 255) & (label != 255)
+        assert (cut.flatten(1).sum(1) > 0).all()
+
+
+def test_the_entropy_begins_late_and_rises() -> None:
+    words = ["data.shards=unused", "mode=domain_adaptation", "semi.entropy_weight=0.3"]
+    words += ["semi.entropy_start_step=4", "semi.entropy_warmup_steps=3"]
+    config = loading.load(words)
+    found = [phase(step, config).weights["entropy"] for step in range(3, 8)]
+    assert found == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["segmentor.batch_norm=frozen", APART[0]], "adaptation.batch_norm"),
+        ([*STRONG, *TAUGHT, "consistency.batch_norm=separate"], "consistency.batch_norm"),
+    ],
+)
+def test_a_choice_of_batch_norm_without_effect_is_told(words: list[str], key: str) -> None:
+    config = loading.load(["data.shards=unused", "mode=domain_adaptation", *words])
+    (line,) = without_effect(config, TinySegmentor())
+    assert f"{key}=separate has no effect" in line
+
+
+def test_pieces_of_the_source_do_not_count_in_the_targets_entropy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distseg.train.counts.dist.get_world_size", lambda: 1)
+    label = torch.ones(2, 4, 4, dtype=torch.uint8)  # of the source this is a class
+    label[1, 2:] = 0
+    chances = torch.full((2, 2, 4, 4), 0.5)
+    chances[1, :, :2] = torch.tensor([1.0, 0.0])[:, None, None]  # sure of what is laid over it
+    batch = MicroBatch(*(Images(chances[n : n + 1], label[n : n + 1]) for n in range(2)))
+    counts: Any = SimpleNamespace(images=lambda kind: torch.ones((), dtype=torch.float64))
+    found = entropies(chances, Targets.at(label, (4, 4)), batch, counts)
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {"adaptation/source_entropy": 1.0, "adaptation/target_entropy": 1.0}
+    )
+
+
+def test_entropies_are_of_two_data_sets_alone() -> None:
+    words = ["data.shards=unused", "mode=consistency", "semi.entropy_weight=1"]
+    for more, expected in ((["data.unlabelled_shards=other"], True), ([], False)):
+        config = loading.load([*words, *more])
+        assert build_objective(config, TinySegmentor()).of_domains == expected
 
 
 @pytest.mark.parametrize("name", ["two_branch", "image_conditioned"])

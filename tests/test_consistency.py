@@ -255,7 +255,7 @@ def train(ranks: Ranks, precision: str, overrides: Sequence[str]) -> Any:
         now, count = phase(step, config), config.gradient_accumulation_steps
         images = Images(*(part[share] for part in make_batch(step, dtype, SIDE)))
         if config.strong.labelled:
-            images = of_labelled.labelled(images, step)
+            images = of_labelled.alone(images, step)
         weak = None
         if pair.objective.uses_unlabelled(now):
             weak = Images(*(part[share] for part in unlabelled(step, dtype)))
@@ -592,6 +592,7 @@ def test_a_gate_between_domains_judges_what_its_discriminator_has_learned_from()
 
     words = ["data.shards=unused", "mode=domain_adaptation", "consistency.weight=1"]
     words += ["ema_decay=0.9", "consistency.gate=rank", "consistency.start_step=1"]
+    words += ["strong.labelled=true"]
     logits = torch.randn(2, NUM_CLASSES, 12, 12, dtype=torch.float64)
     for kind in ("probabilities", "self_information"):
         config = loading.load([*words, f"adaptation.input={kind}"])
@@ -611,7 +612,7 @@ def test_the_fill_keeps_its_colour_however_a_device_divides_bytes() -> None:
         pixels, label = crops(BATCH)
         pixels[:, :, :7] = filled
         label[:, :7] = 255
-        strong = views.labelled(Images(pixels, label), 0).pixels
+        strong = views.alone(Images(pixels, label), 0).pixels
         assert torch.equal(strong[:, :, :7], pixels[:, :, :7])
         assert not torch.equal(strong[:, :, 7:], pixels[:, :, 7:])
 

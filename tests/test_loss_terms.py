@@ -458,6 +458,10 @@ def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
             ["loss.terms.dice.start_step=1001", "loss.adv_start_step=1000"],
         ),
         (["mode=adversarial", "loss.adv_start_step=999"], []),
+        (
+            ["mode=consistency", "semi.entropy_weight=1", "semi.entropy_start_step=1000"],
+            ["semi.entropy_start_step=1000"],
+        ),
     ],
 )
 def test_a_term_that_never_begins_is_told(asked: list[str], keys: list[str]) -> None:

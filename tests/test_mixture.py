@@ -352,6 +352,7 @@ def test_the_source_is_scored_beside_the_target(
     words = [f"data.unlabelled_shards={other_shards}", f"data.val_shards={other_shards}"]
     words += ["mode=domain_adaptation", "consistency.weight=1"]
     words += ["adaptation.input=self_information", "consistency.gate=rank", "ema_decay=0.9"]
+    words += ["strong.labelled=true"]
     words += ["consistency.start_step=1", "evaluate.subsets={two: [Sky, road]}"]
     done = fit([source], tmp_path / "run", *words, steps=2, discriminator={"name": "large_fov"})
     written = json.loads((done.run_dir / "evaluation.json").read_text())

@@ -16,7 +16,7 @@ from distseg.models import BatchNorm2d
 from distseg.parallel import wrap
 from distseg.parallel.running_statistics import RunningStatistics
 from distseg.parallel.sync_batch_norm import synchronise
-from distseg.train.batch import Images
+from distseg.train.batch import Images, tracked_by
 from distseg.train.ema import MovingAverage
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
@@ -52,11 +52,17 @@ class Normed(nn.Module):
 
 
 SEPARATE, JOINT = (["consistency.batch_norm=" + word] for word in ("separate", "joint"))
+# in steps before the adversary, in which the teacher's term sees the target
+TARGET = ["mode=domain_adaptation", "adaptation.batch_norm=separate", "strong.labelled=true"]
+TARGET += ["loss.adv_start_step=9"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "one rank, by default": (1, []),
     "three ranks, accumulated": (3, [*SEPARATE, "gradient_accumulation_steps=2"]),
     "three ranks, fsdp": (3, [*SEPARATE, "parallel.strategy=fsdp"]),
     "both kinds of images": (3, JOINT),
+    "the target's, one rank": (1, TARGET),
+    "the target's, three ranks, accumulated": (3, [*TARGET, "gradient_accumulation_steps=2"]),
+    "both domains'": (3, [*TARGET, *SEPARATE, "adaptation.batch_norm=joint"]),
 }
 
 
@@ -78,6 +84,7 @@ def buffers_after_steps(
         labelled = Images(*(part[share] for part in make_batch(step, dtype, SIDE)))
         weak = Images(*(part[share] for part in unlabelled(step, dtype)))
         strong = teacher(weak, labelled, step, count)
+        labelled = tracked_by(config, labelled)
         training_step(pair, phase(step, config), labelled, strong, count)
         views.append(strong.pixels.numpy())
     return {name: buffer.numpy() for name, buffer in network.named_buffers()}, views
@@ -150,6 +157,9 @@ def reference(overrides: list[str], views: list[list[Any]]) -> dict[str, Tensor]
                 strong = torch.from_numpy(of_rank[place]).chunk(num_parts)[part]
                 kinds = [labelled.chunk(num_parts)[part], strong]
                 is_joint = config.consistency.batch_norm == "joint"
+                if config.mode == "domain_adaptation":
+                    is_joint = config.adaptation.batch_norm == "joint"
+                    kinds.reverse()
                 x.append([torch.cat(kinds)] if is_joint else kinds)
             x = normed("joint", each(net.first, x))
             # the frozen layer's statistics are 0 and 1

@@ -49,6 +49,14 @@ def has_teacher(config: Config) -> bool:
     return config.mode in WITH_UNLABELLED and config.consistency.weight > 0
 
 
+def unlabelled_as_labelled(config: Config) -> bool:
+    """Whether unlabelled images that no teacher has labelled are in strong views, as the labelled
+    ones are: two domains that come in other kinds of views are told apart by these.
+    """
+    of_domains = config.mode in WITH_UNLABELLED and config.mode not in WITH_GROUND_TRUTH
+    return of_domains and config.strong.labelled
+
+
 def num_views_of(config: Config) -> int:
     """How many views of an unlabelled image a step trains on where there is a teacher."""
     chosen = config.consistency
@@ -68,7 +76,9 @@ def check_pairs(config: Config, world_size: int) -> None:
     # each kind by itself: a step may have more of the one than of the other
     if config.strong.labelled:
         _check_even(config, world_size, "batch_size", config.batch_size)
-    if has_teacher(config) and config.consistency.mix_with == "unlabelled":
+    of_teacher = has_teacher(config) and config.consistency.mix_with == "unlabelled"
+    # without a teacher there are no classes to cut by
+    if of_teacher or (unlabelled_as_labelled(config) and config.strong.mix == "cutmix"):
         size = config.semi.batch_size or config.batch_size
         _check_even(config, world_size, "semi.batch_size", size)
 

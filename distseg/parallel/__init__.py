@@ -55,8 +55,8 @@ class Learner(Protocol):
         """Forward under autocast.
 
         The gradients of a later backward will be averaged over the ranks. num_tracked: batch
-        norm takes so many of the first images by themselves, its running statistics too; None: all
-        together.
+        norm takes so many of the first images, or below 0 of the last, by themselves, its running
+        statistics too; None: all together.
         """
 
     def forward_frozen(self, *inputs: Tensor, **options: bool) -> Any:

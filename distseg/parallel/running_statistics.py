@@ -34,8 +34,9 @@ class RunningStatistics:
 
         Running statistics are linear in the batches' statistics: their mean is what one process
         with all the data would keep, but for the variance between the ranks' means. Not finite on
-        any rank: all keep those of before. num_tracked: so many of the first images are normalised
-        by themselves and tracked, the others by themselves and not; None: all together.
+        any rank: all keep those of before. num_tracked: so many of the first images, or below 0 of
+        the last, are normalised by themselves and tracked, the others by themselves and not; None:
+        all together.
         """
         # layers by themselves: frozen ones are in evaluation mode while their network trains
         layers = [layer for layer in self._layers if layer.training]
@@ -54,7 +55,7 @@ class RunningStatistics:
 
 @contextmanager
 def _apart(layers: Sequence[nn.Module], num_images: int, num_tracked: int | None) -> Iterator[None]:
-    """Within it these layers take that many of the first images apart; None: all together."""
+    """Within it these layers take so many images apart, see `averaged`; None: all together."""
     if num_tracked is None:
         yield
         return
@@ -77,9 +78,10 @@ def _first_part(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None
         return None
     (num_tracked, num_images), x = share, inputs[0]
     # a network may hold several rows of an image, one after the other
-    num_rows, odd = divmod(len(x) * num_tracked, num_images)
+    num_rows, odd = divmod(len(x) * abs(num_tracked), num_images)
+    cut = num_rows if num_tracked > 0 else len(x) - num_rows
     # not by two slices, each of which has a gradient as large as x
-    first, rest = x.split([num_rows, len(x) - num_rows])
+    first, rest = x.split([cut, len(x) - cut])
     # a layer over all ranks' images has as many more of them
     num_shares = dist.get_world_size() if isinstance(layer, _OVER_RANKS) else 1
     if odd or min(first.numel(), rest.numel()) * num_shares < 2 * x.shape[1]:
@@ -87,11 +89,14 @@ def _first_part(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None
         needed = (
             "images one after the other, and at least two values of each channel in either kind"
         )
-        action = "take more images at a time, or write consistency.batch_norm=joint"
-        raise InputError(f"{got}{num_tracked} of them labelled", needed, action)
+        action = "take more images at a time, or write consistency.batch_norm=joint, or "
+        action += "adaptation.batch_norm=joint"
+        got += f"{abs(num_tracked)} of them of the one kind"
+        raise InputError(got, needed, action)
+    tracked, others = (first, rest) if num_tracked > 0 else (rest, first)
     # on the layer itself, which a copy of the network has its own of
-    layer.rest = rest
-    return (first,)
+    layer.rest = others
+    return (tracked,)
 
 
 def _with_the_rest(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
@@ -104,7 +109,8 @@ def _with_the_rest(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> T
     layer.track_running_stats = False  # type: ignore[assignment]
     others = layer.forward(rest)
     layer.track_running_stats = is_tracking
-    return torch.cat([output, others])
+    num_tracked, _ = layer.tracked_share  # type: ignore[misc]
+    return torch.cat([output, others] if num_tracked > 0 else [others, output])
 
 
 def _average(buffers: list[Tensor], before: Tensor) -> None:

@@ -42,7 +42,7 @@ CLASS_CONFIDENT, CLASS_AGREEMENT = "held_out/confident_share/", "held_out/confid
 NEVER_PREDICTED = "val/never_predicted/"
 # of each class among the predictions for the target and for the source, where there are both
 TARGET_SHARE, SOURCE_SHARE = "val/predicted_share/", "source/predicted_share/"
-# of predictions in a step of domain adaptation, see distseg.train.diagnostics
+# of predictions in a step on images of two domains, see distseg.train.diagnostics
 TARGET_ENTROPY, SOURCE_ENTROPY = "adaptation/target_entropy", "adaptation/source_entropy"
 MEAN_IOU, CLASSES_COUNTED = "val/mean_iou", "val/num_classes_counted"
 SUBSET, PREDICTED_SHARE = "mean_iou_of/", "predicted_share/"  # after the prefix of the split

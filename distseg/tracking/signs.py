@@ -93,7 +93,17 @@ def levels_of(config: Mapping[str, Any]) -> MetricsRow:
 
 
 def fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:
-    """The discriminator's loss on predictions, where it is right about nearly all label maps.
+    # between domains what it has won at is another thing
+    return None if before.get(OF_DOMAINS) else _loss_when_right(row, before)
+
+
+def target_loss(row: MetricsRow, before: MetricsRow) -> float | None:
+    return _loss_when_right(row, before) if before.get(OF_DOMAINS) else None
+
+
+def _loss_when_right(row: MetricsRow, before: MetricsRow) -> float | None:
+    """The discriminator's loss on what is fake to it, where it is right about nearly all label
+    maps.
 
     Else as if undecided.
     """
@@ -263,10 +273,11 @@ def who_is_lost(row: MetricsRow, before: MetricsRow) -> tuple[str, int | None]:
 
 
 def relative_entropy(row: MetricsRow, before: MetricsRow) -> float | None:
-    """The target's entropy over the source's, where the discriminator teaches nothing; else 1."""
-    if TARGET_ENTROPY not in row or DISCRIMINATOR_ACCURACY not in row:
+    """The target's entropy over the source's, where no discriminator teaches anything; else 1."""
+    if TARGET_ENTROPY not in row:
         return None
-    accuracy = row[DISCRIMINATOR_ACCURACY]
+    # of MinEnt and self-training there is none
+    accuracy = row.get(DISCRIMINATOR_ACCURACY, 0.5)
     # one that sees a difference pulls the target back to what the source looks like
     if abs(accuracy - 0.5) > BLIND_WITHIN and accuracy < SATURATED_FROM:
         return 1.0

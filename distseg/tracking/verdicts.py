@@ -67,6 +67,21 @@ CHECKS = (
         "smaller discriminator (discriminator.options.width).",
     ),
     Check(
+        "domains_are_told_apart",
+        "the discriminator tells the domains apart",
+        signs.target_loss,
+        # as of discriminator_has_won: it is the same loss of the same networks
+        raise_at=0.08,
+        clear_at=0.12,
+        num_rows=5,
+        meaning="It tells nearly every prediction for the target from those for the source, and is "
+        "sure of it: so the adversarial term brings the target's no nearer, or goes by what no "
+        "segmentor can change.",
+        advice="Lower discriminator_optimizer.lr (a third), or raise loss.adv_weight; show both "
+        "domains in strong views (strong.labelled=true), so that their colours tell less; or take "
+        "a smaller discriminator (discriminator.options.width).",
+    ),
+    Check(
         "discriminator_is_blind",
         "the discriminator is blind",
         signs.both_losses,
@@ -262,10 +277,10 @@ CHECKS = (
         clear_at=0.35,
         num_rows=10,
         num_steps=100,
-        meaning="Their entropy is less than a quarter of the source's, while the discriminator is "
-        "at chance or always right: nothing holds them to what labels look like, and being sure of "
-        "anything is rewarded.",
-        advice="Lower semi.entropy_weight or consistency.weight; raise "
+        meaning="Their entropy is less than a quarter of the source's, and there is no "
+        "discriminator, or one at chance or always right: nothing holds them to what labels look "
+        "like, and being sure of anything is rewarded.",
+        advice="Lower semi.entropy_weight or consistency.weight, or start later; raise "
         "discriminator_optimizer.lr where it is at chance, lower it where it is always right; go "
         "on from an earlier checkpoint.",
     ),

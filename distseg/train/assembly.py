@@ -11,7 +11,7 @@ from torch import nn
 
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.config.world_size import has_teacher
+from distseg.config.world_size import has_teacher, unlabelled_as_labelled
 from distseg.data.mixture import names_of
 from distseg.data.samples import sha256_of_keys
 from distseg.distributed.device import resolve_precision
@@ -125,6 +125,9 @@ def with_views(config: Config, ranks: Ranks, pair: Pair) -> tuple[Pair, MovingAv
         num_classes = int(pair.segmentor.network.num_classes)  # type: ignore[arg-type]
         strong = StrongViews.of_labelled(config, num_classes, ranks)
         pair = replace(pair, strong_labelled=strong)
+        if unlabelled_as_labelled(config):
+            strong = StrongViews.of_untaught(config, num_classes, ranks)
+            pair = replace(pair, strong_unlabelled=strong)
     return pair, ema
 
 

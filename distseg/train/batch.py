@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from distseg.config.schema import ADAPTATION, Config
 from distseg.losses.terms import Kind, Predicted, PseudoLabels
 
 
@@ -19,8 +20,8 @@ class Images:
     pixels: (n, 3, H, W) float in [0, 1]; label: (n, H, W) uint8, 255 = void. Of unlabelled images
     the label says only where they are, and where ground truth is laid over them; see Targets.
     pseudo: of unlabelled images whose pixels are a strong view, what a teacher says of them.
-    is_tracked: whether batch norm's running statistics are of these images too; else they are
-    normalised by themselves. feature_factors: what their channels are multiplied by where the
+    is_tracked: whether batch norm's running statistics are of these images too; else each kind is
+    normalised by itself. feature_factors: what their channels are multiplied by where the
     segmentor's encoder gives them to its head, (n, channels) for each feature map; None: nothing
     is.
     """
@@ -42,6 +43,12 @@ class Images:
 
     def __getitem__(self, chosen: slice) -> Images:
         return self.each(lambda tensor: tensor[chosen])
+
+
+def tracked_by(config: Config, labelled: Images) -> Images:
+    """Labelled images, with whether running statistics are of them, between domains."""
+    together = config.mode not in ADAPTATION or config.adaptation.batch_norm == "joint"
+    return replace(labelled, is_tracked=together)
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,13 @@ class MicroBatch:
 
     @property
     def num_tracked(self) -> int | None:
-        """How many of the first of all images batch norm takes by themselves, its running
-        statistics too; None: all together.
+        """How many of the first of all images, or below 0 of the last, batch norm's running
+        statistics are of alone, each kind being normalised by itself; None: of all together.
         """
-        untracked = self.unlabelled is not None and not self.unlabelled.is_tracked
-        return len(self.labelled.label) if untracked else None
+        if self.unlabelled is None or self.labelled.is_tracked == self.unlabelled.is_tracked:
+            return None
+        tracked_first = self.labelled.is_tracked
+        return len(self.labelled.label) if tracked_first else -len(self.unlabelled.label)
 
     def slices(self) -> dict[Kind, slice]:
         """Where the images of each kind are among all."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from distseg.distributed.ranks import Ranks, all_reduce_sum, gathered_tensors
 from distseg.losses.adversarial import Form, score_sums, self_information
 from distseg.losses.tensors import at_least_float32
-from distseg.losses.terms import Kind, PseudoLabels, Targets
+from distseg.losses.terms import GROUND_TRUTH, Kind, PseudoLabels, Targets
 from distseg.parallel import Learner
 from distseg.parallel.stopwatch import SECTIONS
 from distseg.tracking.catalogue import (
@@ -105,16 +105,22 @@ def entropies(
     probabilities: Tensor, targets: Targets, batch: MicroBatch, counts: Counts
 ) -> dict[str, Tensor]:
     """The entropy of predictions on each of two domains, as a share of its largest value: of the
-    valid pixels of an image, the mean over the images.
+    valid pixels of an image, the mean over the images. What is laid over the target counts in
+    neither.
 
     probabilities: (n, C, h, w), of all images.
     """
     names: dict[Kind, str] = {"labelled": SOURCE_ENTROPY, "unlabelled": TARGET_ENTROPY}
     # no pass and no message of its own: the step has these, and sums over ranks come later
     entropy = self_information(probabilities.detach()).sum(1)  # (n, h, w)
-    of_images = (entropy * targets.valid).sum((1, 2)) / targets.valid.sum((1, 2)).clamp(min=1)
-    where = batch.slices().items()
-    return {names[kind]: mean(of_images[some].sum(), counts.images(kind)) for kind, some in where}
+    found = {}
+    for kind, some in batch.slices().items():
+        inside = targets.valid[some]
+        if kind == "unlabelled":
+            inside = inside & (targets.index[some] != GROUND_TRUTH)
+        of_images = (entropy[some] * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+        found[names[kind]] = mean(of_images.sum(), counts.images(kind))
+    return found
 
 
 def class_shares(

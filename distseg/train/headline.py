@@ -15,7 +15,7 @@ from distseg.config.schema import (
     ConsistencyConfig,
     LossConfig,
 )
-from distseg.config.world_size import has_teacher
+from distseg.config.world_size import has_teacher, unlabelled_as_labelled
 from distseg.data.mixture import median_size, shared_with, weights_of
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import judges_auxiliary
@@ -196,6 +196,10 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
         names = ["class_weights", "label_smoothing", "focal_gamma", "ohem_threshold"]
         names.append("logit_adjustment")
         reasons |= {f"loss.{name}": "the loss is without cross entropy" for name in names}
+    if config.mode in ADAPTATION and has_teacher(config):
+        reasons["consistency.batch_norm"] = "adaptation.batch_norm is for the teacher's images too"
+    if config.segmentor.batch_norm == "frozen":
+        reasons["adaptation.batch_norm"] = "segmentor.batch_norm is frozen"
     if not has_teacher(config):
         for key in KEYS:
             if key.startswith("consistency."):
@@ -219,18 +223,19 @@ def never_begun(config: Config) -> list[str]:
     No error: a recipe is tried for a few steps first.
     """
     loss, semi = config.loss, config.semi
-    begins = {f"loss.terms.{name}": term.start_step for name, term in loss.terms.items()}
+    begins = {f"loss.terms.{name}.start_step": it.start_step for name, it in loss.terms.items()}
     if config.mode in WITH_DISCRIMINATOR and (loss.adv_weight or loss.feature_weight):
-        begins["loss.adv"] = loss.adv_start_step
+        begins["loss.adv_start_step"] = loss.adv_start_step
     if config.mode == "semi_supervised":
-        begins |= {"semi": semi.start_step} if semi.weight else {}
-        begins |= {"semi.adv": semi.adv_start_step} if semi.adv_weight else {}
+        begins |= {"semi.start_step": semi.start_step} if semi.weight else {}
+        begins |= {"semi.adv_start_step": semi.adv_start_step} if semi.adv_weight else {}
+    if config.mode in WITH_UNLABELLED and semi.entropy_weight:
+        begins["semi.entropy_start_step"] = semi.entropy_start_step
     if has_teacher(config):
-        begins["consistency"] = config.consistency.start_step
+        begins["consistency.start_step"] = config.consistency.start_step
     return [
-        f"note: {name}{'_' if name.endswith('adv') else '.'}start_step={step}, and the run ends at "
-        f"step {config.steps}: the term has no effect"
-        for name, step in begins.items()
+        f"note: {key}={step}, and the run ends at step {config.steps}: the term has no effect"
+        for key, step in begins.items()
         if step >= config.steps
     ]
 
@@ -268,7 +273,8 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
         where = f"{loss.ce_reduction} where D > {semi.threshold}, from step {semi.start_step}"
         terms.append(f"{semi.weight} x semi-supervised cross entropy ({where})")
     if config.mode in WITH_UNLABELLED and semi.entropy_weight:
-        terms.append(f"{semi.entropy_weight} x entropy on unlabelled")
+        late = f" (from step {semi.entropy_start_step})" if semi.entropy_start_step else ""
+        terms.append(f"{semi.entropy_weight} x entropy on unlabelled{late}")
     if config.mode in WITH_UNLABELLED and config.consistency.weight:
         terms.append(_consistency(config.consistency))
     return terms
@@ -277,7 +283,7 @@ def _terms(config: Config, has_auxiliary: bool) -> list[str]:
 def _strong_views(config: Config) -> list[str]:
     """Which images have them, where some do."""
     kinds = ["labelled"] if config.strong.labelled else []
-    if config.mode in WITH_UNLABELLED and config.consistency.weight:
+    if has_teacher(config) or unlabelled_as_labelled(config):
         kinds.append("unlabelled")
     return [f"strong views of {' and '.join(kinds)} images, {config.strong.mix}"] if kinds else []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from distseg.config.rules.networks import goes_by_loss
 from distseg.config.schema import ADAPTATION, WITH_UNLABELLED, Config, DataConfig
-from distseg.config.world_size import check_batches, has_teacher
+from distseg.config.world_size import check_batches, has_teacher, unlabelled_as_labelled
 from distseg.data.mixture import (
     Mixture,
     check_apart,
@@ -355,8 +355,8 @@ def open_streams(
     other = mixed_plan(
         data.unlabelled, options, options.unlabelled_weights, batch_size=size, seed=seed
     )
-    # weak: what a teacher labels
-    of_rest = weak if config.consistency.weight else config
+    # weak: what a teacher labels, too
+    of_rest = weak if has_teacher(config) or unlabelled_as_labelled(config) else config
     return PairedStream(
         labelled, open_stream(of_rest, ranks, data.unlabelled, start_step, (size, other))
     )

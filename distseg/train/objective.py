@@ -107,10 +107,15 @@ class Scored:
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms of the segmentor's loss, and the discriminator's task."""
+    """The terms of the segmentor's loss, and the discriminator's task.
+
+    of_domains: whether the unlabelled images are of another domain than the labelled ones, or of
+    data that may well be.
+    """
 
     terms: tuple[Term, ...]
     judging: Judging
+    of_domains: bool = False
 
     def active(self, phase: Phase) -> Iterator[tuple[Term, float]]:
         """The terms that a phase asks for, with their weights.
@@ -182,7 +187,10 @@ def build_objective(
         check_terms(further, num_classes, without_adversary=late, score_side=side)
     terms += further
     judging = _judging(config, discriminator)
-    return Objective((*terms, *_of_the_mode(config, judging)), judging)
+    of_domains = config.mode in ADAPTATION
+    # self-training and MinEnt from one domain to another have no mode of their own
+    of_domains |= config.mode == "consistency" and bool(config.data.unlabelled_shards)
+    return Objective((*terms, *_of_the_mode(config, judging)), judging, of_domains)
 
 
 def _of_the_mode(config: Config, judging: Judging) -> Iterator[Term]:

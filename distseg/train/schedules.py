@@ -88,12 +88,13 @@ def _r1_factor(num_updates: int, config: Config) -> float:
 
 def _own_weights(step: int, config: Config) -> dict[str, float]:
     """Of the terms that need no adversary, and of the user's, which may."""
-    loss, taught = config.loss, config.consistency
+    loss, taught, semi = config.loss, config.consistency, config.semi
     weights = {"cross_entropy": loss.ce_weight, "auxiliary": loss.aux_weight}
     for name, term in loss.terms.items():
         weights[name] = term.weight * _rise(step - term.start_step, term.warmup_steps)
-    if config.mode in WITH_UNLABELLED and config.semi.entropy_weight:
-        weights["entropy"] = config.semi.entropy_weight
+    if config.mode in WITH_UNLABELLED and semi.entropy_weight:
+        rise = _rise(step - semi.entropy_start_step, semi.entropy_warmup_steps)
+        weights["entropy"] = semi.entropy_weight * rise
     if config.mode in WITH_UNLABELLED and taught.weight:
         rise = _rise(step - taught.start_step, taught.warmup_steps)
         weights["consistency"] = taught.weight * rise

@@ -57,6 +57,7 @@ class Pair:
     objective: Objective
     weak_to_strong: WeakToStrong | None = None  # of a run with a teacher
     strong_labelled: StrongViews | None = None  # where labelled images have strong views too
+    strong_unlabelled: StrongViews | None = None  # and unlabelled ones without a teacher's labels
 
     @classmethod
     def of(cls, config: Config, segmentor: Learner, discriminator: Learner | None = None) -> Pair:
@@ -156,6 +157,9 @@ def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     targets = Targets.at(images.label, logits.shape[-2:])
     seen = Predicted(images.pixels, targets, logits, auxiliary)
     loss, _, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
+    if phase.watched and pair.objective.of_domains and batch.unlabelled is not None:
+        probabilities = at_least_float32(logits.detach()).softmax(1)
+        metrics |= diagnostics.entropies(probabilities, targets, batch, counts)
     backward([(pair.segmentor, [(pair.segmentor.scaled(loss), None)])])
     return metrics
 

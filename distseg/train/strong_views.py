@@ -40,6 +40,13 @@ class StrongViews:
         return cls(_view(config), ranks, seed, size, num_classes)
 
     @classmethod
+    def of_untaught(cls, config: Config, num_classes: int, ranks: Ranks) -> StrongViews:
+        """For unlabelled crops that no teacher has labelled, so that none is cut by its classes."""
+        views = cls.of_unlabelled(config, num_classes, ranks)
+        mix = "none" if config.strong.mix == "classmix" else config.strong.mix
+        return replace(views, view=replace(views.view, mix=mix))
+
+    @classmethod
     def of_labelled(cls, config: Config, num_classes: int, ranks: Ranks) -> StrongViews:
         """For the labelled crops, where `strong.labelled` asks for it."""
         seed = config.seed + OF_LABELLED
@@ -89,8 +96,10 @@ class StrongViews:
         return images.each(of_neighbours) if self.view.is_paired else images
 
     @torch.no_grad()
-    def labelled(self, images: Images, step: int) -> Images:
-        """This rank's labelled images of a step, with the labels mixed as the pixels are."""
+    def alone(self, images: Images, step: int) -> Images:
+        """This rank's images of a step, which no teacher has labelled, with their labels mixed as
+        the pixels are.
+        """
         draws = self.draws(step)
         # not by the label, whose void is inside of images too: a ring of unchanged colours would
         # tell the network where objects end. A pixel of an image may have the fill's colour; it

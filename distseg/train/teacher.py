@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distseg.config.schema import Config
+from distseg.config.schema import ADAPTATION, Config
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
@@ -312,6 +312,8 @@ def _is_tracked(config: Config) -> bool:
     """Whether batch norm's running statistics are of the strong views too."""
     chosen = config.consistency.batch_norm
     # between domains they are what the network is to predict, which labelled images are not
+    if config.mode in ADAPTATION:
+        return True  # and those may be left out, see tracked_by
     return chosen == "joint" or (chosen == "auto" and bool(config.data.unlabelled_shards))
 
 

@@ -27,7 +27,7 @@ from distseg.tracking.catalogue import COPY_FAILURES
 from distseg.tracking.progress import Progress
 from distseg.tracking.tracker import Tracker
 from distseg.train import diagnostics
-from distseg.train.batch import Images
+from distseg.train.batch import Images, tracked_by
 from distseg.train.clock import StepClock
 from distseg.train.ema import MovingAverage
 from distseg.train.finite import not_finite
@@ -38,6 +38,7 @@ from distseg.train.profiling import StepProfiler
 from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
+from distseg.train.strong_views import StrongViews
 from distseg.train.validation import ValidationHistory
 
 
@@ -285,21 +286,21 @@ class Trainer:
         """What the networks get of a batch: strong views where they are asked for, and unlabelled
         images where a term of the phase looks at them; and what a teacher was shown of these.
         """
-        labelled, unlabelled = self._labelled(batch), None
+        labelled, unlabelled = self._alone(batch, self.pair.strong_labelled), None
+        labelled = tracked_by(self.config, labelled)
         # read and decoded all the same, so that the order of the stream does not depend on the
         # schedule
         if batch.unlabelled is not None and self.pair.objective.uses_unlabelled(current):
             if self.pair.weak_to_strong is not None and current.taught:
                 taught, strong = self.views(batch.unlabelled, labelled)
                 return labelled, strong, taught
-            unlabelled = to_device(batch.unlabelled, self.ranks.device, self.config)
+            unlabelled = self._alone(batch.unlabelled, self.pair.strong_unlabelled)
         return labelled, unlabelled, None
 
-    def _labelled(self, batch: Batch) -> Images:
-        """The labelled images of a batch as the segmentor sees them."""
+    def _alone(self, batch: Batch, strong: StrongViews | None) -> Images:
+        """The images of a batch, without a teacher, as the segmentor sees them."""
         images = to_device(batch, self.ranks.device, self.config)
-        strong = self.pair.strong_labelled
-        return images if strong is None else strong.labelled(images, self.state.step)
+        return images if strong is None else strong.alone(images, self.state.step)
 
     def views(
         self, unlabelled: Batch, labelled: Images, learn: bool = True
@@ -327,7 +328,8 @@ class Trainer:
         with closing(open_streams(self.config, self.ranks, data, self.state.step)) as stream:
             batch = next(stream)
         assert batch.unlabelled is not None
-        return self.views(batch.unlabelled, self._labelled(batch), learn=False)
+        labelled = self._alone(batch, self.pair.strong_labelled)
+        return self.views(batch.unlabelled, labelled, learn=False)
 
     def _operations(self, step: int) -> float:
         """Of step `step` (from 0), on one of the ranks."""

@@ -121,6 +121,39 @@ def domains_without_ground_truth(config: Config) -> None:
         raise InputError(got, needed, action)
 
 
+def domains_in_views_of_one_kind(config: Config) -> None:
+    """mode=domain_adaptation with a teacher changes both domains' images in the same ways."""
+    chosen = config.consistency
+    if config.mode not in ADAPTATION or not chosen.weight:
+        return
+    taught = f"mode={config.mode} with consistency.weight={chosen.weight}"
+    if not config.strong.labelled:
+        got, action = f"{taught} and strong.labelled=false", "write strong.labelled=true"
+        raise InputError(got, _ONE_KIND, action)
+    if chosen.feature_perturbation != "none":
+        got = f"{taught} and consistency.feature_perturbation={chosen.feature_perturbation}"
+        raise InputError(got, _ONE_KIND, "write consistency.feature_perturbation=none")
+
+
+def classes_cut_out_in_both_domains(config: Config) -> None:
+    """mode=domain_adaptation with ClassMix has a teacher from the discriminator's first step on."""
+    strong, chosen, start = config.strong, config.consistency, config.loss.adv_start_step
+    is_cut = strong.labelled and strong.mix == "classmix" and strong.mix_probability > 0
+    if config.mode not in ADAPTATION or not is_cut:
+        return
+    # the source is cut by its labels, the target by what a teacher says
+    late, action = "no teacher", "write strong.mix=none or cutmix"
+    if chosen.weight:
+        late = f"consistency.start_step={chosen.start_step}"
+        # a gate asks for a discriminator that begins before it
+        if chosen.gate == "none":
+            action += f", or loss.adv_start_step={chosen.start_step}"
+    if not chosen.weight or chosen.start_step > start:
+        got = f"mode={config.mode} with strong.mix=classmix, loss.adv_start_step={start} and {late}"
+        raise InputError(got, _ONE_KIND, action)
+
+
+_ONE_KIND = "both domains in views of one kind: a discriminator tells others apart by these"
 RULES = (
     unlabelled_images_have_a_term,
     consistency_with_a_teacher,
@@ -129,4 +162,6 @@ RULES = (
     rectangles_in_order,
     a_discriminator_at_the_gate,
     domains_without_ground_truth,
+    domains_in_views_of_one_kind,
+    classes_cut_out_in_both_domains,
 )

@@ -278,6 +278,13 @@ class SemiConfig:
         low=0,
         source="Grandvalet and Bengio 2004; Vu et al. 2019 (MinEnt), there 0.001",
     )
+    entropy_start_step: int = key(0, "of that term", unit="steps", low=0)
+    entropy_warmup_steps: int = key(
+        0,
+        "entropy_weight rises linearly over so many steps from entropy_start_step on",
+        unit="steps",
+        low=0,
+    )
     discriminate: bool = key(
         True, "the discriminator learns from their label maps too", modes=SEMI_SUPERVISED
     )
@@ -431,6 +438,18 @@ class AdaptationConfig:
             "self_information": "- p log p / log C of each of the C classes: how unsure it is",
         },
         source=f"probabilities: Tsai et al. 2018 (AdaptSegNet); self_information: {ADVENT}, eq. 8",
+    )
+    # here and not consistency.batch_norm, as the target is what the network is to predict
+    batch_norm: str = key(
+        "joint",
+        "what normalises both domains' images in training, with a teacher too",
+        choices={
+            "joint": "the statistics of all images, which running statistics are of too",
+            "separate": "each domain's own; running statistics, by which the network predicts, are "
+            "of the unlabelled images, where a step sees any",
+        },
+        source="separate: Li et al. 2016 (AdaBN); Chang et al. 2019 (DSBN), with one scale and "
+        "shift for both",
     )
     aux_adv_weight: float = key(
         0.0,

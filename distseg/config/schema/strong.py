@@ -11,15 +11,16 @@ from distseg.config.keys import key
 class StrongConfig:
     """Strong views of crops: colours, blur, and a part of another image.
 
-    Unlabelled images have them wherever there is a teacher. The defaults are UniMatch's (Yang et
-    al. 2023).
+    Unlabelled images have them wherever there is a teacher, and with `labelled` in modes
+    consistency and domain_adaptation without one. The defaults are UniMatch's (Yang et al. 2023).
     """
 
     # of its own: what unlabelled images gain can only be seen beside labels with the same views
     labelled: bool = key(
         False,
         "labelled images are trained on in strong views too, made on the device, instead of "
-        "data.color_jitter and data.blur_probability",
+        "data.color_jitter and data.blur_probability; in modes consistency and domain_adaptation "
+        "unlabelled ones that no teacher has labelled as well, but for classmix",
     )
     # partners are neighbours in the global batch, so any number of ranks mixes the same pairs
     mix: str = key(
