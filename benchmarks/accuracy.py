@@ -55,18 +55,22 @@ class Plan:
     arms: Mapping[str, tuple[str, ...]]
 
 
-# the adversary's ways beside a teacher
-_BESIDE = ("mode=semi_supervised", "semi.weight=0")
+# The adversary's ways beside a teacher. A discriminator that saw the images would know predictions
+# by their strong views alone.
+_BESIDE = (
+    *("mode=semi_supervised", "semi.weight=0", "discriminator=fully_convolutional"),
+    "discriminator_optimizer.lr=2e-5",
+)
+_ADVERSARIAL = ("loss.adv_weight=0.01", "semi.adv_weight=0.01")
+_FEATURES, _GATE = "loss.feature_weight=0.0002", "consistency.gate=rank"
 _CONDITIONED = ("discriminator=image_conditioned", "discriminator_optimizer.lr=3e-5")
+_HINGE_R1 = ("loss.adv_form=hinge", "loss.r1_weight=1", "loss.r1_every=16")
 _WITH_TEACHER = {
     "teacher": ("mode=consistency",),
-    "teacher + adversary": (*_BESIDE, "loss.adv_weight=0.01", "semi.adv_weight=0.01"),
-    "teacher + features": (*_BESIDE, *_CONDITIONED, "loss.feature_weight=0.0002"),
-    "teacher + gate": (*_BESIDE, *_CONDITIONED, "consistency.gate=rank"),
-    "teacher + all": (
-        *(*_BESIDE, *_CONDITIONED, "loss.adv_weight=0.01", "semi.adv_weight=0.01"),
-        *("loss.feature_weight=0.0002", "consistency.gate=rank"),
-    ),
+    "teacher + adversary": (*_BESIDE, *_ADVERSARIAL),
+    "teacher + features": (*_BESIDE, _FEATURES),
+    "teacher + gate": (*_BESIDE, _GATE),
+    "teacher + all": (*_BESIDE, *_ADVERSARIAL, _FEATURES, _GATE),
 }
 _SUPERVISED = {
     "supervised": ("mode=supervised",),
@@ -108,12 +112,9 @@ PLANS = {
         {
             "supervised": ("mode=supervised",),
             "adversarial": (),
-            "hinge, R1": ("loss.adv_form=hinge", "loss.r1_weight=1", "loss.r1_every=16"),
-            "conditioned, features": (*_CONDITIONED, "loss.feature_weight=0.0002"),
-            "conditioned, features, hinge, R1": (
-                *(*_CONDITIONED, "loss.feature_weight=0.0002", "loss.adv_form=hinge"),
-                *("loss.r1_weight=1", "loss.r1_every=16"),
-            ),
+            "hinge, R1": _HINGE_R1,
+            "conditioned, features": (*_CONDITIONED, _FEATURES),
+            "conditioned, features, hinge, R1": (*_CONDITIONED, _FEATURES, *_HINGE_R1),
         },
     ),
 }
