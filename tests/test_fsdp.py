@@ -5,6 +5,8 @@ of.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,9 +25,11 @@ from distseg.distributed.ranks import Ranks
 from distseg.models import ENCODERS, build_discriminator, build_segmentor
 from distseg.parallel import check_network, fsdp, wrap
 from distseg.parallel.parameter_shards import shard_of
+from distseg.train import run
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
-from distseg.train.replicas import check_equal
+from distseg.train.networks import Networks
+from distseg.train.replicas import check_equal, share_first_weights
 from distseg.train.schedules import phase
 from distseg.train.step import Pair, training_step
 from shards.errors import InputError
@@ -41,7 +45,7 @@ OF_RANKS = {
     1: ["steps", "synchronised", "average"],
     2: ["steps", "bad batch", "synchronised", "ddp", "spoiled", "half", "average", "large", "bf16"],
     3: ["terms", "norms"],
-    4: ["steps", "spoiled", "average", "differences"],
+    4: ["steps", "spoiled", "average", "differences", "first weights"],
 }
 OfRanks = dict[int, list[dict[str, Any]]]
 STEPS = [case for case in test_engine.CASES if case[2] == "two_branch"]
@@ -285,6 +289,54 @@ def test_replicas_that_hold_different_shards_are_found(of_ranks: OfRanks) -> Non
         assert same == ""
 
 
+def changed_on(ranks: Ranks, others: tuple[int, ...]) -> Networks:
+    """Networks of which some ranks have built others, in a parameter or a buffer alone."""
+    networks = Networks(*make_networks("two_branch"))
+    networks.segmentor.register_buffer("mean", torch.zeros(3))
+    if ranks.rank in others:
+        changed = networks.segmentor.mean if ranks.rank == 1 else next(networks[1].parameters())
+        changed.data.view(-1)[0] += 1
+    return networks
+
+
+def share_weights(ranks: Ranks, others: tuple[int, ...]) -> tuple[str | None, list[Any], bool]:
+    networks, moved = changed_on(ranks, others), []
+    if ranks.rank in others:
+        networks.segmentor.init_report = "resnet50-0676ba61.pth: 320 tensors loaded"
+    told = share_first_weights(ranks, networks, lambda: moved.append(1))
+    config = make_config("fp64", "simultaneous", "adversarial", HYBRID)
+    learners = [wrap(each, config.segmentor_optimizer, config, ranks) for each in networks]
+    return told, [values(learner.full_network()) for learner in learners], bool(moved)
+
+
+def test_all_ranks_begin_with_the_first_weights_of_rank_0(of_ranks: OfRanks) -> None:
+    expected = [values(network) for network in changed_on(Ranks(0, 4, 0, torch.device("cpu")), ())]
+    for of_rank in of_ranks[4]:
+        for (told, networks, was_sent), others in zip(
+            of_rank["first weights"], ("", "1, 3"), strict=True
+        ):
+            assert was_sent == (told is not None) == bool(others)
+            for mine, wanted in zip(networks, expected, strict=True):
+                assert all((mine[name] == wanted[name]).all() for name in wanted)
+        assert "rank 1, 3 had built other ones than rank 0" in told
+        assert re.search("rank 0 on .*: none; rank 1 on .*: resnet50-0676ba61.pth", told)
+
+
+def slow_from_other_weights(arguments: list[str]) -> int:
+    """As `slow`, but the networks that rank 1 builds are others."""
+    build = run.build_networks
+
+    def others(*given: Any) -> Networks:
+        networks = build(*given)
+        for network in networks if os.environ["RANK"] == "1" else ():
+            for tensor in network.state_dict().values():
+                tensor.add_(1)
+        return networks
+
+    run.build_networks = others
+    return slow(arguments)
+
+
 def run_large(ranks: Ranks) -> list[float]:
     """Networks of every kind with their large layers by themselves.
 
@@ -451,6 +503,7 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
         "half": partial(train_in_half, ranks),
         "large": partial(with_blocks, 20_000, run_large, ranks),
         "bf16": partial(with_blocks, 1_000, train_in_bf16, ranks),
+        "first weights": lambda: [share_weights(ranks, others) for others in ((), (1, 3))],
         "differences": lambda: [find_difference(ranks, HYBRID, wrong) for wrong in (3, -1)],
     }
     return {name: runs[name]() for name in OF_RANKS[n]}
@@ -475,7 +528,8 @@ def test_a_killed_run_resumes_to_the_same_bits_and_ends_as_under_ddp(
     usual = [*tiny.OVERRIDES, DROPOUT, "segmentor.batch_norm=synchronised"]
     settings = ["parallel.strategy=fsdp", *usual]
     finish(start(2, toy_shards, tmp_path / "whole", *settings))
-    job = start(2, toy_shards, tmp_path / "killed", *settings, how=slow)
+    # and its ranks had built different networks
+    job = start(2, toy_shards, tmp_path / "killed", *settings, how=slow_from_other_weights)
     kill_after_checkpoint(job, tmp_path / "killed", "step-00000003")
     finish(start(2, toy_shards, tmp_path / "killed", *settings))
     files = [

@@ -1,18 +1,21 @@
-"""Whether all ranks hold the same networks, and code of the user's own."""
+"""That all ranks hold the same networks, from the first weights on, and the same code."""
 
 from __future__ import annotations
 
 import functools
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from distseg.config.code import references
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks, of_all
 from distseg.parallel.parameter_shards import shard_of
+from distseg.train.networks import Networks
 from distseg.train.step import Pair
 from shards.errors import InputError
 
@@ -53,6 +56,60 @@ def _check_fingerprints(step: int, of_ranks: list[dict[str, Fingerprint]]) -> No
             text = f"step {step}: {which}, perhaps in the last checkpoint too"
             cause = "A faulty device, or a network that draws random numbers per rank?"
             raise RuntimeError(f"{text}. {cause}")
+
+
+@dataclass(frozen=True)
+class FirstWeights:
+    """What a rank has built, before anything is spread: its host, each network's fingerprint, and
+    what was read from files.
+    """
+
+    host: str
+    of_networks: list[Fingerprint]
+    reports: list[str]
+
+
+def share_first_weights(ranks: Ranks, networks: Networks, moved: Callable[[], None]) -> str | None:
+    """Give every rank rank 0's networks, bit by bit, where any has built others. Returns what is to
+    be told of that; None: all have built the same. moved: called at each tensor that is sent.
+    """
+    # Not refused: kinds of CPUs may draw other last bits from one seed. DDP sends rank 0's
+    # parameters in any case; FSDP would join rows of several networks.
+    built = [network for network in networks if network is not None]
+    reports = [str(getattr(network, "init_report", None) or "") for network in built]
+    own = FirstWeights(socket.gethostname(), list(map(_fingerprint, built)), reports)
+    told = of_all(ranks, own, _other_first_weights)
+    if told is not None:
+        for network in built:
+            _take_from_main(network, moved)
+    return told
+
+
+def _other_first_weights(of_ranks: list[FirstWeights]) -> str | None:
+    first = of_ranks[0]
+    others = [rank for rank, own in enumerate(of_ranks) if own.of_networks != first.of_networks]
+    if not others:
+        return None
+    other = of_ranks[others[0]]
+    text = f"first weights: rank {', '.join(map(str, others))} had built other ones than rank 0, "
+    text += "whose all ranks have now"
+    # only the first: who mends its file looks at the next start again
+    if other.reports != first.reports:
+        for rank, own in ((0, first), (others[0], other)):
+            text += f"; rank {rank} on {own.host}: {', '.join(filter(None, own.reports)) or 'none'}"
+        return text
+    return f"{text}; from another file on {other.host} than on {first.host}, or another kind of CPU"
+
+
+@torch.no_grad()
+def _take_from_main(network: nn.Module, moved: Callable[[], None]) -> None:
+    # buffers too, as they are in state_dict
+    for tensor in network.state_dict().values():
+        # as bytes, which every backend sends, in one layout, which it asks for
+        sent = tensor.contiguous().flatten().view(torch.uint8)
+        dist.broadcast(sent, 0)
+        tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
+        moved()
 
 
 def check_same_code(ranks: Ranks, config: Config) -> None:

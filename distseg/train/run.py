@@ -42,7 +42,7 @@ from distseg.train.inputs import Data, open_data, open_streams, save_labelled
 from distseg.train.networks import Networks, build_networks
 from distseg.train.objective import Objective, build_objective
 from distseg.train.profiling import check_ranks
-from distseg.train.replicas import check_same_code
+from distseg.train.replicas import check_same_code, share_first_weights
 from distseg.train.restored import restored_process
 from distseg.train.trainer import Trainer
 from shards import remote
@@ -173,16 +173,18 @@ def train_and_show(
     ledger: Ledger,
 ) -> TrainResult:
     """From the networks to the finished run, on every rank alike."""
-    ranks, data = run_directory.ranks, prepared.data
+    ranks, data, networks = run_directory.ranks, prepared.data, prepared.networks
     # not earlier: it asks the run directory, which is this job's alone only since it is locked
     watchdog.report("verifying checkpoints")
     last = newest(run_directory.path, ranks, watchdog.keep_alive)
     config = with_precision(config, last.sound, ranks)
     watchdog.report("counting operations")
     # of networks that are no parameter shards yet; once, as it takes longer than to send it
-    work = on_main(ranks, lambda: StepWork.of(config, *prepared.networks))
+    work = on_main(ranks, lambda: StepWork.of(config, *networks))
     watchdog.report("spreading the networks")
-    pair = spread(config, prepared.networks, prepared.objective, ranks)
+    # those of a run that goes on are its checkpoint's
+    sent = None if last.sound else share_first_weights(ranks, networks, watchdog.keep_alive)
+    pair = spread(config, networks, prepared.objective, ranks)
     watchdog.report("loading a checkpoint")
     found = learned(config, ranks, pair, data, last.sound, moved=watchdog.keep_alive)
     with closing(open_streams(config, ranks, data, found.state.step)) as stream:
@@ -195,13 +197,11 @@ def train_and_show(
         on_main(ranks, lambda: save_labelled(run_directory.path, config, data))
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
         trainer.ledger = ledger
-        tell = image_tells(config, prepared.networks.discriminator)
-        told = [*about_checkpoints(last), *about_scores(config, data), *filter(None, [tell])]
+        tell = image_tells(config, networks.discriminator), sent
+        told = [*about_checkpoints(last), *about_scores(config, data), *filter(None, tell)]
         for line in told:
             trainer.progress.warning(line)
         _attach(trainer, run_directory)
-        if run_directory.steps_before is not None:
-            trainer.progress.message(extension(config, run_directory.steps_before))
         return _fit_and_show(trainer, stream, data, stop)
 
 
@@ -214,6 +214,8 @@ def _attach(trainer: Trainer, run_directory: RunDirectory) -> None:
     trainer.checkpoints.on_published = trainer.copies.ask
     # at once: the configuration, and a checkpoint that is newer here than there
     trainer.copies.ask()
+    if run_directory.steps_before is not None:
+        trainer.progress.message(extension(trainer.config, run_directory.steps_before))
 
 
 def _fit_and_show(
