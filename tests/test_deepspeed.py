@@ -19,7 +19,7 @@ import torch
 from distseg.cli import main
 from distseg.config import loading
 from distseg.config.schema import Config
-from distseg.distributed.ranks import Ranks
+from distseg.distributed.ranks import Ranks, setup, teardown
 from distseg.parallel import check_installed, check_settings, deepspeed_config, wrap
 from distseg.parallel.parameter_shards import is_sharded, num_elements
 from distseg.runs.checkpoint import find, verified
@@ -280,7 +280,15 @@ def run_one(ranks: Ranks, folder: Path) -> dict[str, Any]:
         ("resumed", f"stage {n}"): go_on(ranks, folder / f"stage {n}", [], True) for n in STAGES
     }
     results["steps", 1] = [test_engine.train(ranks, case, deepspeed(1)) for case in CASES]
+    results["again", 1] = train_again()
     return results
+
+
+def train_again() -> list[Any]:
+    """In the next job of a process that has trained in one, as in a notebook."""
+    teardown()
+    again = setup("cpu", 60)
+    return [test_engine.train(again, case, deepspeed(1)) for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -445,8 +453,9 @@ def test_one_rank_takes_the_steps_and_the_checkpoints_of_two(
     two_ranks: list[Any], references: Any, folder: Path
 ) -> None:
     (one,) = run_ranks(1, run_one, folder)
-    for case, got, expected in zip(CASES, one["steps", 1], references[0], strict=True):
-        test_engine.check_equal(case, got, expected)
+    for name in ("steps", "again"):
+        for case, got, expected in zip(CASES, one[name, 1], references[0], strict=True):
+            test_engine.check_equal(case, got, expected)
     for stage in STAGES:
         for learner, tensors in two_ranks[0]["final", f"stage {stage}"][0].items():
             assert distance(one["resumed", f"stage {stage}"][learner], tensors) <= 1e-5

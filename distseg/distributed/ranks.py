@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distseg.distributed.bounded import LateError, in_time
+from distseg.distributed.compat import destroy_process_groups
 from distseg.distributed.launch import rendezvous_of_srun, resolve_ranks
 from distseg.distributed.rendezvous import join
 from shards.errors import InputError
@@ -105,7 +106,7 @@ def _usable_cores() -> int:
 def teardown() -> None:
     """Leave the job; without effect when it was never joined."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        destroy_process_groups()
 
 
 def check_alone() -> None:
