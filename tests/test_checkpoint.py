@@ -461,6 +461,38 @@ def test_a_long_verification_gives_signs_of_life(tmp_path: Path) -> None:
     assert len(signs) == len(list(tmp_path.glob("checkpoints/*/*.safetensors")))
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_long_save_gives_signs_of_life(tmp_path: Path, async_save: bool) -> None:
+    signs: list[None] = []
+    checkpoints = Checkpointer(
+        tmp_path, 2, {}, RANKS, async_save=async_save, moved=lambda: signs.append(None)
+    )
+    path = checkpoints.save({"segmentor": Holder(1), "discriminator": Holder(2)}, state(1))
+    checkpoints.wait()
+    assert len(signs) == len(list(path.glob("*.safetensors"))) == 2
+
+
+def test_a_large_file_gives_signs_of_life_for_as_long_as_a_slow_disk_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[float] = []
+    began = time.monotonic()
+
+    def fsync(descriptor: int) -> None:
+        time.sleep(0.5)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(tensor_files, "SIGN_SECONDS", 0.01)
+    file = TensorFile("large", {"weight": torch.zeros(1000)})
+    for seconds, few, many in ((0.2, 1, 20), (100.0, 2, 51), (0.01, 0, 0)):
+        signs.clear()
+        monkeypatch.setattr(tensor_files, "SLOWEST_DISK", 4000 / seconds)
+        file.write(tmp_path, lambda: signs.append(time.monotonic() - began))
+        assert few <= len(signs) <= many, seconds
+    time.sleep(0.05)
+    assert not signs
+
+
 def test_names_of_parts_cannot_leave_the_folder(tmp_path: Path) -> None:
     path = Checkpointer(tmp_path, 2, {}, RANKS).save({"segmentor": Holder(1)}, state(1))
     content, _ = unseal((path / "state.json").read_bytes())

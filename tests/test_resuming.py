@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import distseg
+from distseg.distributed.watchdog import Watchdog
 from shards.errors import InputError
 from shards.maps import write_maps
 from shards.pack import pack
@@ -81,8 +82,14 @@ def test_a_resume_without_the_space_for_it_changes_nothing(
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(
-    run: Path, finished: Path, toy_shards: Path, capsys: pytest.CaptureFixture
+    run: Path,
+    finished: Path,
+    toy_shards: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    signs: list[str] = []
+    monkeypatch.setattr(Watchdog, "keep_alive", lambda self: signs.append(self._activity))
     optimizer = "checkpoints/step-00000002/segmentor.optimizer.safetensors"
     data = bytearray((run / optimizer).read_bytes())
     data[-5] ^= 4
@@ -96,6 +103,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     newest = "checkpoints/step-00000002"
     assert tensors(run / newest) == tensors(finished / newest)
     assert (run / "checkpoints/damaged-step-00000002").is_dir()
+    # a disk may take longer for each of them than other ranks wait
+    assert {"verifying checkpoints", "loading a checkpoint", "step 2, saving"} <= {*signs}
 
 
 def test_what_was_loaded_needs_the_checkpoint_no_more(run: Path) -> None:

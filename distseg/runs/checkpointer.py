@@ -150,7 +150,8 @@ class Checkpointer:
     loads it (key -> value). async_save: the files are written while training goes on. What goes
     wrong then is raised by the next call of `save`, `mark_best` or `wait`, on every rank; `failed`
     tells before. timeout_seconds: how much longer than the main rank another may write. num_leased:
-    checkpoints more than those kept that a reader may hold, for the space that is asked for.
+    checkpoints more than those kept that a reader may hold, for the space that is asked for. moved:
+    called, from any thread, as tensors are read and written, so that a slow disk is no stall.
     """
 
     def __init__(
@@ -163,11 +164,12 @@ class Checkpointer:
         async_save: bool = False,
         timeout_seconds: float = 300.0,
         num_leased: int = 0,
+        moved: Callable[[], None] = lambda: None,
     ):
         self.directory = run_dir / FOLDER
         self._num_leased = num_leased
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
-        self._async, self._timeout = async_save, timeout_seconds
+        self._async, self._timeout, self._moved = async_save, timeout_seconds, moved
         self._mailbox = Mailbox(ranks, timeout_seconds)
         # raises InputError where run_dir is not the run's any more: asked before it is written to
         self.check_folder: Callable[[], None] = lambda: None
@@ -249,14 +251,9 @@ class Checkpointer:
         # after the wait: best.json must not name what was never published
         on_main(self._ranks, lambda: self._mark_best(step, mean_iou, chosen_by or {}))
 
-    def load(
-        self,
-        saved: Checkpoint,
-        learners: dict[str, Any],
-        moved: Callable[[], None] = lambda: None,
-    ) -> dict[str, Any]:
+    def load(self, saved: Checkpoint, learners: dict[str, Any]) -> dict[str, Any]:
         """Copy a checkpoint, which has been verified, into the learners; returns its state. Called
-        on every rank. moved: called as tensors arrive.
+        on every rank.
 
         Raises InputError, on all of them, when it is another run's, or unreadable for any rank.
         """
@@ -265,7 +262,7 @@ class Checkpointer:
         for name, learner in learners.items():
             own = learner.state_dict()
             # read on all ranks before any of them changes its learner
-            reading = functools.partial(_read_parts, saved, name, own, moved)
+            reading = functools.partial(_read_parts, saved, name, own, self._moved)
             learner.load_state_dict(on_each(self._ranks, reading))
         return saved.state
 
@@ -309,7 +306,9 @@ class Checkpointer:
         # no collective from here on: this may run beside training's
         checksums: dict[str, str] = {}
         place = save.partial
-        failure = self._failure_of(save, place, lambda: checksums.update(_write_files(save)))
+        failure = self._failure_of(
+            save, place, lambda: checksums.update(_write_files(save, self._moved))
+        )
         if self._ranks.is_main:
             for letter in self._mailbox.collect(self._num_saves, self._timeout):
                 if isinstance(letter, Failure):
@@ -419,16 +418,17 @@ def _clear(save: _Save) -> None:
     save.partial.mkdir(parents=True)
 
 
-def _write_files(save: _Save) -> dict[str, str]:
-    """Write this rank's files; returns the sha256 of each."""
+def _write_files(save: _Save, moved: Callable[[], None]) -> dict[str, str]:
+    """Write this rank's files; returns the sha256 of each. moved: called as they get further."""
     save.wait_for_copies()
     # the main rank has made it; another machine may see it up to a minute later
     retried(save.partial, save.partial.stat, expected=True)
     checksums = {}
     for file in save.files:
-        file.write(save.partial)
-        # of what was just written and is in memory still, so this costs no reading of the disk
-        checksums[file.name + SUFFIX] = sha256_of(save.partial / (file.name + SUFFIX))
+        file.write(save.partial, moved)
+        # of what was just written and is in memory still, so this costs no reading of the disk; it
+        # tells at each MiB, so after the smallest file too
+        checksums[file.name + SUFFIX] = sha256_of(save.partial / (file.name + SUFFIX), moved)
     return checksums
 
 

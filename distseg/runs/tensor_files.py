@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from shards.errors import InputError
 from shards.storage import is_passing, listed
 
 SUFFIX = ".safetensors"
+SLOWEST_DISK = 10e6  # bytes per second; one that takes fewer may count as stuck
+SIGN_SECONDS = 1.0  # between signs of life while a large file is written
 # in a file's header: {tensor: [first row, rows of the full tensor]}; the word is the format's
 SHARDS_KEY = "slices"
 
@@ -43,18 +47,42 @@ class TensorFile:
     # first row, rows of the full tensor
     shards: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write it, and wait until it is on the disk. Raises OSError or SafetensorError."""
+    def write(self, folder: Path, moved: Callable[[], None] = lambda: None) -> None:
+        """Write it, and wait until it is on the disk. moved: called again and again meanwhile, for
+        as long as a slow disk may take. Raises OSError or SafetensorError.
+        """
         path = folder / (self.name + SUFFIX)
         header = {SHARDS_KEY: json.dumps(self.shards)} if self.shards else None
-        # not `save`: it would hold Python's lock, and so training, for seconds
-        save_file(self.tensors, path, header)
-        # safetensors does not sync, and a rename can reach the disk before the content
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        with _told_for(num_bytes / SLOWEST_DISK, moved):
+            # not `save`: it would hold Python's lock, and so training, for seconds
+            save_file(self.tensors, path, header)
+            # safetensors does not sync, and a rename can reach the disk before the content
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _told_for(seconds: float, moved: Callable[[], None]) -> Iterator[None]:
+    """Within it `moved` is called every second, for so many seconds at most."""
+    # by the clock: how far a sync has come the system does not say, and one that has lasted longer
+    # than this may be stuck
+    end, is_over = time.monotonic() + seconds, threading.Event()
+
+    def tell() -> None:
+        while not is_over.wait(SIGN_SECONDS) and time.monotonic() < end:
+            moved()
+
+    thread = threading.Thread(target=tell, name="slow disk", daemon=True)
+    if seconds > SIGN_SECONDS:  # most files are small
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def to_host(

@@ -86,7 +86,7 @@ def learned(
     moved: Callable[[], None] = lambda: None,
 ) -> Learned:
     """The learners as a checkpoint has them, where there is one. Writes nothing. moved: called as
-    its tensors arrive.
+    its tensors arrive, and later as those of others are written.
 
     Raises InputError, on every rank, for a checkpoint that is another run's, and where the disk
     cannot hold what the run will keep.
@@ -97,7 +97,7 @@ def learned(
     if pair.weak_to_strong is not None:
         corrected = _corrected(config, pair.weak_to_strong, ranks, data)
         pair = replace(pair, weak_to_strong=corrected)
-    checkpoints = _checkpoints(config, ranks, data)
+    checkpoints = _checkpoints(config, ranks, data, moved)
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
     checkpoints.check_space(learners)
@@ -105,7 +105,7 @@ def learned(
         # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
         # to go on: the order of samples, the phases and random numbers follow from the step and the
         # seed.
-        state = TrainState(**checkpoints.load(saved, learners, moved))
+        state = TrainState(**checkpoints.load(saved, learners))
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)
@@ -237,7 +237,9 @@ def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) 
     )
 
 
-def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
+def _checkpoints(
+    config: Config, ranks: Ranks, data: Data, moved: Callable[[], None]
+) -> Checkpointer:
     """With what a checkpoint must agree on with the run that loads it."""
     classes, readers = data.train.classes, data.readers
     if not config.data.unlabelled_shards:
@@ -275,6 +277,7 @@ def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
         # one that is being copied stays until that is done
         num_leased=int(bool(config.checkpoint.copy_to)),
         timeout_seconds=config.parallel.timeout_seconds,
+        moved=moved,
     )
 
 
