@@ -12,6 +12,9 @@ import pytest
 
 import distseg
 from distseg.distributed.watchdog import Watchdog
+from distseg.evaluate.evaluator import Evaluator
+from distseg.runs.checkpoint import read_state
+from distseg.tracking.tracker import read_metrics
 from shards.errors import InputError
 from shards.maps import write_maps
 from shards.pack import pack
@@ -111,3 +114,31 @@ def test_what_was_loaded_needs_the_checkpoint_no_more(run: Path) -> None:
     trained = distseg.load(run, 1)
     shutil.rmtree(trained.path)
     assert trained.evaluate(quick=True)["step"] == trained.step == 1
+
+
+def test_plateaus_are_those_of_the_checkpoint_where_the_metrics_are_lost(
+    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = Evaluator.named
+    # never lower
+    monkeypatch.setattr(Evaluator, "named", lambda self: named(self) | {"val/loss": 1.0})
+    keys: dict[str, Any] = {"evaluate": {"num_pictures": 0, "every_steps": 1}, "steps": 3}
+    keys["schedule"] = {"name": "plateau", "plateau_patience": 1}
+    train(toy_shards, tmp_path / "whole", **keys)
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-00000003")
+    (run / "metrics.jsonl").unlink()
+    train(toy_shards, run, **keys)
+    rates = [
+        row["lr/segmentor"] / 1e-3
+        for name in ("whole", "run")
+        for row in read_metrics(tmp_path / name / "metrics.jsonl")
+        if "lr/segmentor" in row
+    ]
+    assert rates == pytest.approx([1, 1, 0.5, 0.5])
+    newest = "checkpoints/step-00000003"
+    assert tensors(run / newest) == tensors(tmp_path / "whole" / newest)
+    assert read_state(run / newest).state["evaluations"] == [
+        [step, 1.0, {"scales": [1.0], "horizontal_flip": False, "precision": "fp32"}]
+        for step in (1, 2)
+    ]

@@ -31,7 +31,8 @@ def test_plateau_halves_after_so_many_evaluations_without_a_lower_loss() -> None
     schedule = ScheduleConfig("plateau", plateau_factor=0.5, plateau_patience=2)
     losses = [3.0, 2.0, 2.5, 2.0, 2.1, 1.0, 1.5, math.nan, 1.5, 1.5]
     #                        ^ 2nd without   ^ new best   ^ 2nd      ^ 2nd again
-    factors = [lr_factor(0, 100, schedule, losses[:n]) for n in range(len(losses) + 1)]
+    plateaus = [num_plateaus(losses[:n], 2) for n in range(len(losses) + 1)]
+    factors = [lr_factor(0, 100, schedule, number) for number in plateaus]
     assert factors == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
     assert num_plateaus(losses, 100) == 0
 

@@ -102,10 +102,9 @@ def learned(
     # a disk that is too small is said now, not by the first save some hours from here
     checkpoints.check_space(learners)
     if saved is not None:
-        # The step, the learners' tensors and the losses in metrics.jsonl are all that a run needs
-        # to go on: the order of samples, the phases and random numbers follow from the step and the
-        # seed.
-        state = TrainState(**checkpoints.load(saved, learners))
+        # The step, the learners' tensors and the validation losses are all that a run needs to go
+        # on: the order of samples, the phases and random numbers follow from the step and the seed.
+        state = TrainState.of(checkpoints.load(saved, learners))
     else:
         _check_initialised(config, pair.segmentor.network)
     return Learned(pair, ema, checkpoints, state, saved is not None)

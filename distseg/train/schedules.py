@@ -128,14 +128,12 @@ def _rise(since_start: int, warmup_steps: int) -> float:
     return min(1.0, (since_start + 1) / warmup_steps) if warmup_steps else 1.0
 
 
-def lr_factor(
-    step: int, num_steps: int, schedule: ScheduleConfig, val_losses: Sequence[float] = ()
-) -> float:
+def lr_factor(step: int, num_steps: int, schedule: ScheduleConfig, plateaus: int = 0) -> float:
     """What the base learning rates are multiplied by at a step (counted from 0), in [0, 1].
 
     poly: (1 - step / num_steps) ** power (Chen et al. 2016); plateau: plateau_factor for each time
-    that the validation losses so far (`val_losses`, in order) did not improve; warm-up: times (step
-    + 1) / warmup_steps.
+    that the validation losses so far did not improve (`plateaus`, see num_plateaus); warm-up: times
+    (step + 1) / warmup_steps.
     """
     factor = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if schedule.name == "poly":
@@ -144,8 +142,8 @@ def lr_factor(
         factor *= max(0.0, 1.0 - step / num_steps) ** schedule.power
     if schedule.name == "plateau":
         # a pure function of the losses so far: no scheduler object that a checkpoint would have to
-        # hold
-        factor *= schedule.plateau_factor ** num_plateaus(val_losses, schedule.plateau_patience)
+        # hold beside them
+        factor *= schedule.plateau_factor**plateaus
     return factor
 
 

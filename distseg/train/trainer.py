@@ -39,7 +39,7 @@ from distseg.train.replicas import check_equal
 from distseg.train.schedules import Phase, lr_factor, phase
 from distseg.train.step import Metrics, Pair, training_step
 from distseg.train.strong_views import StrongViews
-from distseg.train.validation import ValidationHistory
+from distseg.train.validation import Evaluation, ValidationHistory
 
 
 @dataclass
@@ -50,6 +50,14 @@ class TrainState:
     """
 
     step: int = 0  # steps done, so also the position in the order of samples / batch_size
+    # of all evaluations before the step's own, which comes after its checkpoint
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> TrainState:
+        """What a checkpoint says; one of an earlier version holds no evaluations."""
+        evaluations = [Evaluation(*each) for each in saved.get("evaluations", [])]
+        return cls(saved["step"], evaluations)
 
 
 def saved_parts(pair: Pair, ema: MovingAverage | None) -> dict[str, Any]:
@@ -97,7 +105,7 @@ class Trainer:
     _of_ranks: list[list[float]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self._validation = ValidationHistory(self.config.schedule)
+        self._validation = ValidationHistory(self.config.schedule, self.state.evaluations)
         run_dir = Path(self.config.run_dir)
         self.profiler = StepProfiler(self.config.profile, self.ranks, run_dir)
 
@@ -106,11 +114,7 @@ class Trainer:
 
         True when done, False when stopped by a signal before.
         """
-        # in metrics.jsonl, and not in checkpoints: an evaluation comes after its checkpoint
-        # the main rank's file, sent to all: every rank must come to the same learning rate and the
-        # same end
-        for step, loss in on_main(self.ranks, lambda: self.tracker.history("val/loss")):
-            self._validation.add(step, loss)
+        self._recall_evaluations()
         # a run that was complete is only evaluated and drawn again, which a signal may end at once
         if self._is_done():
             stop.release()
@@ -139,6 +143,21 @@ class Trainer:
                 clock.restart(self.state.step, stream.wait_seconds)
         stop.release()
         return True
+
+    def _recall_evaluations(self) -> None:
+        """Of a run that goes on, those that its checkpoint does not hold: its own, which came after
+        it; all of a checkpoint of an earlier version.
+        """
+        # from metrics.jsonl, which is no more than a hint, as the disk may have lost its last lines
+        # the main rank's file, sent to all: every rank must come to the same learning rate and the
+        # same end
+        lines = on_main(self.ranks, lambda: self.tracker.history("val/loss"))
+        kept = self.state.evaluations
+        view = kept[-1].view if kept else self.evaluator.augmentation.to_dict()
+        known = {step: Evaluation(step, loss, view) for step, loss in lines}
+        known |= {each.step: each for each in kept}
+        # in place: the history is of this list
+        kept[:] = [known[step] for step in sorted(known)]
 
     def _advance(
         self, stream: TrainStream | PairedStream, stop: StopRequest, clock: StepClock
@@ -225,7 +244,9 @@ class Trainer:
         for event in events:
             self.progress.warning(event.text())
         # on every rank, from values that all share: the schedule and the end follow from them
-        for news in self._validation.add(self.state.step, values["val/loss"]):
+        view = self.evaluator.augmentation.to_dict()
+        evaluation = Evaluation(self.state.step, values["val/loss"], view)
+        for news in self._validation.add(evaluation):
             self.progress.message(news)
 
     def _is_done(self) -> bool:
@@ -242,7 +263,8 @@ class Trainer:
     def _owes_evaluation(self) -> bool:
         """Whether the run was stopped between a checkpoint and its evaluation."""
         step = self.state.step
-        return step > 0 and self._evaluation_due() and step not in self._validation.steps
+        is_done = any(each.step == step for each in self.state.evaluations)
+        return step > 0 and self._evaluation_due() and not is_done
 
     def train_step(self, batch: Batch) -> Metrics:
         """One step on this rank's part of a batch: gradients, then the updates that the phase asks
@@ -267,7 +289,7 @@ class Trainer:
             metrics |= diagnostics.class_shares(*seen, threshold, names)
         # one factor for both networks: their base rates stand in the configuration, the course is
         # one
-        factor = lr_factor(step, config.steps, config.schedule, self._validation.losses)
+        factor = lr_factor(step, config.steps, config.schedule, self._validation.num_plateaus)
         # Both updates come after all gradients: a discriminator that has moved is not the one whose
         # gradient the segmentor was given.
         if current.segmentor:
