@@ -101,6 +101,18 @@ def test_keeps_the_last_ones_and_the_best(tmp_path: Path, async_save: bool) -> N
         checkpoint.find(tmp_path, "30")
 
 
+def test_the_best_is_that_of_one_view(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path, 4, {}, RANKS)
+    write_sealed(tmp_path / "checkpoints/best.json", {"step": 1, "mean_iou": 0.6})
+    plain, flipped = ({"scales": [1.0], "horizontal_flip": flip} for flip in (False, True))
+    # of an earlier version, which kept no view; then better ones of a view, and of another
+    scores = [(2, 0.5, plain, 1), (3, 0.7, plain, 3), (4, 0.2, flipped, 4), (5, 0.1, flipped, 4)]
+    for step, mean_iou, view, best in scores:
+        checkpoints.save({"segmentor": Holder(step)}, state(step))
+        checkpoints.mark_best(step, mean_iou, view=view)
+        assert checkpoint.read_best(tmp_path / "checkpoints")["step"] == best
+
+
 @pytest.mark.parametrize("crash_at", range(5))
 def test_a_crash_at_any_point_of_saving_leaves_the_one_before(
     tmp_path: Path, crash_at: int, monkeypatch: pytest.MonkeyPatch

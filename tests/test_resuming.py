@@ -13,7 +13,7 @@ import pytest
 import distseg
 from distseg.distributed.watchdog import Watchdog
 from distseg.evaluate.evaluator import Evaluator
-from distseg.runs.checkpoint import read_state
+from distseg.runs.checkpoint import read_best, read_state
 from distseg.tracking.tracker import read_metrics
 from shards.errors import InputError
 from shards.maps import write_maps
@@ -117,7 +117,10 @@ def test_what_was_loaded_needs_the_checkpoint_no_more(run: Path) -> None:
 
 
 def test_plateaus_are_those_of_the_checkpoint_where_the_metrics_are_lost(
-    toy_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     named = Evaluator.named
     # never lower
@@ -142,3 +145,9 @@ def test_plateaus_are_those_of_the_checkpoint_where_the_metrics_are_lost(
         [step, 1.0, {"scales": [1.0], "horizontal_flip": False, "precision": "fp32"}]
         for step in (1, 2)
     ]
+    # another view: the best score was no better, and no worse
+    keys["evaluate"] |= {"horizontal_flip": True}
+    train(toy_shards, run, **keys | {"steps": 4, "extend": True})
+    assert "to {'scales': [1.0], 'horizontal_flip': True" in capsys.readouterr().out
+    best = read_best(run / "checkpoints")
+    assert best["step"] == 4 and best["view"]["horizontal_flip"]

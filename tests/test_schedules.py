@@ -9,6 +9,7 @@ import pytest
 from distseg.config import loading
 from distseg.config.schema import Config, ScheduleConfig
 from distseg.train.schedules import Phase, lr_factor, num_plateaus, phase, stops_early
+from distseg.train.validation import Evaluation, ValidationHistory
 
 
 def config_of(*overrides: str) -> Config:
@@ -35,6 +36,18 @@ def test_plateau_halves_after_so_many_evaluations_without_a_lower_loss() -> None
     factors = [lr_factor(0, 100, schedule, number) for number in plateaus]
     assert factors == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
     assert num_plateaus(losses, 100) == 0
+
+
+def test_losses_of_different_views_are_not_compared() -> None:
+    schedule = ScheduleConfig("plateau", plateau_patience=2, early_stop_patience=3)
+    history = ValidationHistory(schedule, [])
+    one, other = {"scales": [1.0]}, {"scales": [1.0, 1.5]}
+    # in the other view none is below 1.0; in its own it falls, but for the last three
+    losses = [(1.0, one), (2.0, one), (2.0, one), (9.0, other), (8.0, other), (8.0, other)]
+    losses += [(8.5, other), (8.5, other)]
+    told = [history.add(Evaluation(step, *each)) for step, each in enumerate(losses)]
+    assert [len(lines) for lines in told] == [0, 0, 1, 0, 0, 0, 1, 1]
+    assert history.num_plateaus == 2 and history.stops_early
 
 
 def test_early_stopping_counts_evaluations_since_the_best() -> None:

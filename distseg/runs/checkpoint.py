@@ -30,6 +30,7 @@ VERSION = 1  # of the layout; another one is refused, not guessed at
 FOLDER = "checkpoints"
 STATE_FILE, BEST_FILE = "state.json", "best.json"
 _KEYS = {"version", "state", "identity", "parts"}
+_BEST = {"step", "mean_iou", "chosen_by", "view"}  # keys of best.json
 _CHOSEN_BY = {"data", "split", "domain"}
 # domains of a validation set: one of the data sets whose labels are trained on; another one; the
 # one that is adapted to, whose labels nobody has who needs that
@@ -169,9 +170,10 @@ def _damaged(path: Path, what: str) -> DamagedCheckpoint:
 
 
 def read_best(directory: Path) -> dict[str, Any]:
-    """{"step", "mean_iou", "chosen_by"} of the best one in a run's checkpoints/, {} when none was
-    scored yet. chosen_by: {"data", "split", "domain"} of the labels that it was scored by, the
-    domain being OWN, OTHER or TARGET; {} of an earlier version.
+    """{"step", "mean_iou", "chosen_by", "view"} of the best one in a run's checkpoints/, {} when
+    none was scored yet. chosen_by: {"data", "split", "domain"} of the labels that it was scored by,
+    the domain being OWN, OTHER or TARGET; view: how images were looked at. Both are {} of an
+    earlier version.
 
     Raises InputError when the file is damaged.
     """
@@ -180,11 +182,12 @@ def read_best(directory: Path) -> dict[str, Any]:
         return {}
     try:
         best, _ = unseal(read_bytes(path))
-        # what chose it was not noted by earlier versions
-        by = best.setdefault("chosen_by", {})
-        if best.keys() != {"step", "mean_iou", "chosen_by"} or (by and by.keys() != _CHOSEN_BY):
+        # what chose it, and how, was not noted by earlier versions
+        best = {"chosen_by": {}, "view": {}} | best
+        by = best["chosen_by"]
+        if best.keys() != _BEST or (by and by.keys() != _CHOSEN_BY):
             raise ValueError(f"keys {sorted(best)}")
-        return {"step": int(best["step"]), "mean_iou": float(best["mean_iou"]), "chosen_by": by}
+        return best | {"step": int(best["step"]), "mean_iou": float(best["mean_iou"])}
     # not passed over as "none yet": the next score would then replace a better one
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(

@@ -241,15 +241,22 @@ class Checkpointer:
             self._thread = None
 
     def mark_best(
-        self, step: int, mean_iou: float, chosen_by: dict[str, str] | None = None
+        self,
+        step: int,
+        mean_iou: float,
+        chosen_by: dict[str, str] | None = None,
+        view: dict[str, Any] | None = None,
     ) -> None:
-        """Tell the score of the checkpoint just saved, and by whose labels, see `read_best`.
+        """Tell the score of the checkpoint just saved, by whose labels, and how their images were
+        looked at, see `read_best`.
 
-        It is kept for as long as none is better. On every rank.
+        It is kept for as long as none of the same view is better. On every rank.
         """
         self.wait()
         # after the wait: best.json must not name what was never published
-        on_main(self._ranks, lambda: self._mark_best(step, mean_iou, chosen_by or {}))
+        content = {"step": step, "mean_iou": mean_iou}
+        content |= {"chosen_by": chosen_by or {}, "view": view or {}}
+        on_main(self._ranks, lambda: self._mark_best(content))
 
     def load(self, saved: Checkpoint, learners: dict[str, Any]) -> dict[str, Any]:
         """Copy a checkpoint, which has been verified, into the learners; returns its state. Called
@@ -353,11 +360,13 @@ class Checkpointer:
         self.on_published(save.target)
         self._prune()
 
-    def _mark_best(self, step: int, mean_iou: float, chosen_by: dict[str, str]) -> None:
+    def _mark_best(self, content: dict[str, Any]) -> None:
         self.check_folder()  # an evaluation has passed since: writing would make it anew
-        if mean_iou > read_best(self.directory).get("mean_iou", -1.0):
-            best = {"step": step, "mean_iou": mean_iou, "chosen_by": chosen_by}
-            write_sealed(self.directory / BEST_FILE, best)
+        best = read_best(self.directory)
+        # one of another view says nothing of this one; earlier versions kept none
+        is_other = best.get("view", {}) not in ({}, content["view"])
+        if is_other or content["mean_iou"] > best.get("mean_iou", -1.0):
+            write_sealed(self.directory / BEST_FILE, content)
         retried(self.directory, self._prune)
 
     def _prune(self) -> None:

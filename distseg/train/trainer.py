@@ -41,6 +41,9 @@ from distseg.train.step import Metrics, Pair, training_step
 from distseg.train.strong_views import StrongViews
 from distseg.train.validation import Evaluation, ValidationHistory
 
+# what becomes of scores that do not compare
+_ANEW = "the next score counts as the best, plateaus and early stopping wait from there on"
+
 
 @dataclass
 class TrainState:
@@ -152,8 +155,10 @@ class Trainer:
         # the main rank's file, sent to all: every rank must come to the same learning rate and the
         # same end
         lines = on_main(self.ranks, lambda: self.tracker.history("val/loss"))
-        kept = self.state.evaluations
-        view = kept[-1].view if kept else self.evaluator.augmentation.to_dict()
+        kept, now = self.state.evaluations, self.evaluator.augmentation.to_dict()
+        view = kept[-1].view if kept else now
+        if view != now:
+            self.progress.message(f"evaluation changed from {view} to {now}: {_ANEW}")
         known = {step: Evaluation(step, loss, view) for step, loss in lines}
         known |= {each.step: each for each in kept}
         # in place: the history is of this list
@@ -227,7 +232,8 @@ class Trainer:
         self._mark(is_saved=True)
 
     def _evaluate(self) -> None:
-        self.checkpoints.mark_best(self.state.step, self.evaluator().mean_iou, self.chosen_by)
+        view, score = self.evaluator.augmentation.to_dict(), self.evaluator().mean_iou
+        self.checkpoints.mark_best(self.state.step, score, self.chosen_by, view)
         values = self.evaluator.named() | ({} if self.held_out is None else self.held_out())
         if self.source is not None:
             self.source()
@@ -244,7 +250,6 @@ class Trainer:
         for event in events:
             self.progress.warning(event.text())
         # on every rank, from values that all share: the schedule and the end follow from them
-        view = self.evaluator.augmentation.to_dict()
         evaluation = Evaluation(self.state.step, values["val/loss"], view)
         for news in self._validation.add(evaluation):
             self.progress.message(news)
