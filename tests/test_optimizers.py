@@ -115,6 +115,16 @@ def test_the_loss_scale_follows_torchs_grad_scaler(monkeypatch: pytest.MonkeyPat
         parameter.grad = None
 
 
+def test_a_loss_scale_never_becomes_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "INTERVAL", 1)
+    scale, scales = LossScale(torch.device("cpu")), []
+    for skipped in (*[0.0] * 200, 1.0, 0.0, 0.0):
+        scale.update(torch.tensor(skipped))
+        scales.append(float(scale.scale))
+    # what is skipped is halved from there, and comes back
+    assert scales[7:] == [*[2.0**24] * 193, 2.0**23, 2.0**24, 2.0**24]
+
+
 def test_biases_have_a_rate_of_their_own() -> None:
     groups = parameter_groups(
         Net(), OptimizerConfig(lr=1.0, encoder_lr_factor=0.5, bias_lr_factor=2.0)

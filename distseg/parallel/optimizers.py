@@ -142,8 +142,9 @@ class LossScale:
     network.
 
     Halved when a gradient is not finite, doubled after `INTERVAL` updates in a row that were
-    (Micikevicius et al. 2018, section 3.2; the numbers are torch.amp.GradScaler's). Everything
-    stays on the device, without a wait.
+    (Micikevicius et al. 2018, section 3.2; the numbers are torch.amp.GradScaler's), up to `MAX`:
+    gradients that stay at zero would double it until it is infinite. Everything stays on the
+    device, without a wait.
 
     Not torch.amp.GradScaler itself, one for each network, which was measured in torch 2.13.0 (100
     convolutions, one CPU thread, medians of 40 alternating steps): with fused optimizers it does
@@ -154,7 +155,7 @@ class LossScale:
     state_dict() waits for the device twice, where a checkpoint wants tensors.
     """
 
-    START, INTERVAL = 2.0**16, 2000
+    START, INTERVAL, MAX = 2.0**16, 2000, 2.0**24
 
     def __init__(self, device: torch.device):
         self.scale = torch.full((), self.START, device=device)
@@ -171,7 +172,7 @@ class LossScale:
         # factors of 0 and 1 in place of branches, for which the device would be waited for
         self._good_updates.add_(1).mul_(1 - skipped)
         doubled = (self._good_updates >= self.INTERVAL).to(torch.float32)
-        self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled))
+        self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled)).clamp_(max=self.MAX)
         self._good_updates.mul_(1 - doubled)
 
     def state(self) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ class Checkpointer:
         """
         self.wait()
         # after the wait: best.json must not name what was never published
-        content = {"step": step, "mean_iou": mean_iou}
+        content: dict[str, Any] = {"step": step, "mean_iou": mean_iou}
         content |= {"chosen_by": chosen_by or {}, "view": view or {}}
         on_main(self._ranks, lambda: self._mark_best(content))
 

@@ -10,12 +10,14 @@ from distseg.parallel.parameter_shards import shard_of
 
 
 class MovingAverage:
-    """average = decay * average + (1 - decay) * network after every update; whole-number buffers
-    are copied.
+    """average = decay * average + (1 - decay) * network after every step of it; whole-number
+    buffers are copied.
 
-    Where this rank holds shards of the network's parameters, it averages those. The decay warms up
-    as (1 + n) / (10 + n) after n updates, so that the initial weights are soon forgotten (the rule
-    of TensorFlow's ExponentialMovingAverage).
+    A step that was skipped, as its gradient was not finite, counts too: only the device knows of
+    it, and the running statistics have moved. Where this rank holds shards of the network's
+    parameters, it averages those. The decay warms up as (1 + n) / (10 + n) after n steps, so
+    that the initial weights are soon forgotten (the rule of TensorFlow's
+    ExponentialMovingAverage).
     """
 
     def __init__(self, source: Learner, decay: float, as_network: bool = False):
@@ -47,9 +49,9 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the source's present state."""
+        # how often this was called: after the segmentor's steps, as in blocks of the discriminator
+        # nothing moves
         self.num_updates += 1
-        # counted in updates of the segmentor, not in steps: in blocks of the discriminator nothing
-        # moves
         n = int(self.num_updates)
         decay = min(self.decay, (1 + n) / (10 + n))
         # for one foreach call, instead of a kernel's launch for each of some hundred tensors
@@ -64,7 +66,7 @@ class MovingAverage:
         torch._foreach_lerp_(averages, present, 1.0 - decay)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The averaged network's tensors and the number of updates."""
+        """The averaged network's tensors, and how often `update` was called."""
         return {"network": self._average, "counters": {"num_updates": self.num_updates}}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
