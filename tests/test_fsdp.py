@@ -43,7 +43,18 @@ HYBRID = (*FSDP, "parallel.shard_size=2")
 # of how many ranks which runs are looked at
 OF_RANKS = {
     1: ["steps", "synchronised", "average"],
-    2: ["steps", "bad batch", "synchronised", "ddp", "spoiled", "half", "average", "large", "bf16"],
+    2: [
+        "steps",
+        "bad batch",
+        "synchronised",
+        "ddp",
+        "spoiled",
+        "half",
+        "average",
+        "large",
+        "bf16",
+        "sums",
+    ],
     3: ["terms", "norms"],
     4: ["steps", "spoiled", "average", "differences", "first weights"],
 }
@@ -389,16 +400,18 @@ IN_BF16 = (*FSDP, "precision=bf16", "parallel.gather_dtype=bf16")
 
 
 class Summed(TorchDispatchMode):
-    """Notes of which type gradients are summed over the ranks."""
+    """Notes of which type gradients are summed over the ranks, and how many times."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[str] = set()
+        self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and "reduce_scatter" in func.__name__:
             tensors = (it for it in tree_iter((args, kwargs)) if isinstance(it, Tensor))
             self.dtypes |= {str(tensor.dtype) for tensor in tensors}
+            self.number += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -430,6 +443,26 @@ def train_in_bf16(ranks: Ranks) -> list[Any]:
     held = {str(tensor.dtype) for each in state for tensor in each.values()}
     held |= {str(parameter.dtype) for parameter in network.parameters()} | gradients
     return [*(torch.cat(each).numpy() for each in found), seen, held, summed.dtypes]
+
+
+def count_sums(ranks: Ranks) -> list[int]:
+    """How many times a step sums gradients, of one micro-batch, and of two."""
+    numbers = []
+    for num_micro_batches in (1, 2):
+        pair, config = make_pair(ranks, FSDP)
+        image, label = (part[ranks.rank * 4 :][:4] for part in make_batch(0, torch.float64))
+        with Summed() as summed:
+            training_step(
+                pair, phase(0, config), Images(image, label), num_micro_batches=num_micro_batches
+            )
+        numbers.append(summed.number)
+    return numbers
+
+
+def test_gradients_of_micro_batches_are_exchanged_once(of_ranks: OfRanks) -> None:
+    for of_rank in of_ranks[2]:
+        # each network is one block; the proxy goes through the discriminator too
+        assert of_rank["sums"] == [2, 2]
 
 
 def computed_with(network: nn.Module) -> dict[str, str]:
@@ -501,6 +534,7 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
         "spoiled": partial(spoil_each, ranks, overrides),
         "norms": lambda: {"": spoil(ranks, overrides, "")},
         "half": partial(train_in_half, ranks),
+        "sums": partial(count_sums, ranks),
         "large": partial(with_blocks, 20_000, run_large, ranks),
         "bf16": partial(with_blocks, 1_000, train_in_bf16, ranks),
         "first weights": lambda: [share_weights(ranks, others) for others in ((), (1, 3))],

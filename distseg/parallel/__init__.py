@@ -69,7 +69,9 @@ class Learner(Protocol):
         """
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Within it, a forward and its backward add up gradients that are not yet exchanged."""
+        """Within it, a forward and its backward add up gradients that are not yet exchanged. May be
+        entered again within.
+        """
 
     # of several learners, since DDP and FSDP have one backward for both networks: so the
     # discriminator's all-reduce runs beside the segmentor's backward

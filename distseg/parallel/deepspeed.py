@@ -89,11 +89,12 @@ class DeepSpeedLearner(TorchLearner):
         No rank has room for all.
         """
         # DeepSpeed's word for it: this is not the last micro-batch before a step
+        before = self.engine.is_gradient_accumulation_boundary()
         self.engine.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
-            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.set_gradient_accumulation_boundary(before)
 
     @staticmethod
     def backward(work: Sequence[tuple[DeepSpeedLearner, Sequence[BackwardStart]]]) -> None:

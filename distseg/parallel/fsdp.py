@@ -51,6 +51,7 @@ class FSDPLearner(TorchLearner):
         self._mesh = mesh = _mesh(dist.group.WORLD, ranks, config.parallel.shard_size)
         self._in_bf16 = config.parallel.gather_dtype == "bf16"
         _shard(network, mesh, self._in_bf16)
+        self._syncs = True
         self._num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
         # plain tensors in the DTensors' memory: updating one updates the other
         own_shards: dict[Tensor, Tensor] = {
@@ -82,11 +83,16 @@ class FSDPLearner(TorchLearner):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """See Learner.no_sync."""
-        self.network.set_requires_gradient_sync(False)  # type: ignore[operator]
+        before = self._syncs
+        self._set_sync(False)
         try:
             yield
         finally:
-            self.network.set_requires_gradient_sync(True)  # type: ignore[operator]
+            self._set_sync(before)
+
+    def _set_sync(self, syncs: bool) -> None:
+        self._syncs = syncs
+        self.network.set_requires_gradient_sync(syncs)  # type: ignore[operator]
 
     @staticmethod
     def backward(work: Sequence[tuple[FSDPLearner, Sequence[BackwardStart]]]) -> None:

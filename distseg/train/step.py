@@ -128,7 +128,9 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     if phase.segmentor:
         own, adversarial, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
         own, scaled = segmentor.scaled(own), segmentor.scaled(adversarial)
-        proxies = torch.autograd.grad(scaled, fakes, retain_graph=phase.discriminator)
+        # else FSDP would exchange here what earlier micro-batches have left, and then once more
+        with discriminator.no_sync():
+            proxies = torch.autograd.grad(scaled, fakes, retain_graph=phase.discriminator)
         starts += [(segmentor, [(own, None), *zip(predictions, proxies, strict=True)])]
         if phase.watched:
             weighted = _weighted_cross_entropy(segmentor, phase, metrics, own)
