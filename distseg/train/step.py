@@ -128,9 +128,7 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     if phase.segmentor:
         own, adversarial, metrics = segmentor_losses(pair.objective, phase, batch, seen, counts)
         own, scaled = segmentor.scaled(own), segmentor.scaled(adversarial)
-        # else FSDP would exchange here what earlier micro-batches have left, and then once more
-        with discriminator.no_sync():
-            proxies = torch.autograd.grad(scaled, fakes, retain_graph=phase.discriminator)
+        proxies = _proxies(discriminator, scaled, fakes, phase.discriminator)
         starts += [(segmentor, [(own, None), *zip(predictions, proxies, strict=True)])]
         if phase.watched:
             weighted = _weighted_cross_entropy(segmentor, phase, metrics, own)
@@ -145,6 +143,15 @@ def alternate(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Me
     # One backward for both, so that the exchange of one's gradients hides behind the other's
     backward(starts)
     return metrics
+
+
+def _proxies(
+    discriminator: Learner, adversarial: Tensor, fakes: list[Tensor], is_kept: bool
+) -> tuple[Tensor, ...]:
+    """The gradient of what comes through the discriminator at the predictions that it was shown."""
+    # else FSDP would exchange here what earlier micro-batches have left, and then once more
+    with discriminator.no_sync():
+        return torch.autograd.grad(adversarial, fakes, retain_graph=is_kept)
 
 
 def supervise(pair: Pair, phase: Phase, batch: MicroBatch, counts: Counts) -> Metrics:
