@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from distseg.cli import main
 from distseg.config.world_size import check_shard_size
+from distseg.distributed.compat import set_collective_timeout
 from distseg.distributed.ranks import Ranks
 from distseg.models import ENCODERS, build_discriminator, build_segmentor
 from distseg.parallel import check_network, fsdp, wrap
@@ -43,20 +44,9 @@ HYBRID = (*FSDP, "parallel.shard_size=2")
 # of how many ranks which runs are looked at
 OF_RANKS = {
     1: ["steps", "synchronised", "average"],
-    2: [
-        "steps",
-        "bad batch",
-        "synchronised",
-        "ddp",
-        "spoiled",
-        "half",
-        "average",
-        "large",
-        "bf16",
-        "sums",
-    ],
-    3: ["terms", "norms"],
-    4: ["steps", "spoiled", "average", "differences", "first weights"],
+    2: ["steps", "bad batch", "synchronised", "ddp", "spoiled", "half", "average", "large", "bf16"],
+    3: ["terms", "norms", "sums"],
+    4: ["steps", "spoiled", "average", "differences", "first weights", "limits"],
 }
 OfRanks = dict[int, list[dict[str, Any]]]
 STEPS = [case for case in test_engine.CASES if case[2] == "two_branch"]
@@ -460,7 +450,7 @@ def count_sums(ranks: Ranks) -> list[int]:
 
 
 def test_gradients_of_micro_batches_are_exchanged_once(of_ranks: OfRanks) -> None:
-    for of_rank in of_ranks[2]:
+    for of_rank in of_ranks[3]:
         # each network is one block; the proxy goes through the discriminator too
         assert of_rank["sums"] == [2, 2]
 
@@ -538,6 +528,7 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
         "large": partial(with_blocks, 20_000, run_large, ranks),
         "bf16": partial(with_blocks, 1_000, train_in_bf16, ranks),
         "first weights": lambda: [share_weights(ranks, others) for others in ((), (1, 3))],
+        "limits": limits_of_groups,
         "differences": lambda: [find_difference(ranks, HYBRID, wrong) for wrong in (3, -1)],
     }
     return {name: runs[name]() for name in OF_RANKS[n]}
@@ -547,6 +538,19 @@ def run_all(ranks: Ranks) -> dict[str, Any]:
 def of_ranks() -> OfRanks:
     """Starting ranks takes longer than what they do for one test."""
     return {num_ranks: run_ranks(num_ranks, run_all) for num_ranks in OF_RANKS}
+
+
+def limits_of_groups() -> list[float]:
+    """In seconds, once they have been set: of the job's group and of those of shards."""
+    set_collective_timeout(1234)
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    backends = (group._get_backend(torch.device("cpu")) for group in groups)
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_groups_of_shards_have_the_time_limit_of_the_job(of_ranks: OfRanks) -> None:
+    for of_rank in of_ranks[4]:
+        assert of_rank["limits"] == [1234] * 3
 
 
 def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:

@@ -40,12 +40,16 @@ def job_store() -> Any:
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Give the collectives of the job's process group so much time, from now on.
+    """Give the collectives of all process groups that there are so much time, from now on.
 
-    `_set_pg_timeout` was seen in torch 2.13.0. Where it is absent, they keep what they began with.
+    `_set_pg_timeout` and `_world.pg_map` were seen in torch 2.13.0. Where they are absent, groups
+    keep what they began with.
     """
-    if hasattr(dist.distributed_c10d, "_set_pg_timeout"):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    c10d = dist.distributed_c10d
+    if hasattr(c10d, "_set_pg_timeout"):
+        # this rank's: of the others it holds no more than their names
+        for group in getattr(getattr(c10d, "_world", None), "pg_map", [None]):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def destroy_process_groups() -> None:

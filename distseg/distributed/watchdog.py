@@ -144,10 +144,17 @@ class Watchdog:
         if ranks.world_size > 1:
             self._store = self._opened_store(timeout_seconds)
             self._beats = Beats(ranks, self._store, self._interval, self._patience)
-            set_collective_timeout(COLLECTIVE_SECONDS)
+            self.lift_time_limits()
             # a daemon: a main thread that ends by an error must not wait for it
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
+
+    def lift_time_limits(self) -> None:
+        """Have collectives wait for as long as this watches; called again when groups of ranks were
+        made, which begin with a limit of torch's.
+        """
+        if self._ranks.world_size > 1:
+            set_collective_timeout(COLLECTIVE_SECONDS)
 
     def report(self, activity: str) -> None:
         """Tell, from the main thread, what it does now ("step 120").

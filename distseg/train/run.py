@@ -185,6 +185,7 @@ def train_and_show(
     # those of a run that goes on are its checkpoint's
     sent = None if last.sound else share_first_weights(ranks, networks, watchdog.keep_alive)
     pair = spread(config, networks, prepared.objective, ranks)
+    watchdog.lift_time_limits()  # of the groups that shards are exchanged in
     watchdog.report("loading a checkpoint")
     found = learned(config, ranks, pair, data, last.sound, moved=watchdog.keep_alive)
     with closing(open_streams(config, ranks, data, found.state.step)) as stream:
