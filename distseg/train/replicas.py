@@ -91,8 +91,8 @@ def _other_first_weights(of_ranks: list[FirstWeights]) -> str | None:
     if not others:
         return None
     other = of_ranks[others[0]]
-    text = f"first weights: rank {', '.join(map(str, others))} had built other ones than rank 0, "
-    text += "whose all ranks have now"
+    text = f"first weights: rank {', '.join(map(str, others))} had built other ones than rank 0; "
+    text += "all have those of rank 0 now"
     # only the first: who mends its file looks at the next start again
     if other.reports != first.reports:
         for rank, own in ((0, first), (others[0], other)):
