@@ -476,9 +476,8 @@ def test_a_long_verification_gives_signs_of_life(tmp_path: Path) -> None:
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_long_save_gives_signs_of_life(tmp_path: Path, async_save: bool) -> None:
     signs: list[None] = []
-    checkpoints = Checkpointer(
-        tmp_path, 2, {}, RANKS, async_save=async_save, moved=lambda: signs.append(None)
-    )
+    checkpoints = Checkpointer(tmp_path, 2, {}, RANKS, async_save=async_save)
+    checkpoints.moved = lambda: signs.append(None)
     path = checkpoints.save({"segmentor": Holder(1), "discriminator": Holder(2)}, state(1))
     checkpoints.wait()
     assert len(signs) == len(list(path.glob("*.safetensors"))) == 2
@@ -657,7 +656,7 @@ def test_writing_goes_on_beside_training_with_the_values_of_its_step(
     checkpoints = Checkpointer(tmp_path, 2, {}, RANKS, async_save=True)
     go, write = threading.Event(), TensorFile.write
 
-    def slowly(file: TensorFile, folder: Path) -> None:
+    def slowly(file: TensorFile, folder: Path, moved: Any) -> None:
         assert go.wait(60)
         write(file, folder)
 
@@ -682,7 +681,7 @@ def save_badly(ranks: Ranks, run_dir: Path, fault: str) -> tuple[str, bool]:
     checkpoints.save(learners, state(1))
     checkpoints.wait()
 
-    def write(file: TensorFile, folder: Path) -> None:
+    def write(file: TensorFile, folder: Path, moved: Any) -> None:
         if fault == "full":
             raise SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -757,7 +756,7 @@ def close_without_the_other(ranks: Ranks, run_dir: Path) -> float:
     checkpoints = Checkpointer(run_dir, 2, {}, ranks, async_save=True, timeout_seconds=60.0)
     write = TensorFile.write
 
-    def slowly(file: TensorFile, folder: Path) -> None:
+    def slowly(file: TensorFile, folder: Path, moved: Any) -> None:
         time.sleep(5)
         write(file, folder)
 
@@ -782,7 +781,7 @@ def die_writing(run_dir: Path) -> None:
     checkpoints.wait()
     write = TensorFile.write
 
-    def die(file: TensorFile, folder: Path) -> None:
+    def die(file: TensorFile, folder: Path, moved: Any) -> None:
         write(file, folder)
         os.kill(os.getpid(), signal.SIGKILL)
 

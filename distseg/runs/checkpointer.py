@@ -150,8 +150,7 @@ class Checkpointer:
     loads it (key -> value). async_save: the files are written while training goes on. What goes
     wrong then is raised by the next call of `save`, `mark_best` or `wait`, on every rank; `failed`
     tells before. timeout_seconds: how much longer than the main rank another may write. num_leased:
-    checkpoints more than those kept that a reader may hold, for the space that is asked for. moved:
-    called, from any thread, as tensors are read and written, so that a slow disk is no stall.
+    checkpoints more than those kept that a reader may hold, for the space that is asked for.
     """
 
     def __init__(
@@ -164,18 +163,19 @@ class Checkpointer:
         async_save: bool = False,
         timeout_seconds: float = 300.0,
         num_leased: int = 0,
-        moved: Callable[[], None] = lambda: None,
     ):
         self.directory = run_dir / FOLDER
         self._num_leased = num_leased
         self._keep_last, self._identity, self._ranks = keep_last, identity, ranks
-        self._async, self._timeout, self._moved = async_save, timeout_seconds, moved
+        self._async, self._timeout = async_save, timeout_seconds
         self._mailbox = Mailbox(ranks, timeout_seconds)
         # raises InputError where run_dir is not the run's any more: asked before it is written to
         self.check_folder: Callable[[], None] = lambda: None
         # told of each checkpoint that is published, from the thread that has written it; on the
         # main rank
         self.on_published: Callable[[Path], None] = lambda path: None
+        # told, from any thread, as tensors are read and written: a slow disk is no stall
+        self.moved: Callable[[], None] = lambda: None
         self._num_saves = 0
         self._thread: threading.Thread | None = None
         self._is_pending = False  # a save whose outcome nobody has asked for
@@ -269,7 +269,7 @@ class Checkpointer:
         for name, learner in learners.items():
             own = learner.state_dict()
             # read on all ranks before any of them changes its learner
-            reading = functools.partial(_read_parts, saved, name, own, self._moved)
+            reading = functools.partial(_read_parts, saved, name, own, self.moved)
             learner.load_state_dict(on_each(self._ranks, reading))
         return saved.state
 
@@ -314,7 +314,7 @@ class Checkpointer:
         checksums: dict[str, str] = {}
         place = save.partial
         failure = self._failure_of(
-            save, place, lambda: checksums.update(_write_files(save, self._moved))
+            save, place, lambda: checksums.update(_write_files(save, self.moved))
         )
         if self._ranks.is_main:
             for letter in self._mailbox.collect(self._num_saves, self._timeout):

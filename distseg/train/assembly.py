@@ -97,7 +97,8 @@ def learned(
     if pair.weak_to_strong is not None:
         corrected = _corrected(config, pair.weak_to_strong, ranks, data)
         pair = replace(pair, weak_to_strong=corrected)
-    checkpoints = _checkpoints(config, ranks, data, moved)
+    checkpoints = _checkpoints(config, ranks, data)
+    checkpoints.moved = moved
     state, learners = TrainState(), saved_parts(pair, ema)
     # a disk that is too small is said now, not by the first save some hours from here
     checkpoints.check_space(learners)
@@ -236,9 +237,7 @@ def _held_out(config: Config, found: Learned, data: Data, evaluator: Evaluator) 
     )
 
 
-def _checkpoints(
-    config: Config, ranks: Ranks, data: Data, moved: Callable[[], None]
-) -> Checkpointer:
+def _checkpoints(config: Config, ranks: Ranks, data: Data) -> Checkpointer:
     """With what a checkpoint must agree on with the run that loads it."""
     classes, readers = data.train.classes, data.readers
     if not config.data.unlabelled_shards:
@@ -276,7 +275,6 @@ def _checkpoints(
         # one that is being copied stays until that is done
         num_leased=int(bool(config.checkpoint.copy_to)),
         timeout_seconds=config.parallel.timeout_seconds,
-        moved=moved,
     )
 
 

@@ -185,7 +185,6 @@ def train_and_show(
     # those of a run that goes on are its checkpoint's
     sent = None if last.sound else share_first_weights(ranks, networks, watchdog.keep_alive)
     pair = spread(config, networks, prepared.objective, ranks)
-    watchdog.lift_time_limits()  # of the groups that shards are exchanged in
     watchdog.report("loading a checkpoint")
     found = learned(config, ranks, pair, data, last.sound, moved=watchdog.keep_alive)
     with closing(open_streams(config, ranks, data, found.state.step)) as stream:
@@ -199,15 +198,16 @@ def train_and_show(
         trainer = build_trainer(config, ranks, found, data, watchdog=watchdog, work=work)
         trainer.ledger = ledger
         tell = image_tells(config, networks.discriminator), sent
-        told = [*about_checkpoints(last), *about_scores(config, data), *filter(None, tell)]
-        for line in told:
+        for line in (*about_checkpoints(last), *about_scores(config, data), *filter(None, tell)):
             trainer.progress.warning(line)
         _attach(trainer, run_directory)
         return _fit_and_show(trainer, stream, data, stop)
 
 
 def _attach(trainer: Trainer, run_directory: RunDirectory) -> None:
-    """Have the run directory looked after, and its checkpoints copied."""
+    """Have the run directory looked after, its checkpoints copied, and its ranks watched alone."""
+    # of the groups, too, that parameters and optimizer states have been spread over
+    trainer.watchdog.lift_time_limits()
     trainer.check_folder = trainer.checkpoints.check_folder = run_directory.check
     for line in run_directory.fetched.lines:
         trainer.progress.message(line)
