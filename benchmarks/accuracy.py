@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import conditions
+from distseg.evaluate.document import SAME_AUGMENTATION, SAME_DATA
 
 SCORES = {
     "val/mean_iou": "mIoU",
     "val/pixel_accuracy": "pixel acc.",
     "val/boundary_f1": "boundary F1",
 }
+_SAME = (*SAME_DATA, "val/mean_iou")
 # of Student's distribution, two-sided, by degrees of freedom
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -130,19 +132,21 @@ def run(words: Sequence[str], run_dir: Path, threads: int | None = None) -> dict
         told = [f"run_dir={run_dir}", "tracking.wandb=disabled"]
         _call(["-m", "distseg.train", *words, *told], run_dir, threads)
     scores: dict[str, Any] = json.loads(done.read_text())
-    found = _outlines(run_dir, scores)
-    if not found:
+    if (outlines := _outlines(run_dir, scores)) is None:
         _call(["-m", "distseg.evaluate", str(run_dir)], run_dir, threads)
-        found = _outlines(run_dir, scores)
-    return json.loads(found[0].read_text()) | scores
+        outlines = _outlines(run_dir, scores)
+    assert outlines is not None, run_dir
+    return outlines | scores
 
 
-def _outlines(run_dir: Path, scores: Mapping[str, Any]) -> list[Path]:
-    """What `distseg evaluate` wrote of the last step; of data that the run was not trained on the
-    names have more parts.
-    """
-    pattern = f"evaluation-step-{scores['step']:08d}-{scores['split']}*.json"
-    return sorted(path for path in run_dir.glob(pattern) if "-quick" not in path.name)
+def _outlines(run_dir: Path, scores: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `distseg evaluate` wrote of the last step, on the same images in the same view."""
+    for path in sorted(run_dir.glob(f"evaluation-step-{scores['step']:08d}-*.json")):
+        found: dict[str, Any] = json.loads(path.read_text())
+        same = all(found.get(key) == scores.get(key) for key in (*_SAME, *SAME_AUGMENTATION))
+        if same and "val/boundary_f1" in found:
+            return found
+    return None
 
 
 def _call(words: Sequence[str], run_dir: Path, threads: int | None) -> None:

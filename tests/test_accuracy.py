@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -79,6 +80,10 @@ def test_a_run_is_trained_and_scored_once(
     assert called == ["distseg.train", "distseg.evaluate"]
     # training's own scores, and those that it leaves out
     assert first["step"] == 2 and set(accuracy.SCORES) <= first.keys()
+    # of another view, and before it by name
+    (outlines,) = (tmp_path / "run").glob("evaluation-step-*-val.json")
+    other = json.loads(outlines.read_text()) | {"horizontal_flip": True, "val/boundary_f1": 2.0}
+    outlines.with_name(f"{outlines.stem}-flip.json").write_text(json.dumps(other))
     assert accuracy.run(words, tmp_path / "run") == first
     assert len(called) == 2
 

@@ -172,7 +172,7 @@ def test_a_teacher_sends_nothing_of_its_own_but_is_gathered_where_it_is_sharded(
         # as this step is logged: the classes of labels and of pseudo-labels, and five metrics
         assert more.pop("all_reduce") == 2 * 256 * 8 + 5 * 8
         assert not any(more.values())
-    taught = ("consistency.weight=1", "semi.weight=0")
+    taught = ("consistency.weight=1", "consistency.start_step=1", "semi.weight=0")
     gated = sent(*taught, "consistency.gate=rank")
     gated.subtract(sent(*taught))
     assert gated.pop("all_reduce") == 4 * 2 * 8 and not any(gated.values())

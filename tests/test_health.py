@@ -246,6 +246,8 @@ def test_a_class_that_the_target_loses_is_named_with_what_the_source_has_of_it()
     rows = [evaluation(step, 0.0) for step in range(100, 2000, 100)]
     for mode, found in (("supervised", 0), ("consistency", 1), ("domain_adaptation", 1)):
         assert len(Health(rows, {"mode": mode}).events) == found
+    # validated on other data, and without a target
+    assert not Health(rows, {"mode": "semi_supervised", "data.unlabelled_shards": []}).events
     # rarer there, or as rare in both, is no loss
     for car, on_source in ((0.001, 0.05), (0.0, 1e-4)):
         rows = [evaluation(step, car, on_source) for step in range(100, 2000, 100)]

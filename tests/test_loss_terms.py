@@ -451,6 +451,13 @@ def test_a_setting_without_effect_is_told(asked: list[str], key: str) -> None:
         (["mode=semi_supervised", "semi.weight=0", "semi.adv_weight=0.1"], []),
         (
             [
+                *("mode=semi_supervised", "semi.weight=0", "semi.adv_weight=0.1"),
+                *("loss.adv_weight=0", "loss.adv_start_step=1000"),
+            ],
+            ["loss.adv_start_step=1000"],
+        ),
+        (
+            [
                 "mode=adversarial",
                 "loss.adv_start_step=1000",
                 "loss.terms={dice: {start_step: 1001}}",

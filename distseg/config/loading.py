@@ -27,6 +27,7 @@ from distseg.config.names import (
 from distseg.config.rules import check
 from distseg.config.rules.data import shards_to_train_on
 from distseg.config.schema import Config, TermConfig
+from distseg.config.world_size import has_teacher
 from shards import user_code
 from shards.errors import InputError
 from shards.storage import is_file, read_text
@@ -257,6 +258,9 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """
     before, after = (without_empty(flattened(to_dict(config))) for config in (old, new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    # defaults of what neither has may change from version to version
+    if not (has_teacher(old) or has_teacher(new)):
+        names = [name for name in names if not name.startswith("consistency.")]
     names = [name for name in names if not _is_free(name) and not code.is_moved(name, old, new)]
     return {name: (before.get(name), after.get(name)) for name in names}
 

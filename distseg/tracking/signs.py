@@ -87,9 +87,15 @@ def levels_of(config: Mapping[str, Any]) -> MetricsRow:
         HIGHEST_LEVEL: MEAN_LEVEL if is_mean == ("mean_valid", "mean") else SUM_LEVEL,
         UNDECIDED: form.undecided,
         OF_DOMAINS: config.get("mode") in ADAPTATION,
-        NO_TARGET: "mode" in config and config["mode"] not in WITH_UNLABELLED,
+        NO_TARGET: "mode" in config and not _has_target(config),
         CHOOSES: config.get("consistency.threshold") != 0,
     }
+
+
+def _has_target(config: Mapping[str, Any]) -> bool:
+    """Whether unlabelled images may be of another domain, which is validated on."""
+    mode, others = config["mode"], config.get("data.unlabelled_shards", True)
+    return mode in ADAPTATION or (mode in WITH_UNLABELLED and bool(others))
 
 
 def fake_loss(row: MetricsRow, before: MetricsRow) -> float | None:

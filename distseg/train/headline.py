@@ -199,7 +199,8 @@ def without_effect(config: Config, segmentor: torch.nn.Module) -> list[str]:
     if config.mode in ADAPTATION and has_teacher(config):
         reasons["consistency.batch_norm"] = "adaptation.batch_norm is for the teacher's images too"
     if config.segmentor.batch_norm == "frozen":
-        reasons["adaptation.batch_norm"] = "segmentor.batch_norm is frozen"
+        for name in ("adaptation.batch_norm", "consistency.batch_norm"):
+            reasons[name] = "segmentor.batch_norm is frozen"
     if not has_teacher(config):
         for key in KEYS:
             if key.startswith("consistency."):
@@ -223,8 +224,12 @@ def never_begun(config: Config) -> list[str]:
     No error: a recipe is tried for a few steps first.
     """
     loss, semi = config.loss, config.semi
-    begins = {f"loss.terms.{name}.start_step": it.start_step for name, it in loss.terms.items()}
-    if config.mode in WITH_DISCRIMINATOR and (loss.adv_weight or loss.feature_weight):
+    used = {name: term for name, term in loss.terms.items() if term.weight}
+    begins = {f"loss.terms.{name}.start_step": term.start_step for name, term in used.items()}
+    weights = [loss.adv_weight, loss.feature_weight, config.adaptation.aux_adv_weight]
+    # the term on unlabelled images does not begin before
+    weights.append(semi.adv_weight if config.mode == "semi_supervised" else 0)
+    if config.mode in WITH_DISCRIMINATOR and any(weights):
         begins["loss.adv_start_step"] = loss.adv_start_step
     if config.mode == "semi_supervised":
         begins |= {"semi.start_step": semi.start_step} if semi.weight else {}

@@ -127,7 +127,7 @@ def open_data(config: Config, world_size: int) -> Data:
         unlabelled = _open_unlabelled(config, train, [rest for _, rest in choices], verify)
     check_apart([train] if unlabelled is None else [train, unlabelled])
     check_not_scored(train, val_set)
-    source = _open_source(options, readers[0], val, mapped[0], verify)
+    source = _open_source(config, readers[0], val, mapped[0], verify)
     domain = _domain(config, readers, unlabelled, val)
     data = Data(train, unlabelled, val_set, held_out, source, domain)
     _check_course(config, data)
@@ -161,20 +161,18 @@ def _check_course(config: Config, data: Data) -> None:
 
 
 def _open_source(
-    options: DataConfig, first: ShardReader, val: ShardReader, mapped: Mapped, verify: bool
+    config: Config, first: ShardReader, val: ShardReader, mapped: Mapped, verify: bool
 ) -> SampleSet | None:
-    """The validation split of the first data set, where another one is validated on; of a run on
-    it alone too, which others are compared with.
-    """
+    """The validation split of the first data set, where another one is validated on."""
+    options = config.data
+    if not (options.unlabelled_shards or config.evaluate.first_set):
+        return None
     is_other = val.manifest.sha256 != first.manifest.sha256
     if not is_other or options.val_split not in first.manifest.splits:
         return None
     reader = open_reader(options, options.val_split, options.shards[0], verify)
-    try:
-        samples = SampleSet(reader, mapped=mapped)
-        check_not_void(samples, "to score on")
-    except InputError:
-        return None  # without labels: nobody has asked for these scores
+    samples = SampleSet(reader, mapped=mapped)
+    check_not_void(samples, "to score on")
     return samples
 
 

@@ -30,6 +30,7 @@ from distseg.runs import checkpoint
 from distseg.train.adversary import check_auxiliary, check_discriminator
 from distseg.train.feature_dropout import FeatureDropout
 from distseg.train.initial import initial_weights
+from distseg.train.teacher import counts_unlabelled
 from shards.errors import InputError
 
 
@@ -122,8 +123,9 @@ def _segmentor(config: Config, num_classes: int, world_size: int) -> nn.Module:
     check_training(chosen.name, segmentor)
     check_segmentor(config, segmentor)  # after it: whether the user's own has two outputs is tried
     images = _step_images(config, world_size, segmentor)
-    # before these steps are of labelled images alone
-    if config.loss.adv_start_step or config.consistency.start_step:
+    # before these steps are of labelled images alone, and so are statistics where they are separate
+    late = config.loss.adv_start_step or config.consistency.start_step
+    if late or not counts_unlabelled(config):
         images = replace(images, num_unlabelled=0)
     if chosen.batch_norm == "synchronised":
         # its statistics are of all ranks' images together

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import ADAPTATION, Config
+from distseg.config.world_size import has_teacher
 from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
@@ -306,6 +307,13 @@ class WeakToStrong:
         # void counts for nothing, so it is as if outside of the image
         where = torch.full_like(labelled.label, GROUND_TRUTH).where(valid, IGNORE_INDEX)
         return replace(labelled, label=where, pseudo=pseudo)
+
+
+def counts_unlabelled(config: Config) -> bool:
+    """Whether labelled images are normalised together with the unlabelled ones of their step."""
+    if config.mode in ADAPTATION:
+        return config.adaptation.batch_norm == "joint"
+    return not has_teacher(config) or _is_tracked(config)
 
 
 def _is_tracked(config: Config) -> bool:

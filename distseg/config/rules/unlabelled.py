@@ -110,10 +110,7 @@ def domains_without_ground_truth(config: Config) -> None:
     """mode=domain_adaptation has images of another domain to look at, and not pieces of both."""
     if config.mode not in ADAPTATION:
         return
-    chosen = config.consistency
-    weights = {"loss.adv_weight": config.loss.adv_weight}
-    weights["adaptation.aux_adv_weight"] = config.adaptation.aux_adv_weight
-    asked = [f"{name}={weight}" for name, weight in weights.items() if weight]
+    chosen, asked = config.consistency, _told_apart(config)
     if chosen.weight and chosen.mix_with == "labelled" and asked:
         got = f"mode={config.mode} with consistency.mix_with=labelled and {' and '.join(asked)}"
         needed = "images of one domain each, for the discriminator to tell them apart"
@@ -121,10 +118,17 @@ def domains_without_ground_truth(config: Config) -> None:
         raise InputError(got, needed, action)
 
 
+def _told_apart(config: Config) -> list[str]:
+    """The weights by which a discriminator between domains teaches the segmentor."""
+    weights = {"loss.adv_weight": config.loss.adv_weight}
+    weights["adaptation.aux_adv_weight"] = config.adaptation.aux_adv_weight
+    return [f"{name}={weight}" for name, weight in weights.items() if weight]
+
+
 def domains_in_views_of_one_kind(config: Config) -> None:
     """mode=domain_adaptation with a teacher changes both domains' images in the same ways."""
     chosen = config.consistency
-    if config.mode not in ADAPTATION or not chosen.weight:
+    if config.mode not in ADAPTATION or not chosen.weight or not _told_apart(config):
         return
     taught = f"mode={config.mode} with consistency.weight={chosen.weight}"
     if not config.strong.labelled:
@@ -139,7 +143,7 @@ def classes_cut_out_in_both_domains(config: Config) -> None:
     """mode=domain_adaptation with ClassMix has a teacher from the discriminator's first step on."""
     strong, chosen, start = config.strong, config.consistency, config.loss.adv_start_step
     is_cut = strong.labelled and strong.mix == "classmix" and strong.mix_probability > 0
-    if config.mode not in ADAPTATION or not is_cut:
+    if config.mode not in ADAPTATION or not is_cut or not _told_apart(config):
         return
     # the source is cut by its labels, the target by what a teacher says
     late, action = "no teacher", "write strong.mix=none or cutmix"

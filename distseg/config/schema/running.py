@@ -49,6 +49,12 @@ class EvaluateConfig:
         {},
         "mean IoU over some of the classes too, as val/mean_iou_of/NAME: {NAME: [classes]}",
     )
+    # with unlabelled data sets of their own it is scored in any case: there it is the source
+    first_set: bool = key(
+        False,
+        "score the validation split of the first of data.shards too, under source/, where "
+        "data.val_shards is another data set",
+    )
     num_pictures: int = key(
         6, "validation images shown in pictures/ after the run", unit="images", low=0, high=64
     )
