@@ -179,6 +179,16 @@ def test_differences_leave_out_what_may_change_on_resume() -> None:
     assert loading.differences(old, new) == {"loss.adv_weight": (0.05, 1.0)}
 
 
+def test_a_runs_teacher_counts_only_where_it_has_one() -> None:
+    """A default that has changed since refuses no run without one."""
+    told = ["run_dir=none", "data.shards=unused"]
+    joint = "consistency.batch_norm=joint"
+    assert not loading.differences(loading.load([*told, joint]), loading.load(told))
+    told += ["mode=consistency", "consistency.weight=1", "ema_decay=0.9"]
+    found = loading.differences(loading.load([*told, joint]), loading.load(told))
+    assert found == {"consistency.batch_norm": ("joint", "auto")}
+
+
 def test_differences_name_a_term_and_not_the_empty_dictionary_without_it() -> None:
     words = ["preset=toy", "run_dir=r"]
     old, new = loading.load([*words, "loss.terms.dice=0.5"]), loading.load(words)
