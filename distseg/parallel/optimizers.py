@@ -171,9 +171,11 @@ class LossScale:
         """Take in whether the update was skipped (1.0) or made (0.0)."""
         # factors of 0 and 1 in place of branches, for which the device would be waited for
         self._good_updates.add_(1).mul_(1 - skipped)
-        doubled = (self._good_updates >= self.INTERVAL).to(torch.float32)
-        self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled)).clamp_(max=self.MAX)
-        self._good_updates.mul_(1 - doubled)
+        due = (self._good_updates >= self.INTERVAL).to(torch.float32)
+        # not cut off at it: one that a checkpoint holds above comes down by halving alone
+        doubled = due * (self.scale < self.MAX)
+        self.scale.mul_((1 - 0.5 * skipped) * (1 + doubled))
+        self._good_updates.mul_(1 - due)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold; the tensors themselves."""
