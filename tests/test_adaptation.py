@@ -23,7 +23,7 @@ from distseg.config.world_size import check_pairs
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.judged import confidence_map
 from distseg.losses.adversarial import self_information
-from distseg.losses.terms import Targets
+from distseg.losses.predicted import Targets
 from distseg.models import OfBothOutputs, Weights, build_discriminator
 from distseg.tracking.tracker import read_metrics
 from distseg.train.assembly import with_views

@@ -25,8 +25,9 @@ from distseg.data.plan import augmentation_rng
 from distseg.data.strong import FILL, MIXED, NUM_DRAWS, StrongView, strong_draws
 from distseg.data.transforms import FILL_RGB
 from distseg.distributed.ranks import Ranks
+from distseg.losses.predicted import GROUND_TRUTH, Predicted, PseudoLabels, Targets
 from distseg.losses.tensors import of_neighbours
-from distseg.losses.terms import GROUND_TRUTH, Consistency, Predicted, PseudoLabels, Targets
+from distseg.losses.terms import Consistency
 from distseg.models import build_discriminator, build_segmentor
 from distseg.models.levels import scaled
 from distseg.parallel import wrap

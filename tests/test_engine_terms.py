@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from distseg.config import loading
 from distseg.config.schema import Config
 from distseg.distributed.ranks import Ranks
-from distseg.losses.terms import Predicted, Targets, Term
+from distseg.losses.predicted import Predicted, Targets
+from distseg.losses.terms import Term
 from distseg.models import build_discriminator
 from distseg.parallel import wrap
 from distseg.parallel.torch_learner import dtype_of

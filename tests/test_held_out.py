@@ -17,7 +17,7 @@ from distseg.data.plan import Plan
 from distseg.data.samples import SampleSet, hold_out, split_labelled
 from distseg.distributed.ranks import Ranks
 from distseg.evaluate.inference import TestTimeAugmentation
-from distseg.losses.terms import PseudoLabels
+from distseg.losses.predicted import PseudoLabels
 from distseg.train import diagnostics
 from distseg.train.held_out import HeldOut
 from distseg.train.inputs import open_data

@@ -20,14 +20,8 @@ from distseg.distributed.ranks import Ranks
 from distseg.losses.class_weights import balanced, median_frequency
 from distseg.losses.cross_entropy import PixelOptions, cross_entropy_sum, hard_pixels
 from distseg.losses.overlap import dice_sum, lovasz_softmax_sum
-from distseg.losses.terms import (
-    Adversarial,
-    CrossEntropy,
-    FunctionTerm,
-    Predicted,
-    Targets,
-    Term,
-)
+from distseg.losses.predicted import Predicted, Targets
+from distseg.losses.terms import Adversarial, CrossEntropy, FunctionTerm, Term
 from distseg.parallel import wrap
 from distseg.train.batch import Images, MicroBatch
 from distseg.train.counts import Counts, mean

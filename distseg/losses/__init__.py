@@ -4,6 +4,7 @@ Means are taken elsewhere, over all ranks: a mean over one rank's own valid pixe
 over the batch. Nothing here knows of ranks or of the configuration.
 """
 
-from distseg.losses.terms import Predicted, Targets, Term
+from distseg.losses.predicted import Predicted, Targets
+from distseg.losses.terms import Term
 
 __all__ = ["Predicted", "Targets", "Term"]

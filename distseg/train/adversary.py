@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distseg.config.schema import ADAPTATION, WITH_GROUND_TRUTH, WITH_UNLABELLED, Config
 from distseg.distributed.ranks import all_reduce_sum
 from distseg.losses.adversarial import squared_gradient_sum
-from distseg.losses.terms import FeatureMeans
+from distseg.losses.predicted import FeatureMeans
 from distseg.models.own_discriminator import OwnDiscriminator
 from distseg.models.trial import random_images, random_label_maps, undisturbed
 from shards import user_code

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distseg.config.schema import ADAPTATION, Config
-from distseg.losses.terms import Kind, Predicted, PseudoLabels
+from distseg.losses.predicted import Kind, Predicted, PseudoLabels
 
 
 @dataclass(frozen=True)

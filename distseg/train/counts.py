@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distseg.distributed.ranks import all_reduce_sum
-from distseg.losses.terms import Kind, Targets, Term, count_scores
+from distseg.losses.predicted import Kind, Targets
+from distseg.losses.terms import Term, count_scores
 from distseg.train.objective import Objective
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distseg.distributed.ranks import Ranks, all_reduce_sum, gathered_tensors
 from distseg.losses.adversarial import Form, score_sums, self_information
+from distseg.losses.predicted import GROUND_TRUTH, Kind, PseudoLabels, Targets
 from distseg.losses.tensors import at_least_float32
-from distseg.losses.terms import GROUND_TRUTH, Kind, PseudoLabels, Targets
 from distseg.parallel import Learner
 from distseg.parallel.stopwatch import SECTIONS
 from distseg.tracking.catalogue import (

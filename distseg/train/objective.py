@@ -26,6 +26,7 @@ from distseg.evaluate.judged import judges_auxiliary, sees_self_information
 from distseg.losses.adversarial import FORMS, Form
 from distseg.losses.class_weights import balanced, log_shares, median_frequency
 from distseg.losses.cross_entropy import PixelOptions
+from distseg.losses.predicted import Head, Kind, Predicted, Targets
 from distseg.losses.terms import (
     TERMS,
     Adversarial,
@@ -35,11 +36,7 @@ from distseg.losses.terms import (
     Entropy,
     FeatureMatching,
     FunctionTerm,
-    Head,
-    Kind,
     MaskedCrossEntropy,
-    Predicted,
-    Targets,
     Term,
     count_scores,
 )

@@ -29,8 +29,9 @@ from distseg.losses.adversarial import (
     squared_gradient_sum,
     sum_of,
 )
+from distseg.losses.predicted import Kind, Predicted, Targets
 from distseg.losses.tensors import at_least_float32, of_neighbours, upsample
-from distseg.losses.terms import Kind, Predicted, Targets, Term, no_auxiliary
+from distseg.losses.terms import Term, no_auxiliary
 from distseg.parallel import BackwardStart, Learner, backward
 from distseg.train import diagnostics
 from distseg.train.adversary import feature_means

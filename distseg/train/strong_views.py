@@ -11,8 +11,8 @@ from distseg.config.schema import Config
 from distseg.data.plan import rank_positions
 from distseg.data.strong import FILL, StrongView, strong_draws
 from distseg.distributed.ranks import Ranks
+from distseg.losses.predicted import PseudoLabels
 from distseg.losses.tensors import of_neighbours, sent
-from distseg.losses.terms import PseudoLabels
 from distseg.train.batch import Images
 from shards.sample import IGNORE_INDEX
 

@@ -17,8 +17,9 @@ from distseg.distributed.ranks import Ranks, all_reduce_sum
 from distseg.evaluate.judged import sees_self_information
 from distseg.losses.adversarial import self_information
 from distseg.losses.class_weights import log_shares
+from distseg.losses.predicted import GROUND_TRUTH, PseudoLabels
 from distseg.losses.tensors import at_least_float32, label_at, upsample
-from distseg.losses.terms import GROUND_TRUTH, PseudoLabels, confident_share
+from distseg.losses.terms import confident_share
 from distseg.parallel import Learner
 from distseg.train.batch import Images
 from distseg.train.ema import MovingAverage
