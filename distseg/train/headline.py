@@ -290,7 +290,8 @@ def _strong_views(config: Config) -> list[str]:
     kinds = ["labelled"] if config.strong.labelled else []
     if has_teacher(config) or unlabelled_as_labelled(config):
         kinds.append("unlabelled")
-    return [f"strong views of {' and '.join(kinds)} images, {config.strong.mix}"] if kinds else []
+    mixed = "not mixed" if config.strong.mix == "none" else f"mixed by {config.strong.mix}"
+    return [f"strong views of {' and '.join(kinds)} images, {mixed}"] if kinds else []
 
 
 def _consistency(chosen: ConsistencyConfig) -> str:
